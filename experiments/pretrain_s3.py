@@ -1,0 +1,30 @@
+"""Pretraining, stage 3: long context, 32,768 tokens, with the rotary base raised from 10,000 to 1,000,000 (ABF).
+
+    python launch.py --config experiments/pretrain_s3.py:small --config.init_from=W2 --workdir W3
+    python launch.py --config experiments/pretrain_s3.py:small,yarn …     # YaRN over stage 1's context as well
+
+YaRN is off by default: Qwen3 trains with ABF alone and adds YaRN at inference (technical report, §3.2). nano runs at
+2,048 tokens.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import pretrain_s1
+from qwen3f.errors import UserError
+
+
+def get_config(arg: str = "small") -> ConfigDict:
+    preset, _, option = arg.partition(",")
+    if option not in ("", "yarn"):
+        raise UserError(f"pretrain_s3: unknown option '{option}'; write :preset or :preset,yarn")
+    config = pretrain_s1.get_config(preset)
+    before, config.seq_len = config.seq_len, 2048 if preset == "nano" else 32768
+    config.model.max_position_embeddings = max(config.model.max_position_embeddings, config.seq_len)
+    config.model.rope_theta = 1e6
+    if option == "yarn":
+        scaling = {"factor": config.seq_len / before, "original_max_position_embeddings": before}
+        config.model.rope_scaling = ConfigDict({"rope_type": "yarn", **scaling})
+    config.steps //= 10
+    config.batch_size = max(config.batch_size // 8, 1)
+    config.schedule.peak_lr /= 10
+    return config

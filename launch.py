@@ -1,0 +1,41 @@
+"""Runs an experiment: python launch.py --config experiments/X.py[:preset] [--workdir DIR] [--config.key=value …].
+
+The same command again goes on from the workdir's last checkpoint. Wrong input ends with one line and exit code 2, a
+run that broke with exit code 1.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from qwen3f import cli
+from qwen3f.errors import TrainingError, UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/X.py[:preset]", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/ and the experiment's name.")
+_PROGRESS = flags.DEFINE_bool("progress", True, "Show progress bars on stderr.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; overrides are written --config.key=value")
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; write e.g. --config experiments/demo.py")
+    name = Path(flags.FLAGS["config"].config_filename.partition(":")[0]).stem
+    workdir = Path(_WORKDIR.value) if _WORKDIR.value else Path("runs") / name
+    cli.run_stage(_CONFIG.value, workdir, _PROGRESS.value)
+
+
+def guarded(argv: list[str]) -> None:
+    try:
+        main(argv)
+    except UserError as error:
+        sys.exit(cli.report(error, 2))
+    except TrainingError as error:
+        sys.exit(cli.report(error, 1))
+
+
+if __name__ == "__main__":
+    app.run(guarded, flags_parser=cli.parse_flags)

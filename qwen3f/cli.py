@@ -1,0 +1,95 @@
+"""What stands behind launch.py: flags parsed with errors a person can act on, and dispatch to the stage."""
+
+import difflib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from qwen3f.errors import UserError
+
+STAGES = ("pretrain",)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's flags parser, for app.run: what cannot be parsed ends with one line on stderr and exit code 2."""
+    try:
+        _check_overrides(argv)
+        return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        known = [flag for flag in flags.FLAGS if len(flag) > 1]
+        problem: Exception = UserError(f"unknown flag --{error.flagname}; {_hint(error.flagname, known)}")
+    except (flags.Error, UserError) as error:
+        problem = error
+    sys.exit(report(problem, 2))
+
+
+def run_stage(config: ConfigDict, workdir: Path, progress: bool) -> None:
+    """Run the stage that `config.stage` names. Raises UserError for an unknown one."""
+    if config.stage not in STAGES:
+        raise UserError(f"config.stage={config.stage!r} is unknown; use one of {', '.join(STAGES)}")
+    from qwen3f.train.loop import run  # imports torch: only once the command line is known to be right
+
+    run(config, workdir, progress)
+
+
+def report(error: Exception, code: int) -> int:
+    """Print an error on one line; returns the exit code."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _check_overrides(argv: list[str]) -> None:
+    """Every --config.key must exist in the experiment. ml_collections says so too, but by a traceback."""
+    experiment, overrides = None, []
+    for i, argument in enumerate(argv[1:], 1):
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag == "config":
+            experiment = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
+        elif argument.startswith(("--config.", "-config.")):
+            overrides.append(flag)
+    if experiment is None:
+        return
+    known = {f"config.{key}" for key in _keys(load_experiment(experiment))}
+    for name in overrides:
+        if name not in known:
+            raise UserError(f"unknown key --{name}; {_hint(name, sorted(known))}")
+
+
+def load_experiment(experiment: str) -> ConfigDict:
+    """The configuration of `experiments/X.py[:argument]`, as its get_config returns it."""
+    file, colon, argument = experiment.partition(":")
+    if not Path(file).is_file():
+        there = sorted(str(p) for p in Path("experiments").glob("*.py"))
+        raise UserError(f"--config: there is no file '{file}'; {_hint(file, there)}")
+    spec = importlib.util.spec_from_file_location("experiment", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config: {file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config: {file} has no get_config(); see experiments/demo.py")
+    if colon and not inspect.signature(module.get_config).parameters:
+        raise UserError(f"--config: {file} takes no ':{argument}'; write --config {file}")
+    return module.get_config(argument) if colon else module.get_config()
+
+
+def _keys(config: ConfigDict) -> list[str]:
+    out: list[str] = []
+    for key, value in config.items():
+        out += [f"{key}.{below}" for below in _keys(value)] if isinstance(value, ConfigDict) else [key]
+    return out
+
+
+def _hint(name: str, known: list[str]) -> str:
+    """The likeliest of `known`: by the last part of a dotted name first, since sections are what people leave out."""
+    last = name.rpartition(".")[2]
+    by_last = {key.rpartition(".")[2]: key for key in reversed(known)}
+    close = difflib.get_close_matches(last, by_last, n=1, cutoff=0.7) or [part for part in by_last if last in part]
+    if close:
+        return f"did you mean {by_last[close[0]]}?"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"

@@ -1,0 +1,249 @@
+"""ModelConfig: the static description of a Qwen3-family model.
+
+Field names are Hugging Face's where one exists (Qwen3Config, Qwen3MoeConfig). The dataclass is frozen and hashable, so
+it can key caches of meta skeletons and compiled functions.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwen3f.errors import UserError
+
+HIDDEN_ACTS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+QK_NORMS = ("rms", "l2", "none")
+REMAT_POLICIES = ("none", "full", "selective")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """YaRN parameters (Peng et al. 2023, arXiv:2309.00071), named as in Hugging Face's `rope_scaling`.
+
+    `original_max_position_embeddings` has no default on purpose: guessing it from `max_position_embeddings` gives
+    wrong frequencies without any error. `attention_factor=None` means 0.1·ln(factor) + 1.
+    """
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RopeScaling | None":
+        values = dict(values)
+        if "type" in values:  # the older Hugging Face spelling
+            values.setdefault("rope_type", values.pop("type"))
+        if not values or values.get("rope_type") == "default":
+            return None
+        if values.get("rope_type") != "yarn":
+            raise UserError(f"rope_scaling: rope_type {values.get('rope_type')!r} is unknown; use 'yarn' or null")
+        _check_keys("rope_scaling", values, cls)
+        for key in ("factor", "original_max_position_embeddings"):
+            if values.get(key) is None:
+                raise UserError(f"rope_scaling: '{key}' is missing; YaRN needs factor and the context length before it")
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes a model's function and parameters; sizes in elements, lengths in tokens."""
+
+    # core
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    head_dim: int = 128
+    intermediate_size: int = 688
+    vocab_size: int = 32768
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    # attention
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    qk_norm: str = "rms"  # "rms": Qwen3's learned per-head RMSNorm; "l2": unit norm times a learned gain; "none"
+    # rotary position embedding
+    rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
+    # mixture of experts; layer l is sparse iff num_experts > 0, (l + 1) % decoder_sparse_step == 0, l not in mlp_only
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    router_aux_loss_coef: float = 0.001
+    norm_topk_prob: bool = True
+    moe_drop_tokens: bool = False
+    moe_capacity_factor: float = 1.25
+    # vision tower
+    vision_enabled: bool = False
+    vision_hidden_size: int = 1024
+    vision_num_hidden_layers: int = 24
+    vision_num_attention_heads: int = 16
+    vision_intermediate_size: int = 4096
+    vision_patch_size: int = 16
+    vision_image_size: int = 768
+    vision_num_channels: int = 3
+    vision_deepstack_layers: tuple[int, ...] = (5, 11, 17)
+    vision_merger_spatial_factor: int = 2
+    # training
+    gradient_checkpointing: str = "none"  # "none", "full" (recompute a block), "selective" (keep matrix products)
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        # Config files and Hugging Face write booleans, dicts and lists where the frozen form needs names and tuples.
+        normal = {
+            "qk_norm": {True: "rms", False: "none", None: "none"},
+            "gradient_checkpointing": {True: "full", False: "none", "True": "full", "False": "none", None: "none"},
+        }
+        for name, aliases in normal.items():
+            object.__setattr__(self, name, aliases.get(getattr(self, name), getattr(self, name)))
+        for name in ("mlp_only_layers", "vision_deepstack_layers"):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+        _validate(self)
+
+    # -- layers ------------------------------------------------------------------------------------------------------
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether `layer` (0-based) holds experts rather than a dense MLP (transformers' Qwen3MoeDecoderLayer rule)."""
+        on_step = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
+        return on_step and layer not in self.mlp_only_layers
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.num_hidden_layers) if self.is_sparse(i))
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.num_hidden_layers) if not self.is_sparse(i))
+
+    # -- counts ------------------------------------------------------------------------------------------------------
+
+    def total_params_estimate(self) -> int:
+        """Number of parameters: exact, from the parameter table. (The name is the seed's.)"""
+        from qwen3f import params  # the table is built from a config, so it imports this module
+
+        return sum(spec.numel for spec in params.abstract_params(self).values())
+
+    def active_params_estimate(self) -> int:
+        """Parameters a token passes through: experts count num_experts_per_tok of num_experts. Exact."""
+        from qwen3f import params
+
+        return sum(params.active_numel(self, path, spec) for path, spec in params.abstract_params(self).items())
+
+    def matmul_params(self) -> int:
+        """Active parameters that take part in matrix products: the head counts (tied too), the lookup doesn't."""
+        from qwen3f import params
+
+        table = params.abstract_params(self)
+        matrices = (p for p, s in table.items() if s.is_matrix and p != params.EMBED)
+        body = sum(params.active_numel(self, path, table[path]) for path in matrices)
+        return body + (table[params.EMBED].numel if self.tie_word_embeddings else 0)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only (tuples become lists), ready for JSON, YAML or a ConfigDict."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """Raises UserError on an unknown key, naming the closest known one."""
+        _check_keys("model", values, cls)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"model config: {error}") from error
+
+    def to_json(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def to_yaml(self, path: str | Path) -> None:
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "ModelConfig":
+        return cls._from_file(path, json.loads)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "ModelConfig":
+        return cls._from_file(path, yaml.safe_load)
+
+    @classmethod
+    def _from_file(cls, path: str | Path, parse: Any) -> "ModelConfig":
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"model config {path}: no such file")
+        try:
+            values = parse(path.read_text())
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(f"model config {path}: cannot be parsed: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"model config {path}: expected a mapping of field names to values")
+        return cls.from_dict(values)
+
+
+def _check_keys(where: str, values: Mapping[str, Any], cls: type) -> None:
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+            raise UserError(f"{where}: unknown key '{key}'{hint}")
+
+
+def _validate(cfg: ModelConfig) -> None:
+    positive = [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "decoder_sparse_step",
+        "rope_theta",
+        "initializer_range",
+    ]
+    for name in positive:
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"model.{name} must be positive, got {getattr(cfg, name)}")
+    for name, allowed in (
+        ("hidden_act", HIDDEN_ACTS),
+        ("qk_norm", QK_NORMS),
+        ("gradient_checkpointing", REMAT_POLICIES),
+    ):
+        if getattr(cfg, name) not in allowed:
+            raise UserError(f"model.{name} must be one of {', '.join(allowed)}, got {getattr(cfg, name)!r}")
+    if cfg.num_attention_heads % cfg.num_key_value_heads:
+        raise UserError(
+            f"model.num_attention_heads ({cfg.num_attention_heads}) must be a multiple of "
+            f"model.num_key_value_heads ({cfg.num_key_value_heads})"
+        )
+    if cfg.head_dim % 2:
+        raise UserError(f"model.head_dim must be even for rotary embeddings, got {cfg.head_dim}")
+    if not 0.0 <= cfg.attention_dropout < 1.0:
+        raise UserError(f"model.attention_dropout must be in [0, 1), got {cfg.attention_dropout}")
+    if cfg.num_experts and not 1 <= cfg.num_experts_per_tok <= cfg.num_experts:
+        raise UserError(
+            f"model.num_experts_per_tok ({cfg.num_experts_per_tok}) must lie in 1..num_experts ({cfg.num_experts})"
+        )
+    if cfg.num_experts and cfg.moe_intermediate_size <= 0:
+        raise UserError("model.moe_intermediate_size must be positive when num_experts > 0")

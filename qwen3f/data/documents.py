@@ -1,0 +1,44 @@
+"""What a source of text is: documents, two splits, a cheap fingerprint; and the stable hash that decides the split."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it comes from: `name` is "path" or "path:row" (rows and lines count from 1)."""
+
+    text: str
+    name: str
+
+
+class Source(Protocol):
+    """A corpus in two disjoint splits. Iterating twice gives the same documents in the same order."""
+
+    @property
+    def name(self) -> str:
+        """What the user wrote as `data.mixture`."""
+        ...
+
+    def documents(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Document]:
+        """Stream the non-empty documents of `split`; what was left out is added to `counts` by reason."""
+        ...
+
+    def fingerprint(self, split: Split) -> str:
+        """Hex digest that changes when the documents may have changed; reads names, sizes and times, no content."""
+        ...
+
+
+def stable_hash(content: bytes) -> int:
+    """A 64-bit hash, equal on every machine and in every process (unlike `hash`)."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
+def is_heldout(content: bytes, holdout: float) -> bool:
+    """Whether the item identified by `content` belongs to the held-out split, a share `holdout` of all items."""
+    return stable_hash(content) < holdout * 2.0**64

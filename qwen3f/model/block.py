@@ -1,0 +1,83 @@
+"""One pre-norm transformer block, and how it runs: through functional_call, recomputed or not, compiled or not."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+from qwen3f.model.attention import Attention
+from qwen3f.model.mask import AttentionMask
+from qwen3f.model.mlp import SwiGLU
+from qwen3f.model.norm import RMSNorm
+
+BlockFn = Callable[..., Tensor]
+
+# What "selective" recomputation keeps: the outputs of matrix products and of attention. Everything else is elementwise
+# and cheaper to compute again than to keep.
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+class Block(nn.Module):
+    """x + Attention(RMSNorm(x)), then x + MLP(RMSNorm(x)); x_BTD."""
+
+    def __init__(self, cfg: ModelConfig, attention: str) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg, attention)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = SwiGLU(cfg)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, stream: Tensor | None) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, stream)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+@functools.lru_cache(maxsize=32)
+def block_fn(cfg: ModelConfig, attention: str, compile_block: bool) -> BlockFn:
+    """(layer parameters, x, cos, sin, mask, stream) -> x, for any layer of the stack.
+
+    The skeleton lives on the meta device and owns nothing. Cached, since the compiled function is: every layer and
+    every step of a run goes through the same one. Recomputation sits inside the compiled region, where its policy sees
+    the operators.
+    """
+    if cfg.sparse_layers:
+        raise UserError(
+            f"model: layers {cfg.sparse_layers[:3]}… hold experts (num_experts={cfg.num_experts}), and this version "
+            "runs dense layers only; choose a dense preset such as debug or set model.num_experts=0"
+        )
+    with torch.device("meta"):
+        skeleton = Block(cfg, attention)
+
+    def run(layer: dict[str, Tensor], *args: object) -> Tensor:
+        return torch.func.functional_call(skeleton, layer, args, strict=True)
+
+    fn = run if cfg.gradient_checkpointing == "none" else _recomputed(run, cfg.gradient_checkpointing)
+    return torch.compile(fn, fullgraph=True, dynamic=False) if compile_block else fn
+
+
+def _recomputed(run: BlockFn, policy: str) -> BlockFn:
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # the block's only randomness is its stream
+    if policy == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+    def run_again(*args: object) -> Tensor:
+        return checkpoint(run, *args, **options)
+
+    return run_again
+
+
+def _policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,29 @@
+"""SwiGLU feed-forward network (Shazeer 2020, arXiv:2002.05202). x_BTD, hidden width I."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen3f.config import ModelConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class SwiGLU(nn.Module):
+    """down(act(gate(x)) · up(x)); act is SiLU unless cfg.hidden_act says otherwise."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
+        self.act = ACTIVATIONS[cfg.hidden_act]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

@@ -1,0 +1,39 @@
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), in Qwen3's order of casts, and its use on queries and keys.
+
+x_…D: any leading dimensions, D normalised.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight · x/√(mean(x²)+eps) over the last dimension; the cast back comes before the weight, as transformers does.
+
+    Internal precision is float32, or float64 for float64 input. Returns x's dtype.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def l2_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight · x/√(Σx²+eps) over the last dimension: a unit vector times a learned gain (qk_norm="l2")."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class L2Norm(RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return l2_norm(x, self.weight, self.eps)

@@ -1,0 +1,133 @@
+"""The parameter table: one record a path, and the pytree of tensors made from it.
+
+Parameters are a flat `dict[str, Tensor]`. Paths are Hugging Face's names without the layer index: the layers of a kind
+are stacked on a leading axis, e.g. `model.layers.self_attn.q_proj.weight: [L, Hq·d, D]`. In a model that mixes dense
+and sparse layers the two kinds of MLP make two stacks, and `ParamSpec.layers` says which layer each row belongs to.
+
+L layers of the stack · D hidden · Hq, Hkv heads · d head_dim · I, F MLP and expert width · E experts · V vocabulary
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from qwen3f import rng
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+
+Params = dict[str, Tensor]
+
+EMBED = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+LAYERS = "model.layers."
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """What is known about one parameter before it exists.
+
+    shape: global shape, with the layer axis first when stacked. init: "normal" (mean 0, initializer_range) or a
+    constant. decay: whether weight decay applies (matrices and the head; not embeddings, norms, biases).
+    layers: the layer index of each row of the leading axis; None when the parameter is not stacked.
+    """
+
+    shape: tuple[int, ...]
+    init: str | float
+    decay: bool
+    layers: tuple[int, ...] | None = None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) - (self.layers is not None) >= 2
+
+
+def abstract_params(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """path -> ParamSpec, in the order of the forward pass. Costs no memory. Raises UserError for a vision tower."""
+    if cfg.vision_enabled:
+        raise UserError("model.vision_enabled: this version trains text models only; set it to False")
+    d_q, d_kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+    dim, width, experts = cfg.hidden_size, cfg.intermediate_size, cfg.num_experts
+    every = tuple(range(cfg.num_hidden_layers))
+
+    table = {EMBED: ParamSpec((cfg.vocab_size, dim), "normal", decay=False)}
+
+    def stack(layers: tuple[int, ...], name: str, *shape: int, init: str | float = "normal") -> None:
+        if layers:
+            table[LAYERS + name] = ParamSpec((len(layers), *shape), init, decay=len(shape) >= 2, layers=layers)
+
+    stack(every, "input_layernorm.weight", dim, init=1.0)
+    for name, rows, cols in (("q", d_q, dim), ("k", d_kv, dim), ("v", d_kv, dim), ("o", dim, d_q)):
+        stack(every, f"self_attn.{name}_proj.weight", rows, cols)
+        if cfg.attention_bias:
+            stack(every, f"self_attn.{name}_proj.bias", rows, init=0.0)
+    if cfg.qk_norm != "none":
+        # A unit vector needs the gain √d to start where RMSNorm starts, since RMSNorm(x) = √d · x/‖x‖.
+        gain = 1.0 if cfg.qk_norm == "rms" else math.sqrt(cfg.head_dim)
+        stack(every, "self_attn.q_norm.weight", cfg.head_dim, init=gain)
+        stack(every, "self_attn.k_norm.weight", cfg.head_dim, init=gain)
+    stack(every, "post_attention_layernorm.weight", dim, init=1.0)
+    stack(cfg.dense_layers, "mlp.gate_proj.weight", width, dim)
+    stack(cfg.dense_layers, "mlp.up_proj.weight", width, dim)
+    stack(cfg.dense_layers, "mlp.down_proj.weight", dim, width)
+    stack(cfg.sparse_layers, "mlp.gate.weight", experts, dim)
+    stack(cfg.sparse_layers, "mlp.experts.gate_proj.weight", experts, cfg.moe_intermediate_size, dim)
+    stack(cfg.sparse_layers, "mlp.experts.up_proj.weight", experts, cfg.moe_intermediate_size, dim)
+    stack(cfg.sparse_layers, "mlp.experts.down_proj.weight", experts, dim, cfg.moe_intermediate_size)
+
+    table[FINAL_NORM] = ParamSpec((dim,), 1.0, decay=False)
+    if not cfg.tie_word_embeddings:
+        table[HEAD] = ParamSpec((cfg.vocab_size, dim), "normal", decay=True)
+    return table
+
+
+def active_numel(cfg: ModelConfig, path: str, spec: ParamSpec) -> int:
+    """Elements of this parameter that one token uses: the share top-k/E of the experts, all of anything else."""
+    if ".experts." in path:
+        return spec.numel * cfg.num_experts_per_tok // cfg.num_experts
+    return spec.numel
+
+
+def init_params(
+    cfg: ModelConfig, seed: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Params:
+    """Fresh parameters. Element i of a layer's parameter depends on (seed, path, layer, i) alone.
+
+    So any mesh, pipeline split or order of creation starts from the same numbers. Values are drawn in float32 and then
+    cast, so a float64 model starts from the float32 model's values.
+    """
+    return {path: _init_one(cfg, path, spec, seed, device, dtype) for path, spec in abstract_params(cfg).items()}
+
+
+def _init_one(
+    cfg: ModelConfig, path: str, spec: ParamSpec, seed: int, device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
+    if spec.init != "normal":
+        return torch.full(spec.shape, spec.init, device=device, dtype=dtype)
+    out = torch.empty(spec.shape, device=device, dtype=dtype)
+    rows = [(None, out)] if spec.layers is None else list(zip(spec.layers, out))
+    for layer, row in rows:
+        stream = rng.key(seed, path, "" if layer is None else layer)
+        row.copy_(rng.normal(stream, 0, row.numel(), device).mul_(cfg.initializer_range).view(row.shape))
+    return out
+
+
+def check_params(cfg: ModelConfig, params: Params) -> None:
+    """Raises UserError naming the first parameter that is missing, unknown or of another shape than the table's."""
+    table = abstract_params(cfg)
+    for path in [*table, *params]:
+        if path not in params:
+            raise UserError(f"parameter {path} is missing; the model has {len(table)} parameters, got {len(params)}")
+        if path not in table:
+            raise UserError(f"parameter {path} is unknown to this model config")
+        if tuple(params[path].shape) != table[path].shape:
+            raise UserError(
+                f"parameter {path} has shape {tuple(params[path].shape)}, the config needs {table[path].shape}"
+            )

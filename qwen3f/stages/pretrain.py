@@ -1,0 +1,163 @@
+"""Pretraining: the pure step, and its evaluation.
+
+B rows of the global batch · M micro-batches · T sequence
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from qwen3f import model, rng, tree
+from qwen3f import params as P
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+from qwen3f.train import losses, optimizer
+from qwen3f.train.schedule import Schedule
+from qwen3f.train.state import TrainState
+from qwen3f.transforms import grad_and_value, jit
+
+Batch = Mapping[str, Tensor]
+Metrics = dict[str, Tensor]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    cfg: ModelConfig,
+    hyper: optimizer.AdamW,
+    schedule: Schedule,
+    *,
+    microbatches: int = 1,
+    compute_dtype: torch.dtype | None = None,
+    execution: model.Execution = model.EAGER,
+    cross_documents: bool = False,
+    donate: bool = False,
+) -> TrainStep:
+    """step(state, batch) -> (state, metrics), pure: the same state and batch give the same result, bit for bit.
+
+    Args:
+      microbatches: the batch is cut into this many equal parts, whose gradients are summed; the loss is normalised
+        by the weight of the whole batch, so the cut changes nothing.
+      compute_dtype: dtype of the forward and backward pass (None: the parameters'). Master weights, moments and the
+        update keep the parameters' dtype.
+      cross_documents: attention ignores document boundaries.
+      donate: the state's storage is reused for the new state (see transforms.jit); the old state must not be used.
+
+    Metrics (0-d tensors on the device): loss (nats a predicted token, before the update), aux_loss (0 for dense
+    models), grad_norm before and grad_norm_clipped after clipping, lr, tokens (predicted in this batch), finite (1 if
+    loss and gradient norm are; otherwise parameters and moments are left as they were).
+
+    Raises UserError when the batch size is no multiple of microbatches.
+    """
+    decay = {path: spec.decay for path, spec in P.abstract_params(cfg).items()}
+
+    loss_fn = losses.make_loss(cfg, execution, dropout=cfg.attention_dropout > 0)
+
+    def gradients(state: TrainState, batch: Batch) -> tuple[P.Params, Tensor, Tensor]:
+        batch = _visible(batch, cross_documents)
+        total_weight = losses.batch_weight(batch)
+        compute = {k: p.to(compute_dtype or p.dtype) for k, p in state.params.items()}
+        stream = rng.fold(state.seed, state.step) if cfg.attention_dropout else None
+        grads, loss = None, None
+        for index, part in enumerate(split_batch(batch, microbatches)):
+            part_stream = None if stream is None else rng.fold(stream, index)
+            part_grads, part_loss = grad_and_value(loss_fn)(_unstack(compute), part, total_weight, part_stream)
+            grads = _accumulate(grads, part_grads, state.params, only=microbatches == 1)
+            loss = part_loss if loss is None else loss + part_loss
+        return grads, loss, total_weight
+
+    def apply_gradients(
+        state: TrainState, grads: P.Params, loss: Tensor, total_weight: Tensor, rows: int
+    ) -> tuple[TrainState, Metrics]:
+        norm = optimizer.global_norm(grads)
+        scale = optimizer.clip_factor(norm, hyper.clip_norm)
+        finite = torch.isfinite(norm) & torch.isfinite(loss)
+        lr = schedule(state.step)
+        params, opt = optimizer.update(
+            hyper, decay, state.params, grads, state.opt, step=state.step, lr=lr, scale=scale, apply=finite
+        )
+        tokens = total_weight.to(torch.int64)
+        new = TrainState(
+            state.step + 1, params, opt, state.seed, state.tokens_seen + tokens, state.position + rows
+        )  # a step whose update was withheld still consumed its data
+        metrics = {
+            "loss": loss,
+            "aux_loss": torch.zeros_like(loss),
+            "grad_norm": norm,
+            "grad_norm_clipped": norm * scale,
+            "lr": lr,
+            "tokens": tokens,
+            "finite": finite,
+        }
+        return new, metrics
+
+    if execution.compile == "step":
+
+        def whole(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            return apply_gradients(state, *gradients(state, batch), rows=batch["tokens"].shape[0])
+
+        return jit(whole, donate=donate)
+
+    finish = jit(apply_gradients, compile=execution.compile == "block", donate=donate)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, loss, total_weight = gradients(state, batch)
+        return finish(state, grads, loss, total_weight, batch["tokens"].shape[0])
+
+    return step
+
+
+def make_eval_step(
+    cfg: ModelConfig,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    execution: model.Execution = model.EAGER,
+    cross_documents: bool = False,
+) -> Callable[[P.Params, Batch], tuple[Tensor, Tensor]]:
+    """eval_step(params, batch) -> (summed nats, summed weight) over the batch's predicted tokens."""
+
+    loss_fn = losses.make_loss(cfg, execution)
+
+    @torch.no_grad()
+    def eval_step(params: P.Params, batch: Batch) -> tuple[Tensor, Tensor]:
+        compute = {k: p.to(compute_dtype or p.dtype) for k, p in params.items()}
+        return loss_fn(compute, _visible(batch, cross_documents), 1.0), losses.batch_weight(batch)
+
+    return eval_step
+
+
+def _visible(batch: Batch, cross_documents: bool) -> Batch:
+    """What the model gets to see: without segments, attention crosses document boundaries."""
+    return {key: value for key, value in batch.items() if not (cross_documents and key == "segments")}
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """Equal parts along the batch dimension; UserError when it does not divide."""
+    rows = batch["tokens"].shape[0]
+    if rows % parts:
+        raise UserError(f"batch_size {rows} cannot be cut into {parts} equal microbatches; make it a multiple")
+    chunks = {key: value.split(rows // parts) for key, value in batch.items()}
+    return [{key: values[i] for key, values in chunks.items()} for i in range(parts)]
+
+
+def _unstack(params: P.Params) -> dict[str, Tensor | tuple[Tensor, ...]]:
+    """Stacked leaves as tuples of per-layer views, so that each layer's gradient is a leaf of its own."""
+    return {path: leaf.unbind(0) if path.startswith(P.LAYERS) else leaf for path, leaf in params.items()}
+
+
+def _accumulate(total: P.Params | None, part: dict[str, object], like: P.Params, only: bool) -> P.Params:
+    """Add one micro-batch's per-layer gradients to the stacked sum, kept in the master dtype.
+
+    A lone micro-batch needs no sum: its gradients are stacked as they are, and the update casts them.
+    """
+    if only:
+        # pop: a leaf's layers are freed as soon as they are stacked
+        return {path: torch.stack(g) if isinstance(g := part.pop(path), tuple) else g for path in list(part)}
+    if total is None:
+        return {
+            path: torch.stack([x.to(like[path].dtype) for x in g]) if isinstance(g, tuple) else g.to(like[path].dtype)
+            for path, g in part.items()
+        }
+    rows = {path: leaf.unbind(0) if isinstance(part[path], tuple) else leaf for path, leaf in total.items()}
+    torch._foreach_add_(tree.leaves(rows), tree.leaves(part))
+    return total

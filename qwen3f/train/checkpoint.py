@@ -1,0 +1,391 @@
+"""Checkpoints: a pytree of tensors and a small JSON record, written by Orbax in the background.
+
+On disk, `directory/<step>/state` is an Orbax tree (`StandardSave`) of nested dicts named like the pytree (by a
+NamedTuple's fields, a dict's keys, a sequence's indices) and `directory/<step>/meta` is JSON. Plain JAX reads both;
+nothing is pickled.
+
+What is kept: a step's directory appears by one rename after everything in it has been written, and leaves by one rename
+before anything in it is deleted, so a directory that bears a step's number is always whole.
+
+JAX, which Orbax stands on, is imported by the first save or restore only, and is held to the CPU.
+"""
+
+import functools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+from qwen3f.errors import UserError
+
+State = TypeVar("State")
+Name = tuple[str, ...]  # a leaf's path: ("params", "model.norm.weight")
+
+TEMPORARY = "*.orbax-checkpoint-tmp*"  # Orbax's name for a checkpoint that is still being written
+DELETED = ".deleted"  # our suffix for a checkpoint that is being deleted
+
+
+class CheckpointWriteError(RuntimeError):
+    """A checkpoint could not be written (disk full, directory gone, …); those written before it are untouched."""
+
+
+class LeafSpec(NamedTuple):
+    """Shape and dtype (JAX's and torch's common name, such as "bfloat16") of one leaf."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {self.dtype}"
+
+
+class Checkpointer:
+    """Saves and restores the training state under `directory`, one subdirectory a step.
+
+    directory: a local directory; made by the first save, only read before that.
+    every: steps between checkpoints; 0 saves after the last step alone.
+    keep: how many of the latest checkpoints stay; 0 keeps all.
+    asynchronous: whether `save` returns before the files are written.
+
+    A context manager: a save that is under way when the interpreter ends, neither waited for nor closed, is lost.
+    One process at a time may save under a directory; any number may read. Raises UserError for a negative number or a
+    `directory` that is a file.
+    """
+
+    def __init__(self, directory: Path, every: int, keep: int, asynchronous: bool = True) -> None:
+        for name, value in (("every", every), ("keep", keep)):
+            if value < 0:
+                raise UserError(f"config.checkpoint.{name} is {value}: write 0 or a positive number of steps")
+        self.directory = Path(directory).absolute()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"{self.directory} is a file: checkpoints need a directory, choose another --workdir")
+        self.every, self.keep, self.asynchronous = every, keep, asynchronous
+        self._buffers: dict[Name, Tensor] = {}  # host memory of the snapshot, used again by the next one
+        self._writer: Any = None  # Orbax's AsyncCheckpointer, made by the first save
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def should_save(self, step: int, last: bool) -> bool:
+        """Whether the state after `step` steps is to be saved; `last` marks the run's final step."""
+        return last or (self.every > 0 and step % self.every == 0)
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Copies `state` to host memory and has it written; returns once the copy is taken.
+
+        state: a pytree of tensors on any device; None and tensors without elements hold no data and are not written.
+        meta: what JSON can hold (tuples come back as lists, integer keys as strings).
+
+        At most one write runs: a save waits for the one before it. Raises UserError, writing nothing, when `step` or a
+        later one is there already, and CheckpointWriteError when this write can't begin or the one before it failed.
+        """
+        meta = json.loads(json.dumps(meta))  # fails here rather than in the writer's thread
+        self.wait()
+        there = self.steps()
+        if there and step <= there[-1]:
+            what = "already holds" if step in there else f"has a checkpoint of step {there[-1]}, later than"
+            raise UserError(
+                f"{self.directory} {what} step {step}, and nothing is overwritten: resume from step {there[-1]}, "
+                "or choose another --workdir"
+            )
+        _, ocp = _import_jax_and_orbax()
+        arrays = _nest({name: _to_jax(leaf) for name, leaf in self._snapshot(state).items()})
+        try:
+            if self._writer is None:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._remove_leftovers()
+                self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+            self._writer.save(self.directory / str(step), args=items)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise self._write_error(step, error) from error
+        self._pending = self._thread.submit(self._finish, step)
+        if not self.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk and what it replaces is gone.
+
+        Raises, once, what went wrong in the background: CheckpointWriteError if the write failed, OSError if an old
+        checkpoint could not be deleted.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits as `wait` does and frees the snapshot's memory. The checkpointer can't save after it."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._writer is not None:
+                self._writer.close()
+            self._buffers = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.close()
+        except (CheckpointWriteError, OSError) as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))  # the error that ended the run stays the one reported
+
+    def steps(self) -> list[int]:
+        """The steps whose checkpoints are complete, ascending."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if _is_checkpoint(path))
+
+    def latest(self) -> int | None:
+        """The last complete checkpoint's step, or None."""
+        return max(self.steps(), default=None)
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """The `meta` saved with `step`. Raises UserError when that step isn't there."""
+        _, ocp = _import_jax_and_orbax()
+        return ocp.JsonCheckpointHandler().restore(_epath(self._existing(step) / "meta"))
+
+    def restore(self, like: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
+        """The state and meta saved at `step` (the latest by default), every bit as it was.
+
+        like: a pytree of tensors giving structure, shapes, dtypes and devices (the CPU for the meta device); its
+            values are not read or written.
+
+        Waits for a save under way, and raises what `wait` raises. Raises UserError, before loading anything, when the
+        step isn't there or its tree is not like `like`.
+        """
+        self.wait()
+        step = self.latest() if step is None else step
+        if step is None:
+            raise UserError(f"{self.directory} holds no checkpoint: save one first, or choose another --workdir")
+        directory = _epath(self._existing(step) / "state")
+        jax, ocp = _import_jax_and_orbax()
+        handler = ocp.StandardCheckpointHandler()
+        leaves = _named_leaves(like)
+        here = {name: _spec(leaf) for name, leaf in leaves.items() if _holds_data(leaf)}
+        on_disk = {
+            name: LeafSpec(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _walk(handler.metadata(directory))
+        }
+        _check_same_tree(on_disk, here, f"{self.directory / str(step)}")
+        cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+        target = {
+            name: jax.ShapeDtypeStruct(spec.shape, jax.numpy.dtype(spec.dtype), sharding=cpu)
+            for name, spec in here.items()
+        }
+        arrays = dict(_walk(handler.restore(directory, args=ocp.args.StandardRestore(_nest(target)))))
+        values = [_from_jax(arrays.pop(name), leaf) if name in here else _empty(leaf) for name, leaf in leaves.items()]
+        return pytree.tree_unflatten(values, pytree.tree_structure(like)), self.read_meta(step)
+
+    def set_aside(self, after: int) -> Path | None:
+        """Moves the checkpoints later than `after` out of the way, to continue from an earlier step; deletes none.
+
+        Returns the directory that they lie in now (beside `directory`), or None where there were none.
+        """
+        self.wait()
+        later = [step for step in self.steps() if step > after]
+        if not later:
+            return None
+        count = 1
+        while (aside := self.directory.with_name(f"{self.directory.name}.aside{count}")).exists():
+            count += 1
+        aside.mkdir()
+        for step in reversed(later):  # the latest first: were this cut short, what remains would still be in order
+            (self.directory / str(step)).rename(aside / str(step))
+        return aside
+
+    def _existing(self, step: int) -> Path:
+        if step not in (steps := self.steps()):
+            there = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{self.directory} holds no checkpoint of step {step}: there are {there}")
+        return self.directory / str(step)
+
+    @torch.no_grad()
+    def _snapshot(self, state: Any) -> dict[Name, Tensor]:
+        """Copies the leaves into host buffers, made once: touching fresh pages costs several times the copy."""
+        leaves = {name: leaf for name, leaf in _named_leaves(state).items() if _holds_data(leaf)}
+        _check_names_apart(leaves)
+        old, self._buffers = self._buffers, {}
+        for name, leaf in leaves.items():
+            buffer = old.pop(name, None)
+            if buffer is None or _spec(buffer) != _spec(leaf):
+                # Contiguous always, pinned for a GPU's copies.
+                buffer = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=leaf.is_cuda)
+            self._buffers[name] = buffer.copy_(leaf, non_blocking=True)
+        for device in {leaf.device for leaf in leaves.values() if leaf.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return self._buffers
+
+    def _finish(self, step: int) -> None:
+        """In the writer's thread: waits for the write, then deletes what `keep` no longer covers."""
+        try:
+            self._writer.wait_until_finished()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise self._write_error(step, error) from error
+        for old in self.steps()[: -self.keep] if self.keep else []:
+            directory = self.directory / str(old)
+            shutil.rmtree(directory.rename(directory.with_name(f"{old}{DELETED}")))
+
+    def _write_error(self, step: int, error: Exception) -> CheckpointWriteError:
+        latest = self.latest()
+        kept = "there is none before it" if latest is None else f"the last whole one is of step {latest}"
+        return CheckpointWriteError(
+            f"the checkpoint of step {step} could not be written to {self.directory} ({kept}): {error}"
+        )
+
+    def _remove_leftovers(self) -> None:
+        """Deletes what a killed process left half written or half deleted."""
+        for pattern in (TEMPORARY, f"*{DELETED}"):
+            for path in self.directory.glob(pattern):
+                shutil.rmtree(path)
+
+
+@functools.cache
+def _import_jax_and_orbax() -> tuple[ModuleType, ModuleType]:
+    """Imports jax and orbax.checkpoint under this project's rules, once (about a second)."""
+    # Read when JAX is imported: on a GPU machine it would otherwise take the card's memory from torch.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # for a program that imported jax before us
+    jax.config.update("jax_enable_x64", True)  # else int64 and float64 would be truncated
+    if hasattr(jax.config, "jax_enable_preemption_service"):  # else JAX takes SIGTERM for itself
+        jax.config.update("jax_enable_preemption_service", False)
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").addFilter(_quiet_orbax)
+    return jax, ocp
+
+
+def _quiet_orbax(record: logging.LogRecord) -> bool:
+    """A filter on absl's logger, which Orbax shares with the user: acts on Orbax's own records alone.
+
+    Drops what is below a warning, and the tracebacks of errors: Orbax logs a failed write's several times over, and
+    raises the same error, which `Checkpointer` reports.
+    """
+    if f"{os.sep}orbax{os.sep}" in record.pathname:
+        record.exc_info = None
+        return record.levelno >= logging.WARNING
+    return True
+
+
+def _epath(path: Path) -> Any:
+    from etils import epath  # Orbax's path type, which its handlers require
+
+    return epath.Path(path)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    # Orbax puts the metadata file there first and renames the directory last.
+    return path.name.isdecimal() and str(int(path.name)) == path.name and (path / "_CHECKPOINT_METADATA").is_file()
+
+
+def _named_leaves(tree: Any) -> dict[Name, Any]:
+    return {tuple(_key_name(key) for key in path): leaf for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
+
+
+def _key_name(key: Any) -> str:
+    match key:
+        case pytree.MappingKey():
+            return str(key.key)
+        case pytree.SequenceKey():
+            return str(key.idx)
+        case pytree.GetAttrKey():
+            return key.name
+    raise TypeError(f"a checkpoint can't name the pytree key {key!r}: use dicts, NamedTuples, tuples and lists")
+
+
+def _holds_data(leaf: Any) -> bool:
+    if leaf is not None and not isinstance(leaf, Tensor):
+        raise TypeError(f"a checkpoint's leaf is a {type(leaf).__name__}: make it a tensor, or put it into meta")
+    return leaf is not None and leaf.numel() > 0
+
+
+def _check_names_apart(leaves: dict[Name, Tensor]) -> None:
+    # Orbax joins a path by dots on disk: of two that join alike, it would keep one without a word.
+    joined: dict[str, Name] = {}
+    for name in leaves:
+        other = joined.setdefault(".".join(name), name)
+        if other != name:
+            raise ValueError(f"the state's leaves {other} and {name} would share a name on disk: rename one")
+
+
+def _spec(leaf: Tensor) -> LeafSpec:
+    return LeafSpec(tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."))
+
+
+class _HostMemory:
+    """A CPU tensor for dlpack. A pinned one calls its device CUDA's, which a JAX held to the CPU doesn't know."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)  # kDLCPU
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return to_dlpack(self.tensor)
+
+
+def _to_jax(tensor: Tensor) -> Any:
+    """A CPU tensor, pinned or not, as a jax.Array over the same memory."""
+    jax, _ = _import_jax_and_orbax()
+    return jax.dlpack.from_dlpack(_HostMemory(tensor))
+
+
+def _from_jax(array: Any, like: Tensor) -> Tensor:
+    device = torch.device("cpu") if like.is_meta else like.device
+    # A copy of its own: JAX takes its arrays for immutable, and training writes into the state.
+    return torch.from_dlpack(array).to(device, copy=True)
+
+
+def _empty(leaf: Tensor | None) -> Tensor | None:
+    return None if leaf is None else torch.empty_like(leaf, device="cpu" if leaf.is_meta else leaf.device)
+
+
+def _nest(flat: dict[Name, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        node = nested
+        for key in name[:-1]:
+            node = node.setdefault(key, {})
+        node[name[-1]] = leaf
+    return nested
+
+
+def _walk(tree: Any, prefix: Name = ()) -> Iterator[tuple[Name, Any]]:
+    """The leaves of nested dicts, with their paths; undoes `_nest`."""
+    tree = getattr(tree, "tree", tree)  # Orbax wraps a tree's metadata
+    if not isinstance(tree, dict):
+        yield prefix, tree
+        return
+    for key, value in tree.items():
+        yield from _walk(value, (*prefix, key))
+
+
+def _check_same_tree(on_disk: dict[Name, LeafSpec], here: dict[Name, LeafSpec], where: str) -> None:
+    names = [*here, *(name for name in on_disk if name not in here)]
+    differing = [name for name in names if on_disk.get(name) != here.get(name)]
+    if not differing:
+        return
+    shown = [
+        f"{'.'.join(name)} is {on_disk.get(name, 'absent')} on disk and {here.get(name, 'absent')} in this run"
+        for name in differing[:3]
+    ]
+    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+    raise UserError(
+        f"workdir's checkpoint belongs to another model ({where}): {'; '.join(shown)}{more}. "
+        "Choose another --workdir, or the configuration that this one was started with"
+    )

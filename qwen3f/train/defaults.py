@@ -1,0 +1,69 @@
+"""The default configuration of a pretraining run: every key that `--config.…` may override, with its meaning."""
+
+from ml_collections import ConfigDict, config_dict
+
+from qwen3f import presets
+
+
+def pretrain_config(preset: str) -> ConfigDict:
+    """Defaults for training `preset`; experiments change what differs. See qwen3f.train.plan for the rules."""
+    config = ConfigDict()
+    config.stage = "pretrain"
+    config.model = ConfigDict(presets.get(preset).to_dict())
+    config.mesh = ""  # axes and sizes, e.g. dp8,tp2,pp4; one device so far
+    config.device = "auto"  # cuda when there is one, else cpu
+    config.dtype = "auto"  # of the forward and backward pass: bfloat16 on cuda, float32 on cpu; master weights: float32
+    config.compile = "auto"  # off, block (one transformer block) or step (one graph); auto: block on cuda, off on cpu
+    config.attention = "auto"  # auto, sdpa, flex or reference
+    config.seed = 0
+    config.steps = 10_000
+    config.batch_size = 64  # rows of a step, over all devices
+    config.microbatches = 1  # parts that a step's batch is cut into, one after the other
+    config.seq_len = 4096
+    config.log_every = 10
+    config.init_from = ""  # a workdir or its checkpoints/N: weights (and tokenizer) to start from
+    config.resume = config_dict.placeholder(int)  # a step of this workdir to go on from; default: the last
+    config.wandb = "off"  # off, offline or online
+
+    config.data = ConfigDict()
+    config.data.mixture = "embedded"  # embedded: Python's standard library; files@DIR: .txt, .jsonl, .parquet
+    config.data.root = ""  # DIR for mixture=files
+    config.data.text_key = "text"  # field of .jsonl, column of .parquet
+    config.data.holdout = 0.02  # share of the documents kept for validation
+    config.data.cache = ""  # where tokenizers and tokens are kept; default $XDG_CACHE_HOME/qwen3f
+    config.data.tokenizer = ""  # a sentencepiece model; default: train one of model.vocab_size on the corpus
+    config.data.reset_positions = True  # positions restart at each document
+    config.data.cross_documents = False  # attention may look into the documents before
+    config.data.num_threads = 2
+
+    config.optimizer = ConfigDict()
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.95
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.clip_norm = 1.0  # 0: no clipping
+
+    config.schedule = ConfigDict()
+    config.schedule.kind = "cosine"  # cosine, wsd or constant
+    config.schedule.peak_lr = 3e-4
+    config.schedule.min_ratio = 0.1  # of peak_lr, where the decay ends
+    config.schedule.warmup = 0.01  # below 1 a share of the steps, else a number of steps
+    config.schedule.decay = 0.1  # wsd only; likewise
+    config.schedule.decay_shape = "linear"  # wsd only: linear or cosine
+
+    config.eval = ConfigDict()
+    config.eval.every = 500  # steps; 0: only at the end
+    config.eval.batch_size = 16
+    config.eval.max_docs = 0  # held-out documents to use; 0: all
+    config.eval.compare_gzip = False  # also say what gzip -9 needs for the held-out text
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 1000  # steps; 0: only at the end
+    config.checkpoint.keep = 2  # last ones kept; 0: all
+    config.checkpoint.asynchronous = True
+
+    config.sample = ConfigDict()
+    config.sample.prompts = ("import ", "def main(", "The ")  # continued at the end of the run
+    config.sample.tokens = 64
+    config.sample.temperature = 0.7
+    return config

@@ -1,0 +1,215 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, a progress bar, and Weights & Biases on request."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from qwen3f.errors import UserError
+
+WANDB_MODES = ("off", "offline", "online")
+BAR_FORMAT = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
+
+
+class MetricLogger:
+    """Writes the metrics of one run; a context manager.
+
+    workdir: gets `metrics.jsonl` (one JSON object a logged step), `tensorboard/` and, when asked for, `wandb/`.
+    total_steps: steps the run is to have in the end. start_step: steps already done (0 for a new run); what a run
+        that got further had logged for later steps is dropped from metrics.jsonl and hidden in TensorBoard.
+    wandb_mode: "off", "offline" (written into workdir, nothing sent) or "online".
+    run_config: the resolved configuration, JSON-like, shown by wandb.
+    progress: whether to draw the bar on stderr.
+
+    Raises UserError for an unknown `wandb_mode`, wandb not installed or not logged in, or a metrics.jsonl in `workdir`
+    that this class didn't write.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        total_steps: int,
+        start_step: int,
+        wandb_mode: str = "off",
+        run_config: Mapping[str, Any],
+        progress: bool,
+    ) -> None:
+        wandb = _import_wandb(wandb_mode)
+        workdir = Path(workdir)
+        path = workdir / "metrics.jsonl"
+        kept = _lines_until(path, start_step)
+        workdir.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:  # what is open closes again, should a later one fail to open
+            # wandb comes first, as it may refuse: nothing of an older run is dropped before.
+            self._wandb_run: Any = None
+            if wandb is not None:
+                self._wandb_run = stack.enter_context(_wandb_run(wandb, workdir, wandb_mode, run_config))
+            _rewrite(path, [line for _, line in kept])
+            self._last_step = kept[-1][0] if kept else -1
+            self._file = stack.enter_context(path.open("a", encoding="utf-8"))
+            self._tensorboard = stack.enter_context(_tensorboard_writer(workdir / "tensorboard", start_step))
+            self._bar = stack.enter_context(_progress_bar(total_steps, start_step, progress))
+            self._shown: dict[str, str] = {}
+            self._open = stack.pop_all()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records the metrics of the state after `step` steps everywhere but in the bar.
+
+        metrics.jsonl gets the line `{"step": step, ...}` at once. JSON has no NaN or infinity: such a value is written
+        as null; TensorBoard and wandb show it as it is. Raises ValueError unless `step` is later than the last one
+        logged: one call a step, with all of its metrics.
+        """
+        if step <= self._last_step:
+            raise ValueError(f"step {step} is logged after step {self._last_step}: log each step once, in order")
+        self._last_step = step
+        values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step} | {name: _finite(value) for name, value in values.items()}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb_run is not None:
+            self._wandb_run.log({"step": step} | values)
+
+    def advance(self, step: int, loss: float | None = None, tokens_per_sec: float | None = None) -> None:
+        """Moves the bar to `step` steps done and shows what is given; what isn't keeps its last value."""
+        if loss is not None:
+            self._shown["loss"] = f"loss {loss:.4f}"
+        if tokens_per_sec is not None:
+            self._shown["speed"] = f"{_short(tokens_per_sec)} tokens/s"
+        self._bar.set_postfix_str(", ".join(self._shown.values()), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Records a text, such as a sample, in TensorBoard, with its line breaks; the caller prints it."""
+        # Four spaces make it preformatted: TensorBoard reads Markdown.
+        self._tensorboard.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
+
+    def write(self, line: str) -> None:
+        """Prints a line to stdout without breaking the bar."""
+        tqdm.write(line, file=sys.stdout)
+
+    def close(self) -> None:
+        """Flushes and closes all of it; more calls do nothing."""
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.__exit__(kind, error, trace)  # so that wandb learns whether the run failed
+
+
+def _lines_until(path: Path, start_step: int) -> list[tuple[int, str]]:
+    """(step, line) of a metrics.jsonl's lines that a run from `start_step` keeps: none if that is the beginning.
+
+    A last line without an end, which a killed process left, isn't among them.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    steps = [_step_of(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [(step, line) for step, line in zip(steps, lines, strict=True) if start_step > 0 and step <= start_step]
+
+
+def _rewrite(path: Path, lines: list[str]) -> None:
+    """Replaces the file's content by `lines`, in one rename."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _step_of(line: str, where: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{where} is not a JSON object with a "step": move the file away, or mend the line') from error
+
+
+@contextlib.contextmanager
+def _tensorboard_writer(directory: Path, start_step: int) -> Iterator[Any]:
+    from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a while, and few modules need it
+
+    # TensorBoard hides events from purge_step on that older event files in this directory hold.
+    writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else 0, flush_secs=10)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def _import_wandb(mode: str) -> ModuleType | None:
+    if mode not in WANDB_MODES:
+        raise UserError(f"config.wandb is {mode!r}: write one of {', '.join(WANDB_MODES)}")
+    if mode == "off":
+        return None
+    if mode == "offline":
+        os.environ["WANDB_ERROR_REPORTING"] = "false"  # read on import; else its telemetry tries the network even so
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        if error.name != "wandb":
+            raise
+        raise UserError(f"config.wandb is {mode!r}, but wandb is not installed: pip install wandb") from error
+    return wandb
+
+
+@contextlib.contextmanager
+def _wandb_run(wandb: ModuleType, workdir: Path, mode: str, run_config: Mapping[str, Any]) -> Iterator[Any]:
+    run_id = workdir / "wandb_run_id"  # a resumed run goes on in the same curve
+    if not run_id.exists():
+        run_id.write_text(uuid.uuid4().hex[:12])
+    try:
+        run = wandb.init(
+            project="qwen3f",
+            name=workdir.absolute().name,
+            id=run_id.read_text(),
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            dir=str(workdir),
+            config=dict(run_config),
+            settings=wandb.Settings(silent=True, console="off"),  # stdout and stderr stay the run's own
+        )
+    except wandb.errors.UsageError as error:
+        raise UserError(f"config.wandb is {mode!r}, but wandb can't start ({error}): run `wandb login`") from error
+    # wandb's own counter refuses to go back, which resuming from an earlier step does.
+    run.define_metric("*", step_metric="step")
+    exit_code = 1
+    try:
+        yield run
+        exit_code = 0
+    finally:
+        run.finish(exit_code=exit_code)
+
+
+def _progress_bar(total_steps: int, start_step: int, progress: bool) -> tqdm:
+    return tqdm(
+        total=total_steps,
+        initial=start_step,
+        disable=not progress,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        bar_format=BAR_FORMAT,
+        # In a file every update is a line: one in half a minute will do there.
+        mininterval=0.1 if sys.stderr.isatty() else 30.0,
+        miniters=1,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"

@@ -1,0 +1,160 @@
+"""The training loop: data in, steps, metrics and checkpoints out. The effects of a run happen here."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+
+from qwen3f.data.corpus import Corpus, gzip_bits_per_byte
+from qwen3f.data.loader import Loader
+from qwen3f.infer.generate import generate
+from qwen3f.params import Params
+from qwen3f.stages import pretrain
+from qwen3f.train import workdir as W
+from qwen3f.train.checkpoint import Checkpointer
+from qwen3f.train.evaluate import evaluate
+from qwen3f.train.finite import FiniteCheck
+from qwen3f.train.logger import MetricLogger
+from qwen3f.train.metrics import Throughput, flops_per_token, peak_flops, peak_source
+from qwen3f.train.plan import Plan, make_plan
+from qwen3f.train.start import open_corpus, starting_state
+from qwen3f.train.state import TrainState
+
+
+def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, float]:
+    """Train as `config` says, from where `workdir` stands; returns the last validation metrics.
+
+    Raises UserError, with nothing in the workdir changed, when the run cannot start; TrainingError when it breaks.
+    """
+    plan = make_plan(config)
+    resolved = json.loads(config.to_json_best_effort())
+    W.check_same_model(workdir, resolved)
+    options = config.checkpoint
+    with Checkpointer(workdir / W.CHECKPOINTS, options.every, options.keep, options.asynchronous) as checkpoints:
+        corpus = open_corpus(plan, workdir, progress)
+        state = starting_state(plan, checkpoints)
+        start = int(state.step)
+        with MetricLogger(
+            workdir,
+            total_steps=config.steps,
+            start_step=start,
+            wandb_mode=config.wandb,
+            run_config=resolved,
+            progress=progress,
+        ) as logger:
+            for change in W.write_config(workdir, resolved, start):
+                logger.write(f"config changed: {change}")
+            W.keep_tokenizer(workdir, corpus.tokenizer.path)
+            return _train(plan, corpus, state, checkpoints, logger, resolved)
+
+
+def _train(
+    plan: Plan,
+    corpus: Corpus,
+    state: TrainState,
+    checkpoints: Checkpointer,
+    logger: MetricLogger,
+    resolved: dict[str, Any],
+) -> dict[str, float]:
+    config = plan.config
+    start, rows = int(state.step), config.batch_size
+    step_options = {
+        "compute_dtype": plan.compute_dtype,
+        "execution": plan.execution,
+        "cross_documents": config.data.cross_documents,
+    }
+    train_step = pretrain.make_train_step(
+        plan.model, plan.optimizer, plan.schedule, microbatches=config.microbatches, donate=True, **step_options
+    )
+    validate = _validator(plan, corpus, pretrain.make_eval_step(plan.model, **step_options))
+    flops, peak = flops_per_token(plan.model, config.seq_len), peak_flops(plan.device)
+    _announce(plan, corpus, start, peak, logger)
+
+    check, validation = FiniteCheck(), {}
+    watch = Throughput(start * rows * config.seq_len, time.perf_counter())
+    with Loader(corpus.train, rows, config.seed, int(state.position), plan.device, plan.model.vocab_size) as loader:
+        first = int(state.position)
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = train_step(state, next(loader))
+            check(step, metrics, first, rows)
+            first += rows
+            last = step == config.steps
+            values: dict[str, float] = {}
+            if step % config.log_every == 0 or last or step == start + 1:
+                check.flush()
+                values = {name: metrics[name].item() for name in metrics if name not in ("tokens", "finite")}
+                speed, watch = watch.advance(step * rows * config.seq_len, time.perf_counter())
+                values |= {"tokens_per_sec": speed, "mfu": speed * flops / peak, "tokens_seen": int(state.tokens_seen)}
+                if plan.device.type == "cuda":
+                    values["peak_memory_gib"] = torch.cuda.max_memory_allocated(plan.device) / 2**30
+            evaluating = last or (config.eval.every and step % config.eval.every == 0)
+            saving = checkpoints.should_save(step, last)
+            if evaluating or saving:
+                check.flush()  # a state is judged and saved only once its update is known to be sound
+            if evaluating:
+                values |= (validation := validate(state.params))
+                logger.write(f"step {step}: {_shown(validation)}")
+            if values:
+                logger.log(step, values)
+            logger.advance(step, values.get("loss"), values.get("tokens_per_sec"))
+            if saving:
+                checkpoints.save(step, state, {"config": resolved})
+            if evaluating or saving:  # neither counts as training time
+                watch = Throughput(step * rows * config.seq_len, time.perf_counter())
+    if not validation:
+        logger.write(f"at step {start} of {config.steps}: nothing left to train; raise --config.steps to go on")
+        validation = validate(state.params)
+        logger.write(f"step {start}: {_shown(validation)}")
+    if config.eval.compare_gzip:
+        logger.write(f"gzip -9 on the same held-out text: {gzip_bits_per_byte(corpus.source):.4f} bits a byte")
+    _samples(plan, corpus, state, logger)
+    return validation
+
+
+def _validator(plan: Plan, corpus: Corpus, eval_step: Callable[..., Any]) -> Callable[[Params], dict[str, float]]:
+    options = {
+        "seq_len": plan.config.seq_len,
+        "batch_size": plan.config.eval.batch_size,
+        "vocab_size": plan.model.vocab_size,
+        "max_docs": plan.config.eval.max_docs,
+        "device": plan.device,
+    }
+    return lambda params: evaluate(eval_step, params, corpus.heldout, **options)
+
+
+def _shown(validation: dict[str, float]) -> str:
+    return f"held-out loss {validation['val_loss']:.4f}, {validation['val_bpb']:.4f} bits a byte"
+
+
+def _announce(plan: Plan, corpus: Corpus, start: int, peak: float, logger: MetricLogger) -> None:
+    cfg, cache = plan.model, corpus.train.cache
+    dtype = str(plan.compute_dtype).removeprefix("torch.")
+    logger.write(
+        f"model: {cfg.total_params_estimate():,} parameters, {cfg.num_hidden_layers} layers; {dtype} on {plan.device}, "
+        f"compile={plan.execution.compile}; MFU against {peak / 1e12:.4g} TFLOP/s ({peak_source(plan.device)})"
+    )
+    logger.write(
+        f"data: {corpus.source.name}, {cache.num_tokens:,} tokens in {cache.num_docs:,} documents to train on, "
+        f"{corpus.heldout.num_tokens:,} in {corpus.heldout.num_docs:,} held out"
+    )
+    if start:
+        logger.write(f"going on from step {start}")
+
+
+def _samples(plan: Plan, corpus: Corpus, state: TrainState, logger: MetricLogger) -> None:
+    """Continue each prompt and show it; the model runs as it trained, but uncompiled: each length is used once."""
+    options = plan.config.sample
+    params = {path: leaf.to(plan.compute_dtype) for path, leaf in state.params.items()}
+    cfg = dataclasses.replace(plan.model, gradient_checkpointing="none")
+    for number, prompt in enumerate(options.prompts if options.tokens else ()):
+        ids = corpus.tokenizer.encode(prompt)
+        tokens = torch.tensor([ids or [corpus.tokenizer.eos_id]], device=plan.device)
+        out = generate(cfg, params, tokens, max_new_tokens=options.tokens, temperature=options.temperature, seed=number)
+        text = corpus.tokenizer.decode(out[0].tolist())
+        logger.text(int(state.step), f"sample/{number}", text)
+        logger.write(f"--- sample {number}\n{text}")

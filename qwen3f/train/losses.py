@@ -1,0 +1,43 @@
+"""The next-token loss: a weighted sum over tokens, divided by the weight of the whole batch."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from kernels import cross_entropy
+from qwen3f import model
+from qwen3f.config import ModelConfig
+from qwen3f.params import Params
+
+LossFn = Callable[..., Tensor]
+
+
+def batch_weight(batch: Mapping[str, Tensor]) -> Tensor:
+    """Σ loss_weights over predicted tokens (targets ≥ 0): the divisor of the loss, a float32 scalar tensor."""
+    counted = batch["targets"] != cross_entropy.IGNORE
+    return torch.where(counted, batch["loss_weights"], 0.0).sum()
+
+
+def make_loss(cfg: ModelConfig, execution: model.Execution = model.EAGER, *, dropout: bool = False) -> LossFn:
+    """loss(params, batch, total_weight, dropout_stream=None) -> Σ loss_weights · nll / total_weight, nats a token.
+
+    float32 (float64 for a float64 model). total_weight is `batch_weight` of *all* micro-batches and ranks that make
+    up the step, so that cutting a batch never changes the loss. A batch in which nothing is predicted gives 0 and
+    zero gradients, not NaN. With execution=model.REFERENCE the function composes with torch.func.
+    """
+    forward = model.make_forward(cfg, execution, dropout=dropout)
+
+    def loss(
+        params: Params, batch: Mapping[str, Tensor], total_weight: Tensor | float, dropout_stream: Tensor | None = None
+    ) -> Tensor:
+        hidden = forward(params, batch, dropout_stream).flatten(0, 1)
+        rest = (model.head_weight(cfg, params), batch["targets"].flatten(), batch["loss_weights"].flatten())
+        if execution.loss == "reference":
+            total = cross_entropy.reference(hidden, *rest)
+        else:
+            total = cross_entropy.linear_cross_entropy(hidden, *rest, compiled=execution.compile == "block")
+        divisor = torch.as_tensor(total_weight, dtype=total.dtype, device=total.device)
+        return total / torch.where(divisor > 0, divisor, 1.0)
+
+    return loss

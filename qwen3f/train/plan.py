@@ -1,0 +1,121 @@
+"""From a configuration to the checked, typed objects that a run is made of. No effects, nothing read but the config."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+
+from qwen3f import model
+from qwen3f.config import ModelConfig
+from qwen3f.data.corpus import DataConfig
+from qwen3f.errors import UserError
+from qwen3f.train.optimizer import AdamW
+from qwen3f.train.schedule import Schedule
+from sharding.mesh import parse_mesh
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run, decided. config holds the plain numbers (steps, batch_size, …), already checked."""
+
+    config: ConfigDict
+    model: ModelConfig
+    optimizer: AdamW
+    schedule: Schedule
+    execution: model.Execution
+    data: DataConfig
+    device: torch.device
+    compute_dtype: torch.dtype
+
+
+def make_plan(config: ConfigDict) -> Plan:
+    """Raises UserError, naming key and value, for anything that cannot run."""
+    for key, low in (
+        ("steps", 1), ("batch_size", 1), ("microbatches", 1), ("seq_len", 1), ("log_every", 1), ("eval.every", 0),
+        ("eval.batch_size", 1), ("eval.max_docs", 0), ("checkpoint.every", 0), ("checkpoint.keep", 0), ("sample.tokens", 0),
+    ):  # fmt: skip
+        _at_least(config, key, low)
+    if config.batch_size % config.microbatches:
+        raise UserError(
+            f"config.batch_size={config.batch_size} cannot be cut into config.microbatches={config.microbatches} equal "
+            "parts; make batch_size a multiple"
+        )
+    cfg = ModelConfig.from_dict(config.model.to_dict())
+    if config.seq_len > cfg.max_position_embeddings:
+        raise UserError(
+            f"config.seq_len={config.seq_len} exceeds config.model.max_position_embeddings="
+            f"{cfg.max_position_embeddings}; shorten the one or raise the other"
+        )
+    mesh = parse_mesh(config.mesh)
+    if mesh.size > 1:
+        raise UserError(f"config.mesh={config.mesh} asks for {mesh.size} devices; this version trains on one")
+    device = _device(config.device)
+    data = DataConfig(vocab_size=cfg.vocab_size, **config.data.to_dict())
+    return Plan(
+        config=config,
+        model=cfg,
+        optimizer=AdamW(**config.optimizer.to_dict()),
+        schedule=_schedule(config),
+        execution=model.Execution(_compile_mode(config.compile, device), config.attention),
+        data=data,
+        device=device,
+        compute_dtype=_dtype(config.dtype, device),
+    )
+
+
+def _at_least(config: ConfigDict, key: str, low: int) -> None:
+    value: Any = config
+    for name in key.split("."):
+        value = value[name]
+    if value < low:
+        raise UserError(f"config.{key} must be at least {low}, got {value}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"config.device={name!r} is not a device; write auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"config.device={name!r}: write auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"config.device={name!r}, but torch sees no CUDA device; write auto or cpu")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"config.dtype={name!r}: write auto, {' or '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _compile_mode(mode: str, device: torch.device) -> str:
+    return ("block" if device.type == "cuda" else "off") if mode == "auto" else mode
+
+
+def _schedule(config: ConfigDict) -> Schedule:
+    s = config.schedule
+    return Schedule(
+        kind=s.kind,
+        peak=s.peak_lr,
+        total_steps=config.steps,
+        warmup_steps=_steps(config, "warmup"),
+        min_lr=s.peak_lr * s.min_ratio,
+        decay_steps=_steps(config, "decay") if s.kind == "wsd" else 0,
+        decay_shape=s.decay_shape,
+    )
+
+
+def _steps(config: ConfigDict, key: str) -> int:
+    """A share of the run below 1, a number of steps from 1 on."""
+    value = config.schedule[key]
+    if value < 0:
+        raise UserError(f"config.schedule.{key} must not be negative, got {value}")
+    return int(value * config.steps) if value < 1 else int(value)

@@ -1,0 +1,42 @@
+"""TrainState: everything a run continues from, as one pytree of tensors."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen3f import params as P
+from qwen3f.config import ModelConfig
+from qwen3f.train import optimizer
+
+
+class TrainState(NamedTuple):
+    """step: updates done. tokens_seen: predicted tokens so far. position: the next example's place in the data order.
+
+    seed is the source of all randomness inside a step (dropout). step, seed, tokens_seen and position are int64
+    scalars on the parameters' device.
+    """
+
+    step: Tensor
+    params: P.Params
+    opt: optimizer.AdamWState
+    seed: Tensor
+    tokens_seen: Tensor
+    position: Tensor
+
+
+def init_state(
+    cfg: ModelConfig, seed: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TrainState:
+    """A fresh run: parameters from `seed`, zero moments, nothing seen."""
+    return from_params(P.init_params(cfg, seed, device=device, dtype=dtype), seed)
+
+
+def from_params(params: P.Params, seed: int) -> TrainState:
+    """A run that starts from given parameters."""
+    device = next(iter(params.values())).device
+
+    def scalar(value: int) -> Tensor:
+        return torch.tensor(value, dtype=torch.int64, device=device)
+
+    return TrainState(scalar(0), params, optimizer.init(params), scalar(seed), scalar(0), scalar(0))

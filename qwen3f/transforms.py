@@ -1,0 +1,97 @@
+"""Function transforms: `grad_and_value` and `jit`, as their JAX namesakes, over pytrees of torch tensors.
+
+`torch.func.grad_and_value` refuses saved-tensor hooks (so no activation checkpointing), custom ops with a registered
+autograd formula, and compiled functions. The version here has its signature and results but stands on
+`torch.autograd.grad` over leaves made from the pytree, so all of these compose.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3f import tree
+
+
+def grad_and_value(
+    fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
+    """A function that returns (gradients, value), or (gradients, (value, aux)), of a scalar-valued `fn`.
+
+    Args:
+      fn: returns a 0-d floating tensor, or (that, aux) when has_aux. It must not write to its arguments.
+      argnums: which positional arguments to differentiate; each is a pytree of floating tensors.
+    Gradients have the structure, shape and dtype of those arguments; what `fn` does not use gets zeros. Value and aux
+    come detached. Deviation from torch.func: one order of differentiation only; the result cannot be nested in
+    torch.func transforms (the pure loss can).
+    """
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        wanted = (argnums,) if isinstance(argnums, int) else argnums
+        leaves, spec = tree.flatten(tuple(args[i] for i in wanted))
+        for leaf in leaves:
+            if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+                raise TypeError(f"grad_and_value: argument(s) {wanted} must hold floating tensors only, got {leaf!r}")
+        with torch.enable_grad():
+            variables = [leaf.detach().requires_grad_() for leaf in leaves]
+            call = list(args)
+            for i, value in zip(wanted, tree.unflatten(variables, spec)):
+                call[i] = value
+            result = fn(*call, **kwargs)
+            value, aux = result if has_aux else (result, None)
+            if not (isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()):
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"grad_and_value: the function must return a 0-d floating tensor, got {got}")
+            gradients = torch.autograd.grad(value, variables, allow_unused=True, materialize_grads=True)
+        gradients = tree.unflatten(list(gradients), spec)
+        gradients = gradients[0] if isinstance(argnums, int) else gradients
+        value = value.detach()
+        return (gradients, (value, tree.map(_detach, aux))) if has_aux else (gradients, value)
+
+    return wrapped
+
+
+def _detach(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def jit(fn: Callable[..., Any], *, compile: bool = True, donate: bool = False) -> Callable[..., Any]:
+    """Compile a pure function into one graph (`fullgraph=True`), autograd calls inside it included.
+
+    donate: the first argument's storage is given up. `fn` must then return a tuple whose first element has the first
+      argument's structure; every changed leaf is written into the old leaf's storage and the old leaves are returned,
+      so a state is never held twice. The caller must not use the old state again: it *is* the new one. Compiled, the
+      write happens where the value is computed. Uncompiled, it happens after `fn`, so the peak holds both.
+    compile: False gives the same semantics without torch.compile.
+    """
+    body = _donating(fn) if donate else fn
+    if not compile:
+        return body
+    compiled = torch.compile(body, fullgraph=True)
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def _donating(fn: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def body(state: Any, *args: Any, **kwargs: Any) -> Any:
+        new_state, *rest = fn(state, *args, **kwargs)
+        old, spec = tree.flatten(state)
+        new, new_spec = tree.flatten(new_state)
+        if spec != new_spec:
+            raise TypeError(f"donation: the state went in as {spec} and came out as {new_spec}")
+        with torch.no_grad():
+            for before, after in zip(old, new):
+                if after is not before:
+                    before.copy_(after)
+        return (state, *rest)
+
+    return body

@@ -1,0 +1,1 @@
+"""Parallelism: named meshes and where parameters live on them."""

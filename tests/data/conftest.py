@@ -1,0 +1,70 @@
+"""Small corpora, a tokenizer trained on one, and caches made of given tokens."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from qwen3f.data.token_cache import TokenCache
+from qwen3f.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
+
+EOS = 1
+
+CODE = [
+    f"def function_{i}(self, value):\n    if value == {i}:\n        return self.table[{i}]\n\n    return None\n"
+    for i in range(40)
+]
+
+
+@pytest.fixture(scope="session")
+def code_texts() -> list[str]:
+    return CODE
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
+    return train_sentencepiece(CODE, 340, tmp_path_factory.mktemp("tokenizer") / "code.model")
+
+
+@pytest.fixture(scope="session")
+def make_cache() -> Callable[[list[int]], TokenCache]:
+    """make_cache(lengths): documents of those lengths (end-of-text included); token n of the stream is 10 + n."""
+
+    def make(lengths: list[int]) -> TokenCache:
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        tokens = 10 + np.arange(offsets[-1], dtype=np.uint32)
+        tokens[offsets[1:] - 1] = EOS
+        doc_bytes = 3 * np.array(lengths, np.int64)
+        return TokenCache(Path("in-memory"), tokens, offsets, doc_bytes, vocab_size=100_000, stats={})
+
+    return make
+
+
+@pytest.fixture
+def write_jsonl(tmp_path) -> Callable[..., Path]:
+    """write_jsonl(rows, name): a .jsonl file in tmp_path/corpus; returns its path."""
+
+    def write(rows: list[object], name: str = "rows.jsonl") -> Path:
+        path = tmp_path / "corpus" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_parquet(tmp_path) -> Callable[..., Path]:
+    """write_parquet(columns, name): a .parquet file with row groups of two rows; returns its path."""
+
+    def write(columns: dict[str, list], name: str = "rows.parquet") -> Path:
+        path = tmp_path / "corpus" / name
+        path.parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+        return path
+
+    return write

@@ -1,0 +1,122 @@
+"""From a configuration to examples and held-out text, with the tokenizer and both caches reused."""
+
+import gzip
+
+import pytest
+
+from qwen3f.data import corpus as module
+from qwen3f.data.corpus import DataConfig, cache_directory, gzip_bits_per_byte, prepare
+from qwen3f.data.sources import open_source
+from qwen3f.errors import UserError
+
+
+@pytest.fixture
+def config(tmp_path, write_jsonl, code_texts):
+    write_jsonl([{"text": text} for text in code_texts])
+    return DataConfig(
+        mixture=f"files@{tmp_path / 'corpus'}",
+        holdout=0.3,
+        cache=str(tmp_path / "cache"),
+        vocab_size=310,
+        num_threads=1,
+    )
+
+
+def test_prepare_end_to_end(config, code_texts, capfd):
+    corpus = prepare(config, seq_len=16, progress=False)
+    assert capfd.readouterr() == ("", "")
+    assert corpus.tokenizer.vocab_size == 310
+    heldout_texts = [d.text for d in corpus.source.documents("heldout")]
+    assert 0 < len(heldout_texts) < 25
+    assert corpus.heldout.num_docs == len(heldout_texts)
+    assert corpus.heldout.num_docs + corpus.train.cache.num_docs == len(code_texts)
+    text = corpus.tokenizer.decode(corpus.heldout.tokens.tolist(), skip_special=True)
+    assert text == "".join(heldout_texts)
+    first = corpus.train[0]
+    train_text = next(corpus.source.documents("train")).text
+    assert train_text.startswith(corpus.tokenizer.decode(first["tokens"].tolist()))
+    assert first["tokens"].shape == (16,)
+
+
+def test_prepare_again_trains_and_tokenises_nothing(config, monkeypatch):
+    first = prepare(config, 16, progress=False)
+
+    def fail(*args, **kwargs):
+        raise AssertionError("worked again")
+
+    monkeypatch.setattr(module, "train_sentencepiece", fail)
+    monkeypatch.setattr(type(first.source), "documents", fail)
+    again = prepare(config, 32, progress=False)
+    assert again.tokenizer.fingerprint == first.tokenizer.fingerprint
+    assert again.train.cache.path == first.train.cache.path
+
+
+def test_the_tokenizer_never_sees_heldout_text(config, monkeypatch):
+    seen = []
+    train = module.train_sentencepiece
+
+    def spy(texts, *args):
+        texts = list(texts)
+        seen.extend(texts)
+        return train(texts, *args)
+
+    monkeypatch.setattr(module, "train_sentencepiece", spy)
+    corpus = prepare(config, 16, progress=False)
+    assert seen == [d.text for d in corpus.source.documents("train")]
+
+
+def test_options_reach_the_dataset(config, tokenizer):
+    config = DataConfig(**{**vars(config), "reset_positions": False, "cross_documents": True})
+    corpus = prepare(config, 16, progress=False)
+    assert (corpus.train.reset_positions, corpus.train.cross_documents) == (False, True)
+    given = DataConfig(**{**vars(config), "tokenizer": str(tokenizer.path)})
+    assert prepare(given, 16, progress=False).tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_two_vocabulary_sizes_live_side_by_side(config):
+    other = DataConfig(**{**vars(config), "vocab_size": 320})
+    assert prepare(config, 16, progress=False).tokenizer.vocab_size == 310
+    assert prepare(other, 16, progress=False).tokenizer.vocab_size == 320
+    assert prepare(config, 16, progress=False).tokenizer.vocab_size == 310
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mixture": "embedd"}, "did you mean 'embedded'"),
+        ({"tokenizer": "/absent.model"}, "no tokenizer at /absent.model"),
+        ({"holdout": 0.0}, "no document in its heldout split.*raise data.holdout"),
+        ({"vocab_size": 10**6}, "set data.vocab_size to"),
+        ({"num_threads": 0}, "data.num_threads is 0: give at least 1"),
+        ({"text_key": "body"}, r"rows.jsonl:1 has no key 'body'; it has 'text'"),
+    ],
+)
+def test_user_errors(config, change, message):
+    with pytest.raises(UserError, match=message):
+        prepare(DataConfig(**{**vars(config), **change}), 16, progress=False)
+
+
+def test_corpus_shorter_than_an_example(config):
+    with pytest.raises(UserError, match=r"fewer than one example of seq_len=1000000 needs"):
+        prepare(config, 10**6, progress=False)
+
+
+def test_cache_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_directory() == tmp_path / "xdg" / "qwen3f"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_directory() == tmp_path / "home" / ".cache" / "qwen3f"
+    assert cache_directory("~/here") == tmp_path / "home" / "here"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cache directory .*file/x cannot be made .*set data.cache"):
+        cache_directory(str(tmp_path / "file" / "x"))
+
+
+def test_gzip_bits_per_byte(config):
+    source = open_source(config.mixture, holdout=config.holdout)
+    text = "".join(d.text for d in source.documents("heldout")).encode()
+    expected = 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)
+    assert gzip_bits_per_byte(source) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(UserError, match="no document in its heldout split"):
+        gzip_bits_per_byte(open_source(config.mixture, holdout=0.0))

@@ -1,0 +1,91 @@
+"""ModelConfig: files, checks, and parameter counts against Qwen3's published ones."""
+
+import pytest
+
+from qwen3f import params, presets
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+
+# Exact counts of Hugging Face's models (built on the meta device), and the seed's sizes where they can be reached.
+COUNTS = {
+    "debug": (23_884_544, 23_884_544),
+    "debug_moe": (46_088_960, 27_067_136),
+    "small": (1_610_474_496, 1_610_474_496),
+    "medium": (8_190_735_360, 8_190_735_360),
+    "large": (235_093_634_560, 22_190_763_520),
+    "qwen3-0.6b": (596_049_920, 596_049_920),
+    "qwen3-1.7b": (1_720_574_976, 1_720_574_976),
+    "qwen3-4b": (4_022_468_096, 4_022_468_096),
+    "qwen3-8b": (8_190_735_360, 8_190_735_360),
+    "qwen3-14b": (14_768_307_200, 14_768_307_200),
+    "qwen3-32b": (32_762_123_264, 32_762_123_264),
+    "qwen3-30b-a3b": (30_532_122_624, 3_353_032_704),
+    "qwen3-235b-a22b": (235_093_634_560, 22_190_763_520),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_are_exact(name):
+    cfg = presets.get(name)
+    assert (cfg.total_params_estimate(), cfg.active_params_estimate()) == COUNTS[name]
+
+
+def test_count_equals_the_tensors_made():
+    cfg = presets.get("nano").replace(attention_bias=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+                                      decoder_sparse_step=2, mlp_only_layers=(3,))  # fmt: skip
+    made = params.init_params(cfg, 0)
+    assert sum(p.numel() for p in made.values()) == cfg.total_params_estimate()
+    assert (cfg.sparse_layers, cfg.dense_layers) == ((1,), (0, 2, 3))
+    params.check_params(cfg, made)
+
+
+def test_matmul_params_leave_out_the_lookup_and_vectors():
+    cfg = presets.get("debug")
+    layers = 6 * (2 * 256 * 1024 + 2 * 256 * 256 + 3 * 256 * 688)
+    assert cfg.matmul_params() == layers + 32768 * 256  # the head, not the embedding
+    assert cfg.replace(tie_word_embeddings=True).matmul_params() == cfg.matmul_params()
+
+
+@pytest.mark.parametrize("kind", ["json", "yaml"])
+def test_files_round_trip(tmp_path, kind):
+    cfg = presets.get("large").replace(mlp_only_layers=(0, 5))
+    path = tmp_path / f"c.{kind}"
+    getattr(cfg, f"to_{kind}")(path)
+    assert getattr(ModelConfig, f"from_{kind}")(path) == cfg
+    assert cfg.rope_scaling.original_max_position_embeddings == 32768
+
+
+def test_booleans_of_config_files_are_understood():
+    cfg = ModelConfig(qk_norm=True, gradient_checkpointing=True)
+    assert (cfg.qk_norm, cfg.gradient_checkpointing) == ("rms", "full")
+    assert ModelConfig(qk_norm=False, gradient_checkpointing=False).qk_norm == "none"
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"hiden_size": 3}, "did you mean 'hidden_size'"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 4}, "multiple"),
+        ({"head_dim": 7}, "even"),
+        ({"vocab_size": 0}, "vocab_size must be positive"),
+        ({"attention_dropout": 1.0}, "attention_dropout"),
+        ({"qk_norm": "layer"}, "rms, l2, none"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is unknown"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "original_max_position_embeddings"),
+        ({"rope_scaling": {"type": "yarn", "factr": 2.0}}, "did you mean 'factor'"),
+        ({"num_experts": 4, "num_experts_per_tok": 5, "moe_intermediate_size": 8}, "num_experts_per_tok"),
+    ],
+)
+def test_wrong_values_are_named(values, words):
+    with pytest.raises(UserError, match=words):
+        ModelConfig.from_dict(values)
+
+
+def test_wrong_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        ModelConfig.from_yaml(tmp_path / "none.yaml")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match=r"bad\.json: cannot be parsed"):
+        ModelConfig.from_json(tmp_path / "bad.json")
+    with pytest.raises(UserError, match="did you mean 'small'"):
+        presets.get("smal")
