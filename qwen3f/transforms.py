@@ -36,7 +36,7 @@ def grad_and_value(
             if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
                 raise TypeError(f"grad_and_value: argument(s) {wanted} must hold floating tensors only, got {leaf!r}")
         with torch.enable_grad():
-            variables = [leaf.detach().requires_grad_() for leaf in leaves]
+            variables = [_variable(leaf) for leaf in leaves]
             call = list(args)
             for i, value in zip(wanted, tree.unflatten(variables, spec)):
                 call[i] = value
@@ -52,6 +52,19 @@ def grad_and_value(
         return (gradients, (value, tree.map(_detach, aux))) if has_aux else (gradients, value)
 
     return wrapped
+
+
+# A leaf of autograd that is always zero. Its device does not matter: a 0-d CPU tensor combines with any.
+_ZERO = torch.zeros((), requires_grad=True)
+
+
+def _variable(leaf: Tensor) -> Tensor:
+    """The same values as something to differentiate by.
+
+    torch 2.11 cannot trace requires_grad_(). Inside a compiled step, adding a zero that requires gradients does the
+    same; it fuses with the cast to the compute dtype.
+    """
+    return leaf + _ZERO if torch.compiler.is_compiling() else leaf.detach().requires_grad_()
 
 
 def _detach(x: Any) -> Any:

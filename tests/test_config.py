@@ -31,8 +31,8 @@ def test_counts_are_exact(name):
 
 
 def test_count_equals_the_tensors_made():
-    cfg = presets.get("nano").replace(attention_bias=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
-                                      decoder_sparse_step=2, mlp_only_layers=(3,))  # fmt: skip
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "mlp_only_layers": (3,)}
+    cfg = presets.get("nano").replace(attention_bias=True, decoder_sparse_step=2, **moe)
     made = params.init_params(cfg, 0)
     assert sum(p.numel() for p in made.values()) == cfg.total_params_estimate()
     assert (cfg.sparse_layers, cfg.dense_layers) == ((1,), (0, 2, 3))

@@ -6,6 +6,7 @@ import torch
 from qwen3f import model, params, presets
 from qwen3f.train import losses
 from qwen3f.transforms import grad_and_value, jit
+from tests.batches import random_batch
 
 
 def tiny(dtype=torch.float64, **changes):
@@ -13,24 +14,6 @@ def tiny(dtype=torch.float64, **changes):
         num_hidden_layers=2, hidden_size=32, intermediate_size=48, vocab_size=61, **changes
     )
     return cfg, params.init_params(cfg, 0, dtype=dtype)
-
-
-def random_batch(rows, length, vocab, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, vocab, (rows, length), generator=g)
-    targets = torch.randint(0, vocab, (rows, length), generator=g)
-    keep = torch.rand(rows, length, generator=g) < 0.7
-    segments = (torch.rand(rows, length, generator=g) < 0.1).int().cumsum(1, dtype=torch.int32) + 1
-    starts = torch.cat([torch.ones(rows, 1), (segments[:, 1:] != segments[:, :-1]).float()], 1)
-    place = torch.arange(length).expand(rows, length)
-    begin = torch.where(starts.bool(), place, 0).cummax(1).values
-    return {
-        "tokens": tokens,
-        "targets": torch.where(keep, targets, -100),
-        "loss_weights": keep.float() * torch.rand(rows, length, generator=g),
-        "positions": place - begin,
-        "segments": segments,
-    }
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])

@@ -39,7 +39,7 @@ class DataConfig:
     mixture: str = "embedded"
     root: str = ""
     text_key: str = "text"
-    holdout: float = 0.02
+    holdout: float = 0.05
     cache: str = ""
     reset_positions: bool = True
     cross_documents: bool = False
@@ -109,7 +109,7 @@ def cache_directory(configured: str = "") -> Path:
 
 def _trained_tokenizer(source: Source, vocab_size: int, cache_dir: Path, progress: bool) -> SentencePieceTokenizer:
     """The tokenizer of the train split: held-out text has no part in it."""
-    settings = [source.fingerprint("train"), vocab_size, MAX_TRAINING_CHARS, TRAINER_OPTIONS, sentencepiece.__version__]
+    settings = [source.fingerprint("train"), MAX_TRAINING_CHARS, TRAINER_OPTIONS, sentencepiece.__version__]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir / f"tokenizer-{vocab_size}-{key}.model"
     if path.exists():

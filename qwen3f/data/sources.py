@@ -75,7 +75,7 @@ class FilesSource:
                     yield path
 
 
-def open_source(mixture: str, root: str = "", text_key: str = "text", holdout: float = 0.02) -> Source:
+def open_source(mixture: str, root: str = "", text_key: str = "text", holdout: float = 0.05) -> Source:
     """The source that `mixture` names.
 
     Args:

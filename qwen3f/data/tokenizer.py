@@ -52,6 +52,8 @@ TRAINER_OPTIONS: dict[str, object] = {
     "split_by_unicode_script": False,
     # Characters rarer than the last 0.05% are left to byte fallback instead of taking up a piece each.
     "character_coverage": 0.9995,
+    # Without a piece of its own a space would fall back to the bytes of its stand-in (text in Chinese may have none).
+    "required_chars": _SPACE,
     "max_sentencepiece_length": 32,  # a run of up to 32 spaces is one piece
     "max_sentence_length": 1 << 16,
     "unk_id": 0,
@@ -279,6 +281,7 @@ def _mix(number: int) -> int:
 
 
 def _lines(chunks: list[str]) -> Iterator[str]:
+    yield " "  # sentencepiece 0.2.0 aborts the process if a required character does not occur
     for chunk in chunks:
         # A literal "▁" would be counted as a space; as in `encode`, text is cut there.
         for line in chunk.replace(_SPACE, "\n").split("\n"):

@@ -43,6 +43,9 @@ def make_mask(segments_BT: Tensor | None, backend: str, compiled: bool) -> Atten
 
 def attend(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: AttentionMask) -> Tensor:
     """softmax(q kᵀ/√d + mask) v by the fastest kernel for the mask's form; [B, H, T, d]."""
+    if torch.compiler.is_compiling() and q_BHTd.dtype == torch.float64 and not q_BHTd.is_cuda:
+        # torch 2.11 compiles CPU's fused kernel for float64 with a log-sum-exp of the wrong dtype
+        return attend_reference(q_BHTd, k_BKTd, v_BKTd, mask, 0.0, None)
     grouped = q_BHTd.shape[1] != k_BKTd.shape[1]
     if mask.blocks is not None:
         return flex_attention(q_BHTd, k_BKTd, v_BKTd, block_mask=mask.blocks, enable_gqa=grouped)

@@ -48,7 +48,7 @@ def block_mask(segments_BT: Tensor) -> BlockMask:
     multiple of BLOCK.
     """
     runs = document_runs(segments_BT)
-    batch, length = runs.shape
+    length = runs.shape[1]
     first, last = runs[:, ::BLOCK], runs[:, BLOCK - 1 :: BLOCK]
     order = torch.arange(length // BLOCK, device=runs.device)
     earlier, same = order[None, :] < order[:, None], order[None, :] == order[:, None]

@@ -53,7 +53,7 @@ def make_train_step(
 
     loss_fn = losses.make_loss(cfg, execution, dropout=cfg.attention_dropout > 0)
 
-    def gradients(state: TrainState, batch: Batch) -> tuple[P.Params, Tensor, Tensor]:
+    def gradients(state: TrainState, batch: Batch) -> tuple[P.Params, Tensor]:
         batch = _visible(batch, cross_documents)
         total_weight = losses.batch_weight(batch)
         compute = {k: p.to(compute_dtype or p.dtype) for k, p in state.params.items()}
@@ -64,11 +64,9 @@ def make_train_step(
             part_grads, part_loss = grad_and_value(loss_fn)(_unstack(compute), part, total_weight, part_stream)
             grads = _accumulate(grads, part_grads, state.params, only=microbatches == 1)
             loss = part_loss if loss is None else loss + part_loss
-        return grads, loss, total_weight
+        return grads, loss
 
-    def apply_gradients(
-        state: TrainState, grads: P.Params, loss: Tensor, total_weight: Tensor, rows: int
-    ) -> tuple[TrainState, Metrics]:
+    def apply_gradients(state: TrainState, grads: P.Params, loss: Tensor, batch: Batch) -> tuple[TrainState, Metrics]:
         norm = optimizer.global_norm(grads)
         scale = optimizer.clip_factor(norm, hyper.clip_norm)
         finite = torch.isfinite(norm) & torch.isfinite(loss)
@@ -76,10 +74,9 @@ def make_train_step(
         params, opt = optimizer.update(
             hyper, decay, state.params, grads, state.opt, step=state.step, lr=lr, scale=scale, apply=finite
         )
-        tokens = total_weight.to(torch.int64)
-        new = TrainState(
-            state.step + 1, params, opt, state.seed, state.tokens_seen + tokens, state.position + rows
-        )  # a step whose update was withheld still consumed its data
+        tokens, rows = losses.batch_tokens(batch), batch["tokens"].shape[0]
+        # A step whose update was withheld has consumed its data all the same.
+        new = TrainState(state.step + 1, params, opt, state.seed, state.tokens_seen + tokens, state.position + rows)
         metrics = {
             "loss": loss,
             "aux_loss": torch.zeros_like(loss),
@@ -94,15 +91,15 @@ def make_train_step(
     if execution.compile == "step":
 
         def whole(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-            return apply_gradients(state, *gradients(state, batch), rows=batch["tokens"].shape[0])
+            return apply_gradients(state, *gradients(state, batch), batch)
 
         return jit(whole, donate=donate)
 
     finish = jit(apply_gradients, compile=execution.compile == "block", donate=donate)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, loss, total_weight = gradients(state, batch)
-        return finish(state, grads, loss, total_weight, batch["tokens"].shape[0])
+        grads, loss = gradients(state, batch)
+        return finish(state, grads, loss, batch)
 
     return step
 

@@ -29,7 +29,7 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.data.mixture = "embedded"  # embedded: Python's standard library; files@DIR: .txt, .jsonl, .parquet
     config.data.root = ""  # DIR for mixture=files
     config.data.text_key = "text"  # field of .jsonl, column of .parquet
-    config.data.holdout = 0.02  # share of the documents kept for validation
+    config.data.holdout = 0.05  # share of the documents kept for validation
     config.data.cache = ""  # where tokenizers and tokens are kept; default $XDG_CACHE_HOME/qwen3f
     config.data.tokenizer = ""  # a sentencepiece model; default: train one of model.vocab_size on the corpus
     config.data.reset_positions = True  # positions restart at each document

@@ -14,9 +14,20 @@ LossFn = Callable[..., Tensor]
 
 
 def batch_weight(batch: Mapping[str, Tensor]) -> Tensor:
-    """Σ loss_weights over predicted tokens (targets ≥ 0): the divisor of the loss, a float32 scalar tensor."""
-    counted = batch["targets"] != cross_entropy.IGNORE
-    return torch.where(counted, batch["loss_weights"], 0.0).sum()
+    """Σ loss_weights over predicted tokens: the divisor of the loss, a float64 scalar tensor.
+
+    float64, so that the order of the sum (compiled, sharded) never shows in the loss.
+    """
+    return torch.where(_predicted(batch), batch["loss_weights"], 0.0).sum(dtype=torch.float64)
+
+
+def batch_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """The number of tokens that are predicted and count, an int64 scalar tensor."""
+    return (_predicted(batch) & (batch["loss_weights"] != 0)).sum()
+
+
+def _predicted(batch: Mapping[str, Tensor]) -> Tensor:
+    return batch["targets"] != cross_entropy.IGNORE
 
 
 def make_loss(cfg: ModelConfig, execution: model.Execution = model.EAGER, *, dropout: bool = False) -> LossFn:

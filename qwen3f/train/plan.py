@@ -33,11 +33,10 @@ class Plan:
 
 def make_plan(config: ConfigDict) -> Plan:
     """Raises UserError, naming key and value, for anything that cannot run."""
-    for key, low in (
-        ("steps", 1), ("batch_size", 1), ("microbatches", 1), ("seq_len", 1), ("log_every", 1), ("eval.every", 0),
-        ("eval.batch_size", 1), ("eval.max_docs", 0), ("checkpoint.every", 0), ("checkpoint.keep", 0), ("sample.tokens", 0),
-    ):  # fmt: skip
-        _at_least(config, key, low)
+    for key in ("steps", "batch_size", "microbatches", "seq_len", "log_every", "eval.batch_size"):
+        _at_least(config, key, 1)
+    for key in ("eval.every", "eval.max_docs", "checkpoint.every", "checkpoint.keep", "sample.tokens"):
+        _at_least(config, key, 0)
     if config.batch_size % config.microbatches:
         raise UserError(
             f"config.batch_size={config.batch_size} cannot be cut into config.microbatches={config.microbatches} equal "

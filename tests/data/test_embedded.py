@@ -33,6 +33,7 @@ def test_reads_python_files_below_root_in_order(tmp_path):
             "a.py": "é = '▁'\n",
             "a/data.txt": "no",
             "site-packages/x.py": "x = 1\n",
+            "a/tests/t.py": "t = 1\n",
             "a/__pycache__/y.py": "y = 1\n",
             "latin.py": b"# \xe9\n",
             "empty.py": " \n\n",
@@ -59,6 +60,7 @@ def test_near_duplicates_are_dropped_whichever_comes_first(tmp_path):
             "reindented.py": _lines("big", 50).replace("big", "  big").replace("\n", "\n\n"),
             "mostly_new.py": _lines("new", 30) + _lines("shared", 20),
             "mostly_old.py": _lines("other", 15) + _lines("shared", 25),
+            "half_old.py": _lines("half", 9) + _lines("shared", 13),  # 9 of 18 shingles
             "tiny.py": "x = 1\n",
             "tiny_copy.py": "x = 1\n",
         },
@@ -66,7 +68,7 @@ def test_near_duplicates_are_dropped_whichever_comes_first(tmp_path):
     source = open_embedded(str(tmp_path), holdout=0.0)
     counts = Counter()
     assert [d.name for d in source.documents("train", counts)] == ["big.py", "mostly_new.py", "tiny.py"]
-    assert counts["near_duplicate_files"] == 4
+    assert counts["near_duplicate_files"] == 5
 
 
 def test_shingles_are_runs_of_lines():

@@ -52,11 +52,28 @@ def test_special_ids(tokenizer):
         tokenizer.special_id("<|nope|>")
 
 
-def test_line_ends_and_digits_stay_apart(tokenizer):
+def test_digits_stay_apart(tmp_path):
+    trained = train_sentencepiece(["released in 2024, changed in 2024"] * 50, 296, tmp_path / "x.model")
+    assert len(trained.encode("released")) < 4
+    assert trained.encode("2024") == [i for digit in "2024" for i in trained.encode(digit)]
+
+
+@pytest.mark.parametrize("texts", [["愛知県" * 40], ["愛知県" * 4000 + " "]])
+def test_text_without_spaces_still_yields_a_lossless_tokenizer(texts, tmp_path):
+    trained = train_sentencepiece(texts, 275, tmp_path / "x.model")
+    assert trained.decode(trained.encode(" a  ▁ 愛\n")) == " a  ▁ 愛\n"
+    assert len(trained.encode(" ")) == 1
+
+
+def test_letters_and_punctuation_merge(tmp_path):
+    trained = train_sentencepiece(["self.value(self.other)"] * 50, 300, tmp_path / "x.model")
+    assert len(trained.encode("self.")) == 1
+
+
+def test_line_ends_stay_apart(tokenizer):
     assert len(tokenizer.encode("\n")) == 1
     newline = tokenizer.encode("\n")[0]
     assert tokenizer.encode("a\n\n    b").count(newline) == 2  # no piece crosses a line end
-    assert tokenizer.encode("1234") == [i for digit in "1234" for i in tokenizer.encode(digit)]
 
 
 def test_indentation_runs_are_one_token(tmp_path):

@@ -1,0 +1,104 @@
+"""launch.py as a user meets it: errors of one line with exit code 2, and the contract's command on real text."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qwen3f import cli
+from qwen3f.errors import UserError
+from sharding.mesh import MeshShape, parse_mesh
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "2"}
+
+
+def launch(*arguments):
+    return subprocess.run(
+        [sys.executable, "launch.py", *arguments], capture_output=True, text=True, env=ENV, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--config", "experiments/demo.py", "--config.stepz=3"), "did you mean config.steps?"),
+        (("--config", "experiments/demo.py", "--config.lr=3"), "did you mean config.schedule.peak_lr?"),
+        (("--config", "experiments/demo.py", "--config.checkpoints.every=3"), "did you mean config.checkpoint.every?"),
+        (("--config", "experiments/demo.py", "--config.steps.x=3"), "unknown key --config.steps.x"),
+        (("--config=experiments/demoo.py",), "did you mean experiments/demo.py?"),
+        (("--config=experiments/demo.py:big",), "takes no ':big'"),
+        (("--config=experiments/pretrain_s1.py:nan",), "did you mean 'nano'?"),
+    ],
+)
+def test_command_lines_are_checked_before_anything_runs(arguments, words):
+    with pytest.raises(UserError, match=words.replace("?", r"\?").replace(".", r"\.")):
+        cli._check_overrides(["launch.py", *arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--config", "experiments/demo.py", "--config.steps=many"), "invalid literal"),
+        (("--config", "experiments/demo.py", "--confg.steps=3"), "unknown flag --confg.steps"),
+        (("--config", "experiments/demo.py", "--config.data.mixture=files@/no/such/dir"), "/no/such/dir"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(tmp_path, arguments, words):
+    done = launch(*arguments, "--workdir", str(tmp_path / "w"))
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "w").exists()
+
+
+def test_contract_command_trains_on_the_embedded_corpus(tmp_path):
+    """The command that others build on, on Python's real standard library; run twice, the second finds nothing to do."""
+    command = [
+        "--config", "experiments/pretrain_s1.py:nano", "--config.data.mixture=embedded", "--config.steps=30",
+        "--config.batch_size=8", "--config.seq_len=128", f"--workdir={tmp_path / 'w'}", "--config.eval.max_docs=2",
+    ]  # fmt: skip
+    done = launch(*command)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 10, 20, 30]
+    wanted = {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "grad_norm_clipped",
+        "tokens_per_sec",
+        "mfu",
+        "aux_loss",
+        "tokens_seen",
+    }
+    assert all(wanted <= line.keys() for line in lines)
+    assert lines[0]["loss"] == pytest.approx(8.32, abs=0.1)  # ln 4096
+    assert lines[-1]["loss"] < 7.0
+    assert lines[-1]["val_bpb"] < 8.0
+    assert "step 30/30" in done.stderr
+    assert "sample 0" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == [
+        "checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer.model",
+    ]  # fmt: skip
+
+    again = launch(*command)
+    assert again.returncode == 0, again.stderr
+    assert "nothing left to train" in again.stdout
+
+
+def test_meshes_are_parsed():
+    assert parse_mesh("dp8,tp2,pp4") == MeshShape(dp=8, tp=2, pp=4)
+    assert parse_mesh("dp8,tp2,pp4").size == 64
+    assert parse_mesh("").size == 1
+    for text, words in (
+        ("db8", "did you mean 'dp'"),
+        ("dp", "an axis and a size"),
+        ("dp2,dp4", "stands twice"),
+        ("dp0", "at least 1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parse_mesh(text)

@@ -1,0 +1,226 @@
+"""Whole runs in a directory: resuming is exact, and what cannot run says why and destroys nothing."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from qwen3f.errors import TrainingError, UserError
+from qwen3f.stages import pretrain
+from qwen3f.train.checkpoint import Checkpointer
+from qwen3f.train.defaults import pretrain_config
+from qwen3f.train.loop import run
+from qwen3f.train.state import init_state
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "looked",
+        "at",
+        "red",
+        "green",
+        "blue",
+        "birds",
+        "in",
+        "trees",
+        "while",
+        "rain",
+        "fell",
+        "softly",
+    ]
+    rand = random.Random(0)
+    with (root / "text.jsonl").open("w") as file:
+        for _ in range(400):
+            text = " ".join(rand.choice(words) for _ in range(rand.randint(5, 120)))
+            file.write(json.dumps({"text": text}) + "\n")
+    return root
+
+
+@pytest.fixture
+def make(corpus, tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp() / "cache"
+
+    def config(**changes):
+        c = pretrain_config("nano")
+        c.device = "cpu"
+        c.data.mixture = f"files@{corpus}"
+        c.data.cache = str(cache)
+        c.model.update(vocab_size=320, num_hidden_layers=2, hidden_size=32, intermediate_size=48, head_dim=16)
+        c.update(steps=20, batch_size=4, seq_len=32, log_every=5)
+        c.schedule.update(peak_lr=1e-2, warmup=0.1)
+        c.eval.update(every=10, batch_size=4)
+        c.checkpoint.update(every=10)
+        c.sample.update(tokens=4)
+        c.update_from_flattened_dict(changes)
+        return c
+
+    return config
+
+
+def final_state(config, workdir, step):
+    with Checkpointer(workdir / "checkpoints", 0, 0) as checkpoints:
+        return checkpoints.restore(init_state(pretrain_model(config), 0), step)[0]
+
+
+def pretrain_model(config):
+    from qwen3f.config import ModelConfig
+
+    return ModelConfig.from_dict(config.model.to_dict())
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)):
+        assert torch.equal(x, y)
+
+
+def test_resuming_is_bitwise_exact(make, tmp_path):
+    """20 steps against 10, a restart and 10 more; then once more from step 10 by config.resume."""
+    config = make(**{"model.attention_dropout": 0.1})
+    run(config, tmp_path / "whole", progress=False)
+    straight = final_state(config, tmp_path / "whole", 20)
+
+    class Killed(Exception):
+        pass
+
+    real, calls = pretrain.make_train_step, []
+
+    def dies_after_13(*args, **kw):
+        step = real(*args, **kw)
+
+        def wrapped(state, batch):
+            calls.append(1)
+            if len(calls) > 13:
+                raise Killed
+            return step(state, batch)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "make_train_step", dies_after_13)
+        with pytest.raises(Killed):
+            run(config, tmp_path / "cut", progress=False)
+    assert [m["step"] for m in metrics(tmp_path / "cut")] == [1, 5, 10]
+    run(config, tmp_path / "cut", progress=False)
+    assert_same_bits(final_state(config, tmp_path / "cut", 20), straight)
+
+    def learned(workdir):
+        return [(m["step"], m["loss"], m["grad_norm"], m.get("val_loss")) for m in metrics(workdir)]
+
+    whole = learned(tmp_path / "whole")
+    assert [m for m in learned(tmp_path / "cut") if m[0] != 11] == whole  # 11: the first step after the restart
+    assert int(straight.position) == 80
+
+    again = make(**{"model.attention_dropout": 0.1, "resume": 10})
+    run(again, tmp_path / "whole", progress=False)
+    assert_same_bits(final_state(config, tmp_path / "whole", 20), straight)
+    assert (tmp_path / "whole" / "checkpoints.aside1" / "20").is_dir()
+
+
+def test_learns_and_validates(make, tmp_path):
+    out = run(make(steps=60), tmp_path, progress=False)
+    log = metrics(tmp_path)
+    assert log[0]["loss"] == pytest.approx(5.77, abs=0.1)  # ln 320
+    assert log[-1]["loss"] < 3.5
+    assert out["val_loss"] == log[-1]["val_loss"] < 3.5
+    assert (tmp_path / "checkpoints" / "60").is_dir()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_second_stage_starts_from_the_first(make, tmp_path):
+    run(make(), tmp_path / "one", progress=False)
+    run(make(steps=1, init_from=str(tmp_path / "one")), tmp_path / "two", progress=False)
+    first = metrics(tmp_path / "two")[0]["loss"]
+    assert first < 4.5  # a fresh model starts at ln 320 = 5.77
+    run(make(steps=1, init_from=str(tmp_path / "one" / "checkpoints" / "10")), tmp_path / "three", progress=False)
+    assert metrics(tmp_path / "three")[0]["loss"] != first
+    with pytest.raises(UserError, match="there is no"):
+        run(make(init_from=str(tmp_path / "nowhere")), tmp_path / "four", progress=False)
+    assert not (tmp_path / "four").exists()
+
+
+def test_another_models_workdir_is_refused_and_kept(make, tmp_path):
+    run(make(steps=2), tmp_path, progress=False)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"belongs to another model: its model\.hidden_size is 32, this run's is 64"):
+        run(make(**{"model.hidden_size": 64}), tmp_path, progress=False)
+    (tmp_path / "config.json").rename(tmp_path / "gone")  # the checkpoint itself says so too
+    with pytest.raises(UserError, match="another model"):
+        run(make(**{"model.hidden_size": 64}), tmp_path, progress=False)
+    (tmp_path / "gone").rename(tmp_path / "config.json")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_changed_config_is_reported_and_the_old_one_kept(make, tmp_path, capsys):
+    run(make(steps=2), tmp_path, progress=False)
+    run(make(steps=3), tmp_path, progress=False)
+    assert "config changed: steps: 2 -> 3" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.until-step-2.json").read_text())["steps"] == 2
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(make, tmp_path):
+    run(make(), tmp_path, progress=False)
+    real = pretrain.make_train_step
+
+    def poisoned(*args, **kw):
+        step = real(*args, **kw)
+
+        def wrapped(state, batch):
+            if int(state.step) == 23:
+                batch = batch | {"loss_weights": batch["loss_weights"] * float("inf")}
+            return step(state, batch)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "make_train_step", poisoned)
+        with pytest.raises(TrainingError, match=r"step 24 is not finite: loss nan.* examples 92 to 95"):
+            run(make(steps=30, **{"checkpoint.every": 1}), tmp_path, progress=False)
+    with Checkpointer(tmp_path / "checkpoints", 0, 0) as checkpoints:
+        assert checkpoints.steps() == [22, 23]
+    run(make(steps=30), tmp_path, progress=False)  # and goes on from there
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"batch_size": 6, "microbatches": 4}, "cannot be cut"),
+        ({"seq_len": 4096}, "exceeds config.model.max_position_embeddings"),
+        ({"steps": 0}, "config.steps must be at least 1"),
+        ({"mesh": "dp2"}, "2 devices"),
+        ({"device": "gpu"}, "not a device"),
+        ({"dtype": "fp8"}, "config.dtype"),
+        ({"compile": "all"}, "compile mode 'all'"),
+        ({"wandb": "on"}, "config.wandb"),
+        ({"schedule.warmup": 30}, "exceed the 20 steps"),
+        ({"data.tokenizer": "/no/such.model"}, "/no/such.model"),
+        ({"data.mixture": "fineweb"}, "fineweb"),
+        ({"model.vocab_size": 100_000}, "ocabulary"),
+        ({"resume": 5}, "holds no checkpoint"),
+    ],
+)
+def test_wrong_configurations_are_named_and_leave_nothing(make, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        run(make(**changes), tmp_path / "w", progress=False)
+    assert not (tmp_path / "w").exists() or not any((tmp_path / "w").iterdir())
+
+
+def test_a_tokenizer_of_another_size_is_refused(make, tmp_path):
+    run(make(steps=1), tmp_path / "one", progress=False)
+    tokenizer = str(tmp_path / "one" / "tokenizer.model")
+    with pytest.raises(UserError, match=r"has 320 tokens and the model 400; write --config\.model\.vocab_size=320"):
+        run(make(**{"model.vocab_size": 400, "data.tokenizer": tokenizer}), tmp_path / "two", progress=False)
