@@ -55,7 +55,7 @@ def test_errors_are_one_line_and_exit_2(tmp_path, arguments, words):
 
 
 def test_contract_command_trains_on_the_embedded_corpus(tmp_path):
-    """The command that others build on, on Python's real standard library; run twice, the second finds nothing to do."""
+    """The command that others build on, on Python's real standard library; run twice, it ends at once."""
     command = [
         "--config", "experiments/pretrain_s1.py:nano", "--config.data.mixture=embedded", "--config.steps=30",
         "--config.batch_size=8", "--config.seq_len=128", f"--workdir={tmp_path / 'w'}", "--config.eval.max_docs=2",
