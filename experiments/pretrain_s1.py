@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from qwen3f.train.defaults import pretrain_config
 
-PEAK_LR = {"nano": 4e-3, "debug": 1e-3, "debug_moe": 1e-3}
+PEAK_LR = {"nano": 1e-2, "debug": 1e-3, "debug_moe": 1e-3}
 
 
 def get_config(preset: str = "small") -> ConfigDict:

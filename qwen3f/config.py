@@ -99,6 +99,7 @@ class ModelConfig:
     # training
     gradient_checkpointing: str = "none"  # "none", "full" (recompute a block), "selective" (keep matrix products)
     initializer_range: float = 0.02
+    embed_initializer_range: float = 0.0  # of the embedding alone; 0: initializer_range
 
     def __post_init__(self) -> None:
         # Config files and Hugging Face write booleans, dicts and lists where the frozen form needs names and tuples.

@@ -29,13 +29,14 @@ LAYERS = "model.layers."
 class ParamSpec:
     """What is known about one parameter before it exists.
 
-    shape: global shape, with the layer axis first when stacked. init: "normal" (mean 0, initializer_range) or a
-    constant. decay: whether weight decay applies (matrices and the head; not embeddings, norms, biases).
+    shape: global shape, with the layer axis first when stacked. mean, std: of the normal distribution it starts from;
+    std 0 is a constant. decay: whether weight decay applies (matrices and the head; not embeddings, norms, biases).
     layers: the layer index of each row of the leading axis; None when the parameter is not stacked.
     """
 
     shape: tuple[int, ...]
-    init: str | float
+    mean: float
+    std: float
     decay: bool
     layers: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.float32
@@ -57,23 +58,26 @@ def abstract_params(cfg: ModelConfig) -> dict[str, ParamSpec]:
     dim, width, experts = cfg.hidden_size, cfg.intermediate_size, cfg.num_experts
     every = tuple(range(cfg.num_hidden_layers))
 
-    table = {EMBED: ParamSpec((cfg.vocab_size, dim), "normal", decay=False)}
+    embed_std = cfg.embed_initializer_range or cfg.initializer_range
 
-    def stack(layers: tuple[int, ...], name: str, *shape: int, init: str | float = "normal") -> None:
+    table = {EMBED: ParamSpec((cfg.vocab_size, dim), 0.0, embed_std, decay=False)}
+
+    def stack(layers: tuple[int, ...], name: str, *shape: int, constant: float | None = None) -> None:
+        mean, std = (0.0, cfg.initializer_range) if constant is None else (constant, 0.0)
         if layers:
-            table[LAYERS + name] = ParamSpec((len(layers), *shape), init, decay=len(shape) >= 2, layers=layers)
+            table[LAYERS + name] = ParamSpec((len(layers), *shape), mean, std, decay=len(shape) >= 2, layers=layers)
 
-    stack(every, "input_layernorm.weight", dim, init=1.0)
+    stack(every, "input_layernorm.weight", dim, constant=1.0)
     for name, rows, cols in (("q", d_q, dim), ("k", d_kv, dim), ("v", d_kv, dim), ("o", dim, d_q)):
         stack(every, f"self_attn.{name}_proj.weight", rows, cols)
         if cfg.attention_bias:
-            stack(every, f"self_attn.{name}_proj.bias", rows, init=0.0)
+            stack(every, f"self_attn.{name}_proj.bias", rows, constant=0.0)
     if cfg.qk_norm != "none":
         # A unit vector needs the gain √d to start where RMSNorm starts, since RMSNorm(x) = √d · x/‖x‖.
         gain = 1.0 if cfg.qk_norm == "rms" else math.sqrt(cfg.head_dim)
-        stack(every, "self_attn.q_norm.weight", cfg.head_dim, init=gain)
-        stack(every, "self_attn.k_norm.weight", cfg.head_dim, init=gain)
-    stack(every, "post_attention_layernorm.weight", dim, init=1.0)
+        stack(every, "self_attn.q_norm.weight", cfg.head_dim, constant=gain)
+        stack(every, "self_attn.k_norm.weight", cfg.head_dim, constant=gain)
+    stack(every, "post_attention_layernorm.weight", dim, constant=1.0)
     stack(cfg.dense_layers, "mlp.gate_proj.weight", width, dim)
     stack(cfg.dense_layers, "mlp.up_proj.weight", width, dim)
     stack(cfg.dense_layers, "mlp.down_proj.weight", dim, width)
@@ -82,9 +86,9 @@ def abstract_params(cfg: ModelConfig) -> dict[str, ParamSpec]:
     stack(cfg.sparse_layers, "mlp.experts.up_proj.weight", experts, cfg.moe_intermediate_size, dim)
     stack(cfg.sparse_layers, "mlp.experts.down_proj.weight", experts, dim, cfg.moe_intermediate_size)
 
-    table[FINAL_NORM] = ParamSpec((dim,), 1.0, decay=False)
+    table[FINAL_NORM] = ParamSpec((dim,), 1.0, 0.0, decay=False)
     if not cfg.tie_word_embeddings:
-        table[HEAD] = ParamSpec((cfg.vocab_size, dim), "normal", decay=True)
+        table[HEAD] = ParamSpec((cfg.vocab_size, dim), 0.0, cfg.initializer_range, decay=True)
     return table
 
 
@@ -103,19 +107,17 @@ def init_params(
     So any mesh, pipeline split or order of creation starts from the same numbers. Values are drawn in float32 and then
     cast, so a float64 model starts from the float32 model's values.
     """
-    return {path: _init_one(cfg, path, spec, seed, device, dtype) for path, spec in abstract_params(cfg).items()}
+    return {path: _init_one(path, spec, seed, device, dtype) for path, spec in abstract_params(cfg).items()}
 
 
-def _init_one(
-    cfg: ModelConfig, path: str, spec: ParamSpec, seed: int, device: torch.device | str, dtype: torch.dtype
-) -> Tensor:
-    if spec.init != "normal":
-        return torch.full(spec.shape, spec.init, device=device, dtype=dtype)
+def _init_one(path: str, spec: ParamSpec, seed: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    if spec.std == 0.0:
+        return torch.full(spec.shape, spec.mean, device=device, dtype=dtype)
     out = torch.empty(spec.shape, device=device, dtype=dtype)
     rows = [(None, out)] if spec.layers is None else list(zip(spec.layers, out))
     for layer, row in rows:
         stream = rng.key(seed, path, "" if layer is None else layer)
-        row.copy_(rng.normal(stream, 0, row.numel(), device).mul_(cfg.initializer_range).view(row.shape))
+        row.copy_(rng.normal(stream, 0, row.numel(), device).mul_(spec.std).add_(spec.mean).view(row.shape))
     return out
 
 

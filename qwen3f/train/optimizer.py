@@ -1,7 +1,7 @@
 """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) and global-norm clipping, as pure functions of pytrees.
 
-Arithmetic follows torch.optim.AdamW. All of it is elementwise, so compiled it is one kernel a leaf: gradient, clip
-factor, both moments and the parameter are read once and written once.
+Arithmetic follows torch.optim.AdamW. Compiled, the formula becomes one kernel a leaf: gradient, clip factor, both
+moments and the parameter are read once and written once. Uncompiled, torch's fused AdamW kernel does the same.
 """
 
 import dataclasses
@@ -68,13 +68,31 @@ def update(
     scale: Tensor,
     apply: Tensor,
 ) -> tuple[Params, AdamWState]:
-    """One AdamW step.
+    """One AdamW step; the arguments are left as they are.
 
     Args:
       decay: path -> whether weight decay applies (ParamSpec.decay).
       step: updates done before this one, an integer scalar tensor. lr, scale (the gradients' factor): scalar tensors.
       apply: bool scalar tensor; where False everything is returned unchanged, decided on the device.
     """
+    if torch.compiler.is_compiling():
+        return _formula(hyper, decay, params, grads, state, step, lr, scale, apply)
+    copies = [{path: x.clone() for path, x in tree.items()} for tree in (params, *state)]
+    _fused(hyper, decay, copies, grads, step, lr, scale, apply)
+    return copies[0], AdamWState(*copies[1:])
+
+
+def _formula(
+    hyper: AdamW,
+    decay: Mapping[str, bool],
+    params: Params,
+    grads: Params,
+    state: AdamWState,
+    step: Tensor,
+    lr: Tensor,
+    scale: Tensor,
+    apply: Tensor,
+) -> tuple[Params, AdamWState]:
     count = (step + 1).to(torch.float64)
     correct_m, correct_v = 1.0 - hyper.b1**count, 1.0 - hyper.b2**count
     new_params, new_m, new_v = {}, {}, {}
@@ -89,3 +107,40 @@ def update(
         new_m[path] = torch.where(apply, m, state.m[path])
         new_v[path] = torch.where(apply, v, state.v[path])
     return new_params, AdamWState(new_m, new_v)
+
+
+def _fused(
+    hyper: AdamW,
+    decay: Mapping[str, bool],
+    trees: list[Params],
+    grads: Params,
+    step: Tensor,
+    lr: Tensor,
+    scale: Tensor,
+    apply: Tensor,
+) -> None:
+    """In place on trees = [params, m, v]: the kernel behind torch.optim.AdamW(fused=True)."""
+    withhold = (~apply).to(torch.float32)
+    count = (step + 1).to(torch.float32)
+    # On CUDA the kernel reads a float32 rate from the device, without a sync; on the CPU a number costs nothing.
+    rate = lr.to(torch.float32) if lr.is_cuda else lr.item()
+    for decays in (True, False):
+        paths = [path for path in trees[0] if decay[path] == decays]
+        leaves = [[tree[path] for path in paths] for tree in trees]
+        torch._fused_adamw_(
+            leaves[0],
+            [grads[path].to(p.dtype) * scale.to(p.dtype) for path, p in zip(paths, leaves[0])],
+            leaves[1],
+            leaves[2],
+            [],
+            [count] * len(paths),
+            lr=rate,
+            beta1=hyper.b1,
+            beta2=hyper.b2,
+            weight_decay=hyper.weight_decay if decays else 0.0,
+            eps=hyper.eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=None,
+            found_inf=withhold,
+        )

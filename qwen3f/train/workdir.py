@@ -30,7 +30,13 @@ def check_same_model(workdir: Path, config: dict[str, Any]) -> None:
     there = read_config(workdir)
     if there is None:
         return
-    free = {"gradient_checkpointing", "attention_dropout", "router_aux_loss_coef", "initializer_range"}
+    free = {
+        "gradient_checkpointing",
+        "attention_dropout",
+        "router_aux_loss_coef",
+        "initializer_range",
+        "embed_initializer_range",
+    }
     for key, value in config["model"].items():
         old = there.get("model", {}).get(key)
         if key not in free and old != value:
