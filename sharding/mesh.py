@@ -32,7 +32,7 @@ def parse_mesh(text: str) -> MeshShape:
         match = re.fullmatch(r"([a-z]+)(\d+)", part)
         axis = match[1] if match else part
         if axis not in AXES:
-            close = difflib.get_close_matches(axis, AXES, n=1)
+            close = difflib.get_close_matches(axis, AXES, n=1, cutoff=0.5)
             hint = f"did you mean '{close[0]}'? " if close else ""
             raise UserError(f"mesh '{text}': '{part}' is not an axis and a size; {hint}write e.g. dp8,tp2 with {AXES}")
         if axis in sizes:

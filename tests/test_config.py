@@ -32,7 +32,7 @@ def test_counts_are_exact(name):
 
 def test_count_equals_the_tensors_made():
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "mlp_only_layers": (3,)}
-    cfg = presets.get("nano").replace(attention_bias=True, decoder_sparse_step=2, **moe)
+    cfg = presets.get("nano").replace(num_hidden_layers=4, attention_bias=True, decoder_sparse_step=2, **moe)
     made = params.init_params(cfg, 0)
     assert sum(p.numel() for p in made.values()) == cfg.total_params_estimate()
     assert (cfg.sparse_layers, cfg.dense_layers) == ((1,), (0, 2, 3))

@@ -76,7 +76,7 @@ def test_contract_command_trains_on_the_embedded_corpus(tmp_path):
         "tokens_seen",
     }
     assert all(wanted <= line.keys() for line in lines)
-    assert lines[0]["loss"] == pytest.approx(8.32, abs=0.1)  # ln 4096
+    assert lines[0]["loss"] == pytest.approx(8.84, abs=0.2)  # ln 4096 + D·σ²/2, the spread of random logits
     assert lines[-1]["loss"] < 7.0
     assert lines[-1]["val_bpb"] < 8.0
     assert "step 30/30" in done.stderr

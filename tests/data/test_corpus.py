@@ -19,7 +19,7 @@ def config(tmp_path, write_jsonl, code_texts):
         mixture=f"files@{tmp_path / 'corpus'}",
         holdout=0.3,
         cache=str(tmp_path / "cache"),
-        vocab_size=310,
+        vocab_size=350,
         num_threads=1,
     )
 
@@ -27,7 +27,7 @@ def config(tmp_path, write_jsonl, code_texts):
 def test_prepare_end_to_end(config, code_texts, capfd):
     corpus = prepare(config, seq_len=16, progress=False)
     assert capfd.readouterr() == ("", "")
-    assert corpus.tokenizer.vocab_size == 310
+    assert corpus.tokenizer.vocab_size == 350
     heldout_texts = [d.text for d in corpus.source.documents("heldout")]
     assert 0 < len(heldout_texts) < 25
     assert corpus.heldout.num_docs == len(heldout_texts)
@@ -76,10 +76,10 @@ def test_options_reach_the_dataset(config, tokenizer):
 
 
 def test_two_vocabulary_sizes_live_side_by_side(config):
-    other = DataConfig(**{**vars(config), "vocab_size": 320})
-    assert prepare(config, 16, progress=False).tokenizer.vocab_size == 310
-    assert prepare(other, 16, progress=False).tokenizer.vocab_size == 320
-    assert prepare(config, 16, progress=False).tokenizer.vocab_size == 310
+    other = DataConfig(**{**vars(config), "vocab_size": 360})
+    assert prepare(config, 16, progress=False).tokenizer.vocab_size == 350
+    assert prepare(other, 16, progress=False).tokenizer.vocab_size == 360
+    assert prepare(config, 16, progress=False).tokenizer.vocab_size == 350
 
 
 @pytest.mark.parametrize(
