@@ -30,11 +30,11 @@ def parse_mesh(text: str) -> MeshShape:
     sizes: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         match = re.fullmatch(r"([a-z]+)(\d+)", part)
-        axis = match[1] if match else part
-        if axis not in AXES:
-            close = difflib.get_close_matches(axis, AXES, n=1, cutoff=0.5)
+        if match is None or match[1] not in AXES:
+            close = difflib.get_close_matches(match[1] if match else part, AXES, n=1, cutoff=0.5)
             hint = f"did you mean '{close[0]}'? " if close else ""
             raise UserError(f"mesh '{text}': '{part}' is not an axis and a size; {hint}write e.g. dp8,tp2 with {AXES}")
+        axis = match[1]
         if axis in sizes:
             raise UserError(f"mesh '{text}': axis {axis} stands twice")
         sizes[axis] = int(match[2])
