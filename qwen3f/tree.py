@@ -15,14 +15,18 @@ def map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return pytree.tree_map(fn, tree, *rest)
 
 
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """(name, leaf) pairs; a name joins the keys on the way with '/', e.g. 'params/model.norm.weight'."""
+def named_leaves(tree: Any) -> dict[tuple[str, ...], Any]:
+    """Path -> leaf: a NamedTuple's fields, a dict's keys, a sequence's indices: ("params", "model.norm.weight")."""
     pairs, _ = pytree.tree_flatten_with_path(tree)
-    return [("/".join(_key_name(k) for k in path), leaf) for path, leaf in pairs]
+    return {tuple(_key_name(key) for key in path): leaf for path, leaf in pairs}
 
 
 def _key_name(key: Any) -> str:
-    for field in ("key", "name", "idx"):
-        if hasattr(key, field):
-            return str(getattr(key, field))
-    return str(key)
+    match key:
+        case pytree.MappingKey():
+            return str(key.key)
+        case pytree.SequenceKey():
+            return str(key.idx)
+        case pytree.GetAttrKey():
+            return key.name
+    raise TypeError(f"a path can't name the pytree key {key!r}: use dicts, NamedTuples, tuples and lists")

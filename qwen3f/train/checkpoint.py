@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
 from qwen3f.errors import UserError
+from qwen3f.tree import named_leaves
 
 State = TypeVar("State")
 Name = tuple[str, ...]  # a leaf's path: ("params", "model.norm.weight")
@@ -174,7 +175,7 @@ class Checkpointer:
         directory = _epath(self._existing(step) / "state")
         jax, ocp = _import_jax_and_orbax()
         handler = ocp.StandardCheckpointHandler()
-        leaves = _named_leaves(like)
+        leaves = named_leaves(like)
         here = {name: _spec(leaf) for name, leaf in leaves.items() if _holds_data(leaf)}
         on_disk = {
             name: LeafSpec(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _walk(handler.metadata(directory))
@@ -215,7 +216,7 @@ class Checkpointer:
     @torch.no_grad()
     def _snapshot(self, state: Any) -> dict[Name, Tensor]:
         """Copies the leaves into host buffers, made once: touching fresh pages costs several times the copy."""
-        leaves = {name: leaf for name, leaf in _named_leaves(state).items() if _holds_data(leaf)}
+        leaves = {name: leaf for name, leaf in named_leaves(state).items() if _holds_data(leaf)}
         _check_names_apart(leaves)
         old, self._buffers = self._buffers, {}
         for name, leaf in leaves.items():
@@ -290,21 +291,6 @@ def _epath(path: Path) -> Any:
 def _is_checkpoint(path: Path) -> bool:
     # Orbax puts the metadata file there first and renames the directory last.
     return path.name.isdecimal() and str(int(path.name)) == path.name and (path / "_CHECKPOINT_METADATA").is_file()
-
-
-def _named_leaves(tree: Any) -> dict[Name, Any]:
-    return {tuple(_key_name(key) for key in path): leaf for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
-
-
-def _key_name(key: Any) -> str:
-    match key:
-        case pytree.MappingKey():
-            return str(key.key)
-        case pytree.SequenceKey():
-            return str(key.idx)
-        case pytree.GetAttrKey():
-            return key.name
-    raise TypeError(f"a checkpoint can't name the pytree key {key!r}: use dicts, NamedTuples, tuples and lists")
 
 
 def _holds_data(leaf: Any) -> bool:
