@@ -41,6 +41,15 @@ class AdamWState(NamedTuple):
     v: Params
 
 
+class _Scalars(NamedTuple):
+    """What one update depends on beside the trees; see `update`."""
+
+    step: Tensor
+    lr: Tensor
+    scale: Tensor
+    apply: Tensor
+
+
 def init(params: Params) -> AdamWState:
     return AdamWState(*({path: torch.zeros_like(p) for path, p in params.items()} for _ in range(2)))
 
@@ -75,10 +84,11 @@ def update(
       step: updates done before this one, an integer scalar tensor. lr, scale (the gradients' factor): scalar tensors.
       apply: bool scalar tensor; where False everything is returned unchanged, decided on the device.
     """
+    at = _Scalars(step, lr, scale, apply)
     if torch.compiler.is_compiling():
-        return _formula(hyper, decay, params, grads, state, step, lr, scale, apply)
+        return _formula(hyper, decay, params, grads, state, at)
     copies = [{path: x.clone() for path, x in tree.items()} for tree in (params, *state)]
-    _fused(hyper, decay, copies, grads, step, lr, scale, apply)
+    _fused(hyper, decay, copies, grads, at)
     return copies[0], AdamWState(*copies[1:])
 
 
@@ -88,11 +98,9 @@ def _formula(
     params: Params,
     grads: Params,
     state: AdamWState,
-    step: Tensor,
-    lr: Tensor,
-    scale: Tensor,
-    apply: Tensor,
+    at: _Scalars,
 ) -> tuple[Params, AdamWState]:
+    step, lr, scale, apply = at
     count = (step + 1).to(torch.float64)
     correct_m, correct_v = 1.0 - hyper.b1**count, 1.0 - hyper.b2**count
     new_params, new_m, new_v = {}, {}, {}
@@ -114,12 +122,10 @@ def _fused(
     decay: Mapping[str, bool],
     trees: list[Params],
     grads: Params,
-    step: Tensor,
-    lr: Tensor,
-    scale: Tensor,
-    apply: Tensor,
+    at: _Scalars,
 ) -> None:
     """In place on trees = [params, m, v]: the kernel behind torch.optim.AdamW(fused=True)."""
+    step, lr, scale, apply = at
     withhold = (~apply).to(torch.float32)
     count = (step + 1).to(torch.float32)
     # On CUDA the kernel reads a float32 rate from the device, without a sync; on the CPU a number costs nothing.
