@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from qwen3f.data.documents import Source
 from qwen3f.data.packing import PackedDataset
+from qwen3f.data.sentencepiece_tokenizer import MAX_TRAINING_CHARS, TRAINER_OPTIONS, train_sentencepiece
 from qwen3f.data.sources import open_source
 from qwen3f.data.token_cache import TokenCache, build_or_open
-from qwen3f.data.tokenizer import MAX_TRAINING_CHARS, TRAINER_OPTIONS, SentencePieceTokenizer, train_sentencepiece
+from qwen3f.data.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 
 
@@ -31,7 +32,7 @@ class DataConfig:
         cache: directory of tokenizers and token caches; "" is $XDG_CACHE_HOME/qwen3f or ~/.cache/qwen3f.
         reset_positions: positions restart at each document.
         cross_documents: attention and targets cross document boundaries.
-        tokenizer: path of a SentencePiece .model; "" trains one on the train split.
+        tokenizer: path of a SentencePiece .model or of a Qwen tokenizer's directory; "" trains one on the train split.
         vocab_size: size of the tokenizer to train; not read when `tokenizer` is given.
         num_threads: threads that tokenise.
     """
@@ -60,7 +61,7 @@ class Corpus:
     """
 
     source: Source
-    tokenizer: SentencePieceTokenizer
+    tokenizer: Tokenizer
     train: PackedDataset
     heldout: TokenCache
 
@@ -76,14 +77,14 @@ def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:
         progress: show progress bars on stderr.
 
     Raises:
-        UserError: see `open_source`, `train_sentencepiece`, `build_or_open` and `PackedDataset`.
+        UserError: see `open_source`, `load_tokenizer`, `train_sentencepiece`, `build_or_open` and `PackedDataset`.
     """
     if cfg.num_threads < 1:
         raise UserError(f"data.num_threads is {cfg.num_threads}: give at least 1.")
     source = open_source(cfg.mixture, cfg.root, cfg.text_key, cfg.holdout)
     cache_dir = cache_directory(cfg.cache)
     if cfg.tokenizer:
-        tokenizer = SentencePieceTokenizer.load(cfg.tokenizer)
+        tokenizer = load_tokenizer(cfg.tokenizer)
     else:
         tokenizer = _trained_tokenizer(source, cfg.vocab_size, cache_dir, progress)
     # The held-out split first: it is small, and an empty one is reported before the long work.
@@ -107,13 +108,13 @@ def cache_directory(configured: str = "") -> Path:
     return path
 
 
-def _trained_tokenizer(source: Source, vocab_size: int, cache_dir: Path, progress: bool) -> SentencePieceTokenizer:
+def _trained_tokenizer(source: Source, vocab_size: int, cache_dir: Path, progress: bool) -> Tokenizer:
     """The tokenizer of the train split: held-out text has no part in it."""
     settings = [source.fingerprint("train"), MAX_TRAINING_CHARS, TRAINER_OPTIONS, sentencepiece.__version__]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir / f"tokenizer-{vocab_size}-{key}.model"
     if path.exists():
-        return SentencePieceTokenizer.load(path)
+        return load_tokenizer(path)
     documents = tqdm(source.documents("train"), "read for tokenizer", unit=" docs", disable=not progress, leave=False)
     tokenizer = train_sentencepiece((document.text for document in documents), vocab_size, path)
     logging.info("trained a tokenizer of %d pieces on %s: %s", vocab_size, source.name, path)

@@ -27,7 +27,7 @@ from absl import logging
 from tqdm import tqdm
 
 from qwen3f.data.documents import Source, Split, stable_hash
-from qwen3f.data.tokenizer import SentencePieceTokenizer
+from qwen3f.data.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 
 FORMAT_VERSION = 1
@@ -70,7 +70,7 @@ class TokenCache:
 def build_or_open(
     source: Source,
     split: Split,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     cache_dir: Path,
     num_threads: int = 1,
     progress: bool = False,
@@ -156,7 +156,7 @@ def _token_dtype(vocab_size: int) -> np.dtype:
 def _build(
     source: Source,
     split: Split,
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     path: Path,
     source_print: str,
     num_threads: int,
@@ -195,7 +195,7 @@ def _publish(temporary: Path, path: Path) -> None:
 
 
 def _write_arrays(
-    source: Source, split: Split, tokenizer: SentencePieceTokenizer, directory: Path, num_threads: int, progress: bool
+    source: Source, split: Split, tokenizer: Tokenizer, directory: Path, num_threads: int, progress: bool
 ) -> tuple[dict[str, int], dict[str, dict[str, object]]]:
     """Stream the split into the three array files; returns the counts, and size and sha256 by file."""
     counts: Counter[str] = Counter()

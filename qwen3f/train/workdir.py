@@ -1,17 +1,19 @@
-"""A run's directory: config.json, tokenizer.model, metrics.jsonl, tensorboard/, checkpoints/.
+"""A run's directory: config.json, tokenizer/, metrics.jsonl, tensorboard/, checkpoints/.
 
 Nothing that a run wrote is overwritten without a copy; a directory of another model is refused.
 """
 
 import json
-import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
+from qwen3f.data.tokenizer import Tokenizer
 from qwen3f.errors import UserError
+from qwen3f.files import write_atomically
 
-CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.model", "checkpoints"
+CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer", "checkpoints"
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
@@ -61,37 +63,21 @@ def write_config(workdir: Path, config: dict[str, Any], step: int) -> list[str]:
             if before.get(key) != after.get(key)
         ]
         shutil.copy2(workdir / CONFIG, workdir / f"config.until-step-{step}.json")
-    _write_atomically(workdir / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_atomically(workdir / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return changes
 
 
-def keep_tokenizer(workdir: Path, model_file: Path) -> None:
-    """Copy the tokenizer into the workdir, once: a run keeps the one it began with."""
-    if not (workdir / TOKENIZER).exists():
-        _write_atomically(workdir / TOKENIZER, model_file.read_bytes())
-
-
-def split_source(path: str) -> tuple[Path, int | None]:
-    """(workdir, step or None) of an `init_from`: a workdir, or a workdir's checkpoints/N."""
-    place = Path(path)
-    if place.parent.name == CHECKPOINTS and place.name.isdigit():
-        workdir, step = place.parent.parent, int(place.name)
-    else:
-        workdir, step = place, None
-    if not (workdir / CHECKPOINTS).is_dir():
-        raise UserError(
-            f"config.init_from={path}: there is no {workdir / CHECKPOINTS}; give a workdir or its checkpoints/N"
-        )
-    return workdir, step
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
+    """Save the tokenizer in the workdir, once: a run keeps the one it began with. `load_tokenizer` opens it there."""
+    place = workdir / TOKENIZER
+    if place.exists():
+        return
+    temporary = workdir / f".{TOKENIZER}.{uuid.uuid4().hex}"
+    try:
+        tokenizer.save(temporary)
+        temporary.rename(place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

