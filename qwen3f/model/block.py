@@ -7,17 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from kernels import grouped_gemm
 from qwen3f.config import ModelConfig
-from qwen3f.errors import UserError
 from qwen3f.model.attention import Attention
+from qwen3f.model.kv_cache import LayerCache
 from qwen3f.model.mask import AttentionMask
 from qwen3f.model.mlp import SwiGLU
+from qwen3f.model.moe import SparseMLP
 from qwen3f.model.norm import RMSNorm
 
 BlockFn = Callable[..., Tensor]
 
-# What "selective" recomputation keeps: the outputs of matrix products and of attention. Everything else is elementwise
-# and cheaper to compute again than to keep.
+# What "selective" recomputation keeps: the outputs of matrix products (experts' included) and of attention, and the
+# router's choice and order, which are small. Everything else is elementwise and cheaper to compute again than to keep.
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -27,39 +29,39 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.higher_order.flex_attention,
+    grouped_gemm.GROUPED_LINEAR,
+    torch.ops.aten.topk.default,
+    torch.ops.aten.sort.stable,
 }
 
 
 class Block(nn.Module):
-    """x + Attention(RMSNorm(x)), then x + MLP(RMSNorm(x)); x_BTD."""
+    """x + Attention(RMSNorm(x)), then x + MLP(RMSNorm(x)); x_BTD. A sparse block's MLP is a mixture of experts."""
 
-    def __init__(self, cfg: ModelConfig, attention: str) -> None:
+    def __init__(self, cfg: ModelConfig, attention: str, experts: str, sparse: bool) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.self_attn = Attention(cfg, attention)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.mlp = SwiGLU(cfg)
+        self.mlp = SparseMLP(cfg, experts) if sparse else SwiGLU(cfg)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, stream: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | LayerCache, stream: Tensor | None
+    ) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, stream)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
 @functools.lru_cache(maxsize=32)
-def block_fn(cfg: ModelConfig, attention: str, compile_block: bool) -> BlockFn:
-    """(layer parameters, x, cos, sin, mask, stream) -> x, for any layer of the stack.
+def block_fn(cfg: ModelConfig, attention: str, experts: str, compile_block: bool, sparse: bool) -> BlockFn:
+    """(layer parameters, x, cos, sin, mask, stream) -> x, for any layer of one kind: dense, or sparse (with experts).
 
-    The skeleton lives on the meta device and owns nothing. Cached, since the compiled function is: every layer and
-    every step of a run goes through the same one. Recomputation sits inside the compiled region, where its policy sees
-    the operators.
+    The skeleton lives on the meta device and owns nothing. Cached, since the compiled function is: every layer of a
+    kind and every step of a run go through the same one. Recomputation sits inside the compiled region, where its
+    policy sees the operators.
     """
-    if cfg.sparse_layers:
-        raise UserError(
-            f"model: layers {cfg.sparse_layers[:3]}… hold experts (num_experts={cfg.num_experts}), and this version "
-            "runs dense layers only; choose a dense preset such as debug or set model.num_experts=0"
-        )
     with torch.device("meta"):
-        skeleton = Block(cfg, attention)
+        skeleton = Block(cfg, attention, experts, sparse)
 
     def run(layer: dict[str, Tensor], *args: object) -> Tensor:
         return torch.func.functional_call(skeleton, layer, args, strict=True)

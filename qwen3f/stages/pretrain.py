@@ -43,12 +43,14 @@ def make_train_step(
       cross_documents: attention ignores document boundaries.
       donate: the state's storage is reused for the new state (see transforms.jit); the old state must not be used.
 
-    Metrics (0-d tensors on the device): loss (nats a predicted token, before the update), aux_loss (0 for dense
-    models), grad_norm before and grad_norm_clipped after clipping, lr, tokens (predicted in this batch), finite (1 if
-    loss and gradient norm are; otherwise parameters and moments are left as they were).
+    Metrics (0-d tensors on the device): loss (nats a predicted token, before the update), aux_loss (0: there is no
+      load-balancing loss yet), grad_norm before and grad_norm_clipped after clipping, lr, tokens (predicted in this
+      batch), finite (1 if loss and gradient norm are; otherwise parameters and moments are left as they were).
 
-    Raises UserError when the batch size is no multiple of microbatches.
+    Raises UserError when the batch size is no multiple of microbatches, and for a sparse model with
+    router_aux_loss_coef > 0.
     """
+    losses.check_balance(cfg)
     decay = {path: spec.decay for path, spec in P.abstract_params(cfg).items()}
 
     loss_fn = losses.make_loss(cfg, execution, dropout=cfg.attention_dropout > 0)
@@ -142,6 +144,10 @@ def _unstack(params: P.Params) -> dict[str, Tensor | tuple[Tensor, ...]]:
     return {path: leaf.unbind(0) if path.startswith(P.LAYERS) else leaf for path, leaf in params.items()}
 
 
+def _stack(leaf: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return torch.stack(leaf) if isinstance(leaf, tuple) else leaf
+
+
 def _accumulate(total: P.Params | None, part: dict[str, object], like: P.Params, only: bool) -> P.Params:
     """Add one micro-batch's per-layer gradients to the stacked sum, kept in the master dtype.
 
@@ -149,7 +155,7 @@ def _accumulate(total: P.Params | None, part: dict[str, object], like: P.Params,
     """
     if only:
         # pop: a leaf's layers are freed as soon as they are stacked
-        return {path: torch.stack(g) if isinstance(g := part.pop(path), tuple) else g for path in list(part)}
+        return {path: _stack(part.pop(path)) for path in list(part)}
     if total is None:
         return {
             path: torch.stack([x.to(like[path].dtype) for x in g]) if isinstance(g, tuple) else g.to(like[path].dtype)

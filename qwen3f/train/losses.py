@@ -8,9 +8,19 @@ from torch import Tensor
 from kernels import cross_entropy
 from qwen3f import model
 from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
 from qwen3f.params import Params
 
 LossFn = Callable[..., Tensor]
+
+
+def check_balance(cfg: ModelConfig) -> None:
+    """Raises UserError if training `cfg` needs the router's load-balancing loss, which this version doesn't have."""
+    if cfg.sparse_layers and cfg.router_aux_loss_coef > 0:
+        raise UserError(
+            f"model.router_aux_loss_coef={cfg.router_aux_loss_coef}: this version trains experts without a "
+            "load-balancing loss; write --config.model.router_aux_loss_coef=0"
+        )
 
 
 def batch_weight(batch: Mapping[str, Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.data.corpus import DataConfig
 from qwen3f.errors import UserError
+from qwen3f.train import losses
 from qwen3f.train.optimizer import AdamW
 from qwen3f.train.schedule import Schedule
 from sharding.mesh import parse_mesh
@@ -48,10 +49,11 @@ def make_plan(config: ConfigDict) -> Plan:
             f"config.seq_len={config.seq_len} exceeds config.model.max_position_embeddings="
             f"{cfg.max_position_embeddings}; shorten the one or raise the other"
         )
+    losses.check_balance(cfg)
     mesh = parse_mesh(config.mesh)
     if mesh.size > 1:
         raise UserError(f"config.mesh={config.mesh} asks for {mesh.size} devices; this version trains on one")
-    device = _device(config.device)
+    device = find_device(config.device)
     data = DataConfig(vocab_size=cfg.vocab_size, **config.data.to_dict())
     return Plan(
         config=config,
@@ -61,7 +63,7 @@ def make_plan(config: ConfigDict) -> Plan:
         execution=model.Execution(_compile_mode(config.compile, device), config.attention),
         data=data,
         device=device,
-        compute_dtype=_dtype(config.dtype, device),
+        compute_dtype=find_dtype(config.dtype, device),
     )
 
 
@@ -73,7 +75,8 @@ def _at_least(config: ConfigDict, key: str, low: int) -> None:
         raise UserError(f"config.{key} must be at least {low}, got {value}")
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that config.device names: auto, cpu or cuda. Raises UserError for any other, or if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -87,7 +90,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype that config.dtype names; auto is bfloat16 on CUDA, else float32. Raises UserError."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
