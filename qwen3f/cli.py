@@ -1,6 +1,7 @@
 """What stands behind launch.py: flags parsed with errors a person can act on, and dispatch to the stage."""
 
 import difflib
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -11,7 +12,12 @@ from ml_collections import ConfigDict
 
 from qwen3f.errors import UserError
 
-STAGES = ("pretrain",)
+# config.stage -> the module whose run(config, workdir, progress) is that stage
+STAGES = {
+    "pretrain": "qwen3f.train.loop",
+    "export_hf": "qwen3f.interop.export",
+    "generate": "qwen3f.infer.run",
+}
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -31,9 +37,8 @@ def run_stage(config: ConfigDict, workdir: Path, progress: bool) -> None:
     """Run the stage that `config.stage` names. Raises UserError for an unknown one."""
     if config.stage not in STAGES:
         raise UserError(f"config.stage={config.stage!r} is unknown; use one of {', '.join(STAGES)}")
-    from qwen3f.train.loop import run  # imports torch: only once the command line is known to be right
-
-    run(config, workdir, progress)
+    stage = importlib.import_module(STAGES[config.stage])  # imports torch: once the command line is known to be right
+    stage.run(config, workdir, progress)
 
 
 def report(error: Exception, code: int) -> int:

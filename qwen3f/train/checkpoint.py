@@ -168,25 +168,36 @@ class Checkpointer:
         Waits for a save under way, and raises what `wait` raises. Raises UserError, before loading anything, when the
         step isn't there or its tree is not like `like`.
         """
+        return self._restore(like, step, ())
+
+    def restore_part(self, field: str, like: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
+        """`restore` of one field of the saved state, such as "params", to which `like` belongs; the rest isn't read."""
+        return self._restore(like, step, (field,))
+
+    def _restore(self, like: State, step: int | None, prefix: Name) -> tuple[State, dict[str, Any]]:
         self.wait()
         step = self.latest() if step is None else step
         if step is None:
             raise UserError(f"{self.directory} holds no checkpoint: save one first, or choose another --workdir")
         directory = _epath(self._existing(step) / "state")
         jax, ocp = _import_jax_and_orbax()
-        handler = ocp.StandardCheckpointHandler()
-        leaves = named_leaves(like)
+        handler = ocp.PyTreeCheckpointHandler()  # the standard one reads whole trees only
+        leaves = {(*prefix, *name): leaf for name, leaf in named_leaves(like).items()}
         here = {name: _spec(leaf) for name, leaf in leaves.items() if _holds_data(leaf)}
         on_disk = {
             name: LeafSpec(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _walk(handler.metadata(directory))
         }
-        _check_same_tree(on_disk, here, f"{self.directory / str(step)}")
+        wanted = {name: spec for name, spec in on_disk.items() if name[: len(prefix)] == prefix}
+        _check_same_tree(wanted, here, f"{self.directory / str(step)}")
         cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
         target = {
             name: jax.ShapeDtypeStruct(spec.shape, jax.numpy.dtype(spec.dtype), sharding=cpu)
             for name, spec in here.items()
         }
-        arrays = dict(_walk(handler.restore(directory, args=ocp.args.StandardRestore(_nest(target)))))
+        target = _nest(target)
+        how = ocp.checkpoint_utils.construct_restore_args(target)
+        args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=bool(prefix))
+        arrays = dict(_walk(handler.restore(directory, args=args)))
         values = [_from_jax(arrays.pop(name), leaf) if name in here else _empty(leaf) for name, leaf in leaves.items()]
         return pytree.tree_unflatten(values, pytree.tree_structure(like)), self.read_meta(step)
 

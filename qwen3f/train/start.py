@@ -8,7 +8,8 @@ import torch
 from qwen3f.config import ModelConfig
 from qwen3f.data.corpus import Corpus, prepare
 from qwen3f.errors import UserError
-from qwen3f.params import Params, check_params
+from qwen3f.interop import source
+from qwen3f.params import Params
 from qwen3f.train import workdir as W
 from qwen3f.train.checkpoint import Checkpointer
 from qwen3f.train.plan import Plan
@@ -16,20 +17,25 @@ from qwen3f.train.state import TrainState, from_params, init_state
 
 
 def open_corpus(plan: Plan, workdir: Path, progress: bool) -> Corpus:
-    """The corpus, with the run's own tokenizer if it has one, else the one of `init_from`, else as configured."""
+    """The corpus, with the tokenizer as configured, else the run's own, else init_from's, else one trained on it.
+
+    Raises UserError, before reading the corpus, when a new run's init_from holds another model.
+    """
     data = plan.data
-    places = [workdir]
-    if plan.config.init_from:
-        places.append(W.split_source(plan.config.init_from)[0])
+    if plan.config.init_from and W.read_config(workdir) is None:
+        source.check_same_model(plan.config.init_from, plan.model)
     if not data.tokenizer:
-        known = [place / W.TOKENIZER for place in places if (place / W.TOKENIZER).exists()]
-        data = dataclasses.replace(data, tokenizer=str(known[0]) if known else "")
+        if (workdir / W.TOKENIZER).exists():
+            data = dataclasses.replace(data, tokenizer=str(workdir / W.TOKENIZER))
+        elif plan.config.init_from:
+            data = dataclasses.replace(data, tokenizer=str(source.tokenizer_path(plan.config.init_from)))
     corpus = prepare(data, plan.config.seq_len, progress)
-    if corpus.tokenizer.vocab_size != plan.model.vocab_size:
+    here, there = corpus.tokenizer.vocab_size, plan.model.vocab_size
+    # Qwen3's embedding has rows beyond its tokenizer's last id; a trained tokenizer fills the model's vocabulary.
+    if here > there or (here < there and not corpus.tokenizer.pads_vocab):
         raise UserError(
-            f"the tokenizer {corpus.tokenizer.path} has {corpus.tokenizer.vocab_size} tokens and the model "
-            f"{plan.model.vocab_size}; write --config.model.vocab_size={corpus.tokenizer.vocab_size} or another "
-            "--config.data.tokenizer"
+            f"the tokenizer {corpus.tokenizer.path} has {here} tokens and the model {there}; write "
+            f"--config.model.vocab_size={here} or another --config.data.tokenizer"
         )
     return corpus
 
@@ -46,17 +52,17 @@ def starting_state(plan: Plan, checkpoints: Checkpointer) -> TrainState:
             print(f"checkpoints after step {resume} were moved to {aside}", flush=True)
         return state
     if plan.config.init_from:
-        return from_params(load_weights(plan.config.init_from, plan.model, plan.device), plan.config.seed)
+        return from_params(_weights(plan), plan.config.seed)
     return init_state(plan.model, plan.config.seed, device=plan.device)
 
 
-def load_weights(source: str, cfg: ModelConfig, device: torch.device) -> Params:
-    """The parameters that another run saved: source is its workdir (last checkpoint) or its checkpoints/N."""
-    workdir, step = W.split_source(source)
-    with Checkpointer(workdir / W.CHECKPOINTS, every=0, keep=0) as checkpoints:
-        state, _ = checkpoints.restore(_like(cfg, torch.device("cpu")), step)
-    check_params(cfg, state.params)
-    return {path: leaf.to(device) for path, leaf in state.params.items()}
+def _weights(plan: Plan) -> Params:
+    """init_from's, as float32 master weights. Says which rotary settings the run changes."""
+    place = plan.config.init_from
+    params = source.read_params(place, plan.model, plan.device, torch.float32)
+    for change in source.rotary_changes(place, plan.model):
+        print(f"config.init_from={place}: {change}", flush=True)
+    return params
 
 
 def _like(cfg: ModelConfig, device: torch.device) -> TrainState:

@@ -83,6 +83,22 @@ def test_roundtrip_is_bitwise_and_keeps_structure(tmp_path):
     assert_same(fresh.restore(on_meta, step=3)[0], state)
 
 
+def test_one_field_alone(tmp_path):
+    """What else is in the state need not be there at all; within the field everything is checked."""
+    state = make_state()
+    with Checkpointer(tmp_path, every=1, keep=0) as c:
+        c.save(3, state, {"run": 1})
+        like = {path: leaf.to("meta") for path, leaf in state.params.items()}
+        params, meta = c.restore_part("params", like)
+        assert_same(params, state.params)
+        assert meta == {"run": 1}
+        with pytest.raises(UserError, match="params.more is absent on disk"):
+            c.restore_part("params", {**like, "more": torch.zeros(2)})
+        like.pop("model.norm.weight")
+        with pytest.raises(UserError, match="params.model.norm.weight .* absent in this run"):
+            c.restore_part("params", like)
+
+
 def test_plain_orbax_reads_it(tmp_path):
     import jax
     import orbax.checkpoint as ocp

@@ -1,0 +1,19 @@
+"""Turns a run into a Hugging Face directory that transformers, vLLM and SGLang load, with its tokenizer.
+
+   python launch.py --config experiments/export_hf.py --config.init_from=W1 --config.out=DIR
+
+Only the weights are read. DIR must not exist or be empty; it appears when everything is written.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.stage = "export_hf"
+    config.init_from = ""  # a workdir (its last checkpoint), its checkpoints/N, or a Hugging Face directory
+    config.out = ""  # the directory to write
+    config.dtype = "bfloat16"  # of the stored weights: bfloat16, float16, float32, or stored to keep what is there
+    config.max_shard_gb = 5.0  # weights beyond it are cut into several files with an index; 10^9 bytes each
+    config.tokenizer = True  # False: weights alone
+    return config

@@ -1,0 +1,205 @@
+"""Hugging Face's config.json of Qwen3 and Qwen3-MoE, read into a ModelConfig and written from one.
+
+Defaults of omitted keys: transformers 5.23, Qwen3Config and Qwen3MoeConfig. What a ModelConfig can't hold is an error.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from qwen3f.config import ModelConfig, RopeScaling
+from qwen3f.errors import UserError
+
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+ROPE_THETA = 1e4  # where a file names none
+
+# Named alike on both sides. An omitted head_dim of a MoE model is hidden_size / num_attention_heads.
+_DENSE: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+}
+_MOE: dict[str, Any] = {
+    **_DENSE,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+    "num_experts": 128,
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001,
+    "mlp_only_layers": (),
+}
+_DEFAULTS = {"qwen3": _DENSE, "qwen3_moe": _MOE}
+
+# Read by name below, or of no effect on the function and its parameters.
+_UNDERSTOOD = {
+    "model_type", "architectures", "num_local_experts",
+    "rope_theta", "rope_scaling", "rope_parameters",
+    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "quantization_config",
+}  # fmt: skip
+_HARMLESS = {
+    "transformers_version", "torch_dtype", "dtype", "_name_or_path", "name_or_path", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "output_router_logits", "output_attentions", "output_hidden_states",
+    "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type",
+    "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version",
+}  # fmt: skip
+
+
+def from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The ModelConfig that a config.json describes; `where` names the file in errors.
+
+    Deviation from transformers: YaRN without original_max_position_embeddings is an error here (it would take
+    max_position_embeddings, which is the length after scaling).
+
+    Raises UserError that names the key: another family, sliding windows, quantised weights, a value of the wrong type,
+    two rotary settings that disagree, or any key whose meaning is unknown.
+    """
+    family = values.get("model_type")
+    if family not in list(ARCHITECTURES):  # a list: JSON may hold what no dict can look up
+        raise UserError(f"{where}: model_type is {family!r}; only {' and '.join(ARCHITECTURES)} can be read")
+    defaults = _DEFAULTS[family]
+    for key in values:
+        if key not in defaults and key not in _UNDERSTOOD and key not in _HARMLESS:
+            raise UserError(f"{where}: the key '{key}' is not known for {family}, and may change the model; remove it")
+    _refuse_what_we_lack(values, family, where)
+    fields = {key: _typed(values.get(key, default), default, key, where) for key, default in defaults.items()}
+    fields |= _experts(values, family, where)
+    heads = fields["num_attention_heads"]
+    if fields["num_key_value_heads"] is None:
+        fields["num_key_value_heads"] = heads
+    if fields["head_dim"] is None:
+        fields["head_dim"] = fields["hidden_size"] // heads if heads else 0
+    try:
+        theta, scaling = _rope(values)
+        return ModelConfig(**fields, rope_theta=theta, rope_scaling=scaling)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of `cfg`. Holds the old keys and the new ones, so that every transformers and vLLM reads it.
+
+    dtype: of the stored weights. Training-time fields (gradient_checkpointing, embed_initializer_range) are left out.
+    Raises UserError, naming the field, for a model that transformers' Qwen3 and Qwen3-MoE can't express.
+    """
+    for field, plain in (("qk_norm", "rms"), ("vision_enabled", False), ("moe_drop_tokens", False)):
+        value = getattr(cfg, field)
+        if value != plain:
+            raise UserError(
+                f"model.{field}={value!r} has no form in Hugging Face's Qwen3; only {plain!r} can be written"
+            )
+    family = "qwen3_moe" if cfg.num_experts else "qwen3"
+    ours = cfg.to_dict()
+    scaling = None if cfg.rope_scaling is None else _scaling_to_hf(cfg.rope_scaling)
+    return {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        **{key: ours[key] for key in _DEFAULTS[family]},
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": cfg.rope_theta},
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "max_window_layers": cfg.num_hidden_layers,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+    }
+
+
+def _refuse_what_we_lack(values: Mapping[str, Any], family: str, where: str) -> None:
+    architectures = values.get("architectures") or [ARCHITECTURES[family]]
+    if architectures != [ARCHITECTURES[family]]:
+        raise UserError(f"{where}: architectures is {architectures}; only [{ARCHITECTURES[family]!r}] can be read")
+    # transformers ignores sliding_window unless use_sliding_window is true.
+    if values.get("use_sliding_window") and values.get("sliding_window") is not None:
+        raise UserError(f"{where}: use_sliding_window is true; models with sliding windows can't be read")
+    kinds = values.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"{where}: layer_types is {kinds}; only 'full_attention' in every layer can be read")
+    if values.get("quantization_config") is not None:
+        raise UserError(f"{where}: quantization_config is set; give the directory of the unquantised weights")
+
+
+def _experts(values: Mapping[str, Any], family: str, where: str) -> dict[str, int]:
+    """transformers 5 writes num_experts as num_local_experts."""
+    new = values.get("num_local_experts")
+    if family != "qwen3_moe" or new is None:
+        return {}
+    if values.get("num_experts", new) != new:
+        raise UserError(
+            f"{where}: num_experts is {values['num_experts']} and num_local_experts {new}; they must be the same number"
+        )
+    return {"num_experts": _typed(new, 0, "num_local_experts", where)}
+
+
+def _typed(value: Any, default: Any, key: str, where: str) -> Any:
+    """`value`, if it is of the type that `key` has."""
+    if value is None and key in ("num_key_value_heads", "head_dim", "mlp_only_layers"):
+        return () if key == "mlp_only_layers" else None
+    if isinstance(default, tuple):
+        fits, kind = isinstance(value, (list, tuple)) and all(type(v) is int for v in value), "a list of integers"
+    elif isinstance(default, float):
+        fits, kind = type(value) in (int, float), "a number"
+    else:
+        wanted = int if default is None else type(default)
+        fits, kind = type(value) is wanted, {int: "an integer", bool: "true or false", str: "a string"}[wanted]
+    if not fits:
+        raise UserError(f"{where}: {key} is {value!r}; it must be {kind}")
+    return value
+
+
+def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from the old keys (rope_theta, rope_scaling), the new one (rope_parameters), or both alike."""
+    bases = {"rope_theta": values.get("rope_theta")}
+    scalings = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        inner = values.get(key)
+        if inner is None:
+            continue
+        if not isinstance(inner, Mapping) or any(isinstance(v, Mapping) for v in inner.values()):
+            raise UserError(f"{key} is {inner!r}; it must be one flat object (one setting for all layers)")
+        # transformers reads null as the default, too.
+        inner = {k: v for k, v in inner.items() if v is not None}
+        for name, value in inner.items():
+            wanted = {"rope_type": (str,), "type": (str,), "truncate": (bool,)}.get(name, (int, float))
+            if type(value) not in wanted:
+                raise UserError(f"{key}.{name} is {value!r}; it must be of type {wanted[-1].__name__}")
+        bases[f"{key}.rope_theta"] = inner.pop("rope_theta", None)
+        scalings[key] = RopeScaling.from_dict(inner)
+    bases = {key: base for key, base in bases.items() if base is not None}
+    for key, base in bases.items():
+        if type(base) not in (int, float):
+            raise UserError(f"{key} is {base!r}; it must be a number")
+    for found, what in ((bases, "base"), (scalings, "scaling")):
+        if len(set(found.values())) > 1:
+            both = " and ".join(f"{key}={value}" for key, value in found.items())
+            raise UserError(f"two different rotary {what}s are given: {both}; keep one")
+    return float(next(iter(bases.values()), ROPE_THETA)), next(iter(scalings.values()), None)
+
+
+def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
+    """What differs from the defaults only: older readers don't know every key."""
+    required = ("rope_type", "factor", "original_max_position_embeddings")
+    return {
+        field.name: value
+        for field in dataclasses.fields(scaling)
+        if (value := getattr(scaling, field.name)) != field.default or field.name in required
+    }

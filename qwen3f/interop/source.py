@@ -1,0 +1,136 @@
+"""What `--config.init_from=SOURCE` names: a Hugging Face directory, a workdir, or a workdir's checkpoints/N.
+
+One place for every stage that starts from another model. Weights, config and tokenizer only: no optimizer state.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen3f.config import ModelConfig
+from qwen3f.data.tokenizer import Tokenizer, load_tokenizer
+from qwen3f.errors import UserError
+from qwen3f.interop import hf
+from qwen3f.params import Params, abstract_params
+from qwen3f.strict_json import read_object
+from qwen3f.train import workdir as W
+from qwen3f.train.checkpoint import Checkpointer
+
+# May differ between a model and one that starts from it: how it is trained, and the rotary settings, which continued
+# training stretches on purpose.
+FREE_FIELDS = frozenset({
+    "gradient_checkpointing", "initializer_range", "embed_initializer_range", "attention_dropout",
+    "router_aux_loss_coef", "moe_drop_tokens", "moe_capacity_factor",
+    "max_position_embeddings", "rope_theta", "rope_scaling",
+})  # fmt: skip
+
+
+class Source(NamedTuple):
+    """A place on disk. step: of the workdir's checkpoint, None for its last."""
+
+    directory: Path
+    is_hf: bool
+    step: int | None = None
+
+
+def locate(source: str) -> Source:
+    """What kind of place `source` is. Raises UserError if it is none of the three."""
+    place = Path(source).expanduser()
+    if (place / W.CHECKPOINTS).is_dir():
+        return Source(place, is_hf=False)
+    if place.parent.name == W.CHECKPOINTS and place.name.isdecimal():
+        return Source(place.parent.parent, is_hf=False, step=int(place.name))
+    if (place / hf.CONFIG).is_file() and "model_type" in read_object(place / hf.CONFIG):
+        return Source(place, is_hf=True)
+    raise UserError(
+        f"config.init_from={source}: there is no {place / W.CHECKPOINTS} and no {place / hf.CONFIG} with a model_type; "
+        "give a workdir, its checkpoints/N, or a Hugging Face directory"
+    )
+
+
+def read_model_config(source: str) -> ModelConfig:
+    """The model at `source`. Raises UserError as `locate` and hf.read_config do, or if there is no checkpoint."""
+    directory, is_hf, step = locate(source)
+    if is_hf:
+        return hf.read_config(directory)
+    with _checkpoints(directory) as checkpoints:
+        return ModelConfig.from_dict(checkpoints.read_meta(_step(checkpoints, step))["config"]["model"])
+
+
+def check_same_model(source: str, cfg: ModelConfig) -> None:
+    """Raises UserError naming the fields in which `cfg` is another model than the one there; FREE_FIELDS may differ."""
+    there = read_model_config(source)
+    here, other = _meaningful(cfg), _meaningful(there)
+    differing = [name for name in here | other if here.get(name) != other.get(name)]
+    if differing:
+        shown = ", ".join(f"{name} is {getattr(there, name)} there and {getattr(cfg, name)} here" for name in differing)
+        overrides = " ".join(f"--config.model.{name}={getattr(there, name)}" for name in differing)
+        raise UserError(f"config.init_from={source} holds another model than config.model: {shown}; write {overrides}")
+
+
+def read_params(source: str, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype | None = None) -> Params:
+    """The parameters at `source`, for the model `cfg`, on `device`; dtype None keeps each as stored.
+
+    Raises UserError naming the fields in which `cfg` is another model than the one there (FREE_FIELDS may differ), and
+    as hf.load_pretrained and Checkpointer.restore do.
+    """
+    check_same_model(source, cfg)
+    directory, is_hf, step = locate(source)
+    if is_hf:
+        return hf.load_pretrained(directory, dtype, device)[1]
+    table = abstract_params(cfg)
+    like = {path: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for path, spec in table.items()}
+    with _checkpoints(directory) as checkpoints:
+        params, _ = checkpoints.restore_part("params", like, step)
+
+    def moved(path: str) -> Tensor:
+        return params.pop(path).to(device, dtype)  # popped: a cast copy and the whole model would not fit side by side
+
+    return {path: moved(path) for path in like}
+
+
+def read_tokenizer(source: str) -> Tokenizer:
+    """The tokenizer kept at `source`. Raises UserError if there is none."""
+    return load_tokenizer(tokenizer_path(source))
+
+
+def tokenizer_path(source: str) -> Path:
+    """What load_tokenizer opens for `source`: a workdir's tokenizer, or a Hugging Face directory's files."""
+    directory, is_hf, _ = locate(source)
+    return directory if is_hf else directory / W.TOKENIZER
+
+
+def rotary_changes(source: str, cfg: ModelConfig) -> list[str]:
+    """'rope_theta: there -> here' for each rotary setting in which `cfg` departs from the model at `source`."""
+    there = read_model_config(source)
+    names = ("rope_theta", "rope_scaling")
+    return [f"{n}: {getattr(there, n)} -> {getattr(cfg, n)}" for n in names if getattr(there, n) != getattr(cfg, n)]
+
+
+def _meaningful(cfg: ModelConfig) -> dict[str, Any]:
+    """The fields that shape `cfg`'s function or parameters: those of parts it doesn't have are left out."""
+    values = {name: value for name, value in cfg.to_dict().items() if name not in FREE_FIELDS}
+    if not cfg.vision_enabled:
+        values = {name: value for name, value in values.items() if not name.startswith("vision_")}
+    if not cfg.dense_layers:
+        del values["intermediate_size"]
+    if not cfg.sparse_layers:
+        for name in ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"):
+            del values[name]
+    for name in ("num_experts", "decoder_sparse_step", "mlp_only_layers"):
+        if not cfg.num_experts:
+            del values[name]
+    return values
+
+
+def _checkpoints(workdir: Path) -> Checkpointer:
+    return Checkpointer(workdir / W.CHECKPOINTS, every=0, keep=0)
+
+
+def _step(checkpoints: Checkpointer, step: int | None) -> int:
+    step = checkpoints.latest() if step is None else step
+    if step is None:
+        raise UserError(f"{checkpoints.directory} holds no checkpoint; give a workdir that has trained")
+    return step

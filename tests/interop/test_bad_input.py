@@ -1,0 +1,204 @@
+"""Broken and hostile directories: one message that names file or tensor, and no trace on disk."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen3f import params
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+from qwen3f.interop import hf, writer
+from tests.interop.models import edit_config, edit_tensors
+
+CFG = ModelConfig(num_hidden_layers=2, hidden_size=16, head_dim=8, intermediate_size=24, vocab_size=50)
+NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"
+MANY, LAST = "model-00001-of-00004.safetensors", "model-00004-of-00004.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return params.init_params(CFG, 0)
+
+
+def cut_file(at):
+    def cut(directory):
+        path = next(directory.glob("*.safetensors"))
+        path.write_bytes(path.read_bytes()[:at])
+
+    return cut
+
+
+def write(name, content):
+    return lambda directory: (directory / name).write_bytes(content)
+
+
+def edit_index(edit):
+    """Change the index in place: edit(weight_map)."""
+
+    def change(directory):
+        path = directory / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        edit(index["weight_map"])
+        path.write_text(json.dumps(index))
+
+    return change
+
+
+def put(key, name):
+    return edit_index(lambda weight_map: weight_map.update({key: name}))
+
+
+def index_twice(directory):
+    path = directory / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace('"weight_map": {', f'"weight_map": {{"{NORM}": "{MANY}",'))
+
+
+def store(key, name):
+    """Store `key` in a shard that the index doesn't name for it."""
+
+    def change(directory):
+        save_file({**load_file(directory / name), key: torch.ones(16)}, directory / name, {"format": "pt"})
+
+    return change
+
+
+def only_pickle(directory):
+    (directory / "model.safetensors").unlink()
+    torch.save({NORM: torch.ones(16)}, directory / "pytorch_model.bin")
+
+
+ONE_FILE = {
+    "data cut short": (cut_file(-10), "model.safetensors is not a whole safetensors file"),
+    "header cut short": (cut_file(40), "not a whole safetensors file"),
+    "empty": (cut_file(0), "not a whole safetensors file"),
+    "endless header": (write("model.safetensors", b"\xff" * 16), "not a whole safetensors file"),
+    "missing": (lambda d: edit_tensors(d, **{NORM: ...}), f"missing: {NORM}"),
+    "extra": (lambda d: edit_tensors(d, score__weight=torch.ones(2)), "don't belong.*score.weight"),
+    "one layer more": (
+        lambda d: edit_config(d, num_hidden_layers=3),
+        "missing: model.layers.2.input_layernorm.weight.*8 m",
+    ),
+    "misshapen": (lambda d: edit_tensors(d, **{NORM: torch.ones(17)}), rf"{NORM} has shape \[17\].*\[16\]"),
+    "transposed": (lambda d: edit_tensors(d, **{EMBED: torch.ones(16, 50)}), rf"{EMBED} has shape \[16, 50\]"),
+    "int8": (lambda d: edit_tensors(d, **{NORM: torch.ones(16, dtype=torch.int8)}), f"{NORM} is stored as I8"),
+    "float8": (lambda d: edit_tensors(d, **{NORM: torch.ones(16).to(torch.float8_e4m3fn)}), f"{NORM} is stored as F8"),
+    "pickle": (only_pickle, "pytorch_model.bin.*convert it to safetensors"),
+    "nothing": (lambda d: (d / "model.safetensors").unlink(), "holds no weights"),
+    "no index": (lambda d: (d / "model.safetensors").rename(d / MANY), f"{MANY} but neither"),
+    "two sets": (write("model.safetensors.index.json", b"{}"), "holds both"),
+    "another family": (lambda d: edit_config(d, model_type="mistral"), "config.json: model_type is 'mistral'"),
+    "endless layers": (lambda d: edit_config(d, num_hidden_layers=10**12), "only 25 tensors are stored"),
+    "no config": (lambda d: (d / "config.json").unlink(), "there is no file .*config.json"),
+    "config cut short": (write("config.json", b'{"model_type":'), "config.json is not JSON"),
+    "config no object": (write("config.json", b"[1]"), "config.json holds a JSON list"),
+    "config no text": (write("config.json", b"\xff\xfe\x00"), "config.json is not JSON"),
+    "config too deep": (write("config.json", b"[" * 10**5), "config.json is not JSON"),
+    "config key twice": (write("config.json", b'{"model_type": "qwen3", "model_type": "qwen3"}'), "'model_type' twice"),
+}
+SHARDS = {
+    "relative path": (put(NORM, "../evil.safetensors"), "'../evil.safetensors'"),
+    "absolute path": (put(NORM, "/tmp/evil.safetensors"), "'/tmp/evil.safetensors'"),
+    "folder": (put(NORM, "sub/evil.safetensors"), "'sub/evil.safetensors'"),
+    "backslash": (put(NORM, "..\\evil.safetensors"), "evil.safetensors'"),
+    "no name": (put(NORM, 3), f"puts {NORM} in 3"),
+    "pickle": (put(NORM, "evil.bin"), "'evil.bin'"),
+    "no such file": (put("model.layers.0.x", "model-9.safetensors"), "there is no file .*model-9.safetensors"),
+    "another shard": (put(NORM, MANY), f"stores {NORM}, which .* puts in {MANY}"),
+    "unlisted": (edit_index(lambda m: m.pop(NORM)), f"stores {NORM}, which .* puts in no file"),
+    "not stored": (put("model.layers.0.x", MANY), f"puts model.layers.0.x in {MANY}, which doesn't store it"),
+    "index key twice": (index_twice, f"'{NORM}' twice"),
+    "stored twice": (store(EMBED, LAST), f"{EMBED} is stored twice, in .*{MANY} and {LAST}"),
+    "stored elsewhere": (store(NORM, MANY), f"{MANY} stores {NORM}, which .* puts in {LAST}"),
+    "no map": (write("model.safetensors.index.json", b"{}"), "no weight_map"),
+    "a shard is gone": (lambda d: (d / MANY).unlink(), f"there is no file .*{MANY}"),
+}
+
+
+@pytest.mark.parametrize("case", ONE_FILE)
+def test_a_broken_directory(case, model, tmp_path):
+    hf.save_pretrained(tmp_path / "m", CFG, model)
+    check(ONE_FILE[case], tmp_path / "m")
+
+
+@pytest.mark.parametrize("case", SHARDS)
+def test_a_broken_index(case, model, tmp_path):
+    hf.save_pretrained(tmp_path / "m", CFG, model, max_shard_bytes=12_000)
+    assert (tmp_path / "m" / MANY).exists()
+    hf.load_pretrained(tmp_path / "m")
+    check(SHARDS[case], tmp_path / "m")
+
+
+def check(case, directory):
+    breaks, words = case
+    breaks(directory)
+    with pytest.raises(UserError, match=words):
+        hf.load_pretrained(directory)
+
+
+def test_a_file_instead_of_a_directory(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file", "nothing"):
+        with pytest.raises(UserError, match=name):
+            hf.load_pretrained(tmp_path / name)
+    with pytest.raises(UserError, match="loaded as torch.int8"):
+        hf.load_pretrained(tmp_path, torch.int8)
+
+
+def test_the_symlinks_of_a_cache_are_followed(model, tmp_path):
+    """The Hugging Face cache: snapshots/X/model.safetensors -> ../../blobs/HASH."""
+    hf.save_pretrained(tmp_path / "blobs", CFG, model)
+    (snapshot := tmp_path / "snapshots" / "x").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).symlink_to(os.path.relpath(tmp_path / "blobs" / name, snapshot))
+    assert hf.load_pretrained(snapshot)[0] == CFG.replace(num_experts_per_tok=0)
+
+
+def without(model, path):
+    return {key: leaf for key, leaf in model.items() if key != path}
+
+
+@pytest.mark.parametrize(
+    "cfg, change, words",
+    [
+        (CFG, lambda p: without(p, NORM), f"{NORM} is missing"),
+        (CFG, lambda p: {**p, "x": torch.ones(1)}, "parameter x is unknown"),
+        (CFG, lambda p: {**p, NORM: torch.ones(3)}, f"{NORM} has shape"),
+        (CFG, lambda p: {**p, NORM: torch.ones(16, dtype=torch.int32)}, f"{NORM} can't be written as torch.int32"),
+        (CFG.replace(qk_norm="l2"), lambda p: p, "qk_norm='l2'"),
+    ],
+)
+def test_nothing_is_written_for_a_wrong_model(cfg, change, words, model, tmp_path):
+    with pytest.raises(UserError, match=words):
+        hf.save_pretrained(tmp_path / "out", cfg, change(model))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(model, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for name in ("full", "file"):
+        with pytest.raises(UserError, match=name):
+            hf.save_pretrained(tmp_path / name, CFG, model)
+    assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "mine"
+    hf.save_pretrained(tmp_path / "empty", CFG, model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
+    assert (tmp_path / "empty").stat().st_mode == (tmp_path / "full").stat().st_mode  # readable by whom the umask lets
+
+
+def test_a_full_disk_leaves_nothing(model, tmp_path, monkeypatch):
+    real = writer.write_file
+
+    def fails_later(path, *rest):
+        if path.name > MANY:
+            raise OSError(28, "No space left on device")
+        real(path, *rest)
+
+    monkeypatch.setattr(writer, "write_file", fails_later)
+    with pytest.raises(UserError, match="out could not be written.*No space left"):
+        hf.save_pretrained(tmp_path / "out", CFG, model, max_shard_bytes=12_000)
+    assert list(tmp_path.iterdir()) == []

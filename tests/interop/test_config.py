@@ -1,0 +1,176 @@
+"""Config files of every form against transformers' own classes; what we can't hold is refused by name."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3f.config import ModelConfig, RopeScaling
+from qwen3f.errors import UserError
+from qwen3f.interop import config as C
+from tests.interop.models import YARN
+
+DENSE, MOE = {"model_type": "qwen3"}, {"model_type": "qwen3_moe"}
+
+
+def read(values):
+    return C.from_hf(values, "DIR/config.json")
+
+
+@pytest.mark.parametrize("values, kind", [(DENSE, transformers.Qwen3Config), (MOE, transformers.Qwen3MoeConfig)])
+def test_omitted_keys_have_transformers_defaults(values, kind):
+    cfg, theirs = read(values), kind()
+    for name in C._DEFAULTS[values["model_type"]]:
+        expected = getattr(theirs, name, None)
+        if name == "head_dim" and expected is None:
+            expected = theirs.hidden_size // theirs.num_attention_heads
+        if name == "mlp_only_layers":
+            expected = tuple(expected)
+        assert getattr(cfg, name) == expected, name
+    assert cfg.rope_theta == theirs.rope_parameters["rope_theta"] == 1e4
+    # what transformers writes for it, defaults and all, means the same
+    assert read(json.loads(theirs.to_json_string(use_diff=False)) | values) == cfg
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rope_theta": 5e6},
+        {"rope_theta": 1000000, "rope_scaling": None},
+        {"rope_theta": 1e6, "rope_scaling": YARN},
+        {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
+        {"rope_parameters": {**YARN, "rope_theta": 1e6, "attention_factor": None, "truncate": False}},
+        {"rope_theta": 1e6, "rope_scaling": YARN, "rope_parameters": {**YARN, "rope_theta": 1e6}},
+        {"rope_theta": 1e6, "rope_scaling": None, "rope_parameters": {**YARN, "rope_theta": 1e6}},
+        {"rope_theta": 1e6, "rope_parameters": YARN},
+    ],
+)
+def test_rotary_settings_read_as_transformers_reads_them(rope, tmp_path):
+    def theirs(values):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        found = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+        scaling = {key: v for key, v in found.items() if key not in ("rope_theta", "type") and v is not None}
+        return found["rope_theta"], RopeScaling.from_dict(scaling)
+
+    values = {**DENSE, "hidden_size": 64, "max_position_embeddings": 64, **rope}
+    cfg = read(values)
+    assert (cfg.rope_theta, cfg.rope_scaling) == theirs(values)
+    assert theirs(C.to_hf(cfg, torch.float32)) == theirs(values)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "qwen3_vl"}, "model_type is 'qwen3_vl'"),
+        ({}, "model_type is None"),
+        ({"model_type": ["qwen3"]}, "model_type is"),
+        ({**DENSE, "architectures": ["Qwen3ForSequenceClassification"]}, "architectures"),
+        ({**DENSE, "use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
+        ({**DENSE, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*sliding_attention"),
+        ({**DENSE, "quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({**DENSE, "hidden_act": "swish"}, "hidden_act.*swish"),
+        ({**DENSE, "num_experts": 8}, "'num_experts' is not known for qwen3"),
+        ({**DENSE, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({**DENSE, "auto_map": {"AutoModel": "x.py"}}, "auto_map"),
+        ({**DENSE, "hidden_size": "4096"}, "hidden_size is '4096'; it must be an integer"),
+        ({**DENSE, "vocab_size": None}, "vocab_size is None"),
+        ({**DENSE, "tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
+        ({**DENSE, "num_hidden_layers": -3}, "num_hidden_layers must be positive"),
+        ({**DENSE, "num_attention_heads": 0}, "num_attention_heads must be positive"),
+        ({**DENSE, "num_attention_heads": 6, "num_key_value_heads": 4}, "multiple of"),
+        ({**MOE, "mlp_only_layers": [1.5]}, "mlp_only_layers"),
+        ({**MOE, "num_experts": 8, "num_local_experts": 4}, "num_experts is 8 and num_local_experts 4"),
+        ({**MOE, "num_experts": 4}, "num_experts_per_tok"),
+        ({**DENSE, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ({**DENSE, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
+        ({**DENSE, "rope_scaling": {**YARN, "mscale": 1.0}}, "mscale"),
+        ({**DENSE, "rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters"),
+        ({**DENSE, "rope_parameters": "yarn"}, "rope_parameters"),
+        ({**DENSE, "rope_scaling": {**YARN, "factor": "4"}}, "rope_scaling.factor is '4'"),
+        ({**DENSE, "layer_types": 3}, "layer_types is 3"),
+        ({**DENSE, "rope_theta": "1e6"}, "rope_theta is '1e6'"),
+        ({**DENSE, "rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "two different rotary bases"),
+        ({**DENSE, "rope_scaling": YARN, "rope_parameters": {**YARN, "factor": 2.0}}, "two different rotary scalings"),
+    ],
+)
+def test_what_we_cannot_hold_is_named(values, words):
+    with pytest.raises(UserError, match=words) as caught:
+        read(values)
+    assert str(caught.value).startswith("DIR/config.json: ")
+
+
+def test_ignored_keys_change_nothing():
+    noise = {
+        "transformers_version": "4.51.0", "torch_dtype": "bfloat16", "eos_token_id": [1, 2], "bos_token_id": 0,
+        "use_cache": True, "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28,
+        "layer_types": ["full_attention"] * 32, "quantization_config": None, "_name_or_path": "x",
+    }  # fmt: skip
+    assert read({**DENSE, **noise}) == read(DENSE)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"qk_norm": "l2"}, "qk_norm='l2'"),
+        ({"qk_norm": "none"}, "qk_norm='none'"),
+        ({"vision_enabled": True}, "vision_enabled"),
+        ({"moe_drop_tokens": True, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}, "drop_tok"),
+    ],
+)
+def test_what_hugging_face_cannot_hold_is_named(changes, words):
+    with pytest.raises(UserError, match=words):
+        C.to_hf(ModelConfig(**changes), torch.float32)
+
+
+@st.composite
+def configs(draw):
+    kv_heads, ratio = draw(st.integers(1, 4)), draw(st.integers(1, 16))
+    experts = draw(st.sampled_from([0, 0, 4, 8]))
+    sizes = {
+        name: draw(st.integers(1, 512))
+        for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "max_position_embeddings")
+    }
+    scaling = st.builds(
+        RopeScaling,
+        rope_type=st.just("yarn"),
+        factor=st.floats(1.0, 64.0),
+        original_max_position_embeddings=st.integers(1, 1 << 20),
+        beta_fast=st.floats(1.0, 64.0),
+        attention_factor=st.none() | st.floats(0.5, 2.0),
+        truncate=st.booleans(),
+    )
+    moe = {
+        "num_experts": experts,
+        "num_experts_per_tok": draw(st.integers(1, max(experts, 1))),
+        "moe_intermediate_size": draw(st.integers(1, 99)),
+        "norm_topk_prob": draw(st.booleans()),
+        "decoder_sparse_step": draw(st.integers(1, 3)),
+        "mlp_only_layers": tuple(draw(st.lists(st.integers(0, 9), max_size=3))),
+        "router_aux_loss_coef": draw(st.floats(0, 1)),
+    }
+    return ModelConfig(
+        **sizes,
+        **(moe if experts else {}),
+        num_key_value_heads=kv_heads,
+        num_attention_heads=kv_heads * ratio,
+        head_dim=2 * draw(st.integers(1, 128)),
+        rms_norm_eps=draw(st.floats(1e-8, 1e-3)),
+        hidden_act=draw(st.sampled_from(["silu", "gelu", "relu"])),
+        tie_word_embeddings=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+        rope_theta=draw(st.floats(1e3, 1e7)),
+        rope_scaling=draw(st.none() | scaling),
+        initializer_range=draw(st.floats(1e-3, 1.0)),
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs())
+def test_every_config_comes_back(cfg):
+    assert read(json.loads(json.dumps(C.to_hf(cfg, torch.bfloat16)))) == cfg
