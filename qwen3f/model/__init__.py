@@ -1,5 +1,7 @@
 """The model: pure functions of (config, parameters, batch)."""
 
+from qwen3f.model.cached import apply_cached, make_cached_forward
+from qwen3f.model.kv_cache import KVCache, init_cache
 from qwen3f.model.transformer import (
     EAGER,
     REFERENCE,
@@ -10,4 +12,16 @@ from qwen3f.model.transformer import (
     make_forward,
 )
 
-__all__ = ["EAGER", "REFERENCE", "Execution", "ModelOutput", "apply", "head_weight", "make_forward"]
+__all__ = [
+    "EAGER",
+    "REFERENCE",
+    "Execution",
+    "KVCache",
+    "ModelOutput",
+    "apply",
+    "apply_cached",
+    "head_weight",
+    "init_cache",
+    "make_cached_forward",
+    "make_forward",
+]

@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
+from qwen3f.model.kv_cache import LayerCache, extend
 from qwen3f.model.mask import BLOCK, AttentionMask, block_mask, dense_mask
 from qwen3f.model.norm import L2Norm, RMSNorm
 from qwen3f.model.rope import apply_rope
@@ -80,6 +81,21 @@ def attend_reference(
     return probs @ v
 
 
+def attend_cached(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cache: LayerCache, backend: str) -> Tensor:
+    """Attention of the new tokens over the cache with them in it (written in place); [B, H, T, d].
+
+    The query heads that share a key/value head are laid out as further rows of its queries: every kernel then sees
+    equal head counts, and the cache is never repeated.
+    """
+    keys, values = extend(cache, k_BKTd, v_BKTd)
+    if backend == "reference":
+        return attend_reference(q_BHTd, keys, values, AttentionMask(cache.allowed), 0.0, None)
+    group = q_BHTd.shape[1] // keys.shape[1]
+    q = q_BHTd.unflatten(1, (-1, group)).flatten(2, 3)
+    out = attend(q, keys, values, AttentionMask(cache.allowed.repeat(1, 1, group, 1)))
+    return out.unflatten(2, (group, -1)).flatten(1, 2)
+
+
 def _repeat_heads(x_BKTd: Tensor, heads: int) -> Tensor:
     """Key/value head j serves query heads j·g … j·g+g−1."""
     return x_BKTd.repeat_interleave(heads // x_BKTd.shape[1], dim=1)
@@ -104,13 +120,17 @@ class Attention(nn.Module):
         self.dropout = cfg.attention_dropout
         self.backend = backend
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask, stream: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | LayerCache, stream: Tensor | None
+    ) -> Tensor:
         q, k, v = (p(x_BTD).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if self.backend == "reference" or (self.dropout and stream is not None):
+        if isinstance(mask, LayerCache):
+            out = attend_cached(q, k, v, mask, self.backend)
+        elif self.backend == "reference" or (self.dropout and stream is not None):
             out = attend_reference(q, k, v, mask, self.dropout, stream)
         else:
             out = attend(q, k, v, mask)

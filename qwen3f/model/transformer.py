@@ -4,7 +4,7 @@ B batch · T sequence · D hidden · V vocabulary · L layers
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,9 @@ from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.model.attention import make_mask
 from qwen3f.model.block import block_fn
+from qwen3f.model.kv_cache import LayerCache
+from qwen3f.model.mask import AttentionMask
+from qwen3f.model.moe import EXPERT_FORMS
 from qwen3f.model.norm import rms_norm
 from qwen3f.model.rope import rope_tables
 
@@ -30,22 +33,27 @@ class Execution:
     compile: "off"; "block" compiles one transformer block, used for all layers; "step" says that the caller compiles
       the whole step into one graph.
     attention: see qwen3f.model.attention.BACKENDS.
+    experts: "grouped" or "reference", see qwen3f.model.moe.
     loss: "chunked" or "reference", see kernels.cross_entropy.
     """
 
     compile: str = "off"
     attention: str = "auto"
+    experts: str = "grouped"
     loss: str = "chunked"
 
     def __post_init__(self) -> None:
         if self.compile not in COMPILE_MODES:
             raise UserError(f"compile mode {self.compile!r} is unknown; use one of {', '.join(COMPILE_MODES)}")
+        if self.experts not in EXPERT_FORMS:
+            raise UserError(f"experts {self.experts!r} is unknown; use {' or '.join(EXPERT_FORMS)}")
         if self.loss not in ("chunked", "reference"):
             raise UserError(f"loss {self.loss!r} is unknown; use chunked or reference")
 
 
 EAGER = Execution()
-REFERENCE = Execution(attention="reference", loss="reference")  # composes with torch.func.vmap, grad and jvp
+# composes with torch.func.vmap, grad and jvp
+REFERENCE = Execution(attention="reference", experts="reference", loss="reference")
 
 
 class ModelOutput(NamedTuple):
@@ -73,7 +81,8 @@ def apply(
       batch: "tokens" int64 [B, T]; optional "positions" int64 [B, T] (default 0 … T−1) and "segments" int32 [B, T]
         (default: one document a row). Other keys are ignored.
       dropout_stream: int64 scalar tensor; attention_dropout applies exactly when it is given.
-    Raises UserError for sparse or vision configurations, IndexError (CPU) for a token beyond the vocabulary.
+    Raises UserError for configurations that cannot run (a vision tower, moe_drop_tokens), IndexError (CPU) for a token
+    beyond the vocabulary.
     """
     hidden = make_forward(cfg, execution, dropout=dropout_stream is not None)(params, batch, dropout_stream)
     return ModelOutput(F.linear(hidden, head_weight(cfg, params)), hidden)
@@ -86,7 +95,7 @@ def make_forward(cfg: ModelConfig, execution: Execution = EAGER, *, dropout: boo
     be called with a dropout_stream; attention with dropout runs the reference formula. Arguments as in `apply`.
     """
     backend = "reference" if dropout and cfg.attention_dropout else execution.attention
-    block = block_fn(cfg, backend, execution.compile == "block")
+    body = make_body(cfg, backend, execution)
     compiled = execution.compile != "off"
 
     def forward(params: P.Params, batch: Mapping[str, Tensor], dropout_stream: Tensor | None = None) -> Tensor:
@@ -94,29 +103,59 @@ def make_forward(cfg: ModelConfig, execution: Execution = EAGER, *, dropout: boo
         positions = batch.get("positions")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        x = F.embedding(tokens, params[P.EMBED])
-        cos, sin = rope_tables(cfg, positions, x.dtype)
         mask = make_mask(batch.get("segments"), backend, compiled)
-        for index, layer in enumerate(unstack_layers(params, cfg.num_hidden_layers)):
-            stream = None if dropout_stream is None else rng.fold(dropout_stream, index)
-            x = block(layer, x, cos, sin, mask, stream)
-        return rms_norm(x, params[P.FINAL_NORM], cfg.rms_norm_eps)
+        return body(params, tokens, positions, [mask] * cfg.num_hidden_layers, dropout_stream)
 
     return forward
+
+
+def make_body(cfg: ModelConfig, backend: str, execution: Execution) -> Forward:
+    """body(params, tokens [B, T], positions [B, T], masks, dropout_stream=None) -> as make_forward's function.
+
+    backend: attention's. masks: what each layer's attention may see; an AttentionMask, or a LayerCache that also holds
+    the layer's earlier keys and values (qwen3f.model.cached).
+    """
+    kinds = [cfg.is_sparse(layer) for layer in range(cfg.num_hidden_layers)]
+    blocks = {kind: block_fn(cfg, backend, execution.experts, execution.compile == "block", kind) for kind in {*kinds}}
+    stacks = layer_stacks(cfg)
+
+    def body(
+        params: P.Params,
+        tokens: Tensor,
+        positions: Tensor,
+        masks: Sequence[AttentionMask | LayerCache],
+        dropout_stream: Tensor | None = None,
+    ) -> Tensor:
+        x = F.embedding(tokens, params[P.EMBED])
+        cos, sin = rope_tables(cfg, positions, x.dtype)
+        for index, layer in enumerate(unstack_layers(params, stacks)):
+            stream = None if dropout_stream is None else rng.fold(dropout_stream, index)
+            x = blocks[kinds[index]](layer, x, cos, sin, masks[index], stream)
+        return rms_norm(x, params[P.FINAL_NORM], cfg.rms_norm_eps)
+
+    return body
 
 
 def head_weight(cfg: ModelConfig, params: P.Params) -> Tensor:
     return params[P.EMBED] if cfg.tie_word_embeddings else params[P.HEAD]
 
 
-def unstack_layers(params: P.Params, num_layers: int) -> list[dict[str, Tensor]]:
-    """Per-layer parameter dicts, names relative to the block.
+def layer_stacks(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """path -> the layer of each row, for every stacked parameter."""
+    return {path: spec.layers for path, spec in P.abstract_params(cfg).items() if spec.layers is not None}
+
+
+def unstack_layers(params: P.Params, stacks: Mapping[str, tuple[int, ...]]) -> list[dict[str, Tensor]]:
+    """Per-layer parameter dicts, names relative to the block; `stacks` as layer_stacks gives it.
+
+    Raises KeyError for a path that the model doesn't have, ValueError for a stack of another height.
 
     One unbind a leaf: indexing a stack layer by layer makes its backward write zeros of the whole stack every time.
     """
-    stacked = {
-        path.removeprefix(P.LAYERS): leaf.unbind(0) if isinstance(leaf, Tensor) else leaf
-        for path, leaf in params.items()
-        if path.startswith(P.LAYERS)
-    }
-    return [{name: rows[i] for name, rows in stacked.items()} for i in range(num_layers)]
+    layers: list[dict[str, Tensor]] = [{} for _ in range(1 + max(map(max, stacks.values())))]
+    for path, leaf in params.items():
+        if path.startswith(P.LAYERS):
+            rows = leaf.unbind(0) if isinstance(leaf, Tensor) else leaf
+            for layer, row in zip(stacks[path], rows, strict=True):
+                layers[layer][path.removeprefix(P.LAYERS)] = row
+    return layers

@@ -21,7 +21,7 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.microbatches = 1  # parts that a step's batch is cut into, one after the other
     config.seq_len = 4096
     config.log_every = 10
-    config.init_from = ""  # a workdir or its checkpoints/N: weights (and tokenizer) to start from
+    config.init_from = ""  # a workdir, its checkpoints/N or a Hugging Face directory: weights and tokenizer
     config.resume = config_dict.placeholder(int)  # a step of this workdir to go on from; default: the last
     config.wandb = "off"  # off, offline or online
 
@@ -31,7 +31,8 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.data.text_key = "text"  # field of .jsonl, column of .parquet
     config.data.holdout = 0.05  # share of the documents kept for validation
     config.data.cache = ""  # where tokenizers and tokens are kept; default $XDG_CACHE_HOME/qwen3f
-    config.data.tokenizer = ""  # a sentencepiece model; default: train one of model.vocab_size on the corpus
+    # A sentencepiece .model or a directory with Qwen's tokenizer; default: train one of model.vocab_size on the corpus.
+    config.data.tokenizer = ""
     config.data.reset_positions = True  # positions restart at each document
     config.data.cross_documents = False  # attention may look into the documents before
     config.data.num_threads = 2

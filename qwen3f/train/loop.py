@@ -49,7 +49,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, f
         ) as logger:
             for change in W.write_config(workdir, resolved, start):
                 logger.write(f"config changed: {change}")
-            W.keep_tokenizer(workdir, corpus.tokenizer.path)
+            W.keep_tokenizer(workdir, corpus.tokenizer)
             return _train(plan, corpus, state, checkpoints, logger, resolved)
 
 

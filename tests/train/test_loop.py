@@ -221,6 +221,6 @@ def test_wrong_configurations_are_named_and_leave_nothing(make, tmp_path, change
 
 def test_a_tokenizer_of_another_size_is_refused(make, tmp_path):
     run(make(steps=1), tmp_path / "one", progress=False)
-    tokenizer = str(tmp_path / "one" / "tokenizer.model")
+    tokenizer = str(tmp_path / "one" / "tokenizer")
     with pytest.raises(UserError, match=r"has 320 tokens and the model 400; write --config\.model\.vocab_size=320"):
         run(make(**{"model.vocab_size": 400, "data.tokenizer": tokenizer}), tmp_path / "two", progress=False)

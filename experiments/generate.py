@@ -1,0 +1,35 @@
+"""Answers a prompt with a trained model; the answer comes out on stdout as it is written.
+
+    python launch.py --config experiments/generate.py --config.init_from=DIR --config.prompt="…" --config.thinking=True
+
+DIR is a Hugging Face directory (Qwen3 or Qwen3-MoE), a workdir or its checkpoints/N. Nothing is written, there or in a
+workdir, unless --config.out names a file. A model that has only been pretrained continues text: --config.chat=False.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.stage = "generate"
+    config.init_from = ""
+    config.prompt = ""
+    config.prompts = ()  # several prompts instead of one, answered as one batch: --config.prompts="('a', 'b')"
+    config.chat = True  # the prompt is a user's turn in Qwen3's chat format; False: text to go on with
+    config.system = ""  # system message of the chat
+    config.thinking = True  # chat: let the model think first; False: the empty thinking block of enable_thinking=False
+    config.thinking_budget = config_dict.placeholder(int)  # tokens; then thinking ends with Qwen3's closing sentence
+    config.max_new_tokens = 512
+    # Unset: what Qwen3 recommends for a chat with or without thinking (qwen3f.infer.sampling); greedy with chat=False.
+    # Each overrides its own value alone.
+    config.temperature = config_dict.placeholder(float)  # 0: greedy
+    config.top_k = config_dict.placeholder(int)  # 0: all
+    config.top_p = config_dict.placeholder(float)
+    config.min_p = config_dict.placeholder(float)
+    config.presence_penalty = config_dict.placeholder(float)
+    config.seed = 0
+    config.dtype = "auto"  # auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 or float64
+    config.device = "auto"  # auto, cpu or cuda
+    config.compile = "off"  # off, block or step: compile the decoding pass; pays off for long answers
+    config.out = ""  # a .jsonl file to append to: a line {"prompt", "answer", "tokens", "stopped"} for each prompt
+    return config

@@ -1,0 +1,135 @@
+"""Samplers against transformers' logits processors, the definitions, and the distribution they promise."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import logits_process as hf
+
+from qwen3f.errors import UserError
+from qwen3f.infer.sampling import NON_THINKING, THINKING, SamplingParams, filter_logits, penalise, sample, streams
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def random_logits(seed, rows=3, vocab=50, scale=4.0):
+    return scale * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+NOTHING = torch.zeros((), dtype=torch.bool)  # seen
+
+
+def keys(count, seed=0):
+    return streams(seed, torch.arange(count), torch.zeros(count, dtype=torch.int64))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=SEEDS,
+    temperature=st.floats(0.05, 3.0),
+    top_k=st.integers(0, 60),
+    top_p=st.one_of(st.just(1.0), st.floats(0.01, 0.999)),
+    min_p=st.one_of(st.just(0.0), st.floats(0.001, 1.0)),
+    ties=st.booleans(),
+)
+def test_filters_equal_transformers(seed, temperature, top_k, top_p, min_p, ties):
+    """float64 for both. Ties only without top-p: which of two equal tokens it keeps is up to the sort."""
+    logits = random_logits(seed)
+    if ties and top_p == 1:
+        logits = logits.round()
+    expected = hf.TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        expected = hf.TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = hf.TopPLogitsWarper(top_p)(None, expected)
+    if min_p:
+        expected = hf.MinPLogitsWarper(min_p)(None, expected)
+    got = filter_logits(logits, SamplingParams(temperature, top_k, top_p, min_p))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_presence_counts_a_token_once():
+    logits = random_logits(0)
+    answers = torch.tensor([[1, 1, 4], [2, 2, 2], [7, 8, 9]])
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter(1, answers, True)
+    expected = logits.clone()
+    for row, answer in enumerate(answers.tolist()):
+        for token in set(answer):
+            expected[row, token] -= 1.5
+    assert torch.equal(penalise(logits, seen, 1.5), expected)
+    greedy = sample(logits, SamplingParams(presence_penalty=2.0), keys(3), torch.ones(3, 50, dtype=torch.bool))
+    assert torch.equal(greedy, logits.argmax(-1))
+    pushed = torch.tensor([[1.0, 0.5, -9.0]])
+    assert sample(pushed, SamplingParams(presence_penalty=1.0), keys(1), torch.tensor([[True, False, False]])) == 1
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(1.0), SamplingParams(0.7, 6, 0.9, 0.02), SamplingParams(1.3, 0, 0.8)]
+)
+def test_frequencies_follow_the_probabilities(params):
+    """χ² over tokens expected at least 5 times, of 40,000 draws; the bound is 6 standard deviations above its mean."""
+    draws, logits = 40_000, random_logits(3, rows=1, vocab=12, scale=1.5)
+    probs = filter_logits(logits, params).softmax(-1)[0]
+    counts = sample(logits.expand(draws, -1), params, keys(draws, seed=5), NOTHING).bincount(minlength=12)
+    assert counts[probs == 0].sum() == 0
+    usual = probs * draws >= 5
+    assert usual.sum() >= 4
+    chi2 = ((counts - probs * draws)[usual].square() / (probs * draws)[usual]).sum().item()
+    freedom = int(usual.sum()) - 1
+    assert chi2 < freedom + 6 * (2 * freedom) ** 0.5
+    uniform = torch.full_like(probs, draws / 12)
+    assert ((counts - uniform).square() / uniform).sum() > 1000  # the test can tell distributions apart
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, rows=st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True))
+def test_a_row_does_not_depend_on_its_batch(seed, rows):
+    logits, place = random_logits(seed, rows=8), torch.tensor(rows)
+    seen = torch.rand(8, 50, generator=torch.Generator().manual_seed(seed)) < 0.3
+    position = torch.arange(8) + 3
+    whole = sample(logits, NON_THINKING, streams(1, torch.arange(8), position), seen)
+    part = sample(logits[place], NON_THINKING, streams(1, place, position[place]), seen[place])
+    assert torch.equal(part, whole[place])
+
+
+def test_streams_differ_by_seed_request_and_position():
+    every = [
+        streams(seed, torch.arange(50).repeat(50), torch.arange(50).repeat_interleave(50)).tolist() for seed in (0, 1)
+    ]
+    assert len({*every[0], *every[1]}) == 5000
+
+
+def test_the_rarest_draws_stay_in_range():
+    """Uniform numbers of 0 and of all ones must give the first and the last token that is possible."""
+    logits = torch.tensor([[float("-inf"), 0.0, -40.0, float("-inf")]], dtype=torch.float64)
+    params = SamplingParams(1.0)
+    drawn = sample(logits.expand(1000, -1), params, keys(1000), NOTHING)
+    assert set(drawn.tolist()) == {1}  # e^−40 is far below 1/1000, the impossible ones never
+    assert sample(torch.zeros(1, 1), params, keys(1), NOTHING).tolist() == [0]
+
+
+def test_recommended_settings():
+    assert dataclasses.astuple(THINKING) == (0.6, 20, 0.95, 0.0, 0.0)
+    assert dataclasses.astuple(NON_THINKING) == (0.7, 20, 0.8, 0.0, 1.5)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"temperature": -0.1}, "temperature must be 0"),
+        ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"temperature": float("inf")}, "temperature must be 0"),
+        ({"top_k": -1}, "top_k must be a whole number"),
+        ({"top_k": 2.5}, "top_k must be a whole number"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
+        ({"top_p": 1.1}, r"top_p must lie in \(0, 1\]"),
+        ({"min_p": -0.1}, r"min_p must lie in \[0, 1\]"),
+        ({"min_p": float("nan")}, r"min_p must lie in \[0, 1\]"),
+        ({"presence_penalty": 2.5}, r"presence_penalty must lie in \[-2, 2\]"),
+    ],
+)
+def test_bad_values_are_named(values, words):
+    with pytest.raises(UserError, match=words):
+        SamplingParams(**values)

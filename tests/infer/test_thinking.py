@@ -1,0 +1,52 @@
+"""The thinking budget as a function of the step; within generation see test_generate."""
+
+import pytest
+import torch
+
+from qwen3f.errors import UserError
+from qwen3f.infer.thinking import CLOSING, ThinkingBudget, apply_budget
+
+END = 90
+BUDGET = ThinkingBudget(tokens=3, end_id=END, closing_ids=(70, 71, END, 72))
+
+
+def run(rows, budget=BUDGET):
+    """What comes out when the model wants `rows`."""
+    open_B, out = torch.ones(len(rows), dtype=torch.bool), []
+    for step, ids in enumerate(torch.tensor(rows).T):
+        ids, open_B = apply_budget(budget, step, ids, open_B)
+        out.append(ids)
+    return torch.stack(out, 1).tolist()
+
+
+def test_only_rows_that_still_think_are_closed_and_exactly_at_the_budget():
+    got = run(
+        [
+            [1, 2, 3, 4, 5, 6, 7, 8, 9],  # thinks on
+            [1, END, 3, 4, 5, 6, 7, 8, 9],  # closes in time
+            [1, 2, END, 4, 5, 6, 7, 8, 9],  # with the last token that it has
+            [1, 2, 3, END, 5, 6, 7, 8, 9],  # one too late
+        ]
+    )
+    assert got == [
+        [1, 2, 3, 70, 71, END, 72, 8, 9],
+        [1, END, 3, 4, 5, 6, 7, 8, 9],
+        [1, 2, END, 4, 5, 6, 7, 8, 9],
+        [1, 2, 3, 70, 71, END, 72, 8, 9],
+    ]
+    assert run([[1, 2]], ThinkingBudget(0, END, (END, 5))) == [[END, 5]]
+    assert run([[1, 2]]) == [[1, 2]]
+
+
+def test_the_sentence_is_the_reports():
+    assert CLOSING == (
+        "Considering the limited time by the user, I have to give the solution based on the thinking directly now."
+        "\n</think>.\n\n"
+    )
+
+
+def test_bad_budgets_are_named():
+    with pytest.raises(UserError, match="from 0 on, got -1"):
+        ThinkingBudget(-1, END, (END,))
+    with pytest.raises(UserError, match="lacks </think>"):
+        ThinkingBudget(4, END, (1, 2))
