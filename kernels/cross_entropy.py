@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-_CHUNK_LOGITS = 1 << 29  # logits alive at once: 1 GiB in bfloat16
+_CHUNK_LOGITS = 1 << 29  # logits alive at once on a GPU: 1 GiB in bfloat16
+_CHUNK_LOGITS_CPU = 1 << 21  # on a CPU: 8 MiB, which stay in its cache (77 ms against 67 at V 4,096, N 2,048)
 _MIN_CHUNK = 128  # tokens; below, products are too thin to be fast
 
 
@@ -43,7 +44,7 @@ def linear_cross_entropy(
     _check(hidden_ND, weight_VD, targets_N, weights_N)
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
         return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, weights_N, compiled)
-    size = _chunk_size(weight_VD.shape[0])
+    size = _chunk_size(weight_VD)
     parts = zip(hidden_ND.split(size), targets_N.split(size), weights_N.split(size))
     return torch.stack([reference(h, weight_VD, t, w) for h, t, w in parts]).sum()
 
@@ -58,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         compiled: bool,
     ) -> Tensor:
-        size = _chunk_size(weight.shape[0])
+        size = _chunk_size(weight)
         softmax = _compiled_loss_and_dlogits() if compiled else _loss_and_dlogits
         losses, d_hidden, d_weight = [], [], None
         for h, t, w in zip(hidden.split(size), targets.split(size), weights.split(size)):
@@ -77,17 +78,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_dlogits(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(Σ weight · nll, its gradient in the logits, in the logits' dtype)."""
-    logp = _widen(logits_NV).log_softmax(-1)
+    """(Σ weight · nll, its gradient in the logits, in their dtype). Uncompiled, it works in the logits' storage."""
+    wide = _widen(logits_NV)
     index = targets_N.clamp(min=0)[:, None]
-    weight = _effective_weights(targets_N, weights_N, logp.dtype)[:, None]
-    loss = -(logp.gather(-1, index) * weight).sum()
+    weight = _effective_weights(targets_N, weights_N, wide.dtype)[:, None]
     if torch.compiler.is_compiling():  # a comparison fuses with the rest, where a scatter would cut it in two
+        logp = wide.log_softmax(-1)
         hit = torch.arange(logp.shape[1], device=logp.device) == index
         d_logits = (logp.exp() - hit.to(logp.dtype)) * weight
-    else:  # in place: a third of the passes over memory
-        d_logits = logp.exp_().scatter_add_(1, index, logp.new_full(index.shape, -1.0)).mul_(weight)
-    return loss, d_logits.to(logits_NV.dtype)
+        return -(logp.gather(-1, index) * weight).sum(), d_logits.to(logits_NV.dtype)
+    # One exponential and three passes that write, all in place.
+    top = wide.amax(-1, keepdim=True)
+    of_target = wide.gather(-1, index) - top
+    exp = wide.sub_(top).exp_()
+    total = exp.sum(-1, keepdim=True)
+    loss = ((total.log() - of_target) * weight).sum()
+    return loss, exp.mul_(weight / total).scatter_add_(1, index, -weight).to(logits_NV.dtype)
 
 
 @functools.cache
@@ -110,9 +116,10 @@ def _effective_weights(targets_N: Tensor, weights_N: Tensor, dtype: torch.dtype)
     return torch.where(targets_N == IGNORE, 0, weights_N).to(dtype)
 
 
-def _chunk_size(vocab: int) -> int:
+def _chunk_size(weight_VD: Tensor) -> int:
     """Tokens a chunk: a power of two, so that the last chunk is rarely ragged (a ragged one compiles again)."""
-    return 1 << (max(_CHUNK_LOGITS // vocab, _MIN_CHUNK).bit_length() - 1)
+    logits = _CHUNK_LOGITS if weight_VD.is_cuda else _CHUNK_LOGITS_CPU
+    return 1 << (max(logits // weight_VD.shape[0], _MIN_CHUNK).bit_length() - 1)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> None:

@@ -92,6 +92,11 @@ def abstract_params(cfg: ModelConfig) -> dict[str, ParamSpec]:
     return table
 
 
+def decays(cfg: ModelConfig) -> dict[str, bool]:
+    """path -> whether weight decay applies, from the table."""
+    return {path: spec.decay for path, spec in abstract_params(cfg).items()}
+
+
 def active_numel(cfg: ModelConfig, path: str, spec: ParamSpec) -> int:
     """Elements of this parameter that one token uses: the share top-k/E of the experts, all of anything else."""
     if ".experts." in path:

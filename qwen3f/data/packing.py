@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from qwen3f.data.token_cache import TokenCache
 from qwen3f.errors import UserError
@@ -61,6 +63,18 @@ class PackedDataset:
         if not 0 <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
         return _window(self.cache, i, self.seq_len, self.cache.num_tokens, self.reset_positions, self.cross_documents)
+
+
+def limit_context(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """The batch with its segments cut every `length` places of a row [B, T], so attention sees at most so many tokens.
+
+    For a warmup of the context (as in Li et al. 2022, arXiv:2108.06084, which shortens the rows instead): a small model
+    learns from near tokens first, and sooner. Targets, weights and positions stay; padding stays 0.
+    """
+    segments = batch["segments"]
+    pieces = -(-segments.shape[1] // length)
+    piece = torch.arange(segments.shape[1], device=segments.device, dtype=segments.dtype) // length
+    return {**batch, "segments": torch.where(segments > 0, segments * pieces + piece, 0)}
 
 
 def eval_windows(cache: TokenCache, seq_len: int, max_docs: int | None = None) -> Iterator[Example]:

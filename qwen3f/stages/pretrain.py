@@ -51,7 +51,7 @@ def make_train_step(
     router_aux_loss_coef > 0.
     """
     losses.check_balance(cfg)
-    decay = {path: spec.decay for path, spec in P.abstract_params(cfg).items()}
+    decay = P.decays(cfg)
 
     loss_fn = losses.make_loss(cfg, execution, dropout=cfg.attention_dropout > 0)
 

@@ -20,6 +20,9 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.batch_size = 64  # rows of a step, over all devices
     config.microbatches = 1  # parts that a step's batch is cut into, one after the other
     config.seq_len = 4096
+    config.context_warmup = ConfigDict()
+    config.context_warmup.length = 0  # tokens that attention may look back over at first; 0: no such warmup
+    config.context_warmup.steps = 0.5  # how long: below 1 a share of the steps, else a number of steps
     config.log_every = 10
     config.init_from = ""  # a workdir, its checkpoints/N or a Hugging Face directory: weights and tokenizer
     config.resume = config_dict.placeholder(int)  # a step of this workdir to go on from; default: the last
@@ -38,11 +41,15 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.data.num_threads = 2
 
     config.optimizer = ConfigDict()
+    config.optimizer.kind = "adamw"  # adamw, or muon: Muon for matrices and an untied head, AdamW for the rest
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.95
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.1
     config.optimizer.clip_norm = 1.0  # 0: no clipping
+    config.optimizer.momentum = 0.95  # muon only
+    config.optimizer.update_rms = 0.2  # muon only: of an update, relative to the learning rate
+    config.optimizer.iterations = 5  # muon only: Newton–Schulz
 
     config.schedule = ConfigDict()
     config.schedule.kind = "cosine"  # cosine, wsd or constant

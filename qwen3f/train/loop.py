@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from qwen3f.data.corpus import Corpus, gzip_bits_per_byte
 from qwen3f.data.loader import Loader
+from qwen3f.data.packing import limit_context
 from qwen3f.infer.generate import generate
 from qwen3f.params import Params
 from qwen3f.stages import pretrain
@@ -33,7 +34,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, f
     """
     plan = make_plan(config)
     resolved = json.loads(config.to_json_best_effort())
-    W.check_same_model(workdir, resolved)
+    W.check_same_run(workdir, resolved)
     options = config.checkpoint
     with Checkpointer(workdir / W.CHECKPOINTS, options.every, options.keep, options.asynchronous) as checkpoints:
         corpus = open_corpus(plan, workdir, progress)
@@ -80,7 +81,10 @@ def _train(
     with Loader(corpus.train, rows, config.seed, int(state.position), plan.device, plan.model.vocab_size) as loader:
         first = int(state.position)
         for step in range(start + 1, config.steps + 1):
-            state, metrics = train_step(state, next(loader))
+            batch = next(loader)
+            if step <= plan.context_warmup_steps:
+                batch = limit_context(batch, config.context_warmup.length)
+            state, metrics = train_step(state, batch)
             check(step, metrics, first, rows)
             first += rows
             last = step == config.steps

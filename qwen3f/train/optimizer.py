@@ -1,7 +1,8 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) and global-norm clipping, as pure functions of pytrees.
+"""The optimizer's update and global-norm clipping, as pure functions of pytrees.
 
-Arithmetic follows torch.optim.AdamW. Compiled, the formula becomes one kernel a leaf: gradient, clip factor, both
-moments and the parameter are read once and written once. Uncompiled, torch's fused AdamW kernel does the same.
+AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) follows torch.optim.AdamW. Compiled, the formula becomes one kernel
+a leaf: gradient, clip factor, both moments and the parameter are read once and written once. Uncompiled, torch's fused
+AdamW kernel does the same. Muon, for matrices, is in qwen3f.train.muon.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from qwen3f.errors import UserError
 from qwen3f.params import Params
+from qwen3f.train import muon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +36,34 @@ class AdamW:
                 raise UserError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
 
 
-class AdamWState(NamedTuple):
-    """First and second moments, in the parameters' structure and dtype."""
+@dataclasses.dataclass(frozen=True)
+class Muon(AdamW):
+    """Muon for what weight decay applies to (matrices and an untied head), AdamW with the fields above for the rest.
+
+    momentum, iterations: see qwen3f.train.muon. update_rms: root mean square of a Muon update, relative to the learning
+    rate; 0.2 is about AdamW's.
+    """
+
+    momentum: float = 0.95
+    update_rms: float = 0.2
+    iterations: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.momentum < 1.0:
+            raise UserError(f"optimizer.momentum must be in [0, 1), got {self.momentum}")
+        if self.update_rms <= 0.0 or self.iterations < 1:
+            raise UserError(
+                f"optimizer.update_rms={self.update_rms} and optimizer.iterations={self.iterations} must be positive"
+            )
+
+
+ADAMW = AdamW()
+KINDS: dict[str, type[AdamW]] = {"adamw": AdamW, "muon": Muon}
+
+
+class OptimizerState(NamedTuple):
+    """m: first moment (AdamW) or momentum (Muon) of every path; v: second moment of AdamW's. The parameters' dtype."""
 
     m: Params
     v: Params
@@ -50,8 +78,24 @@ class _Scalars(NamedTuple):
     apply: Tensor
 
 
-def init(params: Params) -> AdamWState:
-    return AdamWState(*({path: torch.zeros_like(p) for path, p in params.items()} for _ in range(2)))
+def make(kind: str, **fields: float) -> AdamW:
+    """The hyperparameters of an optimizer by its name; fields that only another one has are left out."""
+    if kind not in KINDS:
+        raise UserError(f"optimizer.kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
+    own = {field.name for field in dataclasses.fields(KINDS[kind])}
+    return KINDS[kind](**{name: value for name, value in fields.items() if name in own})
+
+
+def by_muon(hyper: AdamW, decay: Mapping[str, bool]) -> frozenset[str]:
+    """The paths that Muon updates."""
+    return frozenset(path for path, decays in decay.items() if decays and isinstance(hyper, Muon))
+
+
+def init(hyper: AdamW, decay: Mapping[str, bool], params: Params) -> OptimizerState:
+    """Zero moments. decay: path -> whether weight decay applies (ParamSpec.decay)."""
+    matrices = by_muon(hyper, decay)
+    m = {path: torch.zeros_like(p) for path, p in params.items()}
+    return OptimizerState(m, {path: torch.zeros_like(p) for path, p in params.items() if path not in matrices})
 
 
 def global_norm(grads: Params) -> Tensor:
@@ -70,14 +114,14 @@ def update(
     decay: Mapping[str, bool],
     params: Params,
     grads: Params,
-    state: AdamWState,
+    state: OptimizerState,
     *,
     step: Tensor,
     lr: Tensor,
     scale: Tensor,
     apply: Tensor,
-) -> tuple[Params, AdamWState]:
-    """One AdamW step; the arguments are left as they are.
+) -> tuple[Params, OptimizerState]:
+    """One step of the optimizer; the arguments are left as they are.
 
     Args:
       decay: path -> whether weight decay applies (ParamSpec.decay).
@@ -85,11 +129,30 @@ def update(
       apply: bool scalar tensor; where False everything is returned unchanged, decided on the device.
     """
     at = _Scalars(step, lr, scale, apply)
+    matrices = by_muon(hyper, decay)
+    rest = {path: p for path, p in params.items() if path not in matrices}
     if torch.compiler.is_compiling():
-        return _formula(hyper, decay, params, grads, state, at)
-    copies = [{path: x.clone() for path, x in tree.items()} for tree in (params, *state)]
-    _fused(hyper, decay, copies, grads, at)
-    return copies[0], AdamWState(*copies[1:])
+        new, m, v = _formula(hyper, decay, rest, grads, state, at)
+    else:
+        new, m, v = ({path: tree[path].clone() for path in rest} for tree in (params, *state))
+        _fused(hyper, decay, [new, m, v], grads, at)
+    if isinstance(hyper, Muon):
+        old = [{path: tree[path] for path in params if path in matrices} for tree in (params, state.m)]
+        got = muon.update(
+            old[0],
+            grads,
+            old[1],
+            lr=lr,
+            scale=scale,
+            momentum=hyper.momentum,
+            weight_decay=hyper.weight_decay,
+            update_rms=hyper.update_rms,
+            iterations=hyper.iterations,
+        )
+        for tree, before, after in zip((new, m), old, got):
+            tree.update({path: torch.where(apply, after[path], before[path]) for path in before})
+    # in the order of params: a state keeps its structure from step to step
+    return {path: new[path] for path in params}, OptimizerState({path: m[path] for path in params}, v)
 
 
 def _formula(
@@ -97,9 +160,9 @@ def _formula(
     decay: Mapping[str, bool],
     params: Params,
     grads: Params,
-    state: AdamWState,
+    state: OptimizerState,
     at: _Scalars,
-) -> tuple[Params, AdamWState]:
+) -> tuple[Params, Params, Params]:
     step, lr, scale, apply = at
     count = (step + 1).to(torch.float64)
     correct_m, correct_v = 1.0 - hyper.b1**count, 1.0 - hyper.b2**count
@@ -114,7 +177,7 @@ def _formula(
         new_params[path] = torch.where(apply, new, p)
         new_m[path] = torch.where(apply, m, state.m[path])
         new_v[path] = torch.where(apply, v, state.v[path])
-    return new_params, AdamWState(new_m, new_v)
+    return new_params, new_m, new_v
 
 
 def _fused(

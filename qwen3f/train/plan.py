@@ -1,6 +1,7 @@
 """From a configuration to the checked, typed objects that a run is made of. No effects, nothing read but the config."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -10,8 +11,7 @@ from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.data.corpus import DataConfig
 from qwen3f.errors import UserError
-from qwen3f.train import losses
-from qwen3f.train.optimizer import AdamW
+from qwen3f.train import losses, optimizer
 from qwen3f.train.schedule import Schedule
 from sharding.mesh import parse_mesh
 
@@ -24,8 +24,9 @@ class Plan:
 
     config: ConfigDict
     model: ModelConfig
-    optimizer: AdamW
+    optimizer: optimizer.AdamW
     schedule: Schedule
+    context_warmup_steps: int  # with attention over config.context_warmup.length tokens
     execution: model.Execution
     data: DataConfig
     device: torch.device
@@ -36,7 +37,14 @@ def make_plan(config: ConfigDict) -> Plan:
     """Raises UserError, naming key and value, for anything that cannot run."""
     for key in ("steps", "batch_size", "microbatches", "seq_len", "log_every", "eval.batch_size"):
         _at_least(config, key, 1)
-    for key in ("eval.every", "eval.max_docs", "checkpoint.every", "checkpoint.keep", "sample.tokens"):
+    for key in (
+        "eval.every",
+        "eval.max_docs",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "sample.tokens",
+        "context_warmup.length",
+    ):
         _at_least(config, key, 0)
     if config.batch_size % config.microbatches:
         raise UserError(
@@ -49,6 +57,8 @@ def make_plan(config: ConfigDict) -> Plan:
             f"config.seq_len={config.seq_len} exceeds config.model.max_position_embeddings="
             f"{cfg.max_position_embeddings}; shorten the one or raise the other"
         )
+    if config.context_warmup.length and config.data.cross_documents:
+        raise UserError("config.context_warmup.length has no effect with config.data.cross_documents=True; choose one")
     losses.check_balance(cfg)
     mesh = parse_mesh(config.mesh)
     if mesh.size > 1:
@@ -58,8 +68,9 @@ def make_plan(config: ConfigDict) -> Plan:
     return Plan(
         config=config,
         model=cfg,
-        optimizer=AdamW(**config.optimizer.to_dict()),
+        optimizer=optimizer.make(**config.optimizer.to_dict()),
         schedule=_schedule(config),
+        context_warmup_steps=_steps(config, "context_warmup.steps") if config.context_warmup.length else 0,
         execution=model.Execution(_compile_mode(config.compile, device), config.attention),
         data=data,
         device=device,
@@ -68,11 +79,12 @@ def make_plan(config: ConfigDict) -> Plan:
 
 
 def _at_least(config: ConfigDict, key: str, low: int) -> None:
-    value: Any = config
-    for name in key.split("."):
-        value = value[name]
-    if value < low:
+    if (value := _get(config, key)) < low:
         raise UserError(f"config.{key} must be at least {low}, got {value}")
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    return functools.reduce(lambda section, name: section[name], key.split("."), config)
 
 
 def find_device(name: str) -> torch.device:
@@ -109,16 +121,15 @@ def _schedule(config: ConfigDict) -> Schedule:
         kind=s.kind,
         peak=s.peak_lr,
         total_steps=config.steps,
-        warmup_steps=_steps(config, "warmup"),
+        warmup_steps=_steps(config, "schedule.warmup"),
         min_lr=s.peak_lr * s.min_ratio,
-        decay_steps=_steps(config, "decay") if s.kind == "wsd" else 0,
+        decay_steps=_steps(config, "schedule.decay") if s.kind == "wsd" else 0,
         decay_shape=s.decay_shape,
     )
 
 
 def _steps(config: ConfigDict, key: str) -> int:
     """A share of the run below 1, a number of steps from 1 on."""
-    value = config.schedule[key]
-    if value < 0:
-        raise UserError(f"config.schedule.{key} must not be negative, got {value}")
+    _at_least(config, key, 0)
+    value = _get(config, key)
     return int(value * config.steps) if value < 1 else int(value)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from qwen3f.config import ModelConfig
 from qwen3f.data.corpus import Corpus, prepare
 from qwen3f.errors import UserError
 from qwen3f.interop import source
@@ -47,13 +46,13 @@ def starting_state(plan: Plan, checkpoints: Checkpointer) -> TrainState:
     """
     resume = plan.config.resume
     if resume is not None or checkpoints.latest() is not None:
-        state, _ = checkpoints.restore(_like(plan.model, plan.device), resume)
+        state, _ = checkpoints.restore(init_state(plan.model, 0, plan.optimizer, device=plan.device), resume)
         if resume is not None and (aside := checkpoints.set_aside(resume)):
             print(f"checkpoints after step {resume} were moved to {aside}", flush=True)
         return state
     if plan.config.init_from:
-        return from_params(_weights(plan), plan.config.seed)
-    return init_state(plan.model, plan.config.seed, device=plan.device)
+        return from_params(plan.model, _weights(plan), plan.config.seed, plan.optimizer)
+    return init_state(plan.model, plan.config.seed, plan.optimizer, device=plan.device)
 
 
 def _weights(plan: Plan) -> Params:
@@ -63,8 +62,3 @@ def _weights(plan: Plan) -> Params:
     for change in source.rotary_changes(place, plan.model):
         print(f"config.init_from={place}: {change}", flush=True)
     return params
-
-
-def _like(cfg: ModelConfig, device: torch.device) -> TrainState:
-    """A state's shapes, dtypes and device."""
-    return init_state(cfg, 0, device=device)

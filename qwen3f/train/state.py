@@ -19,24 +19,30 @@ class TrainState(NamedTuple):
 
     step: Tensor
     params: P.Params
-    opt: optimizer.AdamWState
+    opt: optimizer.OptimizerState
     seed: Tensor
     tokens_seen: Tensor
     position: Tensor
 
 
 def init_state(
-    cfg: ModelConfig, seed: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    cfg: ModelConfig,
+    seed: int,
+    hyper: optimizer.AdamW = optimizer.ADAMW,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> TrainState:
     """A fresh run: parameters from `seed`, zero moments, nothing seen."""
-    return from_params(P.init_params(cfg, seed, device=device, dtype=dtype), seed)
+    return from_params(cfg, P.init_params(cfg, seed, device=device, dtype=dtype), seed, hyper)
 
 
-def from_params(params: P.Params, seed: int) -> TrainState:
-    """A run that starts from given parameters."""
+def from_params(cfg: ModelConfig, params: P.Params, seed: int, hyper: optimizer.AdamW = optimizer.ADAMW) -> TrainState:
+    """A run that starts from given parameters. hyper: the optimizer's, which decides what moments there are."""
     device = next(iter(params.values())).device
 
     def scalar(value: int) -> Tensor:
         return torch.tensor(value, dtype=torch.int64, device=device)
 
-    return TrainState(scalar(0), params, optimizer.init(params), scalar(seed), scalar(0), scalar(0))
+    moments = optimizer.init(hyper, P.decays(cfg), params)
+    return TrainState(scalar(0), params, moments, scalar(seed), scalar(0), scalar(0))

@@ -27,8 +27,8 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is not JSON ({error}); choose another --workdir") from error
 
 
-def check_same_model(workdir: Path, config: dict[str, Any]) -> None:
-    """Raises UserError if `workdir` belongs to a run of another model. What doesn't change the model may differ."""
+def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
+    """Raises UserError if `workdir` belongs to a run whose state has another form: another model or optimizer."""
     there = read_config(workdir)
     if there is None:
         return
@@ -46,6 +46,12 @@ def check_same_model(workdir: Path, config: dict[str, Any]) -> None:
                 f"{workdir} belongs to another model: its model.{key} is {old}, this run's is {value}; choose another "
                 "--workdir, or --config.init_from to start from its weights"
             )
+    old, new = there.get("optimizer", {}).get("kind"), config["optimizer"]["kind"]
+    if old != new:
+        raise UserError(
+            f"{workdir} belongs to a run with optimizer.kind={old}, this run's is {new}; choose another --workdir, and "
+            "--config.init_from to start from its weights"
+        )
 
 
 def write_config(workdir: Path, config: dict[str, Any], step: int) -> list[str]:

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3f.data.packing import PackedDataset, bits_per_byte, eval_coverage, eval_windows
+from qwen3f.data.packing import PackedDataset, bits_per_byte, eval_coverage, eval_windows, limit_context
 from qwen3f.errors import UserError
 
 _LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
@@ -151,3 +152,15 @@ def test_bad_lengths(make_cache):
         next(eval_windows(cache, 4, max_docs=0))
     with pytest.raises(IndexError, match="example 1 of 1"):
         PackedDataset(cache, seq_len=4)[1]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.integers(1, 24))
+def test_limited_context_keeps_apart_what_was_apart_and_cuts_every_length_places(segments, length):
+    segments = sorted(segments, key=lambda s: (s == 0, s))  # padding comes last
+    batch = {"segments": torch.tensor([segments], dtype=torch.int32), "tokens": torch.zeros(1, len(segments))}
+    cut = limit_context(batch, length)["segments"][0].tolist()
+    for i, a in enumerate(segments):
+        for j, b in enumerate(segments):
+            together = a == b and (a == 0 or i // length == j // length)
+            assert (cut[i] == cut[j]) == together
+        assert (cut[i] == 0) == (a == 0)

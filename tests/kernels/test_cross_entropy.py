@@ -26,7 +26,7 @@ def by_torch(h, w, t, weights):
 @pytest.mark.parametrize("chunk_logits", [1 << 29, 53 * 16], ids=["one chunk", "ragged chunks"])
 @pytest.mark.parametrize("fn", [cross_entropy.linear_cross_entropy, cross_entropy.reference])
 def test_value_and_gradients(monkeypatch, fn, chunk_logits):
-    monkeypatch.setattr(cross_entropy, "_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_LOGITS_CPU", chunk_logits)
     monkeypatch.setattr(cross_entropy, "_MIN_CHUNK", 16)
     h, w, t, weights = case()
     expected = by_torch(h, w, t, weights)

@@ -8,6 +8,7 @@ import torch
 
 from qwen3f.errors import TrainingError, UserError
 from qwen3f.stages import pretrain
+from qwen3f.train import optimizer
 from qwen3f.train.checkpoint import Checkpointer
 from qwen3f.train.defaults import pretrain_config
 from qwen3f.train.loop import run
@@ -201,6 +202,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(make, tmp_pat
         ({"batch_size": 6, "microbatches": 4}, "cannot be cut"),
         ({"seq_len": 4096}, "exceeds config.model.max_position_embeddings"),
         ({"steps": 0}, "config.steps must be at least 1"),
+        ({"context_warmup.length": 8, "data.cross_documents": True}, "config.context_warmup.length has no effect"),
+        ({"context_warmup.length": 8, "context_warmup.steps": -1}, "config.context_warmup.steps must be at least 0"),
+        ({"optimizer.kind": "sgd"}, "optimizer.kind 'sgd'"),
         ({"mesh": "dp2"}, "2 devices"),
         ({"device": "gpu"}, "not a device"),
         ({"dtype": "fp8"}, "config.dtype"),
@@ -224,3 +228,31 @@ def test_a_tokenizer_of_another_size_is_refused(make, tmp_path):
     tokenizer = str(tmp_path / "one" / "tokenizer")
     with pytest.raises(UserError, match=r"has 320 tokens and the model 400; write --config\.model\.vocab_size=320"):
         run(make(**{"model.vocab_size": 400, "data.tokenizer": tokenizer}), tmp_path / "two", progress=False)
+
+
+def test_muon_after_a_short_context_resumes_exactly(make, tmp_path):
+    """The short context lasts 6 of 8 steps, so the run goes on from step 4 inside it."""
+    changes = {"steps": 8, "optimizer.kind": "muon", "context_warmup.length": 8, "context_warmup.steps": 6}
+    config = make(**changes, **{"checkpoint.every": 4, "log_every": 1, "eval.every": 0})
+
+    def trained():
+        run(config, tmp_path / "w", progress=False)
+        with Checkpointer(tmp_path / "w" / "checkpoints", 0, 0) as checkpoints:
+            like = init_state(pretrain_model(config), 0, optimizer.Muon())
+            return checkpoints.restore(like, 8)[0]
+
+    straight = trained()
+    config.resume = 4
+    assert_same_bits(straight, trained())
+
+    config.context_warmup.length = 0
+    config.resume = None
+    run(config, tmp_path / "plain", progress=False)
+    short, plain = (next(line["loss"] for line in metrics(tmp_path / w)) for w in ("w", "plain"))
+    assert short != plain
+
+
+def test_another_optimizers_workdir_is_refused(make, tmp_path):
+    run(make(steps=1), tmp_path / "w", progress=False)
+    with pytest.raises(UserError, match=r"optimizer\.kind"):
+        run(make(steps=2, **{"optimizer.kind": "muon"}), tmp_path / "w", progress=False)

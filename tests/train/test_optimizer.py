@@ -8,8 +8,8 @@ from qwen3f.train import optimizer
 
 
 def run_ours(hyper, start, grads, lrs):
-    p, state = start, optimizer.init(start)
     decay = {"w": True, "b": False}
+    p, state = start, optimizer.init(hyper, decay, start)
     for step, (g, lr) in enumerate(zip(grads, lrs)):
         scale = optimizer.clip_factor(optimizer.global_norm(g), hyper.clip_norm)
         p, state = optimizer.update(
@@ -54,8 +54,9 @@ def test_adamw_equals_torch(dtype, tolerance):
 def test_withheld_update_changes_nothing():
     start = {"w": torch.randn(3, 3), "b": torch.randn(3)}
     g = {k: torch.full_like(v, float("nan")) for k, v in start.items()}
+    hyper, decay = optimizer.AdamW(), {"w": True, "b": False}
     p, state = optimizer.update(
-        optimizer.AdamW(), {"w": True, "b": False}, start, g, optimizer.init(start),
+        hyper, decay, start, g, optimizer.init(hyper, decay, start),
         step=torch.tensor(0), lr=torch.tensor(0.1), scale=torch.tensor(float("nan")), apply=torch.tensor(False),
     )  # fmt: skip
     for k in start:

@@ -1,0 +1,95 @@
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): momentum, orthogonalised, for matrices.
+
+The step follows torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (Liu et al. 2025, arXiv:2502.16982): an update's
+root mean square is about `update_rms` times the learning rate whatever the shape, so AdamW's rate serves matrices too.
+
+Deviations: it also updates an untied output head; the iteration runs on the Gram matrix where that is cheaper, and in
+float32 (float64 for float64) instead of bfloat16.
+
+R rows · C columns of a matrix; N matrices of a stack (layers, experts); S, L the shorter and the longer side
+"""
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from qwen3f.params import Params
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic, from the reference implementation
+_EPS = 1e-7
+
+
+def update(
+    params: Params,
+    grads: Params,
+    momenta: Params,
+    *,
+    lr: Tensor,
+    scale: Tensor,
+    momentum: float,
+    weight_decay: float,
+    update_rms: float,
+    iterations: int,
+) -> tuple[Params, Params]:
+    """(parameters, momenta) after one step; the arguments are left as they are.
+
+    Every leaf is a matrix [R, C] or a stack [.., R, C]. scale: the gradients' factor; lr and scale are scalar tensors.
+    Nesterov momentum; weight decay is decoupled and scaled by lr.
+    """
+    scaled = {path: grads[path].to(p.dtype) * scale.to(p.dtype) for path, p in params.items()}
+    momenta = {path: m.lerp(scaled[path], 1.0 - momentum) for path, m in momenta.items()}
+    steps = orthogonalize({path: g.lerp(momenta[path], momentum) for path, g in scaled.items()}, iterations)
+    new = {}
+    for path, p in params.items():
+        size = lr * update_rms * math.sqrt(max(p.shape[-2:]))
+        new[path] = p * (1.0 - lr * weight_decay).to(p.dtype) - size.to(p.dtype) * steps[path]
+    return new, momenta
+
+
+def orthogonalize(matrices: Params, iterations: int) -> Params:
+    """Each matrix with its singular values brought near 1 (0.7 to 1.2 after 5 iterations), in its own dtype.
+
+    Matrices of one shape, transposed or not, make one batch, whichever parameters they belong to.
+    """
+    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for path, x in matrices.items():
+        groups[tuple(sorted(x.shape[-2:]))].append(path)
+    out = {}
+    for paths in groups.values():
+        wide = [_wide(matrices[path]) for path in paths]
+        done = _newton_schulz(torch.cat(wide), iterations).split([len(x) for x in wide])
+        for path, y_NSL in zip(paths, done):
+            x = matrices[path]
+            out[path] = (y_NSL.mT if x.shape[-2] > x.shape[-1] else y_NSL).reshape(x.shape).to(x.dtype)
+    return out
+
+
+def _wide(x: Tensor) -> Tensor:
+    """[.., R, C] -> [N, S, L], in the precision of the iteration."""
+    x_NRC = x.reshape(-1, *x.shape[-2:]).to(torch.promote_types(x.dtype, torch.float32))
+    return x_NRC.mT if x_NRC.shape[1] > x_NRC.shape[2] else x_NRC
+
+
+def _newton_schulz(x_NSL: Tensor, iterations: int) -> Tensor:
+    """x <- (a + b x xᵀ + c (x xᵀ)²) x, repeated.
+
+    On long matrices the same polynomials act on g = x xᵀ and are multiplied up to one factor: two products with the
+    long side in all, instead of two an iteration.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x_NSL = x_NSL / x_NSL.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)
+    short, long = x_NSL.shape[1:]
+    if long < 2 * short:  # 10·(2·L + S) against 4·L + 8·iterations·S products of S × S
+        for _ in range(iterations):
+            g_NSS = x_NSL @ x_NSL.mT
+            x_NSL = torch.baddbmm(x_NSL, torch.baddbmm(g_NSS, g_NSS, g_NSS, beta=b, alpha=c), x_NSL, beta=a)
+        return x_NSL
+    g_NSS = x_NSL @ x_NSL.mT
+    factor_NSS = eye = torch.eye(short, dtype=g_NSS.dtype, device=g_NSS.device).expand_as(g_NSS)
+    for _ in range(iterations):
+        p_NSS = a * eye + torch.baddbmm(g_NSS, g_NSS, g_NSS, beta=b, alpha=c)
+        factor_NSS = p_NSS @ factor_NSS
+        g_NSS = p_NSS @ g_NSS @ p_NSS
+    return factor_NSS @ x_NSL
