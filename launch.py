@@ -4,6 +4,7 @@ The same command again goes on from the workdir's last checkpoint. Wrong input e
 run that broke with exit code 1.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -35,6 +36,9 @@ def guarded(argv: list[str]) -> None:
         sys.exit(cli.report(error, 2))
     except TrainingError as error:
         sys.exit(cli.report(error, 1))
+    except BrokenPipeError:  # whoever read our output has left, as in "… | head"; Python would complain at exit too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # what the shell reports for SIGPIPE
 
 
 if __name__ == "__main__":

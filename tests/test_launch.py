@@ -89,6 +89,15 @@ def test_contract_command_trains_on_the_embedded_corpus(tmp_path):
     assert again.returncode == 0, again.stderr
     assert "nothing left to train" in again.stdout
 
+    # Its answers may go to a reader that leaves, as in "… | head".
+    generate = ["--config=experiments/generate.py", f"--config.init_from={tmp_path / 'w'}", "--config.prompt=import"]
+    command = [sys.executable, "launch.py", *generate, "--config.chat=False", "--config.max_new_tokens=8"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141, errors
+    assert "Traceback" not in errors
+
 
 def test_meshes_are_parsed():
     assert parse_mesh("dp8,tp2,pp4") == MeshShape(dp=8, tp=2, pp=4)
