@@ -25,7 +25,7 @@ class DataConfig:
     """What `config.data` holds.
 
     Attributes:
-        mixture: "embedded", "files@DIR", or "files" with `root`.
+        mixture: what `sources.open_source` opens: "embedded", "files@DIR", "fineweb@DIR", …
         root: directory of the mixture, where it does not name one.
         text_key: key (.jsonl) or column (.parquet) of the text.
         holdout: share of the documents held out for validation.

@@ -117,16 +117,20 @@ class Loader:
                 return self._queue.put(item, timeout=_POLL_SECONDS)
 
     def _build(self, place: int) -> Batch:
-        places = np.arange(place, place + self._batch_size)
-        indices = example_index(places, len(self._dataset), self._seed)
-        examples = [self._dataset[i] for i in indices.tolist()]
-        _check_vocabulary(examples, self._vocab_size)
-        arrays = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
-        arrays["index"] = places
-        batch = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        batch = build_batch(self._dataset, place, self._batch_size, self._seed, self._vocab_size)
         if self._device.type == "cuda":
             batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
         return batch
+
+
+def build_batch(dataset: PackedDataset, place: int, rows: int, seed: int, vocab_size: int) -> Batch:
+    """The batch of places place … place + rows − 1, on the CPU; keys as in `Loader`, which iterates over these."""
+    places = np.arange(place, place + rows)
+    examples = [dataset[i] for i in example_index(places, len(dataset), seed).tolist()]
+    _check_vocabulary(examples, vocab_size)
+    arrays = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+    arrays["index"] = places
+    return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
 def _check_vocabulary(examples: list[Example], vocab_size: int) -> None:

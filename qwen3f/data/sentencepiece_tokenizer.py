@@ -301,12 +301,12 @@ def _explain(error: RuntimeError, vocab_size: int) -> UserError:
     text = str(error)
     if found := re.search(r"too high.*?<= (\d+)", text):
         return UserError(
-            f"A vocabulary of {vocab_size} is too large for this corpus: set data.vocab_size to {found[1]} or less, "
+            f"A vocabulary of {vocab_size} is too large for this corpus: set model.vocab_size to {found[1]} or less, "
             "or give more text."
         )
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", text):
         return UserError(
-            f"A vocabulary of {vocab_size} is too small for this corpus: set data.vocab_size to {found[1]} or more "
+            f"A vocabulary of {vocab_size} is too small for this corpus: set model.vocab_size to {found[1]} or more "
             "(specials, 256 bytes and the common characters need an id each)."
         )
     return UserError(f"SentencePiece could not train a vocabulary of {vocab_size}: {text}")

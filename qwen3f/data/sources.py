@@ -1,4 +1,4 @@
-"""Open what `data.mixture` names: the embedded corpus, or any directory of .txt, .jsonl and .parquet files."""
+"""Open what `data.mixture` names: embedded text, generated problems, or a directory of text, JSON lines and parquet."""
 
 import difflib
 import json
@@ -11,8 +11,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
+from qwen3f.data.adapters.pretrain import is_text_dataset, open_dataset
+from qwen3f.data.adapters.registry import names
 from qwen3f.data.documents import Document, Source, Split, is_heldout, stable_hash
 from qwen3f.data.embedded import open_embedded
+from qwen3f.data.reasoning import ReasoningSource
 from qwen3f.errors import UserError
 
 __all__ = ["Document", "FilesSource", "Source", "Split", "open_source"]
@@ -79,8 +82,10 @@ def open_source(mixture: str, root: str = "", text_key: str = "text", holdout: f
     """The source that `mixture` names.
 
     Args:
-        mixture: "embedded" (see `embedded.py`), "files@DIR", or "files" with `root` as the directory.
-        root: directory to read; with "embedded" it replaces the standard library's.
+        mixture: "embedded" (see `embedded.py`), "reasoning" (see `reasoning/source.py`), "files@DIR", or
+            "files" with `root` as the directory; or a local copy of a text data set of `adapters/registry.py` in the
+            same way, e.g. "fineweb@DIR".
+        root: directory to read; with "embedded" it replaces the standard library's; "reasoning" reads none.
         text_key: key or column of the text in .jsonl and .parquet files.
         holdout: share of the documents held out, in [0, 1).
 
@@ -92,6 +97,12 @@ def open_source(mixture: str, root: str = "", text_key: str = "text", holdout: f
     kind, separator, directory = mixture.partition("@")
     if kind == "embedded" and not separator:
         return open_embedded(root, holdout)
+    if kind == "reasoning" and not separator:
+        if root:
+            raise UserError(f"data.mixture=reasoning reads no directory: leave out data.root={root!r}.")
+        return ReasoningSource(holdout)
+    if is_text_dataset(kind):
+        return open_dataset(mixture, root, holdout)
     if kind == "files":
         if bool(root) == bool(directory):
             raise UserError(
@@ -99,9 +110,12 @@ def open_source(mixture: str, root: str = "", text_key: str = "text", holdout: f
                 "write data.mixture=files@DIR, or data.mixture=files and data.root=DIR."
             )
         return _open_files(mixture, Path(root or directory).expanduser(), text_key, holdout)
-    near = difflib.get_close_matches(kind, ["embedded", "files"], n=1)
+    near = difflib.get_close_matches(kind, ["embedded", "reasoning", "files", *names("pretrain")], n=1)
     hint = f"did you mean {near[0]!r}?" if near else "write one of these."
-    raise UserError(f"Unknown data.mixture {mixture!r}; there are 'embedded' and 'files@DIR': {hint}")
+    raise UserError(
+        f"Unknown data.mixture {mixture!r}; there are 'embedded', 'reasoning' and 'files@DIR', and NAME@DIR for "
+        f"{', '.join(names('pretrain'))}: {hint}"
+    )
 
 
 def _open_files(name: str, root: Path, text_key: str, holdout: float) -> FilesSource:

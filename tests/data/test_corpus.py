@@ -88,7 +88,7 @@ def test_two_vocabulary_sizes_live_side_by_side(config):
         ({"mixture": "embedd"}, "did you mean 'embedded'"),
         ({"tokenizer": "/absent.model"}, "no tokenizer at /absent.model"),
         ({"holdout": 0.0}, "no document in its heldout split.*raise data.holdout"),
-        ({"vocab_size": 10**6}, "set data.vocab_size to"),
+        ({"vocab_size": 10**6}, "set model.vocab_size to"),
         ({"num_threads": 0}, "data.num_threads is 0: give at least 1"),
         ({"text_key": "body"}, r"rows.jsonl:1 has no key 'body'; it has 'text'"),
     ],

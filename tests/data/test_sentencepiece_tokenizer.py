@@ -109,7 +109,7 @@ def test_training_is_deterministic_and_atomic(tokenizer, code_texts, tmp_path):
 
 def test_vocabulary_size_errors_name_a_bound_that_works(code_texts, tmp_path):
     path = tmp_path / "x.model"
-    with pytest.raises(UserError, match=r"100000 is too large for this corpus: set data.vocab_size to (\d+)") as error:
+    with pytest.raises(UserError, match=r"100000 is too large for this corpus: set model.vocab_size to (\d+)") as error:
         train_sentencepiece(code_texts, 100_000, path)
     assert not path.exists()
     bound = int(str(error.value).split("vocab_size to ")[1].split()[0])
@@ -117,7 +117,7 @@ def test_vocabulary_size_errors_name_a_bound_that_works(code_texts, tmp_path):
     with pytest.raises(UserError, match=rf"{bound + 1} is too large"):
         train_sentencepiece(code_texts, bound + 1, path)
 
-    with pytest.raises(UserError, match=r"200 is too small for this corpus: set data.vocab_size to (\d+)") as error:
+    with pytest.raises(UserError, match=r"200 is too small for this corpus: set model.vocab_size to (\d+)") as error:
         train_sentencepiece(code_texts, 200, path)
     bound = int(str(error.value).split("vocab_size to ")[1].split()[0])
     assert train_sentencepiece(code_texts, bound, path).vocab_size == bound

@@ -100,7 +100,8 @@ def test_fingerprint_follows_files_and_options(tmp_path, write_jsonl):
     [
         ("embeded", "did you mean 'embedded'?"),
         ("file@x", "did you mean 'files'?"),
-        ("c4", "there are 'embedded' and 'files@DIR'"),
+        ("c4", "there are 'embedded', 'reasoning' and 'files@DIR'"),
+        ("resoning", "did you mean 'reasoning'?"),
         ("embedded@x", "did you mean 'embedded'?"),
     ],
 )

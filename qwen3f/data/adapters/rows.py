@@ -1,0 +1,122 @@
+"""A row of a data set with its origin, a row that cannot be used, and the checks that adapters share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qwen3f.errors import UserError
+
+OnBadRow = Literal["error", "skip"]
+ON_BAD_ROW = ("error", "skip")
+
+REASONS = (
+    # Faults: an error, or with on_bad_row="skip" a skip that is counted.
+    "broken_files",
+    "empty_shards",
+    "invalid_rows",
+    "missing_columns",
+    "null_values",
+    # What a rule of the stage leaves out, counted always.
+    "empty_texts",
+    "too_long",
+    "no_answer",
+    "unanswered",
+    "unrated",
+    "ties",
+)
+"""Why something was left out; the keys of every count."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its values by column, and "file:row" (rows and lines count from 1)."""
+
+    values: Mapping[str, Any]
+    name: str
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row, or what is left of a file, that cannot be read.
+
+    Attributes:
+        reason: one of the faults of REASONS.
+        message: one line: what is wrong, where, and what to do.
+    """
+
+    reason: str
+    message: str
+
+
+class RowFault(Exception):
+    """Raised by an adapter: this row is at fault. Becomes a UserError, or a counted skip."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+class LeftOut(Exception):
+    """Raised by an adapter: its documented rule leaves this row out. Counted under `reason`, never an error."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def check_columns(row: Row, columns: Sequence[str]) -> BadRow | None:
+    """What is wrong if the row lacks one of `columns`."""
+    missing = [column for column in columns if column not in row.values]
+    return missing_columns(row.name, missing, row.values) if missing else None
+
+
+def missing_columns(where: str, missing: Sequence[str], found: object) -> BadRow:
+    """The fault of a row or a file without the columns `missing`."""
+    listed = ", ".join(map(repr, found)) or "none"
+    return BadRow(
+        "missing_columns",
+        f"{where} has no column {', '.join(map(repr, missing))}; it has {listed}: name the right data set, or rename "
+        "the column.",
+    )
+
+
+def text_of(row: Row, column: str) -> str:
+    """The text of a column, which may not be null, empty or unfit for UTF-8. Raises RowFault."""
+    return check_text(row.values[column], row.name, column)
+
+
+def check_text(value: object, where: str, what: str, may_be_empty: bool = False) -> str:
+    """The value, if it is text. Raises RowFault."""
+    if value is None:
+        raise RowFault("null_values", f"{where} has null under {what!r}: fill or remove the row.")
+    if not isinstance(value, str):
+        raise RowFault("invalid_rows", f"{where} has a {type(value).__name__} under {what!r}: write a string.")
+    if not value.strip() and not may_be_empty:
+        raise RowFault("null_values", f"{where} has an empty text under {what!r}: fill or remove the row.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
+        raise RowFault(
+            "invalid_rows",
+            f"{where} holds the lone surrogate U+{ord(value[error.start]):04X} under {what!r}: remove it.",
+        ) from error
+    return value
+
+
+def list_of_dicts(row: Row, column: str) -> list[Mapping[str, Any]]:
+    """The entries of a column that holds a list of records, at least one. Raises RowFault."""
+    value = row.values[column]
+    if value is None:
+        raise RowFault("null_values", f"{row.name} has null under {column!r}: fill or remove the row.")
+    if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
+        raise RowFault("invalid_rows", f"{row.name} holds no list of records under {column!r}: write one.")
+    if not value:
+        raise RowFault("null_values", f"{row.name} has an empty list under {column!r}: fill or remove the row.")
+    return value
+
+
+def check_policy(on_bad_row: str) -> None:
+    """Raises UserError for a policy that does not exist."""
+    if on_bad_row not in ON_BAD_ROW:
+        raise UserError(f"on_bad_row is {on_bad_row!r}: write 'error' or 'skip'.")

@@ -1,0 +1,281 @@
+"""The data sets of the pipeline as streams of examples for a `torch.utils.data.DataLoader`.
+
+    tok = Tokenizer(backend="tiktoken", path="Qwen3-8B")
+    pretrain = load_pretrain_dataset(stage=1, tokenizer=tok, max_seq_len=4096)
+    for batch in DataLoader(pretrain, batch_size=8):
+        batch["tokens"]  # [8, 4096]
+
+They come from the Hub (streamed, no download in advance) or from local copies: `root=DIR`, or "name@DIR" in `mixture`.
+What each data set is and how its rows are read stands in `data/adapters/`. All functions take
+
+    mixture      "name[@DIR][=weight],…" instead of the usual data sets, which have equal weights. Weights share out
+                 rows, for pretraining characters; when one data set ends the others go on
+    root         directory of the local copies, a subdirectory each, of its short name; of a single data set also itself
+    split        "" is the one to train on
+    streaming    False downloads from the Hub first
+    max_samples  rows to read, at most (those left out are among them)
+    on_bad_row   "error": a row that cannot be used raises UserError with file and row; "skip": it is counted
+
+and give a dataset with `counts`, what was left out by reason (`adapters.rows.REASONS`), and, but for pretraining, with
+a length. Rows stand in the files' order: shuffle them beforehand, or use the indexed `loader.Loader`.
+
+Legend: T = max_seq_len. Token examples have the keys of `packing.PackedDataset`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen3f.data.adapters import dpo, grpo, multimodal, pretrain, sft
+from qwen3f.data.adapters.registry import names, parse_mixture
+from qwen3f.data.adapters.rows import OnBadRow, Row
+from qwen3f.data.chat_examples import chat_example, chat_tokens
+from qwen3f.data.packing import Example
+from qwen3f.data.row_stream import (
+    CountedStream,
+    ExampleStream,
+    Item,
+    LeaveOut,
+    RowStream,
+    Share,
+    characters,
+    one_a_row,
+)
+from qwen3f.data.stream_packing import pack_stream
+from qwen3f.data.tokenizer import Tokenizer
+from qwen3f.errors import UserError
+
+
+def load_pretrain_dataset(
+    stage: int,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    *,
+    mixture: str = "",
+    root: str = "",
+    split: str = "",
+    streaming: bool = True,
+    max_samples: int | None = None,
+    on_bad_row: OnBadRow = "error",
+    reset_positions: bool = True,
+    cross_documents: bool = False,
+) -> ExampleStream:
+    """Documents, packed by concatenate and cut (see `stream_packing`): every token of every document once.
+
+    With W workers each packs its own documents, so the windows differ with W; `index` then counts w, w + W, ….
+
+    Args:
+        stage: 1 (web text), 2 (mathematics and code) or 3 (books).
+        tokenizer: text to ids; `eos_id` ends each document.
+        max_seq_len: T; a longer document is cut and goes on in the next window.
+        reset_positions: as for `PackedDataset`, like cross_documents. The others: see the module's text.
+
+    Raises:
+        UserError: another stage, T < 1, or as `parse_mixture`; while iterating, as `opening.rows`.
+    """
+    _check_length(max_seq_len)
+    chosen = _choose(mixture, pretrain.STAGES, stage, "stage")
+    adapters = dict.fromkeys(names("pretrain"), pretrain.document)
+    stream = _stream(chosen, root, "pretrain", adapters, characters, split, streaming, max_samples, on_bad_row)
+    return ExampleStream(stream, partial(_windows, tokenizer, max_seq_len, reset_positions, cross_documents))
+
+
+def load_sft_dataset(
+    variant: str,
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    max_samples: int | None = None,
+    *,
+    mixture: str = "",
+    root: str = "",
+    split: str = "",
+    streaming: bool = True,
+    on_bad_row: OnBadRow = "error",
+) -> CountedStream:
+    """Chats, one an example, padded to T, with a loss on the answers only (see `chat_examples`).
+
+    A chat of more than T + 1 tokens is left out, counted as `too_long`: cut, it would teach an answer without its end.
+
+    Args:
+        variant: "cold_start" (worked solutions as thinking) or "fusion" (chats without thinking).
+        tokenizer: text to ids.
+        max_seq_len: T. The others: see the module's text.
+
+    Raises:
+        UserError: another variant, T < 1, or as `parse_mixture`; while iterating, as `opening.rows`.
+    """
+    _check_length(max_seq_len)
+    chosen = _choose(mixture, sft.VARIANTS, variant, "variant")
+    stream = _stream(chosen, root, "sft", sft.ADAPTERS, one_a_row, split, streaming, max_samples, on_bad_row)
+    return CountedStream(stream, partial(_chats, tokenizer, max_seq_len))
+
+
+def load_grpo_dataset(
+    max_samples: int | None = None,
+    *,
+    mixture: str = grpo.DEFAULT,
+    root: str = "",
+    split: str = "",
+    streaming: bool = True,
+    on_bad_row: OnBadRow = "error",
+) -> CountedStream:
+    """Questions with verifiable answers: {"question": str, "answer": str, "index": int}.
+
+    Raises:
+        UserError: as `parse_mixture`; while iterating, as `opening.rows`.
+    """
+    stream = _stream(mixture, root, "grpo", grpo.ADAPTERS, one_a_row, split, streaming, max_samples, on_bad_row)
+    return CountedStream(stream, _queries)
+
+
+def load_dpo_dataset(
+    tokenizer: Tokenizer,
+    max_seq_len: int,
+    max_samples: int | None = None,
+    *,
+    mixture: str = dpo.DEFAULT,
+    root: str = "",
+    split: str = "",
+    streaming: bool = True,
+    on_bad_row: OnBadRow = "error",
+) -> CountedStream:
+    """Preference pairs: token examples of two rows [2, T], chosen then rejected, and ratings float32 [2].
+
+    `DataLoader(…, collate_fn=collate_pairs)` makes batches of rows [B, T] of them. A pair with an answer too long for T
+    is left out, counted as `too_long`.
+
+    Args:
+        tokenizer: text to ids.
+        max_seq_len: T. The others: see the module's text.
+
+    Raises:
+        UserError: T < 1, or as `parse_mixture`; while iterating, as `opening.rows`.
+    """
+    _check_length(max_seq_len)
+    adapters = {"ultrafeedback": dpo.ultrafeedback}
+    stream = _stream(mixture, root, "dpo", adapters, one_a_row, split, streaming, max_samples, on_bad_row)
+    return CountedStream(stream, partial(_pairs, tokenizer, max_seq_len))
+
+
+def load_multimodal_dataset(
+    image_root: str | Path,
+    max_samples: int | None = None,
+    *,
+    mixture: str = multimodal.DEFAULT,
+    root: str = "",
+    split: str = "",
+    streaming: bool = True,
+    on_bad_row: OnBadRow = "error",
+) -> CountedStream:
+    """Chats about images: {"messages": list of dicts, "image": multimodal.ImageFile, "index": int}.
+
+    The text holds "<image>" where the image stands; `image.open()` reads it. Use `DataLoader(…, collate_fn=list)`.
+
+    Args:
+        image_root: folder of the images, which are not on the Hub. The others: see the module's text.
+
+    Raises:
+        UserError: no such folder, or as `parse_mixture`; while iterating, as `opening.rows`, or an image is missing.
+    """
+    folder = Path(image_root).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"There is no image folder {folder}: give image_root an existing one, e.g. COCO's train2017.")
+    adapters = {name: partial(adapter, image_root=folder) for name, adapter in multimodal.ADAPTERS.items()}
+    stream = _stream(mixture, root, "multimodal", adapters, one_a_row, split, streaming, max_samples, on_bad_row)
+    return CountedStream(stream, _image_chats)
+
+
+def collate_pairs(pairs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of rows from preference pairs: [2n, T] and ratings [2n], row 2i chosen and row 2i + 1 its rejected one.
+
+    `index` is repeated for both rows, int64 [2n].
+    """
+    batch = {key: torch.cat([pair[key] for pair in pairs]) for key in pairs[0] if key != "index"}
+    return {**batch, "index": torch.stack([pair["index"] for pair in pairs]).repeat_interleave(2)}
+
+
+def _stream(
+    mixture: str,
+    root: str,
+    use: str,
+    adapters: Mapping[str, Callable[[Row], Any]],
+    size: Callable[[Any], float],
+    split: str,
+    streaming: bool,
+    max_samples: int | None,
+    on_bad_row: OnBadRow,
+) -> RowStream:
+    parts = tuple(parse_mixture(mixture, root, use))
+    return RowStream(parts, adapters, size, split, streaming, max_samples, on_bad_row)
+
+
+def _windows(
+    tokenizer: Tokenizer,
+    seq_len: int,
+    reset_positions: bool,
+    cross_documents: bool,
+    items: Iterator[Item],
+    share: Share,
+    _: LeaveOut,
+) -> Iterator[Example]:
+    documents = ([*tokenizer.encode(item.value.text), tokenizer.eos_id] for item in items)
+    for example in pack_stream(
+        documents,
+        seq_len,
+        reset_positions=reset_positions,
+        cross_documents=cross_documents,
+        pad_id=tokenizer.pad_id,
+    ):
+        yield {**example, "index": example["index"] * share.count + share.index}
+
+
+def _chats(
+    tokenizer: Tokenizer, seq_len: int, items: Iterator[Item], _: Share, leave_out: LeaveOut
+) -> Iterator[Example]:
+    for number, messages in items:
+        example = chat_example(*chat_tokens(tokenizer, messages), seq_len, tokenizer.pad_id)
+        if example is None:
+            leave_out("too_long")
+        else:
+            yield {**example, "index": np.array(number, np.int64)}
+
+
+def _pairs(
+    tokenizer: Tokenizer, seq_len: int, items: Iterator[Item], _: Share, leave_out: LeaveOut
+) -> Iterator[Example]:
+    for number, pair in items:
+        rows = []
+        for answer in (pair.chosen, pair.rejected):
+            messages = [*pair.prompt, {"role": "assistant", "content": answer}]
+            rows.append(chat_example(*chat_tokens(tokenizer, messages), seq_len, tokenizer.pad_id))
+        if None in rows:
+            leave_out("too_long")
+            continue
+        example = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        yield {**example, "ratings": np.array(pair.ratings, np.float32), "index": np.array(number, np.int64)}
+
+
+def _queries(items: Iterator[Item], _: Share, __: LeaveOut) -> Iterator[dict[str, Any]]:
+    for number, query in items:
+        yield {**query, "index": number}
+
+
+def _image_chats(items: Iterator[Item], _: Share, __: LeaveOut) -> Iterator[dict[str, Any]]:
+    for number, chat in items:
+        yield {"messages": list(chat.messages), "image": chat.image, "index": number}
+
+
+def _choose(mixture: str, usual: Mapping[Any, str], key: Any, what: str) -> str:
+    """The mixture to read: the one written, or the usual one of a stage or variant, which must exist either way."""
+    if key not in usual:
+        raise UserError(f"{what} is {key!r}: write one of {', '.join(map(repr, usual))}.")
+    return mixture or usual[key]
+
+
+def _check_length(max_seq_len: int) -> None:
+    if max_seq_len < 1:
+        raise UserError(f"max_seq_len is {max_seq_len}: give at least 1.")

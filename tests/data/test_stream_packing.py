@@ -1,0 +1,65 @@
+"""The stream's windows equal those of `PackedDataset` over the same documents, and none of their tokens is lost."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3f.data.packing import PackedDataset
+from qwen3f.data.stream_packing import pack_stream
+from qwen3f.errors import UserError
+
+
+def _documents(cache):
+    return [cache.tokens[a:b].tolist() for a, b in pairwise(cache.doc_offsets)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    seq_len=st.integers(1, 17),
+    reset=st.booleans(),
+    cross=st.booleans(),
+)
+def test_equals_packed_dataset(make_cache, lengths, seq_len, reset, cross):
+    cache = make_cache(lengths)
+    found = list(pack_stream(_documents(cache), seq_len, reset_positions=reset, cross_documents=cross, pad_id=7))
+    full = (cache.num_tokens - 1) // seq_len
+    if full:
+        packed = PackedDataset(cache, seq_len, reset, cross)
+        for i in range(full):
+            for key, array in packed[i].items():
+                np.testing.assert_array_equal(found[i][key], array)
+                assert found[i][key].dtype == array.dtype
+    rest = cache.num_tokens - 1 - full * seq_len  # pairs of input and target in the last window
+    assert len(found) == full + (rest > 0)
+    if rest:
+        last = found[-1]
+        assert last["tokens"].tolist() == [*cache.tokens[full * seq_len : -1].tolist(), *[7] * (seq_len - rest)]
+        assert (last["segments"] > 0).sum() == rest
+        assert last["targets"][rest:].tolist() == [-100] * (seq_len - rest)
+        assert last["loss_weights"][rest:].sum() == last["positions"][rest:].sum() == 0
+        if not cross:  # what no window of the cache shows, recomputed document by document
+            wanted = [n for length in lengths for n in [*[1] * (length - 1), 0]][full * seq_len : -1]
+            assert last["loss_weights"][:rest].tolist() == wanted
+
+
+def test_one_token_gives_nothing_and_length_is_checked():
+    assert list(pack_stream([[5]], 4)) == list(pack_stream([], 4)) == []
+    with pytest.raises(UserError, match="seq_len is 0"):
+        list(pack_stream([[5, 6]], 0))
+
+
+def test_streams():
+    """The first window comes before the third document is asked for."""
+    asked = []
+
+    def documents():
+        for n in range(10):
+            asked.append(n)
+            yield [n] * 6
+
+    next(pack_stream(documents(), 8))
+    assert asked == [0, 1]
