@@ -17,6 +17,7 @@ STAGES = {
     "pretrain": "qwen3f.train.loop",
     "export_hf": "qwen3f.interop.export",
     "generate": "qwen3f.infer.run",
+    "inspect": "qwen3f.train.inspect",
 }
 
 

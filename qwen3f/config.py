@@ -18,6 +18,7 @@ from qwen3f.errors import UserError
 HIDDEN_ACTS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 QK_NORMS = ("rms", "l2", "none")
 REMAT_POLICIES = ("none", "full", "selective")
+ROUTER_BALANCE = ("global", "global_exact", "micro", "hf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,8 @@ class ModelConfig:
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
     router_aux_loss_coef: float = 0.001
+    router_balance: str = "global"  # what the balancing loss counts, see qwen3f.train.balance: one of ROUTER_BALANCE
+    router_z_loss_coef: float = 0.0
     norm_topk_prob: bool = True
     moe_drop_tokens: bool = False
     moe_capacity_factor: float = 1.25
@@ -230,6 +233,7 @@ def _validate(cfg: ModelConfig) -> None:
         ("hidden_act", HIDDEN_ACTS),
         ("qk_norm", QK_NORMS),
         ("gradient_checkpointing", REMAT_POLICIES),
+        ("router_balance", ROUTER_BALANCE),
     ):
         if getattr(cfg, name) not in allowed:
             raise UserError(f"model.{name} must be one of {', '.join(allowed)}, got {getattr(cfg, name)!r}")
@@ -248,3 +252,8 @@ def _validate(cfg: ModelConfig) -> None:
         )
     if cfg.num_experts and cfg.moe_intermediate_size <= 0:
         raise UserError("model.moe_intermediate_size must be positive when num_experts > 0")
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        if not getattr(cfg, name) >= 0:
+            raise UserError(f"model.{name} must be at least 0, got {getattr(cfg, name)}")
+    if cfg.moe_drop_tokens and not cfg.moe_capacity_factor > 0:
+        raise UserError(f"model.moe_capacity_factor must be positive, got {cfg.moe_capacity_factor}")

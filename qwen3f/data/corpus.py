@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import sentencepiece
 from absl import logging
 from tqdm import tqdm
 
-from qwen3f.data.documents import Source
+from qwen3f.data.documents import Source, Split
+from qwen3f.data.mixture import CYCLE, Mixture, make_mixture, parse_mixture
 from qwen3f.data.packing import PackedDataset
 from qwen3f.data.sentencepiece_tokenizer import MAX_TRAINING_CHARS, TRAINER_OPTIONS, train_sentencepiece
 from qwen3f.data.sources import open_source
@@ -25,7 +27,8 @@ class DataConfig:
     """What `config.data` holds.
 
     Attributes:
-        mixture: what `sources.open_source` opens: "embedded", "files@DIR", "fineweb@DIR", …
+        mixture: what `sources.open_source` opens ("embedded", "files@DIR", "fineweb@DIR", …), or several of them with
+            weights: "embedded=0.7,reasoning=0.3".
         root: directory of the mixture, where it does not name one.
         text_key: key (.jsonl) or column (.parquet) of the text.
         holdout: share of the documents held out for validation.
@@ -54,16 +57,26 @@ class Corpus:
     """A corpus ready for training.
 
     Attributes:
-        source: the documents, by split.
+        sources: name -> documents, by split; one for each part of the mixture.
         tokenizer: text to ids and back.
-        train: packed examples of the train split.
-        heldout: token cache of the held-out split, for `packing.eval_windows`.
+        train: packed examples of the train splits.
+        heldout: name -> token cache of the held-out split, for `packing.eval_windows`.
     """
 
-    source: Source
+    sources: dict[str, Source]
     tokenizer: Tokenizer
-    train: PackedDataset
-    heldout: TokenCache
+    train: PackedDataset | Mixture
+    heldout: dict[str, TokenCache]
+
+    @property
+    def caches(self) -> tuple[TokenCache, ...]:
+        """Token caches of the train splits, in the order of `sources`."""
+        return tuple(part.cache for part in (self.train.parts if isinstance(self.train, Mixture) else (self.train,)))
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares of the training examples, in the order of `sources`."""
+        return tuple(n / CYCLE for n in self.train.slots) if isinstance(self.train, Mixture) else (1.0,)
 
 
 def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:
@@ -77,20 +90,32 @@ def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:
         progress: show progress bars on stderr.
 
     Raises:
-        UserError: see `open_source`, `load_tokenizer`, `train_sentencepiece`, `build_or_open` and `PackedDataset`.
+        UserError: see `parse_mixture`, `make_mixture`, `open_source`, `load_tokenizer`, `train_sentencepiece`,
+            `build_or_open` and `PackedDataset`.
     """
     if cfg.num_threads < 1:
         raise UserError(f"data.num_threads is {cfg.num_threads}: give at least 1.")
-    source = open_source(cfg.mixture, cfg.root, cfg.text_key, cfg.holdout)
+    weights = dict(parse_mixture(cfg.mixture))
+    if cfg.root and len(weights) > 1:
+        raise UserError("data.root is the directory of one source: write NAME@DIR in the mixture instead.")
+    sources = {name: open_source(name, cfg.root, cfg.text_key, cfg.holdout) for name in weights}
     cache_dir = cache_directory(cfg.cache)
     if cfg.tokenizer:
         tokenizer = load_tokenizer(cfg.tokenizer)
     else:
-        tokenizer = _trained_tokenizer(source, cfg.vocab_size, cache_dir, progress)
-    # The held-out split first: it is small, and an empty one is reported before the long work.
-    heldout = build_or_open(source, "heldout", tokenizer, cache_dir, cfg.num_threads, progress)
-    train = build_or_open(source, "train", tokenizer, cache_dir, cfg.num_threads, progress)
-    return Corpus(source, tokenizer, PackedDataset(train, seq_len, cfg.reset_positions, cfg.cross_documents), heldout)
+        tokenizer = _trained_tokenizer(list(sources.values()), cfg.vocab_size, cache_dir, progress)
+
+    def tokenised(split: Split) -> dict[str, TokenCache]:
+        return {
+            name: build_or_open(source, split, tokenizer, cache_dir, cfg.num_threads, progress)
+            for name, source in sources.items()
+        }
+
+    # The held-out splits first: they are small, and an empty one is reported before the long work.
+    heldout, caches = tokenised("heldout"), tokenised("train")
+    packed = [PackedDataset(cache, seq_len, cfg.reset_positions, cfg.cross_documents) for cache in caches.values()]
+    train = packed[0] if len(packed) == 1 else make_mixture(packed, list(weights.values()))
+    return Corpus(sources, tokenizer, train, heldout)
 
 
 def cache_directory(configured: str = "") -> Path:
@@ -108,31 +133,35 @@ def cache_directory(configured: str = "") -> Path:
     return path
 
 
-def _trained_tokenizer(source: Source, vocab_size: int, cache_dir: Path, progress: bool) -> Tokenizer:
-    """The tokenizer of the train split: held-out text has no part in it."""
-    settings = [source.fingerprint("train"), MAX_TRAINING_CHARS, TRAINER_OPTIONS, sentencepiece.__version__]
+def _trained_tokenizer(sources: list[Source], vocab_size: int, cache_dir: Path, progress: bool) -> Tokenizer:
+    """The tokenizer of the train splits: held-out text has no part in it."""
+    prints = [source.fingerprint("train") for source in sources]
+    settings = [*prints, MAX_TRAINING_CHARS, TRAINER_OPTIONS, sentencepiece.__version__]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_dir / f"tokenizer-{vocab_size}-{key}.model"
     if path.exists():
         return load_tokenizer(path)
-    documents = tqdm(source.documents("train"), "read for tokenizer", unit=" docs", disable=not progress, leave=False)
+    streamed = (document for source in sources for document in source.documents("train"))
+    documents = tqdm(streamed, "read for tokenizer", unit=" docs", disable=not progress, leave=False)
     tokenizer = train_sentencepiece((document.text for document in documents), vocab_size, path)
-    logging.info("trained a tokenizer of %d pieces on %s: %s", vocab_size, source.name, path)
+    names = ", ".join(source.name for source in sources)
+    logging.info("trained a tokenizer of %d pieces on %s: %s", vocab_size, names, path)
     return tokenizer
 
 
-def gzip_bits_per_byte(source: Source) -> float:
+def gzip_bits_per_byte(sources: Iterable[Source]) -> float:
     """Bits per byte of `gzip -9` over the concatenated held-out text: a floor any model should beat.
 
     Raises:
-        UserError: the held-out split is empty.
+        UserError: there is no held-out text.
     """
     compressor = zlib.compressobj(9, zlib.DEFLATED, wbits=31)  # 31: gzip's header and trailer
     read = written = 0
-    for document in source.documents("heldout"):
-        content = document.text.encode()
-        read += len(content)
-        written += len(compressor.compress(content))
+    for source in sources:
+        for document in source.documents("heldout"):
+            content = document.text.encode()
+            read += len(content)
+            written += len(compressor.compress(content))
     if read == 0:
-        raise UserError(f"Empty corpus: {source.name} has no document in its heldout split: raise data.holdout.")
+        raise UserError("Empty corpus: no document is in a heldout split: raise data.holdout.")
     return 8 * (written + len(compressor.flush())) / read

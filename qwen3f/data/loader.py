@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from absl import logging
 
+from qwen3f.data.mixture import Mixture
 from qwen3f.data.packing import IGNORED_TARGET, Example, PackedDataset
-from qwen3f.data.sampler import example_index
 from qwen3f.errors import UserError
 
 _POLL_SECONDS = 0.1
@@ -22,13 +22,13 @@ Batch = dict[str, torch.Tensor]
 class Loader:
     """An endless iterator of batches; a context manager, or call `close()`.
 
-    Batch k holds the places start + k·B … start + (k + 1)·B − 1 of the data order (`sampler.example_index`), one a
+    Batch k holds the places start + k·B … start + (k + 1)·B − 1 of the data order (the dataset's `order`), one a
     row. So two loaders with the same dataset and seed agree wherever they start, and a run resumes with
     `start = batches taken · B`.
 
     Each batch is a dict with the batch dimension first: tokens, targets, positions int64 [B, T]; segments int32 [B, T];
     loss_weights float32 [B, T]; index int64 [B], the example's place in the data order (rising by one a row; the
-    example itself is `example_index(place, len(dataset), seed)`).
+    example itself is `dataset.order([place], seed)`).
 
     Args:
         dataset: examples to draw from.
@@ -46,7 +46,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: PackedDataset,
+        dataset: PackedDataset | Mixture,
         batch_size: int,
         seed: int,
         start: int,
@@ -123,10 +123,10 @@ class Loader:
         return batch
 
 
-def build_batch(dataset: PackedDataset, place: int, rows: int, seed: int, vocab_size: int) -> Batch:
+def build_batch(dataset: PackedDataset | Mixture, place: int, rows: int, seed: int, vocab_size: int) -> Batch:
     """The batch of places place … place + rows − 1, on the CPU; keys as in `Loader`, which iterates over these."""
     places = np.arange(place, place + rows)
-    examples = [dataset[i] for i in example_index(places, len(dataset), seed).tolist()]
+    examples = [dataset[i] for i in dataset.order(places, seed).tolist()]
     _check_vocabulary(examples, vocab_size)
     arrays = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
     arrays["index"] = places

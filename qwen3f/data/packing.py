@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen3f.data.sampler import example_index
 from qwen3f.data.token_cache import TokenCache
 from qwen3f.errors import UserError
 
@@ -58,6 +59,10 @@ class PackedDataset:
 
     def __len__(self) -> int:
         return (self.cache.num_tokens - 1) // self.seq_len
+
+    def order(self, places: np.ndarray, seed: int) -> np.ndarray:
+        """The examples at `places` of the shuffled, endless order; int64 [n] -> int64 [n]."""
+        return example_index(places, len(self), seed)
 
     def __getitem__(self, i: int) -> Example:
         if not 0 <= i < len(self):

@@ -22,7 +22,7 @@ from qwen3f.train.checkpoint import Checkpointer
 # training stretches on purpose.
 FREE_FIELDS = frozenset({
     "gradient_checkpointing", "initializer_range", "embed_initializer_range", "attention_dropout",
-    "router_aux_loss_coef", "moe_drop_tokens", "moe_capacity_factor",
+    "router_aux_loss_coef", "router_balance", "router_z_loss_coef", "moe_drop_tokens", "moe_capacity_factor",
     "max_position_embeddings", "rope_theta", "rope_scaling",
 })  # fmt: skip
 

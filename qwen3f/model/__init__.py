@@ -2,6 +2,7 @@
 
 from qwen3f.model.cached import apply_cached, make_cached_forward
 from qwen3f.model.kv_cache import KVCache, init_cache
+from qwen3f.model.moe import RouterStats
 from qwen3f.model.transformer import (
     EAGER,
     REFERENCE,
@@ -10,6 +11,7 @@ from qwen3f.model.transformer import (
     apply,
     head_weight,
     make_forward,
+    real_tokens,
 )
 
 __all__ = [
@@ -18,10 +20,12 @@ __all__ = [
     "Execution",
     "KVCache",
     "ModelOutput",
+    "RouterStats",
     "apply",
     "apply_cached",
     "head_weight",
     "init_cache",
     "make_cached_forward",
     "make_forward",
+    "real_tokens",
 ]

@@ -16,7 +16,7 @@ from qwen3f.model.mlp import SwiGLU
 from qwen3f.model.moe import SparseMLP
 from qwen3f.model.norm import RMSNorm
 
-BlockFn = Callable[..., Tensor]
+BlockFn = Callable[..., tuple[Tensor, ...]]
 
 # What "selective" recomputation keeps: the outputs of matrix products (experts' included) and of attention, and the
 # router's choice and order, which are small. Everything else is elementwise and cheaper to compute again than to keep.
@@ -36,25 +36,40 @@ _KEPT = {
 
 
 class Block(nn.Module):
-    """x + Attention(RMSNorm(x)), then x + MLP(RMSNorm(x)); x_BTD. A sparse block's MLP is a mixture of experts."""
+    """x + Attention(RMSNorm(x)), then x + MLP(RMSNorm(x)); x_BTD. A sparse block's MLP is a mixture of experts.
+
+    Returns (x,), followed in a sparse block by the fields of RouterStats: a flat tuple of tensors, which checkpoint and
+    compile pass on in every version. real_BT: bool, False for padding; only routers ask.
+    """
 
     def __init__(self, cfg: ModelConfig, attention: str, experts: str, sparse: bool) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.self_attn = Attention(cfg, attention)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.sparse = sparse
         self.mlp = SparseMLP(cfg, experts) if sparse else SwiGLU(cfg)
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | LayerCache, stream: Tensor | None
-    ) -> Tensor:
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: AttentionMask | LayerCache,
+        real_BT: Tensor | None,
+        stream: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, stream)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        h_BTD = self.post_attention_layernorm(x_BTD)
+        if not self.sparse:
+            return (x_BTD + self.mlp(h_BTD),)
+        y_BTD, stats = self.mlp(h_BTD, real_BT)
+        return x_BTD + y_BTD, *stats
 
 
 @functools.lru_cache(maxsize=32)
 def block_fn(cfg: ModelConfig, attention: str, experts: str, compile_block: bool, sparse: bool) -> BlockFn:
-    """(layer parameters, x, cos, sin, mask, stream) -> x, for any layer of one kind: dense, or sparse (with experts).
+    """(layer parameters, x, cos, sin, mask, real, stream) -> as Block, for any layer of one kind: dense, or sparse.
 
     The skeleton lives on the meta device and owns nothing. Cached, since the compiled function is: every layer of a
     kind and every step of a run go through the same one. Recomputation sits inside the compiled region, where its
@@ -63,7 +78,7 @@ def block_fn(cfg: ModelConfig, attention: str, experts: str, compile_block: bool
     with torch.device("meta"):
         skeleton = Block(cfg, attention, experts, sparse)
 
-    def run(layer: dict[str, Tensor], *args: object) -> Tensor:
+    def run(layer: dict[str, Tensor], *args: object) -> tuple[Tensor, ...]:
         return torch.func.functional_call(skeleton, layer, args, strict=True)
 
     fn = run if cfg.gradient_checkpointing == "none" else _recomputed(run, cfg.gradient_checkpointing)
@@ -75,7 +90,7 @@ def _recomputed(run: BlockFn, policy: str) -> BlockFn:
     if policy == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
 
-    def run_again(*args: object) -> Tensor:
+    def run_again(*args: object) -> tuple[Tensor, ...]:
         return checkpoint(run, *args, **options)
 
     return run_again

@@ -47,9 +47,10 @@ def make_cached_forward(cfg: ModelConfig, execution: Execution = EAGER) -> Cache
     """forward(params, batch, cache, *, span, last, donate) as in `apply_cached`.
 
     Skeletons are built here, once, since that cannot happen inside a compiled step. Attention's dropout is off, and
-    nothing is recomputed.
+    nothing is recomputed. moe_drop_tokens has no effect: what a row gets must not depend on the rows beside it.
     """
-    body = make_body(cfg.replace(gradient_checkpointing="none"), execution.attention, execution)
+    cfg = cfg.replace(gradient_checkpointing="none", moe_drop_tokens=False)
+    body = make_body(cfg, execution.attention, execution)
 
     @torch.no_grad()
     def forward(
@@ -64,7 +65,7 @@ def make_cached_forward(cfg: ModelConfig, execution: Execution = EAGER) -> Cache
         tokens, segments = batch["tokens"], batch.get("segments")
         real = torch.ones_like(tokens, dtype=torch.bool) if segments is None else segments != 0
         positions, layers, cache = place(cache if donate else copy_cache(cache), real, span or cache.max_len)
-        hidden = body(params, tokens, positions, layers)
+        hidden, _ = body(params, tokens, positions, layers)
         return F.linear(hidden[:, -1:] if last else hidden, head_weight(cfg, params)), cache
 
     return forward

@@ -1,35 +1,74 @@
-"""Mixture of experts as in Qwen3-MoE: a softmax router, the top-k experts of each token, no token dropped.
+"""Mixture of experts as in Qwen3-MoE: a softmax router, the top-k experts of each token, by default no token dropped.
 
 Rows are sorted by expert, go through the grouped products of kernels/grouped_gemm.py and come back in their places. The
 work is that of the top-k experts of each token, however many there are. The one thing that the host waits for is the
 number of rows of each expert, once a layer.
 
-Not there yet: the load-balancing loss and the router's statistics; capacity limits (moe_drop_tokens).
+What the router did comes out as data beside the layer's result, so that recomputing a layer counts nothing twice; the
+losses made of it are in qwen3f/train/balance.py.
 
 N tokens · K experts a token · R = N·K rows · E experts · D hidden · F expert width
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kernels.grouped_gemm import grouped_linear
 from qwen3f.config import ModelConfig
-from qwen3f.errors import UserError
 from qwen3f.model.mlp import ACTIVATIONS
 
 EXPERT_FORMS = ("grouped", "reference")
 
 
-def route(logits_NE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """(weights [N, K] in the logits' dtype, experts [N, K] int64), the likeliest expert first.
+class RouterStats(NamedTuple):
+    """What a router did with the real tokens of one call. All are sums, so those of several calls or ranks add up.
 
-    Softmax over all experts in float32 (float64 for float64), then the top k; `normalize` makes their weights sum to 1.
+    counts: int64 [E], how often each expert was among a token's top k, dropped or not. probs: [E], Σ over tokens of the
+    softmax, with its gradient. tokens: int64 scalar. log_z: scalar, Σ over tokens of logsumexp(logits)²; it has a
+    gradient if the config's router_z_loss_coef is above 0. dropped: int64 scalar, how many choices found their expert
+    full. Floats are float32 (float64 for float64). A whole model's have a leading axis of sparse layers.
     """
-    probs = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32)).softmax(-1)
-    weights, experts = probs.topk(top_k, dim=-1)
+
+    counts: Tensor
+    probs: Tensor
+    tokens: Tensor
+    log_z: Tensor
+    dropped: Tensor
+
+
+def route(probs_NE: Tensor, top_k: int, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(weights [N, K] in `dtype`, experts [N, K] int64), the likeliest expert first.
+
+    probs_NE: softmax over all experts in float32 (float64 for float64). `normalize` makes the top k sum to 1.
+    """
+    weights, experts = probs_NE.topk(top_k, dim=-1)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
-    return weights.to(logits_NE.dtype), experts
+    return weights.to(dtype), experts
+
+
+def count(expert_R: Tensor, marks_R: Tensor, num_experts: int) -> Tensor:
+    """int64 [E]: Σ of the int64 marks of each expert's rows."""
+    # not bincount: its output has no static size, which would cut the compiled graph
+    return expert_R.new_zeros(num_experts).scatter_add(0, expert_R, marks_R)
+
+
+def within_capacity(weights_NK: Tensor, experts_NK: Tensor, real_N: Tensor, num_experts: int, capacity: int) -> Tensor:
+    """bool [N, K]: whether a choice is among the `capacity` heaviest of its expert.
+
+    Of equal weights the earlier token stays. Padding (real_N False) comes after every real token.
+    """
+    expert_R = experts_NK.flatten()
+    priority_R = torch.where(real_N[:, None], weights_NK.detach(), -1.0).flatten()
+    heavy_first_R = priority_R.sort(descending=True, stable=True).indices
+    order_R = heavy_first_R[expert_R[heavy_first_R].sort(stable=True).indices]
+    counts_E = count(expert_R, torch.ones_like(expert_R), num_experts)
+    first_E = counts_E.cumsum(0) - counts_E
+    place_R = torch.arange(len(expert_R), device=expert_R.device) - first_E[expert_R[order_R]]
+    return torch.zeros_like(expert_R).scatter(0, order_R, place_R).view_as(experts_NK) < capacity
 
 
 class ExpertLinear(nn.Module):
@@ -56,8 +95,7 @@ class Experts(nn.Module):
         expert_R = experts_NK.flatten()
         order_R = expert_R.sort(stable=True).indices
         place_R = torch.zeros_like(order_R).scatter(0, order_R, torch.arange(len(order_R), device=order_R.device))
-        # not bincount: its output has no static size, which would cut the compiled graph
-        counts_E = expert_R.new_zeros(num_experts).scatter_add(0, expert_R, torch.ones_like(expert_R)).cpu()
+        counts_E = count(expert_R, torch.ones_like(expert_R), num_experts).cpu()
         x_RD = _TakeRows.apply(x_ND, order_R // top_k, place_R, top_k)
         gate_RF, up_RF = (grouped_linear(x_RD, p.weight, counts_E) for p in (self.gate_proj, self.up_proj))
         y_RD = grouped_linear(self.act(gate_RF) * up_RF, self.down_proj.weight, counts_E)
@@ -73,23 +111,52 @@ class Experts(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """Router and experts of one layer; x_BTD -> [B, T, D]. form: how the experts run, one of EXPERT_FORMS."""
+    """Router and experts of one layer. form: how the experts run, one of EXPERT_FORMS.
+
+    With moe_drop_tokens an expert takes ceil(moe_capacity_factor · N·K / E) rows of a call, N counting padding too: a
+    static number. It keeps those of the heaviest weight. A dropped choice adds zero, and the token's other weights stay
+    as they are, so they no longer sum to 1. On one device this saves no work: a dropped row still goes through its
+    expert.
+    """
 
     def __init__(self, cfg: ModelConfig, form: str) -> None:
         super().__init__()
-        if cfg.moe_drop_tokens:
-            raise UserError("model.moe_drop_tokens=True: this version drops no tokens; set it to False")
         self.gate = nn.Linear(cfg.hidden_size, cfg.num_experts, bias=False)
         self.experts = Experts(cfg)
         self.form = form
+        self.num_experts = cfg.num_experts
         self.top_k = cfg.num_experts_per_tok
         self.normalize = cfg.norm_topk_prob
+        self.capacity_factor = cfg.moe_capacity_factor if cfg.moe_drop_tokens else None
+        self.z_loss = cfg.router_z_loss_coef > 0
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        """([B, T, D], the router's statistics). real_BT: bool, False for padding, which is not counted; None: all."""
         x_ND = x_BTD.flatten(0, -2)
-        weights_NK, experts_NK = route(self.gate(x_ND), self.top_k, self.normalize)
+        real_N = x_ND.new_ones(len(x_ND), dtype=torch.bool) if real_BT is None else real_BT.flatten()
+        logits_NE = self.gate(x_ND)
+        wide_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
+        probs_NE = wide_NE.softmax(-1)
+        weights_NK, experts_NK = route(probs_NE, self.top_k, self.normalize, logits_NE.dtype)
+        dropped = real_N.new_zeros((), dtype=torch.int64)
+        if self.capacity_factor is not None:
+            capacity = math.ceil(self.capacity_factor * experts_NK.numel() / self.num_experts)
+            kept_NK = within_capacity(weights_NK, experts_NK, real_N, self.num_experts, capacity)
+            weights_NK = torch.where(kept_NK, weights_NK, 0.0)
+            dropped = (~kept_NK & real_N[:, None]).sum()
         mix = self.experts if self.form == "grouped" else self.experts.reference
-        return mix(x_ND, weights_NK, experts_NK).view_as(x_BTD)
+        y_BTD = mix(x_ND, weights_NK, experts_NK).view_as(x_BTD)
+
+        log_z_N = (wide_NE if self.z_loss else wide_NE.detach()).logsumexp(-1)
+        marks_R = real_N[:, None].expand_as(experts_NK).flatten().to(torch.int64)
+        stats = RouterStats(
+            counts=count(experts_NK.flatten(), marks_R, self.num_experts),
+            probs=(probs_NE * real_N[:, None]).sum(0),
+            tokens=real_N.sum(),
+            log_z=(log_z_N.square() * real_N).sum(),
+            dropped=dropped,
+        )
+        return y_BTD, stats
 
 
 class _TakeRows(torch.autograd.Function):

@@ -19,7 +19,7 @@ from qwen3f.model.attention import make_mask
 from qwen3f.model.block import block_fn
 from qwen3f.model.kv_cache import LayerCache
 from qwen3f.model.mask import AttentionMask
-from qwen3f.model.moe import EXPERT_FORMS
+from qwen3f.model.moe import EXPERT_FORMS, RouterStats
 from qwen3f.model.norm import rms_norm
 from qwen3f.model.rope import rope_tables
 
@@ -57,13 +57,17 @@ REFERENCE = Execution(attention="reference", experts="reference", loss="referenc
 
 
 class ModelOutput(NamedTuple):
-    """logits [B, T, V] in the parameters' dtype; hidden [B, T, D] after the final norm."""
+    """logits [B, T, V] in the parameters' dtype; hidden [B, T, D] after the final norm.
+
+    router: what the routers did, with a leading axis of sparse layers; None for a dense model.
+    """
 
     logits: Tensor
     hidden: Tensor
+    router: RouterStats | None
 
 
-Forward = Callable[..., Tensor]
+Forward = Callable[..., tuple[Tensor, RouterStats | None]]
 
 
 def apply(
@@ -79,41 +83,52 @@ def apply(
       params: as qwen3f.params.init_params gives them. Their dtype is the compute dtype. A stacked leaf may also come
         as a tuple of its layers.
       batch: "tokens" int64 [B, T]; optional "positions" int64 [B, T] (default 0 … T−1) and "segments" int32 [B, T]
-        (default: one document a row). Other keys are ignored.
+        (default: one document a row; 0 is padding) and "real" bool [B, T] (default: segments != 0), False for what
+        routers are not to count. Other keys are ignored.
       dropout_stream: int64 scalar tensor; attention_dropout applies exactly when it is given.
-    Raises UserError for configurations that cannot run (a vision tower, moe_drop_tokens), IndexError (CPU) for a token
-    beyond the vocabulary.
+    Raises UserError for configurations that cannot run (a vision tower), IndexError (CPU) for a token beyond the
+    vocabulary.
     """
-    hidden = make_forward(cfg, execution, dropout=dropout_stream is not None)(params, batch, dropout_stream)
-    return ModelOutput(F.linear(hidden, head_weight(cfg, params)), hidden)
+    hidden, stats = make_forward(cfg, execution, dropout=dropout_stream is not None)(params, batch, dropout_stream)
+    return ModelOutput(F.linear(hidden, head_weight(cfg, params)), hidden, stats)
 
 
 def make_forward(cfg: ModelConfig, execution: Execution = EAGER, *, dropout: bool = False) -> Forward:
-    """forward(params, batch, dropout_stream=None) -> the residual stream after the final norm, [B, T, D].
+    """forward(params, batch, dropout_stream=None) -> (hidden, router), as in ModelOutput.
 
     Skeletons are built here, once, since that cannot happen inside a compiled step. dropout: whether the function will
     be called with a dropout_stream; attention with dropout runs the reference formula. Arguments as in `apply`.
     """
     backend = "reference" if dropout and cfg.attention_dropout else execution.attention
     body = make_body(cfg, backend, execution)
-    compiled = execution.compile != "off"
+    compiled, sparse = execution.compile != "off", bool(cfg.sparse_layers)
 
-    def forward(params: P.Params, batch: Mapping[str, Tensor], dropout_stream: Tensor | None = None) -> Tensor:
+    def forward(
+        params: P.Params, batch: Mapping[str, Tensor], dropout_stream: Tensor | None = None
+    ) -> tuple[Tensor, RouterStats | None]:
         tokens = batch["tokens"]
         positions = batch.get("positions")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         mask = make_mask(batch.get("segments"), backend, compiled)
-        return body(params, tokens, positions, [mask] * cfg.num_hidden_layers, dropout_stream)
+        real = real_tokens(batch) if sparse else None
+        return body(params, tokens, positions, [mask] * cfg.num_hidden_layers, real, dropout_stream)
 
     return forward
 
 
+def real_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """bool [B, T], False for padding; None if the batch tells nothing of padding."""
+    if "real" in batch:
+        return batch["real"]
+    return batch["segments"] != 0 if "segments" in batch else None
+
+
 def make_body(cfg: ModelConfig, backend: str, execution: Execution) -> Forward:
-    """body(params, tokens [B, T], positions [B, T], masks, dropout_stream=None) -> as make_forward's function.
+    """body(params, tokens [B, T], positions [B, T], masks, real, dropout_stream=None) -> as make_forward's function.
 
     backend: attention's. masks: what each layer's attention may see; an AttentionMask, or a LayerCache that also holds
-    the layer's earlier keys and values (qwen3f.model.cached).
+    the layer's earlier keys and values (qwen3f.model.cached). real: bool [B, T] or None, as real_tokens gives it.
     """
     kinds = [cfg.is_sparse(layer) for layer in range(cfg.num_hidden_layers)]
     blocks = {kind: block_fn(cfg, backend, execution.experts, execution.compile == "block", kind) for kind in {*kinds}}
@@ -124,14 +139,19 @@ def make_body(cfg: ModelConfig, backend: str, execution: Execution) -> Forward:
         tokens: Tensor,
         positions: Tensor,
         masks: Sequence[AttentionMask | LayerCache],
+        real: Tensor | None = None,
         dropout_stream: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, RouterStats | None]:
         x = F.embedding(tokens, params[P.EMBED])
         cos, sin = rope_tables(cfg, positions, x.dtype)
+        routed: list[list[Tensor]] = []
         for index, layer in enumerate(unstack_layers(params, stacks)):
             stream = None if dropout_stream is None else rng.fold(dropout_stream, index)
-            x = blocks[kinds[index]](layer, x, cos, sin, masks[index], stream)
-        return rms_norm(x, params[P.FINAL_NORM], cfg.rms_norm_eps)
+            x, *stats = blocks[kinds[index]](layer, x, cos, sin, masks[index], real, stream)
+            if stats:
+                routed.append(stats)
+        stacked = RouterStats(*(torch.stack(field) for field in zip(*routed, strict=True))) if routed else None
+        return rms_norm(x, params[P.FINAL_NORM], cfg.rms_norm_eps), stacked
 
     return body
 

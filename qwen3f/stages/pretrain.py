@@ -12,7 +12,7 @@ from qwen3f import model, rng, tree
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from qwen3f.train import losses, optimizer
+from qwen3f.train import balance, losses, optimizer
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.state import TrainState
 from qwen3f.transforms import grad_and_value, jit
@@ -43,35 +43,49 @@ def make_train_step(
       cross_documents: attention ignores document boundaries.
       donate: the state's storage is reused for the new state (see transforms.jit); the old state must not be used.
 
-    Metrics (0-d tensors on the device): loss (nats a predicted token, before the update), aux_loss (0: there is no
-      load-balancing loss yet), grad_norm before and grad_norm_clipped after clipping, lr, tokens (predicted in this
-      batch), finite (1 if loss and gradient norm are; otherwise parameters and moments are left as they were).
+    Metrics (0-d tensors on the device): loss (nats a predicted token, before the update, without the routers' losses),
+      aux_loss (the balancing loss without its coefficient; 0 for a dense model), grad_norm before and
+      grad_norm_clipped after clipping, lr, tokens (predicted in this batch), finite (1 if loss and gradient norm are;
+      otherwise parameters and moments are left as they were). A sparse model adds router_z_loss and what
+      balance.load_metrics gives.
 
-    Raises UserError when the batch size is no multiple of microbatches, and for a sparse model with
-    router_aux_loss_coef > 0.
+    Raises UserError when the batch size is no multiple of microbatches.
     """
-    losses.check_balance(cfg)
     decay = P.decays(cfg)
 
-    loss_fn = losses.make_loss(cfg, execution, dropout=cfg.attention_dropout > 0)
+    options = {"dropout": cfg.attention_dropout > 0}
+    objective = grad_and_value(losses.make_objective(cfg, execution, **options), has_aux=True)
+    # A lone micro-batch is the whole step: it knows all counts.
+    count_first = cfg.router_balance == "global_exact" and bool(cfg.sparse_layers) and microbatches > 1
+    count = losses.make_load(cfg, execution, **options) if count_first else None
 
-    def gradients(state: TrainState, batch: Batch) -> tuple[P.Params, Tensor]:
+    def gradients(state: TrainState, batch: Batch) -> tuple[P.Params, losses.Terms]:
         batch = _visible(batch, cross_documents)
-        total_weight = losses.batch_weight(batch)
+        totals = losses.Totals(losses.batch_weight(batch), losses.routed_tokens(batch))
         compute = {k: p.to(compute_dtype or p.dtype) for k, p in state.params.items()}
         stream = rng.fold(state.seed, state.step) if cfg.attention_dropout else None
-        grads, loss = None, None
-        for index, part in enumerate(split_batch(batch, microbatches)):
-            part_stream = None if stream is None else rng.fold(stream, index)
-            part_grads, part_loss = grad_and_value(loss_fn)(_unstack(compute), part, total_weight, part_stream)
+        parts = [
+            (part, None if stream is None else rng.fold(stream, index))
+            for index, part in enumerate(split_batch(batch, microbatches))
+        ]
+        whole = None
+        if count is not None:
+            for part in parts:
+                whole = balance.add(whole, count(compute, *part))
+        grads, terms = None, None
+        for part, part_stream in parts:
+            others = whole if terms is None or whole is not None else terms.load
+            part_grads, (_, part_terms) = objective(_unstack(compute), part, totals, others, part_stream)
             grads = _accumulate(grads, part_grads, state.params, only=microbatches == 1)
-            loss = part_loss if loss is None else loss + part_loss
-        return grads, loss
+            terms = losses.add_terms(terms, part_terms)
+        return grads, terms
 
-    def apply_gradients(state: TrainState, grads: P.Params, loss: Tensor, batch: Batch) -> tuple[TrainState, Metrics]:
+    def apply_gradients(
+        state: TrainState, grads: P.Params, terms: losses.Terms, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
         norm = optimizer.global_norm(grads)
         scale = optimizer.clip_factor(norm, hyper.clip_norm)
-        finite = torch.isfinite(norm) & torch.isfinite(loss)
+        finite = torch.isfinite(norm) & torch.isfinite(terms.loss)
         lr = schedule(state.step)
         params, opt = optimizer.update(
             hyper, decay, state.params, grads, state.opt, step=state.step, lr=lr, scale=scale, apply=finite
@@ -80,14 +94,16 @@ def make_train_step(
         # A step whose update was withheld has consumed its data all the same.
         new = TrainState(state.step + 1, params, opt, state.seed, state.tokens_seen + tokens, state.position + rows)
         metrics = {
-            "loss": loss,
-            "aux_loss": torch.zeros_like(loss),
+            "loss": terms.loss,
+            "aux_loss": terms.aux_loss,
             "grad_norm": norm,
             "grad_norm_clipped": norm * scale,
             "lr": lr,
             "tokens": tokens,
             "finite": finite,
         }
+        if terms.load is not None:
+            metrics |= {"router_z_loss": terms.z_loss, **balance.load_metrics(terms.load)}
         return new, metrics
 
     if execution.compile == "step":
@@ -100,8 +116,7 @@ def make_train_step(
     finish = jit(apply_gradients, compile=execution.compile == "block", donate=donate)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, loss = gradients(state, batch)
-        return finish(state, grads, loss, batch)
+        return finish(state, *gradients(state, batch), batch)
 
     return step
 
@@ -113,7 +128,10 @@ def make_eval_step(
     execution: model.Execution = model.EAGER,
     cross_documents: bool = False,
 ) -> Callable[[P.Params, Batch], tuple[Tensor, Tensor]]:
-    """eval_step(params, batch) -> (summed nats, summed weight) over the batch's predicted tokens."""
+    """eval_step(params, batch) -> (summed nats, summed weight) over the batch's predicted tokens.
+
+    Experts have the capacity here that they have in training.
+    """
 
     loss_fn = losses.make_loss(cfg, execution)
 
@@ -126,8 +144,10 @@ def make_eval_step(
 
 
 def _visible(batch: Batch, cross_documents: bool) -> Batch:
-    """What the model gets to see: without segments, attention crosses document boundaries."""
-    return {key: value for key, value in batch.items() if not (cross_documents and key == "segments")}
+    """What the model gets to see: without segments, attention crosses document boundaries; padding stays known."""
+    if not cross_documents or "segments" not in batch:
+        return batch
+    return {key: value for key, value in batch.items() if key != "segments"} | {"real": batch["segments"] != 0}
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:

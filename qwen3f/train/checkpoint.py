@@ -7,26 +7,27 @@ nothing is pickled.
 What is kept: a step's directory appears by one rename after everything in it has been written, and leaves by one rename
 before anything in it is deleted, so a directory that bears a step's number is always whole.
 
-JAX, which Orbax stands on, is imported by the first save or restore only, and is held to the CPU.
+Beside them `manifest.json` lists every file's size and sha256, written once the rest is committed and checked before
+anything is restored.
 """
 
-import functools
 import json
-import logging
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
 
-from qwen3f.errors import UserError
+from qwen3f.errors import TrainingError, UserError
+from qwen3f.train import manifest
+from qwen3f.train.manifest import DamagedCheckpoint
+from qwen3f.train.orbax import epath, from_jax, import_jax_and_orbax, to_jax
 from qwen3f.tree import named_leaves
 
 State = TypeVar("State")
@@ -36,7 +37,7 @@ TEMPORARY = "*.orbax-checkpoint-tmp*"  # Orbax's name for a checkpoint that is s
 DELETED = ".deleted"  # our suffix for a checkpoint that is being deleted
 
 
-class CheckpointWriteError(RuntimeError):
+class CheckpointWriteError(TrainingError):
     """A checkpoint could not be written (disk full, directory gone, …); those written before it are untouched."""
 
 
@@ -98,8 +99,8 @@ class Checkpointer:
                 f"{self.directory} {what} step {step}, and nothing is overwritten: resume from step {there[-1]}, "
                 "or choose another --workdir"
             )
-        _, ocp = _import_jax_and_orbax()
-        arrays = _nest({name: _to_jax(leaf) for name, leaf in self._snapshot(state).items()})
+        _, ocp = import_jax_and_orbax()
+        arrays = _nest({name: to_jax(leaf) for name, leaf in self._snapshot(state).items()})
         try:
             if self._writer is None:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -154,10 +155,25 @@ class Checkpointer:
         """The last complete checkpoint's step, or None."""
         return max(self.steps(), default=None)
 
+    def path(self, step: int) -> Path:
+        """The directory of `step`'s checkpoint. Raises UserError when it isn't there."""
+        if step not in (steps := self.steps()):
+            there = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{self.directory} holds no checkpoint of step {step}: there are {there}")
+        return self.directory / str(step)
+
     def read_meta(self, step: int) -> dict[str, Any]:
-        """The `meta` saved with `step`. Raises UserError when that step isn't there."""
-        _, ocp = _import_jax_and_orbax()
-        return ocp.JsonCheckpointHandler().restore(_epath(self._existing(step) / "meta"))
+        """The `meta` saved with `step`. Raises UserError when it isn't there, DamagedCheckpoint if it can't be read."""
+        _, ocp = import_jax_and_orbax()
+        with _reading(directory := self.path(step)):
+            return ocp.JsonCheckpointHandler().restore(epath(directory / "meta"))
+
+    def read_tree(self, step: int) -> dict[Name, LeafSpec]:
+        """Path -> shape and dtype of every leaf saved with `step`; reads no values. Raises as `read_meta`."""
+        _, ocp = import_jax_and_orbax()
+        with _reading(directory := self.path(step)):
+            leaves = _walk(ocp.PyTreeCheckpointHandler().metadata(epath(directory / "state")))
+            return {name: LeafSpec(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves}
 
     def restore(self, like: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
         """The state and meta saved at `step` (the latest by default), every bit as it was.
@@ -165,8 +181,10 @@ class Checkpointer:
         like: a pytree of tensors giving structure, shapes, dtypes and devices (the CPU for the meta device); its
             values are not read or written.
 
-        Waits for a save under way, and raises what `wait` raises. Raises UserError, before loading anything, when the
-        step isn't there or its tree is not like `like`.
+        Waits for a save under way, and raises what `wait` raises. Before loading anything, raises UserError when the
+        step isn't there or its tree is not like `like`, and DamagedCheckpoint when its files aren't those of its
+        manifest (reading them once for it). A checkpoint whose writer was killed before the manifest is used with a
+        warning.
         """
         return self._restore(like, step, ())
 
@@ -179,16 +197,12 @@ class Checkpointer:
         step = self.latest() if step is None else step
         if step is None:
             raise UserError(f"{self.directory} holds no checkpoint: save one first, or choose another --workdir")
-        directory = _epath(self._existing(step) / "state")
-        jax, ocp = _import_jax_and_orbax()
-        handler = ocp.PyTreeCheckpointHandler()  # the standard one reads whole trees only
+        manifest.verify(directory := self.path(step))
+        jax, ocp = import_jax_and_orbax()
         leaves = {(*prefix, *name): leaf for name, leaf in named_leaves(like).items()}
         here = {name: _spec(leaf) for name, leaf in leaves.items() if _holds_data(leaf)}
-        on_disk = {
-            name: LeafSpec(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _walk(handler.metadata(directory))
-        }
-        wanted = {name: spec for name, spec in on_disk.items() if name[: len(prefix)] == prefix}
-        _check_same_tree(wanted, here, f"{self.directory / str(step)}")
+        wanted = {name: spec for name, spec in self.read_tree(step).items() if name[: len(prefix)] == prefix}
+        _check_same_tree(wanted, here, str(directory))
         cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
         target = {
             name: jax.ShapeDtypeStruct(spec.shape, jax.numpy.dtype(spec.dtype), sharding=cpu)
@@ -197,8 +211,10 @@ class Checkpointer:
         target = _nest(target)
         how = ocp.checkpoint_utils.construct_restore_args(target)
         args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=bool(prefix))
-        arrays = dict(_walk(handler.restore(directory, args=args)))
-        values = [_from_jax(arrays.pop(name), leaf) if name in here else _empty(leaf) for name, leaf in leaves.items()]
+        handler = ocp.PyTreeCheckpointHandler()  # the standard one reads whole trees only
+        with _reading(directory):
+            arrays = dict(_walk(handler.restore(epath(directory / "state"), args=args)))
+        values = [from_jax(arrays.pop(name), leaf) if name in here else _empty(leaf) for name, leaf in leaves.items()]
         return pytree.tree_unflatten(values, pytree.tree_structure(like)), self.read_meta(step)
 
     def set_aside(self, after: int) -> Path | None:
@@ -217,12 +233,6 @@ class Checkpointer:
         for step in reversed(later):  # the latest first: were this cut short, what remains would still be in order
             (self.directory / str(step)).rename(aside / str(step))
         return aside
-
-    def _existing(self, step: int) -> Path:
-        if step not in (steps := self.steps()):
-            there = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"{self.directory} holds no checkpoint of step {step}: there are {there}")
-        return self.directory / str(step)
 
     @torch.no_grad()
     def _snapshot(self, state: Any) -> dict[Name, Tensor]:
@@ -246,6 +256,10 @@ class Checkpointer:
             self._writer.wait_until_finished()
         except (OSError, RuntimeError, ValueError) as error:
             raise self._write_error(step, error) from error
+        try:
+            manifest.write(self.directory / str(step))
+        except OSError as error:
+            raise self._write_error(step, error) from error
         for old in self.steps()[: -self.keep] if self.keep else []:
             directory = self.directory / str(old)
             shutil.rmtree(directory.rename(directory.with_name(f"{old}{DELETED}")))
@@ -264,39 +278,13 @@ class Checkpointer:
                 shutil.rmtree(path)
 
 
-@functools.cache
-def _import_jax_and_orbax() -> tuple[ModuleType, ModuleType]:
-    """Imports jax and orbax.checkpoint under this project's rules, once (about a second)."""
-    # Read when JAX is imported: on a GPU machine it would otherwise take the card's memory from torch.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # for a program that imported jax before us
-    jax.config.update("jax_enable_x64", True)  # else int64 and float64 would be truncated
-    if hasattr(jax.config, "jax_enable_preemption_service"):  # else JAX takes SIGTERM for itself
-        jax.config.update("jax_enable_preemption_service", False)
-    import orbax.checkpoint as ocp
-
-    logging.getLogger("absl").addFilter(_quiet_orbax)
-    return jax, ocp
-
-
-def _quiet_orbax(record: logging.LogRecord) -> bool:
-    """A filter on absl's logger, which Orbax shares with the user: acts on Orbax's own records alone.
-
-    Drops what is below a warning, and the tracebacks of errors: Orbax logs a failed write's several times over, and
-    raises the same error, which `Checkpointer` reports.
-    """
-    if f"{os.sep}orbax{os.sep}" in record.pathname:
-        record.exc_info = None
-        return record.levelno >= logging.WARNING
-    return True
-
-
-def _epath(path: Path) -> Any:
-    from etils import epath  # Orbax's path type, which its handlers require
-
-    return epath.Path(path)
+@contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    """What Orbax raises for files that it can't make sense of, as DamagedCheckpoint."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedCheckpoint(f"{directory} is damaged or incomplete: {error}") from error
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -321,31 +309,6 @@ def _check_names_apart(leaves: dict[Name, Tensor]) -> None:
 
 def _spec(leaf: Tensor) -> LeafSpec:
     return LeafSpec(tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."))
-
-
-class _HostMemory:
-    """A CPU tensor for dlpack. A pinned one calls its device CUDA's, which a JAX held to the CPU doesn't know."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)  # kDLCPU
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return to_dlpack(self.tensor)
-
-
-def _to_jax(tensor: Tensor) -> Any:
-    """A CPU tensor, pinned or not, as a jax.Array over the same memory."""
-    jax, _ = _import_jax_and_orbax()
-    return jax.dlpack.from_dlpack(_HostMemory(tensor))
-
-
-def _from_jax(array: Any, like: Tensor) -> Tensor:
-    device = torch.device("cpu") if like.is_meta else like.device
-    # A copy of its own: JAX takes its arrays for immutable, and training writes into the state.
-    return torch.from_dlpack(array).to(device, copy=True)
 
 
 def _empty(leaf: Tensor | None) -> Tensor | None:

@@ -23,13 +23,17 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.context_warmup = ConfigDict()
     config.context_warmup.length = 0  # tokens that attention may look back over at first; 0: no such warmup
     config.context_warmup.steps = 0.5  # how long: below 1 a share of the steps, else a number of steps
+    config.nonfinite_skips = 0  # steps with a loss or gradient that is not finite to pass over, before one ends the run
+    config.watchdog = 0.0  # seconds a step, with its evaluation and save, may take before the run ends with all stacks
     config.log_every = 10
     config.init_from = ""  # a workdir, its checkpoints/N or a Hugging Face directory: weights and tokenizer
     config.resume = config_dict.placeholder(int)  # a step of this workdir to go on from; default: the last
     config.wandb = "off"  # off, offline or online
 
     config.data = ConfigDict()
-    config.data.mixture = "embedded"  # embedded: Python's standard library; files@DIR: .txt, .jsonl, .parquet
+    # embedded: Python's standard library; reasoning: generated problems; files@DIR: .txt, .jsonl, .parquet; or the name
+    # of a data set (qwen3f.data.adapters.registry) with a local copy, NAME@DIR. Several: embedded=0.7,reasoning=0.3
+    config.data.mixture = "embedded"
     config.data.root = ""  # DIR for mixture=files
     config.data.text_key = "text"  # field of .jsonl, column of .parquet
     config.data.holdout = 0.05  # share of the documents kept for validation
@@ -69,6 +73,7 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.checkpoint.every = 1000  # steps; 0: only at the end
     config.checkpoint.keep = 2  # last ones kept; 0: all
     config.checkpoint.asynchronous = True
+    config.checkpoint.on_failure = "stop"  # when one can't be written (disk full): stop, or go_on to the next one
 
     config.sample = ConfigDict()
     config.sample.prompts = ("import ", "def main(", "The ")  # continued at the end of the run

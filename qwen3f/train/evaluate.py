@@ -1,13 +1,14 @@
 """Validation: loss and bits per byte on the held-out split."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple
 from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3f.data.packing import bits_per_byte, eval_coverage, eval_windows
+from qwen3f.data.packing import EvalCoverage, bits_per_byte, eval_coverage, eval_windows
 from qwen3f.data.token_cache import TokenCache
 from qwen3f.params import Params
 
@@ -17,7 +18,7 @@ EvalStep = Callable[[Params, dict[str, Tensor]], tuple[Tensor, Tensor]]
 def evaluate(
     eval_step: EvalStep,
     params: Params,
-    heldout: TokenCache,
+    heldout: Mapping[str, TokenCache],
     *,
     seq_len: int,
     batch_size: int,
@@ -27,17 +28,28 @@ def evaluate(
 ) -> dict[str, float]:
     """{"val_loss": nats a predicted token, "val_bpb": bits a byte of text}, over every held-out token once.
 
-    max_docs: only the first so many documents (0: all). See packing.bits_per_byte for what is charged.
+    Of several sources all together, and each as "val_loss/NAME" and "val_bpb/NAME". max_docs: only the first so many
+    documents of each (0: all). See packing.bits_per_byte for what is charged.
     """
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    weight = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in _batches(heldout, seq_len, batch_size, max_docs or None):
-        part_nats, part_weight = eval_step(params, {k: v.to(device) for k, v in batch.items()})
-        nats += part_nats
-        weight += part_weight
-    total = nats.item()
-    coverage = eval_coverage(heldout, max_docs or None)
-    return {"val_loss": total / max(weight.item(), 1.0), "val_bpb": bits_per_byte(total, coverage, vocab_size)}
+    totals = {}
+    for name, cache in heldout.items():
+        nats = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in _batches(cache, seq_len, batch_size, max_docs or None):
+            nats += eval_step(params, {k: v.to(device) for k, v in batch.items()})[0]
+        totals[name] = (nats.item(), eval_coverage(cache, max_docs or None))
+    coverages = [coverage for _, coverage in totals.values()]
+    together = (sum(nats for nats, _ in totals.values()), EvalCoverage(*map(sum, zip(*map(astuple, coverages)))))
+    out = _values(*together, vocab_size, "")
+    for name, total in totals.items() if len(totals) > 1 else ():
+        out |= _values(*total, vocab_size, f"/{name}")
+    return out
+
+
+def _values(nats: float, coverage: EvalCoverage, vocab_size: int, suffix: str) -> dict[str, float]:
+    return {
+        f"val_loss{suffix}": nats / max(coverage.predicted_tokens, 1),
+        f"val_bpb{suffix}": bits_per_byte(nats, coverage, vocab_size),
+    }
 
 
 def _batches(heldout: TokenCache, seq_len: int, batch_size: int, max_docs: int | None) -> Iterator[dict[str, Tensor]]:

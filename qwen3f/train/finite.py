@@ -1,5 +1,7 @@
 """Noticing a loss that is not finite without making the host wait for the device."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,13 +19,19 @@ class _Pending(NamedTuple):
 
 
 class FiniteCheck:
-    """Reads each step's verdict while the next one runs. The step itself has withheld a bad update already."""
+    """Reads each step's verdict while the next one runs. The step itself has withheld a bad update already.
 
-    def __init__(self) -> None:
+    skips: how many bad steps are passed over before one ends the run. dump: called with (step, first, rows) of each bad
+    step; writes its examples somewhere and returns where. say: called with a line for each step passed over.
+    """
+
+    def __init__(self, skips: int, dump: Callable[[int, int, int], Path], say: Callable[[str], None]) -> None:
+        self._skips, self._dump, self._say = skips, dump, say
+        self._bad = 0
         self._pending: _Pending | None = None
 
     def __call__(self, step: int, metrics: dict[str, Tensor], first: int, rows: int) -> None:
-        """Take note of `step`, whose batch held examples first … first+rows−1; raise for the step before."""
+        """Take note of `step`, whose batch held examples first … first+rows−1; judge the step before."""
         values = torch.stack([metrics[name].to(torch.float64) for name in ("finite", "loss", "grad_norm")])
         ready = None
         if values.is_cuda:
@@ -34,16 +42,26 @@ class FiniteCheck:
         self._pending = _Pending(step, first, rows, values, ready)
 
     def flush(self) -> None:
-        """Raise TrainingError if the last step noted was not finite."""
+        """Judge the last step noted. Raises TrainingError if it is not finite and no skip is left."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         if pending.ready is not None:
             pending.ready.synchronize()
         finite, loss, norm = pending.values.tolist()
-        if not finite:
-            raise TrainingError(
-                f"step {pending.step} is not finite: loss {loss}, gradient norm {norm}, on examples {pending.first} to "
-                f"{pending.first + pending.rows - 1} of the data order. Its update was withheld and it was not saved; "
-                "the checkpoints before it are untouched. Try a lower config.schedule.peak_lr or a longer warmup"
-            )
+        if finite:
+            return
+        self._bad += 1
+        place = self._dump(pending.step, pending.first, pending.rows)
+        last = pending.first + pending.rows - 1
+        what = (
+            f"step {pending.step} is not finite: loss {loss}, gradient norm {norm}, on examples {pending.first} to "
+            f"{last} of the data order, kept in {place}. Its update was withheld"
+        )
+        if self._bad <= self._skips:
+            self._say(f"{what}; {self._bad} of {self._skips} such steps passed over")
+            return
+        raise TrainingError(
+            f"{what} and it was not saved; the checkpoints before it are untouched. Try a lower "
+            "config.schedule.peak_lr or a longer warmup, or let such steps pass: --config.nonfinite_skips=10"
+        )

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
+from torch import Tensor
 from tqdm import tqdm
 
 from qwen3f.errors import UserError
@@ -92,6 +93,10 @@ class MetricLogger:
         """Records a text, such as a sample, in TensorBoard, with its line breaks; the caller prints it."""
         # Four spaces make it preformatted: TensorBoard reads Markdown.
         self._tensorboard.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
+
+    def image(self, step: int, tag: str, picture: Tensor) -> None:
+        """Records a picture, uint8 [height, width, 3] on the CPU, in TensorBoard."""
+        self._tensorboard.add_image(tag, picture, step, dataformats="HWC")
 
     def write(self, line: str) -> None:
         """Prints a line to stdout without breaking the bar."""

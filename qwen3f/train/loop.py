@@ -11,32 +11,39 @@ import torch
 from ml_collections import ConfigDict
 
 from qwen3f.data.corpus import Corpus, gzip_bits_per_byte
-from qwen3f.data.loader import Loader
+from qwen3f.data.loader import Loader, build_batch
 from qwen3f.data.packing import limit_context
 from qwen3f.infer.generate import generate
 from qwen3f.params import Params
 from qwen3f.stages import pretrain
 from qwen3f.train import workdir as W
-from qwen3f.train.checkpoint import Checkpointer
+from qwen3f.train.balance import heat_map
+from qwen3f.train.checkpoint import Checkpointer, CheckpointWriteError
 from qwen3f.train.evaluate import evaluate
 from qwen3f.train.finite import FiniteCheck
 from qwen3f.train.logger import MetricLogger
 from qwen3f.train.metrics import Throughput, flops_per_token, peak_flops, peak_source
 from qwen3f.train.plan import Plan, make_plan
+from qwen3f.train.signals import StopRequest
 from qwen3f.train.start import open_corpus, starting_state
 from qwen3f.train.state import TrainState
+from qwen3f.train.watchdog import watchdog
 
 
 def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, float]:
     """Train as `config` says, from where `workdir` stands; returns the last validation metrics.
 
+    SIGTERM or SIGINT ends it after the step it is in, with a checkpoint; the same command then goes on from there.
     Raises UserError, with nothing in the workdir changed, when the run cannot start; TrainingError when it breaks.
     """
     plan = make_plan(config)
     resolved = json.loads(config.to_json_best_effort())
     W.check_same_run(workdir, resolved)
     options = config.checkpoint
-    with Checkpointer(workdir / W.CHECKPOINTS, options.every, options.keep, options.asynchronous) as checkpoints:
+    with (
+        StopRequest() as stop,  # the outermost: it also waits for the last checkpoint
+        Checkpointer(workdir / W.CHECKPOINTS, options.every, options.keep, options.asynchronous) as checkpoints,
+    ):
         corpus = open_corpus(plan, workdir, progress)
         state = starting_state(plan, checkpoints)
         start = int(state.step)
@@ -51,16 +58,18 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, f
             for change in W.write_config(workdir, resolved, start):
                 logger.write(f"config changed: {change}")
             W.keep_tokenizer(workdir, corpus.tokenizer)
-            return _train(plan, corpus, state, checkpoints, logger, resolved)
+            return _train(plan, workdir, corpus, state, checkpoints, logger, resolved, stop)
 
 
 def _train(
     plan: Plan,
+    workdir: Path,
     corpus: Corpus,
     state: TrainState,
     checkpoints: Checkpointer,
     logger: MetricLogger,
     resolved: dict[str, Any],
+    stop: StopRequest,
 ) -> dict[str, float]:
     config = plan.config
     start, rows = int(state.step), config.batch_size
@@ -76,9 +85,25 @@ def _train(
     flops, peak = flops_per_token(plan.model, config.seq_len), peak_flops(plan.device)
     _announce(plan, corpus, start, peak, logger)
 
-    check, validation = FiniteCheck(), {}
+    def dump(step: int, place: int, count: int) -> Path:
+        batch = build_batch(corpus.train, place, count, config.seed, plan.model.vocab_size)
+        return W.keep_batch(workdir, step, batch)
+
+    def save(step: int, state: TrainState, last: bool) -> None:
+        for again in (True, False):
+            try:  # raises what went wrong with the save before this one, too: then this one has not begun
+                return checkpoints.save(step, state, {"config": resolved})
+            except CheckpointWriteError as error:
+                if config.checkpoint.on_failure == "stop" or (last and not again):
+                    raise
+                logger.write(f"{error}; going on, as config.checkpoint.on_failure says")
+
+    check, validation = FiniteCheck(config.nonfinite_skips, dump, logger.write), {}
     watch = Throughput(start * rows * config.seq_len, time.perf_counter())
-    with Loader(corpus.train, rows, config.seed, int(state.position), plan.device, plan.model.vocab_size) as loader:
+    with (
+        Loader(corpus.train, rows, config.seed, int(state.position), plan.device, plan.model.vocab_size) as loader,
+        watchdog(config.watchdog) as alive,
+    ):
         first = int(state.position)
         for step in range(start + 1, config.steps + 1):
             batch = next(loader)
@@ -91,31 +116,41 @@ def _train(
             values: dict[str, float] = {}
             if step % config.log_every == 0 or last or step == start + 1:
                 check.flush()
-                values = {name: metrics[name].item() for name in metrics if name not in ("tokens", "finite")}
+                scalars = (name for name, value in metrics.items() if value.dim() == 0)
+                values = {name: metrics[name].item() for name in scalars if name not in ("tokens", "finite")}
                 speed, watch = watch.advance(step * rows * config.seq_len, time.perf_counter())
                 values |= {"tokens_per_sec": speed, "mfu": speed * flops / peak, "tokens_seen": int(state.tokens_seen)}
                 if plan.device.type == "cuda":
                     values["peak_memory_gib"] = torch.cuda.max_memory_allocated(plan.device) / 2**30
             evaluating = last or (config.eval.every and step % config.eval.every == 0)
-            saving = checkpoints.should_save(step, last)
+            evaluating = evaluating and not stop.name  # a signal leaves no time for it
+            saving = checkpoints.should_save(step, last or bool(stop.name))
             if evaluating or saving:
                 check.flush()  # a state is judged and saved only once its update is known to be sound
             if evaluating:
                 values |= (validation := validate(state.params))
                 logger.write(f"step {step}: {_shown(validation)}")
+                if plan.model.sparse_layers:
+                    logger.image(step, "expert_load", heat_map(metrics["expert_load"]))
             if values:
                 logger.log(step, values)
             logger.advance(step, values.get("loss"), values.get("tokens_per_sec"))
             if saving:
-                checkpoints.save(step, state, {"config": resolved})
+                save(step, state, last)
+            alive()
             if evaluating or saving:  # neither counts as training time
                 watch = Throughput(step * rows * config.seq_len, time.perf_counter())
+            if saving and stop.name:
+                logger.write(f"{stop.name}: stopped after step {step}; the same command goes on from there")
+                return validation
     if not validation:
         logger.write(f"at step {start} of {config.steps}: nothing left to train; raise --config.steps to go on")
         validation = validate(state.params)
         logger.write(f"step {start}: {_shown(validation)}")
     if config.eval.compare_gzip:
-        logger.write(f"gzip -9 on the same held-out text: {gzip_bits_per_byte(corpus.source):.4f} bits a byte")
+        logger.write(
+            f"gzip -9 on the same held-out text: {gzip_bits_per_byte(corpus.sources.values()):.4f} bits a byte"
+        )
     _samples(plan, corpus, state, logger)
     return validation
 
@@ -136,16 +171,19 @@ def _shown(validation: dict[str, float]) -> str:
 
 
 def _announce(plan: Plan, corpus: Corpus, start: int, peak: float, logger: MetricLogger) -> None:
-    cfg, cache = plan.model, corpus.train.cache
+    cfg = plan.model
     dtype = str(plan.compute_dtype).removeprefix("torch.")
     logger.write(
         f"model: {cfg.total_params_estimate():,} parameters, {cfg.num_hidden_layers} layers; {dtype} on {plan.device}, "
         f"compile={plan.execution.compile}; MFU against {peak / 1e12:.4g} TFLOP/s ({peak_source(plan.device)})"
     )
-    logger.write(
-        f"data: {corpus.source.name}, {cache.num_tokens:,} tokens in {cache.num_docs:,} documents to train on, "
-        f"{corpus.heldout.num_tokens:,} in {corpus.heldout.num_docs:,} held out"
-    )
+    for name, cache, share in zip(corpus.sources, corpus.caches, corpus.shares):
+        mixed = f" ({share:.2%} of the examples)" if len(corpus.sources) > 1 else ""
+        heldout = corpus.heldout[name]
+        logger.write(
+            f"data: {name}{mixed}, {cache.num_tokens:,} tokens in {cache.num_docs:,} documents to train on, "
+            f"{heldout.num_tokens:,} in {heldout.num_docs:,} held out"
+        )
     if start:
         logger.write(f"going on from step {start}")
 

@@ -11,7 +11,7 @@ from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.data.corpus import DataConfig
 from qwen3f.errors import UserError
-from qwen3f.train import losses, optimizer
+from qwen3f.train import optimizer
 from qwen3f.train.schedule import Schedule
 from sharding.mesh import parse_mesh
 
@@ -44,6 +44,8 @@ def make_plan(config: ConfigDict) -> Plan:
         "checkpoint.keep",
         "sample.tokens",
         "context_warmup.length",
+        "nonfinite_skips",
+        "watchdog",
     ):
         _at_least(config, key, 0)
     if config.batch_size % config.microbatches:
@@ -59,7 +61,8 @@ def make_plan(config: ConfigDict) -> Plan:
         )
     if config.context_warmup.length and config.data.cross_documents:
         raise UserError("config.context_warmup.length has no effect with config.data.cross_documents=True; choose one")
-    losses.check_balance(cfg)
+    if config.checkpoint.on_failure not in ("stop", "go_on"):
+        raise UserError(f"config.checkpoint.on_failure={config.checkpoint.on_failure!r}: write stop or go_on")
     mesh = parse_mesh(config.mesh)
     if mesh.size > 1:
         raise UserError(f"config.mesh={config.mesh} asks for {mesh.size} devices; this version trains on one")

@@ -11,6 +11,7 @@ from qwen3f.interop import source
 from qwen3f.params import Params
 from qwen3f.train import workdir as W
 from qwen3f.train.checkpoint import Checkpointer
+from qwen3f.train.manifest import DamagedCheckpoint
 from qwen3f.train.plan import Plan
 from qwen3f.train.state import TrainState, from_params, init_state
 
@@ -42,17 +43,31 @@ def open_corpus(plan: Plan, workdir: Path, progress: bool) -> Corpus:
 def starting_state(plan: Plan, checkpoints: Checkpointer) -> TrainState:
     """The state to go on from: config.resume's or the last checkpoint, else init_from's weights, else fresh.
 
-    Checkpoints later than config.resume are moved aside, never deleted.
+    A damaged last checkpoint is named, and the one before it used. Checkpoints later than the one used are moved aside,
+    never deleted. Raises DamagedCheckpoint if config.resume's, or every one, is damaged.
     """
-    resume = plan.config.resume
-    if resume is not None or checkpoints.latest() is not None:
-        state, _ = checkpoints.restore(init_state(plan.model, 0, plan.optimizer, device=plan.device), resume)
-        if resume is not None and (aside := checkpoints.set_aside(resume)):
-            print(f"checkpoints after step {resume} were moved to {aside}", flush=True)
+    if plan.config.resume is not None or checkpoints.latest() is not None:
+        like = init_state(plan.model, 0, plan.optimizer, device=plan.device)
+        state, step = _restored(checkpoints, like, plan.config.resume)
+        if aside := checkpoints.set_aside(step):
+            print(f"checkpoints after step {step} were moved to {aside}", flush=True)
         return state
     if plan.config.init_from:
         return from_params(plan.model, _weights(plan), plan.config.seed, plan.optimizer)
     return init_state(plan.model, plan.config.seed, plan.optimizer, device=plan.device)
+
+
+def _restored(checkpoints: Checkpointer, like: TrainState, resume: int | None) -> tuple[TrainState, int]:
+    """(state, step) of `resume`, or of the last checkpoint that is whole."""
+    candidates = [resume] if resume is not None else checkpoints.steps()[::-1]
+    for number, step in enumerate(candidates, 1):
+        try:
+            return checkpoints.restore(like, step)[0], step
+        except DamagedCheckpoint as error:
+            if number == len(candidates):
+                raise
+            print(f"{error}; trying step {candidates[number]}", flush=True)
+    raise AssertionError("unreachable: there is a candidate, which is returned or raises")
 
 
 def _weights(plan: Plan) -> Params:

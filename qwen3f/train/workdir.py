@@ -1,19 +1,24 @@
-"""A run's directory: config.json, tokenizer/, metrics.jsonl, tensorboard/, checkpoints/.
+"""A run's directory: config.json, tokenizer/, metrics.jsonl, tensorboard/, checkpoints/, nonfinite/.
 
 Nothing that a run wrote is overwritten without a copy; a directory of another model is refused.
 """
 
+import io
 import json
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from qwen3f.data.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.files import write_atomically
 
-CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer", "checkpoints"
+CONFIG, TOKENIZER, CHECKPOINTS, NONFINITE = "config.json", "tokenizer", "checkpoints", "nonfinite"
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
@@ -36,6 +41,10 @@ def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
         "gradient_checkpointing",
         "attention_dropout",
         "router_aux_loss_coef",
+        "router_balance",
+        "router_z_loss_coef",
+        "moe_drop_tokens",
+        "moe_capacity_factor",
         "initializer_range",
         "embed_initializer_range",
     }
@@ -84,6 +93,14 @@ def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
         temporary.rename(place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def keep_batch(workdir: Path, step: int, batch: Mapping[str, Tensor]) -> Path:
+    """Write a step's batch to nonfinite/step-N.npz, an array a key, so that the step can be run again alone."""
+    content = io.BytesIO()
+    np.savez(content, **{key: value.numpy() for key, value in batch.items()})
+    write_atomically(path := workdir / NONFINITE / f"step-{step}.npz", content.getvalue())
+    return path
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

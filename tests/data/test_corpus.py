@@ -4,6 +4,7 @@ import argparse
 import gzip
 import inspect
 
+import numpy as np
 import pytest
 
 from qwen3f.data import corpus as module
@@ -28,14 +29,15 @@ def test_prepare_end_to_end(config, code_texts, capfd):
     corpus = prepare(config, seq_len=16, progress=False)
     assert capfd.readouterr() == ("", "")
     assert corpus.tokenizer.vocab_size == 350
-    heldout_texts = [d.text for d in corpus.source.documents("heldout")]
+    (source,), (heldout,) = corpus.sources.values(), corpus.heldout.values()
+    heldout_texts = [d.text for d in source.documents("heldout")]
     assert 0 < len(heldout_texts) < 25
-    assert corpus.heldout.num_docs == len(heldout_texts)
-    assert corpus.heldout.num_docs + corpus.train.cache.num_docs == len(code_texts)
-    text = corpus.tokenizer.decode(corpus.heldout.tokens.tolist(), skip_special=True)
+    assert heldout.num_docs == len(heldout_texts)
+    assert heldout.num_docs + corpus.train.cache.num_docs == len(code_texts)
+    text = corpus.tokenizer.decode(heldout.tokens.tolist(), skip_special=True)
     assert text == "".join(heldout_texts)
     first = corpus.train[0]
-    train_text = next(corpus.source.documents("train")).text
+    train_text = next(source.documents("train")).text
     assert train_text.startswith(corpus.tokenizer.decode(first["tokens"].tolist()))
     assert first["tokens"].shape == (16,)
 
@@ -47,7 +49,7 @@ def test_prepare_again_trains_and_tokenises_nothing(config, monkeypatch):
         raise AssertionError("worked again")
 
     monkeypatch.setattr(module, "train_sentencepiece", fail)
-    monkeypatch.setattr(type(first.source), "documents", fail)
+    monkeypatch.setattr(type(first.sources[config.mixture]), "documents", fail)
     again = prepare(config, 32, progress=False)
     assert again.tokenizer.fingerprint == first.tokenizer.fingerprint
     assert again.train.cache.path == first.train.cache.path
@@ -64,7 +66,7 @@ def test_the_tokenizer_never_sees_heldout_text(config, monkeypatch):
 
     monkeypatch.setattr(module, "train_sentencepiece", spy)
     corpus = prepare(config, 16, progress=False)
-    assert seen == [d.text for d in corpus.source.documents("train")]
+    assert seen == [d.text for d in corpus.sources[config.mixture].documents("train")]
 
 
 def test_options_reach_the_dataset(config, tokenizer):
@@ -120,7 +122,28 @@ def test_gzip_bits_per_byte(tmp_path, write_jsonl):
     write_jsonl([{"text": text} for text in texts])
     source = open_source(f"files@{tmp_path / 'corpus'}", holdout=0.999999)
     text = "".join(texts).encode()
-    assert gzip_bits_per_byte(source) == pytest.approx(8 * len(gzip.compress(text, 9)) / len(text), rel=1e-12)
-    assert gzip_bits_per_byte(source) < 8 * len(gzip.compress(text, 6)) / len(text)
-    with pytest.raises(UserError, match="no document in its heldout split"):
-        gzip_bits_per_byte(open_source(source.name, holdout=0.0))
+    assert gzip_bits_per_byte([source]) == pytest.approx(8 * len(gzip.compress(text, 9)) / len(text), rel=1e-12)
+    assert gzip_bits_per_byte([source]) < 8 * len(gzip.compress(text, 6)) / len(text)
+    with pytest.raises(UserError, match="no document is in a heldout split"):
+        gzip_bits_per_byte([open_source(source.name, holdout=0.0)])
+
+
+def test_a_mixture_of_two_sources(config, write_jsonl, tmp_path):
+    """One tokenizer over both, a held-out split of each, and the shares of the weights."""
+    prose = [f"Number {n} of the sentences about cats, and some more words" for n in range(40)]
+    (tmp_path / "prose").mkdir()
+    write_jsonl([{"text": text} for text in prose], "../prose/rows.jsonl")
+    other = f"files@{tmp_path / 'prose'}"
+    mixed = DataConfig(**{**vars(config), "mixture": f"{config.mixture}=3,{other}"})
+    corpus = prepare(mixed, 16, progress=False)
+    assert list(corpus.sources) == list(corpus.heldout) == [config.mixture, other]
+    assert corpus.shares == (0.75, 0.25)
+    places = np.arange(10_000)
+    from_prose = corpus.train.order(places, 5) >= len(corpus.train.parts[0])
+    assert from_prose.sum() == 2_500
+    texts = {corpus.tokenizer.decode(cache.tokens.tolist()) for cache in (*corpus.caches, *corpus.heldout.values())}
+    assert sum("sentences about cats" in text for text in texts) == 2
+    alone = prepare(config, 16, progress=False)
+    assert alone.tokenizer.fingerprint != corpus.tokenizer.fingerprint
+    with pytest.raises(UserError, match=r"data\.root is the directory of one source"):
+        prepare(DataConfig(**{**vars(mixed), "root": str(tmp_path)}), 16, progress=False)

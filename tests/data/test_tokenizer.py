@@ -116,8 +116,9 @@ def test_a_corpus_takes_either(either, write_jsonl, tmp_path):
     )
     corpus = prepare(config, seq_len=16, progress=False)
     assert corpus.tokenizer.fingerprint == either.fingerprint
-    tokens = corpus.heldout.tokens.tolist()
-    assert tokens.count(either.eos_id) == corpus.heldout.num_docs
+    (heldout,) = corpus.heldout.values()
+    tokens = heldout.tokens.tolist()
+    assert tokens.count(either.eos_id) == heldout.num_docs
     assert either.special_id("<|im_end|>") not in tokens
     documents = either.decode(tokens).split("<|endoftext|>")[:-1]
     assert documents

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen3f import model, params, presets
+from qwen3f import model, params
 from qwen3f.errors import UserError
 from qwen3f.model import block
 from qwen3f.model.moe import SparseMLP
@@ -41,7 +41,7 @@ def layer(cfg, dtype=torch.float64):
 def mlp(cfg, form="grouped"):
     with torch.device("meta"):
         skeleton = SparseMLP(cfg, form)
-    return lambda weights, x: torch.func.functional_call(skeleton, weights, (x,), strict=True)
+    return lambda weights, x: torch.func.functional_call(skeleton, weights, (x,), strict=True)[0]
 
 
 def by_tokens(cfg, weights, x):
@@ -119,29 +119,35 @@ def test_compiled_layer_equals_eager(dtype, tolerance):
 
 def mixed(**changes):
     """Layers dense and sparse in turn, for training."""
-    plan = {"num_hidden_layers": 4, "decoder_sparse_step": 2, "router_aux_loss_coef": 0.0}
+    plan = {"num_hidden_layers": 4, "decoder_sparse_step": 2, "router_aux_loss_coef": 0.2, "router_z_loss_coef": 0.1}
     return small_config(**{**MOE, **plan, **changes})
 
 
-def gradients(cfg, p, batch, execution=model.EAGER):
-    return grad_and_value(losses.make_loss(cfg, execution))(p, batch, losses.batch_weight(batch))
+def gradients(cfg, p, batch, execution=model.EAGER, transform=grad_and_value):
+    totals = losses.Totals(losses.batch_weight(batch), losses.routed_tokens(batch))
+    return transform(losses.make_objective(cfg, execution), has_aux=True)(p, batch, totals)
 
 
 @PRECISIONS
-def test_every_way_to_run_gives_the_same_gradients(dtype, tolerance):
-    """Recomputed, by the reference formula, and that under torch.func (fp32: another order of summation, 5e-6)."""
-    cfg = mixed()
+@pytest.mark.parametrize("changes", [{}, {"moe_drop_tokens": True, "moe_capacity_factor": 0.8}], ids=["all", "drop"])
+def test_every_way_to_run_gives_the_same_gradients(dtype, tolerance, changes):
+    """Recomputed, by the reference formula, and that under torch.func (fp32: another order of summation, 5e-6).
+
+    The routers' losses are part of it; what a recomputed layer counted is counted once.
+    """
+    cfg = mixed(**changes)
     batch = random_batch(3, 16, cfg.vocab_size)
+    batch["segments"][1, 11:] = 0
     p = params.init_params(cfg.replace(initializer_range=0.2), 0, dtype=dtype)
-    expected, value = gradients(cfg, p, batch)
+    expected, (value, terms) = gradients(cfg, p, batch)
     assert all(g.norm() > 0 for g in expected.values())
-    for policy in ("full", "selective"):
-        assert_close(gradients(cfg.replace(gradient_checkpointing=policy), p, batch)[0], expected, tolerance)
-    reference = losses.make_loss(cfg, model.REFERENCE)
-    assert_close(gradients(cfg, p, batch, model.REFERENCE)[0], expected, 5 * tolerance)
-    got, value_2 = torch.func.grad_and_value(reference)(p, batch, losses.batch_weight(batch))
-    torch.testing.assert_close(value_2, value, rtol=5 * tolerance, atol=0)
-    assert_close(got, expected, 5 * tolerance)
+    others = [gradients(cfg.replace(gradient_checkpointing=policy), p, batch) for policy in ("full", "selective")]
+    others.append(gradients(cfg, p, batch, model.REFERENCE))
+    others.append(gradients(cfg, p, batch, model.REFERENCE, torch.func.grad_and_value))
+    for (got, (value_2, terms_2)), factor in zip(others, (1, 1, 5, 5), strict=True):
+        assert_close(got, expected, factor * tolerance)
+        torch.testing.assert_close((value_2, *terms_2[:3]), (value, *terms[:3]), rtol=factor * tolerance, atol=0)
+        assert all(torch.equal(a, b) for a, b in zip(terms_2.load, terms.load, strict=True))
 
 
 def test_selective_recomputation_keeps_the_experts_products():
@@ -174,18 +180,21 @@ def test_compiled_models_equal_eager(mode, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda fn, **kw: original(fn, backend=counter, **kw))
     # torch 2.13 recomputes several regions of one whole-step graph with an error
     cfg = mixed(gradient_checkpointing="selective") if mode == "block" else mixed(num_hidden_layers=2)
+    cfg = cfg.replace(router_balance="global_exact")
     batch, hyper = random_batch(4, 16, cfg.vocab_size), AdamW(eps=1e-3)
     start = state.init_state(cfg, 0, dtype=torch.float64)
-    expected, metrics = make_train_step(cfg, hyper, SCHEDULE)(start, batch)
+    parts = 2 if mode == "block" else 1
+    expected, metrics = make_train_step(cfg, hyper, SCHEDULE, microbatches=parts)(start, batch)
     block.block_fn.cache_clear()
     execution = model.Execution(compile=mode, loss="reference")
     if mode == "block":
         gradients(cfg, start.params, batch, execution)
         assert 1 <= counter.frame_count <= 4  # two a kind
-    got, got_metrics = make_train_step(cfg, hyper, SCHEDULE, execution=execution)(start, batch)
+    got, got_metrics = make_train_step(cfg, hyper, SCHEDULE, microbatches=parts, execution=execution)(start, batch)
     block.block_fn.cache_clear()
-    for name in ("loss", "grad_norm"):
+    for name in ("loss", "grad_norm", "aux_loss", "router_z_loss"):
         torch.testing.assert_close(got_metrics[name], metrics[name], rtol=1e-12, atol=0)
+    assert torch.equal(got_metrics["expert_load"], metrics["expert_load"])
     assert_close(got.opt.m, expected.opt.m, 1e-12)
     assert_close(got.params, expected.params, 1e-12)
 
@@ -214,21 +223,24 @@ def test_a_sparse_model_learns_through_the_pretraining_step():
     for _ in range(20):
         now, metrics = step(now, batch)
         history.append(metrics["loss"].item())
-        assert metrics["aux_loss"] == 0
+        assert metrics["aux_loss"] > 1
         assert metrics["finite"]
     assert history[0] == pytest.approx(math.log(cfg.vocab_size), rel=0.02)
     assert history[-1] < 0.5 * history[0]
 
 
-def test_what_does_not_run_yet_is_refused():
-    cfg = mixed()
-    with pytest.raises(UserError, match="moe_drop_tokens=True"):
-        model.make_forward(cfg.replace(moe_drop_tokens=True))
+def test_what_cannot_run_is_refused():
     with pytest.raises(UserError, match="experts 'dense' is unknown"):
         model.Execution(experts="dense")
-    with pytest.raises(UserError, match="router_aux_loss_coef=0$"):
-        make_train_step(presets.get("debug_moe"), AdamW(), SCHEDULE)
-    make_train_step(presets.get("debug"), AdamW(), SCHEDULE)  # a dense model has nothing to balance
+    for name, value, words in (
+        ("router_balance", "switch", "one of global, global_exact, micro, hf, got 'switch'"),
+        ("router_aux_loss_coef", -0.1, "router_aux_loss_coef must be at least 0, got -0.1"),
+        ("router_z_loss_coef", math.nan, "router_z_loss_coef must be at least 0, got nan"),
+    ):
+        with pytest.raises(UserError, match=words):
+            mixed(**{name: value})
+    with pytest.raises(UserError, match="moe_capacity_factor must be positive, got 0"):
+        mixed(moe_drop_tokens=True, moe_capacity_factor=0)
 
 
 def test_stacks_of_another_model_are_refused():

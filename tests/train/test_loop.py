@@ -1,91 +1,16 @@
 """Whole runs in a directory: resuming is exact, and what cannot run says why and destroys nothing."""
 
 import json
-import random
 
 import pytest
-import torch
 
 from qwen3f.errors import TrainingError, UserError
 from qwen3f.stages import pretrain
 from qwen3f.train import optimizer
 from qwen3f.train.checkpoint import Checkpointer
-from qwen3f.train.defaults import pretrain_config
 from qwen3f.train.loop import run
 from qwen3f.train.state import init_state
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    root = tmp_path_factory.mktemp("corpus")
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "looked",
-        "at",
-        "red",
-        "green",
-        "blue",
-        "birds",
-        "in",
-        "trees",
-        "while",
-        "rain",
-        "fell",
-        "softly",
-    ]
-    rand = random.Random(0)
-    with (root / "text.jsonl").open("w") as file:
-        for _ in range(400):
-            text = " ".join(rand.choice(words) for _ in range(rand.randint(5, 120)))
-            file.write(json.dumps({"text": text}) + "\n")
-    return root
-
-
-@pytest.fixture
-def make(corpus, tmp_path_factory):
-    cache = tmp_path_factory.getbasetemp() / "cache"
-
-    def config(**changes):
-        c = pretrain_config("nano")
-        c.device = "cpu"
-        c.data.mixture = f"files@{corpus}"
-        c.data.cache = str(cache)
-        c.model.update(vocab_size=320, num_hidden_layers=2, hidden_size=32, intermediate_size=48, head_dim=16)
-        c.update(steps=20, batch_size=4, seq_len=32, log_every=5)
-        c.schedule.update(peak_lr=1e-2, warmup=0.1)
-        c.eval.update(every=10, batch_size=4)
-        c.checkpoint.update(every=10)
-        c.sample.update(tokens=4)
-        c.update_from_flattened_dict(changes)
-        return c
-
-    return config
-
-
-def final_state(config, workdir, step):
-    with Checkpointer(workdir / "checkpoints", 0, 0) as checkpoints:
-        return checkpoints.restore(init_state(pretrain_model(config), 0), step)[0]
-
-
-def pretrain_model(config):
-    from qwen3f.config import ModelConfig
-
-    return ModelConfig.from_dict(config.model.to_dict())
-
-
-def metrics(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_bits(a, b):
-    for x, y in zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)):
-        assert torch.equal(x, y)
+from tests.train.runs import assert_same_bits, final_state, metrics, pretrain_model
 
 
 def test_resuming_is_bitwise_exact(make, tmp_path):
@@ -202,10 +127,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(make, tmp_pat
         ({"batch_size": 6, "microbatches": 4}, "cannot be cut"),
         ({"seq_len": 4096}, "exceeds config.model.max_position_embeddings"),
         ({"steps": 0}, "config.steps must be at least 1"),
+        ({"nonfinite_skips": -1}, "config.nonfinite_skips must be at least 0"),
         ({"context_warmup.length": 8, "data.cross_documents": True}, "config.context_warmup.length has no effect"),
         ({"context_warmup.length": 8, "context_warmup.steps": -1}, "config.context_warmup.steps must be at least 0"),
         ({"optimizer.kind": "sgd"}, "optimizer.kind 'sgd'"),
         ({"mesh": "dp2"}, "2 devices"),
+        ({"checkpoint.on_failure": "ignore"}, "config.checkpoint.on_failure"),
         ({"device": "gpu"}, "not a device"),
         ({"dtype": "fp8"}, "config.dtype"),
         ({"compile": "all"}, "compile mode 'all'"),

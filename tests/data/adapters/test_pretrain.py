@@ -65,12 +65,12 @@ def test_token_cache(tmp_path, small_qwen):
         f"slimpajama@{tmp_path / 'copy'}", holdout=0.2, cache=str(tmp_path / "cache"), tokenizer=str(small_qwen.path)
     )
     corpus = prepare(cfg, seq_len=16, progress=False)
-    texts = set()
-    for cache in (corpus.train.cache, corpus.heldout):
+    texts, (heldout,) = set(), corpus.heldout.values()
+    for cache in (corpus.train.cache, heldout):
         assert cache.num_docs > 1
         texts |= set(small_qwen.decode(cache.tokens).split("<|endoftext|>"))
     assert texts == {row["text"] for row in rows} | {""}
-    assert corpus.train.cache.num_docs + corpus.heldout.num_docs == 40
+    assert corpus.train.cache.num_docs + heldout.num_docs == 40
     assert len(corpus.train) > 10
 
 

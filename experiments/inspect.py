@@ -1,0 +1,16 @@
+"""Says what a checkpoint holds and whether it is whole: every leaf's shape and dtype, sizes, steps, checksums.
+
+    python launch.py --config experiments/inspect.py --config.path=W
+
+W is a workdir (its last checkpoint) or its checkpoints/N. Nothing is written. Exit code 2 if a file is damaged.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.stage = "inspect"
+    config.path = ""
+    config.verify = True  # read every file and compare its checksum; False: sizes and names of the tree alone
+    return config

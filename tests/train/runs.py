@@ -1,0 +1,27 @@
+"""What tests of whole runs look at: the state, the metrics, and whether two states are the same."""
+
+import json
+
+import torch
+
+from qwen3f.config import ModelConfig
+from qwen3f.train.checkpoint import Checkpointer
+from qwen3f.train.state import init_state
+
+
+def final_state(config, workdir, step):
+    with Checkpointer(workdir / "checkpoints", 0, 0) as checkpoints:
+        return checkpoints.restore(init_state(pretrain_model(config), 0), step)[0]
+
+
+def pretrain_model(config):
+    return ModelConfig.from_dict(config.model.to_dict())
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)):
+        assert torch.equal(x, y)
