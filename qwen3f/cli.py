@@ -91,11 +91,15 @@ def _keys(config: ConfigDict) -> list[str]:
 
 
 def _hint(name: str, known: list[str]) -> str:
-    """The likeliest of `known`: by the last part of a dotted name first, since sections are what people leave out."""
+    """The likeliest of `known`: by the last part of a dotted name first, since sections are what people leave out.
+
+    Of several with that last part, such as steps, the one most like the whole name.
+    """
     last = name.rpartition(".")[2]
-    by_last = {key.rpartition(".")[2]: key for key in reversed(known)}
-    close = difflib.get_close_matches(last, by_last, n=1, cutoff=0.7) or [part for part in by_last if last in part]
+    lasts = [key.rpartition(".")[2] for key in known]
+    close = difflib.get_close_matches(last, lasts, n=1, cutoff=0.7) or [part for part in lasts if last in part]
     if close:
-        return f"did you mean {by_last[close[0]]}?"
+        alike = [key for key, part in zip(known, lasts) if part == close[0]]
+        return f"did you mean {difflib.get_close_matches(name, alike, n=1, cutoff=0.0)[0]}?"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
