@@ -67,6 +67,7 @@ def make_plan(config: ConfigDict) -> Plan:
     if mesh.size > 1:
         raise UserError(f"config.mesh={config.mesh} asks for {mesh.size} devices; this version trains on one")
     device = find_device(config.device)
+    _check_recomputation(cfg, _compile_mode(config.compile, device))
     data = DataConfig(vocab_size=cfg.vocab_size, **config.data.to_dict())
     return Plan(
         config=config,
@@ -116,6 +117,16 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _compile_mode(mode: str, device: torch.device) -> str:
     return ("block" if device.type == "cuda" else "off") if mode == "auto" else mode
+
+
+def _check_recomputation(cfg: ModelConfig, compile_mode: str) -> None:
+    """What torch 2.13 fails at, with an error of its own that says nothing to a user; torch 2.11 can."""
+    policy, recent = cfg.gradient_checkpointing, torch.__version__ >= (2, 13)
+    if recent and compile_mode == "step" and (policy == "full" or (policy == "selective" and cfg.sparse_layers)):
+        raise UserError(
+            f"config.compile=step with config.model.gradient_checkpointing={policy}: torch {torch.__version__} can't "
+            "compile this model's recomputation into one graph; write --config.compile=block"
+        )
 
 
 def _schedule(config: ConfigDict) -> Schedule:

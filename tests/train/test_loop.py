@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 
 from qwen3f.errors import TrainingError, UserError
 from qwen3f.stages import pretrain
 from qwen3f.train import optimizer
 from qwen3f.train.checkpoint import Checkpointer
 from qwen3f.train.loop import run
+from qwen3f.train.plan import make_plan
 from qwen3f.train.state import init_state
 from tests.train.runs import assert_same_bits, final_state, metrics, pretrain_model
 
@@ -148,6 +150,22 @@ def test_wrong_configurations_are_named_and_leave_nothing(make, tmp_path, change
     with pytest.raises(UserError, match=words):
         run(make(**changes), tmp_path / "w", progress=False)
     assert not (tmp_path / "w").exists() or not any((tmp_path / "w").iterdir())
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="older torch can")
+@pytest.mark.parametrize("changes", [{}, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}])
+def test_recomputation_that_torch_cannot_put_into_one_graph(make, changes):
+    config = make(compile="step")
+    config.model.update(changes)
+    for policy, sparse_only in (("full", False), ("selective", True)):
+        config.model.gradient_checkpointing = policy
+        if changes or not sparse_only:
+            with pytest.raises(UserError, match=r"config\.compile=step with .*write --config\.compile=block"):
+                make_plan(config)
+        else:
+            make_plan(config)
+    config.compile = "block"
+    make_plan(config)
 
 
 def test_a_tokenizer_of_another_size_is_refused(make, tmp_path):
