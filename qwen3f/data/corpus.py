@@ -13,7 +13,8 @@ from absl import logging
 from tqdm import tqdm
 
 from qwen3f.data.documents import Source, Split
-from qwen3f.data.mixture import CYCLE, Mixture, make_mixture, parse_mixture
+from qwen3f.data.mixture import CYCLE, Mixture, make_mixture
+from qwen3f.data.mixture_text import parse_weights
 from qwen3f.data.packing import PackedDataset
 from qwen3f.data.sentencepiece_tokenizer import MAX_TRAINING_CHARS, TRAINER_OPTIONS, train_sentencepiece
 from qwen3f.data.sources import open_source
@@ -90,12 +91,12 @@ def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:
         progress: show progress bars on stderr.
 
     Raises:
-        UserError: see `parse_mixture`, `make_mixture`, `open_source`, `load_tokenizer`, `train_sentencepiece`,
+        UserError: see `parse_weights`, `make_mixture`, `open_source`, `load_tokenizer`, `train_sentencepiece`,
             `build_or_open` and `PackedDataset`.
     """
     if cfg.num_threads < 1:
         raise UserError(f"data.num_threads is {cfg.num_threads}: give at least 1.")
-    weights = dict(parse_mixture(cfg.mixture))
+    weights = dict(parse_weights(cfg.mixture))
     if cfg.root and len(weights) > 1:
         raise UserError("data.root is the directory of one source: write NAME@DIR in the mixture instead.")
     sources = {name: open_source(name, cfg.root, cfg.text_key, cfg.holdout) for name in weights}

@@ -2,10 +2,11 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
+Item = TypeVar("Item")
 Split = Literal["train", "heldout"]
 
 
@@ -42,3 +43,25 @@ def stable_hash(content: bytes) -> int:
 def is_heldout(content: bytes, holdout: float) -> bool:
     """Whether the item identified by `content` belongs to the held-out split, a share `holdout` of all items."""
     return stable_hash(content) < holdout * 2.0**64
+
+
+def distinct(
+    items: Iterable[Item],
+    content: Callable[[Item], bytes],
+    split: Split,
+    holdout: float,
+    counts: Counter[str] | None,
+    reason: str,
+) -> Iterator[Item]:
+    """The items of `split`, told by a hash of their content, each content once; repetitions are counted as `reason`."""
+    seen: set[int] = set()
+    for item in items:
+        own = content(item)
+        if is_heldout(own, holdout) != (split == "heldout"):
+            continue
+        hashed = stable_hash(own)
+        if hashed not in seen:
+            seen.add(hashed)
+            yield item
+        elif counts is not None:
+            counts[reason] += 1

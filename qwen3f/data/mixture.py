@@ -5,10 +5,8 @@ examples of a dataset come in its own shuffled, endless order, so over a long ru
 the datasets' sizes; a small one simply begins again sooner.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -61,11 +59,9 @@ class Mixture:
 def make_mixture(parts: Sequence[PackedDataset], weights: Sequence[float]) -> Mixture:
     """A mixture in which dataset i has the share weights[i] / Σ weights of the examples, rounded to 1/CYCLE.
 
-    Raises UserError for a weight that is not positive and finite, or too small for a single place of a cycle.
+    Weights are positive and finite, as parse_weights gives them. Raises UserError for one too small for a single place
+    of a cycle.
     """
-    for weight in weights:
-        if not 0 < weight < math.inf:
-            raise UserError(f"data.mixture has the weight {weight}: write positive numbers, e.g. embedded=0.7.")
     exact = np.array(weights) / sum(weights) * CYCLE
     slots = np.floor(exact).astype(int)
     for number in np.argsort(slots - exact, kind="stable")[: CYCLE - slots.sum()]:  # the largest remainders
@@ -74,33 +70,3 @@ def make_mixture(parts: Sequence[PackedDataset], weights: Sequence[float]) -> Mi
         small = weights[int(np.argmin(slots))]
         raise UserError(f"data.mixture has the weight {small} of {sum(weights)}: give at least 1/{CYCLE} of the sum.")
     return Mixture(tuple(parts), tuple(map(int, slots)))
-
-
-def parse_mixture(mixture: str) -> list[tuple[str, float]]:
-    """[(source, weight)] of "source[=weight],…"; a weight that is not written is 1.
-
-    A source is what `sources.open_source` takes. A directory whose name has a comma goes into data.root; an equals sign
-    that belongs to the name of a directory that is there is no weight's.
-
-    Raises UserError for an empty piece, a source named twice or a weight that is no number.
-    """
-    parts = []
-    for piece in mixture.split(","):
-        source, separator, written = piece.strip().rpartition("=")
-        if not separator or _is_directory(piece.strip()):  # as in …/date=2026
-            source, written = piece.strip(), "1"
-        try:
-            parts.append((source, float(written)))
-        except ValueError as error:
-            raise UserError(f"data.mixture: {piece!r} has the weight {written!r}: write a number.") from error
-    names = [source for source, _ in parts]
-    if not all(names) or len(set(names)) < len(names):
-        raise UserError(
-            f"data.mixture={mixture!r} must name one or more different sources, e.g. embedded=0.7,reasoning=0.3."
-        )
-    return parts
-
-
-def _is_directory(source: str) -> bool:
-    directory = source.partition("@")[2]
-    return bool(directory) and Path(directory).expanduser().is_dir()

@@ -1,10 +1,11 @@
-"""What tests of whole runs look at: the state, the metrics, and whether two states are the same."""
+"""What tests of runs share: the state, the metrics, and whether two states are the same."""
 
 import json
 
 import torch
 
 from qwen3f.config import ModelConfig
+from qwen3f.train import optimizer
 from qwen3f.train.checkpoint import Checkpointer
 from qwen3f.train.state import init_state
 
@@ -25,3 +26,15 @@ def metrics(workdir):
 def assert_same_bits(a, b):
     for x, y in zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)):
         assert torch.equal(x, y)
+
+
+def run_updates(hyper, decay, start, grads, lrs):
+    """(parameters, state) after an update with each of `grads`, clipped as a step clips them."""
+    p, state = start, optimizer.init(hyper, decay, start)
+    for step, (g, lr) in enumerate(zip(grads, lrs)):
+        scale = optimizer.clip_factor(optimizer.global_norm(g), hyper.clip_norm)
+        p, state = optimizer.update(
+            hyper, decay, p, g, state,
+            step=torch.tensor(step), lr=torch.tensor(lr, dtype=torch.float64), scale=scale, apply=torch.tensor(True),
+        )  # fmt: skip
+    return p, state

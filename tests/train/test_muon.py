@@ -5,21 +5,11 @@ import torch
 
 from qwen3f.errors import UserError
 from qwen3f.train import muon, optimizer
+from tests.train.runs import run_updates
 
 SHAPES = {"square": (2, 6, 6), "tall": (2, 9, 6), "wide": (2, 6, 9), "long": (40, 6), "experts": (2, 3, 5, 8)}
 HYPER = optimizer.Muon(weight_decay=0.3, momentum=0.9, clip_norm=0.5)
 DECAY = dict.fromkeys(SHAPES, True) | {"embed": False}
-
-
-def run_ours(start, grads, lrs):
-    p, state = start, optimizer.init(HYPER, DECAY, start)
-    for step, (g, lr) in enumerate(zip(grads, lrs)):
-        scale = optimizer.clip_factor(optimizer.global_norm(g), HYPER.clip_norm)
-        p, state = optimizer.update(
-            HYPER, DECAY, p, g, state,
-            step=torch.tensor(step), lr=torch.tensor(lr, dtype=torch.float64), scale=scale, apply=torch.tensor(True),
-        )  # fmt: skip
-    return p, state
 
 
 def run_torch(start, grads, lrs):
@@ -56,7 +46,7 @@ def test_equals_torch(dtype, tolerance, monkeypatch):
     start = {k: torch.randn(shape, dtype=dtype) for k, shape in (SHAPES | {"embed": (7, 4)}).items()}
     grads = [{k: torch.randn_like(v) * 10 ** (i % 3 - 1) for k, v in start.items()} for i in range(6)]
     lrs = [1e-1 * (i + 1) / 6 for i in range(6)]
-    ours, state = run_ours(start, grads, lrs)
+    ours, state = run_updates(HYPER, DECAY, start, grads, lrs)
     theirs = run_torch(start, grads, lrs)
     for k in start:
         assert (ours[k] - theirs[k]).norm() <= tolerance * theirs[k].norm(), k

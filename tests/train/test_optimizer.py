@@ -5,18 +5,9 @@ import torch
 
 from qwen3f.errors import UserError
 from qwen3f.train import optimizer
+from tests.train.runs import run_updates
 
-
-def run_ours(hyper, start, grads, lrs):
-    decay = {"w": True, "b": False}
-    p, state = start, optimizer.init(hyper, decay, start)
-    for step, (g, lr) in enumerate(zip(grads, lrs)):
-        scale = optimizer.clip_factor(optimizer.global_norm(g), hyper.clip_norm)
-        p, state = optimizer.update(
-            hyper, decay, p, g, state,
-            step=torch.tensor(step), lr=torch.tensor(lr, dtype=torch.float64), scale=scale, apply=torch.tensor(True),
-        )  # fmt: skip
-    return p, state
+DECAY = {"w": True, "b": False}
 
 
 def run_torch(hyper, start, grads, lrs):
@@ -39,7 +30,7 @@ def test_adamw_equals_torch(dtype, tolerance):
     grads = [{k: torch.randn_like(v) * 10 ** (i % 3 - 1) for k, v in start.items()} for i in range(12)]
     lrs = [1e-2 * (i + 1) / 12 for i in range(12)]
     hyper = optimizer.AdamW()
-    ours, state = run_ours(hyper, start, grads, lrs)
+    ours, state = run_updates(hyper, DECAY, start, grads, lrs)
     theirs, opt = run_torch(hyper, start, grads, lrs)
     moments = list(opt.state.values())
     for i, k in enumerate(("w", "b")):

@@ -21,21 +21,24 @@ def hub_rows(dataset: HubDataset, split: str, streaming: bool) -> Iterator[Row |
     """
     where = f"hub:{dataset.hub_id}/{split}"
     number = 0
-    try:
-        for batch in _load(dataset, split, streaming).iter(batch_size=_BATCH_ROWS):
-            columns = list(batch)
-            for values in zip(*batch.values()):
-                number += 1
-                row = Row(dict(zip(columns, values)), f"{where}:{number}")
-                yield check_columns(row, dataset.columns) or row
-    except (UserError, GeneratorExit):
-        raise
-    except Exception as error:  # the libraries below raise errors of their own for each kind of failure
-        reason = " ".join(str(error).split())[:200] or "no message"
-        raise UserError(
-            f"{dataset.hub_id} cannot be read from the Hub, after row {number} ({type(error).__name__}: {reason}): "
-            f"copy it to a directory and write {dataset.name}@DIR, or --config.data.root=DIR."
-        ) from error
+    batches: Iterator[dict[str, list[Any]]] | None = None
+    while True:
+        try:
+            if batches is None:
+                batches = iter(_load(dataset, split, streaming).iter(batch_size=_BATCH_ROWS))
+            batch = next(batches, None)
+        except Exception as error:  # datasets, fsspec, pyarrow and HTTP clients each raise errors of their own
+            reason = " ".join(str(error).split())[:200] or "no message"
+            raise UserError(
+                f"{dataset.hub_id} cannot be read from the Hub, after row {number} ({type(error).__name__}: {reason}): "
+                f"copy it to a directory and write {dataset.name}@DIR, or --config.data.root=DIR."
+            ) from error
+        if batch is None:
+            return
+        for values in zip(*batch.values()):
+            number += 1
+            row = Row(dict(zip(batch, values)), f"{where}:{number}")
+            yield check_columns(row, dataset.columns) or row
 
 
 def _load(dataset: HubDataset, split: str, streaming: bool) -> Any:

@@ -8,6 +8,7 @@ import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qwen3f.data.mixture_text import parse_weights
 from qwen3f.errors import UserError
 
 
@@ -145,34 +146,26 @@ def parse_mixture(mixture: str, root: str = "", use: str = "") -> list[Part]:
     Raises:
         UserError: unknown name, one named twice, or a weight that is not a positive number.
     """
+    if not mixture.strip():
+        raise UserError(_unclear(mixture, use))
     parts = []
-    pieces = [piece.strip() for piece in mixture.split(",") if piece.strip()]
-    for piece in pieces:
-        spec, separator, written = piece.rpartition("=")
-        spec = spec if separator else piece
-        weight = _weight(written, piece) if separator else 1.0
+    weights = parse_weights(mixture)
+    for spec, weight in weights:
         name, at, directory = spec.partition("@")
         if at and not directory:
-            raise UserError(f"{piece!r} names no directory after the @: write {name}@DIR.")
+            raise UserError(f"{spec!r} names no directory after the @: write {name}@DIR.")
         dataset = find(name, use)
         if not at and root:
             own = Path(root, dataset.name).expanduser()
-            directory = str(own) if len(pieces) > 1 or own.is_dir() else root
+            directory = str(own) if len(weights) > 1 or own.is_dir() else root
         parts.append(Part(dataset, directory, weight))
-    chosen = [part.dataset.name for part in parts]
-    if not parts or len(set(chosen)) < len(chosen):
-        raise UserError(f"The mixture {mixture!r} must name one or more different data sets: {_listed(use)}.")
+    if len({part.dataset.name for part in parts}) < len(parts):  # by two names of one
+        raise UserError(_unclear(mixture, use))
     return parts
 
 
-def _weight(written: str, piece: str) -> float:
-    try:
-        weight = float(written)
-    except ValueError:
-        weight = 0.0
-    if not 0 < weight < float("inf"):
-        raise UserError(f"{piece!r} has the weight {written!r}: write a positive number, e.g. fineweb=0.7.")
-    return weight
+def _unclear(mixture: str, use: str) -> str:
+    return f"The mixture {mixture!r} must name one or more different data sets: {_listed(use)}."
 
 
 def _listed(use: str) -> str:

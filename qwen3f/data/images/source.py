@@ -7,7 +7,7 @@ The split is decided by a hash of all that is drawn, so an image is in one split
 from collections import Counter
 from collections.abc import Iterator
 
-from qwen3f.data.documents import Split, is_heldout, stable_hash
+from qwen3f.data.documents import Split, distinct
 from qwen3f.data.images.picture import KINDS, Picture, picture
 
 NUM_PICTURES = 16_384
@@ -39,17 +39,10 @@ def pictures(
     Raises:
         UserError: as `picture`.
     """
-    seen: set[int] = set()
-    for number in range(count):
-        index, kind = divmod(number, len(kinds))
-        item = picture(kinds[kind], seed, index, min_side, max_side)
-        drawn = item.parameters.encode()
-        if is_heldout(drawn, holdout) != (split == "heldout"):
-            continue
-        hashed = stable_hash(drawn)
-        if hashed in seen:
-            if counts is not None:
-                counts["repeated_pictures"] += 1
-            continue
-        seen.add(hashed)
-        yield item
+
+    def drawn() -> Iterator[Picture]:
+        for number in range(count):
+            index, kind = divmod(number, len(kinds))
+            yield picture(kinds[kind], seed, index, min_side, max_side)
+
+    return distinct(drawn(), lambda item: item.parameters.encode(), split, holdout, counts, "repeated_pictures")

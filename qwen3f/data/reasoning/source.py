@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen3f.data.documents import Document, Split, is_heldout, stable_hash
+from qwen3f.data.documents import Document, Split, distinct, stable_hash
 from qwen3f.data.reasoning.problem import DIFFICULTIES, KINDS, Problem, problem
 from qwen3f.errors import UserError
 
@@ -65,21 +65,16 @@ class ReasoningSource:
         return f"{stable_hash(repr(settings).encode()):016x}"
 
     def _numbered(self, split: Split, counts: Counter[str] | None) -> Iterator[tuple[int, Problem]]:
-        seen: set[int] = set()
-        for number in range(self.num_problems):
-            turn, kind = divmod(number, len(self.kinds))
-            index, difficulty = divmod(turn, len(self.difficulties))
-            item = problem(self.kinds[kind], self.difficulties[difficulty], self.seed, index)
-            question = item.question.encode()
-            if is_heldout(question, self.holdout) != (split == "heldout"):
-                continue
-            hashed = stable_hash(question)
-            if hashed in seen:
-                if counts is not None:
-                    counts["repeated_questions"] += 1
-                continue
-            seen.add(hashed)
-            yield number + 1, item
+        def generated() -> Iterator[tuple[int, Problem]]:
+            for number in range(self.num_problems):
+                turn, kind = divmod(number, len(self.kinds))
+                index, difficulty = divmod(turn, len(self.difficulties))
+                yield number + 1, problem(self.kinds[kind], self.difficulties[difficulty], self.seed, index)
+
+        def question(numbered: tuple[int, Problem]) -> bytes:
+            return numbered[1].question.encode()
+
+        return distinct(generated(), question, split, self.holdout, counts, "repeated_questions")
 
 
 def chat_messages(item: Problem, thinking: bool = True) -> list[dict[str, str]]:
