@@ -1,0 +1,57 @@
+"""Timing on a CUDA device: medians of single runs with a cold L2 cache, and the two ceilings of the card."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+_SLEEP_CYCLES = 400_000  # about 0.2 ms: the device waits while the host queues the run, so launch gaps are not timed
+
+
+def milliseconds(fn: Callable[[], object], budget_ms: float = 150.0, warmup: int = 3) -> float:
+    """Median device time of one call, from as many calls as fit into `budget_ms` (8 to 100).
+
+    Before each one the L2 cache is overwritten, as it would be in a training step.
+    """
+    for _ in range(warmup):
+        fn()
+    first = _runs(fn, 3)
+    count = max(8, min(100, int(budget_ms / max(statistics.median(first), 1e-3))))
+    return statistics.median(_runs(fn, count))
+
+
+def _runs(fn: Callable[[], object], count: int) -> list[float]:
+    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
+    starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(count)] for _ in range(2))
+    for start, end in zip(starts, ends):
+        flush.zero_()
+        torch.cuda._sleep(_SLEEP_CYCLES)
+        start.record()
+        fn()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in zip(starts, ends)]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus bytes written a second by a 2 GiB device-to-device copy."""
+    source = torch.randint(0, 1 << 30, (1 << 28,), dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / (milliseconds(lambda: target.copy_(source)) * 1e-3)
+
+
+def matrix_rate(size: int = 8192) -> float:
+    """FLOP a second of a square bf16 matrix product on random data."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / (milliseconds(lambda: a @ b) * 1e-3)
+
+
+def peak_extra_bytes(fn: Callable[[], object]) -> int:
+    """The most memory that one call had allocated beyond what was there before it, its results included."""
+    fn()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fn()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
