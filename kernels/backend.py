@@ -38,7 +38,9 @@ def interpreted() -> Iterator[None]:
     """
     global _interpreting
     if os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("Triton's interpreter needs TRITON_INTERPRET=1 in the environment before kernels are imported")
+        raise RuntimeError(
+            "Triton's interpreter needs TRITON_INTERPRET=1 in the environment before kernels are imported"
+        )
     before, _interpreting = _interpreting, True
     try:
         yield

@@ -1,8 +1,8 @@
 """FlashAttention-2 (Dao 2023, arXiv:2307.08691) with grouped heads and packed documents, forward and backward.
 
-The kernels are in flash_attention_forward.py and flash_attention_backward.py; they read and write tiles with the tensor memory
-accelerator, so they need a Hopper GPU or newer. Scores are never in memory; what is kept for the backward pass beside the inputs is
-the output and the log-sum-exp of every row.
+The kernels are in flash_attention_forward.py and flash_attention_backward.py; they read and write tiles with the tensor
+memory accelerator, so they need a Hopper GPU or newer. Scores are never in memory; what is kept for the backward pass
+beside the inputs is the output and the log-sum-exp of every row.
 
 B batch · H query heads · K key/value heads, H a multiple of K · T queries · S keys · d head_dim
 """
@@ -59,9 +59,10 @@ def flash_attention(
     Both outputs are differentiable, once, in q, k and v. A row that sees no key gives 0 and −∞, and no gradient.
 
     Args:
-      q, k, v: one dtype of float16, bfloat16, float32 (float64 runs the formula) and device; query head h uses key/value head
-        h // (H / K). Any strides with stride 1 along d and the others multiples of 16 bytes, so both [B, H, T, d] and a
-        transposed [B, T, H, d] do; the output has the layout of the latter. d: 16 … 256, d · itemsize a multiple of 16.
+      q, k, v: one dtype of float16, bfloat16, float32 (float64 runs the formula) and device; query head h uses
+        key/value head h // (H / K). Any strides with stride 1 along d and the others multiples of 16 bytes, so both [B,
+        H, T, d] and a transposed [B, T, H, d] do; the output has the layout of the latter. d: 16 … 256, a multiple of
+        16 bytes.
       causal: query t sees keys up to t; needs T = S. Ignored when ranges are given.
       ranges: which keys each query sees, see kernels.key_ranges (packed documents, chunks of a ring, windows).
       scale: of the scores, positive; default d^−½.
@@ -76,8 +77,8 @@ def flash_attention(
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """(out, lse) of attention over the union of disjoint sets of keys, from those over each set.
 
-    parts: (out [..., T, d], lse [..., T]) as flash_attention gives them. In the outs' dtype; plain torch, so gradients flow
-    to outs and lses. Rows that see nothing anywhere stay 0 and −∞.
+    parts: (out [..., T, d], lse [..., T]) as flash_attention gives them. In the outs' dtype; plain torch, so gradients
+    flow to outs and lses. Rows that see nothing anywhere stay 0 and −∞.
     """
     lses = torch.stack([lse for _, lse in parts])
     lse = lses.logsumexp(0)
@@ -135,7 +136,7 @@ def _forward(
     D, tiles = _columns(q), forward_tiles(_columns(q), q.element_size())
     batch, heads, length, _ = q.shape
     forward_kernel[(triton.cdiv(length, tiles.queries) * batch * heads,)](
-        *(_tile(x, rows, D) for x, rows in ((q, tiles.queries), (k, tiles.keys), (v, tiles.keys), (out, tiles.queries))),
+        _tile(q, tiles.queries, D), _tile(k, tiles.keys, D), _tile(v, tiles.keys, D), _tile(out, tiles.queries, D),
         lse, lse if lo is None else lo, lse if lo is None else hi, scale * math.log2(math.e), length, k.shape[2], heads,
         GROUP=heads // k.shape[1], MASK=_mask(causal, lo), BM=tiles.queries, BN=tiles.keys, D=D,
         PRECISION=_precision(q), num_warps=tiles.warps, num_stages=tiles.stages,
@@ -188,8 +189,8 @@ def _backward(
     log2_scale = scale * math.log2(math.e)
     shared = {"GROUP": heads // kv_heads, "MASK": _mask(causal, lo), "D": D, "PRECISION": _precision(q)}
     rows_kernel[(padded // _PAD * batch * heads,)](
-        _tile(out, _PAD, D), _tile(d_out, _PAD, D), lse, lse if d_lse is None else d_lse, rows, log2_scale, length, padded,
-        heads, HAS_DLSE=d_lse is not None, BM=_PAD, D=D, num_warps=8,
+        _tile(out, _PAD, D), _tile(d_out, _PAD, D), lse, lse if d_lse is None else d_lse, rows, log2_scale, length,
+        padded, heads, HAS_DLSE=d_lse is not None, BM=_PAD, D=D, num_warps=8,
     )  # fmt: skip
     t = key_tiles(D, size)
     key_kernel[(triton.cdiv(keys, t.keys) * batch * kv_heads,)](
@@ -308,7 +309,7 @@ def _tile(x_BHTd: Tensor, rows: int, D: int) -> object:
 
 
 def _layout_fits(x: Tensor) -> bool:
-    """Whether tiles of x can be loaded by the tensor memory accelerator. Strides of axes of size 1 do not matter to us, but do to it."""
+    """Whether the tensor memory accelerator can load tiles of x; it minds strides of axes of size 1 too."""
     return x.stride(-1) == 1 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
 
 
@@ -320,13 +321,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, ranges: KeyRanges | No
             raise ValueError(f"{name} is {x.dtype}; q, k and v must have one floating dtype (q: {q.dtype})")
         if not _layout_fits(x):
             raise ValueError(
-                f"{name} has strides {x.stride()}: the last must be 1, the others multiples of 16 bytes; use .contiguous()"
+                f"{name} has strides {x.stride()}: the last must be 1, others multiples of 16 bytes; use .contiguous()"
             )
     check_devices(q=q, k=k, v=v)
     (batch, heads, length, d), (_, kv_heads, keys, _) = q.shape, k.shape
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != d:
         raise ValueError(
-            f"k and v must be [{batch}, kv_heads, keys, {d}] as q {tuple(q.shape)}, got {tuple(k.shape)}, {tuple(v.shape)}"
+            f"k and v must be [{batch}, kv_heads, keys, {d}] as q, got {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if heads % kv_heads:
         raise ValueError(f"q has {heads} heads, no multiple of k's {kv_heads}")

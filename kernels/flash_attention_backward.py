@@ -1,9 +1,11 @@
-"""FlashAttention-2's backward pass in Triton, in two kernels that each own what they write: no atomics, so a rerun is bit-identical.
+"""FlashAttention-2's backward pass in Triton, in two kernels that each own what they write.
 
-The price is that scores and their gradients are computed twice: 7 tile products where a kernel with atomics needs 5.
+There are no atomics, so a rerun is bit-identical. The price is that scores and their gradients are computed twice: 7
+tile products where a kernel with atomics needs 5.
 
-With P = exp(scale·QKᵀ − lse), dP = dO·Vᵀ and Δ = rowsum(dO·O) − dlse:  dS = P·(dP − Δ),  dV = Pᵀ·dO,  dQ = scale·dS·K,
-dK = scale·dSᵀ·Q. The term dlse is the gradient that reaches the log-sum-exp itself (ring attention merges chunks with it).
+With P = exp(scale·QKᵀ − lse), dP = dO·Vᵀ and Δ = rowsum(dO·O) − dlse:  dS = P·(dP − Δ),  dV = Pᵀ·dO,
+dQ = scale·dS·K,  dK = scale·dSᵀ·Q. The term dlse is the gradient that reaches the log-sum-exp itself (ring attention
+merges chunks with it).
 
 B batch · H query heads · K key/value heads · T queries · S keys · d head_dim, padded to the power of two D
 """
@@ -16,7 +18,7 @@ from kernels.flash_attention_forward import key_tiles, row_bounds
 def rows_kernel(
     out, d_out, lse_ptr, d_lse_ptr, rows_ptr, scale, T, PADDED, H,
     HAS_DLSE: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, ANN201
+):  # fmt: skip
     """rows [B, H, 2, PADDED]: −lse in units of unscaled scores, and −Δ; what the products' accumulators start from.
 
     Rows that see nothing (lse −∞) and those beyond T get −∞, which makes their probabilities 0. scale: times log2(e).
@@ -42,14 +44,14 @@ def rows_kernel(
 def _walk_keys(
     dq, q, do, lse, delta, keys, values, b, h, begin, end, lo, hi, scale,
     MASKED: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, ANN202
+):  # fmt: skip
     for start in tl.range(begin, end, BN):
         start = tl.multiple_of(start, BN)
         k = keys.load([b, h, start, 0]).reshape([BN, D])
         v = values.load([b, h, start, 0]).reshape([BN, D])
         scores = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(do, v.T, input_precision=PRECISION)
-        probs = tl.math.exp2((scores + lse[:, None]) * scale)
+        probs = tl.math.exp2(tl.minimum((scores + lse[:, None]) * scale, 0.0))  # never above 1, however huge the scores
         if MASKED:
             at = start + tl.arange(0, BN)
             seen = (at[None, :] >= lo[:, None]) & (at[None, :] < hi[:, None])
@@ -64,7 +66,7 @@ def query_kernel(
     queries, keys, values, d_out, d_queries, rows_ptr, lo_ptr, hi_ptr, scale, T, PADDED, S, H,
     GROUP: tl.constexpr, MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, ANN201
+):  # fmt: skip
     """d_queries: one program a tile of BM queries, which walks over its keys as the forward pass does."""
     tiles = tl.cdiv(T, BM)
     start_m = (tiles - 1 - tl.program_id(0) % tiles) * BM
@@ -102,7 +104,7 @@ def _walk_queries(
     dk, dv, k, v, queries, d_out, rows_ptr, b, h, begin, end, first, last, scale, PADDED,
     MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, ANN202
+):  # fmt: skip
     """Everything is held transposed, keys first: then no operand of a product has to be turned over."""
     for start in tl.range(begin, end, BM):
         start = tl.multiple_of(start, BM)
@@ -111,7 +113,7 @@ def _walk_queries(
         row = start + tl.arange(0, BM)
         scores = tl.broadcast_to(tl.load(rows_ptr + row)[None, :], [BN, BM])
         scores = tl.dot(k, q.T, scores, input_precision=PRECISION)
-        probs = tl.math.exp2(scores * scale)
+        probs = tl.math.exp2(tl.minimum(scores * scale, 0.0))  # never above 1, however huge the scores
         if MASKED:
             seen = (row[None, :] >= first[:, None]) & (row[None, :] < last[:, None])
             probs = tl.where(seen, probs, 0.0)
@@ -124,7 +126,7 @@ def _walk_queries(
 
 
 @triton.jit
-def _column_bounds(column, T, S, first_ptr, last_ptr, MASK: tl.constexpr):  # noqa: ANN001, ANN202
+def _column_bounds(column, T, S, first_ptr, last_ptr, MASK: tl.constexpr):
     """Queries first … last−1 see the key, and no other does; keys beyond S are given the last one's."""
     if MASK == 2:
         column = tl.minimum(column, S - 1)
@@ -141,7 +143,7 @@ def key_kernel(
     queries, keys, values, d_out, d_keys, d_values, rows_ptr, first_ptr, last_ptr, scale, T, PADDED, S, K,
     GROUP: tl.constexpr, MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, ANN201
+):  # fmt: skip
     """d_keys, d_values: one program a tile of BN keys, which walks over the queries of all heads that share them.
 
     Queries beyond T have probability 0 (rows_kernel), keys beyond S are never stored: neither needs a mask.

@@ -1,7 +1,7 @@
 """FlashAttention-2's forward pass in Triton (Dao 2023, arXiv:2307.08691).
 
-One program takes BM queries of one head and walks over the key tiles that they can see: tiles at both ends of the run are
-masked, those between are not. Scores live in units of log2, so that the exponential is one instruction.
+One program takes BM queries of one head and walks over the key tiles that they can see: tiles at both ends of the run
+are masked, those between are not. Scores live in units of log2, so that the exponential is one instruction.
 
 B batch · H query heads · K key/value heads · T queries · S keys · d head_dim, padded to the power of two D
 """
@@ -12,7 +12,7 @@ FULL, CAUSAL, RANGES = 0, 1, 2  # how queries see keys: all, key ≤ query, or a
 
 
 @triton.jit
-def row_bounds(rows, T, S, lo_ptr, hi_ptr, MASK: tl.constexpr):  # noqa: ANN001, ANN201
+def row_bounds(rows, T, S, lo_ptr, hi_ptr, MASK: tl.constexpr):
     """lo and hi of the rows; those beyond T are given the last row's."""
     if MASK == 2:
         rows = tl.minimum(rows, T - 1)
@@ -25,7 +25,7 @@ def row_bounds(rows, T, S, lo_ptr, hi_ptr, MASK: tl.constexpr):  # noqa: ANN001,
 
 
 @triton.jit
-def key_tiles(start_m, T, S, lo_ptr, hi_ptr, MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # noqa: ANN001, ANN201
+def key_tiles(start_m, T, S, lo_ptr, hi_ptr, MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """(begin, full_from, full_to, end) of a query tile: masked tiles, then full ones, then masked ones again."""
     top_lo, top_hi = row_bounds(start_m, T, S, lo_ptr, hi_ptr, MASK)
     bottom_lo, bottom_hi = row_bounds(tl.minimum(start_m + BM, T) - 1, T, S, lo_ptr, hi_ptr, MASK)
@@ -39,7 +39,7 @@ def key_tiles(start_m, T, S, lo_ptr, hi_ptr, MASK: tl.constexpr, BM: tl.constexp
 def _walk(
     acc, total, top, q, keys, values, b, h, begin, end, lo, hi, scale,
     MASKED: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, ANN202
+):  # fmt: skip
     """Online softmax over the key tiles begin … end."""
     for start in tl.range(begin, end, BN):
         start = tl.multiple_of(start, BN)
@@ -65,7 +65,7 @@ def forward_kernel(
     queries, keys, values, out, lse_ptr, lo_ptr, hi_ptr, scale, T, S, H,
     GROUP: tl.constexpr, MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, ANN201
+):  # fmt: skip
     """queries, keys, values, out: descriptors [B, heads, positions, d]; what lies outside is read as 0, never written.
 
     scale: of the scores, times log2(e). Last tiles first: under a causal mask they take longest.

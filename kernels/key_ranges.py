@@ -1,7 +1,8 @@
 """Attention masks in which every query sees one run of keys, lo ≤ key < hi, and the runs only move forward.
 
-Causal attention, packed documents, sliding windows, a cache of which a part is filled and the chunks of ring attention are all of this
-form. A kernel can then tell from the bounds at a tile's two ends which tiles are empty and which need no mask.
+Causal attention, packed documents, sliding windows, a cache of which a part is filled and the chunks of ring attention
+are all of this form. A kernel can then tell from the bounds at a tile's two ends which tiles are empty and which need
+no mask.
 
 B batch · T queries · S keys
 """
@@ -15,8 +16,8 @@ from torch import Tensor
 class KeyRanges(NamedTuple):
     """Query t sees the keys lo[t] … hi[t]−1 (none if hi ≤ lo); lo and hi must never decrease along a row.
 
-    lo, hi: int32 [B, T], 0 ≤ lo, hi ≤ S. first, last: int32 [B, S], the same seen from the keys: key s can be seen by no query
-    outside first[s] … last[s]−1. `key_ranges` makes them.
+    lo, hi: int32 [B, T], 0 ≤ lo, hi ≤ S. first, last: int32 [B, S], the same seen from the keys: key s can be seen by
+    no query outside first[s] … last[s]−1. `key_ranges` makes them.
     """
 
     lo: Tensor
