@@ -1,134 +1,324 @@
 """Cross-entropy straight from hidden states and the head's weight, without ever holding all logits.
 
 The logits of a 151,936-word vocabulary at 16,384 tokens take 10 GB in float32. Here a chunk of tokens at a time goes
-through head, softmax and both gradient products in the forward pass, so at most one chunk's logits exist and no
-product is computed twice (three in all). The idea is that of Liger-Kernel's fused linear cross-entropy
-(arXiv:2410.10989); this version is plain torch.
+through the head and the softmax, so at most one chunk's logits exist. Two operators:
 
-N tokens · D hidden · V vocabulary
+- the scalar loss makes its gradients in the forward pass, while a chunk's logits are there: three products in all. The
+  idea is that of Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989). On CUDA the gradient is written over the
+  logits by one Triton kernel (kernels/softmax_gradient.py) and the weight's gradient is summed by the product itself,
+  in the weight's dtype. So every chunk rounds it: in bfloat16 its relative error is 3.6e-3 after 8 chunks, where one
+  rounding leaves 1.9e-3; a float32 sum would take as much memory again as two gradients.
+- log Σ exp and the target's logit of each token, with a true backward for any upstream gradients, which computes the
+  logits again (four products). Losses that are nonlinear in log-probabilities (RL, DPO) are built on it, and so is
+  everything over a vocabulary that is cut into shards: each shard's two numbers are merged by `merge_shards`.
+
+Same input, same bits, on one device and version. N tokens · D hidden · V vocabulary (or this shard's) · S shards
 """
 
-import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-IGNORE = -100
-_CHUNK_LOGITS = 1 << 29  # logits alive at once on a GPU: 1 GiB in bfloat16
+from kernels import softmax_gradient
+from kernels.backend import check_devices, runs_triton
+
+IGNORE = softmax_gradient.IGNORE
+_CHUNK_BYTES = 640 << 20  # logits alive at once on a GPU: 2,048 tokens of 151,936 bfloat16
 _CHUNK_LOGITS_CPU = 1 << 21  # on a CPU: 8 MiB, which stay in its cache (54 ms instead of 65 at V 4,096, N 2,048)
 _MIN_CHUNK = 128  # tokens; below, products are too thin to be fast
 
 
-def reference(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-    """Σ weights · −log softmax(hidden weightᵀ)[target] with all logits in memory; composes with torch.func.
+def reference(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor, *, z_loss: float = 0.0
+) -> Tensor:
+    """`linear_cross_entropy` with all logits in memory; composes with torch.func.
 
     Logits are rounded to hidden's dtype, then softmax runs in float32 (float64 for float64), as in transformers.
     """
     logits = _widen(hidden_ND @ weight_VD.t())
-    index = targets_N.clamp(min=0)[:, None]
-    nll = logits.logsumexp(-1) - logits.gather(-1, index)[:, 0]
-    return (nll * _effective_weights(targets_N, weights_N, nll.dtype)).sum()
+    target_N = logits.gather(-1, _index(targets_N))[:, 0]
+    return _weighted_sum(logits.logsumexp(-1), target_N, targets_N, weights_N, z_loss)
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor, *, compiled: bool = False
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor, *, z_loss: float = 0.0
 ) -> Tensor:
-    """The same scalar, chunk by chunk; float32 (or float64). First-order gradients in hidden and weight.
+    """Σ weights · (nll + z_loss · lse²), nll = lse − logit of the target, lse = log Σ exp(logits). A scalar.
+
+    In float32 (float64 for float64). z_loss as in PaLM (arXiv:2204.02311, section 5) keeps lse near 0.
+
+    First-order gradients in hidden and weight, made in the forward pass if one of them requires them. Uncompiled, the
+    backward pass scales them in place, so that no second copy of the weight's gradient exists: a second backward pass
+    over the same graph (retain_graph=True) raises RuntimeError. An upstream gradient of 1 costs nothing there; another
+    one rounds the gradients once more, so put a divisor that is known beforehand into the weights.
 
     Args:
-      hidden_ND, weight_VD: one floating dtype and device. targets_N: int64, IGNORE where nothing is predicted.
+      hidden_ND, weight_VD: one floating dtype and device.
+      targets_N: int64 in [0, V), or IGNORE: no loss and a gradient of exactly 0. Another value makes the loss NaN, or
+        raises an error on a CPU.
       weights_N: floating, not differentiated.
-      compiled: run softmax and its gradient as one compiled function. Inside a compiled step leave it False.
-    Raises ValueError for shapes, dtypes or devices that do not fit together.
+    Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit together.
     """
-    _check(hidden_ND, weight_VD, targets_N, weights_N)
+    _check(hidden_ND, weight_VD, targets_N)
+    if weights_N.shape != targets_N.shape or not weights_N.is_floating_point():
+        raise ValueError(f"weights must be floating [{len(targets_N)}], got {weights_N.dtype} {tuple(weights_N.shape)}")
+    check_devices(hidden=hidden_ND, weights=weights_N)
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
-        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, weights_N, compiled)
+        return _loss_and_gradients_op(hidden_ND, weight_VD, targets_N, weights_N, z_loss)[0]
+    lse_N, target_N = _lse_and_known_target(hidden_ND, weight_VD, targets_N)
     size = _chunk_size(weight_VD)
-    parts = zip(hidden_ND.split(size), targets_N.split(size), weights_N.split(size))
-    return torch.stack([reference(h, weight_VD, t, w) for h, t, w in parts]).sum()
+    rows = zip(*(x.split(size) for x in (lse_N, target_N, targets_N, weights_N)))
+    return torch.stack([_weighted_sum(*row, z_loss) for row in rows]).sum()
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        compiled: bool,
-    ) -> Tensor:
-        size = _chunk_size(weight)
-        softmax = _compiled_loss_and_dlogits() if compiled else _loss_and_dlogits
-        losses, d_hidden, d_weight = [], [], None
-        for h, t, w in zip(hidden.split(size), targets.split(size), weights.split(size)):
-            loss, d_logits = softmax(h @ weight.t(), t, w)
-            losses.append(loss)
-            d_hidden.append(d_logits @ weight)
-            part = _wide_product(d_logits.t(), h)
-            d_weight = part if d_weight is None else d_weight.add_(part)
-        ctx.save_for_backward(torch.cat(d_hidden), d_weight.to(weight.dtype))
-        return torch.stack(losses).sum()
+def token_log_probs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """log p(target) of each token, float32 (float64 for float64) [N]; 0 with no gradient where the target is IGNORE.
 
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype), None, None, None
+    A true backward in hidden and weight for any upstream gradient; it computes the logits again. Arguments and errors
+    as in `linear_cross_entropy`.
+    """
+    _check(hidden_ND, weight_VD, targets_N)
+    lse_N, target_N = _lse_and_known_target(hidden_ND, weight_VD, targets_N)
+    return torch.where(targets_N == IGNORE, 0.0, target_N - lse_N)
 
 
-def _loss_and_dlogits(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(Σ weight · nll, its gradient in the logits, in their dtype). Uncompiled, it works in the logits' storage."""
-    wide = _widen(logits_NV)
-    index = targets_N.clamp(min=0)[:, None]
+def lse_and_target(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, vocab_start: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(log Σ exp(logits), the target's logit) of each token, float32 (float64 for float64), both differentiable.
+
+    For a vocabulary that is cut into shards: weight holds rows [vocab_start, vocab_start + V) of the head, targets
+    count in the whole vocabulary, and a target elsewhere (or IGNORE) has logit 0 without a gradient. Merge the shards'
+    results with `merge_shards`, after a collective with a true adjoint if they lie on several ranks. Then
+    log p = target − lse, and the gradients in each shard's weight are its part of the whole; those in hidden add up.
+
+    Arguments and errors as in `linear_cross_entropy`.
+    """
+    _check(hidden_ND, weight_VD, targets_N)
+    return _lse_and_target_op(hidden_ND, weight_VD, targets_N, vocab_start)
+
+
+def merge_shards(lse_SN: Tensor, target_SN: Tensor) -> tuple[Tensor, Tensor]:
+    """`lse_and_target` of the whole vocabulary from those of its shards; differentiable."""
+    return lse_SN.logsumexp(0), target_SN.sum(0)
+
+
+def _lse_and_known_target(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a whole vocabulary: a target that it lacks has logit NaN, so that a broken batch shows."""
+    lse, target = _lse_and_target_op(hidden, weight, targets, 0)
+    known = ((targets >= 0) & (targets < len(weight))) | (targets == IGNORE)
+    return lse, torch.where(known, target, float("nan"))
+
+
+@torch.library.custom_op("qwen3f::linear_cross_entropy", mutates_args=())
+def _loss_and_gradients_op(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses = []
+
+    def softmax(logits: Tensor, rows: slice) -> Tensor:
+        if runs_triton(logits):
+            losses.append(softmax_gradient.loss_and_gradient_(logits, targets[rows], weights[rows], z_loss).sum())
+            return logits
+        loss, d_logits = _loss_and_d_logits(logits, targets[rows], weights[rows], z_loss)
+        losses.append(loss)
+        return d_logits
+
+    d_hidden, d_weight = _gradients(hidden, weight, softmax)
+    return torch.stack(losses).sum(), d_hidden, d_weight
+
+
+@_loss_and_gradients_op.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    loss = hidden.new_empty((), dtype=_wide(hidden.dtype))
+    return loss, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+
+
+def _keep_gradients(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]
+) -> None:
+    ctx.set_materialize_grads(False)  # else autograd fills two tensors with zeros, one of them the weight's size
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: torch.autograd.function.FunctionCtx, d_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return *(_scaled(x, d_loss) for x in ctx.saved_tensors), None, None, None
+
+
+_loss_and_gradients_op.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    if type(x) is not Tensor:  # being traced: no side effects, and the product fuses with what follows
+        return (_widen(x) * factor).to(x.dtype)
+    if runs_triton(x):
+        softmax_gradient.scale_(x, factor)
+        return x
+    return x.mul_(factor.to(x.dtype))
+
+
+@torch.library.custom_op("qwen3f::lse_and_target", mutates_args=())
+def _lse_and_target_op(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
+    statistics = softmax_gradient.statistics if runs_triton(hidden, weight) else _statistics
+    size = _chunk_size(weight)
+    parts = [statistics(h @ weight.t(), t, vocab_start) for h, t in zip(hidden.split(size), targets.split(size))]
+    lse, target = (torch.cat(x) for x in zip(*parts))
+    return lse, target
+
+
+@_lse_and_target_op.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
+    lse = hidden.new_empty(hidden.shape[:1], dtype=_wide(hidden.dtype))
+    return lse, torch.empty_like(lse)
+
+
+@torch.library.custom_op("qwen3f::lse_and_target_backward", mutates_args=())
+def _lse_and_target_backward_op(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_start: int, lse: Tensor, d_lse: Tensor, d_target: Tensor
+) -> tuple[Tensor, Tensor]:
+    def softmax(logits: Tensor, rows: slice) -> Tensor:
+        args = targets[rows], vocab_start, lse[rows], d_lse[rows], d_target[rows]
+        if runs_triton(logits):
+            softmax_gradient.gradient_(logits, *args)
+            return logits
+        return _d_logits(logits, *args)
+
+    return _gradients(hidden, weight, softmax)
+
+
+@_lse_and_target_backward_op.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_start: int, lse: Tensor, d_lse: Tensor, d_target: Tensor
+) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+
+
+def _keep_lse(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]
+) -> None:
+    hidden, weight, targets, ctx.vocab_start = inputs
+    ctx.save_for_backward(hidden, weight, targets, output[0])
+
+
+def _lse_and_target_backward(
+    ctx: torch.autograd.function.FunctionCtx, d_lse: Tensor, d_target: Tensor
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, targets, lse = ctx.saved_tensors
+    return *_lse_and_target_backward_op(hidden, weight, targets, ctx.vocab_start, lse, d_lse, d_target), None, None
+
+
+_lse_and_target_op.register_autograd(_lse_and_target_backward, setup_context=_keep_lse)
+
+
+def _gradients(hidden: Tensor, weight: Tensor, softmax: Callable[[Tensor, slice], Tensor]) -> tuple[Tensor, Tensor]:
+    """(d_hidden, d_weight), where softmax(logits, rows) gives the gradient in a chunk's logits; it may overwrite them.
+
+    At least one chunk, be it empty.
+    """
+    size = _chunk_size(weight)
+    chunks = [slice(i, min(i + size, len(hidden))) for i in range(0, max(len(hidden), 1), size)]
+    if not runs_triton(hidden, weight):
+        return _gradients_formula(hidden, weight, softmax, chunks)
+    buffer = hidden.new_empty(min(size, len(hidden)), len(weight))
+    d_hidden, d_weight = hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+    for rows in chunks:
+        h = hidden[rows]
+        d_logits = softmax(torch.mm(h, weight.t(), out=buffer[: len(h)]), rows)
+        torch.mm(d_logits, weight, out=d_hidden[rows])
+        if rows.start == 0:
+            torch.mm(d_logits.t(), h, out=d_weight)
+        else:
+            torch.addmm(d_weight, d_logits.t(), h, out=d_weight)
+    return d_hidden, d_weight
+
+
+def _gradients_formula(
+    hidden: Tensor, weight: Tensor, softmax: Callable[[Tensor, slice], Tensor], chunks: list[slice]
+) -> tuple[Tensor, Tensor]:
+    """The weight's gradient is summed in float32 even for half-precision inputs."""
+    d_hidden, d_weight = [], None
+    for rows in chunks:
+        h = hidden[rows]
+        d_logits = softmax(h @ weight.t(), rows)
+        d_hidden.append(d_logits @ weight)
+        part = _widen(d_logits.t() @ h)
+        d_weight = part if d_weight is None else d_weight.add_(part)
+    return torch.cat(d_hidden), d_weight.to(weight.dtype)
+
+
+def _loss_and_d_logits(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """(the chunk's loss, its gradient in the logits, in their dtype): one exponential, three passes, all in place."""
+    wide, index = _widen(logits_NV), _index(targets_N)
     weight = _effective_weights(targets_N, weights_N, wide.dtype)[:, None]
-    if torch.compiler.is_compiling():  # a comparison fuses with the rest, where a scatter would cut it in two
-        logp = wide.log_softmax(-1)
-        hit = torch.arange(logp.shape[1], device=logp.device) == index
-        d_logits = (logp.exp() - hit.to(logp.dtype)) * weight
-        return -(logp.gather(-1, index) * weight).sum(), d_logits.to(logits_NV.dtype)
-    # One exponential and three passes that write, all in place.
     top = wide.amax(-1, keepdim=True)
     of_target = wide.gather(-1, index) - top
     exp = wide.sub_(top).exp_()
     total = exp.sum(-1, keepdim=True)
-    loss = ((total.log() - of_target) * weight).sum()
-    return loss, exp.mul_(weight / total).scatter_add_(1, index, -weight).to(logits_NV.dtype)
+    losses, of_exp = total.log() - of_target, weight
+    if z_loss:
+        lse = total.log() + top
+        losses, of_exp = losses + z_loss * lse.square(), weight * (1 + 2 * z_loss * lse)
+    d_logits = exp.mul_(of_exp / total).scatter_add_(1, index, -weight)
+    return (losses * weight).sum(), d_logits.to(logits_NV.dtype)
 
 
-@functools.cache
-def _compiled_loss_and_dlogits() -> object:
-    return torch.compile(_loss_and_dlogits, fullgraph=True, dynamic=False)
+def _statistics(logits_NV: Tensor, targets_N: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
+    logits, (index, known) = _widen(logits_NV), _local(targets_N, vocab_start, logits_NV.shape[1])
+    return logits.logsumexp(-1), torch.where(known, logits.gather(-1, index)[:, 0], 0)
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 even for half-precision inputs: it is summed over chunks."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return _widen(a @ b)
+def _d_logits(
+    logits_NV: Tensor, targets_N: Tensor, vocab_start: int, lse_N: Tensor, d_lse_N: Tensor, d_target_N: Tensor
+) -> Tensor:
+    wide, (index, known) = _widen(logits_NV), _local(targets_N, vocab_start, logits_NV.shape[1])
+    of_exp = wide.sub_(lse_N[:, None]).exp_().mul_(d_lse_N[:, None])
+    return of_exp.scatter_add_(1, index, torch.where(known, d_target_N, 0)[:, None]).to(logits_NV.dtype)
 
 
-def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _local(targets_N: Tensor, vocab_start: int, size: int) -> tuple[Tensor, Tensor]:
+    """(column of each target in a shard [N, 1], 0 where it lies elsewhere; whether it lies here [N])."""
+    known = (targets_N >= vocab_start) & (targets_N < vocab_start + size)
+    return torch.where(known, targets_N - vocab_start, 0)[:, None], known
+
+
+def _index(targets_N: Tensor) -> Tensor:
+    return torch.where(targets_N == IGNORE, 0, targets_N)[:, None]
+
+
+def _weighted_sum(lse_N: Tensor, target_N: Tensor, targets_N: Tensor, weights_N: Tensor, z_loss: float) -> Tensor:
+    losses = lse_N - target_N
+    if z_loss:
+        losses = losses + z_loss * lse_N.square()
+    return (losses * _effective_weights(targets_N, weights_N, losses.dtype)).sum()
 
 
 def _effective_weights(targets_N: Tensor, weights_N: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(targets_N == IGNORE, 0, weights_N).to(dtype)
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(_wide(x.dtype))
+
+
 def _chunk_size(weight_VD: Tensor) -> int:
-    """Tokens a chunk: a power of two, so that the last chunk is rarely ragged (a ragged one compiles again)."""
-    logits = _CHUNK_LOGITS if weight_VD.is_cuda else _CHUNK_LOGITS_CPU
-    return 1 << (max(logits // weight_VD.shape[0], _MIN_CHUNK).bit_length() - 1)
+    """Tokens a chunk: a power of two, so that the tiles of hidden's gradient fill an H100 ([2,048, D] do)."""
+    logits = _CHUNK_BYTES // weight_VD.itemsize if weight_VD.is_cuda else _CHUNK_LOGITS_CPU
+    return 1 << (max(logits // len(weight_VD), _MIN_CHUNK).bit_length() - 1)
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or len(weight) == 0:
         raise ValueError(f"hidden must be [N, D] and weight [V, D], got {tuple(hidden.shape)}, {tuple(weight.shape)}")
-    if hidden.dtype != weight.dtype or hidden.device != weight.device:
-        raise ValueError(f"hidden is {hidden.dtype} on {hidden.device}, weight {weight.dtype} on {weight.device}")
-    for name, x in (("targets", targets), ("weights", weights)):
-        if x.shape != hidden.shape[:1]:
-            raise ValueError(f"{name} must be [{hidden.shape[0]}], got {tuple(x.shape)}")
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64, got {targets.dtype}")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"weight is {weight.dtype}, hidden {hidden.dtype}; give them one dtype")
+    if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"hidden must be bfloat16, float16, float32 or float64, got {hidden.dtype}")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64 [{len(hidden)}], got {targets.dtype} {tuple(targets.shape)}")
+    check_devices(hidden=hidden, weight=weight, targets=targets)

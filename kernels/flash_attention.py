@@ -94,26 +94,25 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def forward_tiles(D: int, itemsize: int) -> Tiles:
-    """By measurement on an H100; D is head_dim rounded up to a power of two."""
+def forward_tiles(D: int, itemsize: int, ragged: bool) -> Tiles:
+    """By measurement on an H100 at D 128; D is head_dim rounded up to a power of two. ragged: ranges are given."""
     if itemsize == 4:
         return Tiles(32, 32, 4, 2)
-    return Tiles(128, 64, 8, 2) if D == 256 else Tiles(128, 128, 8, 2)
+    return Tiles(128, 64, 8, 2) if D == 256 else Tiles(64, 64, 4, 3)
 
 
-def query_tiles(D: int, itemsize: int) -> Tiles:
+def query_tiles(D: int, itemsize: int, ragged: bool) -> Tiles:
     if itemsize == 4:
         return Tiles(32, 32, 4, 1)
-    return Tiles(64, 64, 8, 1) if D == 256 else Tiles(128, 64, 8, 2)
+    if D == 256:
+        return Tiles(64, 64, 8, 1)
+    return Tiles(64, 64, 4, 2) if ragged else Tiles(128, 64, 8, 3)
 
 
-def key_tiles(D: int, itemsize: int) -> Tiles:
+def key_tiles(D: int, itemsize: int, ragged: bool) -> Tiles:
     if itemsize == 4:
         return Tiles(32, 32, 4, 1)
-    return Tiles(32, 64, 8, 1) if D == 256 else Tiles(64, 128, 8, 2)
-
-
-Bounds = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    return Tiles(32, 64, 8, 1) if D == 256 else Tiles(64, 64, 4, 2)
 
 
 @torch.library.custom_op("qwen3f::flash_attention", mutates_args=())
@@ -133,14 +132,15 @@ def _forward(
         ranges = None if lo is None else KeyRanges(lo, hi, first, last)
         exact, exact_lse = reference(q, k, v, causal=causal, ranges=ranges, scale=scale)
         return out.copy_(exact), lse.copy_(exact_lse)
-    D, tiles = _columns(q), forward_tiles(_columns(q), q.element_size())
+    D, tiles = _columns(q), forward_tiles(_columns(q), q.element_size(), lo is not None)
     batch, heads, length, _ = q.shape
-    forward_kernel[(triton.cdiv(length, tiles.queries) * batch * heads,)](
-        _tile(q, tiles.queries, D), _tile(k, tiles.keys, D), _tile(v, tiles.keys, D), _tile(out, tiles.queries, D),
-        lse, lse if lo is None else lo, lse if lo is None else hi, scale * math.log2(math.e), length, k.shape[2], heads,
-        GROUP=heads // k.shape[1], MASK=_mask(causal, lo), BM=tiles.queries, BN=tiles.keys, D=D,
-        PRECISION=_precision(q), num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        forward_kernel[(triton.cdiv(length, tiles.queries) * batch * heads,)](
+            _tile(q, tiles.queries, D), _tile(k, tiles.keys, D), _tile(v, tiles.keys, D), _tile(out, tiles.queries, D),
+            lse, lse if lo is None else lo, lse if lo is None else hi, scale * math.log2(math.e), length, k.shape[2],
+            heads, GROUP=heads // k.shape[1], MASK=_mask(causal, lo), BM=tiles.queries, BN=tiles.keys, D=D,
+            PRECISION=_precision(q), num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
     return out, lse
 
 
@@ -188,22 +188,24 @@ def _backward(
     rows = q.new_empty(batch, heads, 2, padded, dtype=torch.float32)
     log2_scale = scale * math.log2(math.e)
     shared = {"GROUP": heads // kv_heads, "MASK": _mask(causal, lo), "D": D, "PRECISION": _precision(q)}
-    rows_kernel[(padded // _PAD * batch * heads,)](
-        _tile(out, _PAD, D), _tile(d_out, _PAD, D), lse, lse if d_lse is None else d_lse, rows, log2_scale, length,
-        padded, heads, HAS_DLSE=d_lse is not None, BM=_PAD, D=D, num_warps=8,
-    )  # fmt: skip
-    t = key_tiles(D, size)
-    key_kernel[(triton.cdiv(keys, t.keys) * batch * kv_heads,)](
-        _tile(q, t.queries, D), *(_tile(x, t.keys, D) for x in (k, v)), _tile(d_out, t.queries, D),
-        *(_tile(x, t.keys, D) for x in (dk, dv)), rows, *(rows if x is None else x for x in (first, last)), log2_scale,
-        length, padded, keys, kv_heads, **shared, BM=t.queries, BN=t.keys, num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
-    t = query_tiles(D, size)
-    query_kernel[(triton.cdiv(length, t.queries) * batch * heads,)](
-        _tile(q, t.queries, D), *(_tile(x, t.keys, D) for x in (k, v)), *(_tile(x, t.queries, D) for x in (d_out, dq)),
-        rows, *(rows if x is None else x for x in (lo, hi)), log2_scale, length, padded, keys, heads,
-        **shared, BM=t.queries, BN=t.keys, num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        rows_kernel[(padded // _PAD * batch * heads,)](
+            _tile(out, _PAD, D), _tile(d_out, _PAD, D), lse, lse if d_lse is None else d_lse, rows, log2_scale, length,
+            padded, heads, HAS_DLSE=d_lse is not None, BM=_PAD, D=D, num_warps=8,
+        )  # fmt: skip
+        t = key_tiles(D, size, lo is not None)
+        key_kernel[(triton.cdiv(keys, t.keys) * batch * kv_heads,)](
+            _tile(q, t.queries, D), *(_tile(x, t.keys, D) for x in (k, v)), _tile(d_out, t.queries, D),
+            *(_tile(x, t.keys, D) for x in (dk, dv)), rows, *(rows if x is None else x for x in (first, last)),
+            log2_scale, length, padded, keys, kv_heads, **shared, BM=t.queries, BN=t.keys, num_warps=t.warps,
+            num_stages=t.stages,
+        )  # fmt: skip
+        t = query_tiles(D, size, lo is not None)
+        query_kernel[(triton.cdiv(length, t.queries) * batch * heads,)](
+            _tile(q, t.queries, D), *(_tile(x, t.keys, D) for x in (k, v)), *(_tile(x, t.queries, D) for x in (d_out,
+            dq)), rows, *(rows if x is None else x for x in (lo, hi)), log2_scale, length, padded, keys, heads,
+            **shared, BM=t.queries, BN=t.keys, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
     return dq, dk, dv
 
 
@@ -243,6 +245,8 @@ def _differentiate(
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+FLASH_ATTENTION = torch.ops.qwen3f.flash_attention.default
 
 
 def _formula_backward(

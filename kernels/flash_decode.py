@@ -19,7 +19,7 @@ from kernels.key_ranges import key_ranges
 
 _PROGRAMS = 512  # about four a multiprocessor
 _BLOCK = 64  # keys a step
-_MAX_ROWS = 128  # G · T: what one program holds as queries
+MAX_ROWS = 128  # G · T: what one program holds as queries
 
 
 def reference(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, seen_BT: Tensor, scale: float) -> Tensor:
@@ -36,7 +36,7 @@ def flash_decode(
     Args:
       q, k, v: one dtype of float16, bfloat16, float32 (float64 runs the formula) and device, stride 1 along d. k and v
         may be slices of a larger cache. H · T / K at most 128, d 16 … 256.
-      seen: int32 [B, T], must not decrease along t; 0 gives a row of zeros. Slots beyond are never read: what lies
+      seen: int32 [B, T]; 0 gives a row of zeros. Slots beyond are never read: what lies
         there does not matter.
       scale: positive; default d^−½.
     The number of splits follows from the shapes alone, so reruns are bit-identical. Raises ValueError for arguments
@@ -60,15 +60,16 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tens
     partial = q.new_empty(batch * kv_heads, splits, rows, d, dtype=torch.float32)
     lse = q.new_empty(batch * kv_heads, splits, rows, dtype=torch.float32)
     D, R = triton.next_power_of_2(d), max(16, triton.next_power_of_2(rows))
-    _split_kernel[(batch * kv_heads, splits)](
-        q, k, v, seen, partial, lse, scale * math.log2(math.e), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        length, kv_heads, triton.cdiv(triton.cdiv(slots, splits), _BLOCK) * _BLOCK, rows, d,
-        GROUP=heads // kv_heads, R=R, BN=_BLOCK, D=D, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=2 if D * k.element_size() > 256 else 3,
-    )  # fmt: skip
-    _merge_kernel[(batch * kv_heads, rows)](
-        partial, lse, out, rows, d, splits, SPLITS=triton.next_power_of_2(splits), D=D, num_warps=4
-    )
+    with torch.cuda.device_of(q):
+        _split_kernel[(batch * kv_heads, splits)](
+            q, k, v, seen, partial, lse, scale * math.log2(math.e), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            length, kv_heads, triton.cdiv(triton.cdiv(slots, splits), _BLOCK) * _BLOCK, rows, d,
+            GROUP=heads // kv_heads, R=R, BN=_BLOCK, D=D, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            num_warps=4, num_stages=2 if D * k.element_size() > 256 else 3,
+        )  # fmt: skip
+        _merge_kernel[(batch * kv_heads, rows)](
+            partial, lse, out, rows, d, splits, SPLITS=triton.next_power_of_2(splits), D=D, num_warps=4
+        )
     return out
 
 
@@ -146,9 +147,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> None:
     (batch, heads, length, d), kv_heads = q.shape, k.shape[1]
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != d or heads % kv_heads:
         raise ValueError(f"q, k and v do not fit together: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if heads // kv_heads * length > _MAX_ROWS:
+    if heads // kv_heads * length > MAX_ROWS:
         raise ValueError(
-            f"q has {length} tokens of {heads // kv_heads} heads a key/value head; at most {_MAX_ROWS} rows"
+            f"q has {length} tokens of {heads // kv_heads} heads a key/value head; at most {MAX_ROWS} rows"
         )
     if not 16 <= d <= 256:
         raise ValueError(f"head_dim must be 16 … 256, got {d}")

@@ -1,17 +1,24 @@
 """Grouped linear layers: rows sorted by expert, each expert's slice through its own weight.
 
-The work is that of the rows alone, whatever the number of experts: no capacity, no padding, no row dropped. One product
-an expert with rows, in a loop on the host, so the counts should come as a CPU tensor: then nothing here waits for
-the device. (torch.nn.functional.grouped_mm in torch 2.11 to 2.13 refuses float64 and rows that are not a multiple
-of 16 bytes.)
+The work is that of the rows alone, whatever the number of experts: no capacity, padding or dropped row. On a GPU the
+host never learns the counts: a small kernel turns them into a list of row blocks of one expert each, of static length,
+and programs without a block end at once. Blocks of one expert follow each other, so its weight stays in the L2 cache.
+On a CPU it is one product an expert, in a loop. (torch.nn.functional.grouped_mm in torch 2.11 to 2.13 refuses float64
+and rows that are not a multiple of 16 bytes.)
+
+The kernels accumulate in float32, round once, and add in a fixed order: a rerun gives the same bits.
 
 N rows · E experts · D input width · F output width
+In kernels, y[rows, columns] = Σ_K a b: M × N tiles of y in steps of K; BM, BN, BK are the tile's sizes.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.backend import check_devices, runs_triton, tl, triton
 
 
 def reference(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
@@ -26,15 +33,278 @@ def grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
 
     Args:
       x_ND, weight_EFD: one floating dtype and device; gradients of any order in both.
-      counts_E: int64, rows of each expert, sum N; on the CPU, or the call waits for the device.
+      counts_E: int64, rows of each expert, sum N, on the same device. On a CPU the sum is checked. On a GPU it cannot
+        be without waiting for it: there rows that no count covers are left unwritten.
     Raises ValueError for shapes, dtypes, devices or counts that do not fit together.
     """
     _check(x_ND, weight_EFD, counts_E)
     return torch.ops.qwen3f.grouped_linear(x_ND, weight_EFD, counts_E)
 
 
+class Tile(NamedTuple):
+    """How one product is cut up.
+
+    m, n, k: BM, BN, BK. per_sm: programs a multiprocessor that each loop over many tiles; 0: a program a tile.
+    flat: such a loop fetches the next tile's first operands while it writes the last one. tma: operands that lie in
+    memory as tiles come through the copy engine. pieces: log2 of the number of parts in which a long epilogue is done.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    per_sm: int = 0
+    flat: bool = False
+    tma: bool = True
+    pieces: int = 0
+
+
+_TILES = {  # 2-byte types
+    "linear": Tile(128, 256, 64, 8, 3, per_sm=1, flat=True),
+    "linear2": Tile(128, 256, 32, 8, 4, tma=False),
+    "outer": Tile(256, 128, 64, 8, 3),
+    "up": Tile(128, 128, 64, 8, 4),
+    "activation": Tile(128, 256, 64, 8, 4, pieces=3),
+}
+_WIDE_TILE = Tile(64, 64, 32, 4, 2, tma=False, pieces=1)  # float32, without tensor cores
+
+
+def tile_of(kind: str, dtype: torch.dtype) -> Tile:
+    """The tile of one of the products: "linear", "linear2" (the sum of two), "outer", "up", "activation"."""
+    return _TILES[kind] if dtype.itemsize == 2 else _WIDE_TILE
+
+
+class Schedule(NamedTuple):
+    """tiles: int32 [T, 3], expert, first row and end of its rows for each block of rows. count: int32 [1], how many."""
+
+    tiles: Tensor
+    count: Tensor
+
+
+def schedule(offsets_E1: Tensor, rows: int, block: int) -> Schedule:
+    """The row blocks of all experts, without the host knowing their number. offsets: int32 [E + 1], first rows."""
+    experts = len(offsets_E1) - 1
+    length = triton.cdiv(rows, block) + experts
+    tiles, count = offsets_E1.new_empty(length, 3), offsets_E1.new_empty(1)
+    _schedule_kernel[(triton.cdiv(length, 64),)](
+        offsets_E1, tiles, count, experts, length, block, triton.next_power_of_2(experts), BLOCK=64, num_warps=4
+    )
+    return Schedule(tiles, count)
+
+
+@triton.jit
+def _schedule_kernel(
+    offsets, tiles, count, experts, length, BM: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    e = tl.arange(0, EXPERTS)
+    first = tl.load(offsets + e, mask=e < experts, other=0)
+    end = tl.load(offsets + e + 1, mask=e < experts, other=0)
+    need = tl.maximum(end - first + BM - 1, 0) // BM
+    upto = tl.cumsum(need)
+    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.sum((upto[None, :] <= t[:, None]).to(tl.int32), 1)
+    mine = e[None, :] == expert[:, None]
+    row = first[None, :] + (t[:, None] - (upto - need)[None, :]) * BM
+    at = tiles + t * 3
+    tl.store(at, expert, mask=t < length)
+    tl.store(at + 1, tl.sum(tl.where(mine, row, 0), 1), mask=t < length)
+    tl.store(at + 2, tl.sum(tl.where(mine, end[None, :], 0), 1), mask=t < length)
+    if tl.program_id(0) == 0:
+        tl.store(count, tl.sum(need))
+
+
+@triton.jit
+def weight_tile(
+    w, expert, n0, k0, N, K, stride_e, stride_n, stride_k,
+    TMA: tl.constexpr, K_INNER: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """[BK, BN] of an expert's weight. With TMA, w describes [E·N, K] (K_INNER) or [E·K, N]."""
+    if TMA:
+        if K_INNER:
+            tile = w.load([expert * N + n0, k0]).T
+        else:
+            tile = w.load([expert * K + k0, n0])
+    else:
+        n = n0 + tl.arange(0, BN)
+        k = k0 + tl.arange(0, BK)
+        at = w + expert.to(tl.int64) * stride_e + n[None, :] * stride_n + k[:, None] * stride_k
+        tile = tl.load(at, mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
+    return tile
+
+
+@triton.jit
+def _linear_kernel(
+    a, b, a2, b2, y, tiles, count, N, K, stride_e, stride_n, stride_k,
+    PARTS: tl.constexpr, TMA: tl.constexpr, K_INNER: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr, FLAT: tl.constexpr
+):  # fmt: skip
+    blocks = tl.cdiv(N, BN)
+    steps = tl.cdiv(K, BK)
+    for pid in tl.range(tl.program_id(0), tl.load(count) * blocks, PROGRAMS, flatten=FLAT):
+        tile = pid // blocks
+        n0 = pid % blocks * BN
+        expert = tl.load(tiles + tile * 3)
+        first = tl.load(tiles + tile * 3 + 1)
+        end = tl.load(tiles + tile * 3 + 2)
+        rows = first + tl.arange(0, BM)
+        k = tl.arange(0, BK)
+        at = tl.minimum(rows, end - 1).to(tl.int64)[:, None] * K + k[None, :]
+        acc = tl.zeros((BM, BN), tl.float32)
+        for step in range(0, steps * PARTS):
+            a_now = a
+            b_now = b
+            k0 = step * BK
+            if PARTS == 2:  # noqa: SIM102 (one is the compiler's)
+                if step >= steps:  # not two products a step: the second would wait for the first
+                    a_now = a2
+                    b_now = b2
+                    k0 -= steps * BK
+            if TMA:
+                a_tile = a_now.load([first, k0])
+            else:
+                a_tile = tl.load(a_now + at + k0, mask=k[None, :] < K - k0, other=0.0)
+            b_tile = weight_tile(b_now, expert, n0, k0, N, K, stride_e, stride_n, stride_k, TMA, K_INNER, BN, BK)
+            acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
+        n = n0 + tl.arange(0, BN)
+        out = y + rows.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(out, acc.to(y.dtype.element_ty), mask=(rows[:, None] < end) & (n[None, :] < N))
+
+
+@triton.jit
+def _outer_kernel(
+    a, b, order, y, offsets, M, N, stride_e, stride_m, stride_n,
+    TOP_K: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    blocks_m = tl.cdiv(M, BM)
+    blocks = blocks_m * tl.cdiv(N, BN)
+    expert = tl.program_id(0) // blocks
+    m0 = tl.program_id(0) % blocks % blocks_m * BM
+    n0 = tl.program_id(0) % blocks // blocks_m * BN
+    first = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    m = m0 + tl.arange(0, BM)
+    n = n0 + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    row_b = first + k
+    if TOP_K > 0:
+        row_b = tl.load(order + row_b, mask=row_b < end, other=0) // TOP_K
+    for start in range(first, end, BK):
+        rows = start + k
+        if TMA:
+            a_tile = a.load([start, m0])
+        else:
+            at = rows.to(tl.int64)[:, None] * M + m[None, :]
+            a_tile = tl.load(a + at, mask=(rows[:, None] < end) & (m[None, :] < M), other=0.0)
+        at = row_b.to(tl.int64)[:, None] * N + n[None, :]
+        b_tile = tl.load(b + at, mask=(rows[:, None] < end) & (n[None, :] < N), other=0.0)
+        row_b = rows + BK
+        if TOP_K > 0:  # one step ahead, so that no load waits for another
+            row_b = tl.load(order + row_b, mask=row_b < end, other=0) // TOP_K
+        acc = tl.dot(a_tile.T, b_tile, acc, input_precision="ieee")
+    out = y + expert.to(tl.int64) * stride_e + m[:, None] * stride_m + n[None, :] * stride_n
+    tl.store(out, acc.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+def launch_linear(
+    a: Tensor, weight_EFD: Tensor, plan: Schedule, tile: Tile, second: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """y = a weight[expert]ᵀ, for rows in the order of experts; plus the same of `second`, of the same shapes."""
+    a2, weight2 = second or (a, weight_EFD)
+    columns, width = weight_EFD.shape[1:]
+    k_inner = weight_EFD.stride(2) == 1
+    weight_EFD, weight2 = (w if w.stride() == weight_EFD.stride() else w.contiguous() for w in (weight_EFD, weight2))
+    y = a.new_empty(a.shape[0], columns)
+    tma = tile.tma and all(tiled(x) for x in (a, a2)) and all(tiled(w) or tiled(w.mT) for w in (weight_EFD, weight2))
+    tma = tma and (k_inner or width % tile.k == 0)  # the rows after the last are the next expert's
+    operands = (a, weight_EFD, a2, weight2)
+    if tma:
+        operands = [describe(x, tile.m, tile.k) if x.dim() == 2 else describe_weight(x, tile) for x in operands]
+    blocks = len(plan.tiles) * triton.cdiv(columns, tile.n)
+    grid = programs(a, tile, blocks)
+    _linear_kernel[(grid,)](
+        *operands, y, *plan, columns, width, *weight_EFD.stride(),
+        PARTS=2 if second else 1, TMA=tma, K_INNER=k_inner, BM=tile.m, BN=tile.n, BK=tile.k,
+        PROGRAMS=grid, FLAT=tile.flat, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
+
+
+def launch_outer(
+    a_RM: Tensor,
+    b: Tensor,
+    offsets_E1: Tensor,
+    tile: Tile,
+    order_R: Tensor | None = None,
+    top_k: int = 0,
+    swap: bool = False,
+) -> Tensor:
+    """aᵀ b over each expert's rows, [E, M, N], or [E, N, M] if `swap`. With order, row r of b is b[order[r] // top_k].
+
+    Of the last rows of an expert's last block, a's are multiplied by zero: a NaN there spreads to this expert too.
+    """
+    experts, rows, columns = len(offsets_E1) - 1, a_RM.shape[1], b.shape[1]
+    y = a_RM.new_empty((experts, columns, rows) if swap else (experts, rows, columns))
+    tma = tile.tma and tiled(a_RM)
+    _outer_kernel[(experts * triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n),)](
+        describe(a_RM, tile.k, tile.m) if tma else a_RM, b, order_R, y, offsets_E1, rows, columns,
+        *(y.mT if swap else y).stride(),
+        TOP_K=top_k, TMA=tma, BM=tile.m, BN=tile.n, BK=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
+
+
+def programs(x: Tensor, tile: Tile, blocks: int) -> int:
+    """How many programs share `blocks` tiles."""
+    if not tile.per_sm:
+        return blocks
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    return min(blocks, processors * tile.per_sm)
+
+
+def tiled(x: Tensor) -> bool:
+    """Whether the copy engine can read x: contiguous rows, all at multiples of 16 bytes."""
+    return x.is_contiguous() and x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
+
+
+def describe(x: Tensor, rows: int, columns: int) -> object:
+    """A descriptor with which kernels load blocks [rows, columns] of a matrix; beyond its edges are zeros."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [rows, columns])
+
+
+def describe_weight(weight_EFD: Tensor, tile: Tile) -> object:
+    """The same of an expert weight, or of a transposed view of one, as weight_tile reads it."""
+    if weight_EFD.stride(2) == 1:
+        return describe(weight_EFD.flatten(0, 1), tile.n, tile.k)
+    return describe(weight_EFD.mT.flatten(0, 1), tile.k, tile.n)
+
+
 @torch.library.custom_op("qwen3f::grouped_linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    if not x.numel() or not weight.numel():
+        return x.new_zeros(x.shape[0], weight.shape[1])
+    if runs_triton(x):
+        tile = tile_of("linear", x.dtype)
+        plan = schedule(offsets_of(counts, x.shape[0]), x.shape[0], tile.m)
+        return launch_linear(x.contiguous(), weight, plan, tile)
+    return linear_formula(x, weight, counts)
+
+
+@torch.library.custom_op("qwen3f::grouped_outer", mutates_args=())
+def _outer(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    """[E, A, B] from a [N, A] and b [N, B]: aᵀb over each expert's rows; zeros where there are none."""
+    if not a.numel() or not b.numel():
+        return a.new_zeros(counts.shape[0], a.shape[1], b.shape[1])
+    if runs_triton(a):
+        return launch_outer(a.contiguous(), b.contiguous(), offsets_of(counts, a.shape[0]), tile_of("outer", a.dtype))
+    return outer_formula(a, b, counts)
+
+
+def linear_formula(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """grouped_linear as a loop over experts; waits for counts that are on a GPU."""
     out = x.new_empty(x.shape[0], weight.shape[1])
     for expert, rows in _slices(counts, x.shape[0]):
         if rows.stop > rows.start:
@@ -42,13 +312,17 @@ def _linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("qwen3f::grouped_outer", mutates_args=())
-def _outer(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
-    """[E, A, B] from a [N, A] and b [N, B]: aᵀb over each expert's rows; zeros where there are none."""
+def outer_formula(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    """The gradient of grouped_linear in its weight, aᵀb of each expert's rows, as a loop."""
     out = a.new_empty(counts.shape[0], a.shape[1], b.shape[1])
     for expert, rows in _slices(counts, a.shape[0]):
         torch.mm(a[rows].t(), b[rows], out=out[expert])
     return out
+
+
+def offsets_of(counts_E: Tensor, rows: int) -> Tensor:
+    """int32 [E + 1], where each expert's rows begin; never outside the rows, whatever the counts."""
+    return torch.nn.functional.pad(counts_E.cumsum(0), (1, 0)).clamp(0, rows).to(torch.int32)
 
 
 @_linear.register_fake
@@ -105,3 +379,4 @@ def _check(x: Tensor, weight: Tensor, counts: Tensor) -> None:
         raise ValueError(f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}")
     if counts.shape != weight.shape[:1] or counts.dtype != torch.int64:
         raise ValueError(f"counts must be int64 [{weight.shape[0]}], got {counts.dtype} {tuple(counts.shape)}")
+    check_devices(x=x, counts=counts)

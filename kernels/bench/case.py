@@ -17,8 +17,8 @@ class Case:
     Attributes:
       kernel, shape: what the table says.
       inputs: makes fresh random inputs on the device; those that require gradients are differentiated.
-      entries: name -> function of the inputs, "ours" first. An entry may raise NotImplementedError or ImportError: it
-        is left out of the table with the reason.
+      entries: name -> function of the inputs, "ours" first. A rival that raises (not installed, out of memory) is left
+        out of the table with the reason.
       forward, backward: bytes that a perfect kernel moves, each input and output once; or FLOPs (see `unit`).
       unit: "bytes" or "flops".
       joint: forward and backward are timed together (gradients are made in the forward); `forward` counts both.
@@ -36,7 +36,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Milliseconds; backward None where it was timed together with the forward. note: why there is no figure."""
+    """Milliseconds; backward None where there is none of its own. note: why there is no figure."""
 
     forward: float | None
     backward: float | None
@@ -48,8 +48,10 @@ def measure(case: Case, name: str) -> Measured:
     wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     try:
         outputs = _tensors(entry(*inputs))
-    except (ImportError, NotImplementedError) as error:
-        return Measured(None, None, f"{type(error).__name__}: {error}")
+    except Exception as error:
+        if name == "ours":
+            raise
+        return Measured(None, None, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
     differentiable = [y for y in outputs if y.requires_grad]
     grads = [torch.randn_like(y) for y in differentiable]
     if case.joint:
@@ -61,6 +63,8 @@ def measure(case: Case, name: str) -> Measured:
         return Measured(timing.milliseconds(both), None)
     # Inputs keep requires_grad: what a forward pass stores for its backward is part of its cost.
     forward = timing.milliseconds(lambda: entry(*inputs))
+    if not wanted:
+        return Measured(forward, None)
     backward = timing.milliseconds(lambda: torch.autograd.grad(differentiable, wanted, grads, retain_graph=True))
     return Measured(forward, backward)
 

@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 import torch
 
-_SLEEP_CYCLES = 400_000  # about 0.2 ms: the device waits while the host queues the run, so launch gaps are not timed
+_SLEEP_CYCLES = 1_000_000  # about 0.5 ms: the device waits while the host queues the run, so launch gaps are not timed
 
 
 def milliseconds(fn: Callable[[], object], budget_ms: float = 150.0, warmup: int = 3) -> float:
     """Median device time of one call, from as many calls as fit into `budget_ms` (8 to 100).
 
-    Before each one the L2 cache is overwritten, as it would be in a training step.
+    Before each one the L2 cache is filled with other data, as it would be in a training step; by reading, since lines
+    written to would still have to go to memory while the call is timed.
     """
     for _ in range(warmup):
         fn()
@@ -21,10 +22,10 @@ def milliseconds(fn: Callable[[], object], budget_ms: float = 150.0, warmup: int
 
 
 def _runs(fn: Callable[[], object], count: int) -> list[float]:
-    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
+    flush = torch.zeros(64 << 20, dtype=torch.int32, device="cuda")
     starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(count)] for _ in range(2))
     for start, end in zip(starts, ends):
-        flush.zero_()
+        flush.sum()
         torch.cuda._sleep(_SLEEP_CYCLES)
         start.record()
         fn()

@@ -1,18 +1,10 @@
 """The model: pure functions of (config, parameters, batch)."""
 
 from qwen3f.model.cached import apply_cached, make_cached_forward
+from qwen3f.model.execution import EAGER, REFERENCE, Execution
 from qwen3f.model.kv_cache import KVCache, init_cache
 from qwen3f.model.moe import RouterStats
-from qwen3f.model.transformer import (
-    EAGER,
-    REFERENCE,
-    Execution,
-    ModelOutput,
-    apply,
-    head_weight,
-    make_forward,
-    real_tokens,
-)
+from qwen3f.model.transformer import ModelOutput, apply, head_weight, make_forward, real_tokens
 
 __all__ = [
     "EAGER",

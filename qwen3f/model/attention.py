@@ -9,47 +9,44 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import flex_attention
 
+from kernels import flash_attention, flash_decode, key_ranges
+from kernels.qk_norm_rope import qk_norm_rope
 from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from qwen3f.model.kv_cache import LayerCache, extend
-from qwen3f.model.mask import BLOCK, AttentionMask, block_mask, dense_mask
+from qwen3f.model.kv_cache import LayerCache, dense_allowed, extend
+from qwen3f.model.mask import AttentionMask
 from qwen3f.model.norm import L2Norm, RMSNorm
 from qwen3f.model.rope import apply_rope
 
-BACKENDS = ("auto", "reference", "sdpa", "flex")
+BACKENDS = ("auto", "reference", "sdpa", "flash")
 
 
-def make_mask(segments_BT: Tensor | None, backend: str, compiled: bool) -> AttentionMask:
+def make_mask(segments_BT: Tensor | None, backend: str) -> AttentionMask:
     """The mask in the form that `backend` takes. None segments: plain causal attention.
 
-    "auto" picks by measurement (one H100, H16 K8 d128, B4 T4096, documents of mean 700 tokens, forward/backward ms):
-    flex_attention over document blocks 0.34/0.83, cuDNN without documents 0.47/1.54, SDPA with a dense mask 1.81/4.75.
-    So packed batches in compiled CUDA code use flex, everything else scaled_dot_product_attention. flex needs T to be
-    a multiple of BLOCK, and uncompiled it would hold all scores in memory.
+    "auto" picks by measurement (README, kernels): on a GPU packed documents go to our flash attention, which leaves out
+    what lies between them; everything else to torch's scaled_dot_product_attention (cuDNN's, on a GPU).
     """
     if backend not in BACKENDS:
         raise UserError(f"attention backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if segments_BT is None:
         return AttentionMask()
-    fits = segments_BT.shape[1] % BLOCK == 0
-    if backend == "flex" and not fits:
-        raise UserError(f"attention backend flex needs seq_len to be a multiple of {BLOCK}, got {segments_BT.shape[1]}")
-    if backend == "flex" or (backend == "auto" and segments_BT.is_cuda and compiled and fits):
-        return AttentionMask(blocks=block_mask(segments_BT))
-    return AttentionMask(allowed=dense_mask(segments_BT))
+    ranges = key_ranges.ranges_from_segments(segments_BT)
+    if backend == "flash" or (backend == "auto" and segments_BT.is_cuda):
+        return AttentionMask(ranges=ranges)
+    return AttentionMask(allowed=key_ranges.dense_mask(ranges))
 
 
-def attend(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: AttentionMask) -> Tensor:
+def attend(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: AttentionMask, backend: str = "auto") -> Tensor:
     """softmax(q kᵀ/√d + mask) v by the fastest kernel for the mask's form; [B, H, T, d]."""
+    if mask.ranges is not None or backend == "flash":
+        return flash_attention.flash_attention(q_BHTd, k_BKTd, v_BKTd, ranges=mask.ranges)[0]
     if torch.compiler.is_compiling() and q_BHTd.dtype == torch.float64 and not q_BHTd.is_cuda:
         # torch 2.11 compiles CPU's fused kernel for float64 with a log-sum-exp of the wrong dtype
         return attend_reference(q_BHTd, k_BKTd, v_BKTd, mask, 0.0, None)
     grouped = q_BHTd.shape[1] != k_BKTd.shape[1]
-    if mask.blocks is not None:
-        return flex_attention(q_BHTd, k_BKTd, v_BKTd, block_mask=mask.blocks, enable_gqa=grouped)
     if grouped and not q_BHTd.is_cuda:
         # CPU's fused kernel takes equal head counts only; with enable_gqa torch falls back to the unfused one.
         k_BKTd, v_BKTd = (_repeat_heads(x, q_BHTd.shape[1]) for x in (k_BKTd, v_BKTd))
@@ -84,15 +81,21 @@ def attend_reference(
 def attend_cached(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cache: LayerCache, backend: str) -> Tensor:
     """Attention of the new tokens over the cache with them in it (written in place); [B, H, T, d].
 
-    The query heads that share a key/value head are laid out as further rows of its queries: every kernel then sees
-    equal head counts, and the cache is never repeated.
+    On a CPU the query heads that share a key/value head are laid out as further rows of its queries: torch's kernel
+    then sees equal head counts, and the cache is never repeated.
     """
     keys, values = extend(cache, k_BKTd, v_BKTd)
+    if backend == "flash" or (backend == "auto" and q_BHTd.is_cuda):
+        if q_BHTd.shape[1] // keys.shape[1] * q_BHTd.shape[2] <= flash_decode.MAX_ROWS:
+            return flash_decode.flash_decode(q_BHTd, keys, values, cache.seen)
+        ranges = key_ranges.key_ranges(torch.zeros_like(cache.seen), cache.seen, cache.span)
+        return flash_attention.flash_attention(q_BHTd, keys, values, ranges=ranges)[0]
+    allowed = dense_allowed(cache)
     if backend == "reference":
-        return attend_reference(q_BHTd, keys, values, AttentionMask(cache.allowed), 0.0, None)
+        return attend_reference(q_BHTd, keys, values, AttentionMask(allowed), 0.0, None)
     group = q_BHTd.shape[1] // keys.shape[1]
     q = q_BHTd.unflatten(1, (-1, group)).flatten(2, 3)
-    out = attend(q, keys, values, AttentionMask(cache.allowed.repeat(1, 1, group, 1)))
+    out = attend(q, keys, values, AttentionMask(allowed.repeat(1, 1, group, 1)))
     return out.unflatten(2, (group, -1)).flatten(1, 2)
 
 
@@ -102,9 +105,12 @@ def _repeat_heads(x_BKTd: Tensor, heads: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Skeleton of one layer's attention: lives on the meta device, weights come through functional_call."""
+    """Skeleton of one layer's attention: lives on the meta device, weights come through functional_call.
 
-    def __init__(self, cfg: ModelConfig, backend: str) -> None:
+    fused: on a GPU, norm and rotate queries and keys in one kernel.
+    """
+
+    def __init__(self, cfg: ModelConfig, backend: str, fused: bool) -> None:
         super().__init__()
         linear = functools.partial(nn.Linear, bias=cfg.attention_bias)
         self.q_proj = linear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim)
@@ -116,6 +122,8 @@ class Attention(nn.Module):
             norm = RMSNorm if cfg.qk_norm == "rms" else L2Norm
             self.q_norm = norm(cfg.head_dim, cfg.rms_norm_eps)
             self.k_norm = norm(cfg.head_dim, cfg.rms_norm_eps)
+        self.fused = fused and cfg.qk_norm == "rms"
+        self.eps = cfg.rms_norm_eps
         self.head_dim = cfg.head_dim
         self.dropout = cfg.attention_dropout
         self.backend = backend
@@ -124,14 +132,17 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | LayerCache, stream: Tensor | None
     ) -> Tensor:
         q, k, v = (p(x_BTD).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if self.fused and x_BTD.is_cuda:
+            q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, self.eps)
+        else:
+            if self.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if isinstance(mask, LayerCache):
             out = attend_cached(q, k, v, mask, self.backend)
         elif self.backend == "reference" or (self.dropout and stream is not None):
             out = attend_reference(q, k, v, mask, self.dropout, stream)
         else:
-            out = attend(q, k, v, mask)
+            out = attend(q, k, v, mask, self.backend)
         return self.o_proj(out.transpose(1, 2).flatten(-2))

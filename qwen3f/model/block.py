@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kernels import grouped_gemm
+from kernels import flash_attention, fused_experts, grouped_gemm, moe_dispatch
 from qwen3f.config import ModelConfig
 from qwen3f.model.attention import Attention
+from qwen3f.model.execution import Execution
 from qwen3f.model.kv_cache import LayerCache
 from qwen3f.model.mask import AttentionMask
 from qwen3f.model.mlp import SwiGLU
@@ -28,8 +29,10 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.higher_order.flex_attention,
+    flash_attention.FLASH_ATTENTION,
+    fused_experts.EXPERTS_MLP,
     grouped_gemm.GROUPED_LINEAR,
+    moe_dispatch.PLAN,
     torch.ops.aten.topk.default,
     torch.ops.aten.sort.stable,
 }
@@ -42,13 +45,14 @@ class Block(nn.Module):
     compile pass on in every version. real_BT: bool, False for padding; only routers ask.
     """
 
-    def __init__(self, cfg: ModelConfig, attention: str, experts: str, sparse: bool) -> None:
+    def __init__(self, cfg: ModelConfig, execution: Execution, sparse: bool) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.self_attn = Attention(cfg, attention)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        fused = execution.fused
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, "norm" in fused)
+        self.self_attn = Attention(cfg, execution.attention, "rotation" in fused)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, "norm" in fused)
         self.sparse = sparse
-        self.mlp = SparseMLP(cfg, experts) if sparse else SwiGLU(cfg)
+        self.mlp = SparseMLP(cfg, execution.experts) if sparse else SwiGLU(cfg, "swiglu" in fused)
 
     def forward(
         self,
@@ -59,8 +63,8 @@ class Block(nn.Module):
         real_BT: Tensor | None,
         stream: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, stream)
-        h_BTD = self.post_attention_layernorm(x_BTD)
+        a_BTD = self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, stream)
+        h_BTD, x_BTD = self.post_attention_layernorm.add(a_BTD, x_BTD)
         if not self.sparse:
             return (x_BTD + self.mlp(h_BTD),)
         y_BTD, stats = self.mlp(h_BTD, real_BT)
@@ -68,7 +72,7 @@ class Block(nn.Module):
 
 
 @functools.lru_cache(maxsize=32)
-def block_fn(cfg: ModelConfig, attention: str, experts: str, compile_block: bool, sparse: bool) -> BlockFn:
+def block_fn(cfg: ModelConfig, execution: Execution, sparse: bool) -> BlockFn:
     """(layer parameters, x, cos, sin, mask, real, stream) -> as Block, for any layer of one kind: dense, or sparse.
 
     The skeleton lives on the meta device and owns nothing. Cached, since the compiled function is: every layer of a
@@ -76,13 +80,13 @@ def block_fn(cfg: ModelConfig, attention: str, experts: str, compile_block: bool
     policy sees the operators.
     """
     with torch.device("meta"):
-        skeleton = Block(cfg, attention, experts, sparse)
+        skeleton = Block(cfg, execution, sparse)
 
     def run(layer: dict[str, Tensor], *args: object) -> tuple[Tensor, ...]:
         return torch.func.functional_call(skeleton, layer, args, strict=True)
 
     fn = run if cfg.gradient_checkpointing == "none" else _recomputed(run, cfg.gradient_checkpointing)
-    return torch.compile(fn, fullgraph=True, dynamic=False) if compile_block else fn
+    return torch.compile(fn, fullgraph=True, dynamic=False) if execution.compile == "block" else fn
 
 
 def _recomputed(run: BlockFn, policy: str) -> BlockFn:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
+from qwen3f.model.execution import EAGER, Execution
 from qwen3f.model.kv_cache import KVCache, copy_cache, place
-from qwen3f.model.transformer import EAGER, Execution, head_weight, make_body
+from qwen3f.model.transformer import head_weight, make_body
 
 CachedForward = Callable[..., tuple[Tensor, KVCache]]
 
@@ -50,7 +51,7 @@ def make_cached_forward(cfg: ModelConfig, execution: Execution = EAGER) -> Cache
     nothing is recomputed. moe_drop_tokens has no effect: what a row gets must not depend on the rows beside it.
     """
     cfg = cfg.replace(gradient_checkpointing="none", moe_drop_tokens=False)
-    body = make_body(cfg, execution.attention, execution)
+    body = make_body(cfg, execution)
 
     @torch.no_grad()
     def forward(

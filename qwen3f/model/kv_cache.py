@@ -40,14 +40,15 @@ class KVCache(NamedTuple):
 class LayerCache(NamedTuple):
     """What one layer's attention needs in order to extend its cache and look into it; takes the mask's place.
 
-    keys, values: [B, K, 1 + S, d], written to. slots: int64 [B, T], where the new tokens go. allowed: bool
-    [B, 1, T, span]: new token t may see position p < span.
+    keys, values: [B, K, 1 + S, d], written to. slots: int64 [B, T], where the new tokens go. seen: int32 [B, T]: new
+    token t may see positions 0 … seen[t]−1, all below `span`.
     """
 
     keys: Tensor
     values: Tensor
     slots: Tensor
-    allowed: Tensor
+    seen: Tensor
+    span: int
 
 
 def init_cache(cfg: ModelConfig, params: P.Params, batch: int, max_len: int) -> KVCache:
@@ -72,14 +73,14 @@ def copy_cache(cache: KVCache) -> KVCache:
 def place(cache: KVCache, real_BT: Tensor, span: int) -> tuple[Tensor, list[LayerCache], KVCache]:
     """(positions int64 [B, T] of new tokens, what each layer gets, the cache once all layers have written).
 
-    real_BT: bool, False for padding, which may stand anywhere in a row. Padding sees the first slot, so that no row of
-    scores is empty.
+    real_BT: bool, False for padding, which may stand anywhere in a row. Padding sees the tokens before it, or else the
+    first slot, so that no row of scores is empty.
     """
     rank_BT = real_BT.to(torch.int64).cumsum(1)
     positions_BT = torch.where(real_BT, cache.lengths[:, None] + rank_BT - 1, 0)
     slots_BT = torch.where(real_BT, positions_BT + 1, 0)
-    allowed = torch.arange(span, device=real_BT.device) <= positions_BT[:, None, :, None]
-    layers = [LayerCache(k, v, slots_BT, allowed) for k, v in zip(cache.keys, cache.values)]
+    seen_BT = (cache.lengths[:, None] + rank_BT).clamp(min=1).to(torch.int32)
+    layers = [LayerCache(k, v, slots_BT, seen_BT, span) for k, v in zip(cache.keys, cache.values)]
     # not _replace, which loses the layers when torch 2.11 compiles it
     return positions_BT, layers, KVCache(cache.keys, cache.values, cache.lengths + rank_BT[:, -1])
 
@@ -92,5 +93,10 @@ def extend(layer: LayerCache, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, T
     row_B1 = torch.arange(k_BKTd.shape[0], device=k_BKTd.device)[:, None]
     layer.keys[row_B1, :, layer.slots] = k_BKTd.transpose(1, 2)
     layer.values[row_B1, :, layer.slots] = v_BKTd.transpose(1, 2)
-    end = 1 + layer.allowed.shape[-1]
+    end = 1 + layer.span
     return layer.keys[:, :, 1:end], layer.values[:, :, 1:end]
+
+
+def dense_allowed(layer: LayerCache) -> Tensor:
+    """bool [B, 1, T, span], True where a new token may see a position."""
+    return (torch.arange(layer.span, device=layer.seen.device) < layer.seen[..., None])[:, None]

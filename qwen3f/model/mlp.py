@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.swiglu import swiglu
 from qwen3f.config import ModelConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -16,14 +17,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class SwiGLU(nn.Module):
-    """down(act(gate(x)) · up(x)); act is SiLU unless cfg.hidden_act says otherwise."""
+    """down(act(gate(x)) · up(x)); act is SiLU unless cfg.hidden_act says otherwise.
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    fused: on a GPU, run the kernel of kernels/swiglu.py.
+    """
+
+    def __init__(self, cfg: ModelConfig, fused: bool = False) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
         self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
         self.act = ACTIVATIONS[cfg.hidden_act]
+        self.fused = fused and cfg.hidden_act == "silu"
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        gate, up = self.gate_proj(x_BTD), self.up_proj(x_BTD)
+        return self.down_proj(swiglu(gate, up) if self.fused and x_BTD.is_cuda else self.act(gate) * up)

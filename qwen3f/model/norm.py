@@ -6,6 +6,8 @@ x_…D: any leading dimensions, D normalised.
 import torch
 from torch import Tensor, nn
 
+from kernels import rmsnorm
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight · x/√(mean(x²)+eps) over the last dimension; the cast back comes before the weight, as transformers does.
@@ -25,13 +27,25 @@ def l2_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
+    """fused: on a GPU, run the kernel of kernels/rmsnorm.py; otherwise the formula."""
+
+    def __init__(self, size: int, eps: float, fused: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
+        self.fused = fused
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused and x.is_cuda:
+            return rmsnorm.rms_norm(x, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(the norm of x + residual, x + residual)."""
+        if self.fused and x.is_cuda:
+            return rmsnorm.rms_norm(x, self.weight, self.eps, residual)
+        total = residual + x
+        return rms_norm(total, self.weight, self.eps), total
 
 
 class L2Norm(RMSNorm):

@@ -14,46 +14,14 @@ from torch import Tensor
 from qwen3f import params as P
 from qwen3f import rng
 from qwen3f.config import ModelConfig
-from qwen3f.errors import UserError
 from qwen3f.model.attention import make_mask
 from qwen3f.model.block import block_fn
+from qwen3f.model.execution import EAGER, Execution
 from qwen3f.model.kv_cache import LayerCache
 from qwen3f.model.mask import AttentionMask
-from qwen3f.model.moe import EXPERT_FORMS, RouterStats
+from qwen3f.model.moe import RouterStats
 from qwen3f.model.norm import rms_norm
 from qwen3f.model.rope import rope_tables
-
-COMPILE_MODES = ("off", "block", "step")
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How the model runs; never what it computes.
-
-    compile: "off"; "block" compiles one transformer block, used for all layers; "step" says that the caller compiles
-      the whole step into one graph.
-    attention: see qwen3f.model.attention.BACKENDS.
-    experts: "grouped" or "reference", see qwen3f.model.moe.
-    loss: "chunked" or "reference", see kernels.cross_entropy.
-    """
-
-    compile: str = "off"
-    attention: str = "auto"
-    experts: str = "grouped"
-    loss: str = "chunked"
-
-    def __post_init__(self) -> None:
-        if self.compile not in COMPILE_MODES:
-            raise UserError(f"compile mode {self.compile!r} is unknown; use one of {', '.join(COMPILE_MODES)}")
-        if self.experts not in EXPERT_FORMS:
-            raise UserError(f"experts {self.experts!r} is unknown; use {' or '.join(EXPERT_FORMS)}")
-        if self.loss not in ("chunked", "reference"):
-            raise UserError(f"loss {self.loss!r} is unknown; use chunked or reference")
-
-
-EAGER = Execution()
-# composes with torch.func.vmap, grad and jvp
-REFERENCE = Execution(attention="reference", experts="reference", loss="reference")
 
 
 class ModelOutput(NamedTuple):
@@ -99,9 +67,10 @@ def make_forward(cfg: ModelConfig, execution: Execution = EAGER, *, dropout: boo
     Skeletons are built here, once, since that cannot happen inside a compiled step. dropout: whether the function will
     be called with a dropout_stream; attention with dropout runs the reference formula. Arguments as in `apply`.
     """
-    backend = "reference" if dropout and cfg.attention_dropout else execution.attention
-    body = make_body(cfg, backend, execution)
-    compiled, sparse = execution.compile != "off", bool(cfg.sparse_layers)
+    if dropout and cfg.attention_dropout:
+        execution = dataclasses.replace(execution, attention="reference")
+    body = make_body(cfg, execution)
+    sparse = bool(cfg.sparse_layers)
 
     def forward(
         params: P.Params, batch: Mapping[str, Tensor], dropout_stream: Tensor | None = None
@@ -110,7 +79,7 @@ def make_forward(cfg: ModelConfig, execution: Execution = EAGER, *, dropout: boo
         positions = batch.get("positions")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        mask = make_mask(batch.get("segments"), backend, compiled)
+        mask = make_mask(batch.get("segments"), execution.attention)
         real = real_tokens(batch) if sparse else None
         return body(params, tokens, positions, [mask] * cfg.num_hidden_layers, real, dropout_stream)
 
@@ -124,14 +93,14 @@ def real_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
     return batch["segments"] != 0 if "segments" in batch else None
 
 
-def make_body(cfg: ModelConfig, backend: str, execution: Execution) -> Forward:
+def make_body(cfg: ModelConfig, execution: Execution) -> Forward:
     """body(params, tokens [B, T], positions [B, T], masks, real, dropout_stream=None) -> as make_forward's function.
 
-    backend: attention's. masks: what each layer's attention may see; an AttentionMask, or a LayerCache that also holds
+    masks: what each layer's attention may see; an AttentionMask, or a LayerCache that also holds
     the layer's earlier keys and values (qwen3f.model.cached). real: bool [B, T] or None, as real_tokens gives it.
     """
     kinds = [cfg.is_sparse(layer) for layer in range(cfg.num_hidden_layers)]
-    blocks = {kind: block_fn(cfg, backend, execution.experts, execution.compile == "block", kind) for kind in {*kinds}}
+    blocks = {kind: block_fn(cfg, execution, kind) for kind in {*kinds}}
     stacks = layer_stacks(cfg)
 
     def body(

@@ -143,8 +143,7 @@ def _make_loss_and_stats(
         if execution.loss == "reference":
             total = cross_entropy.reference(hidden.flatten(0, 1), *rest)
         else:
-            compiled = execution.compile == "block"
-            total = cross_entropy.linear_cross_entropy(hidden.flatten(0, 1), *rest, compiled=compiled)
+            total = cross_entropy.linear_cross_entropy(hidden.flatten(0, 1), *rest)
         divisor = torch.as_tensor(total_weight, dtype=total.dtype, device=total.device)
         return total / torch.where(divisor > 0, divisor, 1.0), stats
 

@@ -118,8 +118,8 @@ def test_the_formula_on_a_cpu(name):
 
 
 def test_huge_logits():
-    """Scores of ±1e4: the log-sum-exp is rounded to 1e-3, so probabilities are exact to 1e-3. Of ±1e7: to nothing, but a
-    probability stays one: no value's gradient is larger than if every query put all its weight on it."""
+    """Scores of ±1e4: the log-sum-exp is rounded to 1e-3, so probabilities are exact to 1e-3. Of ±1e7: to nothing, but
+    they stay below 1: no value's gradient is larger than if every query put all its weight on it."""
     (q, k, v), d_out, d_lse = inputs((1, 2, 2, 40, 40, 16))
     for size, far in ((1e2, 2e-3), (3e3, None)):
         scaled = [(x * s).detach().requires_grad_() for x, s in zip((q, k, v), (size, size, 1.0))]

@@ -2,58 +2,27 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from qwen3f import model, params, presets, rng
 from qwen3f.errors import UserError
-from qwen3f.model import attention, mask
+from qwen3f.model import attention
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=12), min_size=1, max_size=3))
-def test_block_mask_equals_the_dense_mask(rows):
-    length = 4 * mask.BLOCK
-    segments = torch.zeros(len(rows), length, dtype=torch.int32)
-    for row, lengths in enumerate(rows):
-        start = 0
-        for number, n in enumerate(lengths, 1):
-            segments[row, start : start + n] = number
-            start += n
-    blocks = mask.block_mask(segments)
-    dense = mask.dense_mask(segments)
-    runs = mask.document_runs(segments)
-    tiles = dense.view(len(rows), 1, 4, mask.BLOCK, 4, mask.BLOCK).transpose(3, 4)
-    some, every = tiles.any((-1, -2))[:, 0], tiles.all((-1, -2))[:, 0]
-    needed, full = torch.zeros_like(some), torch.zeros_like(some)
-    for b in range(len(rows)):
-        for q in range(4):
-            partial = blocks.kv_indices[b, 0, q, : blocks.kv_num_blocks[b, 0, q]].long()
-            whole = blocks.full_kv_indices[b, 0, q, : blocks.full_kv_num_blocks[b, 0, q]].long()
-            assert not set(partial.tolist()) & set(whole.tolist())
-            needed[b, q, partial] = needed[b, q, whole] = True
-            full[b, q, whole] = True
-    assert torch.equal(needed, some)
-    assert torch.equal(full, every)
-    place = torch.arange(length)
-    b = torch.arange(len(rows))[:, None, None]
-    assert torch.equal(blocks.mask_mod(b, 0, place[:, None], place[None, :]), dense[:, 0])
-    assert (runs[:, 1:] >= runs[:, :-1]).all()
-
-
-def qkv(heads=6, kv=2, length=33, dim=8):
+def qkv(heads=6, kv=2, length=33, dim=16):
     g = torch.Generator().manual_seed(1)
     return [torch.randn(2, h, length, dim, generator=g, dtype=torch.float64) for h in (heads, kv, kv)]
 
 
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "flash"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kv", [1, 2, 6])
-def test_sdpa_equals_reference(packed, kv):
+def test_backends_equal_the_formula(packed, kv, backend):
     q, k, v = qkv(kv=kv)
     segments = torch.tensor([[1] * 10 + [2] * 20 + [0] * 3, [1] * 33], dtype=torch.int32)
-    m = attention.make_mask(segments if packed else None, "sdpa", compiled=False)
-    expected = attention.attend_reference(q, k, v, m, 0.0, None)
-    torch.testing.assert_close(attention.attend(q, k, v, m), expected, rtol=1e-12, atol=1e-13)
+    segments = segments if packed else None
+    expected = attention.attend_reference(q, k, v, attention.make_mask(segments, "reference"), 0.0, None)
+    got = attention.attend(q, k, v, attention.make_mask(segments, backend), backend)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
     assert torch.isfinite(expected).all()
 
 
@@ -100,9 +69,8 @@ def test_dropout_keeps_the_expectation():
     assert error.max() < 6  # standard errors; 3,168 values
 
 
-def test_wrong_backends_are_named():
-    segments = torch.ones(1, 100, dtype=torch.int32)
-    with pytest.raises(UserError, match="multiple of 128"):
-        attention.make_mask(segments, "flex", compiled=True)
-    with pytest.raises(UserError, match="'flash' is unknown"):
-        attention.make_mask(segments, "flash", compiled=True)
+def test_wrong_choices_are_named():
+    with pytest.raises(UserError, match="'flex' is unknown"):
+        attention.make_mask(torch.ones(1, 100, dtype=torch.int32), "flex")
+    with pytest.raises(UserError, match="kernels"):
+        model.Execution(kernels=("softmax",))

@@ -1,0 +1,52 @@
+"""How a model runs; never what it computes."""
+
+import dataclasses
+
+from qwen3f.errors import UserError
+from qwen3f.model.moe import EXPERT_FORMS
+
+COMPILE_MODES = ("off", "block", "step")
+FUSED = ("norm", "rotation", "swiglu")  # norms with their residual; norm and rotation of queries and keys; SwiGLU
+
+# The faster by measurement on an H100 (README): torch.compile fuses the formulas with what stands around them; without
+# it every kernel wins. On a CPU the formulas run in any case.
+_FASTEST = {"off": FUSED, "block": FUSED, "step": FUSED}
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """
+    Attributes:
+      compile: "off"; "block" compiles one transformer block, used for all layers; "step" says that the caller compiles
+        the whole step into one graph.
+      attention: see qwen3f.model.attention.BACKENDS.
+      experts: "grouped" or "reference", see qwen3f.model.moe.
+      loss: "chunked" or "reference", see kernels.cross_entropy.
+      kernels: which elementwise operators run our kernels on a GPU instead of the formulas: "auto", the faster by
+        measurement, or a tuple of FUSED.
+    """
+
+    compile: str = "off"
+    attention: str = "auto"
+    experts: str = "grouped"
+    loss: str = "chunked"
+    kernels: str | tuple[str, ...] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.compile not in COMPILE_MODES:
+            raise UserError(f"compile mode {self.compile!r} is unknown; use one of {', '.join(COMPILE_MODES)}")
+        if self.experts not in EXPERT_FORMS:
+            raise UserError(f"experts {self.experts!r} is unknown; use {' or '.join(EXPERT_FORMS)}")
+        if self.loss not in ("chunked", "reference"):
+            raise UserError(f"loss {self.loss!r} is unknown; use chunked or reference")
+        if self.kernels != "auto" and not set(self.kernels) <= set(FUSED):
+            raise UserError(f"kernels {self.kernels!r} are unknown; use auto or some of {', '.join(FUSED)}")
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        return _FASTEST[self.compile] if self.kernels == "auto" else self.kernels
+
+
+EAGER = Execution()
+# composes with torch.func.vmap, grad and jvp
+REFERENCE = Execution(attention="reference", experts="reference", loss="reference", kernels=())
