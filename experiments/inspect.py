@@ -12,5 +12,6 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "inspect"
     config.path = ""
+    config.backend = "orbax"  # dcp also opens checkpoints that are in part a pickle: of people that you trust
     config.verify = True  # read every file and compare its checksum; False: sizes and names of the tree alone
     return config

@@ -3,6 +3,9 @@
     python launch.py --config experiments/pretrain_s3.py:small --config.init_from=W2 --workdir W3
     python launch.py --config experiments/pretrain_s3.py:small,yarn …     # YaRN over stage 1's context as well
 
+Three quarters of the tokens are of documents longer than half the context, a quarter of documents longer than an eighth
+(technical report, §3.2: 16,384 to 32,768 and 4,096 to 16,384 tokens); shorter ones are left out.
+
 YaRN is off by default: Qwen3 trains with ABF alone and adds YaRN at inference (technical report, §3.2). nano runs at
 2,048 tokens.
 """
@@ -24,6 +27,7 @@ def get_config(arg: str = "small") -> ConfigDict:
     if option == "yarn":
         scaling = {"factor": config.seq_len / before, "original_max_position_embeddings": before}
         config.model.rope_scaling = ConfigDict({"rope_type": "yarn", **scaling})
+    config.data.length_mix = "long=0.75,medium=0.25"
     config.steps //= 10
     config.batch_size = max(config.batch_size // 8, 1)
     config.schedule.peak_lr /= 10

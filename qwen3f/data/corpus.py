@@ -1,26 +1,41 @@
-"""From a configuration to examples: source, tokenizer, token caches, packed dataset."""
+"""From a configuration to examples: sources, tokenizer, and token caches or a stream, packed."""
 
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 from absl import logging
+from torch import Tensor
 from tqdm import tqdm
 
-from qwen3f.data.documents import Source, Split
-from qwen3f.data.mixture import CYCLE, Mixture, make_mixture
-from qwen3f.data.mixture_text import parse_weights
+from qwen3f.data.best_fit import LongDocuments
+from qwen3f.data.documents import LimitedSource, Source, Split
+from qwen3f.data.fitted import FittedDataset
+from qwen3f.data.length_mix import of_class, parse_length_mix
+from qwen3f.data.loader import Dataset
+from qwen3f.data.mixture import CYCLE, Mixture, Part, make_mixture
+from qwen3f.data.mixture_text import parse_caps, parse_weights, temper
 from qwen3f.data.packing import PackedDataset
 from qwen3f.data.sentencepiece_tokenizer import MAX_TRAINING_CHARS, TRAINER_OPTIONS, train_sentencepiece
 from qwen3f.data.sources import open_source
-from qwen3f.data.token_cache import TokenCache, build_or_open
+from qwen3f.data.stream.dataset import StreamDataset
+from qwen3f.data.stream.parts import stream_part
+from qwen3f.data.token_cache import TokenCache, TokenStream, build_or_open
 from qwen3f.data.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
+
+PACKINGS = ("concat", "best_fit")
+
+STREAM_HELDOUT_DOCUMENTS = 200
+"""Documents that a streamed source holds out for validation, the first ones: a stream is never read to its end."""
+
+STREAM_TOKENIZER_DOCUMENTS = 10_000
+"""Documents of a streamed source, the first ones, that a tokenizer is trained on."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +48,42 @@ class DataConfig:
         root: directory of the mixture, where it does not name one.
         text_key: key (.jsonl) or column (.parquet) of the text.
         holdout: share of the documents held out for validation.
-        cache: directory of tokenizers and token caches; "" is $XDG_CACHE_HOME/qwen3f or ~/.cache/qwen3f.
+        max_samples: documents of each split of each source to use, at most, the first ones; 0: all.
+        temperature: see `mixture_text.temper`.
+        max_epochs: how often a source is read at most, "" for no limit; see `parse_caps`.
+        length_mix: shares of documents by length, "" for all alike; see `length_mix`.
+        packing: "concat" (concatenate and cut) or "best_fit" (whole documents).
+        long_documents: of best_fit; "cut" or "drop" those longer than the context.
         reset_positions: positions restart at each document.
         cross_documents: attention and targets cross document boundaries.
+        streaming: read documents as they are used, instead of a token cache.
+        shuffle_buffer: of a stream, documents that are shuffled together; 0: none.
+        cache: directory of tokenizers and token caches; "" is $XDG_CACHE_HOME/qwen3f or ~/.cache/qwen3f.
         tokenizer: path of a SentencePiece .model or of a Qwen tokenizer's directory; "" trains one on the train split.
         vocab_size: size of the tokenizer to train; not read when `tokenizer` is given.
         num_threads: threads that tokenise.
+        workers: processes that build batches, or tokenise a stream; for `loader.Loader`.
     """
 
     mixture: str = "embedded"
     root: str = ""
     text_key: str = "text"
     holdout: float = 0.05
-    cache: str = ""
+    max_samples: int = 0
+    temperature: float = 0.0
+    max_epochs: str = ""
+    length_mix: str = ""
+    packing: str = "concat"
+    long_documents: LongDocuments = "cut"
     reset_positions: bool = True
     cross_documents: bool = False
+    streaming: bool = False
+    shuffle_buffer: int = 0
+    cache: str = ""
     tokenizer: str = ""
     vocab_size: int = 4096
     num_threads: int = 2
+    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,26 +91,74 @@ class Corpus:
     """A corpus ready for training.
 
     Attributes:
-        sources: name -> documents, by split; one for each part of the mixture.
+        sources: name -> documents, by split; one for each source of the mixture. Of a stream their first ones.
         tokenizer: text to ids and back.
         train: packed examples of the train splits.
+        names: of the parts of `train`: a source, with a length mix "source, class".
         heldout: name -> token cache of the held-out split, for `packing.eval_windows`.
+        left_out: a line for each thing that was left out of `train` by a policy.
     """
 
     sources: dict[str, Source]
     tokenizer: Tokenizer
-    train: PackedDataset | Mixture
+    train: Dataset
+    names: tuple[str, ...]
     heldout: dict[str, TokenCache]
+    left_out: tuple[str, ...] = ()
 
     @property
-    def caches(self) -> tuple[TokenCache, ...]:
-        """Token caches of the train splits, in the order of `sources`."""
-        return tuple(part.cache for part in (self.train.parts if isinstance(self.train, Mixture) else (self.train,)))
+    def parts(self) -> tuple[Part, ...]:
+        """The indexed datasets of `names`; none of a stream."""
+        if isinstance(self.train, StreamDataset):
+            return ()
+        return self.train.parts if isinstance(self.train, Mixture) else (self.train,)
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Shares of the training examples, in the order of `sources`."""
+        """Shares of the training examples by part (of a stream, of the characters)."""
+        if isinstance(self.train, StreamDataset):
+            return tuple(weight / sum(self.train.weights) for weight in self.train.weights)
         return tuple(n / CYCLE for n in self.train.slots) if isinstance(self.train, Mixture) else (1.0,)
+
+    def check_covers(self, examples: int, seed: int) -> None:
+        """Raises UserError if the caps of epochs leave fewer examples (of a stream nobody knows before its end)."""
+        total = self.train.total(seed) if isinstance(self.train, Mixture) else None
+        if total is not None and total < examples:
+            raise UserError(
+                f"data.max_epochs leaves {total} examples and the run needs {examples} (steps x batch_size): raise it, "
+                "lower steps, or give more text."
+            )
+
+    def train_metrics(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """What to log of a batch: the share of padding, where there can be some; what a stream left out so far."""
+        first = self.train if isinstance(self.train, StreamDataset) else self.parts[0]
+        padded = isinstance(first, FittedDataset) or (isinstance(first, StreamDataset) and first.packing == "best_fit")
+        values = {"padding": (batch["segments"] == 0).float().mean().item()} if padded else {}
+        if isinstance(self.train, StreamDataset):
+            values |= {f"left_out/{reason}": count for reason, count in sorted(self.train.counts.items())}
+        return values
+
+    def describe(self) -> list[str]:
+        """A line for each part to train on and for each source's held-out split."""
+        unit = "characters" if isinstance(self.train, StreamDataset) else "examples"
+        shares = [f" ({share:.2%} of the {unit})" if len(self.names) > 1 else "" for share in self.shares]
+        lines = [
+            f"data: {name}{share}, {part.cache.num_tokens:,} tokens in {part.cache.num_docs:,} documents to train on; "
+            f"{len(part):,} examples, {part.padding:.2%} padding"
+            for name, share, part in zip(self.names, shares, self.parts)
+        ]
+        if isinstance(self.train, StreamDataset):
+            lines = [f"data: {name}{share}, streamed" for name, share in zip(self.names, shares)]
+        lines += [
+            f"data: {name}, {part.rows.dropped:,} documents longer than seq_len are dropped (data.long_documents)"
+            for name, part in zip(self.names, self.parts)
+            if isinstance(part, FittedDataset) and part.rows.dropped
+        ]
+        held_out = [
+            f"data: {name}, {cache.num_tokens:,} tokens in {cache.num_docs:,} documents held out"
+            for name, cache in self.heldout.items()
+        ]
+        return [*lines, *self.left_out, *held_out]
 
 
 def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:
@@ -91,32 +172,136 @@ def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:
         progress: show progress bars on stderr.
 
     Raises:
-        UserError: see `parse_weights`, `make_mixture`, `open_source`, `load_tokenizer`, `train_sentencepiece`,
-            `build_or_open` and `PackedDataset`.
+        UserError: settings that exclude each other; and see `parse_weights`, `make_mixture`, `open_source`,
+            `load_tokenizer`, `train_sentencepiece`, `build_or_open`, `PackedDataset` and `FittedDataset`.
     """
-    if cfg.num_threads < 1:
-        raise UserError(f"data.num_threads is {cfg.num_threads}: give at least 1.")
+    check(cfg)
     weights = dict(parse_weights(cfg.mixture))
     if cfg.root and len(weights) > 1:
         raise UserError("data.root is the directory of one source: write NAME@DIR in the mixture instead.")
-    sources = {name: open_source(name, cfg.root, cfg.text_key, cfg.holdout) for name in weights}
+    caps = parse_caps(cfg.max_epochs, list(weights))
+    sources = {
+        name: _limited(open_source(name, cfg.root, cfg.text_key, cfg.holdout, cfg.streaming), cfg.max_samples)
+        for name in weights
+    }
     cache_dir = cache_directory(cfg.cache)
     if cfg.tokenizer:
         tokenizer = load_tokenizer(cfg.tokenizer)
     else:
-        tokenizer = _trained_tokenizer(list(sources.values()), cfg.vocab_size, cache_dir, progress)
+        most = STREAM_TOKENIZER_DOCUMENTS if cfg.streaming else 0
+        sample = [_limited(source, most) for source in sources.values()]
+        tokenizer = _trained_tokenizer(sample, cfg.vocab_size, cache_dir, progress)
 
-    def tokenised(split: Split) -> dict[str, TokenCache]:
+    def tokenised(split: Split, most: int = 0) -> dict[str, TokenCache]:
         return {
-            name: build_or_open(source, split, tokenizer, cache_dir, cfg.num_threads, progress)
+            name: build_or_open(_limited(source, most), split, tokenizer, cache_dir, cfg.num_threads, progress)
             for name, source in sources.items()
         }
 
     # The held-out splits first: they are small, and an empty one is reported before the long work.
-    heldout, caches = tokenised("heldout"), tokenised("train")
-    packed = [PackedDataset(cache, seq_len, cfg.reset_positions, cfg.cross_documents) for cache in caches.values()]
-    train = packed[0] if len(packed) == 1 else make_mixture(packed, list(weights.values()))
-    return Corpus(sources, tokenizer, train, heldout)
+    heldout = tokenised("heldout", STREAM_HELDOUT_DOCUMENTS if cfg.streaming else 0)
+    if cfg.streaming:
+        train = _stream(cfg, sources, list(weights.values()), list(caps.values()), tokenizer, seq_len)
+        first = {name: _limited(source, STREAM_HELDOUT_DOCUMENTS) for name, source in sources.items()}
+        return Corpus(first, tokenizer, train, tuple(weights), heldout)
+    caches = tokenised("train")
+    streams, shares = _by_length(cfg, caches, weights, seq_len)
+    packed = [_pack(cfg, stream, tokenizer, seq_len) for _, stream in streams.values()]
+    limits = [caps[source] for source, _ in streams.values()]
+    if len(packed) == 1 and limits == [None]:
+        train = packed[0]
+    else:
+        train = make_mixture(packed, shares, max_epochs=limits)
+    return Corpus(sources, tokenizer, train, tuple(streams), heldout, tuple(_left_out(caches, streams)))
+
+
+def check(cfg: DataConfig) -> None:
+    """Raises UserError for values that cannot work, alone or together."""
+    if cfg.num_threads < 1:
+        raise UserError(f"data.num_threads is {cfg.num_threads}: give at least 1.")
+    for key in ("max_samples", "shuffle_buffer", "workers"):
+        if getattr(cfg, key) < 0:
+            raise UserError(f"data.{key} is {getattr(cfg, key)}: give 0 or more.")
+    if cfg.packing not in PACKINGS:
+        raise UserError(f"data.packing is {cfg.packing!r}: write one of {', '.join(PACKINGS)}.")
+    if cfg.packing == "best_fit" and cfg.cross_documents:
+        raise UserError("data.packing=best_fit keeps documents apart: write data.cross_documents=False.")
+    if cfg.streaming and (cfg.temperature or cfg.length_mix):
+        raise UserError("data.temperature and data.length_mix need the token counts: write data.streaming=False.")
+    if cfg.shuffle_buffer and not cfg.streaming:
+        raise UserError("data.shuffle_buffer is for streams, a cache is shuffled whole: write data.shuffle_buffer=0.")
+
+
+def _limited(source: Source, most: int) -> Source:
+    return LimitedSource(source, most) if most else source
+
+
+def _by_length(
+    cfg: DataConfig, caches: dict[str, TokenCache], weights: dict[str, float], seq_len: int
+) -> tuple[dict[str, tuple[str, TokenStream]], list[float]]:
+    """The token streams to train on, by name with their source; and their weights.
+
+    Within a class of the length mix the sources that have it share by their weights, so its share is exact.
+    """
+    mix = parse_length_mix(cfg.length_mix)
+    if not mix:
+        shares = temper(weights, {name: cache.num_tokens for name, cache in caches.items()}, cfg.temperature)
+        return {name: (name, cache) for name, cache in caches.items()}, list(shares.values())
+    streams: dict[str, tuple[str, TokenStream]] = {}
+    out: list[float] = []
+    for kind, share in mix.items():
+        found = {name: of_class(cache, kind, seq_len) for name, cache in caches.items()}
+        there = {name: stream for name, stream in found.items() if stream is not None}
+        if not there:
+            raise UserError(
+                f"data.length_mix={cfg.length_mix!r}: no source has a {kind} document at seq_len={seq_len} (see "
+                "qwen3f/data/length_mix.py for the bounds): give other data, or write data.length_mix=''."
+            )
+        shares = temper(weights, {name: stream.num_tokens for name, stream in there.items()}, cfg.temperature)
+        for name, stream in there.items():
+            streams[f"{name}, {kind}"] = (name, stream)
+            out.append(share * shares[name])
+    return streams, out
+
+
+def _left_out(caches: dict[str, TokenCache], streams: dict[str, tuple[str, TokenStream]]) -> Iterator[str]:
+    for name, cache in caches.items():
+        reasons = {key: n for key, n in cache.stats.items() if n and key not in ("documents", "tokens", "bytes")}
+        if reasons:
+            listed = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
+            yield f"data: {name}, left out while reading both splits: {listed}"
+        if unused := cache.num_docs - sum(stream.num_docs for source, stream in streams.values() if source == name):
+            yield f"data: {name}, {unused:,} documents are of no class of data.length_mix"
+
+
+def _pack(cfg: DataConfig, stream: TokenStream, tokenizer: Tokenizer, seq_len: int) -> Part:
+    if cfg.packing == "best_fit":
+        return FittedDataset(stream, seq_len, cfg.reset_positions, cfg.long_documents, tokenizer.pad_id)
+    return PackedDataset(stream, seq_len, cfg.reset_positions, cfg.cross_documents)
+
+
+def _stream(
+    cfg: DataConfig,
+    sources: dict[str, Source],
+    weights: list[float],
+    caps: list[float | None],
+    tokenizer: Tokenizer,
+    seq_len: int,
+) -> StreamDataset:
+    if any(cap is not None and cap != int(cap) for cap in caps):
+        raise UserError(f"data.max_epochs={cfg.max_epochs!r}: a stream is read whole; write whole numbers.")
+    return StreamDataset(
+        parts=tuple(map(stream_part, sources.values())),
+        weights=tuple(weights),
+        max_epochs=tuple(None if cap is None else int(cap) for cap in caps),
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+        packing=cfg.packing,
+        long_documents=cfg.long_documents,
+        reset_positions=cfg.reset_positions,
+        cross_documents=cfg.cross_documents,
+        buffer=cfg.shuffle_buffer,
+    )
 
 
 def cache_directory(configured: str = "") -> Path:

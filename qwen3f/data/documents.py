@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, Protocol, TypeVar
 
 Item = TypeVar("Item")
@@ -33,6 +34,27 @@ class Source(Protocol):
     def fingerprint(self, split: Split) -> str:
         """Hex digest that changes when the documents may have changed; reads names, sizes and times, no content."""
         ...
+
+
+@dataclass(frozen=True)
+class LimitedSource:
+    """The first `most` documents of each split of a source."""
+
+    source: Source
+    most: int
+
+    @property
+    def name(self) -> str:
+        """As in `Source`."""
+        return self.source.name
+
+    def documents(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Document]:
+        """As in `Source`."""
+        return islice(self.source.documents(split, counts), self.most)
+
+    def fingerprint(self, split: Split) -> str:
+        """As in `Source`."""
+        return f"{stable_hash(f'{self.source.fingerprint(split)} {self.most}'.encode()):016x}"
 
 
 def stable_hash(content: bytes) -> int:

@@ -45,7 +45,7 @@ from qwen3f.data.row_stream import (
     characters,
     one_a_row,
 )
-from qwen3f.data.stream_packing import pack_stream
+from qwen3f.data.stream.windows import pack_stream
 from qwen3f.data.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 
@@ -64,7 +64,7 @@ def load_pretrain_dataset(
     reset_positions: bool = True,
     cross_documents: bool = False,
 ) -> ExampleStream:
-    """Documents, packed by concatenate and cut (see `stream_packing`): every token of every document once.
+    """Documents, packed by concatenate and cut (see `stream.windows`): every token of every document once.
 
     With W workers each packs its own documents, so the windows differ with W; `index` then counts w, w + W, ….
 

@@ -1,71 +1,103 @@
-"""Batches in the shuffled order, built ahead by one background thread."""
+"""Batches in the data order, built ahead by one background thread, with worker processes if asked."""
 
 import contextlib
 import queue
 import threading
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from itertools import count, islice
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from absl import logging
 
+from qwen3f.data.fitted import FittedDataset
 from qwen3f.data.mixture import Mixture
+from qwen3f.data.ordered_map import ordered_map
 from qwen3f.data.packing import IGNORED_TARGET, Example, PackedDataset
+from qwen3f.data.stream.dataset import State, StreamDataset
 from qwen3f.errors import UserError
 
 _POLL_SECONDS = 0.1
 _JOIN_SECONDS = 10.0
+_REMEMBERED = 4096  # states of batches taken, for `rebuild`
 
 Batch = dict[str, torch.Tensor]
+Indexed = PackedDataset | FittedDataset | Mixture
+Dataset = Indexed | StreamDataset
+
+
+class Share(NamedTuple):
+    """Of each batch's B rows, rank r of R has r · B/R … (r + 1) · B/R − 1."""
+
+    rank: int = 0
+    ranks: int = 1
+
+
+ALL_ROWS = Share()
 
 
 class Loader:
     """An endless iterator of batches; a context manager, or call `close()`.
 
-    Batch k holds the places start + k·B … start + (k + 1)·B − 1 of the data order (the dataset's `order`), one a
-    row. So two loaders with the same dataset and seed agree wherever they start, and a run resumes with
-    `start = batches taken · B`.
+    Batch k holds the places start + k·B … start + (k + 1)·B − 1 of the data order (the dataset's `order`; of a stream,
+    its examples as they come), one a row. So two loaders with the same dataset and seed agree wherever they start,
+    whatever their ranks and workers, and a run resumes with `start = batches taken · B` and the `state` then.
 
     Each batch is a dict with the batch dimension first: tokens, targets, positions int64 [B, T]; segments int32 [B, T];
-    loss_weights float32 [B, T]; index int64 [B], the example's place in the data order (rising by one a row; the
-    example itself is `dataset.order([place], seed)`).
+    loss_weights float32 [B, T]; index int64 [B], the example's place in the data order (rising by one a row; of indexed
+    data the example itself is `dataset.order([place], seed)`).
 
     Args:
         dataset: examples to draw from.
-        batch_size: rows B a batch.
+        batch_size: rows B a batch, over all ranks.
         seed: of the shuffle.
         start: first place in the data order, in examples.
         device: where the batches go; to CUDA by an asynchronous copy from pinned memory.
         vocab_size: every token id must be below.
         prefetch: batches built ahead.
+        workers: processes that build batches, or tokenise a stream; 0: the thread does. Their number changes nothing.
+        share: which rows of each batch this process builds.
+        state: of a stream, that of another loader at `start` or before; what lies between is passed over.
 
     Raises:
-        UserError: while iterating, a token id beyond the vocabulary. Whatever the thread raises is raised again by
-            `next()`, with the thread's traceback; after that, and after `close()`, `next()` raises RuntimeError.
+        UserError: a batch that the ranks cannot share; while iterating, a token id beyond the vocabulary, or the end of
+            data that has an end. Whatever the thread or a worker raises, or a worker's death, is raised by `next()`,
+            with the traceback; after that, and after `close()`, `next()` raises RuntimeError.
     """
 
     def __init__(
         self,
-        dataset: PackedDataset | Mixture,
+        dataset: Dataset,
         batch_size: int,
         seed: int,
         start: int,
         device: torch.device | str,
         vocab_size: int,
         prefetch: int = 2,
+        workers: int = 0,
+        share: Share = ALL_ROWS,
+        state: State | None = None,
     ) -> None:
-        if batch_size < 1 or start < 0 or prefetch < 1:
+        if batch_size < 1 or start < 0 or prefetch < 1 or workers < 0:
             raise UserError(
-                f"The loader got batch_size={batch_size}, start={start}, prefetch={prefetch}: "
-                "give batch_size >= 1, start >= 0 and prefetch >= 1."
+                f"The loader got batch_size={batch_size}, start={start}, prefetch={prefetch}, workers={workers}: "
+                "give batch_size >= 1, start >= 0, prefetch >= 1 and workers >= 0."
             )
-        self._dataset = dataset
-        self._batch_size = batch_size
-        self._seed = seed
-        self._start = start
-        self._device = torch.device(device)
-        self._vocab_size = vocab_size
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
+        if batch_size % share.ranks:
+            raise UserError(f"batch_size={batch_size} cannot be shared by {share.ranks} ranks: make it a multiple.")
+        if isinstance(dataset, StreamDataset) and (state["examples"] if state else 0) > start:
+            raise UserError(f"The state of the stream is behind place {start}: give one that is not.")
+        self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
+        self._device, self._vocab_size = torch.device(device), vocab_size
+        rows = batch_size // share.ranks
+        self._rows = range(share.rank * rows, (share.rank + 1) * rows)
+        self._start, self._workers = start, workers
+        self._states: deque[tuple[int, State | None]] = deque([(start, state)], maxlen=_REMEMBERED)
+        self._queue: queue.Queue[tuple[Batch, State | None] | BaseException] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="qwen3f-loader", daemon=True)
         self._thread.start()
@@ -78,17 +110,31 @@ class Loader:
         if isinstance(item, BaseException):
             self.close()
             raise item
+        batch, state = item
+        self._states.append((self._states[-1][0] + self._batch_size, state))
         # The consumer enqueues the copy, on its current stream; torch keeps the pinned buffer until it has ended.
-        return {key: value.to(self._device, non_blocking=True) for key, value in item.items()}
+        return {key: value.to(self._device, non_blocking=True) for key, value in batch.items()}
 
-    def _take(self) -> Batch | BaseException:
+    @property
+    def state(self) -> State | None:
+        """What to give a loader that goes on behind the batches taken: a few numbers (JSON); None for indexed data."""
+        return self._states[-1][1]
+
+    def rebuild(self, place: int) -> Batch:
+        """The batch that began at `place`, on the CPU, built again; of a stream one of the last few thousand."""
+        state = next((state for start, state in self._states if start == place), None)
+        batches = _batches(self._dataset, self._rows, self._batch_size, self._seed, place, self._vocab_size, 0, state)
+        with contextlib.closing(batches):
+            return next(batches)[0]
+
+    def _take(self) -> tuple[Batch, State | None] | BaseException:
         while not self._stop.is_set():  # polled, so that close() from another thread ends the wait
             with contextlib.suppress(queue.Empty):
                 return self._queue.get(timeout=_POLL_SECONDS)
         raise RuntimeError("The loader is closed.")
 
     def close(self) -> None:
-        """Stop the thread and wait for it. May be called more than once."""
+        """Stop the thread and the workers and wait for them. May be called more than once."""
         self._stop.set()
         self._thread.join(timeout=_JOIN_SECONDS)
         if self._thread.is_alive():  # a read that hangs, e.g. on a dead network mount; a daemon does not block exit
@@ -103,43 +149,97 @@ class Loader:
         self.close()
 
     def _produce(self) -> None:
+        batches = _batches(
+            self._dataset,
+            self._rows,
+            self._batch_size,
+            self._seed,
+            self._start,
+            self._vocab_size,
+            self._workers,
+            self._states[-1][1],
+        )
         try:
-            place = self._start
-            while not self._stop.is_set():
-                self._put(self._build(place))
-                place += self._batch_size
+            with contextlib.closing(batches):  # ends the workers, in the thread that began them
+                while not self._stop.is_set():
+                    batch, state = next(batches)
+                    if self._device.type == "cuda":
+                        batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
+                    self._put((batch, state))
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: Batch | BaseException) -> None:
+    def _put(self, item: tuple[Batch, State | None] | BaseException) -> None:
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
                 return self._queue.put(item, timeout=_POLL_SECONDS)
 
-    def _build(self, place: int) -> Batch:
-        batch = build_batch(self._dataset, place, self._batch_size, self._seed, self._vocab_size)
-        if self._device.type == "cuda":
-            batch = {key: tensor.pin_memory() for key, tensor in batch.items()}
-        return batch
 
-
-def build_batch(dataset: PackedDataset | Mixture, place: int, rows: int, seed: int, vocab_size: int) -> Batch:
+def build_batch(dataset: Indexed, place: int, rows: int, seed: int, vocab_size: int) -> Batch:
     """The batch of places place … place + rows − 1, on the CPU; keys as in `Loader`, which iterates over these."""
     places = np.arange(place, place + rows)
-    examples = [dataset[i] for i in dataset.order(places, seed).tolist()]
-    _check_vocabulary(examples, vocab_size)
+    return _stacked([dataset[i] for i in dataset.order(places, seed).tolist()], places, vocab_size)
+
+
+def _batches(
+    dataset: Dataset,
+    rows: range,
+    batch_size: int,
+    seed: int,
+    start: int,
+    vocab_size: int,
+    workers: int,
+    state: State | None,
+) -> Iterator[tuple[Batch, State | None]]:
+    """`rows` of each batch, and of a stream the state behind it."""
+    if isinstance(dataset, StreamDataset):
+        yield from _streamed(dataset, rows, batch_size, seed, start, vocab_size, workers, state)
+        return
+    build = partial(build_batch, dataset, rows=len(rows), seed=seed, vocab_size=vocab_size)
+    for batch in ordered_map(build, count(start + rows.start, batch_size), workers):
+        yield batch, None
+
+
+def _streamed(
+    dataset: StreamDataset,
+    rows: range,
+    batch_size: int,
+    seed: int,
+    start: int,
+    vocab_size: int,
+    workers: int,
+    state: State | None,
+) -> Iterator[tuple[Batch, State | None]]:
+    passed = start - (state["examples"] if state else 0)
+    with contextlib.closing(dataset.examples(seed, workers, state)) as stream:
+        for _, state in islice(stream, passed):  # noqa: B007 (the state is what a first batch at the end would keep)
+            pass
+        for place in count(start, batch_size):
+            examples = []
+            for row in range(batch_size):
+                make, state = next(stream, (None, state))
+                if make is None:
+                    raise UserError(
+                        f"The stream ends after {place + row} examples: every source has been read data.max_epochs "
+                        "times. Raise it, or lower steps."
+                    )
+                if row in rows:
+                    examples.append(make(place + row))
+            yield _stacked(examples, place + np.array(rows), vocab_size), state
+
+
+def _stacked(examples: list[Example], places: np.ndarray, vocab_size: int) -> Batch:
     arrays = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+    for key, lowest in (("tokens", 0), ("targets", IGNORED_TARGET)):
+        if arrays[key].min() < lowest or arrays[key].max() >= vocab_size:
+            _report_id(arrays[key], arrays["index"], lowest, vocab_size)
     arrays["index"] = places
     return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
-def _check_vocabulary(examples: list[Example], vocab_size: int) -> None:
-    for example in examples:
-        for key in ("tokens", "targets"):
-            ids = example[key]
-            bad = ids[((ids < 0) & ((key == "tokens") | (ids != IGNORED_TARGET))) | (ids >= vocab_size)]
-            if bad.size:
-                raise UserError(
-                    f"Example {int(example['index'])} holds the token id {int(bad[0])}, beyond the vocabulary of "
-                    f"{vocab_size}: set model.vocab_size to the tokenizer's, or tokenise the data again."
-                )
+def _report_id(ids: np.ndarray, index: np.ndarray, lowest: int, vocab_size: int) -> None:
+    row, column = np.argwhere((ids < lowest) | (ids >= vocab_size))[0]
+    raise UserError(
+        f"Example {int(index[row])} holds the token id {int(ids[row, column])}, beyond the vocabulary of {vocab_size}: "
+        "set model.vocab_size to the tokenizer's, or tokenise the data again."
+    )

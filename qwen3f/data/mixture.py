@@ -1,34 +1,66 @@
 """Several packed datasets as one, in fixed shares: which example stands at a place is a function of (place, seed).
 
 A cycle of CYCLE places gives each dataset its share of them exactly, in an order that changes from cycle to cycle. The
-examples of a dataset come in its own shuffled, endless order, so over a long run the shares are the weights, whatever
-the datasets' sizes; a small one simply begins again sooner.
+examples of a dataset come in its own shuffled order, epoch after epoch, so over a long run the shares are the weights,
+whatever the datasets' sizes; a small one simply begins again sooner.
+
+A dataset may have a cap of epochs. At the place where it would give an example beyond them it is dropped, and a new
+phase begins with the shares of the others, renormalised.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from qwen3f.data.fitted import FittedDataset
 from qwen3f.data.packing import Example, PackedDataset
 from qwen3f.data.sampler import example_index
 from qwen3f.errors import UserError
 
 CYCLE = 10_000  # shares are exact to this fraction
 
+Part = PackedDataset | FittedDataset
+
+
+class _Phase(NamedTuple):
+    """From `start` on, dataset i has slots[i] of CYCLE places; it has given used[i] examples before."""
+
+    start: int
+    slots: tuple[int, ...]
+    used: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Mixture:
-    """The datasets, and how many of CYCLE places each has; see `make_mixture`.
+    """The datasets; see `make_mixture`.
 
     An example's index is its index in its dataset, plus the lengths of the datasets before it.
+
+    Attributes:
+        parts: the datasets.
+        weights: positive, one a dataset.
+        caps: most examples that each gives, None for no limit.
     """
 
-    parts: tuple[PackedDataset, ...]
-    slots: tuple[int, ...]
+    parts: tuple[Part, ...]
+    weights: tuple[float, ...]
+    caps: tuple[int | None, ...]
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """How many of CYCLE places each dataset has while none is dropped."""
+        return _slots(self.weights)
+
+    @property
+    def padding(self) -> float:
+        """Share of the places that are padding, while no dataset is dropped."""
+        return sum(part.padding * n for part, n in zip(self.parts, self.slots)) / CYCLE
 
     def __getitem__(self, i: int) -> Example:
         if not 0 <= i < len(self):
@@ -39,34 +71,109 @@ class Mixture:
             i -= len(part)
         raise AssertionError("unreachable: i is below the sum of the lengths")
 
+    def total(self, seed: int) -> int | None:
+        """Places of the order until every dataset has reached its cap; None if it is endless."""
+        return _phases(self.weights, self.caps, seed)[1]
+
     def order(self, places: np.ndarray, seed: int) -> np.ndarray:
-        """The examples at `places` of the endless order; int64 [n] -> int64 [n]."""
-        cycles = places // CYCLE
-        # Each cycle visits each slot once, and a slot says whose it is and how many of its kind come before it.
-        slot = example_index(places, CYCLE, seed)
-        ends = np.cumsum(self.slots)
-        part = np.searchsorted(ends, slot, side="right")
-        out = np.empty_like(slot)
-        offset = 0
-        for number, (dataset, count) in enumerate(zip(self.parts, self.slots)):
-            mine = part == number
-            turn = cycles[mine] * count + slot[mine] - (ends[number] - count)
-            out[mine] = offset + example_index(turn, len(dataset), seed + 1 + number)
-            offset += len(dataset)
+        """The examples at `places` of the order; int64 [n] -> int64 [n].
+
+        Raises:
+            UserError: a place beyond the last one, when every dataset has a cap.
+        """
+        phases, total = _phases(self.weights, self.caps, seed)
+        if total is not None and places.size and places.max() >= total:
+            raise UserError(
+                f"data.max_epochs leaves {total} examples and example {places.max()} is asked for: raise it, lower "
+                "steps, or give more text."
+            )
+        offsets = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
+        out = np.empty(places.shape, np.int64)
+        at = np.searchsorted([phase.start for phase in phases], places, side="right") - 1
+        for number in np.unique(at):
+            phase = phases[number]
+            cycles, within = np.divmod(places - phase.start, CYCLE)
+            for cycle in np.unique(cycles[at == number]).tolist():
+                mine = (at == number) & (cycles == cycle)
+                part, rank = (table[within[mine]] for table in _cycle(phase.slots, int(number), cycle, seed))
+                turn = np.array(phase.used)[part] + cycle * np.array(phase.slots)[part] + rank
+                found = np.empty(part.shape, np.int64)
+                for i in np.unique(part).tolist():
+                    found[part == i] = offsets[i] + example_index(turn[part == i], len(self.parts[i]), seed + 1 + i)
+                out[mine] = found
         return out
 
 
-def make_mixture(parts: Sequence[PackedDataset], weights: Sequence[float]) -> Mixture:
+def make_mixture(
+    parts: Sequence[Part],
+    weights: Sequence[float],
+    *,
+    max_epochs: Sequence[float | None] | None = None,
+) -> Mixture:
     """A mixture in which dataset i has the share weights[i] / Σ weights of the examples, rounded to 1/CYCLE.
 
-    Weights are positive and finite, as parse_weights gives them. Raises UserError for one too small for a single place
-    of a cycle.
+    Args:
+        parts: the datasets.
+        weights: positive and finite, as parse_weights gives them.
+        max_epochs: of each dataset, None for no limit; a fraction of an epoch is rounded down to examples.
+
+    Raises UserError for a weight too small for a single place of a cycle, or a cap that leaves no example.
     """
+    caps = []
+    for part, epochs in zip(parts, max_epochs or [None] * len(parts)):
+        caps.append(None if epochs is None else int(epochs * len(part)))
+        if caps[-1] == 0:
+            raise UserError(f"data.max_epochs={epochs} leaves none of {len(part)} examples: raise it.")
+    mixture = Mixture(tuple(parts), tuple(map(float, weights)), tuple(caps))
+    if not all(mixture.slots):
+        small = weights[int(np.argmin(mixture.slots))]
+        raise UserError(f"data.mixture has the weight {small} of {sum(weights)}: give at least 1/{CYCLE} of the sum.")
+    return mixture
+
+
+def _slots(weights: Sequence[float]) -> tuple[int, ...]:
+    """Places of a cycle by dataset, the largest remainders rounded up."""
     exact = np.array(weights) / sum(weights) * CYCLE
     slots = np.floor(exact).astype(int)
-    for number in np.argsort(slots - exact, kind="stable")[: CYCLE - slots.sum()]:  # the largest remainders
-        slots[number] += 1
-    if not slots.all():
-        small = weights[int(np.argmin(slots))]
-        raise UserError(f"data.mixture has the weight {small} of {sum(weights)}: give at least 1/{CYCLE} of the sum.")
-    return Mixture(tuple(parts), tuple(map(int, slots)))
+    slots[np.argsort(slots - exact, kind="stable")[: CYCLE - slots.sum()]] += 1
+    return tuple(map(int, slots))
+
+
+@functools.lru_cache(maxsize=8)
+def _cycle(slots: tuple[int, ...], phase: int, cycle: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whose each place of a cycle is, and how many places of that dataset come before it in the cycle; [CYCLE] each."""
+    slot = example_index(cycle * CYCLE + np.arange(CYCLE), CYCLE, seed + (phase << 40))
+    part = np.searchsorted(np.cumsum(slots), slot, side="right")
+    rank = np.empty(CYCLE, np.int64)
+    for i in range(len(slots)):
+        rank[part == i] = np.arange((part == i).sum())
+    return part, rank
+
+
+@functools.lru_cache(maxsize=8)
+def _phases(
+    weights: tuple[float, ...], caps: tuple[int | None, ...], seed: int
+) -> tuple[tuple[_Phase, ...], int | None]:
+    """The phases, and the place where the last one ends (None: never)."""
+    alive = list(range(len(weights)))
+    start, used = 0, np.zeros(len(weights), np.int64)
+    phases: list[_Phase] = []
+    while alive:
+        slots = _slots([weights[i] if i in alive else 0.0 for i in range(len(weights))])
+        number = len(phases)
+        phases.append(_Phase(start, slots, tuple(used.tolist())))
+        ends = {}
+        for i in alive:
+            if (cap := caps[i]) is not None:
+                cycle, rest = divmod(cap - int(used[i]), slots[i])
+                # The place where it would give one example too many.
+                ends[i] = cycle * CYCLE + int(np.flatnonzero(_cycle(slots, number, cycle, seed)[0] == i)[rest])
+        if not ends:
+            return tuple(phases), None
+        first = min(ends, key=lambda i: ends[i])
+        cycle, rest = divmod(ends[first], CYCLE)
+        part = _cycle(slots, number, cycle, seed)[0][:rest]
+        used = used + cycle * np.array(slots) + np.bincount(part, minlength=len(weights))
+        start += ends[first]
+        alive.remove(first)
+    return tuple(phases), start

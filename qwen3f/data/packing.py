@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qwen3f.data.sampler import example_index
-from qwen3f.data.token_cache import TokenCache
+from qwen3f.data.token_cache import TokenCache, TokenStream
 from qwen3f.errors import UserError
 
 IGNORED_TARGET = -100
@@ -44,13 +44,14 @@ class PackedDataset:
         UserError: the stream is shorter than T + 1 tokens, or T < 1.
     """
 
-    cache: TokenCache
+    cache: TokenStream
     seq_len: int
     reset_positions: bool = True
     cross_documents: bool = False
+    padding = 0.0  # share of the places
 
     def __post_init__(self) -> None:
-        _check_seq_len(self.seq_len)
+        check_seq_len(self.seq_len)
         if self.cache.num_tokens < self.seq_len + 1:
             raise UserError(
                 f"The corpus has {self.cache.num_tokens} tokens in {self.cache.num_docs} documents, fewer than one "
@@ -88,7 +89,7 @@ def eval_windows(cache: TokenCache, seq_len: int, max_docs: int | None = None) -
     Same keys as `PackedDataset`, documents kept apart. The windows do not overlap; the last one is padded with segments
     0, targets -100, weights 0, positions 0 and tokens 0. `eval_coverage` says what they cover.
     """
-    _check_seq_len(seq_len)
+    check_seq_len(seq_len)
     stop = int(cache.doc_offsets[eval_coverage(cache, max_docs).documents])
     for i in range(-(-(stop - 1) // seq_len)):
         yield _window(cache, i, seq_len, stop, reset_positions=True, cross_documents=False)
@@ -125,38 +126,64 @@ def bits_per_byte(total_nats: float, coverage: EvalCoverage, vocab_size: int) ->
     return float(charged / (np.log(2) * coverage.text_bytes))
 
 
-def _check_seq_len(seq_len: int) -> None:
+def check_seq_len(seq_len: int) -> None:
+    """Raises UserError unless there is room for a token."""
     if seq_len < 1:
         raise UserError(f"seq_len is {seq_len}: give at least 1.")
 
 
 def _window(
-    cache: TokenCache, i: int, seq_len: int, stop: int, reset_positions: bool, cross_documents: bool
+    cache: TokenStream, i: int, seq_len: int, stop: int, reset_positions: bool, cross_documents: bool
 ) -> Example:
     """Window i of the stream's first `stop` tokens, padded to T beyond them."""
     start = i * seq_len
-    stream = cache.tokens[start : min(start + seq_len + 1, stop)].astype(np.int64)  # up to T + 1 tokens
-    inputs, targets = stream[:-1], stream[1:]
-    places = np.arange(start, start + len(inputs))
+    stream = cache.read(start, min(start + seq_len + 1, stop))  # up to T + 1 tokens
+    first, last = np.searchsorted(cache.doc_offsets, [start, start + len(stream) - 1], side="right")
+    begins = np.asarray(cache.doc_offsets[first:last]) - start
+    return packed_window(stream, begins, seq_len, i, reset_positions, cross_documents)
 
-    # Documents that begin inside the window, after its first token; they decide segments, positions and masks.
-    offsets = cache.doc_offsets
-    first, last = np.searchsorted(offsets, [start, start + len(inputs)], side="right")
-    begins = np.asarray(offsets[first:last])
-    order = np.searchsorted(begins, places, side="right")  # how many documents have begun since the window's start
-    document_start = np.concatenate([[start], begins])[order]
-    crossing = np.isin(places + 1, begins, assume_unique=True)
 
-    counted = np.ones(len(inputs), bool) if cross_documents else ~crossing
-    segments = np.ones(len(inputs), np.int32) if cross_documents else (order + 1).astype(np.int32)
-    positions = places - (document_start if reset_positions else start)
+def packed_window(
+    stream: np.ndarray,
+    begins: np.ndarray,
+    seq_len: int,
+    index: int,
+    reset_positions: bool,
+    cross_documents: bool,
+    pad_id: int = 0,
+) -> Example:
+    """An example of consecutive tokens; keys as `PackedDataset`.
 
-    padding = (0, seq_len - len(inputs))
+    Args:
+        stream: integers [n + 1], n ≤ T: the inputs, and one place on the targets.
+        begins: int64, rising: places in it, from 1 to n, where documents begin; they decide segments, positions and
+            masks.
+        seq_len: T; places from n on are padding.
+        index: the example's own.
+        reset_positions, cross_documents: as for `PackedDataset`.
+        pad_id: token of the padding.
+    """
+    count = len(stream) - 1
+    bounds = np.concatenate([[0], begins[begins < count], [count]])
+    lengths = np.diff(bounds)
+    weights = np.zeros(seq_len, np.float32)
+    weights[:count] = 1
+    positions, segments = np.zeros(seq_len, np.int64), np.zeros(seq_len, np.int32)
+    positions[:count] = np.arange(count)
+    if reset_positions:
+        positions[:count] -= np.repeat(bounds[:-1], lengths)
+    segments[:count] = 1
+    if not cross_documents:
+        segments[:count] = np.repeat(np.arange(1, len(bounds), dtype=np.int32), lengths)
+        weights[begins - 1] = 0
+    tokens, targets = np.full(seq_len, pad_id, np.int64), np.full(seq_len, IGNORED_TARGET, np.int64)
+    tokens[:count], targets[:count] = stream[:-1], stream[1:]
+    targets[weights == 0] = IGNORED_TARGET
     return {
-        "tokens": np.pad(inputs, padding),
-        "targets": np.pad(np.where(counted, targets, IGNORED_TARGET), padding, constant_values=IGNORED_TARGET),
-        "loss_weights": np.pad(counted.astype(np.float32), padding),
-        "positions": np.pad(positions, padding),
-        "segments": np.pad(segments, padding),
-        "index": np.array(i, np.int64),
+        "tokens": tokens,
+        "targets": targets,
+        "loss_weights": weights,
+        "positions": positions,
+        "segments": segments,
+        "index": np.array(index, np.int64),
     }

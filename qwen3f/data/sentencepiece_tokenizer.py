@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from qwen3f.data.token_text import check_encodable, encode_segments, special_pattern
@@ -175,13 +176,14 @@ class SentencePieceTokenizer:
         """Ids of (text, is_markup) segments: special tokens are read in markup only. See `token_text.Segment`."""
         return encode_segments(segments, _SPECIAL_PATTERN, self._special_ids, self._encode_plain)
 
-    def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[list[int]]:
-        """`encode` of each text (specials stay text), on `num_threads` threads."""
+    def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
+        """`encode` of each text (specials stay text) as uint32 [n], on `num_threads` threads."""
         for text in texts:
             check_encodable(text)
         plain = [text for text in texts if _SPACE not in text]
         encoded = iter(self._processor.encode(plain, out_type=int, num_threads=num_threads) if plain else [])
-        return [self._encode_plain(text) if _SPACE in text else next(encoded) for text in texts]
+        ids = (self._encode_plain(text) if _SPACE in text else next(encoded) for text in texts)
+        return [np.array(each, np.uint32) for each in ids]
 
     def _encode_plain(self, text: str) -> list[int]:
         check_encodable(text)

@@ -78,7 +78,9 @@ class FilesSource:
                     yield path
 
 
-def open_source(mixture: str, root: str = "", text_key: str = "text", holdout: float = 0.05) -> Source:
+def open_source(
+    mixture: str, root: str = "", text_key: str = "text", holdout: float = 0.05, streaming: bool = False
+) -> Source:
     """The source that `mixture` names.
 
     Args:
@@ -88,6 +90,7 @@ def open_source(mixture: str, root: str = "", text_key: str = "text", holdout: f
         root: directory to read; with "embedded" it replaces the standard library's; "reasoning" reads none.
         text_key: key or column of the text in .jsonl and .parquet files.
         holdout: share of the documents held out, in [0, 1).
+        streaming: a text data set without a directory is read from the Hub.
 
     Raises:
         UserError: unknown mixture, missing directory, or no readable file in it.
@@ -102,7 +105,7 @@ def open_source(mixture: str, root: str = "", text_key: str = "text", holdout: f
             raise UserError(f"data.mixture=reasoning reads no directory: leave out data.root={root!r}.")
         return ReasoningSource(holdout)
     if is_text_dataset(kind):
-        return open_dataset(mixture, root, holdout)
+        return open_dataset(mixture, root, holdout, streaming)
     if kind == "files":
         if bool(root) == bool(directory):
             raise UserError(

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+
 from qwen3f.data import bpe_files
 from qwen3f.data.qwen_tokenizer import QwenTokenizer
 from qwen3f.data.sentencepiece_tokenizer import MODEL_FILE, SentencePieceTokenizer
@@ -52,7 +54,7 @@ class Tokenizer(Protocol):
 
     def encode_segments(self, segments: Iterable[tuple[str, bool]]) -> list[int]: ...
 
-    def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[list[int]]: ...
+    def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]: ...
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str: ...
 

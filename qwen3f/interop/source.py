@@ -70,9 +70,17 @@ def check_same_model(source: str, cfg: ModelConfig) -> None:
         raise UserError(f"config.init_from={source} holds another model than config.model: {shown}; write {overrides}")
 
 
-def read_params(source: str, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype | None = None) -> Params:
-    """The parameters at `source`, for the model `cfg`, on `device`; dtype None keeps each as stored.
+def read_params(
+    source: str,
+    cfg: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    backend: str = "orbax",
+) -> Params:
+    """The parameters at `source`, for the model `cfg`, on `device`.
 
+    dtype: None keeps what a Hugging Face directory stores, and makes of a workdir's what the parameter table says.
+    backend: "dcp" also opens checkpoints of which a part is a pickle; see Checkpointer.
     Raises UserError naming the fields in which `cfg` is another model than the one there (FREE_FIELDS may differ), and
     as hf.load_pretrained and Checkpointer.restore do.
     """
@@ -82,8 +90,8 @@ def read_params(source: str, cfg: ModelConfig, device: torch.device | str, dtype
         return hf.load_pretrained(directory, dtype, device)[1]
     table = abstract_params(cfg)
     like = {path: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for path, spec in table.items()}
-    with _checkpoints(directory) as checkpoints:
-        params, _ = checkpoints.restore_part("params", like, step)
+    with Checkpointer(directory / W.CHECKPOINTS, every=0, keep=0, backend=backend) as checkpoints:
+        params, _ = checkpoints.restore_part("params", like, step, cast=True)
 
     def moved(path: str) -> Tensor:
         return params.pop(path).to(device, dtype)  # popped: a cast copy and the whole model would not fit side by side

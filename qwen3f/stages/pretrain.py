@@ -32,6 +32,7 @@ def make_train_step(
     execution: model.Execution = model.EAGER,
     cross_documents: bool = False,
     donate: bool = False,
+    before_update: Callable[[], None] | None = None,
 ) -> TrainStep:
     """step(state, batch) -> (state, metrics), pure: the same state and batch give the same result, bit for bit.
 
@@ -42,6 +43,9 @@ def make_train_step(
         update keep the parameters' dtype.
       cross_documents: attention ignores document boundaries.
       donate: the state's storage is reused for the new state (see transforms.jit); the old state must not be used.
+      before_update: called when the gradients have been queued and nothing has been written into the state yet; as one
+        graph (execution.compile="step"), before the whole step. A copy of the donated state that is under way is joined
+        there.
 
     Metrics (0-d tensors on the device): loss (nats a predicted token, before the update, without the routers' losses),
       aux_loss (the balancing loss without its coefficient; 0 for a dense model), grad_norm before and
@@ -52,6 +56,7 @@ def make_train_step(
     Raises UserError when the batch size is no multiple of microbatches.
     """
     decay = P.decays(cfg)
+    wait = before_update or (lambda: None)
 
     options = {"dropout": cfg.attention_dropout > 0}
     objective = grad_and_value(losses.make_objective(cfg, execution, **options), has_aux=True)
@@ -111,12 +116,20 @@ def make_train_step(
         def whole(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
             return apply_gradients(state, *gradients(state, batch), batch)
 
-        return jit(whole, donate=donate)
+        whole_graph = jit(whole, donate=donate)
+
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            wait()
+            return whole_graph(state, batch)
+
+        return step
 
     finish = jit(apply_gradients, compile=execution.compile == "block", donate=donate)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return finish(state, *gradients(state, batch), batch)
+        grads, terms = gradients(state, batch)
+        wait()
+        return finish(state, grads, terms, batch)
 
     return step
 

@@ -1,54 +1,61 @@
-"""Checkpoints: a pytree of tensors and a small JSON record, written by Orbax in the background.
+"""Checkpoints: a pytree of tensors and a small JSON record, written in the background.
 
-On disk, `directory/<step>/state` is an Orbax tree (`StandardSave`) of nested dicts named like the pytree (by a
-NamedTuple's fields, a dict's keys, a sequence's indices) and `directory/<step>/meta` is JSON. Plain JAX reads both;
-nothing is pickled.
+On disk, `directory/<step>/state` holds the leaves, by one of two backends (see orbax.py and dcp.py), `meta/metadata` is
+JSON as Orbax writes it, and `manifest.json` lists every file's size and sha256. By default plain JAX reads all of it
+and nothing is pickled.
 
 What is kept: a step's directory appears by one rename after everything in it has been written, and leaves by one rename
 before anything in it is deleted, so a directory that bears a step's number is always whole.
-
-Beside them `manifest.json` lists every file's size and sha256, written once the rest is committed and checked before
-anything is restored.
 """
 
+import importlib
 import json
+import math
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from qwen3f.errors import TrainingError, UserError
+from qwen3f.files import sync, sync_tree, write_atomically
+from qwen3f.strict_json import read_object
 from qwen3f.train import manifest
+from qwen3f.train.background import Background
+from qwen3f.train.leaves import LeafSpec, Name, check_same_tree, data_leaves, holds_data, spec_of
 from qwen3f.train.manifest import DamagedCheckpoint
-from qwen3f.train.orbax import epath, from_jax, import_jax_and_orbax, to_jax
+from qwen3f.train.retention import Retention
+from qwen3f.train.snapshot import Snapshot
 from qwen3f.tree import named_leaves
 
 State = TypeVar("State")
-Name = tuple[str, ...]  # a leaf's path: ("params", "model.norm.weight")
 
-TEMPORARY = "*.orbax-checkpoint-tmp*"  # Orbax's name for a checkpoint that is still being written
-DELETED = ".deleted"  # our suffix for a checkpoint that is being deleted
+STATE, META = "state", "meta/metadata"
+WRITING, DELETED = ".writing", ".deleted"  # our suffixes for a checkpoint that is being written, or deleted
+BACKENDS = ("orbax", "dcp")
 
 
 class CheckpointWriteError(TrainingError):
     """A checkpoint could not be written (disk full, directory gone, …); those written before it are untouched."""
 
 
-class LeafSpec(NamedTuple):
-    """Shape and dtype (JAX's and torch's common name, such as "bfloat16") of one leaf."""
+class StuckWrite(CheckpointWriteError):
+    """A checkpoint has been written for longer than allowed; it may still end. No other can be begun meanwhile."""
 
-    shape: tuple[int, ...]
-    dtype: str
 
-    def __str__(self) -> str:
-        return f"{list(self.shape)} {self.dtype}"
+class Backend(Protocol):
+    """The functions of orbax.py and dcp.py."""
+
+    def load(self) -> None: ...
+    def write(self, directory: Path, leaves: dict[Name, Tensor]) -> None: ...
+    def read_tree(self, directory: Path) -> dict[Name, LeafSpec]: ...
+    def read(self, directory: Path, wanted: dict[Name, LeafSpec]) -> dict[Name, Tensor]: ...
+    def needed_for(self, field: str) -> Callable[[str], bool]: ...
 
 
 class Checkpointer:
@@ -56,41 +63,77 @@ class Checkpointer:
 
     directory: a local directory; made by the first save, only read before that.
     every: steps between checkpoints; 0 saves after the last step alone.
-    keep: how many of the latest checkpoints stay; 0 keeps all.
+    keep: which stay: a number of the latest (0: all), or more rules.
     asynchronous: whether `save` returns before the files are written.
+    backend: "orbax" or "dcp" writes. Orbax's are always read; DCP's, a part of which is a pickle, by "dcp" alone.
+    timeout: seconds that one write may take before StuckWrite is raised; 0: no limit.
 
-    A context manager: a save that is under way when the interpreter ends, neither waited for nor closed, is lost.
-    One process at a time may save under a directory; any number may read. Raises UserError for a negative number or a
-    `directory` that is a file.
+    A context manager: a save that is under way when the process ends, neither waited for nor closed, is lost.
+    One process at a time may save under a directory; any number may read. Raises UserError for a negative number, an
+    unknown backend or a `directory` that is a file.
     """
 
-    def __init__(self, directory: Path, every: int, keep: int, asynchronous: bool = True) -> None:
-        for name, value in (("every", every), ("keep", keep)):
-            if value < 0:
-                raise UserError(f"config.checkpoint.{name} is {value}: write 0 or a positive number of steps")
+    def __init__(
+        self,
+        directory: Path,
+        every: int,
+        keep: int | Retention,
+        asynchronous: bool = True,
+        backend: str = "orbax",
+        timeout: float = 0.0,
+    ) -> None:
+        if every < 0:
+            raise UserError(f"config.checkpoint.every is {every}: write 0 or a positive number of steps")
+        if backend not in BACKENDS:
+            raise UserError(f"config.checkpoint.backend is {backend!r}: write {' or '.join(BACKENDS)}")
         self.directory = Path(directory).absolute()
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"{self.directory} is a file: checkpoints need a directory, choose another --workdir")
-        self.every, self.keep, self.asynchronous = every, keep, asynchronous
-        self._buffers: dict[Name, Tensor] = {}  # host memory of the snapshot, used again by the next one
-        self._writer: Any = None  # Orbax's AsyncCheckpointer, made by the first save
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self.every, self.asynchronous, self.backend, self.timeout = every, asynchronous, backend, timeout
+        self.retention = keep if isinstance(keep, Retention) else Retention(keep)
+        self._snapshot = Snapshot()
+        self._writing: Background | None = None
+        self._step = 0  # of the write under way
+        self._prepared: Background | None = None
+        self._clean = False  # whether a dead process's leftovers are gone
 
     def should_save(self, step: int, last: bool) -> bool:
         """Whether the state after `step` steps is to be saved; `last` marks the run's final step."""
         return last or (self.every > 0 and step % self.every == 0)
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Copies `state` to host memory and has it written; returns once the copy is taken.
+    def prepare(self, state: Any) -> None:
+        """Begin, in the background, what the first save of `state` would else wait for: host memory and imports."""
+        leaves = data_leaves(state)
+
+        def work() -> None:
+            _backend(self.backend).load()
+            self._snapshot.reserve(leaves)
+
+        self._prepared = Background("prepare checkpoints", work)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        meta: dict[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        overlap: bool = False,
+    ) -> None:
+        """Copies `state` to host memory and has it written. What is queued on the GPU later does not touch the copy.
 
         state: a pytree of tensors on any device; None and tensors without elements hold no data and are not written.
         meta: what JSON can hold (tuples come back as lists, integer keys as strings).
+        metrics: numbers that `keep` may choose the best by; those not finite are left out.
+        overlap: the copy from a GPU may run beside what is queued next, which may read the state; call `join` before
+            anything writes into it.
 
         At most one write runs: a save waits for the one before it. Raises UserError, writing nothing, when `step` or a
-        later one is there already, and CheckpointWriteError when this write can't begin or the one before it failed.
+        later one is there already; CheckpointWriteError when this write can't begin or the one before it failed;
+        StuckWrite when that one does not end.
         """
         meta = json.loads(json.dumps(meta))  # fails here rather than in the writer's thread
+        kept = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+        leaves = data_leaves(state)
         self.wait()
         there = self.steps()
         if there and step <= there[-1]:
@@ -99,40 +142,47 @@ class Checkpointer:
                 f"{self.directory} {what} step {step}, and nothing is overwritten: resume from step {there[-1]}, "
                 "or choose another --workdir"
             )
-        _, ocp = import_jax_and_orbax()
-        arrays = _nest({name: to_jax(leaf) for name, leaf in self._snapshot(state).items()})
         try:
-            if self._writer is None:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._remove_leftovers()
-                self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-            items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
-            self._writer.save(self.directory / str(step), args=items)
-        except (OSError, RuntimeError, ValueError) as error:
+            self._begin_writing()
+            copies = self._snapshot.begin(leaves)
+        except (OSError, RuntimeError) as error:  # RuntimeError: no memory for the copy
             raise self._write_error(step, error) from error
-        self._pending = self._thread.submit(self._finish, step)
+        if not overlap:
+            self.join()
+        self._step = step
+        self._writing = Background(f"write checkpoint {step}", lambda: self._write(step, copies, meta, kept))
         if not self.asynchronous:
             self.wait()
+
+    def join(self) -> None:
+        """Makes what is queued next on the GPU run after the copy of an overlapping `save`. The host does not wait."""
+        self._snapshot.join()
 
     def wait(self) -> None:
         """Returns when the last save is on disk and what it replaces is gone.
 
-        Raises, once, what went wrong in the background: CheckpointWriteError if the write failed, OSError if an old
-        checkpoint could not be deleted.
+        Raises CheckpointWriteError, once, if the write failed or an old checkpoint could not be deleted; StuckWrite,
+        each time, while the write does not end in `timeout`.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if self._prepared is not None:
+            self._prepared.ended()  # did it fail, `save` meets the same error
+            self._prepared = None
+        if self._writing is None:
+            return
+        if not self._writing.ended(self.timeout):
+            raise StuckWrite(
+                f"the checkpoint of step {self._step} has not been written to {self.directory} within "
+                f"{self.timeout:g} s ({self._kept()}), and no other can be begun meanwhile: see whether the disk or "
+                "network mount hangs, or write a larger --config.checkpoint.timeout"
+            )
+        writing, self._writing = self._writing, None
+        if writing.error is not None:
+            raise writing.error
 
     def close(self) -> None:
-        """Waits as `wait` does and frees the snapshot's memory. The checkpointer can't save after it."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
-            if self._writer is not None:
-                self._writer.close()
-            self._buffers = {}
+        """Waits as `wait` does and frees the snapshot's memory."""
+        self.wait()
+        self._snapshot = Snapshot()
 
     def __enter__(self) -> Self:
         return self
@@ -140,7 +190,7 @@ class Checkpointer:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             self.close()
-        except (CheckpointWriteError, OSError) as failure:
+        except CheckpointWriteError as failure:
             if error is None:
                 raise
             error.add_note(str(failure))  # the error that ended the run stays the one reported
@@ -164,58 +214,62 @@ class Checkpointer:
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The `meta` saved with `step`. Raises UserError when it isn't there, DamagedCheckpoint if it can't be read."""
-        _, ocp = import_jax_and_orbax()
         with _reading(directory := self.path(step)):
-            return ocp.JsonCheckpointHandler().restore(epath(directory / "meta"))
+            return read_object(directory / META)
 
     def read_tree(self, step: int) -> dict[Name, LeafSpec]:
         """Path -> shape and dtype of every leaf saved with `step`; reads no values. Raises as `read_meta`."""
-        _, ocp = import_jax_and_orbax()
-        with _reading(directory := self.path(step)):
-            leaves = _walk(ocp.PyTreeCheckpointHandler().metadata(epath(directory / "state")))
-            return {name: LeafSpec(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in leaves}
+        backend = self._reader(directory := self.path(step))
+        with _reading(directory):
+            return backend.read_tree(directory / STATE)
 
-    def restore(self, like: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
+    def restore(self, like: State, step: int | None = None, cast: bool = False) -> tuple[State, dict[str, Any]]:
         """The state and meta saved at `step` (the latest by default), every bit as it was.
 
         like: a pytree of tensors giving structure, shapes, dtypes and devices (the CPU for the meta device); its
             values are not read or written.
+        cast: floating-point leaves saved with another dtype are converted, as `Tensor.to` does.
 
         Waits for a save under way, and raises what `wait` raises. Before loading anything, raises UserError when the
         step isn't there or its tree is not like `like`, and DamagedCheckpoint when its files aren't those of its
-        manifest (reading them once for it). A checkpoint whose writer was killed before the manifest is used with a
-        warning.
+        manifest (reading them once for it).
         """
-        return self._restore(like, step, ())
+        return self._restore(like, step, None, cast)
 
-    def restore_part(self, field: str, like: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
-        """`restore` of one field of the saved state, such as "params", to which `like` belongs; the rest isn't read."""
-        return self._restore(like, step, (field,))
+    def restore_part(
+        self, field: str, like: State, step: int | None = None, cast: bool = False
+    ) -> tuple[State, dict[str, Any]]:
+        """`restore` of one field of the saved state, such as "params", to which `like` belongs.
 
-    def _restore(self, like: State, step: int | None, prefix: Name) -> tuple[State, dict[str, Any]]:
+        By Orbax the rest is not read, nor its checksums compared: damage there does not matter.
+        """
+        return self._restore(like, step, field, cast)
+
+    def _restore(self, like: State, step: int | None, field: str | None, cast: bool) -> tuple[State, dict[str, Any]]:
         self.wait()
         step = self.latest() if step is None else step
         if step is None:
             raise UserError(f"{self.directory} holds no checkpoint: save one first, or choose another --workdir")
-        manifest.verify(directory := self.path(step))
-        jax, ocp = import_jax_and_orbax()
+        directory = self.path(step)
+        backend = self._reader(directory)
+        prefix = () if field is None else (field,)
+        needed = (lambda file: True) if field is None else backend.needed_for(field)
+        manifest.verify(directory, lambda file: needed(file.removeprefix(f"{STATE}/")))
         leaves = {(*prefix, *name): leaf for name, leaf in named_leaves(like).items()}
-        here = {name: _spec(leaf) for name, leaf in leaves.items() if _holds_data(leaf)}
-        wanted = {name: spec for name, spec in self.read_tree(step).items() if name[: len(prefix)] == prefix}
-        _check_same_tree(wanted, here, str(directory))
-        cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-        target = {
-            name: jax.ShapeDtypeStruct(spec.shape, jax.numpy.dtype(spec.dtype), sharding=cpu)
-            for name, spec in here.items()
-        }
-        target = _nest(target)
-        how = ocp.checkpoint_utils.construct_restore_args(target)
-        args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=bool(prefix))
-        handler = ocp.PyTreeCheckpointHandler()  # the standard one reads whole trees only
+        here = {name: spec_of(leaf) for name, leaf in leaves.items() if holds_data(leaf)}
+        there = {name: spec for name, spec in self.read_tree(step).items() if name[: len(prefix)] == prefix}
+        check_same_tree(there, here, str(directory), cast)
         with _reading(directory):
-            arrays = dict(_walk(handler.restore(epath(directory / "state"), args=args)))
-        values = [from_jax(arrays.pop(name), leaf) if name in here else _empty(leaf) for name, leaf in leaves.items()]
-        return pytree.tree_unflatten(values, pytree.tree_structure(like)), self.read_meta(step)
+            values = backend.read(directory / STATE, {name: there[name] for name in here})
+
+        def restored(name: Name, leaf: Tensor | None) -> Tensor | None:
+            device = torch.device("cpu") if leaf is None or leaf.is_meta else leaf.device
+            if name not in here:
+                return None if leaf is None else torch.empty_like(leaf, device=device)
+            return values.pop(name).to(device, leaf.dtype, copy=True)  # the backend's own memory is not ours to write
+
+        out = [restored(name, leaf) for name, leaf in leaves.items()]
+        return pytree.tree_unflatten(out, pytree.tree_structure(like)), self.read_meta(step)
 
     def set_aside(self, after: int) -> Path | None:
         """Moves the checkpoints later than `after` out of the way, to continue from an earlier step; deletes none.
@@ -234,118 +288,82 @@ class Checkpointer:
             (self.directory / str(step)).rename(aside / str(step))
         return aside
 
-    @torch.no_grad()
-    def _snapshot(self, state: Any) -> dict[Name, Tensor]:
-        """Copies the leaves into host buffers, made once: touching fresh pages costs several times the copy."""
-        leaves = {name: leaf for name, leaf in named_leaves(state).items() if _holds_data(leaf)}
-        _check_names_apart(leaves)
-        old, self._buffers = self._buffers, {}
-        for name, leaf in leaves.items():
-            buffer = old.pop(name, None)
-            if buffer is None or _spec(buffer) != _spec(leaf):
-                # Contiguous always, pinned for a GPU's copies.
-                buffer = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=leaf.is_cuda)
-            self._buffers[name] = buffer.copy_(leaf, non_blocking=True)
-        for device in {leaf.device for leaf in leaves.values() if leaf.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
-        return self._buffers
+    def _begin_writing(self) -> None:
+        """Makes the directory; deletes, once, what a killed process left half written or half deleted."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self._clean:
+            for path in [path for suffix in (WRITING, DELETED) for path in self.directory.glob(f"*{suffix}")]:
+                shutil.rmtree(path)
+            self._clean = True
 
-    def _finish(self, step: int) -> None:
-        """In the writer's thread: waits for the write, then deletes what `keep` no longer covers."""
+    def _write(self, step: int, copies: dict[Name, Tensor], meta: dict[str, Any], metrics: dict[str, float]) -> None:
+        """In the writer's thread: the files, the manifest, the rename; then the checkpoints that `keep` gives up."""
+        writing = self.directory / f"{step}{WRITING}"
         try:
-            self._writer.wait_until_finished()
-        except (OSError, RuntimeError, ValueError) as error:
+            self._snapshot.finish()
+            shutil.rmtree(writing, ignore_errors=True)  # of a try before that failed
+            writing.mkdir()
+            _backend(self.backend).write(writing / STATE, copies)
+            write_atomically(writing / META, json.dumps(meta).encode())
+            manifest.write(writing, metrics)
+            sync_tree(writing)
+            writing.rename(self.directory / str(step))
+            sync(self.directory)
+        except Exception as error:
+            shutil.rmtree(writing, ignore_errors=True)  # on a full disk its space is needed
             raise self._write_error(step, error) from error
-        try:
-            manifest.write(self.directory / str(step))
-        except OSError as error:
-            raise self._write_error(step, error) from error
-        for old in self.steps()[: -self.keep] if self.keep else []:
+        for old in self.retention.expired({there: self._metrics(there) for there in self.steps()}):
             directory = self.directory / str(old)
-            shutil.rmtree(directory.rename(directory.with_name(f"{old}{DELETED}")))
+            try:
+                shutil.rmtree(directory.rename(directory.with_name(f"{old}{DELETED}")))
+            except OSError as error:
+                raise CheckpointWriteError(
+                    f"the checkpoint of step {step} is written, but {directory}, which config.checkpoint.keep gives "
+                    f"up, could not be deleted: {error}"
+                ) from error
+
+    def _metrics(self, step: int) -> dict[str, float]:
+        """What `step` was saved with. Of a damaged one nothing is known: it can't be among the best."""
+        try:
+            return manifest.metrics(self.directory / str(step))
+        except DamagedCheckpoint:
+            return {}
+
+    def _reader(self, directory: Path) -> Backend:
+        """The backend that wrote `directory`."""
+        if not (directory / STATE / ".metadata").exists():
+            return _backend("orbax")
+        if self.backend != "dcp":
+            raise UserError(
+                f"{directory} was written by DCP, a part of which is a pickle and can run code when it is read; if you "
+                "trust whoever wrote it, write --config.checkpoint.backend=dcp (for inspect.py --config.backend=dcp)"
+            )
+        return _backend("dcp")
 
     def _write_error(self, step: int, error: Exception) -> CheckpointWriteError:
-        latest = self.latest()
-        kept = "there is none before it" if latest is None else f"the last whole one is of step {latest}"
         return CheckpointWriteError(
-            f"the checkpoint of step {step} could not be written to {self.directory} ({kept}): {error}"
+            f"the checkpoint of step {step} could not be written to {self.directory} ({self._kept()}): {error}"
         )
 
-    def _remove_leftovers(self) -> None:
-        """Deletes what a killed process left half written or half deleted."""
-        for pattern in (TEMPORARY, f"*{DELETED}"):
-            for path in self.directory.glob(pattern):
-                shutil.rmtree(path)
+    def _kept(self) -> str:
+        latest = self.latest()
+        return "there is none before it" if latest is None else f"the last whole one is of step {latest}"
+
+
+def _backend(name: str) -> Backend:
+    return importlib.import_module(f"qwen3f.train.{name}")  # neither imports what it stands on before it is used
 
 
 @contextmanager
 def _reading(directory: Path) -> Iterator[None]:
-    """What Orbax raises for files that it can't make sense of, as DamagedCheckpoint."""
+    """What can't be read or made sense of, as DamagedCheckpoint."""
     try:
         yield
+    except DamagedCheckpoint:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise DamagedCheckpoint(f"{directory} is damaged or incomplete: {error}") from error
 
 
 def _is_checkpoint(path: Path) -> bool:
-    # Orbax puts the metadata file there first and renames the directory last.
-    return path.name.isdecimal() and str(int(path.name)) == path.name and (path / "_CHECKPOINT_METADATA").is_file()
-
-
-def _holds_data(leaf: Any) -> bool:
-    if leaf is not None and not isinstance(leaf, Tensor):
-        raise TypeError(f"a checkpoint's leaf is a {type(leaf).__name__}: make it a tensor, or put it into meta")
-    return leaf is not None and leaf.numel() > 0
-
-
-def _check_names_apart(leaves: dict[Name, Tensor]) -> None:
-    # Orbax joins a path by dots on disk: of two that join alike, it would keep one without a word.
-    joined: dict[str, Name] = {}
-    for name in leaves:
-        other = joined.setdefault(".".join(name), name)
-        if other != name:
-            raise ValueError(f"the state's leaves {other} and {name} would share a name on disk: rename one")
-
-
-def _spec(leaf: Tensor) -> LeafSpec:
-    return LeafSpec(tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."))
-
-
-def _empty(leaf: Tensor | None) -> Tensor | None:
-    return None if leaf is None else torch.empty_like(leaf, device="cpu" if leaf.is_meta else leaf.device)
-
-
-def _nest(flat: dict[Name, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        node = nested
-        for key in name[:-1]:
-            node = node.setdefault(key, {})
-        node[name[-1]] = leaf
-    return nested
-
-
-def _walk(tree: Any, prefix: Name = ()) -> Iterator[tuple[Name, Any]]:
-    """The leaves of nested dicts, with their paths; undoes `_nest`."""
-    tree = getattr(tree, "tree", tree)  # Orbax wraps a tree's metadata
-    if not isinstance(tree, dict):
-        yield prefix, tree
-        return
-    for key, value in tree.items():
-        yield from _walk(value, (*prefix, key))
-
-
-def _check_same_tree(on_disk: dict[Name, LeafSpec], here: dict[Name, LeafSpec], where: str) -> None:
-    names = [*here, *(name for name in on_disk if name not in here)]
-    differing = [name for name in names if on_disk.get(name) != here.get(name)]
-    if not differing:
-        return
-    shown = [
-        f"{'.'.join(name)} is {on_disk.get(name, 'absent')} on disk and {here.get(name, 'absent')} in this run"
-        for name in differing[:3]
-    ]
-    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-    raise UserError(
-        f"workdir's checkpoint belongs to another model ({where}): {'; '.join(shown)}{more}. "
-        "Choose another --workdir, or the configuration that this one was started with"
-    )
+    return path.name.isdecimal() and str(int(path.name)) == path.name and (path / STATE).is_dir()

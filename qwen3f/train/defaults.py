@@ -14,7 +14,7 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.device = "auto"  # cuda when there is one, else cpu
     config.dtype = "auto"  # of the forward and backward pass: bfloat16 on cuda, float32 on cpu; master weights: float32
     config.compile = "auto"  # off, block (one transformer block) or step (one graph); auto: block on cuda, off on cpu
-    config.attention = "auto"  # auto, sdpa, flex or reference
+    config.attention = "auto"  # auto, sdpa, flash or reference
     config.seed = 0
     config.steps = 10_000
     config.batch_size = 64  # rows of a step, over all devices
@@ -24,6 +24,10 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.context_warmup.length = 0  # tokens that attention may look back over at first; 0: no such warmup
     config.context_warmup.steps = 0.5  # how long: below 1 a share of the steps, else a number of steps
     config.nonfinite_skips = 0  # steps with a loss or gradient that is not finite to pass over, before one ends the run
+    config.spike = ConfigDict()  # a loss far above those before: back to the last checkpoint, on behind the data since
+    config.spike.threshold = 0.0  # robust deviations above the running median, such as 10; 0: no such check
+    config.spike.window = 64  # losses that the median is of
+    config.spike.rollbacks = 3  # in a run, before a spike ends it
     config.watchdog = 0.0  # seconds a step, with its evaluation and save, may take before the run ends with all stacks
     config.log_every = 10
     config.init_from = ""  # a workdir, its checkpoints/N or a Hugging Face directory: weights and tokenizer
@@ -37,6 +41,15 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.data.root = ""  # DIR for mixture=files
     config.data.text_key = "text"  # field of .jsonl, column of .parquet
     config.data.holdout = 0.05  # share of the documents kept for validation
+    config.data.max_samples = 0  # documents of each source to use, at most; 0: all
+    config.data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written
+    config.data.max_epochs = ""  # readings of a source before it is dropped: 4, or reasoning=4,fineweb=1; "": no limit
+    config.data.length_mix = ""  # shares of documents by length, long=0.75,medium=0.25: over seq_len / 2, over / 8
+    config.data.packing = "concat"  # concatenate and cut, or best_fit: whole documents, with padding
+    config.data.long_documents = "cut"  # or drop: best_fit's documents that are longer than seq_len
+    config.data.streaming = False  # documents as they are read, also from the Hub; False: from a cache of tokens
+    config.data.shuffle_buffer = 0  # documents of a stream that are shuffled together
+    config.data.workers = 0  # processes that build batches (tokenise a stream) beside the loader's thread
     config.data.cache = ""  # where tokenizers and tokens are kept; default $XDG_CACHE_HOME/qwen3f
     # A sentencepiece .model or a directory with Qwen's tokenizer; default: train one of model.vocab_size on the corpus.
     config.data.tokenizer = ""
@@ -72,8 +85,17 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 1000  # steps; 0: only at the end
     config.checkpoint.keep = 2  # last ones kept; 0: all
+    config.checkpoint.keep_every = 0  # those of steps that are a multiple of this are kept for good; 0: none
+    config.checkpoint.keep_best = 0  # so many with the best best_metric are kept, of those at steps that measured it
+    config.checkpoint.best_metric = "val_loss"
+    config.checkpoint.best_mode = "min"  # or max
+    # orbax, or dcp (torch.distributed.checkpoint; for trusted checkpoints only: a part of them is a pickle). Runs with
+    # dcp open both.
+    config.checkpoint.backend = "orbax"
+    config.checkpoint.cast = False  # convert what was saved in another floating-point dtype than this run's
+    config.checkpoint.timeout = 1800.0  # seconds that writing one may take before on_failure decides; 0: no limit
     config.checkpoint.asynchronous = True
-    config.checkpoint.on_failure = "stop"  # when one can't be written (disk full): stop, or go_on to the next one
+    config.checkpoint.on_failure = "stop"  # when one can't be written (disk full, hung): stop, or go_on without it
 
     config.sample = ConfigDict()
     config.sample.prompts = ("import ", "def main(", "The ")  # continued at the end of the run

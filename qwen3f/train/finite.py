@@ -22,11 +22,18 @@ class FiniteCheck:
     """Reads each step's verdict while the next one runs. The step itself has withheld a bad update already.
 
     skips: how many bad steps are passed over before one ends the run. dump: called with (step, first, rows) of each bad
-    step; writes its examples somewhere and returns where. say: called with a line for each step passed over.
+    step; writes its examples somewhere and returns where. say: called with a line for each step passed over. judge:
+    called with (step, loss, first, rows) of each good one; may raise.
     """
 
-    def __init__(self, skips: int, dump: Callable[[int, int, int], Path], say: Callable[[str], None]) -> None:
-        self._skips, self._dump, self._say = skips, dump, say
+    def __init__(
+        self,
+        skips: int,
+        dump: Callable[[int, int, int], Path],
+        say: Callable[[str], None],
+        judge: Callable[[int, float, int, int], None],
+    ) -> None:
+        self._skips, self._dump, self._say, self._judge = skips, dump, say, judge
         self._bad = 0
         self._pending: _Pending | None = None
 
@@ -42,7 +49,7 @@ class FiniteCheck:
         self._pending = _Pending(step, first, rows, values, ready)
 
     def flush(self) -> None:
-        """Judge the last step noted. Raises TrainingError if it is not finite and no skip is left."""
+        """Judge the last step noted. Raises TrainingError if it is not finite and no skip is left, and as `judge`."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -50,7 +57,7 @@ class FiniteCheck:
             pending.ready.synchronize()
         finite, loss, norm = pending.values.tolist()
         if finite:
-            return
+            return self._judge(pending.step, loss, pending.first, pending.rows)
         self._bad += 1
         place = self._dump(pending.step, pending.first, pending.rows)
         last = pending.first + pending.rows - 1

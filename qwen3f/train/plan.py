@@ -13,6 +13,7 @@ from qwen3f.data.corpus import DataConfig
 from qwen3f.errors import UserError
 from qwen3f.train import optimizer
 from qwen3f.train.schedule import Schedule
+from qwen3f.train.spikes import SpikePolicy
 from sharding.mesh import parse_mesh
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -27,6 +28,7 @@ class Plan:
     optimizer: optimizer.AdamW
     schedule: Schedule
     context_warmup_steps: int  # with attention over config.context_warmup.length tokens
+    spikes: SpikePolicy
     execution: model.Execution
     data: DataConfig
     device: torch.device
@@ -35,13 +37,18 @@ class Plan:
 
 def make_plan(config: ConfigDict) -> Plan:
     """Raises UserError, naming key and value, for anything that cannot run."""
-    for key in ("steps", "batch_size", "microbatches", "seq_len", "log_every", "eval.batch_size"):
+    for key in ("steps", "batch_size", "microbatches", "seq_len", "log_every", "eval.batch_size", "spike.window"):
         _at_least(config, key, 1)
     for key in (
         "eval.every",
         "eval.max_docs",
         "checkpoint.every",
         "checkpoint.keep",
+        "checkpoint.keep_every",
+        "checkpoint.keep_best",
+        "checkpoint.timeout",
+        "spike.threshold",
+        "spike.rollbacks",
         "sample.tokens",
         "context_warmup.length",
         "nonfinite_skips",
@@ -63,6 +70,11 @@ def make_plan(config: ConfigDict) -> Plan:
         raise UserError("config.context_warmup.length has no effect with config.data.cross_documents=True; choose one")
     if config.checkpoint.on_failure not in ("stop", "go_on"):
         raise UserError(f"config.checkpoint.on_failure={config.checkpoint.on_failure!r}: write stop or go_on")
+    if config.checkpoint.keep_best and config.checkpoint.best_metric.startswith("val_") and not config.eval.every:
+        raise UserError(
+            f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs config.checkpoint.best_metric="
+            f"{config.checkpoint.best_metric}, which config.eval.every=0 measures only at the end; write how many steps"
+        )
     mesh = parse_mesh(config.mesh)
     if mesh.size > 1:
         raise UserError(f"config.mesh={config.mesh} asks for {mesh.size} devices; this version trains on one")
@@ -75,6 +87,7 @@ def make_plan(config: ConfigDict) -> Plan:
         optimizer=optimizer.make(**config.optimizer.to_dict()),
         schedule=_schedule(config),
         context_warmup_steps=_steps(config, "context_warmup.steps") if config.context_warmup.length else 0,
+        spikes=SpikePolicy(**config.spike.to_dict()),
         execution=model.Execution(_compile_mode(config.compile, device), config.attention),
         data=data,
         device=device,

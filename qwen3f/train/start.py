@@ -2,9 +2,11 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from qwen3f import tree
 from qwen3f.data.corpus import Corpus, prepare
 from qwen3f.errors import UserError
 from qwen3f.interop import source
@@ -13,7 +15,26 @@ from qwen3f.train import workdir as W
 from qwen3f.train.checkpoint import Checkpointer
 from qwen3f.train.manifest import DamagedCheckpoint
 from qwen3f.train.plan import Plan
+from qwen3f.train.retention import Retention
 from qwen3f.train.state import TrainState, from_params, init_state
+
+
+def open_checkpoints(plan: Plan, workdir: Path) -> Checkpointer:
+    """The run's checkpoints, by config.checkpoint. Raises UserError for values that they can't have."""
+    options = plan.config.checkpoint
+    keep = Retention(
+        options.keep, options.keep_every, options.keep_best, metric=options.best_metric, mode=options.best_mode
+    )
+    return Checkpointer(
+        workdir / W.CHECKPOINTS, options.every, keep, options.asynchronous, options.backend, options.timeout
+    )
+
+
+class Start(NamedTuple):
+    """state: to train on from. meta: saved with it, {} if it is of no checkpoint."""
+
+    state: TrainState
+    meta: dict[str, Any]
 
 
 def open_corpus(plan: Plan, workdir: Path, progress: bool) -> Corpus:
@@ -40,7 +61,7 @@ def open_corpus(plan: Plan, workdir: Path, progress: bool) -> Corpus:
     return corpus
 
 
-def starting_state(plan: Plan, checkpoints: Checkpointer) -> TrainState:
+def starting_state(plan: Plan, checkpoints: Checkpointer) -> Start:
     """The state to go on from: config.resume's or the last checkpoint, else init_from's weights, else fresh.
 
     A damaged last checkpoint is named, and the one before it used. Checkpoints later than the one used are moved aside,
@@ -48,21 +69,39 @@ def starting_state(plan: Plan, checkpoints: Checkpointer) -> TrainState:
     """
     if plan.config.resume is not None or checkpoints.latest() is not None:
         like = init_state(plan.model, 0, plan.optimizer, device=plan.device)
-        state, step = _restored(checkpoints, like, plan.config.resume)
-        if aside := checkpoints.set_aside(step):
-            print(f"checkpoints after step {step} were moved to {aside}", flush=True)
-        return state
+        return _restored(checkpoints, like, plan.config.resume, plan.config.checkpoint.cast)
+    return Start(_first_state(plan), {})
+
+
+def roll_back(plan: Plan, checkpoints: Checkpointer, state: TrainState) -> Start:
+    """The last whole checkpoint, or, if there is none yet, what the run began with; in the storage of `state`.
+
+    As in `starting_state`, checkpoints that are damaged are named and moved aside.
+    """
+    checkpoints.wait()
+    if checkpoints.latest() is None:
+        before, meta = Start(_first_state(plan), {})
+    else:
+        like = tree.map(lambda leaf: leaf.to("meta"), state)  # a second state might not fit on the device
+        before, meta = _restored(checkpoints, like, None, plan.config.checkpoint.cast)
+    return Start(tree.map(lambda live, saved: live.copy_(saved), state, before), meta)
+
+
+def _first_state(plan: Plan) -> TrainState:
     if plan.config.init_from:
         return from_params(plan.model, _weights(plan), plan.config.seed, plan.optimizer)
     return init_state(plan.model, plan.config.seed, plan.optimizer, device=plan.device)
 
 
-def _restored(checkpoints: Checkpointer, like: TrainState, resume: int | None) -> tuple[TrainState, int]:
-    """(state, step) of `resume`, or of the last checkpoint that is whole."""
+def _restored(checkpoints: Checkpointer, like: TrainState, resume: int | None, cast: bool) -> Start:
+    """The checkpoint of step `resume`, or the last that is whole; later ones are moved aside."""
     candidates = [resume] if resume is not None else checkpoints.steps()[::-1]
     for number, step in enumerate(candidates, 1):
         try:
-            return checkpoints.restore(like, step)[0], step
+            start = Start(*checkpoints.restore(like, step, cast))
+            if aside := checkpoints.set_aside(step):
+                print(f"checkpoints after step {step} were moved to {aside}", flush=True)
+            return start
         except DamagedCheckpoint as error:
             if number == len(candidates):
                 raise
@@ -73,7 +112,8 @@ def _restored(checkpoints: Checkpointer, like: TrainState, resume: int | None) -
 def _weights(plan: Plan) -> Params:
     """init_from's, as float32 master weights. Says which rotary settings the run changes."""
     place = plan.config.init_from
-    params = source.read_params(place, plan.model, plan.device, torch.float32)
+    backend = plan.config.checkpoint.backend
+    params = source.read_params(place, plan.model, plan.device, torch.float32, backend)
     for change in source.rotary_changes(place, plan.model):
         print(f"config.init_from={place}: {change}", flush=True)
     return params

@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qwen3f.data import ordered_map
 from qwen3f.data.qwen_tokenizer import QwenTokenizer
 from qwen3f.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
 from qwen3f.data.token_cache import TokenCache
@@ -91,3 +92,9 @@ def write_parquet(tmp_path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def forked_workers(monkeypatch) -> None:
+    """Workers of `ordered_map` start by a fork, in milliseconds, instead of importing everything again."""
+    monkeypatch.setattr(ordered_map, "START_METHOD", "fork")

@@ -9,6 +9,7 @@ import pytest
 
 from qwen3f.data import corpus as module
 from qwen3f.data.corpus import DataConfig, cache_directory, gzip_bits_per_byte, prepare
+from qwen3f.data.loader import build_batch
 from qwen3f.data.sources import open_source
 from qwen3f.errors import UserError
 
@@ -100,6 +101,82 @@ def test_user_errors(config, change, message):
         prepare(DataConfig(**{**vars(config), **change}), 16, progress=False)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"packing": "best"}, "data.packing is 'best': write one of concat, best_fit"),
+        ({"packing": "best_fit", "cross_documents": True}, "keeps documents apart: write data.cross_documents=False"),
+        ({"packing": "best_fit", "long_documents": "x"}, "long_documents is 'x': write one of cut, drop"),
+        ({"max_samples": -1}, "data.max_samples is -1: give 0 or more"),
+        ({"workers": -2}, "data.workers is -2"),
+        ({"shuffle_buffer": 9}, "data.shuffle_buffer is for streams"),
+        ({"streaming": True, "temperature": 1.0}, "need the token counts: write data.streaming=False"),
+        ({"streaming": True, "length_mix": "long=1"}, "need the token counts: write data.streaming=False"),
+        ({"streaming": True, "max_epochs": "1.5"}, "max_epochs='1.5': a stream is read whole; write whole numbers"),
+        ({"max_epochs": "fineweb=1"}, "names 'fineweb', which is not in the mixture"),
+        ({"length_mix": "huge=1"}, "names 'huge': write classes"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+    ],
+)
+def test_settings_that_cannot_work(config, change, message):
+    with pytest.raises(UserError, match=message):
+        prepare(DataConfig(**{**vars(config), **change}), 16, progress=False)
+
+
+def test_max_samples_and_best_fit(config, code_texts):
+    whole = prepare(config, 16, progress=False)
+    (name,) = whole.names
+    few = prepare(DataConfig(**{**vars(config), "max_samples": 5, "packing": "best_fit"}), 64, progress=False)
+    assert few.train.cache.num_docs == 5 == few.heldout[name].num_docs
+    text = few.tokenizer.decode(few.train.cache.tokens.tolist(), skip_special=True)
+    assert text == "".join(d.text for d in whole.sources[name].documents("train"))[: len(text)]
+    line, held_out = few.describe()
+    padding = np.mean([(few.train[i]["segments"] == 0).mean() for i in range(len(few.train))])
+    assert line.endswith(f"in 5 documents to train on; {len(few.train)} examples, {padding:.2%} padding")
+    assert held_out.endswith("in 5 documents held out")
+    batch = build_batch(few.train, 0, 2, 0, 350)
+    assert few.train_metrics(batch) == {"padding": pytest.approx((batch["segments"] == 0).float().mean().item())}
+    assert whole.train_metrics(build_batch(whole.train, 0, 2, 0, 350)) == {}
+
+
+def test_what_is_left_out_is_said(config, write_jsonl):
+    long = [f"word{n} " * 400 for n in range(9)]
+    write_jsonl([{"text": text} for text in ("", None, *long)], "more.jsonl")
+    config = DataConfig(**{**vars(config), "packing": "best_fit", "long_documents": "drop"})
+    corpus = prepare(config, 128, progress=False)
+    train = [d.text for d in corpus.sources[config.mixture].documents("train")]
+    _, dropped, empty, _ = corpus.describe()
+    assert f", {len(set(long) & set(train))} documents longer than seq_len are dropped (data.long_docum" in dropped
+    assert empty.endswith(", left out while reading both splits: 2 empty_rows")
+
+
+def test_caps_of_epochs_end_the_run_before_it_begins(config):
+    corpus = prepare(DataConfig(**{**vars(config), "max_epochs": "2"}), 16, progress=False)
+    examples = 2 * len(corpus.parts[0])
+    corpus.check_covers(examples, seed=0)
+    assert sorted(corpus.train.order(np.arange(examples), 0)) == sorted([*range(len(corpus.parts[0]))] * 2)
+    with pytest.raises(
+        UserError, match=rf"leaves {examples} examples and the run needs {examples + 1} \(steps x batch"
+    ):
+        corpus.check_covers(examples + 1, seed=0)
+
+
+def test_a_stream_holds_out_its_first_documents_and_reads_the_rest(config, monkeypatch):
+    monkeypatch.setattr(module, "STREAM_HELDOUT_DOCUMENTS", 3)
+    corpus = prepare(DataConfig(**{**vars(config), "streaming": True, "shuffle_buffer": 8}), 16, progress=False)
+    (source,) = corpus.sources.values()
+    assert [cache.num_docs for cache in corpus.heldout.values()] == [3]
+    assert len(list(source.documents("heldout"))) == 3
+    assert corpus.describe()[0].endswith("streamed")
+    documents = {d.text for d in open_source(config.mixture, holdout=0.3).documents("train")}
+    text = ""
+    for _, (make, _) in zip(range(200), corpus.train.examples(0)):
+        text += corpus.tokenizer.decode(make(0)["tokens"].tolist())
+    assert {part for part in text.split("<|endoftext|>")[:-1]} == documents
+    assert corpus.train_metrics({}) == {}
+    corpus.check_covers(10**9, seed=0)
+
+
 def test_corpus_shorter_than_an_example(config):
     with pytest.raises(UserError, match=r"fewer than one example of seq_len=1000000 needs"):
         prepare(config, 10**6, progress=False)
@@ -141,7 +218,10 @@ def test_a_mixture_of_two_sources(config, write_jsonl, tmp_path):
     places = np.arange(10_000)
     from_prose = corpus.train.order(places, 5) >= len(corpus.train.parts[0])
     assert from_prose.sum() == 2_500
-    texts = {corpus.tokenizer.decode(cache.tokens.tolist()) for cache in (*corpus.caches, *corpus.heldout.values())}
+    texts = {
+        corpus.tokenizer.decode(cache.tokens.tolist())
+        for cache in (*(part.cache for part in corpus.parts), *corpus.heldout.values())
+    }
     assert sum("sentences about cats" in text for text in texts) == 2
     alone = prepare(config, 16, progress=False)
     assert alone.tokenizer.fingerprint != corpus.tokenizer.fingerprint

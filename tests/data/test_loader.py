@@ -1,5 +1,8 @@
 """The loader yields the contract's batches in the sampler's order, passes errors on and always stops."""
 
+import multiprocessing
+import os
+import signal
 import threading
 import time
 import traceback
@@ -172,10 +175,72 @@ def test_builds_no_more_than_prefetch_batches_ahead(dataset):
         assert len(asked) == 3 * (1 + 2 + 1)  # taken, queued, and one waiting for a place
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"start": -1}, {"prefetch": 0}])
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"start": -1}, {"prefetch": 0}, {"workers": -1}])
 def test_bad_arguments(dataset, options):
-    with pytest.raises(UserError, match="give batch_size >= 1, start >= 0 and prefetch >= 1"):
+    with pytest.raises(UserError, match="give batch_size >= 1, start >= 0, prefetch >= 1"):
         _loader(dataset, **options)
+
+
+# -- worker processes --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forked(forked_workers, dataset):
+    """The dataset; a cache that is no file, and classes of a test, cannot go to processes that are spawned."""
+    return dataset
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(forked, workers):
+    dataset = forked
+    before = torch.random.get_rng_state()
+    for a, b in zip(_take(_loader(dataset), 12), _take(_loader(dataset, workers=workers), 12), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in b)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert multiprocessing.active_children() == []
+
+
+def test_an_error_in_a_worker_ends_with_its_traceback(forked):
+    dataset = forked
+    loader = _loader(_Failing(dataset), workers=2)
+    assert [next(loader)["index"][0] for _ in range(2)] == [0, 3]
+    with pytest.raises(OSError, match=r"(?s)in _fail\n.*the disk is gone"):
+        next(loader)
+    with pytest.raises(RuntimeError, match="The loader is closed"):
+        next(loader)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_dies_ends_the_run(forked):
+    dataset = forked
+
+    class Dying(_Failing):
+        def _fail(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    began = time.monotonic()
+    with (
+        _loader(Dying(dataset), workers=2) as loader,
+        pytest.raises(RuntimeError, match=r"DataLoader worker .* (exited|killed)"),
+    ):
+        list(loader)
+    assert time.monotonic() - began < 20
+
+
+def test_workers_build_no_more_than_their_share_ahead(forked):
+    """Back-pressure: 2 batches a worker, those in the queue, one waiting for a place, and the one taken."""
+    dataset, asked = forked, multiprocessing.get_context("fork").Value("q", 0)
+
+    class Counting(_Failing):
+        def __getitem__(self, i):
+            with asked.get_lock():
+                asked.value += 1
+            return self._dataset[i]
+
+    with _loader(Counting(dataset), workers=2, prefetch=2) as loader:
+        next(loader)
+        time.sleep(1)
+        assert asked.value == 3 * (2 * 2 + 2 + 1 + 1)
 
 
 @pytest.mark.gpu

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen3f.data import mixture as module
 from qwen3f.data.mixture import CYCLE, make_mixture
-from qwen3f.data.mixture_text import parse_weights
+from qwen3f.data.mixture_text import parse_caps, parse_weights, temper
 from qwen3f.errors import UserError
 
 
@@ -98,3 +99,87 @@ def test_parsing(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             parse_weights(wrong)
+
+
+# -- caps of epochs and temperature ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 9000), st.integers(1, 9), st.floats(1, 3)), min_size=1, max_size=4),
+    seed=st.integers(0, 2**32),
+)
+def test_caps_are_reached_exactly_and_the_others_renormalised(parts, seed):
+    lengths, weights, epochs = zip(*parts)
+    made = [Part(name=n, length=length) for n, length in enumerate(lengths)]
+    mixed = make_mixture(made, weights, max_epochs=epochs)
+    caps = [int(e * n) for e, n in zip(epochs, lengths)]
+    total = mixed.total(seed)
+    assert total == sum(caps)
+    order = mixed.order(np.arange(total), seed)
+    part = np.searchsorted(np.cumsum(lengths), order, side="right")
+    assert np.bincount(part, minlength=len(parts)).tolist() == caps
+    offset = 0
+    for n, (length, cap) in enumerate(
+        zip(lengths, caps)
+    ):  # whole epochs, and a part of the last one without repetition
+        counts = np.bincount(order[part == n] - offset, minlength=length)
+        assert set(counts) <= {cap // length, -(-cap // length)}
+        offset += length
+    with pytest.raises(UserError, match=f"max_epochs leaves {total} examples and example {total} is asked for"):
+        mixed.order(np.array([0, total]), seed)
+    for start in (0, total // 2, max(total - 7, 0)):  # a place's example does not depend on what is asked with it
+        assert (mixed.order(np.arange(start, min(start + 7, total)), seed) == order[start : start + 7]).all()
+
+
+def test_a_capped_source_is_dropped_and_the_rest_go_on_for_ever():
+    """700 examples twice at 70% last for 2,000 places; then the others share as 2 to 1, exactly in each cycle."""
+    made = [Part(name=n, length=length) for n, length in enumerate((700, 500, 300))]
+    mixed = make_mixture(made, (0.7, 0.2, 0.1), max_epochs=(2, None, None))
+    assert mixed.total(5) is None
+    order = mixed.order(np.arange(40_000), 5)
+    last = np.flatnonzero(order < 700)[-1]
+    assert (order < 700).sum() == 1400
+    assert 1800 < last < 2200
+    start = mixed_start(mixed, 5)
+    assert last < start <= last + 40  # dropped where it would have come again
+    for cycle in range(3):
+        after = order[start + cycle * CYCLE : start + (cycle + 1) * CYCLE]
+        assert (after >= 1200).sum() == 3333
+        assert (after >= 700).all()
+    assert (mixed.order(np.arange(1900, 2300), 5) == order[1900:2300]).all()
+
+
+def mixed_start(mixed, seed):
+    """Where the second phase begins."""
+    phases, _ = module._phases(mixed.weights, mixed.caps, seed)
+    return phases[1].start
+
+
+def test_caps_written_by_the_user():
+    sources = ["embedded", "fineweb@/a/b", "reasoning"]
+    assert parse_caps("", sources) == dict.fromkeys(sources)
+    assert parse_caps("4", sources) == dict.fromkeys(sources, 4.0)
+    assert parse_caps("fineweb=2,reasoning=0.5", sources) == {
+        "embedded": None,
+        "fineweb@/a/b": 2.0,
+        "reasoning": 0.5,
+    }
+    with pytest.raises(UserError, match="names 'fine', which is not in the mixture: write embedded, fineweb@/a/b, rea"):
+        parse_caps("fine=2", sources)
+    with pytest.raises(UserError, match="has the weight '0'"):
+        parse_caps("0", sources)
+    with pytest.raises(UserError, match="max_epochs=0.01 leaves none of 3 examples"):
+        make_mixture([Part(name=0, length=3)], [1.0], max_epochs=[0.01])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0, 1e9])
+def test_temperature(temperature):
+    weights, sizes = {"a": 1.0, "b": 1.0, "c": 2.0}, {"a": 100, "b": 10_000, "c": 100}
+    found = temper(weights, sizes, temperature)
+    raw = [w * (s ** (1 / temperature) if temperature else 1) for w, s in zip(weights.values(), sizes.values())]
+    assert list(found.values()) == pytest.approx([r / sum(raw) for r in raw], rel=1e-12)
+    if temperature == 2:  # by hand: 10 : 100 : 20
+        assert found["b"] == pytest.approx(100 / 130, rel=1e-12)
+    with pytest.raises(UserError, match="temperature is -1"):
+        temper(weights, sizes, -1)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen3f.data import token_cache
+from qwen3f.data import cache_build
+from qwen3f.data.cache_files import token_dtype
 from qwen3f.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
 from qwen3f.data.sources import open_source
 from qwen3f.data.token_cache import build_or_open, open_cache, verify
@@ -51,7 +52,7 @@ def test_holds_tokens_offsets_bytes_and_counts(source, tokenizer, tmp_path):
 
 def test_small_batches_and_threads_give_the_same_files(source, tokenizer, tmp_path, monkeypatch):
     first = build_or_open(source, "train", tokenizer, tmp_path / "one", num_threads=1)
-    monkeypatch.setattr(token_cache, "_BATCH_CHARS", 1)
+    monkeypatch.setattr(cache_build, "_BATCH_CHARS", 1)
     second = build_or_open(source, "train", tokenizer, tmp_path / "two", num_threads=2)
     assert first.path.name == second.path.name
     for file in first.path.iterdir():
@@ -63,7 +64,7 @@ def test_large_vocabularies_use_four_bytes(source, tokenizer, tmp_path, monkeypa
     cache = build_or_open(source, "train", tokenizer, tmp_path / "caches")
     assert cache.tokens.dtype == np.uint32
     assert cache.tokens[: cache.doc_offsets[1]].tolist() == [*tokenizer.encode(TEXTS[0]), tokenizer.eos_id]
-    assert token_cache._token_dtype(2**16) == np.uint16
+    assert token_dtype(2**16) == np.uint16
 
 
 def test_second_call_reads_no_document(source, tokenizer, tmp_path, monkeypatch):
@@ -171,7 +172,7 @@ def test_damaged_meta_is_named(source, tokenizer, tmp_path):
 def test_the_first_of_two_builders_wins(source, tokenizer, tmp_path, monkeypatch):
     """While one process builds, another publishes: the slower one uses what is there and leaves no litter."""
     caches = tmp_path / "caches"
-    publish = token_cache._publish
+    publish = cache_build._publish
 
     def publish_second(temporary, path):
         if not path.exists():
@@ -181,37 +182,72 @@ def test_the_first_of_two_builders_wins(source, tokenizer, tmp_path, monkeypatch
         publish(temporary, path)
 
     def only_once(temporary, path):
-        monkeypatch.setattr(token_cache, "_publish", publish)
+        monkeypatch.setattr(cache_build, "_publish", publish)
         publish_second(temporary, path)
 
-    monkeypatch.setattr(token_cache, "_publish", only_once)
+    monkeypatch.setattr(cache_build, "_publish", only_once)
     cache = build_or_open(source, "train", tokenizer, caches)
     assert (cache.path / "first").exists()
     assert [p.name for p in caches.iterdir()] == [cache.path.name]
 
 
 def _build_slowly(corpus: str, model: Path, caches: Path) -> None:
+    """Two documents a batch; hangs in the second."""
+    cache_build._BATCH_CHARS = 12
     tokenizer = SentencePieceTokenizer.load(model)
+    encode, calls = tokenizer.encode_batch, []
 
-    def hang(texts: list[str], num_threads: int) -> list[list[int]]:
-        time.sleep(60)
-        return []
+    def hang(texts: list[str], num_threads: int) -> list[np.ndarray]:
+        calls.append(1)
+        if len(calls) == 2:
+            time.sleep(60)
+        return encode(texts, num_threads)
 
     tokenizer.encode_batch = hang
     build_or_open(open_source(corpus, holdout=0.0), "train", tokenizer, caches)
 
 
-def test_a_killed_build_is_never_taken_for_a_cache(source, tokenizer, tmp_path):
+@pytest.fixture
+def killed(source, tokenizer, tmp_path):
+    """The directory of caches in which a build was killed after its first batch, two documents."""
     caches = tmp_path / "caches"
     arguments = (source.name, tokenizer.path, caches)
     process = multiprocessing.get_context("fork").Process(target=_build_slowly, args=arguments)
     process.start()
     deadline = time.monotonic() + 20
-    while not (caches.is_dir() and any(caches.glob(".building-*/tokens.bin"))):
+    while not (caches.is_dir() and any(caches.glob(".building-*/progress.json"))):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert len(_hidden(caches)) == 1
     assert list(caches.glob("tokens-*")) == []
-    assert build_or_open(source, "train", tokenizer, caches).num_docs == 4
+    return caches
+
+
+def test_a_killed_build_is_gone_on_with(source, tokenizer, tmp_path, killed, monkeypatch):
+    (left,) = killed.iterdir()
+    with (left / "tokens.bin").open("ab") as file:
+        file.write(b"half a batch")  # written, but not recorded
+    seen = []
+    encode = tokenizer.encode_batch
+    monkeypatch.setattr(tokenizer, "encode_batch", lambda texts, n: seen.extend(texts) or encode(texts, n))
+    cache = build_or_open(source, "train", tokenizer, killed)
+    assert seen == ["x", TEXTS[4]]  # not the first two again
+    monkeypatch.undo()
+    whole = build_or_open(source, "train", tokenizer, tmp_path / "elsewhere")
+    for file in whole.path.iterdir():
+        assert file.read_bytes() == (cache.path / file.name).read_bytes()
+    verify(cache)
+    assert [p.name for p in killed.iterdir()] == [cache.path.name]
+
+
+def test_a_build_of_another_cache_or_one_that_runs_is_left_alone(source, tokenizer, killed, code_texts, tmp_path):
+    (left,) = killed.iterdir()
+    other = train_sentencepiece(code_texts, 330, tmp_path / "other.model")
+    build_or_open(source, "train", other, killed)
+    assert left.is_dir()
+    lock = cache_build._lock(left)
+    assert build_or_open(source, "train", tokenizer, killed).num_docs == 4
+    assert left.is_dir()
+    os.close(lock)

@@ -86,7 +86,7 @@ def test_training_starts_from_a_hugging_face_directory(root, directory, tmp_path
     config = configured(root, init_from=str(directory), **free)
     plan = make_plan(config)
     with Checkpointer(tmp_path / "c", 0, 0) as checkpoints:
-        state = starting_state(plan, checkpoints)
+        state, _ = starting_state(plan, checkpoints)
     stored = hf.load_pretrained(directory)[1]
     assert all(leaf.dtype == torch.float32 for leaf in state.params.values())
     assert all(torch.equal(leaf, stored[path].float()) for path, leaf in state.params.items())

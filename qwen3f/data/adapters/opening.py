@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 
 from qwen3f.data.adapters.files import split_files
@@ -50,12 +51,28 @@ def rows(
 
 def raw_rows(dataset: HubDataset, root: str, split: str, streaming: bool) -> Iterator[Row | BadRow]:
     """All rows, bad ones in their place. Raises UserError as `rows` does, but for bad rows."""
+    return (row for row, _ in read_on(dataset, root, (0, 0), split, streaming))
+
+
+def read_on(
+    dataset: HubDataset, root: str, place: tuple[int, int], split: str = "", streaming: bool = True
+) -> Iterator[tuple[Row | BadRow, tuple[int, int]]]:
+    """The rows of `raw_rows` from a place on, each with the place behind it.
+
+    Args:
+        place: a file's number and how many of its rows to pass over; the Hub's stream is one file.
+    """
     split = split or dataset.split
-    if not root:
-        yield from hub_rows(dataset, split, streaming)
-        return
-    for path in split_files(dataset, root, split):
-        yield from read_file(path, dataset.columns, dataset.optional)
+    first, passed = place
+    if root:
+        files = split_files(dataset, root, split)
+        readers = [partial(read_file, path, dataset.columns, dataset.optional) for path in files]
+    else:
+        readers = [partial(hub_rows, dataset, split, streaming)]
+    for number in range(first, len(readers)):
+        for row_number, row in enumerate(islice(readers[number](), passed, None), start=passed + 1):
+            yield row, (number, row_number)
+        passed = 0
 
 
 def check_max_samples(max_samples: int | None) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from qwen3f.data.adapters.files import split_files
 from qwen3f.data.adapters.opening import raw_rows
 from qwen3f.data.adapters.registry import HubDataset, names, parse_mixture
-from qwen3f.data.adapters.rows import LeftOut, Row, RowFault, check_text
+from qwen3f.data.adapters.rows import BadRow, LeftOut, Row, RowFault, check_text
 from qwen3f.data.documents import Document, Split, is_heldout, stable_hash
 from qwen3f.errors import UserError
 
@@ -47,7 +47,7 @@ class DatasetSource:
     Attributes:
         name: what the user wrote as `data.mixture`.
         dataset: which data set.
-        root: directory of the copy; its training files are read.
+        root: directory of the copy; its training files are read. "" reads the Hub.
         holdout: share of the documents held out, chosen by a stable hash of the text, so equal texts stay together.
     """
 
@@ -64,7 +64,7 @@ class DatasetSource:
         """
         for row in raw_rows(self.dataset, self.root, "", streaming=True):
             try:
-                found = _usable(row)
+                found = usable(row)
             except LeftOut as left:
                 if counts is not None:
                     counts[left.reason] += 1
@@ -74,6 +74,9 @@ class DatasetSource:
 
     def fingerprint(self, split: Split) -> str:
         """Digest of every file's path, size and time, of the options, `split` and this format's version."""
+        if not self.root:  # the Hub says nothing cheap that would change with the content
+            hub = (_FORMAT, self.dataset.hub_id, self.dataset.config, split, self.holdout)
+            return f"{stable_hash(repr(hub).encode()):016x}"
         listing = []
         for path in split_files(self.dataset, self.root, self.dataset.split):
             stat = path.stat()
@@ -82,21 +85,24 @@ class DatasetSource:
         return f"{stable_hash(repr(parts).encode()):016x}"
 
 
-def open_dataset(mixture: str, root: str, holdout: float) -> DatasetSource:
-    """The source of "name@DIR", or of "name" with `root`.
+def open_dataset(mixture: str, root: str, holdout: float, streaming: bool = False) -> DatasetSource:
+    """The source of "name@DIR", of "name" with `root`, or, when streaming, of "name" on the Hub.
 
     Raises:
-        UserError: no directory is given (the token cache needs the whole corpus at hand), or none is there.
+        UserError: no directory is given (a token cache needs the whole corpus at hand), or none is there.
     """
     parts = parse_mixture(mixture, root, "pretrain")
     if len(parts) > 1:
         raise UserError(f"data.mixture={mixture!r} names {len(parts)} data sets: write one, e.g. fineweb@DIR.")
     (part,) = parts
+    source = DatasetSource(mixture, part.dataset, part.root, holdout)
+    if not part.root and streaming:
+        return source
     if not part.root:
         raise UserError(
-            f"data.mixture={mixture} needs a local copy: write {part.dataset.name}@DIR or --config.data.root=DIR."
+            f"data.mixture={mixture} needs a local copy: write {part.dataset.name}@DIR or --config.data.root=DIR; or "
+            "read it from the Hub with --config.data.streaming=True."
         )
-    source = DatasetSource(mixture, part.dataset, part.root, holdout)
     split_files(part.dataset, part.root, part.dataset.split)  # a missing directory is an error now, not while reading
     return source
 
@@ -106,8 +112,11 @@ def is_text_dataset(name: str) -> bool:
     return name in names("pretrain")
 
 
-def _usable(row: object) -> Document:
-    """The document of a row. Null texts and empty shards are left out, as in `sources.FilesSource`; faults raise."""
+def usable(row: Row | BadRow) -> Document:
+    """The document of a row. Null texts and empty shards are left out, as in `sources.FilesSource`.
+
+    Raises LeftOut; UserError, with file and row, for what cannot be read.
+    """
     if not isinstance(row, Row):
         if row.reason == "empty_shards":
             raise LeftOut(row.reason)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3f.data.packing import PackedDataset
-from qwen3f.data.stream_packing import pack_stream
+from qwen3f.data.stream.windows import pack_stream, windows
 from qwen3f.errors import UserError
 
 
@@ -63,3 +63,16 @@ def test_streams():
 
     next(pack_stream(documents(), 8))
     assert asked == [0, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), seq_len=st.integers(1, 17))
+def test_goes_on_from_every_window(make_cache, lengths, seq_len):
+    documents = [(np.array(tokens), n) for n, tokens in enumerate(_documents(make_cache(lengths)))]
+    whole = list(windows(documents, seq_len))
+    for place in {0, len(whole) // 2, len(whole) - 1} if whole else ():
+        mark, skip = whole[place][1]
+        rest = list(windows(documents[mark:], seq_len, skip=skip))
+        assert [state for _, state in rest] == [state for _, state in whole[place + 1 :]]
+        for (ours, _), (theirs, _) in zip(rest, whole[place + 1 :]):
+            assert all(np.array_equal(a, b) for a, b in zip(ours(3).values(), theirs(3).values()))

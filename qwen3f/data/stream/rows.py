@@ -1,0 +1,85 @@
+"""Whole documents in rows, from a stream: best fit over groups of documents.
+
+Legend: T = seq_len.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+
+from qwen3f.data.best_fit import LongDocuments, best_fit, check_policy
+from qwen3f.data.fitted import fitted_row
+from qwen3f.data.packing import Example, check_seq_len
+from qwen3f.data.sampler import example_index
+from qwen3f.data.stream.windows import MakeExample
+
+M = TypeVar("M")
+
+GROUP_ROWS = 256
+"""Documents are fitted together until they fill this many rows: more leave less padding and need more memory."""
+
+
+def fitted_rows(
+    documents: Iterable[tuple[np.ndarray, M]],
+    seq_len: int,
+    *,
+    reset_positions: bool = True,
+    long_documents: LongDocuments = "cut",
+    pad_id: int = 0,
+    counts: Counter[str] | None = None,
+    skip: int = 0,
+) -> Iterator[tuple[MakeExample, tuple[M, int]]]:
+    """The rows of `best_fit` over each group of documents, in a shuffled order within the group.
+
+    In memory is one group.
+
+    Args:
+        documents: ids of each document, its end-of-text token last, and a mark.
+        seq_len: T.
+        reset_positions: as for `PackedDataset`.
+        long_documents: see `best_fit`.
+        pad_id: token of the padding.
+        counts: dropped documents are added here as `too_long`.
+        skip: rows of the first group to pass over.
+
+    Returns:
+        For each row, how to make its example, and where the next one stands: the mark of its group's first document and
+        how many rows of the group to skip.
+
+    Raises:
+        UserError: T < 1, or an unknown policy.
+    """
+    check_seq_len(seq_len)
+    check_policy(long_documents)
+    for group, mark in _groups(documents, GROUP_ROWS * seq_len):
+        rows = best_fit([len(tokens) for tokens in group], seq_len, long_documents)
+        if counts is not None and rows.dropped:
+            counts["too_long"] += rows.dropped
+        order = example_index(np.arange(len(rows)), len(rows), 0) if len(rows) else np.zeros(0, np.int64)
+        for number in range(skip, len(rows)):
+            pieces = [group[d][begin : begin + places + 1] for d, begin, places in rows.pieces(order[number])]
+            yield partial(_row, pieces, seq_len, reset_positions, pad_id), (mark, number + 1)
+        skip = 0
+
+
+def _groups(documents: Iterable[tuple[np.ndarray, M]], most: int) -> Iterator[tuple[list[np.ndarray], M]]:
+    """Groups that end when they hold `most` tokens, with the mark of the first document."""
+    group: list[np.ndarray] = []
+    count, first = 0, None
+    for tokens, mark in documents:
+        if not group:
+            first = mark
+        group.append(tokens)
+        count += len(tokens)
+        if count >= most:
+            yield group, first
+            group, count = [], 0
+    if group:
+        yield group, first
+
+
+def _row(pieces: list[np.ndarray], seq_len: int, reset_positions: bool, pad_id: int, index: int) -> Example:
+    return fitted_row(pieces, seq_len, index, reset_positions, pad_id)

@@ -1,0 +1,44 @@
+"""Which checkpoints stay."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from qwen3f.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """A checkpoint stays if any of the rules keeps it; the latest always does.
+
+    keep: how many of the latest stay; 0 keeps all. every: those of steps that are a multiple of it stay for good; 0:
+    none. best: how many with the best `metric` stay. metric: such as "val_loss"; checkpoints saved without it, or with
+    a value that is not finite, are not among the best. mode: whether the best is the "min" or the "max". Raises
+    UserError for a negative number or another mode.
+    """
+
+    keep: int
+    every: int = 0
+    best: int = 0
+    metric: str = "val_loss"
+    mode: str = "min"
+
+    def __post_init__(self) -> None:
+        for key, value in (("keep", self.keep), ("keep_every", self.every), ("keep_best", self.best)):
+            if value < 0:
+                raise UserError(f"config.checkpoint.{key} is {value}: write 0 or a positive number of checkpoints")
+        if self.mode not in ("min", "max"):
+            raise UserError(f"config.checkpoint.best_mode is {self.mode!r}: write min or max")
+
+    def expired(self, saved: Mapping[int, Mapping[str, float]]) -> list[int]:
+        """The steps, ascending, that no rule keeps. saved: step -> its metrics, of the whole checkpoints there are."""
+        steps = sorted(saved)
+        if not self.keep or not steps:
+            return []
+        sign = 1 if self.mode == "min" else -1
+        measured = {step: value for step in steps if math.isfinite(value := saved[step].get(self.metric, math.nan))}
+        ranked = sorted(measured, key=lambda step: (sign * measured[step], step))  # of equals the earlier
+        kept = {*steps[-self.keep :], *ranked[: self.best]}
+        if self.every:
+            kept |= {step for step in steps if step % self.every == 0}
+        return [step for step in steps if step not in kept]

@@ -1,0 +1,86 @@
+"""A process that has imported everything and forks a victim for each call asked of it: one import for many kills."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+class Forker:
+    """A context manager. `start` begins a victim, one at a time; `wait` tells how it ended.
+
+    preload: a library that it is started with; `directory`: where the victims' output goes.
+    """
+
+    def __init__(self, directory, preload=None):
+        self._log = directory / "victim.log"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if preload:
+            environment["LD_PRELOAD"] = str(preload)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.train.forker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+
+    def __enter__(self):
+        assert self._process.stdout.readline() == "ready\n"
+        return self
+
+    def __exit__(self, *error):
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def start(self, function, *args):
+        """Call a function of victims.py in a new process, whose number it returns."""
+        self._process.stdin.write(json.dumps([function, args, str(self._log)]) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def wait(self):
+        """(exit code, or minus the signal that ended it; what it printed)."""
+        code = int(self._process.stdout.readline())
+        return code, self._log.read_text()
+
+    def call(self, function, *args):
+        self.start(function, *args)
+        return self.wait()
+
+
+def serve():
+    import traceback
+
+    from tests.train import victims
+
+    victims.warm_up()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        function, args, log = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            code = 1
+            try:
+                getattr(victims, function)(*args)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
