@@ -41,7 +41,9 @@ def _mix(x: Tensor) -> Tensor:
 
 def bits(stream: Tensor | int, index: Tensor) -> Tensor:
     """64 random bits as int64 for each element of `index` (int64); `stream` is a key or an int64 scalar tensor."""
-    return _mix(index * _GOLDEN + stream)
+    # & -1 changes nothing, but hides from torch.compile that an index is a sum of places times strides: it would multiply
+    # the strides by the constant beforehand, beyond 64 bits
+    return _mix((index & -1) * _GOLDEN + stream)
 
 
 def fold(stream: Tensor, value: Tensor | int) -> Tensor:

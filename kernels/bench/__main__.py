@@ -21,7 +21,7 @@ def row(case: Case, ceiling: float) -> str:
     cells = [case.kernel, case.shape]
     for work, ms in ((case.forward, ours.forward), (case.backward, ours.backward)):
         cells.append("" if ms is None else f"{ms:.3f} ms, {_rate(work, ms, ceiling, case.unit)}")
-    cells.append(", ".join(f"{name} {_ratios(ours, other)}" for name, other in measured.items()))
+    cells.append("; ".join(f"{name} {_ratios(ours, other)}" for name, other in measured.items()))
     return "| " + " | ".join(cells) + " |"
 
 

@@ -33,7 +33,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges | None = None) -> Tensor:
     if q.shape[0] * q.shape[1] * q.shape[2] ** 2 > _SCORES_THAT_FIT:
-        raise NotImplementedError("all scores do not fit into memory")
+        raise NotImplementedError("does not fit")
     return flash_attention.reference(q, k, v, ranges=ranges)[0]
 
 

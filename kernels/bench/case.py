@@ -51,7 +51,8 @@ def measure(case: Case, name: str) -> Measured:
     except Exception as error:
         if name == "ours":
             raise
-        return Measured(None, None, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
+        name = "" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: "
+        return Measured(None, None, name + str(error).partition("\n")[0][:80])
     differentiable = [y for y in outputs if y.requires_grad]
     grads = [torch.randn_like(y) for y in differentiable]
     if case.joint:

@@ -41,7 +41,7 @@ def _case(tokens: int, size: int) -> Case:
 
 def _naive(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     if len(hidden) * len(weight) > _MOST_LOGITS:
-        raise NotImplementedError("all logits at once would not fit")
+        raise NotImplementedError("does not fit")
     return (F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none") * weights).sum()
 
 

@@ -14,6 +14,10 @@ from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.params import Params
 from qwen3f.train import balance
+from sharding import tensor
+from sharding.axes import DATA, Axes
+from sharding.fsdp import sum_over
+from sharding.layout import ONE_DEVICE, Layout
 
 LossFn = Callable[..., Tensor]
 
@@ -26,10 +30,10 @@ class Totals(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """A micro-batch's parts of the step's loss; those of all micro-batches add up.
+    """A micro-batch's parts of the step's loss; those of all micro-batches add up, and those of all ranks.
 
     loss: next-token, nats a token. aux_loss, z_loss: the routers', without their coefficients; 0 for a dense model.
-    load: what the routers counted; None for a dense model.
+    load: what the routers counted, on a mesh those of all ranks; None for a dense model.
     """
 
     loss: Tensor
@@ -43,6 +47,13 @@ def add_terms(a: Terms | None, b: Terms) -> Terms:
         return b
     load = None if b.load is None else balance.add(a.load, b.load)
     return Terms(a.loss + b.loss, a.aux_loss + b.aux_loss, a.z_loss + b.z_loss, load)
+
+
+def sum_ranks(terms: Terms, axes: Axes) -> Terms:
+    """The whole step's terms from this rank's, the same on every rank."""
+    if axes.shape.size == 1:
+        return terms
+    return Terms(*sum_over(torch.stack(terms[:3]), axes).unbind(), terms.load)
 
 
 def batch_weight(batch: Mapping[str, Tensor]) -> Tensor:
@@ -68,15 +79,21 @@ def routed_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     return torch.ones_like(batch["tokens"]).sum() if real is None else real.sum()
 
 
-def make_loss(cfg: ModelConfig, execution: model.Execution = model.EAGER, *, dropout: bool = False) -> LossFn:
+def make_loss(
+    cfg: ModelConfig,
+    execution: model.Execution = model.EAGER,
+    *,
+    dropout: bool = False,
+    layout: Layout = ONE_DEVICE,
+) -> LossFn:
     """loss(params, batch, total_weight, dropout_stream=None) -> Σ loss_weights · nll / total_weight, nats a token.
 
     float32 (float64 for a float64 model). total_weight is `batch_weight` of *all* micro-batches and ranks that make
     up the step, so that cutting a batch never changes the loss. A batch in which nothing is predicted gives 0 and
     zero gradients, not NaN. The routers' losses are no part of it. With execution=model.REFERENCE the function composes
-    with torch.func.
+    with torch.func. On a mesh it is this rank's share: the shares of all ranks add up to the loss.
     """
-    both = _make_loss_and_stats(cfg, execution, dropout)
+    both = _make_loss_and_stats(cfg, execution, dropout, layout)
 
     def loss(
         params: Params, batch: Mapping[str, Tensor], total_weight: Tensor | float, dropout_stream: Tensor | None = None
@@ -87,14 +104,18 @@ def make_loss(cfg: ModelConfig, execution: model.Execution = model.EAGER, *, dro
 
 
 def make_objective(
-    cfg: ModelConfig, execution: model.Execution = model.EAGER, *, dropout: bool = False
+    cfg: ModelConfig,
+    execution: model.Execution = model.EAGER,
+    *,
+    dropout: bool = False,
+    layout: Layout = ONE_DEVICE,
 ) -> Callable[..., tuple[Tensor, Terms]]:
     """objective(params, batch, totals, others=None, dropout_stream=None) -> (what a step differentiates, its Terms).
 
     The scalar is make_loss's plus router_aux_loss_coef · aux_loss plus router_z_loss_coef · z_loss. others: the load of
-    other micro-batches, see balance.balance_loss.
+    other micro-batches, see balance.balance_loss. On a mesh both are this rank's share.
     """
-    both = _make_loss_and_stats(cfg, execution, dropout)
+    both = _make_loss_and_stats(cfg, execution, dropout, layout)
 
     def objective(
         params: Params,
@@ -106,45 +127,71 @@ def make_objective(
         loss, stats = both(params, batch, totals.weight, dropout_stream)
         if stats is None:
             return loss, Terms(loss, torch.zeros_like(loss), torch.zeros_like(loss), None)
-        aux = balance.balance_loss(cfg.router_balance, stats, others, totals.tokens)
-        z = balance.z_loss(stats, totals.tokens)
+        load = _sum_load(balance.load_of(stats), layout.axes)
+        # the routers of all ranks of tp see the same tokens
+        copies = layout.axes.tp.size
+        aux = _share(balance.balance_loss(cfg.router_balance, stats, load, others, totals.tokens), copies)
+        z = _share(balance.z_loss(stats, totals.tokens), copies)
         total = loss
         for coefficient, term in ((cfg.router_aux_loss_coef, aux), (cfg.router_z_loss_coef, z)):
             if coefficient > 0:
                 total = total + coefficient * term
-        return total, Terms(loss, aux, z, balance.load_of(stats))
+        return total, Terms(loss, aux, z, load)
 
     return objective
 
 
 def make_load(
-    cfg: ModelConfig, execution: model.Execution = model.EAGER, *, dropout: bool = False
+    cfg: ModelConfig,
+    execution: model.Execution = model.EAGER,
+    *,
+    dropout: bool = False,
+    layout: Layout = ONE_DEVICE,
 ) -> Callable[..., balance.Load]:
     """load(params, batch, dropout_stream=None) -> what the routers of a sparse model count; no gradients."""
-    forward = model.make_forward(cfg, execution, dropout=dropout)
+    forward = model.make_forward(cfg, execution, dropout=dropout, layout=layout)
+    outer = model.make_outer(cfg, layout)
 
     @torch.no_grad()
     def load(params: Params, batch: Mapping[str, Tensor], dropout_stream: Tensor | None = None) -> balance.Load:
-        return balance.load_of(forward(params, batch, dropout_stream)[1])
+        return _sum_load(balance.load_of(forward(outer(params), batch, dropout_stream)[1]), layout.axes)
 
     return load
 
 
 def _make_loss_and_stats(
-    cfg: ModelConfig, execution: model.Execution, dropout: bool
+    cfg: ModelConfig, execution: model.Execution, dropout: bool, layout: Layout
 ) -> Callable[..., tuple[Tensor, model.RouterStats | None]]:
-    forward = model.make_forward(cfg, execution, dropout=dropout)
+    forward = model.make_forward(cfg, execution, dropout=dropout, layout=layout)
+    outer, tp = model.make_outer(cfg, layout), layout.axes.tp
 
     def both(
         params: Params, batch: Mapping[str, Tensor], total_weight: Tensor | float, dropout_stream: Tensor | None
     ) -> tuple[Tensor, model.RouterStats | None]:
+        params = outer(params)
         hidden, stats = forward(params, batch, dropout_stream)
         rest = (model.head_weight(cfg, params), batch["targets"].flatten(), batch["loss_weights"].flatten())
-        if execution.loss == "reference":
+        if tp.size > 1:
+            total = _share(tensor.linear_cross_entropy(hidden, *rest, tp), tp.size)
+        elif execution.loss == "reference":
             total = cross_entropy.reference(hidden.flatten(0, 1), *rest)
         else:
-            total = cross_entropy.linear_cross_entropy(hidden.flatten(0, 1), *rest)
+            total = cross_entropy.linear_cross_entropy(hidden.flatten(0, 1), *rest, float32_sum=True)
         divisor = torch.as_tensor(total_weight, dtype=total.dtype, device=total.device)
         return total / torch.where(divisor > 0, divisor, 1.0), stats
 
     return both
+
+
+def _share(x: Tensor, copies: int) -> Tensor:
+    """One rank's share of a value that `copies` ranks hold alike."""
+    return x if copies == 1 else x / copies
+
+
+def _sum_load(load: balance.Load, axes: Axes) -> balance.Load:
+    """The load of all ranks, in one collective. Ranks of tp count the same tokens."""
+    if all(axes[name].size == 1 for name in DATA):
+        return load
+    counts, tokens, dropped = load
+    columns = sum_over(torch.cat((counts, tokens[:, None], dropped[:, None]), 1), axes, DATA)
+    return balance.Load(columns[:, :-2], columns[:, -2], columns[:, -1])
