@@ -19,6 +19,7 @@ STAGES = {
     "generate": "qwen3f.infer.run",
     "inspect": "qwen3f.train.inspect",
 }
+PLAN = "sharding.plan.run"  # instead, where config.plan is set: what the mesh would do
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -35,10 +36,11 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def run_stage(config: ConfigDict, workdir: Path, progress: bool) -> None:
-    """Run the stage that `config.stage` names. Raises UserError for an unknown one."""
+    """Run the stage that `config.stage` names, or with config.plan the plan. Raises UserError for an unknown one."""
     if config.stage not in STAGES:
         raise UserError(f"config.stage={config.stage!r} is unknown; use one of {', '.join(STAGES)}")
-    stage = importlib.import_module(STAGES[config.stage])  # imports torch: once the command line is known to be right
+    # imports torch: once the command line is known to be right
+    stage = importlib.import_module(PLAN if config.get("plan") else STAGES[config.stage])
     stage.run(config, workdir, progress)
 
 

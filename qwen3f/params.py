@@ -121,9 +121,17 @@ def _init_one(path: str, spec: ParamSpec, seed: int, device: torch.device | str,
     out = torch.empty(spec.shape, device=device, dtype=dtype)
     rows = [(None, out)] if spec.layers is None else list(zip(spec.layers, out))
     for layer, row in rows:
-        stream = rng.key(seed, path, "" if layer is None else layer)
-        row.copy_(rng.normal(stream, 0, row.numel(), device).mul_(spec.std).add_(spec.mean).view(row.shape))
+        row.copy_(init_layer(path, spec, seed, layer, device))
     return out
+
+
+def init_layer(path: str, spec: ParamSpec, seed: int, layer: int | None, device: torch.device | str) -> Tensor:
+    """One row of a stack, or (layer None) a parameter that isn't stacked, as init_params makes it, in float32."""
+    shape = spec.shape if layer is None else spec.shape[1:]
+    if spec.std == 0.0:
+        return torch.full(shape, spec.mean, device=device)
+    stream = rng.key(seed, path, "" if layer is None else layer)
+    return rng.normal(stream, 0, math.prod(shape), device).mul_(spec.std).add_(spec.mean).view(shape)
 
 
 def check_params(cfg: ModelConfig, params: Params) -> None:

@@ -1,9 +1,10 @@
-"""Writing a token cache: streamed, published by one rename, gone on with after a kill.
+"""Writing a token cache: shard by shard, published by one rename, gone on with after a kill.
 
 A build works in a directory `.building-<name>-*` beside its place, which it holds by a lock that ends with its process.
-After each batch the arrays are flushed to the disk, then `progress.json` says how far they are. The next build of the
-same cache takes over such a directory whose lock is free: it cuts the arrays to what was recorded and passes over the
-documents that are in them. A build that fails removes its directory.
+A shard is written as its documents are tokenised; when it is full it is flushed to the disk with the offsets of its
+documents, and then `progress.json` counts it. The next build of the same cache takes over such a directory whose lock
+is free: it passes over the documents of those shards and writes the unfinished one again. A build that fails removes
+its directory.
 """
 
 import fcntl
@@ -12,21 +13,27 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import closing, contextmanager
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from qwen3f.data.cache_files import BYTES, FORMAT_VERSION, META, OFFSETS, TOKENS, token_dtype
+from qwen3f.data.cache_files import BYTES, FORMAT_VERSION, INDEX, OFFSETS, shard_name, token_dtype
 from qwen3f.data.documents import Source, Split
+from qwen3f.data.stream.tokens import tokenised
 from qwen3f.data.tokenizer import Tokenizer
 from qwen3f.errors import UserError
-from qwen3f.files import write_atomically
+from qwen3f.files import sync, write_atomically
+
+SHARD_BYTES = 128 * 2**20
+"""A shard of tokens ends with the document that brings it to this size. A kill loses at most one unfinished shard."""
 
 _BATCH_CHARS = 4 * 2**20  # text in memory at a time, beyond the largest single document
 _PROGRESS, _LOCK = "progress.json", "lock"
@@ -39,23 +46,26 @@ def build(
     path: Path,
     source_print: str,
     num_threads: int,
+    workers: int,
     progress: bool,
 ) -> None:
     """Write the cache of `split` at `path`, which is not there yet. See `token_cache.build_or_open`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _working_directory(path) as directory:
-        stats, files = _write_arrays(source, split, tokenizer, directory, num_threads, progress)
+        stats, shards, arrays = _write_shards(source, split, tokenizer, directory, num_threads, workers, progress)
         if source.fingerprint(split) != source_print:
             raise UserError(f"The files of {source.name} changed while they were tokenised: run again.")
-        meta = {
+        index = {
             "format": FORMAT_VERSION,
             "source": {"name": source.name, "split": split, "fingerprint": source_print},
             "tokenizer": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "stats": stats,
-            "files": files,
+            "shards": shards,
+            "arrays": arrays,
         }
-        write_atomically(directory / META, json.dumps(meta, indent=2).encode())
+        write_atomically(directory / INDEX, json.dumps(index, indent=2).encode())
+        sync(directory)
         _publish(directory, path)
         for name in (_PROGRESS, _LOCK):  # not before: without a lock another build could take the directory over
             (path / name).unlink(missing_ok=True)
@@ -107,63 +117,90 @@ def _publish(temporary: Path, path: Path) -> None:
             raise
 
 
-def _write_arrays(
-    source: Source, split: Split, tokenizer: Tokenizer, directory: Path, num_threads: int, progress: bool
-) -> tuple[dict[str, int], dict[str, dict[str, object]]]:
-    """Stream the split into the three array files; returns the counts, and size and sha256 by file."""
+def _write_shards(
+    source: Source,
+    split: Split,
+    tokenizer: Tokenizer,
+    directory: Path,
+    num_threads: int,
+    workers: int,
+    progress: bool,
+) -> tuple[dict[str, int], list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Stream the split into shards; returns the counts, a record a shard, and one for each of the other arrays."""
     counts: Counter[str] = Counter()
+    shards = _read_progress(directory)
+    passed = _total(shards)
     dtype = token_dtype(tokenizer.vocab_size)
-    end = np.array(tokenizer.eos_id, dtype).tobytes()
-    done = _read_progress(directory)
     with (
-        _DigestingFile(directory / TOKENS, done["tokens"] * dtype.itemsize) as tokens_file,
-        _DigestingFile(directory / OFFSETS, 8 * (done["documents"] + 1) if done["documents"] else 0) as offsets_file,
-        _DigestingFile(directory / BYTES, 8 * done["documents"]) as bytes_file,
+        _DigestingFile(directory / OFFSETS, 8 * (passed["documents"] + 1) if shards else 0) as offsets_file,
+        _DigestingFile(directory / BYTES, 8 * passed["documents"]) as bytes_file,
         tqdm(desc=f"tokenise {split}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar,
+        closing(_tokenised(source, split, tokenizer, counts, passed["documents"], num_threads, workers)) as documents,
     ):
-        files = (tokens_file, offsets_file, bytes_file)
-        if done["documents"]:
-            logging.info("going on with %s after %d documents", directory, done["documents"])
-            bar.update(done["bytes"])
+        if shards:
+            logging.info("going on with %s after %d shards, %d documents", directory, len(shards), passed["documents"])
+            bar.update(passed["text_bytes"])
         else:
             offsets_file.write(np.zeros(1, np.int64).tobytes())
-        for texts in _batches(source, split, counts, done["documents"]):
-            encoded = tokenizer.encode_batch(texts, num_threads)
-            lengths = np.array([len(ids) + 1 for ids in encoded], np.int64)
-            sizes = np.array([len(text.encode()) for text in texts], np.int64)
-            for ids in encoded:
-                tokens_file.write(ids.astype(dtype).tobytes() + end)
-            offsets_file.write((done["tokens"] + np.cumsum(lengths)).tobytes())
+        tokens = passed["tokens"]
+        for first in documents:
+            path = directory / shard_name(len(shards))
+            lengths, sizes, record = _write_shard(path, chain([first], documents), dtype, bar)
+            offsets_file.write((tokens + np.cumsum(lengths)).tobytes())
             bytes_file.write(sizes.tobytes())
-            new = {"documents": len(texts), "tokens": int(lengths.sum()), "bytes": int(sizes.sum())}
-            done = {key: done[key] + new[key] for key in done}
-            for file in files:
-                file.flush()
-            write_atomically(directory / _PROGRESS, json.dumps(done).encode())
-            bar.update(new["bytes"])
-        if not done["documents"]:
+            offsets_file.flush()
+            bytes_file.flush()
+            tokens += record["tokens"]
+            shards.append(record)
+            write_atomically(directory / _PROGRESS, json.dumps(shards).encode())
+        if not shards:
             raise UserError(_describe_empty(source, split, counts))
-        return {**done, **counts}, {file.path.name: file.record() for file in files}
+        total = _total(shards)
+        stats = {"documents": total["documents"], "tokens": total["tokens"], "bytes": total["text_bytes"], **counts}
+        return stats, shards, {file.path.name: file.record() for file in (offsets_file, bytes_file)}
 
 
-def _read_progress(directory: Path) -> dict[str, int]:
-    """What a build that was killed had recorded, else zeros. It was on the disk before it was recorded."""
+def _write_shard(
+    path: Path, documents: Iterator[tuple[np.ndarray, int]], dtype: np.dtype, bar: tqdm
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Take documents until the shard is full; returns tokens and UTF-8 bytes of each, and the record of the index."""
+    lengths, sizes = array("q"), array("q")
+    with _DigestingFile(path, 0) as file:
+        for ids, text_bytes in documents:
+            file.write(ids.astype(dtype).tobytes())
+            lengths.append(len(ids))
+            sizes.append(text_bytes)
+            bar.update(text_bytes)
+            if file.size >= SHARD_BYTES:
+                break
+        file.flush()
+    record = {"documents": len(lengths), "tokens": sum(lengths), "text_bytes": sum(sizes), **file.record()}
+    return np.array(lengths, np.int64), np.array(sizes, np.int64), record
+
+
+def _read_progress(directory: Path) -> list[dict[str, Any]]:
+    """The shards that a build which was killed had finished. They were on the disk before they were recorded."""
     path = directory / _PROGRESS
-    return json.loads(path.read_bytes()) if path.exists() else {"documents": 0, "tokens": 0, "bytes": 0}
+    return json.loads(path.read_bytes()) if path.exists() else []
 
 
-def _batches(source: Source, split: Split, counts: Counter[str], passed: int) -> Iterator[list[str]]:
-    """Texts of the documents after the first `passed`, some millions of characters at a time."""
-    texts: list[str] = []
-    chars = 0
-    for document in islice(source.documents(split, counts), passed, None):
-        texts.append(document.text)
-        chars += len(document.text)
-        if chars >= _BATCH_CHARS:
-            yield texts
-            texts, chars = [], 0
-    if texts:
-        yield texts
+def _total(shards: list[dict[str, Any]]) -> dict[str, int]:
+    return {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "text_bytes")}
+
+
+def _tokenised(
+    source: Source,
+    split: Split,
+    tokenizer: Tokenizer,
+    counts: Counter[str],
+    passed: int,
+    num_threads: int,
+    workers: int,
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Ids of each document after the first `passed`, end-of-text last, and the UTF-8 bytes of its text."""
+    documents = islice(source.documents(split, counts), passed, None)
+    sized = ((document, len(document.text.encode())) for document in documents)
+    return tokenised(sized, tokenizer, workers, num_threads, _BATCH_CHARS)
 
 
 def _describe_empty(source: Source, split: Split, counts: Counter[str]) -> str:
@@ -180,11 +217,11 @@ class _DigestingFile:
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
-        self._size = size
+        self.size = size
 
     def __enter__(self) -> "_DigestingFile":
         self.path.touch()
-        os.truncate(self.path, self._size)
+        os.truncate(self.path, self.size)
         with self.path.open("rb") as file:
             self._digest = hashlib.file_digest(file, "sha256")
         self._file = self.path.open("ab")
@@ -193,7 +230,7 @@ class _DigestingFile:
     def write(self, content: bytes) -> None:
         self._file.write(content)
         self._digest.update(content)
-        self._size += len(content)
+        self.size += len(content)
 
     def flush(self) -> None:
         """Returns when all that was written is on the disk."""
@@ -202,7 +239,7 @@ class _DigestingFile:
 
     def record(self) -> dict[str, object]:
         """Size and sha256 of all that was written."""
-        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+        return {"bytes": self.size, "sha256": self._digest.hexdigest()}
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()

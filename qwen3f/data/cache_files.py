@@ -2,8 +2,13 @@
 
 import numpy as np
 
-FORMAT_VERSION = 1
-TOKENS, OFFSETS, BYTES, META = "tokens.bin", "doc_offsets.bin", "doc_bytes.bin", "meta.json"
+FORMAT_VERSION = 2
+OFFSETS, BYTES, INDEX = "doc_offsets.bin", "doc_bytes.bin", "index.json"
+
+
+def shard_name(number: int) -> str:
+    """File of the shard `number`, from 0."""
+    return f"tokens-{number:05}.bin"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -61,8 +61,8 @@ class DataConfig:
         cache: directory of tokenizers and token caches; "" is $XDG_CACHE_HOME/qwen3f or ~/.cache/qwen3f.
         tokenizer: path of a SentencePiece .model or of a Qwen tokenizer's directory; "" trains one on the train split.
         vocab_size: size of the tokenizer to train; not read when `tokenizer` is given.
-        num_threads: threads that tokenise.
-        workers: processes that build batches, or tokenise a stream; for `loader.Loader`.
+        num_threads: threads that tokenise for a cache.
+        workers: processes that tokenise the train split, and build batches (see `loader.Loader`).
     """
 
     mixture: str = "embedded"
@@ -192,9 +192,9 @@ def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:
         sample = [_limited(source, most) for source in sources.values()]
         tokenizer = _trained_tokenizer(sample, cfg.vocab_size, cache_dir, progress)
 
-    def tokenised(split: Split, most: int = 0) -> dict[str, TokenCache]:
+    def tokenised(split: Split, most: int = 0, workers: int = 0) -> dict[str, TokenCache]:
         return {
-            name: build_or_open(_limited(source, most), split, tokenizer, cache_dir, cfg.num_threads, progress)
+            name: build_or_open(_limited(source, most), split, tokenizer, cache_dir, cfg.num_threads, workers, progress)
             for name, source in sources.items()
         }
 
@@ -204,7 +204,7 @@ def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:
         train = _stream(cfg, sources, list(weights.values()), list(caps.values()), tokenizer, seq_len)
         first = {name: _limited(source, STREAM_HELDOUT_DOCUMENTS) for name, source in sources.items()}
         return Corpus(first, tokenizer, train, tuple(weights), heldout)
-    caches = tokenised("train")
+    caches = tokenised("train", workers=cfg.workers)
     streams, shares = _by_length(cfg, caches, weights, seq_len)
     packed = [_pack(cfg, stream, tokenizer, seq_len) for _, stream in streams.values()]
     limits = [caps[source] for source, _ in streams.values()]
@@ -226,8 +226,12 @@ def check(cfg: DataConfig) -> None:
         raise UserError(f"data.packing is {cfg.packing!r}: write one of {', '.join(PACKINGS)}.")
     if cfg.packing == "best_fit" and cfg.cross_documents:
         raise UserError("data.packing=best_fit keeps documents apart: write data.cross_documents=False.")
-    if cfg.streaming and (cfg.temperature or cfg.length_mix):
-        raise UserError("data.temperature and data.length_mix need the token counts: write data.streaming=False.")
+    for key in ("temperature", "length_mix") if cfg.streaming else ():
+        if value := getattr(cfg, key):
+            raise UserError(
+                f"data.{key}={value!r} needs the token counts of a cache: write data.streaming=False or "
+                f"data.{key}={type(value)()!r}."
+            )
     if cfg.shuffle_buffer and not cfg.streaming:
         raise UserError("data.shuffle_buffer is for streams, a cache is shuffled whole: write data.shuffle_buffer=0.")
 

@@ -4,7 +4,7 @@ from qwen3f.model.cached import apply_cached, make_cached_forward
 from qwen3f.model.execution import EAGER, REFERENCE, Execution
 from qwen3f.model.kv_cache import KVCache, init_cache
 from qwen3f.model.moe import RouterStats
-from qwen3f.model.transformer import ModelOutput, apply, head_weight, make_forward, real_tokens
+from qwen3f.model.transformer import ModelOutput, apply, head_weight, make_forward, make_outer, real_tokens
 
 __all__ = [
     "EAGER",
@@ -19,5 +19,6 @@ __all__ = [
     "init_cache",
     "make_cached_forward",
     "make_forward",
+    "make_outer",
     "real_tokens",
 ]

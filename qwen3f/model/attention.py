@@ -5,6 +5,7 @@ weights, so the same code runs on a tensor-parallel shard.
 """
 
 import functools
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,10 @@ from qwen3f.model.kv_cache import LayerCache, dense_allowed, extend
 from qwen3f.model.mask import AttentionMask
 from qwen3f.model.norm import L2Norm, RMSNorm
 from qwen3f.model.rope import apply_rope
+from sharding.axes import ONE, Axes, Axis
+from sharding.ring import ring_attention
+from sharding.tensor import kv_projection, row_parallel, whole_sequence
+from sharding.zigzag import ring_ranges
 
 BACKENDS = ("auto", "reference", "sdpa", "flash")
 
@@ -37,6 +42,13 @@ def make_mask(segments_BT: Tensor | None, backend: str) -> AttentionMask:
     if backend == "flash" or (backend == "auto" and segments_BT.is_cuda):
         return AttentionMask(ranges=ranges)
     return AttentionMask(allowed=key_ranges.dense_mask(ranges))
+
+
+def batch_mask(batch: Mapping[str, Tensor], backend: str, cp: Axis) -> AttentionMask:
+    """The mask of a batch; under cp, of this rank's part of it, as sharding.zigzag.split_sequence cuts it."""
+    if cp.size > 1:
+        return AttentionMask(ring=ring_ranges(batch["starts"], cp))
+    return make_mask(batch.get("segments"), backend)
 
 
 def attend(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: AttentionMask, backend: str = "auto") -> Tensor:
@@ -107,10 +119,11 @@ def _repeat_heads(x_BKTd: Tensor, heads: int) -> Tensor:
 class Attention(nn.Module):
     """Skeleton of one layer's attention: lives on the meta device, weights come through functional_call.
 
-    fused: on a GPU, norm and rotate queries and keys in one kernel.
+    fused: on a GPU, norm and rotate queries and keys in one kernel. Under tp, x and the result are this rank's part of
+    the sequence, and the heads between are this rank's.
     """
 
-    def __init__(self, cfg: ModelConfig, backend: str, fused: bool) -> None:
+    def __init__(self, cfg: ModelConfig, backend: str, fused: bool, axes: Axes = ONE) -> None:
         super().__init__()
         linear = functools.partial(nn.Linear, bias=cfg.attention_bias)
         self.q_proj = linear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim)
@@ -125,13 +138,18 @@ class Attention(nn.Module):
         self.fused = fused and cfg.qk_norm == "rms"
         self.eps = cfg.rms_norm_eps
         self.head_dim = cfg.head_dim
+        self.kv_heads = cfg.num_key_value_heads
         self.dropout = cfg.attention_dropout
         self.backend = backend
+        self.axes = axes
 
     def forward(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | LayerCache, stream: Tensor | None
     ) -> Tensor:
-        q, k, v = (p(x_BTD).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        tp = self.axes.tp
+        x_BTD = whole_sequence(x_BTD, tp)
+        flat = self.q_proj(x_BTD), *(kv_projection(p, x_BTD, self.kv_heads, tp) for p in (self.k_proj, self.v_proj))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in flat)
         if self.fused and x_BTD.is_cuda:
             q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, self.eps)
         else:
@@ -141,8 +159,10 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if isinstance(mask, LayerCache):
             out = attend_cached(q, k, v, mask, self.backend)
+        elif mask.ring is not None:
+            out = ring_attention(q, k, v, self.axes.cp, mask.ring)[0]
         elif self.backend == "reference" or (self.dropout and stream is not None):
             out = attend_reference(q, k, v, mask, self.dropout, stream)
         else:
             out = attend(q, k, v, mask, self.backend)
-        return self.o_proj(out.transpose(1, 2).flatten(-2))
+        return row_parallel(self.o_proj, out.transpose(1, 2).flatten(-2), tp)

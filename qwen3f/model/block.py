@@ -1,7 +1,7 @@
 """One pre-norm transformer block, and how it runs: through functional_call, recomputed or not, compiled or not."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from qwen3f.model.mask import AttentionMask
 from qwen3f.model.mlp import SwiGLU
 from qwen3f.model.moe import SparseMLP
 from qwen3f.model.norm import RMSNorm
+from sharding.fsdp import make_gather
+from sharding.layout import ONE_DEVICE, Layout
+from sharding.ring import RING_ATTENTION
 
 BlockFn = Callable[..., tuple[Tensor, ...]]
 
@@ -33,9 +36,14 @@ _KEPT = {
     fused_experts.EXPERTS_MLP,
     grouped_gemm.GROUPED_LINEAR,
     moe_dispatch.PLAN,
+    RING_ATTENTION,
     torch.ops.aten.topk.default,
     torch.ops.aten.sort.stable,
+    # what ranks have sent each other, except weights and the sequence, which are gathered again
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
 }
+_GATHERED = {torch.ops._c10d_functional.all_gather_into_tensor.default}
 
 
 class Block(nn.Module):
@@ -45,14 +53,14 @@ class Block(nn.Module):
     compile pass on in every version. real_BT: bool, False for padding; only routers ask.
     """
 
-    def __init__(self, cfg: ModelConfig, execution: Execution, sparse: bool) -> None:
+    def __init__(self, cfg: ModelConfig, execution: Execution, sparse: bool, layout: Layout = ONE_DEVICE) -> None:
         super().__init__()
-        fused = execution.fused
+        fused, axes = execution.fused, layout.axes
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, "norm" in fused)
-        self.self_attn = Attention(cfg, execution.attention, "rotation" in fused)
+        self.self_attn = Attention(cfg, execution.attention, "rotation" in fused, axes)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, "norm" in fused)
         self.sparse = sparse
-        self.mlp = SparseMLP(cfg, execution.experts) if sparse else SwiGLU(cfg, "swiglu" in fused)
+        self.mlp = SparseMLP(cfg, execution.experts, axes) if sparse else SwiGLU(cfg, "swiglu" in fused, axes)
 
     def forward(
         self,
@@ -72,33 +80,36 @@ class Block(nn.Module):
 
 
 @functools.lru_cache(maxsize=32)
-def block_fn(cfg: ModelConfig, execution: Execution, sparse: bool) -> BlockFn:
+def block_fn(cfg: ModelConfig, execution: Execution, sparse: bool, layout: Layout = ONE_DEVICE) -> BlockFn:
     """(layer parameters, x, cos, sin, mask, real, stream) -> as Block, for any layer of one kind: dense, or sparse.
+
+    Layer parameters are this rank's shards; the function gathers what FSDP has cut.
 
     The skeleton lives on the meta device and owns nothing. Cached, since the compiled function is: every layer of a
     kind and every step of a run go through the same one. Recomputation sits inside the compiled region, where its
     policy sees the operators.
     """
     with torch.device("meta"):
-        skeleton = Block(cfg, execution, sparse)
+        skeleton = Block(cfg, execution, sparse, layout)
+    whole = make_gather(layout.place(cfg), layout.axes, stacked=True, dtype=layout.gather_dtype)
 
     def run(layer: dict[str, Tensor], *args: object) -> tuple[Tensor, ...]:
-        return torch.func.functional_call(skeleton, layer, args, strict=True)
+        return torch.func.functional_call(skeleton, whole(layer), args, strict=True)
 
-    fn = run if cfg.gradient_checkpointing == "none" else _recomputed(run, cfg.gradient_checkpointing)
+    policy = cfg.gradient_checkpointing
+    fn = run if policy == "none" else _recomputed(run, policy, _KEPT if layout.reshard else _KEPT | _GATHERED)
     return torch.compile(fn, fullgraph=True, dynamic=False) if execution.compile == "block" else fn
 
 
-def _recomputed(run: BlockFn, policy: str) -> BlockFn:
+def _recomputed(run: BlockFn, policy: str, kept: Set[object]) -> BlockFn:
+    def keep(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
     options = {"use_reentrant": False, "preserve_rng_state": False}  # the block's only randomness is its stream
     if policy == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep)
 
     def run_again(*args: object) -> tuple[Tensor, ...]:
         return checkpoint(run, *args, **options)
 
     return run_again
-
-
-def _policy(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

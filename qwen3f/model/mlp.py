@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from kernels.swiglu import swiglu
 from qwen3f.config import ModelConfig
+from sharding.axes import ONE, Axes
+from sharding.tensor import row_parallel, whole_sequence
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -19,17 +21,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class SwiGLU(nn.Module):
     """down(act(gate(x)) · up(x)); act is SiLU unless cfg.hidden_act says otherwise.
 
-    fused: on a GPU, run the kernel of kernels/swiglu.py.
+    fused: on a GPU, run the kernel of kernels/swiglu.py. Under tp, x and the result are this rank's part of the
+    sequence, and the columns between are this rank's.
     """
 
-    def __init__(self, cfg: ModelConfig, fused: bool = False) -> None:
+    def __init__(self, cfg: ModelConfig, fused: bool = False, axes: Axes = ONE) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
         self.up_proj = nn.Linear(cfg.hidden_size, cfg.intermediate_size, bias=False)
         self.down_proj = nn.Linear(cfg.intermediate_size, cfg.hidden_size, bias=False)
         self.act = ACTIVATIONS[cfg.hidden_act]
         self.fused = fused and cfg.hidden_act == "silu"
+        self.tp = axes.tp
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = whole_sequence(x_BTD, self.tp)
         gate, up = self.gate_proj(x_BTD), self.up_proj(x_BTD)
-        return self.down_proj(swiglu(gate, up) if self.fused and x_BTD.is_cuda else self.act(gate) * up)
+        h_BTI = swiglu(gate, up) if self.fused and x_BTD.is_cuda else self.act(gate) * up
+        return row_parallel(self.down_proj, h_BTI, self.tp)

@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen3f import params as P
 from qwen3f import rng
 from qwen3f.config import ModelConfig
-from qwen3f.model.attention import make_mask
+from qwen3f.model.attention import batch_mask
 from qwen3f.model.block import block_fn
 from qwen3f.model.execution import EAGER, Execution
 from qwen3f.model.kv_cache import LayerCache
@@ -22,6 +22,9 @@ from qwen3f.model.mask import AttentionMask
 from qwen3f.model.moe import RouterStats
 from qwen3f.model.norm import rms_norm
 from qwen3f.model.rope import rope_tables
+from sharding.fsdp import make_gather
+from sharding.layout import ONE_DEVICE, Layout
+from sharding.tensor import embedding
 
 
 class ModelOutput(NamedTuple):
@@ -61,15 +64,20 @@ def apply(
     return ModelOutput(F.linear(hidden, head_weight(cfg, params)), hidden, stats)
 
 
-def make_forward(cfg: ModelConfig, execution: Execution = EAGER, *, dropout: bool = False) -> Forward:
+def make_forward(
+    cfg: ModelConfig, execution: Execution = EAGER, *, dropout: bool = False, layout: Layout = ONE_DEVICE
+) -> Forward:
     """forward(params, batch, dropout_stream=None) -> (hidden, router), as in ModelOutput.
+
+    On a mesh, params are this rank's shards, except that embedding, final norm and head must have gone through
+    `make_outer`; hidden is this rank's part of the sequence, and what routers did is the rank's.
 
     Skeletons are built here, once, since that cannot happen inside a compiled step. dropout: whether the function will
     be called with a dropout_stream; attention with dropout runs the reference formula. Arguments as in `apply`.
     """
     if dropout and cfg.attention_dropout:
         execution = dataclasses.replace(execution, attention="reference")
-    body = make_body(cfg, execution)
+    body = make_body(cfg, execution, layout)
     sparse = bool(cfg.sparse_layers)
 
     def forward(
@@ -79,7 +87,7 @@ def make_forward(cfg: ModelConfig, execution: Execution = EAGER, *, dropout: boo
         positions = batch.get("positions")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        mask = make_mask(batch.get("segments"), execution.attention)
+        mask = batch_mask(batch, execution.attention, layout.axes.cp)
         real = real_tokens(batch) if sparse else None
         return body(params, tokens, positions, [mask] * cfg.num_hidden_layers, real, dropout_stream)
 
@@ -93,14 +101,14 @@ def real_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
     return batch["segments"] != 0 if "segments" in batch else None
 
 
-def make_body(cfg: ModelConfig, execution: Execution) -> Forward:
+def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVICE) -> Forward:
     """body(params, tokens [B, T], positions [B, T], masks, real, dropout_stream=None) -> as make_forward's function.
 
     masks: what each layer's attention may see; an AttentionMask, or a LayerCache that also holds
     the layer's earlier keys and values (qwen3f.model.cached). real: bool [B, T] or None, as real_tokens gives it.
     """
     kinds = [cfg.is_sparse(layer) for layer in range(cfg.num_hidden_layers)]
-    blocks = {kind: block_fn(cfg, execution, kind) for kind in {*kinds}}
+    blocks = {kind: block_fn(cfg, execution, kind, layout) for kind in {*kinds}}
     stacks = layer_stacks(cfg)
 
     def body(
@@ -111,7 +119,7 @@ def make_body(cfg: ModelConfig, execution: Execution) -> Forward:
         real: Tensor | None = None,
         dropout_stream: Tensor | None = None,
     ) -> tuple[Tensor, RouterStats | None]:
-        x = F.embedding(tokens, params[P.EMBED])
+        x = embedding(tokens, params[P.EMBED], layout.axes.tp)
         cos, sin = rope_tables(cfg, positions, x.dtype)
         routed: list[list[Tensor]] = []
         for index, layer in enumerate(unstack_layers(params, stacks)):
@@ -123,6 +131,11 @@ def make_body(cfg: ModelConfig, execution: Execution) -> Forward:
         return rms_norm(x, params[P.FINAL_NORM], cfg.rms_norm_eps), stacked
 
     return body
+
+
+def make_outer(cfg: ModelConfig, layout: Layout) -> Callable[[P.Params], P.Params]:
+    """A function that makes embedding, final norm and head whole where FSDP has cut them; the layers stay cut."""
+    return make_gather(layout.place(cfg), layout.axes, stacked=False, dtype=layout.gather_dtype)
 
 
 def head_weight(cfg: ModelConfig, params: P.Params) -> Tensor:

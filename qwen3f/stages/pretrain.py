@@ -16,6 +16,11 @@ from qwen3f.train import balance, losses, optimizer
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.state import TrainState
 from qwen3f.transforms import grad_and_value, jit
+from sharding import pipeline
+from sharding.fsdp import sum_over, sum_replicated
+from sharding.layout import ONE_DEVICE, Layout
+from sharding.state import local_shards, on_shards
+from sharding.zigzag import split_sequence
 
 Batch = Mapping[str, Tensor]
 Metrics = dict[str, Tensor]
@@ -33,6 +38,7 @@ def make_train_step(
     cross_documents: bool = False,
     donate: bool = False,
     before_update: Callable[[], None] | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> TrainStep:
     """step(state, batch) -> (state, metrics), pure: the same state and batch give the same result, bit for bit.
 
@@ -46,6 +52,9 @@ def make_train_step(
       before_update: called when the gradients have been queued and nothing has been written into the state yet; as one
         graph (execution.compile="step"), before the whole step. A copy of the donated state that is under way is joined
         there.
+      layout: the mesh that the step runs on. The state's leaves are then DTensors (sharding.state), the batch is this
+        rank's share: its rows of every micro-batch, cut over dp and ep (rows equal over cp and tp). All ranks call the
+        step together; the new state and metrics are those of one device.
 
     Metrics (0-d tensors on the device): loss (nats a predicted token, before the update, without the routers' losses),
       aux_loss (the balancing loss without its coefficient; 0 for a dense model), grad_norm before and
@@ -53,26 +62,44 @@ def make_train_step(
       otherwise parameters and moments are left as they were). A sparse model adds router_z_loss and what
       balance.load_metrics gives.
 
-    Raises UserError when the batch size is no multiple of microbatches.
+    Raises UserError when the batch size is no multiple of microbatches, and for what a mesh cannot do: Muon, which
+    needs whole matrices; attention_dropout; compiled code with ep, whose splits the host must know.
     """
+    axes, placed = layout.axes, layout.place(cfg)
+    master_sums = layout.gather_dtype is not None
+    _check_mesh(cfg, hyper, execution, layout)
+    if master_sums and layout.gather_dtype != compute_dtype:
+        raise ValueError(f"layout.gather_dtype={layout.gather_dtype} must be compute_dtype={compute_dtype}, or None")
     decay = P.decays(cfg)
     wait = before_update or (lambda: None)
 
-    options = {"dropout": cfg.attention_dropout > 0}
+    options = {"dropout": cfg.attention_dropout > 0, "layout": layout}
     objective = grad_and_value(losses.make_objective(cfg, execution, **options), has_aux=True)
     # A lone micro-batch is the whole step: it knows all counts.
     count_first = cfg.router_balance == "global_exact" and bool(cfg.sparse_layers) and microbatches > 1
     count = losses.make_load(cfg, execution, **options) if count_first else None
+    pipelined = pipeline.make_gradients(cfg, layout.pipeline, execution, layout) if axes.pp.size > 1 else None
 
     def gradients(state: TrainState, batch: Batch) -> tuple[P.Params, losses.Terms]:
-        batch = _visible(batch, cross_documents)
-        totals = losses.Totals(losses.batch_weight(batch), losses.routed_tokens(batch))
-        compute = {k: p.to(compute_dtype or p.dtype) for k, p in state.params.items()}
+        batch = split_sequence(_visible(batch, cross_documents), axes.cp)
+        totals = losses.sum_totals(cfg, batch, axes)
+        compute = {
+            k: p if master_sums and placed[k].fsdp else p.to(compute_dtype or p.dtype) for k, p in state.params.items()
+        }
         stream = rng.fold(state.seed, state.step) if cfg.attention_dropout else None
         parts = [
             (part, None if stream is None else rng.fold(stream, index))
             for index, part in enumerate(split_batch(batch, microbatches))
         ]
+        if pipelined is not None:
+            grads, terms = pipelined(compute, [part for part, _ in parts], totals)
+        else:
+            grads, terms = one_by_one(compute, state.params, parts, totals)
+        return sum_replicated(grads, placed, axes), losses.sum_ranks(terms, axes)
+
+    def one_by_one(
+        compute: P.Params, masters: P.Params, parts: list[tuple[Batch, Tensor | None]], totals: losses.Totals
+    ) -> tuple[P.Params, losses.Terms]:
         whole = None
         if count is not None:
             for part in parts:
@@ -81,21 +108,22 @@ def make_train_step(
         for part, part_stream in parts:
             others = whole if terms is None or whole is not None else terms.load
             part_grads, (_, part_terms) = objective(_unstack(compute), part, totals, others, part_stream)
-            grads = _accumulate(grads, part_grads, state.params, only=microbatches == 1)
+            grads = _accumulate(grads, part_grads, masters, only=microbatches == 1)
             terms = losses.add_terms(terms, part_terms)
         return grads, terms
 
     def apply_gradients(
         state: TrainState, grads: P.Params, terms: losses.Terms, batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        norm = optimizer.global_norm(grads)
+        norm = optimizer.global_norm(grads, placed, axes)
         scale = optimizer.clip_factor(norm, hyper.clip_norm)
         finite = torch.isfinite(norm) & torch.isfinite(terms.loss)
         lr = schedule(state.step)
         params, opt = optimizer.update(
             hyper, decay, state.params, grads, state.opt, step=state.step, lr=lr, scale=scale, apply=finite
         )
-        tokens, rows = losses.batch_tokens(batch), batch["tokens"].shape[0]
+        tokens = sum_over(losses.batch_tokens(batch), axes, ("dp", "ep"))
+        rows = batch["tokens"].shape[0] * axes.dp.size * axes.ep.size
         # A step whose update was withheld has consumed its data all the same.
         new = TrainState(state.step + 1, params, opt, state.seed, state.tokens_seen + tokens, state.position + rows)
         metrics = {
@@ -122,7 +150,7 @@ def make_train_step(
             wait()
             return whole_graph(state, batch)
 
-        return step
+        return on_shards(step)
 
     finish = jit(apply_gradients, compile=execution.compile == "block", donate=donate)
 
@@ -131,7 +159,7 @@ def make_train_step(
         wait()
         return finish(state, grads, terms, batch)
 
-    return step
+    return on_shards(step)
 
 
 def make_eval_step(
@@ -140,20 +168,43 @@ def make_eval_step(
     compute_dtype: torch.dtype | None = None,
     execution: model.Execution = model.EAGER,
     cross_documents: bool = False,
+    layout: Layout = ONE_DEVICE,
 ) -> Callable[[P.Params, Batch], tuple[Tensor, Tensor]]:
     """eval_step(params, batch) -> (summed nats, summed weight) over the batch's predicted tokens.
+
+    On a mesh params are DTensors, the batch is this rank's share, and the sums are those of all ranks. Raises UserError
+    for a mesh with pp.
 
     Experts have the capacity here that they have in training.
     """
 
-    loss_fn = losses.make_loss(cfg, execution)
+    if layout.axes.pp.size > 1:
+        raise UserError(f"pp={layout.axes.pp.size}: a pipeline can't evaluate in this version; use a mesh without pp")
+    loss_fn, axes = losses.make_loss(cfg, execution, layout=layout), layout.axes
 
     @torch.no_grad()
     def eval_step(params: P.Params, batch: Batch) -> tuple[Tensor, Tensor]:
-        compute = {k: p.to(compute_dtype or p.dtype) for k, p in params.items()}
-        return loss_fn(compute, _visible(batch, cross_documents), 1.0), losses.batch_weight(batch)
+        compute = {k: p.to(compute_dtype or p.dtype) for k, p in local_shards(params).items()}
+        nats = loss_fn(compute, split_sequence(_visible(batch, cross_documents), axes.cp), 1.0)
+        return sum_over(nats, axes), sum_over(losses.batch_weight(batch), axes, ("dp", "ep"))
 
     return eval_step
+
+
+def _check_mesh(cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execution, layout: Layout) -> None:
+    axes = layout.axes
+    if axes.shape.size == 1:
+        return
+    if axes.ep.size > 1 and cfg.sparse_layers and execution.compile != "off":
+        raise UserError(
+            f"config.compile={execution.compile} with ep={axes.ep.size}: write compile=off, or use dp for ep"
+        )
+    if axes.pp.size > 1 and layout.gather_dtype is not None:
+        raise UserError(f"pp={axes.pp.size}: a pipeline takes weights in the dtype it computes in; gather_dtype=None")
+    if isinstance(hyper, optimizer.Muon):
+        raise UserError("optimizer.kind=muon needs whole matrices, which a mesh cuts; write optimizer.kind=adamw")
+    if cfg.attention_dropout > 0:
+        raise UserError("model.attention_dropout is not supported on a mesh; set it to 0 or train on one device")
 
 
 def _visible(batch: Batch, cross_documents: bool) -> Batch:

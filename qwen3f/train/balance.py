@@ -44,15 +44,16 @@ def add(a: Load | None, b: Load) -> Load:
     return b if a is None else Load(*(x + y for x, y in zip(a, b)))
 
 
-def balance_loss(mode: str, stats: RouterStats, others: Load | None, total_tokens: Tensor) -> Tensor:
+def balance_loss(mode: str, stats: RouterStats, load: Load, others: Load | None, total_tokens: Tensor) -> Tensor:
     """One micro-batch's part of the step's balancing loss, a scalar in the statistics' floating dtype.
 
     Args:
+      load: what the micro-batch counts, on a mesh that of all ranks; stats are the rank's, and so is the part.
       others: for "global" what the step has counted before this micro-batch (None: nothing); for "global_exact" what
         the whole step counts, this micro-batch included (None: there is no other micro-batch). Else unused.
       total_tokens: real tokens of the whole step.
     """
-    known = load_of(stats)
+    known = load
     if mode == "global":
         known = add(others, known)
     elif mode == "global_exact" and others is not None:

@@ -11,6 +11,14 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.stage = "pretrain"
     config.model = ConfigDict(presets.get(preset).to_dict())
     config.mesh = ""  # axes and sizes, e.g. dp8,tp2,pp4; one device so far
+    config.plan = False  # only say what the mesh would do: placements, memory, collectives, time; needs no device
+    config.hardware = "h100"  # that a plan is for: h100 or h200 (sharding/plan/hardware.py), changes as h100,node=4
+    config.fsdp = ConfigDict()
+    config.fsdp.enabled = True  # cut parameters and optimizer over the axes that cut the tokens, else replicate them
+    config.fsdp.reshard = True  # gather weights again where selective recomputation passes, instead of keeping them
+    config.pipeline = ConfigDict()
+    config.pipeline.schedule = "1f1b"  # 1f1b, interleaved, zero_bubble or zbv
+    config.pipeline.stages = 1  # of a pipeline rank: 1 for 1f1b, 2 for zbv, any number for the others
     config.device = "auto"  # cuda when there is one, else cpu
     config.dtype = "auto"  # of the forward and backward pass: bfloat16 on cuda, float32 on cpu; master weights: float32
     config.compile = "auto"  # off, block (one transformer block) or step (one graph); auto: block on cuda, off on cpu
@@ -49,7 +57,7 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.data.long_documents = "cut"  # or drop: best_fit's documents that are longer than seq_len
     config.data.streaming = False  # documents as they are read, also from the Hub; False: from a cache of tokens
     config.data.shuffle_buffer = 0  # documents of a stream that are shuffled together
-    config.data.workers = 0  # processes that build batches (tokenise a stream) beside the loader's thread
+    config.data.workers = 0  # processes that build batches or tokenise, beside the loader's thread
     config.data.cache = ""  # where tokenizers and tokens are kept; default $XDG_CACHE_HOME/qwen3f
     # A sentencepiece .model or a directory with Qwen's tokenizer; default: train one of model.vocab_size on the corpus.
     config.data.tokenizer = ""

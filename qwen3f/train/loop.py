@@ -14,6 +14,7 @@ from qwen3f.data.corpus import Corpus, gzip_bits_per_byte
 from qwen3f.data.loader import Loader
 from qwen3f.data.packing import limit_context
 from qwen3f.data.stream.dataset import State as DataState
+from qwen3f.errors import UserError
 from qwen3f.infer.generate import generate
 from qwen3f.params import Params
 from qwen3f.stages import pretrain
@@ -138,7 +139,14 @@ def _train(
     ):
         first = int(state.position)
         for step in range(start + 1, config.steps + 1):
-            batch = next(loader)
+            try:
+                batch = next(loader)
+            except UserError:  # a stream's end, or data that cannot be read: what was trained so far is not lost
+                check.flush()
+                checkpoints.wait()
+                if step - 1 not in (start, *checkpoints.steps()):
+                    save(step - 1, state, True, {})
+                raise
             if step <= plan.context_warmup_steps:
                 batch = limit_context(batch, config.context_warmup.length)
             state, metrics = train_step(state, batch)

@@ -49,6 +49,12 @@ def add_terms(a: Terms | None, b: Terms) -> Terms:
     return Terms(a.loss + b.loss, a.aux_loss + b.aux_loss, a.z_loss + b.z_loss, load)
 
 
+def sum_totals(cfg: ModelConfig, batch: Mapping[str, Tensor], axes: Axes) -> Totals:
+    """Of the whole step, from this rank's part of the batch."""
+    weight, tokens = sum_over(batch_weight(batch), axes, DATA), routed_tokens(batch)
+    return Totals(weight, sum_over(tokens, axes, DATA) if cfg.sparse_layers else tokens)
+
+
 def sum_ranks(terms: Terms, axes: Axes) -> Terms:
     """The whole step's terms from this rank's, the same on every rank."""
     if axes.shape.size == 1:

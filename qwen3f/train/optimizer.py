@@ -15,6 +15,9 @@ from torch import Tensor
 from qwen3f.errors import UserError
 from qwen3f.params import Params
 from qwen3f.train import muon
+from sharding.axes import ONE, Axes
+from sharding.fsdp import sum_over_shards
+from sharding.rules import Placed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +101,11 @@ def init(hyper: AdamW, decay: Mapping[str, bool], params: Params) -> OptimizerSt
     return OptimizerState(m, {path: torch.zeros_like(p) for path, p in params.items() if path not in matrices})
 
 
-def global_norm(grads: Params) -> Tensor:
-    """√Σ‖g‖² over all leaves, float32 (float64 for float64 gradients)."""
-    squares = [g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() for g in grads.values()]
-    return torch.stack(squares).sum().sqrt()
+def global_norm(grads: Params, placed: Mapping[str, Placed] | None = None, axes: Axes = ONE) -> Tensor:
+    """√Σ‖g‖² over all leaves, float32 (float64 for float64 gradients). placed: how shards are cut on a mesh."""
+    squares = {path: g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() for path, g in grads.items()}
+    total = torch.stack([*squares.values()]).sum() if placed is None else sum_over_shards(squares, placed, axes)
+    return total.sqrt()
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -77,7 +77,10 @@ def make_plan(config: ConfigDict) -> Plan:
         )
     mesh = parse_mesh(config.mesh)
     if mesh.size > 1:
-        raise UserError(f"config.mesh={config.mesh} asks for {mesh.size} devices; this version trains on one")
+        raise UserError(
+            f"config.mesh={config.mesh} asks for {mesh.size} devices; this version trains on one "
+            "(--config.plan=True says what the mesh would do)"
+        )
     device = find_device(config.device)
     _check_recomputation(cfg, _compile_mode(config.compile, device))
     data = DataConfig(vocab_size=cfg.vocab_size, **config.data.to_dict())

@@ -4,10 +4,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.train import optimizer
+from sharding.layout import ONE_DEVICE, Layout
+from sharding.state import as_dtensors, init_shards
 
 
 class TrainState(NamedTuple):
@@ -32,9 +35,17 @@ def init_state(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    layout: Layout = ONE_DEVICE,
+    mesh: DeviceMesh | None = None,
 ) -> TrainState:
-    """A fresh run: parameters from `seed`, zero moments, nothing seen."""
-    return from_params(cfg, P.init_params(cfg, seed, device=device, dtype=dtype), seed, hyper)
+    """A fresh run: parameters from `seed`, zero moments, nothing seen.
+
+    On a mesh, of the same values whatever its shape, and every leaf a DTensor. mesh: the one that layout is of.
+    """
+    if mesh is None:
+        return from_params(cfg, P.init_params(cfg, seed, device=device, dtype=dtype), seed, hyper)
+    shards = init_shards(cfg, seed, layout, device=device, dtype=dtype)
+    return as_dtensors(from_params(cfg, shards, seed, hyper), cfg, layout, mesh)
 
 
 def from_params(cfg: ModelConfig, params: P.Params, seed: int, hyper: optimizer.AdamW = optimizer.ADAMW) -> TrainState:

@@ -56,14 +56,15 @@ def small_qwen(tmp_path_factory) -> QwenTokenizer:
 
 @pytest.fixture(scope="session")
 def make_cache() -> Callable[[list[int]], TokenCache]:
-    """make_cache(lengths): documents of those lengths (end-of-text included); token n of the stream is 10 + n."""
+    """make_cache(lengths): documents of those lengths (end-of-text included), two a shard; token n is 10 + n."""
 
     def make(lengths: list[int]) -> TokenCache:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         tokens = 10 + np.arange(offsets[-1], dtype=np.uint32)
         tokens[offsets[1:] - 1] = EOS
         doc_bytes = 3 * np.array(lengths, np.int64)
-        return TokenCache(Path("in-memory"), tokens, offsets, doc_bytes, vocab_size=100_000, stats={})
+        shards = tuple(np.split(tokens, offsets[2:-1:2]))
+        return TokenCache(Path("in-memory"), shards, offsets, doc_bytes, vocab_size=100_000, stats={})
 
     return make
 

@@ -71,7 +71,7 @@ def test_examples(make_cache, lengths, seq_len, reset):
     if all(n == 1 for n in lengths):
         return
     data = FittedDataset(cache, seq_len, reset, "cut", pad_id=7)
-    documents = [cache.tokens[a:b].tolist() for a, b in zip(cache.doc_offsets, cache.doc_offsets[1:])]
+    documents = [cache.read(a, b).tolist() for a, b in zip(cache.doc_offsets, cache.doc_offsets[1:])]
     predicted, filled = [], 0
     for i in range(len(data)):
         row = data[i]

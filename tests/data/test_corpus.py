@@ -35,7 +35,7 @@ def test_prepare_end_to_end(config, code_texts, capfd):
     assert 0 < len(heldout_texts) < 25
     assert heldout.num_docs == len(heldout_texts)
     assert heldout.num_docs + corpus.train.cache.num_docs == len(code_texts)
-    text = corpus.tokenizer.decode(heldout.tokens.tolist(), skip_special=True)
+    text = corpus.tokenizer.decode(heldout.read(0, heldout.num_tokens).tolist(), skip_special=True)
     assert text == "".join(heldout_texts)
     first = corpus.train[0]
     train_text = next(source.documents("train")).text
@@ -110,8 +110,11 @@ def test_user_errors(config, change, message):
         ({"max_samples": -1}, "data.max_samples is -1: give 0 or more"),
         ({"workers": -2}, "data.workers is -2"),
         ({"shuffle_buffer": 9}, "data.shuffle_buffer is for streams"),
-        ({"streaming": True, "temperature": 1.0}, "need the token counts: write data.streaming=False"),
-        ({"streaming": True, "length_mix": "long=1"}, "need the token counts: write data.streaming=False"),
+        (
+            {"streaming": True, "temperature": 1.0},
+            "counts of a cache: write data.streaming=False or data.temperature=0.0",
+        ),
+        ({"streaming": True, "length_mix": "long=1"}, "data.streaming=False or data.length_mix=''"),
         ({"streaming": True, "max_epochs": "1.5"}, "max_epochs='1.5': a stream is read whole; write whole numbers"),
         ({"max_epochs": "fineweb=1"}, "names 'fineweb', which is not in the mixture"),
         ({"length_mix": "huge=1"}, "names 'huge': write classes"),
@@ -128,7 +131,7 @@ def test_max_samples_and_best_fit(config, code_texts):
     (name,) = whole.names
     few = prepare(DataConfig(**{**vars(config), "max_samples": 5, "packing": "best_fit"}), 64, progress=False)
     assert few.train.cache.num_docs == 5 == few.heldout[name].num_docs
-    text = few.tokenizer.decode(few.train.cache.tokens.tolist(), skip_special=True)
+    text = few.tokenizer.decode(few.train.cache.read(0, few.train.cache.num_tokens).tolist(), skip_special=True)
     assert text == "".join(d.text for d in whole.sources[name].documents("train"))[: len(text)]
     line, held_out = few.describe()
     padding = np.mean([(few.train[i]["segments"] == 0).mean() for i in range(len(few.train))])
@@ -219,7 +222,7 @@ def test_a_mixture_of_two_sources(config, write_jsonl, tmp_path):
     from_prose = corpus.train.order(places, 5) >= len(corpus.train.parts[0])
     assert from_prose.sum() == 2_500
     texts = {
-        corpus.tokenizer.decode(cache.tokens.tolist())
+        corpus.tokenizer.decode(cache.read(0, cache.num_tokens).tolist())
         for cache in (*(part.cache for part in corpus.parts), *corpus.heldout.values())
     }
     assert sum("sentences about cats" in text for text in texts) == 2

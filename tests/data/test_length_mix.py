@@ -27,13 +27,13 @@ def test_a_subset_is_a_cache_of_its_documents(make_cache, lengths, data):
     cache = make_cache(lengths)
     offsets = np.concatenate([[0], np.cumsum([lengths[d] for d in chosen])])
     subset = DocumentSubset(cache, np.array(chosen), offsets)
-    stream = np.concatenate([cache.tokens[cache.doc_offsets[d] : cache.doc_offsets[d + 1]] for d in chosen])
+    stream = np.concatenate([cache.read(*cache.doc_offsets[[d, d + 1]]) for d in chosen])
     assert (subset.num_tokens, subset.num_docs) == (len(stream), len(chosen))
     start = data.draw(st.integers(0, len(stream) - 1))
     stop = data.draw(st.integers(start + 1, len(stream)))
     assert subset.read(start, stop).tolist() == stream[start:stop].tolist()
     if len(stream) > 4:
-        other = replace(cache, tokens=stream, doc_offsets=offsets, doc_bytes=np.ones(len(chosen), np.int64))
+        other = replace(cache, shards=(stream,), doc_offsets=offsets, doc_bytes=np.ones(len(chosen), np.int64))
         for ours, theirs in zip(PackedDataset(subset, 4), PackedDataset(other, 4), strict=True):
             assert all((ours[key] == theirs[key]).all() for key in ours)
 

@@ -90,8 +90,9 @@ def test_token_beyond_the_vocabulary(dataset, vocab_size):
 
 def test_negative_token_is_refused(make_cache):
     cache = make_cache([9])
-    object.__setattr__(cache, "tokens", cache.tokens.astype(np.int64))
-    cache.tokens[2] = -100
+    (tokens,) = cache.shards
+    object.__setattr__(cache, "shards", (tokens.astype(np.int64),))
+    cache.shards[0][2] = -100
     with (
         _loader(PackedDataset(cache, 4)) as loader,
         pytest.raises(UserError, match="Example 0 holds the token id -100"),

@@ -38,8 +38,8 @@ def _naive(cache, lengths, start, stop, reset_positions, cross_documents):
         counted = cross_documents or document[n] == document[n + 1]
         rows.append(
             (
-                cache.tokens[n],
-                cache.tokens[n + 1] if counted else -100,
+                cache.read(n, n + 1)[0],
+                cache.read(n + 1, n + 2)[0] if counted else -100,
                 float(counted),
                 position,
                 1 if cross_documents else segment,
@@ -80,8 +80,8 @@ def test_the_stream_is_the_concatenation_of_examples(make_cache, lengths, seq_le
     inputs = np.concatenate([dataset[i]["tokens"] for i in range(len(dataset))])
     targets = np.concatenate([dataset[i]["targets"] for i in range(len(dataset))])
     covered = len(dataset) * seq_len
-    assert np.array_equal(inputs, cache.tokens[:covered])
-    assert np.array_equal(targets, cache.tokens[1 : covered + 1])
+    assert np.array_equal(inputs, cache.read(0, covered))
+    assert np.array_equal(targets, cache.read(1, covered + 1))
     assert cache.num_tokens - covered <= seq_len  # only an incomplete window is left out
 
 
@@ -102,7 +102,7 @@ def test_eval_windows_predict_each_token_once(make_cache, lengths, seq_len, max_
         assert set(_rows(window)[end - start :]) <= {(0, -100, 0.0, 0, 0)}  # padding
     predicted = [t for window in windows for t in window["targets"].tolist() if t != -100]
     first_of_documents = np.cumsum([0, *lengths[:-1]])
-    assert predicted == np.delete(cache.tokens[:stop], first_of_documents).tolist()
+    assert predicted == np.delete(cache.read(0, stop), first_of_documents).tolist()
     coverage = eval_coverage(cache, max_docs)
     assert coverage.predicted_tokens == len(predicted) == sum(w["loss_weights"].sum() for w in windows)
     assert (coverage.documents, coverage.text_bytes) == (len(lengths), 3 * stop)
@@ -126,7 +126,7 @@ def test_a_window_by_hand(make_cache):
 
 def test_boundaries_come_from_offsets_not_from_tokens(make_cache):
     cache = make_cache([6])
-    cache.tokens[2] = 1  # an end-of-text token inside a document changes nothing
+    cache.shards[0][2] = 1  # an end-of-text token inside a document changes nothing
     example = PackedDataset(cache, seq_len=5)[0]
     assert example["segments"].tolist() == [1] * 5
     assert example["targets"].tolist() == [11, 1, 13, 14, 1]

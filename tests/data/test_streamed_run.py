@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from qwen3f.errors import UserError
 from qwen3f.train.defaults import pretrain_config
 from qwen3f.train.loop import run
 from tests.train.runs import assert_same_bits, final_state, metrics
@@ -25,7 +26,7 @@ def config(tmp_path):
         c.model.update(vocab_size=320, num_hidden_layers=1, hidden_size=32, intermediate_size=48, head_dim=16)
         c.update(steps=12, batch_size=4, seq_len=32, log_every=4)
         c.update(steps=steps)
-        c.schedule.kind = "constant"
+        c.schedule.update(kind="constant", warmup=0)
         c.eval.every = 0
         c.eval.max_docs = 2
         c.checkpoint.every = 6
@@ -47,3 +48,13 @@ def test_a_streamed_run_resumes_bit_for_bit(config, tmp_path):
     assert 0 <= last["padding"] < 0.3
     meta = json.loads(next((tmp_path / "whole/checkpoints/12").rglob("metadata")).read_text())
     assert meta["data"]["examples"] == 48
+
+
+def test_a_stream_that_ends_too_early_leaves_what_was_trained(config, tmp_path):
+    options = {"streaming": True, "max_epochs": "1"}
+    with pytest.raises(UserError, match="The stream ends after"):
+        run(config(500, **options), tmp_path / "run", progress=False)
+    last = max(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit())
+    assert last % 6  # no step at which a checkpoint was due
+    run(config(last, **options), tmp_path / "straight", progress=False)
+    assert_same_bits(*(final_state(config(last), tmp_path / name, last) for name in ("run", "straight")))

@@ -1,23 +1,33 @@
-"""The token cache holds exactly the split's tokens, is published whole or not at all, and notices damage."""
+"""The token cache holds exactly the split's tokens in shards, is published whole or not at all, and notices damage."""
 
+import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwen3f.data import cache_build
 from qwen3f.data.cache_files import token_dtype
 from qwen3f.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
 from qwen3f.data.sources import open_source
-from qwen3f.data.token_cache import build_or_open, open_cache, verify
+from qwen3f.data.token_cache import TokenCache, build_or_open, open_cache, verify
 from qwen3f.errors import UserError
 
 TEXTS = ["return self", "▁é\n", "", "x", "    value == 7\n" * 3]
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """A shard ends with the document that brings it to 20 bytes, 10 tokens: TEXTS make two."""
+    monkeypatch.setattr(cache_build, "SHARD_BYTES", 20)
 
 
 @pytest.fixture
@@ -30,40 +40,101 @@ def _hidden(directory):
     return [p.name for p in directory.iterdir() if p.name.startswith(".")]
 
 
-def test_holds_tokens_offsets_bytes_and_counts(source, tokenizer, tmp_path):
+def _all(cache):
+    return cache.read(0, cache.num_tokens)
+
+
+def _files(cache):
+    return {file.name: file.read_bytes() for file in cache.path.iterdir()}
+
+
+def test_holds_tokens_offsets_bytes_and_counts(source, tokenizer, tmp_path, small_shards):
     cache = build_or_open(source, "train", tokenizer, tmp_path / "caches", num_threads=2, progress=True)
     texts = [text for text in TEXTS if text]
     expected = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-    assert cache.tokens.dtype == np.uint16
-    assert cache.tokens.tolist() == [i for ids in expected for i in ids]
+    assert [len(ids) for ids in expected] == [7, 7, 2, 28]
+    assert [shard.tolist() for shard in cache.shards] == [expected[0] + expected[1], expected[2] + expected[3]]
+    assert cache.starts == [0, 14, 44]
+    assert all(shard.dtype == np.uint16 for shard in cache.shards)
+    assert _all(cache).tolist() == [i for ids in expected for i in ids]
     assert cache.doc_offsets.dtype == cache.doc_bytes.dtype == np.int64
     assert cache.doc_offsets.tolist() == np.cumsum([0, *map(len, expected)]).tolist()
     assert cache.doc_bytes.tolist() == [len(text.encode()) for text in texts]
     assert (cache.num_docs, cache.num_tokens, cache.vocab_size) == (4, sum(map(len, expected)), 340)
     assert cache.stats == {"documents": 4, "tokens": cache.num_tokens, "bytes": 63, "empty_rows": 1}
-    for d, text in enumerate(texts):
-        ids = cache.tokens[cache.doc_offsets[d] : cache.doc_offsets[d + 1]].tolist()
+    for ids, text in zip(expected, texts):
         assert tokenizer.decode(ids, skip_special=True) == text
     with pytest.raises(ValueError, match="read-only"):
-        cache.tokens[0] = 0
+        cache.shards[0][0] = 0
     verify(cache)
     assert _hidden(tmp_path / "caches") == []
 
 
-def test_small_batches_and_threads_give_the_same_files(source, tokenizer, tmp_path, monkeypatch):
+def test_the_index_says_what_each_shard_holds(source, tokenizer, tmp_path, small_shards):
+    cache = build_or_open(source, "train", tokenizer, tmp_path / "caches")
+    files = _files(cache)
+    index = json.loads(files.pop("index.json"))
+    assert sorted(files) == ["doc_bytes.bin", "doc_offsets.bin", "tokens-00000.bin", "tokens-00001.bin"]
+    for n, (shard, texts) in enumerate(zip(index["shards"], (TEXTS[:2], TEXTS[3:]), strict=True)):
+        content = files[f"tokens-{n:05}.bin"]
+        assert shard == {
+            "documents": 2,
+            "tokens": len(content) // 2,
+            "text_bytes": sum(len(text.encode()) for text in texts),
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    for name, record in index["arrays"].items():
+        assert record == {"bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
+
+
+def test_small_batches_threads_and_workers_give_the_same_files(
+    source, tokenizer, tmp_path, monkeypatch, small_shards, forked_workers
+):
     first = build_or_open(source, "train", tokenizer, tmp_path / "one", num_threads=1)
     monkeypatch.setattr(cache_build, "_BATCH_CHARS", 1)
     second = build_or_open(source, "train", tokenizer, tmp_path / "two", num_threads=2)
     assert first.path.name == second.path.name
-    for file in first.path.iterdir():
-        assert file.read_bytes() == (second.path / file.name).read_bytes()
+    third = build_or_open(source, "train", tokenizer, tmp_path / "three", workers=2)
+    assert _files(first) == _files(second) == _files(third)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=8), st.data())
+def test_reading_over_shards(lengths, data):
+    tokens = np.arange(sum(lengths), dtype=np.uint16)
+    offsets = np.cumsum([0, *lengths])
+    shards = tuple(np.split(tokens, offsets[1:-1]))
+    cache = TokenCache(Path("in-memory"), shards, offsets, np.array(lengths), vocab_size=100, stats={})
+    start = data.draw(st.integers(0, len(tokens)))
+    stop = data.draw(st.integers(start, len(tokens)))
+    found = cache.read(start, stop)
+    assert found.dtype == np.uint16
+    assert found.tolist() == tokens[start:stop].tolist()
+
+
+def test_open_shards_hold_no_descriptor(source, tokenizer, tmp_path, small_shards):
+    """A process may have 1,024 open; a terabyte of tokens has more shards."""
+    cache = build_or_open(source, "train", tokenizer, tmp_path / "caches")
+    before = os.listdir("/proc/self/fd")
+    caches = [open_cache(cache.path) for _ in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert all((_all(again) == _all(cache)).all() for again in caches)
+
+
+def test_another_process_maps_the_files_itself(source, tokenizer, tmp_path, small_shards):
+    cache = build_or_open(source, "train", tokenizer, tmp_path / "caches")
+    pickled = pickle.dumps(cache)
+    assert len(pickled) < 500
+    assert _all(pickle.loads(pickled)).tolist() == _all(cache).tolist()
 
 
 def test_large_vocabularies_use_four_bytes(source, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "vocab_size", 2**16 + 1)
     cache = build_or_open(source, "train", tokenizer, tmp_path / "caches")
-    assert cache.tokens.dtype == np.uint32
-    assert cache.tokens[: cache.doc_offsets[1]].tolist() == [*tokenizer.encode(TEXTS[0]), tokenizer.eos_id]
+    (tokens,) = cache.shards
+    assert tokens.dtype == np.uint32
+    assert tokens[: cache.doc_offsets[1]].tolist() == [*tokenizer.encode(TEXTS[0]), tokenizer.eos_id]
     assert token_dtype(2**16) == np.uint16
 
 
@@ -76,7 +147,7 @@ def test_second_call_reads_no_document(source, tokenizer, tmp_path, monkeypatch)
     monkeypatch.setattr(type(source), "documents", fail)
     again = build_or_open(source, "train", tokenizer, tmp_path / "caches")
     assert again.path == first.path
-    assert again.tokens.tolist() == first.tokens.tolist()
+    assert _all(again).tolist() == _all(first).tolist()
     assert again.stats == first.stats
 
 
@@ -115,6 +186,15 @@ def test_a_broken_source_leaves_nothing(source, tokenizer, tmp_path, write_jsonl
     assert list((tmp_path / "caches").iterdir()) == []
 
 
+def test_a_build_by_workers_that_fails_ends_them(source, tokenizer, tmp_path, write_jsonl, monkeypatch, forked_workers):
+    monkeypatch.setattr(cache_build, "_BATCH_CHARS", 1)
+    write_jsonl([{"wrong": "x"}], "z.jsonl")
+    with pytest.raises(UserError, match=r"z.jsonl:1 has no key 'text'"):
+        build_or_open(source, "train", tokenizer, tmp_path / "caches", workers=2)
+    assert multiprocessing.active_children() == []
+    assert list((tmp_path / "caches").iterdir()) == []
+
+
 def test_a_source_that_changes_while_it_is_read_is_refused(source, tokenizer, tmp_path, write_jsonl, monkeypatch):
     encode = tokenizer.encode_batch
 
@@ -128,8 +208,8 @@ def test_a_source_that_changes_while_it_is_read_is_refused(source, tokenizer, tm
     assert list((tmp_path / "caches").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "doc_offsets.bin", "doc_bytes.bin"])
-def test_damaged_arrays_are_named(source, tokenizer, tmp_path, name):
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "tokens-00001.bin", "doc_offsets.bin", "doc_bytes.bin"])
+def test_damaged_files_are_named(source, tokenizer, tmp_path, small_shards, name):
     cache = build_or_open(source, "train", tokenizer, tmp_path / "caches")
     file = cache.path / name
     content = file.read_bytes()
@@ -150,22 +230,23 @@ def test_damaged_arrays_are_named(source, tokenizer, tmp_path, name):
         open_cache(cache.path)
 
 
-def test_damaged_meta_is_named(source, tokenizer, tmp_path):
+def test_a_damaged_index_is_named(source, tokenizer, tmp_path, small_shards):
     cache = build_or_open(source, "train", tokenizer, tmp_path / "caches")
-    meta = cache.path / "meta.json"
-    content = json.loads(meta.read_text())
-    meta.write_text(json.dumps({**content, "format": 99}))
-    with pytest.raises(UserError, match="is no token cache of format 1: delete the directory"):
+    file = cache.path / "index.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "stats": {**content["stats"], "tokens": 38}}))
+    with pytest.raises(UserError, match=r"index.json is corrupt: delete the directory"):
         open_cache(cache.path)
-    meta.write_text('{"format": 1}')
-    with pytest.raises(UserError, match="is no token cache of format 1: delete the directory"):
-        open_cache(cache.path)
-    for broken in ("{", "[]", '"x"', '{"format": 1, "vocab_size": 1, "files": 1, "stats": 1}'):
-        meta.write_text(broken)
-        with pytest.raises(UserError, match=r"meta.json is unreadable: delete the directory"):
+    for other in ({**content, "format": 99}, {"format": 2}, {**content, "shards": [{}]}):
+        file.write_text(json.dumps(other))
+        with pytest.raises(UserError, match="is no token cache of format 2: delete the directory"):
             open_cache(cache.path)
-    meta.unlink()
-    with pytest.raises(UserError, match=r"meta.json is unreadable: delete the directory"):
+    for broken in ("{", "[]", '"x"', json.dumps({**content, "stats": 1}), json.dumps({**content, "shards": 1})):
+        file.write_text(broken)
+        with pytest.raises(UserError, match=r"index.json is unreadable: delete the directory"):
+            open_cache(cache.path)
+    file.unlink()
+    with pytest.raises(UserError, match=r"index.json is unreadable: delete the directory"):
         build_or_open(source, "train", tokenizer, tmp_path / "caches")
 
 
@@ -192,14 +273,15 @@ def test_the_first_of_two_builders_wins(source, tokenizer, tmp_path, monkeypatch
 
 
 def _build_slowly(corpus: str, model: Path, caches: Path) -> None:
-    """Two documents a batch; hangs in the second."""
-    cache_build._BATCH_CHARS = 12
+    """A document a batch, two a shard; hangs in the fourth, with half a shard written."""
+    cache_build._BATCH_CHARS, cache_build.SHARD_BYTES = 1, 20
     tokenizer = SentencePieceTokenizer.load(model)
     encode, calls = tokenizer.encode_batch, []
 
     def hang(texts: list[str], num_threads: int) -> list[np.ndarray]:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 4:
+            (caches / "hangs").touch()
             time.sleep(60)
         return encode(texts, num_threads)
 
@@ -209,35 +291,37 @@ def _build_slowly(corpus: str, model: Path, caches: Path) -> None:
 
 @pytest.fixture
 def killed(source, tokenizer, tmp_path):
-    """The directory of caches in which a build was killed after its first batch, two documents."""
+    """The directory of caches in which a build was killed after its first shard, two documents, and half the second."""
     caches = tmp_path / "caches"
     arguments = (source.name, tokenizer.path, caches)
     process = multiprocessing.get_context("fork").Process(target=_build_slowly, args=arguments)
     process.start()
     deadline = time.monotonic() + 20
-    while not (caches.is_dir() and any(caches.glob(".building-*/progress.json"))):
+    while not (caches / "hangs").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    (caches / "hangs").unlink()
     assert len(_hidden(caches)) == 1
     assert list(caches.glob("tokens-*")) == []
     return caches
 
 
-def test_a_killed_build_is_gone_on_with(source, tokenizer, tmp_path, killed, monkeypatch):
+@pytest.mark.parametrize("torn", ["tokens-00001.bin", "doc_offsets.bin", "doc_bytes.bin"])
+def test_a_killed_build_loses_one_shard_at_most(source, tokenizer, tmp_path, killed, monkeypatch, small_shards, torn):
     (left,) = killed.iterdir()
-    with (left / "tokens.bin").open("ab") as file:
-        file.write(b"half a batch")  # written, but not recorded
+    first = (left / "tokens-00000.bin").stat()
+    with (left / torn).open("ab") as file:
+        file.write(b"half a shard")  # written, but not recorded
     seen = []
     encode = tokenizer.encode_batch
     monkeypatch.setattr(tokenizer, "encode_batch", lambda texts, n: seen.extend(texts) or encode(texts, n))
     cache = build_or_open(source, "train", tokenizer, killed)
-    assert seen == ["x", TEXTS[4]]  # not the first two again
-    monkeypatch.undo()
-    whole = build_or_open(source, "train", tokenizer, tmp_path / "elsewhere")
-    for file in whole.path.iterdir():
-        assert file.read_bytes() == (cache.path / file.name).read_bytes()
+    assert seen == ["x", TEXTS[4]]  # not the first shard's two again
+    kept = (cache.path / "tokens-00000.bin").stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+    assert _files(cache) == _files(build_or_open(source, "train", tokenizer, tmp_path / "elsewhere"))
     verify(cache)
     assert [p.name for p in killed.iterdir()] == [cache.path.name]
 

@@ -117,7 +117,7 @@ def test_a_corpus_takes_either(either, write_jsonl, tmp_path):
     corpus = prepare(config, seq_len=16, progress=False)
     assert corpus.tokenizer.fingerprint == either.fingerprint
     (heldout,) = corpus.heldout.values()
-    tokens = heldout.tokens.tolist()
+    tokens = heldout.read(0, heldout.num_tokens).tolist()
     assert tokens.count(either.eos_id) == heldout.num_docs
     assert either.special_id("<|im_end|>") not in tokens
     documents = either.decode(tokens).split("<|endoftext|>")[:-1]

@@ -155,7 +155,7 @@ def test_gradient_in_the_router_is_the_formulas(mode):
     own, rest = stats(x), balance.load_of(stats(others_x))
     given = {"global": rest, "global_exact": balance.add(rest, balance.load_of(own))}.get(mode)
     total = torch.tensor(40)
-    value = 0.3 * balance.balance_loss(mode, own, given, total) + 0.2 * balance.z_loss(own, total)
+    value = 0.3 * balance.balance_loss(mode, own, balance.load_of(own), given, total) + 0.2 * balance.z_loss(own, total)
     (got,) = torch.autograd.grad(value, gates)
 
     everything = torch.cat((x, others_x), 2) if mode.startswith("global") else x
@@ -193,7 +193,7 @@ def test_an_even_load_costs_top_k():
     tokens = torch.tensor([20, 20])
     stats = balance.RouterStats(even, even / 2.0, tokens, tokens * 1.0, torch.zeros_like(tokens))  # top 2 of 8
     for mode in MODES:
-        assert balance.balance_loss(mode, stats, None, tokens[0]) == 2
+        assert balance.balance_loss(mode, stats, balance.load_of(stats), None, tokens[0]) == 2
 
 
 @pytest.mark.parametrize("changes", [{}, {"router_z_loss_coef": 0.05, "gradient_checkpointing": "selective"}])

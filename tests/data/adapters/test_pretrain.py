@@ -68,7 +68,7 @@ def test_token_cache(tmp_path, small_qwen):
     texts, (heldout,) = set(), corpus.heldout.values()
     for cache in (corpus.train.cache, heldout):
         assert cache.num_docs > 1
-        texts |= set(small_qwen.decode(cache.tokens).split("<|endoftext|>"))
+        texts |= set(small_qwen.decode(cache.read(0, cache.num_tokens)).split("<|endoftext|>"))
     assert texts == {row["text"] for row in rows} | {""}
     assert corpus.train.cache.num_docs + heldout.num_docs == 40
     assert len(corpus.train) > 10

@@ -13,7 +13,7 @@ from qwen3f.errors import UserError
 
 
 def _documents(cache):
-    return [cache.tokens[a:b].tolist() for a, b in pairwise(cache.doc_offsets)]
+    return [cache.read(a, b).tolist() for a, b in pairwise(cache.doc_offsets)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -37,7 +37,10 @@ def test_equals_packed_dataset(make_cache, lengths, seq_len, reset, cross):
     assert len(found) == full + (rest > 0)
     if rest:
         last = found[-1]
-        assert last["tokens"].tolist() == [*cache.tokens[full * seq_len : -1].tolist(), *[7] * (seq_len - rest)]
+        assert last["tokens"].tolist() == [
+            *cache.read(full * seq_len, cache.num_tokens - 1).tolist(),
+            *[7] * (seq_len - rest),
+        ]
         assert (last["segments"] > 0).sum() == rest
         assert last["targets"][rest:].tolist() == [-100] * (seq_len - rest)
         assert last["loss_weights"][rest:].sum() == last["positions"][rest:].sum() == 0

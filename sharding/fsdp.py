@@ -1,0 +1,108 @@
+"""Weights that are cut over the data axes: gathered where they are used, their gradients summed and cut again.
+
+A layer's weights travel together: one collective for all that are cut over the same axes, in the dtype they come in.
+Its adjoint is the reduce-scatter that leaves each rank the sum of all ranks' gradients for its own shard. What is
+replicated over an axis is summed over it once a step, after the last micro-batch (`sum_replicated`).
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from qwen3f.params import LAYERS, Params
+from sharding.axes import DATA, Axes, Axis
+from sharding.collectives import all_reduce, gather, shard
+from sharding.mesh import AXES
+from sharding.rules import Placed, replicated_axes
+
+Gather = Callable[[Params], Params]
+
+
+def make_gather(placed: Mapping[str, Placed], axes: Axes, *, stacked: bool, dtype: torch.dtype | None = None) -> Gather:
+    """A function that makes whole what FSDP has cut: of a layer (stacked; names relative to the block) or of the rest.
+
+    It takes and returns a dict of tensors; others pass through. Whole means: as the explicit rules leave it, e.g. a
+    tensor-parallel shard. When nothing is cut, the dict itself is returned. dtype: as collectives.gather.
+    """
+    bundles: dict[tuple[str, ...], dict[str, int]] = {}
+    for path, p in placed.items():
+        if p.fsdp and path.startswith(LAYERS) == stacked:
+            # a layer's tensors lack the stack's dimension
+            name, dim = (path.removeprefix(LAYERS), p.fsdp_dim - 1) if stacked else (path, p.fsdp_dim)
+            bundles.setdefault(p.fsdp, {})[name] = dim
+
+    def whole(params: Params) -> Params:
+        for names, dims in bundles.items():
+            cut = {name: x for name, x in params.items() if name in dims}
+            if cut:
+                params = params | _gather_together(cut, dims, axes.over(*names), dtype)
+        return params
+
+    return whole
+
+
+def _gather_together(params: Params, dims: Mapping[str, int], axis: Axis, dtype: torch.dtype | None) -> Params:
+    flat_SN = gather(torch.cat([x.flatten() for x in params.values()])[None], axis, 0, dtype)
+    parts = flat_SN.split([x.numel() for x in params.values()], dim=1)
+    out = {}
+    for (name, x), part in zip(params.items(), parts):
+        dim = dims[name]
+        out[name] = part.unflatten(1, x.shape).movedim(0, dim).flatten(dim, dim + 1)
+    return out
+
+
+def cut(params: Params, placed: Mapping[str, Placed], axes: Axes) -> Params:
+    """This rank's shards of whole parameters; under pp, of stacks as sharding.stages.store pads them."""
+    return {path: cut_one(x, placed[path], axes) for path, x in params.items()}
+
+
+def cut_one(x: Tensor, placed: Placed, axes: Axes, *, row: bool = False) -> Tensor:
+    """This rank's shard, a copy. row: x is one layer's row of a stack, which pp leaves whole."""
+    for axis, dim in placed.explicit:
+        if not (row and axis == "pp"):
+            x = shard(x, axes[axis], dim - row)
+    if placed.fsdp:
+        x = shard(x, axes.over(*placed.fsdp), placed.fsdp_dim - row)
+    return x.clone()
+
+
+def sum_replicated(grads: Params, placed: Mapping[str, Placed], axes: Axes) -> Params:
+    """Gradients of which each is summed over the axes its parameter is replicated on.
+
+    One collective a set of axes (two where tp or pp are among them); sums are float32 (float64 for float64).
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for path in grads:
+        over = replicated_axes(placed[path], axes.shape)
+        if over:
+            groups.setdefault(over, []).append(path)
+    out = dict(grads)
+    for over, paths in groups.items():
+        flat = sum_over(torch.cat([_widen(grads[path]).flatten() for path in paths]), axes, over)
+        for path, part in zip(paths, flat.split([grads[path].numel() for path in paths])):
+            out[path] = part.view(grads[path].shape)
+    return out
+
+
+def sum_over(x: Tensor, axes: Axes, names: tuple[str, ...] = AXES) -> Tensor:
+    """The sum over the named axes: one collective for the data axes together, one for each other."""
+    data = tuple(name for name in names if name in DATA)
+    for axis in [axes[name] for name in names if name not in DATA] + ([axes.over(*data)] if data else []):
+        x = all_reduce(x, axis)
+    return x
+
+
+def sum_over_shards(values: Mapping[str, Tensor], placed: Mapping[str, Placed], axes: Axes) -> Tensor:
+    """Σ over paths of a scalar that each rank has worked out from its shard: every element counts once.
+
+    So path by path the sum goes over exactly the axes that cut it.
+    """
+    groups: dict[tuple[str, ...], list[Tensor]] = {}
+    for path, value in values.items():
+        groups.setdefault(tuple(sorted(placed[path].cuts, key=AXES.index)), []).append(value)
+    return torch.stack([sum_over(torch.stack(parts).sum(), axes, over) for over, parts in groups.items()]).sum()
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,239 @@
+"""How a process comes to its rank: alone, started here by torch's elastic launcher, or joining torchrun or Slurm.
+
+`decide` is pure: from the environment, the mesh's size and this host's devices to a Decision. `start` runs the command
+once a local rank; each of these finds torchrun's variables and so joins. `joined` makes the process group.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import math
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from qwen3f.errors import TrainingError, UserError
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+CPU_RANKS = 64  # of one host: threads of a laptop can stand for that many devices, beyond it something is mistaken
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What this process is to do.
+
+    mode: "single", run without process groups; "start", start `world` ranks on this host; "join", be rank `rank` of
+    `world` with device `local_rank` of this host. device: cpu or cuda. init: where ranks meet, as
+    torch.distributed.init_process_group takes it; empty unless mode is "join".
+    """
+
+    mode: str
+    world: int
+    device: str
+    rank: int = 0
+    local_rank: int = 0
+    init: str = ""
+
+    @property
+    def backend(self) -> str:
+        return BACKENDS[self.device]
+
+
+def decide(
+    environment: Mapping[str, str], world: int, local_devices: int, device: str, command: Sequence[str]
+) -> Decision:
+    """The Decision for a mesh of `world` devices on a host with `local_devices` of kind `device` (cpu or cuda).
+
+    command: what this process was called with, for the hint of what to run instead. Raises UserError if a launcher
+    started another number of ranks than the mesh has, if the launcher's variables are incomplete, or if the mesh needs
+    more devices than this host has: with the torchrun line that starts it on several.
+    """
+    if "TORCHELASTIC_RUN_ID" in environment or "WORLD_SIZE" in environment:
+        return _torchrun(environment, world, local_devices, device)
+    if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        return _slurm(environment, world, local_devices, device)
+    if world == 1:
+        return Decision("single", 1, device)
+    if world > local_devices:
+        raise UserError(
+            f"the mesh needs {world} devices, this host has {local_devices} ({device}); {_how(world, local_devices)}: "
+            f"{torchrun_line(world, local_devices, command)}"
+        )
+    return Decision("start", world, device)
+
+
+def _how(world: int, local_devices: int) -> str:
+    nodes = world // _a_host(world, local_devices)
+    return f"run this on each of {nodes} such hosts, with one of them for HOST" if nodes > 1 else "run"
+
+
+def _a_host(world: int, local_devices: int) -> int:
+    """Ranks a host: the most that divide the mesh, so that all hosts run the same command."""
+    return max(n for n in range(1, max(1, local_devices) + 1) if world % n == 0)
+
+
+def torchrun_line(world: int, local_devices: int, command: Sequence[str]) -> str:
+    """The command for each host; command: this program and its arguments, without the interpreter."""
+    ranks = _a_host(world, local_devices)
+    return (
+        f"torchrun --nnodes={world // ranks} --nproc-per-node={ranks} --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
+        f"--rdzv-id=qwen3f {shlex.join(command)}"
+    )
+
+
+def _torchrun(environment: Mapping[str, str], world: int, local_devices: int, device: str) -> Decision:
+    values = _numbers("torchrun", environment, _TORCHRUN, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    _check_world("torchrun", values["WORLD_SIZE"], world, "--nnodes times --nproc-per-node")
+    # the agent serves the store itself and tells so by a variable, which env:// looks for
+    return _join(world, device, local_devices, values["RANK"], values["LOCAL_RANK"], "env://")
+
+
+def _slurm(environment: Mapping[str, str], world: int, local_devices: int, device: str) -> Decision:
+    whole = [name for name in _SLURM if name != "SLURM_STEP_NODELIST"]
+    values = _numbers("srun", environment, _SLURM, whole)
+    _check_world("srun", values["SLURM_STEP_NUM_TASKS"], world, "--ntasks")
+    host = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
+    # Slurm knows no port. A job's number gives the same one on all hosts, and two jobs on a host seldom the same.
+    port = environment.get("MASTER_PORT") or str(10_000 + values["SLURM_JOB_ID"] % 50_000)
+    init = f"tcp://{host}:{port}"
+    return _join(world, device, local_devices, values["SLURM_PROCID"], values["SLURM_LOCALID"], init)
+
+
+def _join(world: int, device: str, local_devices: int, rank: int, local_rank: int, init: str) -> Decision:
+    if local_devices < 1:
+        raise UserError(f"rank {rank}: this host has no {device} device; write --config.device=cpu")
+    if device == "cuda" and local_devices == 1:
+        local_rank = 0  # with --gpus-per-task a rank sees one device alone
+    if local_rank >= local_devices:
+        raise UserError(
+            f"rank {rank} is number {local_rank} of its host, which has {local_devices} devices ({device}); start at "
+            f"most {local_devices} ranks a host"
+        )
+    return Decision("join", world, device, rank, local_rank, init)
+
+
+def _check_world(launcher: str, started: int, world: int, option: str) -> None:
+    if started != world:
+        raise UserError(
+            f"{launcher} started {started} ranks, the mesh has {world} devices; make {option} {world}, or choose a "
+            f"mesh of {started} with --config.mesh"
+        )
+
+
+def _numbers(
+    launcher: str, environment: Mapping[str, str], needed: Sequence[str], whole: Sequence[str]
+) -> dict[str, int]:
+    """The whole numbers among a launcher's variables, all of which must be there."""
+    missing = [name for name in needed if not environment.get(name)]
+    if missing:
+        raise UserError(f"{launcher} left {', '.join(missing)} unset; start the ranks with {launcher} again")
+    for name in whole:
+        if not environment[name].isdecimal():
+            raise UserError(f"{name}={environment[name]!r} is not a rank or a count; start the ranks with {launcher}")
+    return {name: int(environment[name]) for name in whole}
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of Slurm's compressed list: `gpu[01-03,07],login` -> gpu01."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodelist)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST={nodelist!r} names no host; set MASTER_ADDR")
+    return "".join(part or "" for part in match.groups())
+
+
+def local_devices(device: str) -> int:
+    """Devices of a kind that this host offers to ranks."""
+    return torch.cuda.device_count() if device == "cuda" else CPU_RANKS
+
+
+def start(decision: Decision, command: Sequence[str], *, restarts: int = 0) -> int:
+    """Run `python command…` once a rank on this host and wait; returns the exit code to end with.
+
+    0, 2 when a rank reported wrong input, or 128 and the number of a signal that this process was sent. The launcher
+    then sends it to the ranks and, after 30 s, SIGKILL (from torch 2.13 on TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds).
+    restarts: how often all ranks are started again after one is lost. Raises TrainingError that names the first rank
+    that ended otherwise; the others are ended then.
+    """
+    if decision.mode != "start":
+        raise ValueError(f"start takes a decision to start ranks, got {decision}")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=decision.world,
+        run_id="qwen3f",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # any free port: several runs fit on a host
+        max_restarts=restarts,
+        monitor_interval=0.2,
+    )
+    with _threads(decision), _quiet():
+        try:
+            elastic_launch(config, sys.executable)(*command)
+        except SignalException as stop:
+            return 128 + stop.sigval
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode == 2:
+                return 2
+            how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+            raise TrainingError(f"rank {rank} of {decision.world} ended with {how}; the others were ended") from error
+    return 0
+
+
+@contextlib.contextmanager
+def _threads(decision: Decision) -> Iterator[None]:
+    """Ranks on CPUs share the cores; unless the user chose, each gets its part, as torchrun's ranks get one."""
+    if decision.device != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, math.floor((os.cpu_count() or 1) / decision.world)))
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's account of how ranks end: the rank that fails, or our error, says it in one line."""
+    logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def joined(decision: Decision, *, timeout: float = 600.0) -> Iterator[torch.device]:
+    """The device of this rank, within the process group of all. timeout: seconds until a collective without its peers
+    fails."""
+    if decision.mode != "join":
+        raise ValueError(f"joined takes a decision to join, got {decision}")
+    device = torch.device(decision.device, decision.local_rank if decision.device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    where = {} if decision.init == "env://" else {"rank": decision.rank, "world_size": decision.world}
+    dist.init_process_group(
+        decision.backend,
+        init_method=decision.init,
+        timeout=datetime.timedelta(seconds=timeout),
+        device_id=device if device.type == "cuda" else None,
+        **where,
+    )
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,140 @@
+"""Where every parameter lives: one table from paths to the dimension that each mesh axis cuts.
+
+Dimensions are counted in the stored (stacked) shape, so dim 0 of a layer's parameter is the stack. What a row doesn't
+name is replicated: over tp norms and routers are. FSDP then cuts one more dimension, the largest that no row uses,
+over the axes that cut the tokens; for experts without ep, which already holds different experts.
+"""
+
+import dataclasses
+import math
+import re
+
+from torch.distributed.tensor import Placement, Replicate, Shard
+
+from qwen3f import params as P
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+from sharding.axes import DATA
+from sharding.mesh import AXES, MeshShape
+from sharding.zigzag import check_length
+
+# First match wins; a pattern must match the whole path.
+RULES: list[tuple[str, dict[str, int]]] = [
+    (r"model\.embed_tokens\.weight|lm_head\.weight", {"tp": 0}),  # vocabulary
+    (r"model\.norm\.weight", {}),
+    (r".*\.self_attn\.[qkv]_proj\.(weight|bias)", {"pp": 0, "tp": 1}),  # heads
+    (r".*\.self_attn\.o_proj\.weight", {"pp": 0, "tp": 2}),  # heads
+    (r".*\.self_attn\.o_proj\.bias", {"pp": 0}),
+    (r".*\.mlp\.experts\.(gate|up)_proj\.weight", {"pp": 0, "ep": 1, "tp": 2}),  # experts, their width
+    (r".*\.mlp\.experts\.down_proj\.weight", {"pp": 0, "ep": 1, "tp": 3}),
+    (r".*\.mlp\.gate\.weight", {"pp": 0}),  # the router
+    (r".*\.mlp\.(gate|up)_proj\.weight", {"pp": 0, "tp": 1}),
+    (r".*\.mlp\.down_proj\.weight", {"pp": 0, "tp": 2}),
+    (r".*\.(input_layernorm|post_attention_layernorm|q_norm|k_norm)\.weight", {"pp": 0}),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """How one parameter is cut on a mesh.
+
+    explicit: (axis, dim) by the table, for axes of size > 1. fsdp: the axes that FSDP cuts `fsdp_dim` over, in the
+    mesh's order; none when it is off, when no dimension divides (fsdp_dim None), or on a mesh without data axes.
+    """
+
+    explicit: tuple[tuple[str, int], ...]
+    fsdp: tuple[str, ...]
+    fsdp_dim: int | None
+
+    @property
+    def cuts(self) -> dict[str, int]:
+        """axis -> the dimension it cuts, over all axes that cut one."""
+        return dict(self.explicit) | {axis: self.fsdp_dim for axis in self.fsdp}
+
+
+def rule(path: str) -> dict[str, int]:
+    """axis -> dim of the first row that matches. UserError for a path that no row matches."""
+    for pattern, dims in RULES:
+        if re.fullmatch(pattern, path):
+            return dims
+    raise UserError(f"parameter {path}: no row of sharding/rules.py matches it; add one to RULES")
+
+
+def place(cfg: ModelConfig, shape: MeshShape, fsdp: bool = True) -> dict[str, Placed]:
+    """Every parameter of the model on a mesh of this shape.
+
+    UserError, with path, dim and axis, when a dimension of the table doesn't divide. Sizes count units that must stay
+    whole: heads, where the dimension is made of heads. Key/value heads fewer than tp are replicated over it if tp is a
+    multiple of their number. The stack is cut over pp in equal stages, the last ones padded.
+    """
+    return {path: _place(cfg, path, spec, shape, fsdp) for path, spec in P.abstract_params(cfg).items()}
+
+
+def _place(cfg: ModelConfig, path: str, spec: P.ParamSpec, shape: MeshShape, fsdp: bool) -> Placed:
+    dims = rule(path)
+    explicit = []
+    for axis, dim in dims.items():
+        size = getattr(shape, axis)
+        if size == 1 or _kv_replicated(cfg, path, axis, size):
+            continue
+        if axis == "pp":
+            if spec.shape[dim] < size:
+                raise UserError(f"{path}: dim {dim} has {spec.shape[dim]} layers, fewer than pp={size} stages")
+        else:
+            count, unit = _units(cfg, path, spec, dim)
+            if count % size:
+                raise UserError(f"{path}: dim {dim} ({count} {unit}) doesn't divide by {axis}={size}")
+        explicit.append((axis, dim))
+    data = tuple(axis for axis in DATA if getattr(shape, axis) > 1 and axis not in dims) if fsdp else ()
+    parts = math.prod(getattr(shape, axis) for axis in data)
+    free = [d for d, n in enumerate(spec.shape) if d not in dims.values() and n % parts == 0]
+    fsdp_dim = max(free, key=lambda d: spec.shape[d], default=None)
+    return Placed(tuple(explicit), data if fsdp_dim is not None else (), fsdp_dim if data else None)
+
+
+def _kv_replicated(cfg: ModelConfig, path: str, axis: str, size: int) -> bool:
+    heads = cfg.num_key_value_heads
+    return axis == "tp" and re.search(r"[kv]_proj", path) is not None and heads < size and size % heads == 0
+
+
+def _units(cfg: ModelConfig, path: str, spec: P.ParamSpec, dim: int) -> tuple[int, str]:
+    """How many things that must not be cut the dimension holds, and what they are called."""
+    if "self_attn" in path:
+        return spec.shape[dim] // cfg.head_dim, "heads"
+    if ".experts." in path and dim == 1:
+        return spec.shape[dim], "experts"
+    return spec.shape[dim], "words" if path in (P.EMBED, P.HEAD) else "columns" if dim > 1 else "rows"
+
+
+def local_shape(spec: P.ParamSpec, placed: Placed, shape: MeshShape) -> tuple[int, ...]:
+    """One rank's shape; of the stack, what a full stage holds, padding included."""
+    local = list(spec.shape)
+    for axis, dim in placed.cuts.items():
+        local[dim] = -(-local[dim] // getattr(shape, axis))
+    return tuple(local)
+
+
+def placements(placed: Placed) -> tuple[Placement, ...]:
+    """DTensor's placements on a mesh of all five axes."""
+    return tuple(Shard(placed.cuts[axis]) if axis in placed.cuts else Replicate() for axis in AXES)
+
+
+def replicated_axes(placed: Placed, shape: MeshShape) -> tuple[str, ...]:
+    """The axes of size > 1 that hold the same values: those that the gradient must be summed over."""
+    return tuple(axis for axis in AXES if getattr(shape, axis) > 1 and axis not in placed.cuts)
+
+
+def check_batch(shape: MeshShape, rows: int, length: int, microbatches: int = 1) -> None:
+    """UserError when the global batch [rows, length] can't be cut: rows over dp and ep, the sequence over cp and tp."""
+    parts = shape.dp * shape.ep * microbatches
+    if rows % parts:
+        raise UserError(
+            f"batch_size {rows} doesn't divide by dp={shape.dp} · ep={shape.ep} · microbatches={microbatches}; "
+            f"make it a multiple of {parts}"
+        )
+    check_length(length, shape.cp)
+    if length // shape.cp % shape.tp:
+        raise UserError(
+            f"seq_len {length} over cp={shape.cp} leaves {length // shape.cp} positions, which don't divide by "
+            f"tp={shape.tp}"
+        )

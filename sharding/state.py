@@ -1,0 +1,85 @@
+"""State on a mesh: outside the step every leaf is a DTensor, inside it is this rank's plain shard."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate
+
+from qwen3f import params as P
+from qwen3f import tree
+from qwen3f.config import ModelConfig
+from sharding.fsdp import cut_one
+from sharding.layout import Layout
+from sharding.rules import placements
+from sharding.stages import make_stages
+
+
+def local_shards(state: Any) -> Any:
+    """A pytree's DTensors as this rank's shards, of the same storage; plain tensors stay."""
+    return tree.map(lambda x: x.to_local() if isinstance(x, DTensor) else x, state)
+
+
+def init_shards(
+    cfg: ModelConfig, seed: int, layout: Layout, *, device: torch.device | str, dtype: torch.dtype
+) -> P.Params:
+    """This rank's shards of what params.init_params gives. One layer of one parameter at a time is made whole."""
+    placed, axes = layout.place(cfg), layout.axes
+    stages = make_stages(cfg, layout.pipeline, axes.pp.size)
+    out = {}
+    for path, spec in P.abstract_params(cfg).items():
+        stacked = spec.layers is not None
+        rows = []
+        for layer in stages.layer_order_of(axes.pp.index, spec.layers) if stacked else [None]:
+            padding = stacked and layer is None
+            whole = P.init_layer(path, spec, seed, spec.layers[0] if padding else layer, device)
+            row = cut_one(whole, placed[path], axes, row=stacked).to(dtype)
+            rows.append(torch.zeros_like(row) if padding else row)
+        out[path] = torch.stack(rows) if stacked else rows[0]
+    return out
+
+
+def as_dtensors(state: Any, cfg: ModelConfig, layout: Layout, mesh: DeviceMesh) -> Any:
+    """A pytree of this rank's shards (fsdp.cut) as DTensors of the same storage, without communication.
+
+    A leaf belongs to the parameter that its last key names: params, moments and gradients are placed alike. Any other
+    is replicated. Under pp a stack's global shape has the padding of all stages.
+    """
+    placed = layout.place(cfg)
+    leaves, spec = tree.flatten(state)
+    out = []
+    for path, leaf in zip(tree.named_leaves(state), leaves):
+        if path[-1] in placed:
+            shape = list(leaf.shape)
+            for axis, dim in placed[path[-1]].cuts.items():
+                shape[dim] *= layout.axes[axis].size
+            out.append(_dtensor(leaf, mesh, placements(placed[path[-1]]), torch.Size(shape)))
+        else:
+            out.append(_dtensor(leaf, mesh, (Replicate(),) * mesh.ndim, leaf.shape))
+    return tree.unflatten(out, spec)
+
+
+def _dtensor(local: Tensor, mesh: DeviceMesh, where: tuple[Placement, ...], shape: torch.Size) -> DTensor:
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, where, run_check=False, shape=shape, stride=stride)
+
+
+def on_shards(step: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """A step over plain shards, (state, batch) -> (new state, metrics), as one over a state of DTensors.
+
+    The new state's leaves are placed as the old one's. A state of plain tensors goes through untouched.
+    """
+
+    @functools.wraps(step)
+    def call(state: Any, batch: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        new, metrics = step(local_shards(state), batch)
+        return tree.map(_placed_like, state, new), metrics
+
+    return call
+
+
+def _placed_like(old: Any, new: Tensor) -> Tensor:
+    return _dtensor(new, old.device_mesh, old.placements, old.shape) if isinstance(old, DTensor) else new

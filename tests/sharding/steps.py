@@ -1,0 +1,108 @@
+"""A few training steps of a tiny model, on one device and on a mesh, for comparison."""
+
+import functools
+
+import torch
+
+from qwen3f import presets, tree
+from qwen3f.stages.pretrain import make_train_step
+from qwen3f.train import state
+from qwen3f.train.optimizer import AdamW
+from qwen3f.train.schedule import Schedule
+from sharding.fsdp import cut
+from sharding.layout import Layout
+from sharding.state import as_dtensors, local_shards
+from tests.batches import random_batch
+from tests.sharding.worlds import each, local_world, ranks_of
+
+# Sizes differ, so that dims can't be taken for each other; 2 key/value heads are fewer than tp4.
+DENSE = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 40,
+}
+MOE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "router_aux_loss_coef": 0.05,
+    "router_z_loss_coef": 0.01,
+}
+ROWS, LENGTH = 8, 16
+SCHEDULE = Schedule("constant", 1e-2, 10)
+
+
+def config(**changes):
+    return presets.get("debug").replace(**(DENSE | changes))
+
+
+def batches(steps, rows=ROWS):
+    """Packed rows; how many tokens are predicted and how many are padding differs from row to row."""
+    out = []
+    for seed in range(steps):
+        batch = random_batch(rows, LENGTH, DENSE["vocab_size"], seed)
+        padding = torch.arange(LENGTH) >= LENGTH - torch.arange(rows)[:, None] % 5
+        batch["segments"] = batch["segments"].masked_fill(padding, 0)
+        batch["targets"] = batch["targets"].masked_fill(padding, -100)
+        out.append(batch)
+    return out
+
+
+@functools.cache
+def _whole(cfg, dtype, microbatches, steps):
+    current = state.init_state(cfg, 0, dtype=dtype)
+    step = make_train_step(cfg, AdamW(), SCHEDULE, microbatches=microbatches)
+    history = [(current, {})]
+    for batch in batches(steps):
+        history.append(step(history[-1][0], batch))
+    return history
+
+
+def on_one_device(cfg, *, dtype=torch.float64, microbatches=1, steps=3):
+    """[(state, metrics)], before the first step and after each."""
+    return _whole(cfg, dtype, microbatches, steps)
+
+
+def share(batch, shape, rank, microbatches):
+    """A rank's rows: of every micro-batch, its part over dp and ep."""
+    place = rank // (shape.ep * shape.cp * shape.tp) % shape.dp * shape.ep + rank // (shape.cp * shape.tp) % shape.ep
+    parts = shape.dp * shape.ep
+    return {k: torch.cat([p.chunk(parts)[place] for p in x.chunk(microbatches)]) for k, x in batch.items()}
+
+
+def cut_state(whole, placed, axes):
+    """A state of whole tensors as this rank's shards."""
+    opt = type(whole.opt)(*(cut(params, placed, axes) for params in whole.opt))
+    return whole._replace(params=cut(whole.params, placed, axes), opt=opt)
+
+
+def on_local_world(cfg, mesh, *, fsdp=True, microbatches=1, steps=3, dtype=torch.float64, gather_dtype=None, **options):
+    """[(state, metrics)] as on_one_device; a leaf is the list of its values on all ranks."""
+    start = on_one_device(cfg, dtype=dtype, microbatches=microbatches, steps=steps)[0][0]
+    inputs = batches(steps)  # made out here: in there, random numbers differ from rank to rank
+    with local_world(mesh) as (device_mesh, axes):
+        layout, shape = Layout(axes, fsdp, gather_dtype=gather_dtype), axes.shape
+        on_all = tree.map(lambda x: each([x] * shape.size), start)
+        current = as_dtensors(cut_state(on_all, layout.place(cfg), axes), cfg, layout, device_mesh)
+        step = make_train_step(cfg, AdamW(), SCHEDULE, microbatches=microbatches, layout=layout, **options)
+        history = []
+        for batch in inputs:
+            shares = [share(batch, shape, rank, microbatches) for rank in range(shape.size)]
+            current, metrics = step(current, {k: each([s[k] for s in shares]) for k in batch})
+            history.append((tree.map(_values, local_shards(current)), tree.map(_values, metrics)))
+    return history
+
+
+def _values(x):
+    return ranks_of(x) if hasattr(x, "_local_tensors") else [x]
+
+
+def expected_on(whole, cfg, mesh, fsdp=True):
+    """A state of whole tensors as on_local_world's lists: the shard of each rank."""
+    with local_world(mesh) as (_, axes):
+        on_all = tree.map(lambda x: each([x] * axes.shape.size), whole)
+        return tree.map(_values, cut_state(on_all, Layout(axes, fsdp).place(cfg), axes))

@@ -1,0 +1,69 @@
+"""The step in real processes: four ranks over gloo, uncompiled and with compiled blocks, against one device."""
+
+import functools
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from qwen3f import model, tree
+from qwen3f.model.block import block_fn
+from qwen3f.stages.pretrain import make_eval_step, make_train_step
+from qwen3f.train.optimizer import AdamW
+from qwen3f.train.state import init_state
+from sharding.axes import axes_of, make_mesh
+from sharding.layout import Layout
+from sharding.mesh import parse_mesh
+from sharding.stages import Pipeline, make_stages, restore
+from tests.sharding.steps import MOE, SCHEDULE, batches, config, on_one_device, share
+from tests.sharding.worlds import run_processes
+
+CASES = {
+    "dense": (config(gradient_checkpointing="selective"), "dp2,tp2", {}),
+    "kept weights": (config(gradient_checkpointing="selective"), "dp2,tp2", {"reshard": False}),
+    "context": (config(gradient_checkpointing="selective"), "cp2,tp2", {}),
+    "pipeline": (config(num_hidden_layers=3), "pp2,dp2", {}),  # one row of padding
+    "pipeline, tied, tp": (config(tie_word_embeddings=True), "pp2,tp2", {"pipeline": Pipeline("zero_bubble")}),
+    "moe": (config(**MOE), "dp2,ep2", {}),
+}
+COMPILED = ("context",)  # FSDP over cp, tensor parallel and ring attention in one block
+STEPS, MICROBATCHES = 2, 2
+
+
+def on_processes(rank):
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    out = {}
+    for name, (cfg, mesh, options) in CASES.items():
+        shape = parse_mesh(mesh)
+        device_mesh = make_mesh(shape, "cpu")
+        layout = Layout(axes_of(device_mesh), **options)
+        for mode in ("off", "block"):
+            if mode == "block" and name not in COMPILED:
+                continue
+            block_fn.cache_clear()
+            current = init_state(cfg, 0, dtype=torch.float64, layout=layout, mesh=device_mesh)
+            execution = {"layout": layout, "execution": model.Execution(compile=mode)}
+            step = make_train_step(cfg, AdamW(), SCHEDULE, donate=True, microbatches=MICROBATCHES, **execution)
+            for batch in batches(STEPS):
+                mine = share(batch, shape, rank, MICROBATCHES)
+                current, metrics = step(current, mine)
+            assert all(isinstance(x, DTensor) for x in tree.leaves(current))
+            whole = {path: x.full_tensor() for path, x in current.params.items()}
+            whole = restore(cfg, whole, make_stages(cfg, layout.pipeline, shape.pp))
+            evaluates = shape.pp == 1 and mode == "off"
+            nats, weight = make_eval_step(cfg, **execution)(current.params, mine) if evaluates else (None, None)
+            out[name, mode] = metrics, whole, nats, weight
+    return out
+
+
+def test_four_processes_equal_one_device():
+    got = run_processes(on_processes, 4)
+    for name, mode in got[0]:
+        cfg = CASES[name][0]
+        state, metrics = on_one_device(cfg, steps=STEPS, microbatches=MICROBATCHES)[-1]
+        validation = make_eval_step(cfg)(state.params, batches(STEPS)[-1])
+        for rank in range(4):
+            found, params, *sums = got[rank][name, mode]
+            torch.testing.assert_close(found, metrics, rtol=0, atol=1e-10)
+            torch.testing.assert_close(params, state.params, rtol=0, atol=1e-10)
+            if None not in sums:
+                torch.testing.assert_close(sums, [*validation], rtol=0, atol=1e-10)

@@ -1,0 +1,73 @@
+"""Which sums over ranks a training step makes, and that none of them is idle or unchecked."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from qwen3f import tree
+from sharding import collectives
+from tests.sharding.steps import MOE, config, on_local_world, on_one_device
+from tests.sharding.worlds import each, ranks_of
+
+# name: (changes, mesh, FSDP). Between them they make every kind of reduction there is. With a width of 22 over dp4 some
+# weights are replicated.
+CASES = {
+    "dense": ({}, "dp2,tp2", True),
+    "replicated": ({"tie_word_embeddings": True}, "dp2", False),
+    "uneven": ({"hidden_size": 22}, "dp4", True),
+    "moe": (MOE, "dp2,ep2", True),
+    "moe, tp": (MOE, "tp2", True),
+}
+
+
+def alone_reduce(x, group):
+    return x.clone()
+
+
+def alone_scatter(x, size, group, dim):
+    """What this rank would have kept of its own tensor."""
+    first, second, *_ = dist.get_process_group_ranks(_resolve_process_group(group))
+    return each([v.chunk(size, dim)[rank // (second - first) % size] for rank, v in enumerate(ranks_of(x))])
+
+
+def twice(x):
+    """Of the experts' counts only one is doubled: all doubled give the same shares, and rightly the same result."""
+    return x * (torch.arange(x.shape[1]) == 0).add(1) if x.dim() == 2 and x.dtype == torch.int64 else 2 * x
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_reduction_can_be_dropped_or_doubled(name, monkeypatch):
+    """Every sum over ranks of a step, one after the other, replaced by this rank's part alone, or by twice the sum.
+
+    The result must leave the equality suite's tolerance. So each reduction is needed, and the suite sees each.
+    """
+    changes, mesh, fsdp = CASES[name]
+    cfg = config(**{"num_hidden_layers": 1} | changes)
+    calls, target, double = [], None, False
+
+    def mutated(real, alone):
+        def call(x, *where):
+            calls.append(real.__name__)
+            if len(calls) - 1 != target:
+                return real(x, *where)
+            return twice(real(x, *where)) if double else alone(x, *where)
+
+        return call
+
+    for attribute, alone in (("_all_reduce", alone_reduce), ("_reduce_scatter", alone_scatter)):
+        monkeypatch.setattr(collectives, attribute, mutated(getattr(collectives, attribute), alone))
+
+    def step():
+        calls.clear()
+        return tree.leaves(on_local_world(cfg, mesh, fsdp=fsdp, steps=1))
+
+    on_one_device(cfg, steps=1)
+    expected, order = step(), calls.copy()
+    assert order
+    unseen = []
+    for target in range(len(order)):
+        for double in (False, True):
+            if all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(step(), expected, strict=True)):
+                unseen.append((target, order[target], "doubled" if double else "dropped"))
+    assert not unseen, f"of {order}"

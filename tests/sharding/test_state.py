@@ -1,0 +1,50 @@
+"""State on a mesh: the same values whatever the mesh, and what a mesh refuses."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from qwen3f import model, tree
+from qwen3f.errors import UserError
+from qwen3f.stages.pretrain import make_eval_step, make_train_step
+from qwen3f.train.optimizer import AdamW, Muon
+from qwen3f.train.state import init_state
+from sharding.axes import Axes, Axis
+from sharding.layout import Layout
+from tests.sharding.steps import MOE, SCHEDULE, config, expected_on
+from tests.sharding.worlds import local_world, ranks_of
+
+
+@pytest.mark.parametrize("changes, mesh", [({"qk_norm": "l2"}, "dp2,tp2"), (MOE, "dp2,ep2"), ({}, "cp2,tp4")])
+def test_a_mesh_starts_from_one_devices_values(changes, mesh):
+    cfg = config(**changes)
+    whole = init_state(cfg, 3)
+    with local_world(mesh) as (device_mesh, axes):
+        mine = init_state(cfg, 3, layout=Layout(axes), mesh=device_mesh)
+        assert all(isinstance(x, DTensor) for x in tree.leaves(mine))
+        for path, x in whole.params.items():
+            assert mine.params[path].shape == x.shape
+            assert mine.opt.m[path].placements == mine.params[path].placements
+        shards = {path: ranks_of(x.to_local()) for path, x in mine.params.items()}
+    for path, expected in expected_on(whole, cfg, mesh).params.items():
+        for got, value in zip(shards[path], expected, strict=True):
+            assert torch.equal(got, value), path
+
+
+@pytest.mark.parametrize(
+    "changes, hyper, compile, axis, message",
+    [
+        ({}, Muon(), "off", "dp", "optimizer.kind=muon needs whole matrices"),
+        ({"attention_dropout": 0.1}, AdamW(), "off", "dp", "model.attention_dropout is not supported on a mesh"),
+        (MOE, AdamW(), "block", "ep", "config.compile=block with ep=2: write compile=off"),
+    ],
+)
+def test_what_a_mesh_cannot_do(changes, hyper, compile, axis, message):
+    layout = Layout(Axes(**{axis: Axis(axis, 2)}))
+    with pytest.raises(UserError, match=message):
+        make_train_step(config(**changes), hyper, SCHEDULE, execution=model.Execution(compile=compile), layout=layout)
+
+
+def test_a_pipeline_does_not_evaluate():
+    with pytest.raises(UserError, match="pp=2: a pipeline can't evaluate"):
+        make_eval_step(config(), layout=Layout(Axes(pp=Axis("pp", 2))))
