@@ -3,7 +3,7 @@
 Seen as one linear map of all ranks' tensors together, each operator's backward is its transpose:
 
     gather ↔ reduce_scatter, all_reduce ↔ all_reduce, all_to_all ↔ all_to_all with the splits exchanged,
-    shift ↔ the opposite shift, replicate (identity) ↔ all_reduce
+    shift ↔ the opposite shift
 
 So the rule for a whole program is that of one device: what is differentiated is the sum of all ranks' scalars.
 
@@ -42,11 +42,6 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """The sum over ranks, on every rank. Its backward sums the ranks' upstream gradients."""
     return x if axis.size == 1 else _AllReduce.apply(x, axis.group)
-
-
-def replicate(x: Tensor, axis: Axis) -> Tensor:
-    """x, which is the same on every rank; the gradient is the sum of what all ranks did with it."""
-    return x if axis.size == 1 else _Replicate.apply(x, axis.group)
 
 
 def all_to_all(x: Tensor, in_splits: Sequence[int], out_splits: Sequence[int], axis: Axis) -> Tensor:
@@ -145,17 +140,6 @@ class _AllReduce(torch.autograd.Function):
     def forward(ctx: Context, x: Tensor, group: str) -> Tensor:
         ctx.group = group
         return _all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _all_reduce(grad, ctx.group), None
-
-
-class _Replicate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -143,6 +143,13 @@ class _Adapter(nn.Module):
         return out
 
 
+class _Stage(pipelining.PipelineStage):
+    """torch 2.11 first tries the connections to both neighbours; to its own rank (zbv) gloo has none."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[torch.distributed.P2POp]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+
 def _make_stage(
     cfg: ModelConfig, execution: model.Execution, layout: Layout, stages: Stages, stage: int, deferred: Deferred | None
 ) -> Callable[..., tuple[Tensor, losses.Terms]]:
@@ -292,7 +299,7 @@ def _build(
     loss = torch.empty((), dtype=_wide(dtype), device="meta", requires_grad=True)
     group = _resolve_process_group(layout.axes.pp.group)
     made = [
-        pipelining.PipelineStage(
+        _Stage(
             adapter,
             stage,
             stages.count,

@@ -77,15 +77,6 @@ def test_value_and_adjoint(mesh, name, case):
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
 
 
-def test_replicate_is_the_identity_and_sums_gradients():
-    with local_world("dp2,tp2") as (_, axes):
-        x = each([torch.ones(3)] * 4).requires_grad_()
-        out = C.replicate(x, axes.tp)
-        (grad,) = torch.autograd.grad(out, x, each([torch.full((3,), 10.0**rank) for rank in range(4)]))
-        assert [v.tolist() for v in ranks_of(out)] == [[1.0] * 3] * 4
-        assert [v[0].item() for v in ranks_of(grad)] == [11.0, 11.0, 1100.0, 1100.0]
-
-
 def test_a_gather_that_casts_sums_gradients_before_rounding():
     """1 and 2⁻³⁰ are float32 numbers; their sum is not."""
     with local_world("dp2") as (_, axes):
@@ -103,7 +94,6 @@ def test_an_axis_of_size_one_returns_its_argument():
         C.gather(x, ONE.dp, 0),
         C.reduce_scatter(x, ONE.dp, 1),
         C.all_reduce(x, ONE.over("dp", "ep", "cp")),
-        C.replicate(x, ONE.tp),
         C.all_to_all(x, [4], [4], ONE.ep),
         C.shift(x, ONE.cp),
         C.shard(x, ONE.tp, 0),
@@ -128,7 +118,7 @@ def chain(x, axes):
     x = C.gather(x, axes.tp, 1).tanh()
     x = C.reduce_scatter(x, axes.tp, 0).sin()
     x = C.all_reduce(x, axes.dp).sin()
-    x = C.shift(C.replicate(x, axes.tp), axes.dp).sin()
+    x = C.shift(x, axes.dp).sin()
     return (x * x).sum()
 
 

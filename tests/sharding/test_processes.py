@@ -1,4 +1,4 @@
-"""The step in real processes: four ranks over gloo, uncompiled and with compiled blocks, against one device."""
+"""The step in four processes over gloo equals one device: uncompiled, compiled by the block, as one graph."""
 
 import functools
 
@@ -24,8 +24,10 @@ CASES = {
     "pipeline": (config(num_hidden_layers=3), "pp2,dp2", {}),  # one row of padding
     "pipeline, tied, tp": (config(tie_word_embeddings=True), "pp2,tp2", {"pipeline": Pipeline("zero_bubble")}),
     "moe": (config(**MOE), "dp2,ep2", {}),
+    "one graph": (config(num_hidden_layers=1), "dp2,tp2", {}),
 }
-COMPILED = ("context",)  # FSDP over cp, tensor parallel and ring attention in one block
+# "context": FSDP over cp, tensor parallel and ring attention in one block
+MODES = {"context": ("off", "block"), "one graph": ("step",)}
 STEPS, MICROBATCHES = 2, 2
 
 
@@ -36,9 +38,7 @@ def on_processes(rank):
         shape = parse_mesh(mesh)
         device_mesh = make_mesh(shape, "cpu")
         layout = Layout(axes_of(device_mesh), **options)
-        for mode in ("off", "block"):
-            if mode == "block" and name not in COMPILED:
-                continue
+        for mode in MODES.get(name, ("off",)):
             block_fn.cache_clear()
             current = init_state(cfg, 0, dtype=torch.float64, layout=layout, mesh=device_mesh)
             execution = {"layout": layout, "execution": model.Execution(compile=mode)}
