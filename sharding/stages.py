@@ -40,6 +40,11 @@ class Pipeline:
                 f"write {wanted}"
             )
 
+    @property
+    def splits(self) -> bool:
+        """Whether the gradients of weights are put off behind those of a stage's input."""
+        return self.schedule in ("zero_bubble", "zbv")
+
     def check(self, ranks: int, microbatches: int) -> None:
         """UserError for micro-batches that the schedule cannot run on so many ranks."""
         if self.schedule == "1f1b" and microbatches < ranks:

@@ -108,7 +108,11 @@ def _size(mesh: MeshShape, axes: Sequence[str]) -> int:
 
 
 def _fsdp(setup: Setup, table: Sequence[Leaf]) -> list[Collective]:
-    """What is cut over the same axes travels together: a layer's leaves, and what a stage has beside its layers."""
+    """What is cut over the same axes travels together: a layer's leaves, and what a stage has beside its layers.
+
+    Schedules that put off the gradients of weights scatter a layer's bundle twice: with the norms' in it, then with the
+    linear layers' (sharding/deferred.py). Experts are not put off.
+    """
     policy, out = setup.model.gradient_checkpointing, []
     again = policy == "full" or (policy == "selective" and setup.reshard)
     outer = {leaf.path for leaf in table if not leaf.stacked}
@@ -122,13 +126,17 @@ def _fsdp(setup: Setup, table: Sequence[Leaf]) -> list[Collective]:
         times = setup.microbatches * (layers_per_rank(setup) if where == "layer" else 1)
         leaves = [leaf for leaf in table if leaf.path in paths]
         for axes in sorted({leaf.fsdp for leaf in leaves if leaf.fsdp}):
-            size = times * sum(leaf.gathered for leaf in leaves if leaf.fsdp == axes) * setup.itemsize
+            bundle = [leaf for leaf in leaves if leaf.fsdp == axes]
+            size = times * sum(leaf.gathered for leaf in bundle) * setup.itemsize
             rest = (times, size, True)
+            put_off = where == "layer" and any(".experts." not in leaf.path for leaf in bundle)
+            parts = 2 if put_off and setup.mesh.pp > 1 and setup.pipeline.splits else 1
             on = (axes, _size(setup.mesh, axes))
             out.append(Collective(f"weights of {what}", "gather", *on, f"{where} forward", *rest))
             if again and where == "layer":
                 out.append(Collective(f"weights of {what}, again", "gather", *on, f"{where} backward", *rest))
-            out.append(Collective(f"gradients of {what}", "reduce_scatter", *on, f"{where} backward", *rest))
+            of_gradients = (parts * times, parts * size, True)
+            out.append(Collective(f"gradients of {what}", "reduce_scatter", *on, f"{where} backward", *of_gradients))
     return out
 
 
