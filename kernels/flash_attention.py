@@ -74,6 +74,11 @@ def flash_attention(
     return torch.ops.qwen3f.flash_attention(q_BHTd, k_BKSd, v_BKSd, *bounds, causal, scale)
 
 
+def fits(head_dim: int) -> bool:
+    """Whether flash_attention takes heads of this size in half and single precision alike."""
+    return 16 <= head_dim <= 256 and head_dim % 8 == 0
+
+
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """(out, lse) of attention over the union of disjoint sets of keys, from those over each set.
 

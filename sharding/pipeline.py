@@ -179,7 +179,8 @@ def _make_stage(
         if first:
             x = tensor.embedding(tokens, outer[P.EMBED], axes.tp)
         cos, sin = rope_tables(cfg, positions, x.dtype)
-        mask, real = batch_mask(batch, execution.attention, axes.cp), model.real_tokens(batch)
+        mask = batch_mask(batch, execution.attention, cfg.head_dim, axes.cp)
+        real = model.real_tokens(batch)
         routed = []
         for layer, sparse in kinds.items():
             x, *stats = blocks[sparse](layers[layer], x, cos, sin, mask, real if sparse else None, None)

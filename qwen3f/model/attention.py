@@ -28,27 +28,32 @@ from sharding.zigzag import ring_ranges
 BACKENDS = ("auto", "reference", "sdpa", "flash")
 
 
-def make_mask(segments_BT: Tensor | None, backend: str) -> AttentionMask:
+def make_mask(segments_BT: Tensor | None, backend: str, head_dim: int) -> AttentionMask:
     """The mask in the form that `backend` takes. None segments: plain causal attention.
 
     "auto" picks by measurement (README, kernels): on a GPU packed documents go to our flash attention, which leaves out
-    what lies between them; everything else to torch's scaled_dot_product_attention (cuDNN's, on a GPU).
+    what lies between them; everything else, also heads of a size that it does not take, to torch's
+    scaled_dot_product_attention (cuDNN's, on a GPU).
     """
     if backend not in BACKENDS:
         raise UserError(f"attention backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if segments_BT is None:
         return AttentionMask()
     ranges = key_ranges.ranges_from_segments(segments_BT)
-    if backend == "flash" or (backend == "auto" and segments_BT.is_cuda):
+    if _takes_flash(backend, segments_BT, head_dim):
         return AttentionMask(ranges=ranges)
     return AttentionMask(allowed=key_ranges.dense_mask(ranges))
 
 
-def batch_mask(batch: Mapping[str, Tensor], backend: str, cp: Axis) -> AttentionMask:
+def _takes_flash(backend: str, x: Tensor, head_dim: int) -> bool:
+    return backend == "flash" or (backend == "auto" and x.is_cuda and flash_attention.fits(head_dim))
+
+
+def batch_mask(batch: Mapping[str, Tensor], backend: str, head_dim: int, cp: Axis) -> AttentionMask:
     """The mask of a batch; under cp, of this rank's part of it, as sharding.zigzag.split_sequence cuts it."""
     if cp.size > 1:
         return AttentionMask(ring=ring_ranges(batch["starts"], cp))
-    return make_mask(batch.get("segments"), backend)
+    return make_mask(batch.get("segments"), backend, head_dim)
 
 
 def attend(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: AttentionMask, backend: str = "auto") -> Tensor:
@@ -97,7 +102,7 @@ def attend_cached(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cache: LayerCa
     then sees equal head counts, and the cache is never repeated.
     """
     keys, values = extend(cache, k_BKTd, v_BKTd)
-    if backend == "flash" or (backend == "auto" and q_BHTd.is_cuda):
+    if _takes_flash(backend, q_BHTd, q_BHTd.shape[-1]):
         if q_BHTd.shape[1] // keys.shape[1] * q_BHTd.shape[2] <= flash_decode.MAX_ROWS:
             return flash_decode.flash_decode(q_BHTd, keys, values, cache.seen)
         ranges = key_ranges.key_ranges(torch.zeros_like(cache.seen), cache.seen, cache.span)

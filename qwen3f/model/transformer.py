@@ -87,7 +87,7 @@ def make_forward(
         positions = batch.get("positions")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        mask = batch_mask(batch, execution.attention, layout.axes.cp)
+        mask = batch_mask(batch, execution.attention, cfg.head_dim, layout.axes.cp)
         real = real_tokens(batch) if sparse else None
         return body(params, tokens, positions, [mask] * cfg.num_hidden_layers, real, dropout_stream)
 

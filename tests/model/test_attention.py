@@ -20,8 +20,8 @@ def test_backends_equal_the_formula(packed, kv, backend):
     q, k, v = qkv(kv=kv)
     segments = torch.tensor([[1] * 10 + [2] * 20 + [0] * 3, [1] * 33], dtype=torch.int32)
     segments = segments if packed else None
-    expected = attention.attend_reference(q, k, v, attention.make_mask(segments, "reference"), 0.0, None)
-    got = attention.attend(q, k, v, attention.make_mask(segments, backend), backend)
+    expected = attention.attend_reference(q, k, v, attention.make_mask(segments, "reference", 16), 0.0, None)
+    got = attention.attend(q, k, v, attention.make_mask(segments, backend, 16), backend)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
     assert torch.isfinite(expected).all()
 
@@ -71,6 +71,6 @@ def test_dropout_keeps_the_expectation():
 
 def test_wrong_choices_are_named():
     with pytest.raises(UserError, match="'flex' is unknown"):
-        attention.make_mask(torch.ones(1, 100, dtype=torch.int32), "flex")
+        attention.make_mask(torch.ones(1, 100, dtype=torch.int32), "flex", 16)
     with pytest.raises(UserError, match="kernels"):
         model.Execution(kernels=("softmax",))
