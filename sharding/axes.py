@@ -49,6 +49,11 @@ class Axes:
     def shape(self) -> MeshShape:
         return MeshShape(*(self[name].size for name in AXES))
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(this rank's place, number of places) among those that cut a batch's rows; the other axes see all rows."""
+        return self.dp.index * self.ep.size + self.ep.index, self.dp.size * self.ep.size
+
     def over(self, *names: str) -> Axis:
         """The axis that joins the named ones; names come in the mesh's order. KeyError unless they are some of DATA.
 
