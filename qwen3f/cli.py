@@ -14,7 +14,7 @@ from qwen3f.errors import UserError
 
 # config.stage -> the module whose run(config, workdir, progress) is that stage
 STAGES = {
-    "pretrain": "qwen3f.train.loop",
+    "pretrain": "qwen3f.train.launch",
     "export_hf": "qwen3f.interop.export",
     "generate": "qwen3f.infer.run",
     "inspect": "qwen3f.train.inspect",

@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -29,9 +30,10 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def sync_tree(directory: Path) -> None:
-    """`sync` of everything below `directory` and of itself."""
+def sync_tree(directory: Path, synced: Collection[Path] = ()) -> None:
+    """`sync` of everything below `directory` and of itself, but for the files `synced`."""
     for folder, _, files in os.walk(directory, topdown=False):
         for name in files:
-            sync(Path(folder, name))
+            if (path := Path(folder, name)) not in synced:
+                sync(path)
         sync(Path(folder))

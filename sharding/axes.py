@@ -8,11 +8,11 @@ import math
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from sharding.mesh import AXES, MeshShape
+from sharding.mesh import AXES, DATA, FSDP, ROWS, MeshShape
 
-DATA = ("dp", "ep", "cp")  # the axes over which tokens are cut, so those that FSDP shards a dense weight over
-# What a weight may be sharded over as one axis. Several axes in one collective: one launch, and no copies in between.
-_JOINT = (DATA, ("dp", "ep"), ("dp", "cp"), ("ep", "cp"))
+# What is gathered or summed over as one axis: one launch, and no copies in between. What a dense weight is cut over,
+# what sums of tokens and of rows go over; and the same for experts, which ep cuts already.
+_JOINT = (DATA, FSDP, ROWS, ("dr", "dp", "cp"), ("dp", "cp"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """The five axes. Hashable: a block that is compiled for one mesh is cached by it."""
+    """The axes of a mesh. Hashable: a block that is compiled for one mesh is cached by it."""
 
     pp: Axis = Axis("pp")
+    dr: Axis = Axis("dr")
     dp: Axis = Axis("dp")
     ep: Axis = Axis("ep")
     cp: Axis = Axis("cp")
@@ -52,10 +53,13 @@ class Axes:
     @property
     def rows(self) -> tuple[int, int]:
         """(this rank's place, number of places) among those that cut a batch's rows; the other axes see all rows."""
-        return self.dp.index * self.ep.size + self.ep.index, self.dp.size * self.ep.size
+        index, size = 0, 1
+        for axis in (self[name] for name in ROWS):
+            index, size = index * axis.size + axis.index, size * axis.size
+        return index, size
 
     def over(self, *names: str) -> Axis:
-        """The axis that joins the named ones; names come in the mesh's order. KeyError unless they are some of DATA.
+        """The axis that joins the named ones; names come in the mesh's order. KeyError unless they are in _JOINT.
 
         Axes of size 1 drop out: over("dp", "ep", "cp") is "dp" itself on a mesh that has no other.
         """
@@ -71,8 +75,13 @@ class Axes:
 ONE = Axes()
 
 
+def sizes_only(shape: MeshShape) -> Axes:
+    """The axes of a mesh that no process stands on yet: for placements and checks."""
+    return Axes(**{name: Axis(name, getattr(shape, name)) for name in AXES})
+
+
 def make_mesh(shape: MeshShape, device_type: str) -> DeviceMesh:
-    """A DeviceMesh with all five axes, in the order of AXES. The default process group must exist."""
+    """A DeviceMesh with all axes, of size 1 too, in the order of AXES. The default process group must exist."""
     return init_device_mesh(device_type, dataclasses.astuple(shape), mesh_dim_names=AXES)
 
 
@@ -82,8 +91,8 @@ def axes_of(mesh: DeviceMesh) -> Axes:
     for dim, name in enumerate(AXES):
         if mesh.size(dim) > 1:
             single[name] = Axis(name, mesh.size(dim), mesh.get_local_rank(name), mesh.get_group(name).group_name)
-    joint = [_join(mesh, single, names) for names in _JOINT if len(names) > 1 and all(n in single for n in names)]
-    return Axes(**single, joint=tuple(joint))
+    wide = dict.fromkeys(tuple(name for name in names if name in single) for names in _JOINT)
+    return Axes(**single, joint=tuple(_join(mesh, single, names) for names in wide if len(names) > 1))
 
 
 def _join(mesh: DeviceMesh, single: dict[str, Axis], names: tuple[str, ...]) -> Axis:

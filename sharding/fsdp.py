@@ -1,4 +1,4 @@
-"""Weights that are cut over the data axes: gathered where they are used, their gradients summed and cut again.
+"""Weights that are cut over dp, ep and cp: gathered where they are used, their gradients summed and cut again.
 
 A layer's weights travel together: one collective for all that are cut over the same axes, in the dtype they come in.
 Its adjoint is the reduce-scatter that leaves each rank the sum of all ranks' gradients for its own shard. What is
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qwen3f.params import LAYERS, Params
-from sharding.axes import DATA, Axes, Axis
+from sharding.axes import Axes, Axis
 from sharding.collectives import all_reduce, gather, shard
-from sharding.mesh import AXES
+from sharding.mesh import AXES, DATA
 from sharding.rules import Placed, replicated_axes
 
 Gather = Callable[[Params], Params]

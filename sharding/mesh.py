@@ -1,4 +1,12 @@
-"""The mesh: how many devices along which named axis, from text like `dp8,tp2,pp4`."""
+"""The mesh: how many devices along which named axis, from text like `dp8,tp2,pp4`.
+
+    pp  stages of layers          ep  experts, and rows of the batch
+    dr  rows; weights are copies  cp  the sequence
+    dp  rows; FSDP cuts weights   tp  heads and widths
+
+dr, data replicas, makes FSDP a hybrid: its gathers stay within dp, ep and cp, and gradients are summed over dr once a
+step. It can be written, dr2,dp8, or follow from how many ranks share the weights (`hybrid`).
+"""
 
 import dataclasses
 import difflib
@@ -7,7 +15,11 @@ import re
 
 from qwen3f.errors import UserError
 
-AXES = ("pp", "dp", "ep", "cp", "tp")
+AXES = ("pp", "dr", "dp", "ep", "cp", "tp")  # ranks are numbered with the last one fastest
+ROWS = ("dr", "dp", "ep")  # the axes that cut the batch's rows
+FSDP = ("dp", "ep", "cp")  # those that FSDP cuts a dense weight over
+DATA = ("dr", "dp", "ep", "cp")  # those over which tokens are cut
+_USUAL = ("pp", "dp", "ep", "cp", "tp")  # what a mistyped axis is taken for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +27,7 @@ class MeshShape:
     """Sizes along the named axes; an axis that was not named has size 1."""
 
     pp: int = 1
+    dr: int = 1
     dp: int = 1
     ep: int = 1
     cp: int = 1
@@ -24,20 +37,75 @@ class MeshShape:
     def size(self) -> int:
         return math.prod(dataclasses.astuple(self))
 
+    def __str__(self) -> str:
+        """As parse_mesh takes it."""
+        return ",".join(f"{axis}{size}" for axis, size in dataclasses.asdict(self).items() if size > 1)
 
-def parse_mesh(text: str) -> MeshShape:
-    """`dp8,tp2,pp4`, in any order; empty: one device. Raises UserError for what is not an axis and a positive size."""
+
+def parse_mesh(text: str, devices: int | None = None) -> MeshShape:
+    """`dp8,tp2,pp4`, in any order; empty: one device. One axis may have the size -1, which fills `devices`.
+
+    Raises UserError for what is not an axis and a positive size; for -1 on two axes, without a number of devices, or
+    where the other axes don't divide it.
+    """
     sizes: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
-        match = re.fullmatch(r"([a-z]+)(\d+)", part)
+        match = re.fullmatch(r"([a-z]+)(-1|\d+)", part)
         if match is None or match[1] not in AXES:
-            close = difflib.get_close_matches(match[1] if match else part, AXES, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(match[1] if match else part, _USUAL, n=1, cutoff=0.5)
             hint = f"did you mean '{close[0]}'? " if close else ""
             raise UserError(f"mesh '{text}': '{part}' is not an axis and a size; {hint}write e.g. dp8,tp2 with {AXES}")
         axis = match[1]
         if axis in sizes:
             raise UserError(f"mesh '{text}': axis {axis} stands twice")
         sizes[axis] = int(match[2])
-        if sizes[axis] < 1:
-            raise UserError(f"mesh '{text}': axis {axis} needs a size of at least 1")
-    return MeshShape(**sizes)
+        if sizes[axis] == 0:
+            raise UserError(f"mesh '{text}': axis {axis} needs a size of at least 1, or -1 for what is left")
+    return MeshShape(**_fill(text, sizes, devices))
+
+
+def _fill(text: str, sizes: dict[str, int], devices: int | None) -> dict[str, int]:
+    """Sizes with a number in the place of -1."""
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if not open_axes:
+        return sizes
+    if len(open_axes) > 1:
+        raise UserError(f"mesh '{text}': -1 stands on {' and '.join(open_axes)}; one axis can take what is left")
+    (axis,) = open_axes
+    if devices is None:
+        raise UserError(
+            f"mesh '{text}': {axis}-1 takes what a number of devices leaves, and without one (as for "
+            f"--config.plan=True) it can't be known; write {axis} with its size"
+        )
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if devices % taken:
+        others = ",".join(f"{name}{size}" for name, size in sizes.items() if name != axis)
+        raise UserError(
+            f"mesh '{text}': {devices} devices are no multiple of {others} = {taken}, so no {axis} fills them; "
+            "write other sizes"
+        )
+    return sizes | {axis: devices // taken}
+
+
+def hybrid(shape: MeshShape, shard_size: int, fsdp: bool = True) -> MeshShape:
+    """The mesh on which FSDP shards over `shard_size` ranks, which are all of ep and cp and a part of dp: the rest of
+    dp becomes dr. 0 leaves the mesh as it is. fsdp: config.fsdp.enabled.
+
+    Raises UserError for a size that ep, cp and a divisor of dp don't make, and for one that has no effect.
+    """
+    if shard_size == 0:
+        return shape
+    key = f"config.fsdp.shard_size={shard_size}"
+    if shard_size < 0:
+        raise UserError(f"{key}: write how many ranks share the weights, or 0 for all of dp, ep and cp")
+    if not fsdp:
+        raise UserError(f"{key} has no effect with config.fsdp.enabled=False; leave out the one or the other")
+    whole = shape.ep * shape.cp
+    if shard_size % whole or shape.dp % (shard_size // whole):
+        sizes = ", ".join(str(whole * n) for n in range(1, shape.dp + 1) if shape.dp % n == 0)
+        raise UserError(
+            f"{key} doesn't fit config.mesh with dp={shape.dp} · ep={shape.ep} · cp={shape.cp}: it is ep · cp times a "
+            f"divisor of dp; write one of {sizes}"
+        )
+    inner = shard_size // whole
+    return dataclasses.replace(shape, dr=shape.dr * (shape.dp // inner), dp=inner)

@@ -7,37 +7,27 @@ here owns nothing: for the time of a step it holds the leaves that the step was 
 Leaves are per-layer views of the stack, and each adds its gradient to a row of the stack's sum, in float32, whatever
 dtype it has itself.
 
-B batch · T sequence · D hidden · S sparse layers of the model (s: of the stage) · E experts
+B batch · T sequence · D hidden · S sparse layers of the model · E experts
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import pipelining
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.utils.checkpoint import checkpoint
 
-from kernels import cross_entropy
 from qwen3f import model, tree
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from qwen3f.model.attention import batch_mask
-from qwen3f.model.block import BlockFn, block_fn
-from qwen3f.model.norm import rms_norm
-from qwen3f.model.rope import rope_tables
-from qwen3f.model.transformer import layer_stacks
 from qwen3f.train import balance, losses
-from sharding import tensor
-from sharding.axes import DATA
 from sharding.deferred import Deferred
 from sharding.fsdp import sum_over
 from sharding.layout import Layout
+from sharding.stage_program import Batch, Layers, StageFn, check_compile, empty_hidden, make_stage, select_leaves
 from sharding.stages import Pipeline, Stages, make_stages
 
-Batch = Mapping[str, Tensor]
 Gradients = Callable[[P.Params, Sequence[Batch], losses.Totals], tuple[P.Params, losses.Terms]]
 
 _SINGLE = {"1f1b": pipelining.Schedule1F1B}
@@ -49,8 +39,7 @@ def check(cfg: ModelConfig, pipeline: Pipeline, execution: model.Execution, rank
     """UserError for what a pipeline over `ranks` ranks cannot run; as Pipeline.check and make_stages."""
     pipeline.check(ranks, microbatches)
     make_stages(cfg, pipeline, ranks)
-    if execution.compile == "step":
-        raise UserError("config.compile=step makes one graph, which a pipeline cannot be; write config.compile=block")
+    check_compile(execution)
     if pipeline.schedule in _SPLIT and execution.compile != "off":
         raise UserError(
             f"config.pipeline.schedule={pipeline.schedule} puts off weights' gradients, which compiled code cannot; "
@@ -72,8 +61,9 @@ def make_gradients(cfg: ModelConfig, pipeline: Pipeline, execution: model.Execut
     """gradients(params, microbatches, totals) -> (this rank's gradients, its Terms), over pp of more than one rank.
 
     Args (of the function):
-      params: this rank's shards in the compute dtype. Stacks hold its stages' rows (Stages.layer_order_of), padding
-        included, which nothing reads. Embedding, final norm and head are there on every rank.
+      params: this rank's shards in the compute dtype; with layout.gather_dtype, those that FSDP cuts in the master
+        dtype. Stacks hold its stages' rows (Stages.layer_order_of), padding included, which nothing reads. Embedding,
+        final norm and head are there on every rank.
       microbatches: of one shape; the same on all ranks of pp.
       totals: of the whole step.
     Gradients have the structure of params, summed over micro-batches in float32 (float64 for float64): zero for padding
@@ -87,8 +77,11 @@ def make_gradients(cfg: ModelConfig, pipeline: Pipeline, execution: model.Execut
     axes = layout.axes
     stages = make_stages(cfg, pipeline, axes.pp.size)
     own, deferred = stages.stages_of(axes.pp.index), Deferred() if pipeline.schedule in _SPLIT else None
-    adapters = {stage: _Adapter(_make_stage(cfg, execution, layout, stages, stage, deferred)) for stage in own}
-    orders = {path: stages.layer_order_of(axes.pp.index, kind) for path, kind in layer_stacks(cfg).items()}
+    programs = {stage: make_stage(cfg, execution, layout, stages, stage, deferred) for stage in own}
+    adapters = {
+        stage: _Adapter(_with_losses(cfg, layout, run, last=stage == stages.count - 1))
+        for stage, run in programs.items()
+    }
     built: dict[object, object] = {}
 
     def gradients(
@@ -96,17 +89,13 @@ def make_gradients(cfg: ModelConfig, pipeline: Pipeline, execution: model.Execut
     ) -> tuple[P.Params, losses.Terms]:
         check(cfg, pipeline, execution, axes.pp.size, len(microbatches))
         sums = {path: torch.zeros_like(x, dtype=_wide(x.dtype)) for path, x in params.items()}
-        for stage, adapter in adapters.items():
-            leaves = {path: _leaf(params[path], sums[path]) for path in _outer_paths(cfg, stages, stage)}
-            layers: dict[int, P.Params] = {layer: {} for layer in stages.layers_of(stage)}
-            for path, order in orders.items():
-                for layer, row, total in zip(order, params[path].unbind(0), sums[path].unbind(0), strict=True):
-                    if layer in layers:
-                        layers[layer][path.removeprefix(P.LAYERS)] = _leaf(row, total)
-            adapter.begin(leaves, layers, microbatches, totals)
-        key = (len(microbatches), microbatches[0]["tokens"].shape, params[P.EMBED].dtype, params[P.EMBED].device)
+        leaves = {path: _leaves(x, sums[path], path.startswith(P.LAYERS)) for path, x in params.items()}
+        for stage, given in select_leaves(cfg, stages, axes.pp.index, leaves).items():
+            adapters[stage].begin(*given, microbatches, totals)
+        hidden = empty_hidden(cfg, layout, microbatches[0]["tokens"].shape, params, "meta")
+        key = (len(microbatches), hidden.shape, hidden.dtype, params[P.EMBED].device)
         if key not in built:
-            built[key] = _build(cfg, pipeline, layout, stages, adapters, deferred, *key)
+            built[key] = _build(pipeline, layout, stages, adapters, deferred, len(microbatches), hidden, key[-1])
         schedule, torch_stages = built[key]
         numbers = torch.arange(len(microbatches))
         with torch.enable_grad():
@@ -150,85 +139,32 @@ class _Stage(pipelining.PipelineStage):
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
-def _make_stage(
-    cfg: ModelConfig, execution: model.Execution, layout: Layout, stages: Stages, stage: int, deferred: Deferred | None
+def _with_losses(
+    cfg: ModelConfig, layout: Layout, run: StageFn, last: bool
 ) -> Callable[..., tuple[Tensor, losses.Terms]]:
-    """run(outer, layers, batch, totals, others, x) -> (hidden states for the next stage or what is differentiated,
-    Terms).
+    """step(outer, layers, batch, totals, others, x) -> (hidden states for the next stage or what is differentiated,
+    Terms). others: the load of the step's earlier micro-batches. The rest as stage_program.make_stage."""
 
-    outer: what the stage uses of embedding, norm and head. layers: layer -> its parameters. others: the load of the
-    step's earlier micro-batches. x [B, T, D]; None on the first stage.
-    """
-    axes, first, last = layout.axes, stage == 0, stage == stages.count - 1
-    kinds = {layer: cfg.is_sparse(layer) for layer in stages.layers_of(stage)}
-    blocks = {sparse: _block(cfg, execution, sparse, layout, deferred) for sparse in {*kinds.values()}}
-    whole = model.make_outer(cfg, layout)
-
-    def run(
+    def step(
         outer: P.Params,
-        layers: Mapping[int, P.Params],
+        layers: Layers,
         batch: Batch,
         totals: losses.Totals,
         others: balance.Load | None,
         x: Tensor | None,
     ) -> tuple[Tensor, losses.Terms]:
-        tokens, positions = batch["tokens"], batch.get("positions")
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        outer = whole(outer)
-        if first:
-            x = tensor.embedding(tokens, outer[P.EMBED], axes.tp)
-        cos, sin = rope_tables(cfg, positions, x.dtype)
-        mask = batch_mask(batch, execution.attention, cfg.head_dim, axes.cp)
-        real = model.real_tokens(batch)
-        routed = []
-        for layer, sparse in kinds.items():
-            x, *stats = blocks[sparse](layers[layer], x, cos, sin, mask, real if sparse else None, None)
-            if sparse:
-                routed.append(stats)
-        zero = torch.zeros((), dtype=_wide(x.dtype), device=x.device)
-        objective, terms = zero, losses.Terms(zero, zero, zero, None)
-        if routed:
-            stats = model.RouterStats(*(torch.stack(field) for field in zip(*routed, strict=True)))
-            objective, terms = _router_losses(cfg, layout, stats, len(routed) / len(cfg.sparse_layers), totals, others)
-        if not last:
-            return (_Attach.apply(x, objective) if objective.requires_grad else x), terms
-        hidden = rms_norm(x, outer[P.FINAL_NORM], cfg.rms_norm_eps)
-        loss = _token_loss(execution, layout, hidden, model.head_weight(cfg, outer), batch, totals.weight)
-        return loss + objective, terms._replace(loss=loss)
+        out, stats = run(outer, layers, batch, x, totals.weight)
+        loss = out if last else torch.zeros((), dtype=_wide(out.dtype), device=out.device)
+        terms = losses.token_terms(loss)
+        if stats is not None:
+            part = len(stats.counts) / len(cfg.sparse_layers)
+            terms = losses.router_terms(cfg, stats, totals, others, layout.axes, part)._replace(loss=loss)
+        objective = losses.add_router_losses(cfg, loss, terms)
+        if last:
+            return objective, terms
+        return (_Attach.apply(out, objective) if objective.requires_grad else out), terms
 
-    return run
-
-
-def _block(
-    cfg: ModelConfig, execution: model.Execution, sparse: bool, layout: Layout, deferred: Deferred | None
-) -> BlockFn:
-    """As block_fn; with its weights' gradients put off. Recomputation then stands around `deferred`."""
-    if deferred is None:
-        return block_fn(cfg, execution, sparse, layout)
-    run = deferred.within(block_fn(cfg.replace(gradient_checkpointing="none"), execution, sparse, layout))
-    if cfg.gradient_checkpointing == "none":
-        return run
-    return functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-
-
-def _router_losses(
-    cfg: ModelConfig,
-    layout: Layout,
-    stats: model.RouterStats,
-    part: float,
-    totals: losses.Totals,
-    others: balance.Load | None,
-) -> tuple[Tensor, losses.Terms]:
-    """(what is differentiated, Terms without a next-token loss) of a stage that has `part` of the sparse layers."""
-    counts, tokens, dropped = balance.load_of(stats)
-    columns_sE = sum_over(torch.cat((counts, tokens[:, None], dropped[:, None]), 1), layout.axes, DATA)
-    load = balance.Load(columns_sE[:, :-2], columns_sE[:, -2], columns_sE[:, -1])
-    share = part / layout.axes.tp.size  # the routers of all ranks of tp see the same tokens
-    aux = share * balance.balance_loss(cfg.router_balance, stats, load, others, totals.tokens)
-    z = share * balance.z_loss(stats, totals.tokens)
-    objective = cfg.router_aux_loss_coef * aux + cfg.router_z_loss_coef * z
-    return objective, losses.Terms(torch.zeros_like(aux), aux, z, load)
+    return step
 
 
 class _Attach(torch.autograd.Function):
@@ -242,22 +178,6 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, *ctx.saved_tensors
-
-
-def _token_loss(
-    execution: model.Execution, layout: Layout, hidden: Tensor, head: Tensor, batch: Batch, weight: Tensor
-) -> Tensor:
-    """losses.make_loss's number from hidden states after the final norm."""
-    tp = layout.axes.tp
-    rest = (head, batch["targets"].flatten(), batch["loss_weights"].flatten())
-    if tp.size > 1:
-        total = tensor.linear_cross_entropy(hidden, *rest, tp) / tp.size
-    elif execution.loss == "reference":
-        total = cross_entropy.reference(hidden.flatten(0, 1), *rest)
-    else:
-        total = cross_entropy.linear_cross_entropy(hidden.flatten(0, 1), *rest, float32_sum=True)
-    divisor = weight.to(total)
-    return total / torch.where(divisor > 0, divisor, 1.0)
 
 
 def _join(
@@ -278,26 +198,21 @@ def _join(
 
 
 def _build(
-    cfg: ModelConfig,
     pipeline: Pipeline,
     layout: Layout,
     stages: Stages,
     own: Mapping[int, nn.Module],
     deferred: Deferred | None,
     microbatches: int,
-    shape: torch.Size,
-    dtype: torch.dtype,
+    hidden: Tensor,
     device: torch.device,
 ) -> tuple[pipelining.schedules._PipelineSchedule, list[pipelining.PipelineStage]]:
-    """torch's schedule and its stages, for micro-batches whose tokens have this shape.
+    """torch's schedule and its stages, for micro-batches whose hidden states are like `hidden`, on the meta device.
 
     Shapes are told, so that torch need not run every stage once to learn them.
     """
-    rows, length = shape
-    hidden = torch.empty(
-        (rows, length // layout.axes.tp.size, cfg.hidden_size), dtype=dtype, device="meta", requires_grad=True
-    )
-    loss = torch.empty((), dtype=_wide(dtype), device="meta", requires_grad=True)
+    hidden = hidden.requires_grad_()
+    loss = torch.empty((), dtype=_wide(hidden.dtype), device="meta", requires_grad=True)
     group = _resolve_process_group(layout.axes.pp.group)
     made = [
         _Stage(
@@ -319,10 +234,11 @@ def _build(
     return _MULTI[pipeline.schedule](made, **options), made
 
 
-def _outer_paths(cfg: ModelConfig, stages: Stages, stage: int) -> list[str]:
-    """What the stage uses besides layers, on all ranks in the same order: they are gathered together."""
-    head = P.EMBED if cfg.tie_word_embeddings else P.HEAD
-    return [P.EMBED] * (stage == 0) + [P.FINAL_NORM, head] * (stage == stages.count - 1)
+def _leaves(x: Tensor, total: Tensor, stacked: bool) -> Tensor | tuple[Tensor, ...]:
+    """A leaf, or for a stack one for each of its rows."""
+    if not stacked:
+        return _leaf(x, total)
+    return tuple(_leaf(row, row_total) for row, row_total in zip(x.unbind(0), total.unbind(0), strict=True))
 
 
 def _leaf(x: Tensor, total: Tensor) -> Tensor:

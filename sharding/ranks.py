@@ -1,4 +1,4 @@
-"""How a process comes to its rank: alone, started here by torch's elastic launcher, or joining torchrun or Slurm.
+"""How a process comes to its rank: alone, started here, or joining torchrun or Slurm.
 
 `decide` is pure: from the environment, the mesh's size and this host's devices to a Decision. `start` runs the command
 once a local rank; each of these finds torchrun's variables and so joins. `joined` makes the process group.
@@ -7,24 +7,23 @@ once a local rank; each of these finds torchrun's variables and so joins. `joine
 import contextlib
 import dataclasses
 import datetime
-import logging
-import math
 import os
 import re
 import shlex
-import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qwen3f.errors import TrainingError, UserError
+from sharding.mesh import MeshShape
+from sharding.processes import end_with_parent, run_ranks
+from sharding.world import World, open_world
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-CPU_RANKS = 64  # of one host: threads of a laptop can stand for that many devices, beyond it something is mistaken
+CPU_RANKS = 8  # that a host with fewer cores offers too: to try a mesh, however slowly
+_LINGER = 5.0  # seconds; longer than processes.run_ranks leaves ranks to live on after one has failed
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 
@@ -154,74 +153,41 @@ def first_host(nodelist: str) -> str:
 
 def local_devices(device: str) -> int:
     """Devices of a kind that this host offers to ranks."""
-    return torch.cuda.device_count() if device == "cuda" else CPU_RANKS
+    return torch.cuda.device_count() if device == "cuda" else max(CPU_RANKS, os.cpu_count() or 1)
+
+
+def all_devices(environment: Mapping[str, str], device: str) -> int:
+    """What an axis of size -1 is filled up to: the ranks that a launcher has started, else this host's devices or
+    cores."""
+    started = environment.get("WORLD_SIZE") or environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if started.isdecimal() and ("WORLD_SIZE" in environment or started != "1"):
+        return int(started)
+    return torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
 
 
 def start(decision: Decision, command: Sequence[str], *, restarts: int = 0) -> int:
-    """Run `python command…` once a rank on this host and wait; returns the exit code to end with.
-
-    0, 2 when a rank reported wrong input, or 128 and the number of a signal that this process was sent. The launcher
-    then sends it to the ranks and, after 30 s, SIGKILL (from torch 2.13 on TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds).
-    restarts: how often all ranks are started again after one is lost. Raises TrainingError that names the first rank
-    that ended otherwise; the others are ended then.
-    """
+    """Run `python command…` once a rank on this host and wait; as processes.run_ranks."""
     if decision.mode != "start":
         raise ValueError(f"start takes a decision to start ranks, got {decision}")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=decision.world,
-        run_id="qwen3f",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # any free port: several runs fit on a host
-        max_restarts=restarts,
-        monitor_interval=0.2,
-    )
-    with _threads(decision), _quiet():
-        try:
-            elastic_launch(config, sys.executable)(*command)
-        except SignalException as stop:
-            return 128 + stop.sigval
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if failure.exitcode == 2:
-                return 2
-            how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-            raise TrainingError(f"rank {rank} of {decision.world} ended with {how}; the others were ended") from error
-    return 0
+    environment = dict(os.environ)
+    if decision.device == "cpu" and "OMP_NUM_THREADS" not in environment:
+        # ranks on CPUs share the cores; unless the user chose, each gets its part, as torchrun's ranks get one
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // decision.world))
+    return run_ranks(command, decision.world, environment, restarts)
 
 
 @contextlib.contextmanager
-def _threads(decision: Decision) -> Iterator[None]:
-    """Ranks on CPUs share the cores; unless the user chose, each gets its part, as torchrun's ranks get one."""
-    if decision.device != "cpu" or "OMP_NUM_THREADS" in os.environ:
-        yield
-        return
-    os.environ["OMP_NUM_THREADS"] = str(max(1, math.floor((os.cpu_count() or 1) / decision.world)))
-    try:
-        yield
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
+def joined(decision: Decision, shape: MeshShape, *, timeout: float) -> Iterator[World]:
+    """This rank's World, within the process group of all. timeout: seconds until a collective on CUDA without its peers
+    ends the process (gloo notices a peer that is gone at once).
 
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's account of how ranks end: the rank that fails, or our error, says it in one line."""
-    logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-@contextlib.contextmanager
-def joined(decision: Decision, *, timeout: float = 600.0) -> Iterator[torch.device]:
-    """The device of this rank, within the process group of all. timeout: seconds until a collective without its peers
-    fails."""
+    Standard output is rank 0's alone. A rank that fails with something but our own errors lives on for a few seconds
+    before it reports: mostly it has lost a peer, and whoever started the ranks should see that one first. So do ranks
+    but 0 with our own errors, which are mostly those of all ranks.
+    """
     if decision.mode != "join":
         raise ValueError(f"joined takes a decision to join, got {decision}")
+    end_with_parent()
     device = torch.device(decision.device, decision.local_rank if decision.device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -233,7 +199,13 @@ def joined(decision: Decision, *, timeout: float = 600.0) -> Iterator[torch.devi
         device_id=device if device.type == "cuda" else None,
         **where,
     )
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    with contextlib.ExitStack() as quiet:
+        if decision.rank:
+            quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
+        try:
+            yield open_world(shape, decision.device, decision.local_rank)
+        except Exception as error:
+            if decision.rank or not isinstance(error, UserError | TrainingError):
+                time.sleep(_LINGER)
+            raise
+    dist.destroy_process_group()

@@ -2,7 +2,7 @@
 
 Dimensions are counted in the stored (stacked) shape, so dim 0 of a layer's parameter is the stack. What a row doesn't
 name is replicated: over tp norms and routers are. FSDP then cuts one more dimension, the largest that no row uses,
-over the axes that cut the tokens; for experts without ep, which already holds different experts.
+over dp, ep and cp; for experts without ep, which already holds different experts. Over dr nothing is ever cut.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from sharding.axes import DATA
-from sharding.mesh import AXES, MeshShape
+from sharding.mesh import AXES, FSDP, ROWS, MeshShape
+from sharding.stages import Stages
 from sharding.zigzag import check_length
 
 # First match wins; a pattern must match the whole path.
@@ -39,7 +39,7 @@ class Placed:
     """How one parameter is cut on a mesh.
 
     explicit: (axis, dim) by the table, for axes of size > 1. fsdp: the axes that FSDP cuts `fsdp_dim` over, in the
-    mesh's order; none when it is off, when no dimension divides (fsdp_dim None), or on a mesh without data axes.
+    mesh's order; none when it is off, when no dimension divides (fsdp_dim None), or on a mesh without such axes.
     """
 
     explicit: tuple[tuple[str, int], ...]
@@ -85,7 +85,7 @@ def _place(cfg: ModelConfig, path: str, spec: P.ParamSpec, shape: MeshShape, fsd
             if count % size:
                 raise UserError(f"{path}: dim {dim} ({count} {unit}) doesn't divide by {axis}={size}")
         explicit.append((axis, dim))
-    data = tuple(axis for axis in DATA if getattr(shape, axis) > 1 and axis not in dims) if fsdp else ()
+    data = tuple(axis for axis in FSDP if getattr(shape, axis) > 1 and axis not in dims) if fsdp else ()
     parts = math.prod(getattr(shape, axis) for axis in data)
     free = [d for d, n in enumerate(spec.shape) if d not in dims.values() and n % parts == 0]
     fsdp_dim = max(free, key=lambda d: spec.shape[d], default=None)
@@ -106,16 +106,16 @@ def _units(cfg: ModelConfig, path: str, spec: P.ParamSpec, dim: int) -> tuple[in
     return spec.shape[dim], "words" if path in (P.EMBED, P.HEAD) else "columns" if dim > 1 else "rows"
 
 
-def local_shape(spec: P.ParamSpec, placed: Placed, shape: MeshShape) -> tuple[int, ...]:
-    """One rank's shape; of the stack, what a full stage holds, padding included."""
+def local_shape(spec: P.ParamSpec, placed: Placed, shape: MeshShape, stages: Stages) -> tuple[int, ...]:
+    """One rank's shape; of a stack, the rows of all its stages, padding included. stages: as the pipeline cuts it."""
     local = list(spec.shape)
     for axis, dim in placed.cuts.items():
-        local[dim] = -(-local[dim] // getattr(shape, axis))
+        local[dim] = stages.rows(spec.layers) if axis == "pp" else local[dim] // getattr(shape, axis)
     return tuple(local)
 
 
 def placements(placed: Placed) -> tuple[Placement, ...]:
-    """DTensor's placements on a mesh of all five axes."""
+    """DTensor's placements on a mesh of all axes."""
     return tuple(Shard(placed.cuts[axis]) if axis in placed.cuts else Replicate() for axis in AXES)
 
 
@@ -125,13 +125,11 @@ def replicated_axes(placed: Placed, shape: MeshShape) -> tuple[str, ...]:
 
 
 def check_batch(shape: MeshShape, rows: int, length: int, microbatches: int = 1) -> None:
-    """UserError when the global batch [rows, length] can't be cut: rows over dp and ep, the sequence over cp and tp."""
-    parts = shape.dp * shape.ep * microbatches
-    if rows % parts:
-        raise UserError(
-            f"batch_size {rows} doesn't divide by dp={shape.dp} · ep={shape.ep} · microbatches={microbatches}; "
-            f"make it a multiple of {parts}"
-        )
+    """UserError when the global batch [rows, length] can't be cut: rows over dr, dp, ep, the sequence over cp, tp."""
+    sizes = {axis: getattr(shape, axis) for axis in ROWS} | {"microbatches": microbatches}
+    if rows % (parts := math.prod(sizes.values())):
+        product = " · ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+        raise UserError(f"batch_size {rows} doesn't divide by {product}; make it a multiple of {parts}")
     check_length(length, shape.cp)
     if length // shape.cp % shape.tp:
         raise UserError(

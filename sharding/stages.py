@@ -141,9 +141,12 @@ class Stages:
 
     def layer_order_of(self, rank: int, kind: Sequence[int] | None = None) -> tuple[int | None, ...]:
         """A rank's part of layer_order."""
-        order = self.layer_order(kind)
-        size = len(order) // self.ranks
-        return order[rank * size : (rank + 1) * size]
+        size = self.rows(kind)
+        return self.layer_order(kind)[rank * size : (rank + 1) * size]
+
+    def rows(self, kind: Sequence[int] | None = None) -> int:
+        """How many rows of a stack a rank stores, padding included; kind: as for layer_order."""
+        return len(self.layer_order(kind)) // self.ranks
 
 
 def _check_kinds(cfg: ModelConfig, stages: Stages) -> None:

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from qwen3f import params as P
 from qwen3f import tree
 from qwen3f.config import ModelConfig
-from sharding.fsdp import cut_one
+from sharding.fsdp import cut, cut_one
 from sharding.layout import Layout
 from sharding.rules import placements
-from sharding.stages import make_stages
+from sharding.stages import make_stages, store
 
 
 def local_shards(state: Any) -> Any:
@@ -40,6 +40,14 @@ def init_shards(
             rows.append(torch.zeros_like(row) if padding else row)
         out[path] = torch.stack(rows) if stacked else rows[0]
     return out
+
+
+def cut_params(cfg: ModelConfig, params: P.Params, layout: Layout) -> P.Params:
+    """This rank's shards, copies, of whole parameters in the model's order; on one device the parameters themselves."""
+    if layout.axes.shape.size == 1:
+        return params
+    stored = store(cfg, params, make_stages(cfg, layout.pipeline, layout.axes.pp.size))
+    return cut(stored, layout.place(cfg), layout.axes)
 
 
 def as_dtensors(state: Any, cfg: ModelConfig, layout: Layout, mesh: DeviceMesh) -> Any:
@@ -76,10 +84,11 @@ def on_shards(step: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, 
     @functools.wraps(step)
     def call(state: Any, batch: Mapping[str, Tensor]) -> tuple[Any, Any]:
         new, metrics = step(local_shards(state), batch)
-        return tree.map(_placed_like, state, new), metrics
+        return tree.map(placed_like, state, new), metrics
 
     return call
 
 
-def _placed_like(old: Any, new: Tensor) -> Tensor:
+def placed_like(old: Tensor, new: Tensor) -> Tensor:
+    """A rank's shard `new` as a DTensor that is placed as `old` is; itself, where that is a plain tensor."""
     return _dtensor(new, old.device_mesh, old.placements, old.shape) if isinstance(old, DTensor) else new

@@ -90,6 +90,14 @@ class World:
         kind, words = told[failed]
         raise errors[kind](words) from error
 
+    def first_on_host(self, work: Callable[[], T], *errors: type[Exception]) -> T:
+        """work() of this rank; the first rank of each host does its own before the others begin.
+
+        So what the one leaves on the disk, the others find there. Errors as `together`.
+        """
+        before = self.together(work if self.local_rank == 0 else lambda: None, *errors)
+        return self.together(work if self.local_rank else lambda: before, *errors)
+
     def apart(self) -> "World":
         """The same ranks with a conversation of their own, as for a thread."""
         return self if self.size == 1 else dataclasses.replace(self, group=_talk())

@@ -31,10 +31,23 @@ Dataset = Indexed | StreamDataset
 
 
 class Share(NamedTuple):
-    """Of each batch's B rows, rank r of R has r · B/R … (r + 1) · B/R − 1."""
+    """Which of a batch's rows a rank has: of each of `parts` micro-batches in turn, its equal part of the rows.
+
+    Of the B/M rows of a micro-batch, rank r of R has r · B/MR … (r + 1) · B/MR − 1.
+    """
 
     rank: int = 0
     ranks: int = 1
+    parts: int = 1
+
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Their places in the batch, rising. UserError when the ranks cannot share it equally."""
+        if batch_size % (self.ranks * self.parts):
+            raise UserError(
+                f"batch_size={batch_size} cannot be shared by {self.ranks} ranks in {self.parts} micro-batches: make "
+                f"it a multiple of {self.ranks * self.parts}."
+            )
+        return np.arange(batch_size).reshape(self.parts, self.ranks, -1)[:, self.rank].flatten()
 
 
 ALL_ROWS = Share()
@@ -87,14 +100,11 @@ class Loader:
                 f"The loader got batch_size={batch_size}, start={start}, prefetch={prefetch}, workers={workers}: "
                 "give batch_size >= 1, start >= 0, prefetch >= 1 and workers >= 0."
             )
-        if batch_size % share.ranks:
-            raise UserError(f"batch_size={batch_size} cannot be shared by {share.ranks} ranks: make it a multiple.")
         if isinstance(dataset, StreamDataset) and (state["examples"] if state else 0) > start:
             raise UserError(f"The state of the stream is behind place {start}: give one that is not.")
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
         self._device, self._vocab_size = torch.device(device), vocab_size
-        rows = batch_size // share.ranks
-        self._rows = range(share.rank * rows, (share.rank + 1) * rows)
+        self._rows = share.rows(batch_size)
         self._start, self._workers = start, workers
         self._states: deque[tuple[int, State | None]] = deque([(start, state)], maxlen=_REMEMBERED)
         self._queue: queue.Queue[tuple[Batch, State | None] | BaseException] = queue.Queue(maxsize=prefetch)
@@ -121,9 +131,10 @@ class Loader:
         return self._states[-1][1]
 
     def rebuild(self, place: int) -> Batch:
-        """The batch that began at `place`, on the CPU, built again; of a stream one of the last few thousand."""
+        """The batch that began at `place`, all ranks' rows, on the CPU; of a stream one of the last few thousand."""
         state = next((state for start, state in self._states if start == place), None)
-        batches = _batches(self._dataset, self._rows, self._batch_size, self._seed, place, self._vocab_size, 0, state)
+        rows = ALL_ROWS.rows(self._batch_size)
+        batches = _batches(self._dataset, rows, self._batch_size, self._seed, place, self._vocab_size, 0, state)
         with contextlib.closing(batches):
             return next(batches)[0]
 
@@ -175,15 +186,15 @@ class Loader:
                 return self._queue.put(item, timeout=_POLL_SECONDS)
 
 
-def build_batch(dataset: Indexed, place: int, rows: int, seed: int, vocab_size: int) -> Batch:
-    """The batch of places place … place + rows − 1, on the CPU; keys as in `Loader`, which iterates over these."""
-    places = np.arange(place, place + rows)
+def build_batch(dataset: Indexed, place: int, rows: np.ndarray, seed: int, vocab_size: int) -> Batch:
+    """The batch of the places place + rows, on the CPU; keys as in `Loader`, which iterates over these."""
+    places = place + rows
     return _stacked([dataset[i] for i in dataset.order(places, seed).tolist()], places, vocab_size)
 
 
 def _batches(
     dataset: Dataset,
-    rows: range,
+    rows: np.ndarray,
     batch_size: int,
     seed: int,
     start: int,
@@ -195,14 +206,14 @@ def _batches(
     if isinstance(dataset, StreamDataset):
         yield from _streamed(dataset, rows, batch_size, seed, start, vocab_size, workers, state)
         return
-    build = partial(build_batch, dataset, rows=len(rows), seed=seed, vocab_size=vocab_size)
-    for batch in ordered_map(build, count(start + rows.start, batch_size), workers):
+    build = partial(build_batch, dataset, rows=rows, seed=seed, vocab_size=vocab_size)
+    for batch in ordered_map(build, count(start, batch_size), workers):
         yield batch, None
 
 
 def _streamed(
     dataset: StreamDataset,
-    rows: range,
+    rows: np.ndarray,
     batch_size: int,
     seed: int,
     start: int,
@@ -225,7 +236,7 @@ def _streamed(
                     )
                 if row in rows:
                     examples.append(make(place + row))
-            yield _stacked(examples, place + np.array(rows), vocab_size), state
+            yield _stacked(examples, place + rows, vocab_size), state
 
 
 def _stacked(examples: list[Example], places: np.ndarray, vocab_size: int) -> Batch:

@@ -17,6 +17,10 @@ from qwen3f.params import Params, abstract_params
 from qwen3f.strict_json import read_object
 from qwen3f.train import workdir as W
 from qwen3f.train.checkpoint import Checkpointer
+from sharding.disk import param_shards, shards
+from sharding.layout import ONE_DEVICE, Layout
+from sharding.state import cut_params
+from sharding.world import ALONE, World
 
 # May differ between a model and one that starts from it: how it is trained, and the rotary settings, which continued
 # training stretches on purpose.
@@ -76,21 +80,32 @@ def read_params(
     device: torch.device | str,
     dtype: torch.dtype | None = None,
     backend: str = "orbax",
+    layout: Layout = ONE_DEVICE,
+    world: World = ALONE,
 ) -> Params:
-    """The parameters at `source`, for the model `cfg`, on `device`.
+    """The parameters at `source`, for the model `cfg`, on `device`; on a mesh this rank's shards.
 
     dtype: None keeps what a Hugging Face directory stores, and makes of a workdir's what the parameter table says.
     backend: "dcp" also opens checkpoints of which a part is a pickle; see Checkpointer.
+    layout, world: of the mesh, whose ranks all call this together. Of a workdir's checkpoint each reads what it needs.
     Raises UserError naming the fields in which `cfg` is another model than the one there (FREE_FIELDS may differ), and
     as hf.load_pretrained and Checkpointer.restore do.
     """
     check_same_model(source, cfg)
     directory, is_hf, step = locate(source)
     if is_hf:
-        return hf.load_pretrained(directory, dtype, device)[1]
-    table = abstract_params(cfg)
-    like = {path: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for path, spec in table.items()}
-    with Checkpointer(directory / W.CHECKPOINTS, every=0, keep=0, backend=backend) as checkpoints:
+        params = hf.load_pretrained(directory, dtype, device if world.size == 1 else "cpu")[1]
+        return {path: leaf.to(device) for path, leaf in cut_params(cfg, params, layout).items()}
+    table, shapes, shard_of = abstract_params(cfg), {}, None
+    if world.size > 1:
+        shapes = {path: shard.local for path, shard in param_shards(cfg, layout).items()}
+        shard_of = shards(cfg, layout)
+    like = {
+        path: torch.empty(shapes.get(path, spec.shape), dtype=spec.dtype, device="meta") for path, spec in table.items()
+    }
+    with Checkpointer(
+        directory / W.CHECKPOINTS, every=0, keep=0, backend=backend, world=world, shard_of=shard_of
+    ) as checkpoints:
         params, _ = checkpoints.restore_part("params", like, step, cast=True)
 
     def moved(path: str) -> Tensor:

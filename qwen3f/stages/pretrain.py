@@ -3,6 +3,7 @@
 B rows of the global batch · M micro-batches · T sequence
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -16,9 +17,10 @@ from qwen3f.train import balance, losses, optimizer
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.state import TrainState
 from qwen3f.transforms import grad_and_value, jit
-from sharding import pipeline
+from sharding import forward_pipeline, pipeline
 from sharding.fsdp import sum_over, sum_replicated
 from sharding.layout import ONE_DEVICE, Layout
+from sharding.mesh import ROWS
 from sharding.state import local_shards, on_shards
 from sharding.zigzag import split_sequence
 
@@ -53,8 +55,8 @@ def make_train_step(
         graph (execution.compile="step"), before the whole step. A copy of the donated state that is under way is joined
         there.
       layout: the mesh that the step runs on. The state's leaves are then DTensors (sharding.state), the batch is this
-        rank's share: its rows of every micro-batch, cut over dp and ep (rows equal over cp and tp). All ranks call the
-        step together; the new state and metrics are those of one device.
+        rank's share: its rows of every micro-batch, cut over dr, dp and ep (rows equal over cp and tp). All ranks call
+        the step together; the new state and metrics are those of one device.
 
     Metrics (0-d tensors on the device): loss (nats a predicted token, before the update, without the routers' losses),
       aux_loss (the balancing loss without its coefficient; 0 for a dense model), grad_norm before and
@@ -67,7 +69,7 @@ def make_train_step(
     """
     axes, placed = layout.axes, layout.place(cfg)
     master_sums = layout.gather_dtype is not None
-    _check_mesh(cfg, hyper, execution, layout)
+    check_mesh(cfg, hyper, execution, layout)
     if master_sums and layout.gather_dtype != compute_dtype:
         raise ValueError(f"layout.gather_dtype={layout.gather_dtype} must be compute_dtype={compute_dtype}, or None")
     decay = P.decays(cfg)
@@ -122,8 +124,8 @@ def make_train_step(
         params, opt = optimizer.update(
             hyper, decay, state.params, grads, state.opt, step=state.step, lr=lr, scale=scale, apply=finite
         )
-        tokens = sum_over(losses.batch_tokens(batch), axes, ("dp", "ep"))
-        rows = batch["tokens"].shape[0] * axes.dp.size * axes.ep.size
+        tokens = sum_over(losses.batch_tokens(batch), axes, ROWS)
+        rows = batch["tokens"].shape[0] * axes.rows[1]
         # A step whose update was withheld has consumed its data all the same.
         new = TrainState(state.step + 1, params, opt, state.seed, state.tokens_seen + tokens, state.position + rows)
         metrics = {
@@ -168,30 +170,39 @@ def make_eval_step(
     compute_dtype: torch.dtype | None = None,
     execution: model.Execution = model.EAGER,
     cross_documents: bool = False,
+    microbatches: int = 1,
     layout: Layout = ONE_DEVICE,
 ) -> Callable[[P.Params, Batch], tuple[Tensor, Tensor]]:
     """eval_step(params, batch) -> (summed nats, summed weight) over the batch's predicted tokens.
 
-    On a mesh params are DTensors, the batch is this rank's share, and the sums are those of all ranks. Raises UserError
-    for a mesh with pp.
+    microbatches: the batch is cut into this many equal parts, which pass one after another; any number does, under pp
+    too, where as many as in training keep all ranks at work. It changes nothing, except where experts have a capacity:
+    that is counted from the tokens of a micro-batch, as in training.
 
-    Experts have the capacity here that they have in training.
+    On a mesh params are DTensors, the batch is this rank's share, and the sums are those of all ranks. Under pp all
+    schedules evaluate alike. Raises UserError when the batch size is no multiple of microbatches, and for what a
+    pipeline cannot be cut into or compiled as.
     """
+    axes = layout.axes
+    if axes.pp.size > 1:
+        share = forward_pipeline.make_loss(cfg, execution, layout)
+    else:
+        loss_fn = losses.make_loss(cfg, execution, layout=layout)
 
-    if layout.axes.pp.size > 1:
-        raise UserError(f"pp={layout.axes.pp.size}: a pipeline can't evaluate in this version; use a mesh without pp")
-    loss_fn, axes = losses.make_loss(cfg, execution, layout=layout), layout.axes
+        def share(params: P.Params, parts: list[Batch], total_weight: float) -> Tensor:
+            return functools.reduce(torch.add, (loss_fn(params, part, total_weight) for part in parts))
 
     @torch.no_grad()
     def eval_step(params: P.Params, batch: Batch) -> tuple[Tensor, Tensor]:
         compute = {k: p.to(compute_dtype or p.dtype) for k, p in local_shards(params).items()}
-        nats = loss_fn(compute, split_sequence(_visible(batch, cross_documents), axes.cp), 1.0)
-        return sum_over(nats, axes), sum_over(losses.batch_weight(batch), axes, ("dp", "ep"))
+        seen = split_sequence(_visible(batch, cross_documents), axes.cp)
+        nats = share(compute, split_batch(seen, microbatches), 1.0)
+        return sum_over(nats, axes), sum_over(losses.batch_weight(batch), axes, ROWS)
 
     return eval_step
 
 
-def _check_mesh(cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execution, layout: Layout) -> None:
+def check_mesh(cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execution, layout: Layout) -> None:
     axes = layout.axes
     if axes.shape.size == 1:
         return
@@ -199,8 +210,6 @@ def _check_mesh(cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execu
         raise UserError(
             f"config.compile={execution.compile} with ep={axes.ep.size}: write compile=off, or use dp for ep"
         )
-    if axes.pp.size > 1 and layout.gather_dtype is not None:
-        raise UserError(f"pp={axes.pp.size}: a pipeline takes weights in the dtype it computes in; gather_dtype=None")
     if isinstance(hyper, optimizer.Muon):
         raise UserError("optimizer.kind=muon needs whole matrices, which a mesh cuts; write optimizer.kind=adamw")
     if cfg.attention_dropout > 0:

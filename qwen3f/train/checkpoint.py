@@ -2,7 +2,7 @@
 
 On disk, `directory/<step>/state` holds the leaves, by one of two backends (see orbax.py and dcp.py), `meta/metadata` is
 JSON as Orbax writes it, and `manifest.json` lists every file's size and sha256. By default plain JAX reads all of it
-and nothing is pickled.
+and nothing is pickled. The leaves are whole, whatever mesh wrote them, so any other reads them (sharding/disk.py).
 
 What is kept: a step's directory appears by one rename after everything in it has been written, and leaves by one rename
 before anything in it is deleted, so a directory that bears a step's number is always whole.
@@ -11,51 +11,38 @@ before anything in it is deleted, so a directory that bears a step's number is a
 import importlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from qwen3f.errors import TrainingError, UserError
-from qwen3f.files import sync, sync_tree, write_atomically
+from qwen3f.errors import UserError
 from qwen3f.strict_json import read_object
-from qwen3f.train import manifest
+from qwen3f.train import commit, manifest
 from qwen3f.train.background import Background
-from qwen3f.train.leaves import LeafSpec, Name, check_same_tree, data_leaves, holds_data, spec_of
+from qwen3f.train.commit import META, STATE, Backend, CheckpointWriteError
+from qwen3f.train.leaves import LeafSpec, Name, Part, check_same_tree, data_leaves, holds_data, spec_of
 from qwen3f.train.manifest import DamagedCheckpoint
 from qwen3f.train.retention import Retention
 from qwen3f.train.snapshot import Snapshot
 from qwen3f.tree import named_leaves
+from sharding.disk import Shard, ShardOf, whole
+from sharding.state import local_shards, placed_like
+from sharding.world import ALONE, World
 
 State = TypeVar("State")
+T = TypeVar("T")
 
-STATE, META = "state", "meta/metadata"
-WRITING, DELETED = ".writing", ".deleted"  # our suffixes for a checkpoint that is being written, or deleted
 BACKENDS = ("orbax", "dcp")
-
-
-class CheckpointWriteError(TrainingError):
-    """A checkpoint could not be written (disk full, directory gone, …); those written before it are untouched."""
 
 
 class StuckWrite(CheckpointWriteError):
     """A checkpoint has been written for longer than allowed; it may still end. No other can be begun meanwhile."""
-
-
-class Backend(Protocol):
-    """The functions of orbax.py and dcp.py."""
-
-    def load(self) -> None: ...
-    def write(self, directory: Path, leaves: dict[Name, Tensor]) -> None: ...
-    def read_tree(self, directory: Path) -> dict[Name, LeafSpec]: ...
-    def read(self, directory: Path, wanted: dict[Name, LeafSpec]) -> dict[Name, Tensor]: ...
-    def needed_for(self, field: str) -> Callable[[str], bool]: ...
 
 
 class Checkpointer:
@@ -67,10 +54,16 @@ class Checkpointer:
     asynchronous: whether `save` returns before the files are written.
     backend: "orbax" or "dcp" writes. Orbax's are always read; DCP's, a part of which is a pickle, by "dcp" alone.
     timeout: seconds that one write may take before StuckWrite is raised; 0: no limit.
+    world: the ranks that save and restore together, in a directory that all of them see.
+    shard_of: what each of them has of a leaf (sharding.disk.shards); None: all of it.
 
     A context manager: a save that is under way when the process ends, neither waited for nor closed, is lost.
-    One process at a time may save under a directory; any number may read. Raises UserError for a negative number, an
-    unknown backend or a `directory` that is a file.
+    One run at a time may save under a directory; any number may read. Raises UserError for a negative number, an
+    unknown backend, DCP on several ranks, or a `directory` that is a file.
+
+    All ranks of the world make it together, and call save, wait, close, restore, restore_part and set_aside together,
+    with the same arguments but for their shards. What one of them raises, all raise, with the same words, and the
+    Checkpointer goes on on all of them. The other methods, `steps` among them, tell what this rank sees.
     """
 
     def __init__(
@@ -81,15 +74,21 @@ class Checkpointer:
         asynchronous: bool = True,
         backend: str = "orbax",
         timeout: float = 0.0,
+        world: World = ALONE,
+        shard_of: ShardOf | None = None,
     ) -> None:
         if every < 0:
             raise UserError(f"config.checkpoint.every is {every}: write 0 or a positive number of steps")
         if backend not in BACKENDS:
             raise UserError(f"config.checkpoint.backend is {backend!r}: write {' or '.join(BACKENDS)}")
+        if backend == "dcp" and world.size > 1:
+            raise UserError("config.checkpoint.backend=dcp saves one device's state; write orbax for a mesh")
         self.directory = Path(directory).absolute()
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"{self.directory} is a file: checkpoints need a directory, choose another --workdir")
         self.every, self.asynchronous, self.backend, self.timeout = every, asynchronous, backend, timeout
+        self.world, self._writers = world, world.apart()  # a conversation of the threads that write
+        self._shard_of = shard_of or (lambda name, shape: whole(shape, world.main))
         self.retention = keep if isinstance(keep, Retention) else Retention(keep)
         self._snapshot = Snapshot()
         self._writing: Background | None = None
@@ -103,11 +102,11 @@ class Checkpointer:
 
     def prepare(self, state: Any) -> None:
         """Begin, in the background, what the first save of `state` would else wait for: host memory and imports."""
-        leaves = data_leaves(state)
+        shards, leaves = self._shards(data_leaves(state))
 
         def work() -> None:
-            _backend(self.backend).load()
-            self._snapshot.reserve(leaves)
+            _backend(self.backend).load(self.world.main)
+            self._snapshot.reserve(_written(shards, leaves))
 
         self._prepared = Background("prepare checkpoints", work)
 
@@ -121,7 +120,8 @@ class Checkpointer:
     ) -> None:
         """Copies `state` to host memory and has it written. What is queued on the GPU later does not touch the copy.
 
-        state: a pytree of tensors on any device; None and tensors without elements hold no data and are not written.
+        state: a pytree of tensors on any device, DTensors among them; None and tensors without elements hold no data
+            and are not written.
         meta: what JSON can hold (tuples come back as lists, integer keys as strings).
         metrics: numbers that `keep` may choose the best by; those not finite are left out.
         overlap: the copy from a GPU may run beside what is queued next, which may read the state; call `join` before
@@ -133,24 +133,27 @@ class Checkpointer:
         """
         meta = json.loads(json.dumps(meta))  # fails here rather than in the writer's thread
         kept = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
-        leaves = data_leaves(state)
+        shards, leaves = self._shards(data_leaves(state))
         self.wait()
-        there = self.steps()
-        if there and step <= there[-1]:
-            what = "already holds" if step in there else f"has a checkpoint of step {there[-1]}, later than"
-            raise UserError(
-                f"{self.directory} {what} step {step}, and nothing is overwritten: resume from step {there[-1]}, "
-                "or choose another --workdir"
-            )
+
+        def begin() -> dict[Name, Tensor]:
+            if self.world.main:
+                self._check_later(step)
+            return commit.guarded(self.directory, step, lambda: self._begin(_written(shards, leaves)))
+
         try:
-            self._begin_writing()
-            copies = self._snapshot.begin(leaves)
-        except (OSError, RuntimeError) as error:  # RuntimeError: no memory for the copy
-            raise self._write_error(step, error) from error
+            copies = self.world.together(begin, UserError, CheckpointWriteError)
+        except (UserError, CheckpointWriteError):
+            self._snapshot.finish()  # where this rank's copy has begun
+            raise
         if not overlap:
             self.join()
+        parts = {
+            name: Part(spec_of(leaf)._replace(shape=shards[name].shape), shards[name], copies.get(name))
+            for name, leaf in leaves.items()
+        }
         self._step = step
-        self._writing = Background(f"write checkpoint {step}", lambda: self._write(step, copies, meta, kept))
+        self._writing = Background(f"write checkpoint {step}", lambda: self._write(step, parts, meta, kept))
         if not self.asynchronous:
             self.wait()
 
@@ -167,17 +170,19 @@ class Checkpointer:
         if self._prepared is not None:
             self._prepared.ended()  # did it fail, `save` meets the same error
             self._prepared = None
-        if self._writing is None:
-            return
+        if self._writing is not None:
+            self.world.together(self._check_ended, StuckWrite)
+            writing, self._writing = self._writing, None
+            if writing.error is not None:
+                raise writing.error
+
+    def _check_ended(self) -> None:
         if not self._writing.ended(self.timeout):
             raise StuckWrite(
                 f"the checkpoint of step {self._step} has not been written to {self.directory} within "
-                f"{self.timeout:g} s ({self._kept()}), and no other can be begun meanwhile: see whether the disk or "
-                "network mount hangs, or write a larger --config.checkpoint.timeout"
+                f"{self.timeout:g} s ({commit.kept(self.directory)}), and no other can be begun meanwhile: see whether "
+                "the disk or network mount hangs, or write a larger --config.checkpoint.timeout"
             )
-        writing, self._writing = self._writing, None
-        if writing.error is not None:
-            raise writing.error
 
     def close(self) -> None:
         """Waits as `wait` does and frees the snapshot's memory."""
@@ -188,6 +193,8 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self.world = ALONE  # the other ranks may not come here
         try:
             self.close()
         except CheckpointWriteError as failure:
@@ -197,9 +204,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps whose checkpoints are complete, ascending."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if _is_checkpoint(path))
+        return commit.steps(self.directory)
 
     def latest(self) -> int | None:
         """The last complete checkpoint's step, or None."""
@@ -227,7 +232,8 @@ class Checkpointer:
         """The state and meta saved at `step` (the latest by default), every bit as it was.
 
         like: a pytree of tensors giving structure, shapes, dtypes and devices (the CPU for the meta device); its
-            values are not read or written.
+            values are not read or written. On a mesh leaves come back as DTensors where they are, or as this rank's
+            shards; each rank reads its own.
         cast: floating-point leaves saved with another dtype are converted, as `Tensor.to` does.
 
         Waits for a save under way, and raises what `wait` raises. Before loading anything, raises UserError when the
@@ -247,29 +253,54 @@ class Checkpointer:
 
     def _restore(self, like: State, step: int | None, field: str | None, cast: bool) -> tuple[State, dict[str, Any]]:
         self.wait()
-        step = self.latest() if step is None else step
+        step = self.world.first(self.latest() if step is None else step)  # rank 0 sees the last one first
         if step is None:
             raise UserError(f"{self.directory} holds no checkpoint: save one first, or choose another --workdir")
-        directory = self.path(step)
-        backend = self._reader(directory)
+        directory = self.directory / str(step)
+        backend = self._agreed(directory, lambda: self._reader(self.path(step)))
         prefix = () if field is None else (field,)
         needed = (lambda file: True) if field is None else backend.needed_for(field)
-        manifest.verify(directory, lambda file: needed(file.removeprefix(f"{STATE}/")))
+        self._verify(directory, lambda file: needed(file.removeprefix(f"{STATE}/")))
         leaves = {(*prefix, *name): leaf for name, leaf in named_leaves(like).items()}
-        here = {name: spec_of(leaf) for name, leaf in leaves.items() if holds_data(leaf)}
-        there = {name: spec for name, spec in self.read_tree(step).items() if name[: len(prefix)] == prefix}
-        check_same_tree(there, here, str(directory), cast)
-        with _reading(directory):
-            values = backend.read(directory / STATE, {name: there[name] for name in here})
+        shards, local = self._shards({name: leaf for name, leaf in leaves.items() if holds_data(leaf)})
+
+        def read() -> tuple[dict[Name, Tensor], dict[str, Any]]:
+            here = {name: spec_of(leaf)._replace(shape=shards[name].shape) for name, leaf in local.items()}
+            there = {name: spec for name, spec in self.read_tree(step).items() if name[: len(prefix)] == prefix}
+            check_same_tree(there, here, str(directory), cast)
+            with _reading(directory):
+                values = backend.read(directory / STATE, {name: Part(there[name], shards[name]) for name in here})
+            return values, self.read_meta(step)
+
+        values, meta = self._agreed(directory, read)
 
         def restored(name: Name, leaf: Tensor | None) -> Tensor | None:
-            device = torch.device("cpu") if leaf is None or leaf.is_meta else leaf.device
-            if name not in here:
-                return None if leaf is None else torch.empty_like(leaf, device=device)
-            return values.pop(name).to(device, leaf.dtype, copy=True)  # the backend's own memory is not ours to write
+            if leaf is None:
+                return None
+            device = torch.device("cpu") if leaf.is_meta else leaf.device
+            if name not in local:
+                return placed_like(leaf, torch.empty_like(local_shards(leaf), device=device))
+            return placed_like(leaf, values.pop(name).to(device, leaf.dtype))
 
         out = [restored(name, leaf) for name, leaf in leaves.items()]
-        return pytree.tree_unflatten(out, pytree.tree_structure(like)), self.read_meta(step)
+        return pytree.tree_unflatten(out, pytree.tree_structure(like)), meta
+
+    def _verify(self, directory: Path, needed: Callable[[str], bool]) -> None:
+        """Rank 0 looks at all files' names and sizes, then each rank into its share of them."""
+        self._agreed(directory, lambda: manifest.check_names(directory) if self.world.main else None)
+        share = (self.world.rank, self.world.size)
+        self._agreed(directory, lambda: manifest.check_content(directory, needed, share))
+
+    def _agreed(self, directory: Path, work: Callable[[], T]) -> T:
+        """work(), which reads a checkpoint, on all ranks; what is wrong with it, raised by all."""
+
+        def checked() -> T:
+            try:
+                return work()
+            except OSError as error:
+                raise DamagedCheckpoint(f"{directory} is damaged or incomplete: {error}") from error
+
+        return self.world.together(checked, DamagedCheckpoint, UserError)
 
     def set_aside(self, after: int) -> Path | None:
         """Moves the checkpoints later than `after` out of the way, to continue from an earlier step; deletes none.
@@ -277,6 +308,11 @@ class Checkpointer:
         Returns the directory that they lie in now (beside `directory`), or None where there were none.
         """
         self.wait()
+        moved = self.world.together(lambda: self._move_aside(after) if self.world.main else None, OSError)
+        moved = self.world.first(moved and str(moved))
+        return moved and Path(moved)
+
+    def _move_aside(self, after: int) -> Path | None:
         later = [step for step in self.steps() if step > after]
         if not later:
             return None
@@ -288,46 +324,37 @@ class Checkpointer:
             (self.directory / str(step)).rename(aside / str(step))
         return aside
 
-    def _begin_writing(self) -> None:
-        """Makes the directory; deletes, once, what a killed process left half written or half deleted."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not self._clean:
-            for path in [path for suffix in (WRITING, DELETED) for path in self.directory.glob(f"*{suffix}")]:
-                shutil.rmtree(path)
+    def _shards(self, leaves: dict[Name, Tensor]) -> tuple[dict[Name, Shard], dict[Name, Tensor]]:
+        """What this rank has of the leaves: which part, and its values."""
+        local = {name: local_shards(leaf) for name, leaf in leaves.items()}
+        return {name: self._shard_of(name, leaf.shape) for name, leaf in local.items()}, local
+
+    def _check_later(self, step: int) -> None:
+        there = commit.guarded(self.directory, step, self.steps)
+        if there and step <= there[-1]:
+            what = "already holds" if step in there else f"has a checkpoint of step {there[-1]}, later than"
+            raise UserError(
+                f"{self.directory} {what} step {step}, and nothing is overwritten: resume from step {there[-1]}, "
+                "or choose another --workdir"
+            )
+
+    def _begin(self, leaves: dict[Name, Tensor]) -> dict[Name, Tensor]:
+        """Make the directory ready, and begin the copy of what this rank writes."""
+        if self.world.main:
+            if self._clean:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            else:
+                commit.clean(self.directory)
             self._clean = True
+        return self._snapshot.begin(leaves)
 
-    def _write(self, step: int, copies: dict[Name, Tensor], meta: dict[str, Any], metrics: dict[str, float]) -> None:
-        """In the writer's thread: the files, the manifest, the rename; then the checkpoints that `keep` gives up."""
-        writing = self.directory / f"{step}{WRITING}"
-        try:
-            self._snapshot.finish()
-            shutil.rmtree(writing, ignore_errors=True)  # of a try before that failed
-            writing.mkdir()
-            _backend(self.backend).write(writing / STATE, copies)
-            write_atomically(writing / META, json.dumps(meta).encode())
-            manifest.write(writing, metrics)
-            sync_tree(writing)
-            writing.rename(self.directory / str(step))
-            sync(self.directory)
-        except Exception as error:
-            shutil.rmtree(writing, ignore_errors=True)  # on a full disk its space is needed
-            raise self._write_error(step, error) from error
-        for old in self.retention.expired({there: self._metrics(there) for there in self.steps()}):
-            directory = self.directory / str(old)
-            try:
-                shutil.rmtree(directory.rename(directory.with_name(f"{old}{DELETED}")))
-            except OSError as error:
-                raise CheckpointWriteError(
-                    f"the checkpoint of step {step} is written, but {directory}, which config.checkpoint.keep gives "
-                    f"up, could not be deleted: {error}"
-                ) from error
-
-    def _metrics(self, step: int) -> dict[str, float]:
-        """What `step` was saved with. Of a damaged one nothing is known: it can't be among the best."""
-        try:
-            return manifest.metrics(self.directory / str(step))
-        except DamagedCheckpoint:
-            return {}
+    def _write(self, step: int, parts: dict[Name, Part], meta: dict[str, Any], metrics: dict[str, float]) -> None:
+        """In the writer's thread: the files, the rename; then the checkpoints that `keep` gives up."""
+        backend, world = _backend(self.backend), self._writers
+        commit.commit(
+            self.directory, step, parts, meta, metrics, backend=backend, world=world, before=self._snapshot.finish
+        )
+        commit.delete_expired(self.directory, step, self.retention, world)
 
     def _reader(self, directory: Path) -> Backend:
         """The backend that wrote `directory`."""
@@ -340,14 +367,10 @@ class Checkpointer:
             )
         return _backend("dcp")
 
-    def _write_error(self, step: int, error: Exception) -> CheckpointWriteError:
-        return CheckpointWriteError(
-            f"the checkpoint of step {step} could not be written to {self.directory} ({self._kept()}): {error}"
-        )
 
-    def _kept(self) -> str:
-        latest = self.latest()
-        return "there is none before it" if latest is None else f"the last whole one is of step {latest}"
+def _written(shards: dict[Name, Shard], leaves: dict[Name, Tensor]) -> dict[Name, Tensor]:
+    """Those leaves of which this rank writes something."""
+    return {name: leaf for name, leaf in leaves.items() if shards[name].writes and shards[name].pieces}
 
 
 def _backend(name: str) -> Backend:
@@ -363,7 +386,3 @@ def _reading(directory: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise DamagedCheckpoint(f"{directory} is damaged or incomplete: {error}") from error
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return path.name.isdecimal() and str(int(path.name)) == path.name and (path / STATE).is_dir()

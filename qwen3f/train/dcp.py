@@ -17,22 +17,27 @@ import torch.distributed.checkpoint as torch_dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from qwen3f.train.leaves import LeafSpec, Name
+from qwen3f.train.leaves import LeafSpec, Name, Part
 from qwen3f.train.manifest import DamagedCheckpoint
 
 METADATA = ".metadata"
 
 
-def load() -> None:
+def load(main: bool) -> None:
     """Nothing is left to do: importing this module has imported torch's."""
 
 
-def write(directory: Path, leaves: dict[Name, Tensor]) -> None:
-    """Write CPU tensors to a directory that isn't there yet, through to the disk. OSError if it fails."""
+def write(directory: Path, parts: dict[Name, Part], main: bool) -> list[str]:
+    """Write whole leaves to an empty directory, through to the disk. OSError if it fails.
+
+    Returns no names: there is one rank, and all files are its own.
+    """
     writer = torch_dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
+    leaves = {"/".join(name): part.values for name, part in parts.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        torch_dcp.save({"/".join(name): leaf for name, leaf in leaves.items()}, storage_writer=writer, no_dist=True)
+        torch_dcp.save(leaves, storage_writer=writer, no_dist=True)
+    return []
 
 
 def read_tree(directory: Path) -> dict[Name, LeafSpec]:
@@ -52,15 +57,17 @@ def read_tree(directory: Path) -> dict[Name, LeafSpec]:
     return specs
 
 
-def read(directory: Path, wanted: dict[Name, LeafSpec]) -> dict[Name, Tensor]:
-    """The values of the leaves `wanted`, some or all of `read_tree`'s, on the CPU.
+def read(directory: Path, wanted: dict[Name, Part]) -> dict[Name, Tensor]:
+    """Some or all of `read_tree`'s leaves, whole, on the CPU.
 
     Raises DamagedCheckpoint, before any memory is taken, when the files can't hold their bytes.
     """
     size = sum(path.stat().st_size for path in directory.glob("*.distcp"))
-    if size < (least := sum(spec.bytes for spec in wanted.values())):
+    if size < (least := sum(part.spec.bytes for part in wanted.values())):
         raise DamagedCheckpoint(f"{directory} is damaged: {size} bytes on disk for leaves of {least} bytes")
-    values = {"/".join(name): torch.empty(spec.shape, dtype=spec.torch_dtype) for name, spec in wanted.items()}
+    values = {
+        "/".join(name): torch.empty(part.spec.shape, dtype=part.spec.torch_dtype) for name, part in wanted.items()
+    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         torch_dcp.load(values, storage_reader=torch_dcp.FileSystemReader(directory), no_dist=True)

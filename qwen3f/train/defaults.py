@@ -10,11 +10,14 @@ def pretrain_config(preset: str) -> ConfigDict:
     config = ConfigDict()
     config.stage = "pretrain"
     config.model = ConfigDict(presets.get(preset).to_dict())
-    config.mesh = ""  # axes and sizes, e.g. dp8,tp2,pp4; one device so far
+    config.mesh = ""  # axes and sizes, e.g. dp8,tp2,pp4; dp-1: as many as there are devices for; "": one device
+    config.restarts = 0  # how often launch.py starts all its ranks again after one is lost, from the last checkpoint
     config.plan = False  # only say what the mesh would do: placements, memory, collectives, time; needs no device
     config.hardware = "h100"  # that a plan is for: h100 or h200 (sharding/plan/hardware.py), changes as h100,node=4
     config.fsdp = ConfigDict()
     config.fsdp.enabled = True  # cut parameters and optimizer over the axes that cut the tokens, else replicate them
+    config.fsdp.shard_size = 0  # ranks that a parameter is cut over, replicated over the others; 0: all of them
+    config.fsdp.reduce = "compute"  # gradients are summed over ranks in the dtype of the forward pass, or in float32
     config.fsdp.reshard = True  # gather weights again where selective recomputation passes, instead of keeping them
     config.pipeline = ConfigDict()
     config.pipeline.schedule = "1f1b"  # 1f1b, interleaved, zero_bubble or zbv
@@ -37,6 +40,7 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.spike.window = 64  # losses that the median is of
     config.spike.rollbacks = 3  # in a run, before a spike ends it
     config.watchdog = 0.0  # seconds a step, with its evaluation and save, may take before the run ends with all stacks
+    config.collective_timeout = 600.0  # seconds that ranks on CUDA wait for another one in a collective
     config.log_every = 10
     config.init_from = ""  # a workdir, its checkpoints/N or a Hugging Face directory: weights and tokenizer
     config.resume = config_dict.placeholder(int)  # a step of this workdir to go on from; default: the last

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen3f.data.loader import ALL_ROWS, Share
 from qwen3f.data.packing import EvalCoverage, bits_per_byte, eval_coverage, eval_windows
 from qwen3f.data.token_cache import TokenCache
 from qwen3f.params import Params
@@ -25,17 +26,19 @@ def evaluate(
     vocab_size: int,
     max_docs: int,
     device: torch.device,
+    share: Share = ALL_ROWS,
 ) -> dict[str, float]:
     """{"val_loss": nats a predicted token, "val_bpb": bits a byte of text}, over every held-out token once.
 
     Of several sources all together, and each as "val_loss/NAME" and "val_bpb/NAME". max_docs: only the first so many
-    documents of each (0: all). See packing.bits_per_byte for what is charged.
+    documents of each (0: all). share: this rank's rows of each batch; eval_step's sums are those of all ranks. See
+    packing.bits_per_byte for what is charged.
     """
-    totals = {}
+    totals, own = {}, torch.from_numpy(share.rows(batch_size))
     for name, cache in heldout.items():
         nats = torch.zeros((), dtype=torch.float64, device=device)
         for batch in _batches(cache, seq_len, batch_size, max_docs or None):
-            nats += eval_step(params, {k: v.to(device) for k, v in batch.items()})[0]
+            nats += eval_step(params, {k: v[own].to(device) for k, v in batch.items()})[0]
         totals[name] = (nats.item(), eval_coverage(cache, max_docs or None))
     coverages = [coverage for _, coverage in totals.values()]
     together = (sum(nats for nats, _ in totals.values()), EvalCoverage(*map(sum, zip(*map(astuple, coverages)))))

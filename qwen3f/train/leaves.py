@@ -1,6 +1,7 @@
 """The leaves of a state as a checkpoint knows them: their paths, shapes and dtypes."""
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from qwen3f.errors import UserError
 from qwen3f.tree import named_leaves
+from sharding.disk import Shard
 
 Name = tuple[str, ...]  # a leaf's path: ("params", "model.norm.weight")
 
@@ -32,6 +34,19 @@ class LeafSpec(NamedTuple):
 
 def spec_of(leaf: Tensor) -> LeafSpec:
     return LeafSpec(tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One rank's part of a leaf: what it writes of it, or what it reads.
+
+    spec: of the whole leaf, as it is stored. values: this rank's tensor, on the CPU; None where it writes nothing, and
+    where it reads.
+    """
+
+    spec: LeafSpec
+    shard: Shard
+    values: Tensor | None = None
 
 
 def data_leaves(state: Any) -> dict[Name, Tensor]:
@@ -66,15 +81,6 @@ def nest(flat: Mapping[Name, Any]) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[name[-1]] = leaf
     return nested
-
-
-def flatten(nested: Any, prefix: Name = ()) -> Iterable[tuple[Name, Any]]:
-    """The leaves of nested dicts, with their paths; undoes `nest`."""
-    if not isinstance(nested, dict):
-        yield prefix, nested
-        return
-    for key, value in nested.items():
-        yield from flatten(value, (*prefix, key))
 
 
 def check_same_tree(on_disk: dict[Name, LeafSpec], here: dict[Name, LeafSpec], where: str, cast: bool) -> None:

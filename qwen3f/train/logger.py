@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 from tqdm import tqdm
@@ -18,6 +18,35 @@ from qwen3f.errors import UserError
 
 WANDB_MODES = ("off", "offline", "online")
 BAR_FORMAT = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
+
+
+class Logger(Protocol):
+    """What the training loop tells; see MetricLogger."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def advance(self, step: int, loss: float | None = None, tokens_per_sec: float | None = None) -> None: ...
+    def text(self, step: int, tag: str, text: str) -> None: ...
+    def image(self, step: int, tag: str, picture: Tensor) -> None: ...
+    def write(self, line: str) -> None: ...
+
+
+class SilentLogger:
+    """Of the ranks but the first, which would say the same."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def advance(self, step: int, loss: float | None = None, tokens_per_sec: float | None = None) -> None:
+        pass
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        pass
+
+    def image(self, step: int, tag: str, picture: Tensor) -> None:
+        pass
+
+    def write(self, line: str) -> None:
+        pass
 
 
 class MetricLogger:

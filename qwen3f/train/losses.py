@@ -15,9 +15,10 @@ from qwen3f.config import ModelConfig
 from qwen3f.params import Params
 from qwen3f.train import balance
 from sharding import tensor
-from sharding.axes import DATA, Axes
+from sharding.axes import Axes
 from sharding.fsdp import sum_over
 from sharding.layout import ONE_DEVICE, Layout
+from sharding.mesh import DATA
 
 LossFn = Callable[..., Tensor]
 
@@ -132,19 +133,40 @@ def make_objective(
     ) -> tuple[Tensor, Terms]:
         loss, stats = both(params, batch, totals.weight, dropout_stream)
         if stats is None:
-            return loss, Terms(loss, torch.zeros_like(loss), torch.zeros_like(loss), None)
-        load = _sum_load(balance.load_of(stats), layout.axes)
-        # the routers of all ranks of tp see the same tokens
-        copies = layout.axes.tp.size
-        aux = _share(balance.balance_loss(cfg.router_balance, stats, load, others, totals.tokens), copies)
-        z = _share(balance.z_loss(stats, totals.tokens), copies)
-        total = loss
-        for coefficient, term in ((cfg.router_aux_loss_coef, aux), (cfg.router_z_loss_coef, z)):
-            if coefficient > 0:
-                total = total + coefficient * term
-        return total, Terms(loss, aux, z, load)
+            return loss, token_terms(loss)
+        terms = router_terms(cfg, stats, totals, others, layout.axes)
+        return add_router_losses(cfg, loss, terms), terms._replace(loss=loss)
 
     return objective
+
+
+def token_terms(loss: Tensor) -> Terms:
+    """Terms without routers."""
+    return Terms(loss, torch.zeros_like(loss), torch.zeros_like(loss), None)
+
+
+def router_terms(
+    cfg: ModelConfig,
+    stats: model.RouterStats,
+    totals: Totals,
+    others: balance.Load | None,
+    axes: Axes,
+    part: float = 1.0,
+) -> Terms:
+    """A rank's Terms of its routers, with a next-token loss of 0. part: theirs of the model's sparse layers."""
+    load = _sum_load(balance.load_of(stats), axes)
+    share = part / axes.tp.size  # the routers of all ranks of tp see the same tokens
+    aux = _share(balance.balance_loss(cfg.router_balance, stats, load, others, totals.tokens), share)
+    z = _share(balance.z_loss(stats, totals.tokens), share)
+    return Terms(torch.zeros_like(aux), aux, z, load)
+
+
+def add_router_losses(cfg: ModelConfig, loss: Tensor, terms: Terms) -> Tensor:
+    """What is differentiated: loss, plus the routers' losses by their coefficients."""
+    for coefficient, term in ((cfg.router_aux_loss_coef, terms.aux_loss), (cfg.router_z_loss_coef, terms.z_loss)):
+        if coefficient > 0:
+            loss = loss + coefficient * term
+    return loss
 
 
 def make_load(
@@ -169,29 +191,42 @@ def _make_loss_and_stats(
     cfg: ModelConfig, execution: model.Execution, dropout: bool, layout: Layout
 ) -> Callable[..., tuple[Tensor, model.RouterStats | None]]:
     forward = model.make_forward(cfg, execution, dropout=dropout, layout=layout)
-    outer, tp = model.make_outer(cfg, layout), layout.axes.tp
+    outer, token_loss = model.make_outer(cfg, layout), make_token_loss(execution, layout)
 
     def both(
         params: Params, batch: Mapping[str, Tensor], total_weight: Tensor | float, dropout_stream: Tensor | None
     ) -> tuple[Tensor, model.RouterStats | None]:
         params = outer(params)
         hidden, stats = forward(params, batch, dropout_stream)
-        rest = (model.head_weight(cfg, params), batch["targets"].flatten(), batch["loss_weights"].flatten())
+        return token_loss(hidden, model.head_weight(cfg, params), batch, total_weight), stats
+
+    return both
+
+
+def make_token_loss(execution: model.Execution, layout: Layout) -> Callable[..., Tensor]:
+    """token_loss(hidden, head, batch, total_weight) -> make_loss's number, from what the final norm gives.
+
+    hidden [B, this rank's part of T, D]; head: the weight, whole but for tp's cut.
+    """
+    tp = layout.axes.tp
+
+    def token_loss(hidden: Tensor, head: Tensor, batch: Mapping[str, Tensor], total_weight: Tensor | float) -> Tensor:
+        rest = (head, batch["targets"].flatten(), batch["loss_weights"].flatten())
         if tp.size > 1:
-            total = _share(tensor.linear_cross_entropy(hidden, *rest, tp), tp.size)
+            total = _share(tensor.linear_cross_entropy(hidden, *rest, tp), 1 / tp.size)
         elif execution.loss == "reference":
             total = cross_entropy.reference(hidden.flatten(0, 1), *rest)
         else:
             total = cross_entropy.linear_cross_entropy(hidden.flatten(0, 1), *rest, float32_sum=True)
         divisor = torch.as_tensor(total_weight, dtype=total.dtype, device=total.device)
-        return total / torch.where(divisor > 0, divisor, 1.0), stats
+        return total / torch.where(divisor > 0, divisor, 1.0)
 
-    return both
+    return token_loss
 
 
-def _share(x: Tensor, copies: int) -> Tensor:
-    """One rank's share of a value that `copies` ranks hold alike."""
-    return x if copies == 1 else x / copies
+def _share(x: Tensor, part: float) -> Tensor:
+    """A part of a value: of one that several ranks hold alike, or of a mean over more than is here."""
+    return x if part == 1 else part * x
 
 
 def _sum_load(load: balance.Load, axes: Axes) -> balance.Load:

@@ -6,7 +6,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +17,7 @@ from qwen3f.strict_json import read_object
 
 NAME = "manifest.json"
 THREADS = 4
+Entry = dict[str, Any]  # {"bytes": …, "sha256": …} of a file
 CHUNK = 2**24  # bytes; reading and hashing so many at once leaves the interpreter's lock to the training loop
 
 
@@ -24,29 +25,44 @@ class DamagedCheckpoint(UserError):
     """A checkpoint whose files are not the ones that were written."""
 
 
-def write(directory: Path, metrics: Mapping[str, float]) -> None:
-    """Describe all files below `directory` as they are; reads each once. metrics: finite. OSError if the disk fails."""
-    there = _files(directory)
-    files = {
+def describe(directory: Path, names: Sequence[str]) -> dict[str, Entry]:
+    """Name -> size and sha256 of files below `directory`, as they are; reads each once. OSError if the disk fails."""
+    paths = [directory / name for name in names]
+    return {
         name: {"bytes": path.stat().st_size, "sha256": digest}
-        for (name, path), digest in zip(there.items(), _digests(list(there.values())))
+        for name, path, digest in zip(names, paths, _digests(paths))
     }
-    write_atomically(
-        directory / NAME, (json.dumps({"files": files, "metrics": dict(metrics)}, indent=1) + "\n").encode()
-    )
+
+
+def write(directory: Path, metrics: Mapping[str, float], described: Mapping[str, Entry] | None = None) -> None:
+    """Describe all files below `directory`. metrics: finite. OSError if the disk fails.
+
+    described: those that need not be read again, as `describe` gave them, perhaps on other hosts.
+    """
+    files = dict(described or {})
+    files |= describe(directory, [name for name in _files(directory) if name not in files])
+    content = {"files": dict(sorted(files.items())), "metrics": dict(metrics)}
+    write_atomically(directory / NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def verify(directory: Path, needed: Callable[[str], bool] = lambda name: True) -> int:
     """The number of files whose content is as the manifest says: those whose name is `needed`.
 
-    The sizes of all files are compared before any is read; the content of the others isn't read. Names in the manifest
-    are compared with what lies in the directory and never opened.
-
-    Raises DamagedCheckpoint naming the first file that is missing, unknown, of another size or content, a symbolic link
-    or anything else but a file or directory; or a name in the manifest that leads out of the directory.
+    Raises as check_names, which comes first, and check_content.
     """
-    wanted = _entries(directory)
-    there = _files(directory)
+    check_names(directory)
+    return check_content(directory, needed)
+
+
+def check_names(directory: Path) -> None:
+    """Compares the names and sizes of all files with the manifest's; no file is read.
+
+    Names in the manifest are compared with what lies in the directory and never opened.
+
+    Raises DamagedCheckpoint naming the first file that is missing, unknown, of another size, a symbolic link or
+    anything else but a file or directory; or a name in the manifest that leads out of the directory.
+    """
+    wanted, there = _entries(directory), _files(directory)
     for name in sorted(wanted | there):
         if name not in there:
             raise DamagedCheckpoint(f"{directory} is damaged: {name} is missing")
@@ -55,8 +71,23 @@ def verify(directory: Path, needed: Callable[[str], bool] = lambda name: True) -
         size = there[name].stat().st_size
         if size != wanted[name][0]:
             raise DamagedCheckpoint(f"{directory} is damaged: {name} has {size} bytes instead of {wanted[name][0]}")
-    read = [name for name in there if needed(name)]
-    for name, digest in zip(read, _digests([there[name] for name in read])):
+
+
+def check_content(
+    directory: Path, needed: Callable[[str], bool] = lambda name: True, share: tuple[int, int] = (0, 1)
+) -> int:
+    """Reads files and compares their sha256 with the manifest's, after check_names; returns how many it has read.
+
+    needed: by their name, those to be read. share: (place, count) of those that read them, each some, of like sizes.
+    Raises DamagedCheckpoint naming a file that cannot be read or is of other content.
+    """
+    wanted, (place, count) = _entries(directory), share
+    read = sorted(filter(needed, wanted), key=lambda name: (-wanted[name][0], name))[place::count]
+    try:
+        found = _digests([directory / name for name in read])
+    except OSError as error:
+        raise DamagedCheckpoint(f"{directory} is damaged or incomplete: {error}") from error
+    for name, digest in zip(read, found):
         if digest != wanted[name][1]:
             raise DamagedCheckpoint(f"{directory} is damaged: the checksum of {name} is not the one in its {NAME}")
     return len(read)

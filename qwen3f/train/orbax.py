@@ -1,47 +1,57 @@
-"""Leaves on disk by Orbax, which plain JAX reads too; and tensors handed over to JAX and back without a copy too many.
+"""Leaves on disk by Orbax, which plain JAX reads too.
 
-`directory/<leaf's path joined by dots>/` holds a leaf as a Zarr array in files of exactly its bytes (weights hardly
-compress): so damage has a leaf's name, and one part of a state is read and checked without the others.
-`_METADATA` holds the paths. Nothing is pickled.
+`directory/<leaf's path joined by dots>/` holds a leaf as a Zarr array (zarr.py) of plain files: so damage has a leaf's
+name, and one part of a state is read and checked without the others. `_METADATA` holds the paths. Nothing is pickled.
 
-JAX is imported by the first call of `import_jax_and_orbax` only, and is held to the CPU.
+JAX is imported by rank 0's saves only, and is held to the CPU.
 """
 
+import base64
 import functools
-import itertools
+import json
 import logging
-import math
 import os
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
 
 from qwen3f.errors import UserError
 from qwen3f.strict_json import read_object
-from qwen3f.train.leaves import LeafSpec, Name, flatten, nest
+from qwen3f.train import zarr
+from qwen3f.train.leaves import LeafSpec, Name, Part, nest
 from qwen3f.train.manifest import DamagedCheckpoint
 
-NAMES, ARRAY = "_METADATA", ".zarray"
-SHARDINGS = "array_metadatas"  # a directory of Orbax's beside the leaves'
+NAMES = "_METADATA"
+SHARDINGS = "_sharding"
+ARRAYS = "array_metadatas"  # a directory of Orbax's beside the leaves', where it has written them
 
 
-def load() -> None:
-    """Import JAX and Orbax and start JAX's CPU client, which takes seconds, of the interpreter's lock too."""
-    import_jax_and_orbax()[0].devices("cpu")
+def load(main: bool) -> None:
+    """Import what `write` uses, which for rank 0, with JAX's start, takes seconds, of the interpreter's lock too."""
+    zarr.load()
+    if main:
+        import_jax_and_orbax()[0].devices("cpu")
 
 
-def write(directory: Path, leaves: dict[Name, Tensor]) -> None:
-    """Write CPU tensors to a directory that isn't there yet, through to the disk. OSError or ValueError if it fails."""
-    _, ocp = import_jax_and_orbax()
-    arrays = nest({name: to_jax(leaf) for name, leaf in leaves.items()})
-    _handler(ocp).save(epath(directory), args=ocp.args.PyTreeSave(arrays))
+def write(directory: Path, parts: dict[Name, Part], main: bool) -> list[str]:
+    """Write this rank's part of every leaf, through to the disk; returns its files' names below `directory`.
+
+    directory: there already, and empty but for what other ranks write. main: whether this is rank 0, which also writes
+    what the ranks' files have in common. OSError or ValueError if it fails.
+    """
+    if main:
+        jax, ocp = import_jax_and_orbax()
+        _handler().save(epath(directory), args=ocp.args.PyTreeSave(nest(parts)))
+        # What Orbax notes of a jax.Array's place, and reads where a program does not name another.
+        where = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": str(jax.devices("cpu")[0])})
+        shardings = {base64.b64encode(".".join(name).encode()).decode(): where for name in parts}
+        (directory / SHARDINGS).write_text(json.dumps(shardings))
+    else:
+        zarr.write({directory / ".".join(name): part for name, part in parts.items()}, create=False)
+    return [f"{'.'.join(name)}/{file}" for name, part in parts.items() for file in zarr.files_of(part)]
 
 
 def read_tree(directory: Path) -> dict[Name, LeafSpec]:
@@ -51,34 +61,27 @@ def read_tree(directory: Path) -> dict[Name, LeafSpec]:
     """
     try:
         metadata = read_object(directory / NAMES)
-        if metadata["use_ocdbt"] or metadata["use_zarr3"]:
+        if metadata.get("use_ocdbt") or metadata["use_zarr3"]:
             raise ValueError("it is not in the format of this program")
         entries = [entry["key_metadata"] for entry in metadata["tree_metadata"].values()]
         names = [tuple(str(key["key"]) for key in keys) for keys in entries]
-        return {name: _read_spec(directory, name) for name in names}
+        return {name: zarr.read_spec(directory / _checked(".".join(name))) for name in names}
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedCheckpoint(
             f"{directory} is damaged: its leaves' names or shapes cannot be read ({error})"
         ) from error
 
 
-def read(directory: Path, wanted: dict[Name, LeafSpec]) -> dict[Name, Tensor]:
-    """The values of the leaves `wanted`, some or all of `read_tree`'s, on the CPU; not to be written into.
+def read(directory: Path, wanted: dict[Name, Part]) -> dict[Name, Tensor]:
+    """This rank's tensors of some or all of `read_tree`'s leaves, on the CPU; of their files it reads what it needs.
 
-    Raises DamagedCheckpoint, before any memory is taken, when a leaf's files don't hold exactly its bytes.
+    Raises DamagedCheckpoint, before any memory is taken, when files that it needs don't hold exactly their bytes.
     """
-    for name, spec in wanted.items():
-        _check_files(directory, name, spec)
-    jax, ocp = import_jax_and_orbax()
-    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    target = nest({
-        name: jax.ShapeDtypeStruct(spec.shape, jax.numpy.dtype(spec.dtype), sharding=cpu)
-        for name, spec in wanted.items()
-    })  # fmt: skip
-    how = ocp.checkpoint_utils.construct_restore_args(target)
-    args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
-    arrays = dict(flatten(_handler(ocp).restore(epath(directory), args=args)))
-    return {name: torch.from_dlpack(arrays.pop(name)) for name in wanted}
+    places = {name: directory / ".".join(name) for name in wanted}
+    for name, part in wanted.items():
+        zarr.check(places[name], part)
+    tensors = zarr.read({places[name]: part for name, part in wanted.items()})
+    return {name: tensors.pop(places[name]) for name in wanted}
 
 
 def needed_for(field: str) -> Callable[[str], bool]:
@@ -87,48 +90,33 @@ def needed_for(field: str) -> Callable[[str], bool]:
     def needed(file: str) -> bool:
         leaf, _, rest = file.partition("/")
         # The shapes of all leaves are read; what does not lie in a leaf's directory is of all of them.
-        return not rest or leaf in (field, SHARDINGS) or leaf.startswith(f"{field}.") or rest == ARRAY
+        return not rest or leaf in (field, ARRAYS) or leaf.startswith(f"{field}.") or rest == zarr.ARRAY
 
     return needed
 
 
-def _handler(ocp: ModuleType) -> Any:
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
-
-
-def _read_spec(directory: Path, name: Name) -> LeafSpec:
-    joined = ".".join(name)
+def _checked(joined: str) -> str:
     if "/" in joined or joined in ("", ".", ".."):
         raise ValueError(f"the name {joined!r} leads out of the checkpoint")
-    array = read_object(directory / joined / ARRAY)
-    shape = tuple(int(size) for size in array["shape"])
-    if min(shape, default=1) < 1:
-        raise ValueError(f"the shape of {joined} is {list(shape)}")
-    spec = LeafSpec(shape, _dtype_name(str(array["dtype"])))
-    if not isinstance(getattr(torch, spec.dtype, None), torch.dtype):
-        raise ValueError(f"the dtype of {joined} is {array['dtype']}, which torch has not")
-    return spec
+    return joined
 
 
-def _dtype_name(zarr: str) -> str:
-    # Zarr writes numpy's codes, such as <f4, and the names of types that numpy doesn't have, such as bfloat16.
-    return np.dtype(zarr).name if zarr[:1] in "<>|" else zarr
+@functools.cache
+def _handler() -> Any:
+    """Orbax's handler of pytrees, whose leaves are Parts."""
+    jax, ocp = import_jax_and_orbax()
 
+    class Parts(ocp.type_handlers.ArrayHandler):  # known to readers as what it extends: a jax.Array's
+        async def serialize(self, values: Sequence[Part], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+            zarr.write({Path(info.parent_dir, info.name): part for info, part in zip(infos, values)}, create=True)
+            return []  # nothing is left to wait for
 
-def _check_files(directory: Path, name: Name, spec: LeafSpec) -> None:
-    joined = ".".join(name)
-    place = directory / joined
-    array = read_object(place / ARRAY)
-    chunk = tuple(int(size) for size in array["chunks"])
-    fits = len(chunk) == len(spec.shape) and all(1 <= part <= size for part, size in zip(chunk, spec.shape))
-    if not fits or array.get("compressor") is not None or array.get("filters") is not None:
-        raise DamagedCheckpoint(f"{directory} is damaged: {joined} is not stored as whole, plain chunks")
-    counts = [math.ceil(size / part) for size, part in zip(spec.shape, chunk)]
-    count, size = math.prod(counts), LeafSpec(chunk, spec.dtype).bytes
-    there = {path.name: path.stat().st_size for path in place.iterdir() if path.name != ARRAY}
-    indices = itertools.islice(itertools.product(*map(range, counts)), len(there) + 1)  # no more, whatever it claims
-    if there != dict.fromkeys((".".join(map(str, index)) or "0" for index in indices), size):
-        raise DamagedCheckpoint(f"{directory} is damaged: {joined}, {spec}, is not in {count} files of {size} bytes")
+        def memory_size(self, values: Sequence[Part]) -> Sequence[tuple[int, int]]:  # Orbax up to 0.11 logs it
+            return [(part.spec.bytes, part.spec.bytes) for part in values]
+
+    handler = Parts()
+    registry = ocp.type_handlers.create_type_handler_registry((Part, handler), (jax.Array, handler))
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
 
 
 @functools.cache
@@ -145,27 +133,15 @@ def import_jax_and_orbax() -> tuple[ModuleType, ModuleType]:
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_quiet_orbax)
-    logging.getLogger("asyncio").addFilter(_no_orbax_task)
-    warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning)  # likewise
     return jax, ocp
 
 
 def _quiet_orbax(record: logging.LogRecord) -> bool:
-    """A filter on absl's logger, which Orbax shares with the user: acts on Orbax's own records alone.
+    """A filter on absl's logger, which Orbax shares with the user: of Orbax's own records drops those below a warning.
 
-    Drops what is below a warning, and the tracebacks of errors: Orbax logs a failed write's several times over, and
-    raises the same error, which `Checkpointer` reports.
+    An error of a write is raised too, and `Checkpointer` reports it.
     """
-    if f"{os.sep}orbax{os.sep}" in record.pathname:
-        record.exc_info = None
-        return record.levelno >= logging.WARNING
-    return True
-
-
-def _no_orbax_task(record: logging.LogRecord) -> bool:
-    """A filter on asyncio's logger: of a failed write's tasks Orbax awaits one, and asyncio complains of the rest."""
-    message = record.getMessage()
-    return f"{os.sep}orbax{os.sep}" not in message and "OCDBT" not in message  # OCDBT: its storage format
+    return f"{os.sep}orbax{os.sep}" not in record.pathname or record.levelno >= logging.WARNING
 
 
 def epath(path: Path) -> Any:
@@ -173,22 +149,3 @@ def epath(path: Path) -> Any:
     from etils import epath as etils_epath
 
     return etils_epath.Path(path)
-
-
-class _HostMemory:
-    """A CPU tensor for dlpack. A pinned one calls its device CUDA's, which a JAX held to the CPU doesn't know."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)  # kDLCPU
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return to_dlpack(self.tensor)
-
-
-def to_jax(tensor: Tensor) -> Any:
-    """A CPU tensor, pinned or not, as a jax.Array over the same memory."""
-    jax, _ = import_jax_and_orbax()
-    return jax.dlpack.from_dlpack(_HostMemory(tensor))

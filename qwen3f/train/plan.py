@@ -11,10 +11,15 @@ from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.data.corpus import DataConfig
 from qwen3f.errors import UserError
+from qwen3f.stages import pretrain
 from qwen3f.train import optimizer
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.spikes import SpikePolicy
-from sharding.mesh import parse_mesh
+from sharding import pipeline, rules
+from sharding.axes import Axes, sizes_only
+from sharding.layout import Layout, find_gather_dtype
+from sharding.mesh import hybrid, parse_mesh
+from sharding.stages import Pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -33,11 +38,30 @@ class Plan:
     data: DataConfig
     device: torch.device
     compute_dtype: torch.dtype
+    layout: Layout  # whose axes have sizes alone, until there are ranks: `on`
+
+    def on(self, axes: Axes) -> "Plan":
+        """The plan as a rank has it that stands at a place of the mesh. UserError when that is another mesh."""
+        if axes.shape != self.layout.axes.shape:
+            raise UserError(
+                f"config.mesh={self.config.mesh} asks for {self.layout.axes.shape.size} devices and there are "
+                f"{axes.shape.size} ranks; start the run by launch.py"
+            )
+        return dataclasses.replace(self, layout=dataclasses.replace(self.layout, axes=axes))
 
 
-def make_plan(config: ConfigDict) -> Plan:
-    """Raises UserError, naming key and value, for anything that cannot run."""
-    for key in ("steps", "batch_size", "microbatches", "seq_len", "log_every", "eval.batch_size", "spike.window"):
+def make_plan(config: ConfigDict, devices: int | None = None) -> Plan:
+    """Raises UserError, naming key and value, for anything that cannot run. devices: for a mesh that fills them."""
+    for key in (
+        "steps",
+        "batch_size",
+        "microbatches",
+        "seq_len",
+        "log_every",
+        "eval.batch_size",
+        "spike.window",
+        "collective_timeout",
+    ):
         _at_least(config, key, 1)
     for key in (
         "eval.every",
@@ -52,6 +76,7 @@ def make_plan(config: ConfigDict) -> Plan:
         "sample.tokens",
         "context_warmup.length",
         "nonfinite_skips",
+        "restarts",
         "watchdog",
     ):
         _at_least(config, key, 0)
@@ -75,27 +100,58 @@ def make_plan(config: ConfigDict) -> Plan:
             f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs config.checkpoint.best_metric="
             f"{config.checkpoint.best_metric}, which config.eval.every=0 measures only at the end; write how many steps"
         )
-    mesh = parse_mesh(config.mesh)
-    if mesh.size > 1:
-        raise UserError(
-            f"config.mesh={config.mesh} asks for {mesh.size} devices; this version trains on one "
-            "(--config.plan=True says what the mesh would do)"
-        )
     device = find_device(config.device)
-    _check_recomputation(cfg, _compile_mode(config.compile, device))
+    compute_dtype = find_dtype(config.dtype, device)
+    layout = _layout(config, devices, compute_dtype)
+    execution = model.Execution(_compile_mode(config.compile, device, cfg, layout), config.attention)
+    hyper = optimizer.make(**config.optimizer.to_dict())
+    _check_recomputation(cfg, execution.compile)
+    _check_mesh(config, cfg, hyper, execution, layout)
     data = DataConfig(vocab_size=cfg.vocab_size, **config.data.to_dict())
     return Plan(
         config=config,
         model=cfg,
-        optimizer=optimizer.make(**config.optimizer.to_dict()),
+        optimizer=hyper,
         schedule=_schedule(config),
         context_warmup_steps=_steps(config, "context_warmup.steps") if config.context_warmup.length else 0,
         spikes=SpikePolicy(**config.spike.to_dict()),
-        execution=model.Execution(_compile_mode(config.compile, device), config.attention),
+        execution=execution,
         data=data,
         device=device,
-        compute_dtype=find_dtype(config.dtype, device),
+        compute_dtype=compute_dtype,
+        layout=layout,
     )
+
+
+def _layout(config: ConfigDict, devices: int | None, compute_dtype: torch.dtype) -> Layout:
+    shape = hybrid(parse_mesh(config.mesh, devices), config.fsdp.shard_size, config.fsdp.enabled)
+    return Layout(
+        axes=sizes_only(shape),
+        fsdp=config.fsdp.enabled,
+        reshard=config.fsdp.reshard,
+        pipeline=Pipeline(config.pipeline.schedule, config.pipeline.stages),
+        gather_dtype=find_gather_dtype(config.fsdp.reduce, compute_dtype),
+    )
+
+
+def _check_mesh(
+    config: ConfigDict, cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execution, layout: Layout
+) -> None:
+    """What no rank could run, as long as there is none."""
+    shape = layout.axes.shape
+    layout.place(cfg)
+    rules.check_batch(shape, config.batch_size, config.seq_len, config.microbatches)
+    if shape.pp > 1:
+        pipeline.check(cfg, layout.pipeline, execution, shape.pp, config.microbatches)
+    pretrain.check_mesh(cfg, hyper, execution, layout)
+    _, sharing = layout.axes.rows
+    if config.eval.batch_size % sharing:
+        raise UserError(
+            f"config.eval.batch_size={config.eval.batch_size} cannot be shared by the {sharing} ranks that cut the "
+            f"rows of config.mesh={config.mesh}; make it a multiple"
+        )
+    if shape.size > 1 and config.checkpoint.backend == "dcp":
+        raise UserError("config.checkpoint.backend=dcp saves one device's state; write orbax for a mesh")
 
 
 def _at_least(config: ConfigDict, key: str, low: int) -> None:
@@ -131,8 +187,12 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _compile_mode(mode: str, device: torch.device) -> str:
-    return ("block" if device.type == "cuda" else "off") if mode == "auto" else mode
+def _compile_mode(mode: str, device: torch.device, cfg: ModelConfig, layout: Layout) -> str:
+    if mode != "auto":
+        return mode
+    axes = layout.axes
+    eager = (axes.pp.size > 1 and layout.pipeline.splits) or (axes.ep.size > 1 and bool(cfg.sparse_layers))
+    return "block" if device.type == "cuda" and not eager else "off"
 
 
 def _check_recomputation(cfg: ModelConfig, compile_mode: str) -> None:

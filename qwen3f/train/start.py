@@ -17,16 +17,26 @@ from qwen3f.train.manifest import DamagedCheckpoint
 from qwen3f.train.plan import Plan
 from qwen3f.train.retention import Retention
 from qwen3f.train.state import TrainState, from_params, init_state
+from sharding.disk import shards
+from sharding.state import local_shards
+from sharding.world import ALONE, World
 
 
-def open_checkpoints(plan: Plan, workdir: Path) -> Checkpointer:
+def open_checkpoints(plan: Plan, workdir: Path, world: World = ALONE) -> Checkpointer:
     """The run's checkpoints, by config.checkpoint. Raises UserError for values that they can't have."""
     options = plan.config.checkpoint
     keep = Retention(
         options.keep, options.keep_every, options.keep_best, metric=options.best_metric, mode=options.best_mode
     )
     return Checkpointer(
-        workdir / W.CHECKPOINTS, options.every, keep, options.asynchronous, options.backend, options.timeout
+        workdir / W.CHECKPOINTS,
+        options.every,
+        keep,
+        options.asynchronous,
+        options.backend,
+        options.timeout,
+        world=world,
+        shard_of=shards(plan.model, plan.layout) if world.size > 1 else None,
     )
 
 
@@ -61,41 +71,45 @@ def open_corpus(plan: Plan, workdir: Path, progress: bool) -> Corpus:
     return corpus
 
 
-def starting_state(plan: Plan, checkpoints: Checkpointer) -> Start:
+def starting_state(plan: Plan, checkpoints: Checkpointer, world: World = ALONE) -> Start:
     """The state to go on from: config.resume's or the last checkpoint, else init_from's weights, else fresh.
 
     A damaged last checkpoint is named, and the one before it used. Checkpoints later than the one used are moved aside,
     never deleted. Raises DamagedCheckpoint if config.resume's, or every one, is damaged.
     """
-    if plan.config.resume is not None or checkpoints.latest() is not None:
-        like = init_state(plan.model, 0, plan.optimizer, device=plan.device)
-        return _restored(checkpoints, like, plan.config.resume, plan.config.checkpoint.cast)
-    return Start(_first_state(plan), {})
+    steps = world.first(checkpoints.steps())  # on a network's file system others may see the last one late
+    if plan.config.resume is not None or steps:
+        like = init_state(plan.model, 0, plan.optimizer, device=plan.device, layout=plan.layout, mesh=world.mesh)
+        candidates = steps[::-1] if plan.config.resume is None else [plan.config.resume]
+        return _restored(checkpoints, like, candidates, plan.config.checkpoint.cast)
+    return Start(_first_state(plan, world), {})
 
 
-def roll_back(plan: Plan, checkpoints: Checkpointer, state: TrainState) -> Start:
+def roll_back(plan: Plan, checkpoints: Checkpointer, state: TrainState, world: World = ALONE) -> Start:
     """The last whole checkpoint, or, if there is none yet, what the run began with; in the storage of `state`.
 
     As in `starting_state`, checkpoints that are damaged are named and moved aside.
     """
     checkpoints.wait()
-    if checkpoints.latest() is None:
-        before, meta = Start(_first_state(plan), {})
+    live = local_shards(state)
+    if steps := world.first(checkpoints.steps()):
+        like = tree.map(lambda leaf: leaf.to("meta"), live)  # a second state might not fit on the device
+        before, meta = _restored(checkpoints, like, steps[::-1], plan.config.checkpoint.cast)
     else:
-        like = tree.map(lambda leaf: leaf.to("meta"), state)  # a second state might not fit on the device
-        before, meta = _restored(checkpoints, like, None, plan.config.checkpoint.cast)
-    return Start(tree.map(lambda live, saved: live.copy_(saved), state, before), meta)
+        before, meta = Start(local_shards(_first_state(plan, world)), {})
+    tree.map(lambda leaf, saved: leaf.copy_(saved), live, before)
+    return Start(state, meta)
 
 
-def _first_state(plan: Plan) -> TrainState:
-    if plan.config.init_from:
-        return from_params(plan.model, _weights(plan), plan.config.seed, plan.optimizer)
-    return init_state(plan.model, plan.config.seed, plan.optimizer, device=plan.device)
+def _first_state(plan: Plan, world: World) -> TrainState:
+    place = {"layout": plan.layout, "mesh": world.mesh}
+    if not plan.config.init_from:
+        return init_state(plan.model, plan.config.seed, plan.optimizer, device=plan.device, **place)
+    return from_params(plan.model, _weights(plan, world), plan.config.seed, plan.optimizer, **place)
 
 
-def _restored(checkpoints: Checkpointer, like: TrainState, resume: int | None, cast: bool) -> Start:
-    """The checkpoint of step `resume`, or the last that is whole; later ones are moved aside."""
-    candidates = [resume] if resume is not None else checkpoints.steps()[::-1]
+def _restored(checkpoints: Checkpointer, like: TrainState, candidates: list[int], cast: bool) -> Start:
+    """The first of the candidates' checkpoints that is whole; later ones are moved aside."""
     for number, step in enumerate(candidates, 1):
         try:
             start = Start(*checkpoints.restore(like, step, cast))
@@ -109,11 +123,11 @@ def _restored(checkpoints: Checkpointer, like: TrainState, resume: int | None, c
     raise AssertionError("unreachable: there is a candidate, which is returned or raises")
 
 
-def _weights(plan: Plan) -> Params:
-    """init_from's, as float32 master weights. Says which rotary settings the run changes."""
+def _weights(plan: Plan, world: World) -> Params:
+    """init_from's, as float32 master weights, this rank's shards. Says which rotary settings the run changes."""
     place = plan.config.init_from
     backend = plan.config.checkpoint.backend
-    params = source.read_params(place, plan.model, plan.device, torch.float32, backend)
+    params = source.read_params(place, plan.model, plan.device, torch.float32, backend, plan.layout, world)
     for change in source.rotary_changes(place, plan.model):
         print(f"config.init_from={place}: {change}", flush=True)
     return params

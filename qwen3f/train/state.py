@@ -43,17 +43,30 @@ def init_state(
     On a mesh, of the same values whatever its shape, and every leaf a DTensor. mesh: the one that layout is of.
     """
     if mesh is None:
-        return from_params(cfg, P.init_params(cfg, seed, device=device, dtype=dtype), seed, hyper)
-    shards = init_shards(cfg, seed, layout, device=device, dtype=dtype)
-    return as_dtensors(from_params(cfg, shards, seed, hyper), cfg, layout, mesh)
+        params = P.init_params(cfg, seed, device=device, dtype=dtype)
+    else:
+        params = init_shards(cfg, seed, layout, device=device, dtype=dtype)
+    return from_params(cfg, params, seed, hyper, layout=layout, mesh=mesh)
 
 
-def from_params(cfg: ModelConfig, params: P.Params, seed: int, hyper: optimizer.AdamW = optimizer.ADAMW) -> TrainState:
-    """A run that starts from given parameters. hyper: the optimizer's, which decides what moments there are."""
+def from_params(
+    cfg: ModelConfig,
+    params: P.Params,
+    seed: int,
+    hyper: optimizer.AdamW = optimizer.ADAMW,
+    *,
+    layout: Layout = ONE_DEVICE,
+    mesh: DeviceMesh | None = None,
+) -> TrainState:
+    """A run that starts from given parameters: on a mesh, this rank's shards (sharding.state.cut_params).
+
+    hyper: the optimizer's, which decides what moments there are.
+    """
     device = next(iter(params.values())).device
 
     def scalar(value: int) -> Tensor:
         return torch.tensor(value, dtype=torch.int64, device=device)
 
     moments = optimizer.init(hyper, P.decays(cfg), params)
-    return TrainState(scalar(0), params, moments, scalar(seed), scalar(0), scalar(0))
+    state = TrainState(scalar(0), params, moments, scalar(seed), scalar(0), scalar(0))
+    return state if mesh is None else as_dtensors(state, cfg, layout, mesh)

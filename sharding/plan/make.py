@@ -136,7 +136,7 @@ def _time(
     timeline: S.Timeline,
 ) -> Time:
     hardware, mesh = setup.hardware, setup.mesh
-    update = work.update(setup, sum(leaf.elements for leaf in table)).seconds(hardware)
+    update = work.update(setup, table).seconds(hardware)
     update += sum(seconds(line, mesh, hardware) for line in lines if line.when == "step")
     step = timeline.seconds + update
     by_rank = [[stages[stage] for stage in setup.cut.stages_of(rank)] for rank in range(mesh.pp)]

@@ -21,7 +21,8 @@ from sharding.plan.setup import MASTER, Setup
 class Leaf:
     """One parameter on a mesh. local_shape: every rank's, a stage's padding included. cuts: (axis, dim) pairs.
 
-    gathered: elements of one layer of it (of all of it, when it is not stacked) once FSDP has gathered it.
+    gathered: elements of one layer of it (of all of it, when it is not stacked) once FSDP has gathered it. itemsize:
+    bytes of an element as the step differentiates by it: of the compute dtype, or of a master weight that FSDP gathers.
     """
 
     path: str
@@ -32,6 +33,7 @@ class Leaf:
     replicated: tuple[str, ...]
     stacked: bool
     gathered: int
+    itemsize: int
 
     @property
     def elements(self) -> int:
@@ -49,7 +51,7 @@ def leaves(setup: Setup) -> tuple[Leaf, ...]:
     for path, spec in P.abstract_params(setup.model).items():
         where = placed[path]
         cuts = tuple((axis, where.cuts[axis]) for axis in AXES if axis in where.cuts)
-        local = rules.local_shape(spec, where, setup.mesh)
+        local = rules.local_shape(spec, where, setup.mesh, setup.cut)
         stacked = spec.layers is not None
         whole = math.prod(local[1:] if stacked else local) * math.prod(getattr(setup.mesh, axis) for axis in where.fsdp)
         out.append(
@@ -62,6 +64,7 @@ def leaves(setup: Setup) -> tuple[Leaf, ...]:
                 replicated=rules.replicated_axes(where, setup.mesh),
                 stacked=stacked,
                 gathered=whole,
+                itemsize=MASTER if where.fsdp and setup.reduce == "float32" else setup.itemsize,
             )
         )
     return tuple(out)
@@ -135,22 +138,24 @@ def memory(setup: Setup, table: tuple[Leaf, ...], rank: int, in_flight: int) -> 
     own, cfg, size = setup.cut.stages_of(rank), setup.model, setup.itemsize
     first, last, piped = 0 in own, setup.cut.count - 1 in own, setup.mesh.pp > 1
     parameters, moments = state_bytes(setup, table)
-    elements = sum(leaf.elements for leaf in table)
-    copy = elements * size if size != MASTER else 0
+    copy = sum(leaf.elements * leaf.itemsize for leaf in table if leaf.itemsize != MASTER)
     # Gradients of the layers are stacked when all are there; a pipeline, or a further micro-batch, adds them to float32
     # sums. A pipeline does so layer by layer; without one, those of the micro-batch before live until the next ones.
-    gradients = 0 if piped else elements * size
-    sums = elements * MASTER if piped or setup.microbatches > 1 else 0
+    gradients = 0 if piped else sum(leaf.elements * leaf.itemsize for leaf in table)
+    sums = sum(leaf.elements for leaf in table) * MASTER if piped or setup.microbatches > 1 else 0
     before = gradients if setup.microbatches > 1 else 0
-    largest = 0 if piped else max(leaf.elements for leaf in table) * size  # a stack beside its layers
+    largest = 0 if piped else max(leaf.elements * leaf.itemsize for leaf in table)  # a stack beside its layers
     ends = (stage > 0 for stage in own), (stage < setup.cut.count - 1 for stage in own)
     buffers = sum(map(sum, ends)) * setup.microbatches * setup.tokens_tp * cfg.hidden_size * size
     gathered = _gathered(setup, table, in_flight)
     activations = _activations(setup, in_flight)
     loss = _loss_bytes(setup) if last else 0
     layer = _layer_at_work(setup, table)
-    # the embedding's gradient comes last, twice where it is tied
+    # the embedding's gradient comes last, twice where it is tied; then, if so summed, widened with what was gathered
+    # beside it
     ending = (2 if cfg.tie_word_embeddings else 1) * setup.vocabulary * cfg.hidden_size * size if first else 0
+    wide = [leaf for leaf in table if leaf.itemsize > size and not leaf.stacked]
+    ending += sum(leaf.gathered * leaf.itemsize for leaf in wide) if first else 0
     summing = _summing(table)
 
     state, kept = parameters + moments + copy + sums + buffers, sum(activations.values())
@@ -198,7 +203,7 @@ def _activations(setup: Setup, in_flight: int) -> dict[str, int]:
 
 def _layer_at_work(setup: Setup, table: tuple[Leaf, ...]) -> int:
     """A layer's own temporaries in the backward pass: about half of what it keeps without recomputation, beside what
-    was recomputed; and its gradients before FSDP has cut them, flat and by leaf.
+    was recomputed; and its gradients before FSDP has cut them, flat and by leaf, or flat in two dtypes.
     """
     kinds = {setup.model.is_sparse(layer) for layer in setup.cut.layers_of(0)}
     whole, kept = (
@@ -206,8 +211,8 @@ def _layer_at_work(setup: Setup, table: tuple[Leaf, ...]) -> int:
         for policy in ("none", setup.model.gradient_checkpointing)
     )
     piped = setup.mesh.pp > 1  # there all of a layer's gradients come and go; else `gradients` counts those not cut
-    cut = sum(leaf.gathered for leaf in table if leaf.stacked and (leaf.fsdp or piped))
-    return whole - kept + whole // 2 + 2 * cut * setup.itemsize
+    cut = [leaf for leaf in table if leaf.stacked and (leaf.fsdp or piped)]
+    return whole - kept + whole // 2 + sum(leaf.gathered * (setup.itemsize + leaf.itemsize) for leaf in cut)
 
 
 def _summing(table: tuple[Leaf, ...]) -> int:

@@ -5,7 +5,7 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sharding.mesh import AXES
+from sharding.mesh import AXES, DATA
 from sharding.plan.make import MeshPlan
 from sharding.plan.schedule import Slot
 
@@ -64,7 +64,7 @@ def mesh_png(plan: MeshPlan) -> bytes:
     """
     s, mesh = plan.setup, plan.setup.mesh
     drawn = min(mesh.size, _MOST_DEVICES)
-    groups = mesh.dp * mesh.ep * mesh.cp  # in a stage
+    groups = math.prod(getattr(mesh, axis) for axis in DATA)  # in a stage
     cell = max(5, min(44, 20_000 // drawn))
     gap = max(2, cell // 5)
     group = mesh.tp * cell + gap
@@ -99,7 +99,7 @@ def _stage_text(plan: MeshPlan, rank: int) -> str:
     s = plan.setup
     runs = (s.cut.layers_of(stage) for stage in s.cut.stages_of(rank))
     spans = [f"{layers[0]} to {layers[-1]}" for layers in runs]
-    axes = " x ".join(f"{axis} {getattr(s.mesh, axis)}" for axis in ("dp", "ep", "cp") if getattr(s.mesh, axis) > 1)
+    axes = " x ".join(f"{axis} {getattr(s.mesh, axis)}" for axis in DATA if getattr(s.mesh, axis) > 1)
     groups = f"; groups of tp {s.mesh.tp} along {axes or 'one place'}" if s.mesh.size > s.mesh.pp else ""
     return f"layers {', '.join(spans)}; peak {plan.memory[rank].peak / 2**30:.1f} GiB{groups}"
 

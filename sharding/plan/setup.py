@@ -11,7 +11,8 @@ from qwen3f.model import EAGER, Execution
 from qwen3f.train import optimizer
 from qwen3f.train.plan import find_dtype
 from sharding import rules
-from sharding.mesh import MeshShape, parse_mesh
+from sharding.layout import find_gather_dtype
+from sharding.mesh import MeshShape, hybrid, parse_mesh
 from sharding.pipeline import check
 from sharding.plan.hardware import Hardware, parse_hardware
 from sharding.stages import Pipeline, Stages, make_stages
@@ -23,8 +24,9 @@ MASTER = 4  # bytes of a float32: master weights, moments, summed gradients
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """batch_size: rows of a step over all ranks. compute: the dtype of forward and backward. fsdp: whether weights are
-    cut over the data axes; reshard: whether selective recomputation gathers them again (sharding.layout). pipeline and
-    execution matter where pp > 1. Raises UserError for what does not divide or cannot run together.
+    cut over dp, ep and cp; reduce: what their gradients are summed in, "compute" or "float32"; reshard: whether
+    selective recomputation gathers them again (sharding.layout). pipeline and execution matter where pp > 1. Raises
+    UserError for what does not divide or cannot run together.
     """
 
     model: ModelConfig
@@ -36,6 +38,7 @@ class Setup:
     compute: torch.dtype = torch.bfloat16
     hyper: optimizer.AdamW = optimizer.ADAMW
     fsdp: bool = True
+    reduce: str = "compute"
     reshard: bool = True
     pipeline: Pipeline = ONE_F_ONE_B
     execution: Execution = EAGER
@@ -43,6 +46,7 @@ class Setup:
     def __post_init__(self) -> None:
         if self.mesh.size > 1 and isinstance(self.hyper, optimizer.Muon):
             raise UserError("optimizer.kind=muon needs whole matrices, which a mesh cuts; write optimizer.kind=adamw")
+        find_gather_dtype(self.reduce, self.compute)
         if self.mesh.pp > 1:
             check(self.model, self.pipeline, self.execution, self.mesh.pp, self.microbatches)
         rules.check_batch(self.mesh, self.batch_size, self.seq_len, self.microbatches)
@@ -72,7 +76,7 @@ class Setup:
     @property
     def rows(self) -> int:
         """Rows of a rank's micro-batch."""
-        return self.batch_size // (self.mesh.dp * self.mesh.ep * self.microbatches)
+        return self.batch_size // (self.mesh.dr * self.mesh.dp * self.mesh.ep * self.microbatches)
 
     @property
     def tokens(self) -> int:
@@ -117,7 +121,7 @@ def from_config(config: ConfigDict) -> Setup:
             raise UserError(f"config.{key} must be at least 1, got {config[key]}")
     return Setup(
         model=ModelConfig.from_dict(config.model.to_dict()),
-        mesh=parse_mesh(config.mesh),
+        mesh=hybrid(parse_mesh(config.mesh), config.fsdp.shard_size, config.fsdp.enabled),
         batch_size=config.batch_size,
         seq_len=config.seq_len,
         hardware=parse_hardware(config.hardware),
@@ -125,6 +129,7 @@ def from_config(config: ConfigDict) -> Setup:
         compute=find_dtype(config.dtype, torch.device("cuda")),
         hyper=optimizer.make(**config.optimizer.to_dict()),
         fsdp=config.fsdp.enabled,
+        reduce=config.fsdp.reduce,
         reshard=config.fsdp.reshard,
         pipeline=Pipeline(config.pipeline.schedule, config.pipeline.stages),
         execution=Execution("block" if config.compile == "auto" else config.compile, config.attention),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from sharding.mesh import AXES
+from sharding.mesh import AXES, FSDP
 from sharding.plan.make import MeshPlan
 from sharding.plan.memory import Memory
 from sharding.plan.traffic import seconds
@@ -65,7 +65,7 @@ def _parameters(plan: MeshPlan) -> list[str]:
         fsdp = f" (fsdp over {' '.join(leaf.fsdp)})" if leaf.fsdp else ""
         rows.append((leaf.path, _shape(leaf.shape), leaf.placement + fsdp, _shape(leaf.local_shape)))
     lines = table(rows, range(4))
-    whole = [leaf.path for leaf in plan.leaves if not leaf.fsdp and plan.setup.fsdp and leaf.replicated]
+    whole = [leaf.path for leaf in plan.leaves if not leaf.fsdp and plan.setup.fsdp and {*leaf.replicated} & {*FSDP}]
     if whole:
         lines.append(f"not cut by fsdp: {', '.join(whole)}")
     return lines

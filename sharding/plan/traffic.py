@@ -14,8 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from qwen3f import params as P
-from sharding.axes import DATA
-from sharding.mesh import AXES, MeshShape
+from sharding.mesh import AXES, DATA, ROWS, MeshShape
 from sharding.plan.hardware import Hardware
 from sharding.plan.memory import Leaf
 from sharding.plan.setup import MASTER, Setup
@@ -127,15 +126,15 @@ def _fsdp(setup: Setup, table: Sequence[Leaf]) -> list[Collective]:
         leaves = [leaf for leaf in table if leaf.path in paths]
         for axes in sorted({leaf.fsdp for leaf in leaves if leaf.fsdp}):
             bundle = [leaf for leaf in leaves if leaf.fsdp == axes]
-            size = times * sum(leaf.gathered for leaf in bundle) * setup.itemsize
-            rest = (times, size, True)
+            rest = (times, times * sum(leaf.gathered for leaf in bundle) * setup.itemsize, True)
             put_off = where == "layer" and any(".experts." not in leaf.path for leaf in bundle)
             parts = 2 if put_off and setup.mesh.pp > 1 and setup.pipeline.splits else 1
             on = (axes, _size(setup.mesh, axes))
             out.append(Collective(f"weights of {what}", "gather", *on, f"{where} forward", *rest))
             if again and where == "layer":
                 out.append(Collective(f"weights of {what}, again", "gather", *on, f"{where} backward", *rest))
-            of_gradients = (parts * times, parts * size, True)
+            size = parts * times * sum(leaf.gathered * leaf.itemsize for leaf in bundle)
+            of_gradients = (parts * times, size, True)
             out.append(Collective(f"gradients of {what}", "reduce_scatter", *on, f"{where} backward", *of_gradients))
     return out
 
@@ -242,7 +241,7 @@ def _once(setup: Setup, table: Sequence[Leaf]) -> list[Collective]:
     data = _one_by_one(tuple(axis for axis in everyone if axis in DATA))
     sizes["losses"] = [(over, 3 * wide) for over in _one_by_one(everyone)]
     sparse = sparse_per_rank(setup)
-    rows = _one_by_one(tuple(axis for axis in everyone if axis in ("dp", "ep")))
+    rows = _one_by_one(tuple(axis for axis in everyone if axis in ROWS))
     # the loss's weight and, for routers, the tokens of this part of the sequence; then the tokens of whole rows
     sizes["weight and tokens of the batch"] = [(over, 8) for over in (data * 2 if sparse else data) + rows]
     if sparse:

@@ -7,8 +7,10 @@ N tokens of a rank's micro-batch · R rows of its experts · D hidden · H, K he
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from sharding.plan.hardware import Hardware
+from sharding.plan.memory import Leaf
 from sharding.plan.setup import MASTER, Setup
 
 BACKWARD_ATTENTION = 2.5  # times the forward's FLOPs: five products instead of two
@@ -96,15 +98,18 @@ def head(setup: Setup) -> Pass:
     return Pass(norm + product + read, norm * 2 + product * 2 + softmax, product)
 
 
-def update(setup: Setup, elements: int) -> Work:
-    """Everything once a step over a rank's `elements` parameters: casts, sums of gradients, their norm, the optimizer.
+def update(setup: Setup, table: Sequence[Leaf]) -> Work:
+    """Everything once a step over a rank's parameters: casts, sums of gradients, their norm, the optimizer.
 
     Muon's products are not counted: it is charged as AdamW is.
     """
-    size = setup.itemsize
-    cast = MASTER + size if size != MASTER else 0
-    if setup.microbatches == 1:
-        gradients = 2 * size + 2 * size  # stacked; read for the norm and by the update
-    else:
-        gradients = setup.microbatches * (2 * MASTER + size) + 2 * MASTER
-    return Work(bytes=float(elements) * (cast + gradients + 6 * MASTER))
+    total = 0.0
+    for leaf in table:
+        size = leaf.itemsize
+        cast = MASTER + size if size != MASTER else 0
+        if setup.microbatches == 1:
+            gradients = 2 * size + 2 * size  # stacked; read for the norm and by the update
+        else:
+            gradients = setup.microbatches * (2 * MASTER + size) + 2 * MASTER
+        total += leaf.elements * (cast + gradients + 6 * MASTER)
+    return Work(bytes=total)

@@ -137,9 +137,9 @@ def test_max_samples_and_best_fit(config, code_texts):
     padding = np.mean([(few.train[i]["segments"] == 0).mean() for i in range(len(few.train))])
     assert line.endswith(f"in 5 documents to train on; {len(few.train)} examples, {padding:.2%} padding")
     assert held_out.endswith("in 5 documents held out")
-    batch = build_batch(few.train, 0, 2, 0, 350)
+    batch = build_batch(few.train, 0, np.arange(2), 0, 350)
     assert few.train_metrics(batch) == {"padding": pytest.approx((batch["segments"] == 0).float().mean().item())}
-    assert whole.train_metrics(build_batch(whole.train, 0, 2, 0, 350)) == {}
+    assert whole.train_metrics(build_batch(whole.train, 0, np.arange(2), 0, 350)) == {}
 
 
 def test_what_is_left_out_is_said(config, write_jsonl):

@@ -185,6 +185,11 @@ def test_a_state_of_other_data_is_refused(dataset):
         Loader(dataset, 5, SEED, 0, "cpu", 300, share=Share(0, 2))
 
 
+def test_a_rank_has_its_part_of_every_micro_batch():
+    rows = [Share(rank, 3, 2).rows(12).tolist() for rank in range(3)]
+    assert rows == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+
+
 @pytest.mark.parametrize("dataset", [KINDS["stream"]], indirect=True)
 def test_a_stream_that_ends_says_so(dataset):
     dataset = replace(dataset, max_epochs=(1,), counts=Counter())

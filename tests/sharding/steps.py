@@ -1,5 +1,6 @@
 """A few training steps of a tiny model, on one device and on a mesh, for comparison."""
 
+import contextlib
 import functools
 
 import torch
@@ -68,9 +69,9 @@ def on_one_device(cfg, *, dtype=torch.float64, microbatches=1, steps=3):
 
 
 def share(batch, shape, rank, microbatches):
-    """A rank's rows: of every micro-batch, its part over dp and ep."""
-    place = rank // (shape.ep * shape.cp * shape.tp) % shape.dp * shape.ep + rank // (shape.cp * shape.tp) % shape.ep
-    parts = shape.dp * shape.ep
+    """A rank's rows: of every micro-batch, its part over dr, dp and ep, which are beside each other in the mesh."""
+    parts = shape.dr * shape.dp * shape.ep
+    place = rank // (shape.cp * shape.tp) % parts
     return {k: torch.cat([p.chunk(parts)[place] for p in x.chunk(microbatches)]) for k, x in batch.items()}
 
 
@@ -80,21 +81,33 @@ def cut_state(whole, placed, axes):
     return whole._replace(params=cut(whole.params, placed, axes), opt=opt)
 
 
-def on_local_world(cfg, mesh, *, fsdp=True, microbatches=1, steps=3, dtype=torch.float64, gather_dtype=None, **options):
-    """[(state, metrics)] as on_one_device; a leaf is the list of its values on all ranks."""
-    start = on_one_device(cfg, dtype=dtype, microbatches=microbatches, steps=steps)[0][0]
+@contextlib.contextmanager
+def local_run(cfg, mesh, *, fsdp=True, microbatches=1, steps=3, dtype=torch.float64, gather_dtype=None, **options):
+    """In a local world of the mesh: (step, its first state, its batches)."""
+    start = state.init_state(cfg, 0, dtype=dtype)
     inputs = batches(steps)  # made out here: in there, random numbers differ from rank to rank
     with local_world(mesh) as (device_mesh, axes):
         layout, shape = Layout(axes, fsdp, gather_dtype=gather_dtype), axes.shape
         on_all = tree.map(lambda x: each([x] * shape.size), start)
         current = as_dtensors(cut_state(on_all, layout.place(cfg), axes), cfg, layout, device_mesh)
         step = make_train_step(cfg, AdamW(), SCHEDULE, microbatches=microbatches, layout=layout, **options)
-        history = []
+        shares = [[share(batch, shape, rank, microbatches) for rank in range(shape.size)] for batch in inputs]
+        yield step, current, [{k: each([s[k] for s in on_ranks]) for k in on_ranks[0]} for on_ranks in shares]
+
+
+def on_local_world(cfg, mesh, **options):
+    """[(state, metrics)] as on_one_device; a leaf is the list of its values on all ranks. Options: local_run's."""
+    history = []
+    with local_run(cfg, mesh, **options) as (step, current, inputs):
         for batch in inputs:
-            shares = [share(batch, shape, rank, microbatches) for rank in range(shape.size)]
-            current, metrics = step(current, {k: each([s[k] for s in shares]) for k in batch})
-            history.append((tree.map(_values, local_shards(current)), tree.map(_values, metrics)))
+            current, metrics = step(current, batch)
+            history.append(values_of(current, metrics))
     return history
+
+
+def values_of(state, metrics):
+    """The shards of a step's result, a leaf as the list of its values on all ranks."""
+    return tree.map(_values, local_shards(state)), tree.map(_values, metrics)
 
 
 def _values(x):

@@ -18,10 +18,10 @@ NAMES = ["dp", "ep", "tp", "dp_ep"]
 
 
 def groups(shape, name):
-    """[groups, ranks in the axis's order], from the row-major order of pp, dp, ep, cp, tp."""
-    ranks = torch.arange(shape.size).view(shape.pp, shape.dp, shape.ep, shape.cp, shape.tp)
-    dims = [("pp", "dp", "ep", "cp", "tp").index(part) for part in name.split("_")]
-    others = [d for d in range(5) if d not in dims]
+    """[groups, ranks in the axis's order], from the row-major order of pp, dr, dp, ep, cp, tp."""
+    ranks = torch.arange(shape.size).view(shape.pp, shape.dr, shape.dp, shape.ep, shape.cp, shape.tp)
+    dims = [("pp", "dr", "dp", "ep", "cp", "tp").index(part) for part in name.split("_")]
+    others = [d for d in range(6) if d not in dims]
     return ranks.permute(*others, *dims).flatten(len(others)).flatten(0, -2)
 
 

@@ -1,4 +1,5 @@
-"""A pipeline computes what one device computes: loss and every gradient, in float64 to 1e-10, for every schedule.
+"""A pipeline computes what one device computes: loss and every gradient, in float64 to 1e-10, for every schedule;
+and the loss alone, for evaluation.
 
 Only the order of sums differs. All cases run in the same four gloo processes; where a pipeline has two ranks, the other
 two run the same or are its data or tensor axis.
@@ -19,7 +20,8 @@ from qwen3f.stages.pretrain import split_batch
 from qwen3f.train import losses
 from qwen3f.transforms import grad_and_value
 from sharding.axes import Axis, axes_of, make_mesh
-from sharding.fsdp import cut, sum_replicated
+from sharding.forward_pipeline import make_loss
+from sharding.fsdp import cut, sum_over, sum_replicated
 from sharding.layout import Layout
 from sharding.mesh import parse_mesh
 from sharding.pipeline import check, make_gradients
@@ -39,6 +41,7 @@ class Case:
     changes: dict = dataclasses.field(default_factory=dict)
     microbatches: int = 4
     compile: str = "off"
+    gather_dtype: torch.dtype | None = None
 
     @property
     def cfg(self):
@@ -75,6 +78,7 @@ CASES = {
     "data": Case("pp2,dp2", INTERLEAVED, changes=SEVEN | TIED | {"gradient_checkpointing": "selective"}),
     "experts": Case("pp2,ep2", ZERO, changes=MOE),
     "context": Case("pp2,cp2", ZERO2, changes=SEVEN),
+    "gathered in the compute dtype": Case("pp2,dp2", ZERO, changes=TIED, gather_dtype=torch.float64),
     "tensor": Case("pp2,tp2", changes=TIED),
     "tensor, zero bubble": Case("pp2,tp2", ZBV, changes=MOE | SEVEN),
 }
@@ -118,11 +122,40 @@ def on_rank(rank):
         if shape != whole_shape:
             axes = dataclasses.replace(axes, dp=Axis("dp"), joint=())
         out[name] = one_case(case, axes, rank if shape == whole_shape else axes.pp.index)
+    out["mixed precision"] = mixed_precision(meshes[parse_mesh("pp2,dp2")], rank)
     return out
 
 
+def mixed_precision(axes, rank):
+    """Gradients of float32 weights that are gathered in bfloat16: (with pp, without, in the order of the former)."""
+    cfg, pipeline = config(num_hidden_layers=3), ZERO
+    flat = dataclasses.replace(axes, pp=Axis("pp"))
+    batch = share(inputs(), axes.shape, rank, 4)
+    totals, parts = losses.sum_totals(cfg, batch, axes), split_batch(batch, 4)
+
+    def start(params, layout):
+        placed = layout.place(cfg)
+        shards = cut(params, placed, layout.axes)
+        return placed, {path: x if placed[path].fsdp else x.to(torch.bfloat16) for path, x in shards.items()}
+
+    stages = make_stages(cfg, pipeline, axes.pp.size)
+    layout = Layout(axes, pipeline=pipeline, gather_dtype=torch.bfloat16)
+    placed, params = start(store(cfg, P.init_params(cfg, 0), stages), layout)
+    grads, _ = make_gradients(cfg, pipeline, Execution(), layout)(params, parts, totals)
+    grads = sum_replicated(grads, placed, axes)
+
+    layout = Layout(flat, gather_dtype=torch.bfloat16)
+    placed, params = start(P.init_params(cfg, 0), layout)
+    objective = grad_and_value(losses.make_objective(cfg, layout=layout), has_aux=True)
+    each = [objective(params, part, totals)[0] for part in parts]
+    flat_grads = sum_replicated({path: sum(g[path].float() for g in each) for path in params}, placed, flat)
+    flat_grads = store(cfg, flat_grads, stages)
+    stacks = layer_stacks(cfg)
+    return grads, {p: x.chunk(axes.pp.size)[axes.pp.index] if p in stacks else x for p, x in flat_grads.items()}
+
+
 def one_case(case, axes, rank):
-    cfg, layout = case.cfg, Layout(axes)
+    cfg, layout = case.cfg, Layout(axes, pipeline=case.pipeline, gather_dtype=case.gather_dtype)
     stages, placed = make_stages(cfg, case.pipeline, axes.pp.size), layout.place(cfg)
     params = cut(store(cfg, P.init_params(cfg, 0, dtype=torch.float64), stages), placed, axes)
     for path, kind in layer_stacks(cfg).items():
@@ -132,10 +165,14 @@ def one_case(case, axes, rank):
     totals = losses.sum_totals(cfg, batch, axes)
     gradients = make_gradients(cfg, case.pipeline, Execution(compile=case.compile), layout)
     parts = split_batch(batch, case.microbatches)
+    evaluate = make_loss(cfg, Execution(compile=case.compile), layout)
     once, terms = gradients(params, parts, totals)
+    nats = [evaluate(params, split_batch(batch, n), 1.0) for n in (1, case.microbatches)]
+    assert not any(x.requires_grad for x in nats)
     with Sends() as sends:
         again, _ = gradients(params, parts, totals)
     return {
+        "nats": [sum_over(x, axes) for x in nats],
         "sends": (len(sends.seen), sum(sends.seen)),
         "own": once,
         "grads": sum_replicated(once, placed, axes),
@@ -165,7 +202,7 @@ def on_one_device(cfg, microbatches):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_pipeline_equals_one_device(name, on_ranks):
-    """Called twice: a second step starts from nothing."""
+    """Called twice, an evaluation in between: a second step starts from nothing."""
     case = CASES[name]
     cfg = case.cfg
     grads, terms = on_one_device(cfg, case.microbatches)
@@ -186,6 +223,26 @@ def test_a_pipeline_equals_one_device(name, on_ranks):
         if terms.load is not None:
             for x, y in zip(got["terms"]["load"], terms.load, strict=True):
                 torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_evaluation_equals_one_device(name, on_ranks):
+    """With one micro-batch, fewer than ranks, and with as many as in training."""
+    cfg = CASES[name].cfg
+    with torch.no_grad():
+        expected = losses.make_loss(cfg)(P.init_params(cfg, 0, dtype=torch.float64), inputs(), 1.0)
+    for rank in on_ranks:
+        for nats in rank[name]["nats"]:
+            torch.testing.assert_close(nats, expected, rtol=1e-12, atol=0)
+
+
+def test_gathered_in_bfloat16_a_pipeline_changes_no_rounding(on_ranks):
+    """The same products of the same bfloat16 numbers: what differs is the order of float32 sums over micro-batches."""
+    for rank in on_ranks:
+        grads, flat = rank["mixed precision"]
+        for path, x in grads.items():
+            assert x.dtype == torch.float32
+            assert (x - flat[path]).norm() <= 1e-6 * flat[path].norm(), path
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.cfg.tie_word_embeddings])

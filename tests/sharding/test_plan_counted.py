@@ -25,7 +25,7 @@ from qwen3f.train.state import init_state
 from sharding import ring
 from sharding.axes import axes_of, make_mesh
 from sharding.fsdp import cut
-from sharding.layout import Layout
+from sharding.layout import Layout, find_gather_dtype
 from sharding.mesh import AXES, parse_mesh
 from sharding.pipeline import make_gradients
 from sharding.plan.hardware import TABLE
@@ -80,7 +80,8 @@ def counted(cfg, mesh, layout_options, microbatches):
     try:
         device_mesh = make_mesh(shape, "cpu")
         axes, names = axes_and_names(device_mesh)
-        layout = Layout(axes, **layout_options)
+        options = {"reduce": "compute"} | layout_options
+        layout = Layout(axes, gather_dtype=find_gather_dtype(options.pop("reduce"), torch.bfloat16), **options)
         state, placed = init_state(cfg, 0), layout.place(cfg)
         params, *moments = (cut(tree, placed, axes) for tree in (state.params, *state.opt))
         state = as_dtensors(state._replace(params=params, opt=type(state.opt)(*moments)), cfg, layout, device_mesh)
@@ -88,7 +89,7 @@ def counted(cfg, mesh, layout_options, microbatches):
         step = make_train_step(
             cfg, AdamW(), schedule, microbatches=microbatches, compute_dtype=torch.bfloat16, layout=layout
         )
-        batch = random_batch(ROWS // (shape.dp * shape.ep), LENGTH, cfg.vocab_size)
+        batch = random_batch(ROWS // axes.rows[1], LENGTH, cfg.vocab_size)
         with Counted(names) as mode:
             step(state, batch)
         held = [sum(x.to_local().nbytes for x in tree.values()) for tree in (state.params, *state.opt)]
@@ -125,6 +126,12 @@ def planned(cfg, mesh, layout_options, microbatches):
         ("debug_moe", "ep4", "full", 1, {}),
         ("debug_moe", "dp2,ep2,cp2,tp2", "selective", 2, {}),
         ("debug_moe", "dp2,ep2,tp2", "none", 1, {"fsdp": False}),
+        ("debug", "dr2", "none", 1, {}),
+        ("debug", "dr2,dp2,cp2,tp2", "selective", 2, {}),
+        ("debug_moe", "dr2,ep2", "none", 2, {}),
+        ("debug_moe", "dr2,dp2,ep2,cp2", "full", 1, {"reduce": "float32"}),
+        ("debug", "dr2,dp2,tp2", "none", 1, {"fsdp": False}),
+        ("debug", "dp2,tp2", "selective", 2, {"reduce": "float32"}),
     ],
 )
 def test_a_step_makes_the_collectives_that_were_planned(preset, mesh, policy, microbatches, layout):
@@ -134,29 +141,33 @@ def test_a_step_makes_the_collectives_that_were_planned(preset, mesh, policy, mi
 
 
 PIPELINES = {
-    "1f1b": ("debug", "pp2,tp2", "none", Pipeline()),
-    "interleaved": ("debug", "pp2,dp2", "full", Pipeline("interleaved", 2)),
-    "zero_bubble": ("debug_moe", "pp2,dp2", "none", Pipeline("zero_bubble", 2)),
+    "1f1b": ("debug", "pp2,tp2", "none", Pipeline(), "compute"),
+    "replicas": ("debug_moe", "pp2,dr2", "none", Pipeline(), "compute"),
+    "interleaved": ("debug", "pp2,dp2", "full", Pipeline("interleaved", 2), "float32"),
+    "zero_bubble": ("debug_moe", "pp2,dp2", "none", Pipeline("zero_bubble", 2), "compute"),
+    "zero_bubble, wide": ("debug_moe", "pp2,dp2", "none", Pipeline("zero_bubble", 2), "float32"),
 }
 PARTS = 2  # micro-batches
 
 
 def of_pipeline(name):
-    preset, mesh, policy, pipeline = PIPELINES[name]
+    preset, mesh, policy, pipeline, reduce = PIPELINES[name]
     cfg = presets.get(preset).replace(**SMALL | {"num_hidden_layers": 4}, gradient_checkpointing=policy)
-    return cfg, parse_mesh(mesh), pipeline
+    return cfg, parse_mesh(mesh), pipeline, reduce
 
 
 def counted_pipelines(rank):
     """Case -> what this rank of four counts of one call of its gradients."""
     out = {}
     for name in PIPELINES:
-        cfg, shape, pipeline = of_pipeline(name)
+        cfg, shape, pipeline, reduce = of_pipeline(name)
         axes, names = axes_and_names(make_mesh(shape, "cpu"))
-        layout = Layout(axes)
-        params = store(cfg, init_params(cfg, 0, dtype=torch.bfloat16), make_stages(cfg, pipeline, shape.pp))
-        params = cut(params, layout.place(cfg), axes)
-        rows = ROWS // (shape.dp * PARTS)
+        layout = Layout(axes, pipeline=pipeline, gather_dtype=find_gather_dtype(reduce, torch.bfloat16))
+        placed = layout.place(cfg)
+        params = cut(store(cfg, init_params(cfg, 0), make_stages(cfg, pipeline, shape.pp)), placed, axes)
+        masters = {path for path, p in placed.items() if p.fsdp and reduce == "float32"}
+        params = {path: x if path in masters else x.to(torch.bfloat16) for path, x in params.items()}
+        rows = ROWS // (axes.rows[1] * PARTS)
         batches = [random_batch(rows, LENGTH, cfg.vocab_size, seed) for seed in range(PARTS)]
         totals = losses.Totals(torch.tensor(1.0, dtype=torch.float64), torch.tensor(ROWS * LENGTH))
         gradients = make_gradients(cfg, pipeline, EAGER, layout)
@@ -176,8 +187,8 @@ def pipelines_counted():
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipelines_gradients_make_the_collectives_that_were_planned(name, rank, pipelines_counted):
     """Of the first and the last rank, but for the messages between stages, which sharding.stages counts."""
-    cfg, shape, pipeline = of_pipeline(name)
-    at = Setup(cfg, shape, ROWS, LENGTH, TABLE["h100"], microbatches=PARTS, pipeline=pipeline)
+    cfg, shape, pipeline, reduce = of_pipeline(name)
+    at = Setup(cfg, shape, ROWS, LENGTH, TABLE["h100"], microbatches=PARTS, pipeline=pipeline, reduce=reduce)
     own = ("layer", "last" if rank else "first")
     lines = collections.defaultdict(lambda: [0, 0])
     for collective in make(at).collectives:

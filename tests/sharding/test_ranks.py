@@ -1,16 +1,21 @@
 """Ranks: the decision as a table of environments, and two real gloo processes that add up."""
 
+import contextlib
+import os
 import shlex
 import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.run import parse_args
 
 from qwen3f.errors import TrainingError, UserError
-from sharding import ranks
-from sharding.ranks import Decision, decide, first_host, start, torchrun_line
+from sharding.mesh import parse_mesh
+from sharding.ranks import Decision, all_devices, decide, first_host, start, torchrun_line
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ["launch.py", "--config", "experiments/pretrain_s1.py:large", "--config.data.mixture=embedded=0.7,x=0.3"]
@@ -87,49 +92,138 @@ def test_first_host_of_slurms_list(nodelist, host):
     assert first_host(nodelist) == host
 
 
+@pytest.mark.parametrize(
+    "environment, devices",
+    [
+        ({"WORLD_SIZE": "6"}, 6),
+        ({"WORLD_SIZE": "1"}, 1),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, 4),
+        ({}, os.cpu_count()),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, os.cpu_count()),
+    ],
+)
+def test_what_an_open_axis_fills(environment, devices):
+    assert all_devices(environment, "cpu") == devices
+
+
 MEET = """
 import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, {root!r})
 from sharding import ranks
-decision = ranks.decide(os.environ, 2, ranks.local_devices("cpu"), "cpu", sys.argv)
-with ranks.joined(decision, timeout=30.0) as device:
-    x = torch.tensor([decision.rank + 1.0], device=device)
-    dist.all_reduce(x)
-    open(f"{out}/{{decision.rank}}", "w").write(f"{{x.item()}} of {{dist.get_world_size()}}")
+from sharding.mesh import parse_mesh
+shape = parse_mesh("{mesh}")
+decision = ranks.decide(os.environ, shape.size, ranks.local_devices("cpu"), "cpu", sys.argv)
+with ranks.joined(decision, shape, timeout=30.0) as world:
+    print(world.rank, world.local_rank, world.gather(world.rank * 10), flush=True)
+    open(f"{out}/{{world.rank}}", "w").write(f"{{world.axes.shape}}")
 """
-LOSE = """
+# No torch: what starts ranks is told by their exit codes alone.
+RANK = """
 import os, signal, sys, time
-if os.environ["RANK"] == "1":
-    {end}
-time.sleep(3600)
+rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+def stop(number, frame):
+    print("stopped", rank, flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+{body}
+print("rank", rank, os.getpid(), flush=True)
+time.sleep(60)
+"""
+START = """
+import sys
+sys.path.insert(0, {root!r})
+from sharding.ranks import decide, start
+sys.exit(start(decide({{}}, 2, 2, "cpu", []), [{script!r}]))
 """
 
 
-def _start(tmp_path, script):
-    (path := tmp_path / "rank.py").write_text(script)
-    return start(decide({}, 2, ranks.local_devices("cpu"), "cpu", []), [str(path)])
+def _script(tmp_path, body):
+    (path := tmp_path / "rank.py").write_text(RANK.format(body=body))
+    return str(path)
 
 
-def test_two_ranks_start_meet_and_add_up(tmp_path):
-    assert _start(tmp_path, MEET.format(root=str(ROOT), out=tmp_path)) == 0
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["3.0 of 2"] * 2
+def _start(tmp_path, body, restarts=0):
+    return start(decide({}, 2, 2, "cpu", []), [_script(tmp_path, body)], restarts=restarts)
+
+
+@contextlib.contextmanager
+def _started(tmp_path, body=""):
+    """A process that starts two ranks, once both run; and the ranks' numbers."""
+    code = START.format(root=str(ROOT), script=_script(tmp_path, body))
+    launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        pids = {rank: int(pid) for _, rank, pid in (launcher.stdout.readline().split() for _ in range(2))}
+        yield launcher, pids
+    finally:
+        launcher.kill()
+        launcher.wait()
+        launcher.stdout.close()
+
+
+def test_two_ranks_start_meet_and_add_up(tmp_path, capfd):
+    (path := tmp_path / "rank.py").write_text(MEET.format(root=str(ROOT), out=tmp_path, mesh="tp2"))
+    assert start(decide({}, 2, 2, "cpu", []), [str(path)]) == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(parse_mesh("tp2"))] * 2
+    assert capfd.readouterr().out == "0 0 [0, 10]\n"  # rank 0's alone
+
+
+def test_torchruns_agents_on_two_nodes_start_ranks_that_join(tmp_path):
+    """Two agents on this host stand for two nodes, with two ranks each."""
+    (path := tmp_path / "rank.py").write_text(MEET.format(root=str(ROOT), out=tmp_path, mesh="dp2,tp2"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = torchrun_line(4, 2, [str(path)]).replace("HOST:29500", f"127.0.0.1:{port}")
+    command = [sys.executable, "-m", "torch.distributed.run", *line.split()[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    agents = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    out = "".join(agent.communicate(timeout=120)[0] for agent in agents)
+    assert [agent.returncode for agent in agents] == [0, 0]
+    assert out == "0 0 [0, 10, 20, 30]\n"
+    assert [(tmp_path / str(rank)).read_text() for rank in range(4)] == [str(parse_mesh("dp2,tp2"))] * 4
 
 
 def test_a_lost_rank_ends_the_others_and_is_named(tmp_path):
+    begin = time.monotonic()
     with pytest.raises(TrainingError, match="rank 1 of 2 ended with signal 9; the others were ended"):
-        _start(tmp_path, LOSE.format(end="os.kill(os.getpid(), signal.SIGKILL)"))
+        _start(tmp_path, "if rank == '1': os.kill(os.getpid(), signal.SIGKILL)")
+    assert time.monotonic() - begin < 20  # the other one would sleep for 60 s
+
+
+def test_all_ranks_start_again_after_one_is_lost_as_often_as_allowed(tmp_path, capfd):
+    dies = "if rank == '0' and attempt != '{}': os.kill(os.getpid(), signal.SIGKILL)"
+    goes_on = "print('on', rank, flush=True), sys.exit(0)"
+    assert _start(tmp_path, f"{dies.format(1)}\n{goes_on}", restarts=1) == 0
+    said = capfd.readouterr()
+    assert said.err == "rank 0 of 2 ended with signal 9; the others were ended; starting all again (1 of 1)\n"
+    assert sorted(said.out.splitlines()) == ["on 0", "on 1", "on 1"]
+    with pytest.raises(TrainingError, match="rank 0 of 2 ended with signal 9"):
+        _start(tmp_path, f"{dies.format(2)}\n{goes_on}", restarts=1)
 
 
 def test_wrong_input_of_a_rank_is_the_exit_code(tmp_path, capfd):
-    """The rank itself says what is wrong, in one line."""
-    end = "print('error: wrong', file=sys.stderr, flush=True), sys.exit(2)"
-    assert _start(tmp_path, LOSE.format(end=end)) == 2
+    """The rank itself says what is wrong, in one line; it would be as wrong again."""
+    end = "if rank == '1': print('error: wrong', file=sys.stderr, flush=True), sys.exit(2)"
+    assert _start(tmp_path, end, restarts=3) == 2
     assert capfd.readouterr().err == "error: wrong\n"
 
 
-def test_a_signal_to_the_launcher_is_its_exit_code(monkeypatch):
-    def launched(*command):
-        raise SignalException("stop", signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_goes_to_every_rank_once(tmp_path, number):
+    with _started(tmp_path, f"signal.signal({int(number)}, stop)") as (launcher, _):
+        launcher.send_signal(number)
+        assert launcher.wait(timeout=20) == 0
+        assert sorted(launcher.stdout.read().split()) == ["0", "1", "stopped", "stopped"]
 
-    monkeypatch.setattr(ranks, "elastic_launch", lambda config, entrypoint: launched)
-    assert start(Decision("start", 2, "cpu"), ["x.py"]) == 143
+
+def test_a_rank_that_a_signal_ends_is_the_exit_code(tmp_path):
+    with _started(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_DFL)") as (launcher, _):
+        launcher.terminate()
+        assert launcher.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+def test_ranks_do_not_outlive_what_started_them(tmp_path):
+    body = f"sys.path.insert(0, {str(ROOT)!r})\nfrom sharding.processes import end_with_parent\nend_with_parent()"
+    with _started(tmp_path, body) as (launcher, _):
+        launcher.kill()
+        assert sorted(launcher.stdout.read().split()) == ["0", "1", "stopped", "stopped"]

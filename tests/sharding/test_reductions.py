@@ -7,7 +7,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from qwen3f import tree
 from sharding import collectives
-from tests.sharding.steps import MOE, config, on_local_world, on_one_device
+from tests.sharding.steps import MOE, config, local_run, values_of
 from tests.sharding.worlds import each, ranks_of
 
 # name: (changes, mesh, FSDP). Between them they make every kind of reduction there is. With a width of 22 over dp4 some
@@ -58,16 +58,17 @@ def test_no_reduction_can_be_dropped_or_doubled(name, monkeypatch):
     for attribute, alone in (("_all_reduce", alone_reduce), ("_reduce_scatter", alone_scatter)):
         monkeypatch.setattr(collectives, attribute, mutated(getattr(collectives, attribute), alone))
 
-    def step():
-        calls.clear()
-        return tree.leaves(on_local_world(cfg, mesh, fsdp=fsdp, steps=1))
+    with local_run(cfg, mesh, fsdp=fsdp, steps=1) as (step, start, (batch,)):
 
-    on_one_device(cfg, steps=1)
-    expected, order = step(), calls.copy()
-    assert order
-    unseen = []
-    for target in range(len(order)):
-        for double in (False, True):
-            if all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(step(), expected, strict=True)):
-                unseen.append((target, order[target], "doubled" if double else "dropped"))
+        def result():
+            calls.clear()
+            return tree.leaves(values_of(*step(start, batch)))
+
+        expected, order = result(), calls.copy()
+        assert order
+        unseen = []
+        for target in range(len(order)):
+            for double in (False, True):
+                if all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(result(), expected, strict=True)):
+                    unseen.append((target, order[target], "doubled" if double else "dropped"))
     assert not unseen, f"of {order}"

@@ -14,6 +14,7 @@ from qwen3f import presets
 from qwen3f.errors import UserError
 from sharding import rules
 from sharding.mesh import AXES, MeshShape, parse_mesh
+from sharding.stages import Pipeline, make_stages
 
 Q, K, O = (P.LAYERS + f"self_attn.{name}_proj.weight" for name in "qko")
 UP, DOWN, EXPERT = (P.LAYERS + f"mlp.{name}.weight" for name in ("up_proj", "down_proj", "experts.down_proj"))
@@ -59,7 +60,8 @@ def test_cuts_and_local_shapes(preset, mesh, path, cuts, local):
     cfg, shape = presets.get(preset), parse_mesh(mesh)
     placed = rules.place(cfg, shape)[path]
     assert placed.cuts == cuts
-    assert rules.local_shape(P.abstract_params(cfg)[path], placed, shape) == local
+    stages = make_stages(cfg, Pipeline(), shape.pp)
+    assert rules.local_shape(P.abstract_params(cfg)[path], placed, shape, stages) == local
     assert set(rules.replicated_axes(placed, shape)) == {
         name for name in AXES if getattr(shape, name) > 1 and name not in cuts
     }
@@ -93,7 +95,7 @@ def test_what_does_not_divide_names_path_dim_and_axis(mesh, changes, message):
 @pytest.mark.parametrize(
     "mesh, rows, length, message",
     [
-        ("dp2,ep2", 6, 8, r"batch_size 6 doesn't divide by dp=2 · ep=2 · microbatches=1; make it a multiple of 4"),
+        ("dp2,ep2", 6, 8, r"batch_size 6 doesn't divide by dp=2 · ep=2; make it a multiple of 4"),
         ("cp2", 2, 6, r"a sequence of 6 cannot be cut over cp=2"),
         ("cp2,tp4", 2, 12, r"seq_len 12 over cp=2 leaves 6 positions, which don't divide by tp=4"),
     ],
@@ -109,11 +111,12 @@ def test_a_batch_that_does_not_divide(mesh, rows, length, message):
 def test_local_shapes_are_dtensors(sizes, moe, fsdp):
     cfg = presets.get("debug_moe" if moe else "debug").replace(num_hidden_layers=8)
     shape = MeshShape(**sizes)
+    stages = make_stages(cfg, Pipeline(), shape.pp)
     for path, placed in rules.place(cfg, shape, fsdp).items():
         spec, placements = P.abstract_params(cfg)[path], rules.placements(placed)
         mesh = dataclasses.astuple(shape)
-        expected, _ = _compute_local_shape_and_global_offset(spec.shape, mesh, [0] * 5, placements)
-        assert rules.local_shape(spec, placed, shape) == tuple(expected)
+        expected, _ = _compute_local_shape_and_global_offset(spec.shape, mesh, [0] * len(AXES), placements)
+        assert rules.local_shape(spec, placed, shape, stages) == tuple(expected)
         assert all(isinstance(p, Replicate) or p == Shard(placed.cuts[axis]) for axis, p in zip(AXES, placements))
         copies = math.prod(getattr(shape, axis) for axis in rules.replicated_axes(placed, shape))
-        assert math.prod(rules.local_shape(spec, placed, shape)) * shape.size == spec.numel * copies
+        assert math.prod(rules.local_shape(spec, placed, shape, stages)) * shape.size == spec.numel * copies

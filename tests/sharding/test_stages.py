@@ -23,7 +23,7 @@ def cuts(draw):
 @given(cuts())
 def test_every_layer_has_one_place(stages):
     order = stages.layer_order()
-    assert len(order) == stages.count * stages.height
+    assert len(order) == stages.count * stages.height == stages.rows() * stages.ranks
     assert sorted(layer for layer in order if layer is not None) == list(range(stages.layers))
     assert sorted(stage for rank in range(stages.ranks) for stage in stages.stages_of(rank)) == list(
         range(stages.count)

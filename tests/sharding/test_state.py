@@ -6,7 +6,7 @@ from torch.distributed.tensor import DTensor
 
 from qwen3f import model, tree
 from qwen3f.errors import UserError
-from qwen3f.stages.pretrain import make_eval_step, make_train_step
+from qwen3f.stages.pretrain import make_train_step
 from qwen3f.train.optimizer import AdamW, Muon
 from qwen3f.train.state import init_state
 from sharding.axes import Axes, Axis
@@ -43,8 +43,3 @@ def test_what_a_mesh_cannot_do(changes, hyper, compile, axis, message):
     layout = Layout(Axes(**{axis: Axis(axis, 2)}))
     with pytest.raises(UserError, match=message):
         make_train_step(config(**changes), hyper, SCHEDULE, execution=model.Execution(compile=compile), layout=layout)
-
-
-def test_a_pipeline_does_not_evaluate():
-    with pytest.raises(UserError, match="pp=2: a pipeline can't evaluate"):
-        make_eval_step(config(), layout=Layout(Axes(pp=Axis("pp", 2))))

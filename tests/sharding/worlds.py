@@ -1,14 +1,17 @@
 """Many ranks for a test: in this process (LocalTensorMode), or as gloo processes."""
 
 import contextlib
+import multiprocessing
 import os
 import tempfile
 import traceback
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
+from torch.utils import _python_dispatch
 
 from sharding import ring
 from sharding.axes import axes_of, make_mesh
@@ -35,11 +38,16 @@ def local_world(mesh):
     shape = parse_mesh(mesh)
     dist.init_process_group("fake", rank=0, world_size=shape.size)
     try:
-        with LocalTensorMode(shape.size):
+        with LocalTensorMode(shape.size), mock.patch.object(_python_dispatch, "_correct_storage_aliasing", _leave):
             device_mesh = make_mesh(shape, "cpu")
             yield device_mesh, axes_of(device_mesh)
     finally:
         dist.destroy_process_group()
+
+
+def _leave(*_):
+    """Views of the ranks' values share storage. Their wrappers need it for functionalization alone, and to make them
+    would take half of the time."""
 
 
 def each(values):
@@ -53,9 +61,14 @@ def ranks_of(x):
 
 
 def run_processes(fn, world, *args):
-    """fn(rank, *args) in `world` gloo processes; what each returned, in order. A failure fails the test."""
+    """fn(rank, *args) in `world` gloo processes; what each returned, in order. A failure fails the test.
+
+    Processes are forked from a server that has imported what they need and runs nothing else, so that a start costs
+    no imports and copies none of the threads of this process.
+    """
+    multiprocessing.set_forkserver_preload([__name__, "tests.sharding.steps", "torch.distributed.pipelining"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_process, (fn, world, folder, args), nprocs=world, start_method="spawn")
+        mp.start_processes(_process, (fn, world, folder, args), nprocs=world, start_method="forkserver")
         return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
 
 

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as torch_dcp
 from ml_collections import ConfigDict
 
 from qwen3f.errors import UserError
-from qwen3f.train import inspect, manifest
+from qwen3f.train import inspect, manifest, zarr
 from qwen3f.train.checkpoint import Checkpointer
 from qwen3f.train.manifest import DamagedCheckpoint
 from tests.train.runs import assert_same_bits
@@ -164,7 +164,7 @@ def test_what_files_claim_is_checked_before_memory_is_taken(tmp_path, lie, monke
     file, change, words = LIES[lie]
     edit(place / file, change)
     forge(place)
-    monkeypatch.setattr(torch, "from_dlpack", lambda *args: pytest.fail("values were loaded"))
+    monkeypatch.setattr(zarr, "read", lambda *args: pytest.fail("values were loaded"))
     checkpoints = Checkpointer(tmp_path, 1, 0)
     with pytest.raises(UserError, match=words):
         checkpoints.restore(make_state())

@@ -26,10 +26,9 @@ def test_a_failed_write_surfaces_and_harms_nothing(tmp_path, at, caplog):
         assert c._writing.ended()  # the write has failed by now, and nobody knows yet
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [r.levelname for r in caplog.records if r.exc_info] == []  # Orbax's tracebacks: we raise the error itself
-    assert any("File too large" in r.getMessage() for r in caplog.records)
+    assert [r.getMessage() for r in caplog.records] == []  # we raise the error itself, and nobody else reports it
     ways = {"save": lambda: c.save(3, small, {}), "wait": c.wait, "close": c.close}
-    words = r"step 2 could not be written .*\(the last whole one is of step 1\)"
+    words = r"step 2 could not be written .*\(the last whole one is of step 1\): .*File too large"
     with pytest.raises(CheckpointWriteError, match=words):
         ways.get(at, lambda: c.__exit__(None, None, None))()
     assert c.steps() == [1]  # keep=1 deleted nothing
@@ -66,9 +65,10 @@ def test_a_write_that_hangs_does_not_keep_the_process(tmp_path):
         from qwen3f.train import manifest
         from qwen3f.train.checkpoint import Checkpointer, StuckWrite
         state = {"w": torch.ones(3)}
-        with Checkpointer(Path(sys.argv[1]), every=1, keep=1, timeout=1.0) as c:
+        with Checkpointer(Path(sys.argv[1]), every=1, keep=1) as c:
             c.save(1, state, {})
             c.wait()
+            c.timeout = 1.0
             manifest.write = lambda *args: time.sleep(100)
             c.save(2, state, {})
             for step in (3, 4):

@@ -3,11 +3,14 @@
 Tolerances: float64 1e-12 and fp32 1e-6, both by norm and relative: rounding of another order of summation.
 """
 
+import functools
+
 import pytest
 import torch
 
 from qwen3f import model, params, presets
 from qwen3f.errors import UserError
+from qwen3f.model import block
 from qwen3f.stages.pretrain import make_eval_step, make_train_step
 from qwen3f.train import losses, state
 from qwen3f.train.optimizer import AdamW
@@ -97,26 +100,40 @@ def test_recomputation_recomputes(monkeypatch):
     assert full[0] >= none[0] + 2 * 6  # down_proj's output is not needed again
 
 
-@PRECISIONS
-def test_compiled_equals_eager(dtype, tolerance):
-    """Block mode with the compiled update, and the whole step as one graph, both with donation."""
-    cfg = tiny()
+@pytest.mark.parametrize(
+    "mode, backend, layers, dtype, tolerance",
+    [
+        ("block", "aot_eager", 2, torch.float64, 1e-12),
+        ("step", "aot_eager", 2, torch.float32, 1e-6),
+        ("block", "inductor", 2, torch.float32, 1e-6),
+        ("step", "inductor", 1, torch.float64, 1e-12),
+    ],
+)
+def test_compiled_equals_eager(mode, backend, layers, dtype, tolerance, monkeypatch):
+    """Block mode with the compiled update, and the whole step as one graph, both with donation and accumulation.
+
+    Once with eager kernels, which tests what is put into the graphs, and once with inductor's, which take a minute to
+    build: in the other precision, and for one layer where layers are repeated in the graph.
+    """
+    cfg = tiny(num_hidden_layers=layers)
     batch = random_batch(4, 16, cfg.vocab_size)
     hyper = AdamW(eps=1e-3)
     start = state.init_state(cfg, 0, dtype=dtype)
     expected, metrics = make_train_step(cfg, hyper, SCHEDULE, microbatches=2)(start, batch)
-    for mode in ("block", "step"):
-        execution = model.Execution(compile=mode)
-        step = make_train_step(cfg, hyper, SCHEDULE, microbatches=2, execution=execution, donate=True)
-        mine = state.init_state(cfg, 0, dtype=dtype)
-        place = mine.params[params.EMBED].data_ptr()
-        got, got_metrics = step(mine, batch)
-        assert got.params[params.EMBED].data_ptr() == place
-        for name in ("loss", "grad_norm", "lr"):
-            torch.testing.assert_close(got_metrics[name], metrics[name], rtol=tolerance, atol=0)
-        assert_close(got.opt.m, expected.opt.m, tolerance)
-        assert_close(got.params, expected.params, tolerance)
-        assert (got.step, got.position, got.tokens_seen) == (1, 4, expected.tokens_seen)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    block.block_fn.cache_clear()
+    execution = model.Execution(compile=mode)
+    step = make_train_step(cfg, hyper, SCHEDULE, microbatches=2, execution=execution, donate=True)
+    mine = state.init_state(cfg, 0, dtype=dtype)
+    place = mine.params[params.EMBED].data_ptr()
+    got, got_metrics = step(mine, batch)
+    block.block_fn.cache_clear()
+    assert got.params[params.EMBED].data_ptr() == place
+    for name in ("loss", "grad_norm", "lr"):
+        torch.testing.assert_close(got_metrics[name], metrics[name], rtol=tolerance, atol=0)
+    assert_close(got.opt.m, expected.opt.m, tolerance)
+    assert_close(got.params, expected.params, tolerance)
+    assert (got.step, got.position, got.tokens_seen) == (1, 4, expected.tokens_seen)
 
 
 def test_a_28_layer_model_compiles_its_block_at_most_twice():
@@ -128,8 +145,6 @@ def test_a_28_layer_model_compiles_its_block_at_most_twice():
     original = torch.compile
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda fn, **kw: original(fn, backend=counter, **kw))
-        from qwen3f.model import block
-
         block.block_fn.cache_clear()
         execution = model.Execution(compile="block", loss="reference")
         for _ in range(2):
