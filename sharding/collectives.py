@@ -30,6 +30,14 @@ def gather(x: Tensor, axis: Axis, dim: int, dtype: torch.dtype | None = None) ->
     return x if axis.size == 1 else _Gather.apply(x, axis.size, axis.group, dim % x.dim(), dtype or x.dtype)
 
 
+def start_gather(x: Tensor, axis: Axis, dtype: torch.dtype | None = None) -> Tensor:
+    """As gather along dimension 0, over an axis of more than one rank, but not yet here: to be read only after `wait`.
+
+    Nor is its gradient, which must not be read, nor added to another one, before `wait`.
+    """
+    return _StartGather.apply(x, axis.size, axis.group, dtype or x.dtype)
+
+
 def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's part along `dim` of the sum over ranks. ValueError when `dim` does not divide."""
     if axis.size == 1:
@@ -72,7 +80,8 @@ def start_shift(x: Tensor, axis: Axis, by: int = 1) -> Tensor:
 
 
 def wait(x: Tensor) -> Tensor:
-    return _ops.wait_tensor(x)
+    """x, once what was started has come; what is queued later waits for it, the host does not."""
+    return _ops.wait_tensor(x.detach())
 
 
 def shard(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -122,6 +131,17 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _reduce_scatter(grad.to(ctx.dtype), *ctx.where), None, None, None, None
+
+
+class _StartGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, size: int, group: str, dtype: torch.dtype) -> Tensor:
+        ctx.where, ctx.dtype = (size, group), x.dtype
+        return _ops.all_gather_into_tensor(x.to(dtype).contiguous(), size, group)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _ops.reduce_scatter_tensor(grad.to(ctx.dtype).contiguous(), "sum", *ctx.where), None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):

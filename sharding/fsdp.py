@@ -5,14 +5,15 @@ Its adjoint is the reduce-scatter that leaves each rank the sum of all ranks' gr
 replicated over an axis is summed over it once a step, after the last micro-batch (`sum_replicated`).
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from qwen3f.params import LAYERS, Params
-from sharding.axes import Axes, Axis
-from sharding.collectives import all_reduce, gather, shard
+from sharding.axes import Axes
+from sharding.collectives import all_reduce, gather, shard, start_gather, wait
 from sharding.mesh import AXES, DATA
 from sharding.rules import Placed, replicated_axes
 
@@ -25,28 +26,72 @@ def make_gather(placed: Mapping[str, Placed], axes: Axes, *, stacked: bool, dtyp
     It takes and returns a dict of tensors; others pass through. Whole means: as the explicit rules leave it, e.g. a
     tensor-parallel shard. When nothing is cut, the dict itself is returned. dtype: as collectives.gather.
     """
+    bundles = _bundles(placed, stacked)
+
+    def whole(params: Params) -> Params:
+        for names, dims in bundles.items():
+            cut = {name: x for name, x in params.items() if name in dims}
+            if cut:
+                params = params | _whole(cut, dims, gather(_flat(cut), axes.over(*names), 0, dtype))
+        return params
+
+    return whole
+
+
+@dataclasses.dataclass(frozen=True)
+class GatherAhead:
+    """`make_gather` of a layer in two halves, so that it travels while the layer before is computed.
+
+    start(layer) -> what finish takes; finish -> the layer's whole weights. Gradients travel likewise, while the layer
+    before is differentiated: those of the shards are to be read after collectives.wait alone.
+    """
+
+    bundles: Mapping[tuple[str, ...], Mapping[str, int]]
+    axes: Axes
+    dtype: torch.dtype | None
+
+    def start(self, layer: Params) -> tuple[Params, list[tuple[Params, Mapping[str, int], Tensor]]]:
+        travelling = []
+        for names, dims in self.bundles.items():
+            cut = {name: x for name, x in layer.items() if name in dims}
+            if cut:
+                travelling.append((cut, dims, start_gather(_flat(cut), self.axes.over(*names), self.dtype)))
+        return layer, travelling
+
+    def finish(self, started: tuple[Params, list[tuple[Params, Mapping[str, int], Tensor]]]) -> Params:
+        layer, travelling = started
+        for cut, dims, flat_SN in travelling:
+            wait(flat_SN)
+            layer = layer | _whole(cut, dims, flat_SN)
+        return layer
+
+
+def gather_ahead(placed: Mapping[str, Placed], axes: Axes, dtype: torch.dtype | None) -> GatherAhead | None:
+    """For layers of any kind; None when nothing of them is cut."""
+    bundles = _bundles(placed, stacked=True)
+    return GatherAhead(bundles, axes, dtype) if bundles else None
+
+
+def _bundles(placed: Mapping[str, Placed], stacked: bool) -> dict[tuple[str, ...], dict[str, int]]:
+    """Axes -> {name: the dimension that they cut} of what travels together."""
     bundles: dict[tuple[str, ...], dict[str, int]] = {}
     for path, p in placed.items():
         if p.fsdp and path.startswith(LAYERS) == stacked:
             # a layer's tensors lack the stack's dimension
             name, dim = (path.removeprefix(LAYERS), p.fsdp_dim - 1) if stacked else (path, p.fsdp_dim)
             bundles.setdefault(p.fsdp, {})[name] = dim
-
-    def whole(params: Params) -> Params:
-        for names, dims in bundles.items():
-            cut = {name: x for name, x in params.items() if name in dims}
-            if cut:
-                params = params | _gather_together(cut, dims, axes.over(*names), dtype)
-        return params
-
-    return whole
+    return bundles
 
 
-def _gather_together(params: Params, dims: Mapping[str, int], axis: Axis, dtype: torch.dtype | None) -> Params:
-    flat_SN = gather(torch.cat([x.flatten() for x in params.values()])[None], axis, 0, dtype)
-    parts = flat_SN.split([x.numel() for x in params.values()], dim=1)
+def _flat(cut: Params) -> Tensor:
+    return torch.cat([x.flatten() for x in cut.values()])[None]
+
+
+def _whole(cut: Params, dims: Mapping[str, int], flat_SN: Tensor) -> Params:
+    """The whole tensors from what the S ranks' `_flat` gave together."""
+    parts = flat_SN.split([x.numel() for x in cut.values()], dim=1)
     out = {}
-    for (name, x), part in zip(params.items(), parts):
+    for (name, x), part in zip(cut.items(), parts):
         dim = dims[name]
         out[name] = part.unflatten(1, x.shape).movedim(0, dim).flatten(dim, dim + 1)
     return out

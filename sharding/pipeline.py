@@ -243,9 +243,14 @@ def _leaves(x: Tensor, total: Tensor, stacked: bool) -> Tensor | tuple[Tensor, .
 
 def _leaf(x: Tensor, total: Tensor) -> Tensor:
     """The same values as something to differentiate by; what autograd accumulates goes to `total`."""
+
+    def move(leaf: Tensor) -> None:
+        # not leaf.grad = total: dynamo refuses a leaf whose gradient has another dtype than its own
+        total.add_(leaf.grad)
+        leaf.grad = None
+
     leaf = x.detach().requires_grad_()
-    leaf.grad_dtype = total.dtype
-    leaf.grad = total
+    leaf.register_post_accumulate_grad_hook(move)
     return leaf
 
 

@@ -4,7 +4,15 @@ from qwen3f.model.cached import apply_cached, make_cached_forward
 from qwen3f.model.execution import EAGER, REFERENCE, Execution
 from qwen3f.model.kv_cache import KVCache, init_cache
 from qwen3f.model.moe import RouterStats
-from qwen3f.model.transformer import ModelOutput, apply, head_weight, make_forward, make_outer, real_tokens
+from qwen3f.model.transformer import (
+    ModelOutput,
+    apply,
+    head_weight,
+    make_forward,
+    make_outer,
+    real_tokens,
+    weights_ahead,
+)
 
 __all__ = [
     "EAGER",
@@ -21,4 +29,5 @@ __all__ = [
     "make_forward",
     "make_outer",
     "real_tokens",
+    "weights_ahead",
 ]

@@ -80,10 +80,12 @@ class Block(nn.Module):
 
 
 @functools.lru_cache(maxsize=32)
-def block_fn(cfg: ModelConfig, execution: Execution, sparse: bool, layout: Layout = ONE_DEVICE) -> BlockFn:
+def block_fn(
+    cfg: ModelConfig, execution: Execution, sparse: bool, layout: Layout = ONE_DEVICE, gathered: bool = False
+) -> BlockFn:
     """(layer parameters, x, cos, sin, mask, real, stream) -> as Block, for any layer of one kind: dense, or sparse.
 
-    Layer parameters are this rank's shards; the function gathers what FSDP has cut.
+    Layer parameters are this rank's shards; the function gathers what FSDP has cut, unless it has been `gathered`.
 
     The skeleton lives on the meta device and owns nothing. Cached, since the compiled function is: every layer of a
     kind and every step of a run go through the same one. Recomputation sits inside the compiled region, where its
@@ -94,7 +96,7 @@ def block_fn(cfg: ModelConfig, execution: Execution, sparse: bool, layout: Layou
     whole = make_gather(layout.place(cfg), layout.axes, stacked=True, dtype=layout.gather_dtype)
 
     def run(layer: dict[str, Tensor], *args: object) -> tuple[Tensor, ...]:
-        return torch.func.functional_call(skeleton, whole(layer), args, strict=True)
+        return torch.func.functional_call(skeleton, layer if gathered else whole(layer), args, strict=True)
 
     policy = cfg.gradient_checkpointing
     fn = run if policy == "none" else _recomputed(run, policy, _KEPT if layout.reshard else _KEPT | _GATHERED)

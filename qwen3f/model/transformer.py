@@ -22,7 +22,7 @@ from qwen3f.model.mask import AttentionMask
 from qwen3f.model.moe import RouterStats
 from qwen3f.model.norm import rms_norm
 from qwen3f.model.rope import rope_tables
-from sharding.fsdp import make_gather
+from sharding.fsdp import GatherAhead, gather_ahead, make_gather
 from sharding.layout import ONE_DEVICE, Layout
 from sharding.tensor import embedding
 
@@ -108,7 +108,8 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
     the layer's earlier keys and values (qwen3f.model.cached). real: bool [B, T] or None, as real_tokens gives it.
     """
     kinds = [cfg.is_sparse(layer) for layer in range(cfg.num_hidden_layers)]
-    blocks = {kind: block_fn(cfg, execution, kind, layout) for kind in {*kinds}}
+    ahead = weights_ahead(cfg, execution, layout)
+    blocks = {kind: block_fn(cfg, execution, kind, layout, gathered=ahead is not None) for kind in {*kinds}}
     stacks = layer_stacks(cfg)
 
     def body(
@@ -122,7 +123,12 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
         x = embedding(tokens, params[P.EMBED], layout.axes.tp)
         cos, sin = rope_tables(cfg, positions, x.dtype)
         routed: list[list[Tensor]] = []
-        for index, layer in enumerate(unstack_layers(params, stacks)):
+        layers = unstack_layers(params, stacks)
+        started = ahead.start(layers[0]) if ahead else None
+        for index, layer in enumerate(layers):
+            if ahead:
+                layer = ahead.finish(started)
+                started = ahead.start(layers[index + 1]) if index + 1 < len(layers) else None
             stream = None if dropout_stream is None else rng.fold(dropout_stream, index)
             x, *stats = blocks[kinds[index]](layer, x, cos, sin, masks[index], real, stream)
             if stats:
@@ -131,6 +137,16 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
         return rms_norm(x, params[P.FINAL_NORM], cfg.rms_norm_eps), stacked
 
     return body
+
+
+def weights_ahead(cfg: ModelConfig, execution: Execution, layout: Layout) -> GatherAhead | None:
+    """How a layer's weights are gathered while the one before is computed; None if the block itself gathers them.
+
+    It does where it is recomputed, to gather them again, and inside one graph of the step, whose compiler orders it.
+    """
+    if cfg.gradient_checkpointing != "none" or execution.compile == "step":
+        return None
+    return gather_ahead(layout.place(cfg), layout.axes, layout.gather_dtype)
 
 
 def make_outer(cfg: ModelConfig, layout: Layout) -> Callable[[P.Params], P.Params]:

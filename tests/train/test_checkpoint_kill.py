@@ -82,9 +82,10 @@ def test_50_kills_at_random_moments_change_nothing(make, tmp_path):
             before = checkpoints.latest()
             pid = forker.start("train", as_json, str(workdir))
             begin = time.monotonic()
-            while number < 2 and checkpoints.latest() == before:
+            measuring = number % 10 < 2  # now and then, as the machine's load changes
+            while measuring and checkpoints.latest() == before:
                 time.sleep(0.01)
-            if number < 2:  # from a start to the next commit, the second time with a restore: the measure of the others
+            if measuring:  # from a start to the next commit, the second time with a restore: the measure of the others
                 life = time.monotonic() - begin
             time.sleep(rng.uniform(0.2, 1.5) * life)
             os.kill(pid, signal.SIGKILL)
