@@ -33,9 +33,17 @@ def gather(x: Tensor, axis: Axis, dim: int, dtype: torch.dtype | None = None) ->
 def start_gather(x: Tensor, axis: Axis, dtype: torch.dtype | None = None) -> Tensor:
     """As gather along dimension 0, over an axis of more than one rank, but not yet here: to be read only after `wait`.
 
-    Nor is its gradient, which must not be read, nor added to another one, before `wait`.
+    Nor is its gradient, so x must come, directly, from `wait_for_gradients`.
     """
     return _StartGather.apply(x, axis.size, axis.group, dtype or x.dtype)
+
+
+def wait_for_gradients(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors; their gradients, which start_gather leaves under way, are waited for together.
+
+    autograd walks back first through what was done last: so call it before everything that the waiting is to overlap.
+    """
+    return _WaitForGradients.apply(*tensors)
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
@@ -142,6 +150,16 @@ class _StartGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _ops.reduce_scatter_tensor(grad.to(ctx.dtype).contiguous(), "sum", *ctx.where), None, None, None
+
+
+class _WaitForGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if grad is None else wait(grad) for grad in grads)
 
 
 class _ReduceScatter(torch.autograd.Function):

@@ -6,14 +6,14 @@ replicated over an axis is summed over it once a step, after the last micro-batc
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from qwen3f.params import LAYERS, Params
 from sharding.axes import Axes
-from sharding.collectives import all_reduce, gather, shard, start_gather, wait
+from sharding.collectives import all_reduce, gather, shard, start_gather, wait, wait_for_gradients
 from sharding.mesh import AXES, DATA
 from sharding.rules import Placed, replicated_axes
 
@@ -42,13 +42,22 @@ def make_gather(placed: Mapping[str, Placed], axes: Axes, *, stacked: bool, dtyp
 class GatherAhead:
     """`make_gather` of a layer in two halves, so that it travels while the layer before is computed.
 
-    start(layer) -> what finish takes; finish -> the layer's whole weights. Gradients travel likewise, while the layer
-    before is differentiated: those of the shards are to be read after collectives.wait alone.
+    begin(layers), once, -> the layers to give to start; start(layer) -> what finish takes; finish -> the layer's whole
+    weights. Gradients travel likewise, while the layer before is differentiated.
     """
 
     bundles: Mapping[tuple[str, ...], Mapping[str, int]]
     axes: Axes
     dtype: torch.dtype | None
+
+    def begin(self, layers: Sequence[Params]) -> list[Params]:
+        cut = {name for dims in self.bundles.values() for name in dims}
+        places = [(index, name) for index, layer in enumerate(layers) for name in layer if name in cut]
+        waited = wait_for_gradients([layers[index][name] for index, name in places])
+        out = [dict(layer) for layer in layers]
+        for (index, name), x in zip(places, waited):
+            out[index][name] = x
+        return out
 
     def start(self, layer: Params) -> tuple[Params, list[tuple[Params, Mapping[str, int], Tensor]]]:
         travelling = []

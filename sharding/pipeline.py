@@ -246,8 +246,9 @@ def _leaf(x: Tensor, total: Tensor) -> Tensor:
 
     def move(leaf: Tensor) -> None:
         # not leaf.grad = total: dynamo refuses a leaf whose gradient has another dtype than its own
-        total.add_(leaf.grad)
-        leaf.grad = None
+        if leaf.grad is not None:  # None where an operator gave no gradient: its weight's is put off
+            total.add_(leaf.grad)
+            leaf.grad = None
 
     leaf = x.detach().requires_grad_()
     leaf.register_post_accumulate_grad_hook(move)

@@ -4,15 +4,7 @@ from qwen3f.model.cached import apply_cached, make_cached_forward
 from qwen3f.model.execution import EAGER, REFERENCE, Execution
 from qwen3f.model.kv_cache import KVCache, init_cache
 from qwen3f.model.moe import RouterStats
-from qwen3f.model.transformer import (
-    ModelOutput,
-    apply,
-    head_weight,
-    make_forward,
-    make_outer,
-    real_tokens,
-    weights_ahead,
-)
+from qwen3f.model.transformer import ModelOutput, apply, head_weight, make_forward, make_outer, real_tokens
 
 __all__ = [
     "EAGER",
@@ -29,5 +21,4 @@ __all__ = [
     "make_forward",
     "make_outer",
     "real_tokens",
-    "weights_ahead",
 ]

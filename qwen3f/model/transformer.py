@@ -108,7 +108,7 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
     the layer's earlier keys and values (qwen3f.model.cached). real: bool [B, T] or None, as real_tokens gives it.
     """
     kinds = [cfg.is_sparse(layer) for layer in range(cfg.num_hidden_layers)]
-    ahead = weights_ahead(cfg, execution, layout)
+    ahead = _weights_ahead(cfg, execution, layout)
     blocks = {kind: block_fn(cfg, execution, kind, layout, gathered=ahead is not None) for kind in {*kinds}}
     stacks = layer_stacks(cfg)
 
@@ -124,6 +124,8 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
         cos, sin = rope_tables(cfg, positions, x.dtype)
         routed: list[list[Tensor]] = []
         layers = unstack_layers(params, stacks)
+        if ahead:
+            layers = ahead.begin(layers)
         started = ahead.start(layers[0]) if ahead else None
         for index, layer in enumerate(layers):
             if ahead:
@@ -139,7 +141,7 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
     return body
 
 
-def weights_ahead(cfg: ModelConfig, execution: Execution, layout: Layout) -> GatherAhead | None:
+def _weights_ahead(cfg: ModelConfig, execution: Execution, layout: Layout) -> GatherAhead | None:
     """How a layer's weights are gathered while the one before is computed; None if the block itself gathers them.
 
     It does where it is recomputed, to gather them again, and inside one graph of the step, whose compiler orders it.

@@ -17,7 +17,7 @@ from qwen3f.train import balance, losses, optimizer
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.state import TrainState
 from qwen3f.transforms import grad_and_value, jit
-from sharding import collectives, forward_pipeline, pipeline
+from sharding import forward_pipeline, pipeline
 from sharding.fsdp import sum_over, sum_replicated
 from sharding.layout import ONE_DEVICE, Layout
 from sharding.mesh import ROWS
@@ -82,8 +82,6 @@ def make_train_step(
     count = losses.make_load(cfg, execution, **options) if count_first else None
     pipelined = pipeline.make_gradients(cfg, layout.pipeline, execution, layout) if axes.pp.size > 1 else None
 
-    ahead = model.weights_ahead(cfg, execution, layout) is not None
-
     def gradients(state: TrainState, batch: Batch) -> tuple[P.Params, losses.Terms]:
         batch = split_sequence(_visible(batch, cross_documents), axes.cp)
         totals = losses.sum_totals(cfg, batch, axes)
@@ -112,8 +110,6 @@ def make_train_step(
         for part, part_stream in parts:
             others = whole if terms is None or whole is not None else terms.load
             part_grads, (_, part_terms) = objective(_unstack(compute), part, totals, others, part_stream)
-            if ahead:  # they may still be under way
-                part_grads = tree.map(collectives.wait, part_grads)
             grads = _accumulate(grads, part_grads, masters, only=microbatches == 1)
             terms = losses.add_terms(terms, part_terms)
         return grads, terms

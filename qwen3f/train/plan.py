@@ -106,6 +106,7 @@ def make_plan(config: ConfigDict, devices: int | None = None) -> Plan:
     execution = model.Execution(_compile_mode(config.compile, device, cfg, layout), config.attention)
     hyper = optimizer.make(**config.optimizer.to_dict())
     _check_recomputation(cfg, execution.compile)
+    _check_graph(config, device, compute_dtype)
     _check_mesh(config, cfg, hyper, execution, layout)
     data = DataConfig(vocab_size=cfg.vocab_size, **config.data.to_dict())
     return Plan(
@@ -193,6 +194,17 @@ def _compile_mode(mode: str, device: torch.device, cfg: ModelConfig, layout: Lay
     axes = layout.axes
     eager = (axes.pp.size > 1 and layout.pipeline.splits) or (axes.ep.size > 1 and bool(cfg.sparse_layers))
     return "block" if device.type == "cuda" and not eager else "off"
+
+
+def _check_graph(config: ConfigDict, device: torch.device, compute_dtype: torch.dtype) -> None:
+    """torch 2.11's compiler takes a random state that efficient attention keeps on the CPU for one on the device, and
+    writes other results of the graph there: "CUDA driver error: invalid argument"."""
+    own = config.attention in ("flash", "reference")
+    if config.compile == "step" and device.type == "cuda" and compute_dtype == torch.float32 and not own:
+        raise UserError(
+            f"config.compile=step with config.dtype=float32 on CUDA and config.attention={config.attention}: torch's "
+            "efficient attention can't be part of that graph; write --config.attention=flash or --config.compile=block"
+        )
 
 
 def _check_recomputation(cfg: ModelConfig, compile_mode: str) -> None:

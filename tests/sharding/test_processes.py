@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from qwen3f import model, tree
@@ -53,11 +54,29 @@ def on_processes(rank):
             whole = restore(cfg, whole, make_stages(cfg, layout.pipeline, shape.pp))
             sums = make_eval_step(cfg, **execution)(current.params, mine) if mode == "off" else None
             out[name, mode] = metrics, whole, sums
+    return out, compiled_pipeline()
+
+
+def compiled_pipeline():
+    """Metrics of two steps with bfloat16 weights and float32 sums of their gradients, uncompiled and by the block."""
+    cfg, shape = config(num_hidden_layers=2), parse_mesh("pp2,dp2")
+    device_mesh = make_mesh(shape, "cpu")
+    layout, out = Layout(axes_of(device_mesh)), []
+    for mode in ("off", "block"):
+        block_fn.cache_clear()
+        current = init_state(cfg, 0, layout=layout, mesh=device_mesh)
+        execution = {"layout": layout, "execution": model.Execution(compile=mode), "compute_dtype": torch.bfloat16}
+        step = make_train_step(cfg, AdamW(), SCHEDULE, microbatches=MICROBATCHES, **execution)
+        for batch in batches(STEPS):
+            current, metrics = step(current, share(batch, shape, dist.get_rank(), MICROBATCHES))
+        out.append(metrics)
     return out
 
 
 def test_four_processes_equal_one_device():
-    got = run_processes(on_processes, 4)
+    got, compiled = zip(*run_processes(on_processes, 4))
+    for uncompiled, by_block in compiled:  # the same operators in the same order
+        torch.testing.assert_close(by_block, uncompiled, rtol=1e-6, atol=0)
     for name, mode in got[0]:
         cfg = CASES[name][0]
         state, metrics = on_one_device(cfg, steps=STEPS, microbatches=MICROBATCHES)[-1]

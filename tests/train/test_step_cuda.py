@@ -64,7 +64,8 @@ def test_compile_modes_equal_eager_in_float32(mode):
     expected, m_1 = make_train_step(cfg, hyper, SCHEDULE, microbatches=2)(
         state.init_state(cfg, 0, device="cuda"), batch
     )
-    execution = model.Execution(compile=mode, attention="sdpa")
+    # torch 2.11 can't have efficient attention in one graph: see the plan's check
+    execution = model.Execution(compile=mode, attention="flash" if mode == "step" else "sdpa")
     step = make_train_step(cfg, hyper, SCHEDULE, microbatches=2, execution=execution, donate=True)
     got, m_2 = step(state.init_state(cfg, 0, device="cuda"), batch)
     torch.testing.assert_close(m_1["loss"], m_2["loss"], rtol=1e-6, atol=0)
