@@ -108,6 +108,8 @@ ALONE = World()
 
 def open_world(shape: MeshShape, device_type: str, local_rank: int) -> World:
     """The World of a mesh as big as the default process group, which must exist. All ranks call it together."""
+    if shape.size == 1:  # torchrun with one rank: there is nobody to talk to
+        return ALONE
     mesh = make_mesh(shape, device_type)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, mesh, axes_of(mesh), _talk())
 

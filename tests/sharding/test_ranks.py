@@ -121,12 +121,14 @@ with ranks.joined(decision, shape, timeout=30.0) as world:
 RANK = """
 import os, signal, sys, time
 rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+def say(*words):
+    os.write(1, (" ".join(words) + chr(10)).encode())  # in one piece: the other rank writes to the same pipe
 def stop(number, frame):
-    print("stopped", rank, flush=True)
+    say("stopped", rank)
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
 {body}
-print("rank", rank, os.getpid(), flush=True)
+say("rank", rank, str(os.getpid()))
 time.sleep(60)
 """
 START = """
@@ -192,7 +194,7 @@ def test_a_lost_rank_ends_the_others_and_is_named(tmp_path):
 
 def test_all_ranks_start_again_after_one_is_lost_as_often_as_allowed(tmp_path, capfd):
     dies = "if rank == '0' and attempt != '{}': os.kill(os.getpid(), signal.SIGKILL)"
-    goes_on = "print('on', rank, flush=True), sys.exit(0)"
+    goes_on = "say('on', rank), sys.exit(0)"
     assert _start(tmp_path, f"{dies.format(1)}\n{goes_on}", restarts=1) == 0
     said = capfd.readouterr()
     assert said.err == "rank 0 of 2 ended with signal 9; the others were ended; starting all again (1 of 1)\n"
