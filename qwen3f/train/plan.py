@@ -102,8 +102,8 @@ def make_plan(config: ConfigDict, devices: int | None = None) -> Plan:
         )
     device = find_device(config.device)
     compute_dtype = find_dtype(config.dtype, device)
-    layout = _layout(config, devices, compute_dtype)
-    execution = model.Execution(_compile_mode(config.compile, device, cfg, layout), config.attention)
+    layout = find_layout(config, devices, compute_dtype)
+    execution = model.Execution(find_compile_mode(config.compile, device, cfg, layout), config.attention)
     hyper = optimizer.make(**config.optimizer.to_dict())
     _check_recomputation(cfg, execution.compile)
     _check_graph(config, device, compute_dtype)
@@ -124,7 +124,8 @@ def make_plan(config: ConfigDict, devices: int | None = None) -> Plan:
     )
 
 
-def _layout(config: ConfigDict, devices: int | None, compute_dtype: torch.dtype) -> Layout:
+def find_layout(config: ConfigDict, devices: int | None, compute_dtype: torch.dtype) -> Layout:
+    """The layout of config.mesh, fsdp and pipeline, on axes that have sizes alone. Raises UserError."""
     shape = hybrid(parse_mesh(config.mesh, devices), config.fsdp.shard_size, config.fsdp.enabled)
     return Layout(
         axes=sizes_only(shape),
@@ -188,7 +189,8 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _compile_mode(mode: str, device: torch.device, cfg: ModelConfig, layout: Layout) -> str:
+def find_compile_mode(mode: str, device: torch.device, cfg: ModelConfig, layout: Layout) -> str:
+    """The mode that config.compile names; auto is block on CUDA, but off where a mesh can't have compiled code."""
     if mode != "auto":
         return mode
     axes = layout.axes

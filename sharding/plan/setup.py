@@ -9,10 +9,10 @@ from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.model import EAGER, Execution
 from qwen3f.train import optimizer
-from qwen3f.train.plan import find_dtype
+from qwen3f.train.plan import find_compile_mode, find_dtype, find_layout
 from sharding import rules
 from sharding.layout import find_gather_dtype
-from sharding.mesh import MeshShape, hybrid, parse_mesh
+from sharding.mesh import MeshShape
 from sharding.pipeline import check
 from sharding.plan.hardware import Hardware, parse_hardware
 from sharding.stages import Pipeline, Stages, make_stages
@@ -119,18 +119,21 @@ def from_config(config: ConfigDict) -> Setup:
     for key in ("batch_size", "microbatches", "seq_len"):
         if config[key] < 1:
             raise UserError(f"config.{key} must be at least 1, got {config[key]}")
+    cuda = torch.device("cuda")
+    cfg, compute = ModelConfig.from_dict(config.model.to_dict()), find_dtype(config.dtype, cuda)
+    layout = find_layout(config, None, compute)
     return Setup(
-        model=ModelConfig.from_dict(config.model.to_dict()),
-        mesh=hybrid(parse_mesh(config.mesh), config.fsdp.shard_size, config.fsdp.enabled),
+        model=cfg,
+        mesh=layout.axes.shape,
         batch_size=config.batch_size,
         seq_len=config.seq_len,
         hardware=parse_hardware(config.hardware),
         microbatches=config.microbatches,
-        compute=find_dtype(config.dtype, torch.device("cuda")),
+        compute=compute,
         hyper=optimizer.make(**config.optimizer.to_dict()),
         fsdp=config.fsdp.enabled,
         reduce=config.fsdp.reduce,
         reshard=config.fsdp.reshard,
-        pipeline=Pipeline(config.pipeline.schedule, config.pipeline.stages),
-        execution=Execution("block" if config.compile == "auto" else config.compile, config.attention),
+        pipeline=layout.pipeline,
+        execution=Execution(find_compile_mode(config.compile, cuda, cfg, layout), config.attention),
     )
