@@ -74,10 +74,12 @@ def make(setup: Setup) -> MeshPlan:
 
 
 def by_policy(setup: Setup) -> dict[str, MeshPlan]:
-    """gradient_checkpointing -> the plan with that policy, for all three."""
+    """gradient_checkpointing -> the plan with that policy, for those that the setup's schedule can run."""
+    splits = setup.mesh.pp > 1 and setup.pipeline.splits
+    runs = [policy for policy in REMAT_POLICIES if policy != "selective" or not splits]
     return {
         policy: make(dataclasses.replace(setup, model=setup.model.replace(gradient_checkpointing=policy)))
-        for policy in REMAT_POLICIES
+        for policy in runs
     }
 
 
