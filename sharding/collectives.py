@@ -30,16 +30,28 @@ def gather(x: Tensor, axis: Axis, dim: int, dtype: torch.dtype | None = None) ->
     return x if axis.size == 1 else _Gather.apply(x, axis.size, axis.group, dim % x.dim(), dtype or x.dtype)
 
 
-def start_gather(x: Tensor, axis: Axis, dtype: torch.dtype | None = None) -> Tensor:
-    """As gather along dimension 0, over an axis of more than one rank, but not yet here: to be read only after `wait`.
+def gather_each(
+    tensors: Sequence[Tensor], axis: Axis, dims: Sequence[int], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """gather of each tensor along its own dimension: one launch for all, over an axis of more than one rank."""
+    return [join(x, axis.size, dim) for x, dim in zip(_GatherEach.apply(axis.size, axis.group, dtype, *tensors), dims)]
 
-    Nor is its gradient, so x must come, directly, from `wait_for_gradients`.
+
+def start_gather_each(tensors: Sequence[Tensor], axis: Axis, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """As gather_each along dimension 0, but not yet here: each to be read only after `wait`.
+
+    Nor are their gradients, so the tensors must come, directly, from `wait_for_gradients`.
     """
-    return _StartGather.apply(x, axis.size, axis.group, dtype or x.dtype)
+    return _StartGatherEach.apply(axis.size, axis.group, dtype, *tensors)
+
+
+def join(x: Tensor, size: int, dim: int) -> Tensor:
+    """Tensors of `size` ranks along `dim`, from what they are along dimension 0; a copy, unless that is `dim`."""
+    return x if dim == 0 else x.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def wait_for_gradients(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors; their gradients, which start_gather leaves under way, are waited for together.
+    """The tensors; their gradients, which start_gather_each leaves under way, are waited for together.
 
     autograd walks back first through what was done last: so call it before everything that the waiting is to overlap.
     """
@@ -87,6 +99,16 @@ def start_shift(x: Tensor, axis: Axis, by: int = 1) -> Tensor:
     return _ops.all_to_all_single(rows, come, to, axis.group)
 
 
+def gather_now(x: Tensor, size: int, group: str) -> Tensor:
+    """As gather along dimension 0, for operators that have their own gradient."""
+    return _gather(x, size, group, 0)
+
+
+def start_reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
+    """As reduce_scatter along dimension 0, but not yet here: to be read only after `wait`. It has no gradient."""
+    return _ops.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
+
+
 def wait(x: Tensor) -> Tensor:
     """x, once what was started has come; what is queued later waits for it, the host does not."""
     return _ops.wait_tensor(x.detach())
@@ -112,8 +134,20 @@ def _only(size: int, axis: Axis, place: int) -> list[int]:
 
 
 def _gather(x: Tensor, size: int, group: str, dim: int) -> Tensor:
-    parts = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), size, group))
-    return parts if dim == 0 else parts.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
+    return join(_ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), size, group)), size, dim)
+
+
+def _start_gathers(tensors: Sequence[Tensor], size: int, group: str) -> list[Tensor]:
+    return _ops.all_gather_into_tensor_coalesced([x.contiguous() for x in tensors], size, group)
+
+
+def _start_scatters(
+    grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype], size: int, group: str
+) -> list[Tensor | None]:
+    """This rank's shares, each in its dtype, of the sums over ranks along dimension 0; None where nothing is given."""
+    given = [grad.to(dtype).contiguous() for grad, dtype in zip(grads, dtypes) if grad is not None]
+    shares = iter(_ops.reduce_scatter_tensor_coalesced(given, "sum", size, group))
+    return [None if grad is None else next(shares) for grad in grads]
 
 
 def _reduce_scatter(x: Tensor, size: int, group: str, dim: int) -> Tensor:
@@ -141,15 +175,27 @@ class _Gather(torch.autograd.Function):
         return _reduce_scatter(grad.to(ctx.dtype), *ctx.where), None, None, None, None
 
 
-class _StartGather(torch.autograd.Function):
+class _StartGatherEach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Context, x: Tensor, size: int, group: str, dtype: torch.dtype) -> Tensor:
-        ctx.where, ctx.dtype = (size, group), x.dtype
-        return _ops.all_gather_into_tensor(x.to(dtype).contiguous(), size, group)
+    def forward(ctx: Context, size: int, group: str, dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.where, ctx.dtypes = (size, group), [x.dtype for x in tensors]
+        ctx.set_materialize_grads(False)  # what is put off (sharding.deferred) is scattered later
+        return tuple(_start_gathers([x.to(dtype or x.dtype) for x in tensors], *ctx.where))
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _ops.reduce_scatter_tensor(grad.to(ctx.dtype).contiguous(), "sum", *ctx.where), None, None, None
+    def backward(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, None, *_start_scatters(grads, ctx.dtypes, *ctx.where)
+
+
+class _GatherEach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Context, size: int, group: str, dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(_ops.wait_tensor, _StartGatherEach.forward(ctx, size, group, dtype, *tensors)))
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        shares = _start_scatters(grads, ctx.dtypes, *ctx.where)
+        return None, None, None, *(None if x is None else _ops.wait_tensor(x) for x in shares)
 
 
 class _WaitForGradients(torch.autograd.Function):

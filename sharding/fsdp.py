@@ -1,8 +1,9 @@
 """Weights that are cut over dp, ep and cp: gathered where they are used, their gradients summed and cut again.
 
-A layer's weights travel together: one collective for all that are cut over the same axes, in the dtype they come in.
-Its adjoint is the reduce-scatter that leaves each rank the sum of all ranks' gradients for its own shard. What is
-replicated over an axis is summed over it once a step, after the last micro-batch (`sum_replicated`).
+A layer's weights travel together: one launch for all that are cut over the same axes, in the dtype they come in. Its
+adjoint is the reduce-scatter that leaves each rank the sum of all ranks' gradients for its own shards. What is cut
+along its first dimension needs no copy either way. What is replicated over an axis is summed over it once a step, after
+the last micro-batch (`sum_replicated`).
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from qwen3f.params import LAYERS, Params
 from sharding.axes import Axes
-from sharding.collectives import all_reduce, gather, shard, start_gather, wait, wait_for_gradients
+from sharding.collectives import all_reduce, gather_each, join, shard, start_gather_each, wait, wait_for_gradients
 from sharding.mesh import AXES, DATA
 from sharding.rules import Placed, replicated_axes
 
@@ -30,9 +31,10 @@ def make_gather(placed: Mapping[str, Placed], axes: Axes, *, stacked: bool, dtyp
 
     def whole(params: Params) -> Params:
         for names, dims in bundles.items():
-            cut = {name: x for name, x in params.items() if name in dims}
+            cut = [name for name in params if name in dims]
             if cut:
-                params = params | _whole(cut, dims, gather(_flat(cut), axes.over(*names), 0, dtype))
+                axis, along = axes.over(*names), [dims[name] for name in cut]
+                params = params | dict(zip(cut, gather_each([params[name] for name in cut], axis, along, dtype)))
         return params
 
     return whole
@@ -59,20 +61,22 @@ class GatherAhead:
             out[index][name] = x
         return out
 
-    def start(self, layer: Params) -> tuple[Params, list[tuple[Params, Mapping[str, int], Tensor]]]:
-        travelling = []
+    def start(self, layer: Params) -> tuple[Params, dict[str, tuple[int, int]]]:
+        """(the layer, what is cut of it on its way; name -> ranks and dimension of what is)."""
+        travelling = {}
         for names, dims in self.bundles.items():
-            cut = {name: x for name, x in layer.items() if name in dims}
+            cut = [name for name in layer if name in dims]
             if cut:
-                travelling.append((cut, dims, start_gather(_flat(cut), self.axes.over(*names), self.dtype)))
+                axis = self.axes.over(*names)
+                layer = layer | dict(zip(cut, start_gather_each([layer[name] for name in cut], axis, self.dtype)))
+                travelling |= {name: (axis.size, dims[name]) for name in cut}
         return layer, travelling
 
-    def finish(self, started: tuple[Params, list[tuple[Params, Mapping[str, int], Tensor]]]) -> Params:
+    def finish(self, started: tuple[Params, dict[str, tuple[int, int]]]) -> Params:
         layer, travelling = started
-        for cut, dims, flat_SN in travelling:
-            wait(flat_SN)
-            layer = layer | _whole(cut, dims, flat_SN)
-        return layer
+        for name in travelling:
+            wait(layer[name])
+        return layer | {name: join(layer[name], *place) for name, place in travelling.items()}
 
 
 def gather_ahead(placed: Mapping[str, Placed], axes: Axes, dtype: torch.dtype | None) -> GatherAhead | None:
@@ -90,20 +94,6 @@ def _bundles(placed: Mapping[str, Placed], stacked: bool) -> dict[tuple[str, ...
             name, dim = (path.removeprefix(LAYERS), p.fsdp_dim - 1) if stacked else (path, p.fsdp_dim)
             bundles.setdefault(p.fsdp, {})[name] = dim
     return bundles
-
-
-def _flat(cut: Params) -> Tensor:
-    return torch.cat([x.flatten() for x in cut.values()])[None]
-
-
-def _whole(cut: Params, dims: Mapping[str, int], flat_SN: Tensor) -> Params:
-    """The whole tensors from what the S ranks' `_flat` gave together."""
-    parts = flat_SN.split([x.numel() for x in cut.values()], dim=1)
-    out = {}
-    for (name, x), part in zip(cut.items(), parts):
-        dim = dims[name]
-        out[name] = part.unflatten(1, x.shape).movedim(0, dim).flatten(dim, dim + 1)
-    return out
 
 
 def cut(params: Params, placed: Mapping[str, Placed], axes: Axes) -> Params:

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -23,6 +24,7 @@ from sharding.world import World, open_world
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 CPU_RANKS = 8  # that a host with fewer cores offers too: to try a mesh, however slowly
+_POLL = 0.05  # seconds
 _LINGER = 5.0  # seconds; longer than processes.run_ranks leaves ranks to live on after one has failed
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
@@ -176,6 +178,39 @@ def start(decision: Decision, command: Sequence[str], *, restarts: int = 0) -> i
     return run_ranks(command, decision.world, environment, restarts)
 
 
+def meet(store: dist.Store, rank: int, world: int, *, timeout: datetime.timedelta) -> dist.Store:
+    """The part of a store that these ranks have for themselves, once all of them are there.
+
+    torchrun's agents start ranks again with the store that those before them had, where a rank would find the addresses
+    of dead ones; TORCHELASTIC_RESTART_COUNT tells attempts apart on one host alone, since an agent counts only what its
+    own ranks lost. So rank 0 draws a name and tells it to all who say that they are here, each under a name drawn too,
+    until those of this attempt have taken it, which nobody from before does. Raises TrainingError if that takes longer
+    than `timeout`.
+    """
+    store.set_timeout(timeout)
+    drawn = uuid.uuid4().hex
+    if rank:
+        store.set(f"here/{rank}", drawn)
+        try:
+            name = store.get(f"name/{drawn}").decode()
+        except dist.DistStoreError as error:
+            raise TrainingError(f"rank 0 of {world} has not come in {timeout.total_seconds():g} s") from error
+        store.set(f"taken/{name}/{rank}", "")
+        return dist.PrefixStore(name, store)
+    missing = list(range(1, world))
+    until = time.monotonic() + timeout.total_seconds()
+    while missing:
+        if time.monotonic() > until:
+            who = ", ".join(map(str, missing))
+            raise TrainingError(f"of {world} ranks these have not come in {timeout.total_seconds():g} s: {who}")
+        for other in missing:
+            if store.check([f"here/{other}"]):
+                store.set(f"name/{store.get(f'here/{other}').decode()}", drawn)
+        time.sleep(_POLL)
+        missing = [other for other in missing if not store.check([f"taken/{drawn}/{other}"])]
+    return dist.PrefixStore(drawn, store)
+
+
 @contextlib.contextmanager
 def joined(decision: Decision, shape: MeshShape, *, timeout: float) -> Iterator[World]:
     """This rank's World, within the process group of all. timeout: seconds until a collective on CUDA without its peers
@@ -191,13 +226,15 @@ def joined(decision: Decision, shape: MeshShape, *, timeout: float) -> Iterator[
     device = torch.device(decision.device, decision.local_rank if decision.device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    where = {} if decision.init == "env://" else {"rank": decision.rank, "world_size": decision.world}
+    patience = datetime.timedelta(seconds=timeout)
+    store, rank, world = next(dist.rendezvous(decision.init, decision.rank, decision.world, timeout=patience))
     dist.init_process_group(
         decision.backend,
-        init_method=decision.init,
-        timeout=datetime.timedelta(seconds=timeout),
+        store=meet(store, rank, world, timeout=patience),
+        rank=rank,
+        world_size=world,
+        timeout=patience,
         device_id=device if device.type == "cuda" else None,
-        **where,
     )
     with contextlib.ExitStack() as quiet:
         if decision.rank:

@@ -1,8 +1,9 @@
 """Where every parameter lives: one table from paths to the dimension that each mesh axis cuts.
 
 Dimensions are counted in the stored (stacked) shape, so dim 0 of a layer's parameter is the stack. What a row doesn't
-name is replicated: over tp norms and routers are. FSDP then cuts one more dimension, the largest that no row uses,
-over dp, ep and cp; for experts without ep, which already holds different experts. Over dr nothing is ever cut.
+name is replicated: over tp norms and routers are. FSDP then cuts one more dimension, the first that is left and divides
+(the stack's apart), over dp, ep and cp; for experts without ep, which already holds different experts. Over dr nothing
+is ever cut.
 """
 
 import dataclasses
@@ -87,8 +88,8 @@ def _place(cfg: ModelConfig, path: str, spec: P.ParamSpec, shape: MeshShape, fsd
         explicit.append((axis, dim))
     data = tuple(axis for axis in FSDP if getattr(shape, axis) > 1 and axis not in dims) if fsdp else ()
     parts = math.prod(getattr(shape, axis) for axis in data)
-    free = [d for d, n in enumerate(spec.shape) if d not in dims.values() and n % parts == 0]
-    fsdp_dim = max(free, key=lambda d: spec.shape[d], default=None)
+    taken = {dim for _, dim in explicit} | ({0} if "pp" in dims else set())
+    fsdp_dim = next((d for d, n in enumerate(spec.shape) if d not in taken and n % parts == 0), None)
     return Placed(tuple(explicit), data if fsdp_dim is not None else (), fsdp_dim if data else None)
 
 
@@ -125,14 +126,16 @@ def replicated_axes(placed: Placed, shape: MeshShape) -> tuple[str, ...]:
 
 
 def check_batch(shape: MeshShape, rows: int, length: int, microbatches: int = 1) -> None:
-    """UserError when the global batch [rows, length] can't be cut: rows over dr, dp, ep, the sequence over cp, tp."""
+    """UserError when the global batch [rows, length] can't be cut: rows over dr, dp, ep, length over cp, tokens over
+    tp."""
     sizes = {axis: getattr(shape, axis) for axis in ROWS} | {"microbatches": microbatches}
     if rows % (parts := math.prod(sizes.values())):
         product = " · ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
         raise UserError(f"batch_size {rows} doesn't divide by {product}; make it a multiple of {parts}")
     check_length(length, shape.cp)
-    if length // shape.cp % shape.tp:
+    tokens = rows // parts * length // shape.cp
+    if tokens % shape.tp:
         raise UserError(
-            f"seq_len {length} over cp={shape.cp} leaves {length // shape.cp} positions, which don't divide by "
-            f"tp={shape.tp}"
+            f"a rank's micro-batch has {tokens} tokens ({rows // parts} × {length}, over cp={shape.cp}), which don't "
+            f"divide by tp={shape.tp}; change batch_size or seq_len"
         )

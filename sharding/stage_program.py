@@ -1,7 +1,7 @@
 """What one stage of a pipeline computes, whoever orders the work: from tokens or hidden states to the next stage's
 hidden states or to the loss.
 
-B batch · T sequence (t: this rank's part) · D hidden · S sparse layers of the stage
+B batch · T sequence · n this rank's tokens (sharding.tensor) · D hidden · S sparse layers of the stage
 """
 
 import functools
@@ -45,10 +45,10 @@ def make_stage(
     stage: int,
     deferred: Deferred | None = None,
 ) -> StageFn:
-    """run(outer, layers, batch, x, total_weight) -> (hidden states [B, t, D] for the next stage; from the last one
+    """run(outer, layers, batch, x, total_weight) -> (hidden states for the next stage; from the last one
     losses.make_loss's number, RouterStats of its S sparse layers or None).
 
-    outer, layers: as select_leaves gives them. x [B, t, D]: the stage before's hidden states; None on the first.
+    outer, layers: as select_leaves gives them. x: the stage before's hidden states, as empty_hidden; None on the first.
     deferred: what puts off its layers' weight gradients. Raises UserError as check_compile.
     """
     check_compile(execution)
@@ -126,9 +126,10 @@ def _outer_paths(cfg: ModelConfig, stages: Stages, stage: int) -> list[str]:
 def empty_hidden(
     cfg: ModelConfig, layout: Layout, tokens: torch.Size, params: P.Params, device: torch.device | str
 ) -> Tensor:
-    """Room for the hidden states between two stages, of this rank's tokens [B, T].
+    """Room for the hidden states between two stages, of this rank's tokens [B, T]: [B, T, D], or with tp [1, n, D].
 
     Their dtype is the embedding's once it is gathered.
     """
-    shape = (tokens[0], tokens[1] // layout.axes.tp.size, cfg.hidden_size)
-    return torch.empty(shape, dtype=layout.gather_dtype or params[P.EMBED].dtype, device=device)
+    tp = layout.axes.tp.size
+    shape = tokens if tp == 1 else (1, tokens.numel() // tp)
+    return torch.empty((*shape, cfg.hidden_size), dtype=layout.gather_dtype or params[P.EMBED].dtype, device=device)

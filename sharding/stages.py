@@ -1,8 +1,9 @@
 """How a pipeline cuts the model: which layers a stage holds, and in which order the ranks of pp store them.
 
 The model is cut into `count` runs of equal height, one a stage; the last run is shorter where the layers don't divide,
-and its missing rows are padding: stored, never computed. A rank with several stages holds them one after another, so
-its part of a stack is one block of rows, and a stack stored in this order is cut over pp in equal blocks.
+or where it is to be, since it has the head and the loss as well. Its missing rows are padding: stored, never computed.
+A rank with several stages holds them one after another, so its part of a stack is one block of rows, and a stack stored
+in this order is cut over pp in equal blocks.
 """
 
 import dataclasses
@@ -24,11 +25,13 @@ class Pipeline:
     """A schedule of torch.distributed.pipelining: 1F1B and interleaved 1F1B (Narayanan et al. 2021, arXiv:2104.04473),
     interleaved zero bubble and ZBV (Qi et al. 2023, arXiv:2401.10241).
 
-    stages: of a rank; 1f1b has one, zbv two. Raises UserError for another number, or an unknown schedule.
+    stages: of a rank; 1f1b has one, zbv two. layers: of each stage but the last, which holds what is left; 0: as equal
+    as can be. Raises UserError for another number of stages, or an unknown schedule.
     """
 
     schedule: str = "1f1b"
     stages: int = 1
+    layers: int = 0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -60,12 +63,22 @@ class Pipeline:
 
 
 def make_stages(cfg: ModelConfig, pipeline: Pipeline, ranks: int) -> "Stages":
-    """Where the model's layers live. UserError for an empty stage, and unless all stages have the same number of dense
-    layers and of sparse ones (padding may be of any kind), so that stacks of both kinds are cut in equal blocks.
+    """Where the model's layers live; without a pipeline, of one rank, pipeline.layers is nothing to heed.
+
+    UserError for an empty stage, and unless all stages have the same number of dense layers and of sparse ones (padding
+    may be of any kind), so that stacks of both kinds are cut in equal blocks.
     """
-    stages = Stages(cfg.num_hidden_layers, ranks, pipeline.stages, folded=pipeline.schedule == "zbv")
+    each = pipeline.layers if ranks > 1 else 0
+    stages = Stages(cfg.num_hidden_layers, ranks, pipeline.stages, pipeline.schedule == "zbv", each)
     _check_kinds(cfg, stages)
     return stages
+
+
+def heights(layers: int, count: int) -> range:
+    """How many layers each of `count` stages but the last can hold, so that the last has one at least and no more than
+    the others. The first is that of the most equal stages; none where one of those would be empty.
+    """
+    return range(math.ceil(layers / count), (layers - 1) // (count - 1) + 1 if count > 1 else layers + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,22 +88,33 @@ class Stages:
       layers: of the model. ranks: of pp. per_rank: stages of a rank.
       folded: the second half of the stages goes back over the ranks, so that rank 0 has the first and the last stage (a
         V); otherwise stage s is on rank s mod ranks. Needs two stages a rank.
+      each: layers of every stage but the last, one of `heights`; 0: the first of them.
 
-    Raises UserError when a stage would be empty, ValueError for a fold of other than two stages a rank.
+    Raises UserError when a stage would be empty or the last one the longest, ValueError for a fold of other than two
+    stages a rank.
     """
 
     layers: int
     ranks: int = 1
     per_rank: int = 1
     folded: bool = False
+    each: int = 0
 
     def __post_init__(self) -> None:
         if self.folded and self.per_rank != 2:
             raise ValueError(f"folded stages need 2 stages a rank, got per_rank={self.per_rank}")
-        if self.layers <= self.height * (self.count - 1):
+        possible = heights(self.layers, self.count)
+        if not possible:
             raise UserError(
                 f"model.num_hidden_layers={self.layers} leaves a stage empty: pp={self.ranks} with {self.per_rank} "
-                f"stages a rank cut it into {self.count} stages of {self.height}; choose fewer stages"
+                f"stages a rank cut it into {self.count} stages of {possible.start}; choose fewer stages"
+            )
+        if self.height not in possible:
+            values = f"{possible[0]} to {possible[-1]}" if len(possible) > 1 else possible[0]
+            raise UserError(
+                f"config.pipeline.layers={self.each} can't cut model.num_hidden_layers={self.layers} into {self.count} "
+                "stages, the last of which has at least one layer and no more than the others; write 0, for equal "
+                f"stages, or {values}"
             )
 
     @property
@@ -100,7 +124,7 @@ class Stages:
     @property
     def height(self) -> int:
         """Rows of a stage, padding included."""
-        return math.ceil(self.layers / self.count)
+        return self.each or heights(self.layers, self.count).start
 
     def rank_of(self, stage: int) -> int:
         turn, place = divmod(stage, self.ranks)

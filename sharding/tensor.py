@@ -1,12 +1,16 @@
 """Tensor parallelism: what a block does differently when its weights are cut over tp.
 
 Column-parallel products (q, k, v, gate, up) see the whole sequence and make this rank's heads or columns;
-row-parallel ones (o, down) make a part of the sum over all. Between blocks the residual stream is cut along the
-sequence (Korthikanti et al. 2022, arXiv:2205.05198): gathered before the first, summed and cut again after the second.
-Embedding, head and loss are cut along the vocabulary.
+row-parallel ones (o, down) make a part of the sum over all. Between blocks the residual stream is cut (Korthikanti et
+al. 2022, arXiv:2205.05198): gathered before the first, summed and cut again after the second. It is cut along the
+tokens of all rows together, as one row, so that neither takes a copy. Embedding, head and loss are cut along the
+vocabulary.
 
-B batch · T sequence (t: this rank's part) · D hidden · V vocabulary (v: this rank's) · S ranks of tp
+B batch · T sequence · N = B·T tokens (n: this rank's part) · D hidden · V vocabulary (v: this rank's) · C columns of a
+layer (this rank's) · S ranks of tp
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,36 +18,87 @@ from torch import Tensor, nn
 
 from kernels import cross_entropy
 from sharding.axes import Axis
-from sharding.collectives import gather, reduce_scatter
+from sharding.collectives import gather, gather_now, reduce_scatter, start_reduce_scatter, wait
+
+Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
 
-def whole_sequence(x_BtD: Tensor, tp: Axis) -> Tensor:
-    """[B, T, D] for a column-parallel product; the gradients of all ranks' columns add up."""
-    return gather(x_BtD, tp, 1)
+def all_tokens(x_1nD: Tensor, tp: Axis) -> Tensor:
+    """[1, N, D] for a column-parallel product; the gradients of all ranks' columns add up. Without tp, x itself."""
+    return x_1nD if tp.size == 1 else gather(x_1nD.squeeze(0), tp, 0).unsqueeze(0)
+
+
+def own_tokens(x_BTD: Tensor, tp: Axis) -> Tensor:
+    """[1, n, D]: this rank's tokens of the sum over ranks. Without tp, x itself."""
+    return x_BTD if tp.size == 1 else reduce_scatter(x_BTD.flatten(0, 1), tp, 0).unsqueeze(0)
 
 
 def row_parallel(linear: nn.Linear, x: Tensor, tp: Axis) -> Tensor:
-    """linear(x) where x [B, T, this rank's part] and the weight's columns are cut: [B, t, D]. The bias comes once."""
+    """linear(x) where x [B, T, this rank's part] and the weight's columns are cut: own_tokens. The bias comes once."""
     if tp.size == 1:
         return linear(x)
-    y_BtD = reduce_scatter(F.linear(x, linear.weight), tp, 1)
-    return y_BtD if linear.bias is None else y_BtD + linear.bias
+    y_1nD = own_tokens(F.linear(x, linear.weight), tp)
+    return y_1nD if linear.bias is None else y_1nD + linear.bias
 
 
-def kv_projection(linear: nn.Linear, x_BTD: Tensor, heads: int, tp: Axis) -> Tensor:
-    """linear(x): the keys or values that this rank's queries need, [B, T, local heads · head_dim].
+def kv_rows(linear: nn.Linear, heads: int, tp: Axis) -> Layer:
+    """The rows of a key or value projection that this rank's queries need.
 
     heads: in the whole model. Where they are fewer than ranks, every rank holds all and several ranks use the same one.
     """
     if heads % tp.size == 0:
-        return linear(x_BTD)
+        return linear.weight, linear.bias
     size = len(linear.weight) // heads
-    rows = (x.narrow(0, tp.index * heads // tp.size * size, size) for x in linear.parameters())
-    return F.linear(x_BTD, *rows)
+    return tuple(
+        x if x is None else x.narrow(0, tp.index * heads // tp.size * size, size) for x in (linear.weight, linear.bias)
+    )
+
+
+def column_parallel(x_1nD: Tensor, layers: Sequence[Layer], tp: Axis) -> list[Tensor]:
+    """Each layer of all tokens, [1, N, this rank's columns]; without tp, of x.
+
+    Compiled, the gradients of the weights are computed while those of x are summed over ranks. Not otherwise: schedules
+    that put off the weights' gradients (sharding.deferred) want to see F.linear.
+    """
+    if tp.size > 1 and torch.compiler.is_compiling():
+        weights, biases = zip(*layers)
+        columns = _ColumnParallel.apply(x_1nD.squeeze(0), tp.size, tp.group, len(layers), *weights, *biases)
+        return [y_NC.unsqueeze(0) for y_NC in columns]
+    x = all_tokens(x_1nD, tp)
+    return [F.linear(x, *layer) for layer in layers]
+
+
+class _ColumnParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x_nD: Tensor,
+        size: int,
+        group: str,
+        count: int,
+        *layers: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        x_ND = gather_now(x_nD, size, group)
+        weights, biases = layers[:count], layers[count:]
+        ctx.save_for_backward(x_ND, *weights)
+        ctx.where, ctx.biased = (size, group), [bias is not None for bias in biases]
+        return tuple(F.linear(x_ND, weight, bias) for weight, bias in zip(weights, biases))
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads_NC: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, *weights = ctx.saved_tensors
+        dx_ND = grads_NC[0] @ weights[0]
+        for dy_NC, weight in zip(grads_NC[1:], weights[1:]):
+            dx_ND = torch.addmm(dx_ND, dy_NC, weight)
+        dx_nD = start_reduce_scatter(dx_ND, *ctx.where)
+        of_weights = [dy_NC.t() @ x_ND for dy_NC in grads_NC]
+        of_biases = [dy_NC.sum(0) if biased else None for dy_NC, biased in zip(grads_NC, ctx.biased)]
+        return wait(dx_nD), None, None, None, *of_weights, *of_biases
 
 
 def embedding(tokens_BT: Tensor, weight_vD: Tensor, tp: Axis) -> Tensor:
-    """Rows of the embedding, [B, t, D]. A token beyond the vocabulary is F.embedding's error, as on one device."""
+    """Rows of the embedding, [B, T, D]; with tp own_tokens, [1, n, D]. A token beyond the vocabulary is F.embedding's
+    error, as on one device."""
     if tp.size == 1:
         return F.embedding(tokens_BT, weight_vD)
     size = len(weight_vD)
@@ -51,17 +106,17 @@ def embedding(tokens_BT: Tensor, weight_vD: Tensor, tp: Axis) -> Tensor:
     here = (local_BT >= 0) & (local_BT < size)
     outside = (tokens_BT < 0) | (tokens_BT >= size * tp.size)
     rows_BTD = F.embedding(torch.where(here, local_BT, torch.where(outside, size, 0)), weight_vD)
-    return reduce_scatter(rows_BTD * here[..., None], tp, 1)
+    return own_tokens(rows_BTD * here[..., None], tp)
 
 
 def linear_cross_entropy(
-    hidden_BtD: Tensor, weight_vD: Tensor, targets_N: Tensor, weights_N: Tensor, tp: Axis
+    hidden_1nD: Tensor, weight_vD: Tensor, targets_N: Tensor, weights_N: Tensor, tp: Axis
 ) -> Tensor:
     """Σ weights · nll over the whole vocabulary, the same on every rank; N = B·T.
 
     As kernels.cross_entropy.linear_cross_entropy; a target beyond the vocabulary makes it NaN.
     """
-    hidden_ND = gather(hidden_BtD, tp, 1).flatten(0, 1)
+    hidden_ND = all_tokens(hidden_1nD, tp).squeeze(0)
     local = cross_entropy.lse_and_target(hidden_ND, weight_vD, targets_N, tp.index * len(weight_vD))
     lse_SN, target_SN = gather(torch.stack(local)[None], tp, 0).unbind(1)
     lse_N, target_N = cross_entropy.merge_shards(lse_SN, target_SN)

@@ -22,7 +22,7 @@ from qwen3f.model.norm import L2Norm, RMSNorm
 from qwen3f.model.rope import apply_rope
 from sharding.axes import ONE, Axes, Axis
 from sharding.ring import ring_attention
-from sharding.tensor import kv_projection, row_parallel, whole_sequence
+from sharding.tensor import column_parallel, kv_rows, row_parallel
 from sharding.zigzag import ring_ranges
 
 BACKENDS = ("auto", "reference", "sdpa", "flash")
@@ -125,7 +125,7 @@ class Attention(nn.Module):
     """Skeleton of one layer's attention: lives on the meta device, weights come through functional_call.
 
     fused: on a GPU, norm and rotate queries and keys in one kernel. Under tp, x and the result are this rank's part of
-    the sequence, and the heads between are this rank's.
+    the tokens (sharding.tensor), and the heads between are this rank's.
     """
 
     def __init__(self, cfg: ModelConfig, backend: str, fused: bool, axes: Axes = ONE) -> None:
@@ -152,9 +152,10 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | LayerCache, stream: Tensor | None
     ) -> Tensor:
         tp = self.axes.tp
-        x_BTD = whole_sequence(x_BTD, tp)
-        flat = self.q_proj(x_BTD), *(kv_projection(p, x_BTD, self.kv_heads, tp) for p in (self.k_proj, self.v_proj))
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in flat)
+        queries = self.q_proj.weight, self.q_proj.bias
+        keys, values = (kv_rows(linear, self.kv_heads, tp) for linear in (self.k_proj, self.v_proj))
+        flat = column_parallel(x_BTD, [queries, keys, values], tp)
+        q, k, v = (t.view(*cos.shape[:2], -1, self.head_dim) for t in flat)
         if self.fused and x_BTD.is_cuda:
             q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, self.eps)
         else:

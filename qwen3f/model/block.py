@@ -39,11 +39,14 @@ _KEPT = {
     RING_ATTENTION,
     torch.ops.aten.topk.default,
     torch.ops.aten.sort.stable,
-    # what ranks have sent each other, except weights and the sequence, which are gathered again
+    # what ranks have sent each other, except weights and tokens, which are gathered again
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_to_all_single.default,
 }
-_GATHERED = {torch.ops._c10d_functional.all_gather_into_tensor.default}
+_GATHERED = {
+    torch.ops._c10d_functional.all_gather_into_tensor.default,
+    torch.ops._c10d_functional.all_gather_into_tensor_coalesced.default,
+}
 
 
 class Block(nn.Module):

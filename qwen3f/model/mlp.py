@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kernels.swiglu import swiglu
 from qwen3f.config import ModelConfig
 from sharding.axes import ONE, Axes
-from sharding.tensor import row_parallel, whole_sequence
+from sharding.tensor import column_parallel, row_parallel
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -22,7 +22,7 @@ class SwiGLU(nn.Module):
     """down(act(gate(x)) · up(x)); act is SiLU unless cfg.hidden_act says otherwise.
 
     fused: on a GPU, run the kernel of kernels/swiglu.py. Under tp, x and the result are this rank's part of the
-    sequence, and the columns between are this rank's.
+    tokens (sharding.tensor), and the columns between are this rank's.
     """
 
     def __init__(self, cfg: ModelConfig, fused: bool = False, axes: Axes = ONE) -> None:
@@ -35,7 +35,6 @@ class SwiGLU(nn.Module):
         self.tp = axes.tp
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = whole_sequence(x_BTD, self.tp)
-        gate, up = self.gate_proj(x_BTD), self.up_proj(x_BTD)
+        gate, up = column_parallel(x_BTD, [(self.gate_proj.weight, None), (self.up_proj.weight, None)], self.tp)
         h_BTI = swiglu(gate, up) if self.fused and x_BTD.is_cuda else self.act(gate) * up
         return row_parallel(self.down_proj, h_BTI, self.tp)

@@ -20,9 +20,8 @@ from kernels.grouped_gemm import grouped_linear
 from qwen3f.config import ModelConfig
 from qwen3f.model.mlp import ACTIVATIONS
 from sharding.axes import ONE, Axes
-from sharding.collectives import reduce_scatter
 from sharding.expert import mix_of_ranks
-from sharding.tensor import whole_sequence
+from sharding.tensor import all_tokens, own_tokens
 
 EXPERT_FORMS = ("grouped", "reference")
 
@@ -100,8 +99,9 @@ class SparseMLP(nn.Module):
     as they are, so they no longer sum to 1. On one device this saves no work: a dropped row still goes through its
     expert.
 
-    On a mesh every rank of tp routes the whole sequence and has a slice of each expert, and ranks of ep have different
-    experts. x and the result are this rank's part of the sequence; statistics and capacity are of the rank's tokens.
+    On a mesh every rank of tp routes all tokens and has a slice of each expert, and ranks of ep have different experts.
+    x and the result are this rank's part of the tokens (sharding.tensor); statistics and capacity are of the rank's
+    tokens.
     """
 
     def __init__(self, cfg: ModelConfig, form: str, axes: Axes = ONE) -> None:
@@ -118,7 +118,7 @@ class SparseMLP(nn.Module):
 
     def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> tuple[Tensor, RouterStats]:
         """([B, T, D], the router's statistics). real_BT: bool, False for padding, which is not counted; None: all."""
-        x_BTD = whole_sequence(x_BTD, self.axes.tp)
+        x_BTD = all_tokens(x_BTD, self.axes.tp)
         x_ND = x_BTD.flatten(0, -2)
         real_N = x_ND.new_ones(len(x_ND), dtype=torch.bool) if real_BT is None else real_BT.flatten()
         logits_NE = self.gate(x_ND)
@@ -133,7 +133,7 @@ class SparseMLP(nn.Module):
             dropped = (~kept_NK & real_N[:, None]).sum()
         mix = self.experts if self.form == "grouped" else self.experts.reference
         y_ND = mix_of_ranks(mix, x_ND, weights_NK, experts_NK, self.num_experts, self.axes.ep)
-        y_BTD = reduce_scatter(y_ND.view_as(x_BTD), self.axes.tp, 1)
+        y_BTD = own_tokens(y_ND.view_as(x_BTD), self.axes.tp)
 
         log_z_N = (wide_NE if self.z_loss else wide_NE.detach()).logsumexp(-1)
         stats = RouterStats(

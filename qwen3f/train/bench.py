@@ -1,31 +1,115 @@
-"""The training step's speed and memory on a GPU: python -m qwen3f.train.bench --preset=qwen3-1.7b --rows=4
+"""The training step's speed and memory on GPUs: python -m qwen3f.train.bench "preset=qwen3-1.7b rows=4" "mesh=dp2" …
 
-Random tokens; float32 master weights under a bfloat16 forward and backward pass (--pure: bfloat16 throughout), compiled
-blocks, the donated fused update: what `launch.py` trains with. Prints one line: milliseconds a step, tokens/s, MFU as
-the README defines it, peak memory, and the share of a step in which the GPU had nothing to do.
+An argument is a case, `key=value` words (the fields of Case); all run one after another, on as many GPUs of this host
+as the largest mesh has. Random tokens; float32 master weights under a bfloat16 forward and backward pass, the donated
+fused update: what `launch.py` trains with. A line a case: milliseconds a step, tokens/s and MFU (as the README defines
+it) of each GPU, peak memory, how long communication takes and how much of it nothing hides, the share of a step in
+which the GPU had nothing to do, and what the plan predicts. Without a mesh, or with a smaller one, other GPUs do the
+same: what one GPU does, all do at once.
 """
 
+import dataclasses
+import gc
+import os
+import sys
 import time
+from collections.abc import Iterable
 
 import torch
-from absl import app, flags
 
 from qwen3f import model, presets
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
 from qwen3f.stages.pretrain import Batch, make_train_step
 from qwen3f.train.metrics import flops_per_token, peak_flops
 from qwen3f.train.optimizer import AdamW
+from qwen3f.train.plan import find_compile_mode
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.state import init_state
+from sharding import ranks
+from sharding.axes import ONE, axes_of, make_mesh
+from sharding.layout import Layout, find_gather_dtype
+from sharding.mesh import MeshShape, parse_mesh
+from sharding.plan.hardware import TABLE
+from sharding.plan.make import MeshPlan, make
+from sharding.plan.setup import Setup
+from sharding.stages import Pipeline
+from sharding.world import ALONE, World
 
-_PRESET = flags.DEFINE_string("preset", "qwen3-1.7b", "A preset of qwen3f/presets.py.")
-_LAYERS = flags.DEFINE_integer("layers", 0, "Cut the model to this many layers; 0: all.")
-_ROWS = flags.DEFINE_integer("rows", 4, "Rows of a batch.")
-_TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens of a row.")
-_DOCUMENTS = flags.DEFINE_integer("documents", 0, "Mean length of the documents packed into a row; 0: one document.")
-_MICROBATCHES = flags.DEFINE_integer("microbatches", 1, "Parts that the batch is cut into.")
-_REMAT = flags.DEFINE_enum("remat", "none", ["none", "selective", "full"], "What is recomputed.")
-_PURE = flags.DEFINE_bool("pure", False, "bfloat16 weights and moments.")
-_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.")
+COMPUTE = torch.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """
+    Attributes:
+      mesh: as config.mesh; empty: one GPU. preset: of qwen3f/presets.py. layers: cut the model to so many; 0: all.
+      rows: of the batch of each rank of dr, dp and ep; tp, cp and pp share them. tokens: of a row. documents: mean
+        length of those packed into a row; 0: one document. microbatches: parts that the batch is cut into.
+      remat: what is recomputed: none, selective or full. pure: bfloat16 weights and moments.
+      compile: as config.compile. reduce: as config.fsdp.reduce. schedule, stages, stage_layers: as config.pipeline's
+        schedule, stages and layers. steps: timed ones.
+    """
+
+    mesh: str = ""
+    preset: str = "qwen3-1.7b"
+    layers: int = 0
+    rows: int = 4
+    tokens: int = 4096
+    documents: int = 0
+    microbatches: int = 1
+    remat: str = "none"
+    pure: bool = False
+    compile: str = "auto"
+    reduce: str = "compute"
+    schedule: str = "1f1b"
+    stages: int = 1
+    stage_layers: int = 0
+    steps: int = 10
+
+    @property
+    def shape(self) -> MeshShape:
+        return parse_mesh(self.mesh)
+
+    @property
+    def model(self) -> ModelConfig:
+        cfg = presets.get(self.preset).replace(gradient_checkpointing=self.remat)
+        return cfg.replace(num_hidden_layers=self.layers) if self.layers else cfg
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return Pipeline(self.schedule, self.stages, self.stage_layers)
+
+    @property
+    def batch_size(self) -> int:
+        return self.rows * self.shape.dr * self.shape.dp * self.shape.ep
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of one rank: seconds of a step, the largest memory in bytes; seconds of a step in which collectives ran, in which
+    nothing else did, and in which nothing ran."""
+
+    seconds: float
+    peak: int
+    communicating: float
+    exposed: float
+    idle: float
+
+
+def parse_case(text: str) -> Case:
+    """UserError for a word that is no key and value of Case."""
+    kinds = {field.name: field.type for field in dataclasses.fields(Case)}
+    values: dict[str, object] = {}
+    for word in text.split():
+        key, equals, value = word.partition("=")
+        if key not in kinds or not equals:
+            raise UserError(f"'{word}' is no part of a case; write key=value with one of {', '.join(kinds)}")
+        try:
+            values[key] = value in ("1", "True", "true") if kinds[key] is bool else kinds[key](value)
+        except ValueError as error:
+            raise UserError(f"'{word}': {value!r} is no {kinds[key].__name__}") from error
+    return Case(**values)
 
 
 def random_batch(rows: int, length: int, vocabulary: int, mean: int, seed: int = 0) -> Batch:
@@ -46,58 +130,127 @@ def random_batch(rows: int, length: int, vocabulary: int, mean: int, seed: int =
     return {key: value.cuda() for key, value in batch.items()}
 
 
-def busy_seconds(fn: object, times: int) -> float:
-    """Device time of the kernels of one call, from torch's profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(times):
-            fn()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) * 1e-6 / times
-
-
-def main(argv: list[str]) -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device")
-    cfg = presets.get(_PRESET.value).replace(gradient_checkpointing=_REMAT.value)
-    if _LAYERS.value:
-        cfg = cfg.replace(num_hidden_layers=_LAYERS.value)
-    rows, length, hyper = _ROWS.value, _TOKENS.value, AdamW()
-    state = init_state(cfg, 0, hyper, device="cuda", dtype=torch.bfloat16 if _PURE.value else torch.float32)
-    batch = random_batch(rows, length, cfg.vocab_size, _DOCUMENTS.value)
+def measure(case: Case, world: World) -> Measured:
+    """The case on this rank; all ranks of the world call it together."""
+    cfg, shape, hyper = case.model, case.shape, AdamW()
+    mesh = make_mesh(shape, "cuda") if shape.size > 1 else None
+    gather_dtype = find_gather_dtype(case.reduce, COMPUTE)
+    layout = Layout(axes_of(mesh) if mesh else ONE, pipeline=case.pipeline, gather_dtype=gather_dtype)
+    device, dtype = torch.device("cuda"), COMPUTE if case.pure else torch.float32
+    state = init_state(cfg, 0, hyper, device=device, dtype=dtype, layout=layout, mesh=mesh)
+    batch = random_batch(case.rows, case.tokens, cfg.vocab_size, case.documents, seed=layout.axes.rows[0])
     step = make_train_step(
         cfg,
         hyper,
         Schedule("constant", 3e-4, 100),
-        microbatches=_MICROBATCHES.value,
-        compute_dtype=torch.bfloat16,
-        execution=model.Execution(compile="block"),
+        microbatches=case.microbatches,
+        compute_dtype=COMPUTE,
+        execution=model.Execution(find_compile_mode(case.compile, device, cfg, layout)),
         donate=True,
-        cross_documents=_DOCUMENTS.value == 0,  # plain causal attention
+        cross_documents=case.documents == 0,  # plain causal attention
+        layout=layout,
     )
 
-    def once() -> None:
+    def run(times: int) -> float:
+        """Seconds a step, by the host's clock, from all ranks' start to this one's end."""
         nonlocal state
-        state, _ = step(state, batch)
+        torch.cuda.synchronize()
+        world.highest(0)
+        begin = time.perf_counter()
+        for _ in range(times):
+            state, _ = step(state, batch)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / times
 
-    for _ in range(3):
-        once()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(_STEPS.value):
-        once()
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - begin) / _STEPS.value
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    idle = 1 - busy_seconds(once, 3) / seconds
-    speed = rows * length / seconds
-    mfu = speed * flops_per_token(cfg, length) / peak_flops(torch.device("cuda"))
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {_PRESET.value}, {cfg.num_hidden_layers} layers, "
-        f"{rows}×{length}: {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s, MFU {mfu:.1%}, peak {peak:.1f} GiB, "
-        f"GPU idle {max(idle, 0):.1%}",
-        flush=True,
+    torch.cuda.reset_peak_memory_stats()
+    run(3)
+    seconds = run(case.steps)
+    peak = torch.cuda.max_memory_allocated()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(3)
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [(event.name.startswith("nccl"), event.time_range.start, event.time_range.end) for event in events]
+    every, sent, computed = (
+        _covered((start, end) for collective, start, end in spans if collective in kinds) * 1e-6 / 3
+        for kinds in ({True, False}, {True}, {False})
     )
+    return Measured(seconds, peak, sent, every - computed, max(0.0, seconds - every))
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of the spans' union."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def plan(case: Case) -> MeshPlan:
+    """What is planned for the case, on an H100."""
+    execution = model.Execution("off" if case.compile == "auto" else case.compile)
+    options = {"reduce": case.reduce, "pipeline": case.pipeline, "execution": execution, "compute": COMPUTE}
+    sizes = case.batch_size, case.tokens
+    return make(Setup(case.model, case.shape, *sizes, TABLE["h100"], microbatches=case.microbatches, **options))
+
+
+def report(case: Case, text: str, by_rank: list[Measured]) -> str:
+    """A line; what differs between ranks is the longest, the largest, or from the least to the most."""
+    seconds, devices = max(m.seconds for m in by_rank), case.shape.size
+    speed = case.batch_size * case.tokens / seconds / devices
+    mfu = speed * flops_per_token(case.model, case.tokens) / peak_flops(torch.device("cuda"))
+    planned = plan(case)
+    room = max(memory.peak for memory in planned.memory)
+    between = ", ".join(
+        f"{what} {_range([getattr(m, name) * 1e3 for m in by_rank])} ms"
+        for what, name in (("collectives", "communicating"), ("not hidden", "exposed"), ("idle", "idle"))
+    )
+    return (
+        f"{text or 'one GPU'}: {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s a GPU, MFU {mfu:.1%}, "
+        f"peak {_range([m.peak / 2**30 for m in by_rank])} GiB, {between}; "
+        f"planned {planned.time.step * 1e3:.1f} ms, {room / 2**30:.1f} GiB"
+    )
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return low if low == high else f"{low}–{high}"
+
+
+def run_cases(texts: list[str], world: World) -> None:
+    print(f"{torch.cuda.get_device_name()}, {world.size} at work, torch {torch.__version__}", flush=True)
+    for text in texts:
+        case = parse_case(text)
+        by_rank = [Measured(*values) for values in world.gather(dataclasses.astuple(measure(case, world)))]
+        print(report(case, text, by_rank), flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def main(texts: list[str]) -> int:
+    if not torch.cuda.is_available():
+        raise UserError("this benchmark needs a CUDA device")
+    texts = texts or [""]
+    sizes = {parse_case(text).shape.size for text in texts}
+    largest = max(sizes)
+    if sizes - {1, largest}:
+        raise UserError(f"cases on meshes of {sorted(sizes)} GPUs; run those of one size together")
+    shape = next(case.shape for case in map(parse_case, texts) if case.shape.size == largest)
+    command = ["-m", "qwen3f.train.bench", *texts]
+    decision = ranks.decide(os.environ, largest, ranks.local_devices("cuda"), "cuda", command)
+    if decision.mode == "start":
+        return ranks.start(decision, command)
+    if decision.mode == "single":
+        run_cases(texts, ALONE)
+    else:
+        with ranks.joined(decision, shape, timeout=300) as world:
+            run_cases(texts, world)
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -22,6 +22,7 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.pipeline = ConfigDict()
     config.pipeline.schedule = "1f1b"  # 1f1b, interleaved, zero_bubble or zbv
     config.pipeline.stages = 1  # of a pipeline rank: 1 for 1f1b, 2 for zbv, any number for the others
+    config.pipeline.layers = 0  # of each stage but the last, which has the head too and holds what is left; 0: equal
     config.device = "auto"  # cuda when there is one, else cpu
     config.dtype = "auto"  # of the forward and backward pass: bfloat16 on cuda, float32 on cpu; master weights: float32
     config.compile = "auto"  # off, block (one transformer block) or step (one graph); auto: block on cuda, off on cpu

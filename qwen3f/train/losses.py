@@ -206,7 +206,7 @@ def _make_loss_and_stats(
 def make_token_loss(execution: model.Execution, layout: Layout) -> Callable[..., Tensor]:
     """token_loss(hidden, head, batch, total_weight) -> make_loss's number, from what the final norm gives.
 
-    hidden [B, this rank's part of T, D]; head: the weight, whole but for tp's cut.
+    hidden [B, T, D], or this rank's part of it (sharding.tensor.own_tokens); head: the weight, whole but for tp's cut.
     """
     tp = layout.axes.tp
 

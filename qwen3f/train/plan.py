@@ -131,7 +131,7 @@ def find_layout(config: ConfigDict, devices: int | None, compute_dtype: torch.dt
         axes=sizes_only(shape),
         fsdp=config.fsdp.enabled,
         reshard=config.fsdp.reshard,
-        pipeline=Pipeline(config.pipeline.schedule, config.pipeline.stages),
+        pipeline=Pipeline(**config.pipeline.to_dict()),
         gather_dtype=find_gather_dtype(config.fsdp.reduce, compute_dtype),
     )
 

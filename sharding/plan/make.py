@@ -3,12 +3,16 @@
 import dataclasses
 
 from qwen3f.config import REMAT_POLICIES
+from qwen3f.errors import UserError
 from qwen3f.train.metrics import flops_per_token
 from sharding.plan import schedule as S
 from sharding.plan import work
 from sharding.plan.memory import Leaf, Memory, leaves, memory
 from sharding.plan.setup import Setup
 from sharding.plan.traffic import Collective, collectives, layers_per_rank, seconds
+from sharding.stages import heights
+
+WORTH_TELLING = 0.02  # share of a step that another cut saves, below which the model's own error is larger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +33,16 @@ class Time:
 
 @dataclasses.dataclass(frozen=True)
 class MeshPlan:
-    """memory: a rank's, by pipeline rank. ideal_bubble: the papers' formula, for equal stages; timeline.bubble: this
-    model's, whose stages are not equal.
+    """memory: a rank's, by pipeline rank. stages: seconds of one micro-batch on each, forward and backward, with the
+    collectives that nothing hides. ideal_bubble: the papers' formula, for equal stages; timeline.bubble: this model's,
+    whose stages are not equal.
     """
 
     setup: Setup
     leaves: tuple[Leaf, ...]
     memory: tuple[Memory, ...]
     collectives: tuple[Collective, ...]
+    stages: tuple[float, ...]
     timeline: S.Timeline
     ideal_bubble: float
     time: Time
@@ -70,7 +76,8 @@ def make(setup: Setup) -> MeshPlan:
     ranks = tuple(memory(setup, table, rank, timeline.in_flight[rank]) for rank in range(setup.mesh.pp))
     typical = (stages[0].forward, stages[0].backward_input, stages[0].backward_weight)
     ideal = S.ideal_bubble(*schedule, *(x * setup.cut.per_rank for x in typical))
-    return MeshPlan(setup, table, ranks, lines, timeline, ideal, _time(setup, table, lines, stages, timeline))
+    time = _time(setup, table, lines, stages, timeline)
+    return MeshPlan(setup, table, ranks, lines, tuple(stage.total for stage in stages), timeline, ideal, time)
 
 
 def by_policy(setup: Setup) -> dict[str, MeshPlan]:
@@ -81,6 +88,21 @@ def by_policy(setup: Setup) -> dict[str, MeshPlan]:
         policy: make(dataclasses.replace(setup, model=setup.model.replace(gradient_checkpointing=policy)))
         for policy in runs
     }
+
+
+def faster_cut(plan: MeshPlan) -> MeshPlan | None:
+    """The fastest plan that fits with another config.pipeline.layers; None unless that is worth telling."""
+    if plan.setup.mesh.pp == 1:
+        return None
+    others = []
+    for layers in heights(plan.setup.model.num_hidden_layers, plan.setup.cut.count):
+        pipeline = dataclasses.replace(plan.setup.pipeline, layers=layers)
+        try:
+            others.append(make(dataclasses.replace(plan.setup, pipeline=pipeline)))
+        except UserError:  # its stages would have unequal numbers of dense layers and sparse ones
+            continue
+    best = min((other for other in others if other.fits), key=lambda other: other.time.step, default=plan)
+    return best if best.time.step <= plan.time.step * (1 - WORTH_TELLING) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """A MeshPlan as text."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from sharding.mesh import AXES, FSDP
-from sharding.plan.make import MeshPlan
+from sharding.plan.make import MeshPlan, faster_cut
 from sharding.plan.memory import Memory
 from sharding.plan.traffic import seconds
 
@@ -145,10 +146,28 @@ def _pipeline(plan: MeshPlan) -> list[str]:
     if s.mesh.pp == 1:
         return ["pipeline: one stage, no bubble"]
     stages = f"{s.mesh.pp} ranks × {s.cut.per_rank} stage{'s' * (s.cut.per_rank > 1)}"
-    return [
+    lines = [
         f"pipeline: {s.pipeline.schedule}, {stages}, {s.microbatches} micro-batches; bubble {plan.timeline.bubble:.1%} "
-        f"of all ranks' time ({plan.ideal_bubble:.1%} by the formula for equal stages)"
+        f"of all ranks' time ({plan.ideal_bubble:.1%} by the formula for equal stages)",
+        f"forward and backward of a micro-batch take {_runs(plan.stages)}",
     ]
+    if (other := faster_cut(plan)) is not None:
+        cut = other.setup.cut
+        left = len(cut.layers_of(cut.count - 1))
+        lines.append(
+            f"config.pipeline.layers={cut.height}, which leaves {left} for the last stage, would be faster: "
+            f"{_seconds(other.time.step)} a step"
+        )
+    return lines
+
+
+def _runs(times: Sequence[float]) -> str:
+    """Seconds by stage, those that read alike together: 9.1 ms on stages 0 to 2, 13.2 ms on stage 3."""
+    out = []
+    for text, run in itertools.groupby(enumerate(map(_seconds, times)), key=lambda place: place[1]):
+        (first, _), *more = run
+        out.append(f"{text} on stage{f's {first} to {more[-1][0]}' if more else f' {first}'}")
+    return ", ".join(out)
 
 
 def _time(plan: MeshPlan) -> list[str]:

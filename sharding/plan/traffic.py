@@ -109,8 +109,8 @@ def _size(mesh: MeshShape, axes: Sequence[str]) -> int:
 def _fsdp(setup: Setup, table: Sequence[Leaf]) -> list[Collective]:
     """What is cut over the same axes travels together: a layer's leaves, and what a stage has beside its layers.
 
-    Schedules that put off the gradients of weights scatter a layer's bundle twice: with the norms' in it, then with the
-    linear layers' (sharding/deferred.py). Experts are not put off.
+    Schedules that put off the gradients of weights scatter a layer's bundle in two parts: the norms', then the linear
+    layers' (sharding/deferred.py). Experts are not put off.
     """
     policy, out = setup.model.gradient_checkpointing, []
     again = policy == "full" or (policy == "selective" and setup.reshard)
@@ -133,7 +133,7 @@ def _fsdp(setup: Setup, table: Sequence[Leaf]) -> list[Collective]:
             out.append(Collective(f"weights of {what}", "gather", *on, f"{where} forward", *rest))
             if again and where == "layer":
                 out.append(Collective(f"weights of {what}, again", "gather", *on, f"{where} backward", *rest))
-            size = parts * times * sum(leaf.gathered * leaf.itemsize for leaf in bundle)
+            size = times * sum(leaf.gathered * leaf.itemsize for leaf in bundle)
             of_gradients = (parts * times, size, True)
             out.append(Collective(f"gradients of {what}", "reduce_scatter", *on, f"{where} backward", *of_gradients))
     return out

@@ -38,7 +38,9 @@ from tests.sharding.worlds import run_processes
 
 OPS = {
     "all_gather_into_tensor": "gather",
+    "all_gather_into_tensor_coalesced": "gather",
     "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter",
     "all_reduce": "all_reduce",
     "all_to_all_single": "all_to_all",
 }
@@ -62,7 +64,8 @@ class Counted(TorchDispatchMode):
         if func.namespace == "_c10d_functional" and name in OPS:
             line = self.seen[OPS[name], self.names[args[-1]]]
             line[0] += 1
-            line[1] += (out if name == "all_gather_into_tensor" else args[0]).nbytes
+            sent = out if OPS[name] == "gather" else args[0]
+            line[1] += sum(x.nbytes for x in (sent if isinstance(sent, list) else [sent]))
             return args[0].clone() if name == "all_to_all_single" else out
         return out
 

@@ -1,6 +1,7 @@
 """Ranks: the decision as a table of environments, and two real gloo processes that add up."""
 
 import contextlib
+import datetime
 import os
 import shlex
 import signal
@@ -8,14 +9,16 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 from torch.distributed.run import parse_args
 
 from qwen3f.errors import TrainingError, UserError
 from sharding.mesh import parse_mesh
-from sharding.ranks import Decision, all_devices, decide, first_host, start, torchrun_line
+from sharding.ranks import Decision, all_devices, decide, first_host, meet, start, torchrun_line
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ["launch.py", "--config", "experiments/pretrain_s1.py:large", "--config.data.mixture=embedded=0.7,x=0.3"]
@@ -160,6 +163,44 @@ def _started(tmp_path, body=""):
         launcher.kill()
         launcher.wait()
         launcher.stdout.close()
+
+
+def _met(server, rank, world, seconds=20.0):
+    """What rank `rank` gets that comes with a connection of its own to the store that the agent serves."""
+    store = TCPStore("127.0.0.1", server.port, is_master=False)
+    return meet(store, rank, world, timeout=datetime.timedelta(seconds=seconds))
+
+
+@pytest.fixture
+def server():
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_ranks_that_start_again_share_a_part_of_the_store_that_is_new(server, late):
+    """Also after an attempt that had not met when it ended: rank 1 was there, nobody answered."""
+    with ThreadPoolExecutor(3) as threads:
+
+        def attempt():
+            ranks = sorted(range(3), key=lambda rank: rank == late)
+            coming = []
+            for rank in ranks:
+                time.sleep(0.3 if rank == late else 0.0)
+                coming.append(threads.submit(_met, server, rank, 3))
+            return [part.result() for part in coming]
+
+        for count in range(3):
+            parts = attempt()
+            assert not any(part.check(["address"]) for part in parts)
+            parts[0].set("address", str(count))
+            assert [part.get("address") for part in parts] == [str(count).encode()] * 3
+            with pytest.raises(TrainingError, match="rank 0 of 3 has not come in 0.2 s"):
+                _met(server, 1, 3, seconds=0.2)
+
+
+def test_ranks_that_do_not_come_are_named(server):
+    with pytest.raises(TrainingError, match="of 3 ranks these have not come in 0.2 s: 1, 2"):
+        _met(server, 0, 3, seconds=0.2)
 
 
 def test_two_ranks_start_meet_and_add_up(tmp_path, capfd):

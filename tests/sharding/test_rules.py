@@ -33,7 +33,7 @@ def test_every_path_of_every_preset_has_a_row(name):
         assert all(dim < len(spec.shape) for dim in dims.values())
         assert ("pp" in dims) == (spec.layers is not None)
         assert ("ep" in dims) == (".experts." in path)
-        assert placed[path].fsdp_dim not in dims.values()
+        assert placed[path].fsdp_dim == (1 if "pp" in dims else 0), "no copies: the first dimension, the stack's apart"
 
 
 def test_a_path_without_a_row_is_an_error():
@@ -97,7 +97,7 @@ def test_what_does_not_divide_names_path_dim_and_axis(mesh, changes, message):
     [
         ("dp2,ep2", 6, 8, r"batch_size 6 doesn't divide by dp=2 · ep=2; make it a multiple of 4"),
         ("cp2", 2, 6, r"a sequence of 6 cannot be cut over cp=2"),
-        ("cp2,tp4", 2, 12, r"seq_len 12 over cp=2 leaves 6 positions, which don't divide by tp=4"),
+        ("cp2,tp4", 1, 12, r"micro-batch has 6 tokens \(1 × 12, over cp=2\), which don't divide by tp=4"),
     ],
 )
 def test_a_batch_that_does_not_divide(mesh, rows, length, message):

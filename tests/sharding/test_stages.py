@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qwen3f import params as P
 from qwen3f.errors import UserError
-from sharding.stages import Pipeline, Stages, make_stages, pipeline_traffic, restore, store
+from sharding.stages import Pipeline, Stages, heights, make_stages, pipeline_traffic, restore, store
 from tests.sharding.steps import MOE, config
 
 
@@ -17,7 +17,9 @@ def cuts(draw):
     folded = draw(st.booleans())
     ranks, per_rank = draw(st.integers(1, 8)), 2 if folded else draw(st.integers(1, 3))
     height = draw(st.integers(1, 6))
-    return Stages(height * (ranks * per_rank - 1) + draw(st.integers(1, height)), ranks, per_rank, folded)
+    layers = height * (ranks * per_rank - 1) + draw(st.integers(1, height))
+    each = height if ranks * per_rank > 1 and draw(st.booleans()) else 0  # else as equal as can be
+    return Stages(layers, ranks, per_rank, folded, each)
 
 
 @given(cuts())
@@ -37,6 +39,15 @@ def test_every_layer_has_one_place(stages):
             assert stages.place_of(layer) == (stage, place)
             assert layer in stages.layers_of(stage)
         assert stages.layer_order_of(rank)[within] == layer
+
+
+@given(st.integers(1, 40), st.integers(2, 6), st.integers(0, 45))
+def test_heights_are_those_that_leave_the_last_stage_something_and_not_the_most(layers, ranks, each):
+    last = layers - each * (ranks - 1)
+    assert (each in heights(layers, ranks)) == (1 <= last <= each)
+    if each in heights(layers, ranks):
+        sizes = [len(Stages(layers, ranks, each=each).layers_of(stage)) for stage in range(ranks)]
+        assert sizes == [*[each] * (ranks - 1), last]
 
 
 @given(cuts())
@@ -69,12 +80,17 @@ def test_orders_written_out():
     assert padded.layer_order() == (*range(94), None, None)
     assert Stages(7, 2, 2).layer_order() == (0, 1, 4, 5, 2, 3, 6, None)
     assert Stages(7, 2, 2, folded=True).layer_order() == (0, 1, 6, None, 2, 3, 4, 5)
+    assert Stages(6, 3, each=2).layer_order() == (0, 1, 2, 3, 4, 5)
+    assert Stages(6, 2, each=5).layer_order() == (0, 1, 2, 3, 4, 5, None, None, None, None)
+    assert Stages(16, 2, 2, True, 5).layer_order() == (*range(5), 15, *[None] * 4, *range(5, 15))
+    assert Stages(7, 2, each=6).layer_order(kind=(1, 3, 5)) == (1, 3, 5, None, None, None)
     assert Stages(8, 2).layer_order(kind=(1, 3, 5, 7)) == (1, 3, 5, 7)
     assert Stages(7, 2).layer_order(kind=(1, 3, 5)) == (1, 3, 5, None)
 
 
 @pytest.mark.parametrize(
-    "layers, pipeline", [(7, Pipeline()), (7, Pipeline("zbv", 2)), (8, Pipeline("interleaved", 2))]
+    "layers, pipeline",
+    [(7, Pipeline()), (7, Pipeline("zbv", 2)), (8, Pipeline("interleaved", 2)), (7, Pipeline(layers=6))],
 )
 def test_store_is_undone_by_restore(layers, pipeline):
     """Each stored row is the layer's that layer_order names; padding is zero; the rest stays."""
@@ -98,6 +114,12 @@ def test_store_is_undone_by_restore(layers, pipeline):
     [
         ({"num_hidden_layers": 3}, Pipeline(), 4, "num_hidden_layers=3 leaves a stage empty"),
         ({"num_hidden_layers": 5}, Pipeline("interleaved", 2), 2, "choose fewer stages"),
+        ({"num_hidden_layers": 5}, Pipeline("interleaved", 2, layers=1), 2, "choose fewer stages"),
+        ({"num_hidden_layers": 28}, Pipeline(layers=10), 4, "layers=10 can't .* write 0, for equal stages, or 7 to 9$"),
+        ({"num_hidden_layers": 28}, Pipeline(layers=6), 4, "or 7 to 9$"),
+        ({"num_hidden_layers": 28}, Pipeline(layers=-1), 4, "or 7 to 9$"),
+        ({"num_hidden_layers": 7}, Pipeline(layers=3), 4, "write 0, for equal stages, or 2$"),
+        (MOE | {"num_hidden_layers": 11, "decoder_sparse_step": 2}, Pipeline(layers=5), 3, "the same number of each"),
         (
             MOE | {"num_hidden_layers": 4, "mlp_only_layers": (0,)},
             Pipeline(),
@@ -114,7 +136,7 @@ def test_store_is_undone_by_restore(layers, pipeline):
         ),
     ],
 )
-def test_stages_of_unequal_kinds_are_errors(changes, pipeline, ranks, words):
+def test_stages_that_cannot_be_are_errors(changes, pipeline, ranks, words):
     with pytest.raises(UserError, match=words):
         make_stages(config(**changes), pipeline, ranks)
 
@@ -125,3 +147,8 @@ def test_stages_of_unequal_kinds_are_errors(changes, pipeline, ranks, words):
 def test_schedules_that_do_not_exist_are_errors(schedule, stages, words):
     with pytest.raises(UserError, match=words):
         Pipeline(schedule, stages)
+
+
+def test_without_a_pipeline_its_layers_are_nothing_to_heed():
+    """So that a run goes on, on one device, by the same command."""
+    assert make_stages(config(num_hidden_layers=28), Pipeline(layers=9), 1) == Stages(28)

@@ -1,4 +1,7 @@
-"""A run of launch.py's on ranks, one of which something happens to: python lost_ranks.py CONFIG.json WORKDIR FAULT."""
+"""A run of launch.py's on ranks, one of which something happens to: python lost_ranks.py CONFIG.json WORKDIR FAULT.
+
+A mesh after these is that of the ranks that are started again.
+"""
 
 import json
 import os
@@ -27,7 +30,10 @@ def stuck():
     time.sleep(3600)
 
 
-def main(config, workdir, fault):
+def main(path, workdir, fault, mesh=None):
+    config = ConfigDict(json.loads(Path(path).read_text()))
+    if mesh and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+        config.mesh = mesh
     real = pretrain.make_train_step
 
     def watched(*args, **kw):
@@ -41,7 +47,7 @@ def main(config, workdir, fault):
         return wrapped
 
     pretrain.make_train_step = watched
-    launch.run(ConfigDict(json.loads(Path(config).read_text())), Path(workdir), progress=False)
+    launch.run(config, Path(workdir), progress=False)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,12 @@ MODELS = {
 }
 # Each opens what the ones before it wrote. Under dr2,tp2 and where key/value heads are too few leaves have replicas.
 MESHES = {
-    2: [("tied", "tp2", Pipeline()), ("tied", "pp2", ZBV), ("mixed", "ep2", Pipeline())],
+    2: [
+        ("tied", "tp2", Pipeline()),
+        ("tied", "pp2", ZBV),
+        ("tied", "pp2", Pipeline(layers=6)),
+        ("mixed", "ep2", Pipeline()),
+    ],
     4: [
         ("tied", "dp2,tp2", Pipeline()),
         ("tied", "pp2,dp2", INTERLEAVED),

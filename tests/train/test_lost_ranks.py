@@ -15,30 +15,52 @@ from tests.train.runs import metrics
 SCRIPT = Path(__file__).with_name("lost_ranks.py")
 
 
-def _launched(tmp_path, config, fault):
+STEPS, CHECKPOINT = 7, 3
+OPTIONS = {
+    "checkpoint.every": CHECKPOINT,
+    "checkpoint.asynchronous": False,
+    "eval.every": 0,
+    "log_every": 1,
+    "batch_size": 4,
+}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
+
+
+def _launched(tmp_path, config, fault, *mesh, by=()):
     (path := tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    command = [sys.executable, str(SCRIPT), str(path), str(tmp_path / "w"), fault]
+    command = [sys.executable, *by, str(SCRIPT), str(path), str(tmp_path / "w"), fault, *mesh]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
 
 
-def test_after_a_rank_is_killed_the_run_goes_on_from_its_last_checkpoint(make, tmp_path):
-    options = {
-        "checkpoint.every": 3,
-        "checkpoint.asynchronous": False,
-        "eval.every": 0,
-        "log_every": 1,
-        "batch_size": 4,
-    }
-    run(make(steps=7, **options), tmp_path / "alone", progress=False)
-    done = _launched(tmp_path, make(steps=7, mesh="dp2", restarts=1, **options), "killed")
+@pytest.fixture
+def alone(make, tmp_path):
+    """The losses of the run that nothing happens to."""
+    run(make(steps=STEPS, **OPTIONS), tmp_path / "alone", progress=False)
+    return [line["loss"] for line in metrics(tmp_path / "alone")]
+
+
+def _assert_went_on(done, workdir, losses):
     assert done.returncode == 0, done.stderr
+    assert f"going on from step {CHECKPOINT}" in done.stdout
+    found = metrics(workdir)
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-3)
+
+
+def test_after_a_rank_is_killed_the_run_goes_on_from_its_last_checkpoint(make, tmp_path, alone):
+    done = _launched(tmp_path, make(steps=STEPS, mesh="dp2", restarts=1, **OPTIONS), "killed")
+    _assert_went_on(done, tmp_path / "w", alone)
     assert "rank 1 of 2 ended with signal 9; the others were ended; starting all again (1 of 1)\n" in done.stderr
     assert "Traceback" not in done.stderr  # of the rank that lost its peer
-    assert "going on from step 3" in done.stdout
-    found, whole = metrics(tmp_path / "w"), metrics(tmp_path / "alone")
-    assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6, 7]
-    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in whole], rel=1e-3)
+
+
+def test_under_torchrun_the_run_goes_on_from_its_last_checkpoint(make, tmp_path, alone):
+    """Its agent starts both ranks again with the store of those before; here they are asked for another mesh."""
+    done = _launched(tmp_path, make(steps=STEPS, mesh="dp2", **OPTIONS), "killed", "tp2", by=TORCHRUN)
+    _assert_went_on(done, tmp_path / "w", alone)
+    assert "mesh: dp2, 2 ranks" in done.stdout
+    assert "mesh: tp2, 2 ranks" in done.stdout
 
 
 def test_a_rank_that_hangs_is_shown_and_ends_the_run(make, tmp_path):
