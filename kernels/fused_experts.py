@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels import grouped_gemm, moe_dispatch
 from kernels.backend import check_devices, runs_triton, tl, triton
-from kernels.grouped_gemm import Schedule, Tile, weight_tile
+from kernels.grouped_gemm import Schedule, Tile, stride, weight_tile
 
 
 def experts_mlp(
@@ -68,7 +68,7 @@ def _up_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(F, BN)
     d = tl.arange(0, BK)
-    for pid in tl.range(tl.program_id(0), tl.load(count) * blocks, PROGRAMS, flatten=FLAT):
+    for pid in tl.range(tl.program_id(0), tl.load(count) * blocks, stride(PROGRAMS), flatten=FLAT):
         tile = pid // blocks
         f0 = pid % blocks * BN
         expert = tl.load(tiles + tile * 3)
@@ -131,7 +131,7 @@ def _activation_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(F, BN)
     d = tl.arange(0, BK)
-    for pid in tl.range(tl.program_id(0), tl.load(count) * blocks, PROGRAMS, flatten=FLAT):
+    for pid in tl.range(tl.program_id(0), tl.load(count) * blocks, stride(PROGRAMS), flatten=FLAT):
         tile = pid // blocks
         f0 = pid % blocks * BN
         expert = tl.load(tiles + tile * 3)
@@ -172,11 +172,11 @@ def launch_up(
     gate, up = (torch.empty_like(h) if keep else x.new_empty(0, width) for _ in range(2))
     tma = tile.tma and grouped_gemm.tiled(gate_w) and grouped_gemm.tiled(up_w)
     operands = [grouped_gemm.describe_weight(w, tile) if tma else w for w in (gate_w, up_w)]
-    grid = grouped_gemm.programs(x, tile, len(plan.tiles) * triton.cdiv(width, tile.n))
+    grid, step = grouped_gemm.programs(x, tile, len(plan.tiles) * triton.cdiv(width, tile.n))
     _up_kernel[(grid,)](
         x, order, *operands, gate, up, h, *plan, hidden, width, *gate_w.stride()[:2],
         TOP_K=top_k, KEEP=keep, TMA=tma, EVEN=hidden % tile.k == 0, BM=tile.m, BN=tile.n, BK=tile.k,
-        PROGRAMS=grid, FLAT=tile.flat, num_warps=tile.warps, num_stages=tile.stages,
+        PROGRAMS=step, FLAT=tile.flat, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return gate, up, h
 
@@ -190,12 +190,12 @@ def launch_activation(
     dgate, dup, weighted = (torch.empty_like(gate) for _ in range(3))
     dots = dout.new_empty(triton.cdiv(width, tile.n), len(order), dtype=torch.float32)
     tma = tile.tma and grouped_gemm.tiled(down_w) and hidden % tile.k == 0
-    grid = grouped_gemm.programs(dout, tile, len(plan.tiles) * len(dots))
+    grid, step = grouped_gemm.programs(dout, tile, len(plan.tiles) * len(dots))
     _activation_kernel[(grid,)](
         dout, order, weights, grouped_gemm.describe_weight(down_w.mT, tile) if tma else down_w, gate, up, dgate, dup,
         weighted, dots, *plan, hidden, width, len(order), *down_w.stride()[:2],
         TOP_K=weights.shape[1], TMA=tma, EVEN=hidden % tile.k == 0, PIECES=tile.pieces,
-        BM=tile.m, BN=tile.n, BK=tile.k, PROGRAMS=grid, FLAT=tile.flat, num_warps=tile.warps, num_stages=tile.stages,
+        BM=tile.m, BN=tile.n, BK=tile.k, PROGRAMS=step, FLAT=tile.flat, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dgate, dup, weighted, dots.sum(0)
 

@@ -141,7 +141,7 @@ def _linear_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(N, BN)
     steps = tl.cdiv(K, BK)
-    for pid in tl.range(tl.program_id(0), tl.load(count) * blocks, PROGRAMS, flatten=FLAT):
+    for pid in tl.range(tl.program_id(0), tl.load(count) * blocks, stride(PROGRAMS), flatten=FLAT):
         tile = pid // blocks
         n0 = pid % blocks * BN
         expert = tl.load(tiles + tile * 3)
@@ -222,11 +222,11 @@ def launch_linear(
     if tma:
         operands = [describe(x, tile.m, tile.k) if x.dim() == 2 else describe_weight(x, tile) for x in operands]
     blocks = len(plan.tiles) * triton.cdiv(columns, tile.n)
-    grid = programs(a, tile, blocks)
+    grid, step = programs(a, tile, blocks)
     _linear_kernel[(grid,)](
         *operands, y, *plan, columns, width, *weight_EFD.stride(),
         PARTS=2 if second else 1, TMA=tma, K_INNER=k_inner, BM=tile.m, BN=tile.n, BK=tile.k,
-        PROGRAMS=grid, FLAT=tile.flat, num_warps=tile.warps, num_stages=tile.stages,
+        PROGRAMS=step, FLAT=tile.flat, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
 
@@ -255,12 +255,24 @@ def launch_outer(
     return y
 
 
-def programs(x: Tensor, tile: Tile, blocks: int) -> int:
-    """How many programs share `blocks` tiles."""
+def programs(x: Tensor, tile: Tile, blocks: int) -> tuple[int, int]:
+    """(how many programs share `blocks` tiles, PROGRAMS as the kernels take it).
+
+    That is compiled in, so it must not follow the number of rows, which under expert parallelism is new every time.
+    """
     if not tile.per_sm:
-        return blocks
+        return blocks, 0
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    return min(blocks, processors * tile.per_sm)
+    return min(blocks, processors * tile.per_sm), processors * tile.per_sm
+
+
+@triton.jit
+def stride(PROGRAMS: tl.constexpr):
+    """From one tile of a program to its next; PROGRAMS is 0 where each has one at most."""
+    if PROGRAMS == 0:
+        return tl.num_programs(0)
+    else:
+        return PROGRAMS
 
 
 def tiled(x: Tensor) -> bool:

@@ -87,6 +87,37 @@ def test_tiles_of_a_gpu_interpreted():
             assert max(errors(run(lambda *a, c=choices: ours(c, *a), args, grad), truth)) <= limit
 
 
+def test_what_is_compiled_in_does_not_follow_the_rows(monkeypatch):
+    """Under expert parallelism a rank gets another number of rows every time, and would compile every time."""
+    seen = []
+
+    class Recorded:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                seen[-1].append({name: value for name, value in options.items() if name.isupper()})
+                return self.kernel[grid](*args, **options)
+
+            return launch
+
+    for module, name in (
+        (fused_experts, "_up_kernel"),
+        (fused_experts, "_activation_kernel"),
+        (grouped_gemm, "_linear_kernel"),
+        (grouped_gemm, "_outer_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
+    for rows in (3, 150, 290):
+        seen.append([])
+        choices, args, grad = draw(rows, 1, 2, 16, 8, dtype=torch.float16)
+        with backend.interpreted():
+            run(lambda *a, c=choices: ours(c, *a), args, grad)
+    assert len(seen[0]) == 7
+    assert seen[0] == seen[1] == seen[2]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_formula(case):
     *sizes, skew = CASES[case]
