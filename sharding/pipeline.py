@@ -40,11 +40,6 @@ def check(cfg: ModelConfig, pipeline: Pipeline, execution: model.Execution, rank
     pipeline.check(ranks, microbatches)
     make_stages(cfg, pipeline, ranks)
     check_compile(execution)
-    if pipeline.schedule in _SPLIT and execution.compile != "off":
-        raise UserError(
-            f"config.pipeline.schedule={pipeline.schedule} puts off weights' gradients, which compiled code cannot; "
-            "write config.compile=off, or another schedule"
-        )
     if pipeline.schedule in _SPLIT and cfg.gradient_checkpointing == "selective":
         raise UserError(
             f"model.gradient_checkpointing=selective with config.pipeline.schedule={pipeline.schedule}, which keeps "

@@ -92,7 +92,8 @@ def block_fn(
 
     The skeleton lives on the meta device and owns nothing. Cached, since the compiled function is: every layer of a
     kind and every step of a run go through the same one. Recomputation sits inside the compiled region, where its
-    policy sees the operators.
+    policy sees the operators. Two kinds of block run uncompiled in any case: with experts over ep, whose splits the host
+    must know, and under schedules that put off weights' gradients, past which compiled code would go.
     """
     with torch.device("meta"):
         skeleton = Block(cfg, execution, sparse, layout)
@@ -103,7 +104,9 @@ def block_fn(
 
     policy = cfg.gradient_checkpointing
     fn = run if policy == "none" else _recomputed(run, policy, _KEPT if layout.reshard else _KEPT | _GATHERED)
-    return torch.compile(fn, fullgraph=True, dynamic=False) if execution.compile == "block" else fn
+    open_to_host = layout.pipeline.splits or (sparse and layout.axes.ep.size > 1)
+    compiled = execution.compile == "block" and not open_to_host
+    return torch.compile(fn, fullgraph=True, dynamic=False) if compiled else fn
 
 
 def _recomputed(run: BlockFn, policy: str, kept: Set[object]) -> BlockFn:

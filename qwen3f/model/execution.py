@@ -17,8 +17,8 @@ _FASTEST = {"off": FUSED, "block": FUSED, "step": FUSED}
 class Execution:
     """
     Attributes:
-      compile: "off"; "block" compiles one transformer block, used for all layers; "step" says that the caller compiles
-        the whole step into one graph.
+      compile: "off"; "block" compiles one transformer block, used for all layers, where that can be (block_fn), and the
+        update; "step" says that the caller compiles the whole step into one graph.
       attention: see qwen3f.model.attention.BACKENDS.
       experts: "grouped" or "reference", see qwen3f.model.moe.
       loss: "chunked" or "reference", see kernels.cross_entropy.

@@ -65,7 +65,7 @@ def make_train_step(
       balance.load_metrics gives.
 
     Raises UserError when the batch size is no multiple of microbatches, and for what a mesh cannot do: Muon, which
-    needs whole matrices; attention_dropout; compiled code with ep, whose splits the host must know.
+    needs whole matrices; attention_dropout; one graph with ep, whose splits the host must know.
     """
     axes, placed = layout.axes, layout.place(cfg)
     master_sums = layout.gather_dtype is not None
@@ -206,9 +206,10 @@ def check_mesh(cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execut
     axes = layout.axes
     if axes.shape.size == 1:
         return
-    if axes.ep.size > 1 and cfg.sparse_layers and execution.compile != "off":
+    if axes.ep.size > 1 and cfg.sparse_layers and execution.compile == "step":
         raise UserError(
-            f"config.compile={execution.compile} with ep={axes.ep.size}: write compile=off, or use dp for ep"
+            f"config.compile=step with ep={axes.ep.size}, whose splits the host must know: write compile=block, or use "
+            "dp for ep"
         )
     if isinstance(hyper, optimizer.Muon):
         raise UserError("optimizer.kind=muon needs whole matrices, which a mesh cuts; write optimizer.kind=adamw")

@@ -37,6 +37,7 @@ from sharding.stages import Pipeline
 from sharding.world import ALONE, World
 
 COMPUTE = torch.bfloat16
+_PARTS = {"computing": "computing", "collectives": "communicating", "not hidden": "exposed", "idle": "idle"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +88,12 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of one rank: seconds of a step, the largest memory in bytes; seconds of a step in which collectives ran, in which
-    nothing else did, and in which nothing ran."""
+    """Of one rank: seconds of a step, the largest memory in bytes; seconds of a step in which it computed, in which
+    collectives ran, in which nothing else did, and in which nothing ran."""
 
     seconds: float
     peak: int
+    computing: float
     communicating: float
     exposed: float
     idle: float
@@ -145,7 +147,7 @@ def measure(case: Case, world: World) -> Measured:
         Schedule("constant", 3e-4, 100),
         microbatches=case.microbatches,
         compute_dtype=COMPUTE,
-        execution=model.Execution(find_compile_mode(case.compile, device, cfg, layout)),
+        execution=model.Execution(find_compile_mode(case.compile, device)),
         donate=True,
         cross_documents=case.documents == 0,  # plain causal attention
         layout=layout,
@@ -174,7 +176,7 @@ def measure(case: Case, world: World) -> Measured:
         _covered((start, end) for collective, start, end in spans if collective in kinds) * 1e-6 / 3
         for kinds in ({True, False}, {True}, {False})
     )
-    return Measured(seconds, peak, sent, every - computed, max(0.0, seconds - every))
+    return Measured(seconds, peak, computed, sent, every - computed, max(0.0, seconds - every))
 
 
 def _covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -188,7 +190,7 @@ def _covered(spans: Iterable[tuple[float, float]]) -> float:
 
 def plan(case: Case) -> MeshPlan:
     """What is planned for the case, on an H100."""
-    execution = model.Execution("off" if case.compile == "auto" else case.compile)
+    execution = model.Execution(find_compile_mode(case.compile, torch.device("cuda")))
     options = {"reduce": case.reduce, "pipeline": case.pipeline, "execution": execution, "compute": COMPUTE}
     sizes = case.batch_size, case.tokens
     return make(Setup(case.model, case.shape, *sizes, TABLE["h100"], microbatches=case.microbatches, **options))
@@ -202,8 +204,7 @@ def report(case: Case, text: str, by_rank: list[Measured]) -> str:
     planned = plan(case)
     room = max(memory.peak for memory in planned.memory)
     between = ", ".join(
-        f"{what} {_range([getattr(m, name) * 1e3 for m in by_rank])} ms"
-        for what, name in (("collectives", "communicating"), ("not hidden", "exposed"), ("idle", "idle"))
+        f"{what} {_range([getattr(m, name) * 1e3 for m in by_rank])} ms" for what, name in _PARTS.items()
     )
     return (
         f"{text or 'one GPU'}: {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s a GPU, MFU {mfu:.1%}, "

@@ -103,7 +103,7 @@ def make_plan(config: ConfigDict, devices: int | None = None) -> Plan:
     device = find_device(config.device)
     compute_dtype = find_dtype(config.dtype, device)
     layout = find_layout(config, devices, compute_dtype)
-    execution = model.Execution(find_compile_mode(config.compile, device, cfg, layout), config.attention)
+    execution = model.Execution(find_compile_mode(config.compile, device), config.attention)
     hyper = optimizer.make(**config.optimizer.to_dict())
     _check_recomputation(cfg, execution.compile)
     _check_graph(config, device, compute_dtype)
@@ -189,13 +189,9 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def find_compile_mode(mode: str, device: torch.device, cfg: ModelConfig, layout: Layout) -> str:
-    """The mode that config.compile names; auto is block on CUDA, but off where a mesh can't have compiled code."""
-    if mode != "auto":
-        return mode
-    axes = layout.axes
-    eager = (axes.pp.size > 1 and layout.pipeline.splits) or (axes.ep.size > 1 and bool(cfg.sparse_layers))
-    return "block" if device.type == "cuda" and not eager else "off"
+def find_compile_mode(mode: str, device: torch.device) -> str:
+    """The mode that config.compile names; auto is block on CUDA, else off."""
+    return mode if mode != "auto" else "block" if device.type == "cuda" else "off"
 
 
 def _check_graph(config: ConfigDict, device: torch.device, compute_dtype: torch.dtype) -> None:

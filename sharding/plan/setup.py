@@ -135,5 +135,5 @@ def from_config(config: ConfigDict) -> Setup:
         reduce=config.fsdp.reduce,
         reshard=config.fsdp.reshard,
         pipeline=layout.pipeline,
-        execution=Execution(find_compile_mode(config.compile, cuda, cfg, layout), config.attention),
+        execution=Execution(find_compile_mode(config.compile, cuda), config.attention),
     )

@@ -278,7 +278,6 @@ def test_messages_are_those_of_the_formula(name, on_ranks):
     "changes, pipeline, execution, microbatches, words",
     [
         ({}, ONE_STAGE, Execution(compile="step"), 4, "write config.compile=block"),
-        ({}, ZERO, Execution(compile="block"), 4, "write config.compile=off"),
         ({"gradient_checkpointing": "selective"}, ZBV, Execution(), 4, "write none or full"),
         (MOE | {"router_balance": "hf"}, ONE_STAGE, Execution(), 4, "write global or micro"),
         (MOE | {"router_balance": "global_exact"}, ONE_STAGE, Execution(), 4, "write global or micro"),
