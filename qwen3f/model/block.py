@@ -92,8 +92,8 @@ def block_fn(
 
     The skeleton lives on the meta device and owns nothing. Cached, since the compiled function is: every layer of a
     kind and every step of a run go through the same one. Recomputation sits inside the compiled region, where its
-    policy sees the operators. Two kinds of block run uncompiled in any case: with experts over ep, whose splits the host
-    must know, and under schedules that put off weights' gradients, past which compiled code would go.
+    policy sees the operators. Two kinds of block run uncompiled in any case: with experts over ep, whose splits the
+    host must know, and under schedules that put off weights' gradients, past which compiled code would go.
     """
     with torch.device("meta"):
         skeleton = Block(cfg, execution, sparse, layout)

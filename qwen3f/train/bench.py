@@ -107,8 +107,13 @@ def parse_case(text: str) -> Case:
         key, equals, value = word.partition("=")
         if key not in kinds or not equals:
             raise UserError(f"'{word}' is no part of a case; write key=value with one of {', '.join(kinds)}")
+        if kinds[key] is bool:
+            if value.lower() not in ("true", "false"):
+                raise UserError(f"'{word}': write {key}=True or {key}=False")
+            values[key] = value.lower() == "true"
+            continue
         try:
-            values[key] = value in ("1", "True", "true") if kinds[key] is bool else kinds[key](value)
+            values[key] = kinds[key](value)
         except ValueError as error:
             raise UserError(f"'{word}': {value!r} is no {kinds[key].__name__}") from error
     return Case(**values)

@@ -34,8 +34,9 @@ class Hardware:
 
 # H100 SXM5 80GB. peak: NVIDIA's datasheet. Measured on one such card (torch 2.11, Triton 3.6): products 690 to 800
 # TFLOP/s, copy 3.0 TB/s, cuDNN's causal attention 544 and 428 TFLOP/s (H16 KV8 d128, T 4,096, B4), experts 14.8 TFLOP
-# in 33.8 ms (30B-A3B, 4 layers, B4 T 4,096, forward and backward). memory: what torch finds. Not measured, assumed:
-# links and network at 0.8 of the datasheet's NVLink (900 GB/s both ways) and DGX H100's 400 Gb/s a GPU; latency.
+# in 33.8 ms (30B-A3B, 4 layers, B4 T 4,096, forward and backward). memory: what torch finds. link: NCCL's gather and
+# scatter between two H200s of a host, of 34 MB a rank, as tp has them (208 and 201 GB/s; an all-to-all of 268 MB 290).
+# Not measured, assumed: network at 0.8 of DGX H100's 400 Gb/s a GPU; latency.
 _H100 = Hardware(
     name="h100",
     peak=989e12,
@@ -46,7 +47,7 @@ _H100 = Hardware(
     copy=3.0e12,
     memory=79.1 * 2**30,
     node=8,
-    link=0.8 * 450e9,
+    link=200e9,
     network=0.8 * 50e9,
     latency=15e-6,
 )

@@ -6,6 +6,7 @@ N tokens of a rank's micro-batch · D hidden · I, F widths · R rows of experts
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
@@ -147,8 +148,9 @@ def memory(setup: Setup, table: tuple[Leaf, ...], rank: int, in_flight: int) -> 
     largest = 0 if piped else max(leaf.elements * leaf.itemsize for leaf in table)  # a stack beside its layers
     ends = (stage > 0 for stage in own), (stage < setup.cut.count - 1 for stage in own)
     buffers = sum(map(sum, ends)) * setup.microbatches * setup.tokens_tp * cfg.hidden_size * size
-    gathered = _gathered(setup, table, in_flight)
-    activations = _activations(setup, in_flight)
+    longest = max((setup.cut.layers_of(stage) for stage in own), key=len)
+    gathered = _gathered(setup, table, len(longest) * in_flight)
+    activations = _activations(setup, longest, in_flight)
     loss = _loss_bytes(setup) if last else 0
     layer = _layer_at_work(setup, table)
     # the embedding's gradient comes last, twice where it is tied; then, if so summed, widened with what was gathered
@@ -183,20 +185,20 @@ def memory(setup: Setup, table: tuple[Leaf, ...], rank: int, in_flight: int) -> 
     )
 
 
-def _gathered(setup: Setup, table: tuple[Leaf, ...], in_flight: int) -> int:
-    """Weights that FSDP has whole. They stay until the backward pass, unless that gathers them again; beside them one
-    layer's flat buffer and the weights cut out of it.
+def _gathered(setup: Setup, table: tuple[Leaf, ...], layers: int) -> int:
+    """Weights that FSDP has whole. They stay until the backward pass, of so many layers, unless that gathers them
+    again; beside them those of a layer as they came, and joined where that takes a copy.
     """
     policy = setup.model.gradient_checkpointing
     stay = policy == "none" or (policy == "selective" and not setup.reshard)
-    layers = 2 + (in_flight * setup.cut.height if stay else 0)
-    return setup.itemsize * sum(leaf.gathered * (layers if leaf.stacked else 1) for leaf in table if leaf.fsdp)
+    there = 2 + (layers if stay else 0)
+    return setup.itemsize * sum(leaf.gathered * (there if leaf.stacked else 1) for leaf in table if leaf.fsdp)
 
 
-def _activations(setup: Setup, in_flight: int) -> dict[str, int]:
-    """kind -> bytes of all that is kept, of full stages."""
+def _activations(setup: Setup, layers: Sequence[int], in_flight: int) -> dict[str, int]:
+    """kind -> bytes of all that is kept, of stages like that of these layers."""
     out: Counter[str] = Counter()
-    for layer in setup.cut.layers_of(0):
+    for layer in layers:
         out.update(layer_activations(setup, setup.model.is_sparse(layer), setup.model.gradient_checkpointing))
     return {kind: count * in_flight for kind, count in out.items()}
 

@@ -180,6 +180,6 @@ def _time(plan: MeshPlan) -> list[str]:
     if plan.setup.mesh.size > 1:
         lines.append(
             "assumed, not measured: what is marked as overlapping takes no time while there is something to compute; "
-            "rates of links and network"
+            "the network's rate, and latency"
         )
     return lines

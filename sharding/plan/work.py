@@ -14,6 +14,7 @@ from sharding.plan.memory import Leaf
 from sharding.plan.setup import MASTER, Setup
 
 BACKWARD_ATTENTION = 2.5  # times the forward's FLOPs: five products instead of two
+MERGED = 27.0  # bytes that an element of attention's output costs at a step of the ring: casts to float32 and sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,9 @@ def layer(setup: Setup, sparse: bool) -> Pass:
         elements[1] += 5 * n * setup.width
     products = Work(products=2.0 * n * matrices, grouped=grouped)
     scores = 2.0 * n * q * setup.seq_len  # two products over all keys, half of them masked
-    forward = products + Work(attention_forward=scores, bytes=elements[0] * size)
-    back = products + Work(attention_backward=BACKWARD_ATTENTION * scores, bytes=elements[1] * size)
+    merging = Work(bytes=MERGED * setup.mesh.cp * n * q if setup.mesh.cp > 1 else 0.0)
+    forward = products + merging + Work(attention_forward=scores, bytes=elements[0] * size)
+    back = products + merging + Work(attention_backward=BACKWARD_ATTENTION * scores, bytes=elements[1] * size)
     again = {"none": Work(), "selective": Work(bytes=elements[0] * size), "full": forward}
     return Pass(forward, back + again[cfg.gradient_checkpointing], products)
 

@@ -116,9 +116,11 @@ from sharding import ranks
 from sharding.mesh import parse_mesh
 shape = parse_mesh("{mesh}")
 decision = ranks.decide(os.environ, shape.size, ranks.local_devices("cpu"), "cpu", sys.argv)
-with ranks.joined(decision, shape, timeout=30.0) as world:
-    print(world.rank, world.local_rank, world.gather(world.rank * 10), flush=True)
-    open(f"{out}/{{world.rank}}", "w").write(f"{{world.axes.shape}}")
+def main():  # a World that outlives the interpreter's end has threads that abort it
+    with ranks.joined(decision, shape, timeout=30.0) as world:
+        print(world.rank, world.local_rank, world.gather(world.rank * 10), flush=True)
+        open(f"{out}/{{world.rank}}", "w").write(f"{{world.axes.shape}}")
+main()
 """
 # No torch: what starts ranks is told by their exit codes alone.
 RANK = """
