@@ -33,12 +33,14 @@ def gather(x: Tensor, axis: Axis, dim: int, dtype: torch.dtype | None = None) ->
 def gather_each(
     tensors: Sequence[Tensor], axis: Axis, dims: Sequence[int], dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """gather of each tensor along its own dimension: one launch for all, over an axis of more than one rank."""
+    """gather of each tensor along its own dimension, in one launch."""
+    if axis.size == 1:
+        return list(tensors)
     return [join(x, axis.size, dim) for x, dim in zip(_GatherEach.apply(axis.size, axis.group, dtype, *tensors), dims)]
 
 
 def start_gather_each(tensors: Sequence[Tensor], axis: Axis, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """As gather_each along dimension 0, but not yet here: each to be read only after `wait`.
+    """As gather_each along dimension 0, over an axis of more than one rank, but not yet here: to be read after `wait`.
 
     Nor are their gradients, so the tensors must come, directly, from `wait_for_gradients`.
     """

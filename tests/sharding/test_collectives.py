@@ -38,10 +38,30 @@ def in_groups(shape, name, formula):
     return whole
 
 
+def gather_two(x, axis):
+    """Along both dimensions in one launch."""
+    rows, columns = C.gather_each([x, 3 * x], axis, [0, 1])
+    return torch.cat([rows.flatten(), columns.flatten()])
+
+
+def gather_ahead(x, axis):
+    if axis.size == 1:
+        return x
+    (x,) = C.wait_for_gradients([x])
+    (out,) = C.start_gather_each([x], axis)
+    C.wait(out)
+    return out
+
+
 # name: (the collective on (x, axis), the formula on the stacked group [n, 6, 12])
 CASES = {
     "gather 0": (lambda x, a: C.gather(x, a, 0), lambda g: [torch.cat(list(g), 0)] * len(g)),
     "gather -1": (lambda x, a: C.gather(x, a, -1), lambda g: [torch.cat(list(g), 1)] * len(g)),
+    "gather_each": (
+        gather_two,
+        lambda g: [torch.cat([torch.cat(list(g), 0).flatten(), 3 * torch.cat(list(g), 1).flatten()])] * len(g),
+    ),
+    "start_gather_each": (gather_ahead, lambda g: [torch.cat(list(g), 0)] * len(g)),
     "reduce_scatter 0": (lambda x, a: C.reduce_scatter(x, a, 0), lambda g: g.sum(0).chunk(len(g), 0)),
     "reduce_scatter 1": (lambda x, a: C.reduce_scatter(x, a, 1), lambda g: g.sum(0).chunk(len(g), 1)),
     "all_reduce": (C.all_reduce, lambda g: [g.sum(0)] * len(g)),
@@ -77,11 +97,16 @@ def test_value_and_adjoint(mesh, name, case):
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
 
 
-def test_a_gather_that_casts_sums_gradients_before_rounding():
+@pytest.mark.parametrize(
+    "gather",
+    [lambda x, a: C.gather(x, a, 0, torch.float32), lambda x, a: C.gather_each([x], a, [0], torch.float32)[0]],
+    ids=["gather", "gather_each"],
+)
+def test_a_gather_that_casts_sums_gradients_before_rounding(gather):
     """1 and 2⁻³⁰ are float32 numbers; their sum is not."""
     with local_world("dp2") as (_, axes):
         x = each([torch.full((2,), 0.1, dtype=torch.float64)] * 2).requires_grad_()
-        out = C.gather(x, axes.dp, 0, torch.float32)
+        out = gather(x, axes.dp)
         assert out.dtype == torch.float32
         (grad,) = torch.autograd.grad(out, x, each([torch.ones(4), torch.full((4,), 2.0**-30)]))
         assert [v.tolist() for v in ranks_of(out.detach())] == [[torch.tensor(0.1).item()] * 4] * 2

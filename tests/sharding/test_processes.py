@@ -21,7 +21,7 @@ from tests.sharding.worlds import run_processes
 CASES = {
     "dense": (config(gradient_checkpointing="selective"), "dp2,tp2", {}),
     "kept weights": (config(gradient_checkpointing="selective"), "dp2,tp2", {"reshard": False}),
-    "context": (config(gradient_checkpointing="selective"), "cp2,tp2", {}),
+    "context": (config(gradient_checkpointing="selective", attention_bias=True), "cp2,tp2", {}),
     "replicas": (config(num_hidden_layers=1), "dr2,dp2", {}),
     # one row of padding; weights are given in the master dtype, which here is the compute dtype too
     "pipeline": (config(num_hidden_layers=3), "pp2,dp2", {"gather_dtype": torch.float64}),

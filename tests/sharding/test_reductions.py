@@ -55,8 +55,18 @@ def test_no_reduction_can_be_dropped_or_doubled(name, monkeypatch):
 
         return call
 
+    scatters = collectives._start_scatters
+
+    def scatter_each(grads, dtypes, size, group):
+        shares = scatters(grads, dtypes, size, group)
+        for i, (grad, share) in enumerate(zip(grads, shares)):
+            if share is not None:
+                shares[i] = mutated(lambda grad, *where, s=share: s, alone_scatter)(grad, size, group, 0)
+        return shares
+
     for attribute, alone in (("_all_reduce", alone_reduce), ("_reduce_scatter", alone_scatter)):
         monkeypatch.setattr(collectives, attribute, mutated(getattr(collectives, attribute), alone))
+    monkeypatch.setattr(collectives, "_start_scatters", scatter_each)
 
     with local_run(cfg, mesh, fsdp=fsdp, steps=1) as (step, start, (batch,)):
 
