@@ -30,7 +30,7 @@ CASES = {
     "one graph": (config(num_hidden_layers=1), "dp2,tp2", {}),
 }
 # "context": FSDP over cp, tensor parallel and ring attention in one block
-MODES = {"context": ("off", "block"), "moe": ("off", "block"), "one graph": ("step",)}
+MODES = {"context": ("off", "block"), "one graph": ("step",)}
 STEPS, MICROBATCHES = 2, 2
 
 

@@ -6,11 +6,13 @@ from torch.distributed.tensor import DTensor
 
 from qwen3f import model, tree
 from qwen3f.errors import UserError
+from qwen3f.model.block import block_fn
 from qwen3f.stages.pretrain import make_train_step
 from qwen3f.train.optimizer import AdamW, Muon
 from qwen3f.train.state import init_state
 from sharding.axes import Axes, Axis
 from sharding.layout import Layout
+from sharding.stages import Pipeline
 from tests.sharding.steps import MOE, SCHEDULE, config, expected_on
 from tests.sharding.worlds import local_world, ranks_of
 
@@ -29,6 +31,21 @@ def test_a_mesh_starts_from_one_devices_values(changes, mesh):
     for path, expected in expected_on(whole, cfg, mesh).params.items():
         for got, value in zip(shards[path], expected, strict=True):
             assert torch.equal(got, value), path
+
+
+@pytest.mark.parametrize(
+    "layout, compiled",
+    [
+        (Layout(Axes(dp=Axis("dp", 2))), {False, True}),
+        (Layout(Axes(ep=Axis("ep", 2))), {False}),
+        (Layout(Axes(pp=Axis("pp", 2)), pipeline=Pipeline("zero_bubble")), set()),
+    ],
+    ids=["dp", "ep", "zero_bubble"],
+)
+def test_blocks_that_cannot_be_compiled_run_as_they_are(layout, compiled):
+    """compiled: of the kinds dense (False) and sparse (True) those that are."""
+    blocks = {sparse: block_fn(config(**MOE), model.Execution("block"), sparse, layout) for sparse in (False, True)}
+    assert {sparse for sparse, block in blocks.items() if hasattr(block, "_torchdynamo_orig_callable")} == compiled
 
 
 @pytest.mark.parametrize(
