@@ -206,15 +206,17 @@ def report(case: Case, text: str, by_rank: list[Measured]) -> str:
     seconds, devices = max(m.seconds for m in by_rank), case.shape.size
     speed = case.batch_size * case.tokens / seconds / devices
     mfu = speed * flops_per_token(case.model, case.tokens) / peak_flops(torch.device("cuda"))
-    planned = plan(case)
-    room = max(memory.peak for memory in planned.memory)
+    ending = ""
+    if not case.pure and not case.documents:  # which a plan doesn't know
+        planned = plan(case)
+        room = max(memory.peak for memory in planned.memory)
+        ending = f"; planned {planned.time.step * 1e3:.1f} ms, {room / 2**30:.1f} GiB"
     between = ", ".join(
         f"{what} {_range([getattr(m, name) * 1e3 for m in by_rank])} ms" for what, name in _PARTS.items()
     )
     return (
         f"{text or 'one GPU'}: {seconds * 1e3:.1f} ms, {speed:,.0f} tokens/s a GPU, MFU {mfu:.1%}, "
-        f"peak {_range([m.peak / 2**30 for m in by_rank])} GiB, {between}; "
-        f"planned {planned.time.step * 1e3:.1f} ms, {room / 2**30:.1f} GiB"
+        f"peak {_range([m.peak / 2**30 for m in by_rank])} GiB, {between}{ending}"
     )
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from qwen3f.train.evaluate import evaluate
 from qwen3f.train.finite import FiniteCheck
 from qwen3f.train.logger import Logger, MetricLogger, SilentLogger
 from qwen3f.train.metrics import Throughput, flops_per_token, peak_flops, peak_source
-from qwen3f.train.plan import Plan, make_plan
+from qwen3f.train.plan import Plan, evaluation_parts, make_plan
 from qwen3f.train.signals import StopRequest
 from qwen3f.train.spikes import LossSpike, SpikeGuard
 from qwen3f.train.start import open_checkpoints, open_corpus, roll_back, starting_state
@@ -127,9 +126,7 @@ def _train(
         """Whether any rank has been asked to stop."""
         return bool(world.highest(bool(stop.name)))
 
-    _, sharing = layout.axes.rows
-    # a pipeline's ranks work at the same time on different parts of a batch
-    parts = math.gcd(config.eval.batch_size // sharing, config.microbatches) if layout.axes.pp.size > 1 else 1
+    parts = evaluation_parts(config, layout.axes)
     eval_step = pretrain.make_eval_step(plan.model, microbatches=parts, **step_options)
     validate = _validator(plan, corpus, eval_step, stopping)
     flops, peak = flops_per_token(plan.model, config.seq_len), peak_flops(plan.device) * world.size

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -146,14 +147,21 @@ def _check_mesh(
     if shape.pp > 1:
         pipeline.check(cfg, layout.pipeline, execution, shape.pp, config.microbatches)
     pretrain.check_mesh(cfg, hyper, execution, layout)
-    _, sharing = layout.axes.rows
-    if config.eval.batch_size % sharing:
+    try:
+        rules.check_batch(shape, config.eval.batch_size, config.seq_len, evaluation_parts(config, layout.axes))
+    except UserError as error:
         raise UserError(
-            f"config.eval.batch_size={config.eval.batch_size} cannot be shared by the {sharing} ranks that cut the "
-            f"rows of config.mesh={config.mesh}; make it a multiple"
-        )
+            f"config.eval.batch_size={config.eval.batch_size} on config.mesh={config.mesh}: {error}"
+        ) from None
     if shape.size > 1 and config.checkpoint.backend == "dcp":
         raise UserError("config.checkpoint.backend=dcp saves one device's state; write orbax for a mesh")
+
+
+def evaluation_parts(config: ConfigDict, axes: Axes) -> int:
+    """Parts in which a rank's rows of an evaluation's batch pass: under pp several, since its ranks work at the same
+    time on different ones."""
+    _, sharing = axes.rows
+    return math.gcd(config.eval.batch_size // sharing, config.microbatches) if axes.pp.size > 1 else 1
 
 
 def _at_least(config: ConfigDict, key: str, low: int) -> None:

@@ -12,6 +12,8 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from qwen3f import params as P
 from qwen3f import presets
 from qwen3f.errors import UserError
+from qwen3f.train.defaults import pretrain_config
+from qwen3f.train.plan import make_plan
 from sharding import rules
 from sharding.mesh import AXES, MeshShape, parse_mesh
 from sharding.stages import Pipeline, make_stages
@@ -120,3 +122,21 @@ def test_local_shapes_are_dtensors(sizes, moe, fsdp):
         assert all(isinstance(p, Replicate) or p == Shard(placed.cuts[axis]) for axis, p in zip(AXES, placements))
         copies = math.prod(getattr(shape, axis) for axis in rules.replicated_axes(placed, shape))
         assert math.prod(rules.local_shape(spec, placed, shape, stages)) * shape.size == spec.numel * copies
+
+
+@pytest.mark.parametrize(
+    "rows, mesh, message",
+    [
+        (3, "dp2", "batch_size 3 doesn't divide by dp=2"),
+        (1, "tp2", r"micro-batch has 33 tokens \(1 × 33, over cp=1\), which don't divide by tp=2"),
+    ],
+)
+def test_an_evaluation_that_does_not_divide(rows, mesh, message):
+    """Nor after the training that does."""
+    config = pretrain_config("nano")
+    config.update(device="cpu", mesh=mesh, batch_size=2, seq_len=33 if mesh == "tp2" else 32)
+    config.eval.batch_size = rows
+    with pytest.raises(UserError, match=f"config.eval.batch_size={rows} on config.mesh={mesh}: .*{message}"):
+        make_plan(config)
+    config.eval.batch_size = 4
+    make_plan(config)

@@ -54,3 +54,5 @@ def test_a_report_has_the_slowest_rank_and_the_plan(monkeypatch):
     assert line.startswith("mesh=dp2: 1000.0 ms, 512 tokens/s a GPU, MFU ")  # 2·2·256 tokens a second on two GPUs
     assert "peak 1.0–2.0 GiB, computing 400.0 ms, collectives 100.0 ms, not hidden 50.0 ms, idle 50.0 ms" in line
     assert f"planned {plan(case).time.step * 1e3:.1f} ms" in line
+    for changes in ({"pure": True}, {"documents": 100}):
+        assert "planned" not in report(dataclasses.replace(case, **changes), "", [fast])
