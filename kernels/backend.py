@@ -16,7 +16,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # no Triton for this platform
-    triton = SimpleNamespace(jit=lambda fn: fn)
+    triton = SimpleNamespace(jit=lambda fn=None, **options: fn or (lambda kernel: kernel))
     tl = SimpleNamespace(constexpr=object)
 
 _interpreting = False

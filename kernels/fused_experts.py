@@ -123,7 +123,7 @@ def _activation_part(s, weight, gate, up, dgate, dup, wh, rows, end, f0, F):
     return tl.sum(h * s, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R",))  # as in moe_dispatch
 def _activation_kernel(
     dout, order, weights, down_w, gate, up, dgate, dup, wh, dots, tiles, count, D, F, R, stride_e, stride_d,
     TOP_K: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PIECES: tl.constexpr,

@@ -93,7 +93,7 @@ def schedule(offsets_E1: Tensor, rows: int, block: int) -> Schedule:
     return Schedule(tiles, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("length",))  # it follows the rows, see moe_dispatch
 def _schedule_kernel(
     offsets, tiles, count, experts, length, BM: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -95,7 +95,8 @@ def reference(y_RD: Tensor, weights_NK: Tensor | None, place_NK: Tensor) -> Tens
     return (y_NKD if weights_NK is None else y_NKD * weights_NK[..., None]).sum(1)
 
 
-@triton.jit
+# Not specialised for what follows the rows: under expert parallelism it is new every time, now a multiple of 16, now not.
+@triton.jit(do_not_specialize=("R", "blocks"))
 def _count_kernel(
     experts, marks, counts, R, E, blocks, MARKED: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr
@@ -112,7 +113,7 @@ def _count_kernel(
     tl.store(counts + e * blocks + block, hits, mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "blocks"))
 def _place_kernel(
     experts, counts, upto, order, place, offsets, R, E, blocks, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 ):
