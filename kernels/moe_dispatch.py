@@ -95,7 +95,7 @@ def reference(y_RD: Tensor, weights_NK: Tensor | None, place_NK: Tensor) -> Tens
     return (y_NKD if weights_NK is None else y_NKD * weights_NK[..., None]).sum(1)
 
 
-# Not specialised for what follows the rows: under expert parallelism that is new every time, and a multiple of 16 or not.
+# Not specialised for what follows the rows: over ep that is new every time, and a multiple of 16 or not.
 @triton.jit(do_not_specialize=("R", "blocks"))
 def _count_kernel(
     experts, marks, counts, R, E, blocks, MARKED: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
