@@ -6,6 +6,8 @@ An axis of size 1 has no group and costs nothing: every collective over it is th
 import dataclasses
 import math
 
+import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sharding.mesh import AXES, DATA, FSDP, ROWS, MeshShape
@@ -13,6 +15,8 @@ from sharding.mesh import AXES, DATA, FSDP, ROWS, MeshShape
 # What is gathered or summed over as one axis: one launch, and no copies in between. What a dense weight is cut over,
 # what sums of tokens and of rows go over; and the same for experts, which ep cuts already.
 _JOINT = (DATA, FSDP, ROWS, ("dr", "dp", "cp"), ("dp", "cp"))
+
+_TP_CTAS = 64  # NCCL's own limit; measured on two H200s: README
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +86,20 @@ def sizes_only(shape: MeshShape) -> Axes:
 
 def make_mesh(shape: MeshShape, device_type: str) -> DeviceMesh:
     """A DeviceMesh with all axes, of size 1 too, in the order of AXES. The default process group must exist."""
-    return init_device_mesh(device_type, dataclasses.astuple(shape), mesh_dim_names=AXES)
+    wide = shape.tp > 1 and device_type == "cuda" and dist.get_backend() == "nccl"
+    options = {"tp": _tp_options()} if wide else None
+    return init_device_mesh(device_type, dataclasses.astuple(shape), mesh_dim_names=AXES, backend_override=options)
+
+
+def _tp_options() -> "dist.ProcessGroupNCCL.Options":
+    """More channels than NCCL takes by itself; the environment's NCCL_MIN_CTAS has the last word.
+
+    Nothing hides most of what tp sends, so that it may take processors from computing.
+    """
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.min_ctas = options.config.max_ctas = _TP_CTAS  # NCCL takes both or none
+    options._timeout = dist.group.WORLD._get_backend(torch.device("cuda")).options._timeout
+    return options
 
 
 def axes_of(mesh: DeviceMesh) -> Axes:

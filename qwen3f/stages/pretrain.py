@@ -203,6 +203,7 @@ def make_eval_step(
 
 
 def check_mesh(cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execution, layout: Layout) -> None:
+    """UserError for what a mesh cannot do, as make_train_step lists it."""
     axes = layout.axes
     if axes.shape.size == 1:
         return

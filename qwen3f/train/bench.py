@@ -23,6 +23,7 @@ from qwen3f.errors import UserError
 from qwen3f.stages.pretrain import Batch, make_train_step
 from qwen3f.train.metrics import flops_per_token, peak_flops
 from qwen3f.train.optimizer import AdamW
+from qwen3f.train.pauses import short_pauses
 from qwen3f.train.plan import find_compile_mode
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.state import init_state
@@ -171,7 +172,9 @@ def measure(case: Case, world: World) -> Measured:
 
     torch.cuda.reset_peak_memory_stats()
     run(3)
-    seconds = run(case.steps)
+    with short_pauses() as settle:  # as in training
+        settle()
+        seconds = run(case.steps)
     peak = torch.cuda.max_memory_allocated()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run(3)

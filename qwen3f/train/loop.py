@@ -27,6 +27,7 @@ from qwen3f.train.evaluate import evaluate
 from qwen3f.train.finite import FiniteCheck
 from qwen3f.train.logger import Logger, MetricLogger, SilentLogger
 from qwen3f.train.metrics import Throughput, flops_per_token, peak_flops, peak_source
+from qwen3f.train.pauses import short_pauses
 from qwen3f.train.plan import Plan, evaluation_parts, make_plan
 from qwen3f.train.signals import StopRequest
 from qwen3f.train.spikes import LossSpike, SpikeGuard
@@ -166,6 +167,7 @@ def _train(
             state=data,
         ) as loader,
         watchdog(config.watchdog, f"rank {world.rank} of {world.size}" if world.size > 1 else "the run") as alive,
+        short_pauses() as settle,
     ):
         first = position
         for step in range(start + 1, config.steps + 1):
@@ -209,6 +211,8 @@ def _train(
                 saving = saving or stopped  # it came meanwhile
                 if plan.model.sparse_layers:
                     logger.image(step, "expert_load", heat_map(metrics["expert_load"]))
+            if step == start + 1:
+                settle()
             if values:
                 logger.log(step, values)
             logger.advance(step, values.get("loss"), values.get("tokens_per_sec"))

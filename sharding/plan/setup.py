@@ -8,10 +8,12 @@ from ml_collections import ConfigDict
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.model import EAGER, Execution
+from qwen3f.stages.pretrain import check_mesh
 from qwen3f.train import optimizer
 from qwen3f.train.plan import find_compile_mode, find_dtype, find_layout
 from sharding import rules
-from sharding.layout import find_gather_dtype
+from sharding.axes import sizes_only
+from sharding.layout import Layout, find_gather_dtype
 from sharding.mesh import MeshShape
 from sharding.pipeline import check
 from sharding.plan.hardware import Hardware, parse_hardware
@@ -44,8 +46,7 @@ class Setup:
     execution: Execution = EAGER
 
     def __post_init__(self) -> None:
-        if self.mesh.size > 1 and isinstance(self.hyper, optimizer.Muon):
-            raise UserError("optimizer.kind=muon needs whole matrices, which a mesh cuts; write optimizer.kind=adamw")
+        check_mesh(self.model, self.hyper, self.execution, Layout(sizes_only(self.mesh)))
         find_gather_dtype(self.reduce, self.compute)
         if self.mesh.pp > 1:
             check(self.model, self.pipeline, self.execution, self.mesh.pp, self.microbatches)

@@ -8,7 +8,7 @@ import torch
 from qwen3f import presets, tree
 from qwen3f.stages.pretrain import make_train_step
 from qwen3f.train import state
-from qwen3f.train.optimizer import AdamW
+from qwen3f.train.optimizer import ADAMW, AdamW
 from qwen3f.train.schedule import Schedule
 from sharding.fsdp import cut
 from sharding.layout import Layout
@@ -82,7 +82,9 @@ def cut_state(whole, placed, axes):
 
 
 @contextlib.contextmanager
-def local_run(cfg, mesh, *, fsdp=True, microbatches=1, steps=3, dtype=torch.float64, gather_dtype=None, **options):
+def local_run(
+    cfg, mesh, *, fsdp=True, microbatches=1, steps=3, dtype=torch.float64, gather_dtype=None, hyper=ADAMW, **options
+):
     """In a local world of the mesh: (step, its first state, its batches)."""
     start = state.init_state(cfg, 0, dtype=dtype)
     inputs = batches(steps)  # made out here: in there, random numbers differ from rank to rank
@@ -90,7 +92,7 @@ def local_run(cfg, mesh, *, fsdp=True, microbatches=1, steps=3, dtype=torch.floa
         layout, shape = Layout(axes, fsdp, gather_dtype=gather_dtype), axes.shape
         on_all = tree.map(lambda x: each([x] * shape.size), start)
         current = as_dtensors(cut_state(on_all, layout.place(cfg), axes), cfg, layout, device_mesh)
-        step = make_train_step(cfg, AdamW(), SCHEDULE, microbatches=microbatches, layout=layout, **options)
+        step = make_train_step(cfg, hyper, SCHEDULE, microbatches=microbatches, layout=layout, **options)
         shares = [[share(batch, shape, rank, microbatches) for rank in range(shape.size)] for batch in inputs]
         yield step, current, [{k: each([s[k] for s in on_ranks]) for k in on_ranks[0]} for on_ranks in shares]
 

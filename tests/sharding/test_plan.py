@@ -15,6 +15,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from qwen3f import cli, presets
 from qwen3f.errors import UserError
+from qwen3f.model import Execution
 from qwen3f.train import optimizer
 from qwen3f.train.metrics import flops_per_token
 from qwen3f.train.state import init_state
@@ -316,6 +317,8 @@ def test_the_first_stage_of_large_resolves_on_its_mesh():
         ({"mesh": "pp2"}, "config.microbatches=1 leaves ranks of pp2 without work; write at least 2"),
         ({"mesh": "pp2", "microbatches": 3, "pipeline": Pipeline("interleaved", 2)}, "cut it into"),
         ({"mesh": "dp2", "hyper": optimizer.Muon()}, "write optimizer.kind=adamw"),
+        ({"mesh": "dp2", "model": {"attention_dropout": 0.1}}, "set it to 0"),
+        ({"preset": "debug_moe", "mesh": "ep2", "execution": Execution("step")}, "write compile=block"),
     ],
 )
 def test_what_does_not_divide_is_an_error_of_one_line(options, words):

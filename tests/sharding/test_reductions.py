@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from qwen3f import tree
+from qwen3f.train.optimizer import AdamW
 from sharding import collectives
 from tests.sharding.steps import MOE, config, local_run, values_of
 from tests.sharding.worlds import each, ranks_of
@@ -40,18 +40,21 @@ def twice(x):
 def test_no_reduction_can_be_dropped_or_doubled(name, monkeypatch):
     """Every sum over ranks of a step, one after the other, replaced by this rank's part alone, or by twice the sum.
 
-    The result must leave the equality suite's tolerance. So each reduction is needed, and the suite sees each.
+    The result must leave the equality suite's tolerance. So each reduction is needed, and the suite sees each. The
+    gradients of a scatter are changed together, and each has to show in a moment of its own: without clipping, nothing
+    but its own gradient enters it.
     """
     changes, mesh, fsdp = CASES[name]
     cfg = config(**{"num_hidden_layers": 1} | changes)
     calls, target, double = [], None, False
 
+    def changed(real, alone, x, where):
+        return twice(real) if double else alone(x, *where)
+
     def mutated(real, alone):
         def call(x, *where):
-            calls.append(real.__name__)
-            if len(calls) - 1 != target:
-                return real(x, *where)
-            return twice(real(x, *where)) if double else alone(x, *where)
+            calls.append((real.__name__, 1))
+            return changed(real(x, *where), alone, x, where) if len(calls) - 1 == target else real(x, *where)
 
         return call
 
@@ -59,26 +62,41 @@ def test_no_reduction_can_be_dropped_or_doubled(name, monkeypatch):
 
     def scatter_each(grads, dtypes, size, group):
         shares = scatters(grads, dtypes, size, group)
-        for i, (grad, share) in enumerate(zip(grads, shares)):
-            if share is not None:
-                shares[i] = mutated(lambda grad, *where, s=share: s, alone_scatter)(grad, size, group, 0)
-        return shares
+        calls.append((scatters.__name__, sum(share is not None for share in shares)))
+        if len(calls) - 1 != target:
+            return shares
+        where = size, group, 0
+        return [None if s is None else changed(s, alone_scatter, grad, where) for grad, s in zip(grads, shares)]
 
     for attribute, alone in (("_all_reduce", alone_reduce), ("_reduce_scatter", alone_scatter)):
         monkeypatch.setattr(collectives, attribute, mutated(getattr(collectives, attribute), alone))
     monkeypatch.setattr(collectives, "_start_scatters", scatter_each)
 
-    with local_run(cfg, mesh, fsdp=fsdp, steps=1) as (step, start, (batch,)):
+    with local_run(cfg, mesh, fsdp=fsdp, steps=1, hyper=AdamW(clip_norm=0.0)) as (step, start, (batch,)):
 
         def result():
             calls.clear()
-            return tree.leaves(values_of(*step(start, batch)))
+            return values_of(*step(start, batch))
 
         expected, order = result(), calls.copy()
         assert order
         unseen = []
-        for target in range(len(order)):
+        for target, (operator, gradients) in enumerate(order):
             for double in (False, True):
-                if all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(result(), expected, strict=True)):
-                    unseen.append((target, order[target], "doubled" if double else "dropped"))
+                got = result()
+                # of one sum, anything that changes is enough
+                trees = (got, expected) if gradients == 1 else (got[0].opt.m, expected[0].opt.m)
+                seen = sum(map(differ, *map(leaves_of_ranks, trees)))
+                if seen < 1 or (gradients > 1 and seen != gradients):
+                    unseen.append((target, operator, seen, "doubled" if double else "dropped"))
     assert not unseen, f"of {order}"
+
+
+def leaves_of_ranks(values):
+    """What values_of gives, a leaf as one tensor of all ranks."""
+    leaves = torch.utils._pytree.tree_leaves(values, is_leaf=lambda x: isinstance(x, list))
+    return [torch.stack(x) for x in leaves]
+
+
+def differ(got, expected):
+    return not torch.allclose(got, expected, rtol=0, atol=1e-10)

@@ -66,7 +66,7 @@ def run_processes(fn, world, *args):
     Processes are forked from a server that has imported what they need and runs nothing else, so that a start costs
     no imports and copies none of the threads of this process.
     """
-    multiprocessing.set_forkserver_preload([__name__, "tests.sharding.steps", "torch.distributed.pipelining"])
+    multiprocessing.set_forkserver_preload([__name__, "tests.sharding.preload"])
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_process, (fn, world, folder, args), nprocs=world, start_method="forkserver")
         return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]

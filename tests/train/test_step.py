@@ -101,29 +101,29 @@ def test_recomputation_recomputes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "mode, backend, layers, dtype, tolerance",
+    "mode, backend, layers, microbatches, dtype, tolerance",
     [
-        ("block", "aot_eager", 2, torch.float64, 1e-12),
-        ("step", "aot_eager", 2, torch.float32, 1e-6),
-        ("block", "inductor", 2, torch.float32, 1e-6),
-        ("step", "inductor", 1, torch.float64, 1e-12),
+        ("block", "aot_eager", 2, 2, torch.float64, 1e-12),
+        ("step", "aot_eager", 2, 2, torch.float32, 1e-6),
+        ("block", "inductor", 2, 2, torch.float32, 1e-6),
+        ("step", "inductor", 1, 1, torch.float64, 1e-12),
     ],
 )
-def test_compiled_equals_eager(mode, backend, layers, dtype, tolerance, monkeypatch):
+def test_compiled_equals_eager(mode, backend, layers, microbatches, dtype, tolerance, monkeypatch):
     """Block mode with the compiled update, and the whole step as one graph, both with donation and accumulation.
 
     Once with eager kernels, which tests what is put into the graphs, and once with inductor's, which take a minute to
-    build: in the other precision, and for one layer where layers are repeated in the graph.
+    build: in the other precision, and for one layer and micro-batch where they are repeated in the graph.
     """
     cfg = tiny(num_hidden_layers=layers)
     batch = random_batch(4, 16, cfg.vocab_size)
     hyper = AdamW(eps=1e-3)
     start = state.init_state(cfg, 0, dtype=dtype)
-    expected, metrics = make_train_step(cfg, hyper, SCHEDULE, microbatches=2)(start, batch)
+    expected, metrics = make_train_step(cfg, hyper, SCHEDULE, microbatches=microbatches)(start, batch)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     block.block_fn.cache_clear()
     execution = model.Execution(compile=mode)
-    step = make_train_step(cfg, hyper, SCHEDULE, microbatches=2, execution=execution, donate=True)
+    step = make_train_step(cfg, hyper, SCHEDULE, microbatches=microbatches, execution=execution, donate=True)
     mine = state.init_state(cfg, 0, dtype=dtype)
     place = mine.params[params.EMBED].data_ptr()
     got, got_metrics = step(mine, batch)

@@ -1,0 +1,14 @@
+"""What ranks of tests import in their course, for the server that they are forked from: once, and not rank by rank."""
+
+# ruff: noqa: F401
+import pytest
+import torch._dynamo.backends.debugging
+import torch._inductor.compile_fx
+import torch.distributed.pipelining
+import torch.utils.tensorboard
+
+import tests.sharding.steps
+import tests.train.runs
+from qwen3f.train import loop, orbax
+
+orbax.import_jax_and_orbax()
