@@ -110,9 +110,11 @@ def _fsdp(setup: Setup, table: Sequence[Leaf]) -> list[Collective]:
     """What is cut over the same axes travels together: a layer's leaves, and what a stage has beside its layers.
 
     Schedules that put off the gradients of weights scatter a layer's bundle in two parts: the norms', then the linear
-    layers' (sharding/deferred.py). Experts are not put off.
+    layers' (sharding/deferred.py). Experts are not put off. Only layers that are gathered ahead (model.transformer)
+    travel while there is something to compute.
     """
     policy, out = setup.model.gradient_checkpointing, []
+    ahead = policy == "none" and setup.mesh.pp == 1 and setup.execution.compile != "step"
     again = policy == "full" or (policy == "selective" and setup.reshard)
     outer = {leaf.path for leaf in table if not leaf.stacked}
     head = outer - {P.EMBED} if P.HEAD in outer else outer
@@ -126,7 +128,8 @@ def _fsdp(setup: Setup, table: Sequence[Leaf]) -> list[Collective]:
         leaves = [leaf for leaf in table if leaf.path in paths]
         for axes in sorted({leaf.fsdp for leaf in leaves if leaf.fsdp}):
             bundle = [leaf for leaf in leaves if leaf.fsdp == axes]
-            rest = (times, times * sum(leaf.gathered for leaf in bundle) * setup.itemsize, True)
+            overlaps = where == "layer" and ahead
+            rest = (times, times * sum(leaf.gathered for leaf in bundle) * setup.itemsize, overlaps)
             put_off = where == "layer" and any(".experts." not in leaf.path for leaf in bundle)
             parts = 2 if put_off and setup.mesh.pp > 1 and setup.pipeline.splits else 1
             on = (axes, _size(setup.mesh, axes))
@@ -134,7 +137,7 @@ def _fsdp(setup: Setup, table: Sequence[Leaf]) -> list[Collective]:
             if again and where == "layer":
                 out.append(Collective(f"weights of {what}, again", "gather", *on, f"{where} backward", *rest))
             size = times * sum(leaf.gathered * leaf.itemsize for leaf in bundle)
-            of_gradients = (parts * times, size, True)
+            of_gradients = (parts * times, size, overlaps)
             out.append(Collective(f"gradients of {what}", "reduce_scatter", *on, f"{where} backward", *of_gradients))
     return out
 
