@@ -146,9 +146,12 @@ def _weights_ahead(cfg: ModelConfig, execution: Execution, layout: Layout) -> Ga
 
     It does where it is recomputed, to gather them again, and inside one graph of the step, whose compiler orders it.
     """
-    if cfg.gradient_checkpointing != "none" or execution.compile == "step":
-        return None
-    return gather_ahead(layout.place(cfg), layout.axes, layout.gather_dtype)
+    return gather_ahead(layout.place(cfg), layout.axes, layout.gather_dtype) if gathers_ahead(cfg, execution) else None
+
+
+def gathers_ahead(cfg: ModelConfig, execution: Execution) -> bool:
+    """Whether FSDP's weights of a layer travel while the one before is computed. A pipeline's stages never do it."""
+    return cfg.gradient_checkpointing == "none" and execution.compile != "step"
 
 
 def make_outer(cfg: ModelConfig, layout: Layout) -> Callable[[P.Params], P.Params]:

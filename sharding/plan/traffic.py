@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from qwen3f import params as P
+from qwen3f.model.transformer import gathers_ahead
 from sharding.mesh import AXES, DATA, ROWS, MeshShape
 from sharding.plan.hardware import Hardware
 from sharding.plan.memory import Leaf
@@ -114,7 +115,7 @@ def _fsdp(setup: Setup, table: Sequence[Leaf]) -> list[Collective]:
     travel while there is something to compute.
     """
     policy, out = setup.model.gradient_checkpointing, []
-    ahead = policy == "none" and setup.mesh.pp == 1 and setup.execution.compile != "step"
+    ahead = setup.mesh.pp == 1 and gathers_ahead(setup.model, setup.execution)
     again = policy == "full" or (policy == "selective" and setup.reshard)
     outer = {leaf.path for leaf in table if not leaf.stacked}
     head = outer - {P.EMBED} if P.HEAD in outer else outer
