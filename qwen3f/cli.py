@@ -17,9 +17,9 @@ STAGES = {
     "pretrain": "qwen3f.train.launch",
     "export_hf": "qwen3f.interop.export",
     "generate": "qwen3f.infer.run",
-    "inspect": "qwen3f.train.inspect",
+    "inspect": "qwen3f.checkpoint.inspect",
 }
-PLAN = "sharding.plan.run"  # instead, where config.plan is set: what the mesh would do
+PLAN = "qwen3f.plan.run"  # instead, where config.plan is set: what the mesh would do
 
 
 def parse_flags(argv: list[str]) -> list[str]:

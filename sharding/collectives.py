@@ -181,7 +181,7 @@ class _StartGatherEach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, size: int, group: str, dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.where, ctx.dtypes = (size, group), [x.dtype for x in tensors]
-        ctx.set_materialize_grads(False)  # what is put off (sharding.deferred) is scattered later
+        ctx.set_materialize_grads(False)  # what is put off (sharding.pipeline.deferred_grads) is scattered later
         return tuple(_start_gathers([x.to(dtype or x.dtype) for x in tensors], *ctx.where))
 
     @staticmethod

@@ -97,7 +97,7 @@ def _bundles(placed: Mapping[str, Placed], stacked: bool) -> dict[tuple[str, ...
 
 
 def cut(params: Params, placed: Mapping[str, Placed], axes: Axes) -> Params:
-    """This rank's shards of whole parameters; under pp, of stacks as sharding.stages.store pads them."""
+    """This rank's shards of whole parameters; under pp, of stacks as sharding.pipeline.cut.store pads them."""
     return {path: cut_one(x, placed[path], axes) for path, x in params.items()}
 
 

@@ -9,7 +9,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from sharding import rules
 from sharding.axes import ONE, Axes
-from sharding.stages import Pipeline
+from sharding.pipeline.cut import Pipeline
 
 _ONE_STAGE = Pipeline()
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels.flash_attention import flash_attention, merge
 from sharding.axes import Axis
 from sharding.collectives import start_shift, wait
-from sharding.zigzag import RingRanges
+from sharding.sequence_split import RingRanges
 
 
 def ring_attention(

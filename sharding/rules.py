@@ -16,8 +16,8 @@ from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from sharding.mesh import AXES, FSDP, ROWS, MeshShape
-from sharding.stages import Stages
-from sharding.zigzag import check_length
+from sharding.pipeline.cut import Slices
+from sharding.sequence_split import check_length
 
 # First match wins; a pattern must match the whole path.
 RULES: list[tuple[str, dict[str, int]]] = [
@@ -107,7 +107,7 @@ def _units(cfg: ModelConfig, path: str, spec: P.ParamSpec, dim: int) -> tuple[in
     return spec.shape[dim], "words" if path in (P.EMBED, P.HEAD) else "columns" if dim > 1 else "rows"
 
 
-def local_shape(spec: P.ParamSpec, placed: Placed, shape: MeshShape, stages: Stages) -> tuple[int, ...]:
+def local_shape(spec: P.ParamSpec, placed: Placed, shape: MeshShape, stages: Slices) -> tuple[int, ...]:
     """One rank's shape; of a stack, the rows of all its stages, padding included. stages: as the pipeline cuts it."""
     local = list(spec.shape)
     for axis, dim in placed.cuts.items():

@@ -14,8 +14,8 @@ from qwen3f import tree
 from qwen3f.config import ModelConfig
 from sharding.fsdp import cut, cut_one
 from sharding.layout import Layout
+from sharding.pipeline.cut import make_slices, store
 from sharding.rules import placements
-from sharding.stages import make_stages, store
 
 
 def local_shards(state: Any) -> Any:
@@ -28,7 +28,7 @@ def init_shards(
 ) -> P.Params:
     """This rank's shards of what params.init_params gives. One layer of one parameter at a time is made whole."""
     placed, axes = layout.place(cfg), layout.axes
-    stages = make_stages(cfg, layout.pipeline, axes.pp.size)
+    stages = make_slices(cfg, layout.pipeline, axes.pp.size)
     out = {}
     for path, spec in P.abstract_params(cfg).items():
         stacked = spec.layers is not None
@@ -46,7 +46,7 @@ def cut_params(cfg: ModelConfig, params: P.Params, layout: Layout) -> P.Params:
     """This rank's shards, copies, of whole parameters in the model's order; on one device the parameters themselves."""
     if layout.axes.shape.size == 1:
         return params
-    stored = store(cfg, params, make_stages(cfg, layout.pipeline, layout.axes.pp.size))
+    stored = store(cfg, params, make_slices(cfg, layout.pipeline, layout.axes.pp.size))
     return cut(stored, layout.place(cfg), layout.axes)
 
 

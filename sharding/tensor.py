@@ -58,7 +58,7 @@ def column_parallel(x_1nD: Tensor, layers: Sequence[Layer], tp: Axis) -> list[Te
     """Each layer of all tokens, [1, N, this rank's columns]; without tp, of x.
 
     Compiled, the gradients of the weights are computed while those of x are summed over ranks. Not otherwise: schedules
-    that put off the weights' gradients (sharding.deferred) want to see F.linear.
+    that put off the weights' gradients (sharding.pipeline.deferred_grads) want to see F.linear.
     """
     if tp.size > 1 and torch.compiler.is_compiling():
         weights, biases = zip(*layers)

@@ -1,8 +1,52 @@
-"""Without a GPU, kernels can run in Triton's interpreter; that is decided when triton is first imported."""
+"""Where kernels run, and runs of a tiny model on a tiny corpus.
 
+Without a GPU, kernels can run in Triton's interpreter; that is decided when triton is first imported.
+"""
+
+import json
 import os
+import random
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(1)  # tiny tensors: on two threads of a loaded machine a file took six times as long
+
+from qwen3f.train.defaults import pretrain_config  # noqa: E402 (after the environment is set)
+
+WORDS = "the cat sat on a mat and looked at red green blue birds in trees while rain fell softly"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    words = WORDS.split()
+    rand = random.Random(0)
+    with (root / "text.jsonl").open("w") as file:
+        for _ in range(400):
+            text = " ".join(rand.choice(words) for _ in range(rand.randint(5, 120)))
+            file.write(json.dumps({"text": text}) + "\n")
+    return root
+
+
+@pytest.fixture
+def make(corpus, tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp() / "cache"
+
+    def config(**changes):
+        c = pretrain_config("nano")
+        c.device = "cpu"
+        c.data.mixture = f"files@{corpus}"
+        c.data.cache = str(cache)
+        c.model.update(vocab_size=320, num_hidden_layers=2, hidden_size=32, intermediate_size=48, head_dim=16)
+        c.update(steps=20, batch_size=4, seq_len=32, log_every=5)
+        c.schedule.update(peak_lr=1e-2, warmup=0.1)
+        c.eval.update(every=10, batch_size=4)
+        c.checkpoint.update(every=10)
+        c.sample.update(tokens=4)
+        c.update_from_flattened_dict(changes)
+        return c
+
+    return config

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen3f import cli
-from qwen3f.train.plan import make_plan
+from qwen3f.train.setup import make_plan
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPERIMENTS = (

@@ -27,17 +27,17 @@ import pyarrow.parquet
 import torch
 from absl import app, flags
 
+from qwen3f.data.cache.token_cache import TokenCache, build_or_open
 from qwen3f.data.corpus import DataConfig, prepare
-from qwen3f.data.documents import Document
-from qwen3f.data.embedded import open_embedded
 from qwen3f.data.loader import Dataset, Loader
-from qwen3f.data.packing import PackedDataset
-from qwen3f.data.sources import open_source
-from qwen3f.data.stream.rows import fitted_rows
+from qwen3f.data.packing.concat import PackedDataset
+from qwen3f.data.sources.documents import Document
+from qwen3f.data.sources.embedded import open_embedded
+from qwen3f.data.sources.registry import open_source
+from qwen3f.data.stream.rows import best_fit_rows
 from qwen3f.data.stream.tokens import tokenised
 from qwen3f.data.stream.windows import windows
-from qwen3f.data.token_cache import TokenCache, build_or_open
-from qwen3f.data.tokenizer import load_tokenizer
+from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.errors import UserError
 
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "A sentencepiece .model or a directory with Qwen's tokenizer.")
@@ -50,7 +50,7 @@ _HOLDOUT = 0.01
 def tokenise(tokenizer_path: str, texts: list[str]) -> Iterator[str]:
     """A line for each packing."""
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    for name, pack in (("concat", windows), ("best_fit", fitted_rows)):
+    for name, pack in (("concat", windows), ("best_fit", best_fit_rows)):
         tokenizer = load_tokenizer(tokenizer_path)  # its table of pieces is empty
         watches = []
         for _ in range(4):

@@ -13,20 +13,19 @@ from absl import logging
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen3f.data.best_fit import LongDocuments
-from qwen3f.data.documents import LimitedSource, Source, Split
-from qwen3f.data.fitted import FittedDataset
+from qwen3f.data.cache.token_cache import TokenCache, TokenStream, build_or_open
 from qwen3f.data.length_mix import of_class, parse_length_mix
 from qwen3f.data.loader import Dataset
-from qwen3f.data.mixture import CYCLE, Mixture, Part, make_mixture
-from qwen3f.data.mixture_text import parse_caps, parse_weights, temper
-from qwen3f.data.packing import PackedDataset
-from qwen3f.data.sentencepiece_tokenizer import MAX_TRAINING_CHARS, TRAINER_OPTIONS, train_sentencepiece
-from qwen3f.data.sources import open_source
+from qwen3f.data.mixture import CYCLE, Mixture, Part, make_mixture, parse_caps, parse_weights, temper
+from qwen3f.data.packing.best_fit import LongDocuments
+from qwen3f.data.packing.best_fit_dataset import BestFitDataset
+from qwen3f.data.packing.concat import PackedDataset
+from qwen3f.data.sources.documents import LimitedSource, Source, Split
+from qwen3f.data.sources.registry import open_source
 from qwen3f.data.stream.dataset import StreamDataset
 from qwen3f.data.stream.parts import stream_part
-from qwen3f.data.token_cache import TokenCache, TokenStream, build_or_open
-from qwen3f.data.tokenizer import Tokenizer, load_tokenizer
+from qwen3f.data.tokenizers.sentencepiece_tokenizer import MAX_TRAINING_CHARS, TRAINER_OPTIONS, train_sentencepiece
+from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 
 PACKINGS = ("concat", "best_fit")
@@ -132,7 +131,7 @@ class Corpus:
     def train_metrics(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """What to log of a batch: the share of padding, where there can be some; what a stream left out so far."""
         first = self.train if isinstance(self.train, StreamDataset) else self.parts[0]
-        padded = isinstance(first, FittedDataset) or (isinstance(first, StreamDataset) and first.packing == "best_fit")
+        padded = isinstance(first, BestFitDataset) or (isinstance(first, StreamDataset) and first.packing == "best_fit")
         values = {"padding": (batch["segments"] == 0).float().mean().item()} if padded else {}
         if isinstance(self.train, StreamDataset):
             values |= {f"left_out/{reason}": count for reason, count in sorted(self.train.counts.items())}
@@ -152,7 +151,7 @@ class Corpus:
         lines += [
             f"data: {name}, {part.rows.dropped:,} documents longer than seq_len are dropped (data.long_documents)"
             for name, part in zip(self.names, self.parts)
-            if isinstance(part, FittedDataset) and part.rows.dropped
+            if isinstance(part, BestFitDataset) and part.rows.dropped
         ]
         held_out = [
             f"data: {name}, {cache.num_tokens:,} tokens in {cache.num_docs:,} documents held out"
@@ -173,7 +172,7 @@ def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:
 
     Raises:
         UserError: settings that exclude each other; and see `parse_weights`, `make_mixture`, `open_source`,
-            `load_tokenizer`, `train_sentencepiece`, `build_or_open`, `PackedDataset` and `FittedDataset`.
+            `load_tokenizer`, `train_sentencepiece`, `build_or_open`, `PackedDataset` and `BestFitDataset`.
     """
     check(cfg)
     weights = dict(parse_weights(cfg.mixture))
@@ -280,7 +279,7 @@ def _left_out(caches: dict[str, TokenCache], streams: dict[str, tuple[str, Token
 
 def _pack(cfg: DataConfig, stream: TokenStream, tokenizer: Tokenizer, seq_len: int) -> Part:
     if cfg.packing == "best_fit":
-        return FittedDataset(stream, seq_len, cfg.reset_positions, cfg.long_documents, tokenizer.pad_id)
+        return BestFitDataset(stream, seq_len, cfg.reset_positions, cfg.long_documents, tokenizer.pad_id)
     return PackedDataset(stream, seq_len, cfg.reset_positions, cfg.cross_documents)
 
 

@@ -30,12 +30,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen3f.data.adapters import dpo, grpo, multimodal, pretrain, sft
-from qwen3f.data.adapters.registry import names, parse_mixture
-from qwen3f.data.adapters.rows import OnBadRow, Row
-from qwen3f.data.chat_examples import chat_example, chat_tokens
-from qwen3f.data.packing import Example
-from qwen3f.data.row_stream import (
+from qwen3f.data.chat.examples import chat_example, chat_tokens
+from qwen3f.data.packing.concat import Example
+from qwen3f.data.sources.adapters import dpo, grpo, multimodal, pretrain, sft
+from qwen3f.data.sources.adapters.registry import names, parse_mixture
+from qwen3f.data.sources.adapters.row_stream import (
     CountedStream,
     ExampleStream,
     Item,
@@ -45,8 +44,9 @@ from qwen3f.data.row_stream import (
     characters,
     one_a_row,
 )
+from qwen3f.data.sources.adapters.rows import OnBadRow, Row
 from qwen3f.data.stream.windows import pack_stream
-from qwen3f.data.tokenizer import Tokenizer
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 
 

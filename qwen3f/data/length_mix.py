@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwen3f.data.mixture_text import parse_weights
-from qwen3f.data.token_cache import TokenStream
+from qwen3f.data.cache.token_cache import TokenStream
+from qwen3f.data.mixture import parse_weights
 from qwen3f.errors import UserError
 
 CLASSES = ("short", "medium", "long")

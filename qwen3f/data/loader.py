@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from absl import logging
 
-from qwen3f.data.fitted import FittedDataset
 from qwen3f.data.mixture import Mixture
 from qwen3f.data.ordered_map import ordered_map
-from qwen3f.data.packing import IGNORED_TARGET, Example, PackedDataset
+from qwen3f.data.packing.best_fit_dataset import BestFitDataset
+from qwen3f.data.packing.concat import IGNORED_TARGET, Example, PackedDataset
 from qwen3f.data.stream.dataset import State, StreamDataset
 from qwen3f.errors import UserError
 
@@ -26,7 +26,7 @@ _JOIN_SECONDS = 10.0
 _REMEMBERED = 4096  # states of batches taken, for `rebuild`
 
 Batch = dict[str, torch.Tensor]
-Indexed = PackedDataset | FittedDataset | Mixture
+Indexed = PackedDataset | BestFitDataset | Mixture
 Dataset = Indexed | StreamDataset
 
 

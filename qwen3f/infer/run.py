@@ -13,16 +13,16 @@ from ml_collections import ConfigDict
 
 from qwen3f import model
 from qwen3f.config import ModelConfig
-from qwen3f.data.chat import encode_chat
-from qwen3f.data.token_text import StreamDecoder
-from qwen3f.data.tokenizer import Tokenizer
+from qwen3f.data.chat.template import encode_chat
+from qwen3f.data.tokenizers.token_text import StreamDecoder
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.generate import stream
 from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams
 from qwen3f.infer.thinking import CLOSING, ThinkingBudget
 from qwen3f.interop import source
 from qwen3f.params import EMBED, Params
-from qwen3f.train.plan import find_device, find_dtype
+from qwen3f.train.setup import find_device, find_dtype
 
 
 @dataclasses.dataclass

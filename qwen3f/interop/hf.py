@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen3f.config import ModelConfig
-from qwen3f.data.tokenizer import Tokenizer
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.interop import config as C
 from qwen3f.interop import keys, shards, writer

@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qwen3f.checkpoint.checkpointer import Checkpointer
+from qwen3f.checkpoint.shards import param_shards, shards
 from qwen3f.config import ModelConfig
-from qwen3f.data.tokenizer import Tokenizer, load_tokenizer
+from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.interop import hf
 from qwen3f.params import Params, abstract_params
+from qwen3f.processes.world import ALONE, World
 from qwen3f.strict_json import read_object
 from qwen3f.train import workdir as W
-from qwen3f.train.checkpoint import Checkpointer
-from sharding.disk import param_shards, shards
 from sharding.layout import ONE_DEVICE, Layout
 from sharding.state import cut_params
-from sharding.world import ALONE, World
 
 # May differ between a model and one that starts from it: how it is trained, and the rotary settings, which continued
 # training stretches on purpose.

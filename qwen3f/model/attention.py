@@ -2,30 +2,48 @@
 
 B batch · T sequence · D hidden · H query heads · K key/value heads · d head_dim. Head counts are read from the local
 weights, so the same code runs on a tensor-parallel shard.
+
+A query sees keys up to its own, within one document when the batch is packed. A packed row's documents are runs of
+equal segment numbers. Padding (segment 0) is a run like any other, so its rows attend to themselves and never produce
+NaN; their loss weight is 0.
 """
 
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import flash_attention, flash_decode, key_ranges
+from kernels.key_ranges import KeyRanges
 from kernels.qk_norm_rope import qk_norm_rope
 from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.model.kv_cache import LayerCache, dense_allowed, extend
-from qwen3f.model.mask import AttentionMask
 from qwen3f.model.norm import L2Norm, RMSNorm
 from qwen3f.model.rope import apply_rope
 from sharding.axes import ONE, Axes, Axis
 from sharding.ring import ring_attention
+from sharding.sequence_split import RingRanges, ring_ranges
 from sharding.tensor import column_parallel, kv_rows, row_parallel
-from sharding.zigzag import ring_ranges
 
 BACKENDS = ("auto", "reference", "sdpa", "flash")
+
+
+class AttentionMask(NamedTuple):
+    """What a block's attention needs to know; at most one is set, none means plain causal.
+
+    allowed: bool [B, 1, T, T], True where attention is allowed (for torch's attention and the formula).
+    ranges: the same as the run of keys that each query sees (for kernels.flash_attention).
+    ring: the same for every step of ring attention, where the sequence is cut over cp (for sharding.ring).
+    """
+
+    allowed: Tensor | None = None
+    ranges: KeyRanges | None = None
+    ring: RingRanges | None = None
 
 
 def make_mask(segments_BT: Tensor | None, backend: str, head_dim: int) -> AttentionMask:
@@ -50,7 +68,7 @@ def _takes_flash(backend: str, x: Tensor, head_dim: int) -> bool:
 
 
 def batch_mask(batch: Mapping[str, Tensor], backend: str, head_dim: int, cp: Axis) -> AttentionMask:
-    """The mask of a batch; under cp, of this rank's part of it, as sharding.zigzag.split_sequence cuts it."""
+    """The mask of a batch; under cp, of this rank's part of it, as sharding.sequence_split.split_sequence cuts it."""
     if cp.size > 1:
         return AttentionMask(ring=ring_ranges(batch["starts"], cp))
     return make_mask(batch.get("segments"), backend, head_dim)

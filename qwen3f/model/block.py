@@ -9,10 +9,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from kernels import flash_attention, fused_experts, grouped_gemm, moe_dispatch
 from qwen3f.config import ModelConfig
-from qwen3f.model.attention import Attention
+from qwen3f.model.attention import Attention, AttentionMask
 from qwen3f.model.execution import Execution
 from qwen3f.model.kv_cache import LayerCache
-from qwen3f.model.mask import AttentionMask
 from qwen3f.model.mlp import SwiGLU
 from qwen3f.model.moe import SparseMLP
 from qwen3f.model.norm import RMSNorm

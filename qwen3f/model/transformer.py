@@ -14,11 +14,10 @@ from torch import Tensor
 from qwen3f import params as P
 from qwen3f import rng
 from qwen3f.config import ModelConfig
-from qwen3f.model.attention import batch_mask
+from qwen3f.model.attention import AttentionMask, batch_mask
 from qwen3f.model.block import block_fn
 from qwen3f.model.execution import EAGER, Execution
 from qwen3f.model.kv_cache import LayerCache
-from qwen3f.model.mask import AttentionMask
 from qwen3f.model.moe import RouterStats
 from qwen3f.model.norm import rms_norm
 from qwen3f.model.rope import rope_tables

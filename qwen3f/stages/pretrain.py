@@ -13,16 +13,18 @@ from qwen3f import model, rng, tree
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from qwen3f.train import balance, losses, optimizer
+from qwen3f.train import balance, optimizer
+from qwen3f.train import objective as losses
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.state import TrainState
 from qwen3f.transforms import grad_and_value, jit
-from sharding import forward_pipeline, pipeline
 from sharding.fsdp import sum_over, sum_replicated
 from sharding.layout import ONE_DEVICE, Layout
 from sharding.mesh import ROWS
+from sharding.pipeline import forward as forward_pipeline
+from sharding.pipeline import schedule as pipeline
+from sharding.sequence_split import split_sequence
 from sharding.state import local_shards, on_shards
-from sharding.zigzag import split_sequence
 
 Batch = Mapping[str, Tensor]
 Metrics = dict[str, Tensor]

@@ -20,22 +20,22 @@ import torch
 from qwen3f import model, presets
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
+from qwen3f.plan.case import Case as PlanCase
+from qwen3f.plan.hardware import TABLE
+from qwen3f.plan.make import MeshPlan, make
+from qwen3f.processes import ranks
+from qwen3f.processes.world import ALONE, World
 from qwen3f.stages.pretrain import Batch, make_train_step
+from qwen3f.train.guards.gc import short_pauses
 from qwen3f.train.metrics import flops_per_token, peak_flops
 from qwen3f.train.optimizer import AdamW
-from qwen3f.train.pauses import short_pauses
-from qwen3f.train.plan import find_compile_mode
 from qwen3f.train.schedule import Schedule
+from qwen3f.train.setup import find_compile_mode
 from qwen3f.train.state import init_state
-from sharding import ranks
 from sharding.axes import ONE, axes_of, make_mesh
 from sharding.layout import Layout, find_gather_dtype
 from sharding.mesh import MeshShape, parse_mesh
-from sharding.plan.hardware import TABLE
-from sharding.plan.make import MeshPlan, make
-from sharding.plan.setup import Setup
-from sharding.stages import Pipeline
-from sharding.world import ALONE, World
+from sharding.pipeline.cut import Pipeline
 
 COMPUTE = torch.bfloat16
 _PARTS = {"computing": "computing", "collectives": "communicating", "not hidden": "exposed", "idle": "idle"}
@@ -201,7 +201,7 @@ def plan(case: Case) -> MeshPlan:
     execution = model.Execution(find_compile_mode(case.compile, torch.device("cuda")))
     options = {"reduce": case.reduce, "pipeline": case.pipeline, "execution": execution, "compute": COMPUTE}
     sizes = case.batch_size, case.tokens
-    return make(Setup(case.model, case.shape, *sizes, TABLE["h100"], microbatches=case.microbatches, **options))
+    return make(PlanCase(case.model, case.shape, *sizes, TABLE["h100"], microbatches=case.microbatches, **options))
 
 
 def report(case: Case, text: str, by_rank: list[Measured]) -> str:

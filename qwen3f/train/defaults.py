@@ -6,14 +6,14 @@ from qwen3f import presets
 
 
 def pretrain_config(preset: str) -> ConfigDict:
-    """Defaults for training `preset`; experiments change what differs. See qwen3f.train.plan for the rules."""
+    """Defaults for training `preset`; experiments change what differs. See qwen3f.train.setup for the rules."""
     config = ConfigDict()
     config.stage = "pretrain"
     config.model = ConfigDict(presets.get(preset).to_dict())
     config.mesh = ""  # axes and sizes, e.g. dp8,tp2,pp4; dp-1: as many as there are devices for; "": one device
     config.restarts = 0  # how often launch.py starts all its ranks again after one is lost, from the last checkpoint
     config.plan = False  # only say what the mesh would do: placements, memory, collectives, time; needs no device
-    config.hardware = "h100"  # that a plan is for: h100 or h200 (sharding/plan/hardware.py), changes as h100,node=4
+    config.hardware = "h100"  # that a plan is for: h100 or h200 (qwen3f/plan/hardware.py), changes as h100,node=4
     config.fsdp = ConfigDict()
     config.fsdp.enabled = True  # cut parameters and optimizer over the axes that cut the tokens, else replicate them
     config.fsdp.shard_size = 0  # ranks that a parameter is cut over, replicated over the others; 0: all of them
@@ -49,7 +49,8 @@ def pretrain_config(preset: str) -> ConfigDict:
 
     config.data = ConfigDict()
     # embedded: Python's standard library; reasoning: generated problems; files@DIR: .txt, .jsonl, .parquet; or the name
-    # of a data set (qwen3f.data.adapters.registry) with a local copy, NAME@DIR. Several: embedded=0.7,reasoning=0.3
+    # of a data set (qwen3f.data.sources.adapters.registry) with a local copy, NAME@DIR. Several of them with weights:
+    # embedded=0.7,reasoning=0.3
     config.data.mixture = "embedded"
     config.data.root = ""  # DIR for mixture=files
     config.data.text_key = "text"  # field of .jsonl, column of .parquet

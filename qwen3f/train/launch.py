@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from qwen3f.processes import ranks
 from qwen3f.train import loop
-from qwen3f.train.plan import find_device, make_plan
-from sharding import ranks
+from qwen3f.train.setup import find_device, make_plan
 
 
 def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:

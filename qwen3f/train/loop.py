@@ -12,30 +12,30 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from qwen3f.checkpoint.checkpointer import Checkpointer, CheckpointWriteError, StuckWrite
 from qwen3f.data.corpus import Corpus, gzip_bits_per_byte
 from qwen3f.data.loader import Loader, Share
-from qwen3f.data.packing import limit_context
+from qwen3f.data.packing.concat import limit_context
 from qwen3f.data.stream.dataset import State as DataState
 from qwen3f.errors import UserError
+from qwen3f.eval.heldout import evaluate
 from qwen3f.infer.generate import generate
 from qwen3f.params import Params
+from qwen3f.processes.world import ALONE, World
 from qwen3f.stages import pretrain
 from qwen3f.train import workdir as W
 from qwen3f.train.balance import heat_map
-from qwen3f.train.checkpoint import Checkpointer, CheckpointWriteError, StuckWrite
-from qwen3f.train.evaluate import evaluate
-from qwen3f.train.finite import FiniteCheck
+from qwen3f.train.guards.gc import short_pauses
+from qwen3f.train.guards.nonfinite import FiniteCheck
+from qwen3f.train.guards.signals import StopRequest
+from qwen3f.train.guards.spikes import LossSpike, SpikeGuard
+from qwen3f.train.guards.watchdog import watchdog
 from qwen3f.train.logger import Logger, MetricLogger, SilentLogger
 from qwen3f.train.metrics import Throughput, flops_per_token, peak_flops, peak_source
-from qwen3f.train.pauses import short_pauses
-from qwen3f.train.plan import Plan, evaluation_parts, make_plan
-from qwen3f.train.signals import StopRequest
-from qwen3f.train.spikes import LossSpike, SpikeGuard
-from qwen3f.train.start import open_checkpoints, open_corpus, roll_back, starting_state
+from qwen3f.train.restore import open_checkpoints, open_corpus, roll_back, starting_state
+from qwen3f.train.setup import Plan, evaluation_parts, make_plan
 from qwen3f.train.state import TrainState
-from qwen3f.train.watchdog import watchdog
 from sharding.state import local_shards
-from sharding.world import ALONE, World
 
 
 def run(config: ConfigDict, workdir: Path, progress: bool = True, world: World = ALONE) -> dict[str, float]:

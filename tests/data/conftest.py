@@ -11,10 +11,10 @@ import pyarrow.parquet
 import pytest
 
 from qwen3f.data import ordered_map
-from qwen3f.data.qwen_tokenizer import QwenTokenizer
-from qwen3f.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
-from qwen3f.data.token_cache import TokenCache
-from tests.data.small_bpe import small_tokenizer_json
+from qwen3f.data.cache.token_cache import TokenCache
+from qwen3f.data.tokenizers.qwen_tokenizer import QwenTokenizer
+from qwen3f.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, train_sentencepiece
+from tests.data.tokenizers.small_bpe import small_tokenizer_json
 
 EOS = 1
 

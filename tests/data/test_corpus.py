@@ -10,7 +10,7 @@ import pytest
 from qwen3f.data import corpus as module
 from qwen3f.data.corpus import DataConfig, cache_directory, gzip_bits_per_byte, prepare
 from qwen3f.data.loader import build_batch
-from qwen3f.data.sources import open_source
+from qwen3f.data.sources.registry import open_source
 from qwen3f.errors import UserError
 
 

@@ -17,10 +17,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from qwen3f.data import hf_datasets, row_stream
-from qwen3f.data.adapters.registry import names
+from qwen3f.data import hf_datasets
+from qwen3f.data.sources.adapters import row_stream
+from qwen3f.data.sources.adapters.registry import names
 from qwen3f.errors import UserError
-from tests.data.adapters.real_rows import ROWS, write
+from tests.data.sources.adapters.real_rows import ROWS, write
 
 FORMATS = ["x.parquet", "x.jsonl"]
 T = 400

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qwen3f.data.corpus import DataConfig, prepare
 from qwen3f.data.length_mix import DocumentSubset, of_class, parse_length_mix
-from qwen3f.data.packing import PackedDataset
+from qwen3f.data.packing.concat import PackedDataset
 from qwen3f.errors import UserError
 
 

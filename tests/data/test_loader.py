@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qwen3f.data.loader import Loader
-from qwen3f.data.packing import PackedDataset
+from qwen3f.data.packing.concat import PackedDataset
 from qwen3f.data.sampler import example_index
 from qwen3f.errors import UserError
 

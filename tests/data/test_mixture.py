@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3f.data import mixture as module
-from qwen3f.data.mixture import CYCLE, make_mixture
-from qwen3f.data.mixture_text import parse_caps, parse_weights, temper
+from qwen3f.data.mixture import CYCLE, make_mixture, parse_caps, parse_weights, temper
 from qwen3f.errors import UserError
 
 

@@ -10,9 +10,9 @@ import torch
 
 from experiments.generate import get_config
 from qwen3f import params, presets
-from qwen3f.data.chat import encode_chat
-from qwen3f.data.sentencepiece_tokenizer import train_sentencepiece
-from qwen3f.data.tokenizer import load_tokenizer
+from qwen3f.data.chat.template import encode_chat
+from qwen3f.data.tokenizers.sentencepiece_tokenizer import train_sentencepiece
+from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.generate import generate
 from qwen3f.infer.run import choose_sampling, run

@@ -11,16 +11,16 @@ import torch
 import transformers
 
 from qwen3f import cli, model, params
+from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.config import ModelConfig
-from qwen3f.data.tokenizer import load_tokenizer
+from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.interop import export, hf, source
-from qwen3f.train.checkpoint import Checkpointer
 from qwen3f.train.defaults import pretrain_config
 from qwen3f.train.loop import run
-from qwen3f.train.plan import make_plan
-from qwen3f.train.start import starting_state
-from tests.data.small_bpe import small_tokenizer_json
+from qwen3f.train.restore import starting_state
+from qwen3f.train.setup import make_plan
+from tests.data.tokenizers.small_bpe import small_tokenizer_json
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "red", "green", "blue", "birds", "in", "trees")
 

@@ -14,7 +14,7 @@ import torch
 
 from qwen3f import model, params
 from qwen3f.model.rope import rope_tables
-from qwen3f.train import losses
+from qwen3f.train import objective as losses
 from qwen3f.transforms import grad_and_value
 from tests.model.hf_params import Widen, from_hf, hf_model, small_config
 

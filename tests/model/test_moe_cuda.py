@@ -5,7 +5,7 @@ import torch
 
 from qwen3f import model, params, presets
 from qwen3f.model.moe import SparseMLP
-from qwen3f.train import losses
+from qwen3f.train import objective as losses
 from qwen3f.transforms import grad_and_value
 from tests.batches import random_batch
 

@@ -35,7 +35,7 @@ from sharding.axes import axes_of, make_mesh
 from sharding.fsdp import cut
 from sharding.layout import ONE_DEVICE, Layout
 from sharding.mesh import parse_mesh
-from sharding.stages import Pipeline, make_stages, store
+from sharding.pipeline.cut import Pipeline, make_slices, store
 from sharding.state import local_shards
 from tests.sharding.steps import MOE, ROWS, SCHEDULE, batches, config, share
 
@@ -163,7 +163,7 @@ def on_one_device(cfg, device, dtype, compute, execution, microbatches):
 
 def shards_of(trace, cfg, layout):
     """What a rank would have of one device's Trace."""
-    stages, placed = make_stages(cfg, layout.pipeline, layout.axes.pp.size), layout.place(cfg)
+    stages, placed = make_slices(cfg, layout.pipeline, layout.axes.pp.size), layout.place(cfg)
     fields = (cut(store(cfg, x, stages), placed, layout.axes) for x in (trace.grads, trace.start, trace.end))
     return Trace(trace.numbers, *fields)
 

@@ -9,6 +9,7 @@ import torch.utils.tensorboard
 
 import tests.sharding.steps
 import tests.train.runs
-from qwen3f.train import loop, orbax
+from qwen3f.checkpoint import orbax
+from qwen3f.train import loop
 
 orbax.import_jax_and_orbax()

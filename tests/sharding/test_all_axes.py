@@ -14,7 +14,7 @@ from sharding.axes import axes_of, make_mesh
 from sharding.fsdp import cut
 from sharding.layout import Layout
 from sharding.mesh import parse_mesh
-from sharding.stages import Pipeline, make_stages, store
+from sharding.pipeline.cut import Pipeline, make_slices, store
 from sharding.state import local_shards
 from tests.sharding.steps import MOE, SCHEDULE, batches, config, on_one_device, share
 from tests.sharding.worlds import run_processes
@@ -51,7 +51,7 @@ def test_a_pipeline_with_other_axes_equals_one_device(world):
     validation = make_eval_step(CFG)(state.params, batches(STEPS)[-1])
     for rank in got:
         for layout, params, found, sums in rank.values():
-            stages = make_stages(CFG, layout.pipeline, layout.axes.pp.size)
+            stages = make_slices(CFG, layout.pipeline, layout.axes.pp.size)
             expected = cut(store(CFG, state.params, stages), layout.place(CFG), layout.axes)
             torch.testing.assert_close(params, expected, rtol=0, atol=1e-10)
             torch.testing.assert_close(found, metrics, rtol=0, atol=1e-10)

@@ -10,7 +10,7 @@ from qwen3f import params as P
 from qwen3f import presets, tree
 from sharding import fsdp, rules
 from sharding.mesh import AXES, DATA, FSDP, hybrid, parse_mesh
-from sharding.stages import Pipeline, make_stages
+from sharding.pipeline.cut import Pipeline, make_slices
 from tests.sharding.steps import MOE, config, expected_on, local_run, on_local_world, on_one_device, values_of
 from tests.sharding.test_equality import compare
 from tests.sharding.worlds import each, local_world, ranks_of
@@ -85,7 +85,7 @@ def test_replicas_hold_what_a_smaller_mesh_would(preset, mesh, factor):
     alone = parse_mesh(mesh.replace(f"dp{shape.dp}", f"dp{mixed.dp}"))
     cfg = presets.get(preset)
     table, inner = P.abstract_params(cfg), rules.place(cfg, alone)
-    stages = make_stages(cfg, Pipeline(), shape.pp)
+    stages = make_slices(cfg, Pipeline(), shape.pp)
     for path, placed in rules.place(cfg, mixed).items():
         assert placed == inner[path]
         assert "dr" not in placed.cuts

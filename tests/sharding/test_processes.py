@@ -14,7 +14,7 @@ from qwen3f.train.state import init_state
 from sharding.axes import axes_of, make_mesh
 from sharding.layout import Layout
 from sharding.mesh import parse_mesh
-from sharding.stages import Pipeline, make_stages, restore
+from sharding.pipeline.cut import Pipeline, make_slices, restore
 from tests.sharding.steps import MOE, SCHEDULE, batches, config, on_one_device, share
 from tests.sharding.worlds import run_processes
 
@@ -53,7 +53,7 @@ def on_processes(rank):
                 current, metrics = step(current, mine)
             assert all(isinstance(x, DTensor) for x in tree.leaves(current))
             whole = {path: x.full_tensor() for path, x in current.params.items()}
-            whole = restore(cfg, whole, make_stages(cfg, layout.pipeline, shape.pp))
+            whole = restore(cfg, whole, make_slices(cfg, layout.pipeline, shape.pp))
             sums = make_eval_step(cfg, **execution)(current.params, mine) if mode == "off" else None
             out[name, mode] = metrics, whole, sums
     return out, compiled_pipeline()

@@ -20,7 +20,7 @@ from kernels.key_ranges import ranges_from_segments
 from sharding import collectives, ring
 from sharding.axes import Axis, axes_of, make_mesh
 from sharding.mesh import parse_mesh
-from sharding.zigzag import RingRanges, merge_sequence, ring_ranges, split_sequence
+from sharding.sequence_split import RingRanges, merge_sequence, ring_ranges, split_sequence
 from tests.sharding.worlds import each, local_world, ranks_of, run_processes
 
 SIZES = (2, 4, 2, 16)  # B, H, K, d

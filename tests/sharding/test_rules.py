@@ -13,10 +13,10 @@ from qwen3f import params as P
 from qwen3f import presets
 from qwen3f.errors import UserError
 from qwen3f.train.defaults import pretrain_config
-from qwen3f.train.plan import make_plan
+from qwen3f.train.setup import make_plan
 from sharding import rules
 from sharding.mesh import AXES, MeshShape, parse_mesh
-from sharding.stages import Pipeline, make_stages
+from sharding.pipeline.cut import Pipeline, make_slices
 
 Q, K, O = (P.LAYERS + f"self_attn.{name}_proj.weight" for name in "qko")
 UP, DOWN, EXPERT = (P.LAYERS + f"mlp.{name}.weight" for name in ("up_proj", "down_proj", "experts.down_proj"))
@@ -62,7 +62,7 @@ def test_cuts_and_local_shapes(preset, mesh, path, cuts, local):
     cfg, shape = presets.get(preset), parse_mesh(mesh)
     placed = rules.place(cfg, shape)[path]
     assert placed.cuts == cuts
-    stages = make_stages(cfg, Pipeline(), shape.pp)
+    stages = make_slices(cfg, Pipeline(), shape.pp)
     assert rules.local_shape(P.abstract_params(cfg)[path], placed, shape, stages) == local
     assert set(rules.replicated_axes(placed, shape)) == {
         name for name in AXES if getattr(shape, name) > 1 and name not in cuts
@@ -113,7 +113,7 @@ def test_a_batch_that_does_not_divide(mesh, rows, length, message):
 def test_local_shapes_are_dtensors(sizes, moe, fsdp):
     cfg = presets.get("debug_moe" if moe else "debug").replace(num_hidden_layers=8)
     shape = MeshShape(**sizes)
-    stages = make_stages(cfg, Pipeline(), shape.pp)
+    stages = make_slices(cfg, Pipeline(), shape.pp)
     for path, placed in rules.place(cfg, shape, fsdp).items():
         spec, placements = P.abstract_params(cfg)[path], rules.placements(placed)
         mesh = dataclasses.astuple(shape)

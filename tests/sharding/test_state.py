@@ -12,7 +12,7 @@ from qwen3f.train.optimizer import AdamW, Muon
 from qwen3f.train.state import init_state
 from sharding.axes import Axes, Axis
 from sharding.layout import Layout
-from sharding.stages import Pipeline
+from sharding.pipeline.cut import Pipeline
 from tests.sharding.steps import MOE, SCHEDULE, config, expected_on
 from tests.sharding.worlds import local_world, ranks_of
 

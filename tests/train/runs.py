@@ -4,9 +4,9 @@ import json
 
 import torch
 
+from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.config import ModelConfig
 from qwen3f.train import optimizer
-from qwen3f.train.checkpoint import Checkpointer
 from qwen3f.train.state import init_state
 
 

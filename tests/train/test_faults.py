@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch._inductor import compile_fx
 
+from qwen3f.checkpoint import manifest
+from qwen3f.checkpoint.checkpointer import Checkpointer, StuckWrite
 from qwen3f.errors import TrainingError, UserError
 from qwen3f.stages import pretrain
-from qwen3f.train import manifest, optimizer
-from qwen3f.train.checkpoint import Checkpointer, StuckWrite
+from qwen3f.train import optimizer
 from qwen3f.train.loop import run
 from qwen3f.train.state import init_state
 from tests.train.runs import assert_same_bits, final_state, metrics, pretrain_model

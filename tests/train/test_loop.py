@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
+from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.errors import TrainingError, UserError
 from qwen3f.stages import pretrain
 from qwen3f.train import optimizer
-from qwen3f.train.checkpoint import Checkpointer
 from qwen3f.train.loop import run
-from qwen3f.train.plan import make_plan
+from qwen3f.train.setup import make_plan
 from qwen3f.train.state import init_state
 from tests.train.runs import assert_same_bits, final_state, metrics, pretrain_model
 

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from qwen3f.data import loader
 from qwen3f.errors import UserError
+from qwen3f.processes.world import open_world
 from qwen3f.stages import pretrain
 from qwen3f.train import loop
 from sharding.mesh import parse_mesh
-from sharding.world import open_world
 from tests.sharding.worlds import run_processes
 from tests.train.runs import assert_same_bits, final_state, metrics
 

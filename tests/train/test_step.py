@@ -12,7 +12,8 @@ from qwen3f import model, params, presets
 from qwen3f.errors import UserError
 from qwen3f.model import block
 from qwen3f.stages.pretrain import make_eval_step, make_train_step
-from qwen3f.train import losses, state
+from qwen3f.train import objective as losses
+from qwen3f.train import state
 from qwen3f.train.optimizer import AdamW
 from qwen3f.train.schedule import Schedule
 from qwen3f.transforms import grad_and_value

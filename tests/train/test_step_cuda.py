@@ -8,7 +8,8 @@ import torch
 
 from qwen3f import model, params, presets
 from qwen3f.stages.pretrain import make_train_step
-from qwen3f.train import losses, state
+from qwen3f.train import objective as losses
+from qwen3f.train import state
 from qwen3f.train.optimizer import AdamW
 from qwen3f.train.schedule import Schedule
 from qwen3f.transforms import grad_and_value, jit

@@ -9,8 +9,9 @@ import torch._dynamo  # imported here, as is TensorBoard, and not by each forked
 import torch.utils.tensorboard
 from ml_collections import ConfigDict
 
-from qwen3f.train import loop, orbax
-from qwen3f.train.checkpoint import Checkpointer, CheckpointWriteError
+from qwen3f.checkpoint import orbax
+from qwen3f.checkpoint.checkpointer import Checkpointer, CheckpointWriteError
+from qwen3f.train import loop
 from qwen3f.train.metrics import peak_flops
 
 

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qwen3f.data.best_fit import LongDocuments
-from qwen3f.data.documents import stable_hash
+from qwen3f.data.packing.best_fit import LongDocuments
+from qwen3f.data.sources.documents import stable_hash
 from qwen3f.data.stream.order import Mark, ordered_documents
 from qwen3f.data.stream.parts import StreamPart
-from qwen3f.data.stream.rows import fitted_rows
+from qwen3f.data.stream.rows import best_fit_rows
 from qwen3f.data.stream.tokens import tokenised
 from qwen3f.data.stream.windows import MakeExample, windows
-from qwen3f.data.tokenizer import Tokenizer
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 
 _FORMAT = 1  # raise it when the same settings and files would give other examples
@@ -98,7 +98,7 @@ class StreamDataset:
         }
         if self.packing == "best_fit":
             policy = {"long_documents": self.long_documents, "counts": self.counts}
-            packed = fitted_rows(encoded, self.seq_len, **policy, **options)
+            packed = best_fit_rows(encoded, self.seq_len, **policy, **options)
         else:
             packed = windows(encoded, self.seq_len, cross_documents=self.cross_documents, **options)
         for number, (make, (mark, skip)) in enumerate(packed, start=state["examples"] + 1 if state else 1):

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3f.data.documents import Document
 from qwen3f.data.sampler import example_index
+from qwen3f.data.sources.documents import Document
 from qwen3f.data.stream.parts import START, StreamPart
 from qwen3f.errors import UserError
 

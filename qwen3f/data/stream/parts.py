@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
-from qwen3f.data.adapters.opening import read_on
-from qwen3f.data.adapters.pretrain import DatasetSource, usable
-from qwen3f.data.adapters.rows import LeftOut
-from qwen3f.data.documents import Document, Source, is_heldout
+from qwen3f.data.sources.adapters.opening import read_on
+from qwen3f.data.sources.adapters.pretrain import DatasetSource, usable
+from qwen3f.data.sources.adapters.rows import LeftOut
+from qwen3f.data.sources.documents import Document, Source, is_heldout
 
 Place = tuple[int, int]
 """Where reading stands: a file's number and the rows of it that have been read."""

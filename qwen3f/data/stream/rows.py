@@ -10,9 +10,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from qwen3f.data.best_fit import LongDocuments, best_fit, check_policy
-from qwen3f.data.fitted import fitted_row
-from qwen3f.data.packing import Example, check_seq_len
+from qwen3f.data.packing.best_fit import LongDocuments, best_fit, check_policy
+from qwen3f.data.packing.best_fit_dataset import best_fit_row
+from qwen3f.data.packing.concat import Example, check_seq_len
 from qwen3f.data.sampler import example_index
 from qwen3f.data.stream.windows import MakeExample
 
@@ -22,7 +22,7 @@ GROUP_ROWS = 256
 """Documents are fitted together until they fill this many rows: more leave less padding and need more memory."""
 
 
-def fitted_rows(
+def best_fit_rows(
     documents: Iterable[tuple[np.ndarray, M]],
     seq_len: int,
     *,
@@ -82,4 +82,4 @@ def _groups(documents: Iterable[tuple[np.ndarray, M]], most: int) -> Iterator[tu
 
 
 def _row(pieces: list[np.ndarray], seq_len: int, reset_positions: bool, pad_id: int, index: int) -> Example:
-    return fitted_row(pieces, seq_len, index, reset_positions, pad_id)
+    return best_fit_row(pieces, seq_len, index, reset_positions, pad_id)

@@ -8,9 +8,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from qwen3f.data.documents import Document
 from qwen3f.data.ordered_map import ordered_map
-from qwen3f.data.tokenizer import Tokenizer
+from qwen3f.data.sources.documents import Document
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
 
 M = TypeVar("M")
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from qwen3f.data.packing import Example, check_seq_len, packed_window
+from qwen3f.data.packing.concat import Example, check_seq_len, packed_window
 
 M = TypeVar("M")
 

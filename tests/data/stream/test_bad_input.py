@@ -5,7 +5,7 @@ import pytest
 from qwen3f.data.corpus import DataConfig, prepare
 from qwen3f.data.loader import Loader
 from qwen3f.errors import UserError
-from tests.data.adapters.real_rows import write
+from tests.data.sources.adapters.real_rows import write
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from qwen3f.data.corpus import DataConfig, prepare
-from tests.data.adapters.real_rows import write
+from tests.data.sources.adapters.real_rows import write
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])

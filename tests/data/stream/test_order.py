@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3f.data.documents import Document
+from qwen3f.data.sources.documents import Document
 from qwen3f.data.stream import order as module
 from qwen3f.data.stream.order import Mark, ordered_documents
 from qwen3f.errors import UserError

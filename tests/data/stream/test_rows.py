@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3f.data.stream import rows as module
-from qwen3f.data.stream.rows import fitted_rows
+from qwen3f.data.stream.rows import best_fit_rows
 from qwen3f.errors import UserError
 
 
@@ -31,10 +31,10 @@ def test_every_token_once_and_going_on(lengths, seq_len, policy, group_rows):
     counts = Counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "GROUP_ROWS", group_rows)
-        made = list(fitted_rows(documents, seq_len, long_documents=policy, counts=counts))
+        made = list(best_fit_rows(documents, seq_len, long_documents=policy, counts=counts))
         for place in {0, len(made) // 2, len(made) - 1} if made else ():
             mark, skip = made[place][1]
-            rest = list(fitted_rows(documents[mark:], seq_len, long_documents=policy, skip=skip))
+            rest = list(best_fit_rows(documents[mark:], seq_len, long_documents=policy, skip=skip))
             assert [state for _, state in rest] == [state for _, state in made[place + 1 :]]
             for (ours, _), (theirs, _) in zip(rest, made[place + 1 :]):
                 assert all(np.array_equal(a, b) for a, b in zip(ours(3).values(), theirs(3).values()))
@@ -48,4 +48,4 @@ def test_every_token_once_and_going_on(lengths, seq_len, policy, group_rows):
 
 def test_unknown_policy():
     with pytest.raises(UserError, match="long_documents is 'x'"):
-        next(fitted_rows([], 4, long_documents="x"))
+        next(best_fit_rows([], 4, long_documents="x"))

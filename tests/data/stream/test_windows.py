@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3f.data.packing import PackedDataset
+from qwen3f.data.packing.concat import PackedDataset
 from qwen3f.data.stream.windows import pack_stream, windows
 from qwen3f.errors import UserError
 

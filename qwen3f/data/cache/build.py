@@ -1,0 +1,257 @@
+"""Writing a token cache: shard by shard, published by one rename, gone on with after a kill.
+
+A build works in a directory `.building-<name>-*` beside its place, which it holds by a lock that ends with its process.
+A shard is written as its documents are tokenised; when it is full it is flushed to the disk with the offsets of its
+documents, and then `progress.json` counts it. The next build of the same cache takes over such a directory whose lock
+is free: it passes over the documents of those shards and writes the unfinished one again. A build that fails removes
+its directory.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from qwen3f.data.sources.documents import Source, Split
+from qwen3f.data.stream.tokens import tokenised
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
+from qwen3f.files import sync, write_atomically
+
+FORMAT_VERSION = 2
+OFFSETS, BYTES, INDEX = "doc_offsets.bin", "doc_bytes.bin", "index.json"
+
+SHARD_BYTES = 128 * 2**20
+"""A shard of tokens ends with the document that brings it to this size. A kill loses at most one unfinished shard."""
+
+_BATCH_CHARS = 4 * 2**20  # text in memory at a time, beyond the largest single document
+_PROGRESS, _LOCK = "progress.json", "lock"
+
+
+def shard_name(number: int) -> str:
+    """File of the shard `number`, from 0."""
+    return f"tokens-{number:05}.bin"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Of the tokens: uint16 where every id fits."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def build(
+    source: Source,
+    split: Split,
+    tokenizer: Tokenizer,
+    path: Path,
+    source_print: str,
+    num_threads: int,
+    workers: int,
+    progress: bool,
+) -> None:
+    """Write the cache of `split` at `path`, which is not there yet. See `token_cache.build_or_open`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _working_directory(path) as directory:
+        stats, shards, arrays = _write_shards(source, split, tokenizer, directory, num_threads, workers, progress)
+        if source.fingerprint(split) != source_print:
+            raise UserError(f"The files of {source.name} changed while they were tokenised: run again.")
+        index = {
+            "format": FORMAT_VERSION,
+            "source": {"name": source.name, "split": split, "fingerprint": source_print},
+            "tokenizer": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "stats": stats,
+            "shards": shards,
+            "arrays": arrays,
+        }
+        write_atomically(directory / INDEX, json.dumps(index, indent=2).encode())
+        sync(directory)
+        _publish(directory, path)
+        for name in (_PROGRESS, _LOCK):  # not before: without a lock another build could take the directory over
+            (path / name).unlink(missing_ok=True)
+        logging.info("tokenised %s of %s: %s", split, source.name, stats)
+
+
+@contextmanager
+def _working_directory(path: Path) -> Iterator[Path]:
+    """A directory that is this build's alone: one that was left behind, else a new one."""
+    prefix = f".building-{path.name}-"
+    for directory in sorted(path.parent.glob(f"{prefix}*")):
+        if (lock := _lock(directory)) is not None:
+            break
+    else:
+        directory = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
+        lock = _lock(directory)
+    try:
+        yield directory
+    except Exception:  # not an interrupt: after one the next build goes on
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+    shutil.rmtree(directory, ignore_errors=True)  # where another process has published first
+
+
+def _lock(directory: Path) -> int | None:
+    """A descriptor that holds the directory, or None if another process does or has just published it."""
+    try:
+        handle = os.open(directory / _LOCK, os.O_CREAT | os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    temporary.chmod(0o755)  # mkdtemp's 0o700 would lock out other users of a shared cache
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        # A directory that is not empty is never replaced: another process published the same cache first.
+        if not path.exists():
+            raise
+
+
+def _write_shards(
+    source: Source,
+    split: Split,
+    tokenizer: Tokenizer,
+    directory: Path,
+    num_threads: int,
+    workers: int,
+    progress: bool,
+) -> tuple[dict[str, int], list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Stream the split into shards; returns the counts, a record a shard, and one for each of the other arrays."""
+    counts: Counter[str] = Counter()
+    shards = _read_progress(directory)
+    passed = _total(shards)
+    dtype = token_dtype(tokenizer.vocab_size)
+    with (
+        _DigestingFile(directory / OFFSETS, 8 * (passed["documents"] + 1) if shards else 0) as offsets_file,
+        _DigestingFile(directory / BYTES, 8 * passed["documents"]) as bytes_file,
+        tqdm(desc=f"tokenise {split}", unit="B", unit_scale=True, disable=not progress, leave=False) as bar,
+        closing(_tokenised(source, split, tokenizer, counts, passed["documents"], num_threads, workers)) as documents,
+    ):
+        if shards:
+            logging.info("going on with %s after %d shards, %d documents", directory, len(shards), passed["documents"])
+            bar.update(passed["text_bytes"])
+        else:
+            offsets_file.write(np.zeros(1, np.int64).tobytes())
+        tokens = passed["tokens"]
+        for first in documents:
+            path = directory / shard_name(len(shards))
+            lengths, sizes, record = _write_shard(path, chain([first], documents), dtype, bar)
+            offsets_file.write((tokens + np.cumsum(lengths)).tobytes())
+            bytes_file.write(sizes.tobytes())
+            offsets_file.flush()
+            bytes_file.flush()
+            tokens += record["tokens"]
+            shards.append(record)
+            write_atomically(directory / _PROGRESS, json.dumps(shards).encode())
+        if not shards:
+            raise UserError(_describe_empty(source, split, counts))
+        total = _total(shards)
+        stats = {"documents": total["documents"], "tokens": total["tokens"], "bytes": total["text_bytes"], **counts}
+        return stats, shards, {file.path.name: file.record() for file in (offsets_file, bytes_file)}
+
+
+def _write_shard(
+    path: Path, documents: Iterator[tuple[np.ndarray, int]], dtype: np.dtype, bar: tqdm
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Take documents until the shard is full; returns tokens and UTF-8 bytes of each, and the record of the index."""
+    lengths, sizes = array("q"), array("q")
+    with _DigestingFile(path, 0) as file:
+        for ids, text_bytes in documents:
+            file.write(ids.astype(dtype).tobytes())
+            lengths.append(len(ids))
+            sizes.append(text_bytes)
+            bar.update(text_bytes)
+            if file.size >= SHARD_BYTES:
+                break
+        file.flush()
+    record = {"documents": len(lengths), "tokens": sum(lengths), "text_bytes": sum(sizes), **file.record()}
+    return np.array(lengths, np.int64), np.array(sizes, np.int64), record
+
+
+def _read_progress(directory: Path) -> list[dict[str, Any]]:
+    """The shards that a build which was killed had finished. They were on the disk before they were recorded."""
+    path = directory / _PROGRESS
+    return json.loads(path.read_bytes()) if path.exists() else []
+
+
+def _total(shards: list[dict[str, Any]]) -> dict[str, int]:
+    return {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "text_bytes")}
+
+
+def _tokenised(
+    source: Source,
+    split: Split,
+    tokenizer: Tokenizer,
+    counts: Counter[str],
+    passed: int,
+    num_threads: int,
+    workers: int,
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Ids of each document after the first `passed`, end-of-text last, and the UTF-8 bytes of its text."""
+    documents = islice(source.documents(split, counts), passed, None)
+    sized = ((document, len(document.text.encode())) for document in documents)
+    return tokenised(sized, tokenizer, workers, num_threads, _BATCH_CHARS)
+
+
+def _describe_empty(source: Source, split: Split, counts: Counter[str]) -> str:
+    left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+    return (
+        f"Empty corpus: {source.name} has no document in its {split} split"
+        f"{f' (left out: {left_out})' if left_out else ''}: give more documents (each .txt file and each row is one) "
+        f"or {'raise' if split == 'heldout' else 'lower'} data.holdout."
+    )
+
+
+class _DigestingFile:
+    """A file that is written on from a size, and knows its sha256."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self.size = size
+
+    def __enter__(self) -> "_DigestingFile":
+        self.path.touch()
+        os.truncate(self.path, self.size)
+        with self.path.open("rb") as file:
+            self._digest = hashlib.file_digest(file, "sha256")
+        self._file = self.path.open("ab")
+        return self
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+        self.size += len(content)
+
+    def flush(self) -> None:
+        """Returns when all that was written is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def record(self) -> dict[str, object]:
+        """Size and sha256 of all that was written."""
+        return {"bytes": self.size, "sha256": self._digest.hexdigest()}
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()

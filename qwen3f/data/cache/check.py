@@ -1,0 +1,45 @@
+"""Reads every token cache in a directory against its checksums: python -m qwen3f.data.cache.check [DIR]
+
+DIR is what `data.cache` was, by default its default. A line for each cache; exit code 2 if a file is damaged, with a
+line that names it.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import app
+
+from qwen3f.cli import report
+from qwen3f.data.cache.token_cache import open_cache, verify
+from qwen3f.data.corpus import cache_directory
+from qwen3f.errors import UserError
+
+
+def check(directory: Path) -> Iterator[str | UserError]:
+    """Of each token cache in `directory`, by name, what it holds, or what is wrong with it."""
+    for path in sorted(directory.glob("tokens-*")):
+        try:
+            cache = open_cache(path)
+            verify(cache)
+        except UserError as error:
+            yield error
+        else:
+            yield (
+                f"{path}: {cache.num_tokens:,} tokens in {cache.num_docs:,} documents, shards: {len(cache.shards)}, "
+                "every checksum as written"
+            )
+
+
+def main(argv: list[str]) -> int:
+    code = 0
+    for found in check(cache_directory(*argv[1:2])):
+        if isinstance(found, UserError):
+            code = report(found, 2)
+        else:
+            print(found, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    app.run(lambda argv: sys.exit(main(argv)))

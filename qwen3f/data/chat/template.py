@@ -1,0 +1,239 @@
+"""Qwen3's chat format: a list of messages as the text, or the ids, that the model reads.
+
+Messages are dicts as in the OpenAI and Hugging Face interfaces:
+
+    {"role": "system" | "user" | "tool", "content": str}
+    {"role": "assistant", "content": str, "reasoning_content": str, "tool_calls": [call, …]}   # the last two optional
+
+with a call {"name": str, "arguments": dict or JSON text}, alone or under the key "function". Other keys are ignored.
+
+The text equals that of the template in Qwen3's tokenizer_config.json. What thinking it keeps: none of answers before
+the last user query; of those after it the last message's always, an earlier one's if it is not empty. (A rendered chat
+of many turns thus trains the thinking of its last answer only: for the others, render its beginnings one by one.)
+Deviations: what the template skips, reads as empty or stops at (unknown roles, missing or non-string content) is a
+UserError. A null content is too; write "" beside tool calls.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwen3f.data.tokenizers.token_text import Segment
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
+
+Message = Mapping[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool")
+NO_THINKING = "<think>\n\n</think>\n\n"
+"""An empty thinking block: what an answer without thinking begins with."""
+
+_TOOLS_BEFORE = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_TOOLS_AFTER = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
+)
+# A switch stands alone: "/think." is one; "src/think", "/think/x" and "/thinking" are not. Chinese has no space before.
+_SWITCH = re.compile(r"(?<![A-Za-z0-9_/.~-])/(no_)?think(?![A-Za-z0-9_/-]|\.[A-Za-z0-9])")
+
+
+def render(
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    enable_thinking: bool = True,
+) -> str:
+    """The chat as text, equal to Qwen3's template.
+
+    Args:
+        messages: the turns in order, see the module's text.
+        tools: JSON descriptions of the functions that may be called; they go into the system turn.
+        add_generation_prompt: end with the beginning of an assistant turn.
+        enable_thinking: False puts an empty thinking block after the generation prompt, so that the model answers at
+            once. It changes nothing else.
+
+    Raises:
+        UserError: a message is malformed; the text names its index.
+    """
+    return "".join(segment.text for segment in segments(messages, tools, add_generation_prompt, enable_thinking))
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    enable_thinking: bool = True,
+    trust_content: bool = False,
+) -> list[int]:
+    """Ids of the chat.
+
+    Special tokens are read in the format's own markup only: a user, a tool or an answer that writes "<|im_end|>" gets
+    the ids of these ten characters and cannot forge a turn. Deviation: transformers' apply_chat_template reads them
+    everywhere. The ids are the same unless a message, tool or call contains the name of a special token.
+
+    Args:
+        tokenizer: with it <tool_call> and the like are one id each if it has them, else ordinary text.
+        messages: as for `render`, like tools, add_generation_prompt and enable_thinking.
+        trust_content: read special tokens everywhere, as transformers does.
+
+    Raises:
+        UserError: as `render` and `tokenizer.encode`.
+    """
+    parts = segments(messages, tools, add_generation_prompt, enable_thinking)
+    return tokenizer.encode_segments((text, is_markup or trust_content) for text, is_markup in parts)
+
+
+def thinking_mode(messages: Sequence[Message], default: bool = True) -> bool:
+    """Whether the next answer should think, by the soft switches /think and /no_think in the chat.
+
+    As in the Qwen3 technical report, section 4.3: switches may stand in any user turn or in the system turn, the answer
+    follows the last one, and without any the model thinks (`default`). Tool responses are no place for switches.
+    """
+    _check(messages, None)
+    mode = default
+    for message in messages:
+        if message["role"] == "system" or _is_query(message):
+            for switch in _SWITCH.finditer(message["content"]):
+                mode = switch[1] is None
+    return mode
+
+
+def segments(
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    enable_thinking: bool = True,
+) -> list[Segment]:
+    """The parts of `render`'s text in order: the format's markup, and what messages, tools and calls brought along."""
+    _check(messages, tools)
+    parts = _system_turn(messages, tools)
+    last = len(messages) - 1
+    last_query = max((i for i, message in enumerate(messages) if _is_query(message)), default=last)
+    for i, message in enumerate(messages):
+        role = message["role"]
+        if role == "user" or (role == "system" and i > 0):
+            parts += [_markup(f"<|im_start|>{role}\n"), _content(message["content"]), _markup("<|im_end|>\n")]
+        elif role == "assistant":
+            parts += _assistant_turn(message, i > last_query, i == last)
+        elif role == "tool":
+            opens = i == 0 or messages[i - 1]["role"] != "tool"
+            closes = i == last or messages[i + 1]["role"] != "tool"
+            parts.append(_markup(("<|im_start|>user" if opens else "") + "\n<tool_response>\n"))
+            parts.append(_content(message["content"]))
+            parts.append(_markup("\n</tool_response>" + ("<|im_end|>\n" if closes else "")))
+    if add_generation_prompt:
+        parts.append(_markup("<|im_start|>assistant\n" + ("" if enable_thinking else NO_THINKING)))
+    return parts
+
+
+def _system_turn(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Segment]:
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    start, end = _markup("<|im_start|>system\n"), _markup("<|im_end|>\n")
+    if not tools:
+        return [] if system is None else [start, _content(system), end]
+    parts = [start]
+    if system is not None:
+        parts += [_content(system), _markup("\n\n")]
+    parts.append(_markup(_TOOLS_BEFORE))
+    for tool in tools:
+        parts += [_markup("\n"), _content(_json(tool))]
+    return [*parts, _markup(_TOOLS_AFTER)]
+
+
+def _assistant_turn(message: Message, after_query: bool, is_last: bool) -> list[Segment]:
+    content, reasoning = message["content"], message.get("reasoning_content")
+    if reasoning is None:
+        reasoning = ""
+        if "</think>" in content:
+            reasoning = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
+            content = content.split("</think>")[-1].lstrip("\n")
+    parts = [_markup("<|im_start|>assistant\n")]
+    if after_query and (is_last or reasoning):
+        parts += [_markup("<think>\n"), _content(reasoning.strip("\n")), _markup("\n</think>\n\n")]
+        parts.append(_content(content.lstrip("\n")))
+    else:
+        parts.append(_content(content))
+    for n, entry in enumerate(message.get("tool_calls") or []):
+        call = entry.get("function") or entry
+        arguments = call["arguments"]
+        parts += [
+            _markup(("\n" if content or n else "") + '<tool_call>\n{"name": "'),
+            _content(call["name"]),
+            _markup('", "arguments": '),
+            _content(arguments if isinstance(arguments, str) else _json(arguments)),
+            _markup("}\n</tool_call>"),
+        ]
+    return [*parts, _markup("<|im_end|>\n")]
+
+
+def _is_query(message: Message) -> bool:
+    """A user's turn that is no tool's response in disguise."""
+    content = message["content"]
+    return message["role"] == "user" and not (
+        content.startswith("<tool_response>") and content.endswith("</tool_response>")
+    )
+
+
+def _markup(text: str) -> Segment:
+    return Segment(text, True)
+
+
+def _content(text: str) -> Segment:
+    return Segment(text, False)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _check(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> None:
+    if isinstance(messages, str | Mapping) or not messages:
+        raise UserError('A chat needs a list of at least one message: write [{"role": "user", "content": "…"}].')
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise UserError(f"Message {i} is a {type(message).__name__}: write a dict with role and content.")
+        if message.get("role") not in ROLES:
+            raise UserError(f"Message {i} has the role {message.get('role')!r}: write one of {', '.join(ROLES)}.")
+        _check_text(message, "content", f"Message {i}")
+        if message["role"] == "assistant":
+            if message.get("reasoning_content") is not None:
+                _check_text(message, "reasoning_content", f"Message {i}")
+            _check_calls(message.get("tool_calls"), f"Message {i}")
+    for n, tool in enumerate(tools or []):
+        if not isinstance(tool, Mapping):
+            raise UserError(f"Tool {n} is a {type(tool).__name__}: write its JSON description as a dict.")
+        _check_json(tool, f"Tool {n}")
+
+
+def _check_calls(calls: Any, where: str) -> None:
+    if isinstance(calls, str | Mapping) or not isinstance(calls or [], Sequence):
+        raise UserError(f"{where} has tool_calls of type {type(calls).__name__}: write a list of calls.")
+    for n, entry in enumerate(calls or []):
+        call = (entry.get("function") or entry) if isinstance(entry, Mapping) else entry
+        if not isinstance(call, Mapping) or "arguments" not in call:
+            raise UserError(f'{where}, tool call {n}: write {{"name": "…", "arguments": {{…}}}}.')
+        _check_text(call, "name", f"{where}, tool call {n}")
+        _check_json(call["arguments"], f"{where}, tool call {n}")
+
+
+def _check_text(holder: Mapping[str, Any], key: str, where: str) -> None:
+    if not isinstance(holder.get(key), str):
+        found = f"{key} of type {type(holder[key]).__name__}" if key in holder else f"no {key}"
+        raise UserError(f"{where} has {found}: write a string ('' if there is nothing to say).")
+
+
+def _check_json(value: Any, where: str) -> None:
+    try:
+        _json(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where} cannot be written as JSON ({error}): use dicts, lists, strings and numbers."
+        ) from error

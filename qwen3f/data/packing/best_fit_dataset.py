@@ -1,0 +1,100 @@
+"""Training examples of whole documents, by best fit, over a token stream that can be indexed.
+
+Legend: T = seq_len.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qwen3f.data.cache.token_cache import TokenStream
+from qwen3f.data.packing.best_fit import LongDocuments, Rows, best_fit
+from qwen3f.data.packing.concat import IGNORED_TARGET, Example, check_seq_len
+from qwen3f.data.sampler import example_index
+from qwen3f.errors import UserError
+
+
+@dataclass(frozen=True)
+class BestFitDataset:
+    """Rows of `best_fit` over the documents of a stream; keys as `packing.PackedDataset`, used like it.
+
+    Documents are apart always: each is a segment, its positions restart, and nothing is predicted across.
+
+    Attributes:
+        cache: the token stream.
+        seq_len: T.
+        reset_positions: as for `PackedDataset`.
+        long_documents: what becomes of documents of more than T + 1 tokens, "cut" or "drop"; see `best_fit`.
+        pad_id: token of the padding; segments are 0 there, targets -100, weights and positions 0.
+
+    Raises:
+        UserError: no row at all, T < 1, or an unknown policy.
+    """
+
+    cache: TokenStream
+    seq_len: int
+    reset_positions: bool = True
+    long_documents: LongDocuments = "cut"
+    pad_id: int = 0
+    rows: Rows = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_seq_len(self.seq_len)
+        rows = best_fit(np.diff(self.cache.doc_offsets), self.seq_len, self.long_documents)
+        object.__setattr__(self, "rows", rows)
+        if not len(rows):
+            raise UserError(
+                f"None of the corpus's {self.cache.num_docs} documents fits into seq_len={self.seq_len} "
+                f"({rows.dropped} are longer): raise seq_len, or write data.long_documents=cut."
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def padding(self) -> float:
+        """Share of the places that are padding, over all rows."""
+        return 1.0 - self.rows.filled / (len(self.rows) * self.seq_len)
+
+    def order(self, places: np.ndarray, seed: int) -> np.ndarray:
+        """The examples at `places` of the shuffled, endless order; int64 [n] -> int64 [n]."""
+        return example_index(places, len(self), seed)
+
+    def __getitem__(self, i: int) -> Example:
+        if not 0 <= i < len(self):
+            raise IndexError(f"example {i} of {len(self)}")
+        pieces = []
+        for document, begin, places in self.rows.pieces(i):
+            start = int(self.cache.doc_offsets[document]) + begin
+            pieces.append(self.cache.read(start, start + places + 1))
+        return best_fit_row(pieces, self.seq_len, i, self.reset_positions, self.pad_id)
+
+
+def best_fit_row(
+    pieces: Sequence[np.ndarray], seq_len: int, index: int, reset_positions: bool = True, pad_id: int = 0
+) -> Example:
+    """A row of pieces, each with one token more than it has places; their places are at most T together."""
+    places = [len(piece) - 1 for piece in pieces]
+    filled = sum(places)
+    tokens, targets = np.full(seq_len, pad_id, np.int64), np.full(seq_len, IGNORED_TARGET, np.int64)
+    np.concatenate([piece[:-1] for piece in pieces], out=tokens[:filled], casting="unsafe")  # from unsigned
+    np.concatenate([piece[1:] for piece in pieces], out=targets[:filled], casting="unsafe")
+    weights, positions, segments = (
+        np.zeros(seq_len, np.float32),
+        np.zeros(seq_len, np.int64),
+        np.zeros(seq_len, np.int32),
+    )
+    weights[:filled] = 1
+    segments[:filled] = np.repeat(np.arange(1, len(pieces) + 1, dtype=np.int32), places)
+    positions[:filled] = np.arange(filled)
+    if reset_positions:
+        positions[:filled] -= np.repeat(np.cumsum(places) - places, places)
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "loss_weights": weights,
+        "positions": positions,
+        "segments": segments,
+        "index": np.array(index, np.int64),
+    }

@@ -1,0 +1,66 @@
+"""Which files of a local copy hold a split, in which order."""
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwen3f.data.sources.adapters.registry import HubDataset
+from qwen3f.errors import UserError
+
+SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
+
+# Written beside the data by `save_to_disk` and by the Hub.
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev")
+
+
+def split_files(dataset: HubDataset, root: str, split: str) -> list[Path]:
+    """The data files of `split` in the copy below `root`, sorted by directory, then by name.
+
+    The copy may be laid out as on the Hub, as `save_to_disk` writes, or in any other way. What a file belongs to is
+    told by its path: a directory or a part of the name (cut at "-" and ".") called `split`. If no path names any split,
+    every file is read as the training split.
+
+    Raises:
+        UserError: no such directory, no data file in it, or no file of that split though others are named.
+    """
+    base = Path(root).expanduser()
+    if not base.is_dir():
+        raise UserError(
+            f"There is no directory {base} for {dataset.name}: give an existing one, {dataset.name}@DIR or "
+            "--config.data.root=DIR."
+        )
+    folder = base / dataset.folder
+    top = folder if dataset.folder and folder.is_dir() else base
+    files = list(_walk(top))
+    if not files:
+        raise UserError(f"No {', '.join(SUFFIXES)} file lies below {top}: put the files of {dataset.hub_id} there.")
+    if dataset.files:
+        pattern = dataset.files.rsplit("/", 1)[-1]
+        files = [path for path in files if fnmatch.fnmatch(path.name, pattern)] or files
+    words = {path: _split_words(path.relative_to(top), split) for path in files}
+    if not any(words.values()):
+        if split == dataset.split:
+            return files
+        raise UserError(f"No file below {top} names the split {split!r}: {dataset.name} there has one split only.")
+    chosen = [path for path in files if split in words[path]]
+    if not chosen:
+        found = sorted(set().union(*words.values()))
+        raise UserError(f"No file below {top} is of the split {split!r}; there are {', '.join(found)}.")
+    return chosen
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    for directory, subdirectories, names in os.walk(top):
+        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and name not in _METADATA and name.lower().endswith(SUFFIXES):
+                yield Path(directory, name)
+
+
+def _split_words(path: Path, split: str) -> set[str]:
+    """The splits that a relative path names: "train", "train_sft", …"""
+    words = {word for part in path.parts for word in re.split(r"[.-]", part.lower())}
+    return {word for word in words if word == split or word.split("_")[0] in _SPLIT_WORDS}

@@ -1,0 +1,74 @@
+"""Rows of liuhaotian/LLaVA-Instruct-150K as chats about an image in a local folder.
+
+Columns (of llava_instruct_150k.json, one JSON list): `image`, a path relative to the folder, e.g. "000000033471.jpg" of
+COCO's train2017; `conversations`, a list of {from: human | gpt, value} whose first turn holds the placeholder
+"<image>". The placeholder stays in the text, for the vision encoder to replace.
+
+Images are not on the Hub: the folder is always local. A file is opened when its image is asked for.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from qwen3f.data.sources.adapters.rows import Row, RowFault, text_of
+from qwen3f.data.sources.adapters.sft import Chat, turns
+from qwen3f.errors import UserError
+
+PLACEHOLDER = "<image>"
+DEFAULT = "llava-instruct-150k"
+
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image that has not been read yet: its path, and the row that names it."""
+
+    path: Path
+    row: str
+
+    def open(self) -> Image.Image:
+        """The image in RGB. Raises UserError if the file is damaged."""
+        try:
+            with Image.open(self.path) as image:
+                return image.convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{self.row}: the image {self.path} cannot be read ({error}): copy it again.") from error
+
+
+@dataclass(frozen=True)
+class ImageChat:
+    """A chat whose user turns hold one "<image>", and that image."""
+
+    messages: tuple[dict[str, str], ...]
+    image: ImageFile
+
+
+def llava(row: Row, image_root: Path) -> ImageChat:
+    """The chat of a row and its image below `image_root`. Raises RowFault, LeftOut."""
+    image = _inside(image_root, text_of(row, "image"), row.name)
+    messages: Chat = turns(row, "conversations", "from", "value", _SPEAKERS)
+    found = [message["content"].count(PLACEHOLDER) for message in messages if message["role"] == "user"]
+    if sum(found) != 1:
+        raise RowFault(
+            "invalid_rows", f"{row.name} holds {sum(found)} of {PLACEHOLDER} in its questions: write it once."
+        )
+    return ImageChat(tuple(messages), image)
+
+
+def _inside(image_root: Path, relative: str, where: str) -> ImageFile:
+    folder = image_root.resolve()
+    path = (folder / relative).resolve()
+    if not path.is_relative_to(folder):
+        raise RowFault("invalid_rows", f"{where} names the image {relative!r}, outside the folder {image_root}.")
+    if not path.is_file():
+        raise RowFault(
+            "invalid_rows", f"{where} names the image {relative!r}, which is not in {image_root}: copy it there."
+        )
+    return ImageFile(path, where)
+
+
+ADAPTERS: dict[str, Callable[[Row, Path], ImageChat]] = {"llava-instruct-150k": llava}

@@ -1,0 +1,180 @@
+"""The plan of one mesh: everything there is to say about a step, as one frozen record."""
+
+import dataclasses
+
+from qwen3f.config import REMAT_POLICIES
+from qwen3f.errors import UserError
+from qwen3f.plan import schedule as S
+from qwen3f.plan import work
+from qwen3f.plan.case import Case
+from qwen3f.plan.memory import Leaf, Memory, leaves, memory
+from qwen3f.plan.traffic import Collective, collectives, layers_per_rank, seconds
+from qwen3f.train.metrics import flops_per_token
+from sharding.pipeline.cut import heights
+
+WORTH_TELLING = 0.02  # share of a step that another cut saves, below which the model's own error is larger
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Seconds of a step. compute: the busiest rank's work in forward and backward; exposed: its collectives that
+    nothing hides; waiting: its bubble; update: the optimizer and what else happens once a step. mfu: model FLOPs (those
+    of qwen3f.train.metrics) over the datasheet's peak of all devices.
+    """
+
+    step: float
+    compute: float
+    exposed: float
+    waiting: float
+    update: float
+    tokens_per_second: float
+    mfu: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshPlan:
+    """memory: a rank's, by pipeline rank. stages: seconds of one micro-batch on each, forward and backward, with the
+    collectives that nothing hides. ideal_bubble: the papers' formula, for equal stages; timeline.bubble: this model's,
+    whose stages are not equal.
+    """
+
+    setup: Case
+    leaves: tuple[Leaf, ...]
+    memory: tuple[Memory, ...]
+    collectives: tuple[Collective, ...]
+    stages: tuple[float, ...]
+    timeline: S.Timeline
+    ideal_bubble: float
+    time: Time
+
+    @property
+    def fits(self) -> bool:
+        return max(rank.peak for rank in self.memory) <= self.setup.hardware.memory
+
+
+def make(setup: Case) -> MeshPlan:
+    """Pure arithmetic. Raises UserError, in one line, for a mesh on which the model cannot be placed."""
+    table = leaves(setup)
+    lines = collectives(setup, table)
+    schedule = (
+        setup.pipeline.schedule if setup.mesh.pp > 1 else "1f1b",
+        setup.mesh.pp,
+        setup.cut.per_rank,
+        setup.microbatches,
+    )
+    order = S.orders(*schedule)
+    stages = [_stage(setup, lines, stage) for stage in range(setup.cut.count)]
+    sends = [line for line in lines if line.when == "pipeline"]
+    send = max((seconds(line, setup.mesh, setup.hardware) / line.calls for line in sends), default=0.0)
+    timeline = S.simulate(
+        order,
+        [s.forward for s in stages],
+        [s.backward_input for s in stages],
+        [s.backward_weight for s in stages],
+        send,
+    )
+    ranks = tuple(memory(setup, table, rank, timeline.in_flight[rank]) for rank in range(setup.mesh.pp))
+    typical = (stages[0].forward, stages[0].backward_input, stages[0].backward_weight)
+    ideal = S.ideal_bubble(*schedule, *(x * setup.cut.per_rank for x in typical))
+    time = _time(setup, table, lines, stages, timeline)
+    return MeshPlan(setup, table, ranks, lines, tuple(stage.total for stage in stages), timeline, ideal, time)
+
+
+def by_policy(setup: Case) -> dict[str, MeshPlan]:
+    """gradient_checkpointing -> the plan with that policy, for those that the setup's schedule can run."""
+    splits = setup.mesh.pp > 1 and setup.pipeline.splits
+    runs = [policy for policy in REMAT_POLICIES if policy != "selective" or not splits]
+    return {
+        policy: make(dataclasses.replace(setup, model=setup.model.replace(gradient_checkpointing=policy)))
+        for policy in runs
+    }
+
+
+def faster_cut(plan: MeshPlan) -> MeshPlan | None:
+    """The fastest plan that fits with another config.pipeline.layers; None unless that is worth telling."""
+    if plan.setup.mesh.pp == 1:
+        return None
+    others = []
+    for layers in heights(plan.setup.model.num_hidden_layers, plan.setup.cut.count):
+        pipeline = dataclasses.replace(plan.setup.pipeline, layers=layers)
+        try:
+            others.append(make(dataclasses.replace(plan.setup, pipeline=pipeline)))
+        except UserError:  # its stages would have unequal numbers of dense layers and sparse ones
+            continue
+    best = min((other for other in others if other.fits), key=lambda other: other.time.step, default=plan)
+    return best if best.time.step <= plan.time.step * (1 - WORTH_TELLING) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """Seconds of one micro-batch on one stage; exposed is the part of all three that is waiting for collectives."""
+
+    forward: float
+    backward_input: float
+    backward_weight: float
+    exposed: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward_input + self.backward_weight
+
+
+def _stage(setup: Case, lines: tuple[Collective, ...], stage: int) -> _Stage:
+    """Layers of the stage, with the embedding on the first and the head on the last.
+
+    What overlaps computation costs what it takes longer than that; the rest adds to it.
+    """
+    hardware, layers = setup.hardware, setup.cut.layers_of(stage)
+    parts, here = [work.layer(setup, setup.model.is_sparse(layer)) for layer in layers], {"layer"}
+    if stage == 0:
+        parts.append(work.embedding(setup))
+        here.add("first")
+    if stage == setup.cut.count - 1:
+        parts.append(work.head(setup))
+        here.add("last")
+    forward, back, weight = (
+        sum(getattr(part, name).seconds(hardware) for part in parts)
+        for name in ("forward", "backward_input", "backward_weight")
+    )
+    share = len(layers) / (layers_per_rank(setup) * setup.microbatches)
+
+    def waits(direction: str, computing: float) -> float:
+        hidden = shown = 0.0
+        for line in lines:
+            where, _, when = line.when.partition(" ")
+            if when != direction or where not in here:
+                continue
+            cost = seconds(line, setup.mesh, hardware) * (share if where == "layer" else 1 / setup.microbatches)
+            hidden, shown = (hidden + cost, shown) if line.overlaps else (hidden, shown + cost)
+        return shown + max(0.0, hidden - computing)
+
+    in_forward, in_backward = waits("forward", forward), waits("backward", back + weight)
+    return _Stage(forward + in_forward, back + in_backward, weight, in_forward + in_backward)
+
+
+def _time(
+    setup: Case,
+    table: tuple[Leaf, ...],
+    lines: tuple[Collective, ...],
+    stages: list[_Stage],
+    timeline: S.Timeline,
+) -> Time:
+    hardware, mesh = setup.hardware, setup.mesh
+    update = work.update(setup, table).seconds(hardware)
+    update += sum(seconds(line, mesh, hardware) for line in lines if line.when == "step")
+    step = timeline.seconds + update
+    by_rank = [[stages[stage] for stage in setup.cut.slices_of(rank)] for rank in range(mesh.pp)]
+    busiest = max(by_rank, key=lambda own: sum(stage.total for stage in own))
+    busy = sum(stage.total for stage in busiest) * setup.microbatches
+    exposed = sum(stage.exposed for stage in busiest) * setup.microbatches
+    tokens = setup.batch_size * setup.seq_len
+    flops = tokens * flops_per_token(setup.model, setup.seq_len)
+    return Time(
+        step=step,
+        compute=busy - exposed,
+        exposed=exposed,
+        waiting=max(0.0, timeline.seconds - busy),
+        update=update,
+        tokens_per_second=tokens / step,
+        mfu=flops / (step * mesh.size * hardware.peak),
+    )

@@ -1,0 +1,25 @@
+"""`--config.plan=True`: print what the mesh would do, and draw it in the workdir; no device is needed or touched."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from qwen3f.files import write_atomically
+from qwen3f.plan.case import from_config
+from qwen3f.plan.make import by_policy
+from qwen3f.plan.picture import mesh_png, timeline_png
+from qwen3f.plan.text import render
+
+
+def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
+    """Raises UserError, in one line, for a mesh on which the configuration cannot run; nothing is written then."""
+    setup = from_config(config)
+    policies = by_policy(setup)
+    plan = policies[setup.model.gradient_checkpointing]
+    print(render(plan, policies), end="")
+    pictures = {"mesh.png": mesh_png(plan)}
+    if setup.mesh.pp > 1:
+        pictures["timeline.png"] = timeline_png(plan)
+    for name, content in pictures.items():
+        write_atomically(path := workdir / "plan" / name, content)
+        print(path)

@@ -1,0 +1,269 @@
+"""The collectives of one step, as one rank takes part in them: how many, how many bytes, how long.
+
+Each line of the table is a kind of collective with the number of calls a step. `bytes` is the whole tensor of all of
+them together: what a gather returns, a reduce-scatter or all-reduce takes, an all-to-all or a send hands over. `sent`
+is what the rank puts on the wire by a ring algorithm: (n−1)/n of the bytes, twice that for an all-reduce.
+
+N tokens of a rank's micro-batch · D hidden · m micro-batches
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from qwen3f import params as P
+from qwen3f.model.transformer import gathers_ahead
+from qwen3f.plan.case import MASTER, Case
+from qwen3f.plan.hardware import Hardware
+from qwen3f.plan.memory import Leaf
+from sharding.mesh import AXES, DATA, ROWS, MeshShape
+from sharding.pipeline.cut import pipeline_traffic
+from sharding.ring import ring_traffic
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """what: in words. op: gather, reduce_scatter, all_reduce, all_to_all or send. axes: those it runs over, together.
+
+    when: forward or backward of a "layer", of the "first" or the "last" stage; "pipeline", between stages; or "step",
+    once a step.
+    overlaps: whether computation goes on meanwhile. calls and bytes: a step's, of a rank of the busiest stage.
+    """
+
+    what: str
+    op: str
+    axes: tuple[str, ...]
+    size: int
+    when: str
+    calls: int
+    bytes: int
+    overlaps: bool = False
+
+    @property
+    def sent(self) -> float:
+        if self.op in ("send", "shift"):
+            return float(self.bytes)
+        return self.bytes * (self.size - 1) / self.size * (2 if self.op == "all_reduce" else 1)
+
+
+def members(mesh: MeshShape, hardware: Hardware, axes: Sequence[str]) -> tuple[int, int]:
+    """(ranks of a group over these axes, how many of them share a node).
+
+    Ranks are numbered with tp fastest and fill nodes in order. A group that does not lie evenly on nodes counts as if
+    each node held one of it.
+    """
+    strides, stride = {}, 1
+    for axis in reversed(AXES):
+        strides[axis] = stride
+        stride *= getattr(mesh, axis)
+    ranks = {0}
+    for axis in axes:
+        ranks = {rank + i * strides[axis] for rank in ranks for i in range(getattr(mesh, axis))}
+    span = min(strides[axis] * getattr(mesh, axis) for axis in axes)
+    near = sum(rank < hardware.node for rank in ranks)
+    even = hardware.node % span == 0 or (near == len(ranks) and hardware.node >= mesh.size)
+    return len(ranks), near if even or span % hardware.node == 0 else 1
+
+
+def seconds(collective: Collective, mesh: MeshShape, hardware: Hardware) -> float:
+    """How long a rank's share of a step's calls takes, alone on the wires.
+
+    A ring within a node runs at the link's rate. A ring over nodes passes each boundary once for every member on a
+    node, over that member's port. Rows of an all-to-all for other nodes leave by the rank's own port, and so does what
+    one rank sends to a neighbour on another node.
+    """
+    count, near = members(mesh, hardware, collective.axes)
+    if near == count:
+        wire = collective.sent / hardware.link
+    elif collective.op == "all_to_all":
+        away = collective.bytes * (count - near) / count
+        wire = max(away / hardware.network, (collective.sent - away) / hardware.link)
+    elif collective.op in ("send", "shift"):
+        wire = collective.sent / hardware.network
+    else:
+        wire = collective.sent / min(hardware.link, hardware.network * near)
+    return collective.calls * hardware.latency + wire
+
+
+def collectives(setup: Case, table: Sequence[Leaf]) -> tuple[Collective, ...]:
+    """All of one step; what runs over axes of size 1 is left out."""
+    found = [*_fsdp(setup, table), *_tensor(setup), *_loss(setup), *_ring(setup), *_experts(setup), *_pipeline(setup)]
+    return tuple(c for c in [*found, *_once(setup, table)] if c.size > 1 and c.calls)
+
+
+def layers_per_rank(setup: Case) -> int:
+    """Layers that the busiest rank computes."""
+    return len(setup.layers_on(setup.busiest))
+
+
+def sparse_per_rank(setup: Case) -> int:
+    """Those of them that have experts."""
+    return sum(map(setup.model.is_sparse, setup.layers_on(setup.busiest)))
+
+
+def _size(mesh: MeshShape, axes: Sequence[str]) -> int:
+    return math.prod(getattr(mesh, axis) for axis in axes)
+
+
+def _fsdp(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
+    """What is cut over the same axes travels together: a layer's leaves, and what a stage has beside its layers.
+
+    Schedules that put off the gradients of weights scatter a layer's bundle in two parts: the norms', then the linear
+    layers' (sharding/pipeline/deferred_grads.py). Experts are not put off. Only layers that are gathered ahead
+    (model.transformer) travel while there is something to compute.
+    """
+    policy, out = setup.model.gradient_checkpointing, []
+    ahead = setup.mesh.pp == 1 and gathers_ahead(setup.model, setup.execution)
+    again = policy == "full" or (policy == "selective" and setup.reshard)
+    outer = {leaf.path for leaf in table if not leaf.stacked}
+    head = outer - {P.EMBED} if P.HEAD in outer else outer
+    bundles = [("a layer", "layer", {leaf.path for leaf in table if leaf.stacked})]
+    if setup.mesh.pp == 1:
+        bundles.append(("embedding, final norm, head", "first", outer))
+    else:
+        bundles += [("embedding", "first", {P.EMBED}), ("final norm, head", "last", head)]
+    for what, where, paths in bundles:
+        times = setup.microbatches * (layers_per_rank(setup) if where == "layer" else 1)
+        leaves = [leaf for leaf in table if leaf.path in paths]
+        for axes in sorted({leaf.fsdp for leaf in leaves if leaf.fsdp}):
+            bundle = [leaf for leaf in leaves if leaf.fsdp == axes]
+            overlaps = where == "layer" and ahead
+            rest = (times, times * sum(leaf.gathered for leaf in bundle) * setup.itemsize, overlaps)
+            put_off = where == "layer" and any(".experts." not in leaf.path for leaf in bundle)
+            parts = 2 if put_off and setup.mesh.pp > 1 and setup.pipeline.splits else 1
+            on = (axes, _size(setup.mesh, axes))
+            out.append(Collective(f"weights of {what}", "gather", *on, f"{where} forward", *rest))
+            if again and where == "layer":
+                out.append(Collective(f"weights of {what}, again", "gather", *on, f"{where} backward", *rest))
+            size = times * sum(leaf.gathered * leaf.itemsize for leaf in bundle)
+            of_gradients = (parts * times, size, overlaps)
+            out.append(Collective(f"gradients of {what}", "reduce_scatter", *on, f"{where} backward", *of_gradients))
+    return out
+
+
+def _tensor(setup: Case) -> list[Collective]:
+    """Before attention and MLP the sequence is gathered, after them the partial sums are scattered; and the adjoints.
+
+    Recomputation gathers it again, unless what was gathered is kept. In full, attention's sums are scattered again too,
+    and those of experts, but not a dense MLP's: recomputation ends where the last kept value is made.
+    """
+    policy = setup.model.gradient_checkpointing
+    again = policy == "full" or (policy == "selective" and setup.reshard)
+    layers, sparse = (setup.microbatches * n for n in (layers_per_rank(setup), sparse_per_rank(setup)))
+    one = setup.tokens * setup.model.hidden_size * setup.itemsize
+    out = []
+    for when, op, calls in (
+        ("forward", "gather", 2 * layers),
+        ("forward", "reduce_scatter", 2 * layers),
+        ("backward", "gather", 2 * layers + (2 * layers if again else 0)),
+        ("backward", "reduce_scatter", 2 * layers + (layers + sparse if policy == "full" else 0)),
+    ):
+        where = (("tp",), setup.mesh.tp, f"layer {when}")
+        out.append(Collective(f"residual stream, {when}", op, *where, calls, calls * one))
+    return out
+
+
+def _loss(setup: Case) -> list[Collective]:
+    """The embedding's partial sums, the sequence before the head, and two numbers a token and shard of the loss."""
+    m, tp = setup.microbatches, (("tp",), setup.mesh.tp)
+    stream = m * setup.tokens * setup.model.hidden_size * setup.itemsize
+    numbers = m * 2 * setup.tokens * MASTER
+    return [
+        Collective("embedding", "reduce_scatter", *tp, "first forward", m, stream),
+        Collective("embedding's gradient", "gather", *tp, "first backward", m, stream),
+        Collective("hidden states before the head", "gather", *tp, "last forward", m, stream),
+        Collective("their gradient", "reduce_scatter", *tp, "last backward", m, stream),
+        Collective("log-sum-exp and target's logit", "gather", *tp, "last forward", m, numbers * setup.mesh.tp),
+        Collective("their gradients", "reduce_scatter", *tp, "last backward", m, numbers * setup.mesh.tp),
+    ]
+
+
+def _ring(setup: Case) -> list[Collective]:
+    cfg, times = setup.model, setup.microbatches * layers_per_rank(setup)
+    sizes = setup.mesh.cp, setup.rows, setup.kv_heads, setup.seq_len // setup.mesh.cp, cfg.head_dim, setup.compute
+    there, back = ring_traffic(*sizes)
+    where, again = (("cp",), setup.mesh.cp), cfg.gradient_checkpointing == "full"
+    calls, size = back.messages + again * there.messages, back.bytes + again * there.bytes
+    return [
+        Collective(
+            "ring attention, forward",
+            "shift",
+            *where,
+            "layer forward",
+            times * there.messages,
+            times * there.bytes,
+            True,
+        ),
+        Collective("ring attention, backward", "shift", *where, "layer backward", times * calls, times * size, True),
+    ]
+
+
+def _experts(setup: Case) -> list[Collective]:
+    """Rows to the ranks that have their experts and back, if routing is even; before them, how many go where."""
+    layers = setup.microbatches * sparse_per_rank(setup)
+    rows = setup.expert_rows * setup.model.hidden_size * setup.itemsize
+    counts = setup.model.num_experts * 8
+    full = setup.model.gradient_checkpointing == "full"  # selective recomputation keeps what was received
+    out = []
+    for when, times, counted in (("forward", 2, 1), ("backward", 4 if full else 2, 1 if full else 0)):
+        where = ("all_to_all", ("ep",), setup.mesh.ep, f"layer {when}")
+        out.append(Collective(f"rows of experts, {when}", *where, layers * times, layers * times * rows))
+        out.append(Collective(f"counts of experts, {when}", *where, layers * counted, layers * counted * counts))
+    return out
+
+
+def _pipeline(setup: Case) -> list[Collective]:
+    """Hidden states to the next stage, their gradients back; of the rank that sends most."""
+    if setup.mesh.pp == 1:
+        return []
+    sizes = setup.microbatches, setup.tokens_tp, setup.model.hidden_size, setup.compute
+    by_rank = [pipeline_traffic(setup.cut, rank, *sizes) for rank in range(setup.mesh.pp)]
+    names = "hidden states between stages", "their gradients, back"
+    return [
+        Collective(what, "send", ("pp",), setup.mesh.pp, "pipeline", *max(lines), True)
+        for what, lines in zip(names, zip(*by_rank))
+    ]
+
+
+def _once(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
+    """Sums that a step ends or begins with: gradients of what is replicated, the leaves of the same axes together, in
+    float32; the norm's squares; and loss, weights and counts.
+    """
+    mesh, wide = setup.mesh, torch.promote_types(setup.compute, torch.float32).itemsize
+    sizes: dict[str, list[tuple[tuple[str, ...], int]]] = {
+        "gradients of replicated leaves": [],
+        "squares of gradients": [],
+    }
+    for axes in {leaf.replicated for leaf in table if leaf.replicated}:
+        size = sum(leaf.elements for leaf in table if leaf.replicated == axes) * wide
+        sizes["gradients of replicated leaves"] += [(over, size) for over in _one_by_one(axes)]
+    for axes in {tuple(axis for axis in AXES if axis in dict(leaf.cuts)) for leaf in table}:
+        sizes["squares of gradients"] += [(over, MASTER) for over in _one_by_one(axes)]
+    everyone = tuple(axis for axis in AXES if getattr(mesh, axis) > 1)
+    data = _one_by_one(tuple(axis for axis in everyone if axis in DATA))
+    sizes["losses"] = [(over, 3 * wide) for over in _one_by_one(everyone)]
+    sparse = sparse_per_rank(setup)
+    rows = _one_by_one(tuple(axis for axis in everyone if axis in ROWS))
+    # the loss's weight and, for routers, the tokens of this part of the sequence; then the tokens of whole rows
+    sizes["weight and tokens of the batch"] = [(over, 8) for over in (data * 2 if sparse else data) + rows]
+    if sparse:
+        row = (setup.model.num_experts + 2) * 8
+        stages = [setup.cut.layers_of(stage) for stage in setup.cut.slices_of(setup.busiest)]
+        loads = [sum(map(setup.model.is_sparse, layers)) * row for layers in stages] * setup.microbatches
+        sizes["load of experts"] = [(over, load) for over in data for load in loads if load]
+        if mesh.pp > 1:
+            sizes["load of experts"].append((("pp",), len(setup.model.sparse_layers) * row))
+    out = []
+    for what, lines in sizes.items():
+        for over in sorted({over for over, _ in lines}):
+            mine = [size for at, size in lines if at == over]
+            out.append(Collective(what, "all_reduce", over, _size(mesh, over), "step", len(mine), sum(mine)))
+    return out
+
+
+def _one_by_one(axes: Sequence[str]) -> list[tuple[str, ...]]:
+    """What one sum over these axes is made of: one collective for the data axes, one for each other."""
+    data = tuple(axis for axis in axes if axis in DATA)
+    return [(axis,) for axis in axes if axis not in DATA] + ([data] if data else [])

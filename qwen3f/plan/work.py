@@ -1,0 +1,117 @@
+"""What one rank computes: FLOPs of matrix products and bytes of everything else, and how long they take.
+
+Products run at the hardware's rates. Everything else (norms, rotations, activations, the softmax of the loss, the
+optimizer) moves memory at the copy rate: the bytes are those of the fused kernels, each operand read or written once.
+
+N tokens of a rank's micro-batch · R rows of its experts · D hidden · H, K heads · d head_dim · I, F widths · V, E
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from qwen3f.plan.case import MASTER, Case
+from qwen3f.plan.hardware import Hardware
+from qwen3f.plan.memory import Leaf
+
+BACKWARD_ATTENTION = 2.5  # times the forward's FLOPs: five products instead of two
+MERGED = 27.0  # bytes that an element of attention's output costs at a step of the ring: casts to float32 and sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """FLOPs by kind of product, and bytes read and written otherwise."""
+
+    products: float = 0.0
+    grouped: float = 0.0
+    attention_forward: float = 0.0
+    attention_backward: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+    def __mul__(self, factor: float) -> "Work":
+        return Work(*(a * factor for a in dataclasses.astuple(self)))
+
+    def seconds(self, hardware: Hardware) -> float:
+        return (
+            self.products / hardware.products
+            + self.grouped / hardware.grouped
+            + self.attention_forward / hardware.attention_forward
+            + self.attention_backward / hardware.attention_backward
+            + self.bytes / hardware.copy
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """Work of a micro-batch, three ways. backward_input includes what is recomputed."""
+
+    forward: Work
+    backward_input: Work
+    backward_weight: Work
+
+
+def layer(setup: Case, sparse: bool) -> Pass:
+    """One layer, dense or with experts."""
+    cfg, size = setup.model, setup.itemsize
+    n, stream = setup.tokens, setup.tokens_tp * cfg.hidden_size
+    q, kv = setup.heads * cfg.head_dim, setup.kv_heads * cfg.head_dim
+    matrices = cfg.hidden_size * (2 * q + 2 * kv)
+    # forward, backward, in elements: two norms and two sums of the residual stream, norm and rotation of q and k
+    elements = [9 * stream + 2 * n * (q + kv), 12 * stream + 3 * n * (q + kv)]
+    grouped = 0.0
+    if sparse:
+        rows, width = setup.expert_rows, setup.expert_width
+        grouped = 2.0 * rows * 3 * cfg.hidden_size * width
+        matrices += cfg.hidden_size * cfg.num_experts
+        routing = n * cfg.num_experts * 8  # the router's softmax and top k, in float32
+        elements[0] += 4 * rows * width + 2 * rows * cfg.hidden_size + routing
+        elements[1] += 9 * rows * width + 2 * rows * cfg.hidden_size + routing
+    else:
+        matrices += 3 * cfg.hidden_size * setup.width
+        elements[0] += 3 * n * setup.width
+        elements[1] += 5 * n * setup.width
+    products = Work(products=2.0 * n * matrices, grouped=grouped)
+    scores = 2.0 * n * q * setup.seq_len  # two products over all keys, half of them masked
+    merging = Work(bytes=MERGED * setup.mesh.cp * n * q if setup.mesh.cp > 1 else 0.0)
+    forward = products + merging + Work(attention_forward=scores, bytes=elements[0] * size)
+    back = products + merging + Work(attention_backward=BACKWARD_ATTENTION * scores, bytes=elements[1] * size)
+    again = {"none": Work(), "selective": Work(bytes=elements[0] * size), "full": forward}
+    return Pass(forward, back + again[cfg.gradient_checkpointing], products)
+
+
+def embedding(setup: Case) -> Pass:
+    """The lookup, and the scatter of its gradient into a zeroed table."""
+    stream = setup.tokens * setup.model.hidden_size
+    table = setup.vocabulary * setup.model.hidden_size
+    return Pass(Work(bytes=2.0 * stream * setup.itemsize), Work(), Work(bytes=(2.0 * stream + table) * setup.itemsize))
+
+
+def head(setup: Case) -> Pass:
+    """Final norm, head and loss. On a whole vocabulary the forward makes the gradients; shards compute logits twice."""
+    logits = setup.tokens * setup.vocabulary
+    product = Work(products=2.0 * logits * setup.model.hidden_size)
+    norm = Work(bytes=2.0 * setup.tokens_tp * setup.model.hidden_size * setup.itemsize)
+    softmax = Work(bytes=2.0 * logits * setup.itemsize)
+    read = Work(bytes=1.0 * logits * setup.itemsize)
+    if setup.mesh.tp == 1:
+        return Pass(norm + product * 3 + softmax + read, norm * 2, Work())
+    return Pass(norm + product + read, norm * 2 + product * 2 + softmax, product)
+
+
+def update(setup: Case, table: Sequence[Leaf]) -> Work:
+    """Everything once a step over a rank's parameters: casts, sums of gradients, their norm, the optimizer.
+
+    Muon's products are not counted: it is charged as AdamW is.
+    """
+    total = 0.0
+    for leaf in table:
+        size = leaf.itemsize
+        cast = MASTER + size if size != MASTER else 0
+        if setup.microbatches == 1:
+            gradients = 2 * size + 2 * size  # stacked; read for the norm and by the update
+        else:
+            gradients = setup.microbatches * (2 * MASTER + size) + 2 * MASTER
+        total += leaf.elements * (cast + gradients + 6 * MASTER)
+    return Work(bytes=total)

@@ -1,0 +1,244 @@
+"""From a configuration to the checked, typed objects that a run is made of. No effects, nothing read but the config."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+
+from qwen3f import model
+from qwen3f.config import ModelConfig
+from qwen3f.data.corpus import DataConfig
+from qwen3f.errors import UserError
+from qwen3f.stages import pretrain
+from qwen3f.train import optimizer
+from qwen3f.train.guards.spikes import SpikePolicy
+from qwen3f.train.schedule import Schedule
+from sharding import rules
+from sharding.axes import Axes, sizes_only
+from sharding.layout import Layout, find_gather_dtype
+from sharding.mesh import hybrid, parse_mesh
+from sharding.pipeline import schedule as pipeline
+from sharding.pipeline.cut import Pipeline
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run, decided. config holds the plain numbers (steps, batch_size, …), already checked."""
+
+    config: ConfigDict
+    model: ModelConfig
+    optimizer: optimizer.AdamW
+    schedule: Schedule
+    context_warmup_steps: int  # with attention over config.context_warmup.length tokens
+    spikes: SpikePolicy
+    execution: model.Execution
+    data: DataConfig
+    device: torch.device
+    compute_dtype: torch.dtype
+    layout: Layout  # whose axes have sizes alone, until there are ranks: `on`
+
+    def on(self, axes: Axes) -> "Plan":
+        """The plan as a rank has it that stands at a place of the mesh. UserError when that is another mesh."""
+        if axes.shape != self.layout.axes.shape:
+            raise UserError(
+                f"config.mesh={self.config.mesh} asks for {self.layout.axes.shape.size} devices and there are "
+                f"{axes.shape.size} ranks; start the run by launch.py"
+            )
+        return dataclasses.replace(self, layout=dataclasses.replace(self.layout, axes=axes))
+
+
+def make_plan(config: ConfigDict, devices: int | None = None) -> Plan:
+    """Raises UserError, naming key and value, for anything that cannot run. devices: for a mesh that fills them."""
+    for key in (
+        "steps",
+        "batch_size",
+        "microbatches",
+        "seq_len",
+        "log_every",
+        "eval.batch_size",
+        "spike.window",
+        "collective_timeout",
+    ):
+        _at_least(config, key, 1)
+    for key in (
+        "eval.every",
+        "eval.max_docs",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "checkpoint.keep_every",
+        "checkpoint.keep_best",
+        "checkpoint.timeout",
+        "spike.threshold",
+        "spike.rollbacks",
+        "sample.tokens",
+        "context_warmup.length",
+        "nonfinite_skips",
+        "restarts",
+        "watchdog",
+    ):
+        _at_least(config, key, 0)
+    if config.batch_size % config.microbatches:
+        raise UserError(
+            f"config.batch_size={config.batch_size} cannot be cut into config.microbatches={config.microbatches} equal "
+            "parts; make batch_size a multiple"
+        )
+    cfg = ModelConfig.from_dict(config.model.to_dict())
+    if config.seq_len > cfg.max_position_embeddings:
+        raise UserError(
+            f"config.seq_len={config.seq_len} exceeds config.model.max_position_embeddings="
+            f"{cfg.max_position_embeddings}; shorten the one or raise the other"
+        )
+    if config.context_warmup.length and config.data.cross_documents:
+        raise UserError("config.context_warmup.length has no effect with config.data.cross_documents=True; choose one")
+    if config.checkpoint.on_failure not in ("stop", "go_on"):
+        raise UserError(f"config.checkpoint.on_failure={config.checkpoint.on_failure!r}: write stop or go_on")
+    if config.checkpoint.keep_best and config.checkpoint.best_metric.startswith("val_") and not config.eval.every:
+        raise UserError(
+            f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs config.checkpoint.best_metric="
+            f"{config.checkpoint.best_metric}, which config.eval.every=0 measures only at the end; write how many steps"
+        )
+    device = find_device(config.device)
+    compute_dtype = find_dtype(config.dtype, device)
+    layout = find_layout(config, devices, compute_dtype)
+    execution = model.Execution(find_compile_mode(config.compile, device), config.attention)
+    hyper = optimizer.make(**config.optimizer.to_dict())
+    _check_recomputation(cfg, execution.compile)
+    _check_graph(config, device, compute_dtype)
+    _check_mesh(config, cfg, hyper, execution, layout)
+    data = DataConfig(vocab_size=cfg.vocab_size, **config.data.to_dict())
+    return Plan(
+        config=config,
+        model=cfg,
+        optimizer=hyper,
+        schedule=_schedule(config),
+        context_warmup_steps=_steps(config, "context_warmup.steps") if config.context_warmup.length else 0,
+        spikes=SpikePolicy(**config.spike.to_dict()),
+        execution=execution,
+        data=data,
+        device=device,
+        compute_dtype=compute_dtype,
+        layout=layout,
+    )
+
+
+def find_layout(config: ConfigDict, devices: int | None, compute_dtype: torch.dtype) -> Layout:
+    """The layout of config.mesh, fsdp and pipeline, on axes that have sizes alone. Raises UserError."""
+    shape = hybrid(parse_mesh(config.mesh, devices), config.fsdp.shard_size, config.fsdp.enabled)
+    return Layout(
+        axes=sizes_only(shape),
+        fsdp=config.fsdp.enabled,
+        reshard=config.fsdp.reshard,
+        pipeline=Pipeline(**config.pipeline.to_dict()),
+        gather_dtype=find_gather_dtype(config.fsdp.reduce, compute_dtype),
+    )
+
+
+def _check_mesh(
+    config: ConfigDict, cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execution, layout: Layout
+) -> None:
+    """What no rank could run, as long as there is none."""
+    shape = layout.axes.shape
+    layout.place(cfg)
+    rules.check_batch(shape, config.batch_size, config.seq_len, config.microbatches)
+    if shape.pp > 1:
+        pipeline.check(cfg, layout.pipeline, execution, shape.pp, config.microbatches)
+    pretrain.check_mesh(cfg, hyper, execution, layout)
+    try:
+        rules.check_batch(shape, config.eval.batch_size, config.seq_len, evaluation_parts(config, layout.axes))
+    except UserError as error:
+        raise UserError(
+            f"config.eval.batch_size={config.eval.batch_size} on config.mesh={config.mesh}: {error}"
+        ) from None
+    if shape.size > 1 and config.checkpoint.backend == "dcp":
+        raise UserError("config.checkpoint.backend=dcp saves one device's state; write orbax for a mesh")
+
+
+def evaluation_parts(config: ConfigDict, axes: Axes) -> int:
+    """Parts in which a rank's rows of an evaluation's batch pass: under pp several, since its ranks work at the same
+    time on different ones."""
+    _, sharing = axes.rows
+    return math.gcd(config.eval.batch_size // sharing, config.microbatches) if axes.pp.size > 1 else 1
+
+
+def _at_least(config: ConfigDict, key: str, low: int) -> None:
+    if (value := _get(config, key)) < low:
+        raise UserError(f"config.{key} must be at least {low}, got {value}")
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    return functools.reduce(lambda section, name: section[name], key.split("."), config)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that config.device names: auto, cpu or cuda. Raises UserError for any other, or if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"config.device={name!r} is not a device; write auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"config.device={name!r}: write auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"config.device={name!r}, but torch sees no CUDA device; write auto or cpu")
+    return device
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype that config.dtype names; auto is bfloat16 on CUDA, else float32. Raises UserError."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"config.dtype={name!r}: write auto, {' or '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def find_compile_mode(mode: str, device: torch.device) -> str:
+    """The mode that config.compile names; auto is block on CUDA, else off."""
+    return mode if mode != "auto" else "block" if device.type == "cuda" else "off"
+
+
+def _check_graph(config: ConfigDict, device: torch.device, compute_dtype: torch.dtype) -> None:
+    """torch 2.11's compiler takes a random state that efficient attention keeps on the CPU for one on the device, and
+    writes other results of the graph there: "CUDA driver error: invalid argument"."""
+    own = config.attention in ("flash", "reference")
+    if config.compile == "step" and device.type == "cuda" and compute_dtype == torch.float32 and not own:
+        raise UserError(
+            f"config.compile=step with config.dtype=float32 on CUDA and config.attention={config.attention}: torch's "
+            "efficient attention can't be part of that graph; write --config.attention=flash or --config.compile=block"
+        )
+
+
+def _check_recomputation(cfg: ModelConfig, compile_mode: str) -> None:
+    """What torch 2.13 fails at, with an error of its own that says nothing to a user; torch 2.11 can."""
+    policy, recent = cfg.gradient_checkpointing, torch.__version__ >= (2, 13)
+    if recent and compile_mode == "step" and (policy == "full" or (policy == "selective" and cfg.sparse_layers)):
+        raise UserError(
+            f"config.compile=step with config.model.gradient_checkpointing={policy}: torch {torch.__version__} can't "
+            "compile this model's recomputation into one graph; write --config.compile=block"
+        )
+
+
+def _schedule(config: ConfigDict) -> Schedule:
+    s = config.schedule
+    return Schedule(
+        kind=s.kind,
+        peak=s.peak_lr,
+        total_steps=config.steps,
+        warmup_steps=_steps(config, "schedule.warmup"),
+        min_lr=s.peak_lr * s.min_ratio,
+        decay_steps=_steps(config, "schedule.decay") if s.kind == "wsd" else 0,
+        decay_shape=s.decay_shape,
+    )
+
+
+def _steps(config: ConfigDict, key: str) -> int:
+    """A share of the run below 1, a number of steps from 1 on."""
+    _at_least(config, key, 0)
+    value = _get(config, key)
+    return int(value * config.steps) if value < 1 else int(value)

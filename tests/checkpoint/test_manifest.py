@@ -1,0 +1,144 @@
+"""Damage to a checkpoint is named, at rest and on the way back into training."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from ml_collections import ConfigDict
+
+from qwen3f.checkpoint import inspect, manifest
+from qwen3f.checkpoint.checkpointer import Checkpointer
+from qwen3f.checkpoint.manifest import DamagedCheckpoint
+from qwen3f.errors import UserError
+
+
+@pytest.fixture
+def saved(tmp_path):
+    state = {"params": {"w": torch.arange(5000.0), "b": torch.ones(3, dtype=torch.bfloat16)}, "step": torch.tensor(7)}
+    with Checkpointer(tmp_path / "checkpoints", 0, 0) as checkpoints:
+        checkpoints.save(7, state, {"config": {"stage": "pretrain", "seed": 3}})
+    return tmp_path
+
+
+def payload(directory):
+    """The largest file: the leaves' values."""
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGE = {
+    "flip": (flip, "the checksum of .* is not the one"),
+    "truncate": (truncate, "bytes instead of"),
+    "remove": (lambda path: path.unlink(), "is missing"),
+    "add": (lambda path: path.with_name("more").write_text("x"), r"more is not in its manifest\.json"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_every_kind_of_damage_is_named(saved, kind):
+    place = saved / "checkpoints" / "7"
+    assert manifest.verify(place) >= 3
+    harm, words = DAMAGE[kind]
+    harm(payload(place))
+    with pytest.raises(DamagedCheckpoint, match=words):
+        manifest.verify(place)
+    with Checkpointer(saved / "checkpoints", 0, 0) as checkpoints, pytest.raises(DamagedCheckpoint, match=words):
+        checkpoints.restore(
+            {"params": {"w": torch.empty(5000), "b": torch.empty(3).bfloat16()}, "step": torch.tensor(0)}
+        )
+    with pytest.raises(UserError, match=words):
+        inspect.run(ConfigDict({"path": str(saved), "verify": True, "backend": "orbax"}), saved)
+
+
+def test_every_single_file_counts(saved):
+    place = saved / "checkpoints" / "7"
+    for path in [p for p in place.rglob("*") if p.is_file() and p.stat().st_size]:
+        before = path.read_bytes()
+        flip(path)
+        with pytest.raises(DamagedCheckpoint):
+            manifest.verify(place)
+        path.write_bytes(before)
+    manifest.verify(place)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"files": 3}', '{"files": {"a": 1}}'])
+def test_a_broken_manifest_is_damage(saved, content):
+    place = saved / "checkpoints" / "7"
+    (place / "manifest.json").write_text(content)
+    with pytest.raises(DamagedCheckpoint):
+        manifest.verify(place)
+
+
+@pytest.mark.parametrize("name", ["../../secret", "{root}/secret", "state/../../../secret"])
+def test_names_in_a_manifest_lead_nowhere(saved, name):
+    place, name = saved / "checkpoints" / "7", name.format(root=saved)
+    values = json.loads((place / "manifest.json").read_text())
+    (saved / "secret").write_text("x")
+    values["files"][name] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    (place / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(DamagedCheckpoint, match="secret in its manifest.json leads out of the checkpoint"):
+        manifest.verify(place)
+
+
+@pytest.mark.parametrize("what", ["file", "directory"])
+def test_a_symbolic_link_is_not_followed(saved, what):
+    """Even where it leads to the very content that the manifest tells."""
+    place = saved / "checkpoints" / "7"
+    inside = payload(place) if what == "file" else place / "state"
+    inside.rename(saved / "elsewhere")
+    inside.symlink_to(saved / "elsewhere")
+    with pytest.raises(DamagedCheckpoint, match=f"{inside.name} is no file or directory of its own"):
+        manifest.verify(place)
+
+
+def test_a_checkpoint_without_a_manifest_is_damaged(saved):
+    """A step's number stands for a checkpoint that had one."""
+    (saved / "checkpoints" / "7" / "manifest.json").unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json cannot be read \(there is no file"):
+        manifest.verify(saved / "checkpoints" / "7")
+
+
+def test_sizes_are_compared_before_anything_is_read(saved, monkeypatch):
+    place = saved / "checkpoints" / "7"
+    truncate(payload(place))
+    monkeypatch.setattr(manifest, "_sha256", lambda path: 1 / 0)
+    with pytest.raises(DamagedCheckpoint, match="bytes instead of"):
+        manifest.verify(place)
+
+
+@pytest.mark.parametrize("metrics", [3, {"loss": "low"}, {"loss": None}])
+def test_metrics_that_are_no_numbers_are_damage(saved, metrics):
+    place = saved / "checkpoints" / "7"
+    values = json.loads((place / "manifest.json").read_text())
+    (place / "manifest.json").write_text(json.dumps(values | {"metrics": metrics}))
+    with pytest.raises(DamagedCheckpoint, match="not names and numbers"):
+        manifest.metrics(place)
+
+
+def test_inspect_says_what_is_there(saved, capsys):
+    config = ConfigDict({"path": str(saved / "checkpoints" / "7"), "verify": True, "backend": "orbax"})
+    lines = inspect.run(config, saved)
+    assert capsys.readouterr().out == "\n".join(lines) + "\n"
+    text = "\n".join(lines)
+    for words in ("params.w  [5000] float32", "params.b  [3] bfloat16", "params: 2 leaves, 20,006 bytes", "seed 3",
+                  "checkpoints of steps [7]; this is 7", "every checksum as written"):  # fmt: skip
+        assert words in text
+    unread = inspect.run(ConfigDict({"path": str(saved), "verify": False, "backend": "orbax"}), saved)
+    assert unread[:-1] == lines[:-1]
+    assert "not checked" in unread[-1]
+
+
+@pytest.mark.parametrize("path, words", [("", "config.path is missing"), ("nowhere", "no nowhere/checkpoints")])
+def test_inspect_names_what_is_missing(path, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        inspect.run(ConfigDict({"path": path, "verify": True, "backend": "orbax"}), tmp_path)

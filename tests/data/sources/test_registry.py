@@ -1,0 +1,189 @@
+"""Directories of text: what is read from each format, the split, and an error for each kind of broken file."""
+
+import os
+from collections import Counter
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from qwen3f.data.sources import registry as sources
+from qwen3f.data.sources.registry import Document, open_source
+from qwen3f.errors import UserError
+
+
+def _read(source, split="train", counts=None):
+    return list(source.documents(split, counts))
+
+
+def _open(tmp_path, **options):
+    return open_source(f"files@{tmp_path / 'corpus'}", **{"holdout": 0.0, **options})
+
+
+def test_all_formats_in_path_order(tmp_path, write_jsonl, write_parquet):
+    jsonl = write_jsonl([{"text": "one"}, {"text": "two\n▁"}], "b.jsonl")
+    with jsonl.open("a") as file:
+        file.write("\n")  # a blank last line is no row
+    parquet = write_parquet({"text": ["p1", "p2", "p3"], "id": [1, 2, 3]}, "a.parquet")
+    text = tmp_path / "corpus" / "deep" / "er" / "c.TXT"
+    text.parent.mkdir(parents=True)
+    text.write_bytes(b"line\r\n\r\nend")
+    (tmp_path / "corpus" / "readme.md").write_text("not read")
+    (tmp_path / "corpus" / ".hidden.txt").write_text("not read")
+    (tmp_path / "corpus" / ".git").mkdir()
+    (tmp_path / "corpus" / ".git" / "x.txt").write_text("not read")
+    assert _read(_open(tmp_path)) == [
+        Document("p1", f"{parquet}:1"),
+        Document("p2", f"{parquet}:2"),
+        Document("p3", f"{parquet}:3"),
+        Document("one", f"{jsonl}:1"),
+        Document("two\n▁", f"{jsonl}:2"),
+        Document("line\r\n\r\nend", str(text)),
+    ]
+    same = open_source("files", root=str(tmp_path / "corpus"), holdout=0.0)
+    assert _read(same) == _read(_open(tmp_path))
+
+
+def test_large_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "TEXT_FILE_PART_BYTES", 100)
+    path = tmp_path / "corpus" / "x.txt"
+    path.parent.mkdir()
+    content = "".join(f"zeile é {i}\n" for i in range(100)) + "end"
+    path.write_text(content)
+    documents = _read(_open(tmp_path))
+    assert "".join(d.text for d in documents) == content
+    assert len(documents) > 8
+    assert all(d.text.endswith("\n") for d in documents[:-1])
+    line = 1 + documents[0].text.count("\n")
+    assert documents[1].name == f"{path}:{line}"
+    path.write_bytes(content.encode() + b"\xff")
+    with pytest.raises(UserError, match=f"x.txt is not UTF-8 at byte {len(content.encode())}: convert"):
+        _read(_open(tmp_path))
+
+
+def test_null_and_empty_rows_are_counted(tmp_path, write_jsonl, write_parquet):
+    write_jsonl([{"text": None}, {"text": ""}, {"text": "a"}])
+    write_parquet({"text": ["b", None, "", "c"]})
+    (tmp_path / "corpus" / "empty.txt").write_text("")
+    counts = Counter()
+    assert [d.text for d in _read(_open(tmp_path), counts=counts)] == ["a", "b", "c"]
+    assert counts == {"empty_rows": 5}
+
+
+def test_split_is_by_text_disjoint_and_stable(tmp_path, write_jsonl):
+    rows = [{"text": f"document {i % 150}"} for i in range(300)]  # each text twice
+    write_jsonl(rows)
+    source = _open(tmp_path, holdout=0.2)
+    train, heldout = ([d.text for d in _read(source, split)] for split in ("train", "heldout"))
+    assert sorted(train + heldout) == sorted(row["text"] for row in rows)
+    assert not set(train) & set(heldout)
+    assert 15 <= len(set(heldout)) <= 45  # 30 ± 4.9
+    assert heldout[:3] == ["document 15", "document 26", "document 27"]  # the same on every machine
+
+
+def test_fingerprint_follows_files_and_options(tmp_path, write_jsonl):
+    path = write_jsonl([{"text": "a"}])
+    seen = [_open(tmp_path).fingerprint("train")]
+    assert _open(tmp_path).fingerprint("train") == seen[0]
+    seen.append(_open(tmp_path).fingerprint("heldout"))
+    seen.append(_open(tmp_path, text_key="body").fingerprint("train"))
+    seen.append(_open(tmp_path, holdout=0.5).fingerprint("train"))
+    os.utime(path, ns=(1, 1))
+    seen.append(_open(tmp_path).fingerprint("train"))
+    path.rename(path.with_name("other.jsonl"))
+    seen.append(_open(tmp_path).fingerprint("train"))
+    assert len(set(seen)) == 6
+
+
+@pytest.mark.parametrize(
+    "mixture, hint",
+    [
+        ("embeded", "did you mean 'embedded'?"),
+        ("file@x", "did you mean 'files'?"),
+        ("c4", "there are 'embedded', 'reasoning' and 'files@DIR'"),
+        ("resoning", "did you mean 'reasoning'?"),
+        ("embedded@x", "did you mean 'embedded'?"),
+    ],
+)
+def test_unknown_mixture(mixture, hint):
+    with pytest.raises(UserError) as error:
+        open_source(mixture)
+    assert str(error.value).startswith(f"Unknown data.mixture {mixture!r}")
+    assert hint in str(error.value)
+
+
+def test_directory_errors(tmp_path):
+    with pytest.raises(UserError, match=r"There is no directory .*absent: give data.mixture=files@DIR"):
+        open_source(f"files@{tmp_path / 'absent'}")
+    with pytest.raises(UserError, match=r"No .txt, .jsonl, .parquet file lies below"):
+        open_source(f"files@{tmp_path}")
+    file = tmp_path / "x.txt"
+    file.write_text("a")
+    with pytest.raises(UserError, match=f"x.txt is a file: give .* data.mixture=files@{tmp_path}"):
+        open_source(f"files@{file}")
+    for mixture, root in (("files", ""), ("files@", ""), (f"files@{tmp_path}", str(tmp_path))):
+        with pytest.raises(UserError, match=r"must name one directory: write data.mixture=files@DIR"):
+            open_source(mixture, root=root)
+    for holdout in (-0.1, 1.0):
+        with pytest.raises(UserError, match=f"data.holdout is {holdout}: give a share"):
+            open_source("embedded", holdout=holdout)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"text": "a"', r"x.jsonl:2 is not valid JSON \(.* at character 1[23]\): write one object a line"),
+        (b'["text"]', r"x.jsonl:2 is a JSON list: write an object like"),
+        (b'{"body": "a", "id": 1}', r"x.jsonl:2 has no key 'text'; it has 'body', 'id': set data.text_key"),
+        (b"{}", r"x.jsonl:2 has no key 'text'; it has none"),
+        (b'{"text": 5}', r"x.jsonl:2 has a value of type int under 'text': write a string or null"),
+        (b'{"text": "\xe9"}', r"x.jsonl:2 is not UTF-8 at byte 10 of the line"),
+        (b'{"text": "ab\\ud800"}', r"x.jsonl:2 holds the lone surrogate U\+D800 at character 2: remove it"),
+    ],
+)
+def test_broken_jsonl_names_file_and_line(tmp_path, line, message):
+    path = tmp_path / "corpus" / "x.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(UserError, match=message):
+        _read(_open(tmp_path))
+
+
+def test_broken_text_names_the_byte(tmp_path):
+    path = tmp_path / "corpus" / "x.txt"
+    path.parent.mkdir()
+    path.write_bytes(b"abc\n\xe9\n")
+    with pytest.raises(UserError, match=r"x.txt is not UTF-8 at byte 4: convert the file to UTF-8"):
+        _read(_open(tmp_path))
+
+
+def test_parquet_errors(tmp_path, write_parquet):
+    path = write_parquet({"body": ["a"], "id": [1]})
+    with pytest.raises(UserError, match=r"rows.parquet has no column 'text'; it has 'body', 'id': set data.text_key"):
+        _read(_open(tmp_path))
+    assert [d.text for d in _read(_open(tmp_path, text_key="body"))] == ["a"]
+    with pytest.raises(UserError, match=r"rows.parquet:1 has a value of type int under 'id'"):
+        _read(_open(tmp_path, text_key="id"))
+    content = path.read_bytes()
+    for broken in (content[:-20], content[:3], b""):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"rows.parquet is no complete parquet file \(.+\): copy or write it again"):
+            _read(_open(tmp_path, text_key="body"))
+
+
+def test_parquet_with_bytes_that_are_no_utf8(tmp_path):
+    path = tmp_path / "corpus" / "x.parquet"
+    path.parent.mkdir()
+    column = pyarrow.array([b"fine", b"ab\xff"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(UserError, match=r"x.parquet:2 is not UTF-8 at byte 2 of the row"):
+        _read(_open(tmp_path))
+
+
+def test_parquet_streams_over_row_groups(tmp_path, write_parquet, monkeypatch):
+    monkeypatch.setattr(sources, "_PARQUET_ROWS", 3)
+    texts = [f"row {i}" for i in range(20)]
+    path = write_parquet({"text": pyarrow.array(texts, pyarrow.large_string())})
+    documents = _read(_open(tmp_path))
+    assert [d.text for d in documents] == texts
+    assert documents[-1].name == f"{path}:20"

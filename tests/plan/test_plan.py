@@ -1,0 +1,337 @@
+"""Plans of meshes: against measured steps, torch's schedules and DTensor, the model's FLOP count, and counted calls."""
+
+import io
+import itertools
+import math
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.distributed.pipelining import schedules as torch_schedules
+
+from qwen3f import cli, presets
+from qwen3f.errors import UserError
+from qwen3f.model import Execution
+from qwen3f.plan import schedule as S
+from qwen3f.plan import work
+from qwen3f.plan.case import Case, from_config
+from qwen3f.plan.hardware import TABLE, parse_hardware
+from qwen3f.plan.make import by_policy, make
+from qwen3f.plan.memory import leaves, state_bytes
+from qwen3f.plan.picture import mesh_png, timeline_png
+from qwen3f.plan.text import bytes_of, render
+from qwen3f.plan.traffic import members
+from qwen3f.train import optimizer
+from qwen3f.train.metrics import flops_per_token
+from qwen3f.train.state import init_state
+from sharding.mesh import parse_mesh
+from sharding.pipeline.cut import Pipeline
+
+H100 = TABLE["h100"]
+
+
+def setup(preset="debug", mesh="", batch=8, length=256, model=None, **options):
+    cfg = presets.get(preset).replace(**(model or {}))
+    return Case(cfg, parse_mesh(mesh), batch, length, options.pop("hardware", H100), **options)
+
+
+@pytest.mark.parametrize("preset, kind", [("debug", "adamw"), ("debug_moe", "adamw"), ("nano", "muon")])
+def test_state_of_one_device_is_exact(preset, kind):
+    hyper, small = optimizer.make(kind), {"num_hidden_layers": 2, "vocab_size": 64}
+    state = init_state(presets.get(preset).replace(**small), 0, hyper)
+    there = [sum(x.nbytes for x in tree.values()) for tree in (state.params, state.opt.m, state.opt.v)]
+    here = setup(preset, model=small, hyper=hyper)
+    assert state_bytes(here, leaves(here)) == (there[0], there[1] + there[2])
+
+
+# -- placements and work over a mesh -----------------------------------------------------------------------------------
+
+MESHES = ("dp2", "dr2", "tp2", "cp2", "ep2", "pp2", "dp3,cp2", "dp2,tp2,pp2", "dp2,ep2,cp2,tp2,pp2", "pp3", "dp4,tp4")
+MESHES += ("dr3,dp2,tp2", "dr3,dp2,ep2,pp2")
+# five layers: the last of two or three stages is padded
+MESHED = {"batch": 48, "length": 384, "microbatches": 4, "model": {"num_hidden_layers": 5}}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("preset", ["debug", "debug_moe"])
+def test_shards_of_all_ranks_make_the_whole(preset, mesh):
+    """Elements of a leaf, times the ranks, over those that hold a copy: its size, but for the pipeline's padding."""
+    at = setup(preset, mesh, **MESHED)
+    size = at.mesh.size
+    for leaf in leaves(at):
+        copies = math.prod(getattr(at.mesh, axis) for axis in leaf.replicated)
+        padded = list(leaf.shape)
+        if leaf.stacked:
+            padded[0] = at.cut.height * at.mesh.pp
+        assert leaf.elements * size == math.prod(padded) * copies, leaf.path
+        whole = math.prod(leaf.local_shape) // (leaf.local_shape[0] if leaf.stacked else 1)
+        assert leaf.gathered == whole * math.prod(getattr(at.mesh, axis) for axis in leaf.fsdp)
+
+
+@pytest.mark.parametrize("mesh", ["", *MESHES])
+@pytest.mark.parametrize("preset", ["debug", "debug_moe"])
+def test_products_of_all_ranks_are_the_models(preset, mesh):
+    """Forward and backward products of a step, all ranks: 6 FLOPs a parameter and token, as flops_per_token counts.
+
+    Key/value heads that tp replicates and logits that a cut vocabulary computes twice come on top, exactly.
+    """
+    at = setup(preset, mesh, **MESHED)
+    cfg, mesh = at.model, at.mesh
+    layers = [work.layer(at, cfg.is_sparse(layer)) for layer in range(cfg.num_hidden_layers)]
+    passes = [*layers, work.head(at)]
+    done = [w for p in passes for w in (p.forward, p.backward_input, p.backward_weight)]
+    ranks = mesh.size // mesh.pp  # a layer is on one pipeline rank
+    products = ranks * at.microbatches * sum(w.products + w.grouped for w in done)
+    tokens = at.batch_size * at.seq_len
+    wanted = 6.0 * cfg.matmul_params() * tokens
+    if mesh.tp > 1:
+        wanted += 2.0 * cfg.vocab_size * cfg.hidden_size * tokens
+    copies = at.kv_heads * mesh.tp - cfg.num_key_value_heads
+    wanted += 6.0 * cfg.num_hidden_layers * 2 * copies * cfg.head_dim * cfg.hidden_size * tokens
+    if cfg.num_experts:  # every rank of tp routes all tokens
+        wanted += 6.0 * (mesh.tp - 1) * len(cfg.sparse_layers) * cfg.num_experts * cfg.hidden_size * tokens
+    assert products == pytest.approx(wanted, rel=1e-12)
+    scores = ranks * at.microbatches * sum(w.attention_forward for w in done)
+    counted = tokens * (flops_per_token(cfg, at.seq_len) - 6.0 * cfg.matmul_params())
+    assert scores * 3 == pytest.approx(counted, rel=1e-12)
+
+
+# -- pipelines ---------------------------------------------------------------------------------------------------------
+
+
+KINDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+
+
+def torchs_order(name, ranks, stages, microbatches):
+    cls = {
+        "interleaved": torch_schedules.ScheduleInterleaved1F1B,
+        "zero_bubble": torch_schedules.ScheduleInterleavedZeroBubble,
+        "zbv": torch_schedules.ScheduleZBVZeroBubble,
+    }[name]
+    of = SimpleNamespace(
+        n_local_stages=stages,
+        num_stages=stages * ranks,
+        pp_group_size=ranks,
+        _n_microbatches=microbatches,
+        microbatches_per_round=microbatches // max(1, microbatches // ranks),
+    )
+    return [
+        [
+            (KINDS[action.computation_type.name], action.stage_index, action.microbatch_index)
+            for action in cls._calculate_single_rank_operations(of, rank)
+            if action is not None
+        ]
+        for rank in range(ranks)
+    ]
+
+
+@pytest.mark.parametrize("name", ["interleaved", "zero_bubble"])
+@pytest.mark.parametrize(
+    "ranks, stages, microbatches", [(2, 1, 2), (4, 1, 8), (4, 2, 8), (3, 3, 8), (2, 2, 6), (4, 2, 3)]
+)
+def test_orders_are_torchs(name, ranks, stages, microbatches):
+    stages = 2 if name == "zbv" else stages
+    ours = S.orders(name, ranks, stages, microbatches)
+    got = [[(a.kind, a.stage, a.microbatch) for a in actions] for actions in ours]
+    assert got == torchs_order(name, ranks, stages, microbatches)
+
+
+@given(ranks=st.integers(1, 6), more=st.integers(0, 9))
+def test_1f1b_alternates_as_torchs(ranks, more):
+    """Of Schedule1F1B torch's own list has the kinds right, but numbers the last rank's micro-batches from 1."""
+    microbatches = ranks + more
+    of = SimpleNamespace(_num_stages=ranks, _n_microbatches=microbatches)
+    order = S.orders("1f1b", ranks, 1, microbatches)
+    for rank, actions in torch_schedules.Schedule1F1B._get_pipeline_order(of).items():
+        kinds = [KINDS[a.computation_type.name] for a in actions if a and a.computation_type.name in KINDS]
+        assert [action.kind for action in order[rank]] == kinds
+        for kind in "FB":
+            assert [a.microbatch for a in order[rank] if a.kind == kind] == list(range(microbatches))
+    timeline = S.simulate(order, *[[1.0] * ranks] * 3)
+    assert timeline.in_flight == tuple(range(ranks, 0, -1))
+
+
+@given(
+    ranks=st.integers(1, 6),
+    more=st.integers(0, 5),
+    times=st.tuples(*[st.floats(0.1, 2.0)] * 3),
+)
+def test_bubble_of_equal_stages_is_the_papers(ranks, more, times):
+    """(p−1)(F+I+W) for 1F1B (Narayanan et al. 2021), whatever the durations; the tolerance is rounding's."""
+    microbatches = ranks * (1 + more)
+    timeline = S.simulate(S.orders("1f1b", ranks, 1, microbatches), *([t] * ranks for t in times))
+    assert timeline.bubble == pytest.approx(S.ideal_bubble("1f1b", ranks, 1, microbatches, *times), abs=1e-9)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_interleaving_and_zero_bubble_shrink_it(stages):
+    """Equal F, I and W (I+W together twice F, as of products): the papers' figures, exactly."""
+    times = [1.0] * 4 * stages
+    name = "interleaved" if stages > 1 else "1f1b"
+    interleaved = S.simulate(S.orders(name, 4, stages, 8), times, times, times)
+    zero = S.simulate(S.orders("zero_bubble", 4, stages, 8), times, times, times)
+    total = 3.0 * stages * 8
+    assert interleaved.seconds == pytest.approx(total + 3 * 3.0)  # (p−1)(F+I+W) of a stage
+    assert zero.seconds <= total + 3 * 3.0 - 3
+    if stages == 1:
+        assert zero.seconds == pytest.approx(total + 3 * 1.0)  # ZB-H1: (p−1)(F+I−W)
+        assert zero.bubble == pytest.approx(S.ideal_bubble("zero_bubble", 4, 1, 8, 1, 1, 1))
+    folded = S.simulate(S.orders("zbv", 4, 2, 8), *[[1.0] * 8] * 3)
+    assert folded.seconds == pytest.approx(3.0 * 2 * 8 + 3)  # a rank waits for the first micro-batch to arrive, no more
+    for timeline in (interleaved, zero, folded):
+        for slots in timeline.ranks:
+            assert all(a.end <= b.start + 1e-12 for a, b in itertools.pairwise(slots))
+
+
+def test_an_impossible_order_is_an_error():
+    order = [[S.Action("B", 0, 0), S.Action("F", 0, 0)]]
+    with pytest.raises(ValueError, match="deadlocks"):
+        S.simulate(order, [1.0], [1.0], [1.0])
+
+
+# -- nodes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mesh, axes, wanted",
+    [
+        ("dp8", ("dp",), (8, 8)),
+        ("dp16", ("dp",), (16, 8)),
+        ("dp8,tp2", ("dp",), (8, 4)),
+        ("dp8,tp2", ("tp",), (2, 2)),
+        ("dp8,tp8", ("dp",), (8, 1)),
+        ("dr2,dp8", ("dp",), (8, 8)),
+        ("dr2,dp8", ("dr",), (2, 1)),
+        ("dr2,dp2,tp2", ("dr", "dp"), (4, 4)),
+        ("pp4,dp2,tp2", ("pp",), (4, 2)),
+        ("pp4,dp8", ("pp",), (4, 1)),
+        ("dp4,cp2,tp2", ("dp", "cp"), (8, 4)),
+        ("tp3,dp4", ("tp",), (3, 1)),  # some of these groups lie on two nodes
+        ("tp3,dp2", ("tp",), (3, 3)),
+    ],
+)
+def test_who_shares_a_node(mesh, axes, wanted):
+    assert members(parse_mesh(mesh), H100, axes) == wanted
+
+
+# -- the whole plan ----------------------------------------------------------------------------------------------------
+
+LARGE = {"batch": 1024, "length": 4096, "microbatches": 16, "model": {"gradient_checkpointing": "full"}}
+
+
+@pytest.mark.parametrize("mesh", ["dp8,tp2,pp4", "dp64,tp2,pp4", "dp8,ep8,tp2,pp4"])
+def test_large_plans_in_seconds(mesh):
+    at, began = setup("large", mesh, **LARGE), time.perf_counter()
+    policies = by_policy(at)
+    text = render(plan := policies["full"], policies)
+    assert time.perf_counter() - began < 5.0
+    assert [len(at.cut.layers_of(i)) for i in range(4)] == [24, 24, 24, 22]
+    assert "94 layers in 4 stages of 24 (2 of them padding)" in text
+    assert all(leaf.local_shape[0] == 24 for leaf in plan.leaves if leaf.stacked)
+    assert {line.op for line in plan.collectives} >= {"gather", "reduce_scatter", "all_reduce", "send"}
+    kept = {policy: sum(size for _, size in p.memory[0].activations) for policy, p in policies.items()}
+    assert kept["full"] < min(kept["selective"], kept["none"])
+    assert kept["selective"] < kept["none"] or at.mesh.ep > 1  # what experts elsewhere gave is kept twice
+    assert 0 < plan.time.mfu < 0.75
+    parts = plan.time.compute + plan.time.exposed + plan.time.waiting + plan.time.update
+    assert parts == pytest.approx(plan.time.step)
+
+
+def test_the_first_stage_of_large_resolves_on_its_mesh():
+    config = cli.load_experiment("experiments/pretrain_s1.py:large")
+    config.mesh = "dp8,tp2,pp4"
+    plan = make(from_config(config))
+    assert plan.setup.mesh.size == 64
+    assert [len(slots) for slots in plan.timeline.ranks] == [16] * 4
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            {"mesh": "tp3", "length": 384, "model": {"vocab_size": 300}},
+            "q_proj.weight: dim 1 (8 heads) doesn't divide by tp=3",
+        ),
+        ({"mesh": "dp3"}, "batch_size 8 doesn't divide by dp=3"),
+        ({"mesh": "cp3"}, "cannot be cut over cp=3"),
+        ({"preset": "debug_moe", "mesh": "ep3", "batch": 9}, "(8 experts) doesn't divide by ep=3"),
+        ({"mesh": "pp4", "microbatches": 8, "model": {"num_hidden_layers": 5}}, "leaves a stage empty"),
+        (
+            {"preset": "debug_moe", "mesh": "pp2", "microbatches": 2, "model": {"decoder_sparse_step": 2}},
+            "every stage needs the same number of each",
+        ),
+        ({"mesh": "pp2"}, "config.microbatches=1 leaves ranks of pp2 without work; write at least 2"),
+        ({"mesh": "pp2", "microbatches": 3, "pipeline": Pipeline("interleaved", 2)}, "cut it into"),
+        ({"mesh": "dp2", "hyper": optimizer.Muon()}, "write optimizer.kind=adamw"),
+        ({"mesh": "dp2", "model": {"attention_dropout": 0.1}}, "set it to 0"),
+        ({"preset": "debug_moe", "mesh": "ep2", "execution": Execution("step")}, "write compile=block"),
+    ],
+)
+def test_what_does_not_divide_is_an_error_of_one_line(options, words):
+    with pytest.raises(UserError) as caught:
+        make(setup(**options))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("h10", "did you mean 'h100'?"),
+        ("h100,nodes=4", "unknown key 'nodes'; did you mean 'node'?"),
+        ("h100,node=2.5", "node='2.5' is not a whole number"),
+        ("h100,link=-1", "link='-1' is not a positive number"),
+        ("h100,link", "link='' is not a positive number"),
+    ],
+)
+def test_hardware_in_words(text, words):
+    with pytest.raises(UserError) as caught:
+        parse_hardware(text)
+    assert words in str(caught.value)
+
+
+def test_hardware_can_be_changed():
+    assert parse_hardware("h200") == TABLE["h200"]
+    got = parse_hardware("h100, node=4, products=6e14")
+    assert (got.node, got.products, got.copy) == (4, 6e14, H100.copy)
+    slow, fast = (make(setup(mesh="tp2", hardware=parse_hardware(f"h100,link={rate}"))) for rate in ("1e9", "1e12"))
+    assert slow.time.exposed > 10 * fast.time.exposed
+
+
+def test_bytes_in_words():
+    assert [bytes_of(x) for x in (0, 1023, 1536, 2**30, 5e15)] == ["0 B", "1023 B", "1.5 KiB", "1 GiB", "4.441 PiB"]
+
+
+def test_command_prints_and_draws(tmp_path, capsys):
+    """As launch.py calls it."""
+    config = cli.load_experiment("experiments/pretrain_s1.py:debug_moe")
+    config.mesh, config.plan, config.microbatches, config.seq_len = "dp2,ep2,tp2,pp2", True, 4, 256
+    cli.run_stage(config, tmp_path, False)
+    out = capsys.readouterr().out
+    for words in ("plan: 16 × h100", "rows of experts, forward", "[6, 8, 688, 256]", "bubble", "MFU", "timeline.png"):
+        assert words in out
+    plan = make(from_config(config))
+    for name, drawn in (("mesh.png", mesh_png(plan)), ("timeline.png", timeline_png(plan))):
+        with Image.open(tmp_path / "plan" / name) as image:
+            assert image.size == Image.open(io.BytesIO(drawn)).size
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 4  # not a blank page
+
+
+def test_without_devices_nothing_is_allocated():
+    """A plan of 235B parameters makes no tensor at all."""
+
+    class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            Counter.calls += isinstance(out, torch.Tensor)
+            return out
+
+    with Counter():
+        make(setup("large", "dp8,tp2,pp4", **LARGE))
+    assert Counter.calls == 0
