@@ -107,6 +107,21 @@ def lse_and_target(
     return _lse_and_target_op(hidden_ND, weight_VD, targets_N, vocab_start)
 
 
+@torch.no_grad()
+def lse_and_mean_logit(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """(log Σ exp(logits), Σ softmax · logits) of each token, float32 (float64 for float64); no gradients.
+
+    Their difference is the entropy of softmax, in nats. A chunk of tokens at a time, as all else here.
+    """
+    parts = []
+    for hidden in hidden_ND.split(_chunk_size(weight_VD)):
+        logits = _widen(hidden @ weight_VD.t())
+        lse = logits.logsumexp(-1)
+        parts.append((lse, ((logits - lse[:, None]).exp() * logits).sum(-1)))
+    lse_N, mean_N = (torch.cat(x) for x in zip(*parts))
+    return lse_N, mean_N
+
+
 def merge_shards(lse_SN: Tensor, target_SN: Tensor) -> tuple[Tensor, Tensor]:
     """`lse_and_target` of the whole vocabulary from those of its shards; differentiable."""
     return lse_SN.logsumexp(0), target_SN.sum(0)

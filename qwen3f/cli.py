@@ -10,15 +10,16 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
+from qwen3f import stages
 from qwen3f.errors import UserError
 
-# config.stage -> the module whose run(config, workdir, progress) is that stage
-STAGES = {
-    "pretrain": "qwen3f.train.launch",
+# config.stage -> the module whose run(config, workdir, progress) does that; any other stage is one of training
+TOOLS = {
     "export_hf": "qwen3f.interop.export",
     "generate": "qwen3f.infer.run",
     "inspect": "qwen3f.checkpoint.inspect",
 }
+TRAIN = "qwen3f.train.launch"
 PLAN = "qwen3f.plan.run"  # instead, where config.plan is set: what the mesh would do
 
 
@@ -37,10 +38,11 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def run_stage(config: ConfigDict, workdir: Path, progress: bool) -> None:
     """Run the stage that `config.stage` names, or with config.plan the plan. Raises UserError for an unknown one."""
-    if config.stage not in STAGES:
-        raise UserError(f"config.stage={config.stage!r} is unknown; use one of {', '.join(STAGES)}")
+    known = [*stages.names(), *TOOLS]
+    if config.stage not in known and "." not in config.stage:  # with a dot: the import path of one's own
+        raise UserError(f"config.stage={config.stage!r} is unknown; use one of {', '.join(known)}")
     # imports torch: once the command line is known to be right
-    stage = importlib.import_module(PLAN if config.get("plan") else STAGES[config.stage])
+    stage = importlib.import_module(PLAN if config.get("plan") else TOOLS.get(config.stage, TRAIN))
     stage.run(config, workdir, progress)
 
 

@@ -69,6 +69,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
+    scalar_head: bool = False  # a score a token instead of logits: a reward model
     # attention
     attention_bias: bool = False
     attention_dropout: float = 0.0

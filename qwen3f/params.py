@@ -22,7 +22,8 @@ Params = dict[str, Tensor]
 EMBED = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-LAYERS = "model.layers."
+SCORE = "score.weight"  # the scalar head, in the place of the vocabulary's
+LAYERS = "model.layers."  # the stack of transformer blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ class ParamSpec:
 
     shape: global shape, with the layer axis first when stacked. mean, std: of the normal distribution it starts from;
     std 0 is a constant. decay: whether weight decay applies (matrices and the head; not embeddings, norms, biases).
-    layers: the layer index of each row of the leading axis; None when the parameter is not stacked.
+    stack: the prefix of the stack that it belongs to, such as LAYERS; "" when it is not stacked. layers: of a stacked
+    one, the layer of each row of the leading axis, else None.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +41,7 @@ class ParamSpec:
     std: float
     decay: bool
     layers: tuple[int, ...] | None = None
+    stack: str = ""
     dtype: torch.dtype = torch.float32
 
     @property
@@ -65,7 +68,8 @@ def abstract_params(cfg: ModelConfig) -> dict[str, ParamSpec]:
     def stack(layers: tuple[int, ...], name: str, *shape: int, constant: float | None = None) -> None:
         mean, std = (0.0, cfg.initializer_range) if constant is None else (constant, 0.0)
         if layers:
-            table[LAYERS + name] = ParamSpec((len(layers), *shape), mean, std, decay=len(shape) >= 2, layers=layers)
+            full, decay = (len(layers), *shape), len(shape) >= 2
+            table[LAYERS + name] = ParamSpec(full, mean, std, decay, layers, stack=LAYERS)
 
     stack(every, "input_layernorm.weight", dim, constant=1.0)
     for name, rows, cols in (("q", d_q, dim), ("k", d_kv, dim), ("v", d_kv, dim), ("o", dim, d_q)):
@@ -87,9 +91,16 @@ def abstract_params(cfg: ModelConfig) -> dict[str, ParamSpec]:
     stack(cfg.sparse_layers, "mlp.experts.down_proj.weight", experts, dim, cfg.moe_intermediate_size)
 
     table[FINAL_NORM] = ParamSpec((dim,), 1.0, 0.0, decay=False)
-    if not cfg.tie_word_embeddings:
+    if cfg.scalar_head:
+        table[SCORE] = ParamSpec((1, dim), 0.0, cfg.initializer_range, decay=True)
+    elif not cfg.tie_word_embeddings:
         table[HEAD] = ParamSpec((cfg.vocab_size, dim), 0.0, cfg.initializer_range, decay=True)
     return table
+
+
+def head_path(cfg: ModelConfig) -> str:
+    """The parameter that makes outputs of the last hidden states."""
+    return SCORE if cfg.scalar_head else EMBED if cfg.tie_word_embeddings else HEAD
 
 
 def decays(cfg: ModelConfig) -> dict[str, bool]:

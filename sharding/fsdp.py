@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qwen3f.params import LAYERS, Params
+from qwen3f.params import Params
 from sharding.axes import Axes
 from sharding.collectives import all_reduce, gather_each, join, shard, start_gather_each, wait, wait_for_gradients
 from sharding.mesh import AXES, DATA
@@ -21,13 +21,14 @@ from sharding.rules import Placed, replicated_axes
 Gather = Callable[[Params], Params]
 
 
-def make_gather(placed: Mapping[str, Placed], axes: Axes, *, stacked: bool, dtype: torch.dtype | None = None) -> Gather:
-    """A function that makes whole what FSDP has cut: of a layer (stacked; names relative to the block) or of the rest.
+def make_gather(placed: Mapping[str, Placed], axes: Axes, *, stack: str, dtype: torch.dtype | None = None) -> Gather:
+    """A function that makes whole what FSDP has cut: of a layer of `stack` (names relative to the layer), or with "" of
+    what is in no stack.
 
     It takes and returns a dict of tensors; others pass through. Whole means: as the explicit rules leave it, e.g. a
     tensor-parallel shard. When nothing is cut, the dict itself is returned. dtype: as collectives.gather.
     """
-    bundles = _bundles(placed, stacked)
+    bundles = _bundles(placed, stack)
 
     def whole(params: Params) -> Params:
         for names, dims in bundles.items():
@@ -79,20 +80,19 @@ class GatherAhead:
         return layer | {name: join(layer[name], *place) for name, place in travelling.items()}
 
 
-def gather_ahead(placed: Mapping[str, Placed], axes: Axes, dtype: torch.dtype | None) -> GatherAhead | None:
-    """For layers of any kind; None when nothing of them is cut."""
-    bundles = _bundles(placed, stacked=True)
+def gather_ahead(placed: Mapping[str, Placed], axes: Axes, stack: str, dtype: torch.dtype | None) -> GatherAhead | None:
+    """For layers of any kind of a stack; None when nothing of them is cut."""
+    bundles = _bundles(placed, stack)
     return GatherAhead(bundles, axes, dtype) if bundles else None
 
 
-def _bundles(placed: Mapping[str, Placed], stacked: bool) -> dict[tuple[str, ...], dict[str, int]]:
+def _bundles(placed: Mapping[str, Placed], stack: str) -> dict[tuple[str, ...], dict[str, int]]:
     """Axes -> {name: the dimension that they cut} of what travels together."""
     bundles: dict[tuple[str, ...], dict[str, int]] = {}
     for path, p in placed.items():
-        if p.fsdp and path.startswith(LAYERS) == stacked:
+        if p.fsdp and p.stack == stack:
             # a layer's tensors lack the stack's dimension
-            name, dim = (path.removeprefix(LAYERS), p.fsdp_dim - 1) if stacked else (path, p.fsdp_dim)
-            bundles.setdefault(p.fsdp, {})[name] = dim
+            bundles.setdefault(p.fsdp, {})[path.removeprefix(stack)] = p.fsdp_dim - bool(stack)
     return bundles
 
 

@@ -22,7 +22,7 @@ from sharding.sequence_split import check_length
 # First match wins; a pattern must match the whole path.
 RULES: list[tuple[str, dict[str, int]]] = [
     (r"model\.embed_tokens\.weight|lm_head\.weight", {"tp": 0}),  # vocabulary
-    (r"model\.norm\.weight", {}),
+    (r"model\.norm\.weight|score\.weight", {}),
     (r".*\.self_attn\.[qkv]_proj\.(weight|bias)", {"pp": 0, "tp": 1}),  # heads
     (r".*\.self_attn\.o_proj\.weight", {"pp": 0, "tp": 2}),  # heads
     (r".*\.self_attn\.o_proj\.bias", {"pp": 0}),
@@ -41,11 +41,13 @@ class Placed:
 
     explicit: (axis, dim) by the table, for axes of size > 1. fsdp: the axes that FSDP cuts `fsdp_dim` over, in the
     mesh's order; none when it is off, when no dimension divides (fsdp_dim None), or on a mesh without such axes.
+    stack: as ParamSpec's.
     """
 
     explicit: tuple[tuple[str, int], ...]
     fsdp: tuple[str, ...]
     fsdp_dim: int | None
+    stack: str = ""
 
     @property
     def cuts(self) -> dict[str, int]:
@@ -90,7 +92,7 @@ def _place(cfg: ModelConfig, path: str, spec: P.ParamSpec, shape: MeshShape, fsd
     parts = math.prod(getattr(shape, axis) for axis in data)
     taken = {dim for _, dim in explicit} | ({0} if "pp" in dims else set())
     fsdp_dim = next((d for d, n in enumerate(spec.shape) if d not in taken and n % parts == 0), None)
-    return Placed(tuple(explicit), data if fsdp_dim is not None else (), fsdp_dim if data else None)
+    return Placed(tuple(explicit), data if fsdp_dim is not None else (), fsdp_dim if data else None, spec.stack)
 
 
 def _kv_replicated(cfg: ModelConfig, path: str, axis: str, size: int) -> bool:

@@ -19,7 +19,19 @@ from sharding.axes import Axis
 
 # The batch's keys (contracts), by whether their last dimension is the sequence.
 SEQUENCE_KEYS = frozenset(
-    ("tokens", "targets", "loss_weights", "positions", "segments", "real", "advantages", "old_logprobs", "ref_logprobs")
+    (
+        "tokens",
+        "targets",
+        "loss_weights",
+        "positions",
+        "segments",
+        "real",
+        "visual_index",
+        "advantages",
+        "old_logprobs",
+        "ref_logprobs",
+        "temperature",
+    )
 )
 WHOLE_KEYS = frozenset(("index", "pixel_values", "grids"))
 

@@ -1,7 +1,7 @@
 """State on a mesh: outside the step every leaf is a DTensor, inside it is this rank's plain shard."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,13 +24,24 @@ def local_shards(state: Any) -> Any:
 
 
 def init_shards(
-    cfg: ModelConfig, seed: int, layout: Layout, *, device: torch.device | str, dtype: torch.dtype
+    cfg: ModelConfig,
+    seed: int,
+    layout: Layout,
+    paths: Collection[str] | None = None,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
 ) -> P.Params:
-    """This rank's shards of what params.init_params gives. One layer of one parameter at a time is made whole."""
+    """This rank's shards of what params.init_params gives. One layer of one parameter at a time is made whole.
+
+    paths: of these alone; None: of all.
+    """
     placed, axes = layout.place(cfg), layout.axes
     stages = make_slices(cfg, layout.pipeline, axes.pp.size)
     out = {}
     for path, spec in P.abstract_params(cfg).items():
+        if paths is not None and path not in paths:
+            continue
         stacked = spec.layers is not None
         rows = []
         for layer in stages.layer_order_of(axes.pp.index, spec.layers) if stacked else [None]:

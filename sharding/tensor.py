@@ -116,11 +116,28 @@ def linear_cross_entropy(
 
     As kernels.cross_entropy.linear_cross_entropy; a target beyond the vocabulary makes it NaN.
     """
-    hidden_ND = all_tokens(hidden_1nD, tp).squeeze(0)
+    nll_N = -token_log_probs(all_tokens(hidden_1nD, tp).squeeze(0), weight_vD, targets_N, tp)
+    return (nll_N * torch.where(targets_N == cross_entropy.IGNORE, 0, weights_N).to(nll_N.dtype)).sum()
+
+
+def token_log_probs(hidden_ND: Tensor, weight_vD: Tensor, targets_N: Tensor, tp: Axis) -> Tensor:
+    """log p(target) of each token over the whole vocabulary, the same on every rank; 0 where the target is IGNORE.
+
+    hidden_ND: all tokens'. As kernels.cross_entropy.token_log_probs; a target beyond the vocabulary makes it NaN.
+    """
     local = cross_entropy.lse_and_target(hidden_ND, weight_vD, targets_N, tp.index * len(weight_vD))
     lse_SN, target_SN = gather(torch.stack(local)[None], tp, 0).unbind(1)
     lse_N, target_N = cross_entropy.merge_shards(lse_SN, target_SN)
     ignored = targets_N == cross_entropy.IGNORE
-    known = ((targets_N >= 0) & (targets_N < len(weight_vD) * tp.size)) | ignored
-    nll_N = torch.where(known, lse_N - target_N, float("nan"))
-    return (nll_N * torch.where(ignored, 0, weights_N).to(nll_N.dtype)).sum()
+    known = (targets_N >= 0) & (targets_N < len(weight_vD) * tp.size)
+    return torch.where(ignored, 0.0, torch.where(known, target_N - lse_N, float("nan")))
+
+
+def entropy(hidden_ND: Tensor, weight_vD: Tensor, tp: Axis) -> Tensor:
+    """Entropy of each token's distribution over the whole vocabulary, nats, the same on every rank; no gradient."""
+    lse_N, mean_N = cross_entropy.lse_and_mean_logit(hidden_ND, weight_vD)
+    if tp.size > 1:
+        lse_SN, mean_SN = gather(torch.stack((lse_N, mean_N))[None], tp, 0).unbind(1)
+        lse_N = lse_SN.logsumexp(0)
+        mean_N = ((lse_SN - lse_N).exp() * mean_SN).sum(0)
+    return lse_N - mean_N

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen3f import cli
-from qwen3f.train.setup import make_plan
+from qwen3f.train.setup import make_setup
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPERIMENTS = (
@@ -47,7 +47,7 @@ def test_resolved_config_is_the_golden_one(experiment):
     assert as_text(config) == golden(experiment).read_text()
     if config.stage != "pretrain":
         return
-    plan = make_plan(config)
+    plan = make_setup(config)
     assert plan.schedule.warmup_steps < plan.schedule.total_steps == config.steps
 
 

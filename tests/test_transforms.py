@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qwen3f import model, params, presets
-from qwen3f.train import objective as losses
+from qwen3f.train import losses
 from qwen3f.transforms import grad_and_value, jit
 from tests.batches import random_batch
 

@@ -3,30 +3,37 @@
 import contextlib
 import queue
 import threading
-from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from itertools import count, islice
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from absl import logging
 
-from qwen3f.data.mixture import Mixture
 from qwen3f.data.ordered_map import ordered_map
-from qwen3f.data.packing.best_fit_dataset import BestFitDataset
-from qwen3f.data.packing.concat import IGNORED_TARGET, Example, PackedDataset
+from qwen3f.data.packing.concat import IGNORED_TARGET, Example
 from qwen3f.data.stream.dataset import State, StreamDataset
 from qwen3f.errors import UserError
 
 _POLL_SECONDS = 0.1
 _JOIN_SECONDS = 10.0
-_REMEMBERED = 4096  # states of batches taken, for `rebuild`
+_KEYS = frozenset(("tokens", "targets", "loss_weights"))  # that every example has
 
 Batch = dict[str, torch.Tensor]
-Indexed = PackedDataset | BestFitDataset | Mixture
+
+
+class Indexed(Protocol):
+    """Examples that can be had in any order: order(places, seed) gives the index of each place of the data order,
+    int64 [N]; an example is a dict of arrays, of the same keys and shapes in all."""
+
+    def __len__(self) -> int: ...
+    def order(self, places: np.ndarray, seed: int) -> np.ndarray: ...
+    def __getitem__(self, index: int) -> Example: ...
+
+
 Dataset = Indexed | StreamDataset
 
 
@@ -60,9 +67,9 @@ class Loader:
     its examples as they come), one a row. So two loaders with the same dataset and seed agree wherever they start,
     whatever their ranks and workers, and a run resumes with `start = batches taken · B` and the `state` then.
 
-    Each batch is a dict with the batch dimension first: tokens, targets, positions int64 [B, T]; segments int32 [B, T];
-    loss_weights float32 [B, T]; index int64 [B], the example's place in the data order (rising by one a row; of indexed
-    data the example itself is `dataset.order([place], seed)`).
+    Each batch is a dict of what the examples have, with the batch dimension first: tokens, targets, positions int64
+    [B, T]; segments int32 [B, T]; loss_weights float32 [B, T]; and index int64 [B], the example's place in the data
+    order (rising by one a row; of indexed data the example itself is `dataset.order([place], seed)`).
 
     Args:
         dataset: examples to draw from.
@@ -77,8 +84,9 @@ class Loader:
         state: of a stream, that of another loader at `start` or before; what lies between is passed over.
 
     Raises:
-        UserError: a batch that the ranks cannot share; while iterating, a token id beyond the vocabulary, or the end of
-            data that has an end. Whatever the thread or a worker raises, or a worker's death, is raised by `next()`,
+        UserError: a batch that the ranks cannot share; while iterating, an example with other keys than the ones
+            before or without tokens, targets and loss_weights, a token id beyond the vocabulary, or the end of data
+            that has an end. Whatever the thread or a worker raises, or a worker's death, is raised by `next()`,
             with the traceback; after that, and after `close()`, `next()` raises RuntimeError.
     """
 
@@ -106,7 +114,7 @@ class Loader:
         self._device, self._vocab_size = torch.device(device), vocab_size
         self._rows = share.rows(batch_size)
         self._start, self._workers = start, workers
-        self._states: deque[tuple[int, State | None]] = deque([(start, state)], maxlen=_REMEMBERED)
+        self._state = state
         self._queue: queue.Queue[tuple[Batch, State | None] | BaseException] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="qwen3f-loader", daemon=True)
@@ -120,23 +128,14 @@ class Loader:
         if isinstance(item, BaseException):
             self.close()
             raise item
-        batch, state = item
-        self._states.append((self._states[-1][0] + self._batch_size, state))
+        batch, self._state = item
         # The consumer enqueues the copy, on its current stream; torch keeps the pinned buffer until it has ended.
         return {key: value.to(self._device, non_blocking=True) for key, value in batch.items()}
 
     @property
     def state(self) -> State | None:
         """What to give a loader that goes on behind the batches taken: a few numbers (JSON); None for indexed data."""
-        return self._states[-1][1]
-
-    def rebuild(self, place: int) -> Batch:
-        """The batch that began at `place`, all ranks' rows, on the CPU; of a stream one of the last few thousand."""
-        state = next((state for start, state in self._states if start == place), None)
-        rows = ALL_ROWS.rows(self._batch_size)
-        batches = _batches(self._dataset, rows, self._batch_size, self._seed, place, self._vocab_size, 0, state)
-        with contextlib.closing(batches):
-            return next(batches)[0]
+        return self._state
 
     def _take(self) -> tuple[Batch, State | None] | BaseException:
         while not self._stop.is_set():  # polled, so that close() from another thread ends the wait
@@ -168,7 +167,7 @@ class Loader:
             self._start,
             self._vocab_size,
             self._workers,
-            self._states[-1][1],
+            self._state,
         )
         try:
             with contextlib.closing(batches):  # ends the workers, in the thread that began them
@@ -240,10 +239,16 @@ def _streamed(
 
 
 def _stacked(examples: list[Example], places: np.ndarray, vocab_size: int) -> Batch:
+    for place, example in zip(places, examples):
+        if example.keys() != examples[0].keys() or not example.keys() >= _KEYS:
+            raise UserError(
+                f"The example at place {int(place)} of the data order has the keys {sorted(example)}, the "
+                f"first of its batch {sorted(examples[0])}; all examples need the same, and {sorted(_KEYS)} among them."
+            )
     arrays = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
     for key, lowest in (("tokens", 0), ("targets", IGNORED_TARGET)):
         if arrays[key].min() < lowest or arrays[key].max() >= vocab_size:
-            _report_id(arrays[key], arrays["index"], lowest, vocab_size)
+            _report_id(arrays[key], arrays.get("index", places), lowest, vocab_size)
     arrays["index"] = places
     return {key: torch.from_numpy(array) for key, array in arrays.items()}
 

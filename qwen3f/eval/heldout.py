@@ -28,9 +28,9 @@ def evaluate(
     device: torch.device,
     share: Share = ALL_ROWS,
 ) -> dict[str, float]:
-    """{"val_loss": nats a predicted token, "val_bpb": bits a byte of text}, over every held-out token once.
+    """{"loss": nats a predicted token, "bpb": bits a byte of text}, over every held-out token once.
 
-    Of several sources all together, and each as "val_loss/NAME" and "val_bpb/NAME". max_docs: only the first so many
+    Of several sources all together, and each as "loss/NAME" and "bpb/NAME". max_docs: only the first so many
     documents of each (0: all). share: this rank's rows of each batch; eval_step's sums are those of all ranks. See
     packing.bits_per_byte for what is charged.
     """
@@ -50,8 +50,8 @@ def evaluate(
 
 def _values(nats: float, coverage: EvalCoverage, vocab_size: int, suffix: str) -> dict[str, float]:
     return {
-        f"val_loss{suffix}": nats / max(coverage.predicted_tokens, 1),
-        f"val_bpb{suffix}": bits_per_byte(nats, coverage, vocab_size),
+        f"loss{suffix}": nats / max(coverage.predicted_tokens, 1),
+        f"bpb{suffix}": bits_per_byte(nats, coverage, vocab_size),
     }
 
 

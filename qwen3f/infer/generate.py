@@ -138,7 +138,7 @@ def _steps(
     execution: model.Execution,
 ) -> Iterator[Tensor]:
     batch, columns = prompt.tokens_BT.shape
-    stacked = [path for path, leaf in params.items() if path.startswith(P.LAYERS) and isinstance(leaf, Tensor)]
+    stacked = [path for path, spec in P.abstract_params(cfg).items() if spec.stack and isinstance(params[path], Tensor)]
     params = params | {path: params[path].unbind(0) for path in stacked}
     size = columns + max_new_tokens
     if compiled := execution.compile != "off":

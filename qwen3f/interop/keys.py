@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from qwen3f.config import ModelConfig
-from qwen3f.params import EMBED, HEAD, LAYERS, abstract_params
+from qwen3f.params import EMBED, HEAD, abstract_params
 
 _EXPERTS = "mlp.experts."
 # Buffers that old versions of transformers stored; they follow from the config.
@@ -32,15 +32,15 @@ def slots(cfg: ModelConfig) -> dict[str, Slot]:
         if spec.layers is None:
             after[path] = Slot(path, (), spec.shape)
             continue
-        name = path.removeprefix(LAYERS)
+        stack, name = spec.stack, path.removeprefix(spec.stack)
         for row, layer in enumerate(spec.layers):
             if name.startswith(_EXPERTS):
                 rest = name.removeprefix(_EXPERTS)
                 for expert in range(cfg.num_experts):
-                    key = f"{LAYERS}{layer}.{_EXPERTS}{expert}.{rest}"
+                    key = f"{stack}{layer}.{_EXPERTS}{expert}.{rest}"
                     by_layer[layer][key] = Slot(path, (row, expert), spec.shape[2:])
             else:
-                by_layer[layer][f"{LAYERS}{layer}.{name}"] = Slot(path, (row,), spec.shape[1:])
+                by_layer[layer][f"{stack}{layer}.{name}"] = Slot(path, (row,), spec.shape[1:])
     return {key: slot for part in (before, *by_layer, after) for key, slot in part.items()}
 
 

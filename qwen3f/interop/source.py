@@ -31,6 +31,11 @@ FREE_FIELDS = frozenset({
 })  # fmt: skip
 
 
+# Parts that a model may have and the one it starts from not: they start fresh. A scalar head takes the place of the
+# vocabulary's.
+PARTS = ("scalar_head",)
+
+
 class Source(NamedTuple):
     """A place on disk. step: of the workdir's checkpoint, None for its last."""
 
@@ -64,9 +69,12 @@ def read_model_config(source: str) -> ModelConfig:
 
 
 def check_same_model(source: str, cfg: ModelConfig) -> None:
-    """Raises UserError naming the fields in which `cfg` is another model than the one there; FREE_FIELDS may differ."""
+    """Raises UserError naming the fields in which `cfg` is another model than the one there.
+
+    FREE_FIELDS may differ, and `cfg` may have more of PARTS.
+    """
     there = read_model_config(source)
-    here, other = _meaningful(cfg), _meaningful(there)
+    here, other = _meaningful(_without_new_parts(cfg, there)), _meaningful(there)
     differing = [name for name in here | other if here.get(name) != other.get(name)]
     if differing:
         shown = ", ".join(f"{name} is {getattr(there, name)} there and {getattr(cfg, name)} here" for name in differing)
@@ -88,14 +96,17 @@ def read_params(
     dtype: None keeps what a Hugging Face directory stores, and makes of a workdir's what the parameter table says.
     backend: "dcp" also opens checkpoints of which a part is a pickle; see Checkpointer.
     layout, world: of the mesh, whose ranks all call this together. Of a workdir's checkpoint each reads what it needs.
+    Of PARTS that `cfg` has more there are no parameters in what comes back.
     Raises UserError naming the fields in which `cfg` is another model than the one there (FREE_FIELDS may differ), and
     as hf.load_pretrained and Checkpointer.restore do.
     """
     check_same_model(source, cfg)
+    wanted = abstract_params(cfg)
+    cfg = _without_new_parts(cfg, read_model_config(source))
     directory, is_hf, step = locate(source)
     if is_hf:
         params = hf.load_pretrained(directory, dtype, device if world.size == 1 else "cpu")[1]
-        return {path: leaf.to(device) for path, leaf in cut_params(cfg, params, layout).items()}
+        return {path: x.to(device) for path, x in cut_params(cfg, params, layout).items() if path in wanted}
     table, shapes, shard_of = abstract_params(cfg), {}, None
     if world.size > 1:
         shapes = {path: shard.local for path, shard in param_shards(cfg, layout).items()}
@@ -111,7 +122,7 @@ def read_params(
     def moved(path: str) -> Tensor:
         return params.pop(path).to(device, dtype)  # popped: a cast copy and the whole model would not fit side by side
 
-    return {path: moved(path) for path in like}
+    return {path: moved(path) for path in like if path in wanted}
 
 
 def read_tokenizer(source: str) -> Tokenizer:
@@ -130,6 +141,11 @@ def rotary_changes(source: str, cfg: ModelConfig) -> list[str]:
     there = read_model_config(source)
     names = ("rope_theta", "rope_scaling")
     return [f"{n}: {getattr(there, n)} -> {getattr(cfg, n)}" for n in names if getattr(there, n) != getattr(cfg, n)]
+
+
+def _without_new_parts(cfg: ModelConfig, there: ModelConfig) -> ModelConfig:
+    """`cfg` without the PARTS that the model `there` lacks."""
+    return cfg.replace(**{name: False for name in PARTS if getattr(cfg, name) and not getattr(there, name)})
 
 
 def _meaningful(cfg: ModelConfig) -> dict[str, Any]:

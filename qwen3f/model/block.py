@@ -15,6 +15,7 @@ from qwen3f.model.kv_cache import LayerCache
 from qwen3f.model.mlp import SwiGLU
 from qwen3f.model.moe import SparseMLP
 from qwen3f.model.norm import RMSNorm
+from qwen3f.params import LAYERS
 from sharding.fsdp import make_gather
 from sharding.layout import ONE_DEVICE, Layout
 from sharding.ring import RING_ATTENTION
@@ -96,7 +97,7 @@ def block_fn(
     """
     with torch.device("meta"):
         skeleton = Block(cfg, execution, sparse, layout)
-    whole = make_gather(layout.place(cfg), layout.axes, stacked=True, dtype=layout.gather_dtype)
+    whole = make_gather(layout.place(cfg), layout.axes, stack=LAYERS, dtype=layout.gather_dtype)
 
     def run(layer: dict[str, Tensor], *args: object) -> tuple[Tensor, ...]:
         return torch.func.functional_call(skeleton, layer if gathered else whole(layer), args, strict=True)

@@ -15,7 +15,7 @@ from qwen3f import params as P
 from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.model.attention import AttentionMask, batch_mask
-from qwen3f.model.block import block_fn
+from qwen3f.model.block import BlockFn, block_fn
 from qwen3f.model.execution import EAGER, Execution
 from qwen3f.model.kv_cache import LayerCache
 from qwen3f.model.moe import RouterStats
@@ -77,20 +77,22 @@ def make_forward(
     if dropout and cfg.attention_dropout:
         execution = dataclasses.replace(execution, attention="reference")
     body = make_body(cfg, execution, layout)
-    sparse = bool(cfg.sparse_layers)
 
     def forward(
         params: P.Params, batch: Mapping[str, Tensor], dropout_stream: Tensor | None = None
     ) -> tuple[Tensor, RouterStats | None]:
-        tokens = batch["tokens"]
-        positions = batch.get("positions")
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        mask = batch_mask(batch, execution.attention, cfg.head_dim, layout.axes.cp)
-        real = real_tokens(batch) if sparse else None
-        return body(params, tokens, positions, [mask] * cfg.num_hidden_layers, real, dropout_stream)
+        masks = [batch_mask(batch, execution.attention, cfg.head_dim, layout.axes.cp)] * cfg.num_hidden_layers
+        real = real_tokens(batch) if cfg.sparse_layers else None
+        return body(params, batch["tokens"], positions_of(batch), masks, real, dropout_stream)
 
     return forward
+
+
+def positions_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """int64 [B, T]; 0 … T−1 where the batch has none."""
+    tokens = batch["tokens"]
+    positions = batch.get("positions")
+    return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape) if positions is None else positions
 
 
 def real_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
@@ -106,9 +108,9 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
     masks: what each layer's attention may see; an AttentionMask, or a LayerCache that also holds
     the layer's earlier keys and values (qwen3f.model.cached). real: bool [B, T] or None, as real_tokens gives it.
     """
-    kinds = [cfg.is_sparse(layer) for layer in range(cfg.num_hidden_layers)]
     ahead = _weights_ahead(cfg, execution, layout)
-    blocks = {kind: block_fn(cfg, execution, kind, layout, gathered=ahead is not None) for kind in {*kinds}}
+    kinds = {cfg.is_sparse(layer) for layer in range(cfg.num_hidden_layers)}
+    blocks = {kind: block_fn(cfg, execution, kind, layout, gathered=ahead is not None) for kind in kinds}
     stacks = layer_stacks(cfg)
 
     def body(
@@ -120,24 +122,64 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
         dropout_stream: Tensor | None = None,
     ) -> tuple[Tensor, RouterStats | None]:
         x = embedding(tokens, params[P.EMBED], layout.axes.tp)
-        cos, sin = rope_tables(cfg, positions, x.dtype)
-        routed: list[list[Tensor]] = []
-        layers = unstack_layers(params, stacks)
-        if ahead:
-            layers = ahead.begin(layers)
-        started = ahead.start(layers[0]) if ahead else None
-        for index, layer in enumerate(layers):
-            if ahead:
-                layer = ahead.finish(started)
-                started = ahead.start(layers[index + 1]) if index + 1 < len(layers) else None
-            stream = None if dropout_stream is None else rng.fold(dropout_stream, index)
-            x, *stats = blocks[kinds[index]](layer, x, cos, sin, masks[index], real, stream)
-            if stats:
-                routed.append(stats)
-        stacked = RouterStats(*(torch.stack(field) for field in zip(*routed, strict=True))) if routed else None
-        return rms_norm(x, params[P.FINAL_NORM], cfg.rms_norm_eps), stacked
+        inputs = LayerInputs(*rope_tables(cfg, positions, x.dtype), masks, real, dropout_stream)
+        x, stats = run_layers(cfg, blocks, unstack_layers(params, stacks), x, inputs, ahead=ahead)
+        return rms_norm(x, params[P.FINAL_NORM], cfg.rms_norm_eps), stats
 
     return body
+
+
+class LayerInputs(NamedTuple):
+    """What all layers of a forward pass are given.
+
+    cos, sin: as rope_tables gives them. masks: by layer, see make_body. real: bool [B, T] or None, for routers.
+    dropout_stream: int64 scalar or None.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    masks: Sequence[AttentionMask | LayerCache]
+    real: Tensor | None = None
+    dropout_stream: Tensor | None = None
+
+
+def run_layers(
+    cfg: ModelConfig,
+    blocks: Mapping[bool, BlockFn],
+    layers: Mapping[int, P.Params],
+    x: Tensor,
+    inputs: LayerInputs,
+    *,
+    ahead: GatherAhead | None = None,
+    inject: Callable[[int, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, RouterStats | None]:
+    """(hidden states after the last of `layers`, what their routers did): the body of a model, or of a slice of it.
+
+    Args:
+      blocks: by kind, sparse or not, as block_fn makes them.
+      layers: the model's number of each layer -> its parameters, in order.
+      x: hidden states, [B, T, D] or this rank's part of them (sharding.tensor.own_tokens).
+      ahead: gathers a layer's weights while the one before is computed.
+      inject: inject(layer, hidden states behind it) -> what the next layer gets in their place.
+    """
+    routed: list[list[Tensor]] = []
+    weights = ahead.begin([*layers.values()]) if ahead else [*layers.values()]
+    started = ahead.start(weights[0]) if ahead else None
+    for place, index in enumerate(layers):
+        layer = weights[place]
+        if ahead:
+            layer = ahead.finish(started)
+            started = ahead.start(weights[place + 1]) if place + 1 < len(weights) else None
+        stream = None if inputs.dropout_stream is None else rng.fold(inputs.dropout_stream, index)
+        sparse = cfg.is_sparse(index)
+        x, *stats = blocks[sparse](
+            layer, x, inputs.cos, inputs.sin, inputs.masks[index], inputs.real if sparse else None, stream
+        )
+        if stats:
+            routed.append(stats)
+        if inject is not None:
+            x = inject(index, x)
+    return x, RouterStats(*(torch.stack(field) for field in zip(*routed, strict=True))) if routed else None
 
 
 def _weights_ahead(cfg: ModelConfig, execution: Execution, layout: Layout) -> GatherAhead | None:
@@ -145,7 +187,9 @@ def _weights_ahead(cfg: ModelConfig, execution: Execution, layout: Layout) -> Ga
 
     It does where it is recomputed, to gather them again, and inside one graph of the step, whose compiler orders it.
     """
-    return gather_ahead(layout.place(cfg), layout.axes, layout.gather_dtype) if gathers_ahead(cfg, execution) else None
+    if not gathers_ahead(cfg, execution):
+        return None
+    return gather_ahead(layout.place(cfg), layout.axes, P.LAYERS, layout.gather_dtype)
 
 
 def gathers_ahead(cfg: ModelConfig, execution: Execution) -> bool:
@@ -154,30 +198,33 @@ def gathers_ahead(cfg: ModelConfig, execution: Execution) -> bool:
 
 
 def make_outer(cfg: ModelConfig, layout: Layout) -> Callable[[P.Params], P.Params]:
-    """A function that makes embedding, final norm and head whole where FSDP has cut them; the layers stay cut."""
-    return make_gather(layout.place(cfg), layout.axes, stacked=False, dtype=layout.gather_dtype)
+    """A function that makes embedding, final norm and head whole where FSDP has cut them; stacks stay cut."""
+    return make_gather(layout.place(cfg), layout.axes, stack="", dtype=layout.gather_dtype)
 
 
 def head_weight(cfg: ModelConfig, params: P.Params) -> Tensor:
-    return params[P.EMBED] if cfg.tie_word_embeddings else params[P.HEAD]
+    """[V, D]; of a model with a scalar head [1, D]."""
+    return params[P.head_path(cfg)]
 
 
 def layer_stacks(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """path -> the layer of each row, for every stacked parameter."""
-    return {path: spec.layers for path, spec in P.abstract_params(cfg).items() if spec.layers is not None}
+    """path -> the layer of each row, for every parameter of the transformer's blocks."""
+    return {path: spec.layers for path, spec in P.abstract_params(cfg).items() if spec.stack == P.LAYERS}
 
 
-def unstack_layers(params: P.Params, stacks: Mapping[str, tuple[int, ...]]) -> list[dict[str, Tensor]]:
-    """Per-layer parameter dicts, names relative to the block; `stacks` as layer_stacks gives it.
+def unstack_layers(params: P.Params, stacks: Mapping[str, tuple[int, ...]]) -> dict[int, P.Params]:
+    """layer -> its parameters, names relative to the block; `stacks` as layer_stacks gives it.
 
-    Raises KeyError for a path that the model doesn't have, ValueError for a stack of another height.
+    Raises KeyError for a stack that params lack or the model does not have, ValueError for one of another height.
 
     One unbind a leaf: indexing a stack layer by layer makes its backward write zeros of the whole stack every time.
     """
-    layers: list[dict[str, Tensor]] = [{} for _ in range(1 + max(map(max, stacks.values())))]
-    for path, leaf in params.items():
-        if path.startswith(P.LAYERS):
-            rows = leaf.unbind(0) if isinstance(leaf, Tensor) else leaf
-            for layer, row in zip(stacks[path], rows, strict=True):
-                layers[layer][path.removeprefix(P.LAYERS)] = row
+    if unknown := [path for path in params if path.startswith(P.LAYERS) and path not in stacks]:
+        raise KeyError(unknown[0])
+    layers: dict[int, P.Params] = {layer: {} for layer in range(1 + max(map(max, stacks.values())))}
+    for path, numbers in stacks.items():
+        leaf = params[path]
+        rows = leaf.unbind(0) if isinstance(leaf, Tensor) else leaf
+        for layer, row in zip(numbers, rows, strict=True):
+            layers[layer][path.removeprefix(P.LAYERS)] = row
     return layers

@@ -9,9 +9,9 @@ from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.model import EAGER, Execution
 from qwen3f.plan.hardware import Hardware, parse_hardware
-from qwen3f.stages.pretrain import check_mesh
 from qwen3f.train import optimizer
 from qwen3f.train.setup import find_compile_mode, find_dtype, find_layout
+from qwen3f.train.step import check_mesh
 from sharding import rules
 from sharding.axes import sizes_only
 from sharding.layout import Layout, find_gather_dtype
@@ -49,7 +49,7 @@ class Case:
         check_mesh(self.model, self.hyper, self.execution, Layout(sizes_only(self.mesh)))
         find_gather_dtype(self.reduce, self.compute)
         if self.mesh.pp > 1:
-            check(self.model, self.pipeline, self.execution, self.mesh.pp, self.microbatches)
+            check(self.model, self.pipeline, self.execution.compile, self.mesh.pp, self.microbatches)
         rules.check_batch(self.mesh, self.batch_size, self.seq_len, self.microbatches)
 
     # -- what one rank sees ------------------------------------------------------------------------------------------

@@ -46,16 +46,19 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, which JSON can hold, in the order of ranks."""
+        return [json.loads(text) for text in self.gather_bytes(json.dumps(value).encode())]
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        """Every rank's bytes, in the order of ranks; all are sent padded to the longest."""
         if self.size == 1:
-            return [value]
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+            return [content]
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(text)]), group=self.group)
-        padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
-        padded[: len(text)] = text
-        texts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(texts, padded, group=self.group)
-        return [json.loads(bytes(text[: int(n)].numpy())) for text, n in zip(texts, lengths)]
+        dist.all_gather(lengths, torch.tensor([len(content)]), group=self.group)
+        padded = torch.zeros(max(1, int(max(lengths))), dtype=torch.uint8)
+        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else 0
+        contents = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(contents, padded, group=self.group)
+        return [bytes(x[: int(n)].numpy()) for x, n in zip(contents, lengths)]
 
     def first(self, value: T) -> T:
         """Rank 0's value."""
@@ -75,13 +78,18 @@ class World:
         All raise that of the lowest rank that failed, of the same type and with the same words. Another kind of error
         is raised at once, here alone: it ends the run.
         """
+        return self.agree(work, False, *errors)[0]
+
+    def agree(self, work: Callable[[], T], flag: bool, *errors: type[Exception]) -> tuple[T, bool]:
+        """(as `together`, whether any rank's flag is set), in one small message."""
         result, error = None, None
         try:
             result = work()
         except errors as failure:
             error = failure
-        if not self.highest(error is not None):  # one small message, as a step of training asks too
-            return result
+        worst = self.highest(2 if error is not None else int(flag))
+        if worst < 2:
+            return result, bool(worst)
         kind = next((i for i, kind in enumerate(errors) if isinstance(error, kind)), None)
         told = self.gather(None if error is None else [kind, str(error)])
         failed = next(rank for rank, report in enumerate(told) if report is not None)

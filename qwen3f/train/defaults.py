@@ -78,6 +78,9 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.1
     config.optimizer.clip_norm = 1.0  # 0: no clipping
+    # PATTERN=FACTOR,…: what the learning rate of matching paths is multiplied by, the first that matches counts; 0
+    # freezes them. E.g. model\.embed_tokens\..*=0,.*norm.*=0.1
+    config.optimizer.rates = ""
     config.optimizer.momentum = 0.95  # muon only
     config.optimizer.update_rms = 0.2  # muon only: of an update, relative to the learning rate
     config.optimizer.iterations = 5  # muon only: Newton–Schulz

@@ -3,29 +3,36 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from qwen3f.processes import ranks
 from qwen3f.train import loop
-from qwen3f.train.setup import find_device, make_plan
+from qwen3f.train.setup import find_device, make_setup
+from qwen3f.train.stage import find_stage
 
 
-def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
+def run(config: ConfigDict, workdir: Path, progress: bool = True, **options: Any) -> None:
     """Train as `config` says. The process must have been started as `python sys.argv…`: ranks are started so too.
+
+    options: stage and make_step, as loop.run's.
 
     Raises UserError, before any process starts, for what cannot run, and as ranks.decide; and as loop.run. Of ranks
     that were started here and failed, the exit code or a TrainingError.
     """
+    stage = options.get("stage") or find_stage(config.stage)
     device = find_device(config.device).type
     devices = ranks.all_devices(os.environ, device)
-    shape = make_plan(config, devices).layout.axes.shape
+    setup = make_setup(config, devices)
+    stage.check(setup)
+    shape = setup.layout.axes.shape
     decision = ranks.decide(os.environ, shape.size, ranks.local_devices(device), device, sys.argv)
     if decision.mode == "single":
-        loop.run(config, workdir, progress)
+        loop.run(config, workdir, progress, **options)
     elif decision.mode == "start":
         if code := ranks.start(decision, sys.argv, restarts=config.restarts):
             sys.exit(code)
     else:
         with ranks.joined(decision, shape, timeout=config.collective_timeout) as world:
-            loop.run(config, workdir, progress, world)
+            loop.run(config, workdir, progress, world, **options)

@@ -11,6 +11,8 @@ R rows · C columns of a matrix; N matrices of a stack (layers, experts); S, L t
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,30 +23,34 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic, from t
 _EPS = 1e-7
 
 
+class Options(NamedTuple):
+    """momentum: Nesterov's. weight_decay: decoupled and scaled by the rate. update_rms: root mean square of an update,
+    relative to the rate. iterations: of Newton–Schulz. rates: path -> what its rate is multiplied by."""
+
+    momentum: float
+    weight_decay: float
+    update_rms: float
+    iterations: int
+    rates: Mapping[str, float]
+
+
 def update(
-    params: Params,
-    grads: Params,
-    momenta: Params,
-    *,
-    lr: Tensor,
-    scale: Tensor,
-    momentum: float,
-    weight_decay: float,
-    update_rms: float,
-    iterations: int,
+    params: Params, grads: Params, momenta: Params, lr: Tensor, scale: Tensor, options: Options
 ) -> tuple[Params, Params]:
     """(parameters, momenta) after one step; the arguments are left as they are.
 
     Every leaf is a matrix [R, C] or a stack [.., R, C]. scale: the gradients' factor; lr and scale are scalar tensors.
-    Nesterov momentum; weight decay is decoupled and scaled by lr.
     """
     scaled = {path: grads[path].to(p.dtype) * scale.to(p.dtype) for path, p in params.items()}
-    momenta = {path: m.lerp(scaled[path], 1.0 - momentum) for path, m in momenta.items()}
-    steps = orthogonalize({path: g.lerp(momenta[path], momentum) for path, g in scaled.items()}, iterations)
+    momenta = {path: m.lerp(scaled[path], 1.0 - options.momentum) for path, m in momenta.items()}
+    steps = orthogonalize(
+        {path: g.lerp(momenta[path], options.momentum) for path, g in scaled.items()}, options.iterations
+    )
     new = {}
     for path, p in params.items():
-        size = lr * update_rms * math.sqrt(max(p.shape[-2:]))
-        new[path] = p * (1.0 - lr * weight_decay).to(p.dtype) - size.to(p.dtype) * steps[path]
+        rate = lr * options.rates[path]
+        size = rate * options.update_rms * math.sqrt(max(p.shape[-2:]))
+        new[path] = p * (1.0 - rate * options.weight_decay).to(p.dtype) - size.to(p.dtype) * steps[path]
     return new, momenta
 
 

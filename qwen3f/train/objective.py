@@ -1,238 +1,232 @@
-"""The training loss: the next-token loss, a weighted sum over tokens divided by the weight of the whole batch.
+"""What a stage minimises, as a value: what the model says about each token, and what that costs.
 
-A mixture of experts adds its routers' losses (qwen3f/train/balance.py).
+B rows · T places of this rank's part of the sequence · L places of the whole row · S = L documents a row at most ·
+N = B·T · D hidden
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import cross_entropy
 from qwen3f import model
+from qwen3f import params as P
 from qwen3f.config import ModelConfig
-from qwen3f.params import Params
-from qwen3f.train import balance
 from sharding import tensor
-from sharding.axes import Axes
-from sharding.fsdp import sum_over
+from sharding.collectives import all_reduce
 from sharding.layout import ONE_DEVICE, Layout
-from sharding.mesh import DATA
 
-LossFn = Callable[..., Tensor]
-
-
-class Totals(NamedTuple):
-    """What a step's losses are divided by: `batch_weight` and `routed_tokens` of all its micro-batches and ranks."""
-
-    weight: Tensor
-    tokens: Tensor
+Batch = Mapping[str, Tensor]
+Figures = dict[str, Tensor]
+Costs = Callable[[Tensor, Batch], tuple[Tensor, Figures]]
+Output = Literal["nll", "log_probs", "scores"]
+OUTPUTS = ("nll", "log_probs", "scores")
 
 
-class Terms(NamedTuple):
-    """A micro-batch's parts of the step's loss; those of all micro-batches add up, and those of all ranks.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A step's loss is Σ costs over all micro-batches and ranks, divided by the whole step's count. So are its figures.
 
-    loss: next-token, nats a token. aux_loss, z_loss: the routers', without their coefficients; 0 for a dense model.
-    load: what the routers counted, on a mesh those of all ranks; None for a dense model.
+    Attributes:
+      output: what the model says about a token. "nll": cross-entropy of its target, by the fused kernel; token and
+        document must then be None. "log_probs": log p(target), at the batch's temperature. "scores": of the scalar
+        head (ModelConfig.scalar_head).
+      token: (numbers [B, T], batch) -> (costs [B, T], figures of the same shape). None: the number itself. Both count
+        by loss_weights; where that is 0, and where nothing is predicted, they are left out and may be anything finite.
+      document: (sums [B, S], rows) -> (costs [B, S], figures of the same shape), where sums[b, k − 1] is
+        Σ loss_weights · token over segment k of a row, and rows is the batch with its rows whole, also under cp. What
+        it gives for a segment that a row does not have is left out. None: the loss is linear in tokens.
+      count: batch -> this rank's part of the divisor, a scalar, from its whole rows. None: Σ loss_weights.
+      reports: the figures' names, all of which token and document give; each becomes a metric of the step.
+      entropy: token's batch has "entropy" [B, T], of the distribution at the batch's temperature, without a gradient.
     """
 
-    loss: Tensor
-    aux_loss: Tensor
-    z_loss: Tensor
-    load: balance.Load | None
+    output: Output = "nll"
+    token: Costs | None = None
+    document: Costs | None = None
+    count: Callable[[Batch], Tensor] | None = None
+    reports: tuple[str, ...] = ()
+    entropy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.output not in OUTPUTS:
+            raise ValueError(f"Objective.output={self.output!r}: write one of {', '.join(OUTPUTS)}")
+        if self.output == "nll" and (self.token or self.document or self.reports or self.entropy):
+            raise ValueError(
+                "Objective.output='nll' is a sum made by the kernel: write log_probs to work on its tokens"
+            )
+        if self.entropy and self.output != "log_probs":
+            raise ValueError("Objective.entropy needs output='log_probs'")
 
 
-def add_terms(a: Terms | None, b: Terms) -> Terms:
-    if a is None:
-        return b
-    load = None if b.load is None else balance.add(a.load, b.load)
-    return Terms(a.loss + b.loss, a.aux_loss + b.aux_loss, a.z_loss + b.z_loss, load)
+NEXT_TOKEN = Objective()
 
 
-def sum_totals(cfg: ModelConfig, batch: Mapping[str, Tensor], axes: Axes) -> Totals:
-    """Of the whole step, from this rank's part of the batch."""
-    weight, tokens = sum_over(batch_weight(batch), axes, DATA), routed_tokens(batch)
-    return Totals(weight, sum_over(tokens, axes, DATA) if cfg.sparse_layers else tokens)
+class MicroBatch(NamedTuple):
+    """own: the batch with this rank's part of every row; rows: with the rows whole. One and the same without cp."""
+
+    own: Batch
+    rows: Batch
 
 
-def sum_ranks(terms: Terms, axes: Axes) -> Terms:
-    """The whole step's terms from this rank's, the same on every rank."""
-    if axes.shape.size == 1:
-        return terms
-    return Terms(*sum_over(torch.stack(terms[:3]), axes).unbind(), terms.load)
-
-
-def batch_weight(batch: Mapping[str, Tensor]) -> Tensor:
-    """Σ loss_weights over predicted tokens: the divisor of the loss, a float64 scalar tensor.
+def batch_weight(batch: Batch) -> Tensor:
+    """Σ loss_weights over predicted tokens: the default divisor, a float64 scalar tensor.
 
     float64, so that the order of the sum (compiled, sharded) never shows in the loss.
     """
-    return torch.where(_predicted(batch), batch["loss_weights"], 0.0).sum(dtype=torch.float64)
+    return torch.where(predicted(batch), batch["loss_weights"], 0.0).sum(dtype=torch.float64)
 
 
-def batch_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """The number of tokens that are predicted and count, an int64 scalar tensor."""
-    return (_predicted(batch) & (batch["loss_weights"] != 0)).sum()
-
-
-def _predicted(batch: Mapping[str, Tensor]) -> Tensor:
+def predicted(batch: Batch) -> Tensor:
+    """bool [B, T]"""
     return batch["targets"] != cross_entropy.IGNORE
 
 
-def routed_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """The number of real tokens, predicted or not, an int64 scalar tensor: what the routers' losses are divided by."""
-    real = model.real_tokens(batch)
-    return torch.ones_like(batch["tokens"]).sum() if real is None else real.sum()
+def divisor(objective: Objective, batch: Batch) -> Tensor:
+    """This rank's part of what the step's loss is divided by, a float64 scalar tensor. batch: whole rows."""
+    if objective.count is not None:
+        return objective.count(batch).to(torch.float64)
+    if objective.output == "scores":
+        return batch["loss_weights"].sum(dtype=torch.float64)
+    return batch_weight(batch)
 
 
-def make_loss(
-    cfg: ModelConfig,
-    execution: model.Execution = model.EAGER,
-    *,
-    dropout: bool = False,
-    layout: Layout = ONE_DEVICE,
-) -> LossFn:
-    """loss(params, batch, total_weight, dropout_stream=None) -> Σ loss_weights · nll / total_weight, nats a token.
+def document_sums(values_BT: Tensor, segments_BT: Tensor, size: int) -> Tensor:
+    """[B, size]: at k − 1 the sum over the places of segment k, 0 where there is none; padding (0) is left out.
 
-    float32 (float64 for a float64 model). total_weight is `batch_weight` of *all* micro-batches and ranks that make
-    up the step, so that cutting a batch never changes the loss. A batch in which nothing is predicted gives 0 and
-    zero gradients, not NaN. The routers' losses are no part of it. With execution=model.REFERENCE the function composes
-    with torch.func. On a mesh it is this rank's share: the shares of all ranks add up to the loss.
+    A segment's places must lie side by side. Sums are made pairwise in one order, so they repeat bit for bit.
     """
-    both = _make_loss_and_stats(cfg, execution, dropout, layout)
-
-    def loss(
-        params: Params, batch: Mapping[str, Tensor], total_weight: Tensor | float, dropout_stream: Tensor | None = None
-    ) -> Tensor:
-        return both(params, batch, total_weight, dropout_stream)[0]
-
-    return loss
-
-
-def make_objective(
-    cfg: ModelConfig,
-    execution: model.Execution = model.EAGER,
-    *,
-    dropout: bool = False,
-    layout: Layout = ONE_DEVICE,
-) -> Callable[..., tuple[Tensor, Terms]]:
-    """objective(params, batch, totals, others=None, dropout_stream=None) -> (what a step differentiates, its Terms).
-
-    The scalar is make_loss's plus router_aux_loss_coef · aux_loss plus router_z_loss_coef · z_loss. others: the load of
-    other micro-batches, see balance.balance_loss. On a mesh both are this rank's share.
-    """
-    both = _make_loss_and_stats(cfg, execution, dropout, layout)
-
-    def objective(
-        params: Params,
-        batch: Mapping[str, Tensor],
-        totals: Totals,
-        others: balance.Load | None = None,
-        dropout_stream: Tensor | None = None,
-    ) -> tuple[Tensor, Terms]:
-        loss, stats = both(params, batch, totals.weight, dropout_stream)
-        if stats is None:
-            return loss, token_terms(loss)
-        terms = router_terms(cfg, stats, totals, others, layout.axes)
-        return add_router_losses(cfg, loss, terms), terms._replace(loss=loss)
-
-    return objective
+    total, length, reach = values_BT, values_BT.shape[1], 1
+    while reach < length:  # afterwards total[t] sums the last 2·reach places of t's segment, up to t
+        same = segments_BT[:, reach:] == segments_BT[:, :-reach]
+        total = torch.cat((total[:, :reach], total[:, reach:] + torch.where(same, total[:, :-reach], 0)), 1)
+        reach *= 2
+    ends = torch.ones_like(segments_BT, dtype=torch.bool)
+    ends[:, :-1] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    place = torch.where(ends, segments_BT, 0).to(torch.int64)  # slot 0 takes what is no end, and padding
+    slots = values_BT.new_zeros(len(values_BT), size + 1)
+    return slots.scatter(1, place, torch.where(place > 0, total, 0))[:, 1:]
 
 
-def token_terms(loss: Tensor) -> Terms:
-    """Terms without routers."""
-    return Terms(loss, torch.zeros_like(loss), torch.zeros_like(loss), None)
+def segments_of(batch: Batch) -> Tensor:
+    """int [B, T]; one document a row where the batch has none."""
+    return batch["segments"] if "segments" in batch else torch.ones_like(batch["tokens"])
 
 
-def router_terms(
-    cfg: ModelConfig,
-    stats: model.RouterStats,
-    totals: Totals,
-    others: balance.Load | None,
-    axes: Axes,
-    part: float = 1.0,
-) -> Terms:
-    """A rank's Terms of its routers, with a next-token loss of 0. part: theirs of the model's sparse layers."""
-    load = _sum_load(balance.load_of(stats), axes)
-    share = part / axes.tp.size  # the routers of all ranks of tp see the same tokens
-    aux = _share(balance.balance_loss(cfg.router_balance, stats, load, others, totals.tokens), share)
-    z = _share(balance.z_loss(stats, totals.tokens), share)
-    return Terms(torch.zeros_like(aux), aux, z, load)
+def has_document(rows: Batch) -> Tensor:
+    """bool [B, S], whether a row has the segment k at k − 1."""
+    segments = segments_of(rows)
+    return document_sums(torch.ones_like(segments, dtype=torch.float32), segments, segments.shape[1]) > 0
 
 
-def add_router_losses(cfg: ModelConfig, loss: Tensor, terms: Terms) -> Tensor:
-    """What is differentiated: loss, plus the routers' losses by their coefficients."""
-    for coefficient, term in ((cfg.router_aux_loss_coef, terms.aux_loss), (cfg.router_z_loss_coef, terms.z_loss)):
-        if coefficient > 0:
-            loss = loss + coefficient * term
-    return loss
+def make_numbers(
+    cfg: ModelConfig, output: Output, layout: Layout = ONE_DEVICE, entropy: bool = False
+) -> Callable[[Tensor, P.Params, Batch], tuple[Tensor, Tensor | None]]:
+    """numbers(hidden, outer parameters, batch) -> (what the model says of each token [B, T], entropy [B, T] or None).
 
-
-def make_load(
-    cfg: ModelConfig,
-    execution: model.Execution = model.EAGER,
-    *,
-    dropout: bool = False,
-    layout: Layout = ONE_DEVICE,
-) -> Callable[..., balance.Load]:
-    """load(params, batch, dropout_stream=None) -> what the routers of a sparse model count; no gradients."""
-    forward = model.make_forward(cfg, execution, dropout=dropout, layout=layout)
-    outer = model.make_outer(cfg, layout)
-
-    @torch.no_grad()
-    def load(params: Params, batch: Mapping[str, Tensor], dropout_stream: Tensor | None = None) -> balance.Load:
-        return _sum_load(balance.load_of(forward(outer(params), batch, dropout_stream)[1]), layout.axes)
-
-    return load
-
-
-def _make_loss_and_stats(
-    cfg: ModelConfig, execution: model.Execution, dropout: bool, layout: Layout
-) -> Callable[..., tuple[Tensor, model.RouterStats | None]]:
-    forward = model.make_forward(cfg, execution, dropout=dropout, layout=layout)
-    outer, token_loss = model.make_outer(cfg, layout), make_token_loss(execution, layout)
-
-    def both(
-        params: Params, batch: Mapping[str, Tensor], total_weight: Tensor | float, dropout_stream: Tensor | None
-    ) -> tuple[Tensor, model.RouterStats | None]:
-        params = outer(params)
-        hidden, stats = forward(params, batch, dropout_stream)
-        return token_loss(hidden, model.head_weight(cfg, params), batch, total_weight), stats
-
-    return both
-
-
-def make_token_loss(execution: model.Execution, layout: Layout) -> Callable[..., Tensor]:
-    """token_loss(hidden, head, batch, total_weight) -> make_loss's number, from what the final norm gives.
-
-    hidden [B, T, D], or this rank's part of it (sharding.tensor.own_tokens); head: the weight, whole but for tp's cut.
+    Of this rank's part of the sequence, the same on all ranks of tp; float32 (float64 for float64). A log-probability
+    is 0 where nothing is predicted. The temperature divides the hidden states, in their dtype, before the head.
     """
     tp = layout.axes.tp
 
-    def token_loss(hidden: Tensor, head: Tensor, batch: Mapping[str, Tensor], total_weight: Tensor | float) -> Tensor:
-        rest = (head, batch["targets"].flatten(), batch["loss_weights"].flatten())
+    def numbers(hidden: Tensor, outer: P.Params, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        hidden_ND = tensor.all_tokens(hidden, tp).flatten(0, -2)
+        head, shape = model.head_weight(cfg, outer), batch["tokens"].shape
+        if output == "scores":
+            score_N = (hidden_ND @ head[0]).to(torch.promote_types(hidden_ND.dtype, torch.float32))
+            return score_N.view(shape), None
+        if "temperature" in batch:
+            hidden_ND = hidden_ND / batch["temperature"].flatten()[:, None].to(hidden_ND.dtype)
+        targets_N = batch["targets"].flatten()
         if tp.size > 1:
-            total = _share(tensor.linear_cross_entropy(hidden, *rest, tp), 1 / tp.size)
+            log_probs_N = tensor.token_log_probs(hidden_ND, head, targets_N, tp)
+        else:
+            log_probs_N = cross_entropy.token_log_probs(hidden_ND, head, targets_N)
+        around = tensor.entropy(hidden_ND.detach(), head.detach(), tp).view(shape) if entropy else None
+        return log_probs_N.view(shape), around
+
+    return numbers
+
+
+HeadFn = Callable[[Tensor, P.Params, MicroBatch, Tensor | float], tuple[Tensor, Figures]]
+
+
+def make_head(
+    cfg: ModelConfig, execution: model.Execution, layout: Layout = ONE_DEVICE, objective: Objective = NEXT_TOKEN
+) -> HeadFn:
+    """head(hidden, outer parameters, micro-batch, count) -> this rank's shares of the loss and of the figures.
+
+    All that the model's end has to know of an objective. hidden [B, T, D], or this rank's part of it
+    (sharding.tensor.own_tokens), behind the final norm; outer parameters: whole but for tp's cut. count: the step's
+    divisor; where it is 0 everything is 0. The shares of all ranks add up.
+    """
+    if (objective.output == "scores") != cfg.scalar_head:
+        raise ValueError(f"Objective.output={objective.output!r} with model.scalar_head={cfg.scalar_head}")
+    if objective.output == "nll":
+        return _nll_head(cfg, execution, layout)
+    axes = layout.axes
+    numbers_of = make_numbers(cfg, objective.output, layout, objective.entropy)
+
+    def head(hidden: Tensor, outer: P.Params, micro: MicroBatch, count: Tensor | float) -> tuple[Tensor, Figures]:
+        batch = micro.own
+        numbers, entropy = numbers_of(hidden, outer, batch)
+        counts = batch["loss_weights"] != 0
+        if objective.output == "log_probs":
+            counts = counts & predicted(batch)
+        weights = torch.where(counts, batch["loss_weights"].to(numbers.dtype), 0)
+        costs, figures = torch.where(counts, numbers, 0), {}
+        if objective.token is not None:
+            given = batch if entropy is None else {**batch, "entropy": entropy}
+            costs, figures = objective.token(costs, given)
+        costs, figures = (_weighted(x, counts, weights) for x in (costs, figures))
+        shares = {name: _share(x.sum(), axes.tp.size) for name, x in figures.items()}
+        if objective.document is None:
+            total = _share(costs.sum(), axes.tp.size)
+        else:  # every rank of cp and tp has the same sums
+            size, copies = micro.rows["tokens"].shape[1], axes.tp.size * axes.cp.size
+            sums = all_reduce(document_sums(costs, segments_of(batch), size), axes.cp)
+            costs, figures = objective.document(sums, micro.rows)
+            there = has_document(micro.rows)
+            total = _share(torch.where(there, costs, 0).sum(), copies)
+            shares |= {name: _share(torch.where(there, x, 0).sum(), copies) for name, x in figures.items()}
+        if shares.keys() != set(objective.reports):
+            raise ValueError(f"Objective.reports={objective.reports}, and its functions gave {sorted(shares)}")
+        return _divide(total, count), {name: _divide(shares[name].detach(), count) for name in objective.reports}
+
+    return head
+
+
+def _nll_head(cfg: ModelConfig, execution: model.Execution, layout: Layout) -> HeadFn:
+    tp = layout.axes.tp
+
+    def head(hidden: Tensor, outer: P.Params, micro: MicroBatch, count: Tensor | float) -> tuple[Tensor, Figures]:
+        batch = micro.own
+        rest = (model.head_weight(cfg, outer), batch["targets"].flatten(), batch["loss_weights"].flatten())
+        if tp.size > 1:
+            total = _share(tensor.linear_cross_entropy(hidden, *rest, tp), tp.size)
         elif execution.loss == "reference":
             total = cross_entropy.reference(hidden.flatten(0, 1), *rest)
         else:
             total = cross_entropy.linear_cross_entropy(hidden.flatten(0, 1), *rest, float32_sum=True)
-        divisor = torch.as_tensor(total_weight, dtype=total.dtype, device=total.device)
-        return total / torch.where(divisor > 0, divisor, 1.0)
+        return _divide(total, count), {}
 
-    return token_loss
-
-
-def _share(x: Tensor, part: float) -> Tensor:
-    """A part of a value: of one that several ranks hold alike, or of a mean over more than is here."""
-    return x if part == 1 else part * x
+    return head
 
 
-def _sum_load(load: balance.Load, axes: Axes) -> balance.Load:
-    """The load of all ranks, in one collective. Ranks of tp count the same tokens."""
-    if all(axes[name].size == 1 for name in DATA):
-        return load
-    counts, tokens, dropped = load
-    columns = sum_over(torch.cat((counts, tokens[:, None], dropped[:, None]), 1), axes, DATA)
-    return balance.Load(columns[:, :-2], columns[:, -2], columns[:, -1])
+def _weighted(x: Tensor | Figures, counts: Tensor, weights: Tensor) -> Tensor | Figures:
+    if isinstance(x, Tensor):
+        return torch.where(counts, x, 0) * weights
+    return {name: _weighted(value, counts, weights) for name, value in x.items()}
+
+
+def _share(x: Tensor, ranks: int) -> Tensor:
+    """A rank's share of what `ranks` ranks hold alike."""
+    return x if ranks == 1 else x / ranks
+
+
+def _divide(x: Tensor, count: Tensor | float) -> Tensor:
+    count = torch.as_tensor(count, dtype=x.dtype, device=x.device)
+    return x / torch.where(count > 0, count, 1.0)

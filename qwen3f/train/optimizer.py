@@ -3,10 +3,15 @@
 AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) follows torch.optim.AdamW. Compiled, the formula becomes one kernel
 a leaf: gradient, clip factor, both moments and the parameter are read once and written once. Uncompiled, torch's fused
 AdamW kernel does the same. Muon, for matrices, is in qwen3f.train.muon.
+
+What a path's rate is multiplied by is said by patterns, of which the first that matches counts; 0 freezes: no gradient,
+no moments, no decay, and no part in the norm.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import re
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -22,13 +27,17 @@ from sharding.rules import Placed
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """b1, b2, eps as in the paper; weight_decay is decoupled and scaled by the learning rate; clip_norm 0: no clip."""
+    """b1, b2, eps as in the paper; weight_decay is decoupled and scaled by the learning rate; clip_norm 0: no clip.
+
+    rates: (pattern of whole paths, what the learning rate is multiplied by); the first that matches, 1 where none does.
+    """
 
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    rates: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
@@ -37,6 +46,18 @@ class AdamW:
         for name in ("eps", "weight_decay", "clip_norm"):
             if getattr(self, name) < 0.0:
                 raise UserError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
+        for pattern, factor in self.rates:
+            if not 0.0 <= factor < float("inf"):
+                raise UserError(f"optimizer.rates: {pattern}={factor} must be a number from 0 on")
+
+    def rate(self, path: str) -> float:
+        """What the learning rate of this path is multiplied by; 0: it is frozen."""
+        return _rate(self.rates, path)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rate(rates: tuple[tuple[str, float], ...], path: str) -> float:
+    return next((factor for pattern, factor in rates if re.fullmatch(pattern, path)), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +87,19 @@ KINDS: dict[str, type[AdamW]] = {"adamw": AdamW, "muon": Muon}
 
 
 class OptimizerState(NamedTuple):
-    """m: first moment (AdamW) or momentum (Muon) of every path; v: second moment of AdamW's. The parameters' dtype."""
+    """m: first moment (AdamW) or momentum (Muon) of every trainable path; v: second moment of AdamW's. The parameters'
+    dtype."""
 
     m: Params
     v: Params
 
 
-class _Scalars(NamedTuple):
-    """What one update depends on beside the trees; see `update`."""
+class Scalars(NamedTuple):
+    """What one update depends on beside the trees, scalar tensors.
+
+    step: updates done before this one, an integer. lr, scale: the rate, the gradients' factor. apply: bool; where False
+    everything is returned unchanged, decided on the device.
+    """
 
     step: Tensor
     lr: Tensor
@@ -81,24 +107,64 @@ class _Scalars(NamedTuple):
     apply: Tensor
 
 
-def make(kind: str, **fields: float) -> AdamW:
-    """The hyperparameters of an optimizer by its name; fields that only another one has are left out."""
+def make(kind: str, **fields: float | str) -> AdamW:
+    """The hyperparameters of an optimizer by its name; fields that only another one has are left out.
+
+    rates: as parse_rates takes them.
+    """
     if kind not in KINDS:
         raise UserError(f"optimizer.kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
     own = {field.name for field in dataclasses.fields(KINDS[kind])}
+    fields |= {"rates": parse_rates(fields["rates"])} if "rates" in fields else {}
     return KINDS[kind](**{name: value for name, value in fields.items() if name in own})
+
+
+def parse_rates(text: str) -> tuple[tuple[str, float], ...]:
+    """`PATTERN=FACTOR,…` as AdamW.rates. Raises UserError for another form, or what is no regular expression."""
+    out = []
+    for piece in filter(None, (part.strip() for part in text.split(","))):
+        pattern, equals, factor = piece.rpartition("=")
+        try:
+            re.compile(pattern)
+            out.append((pattern, float(factor)))
+        except (re.error, ValueError) as error:
+            raise UserError(
+                f"--config.optimizer.rates: {piece!r} is no pattern and factor ({error}); write e.g. "
+                r"--config.optimizer.rates='model\.embed_tokens\..*=0,.*norm.*=0.1'"
+            ) from error
+        if not equals or not pattern:
+            raise UserError(f"--config.optimizer.rates: {piece!r} has no pattern; write PATTERN=FACTOR")
+    return tuple(out)
+
+
+def check_rates(hyper: AdamW, paths: Iterable[str]) -> None:
+    """UserError for a pattern that matches no path, and when nothing is left to train."""
+    paths = list(paths)
+    for pattern, _ in hyper.rates:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            raise UserError(
+                f"--config.optimizer.rates: {pattern!r} matches none of the model's parameters, whole paths such as "
+                f"{paths[0]} and {paths[len(paths) // 2]}"
+            )
+    if not trainable(hyper, paths):
+        raise UserError("--config.optimizer.rates freezes every parameter; leave one that is trained")
+
+
+def trainable(hyper: AdamW, paths: Iterable[str]) -> frozenset[str]:
+    """The paths that are not frozen."""
+    return frozenset(path for path in paths if hyper.rate(path))
 
 
 def by_muon(hyper: AdamW, decay: Mapping[str, bool]) -> frozenset[str]:
     """The paths that Muon updates."""
-    return frozenset(path for path, decays in decay.items() if decays and isinstance(hyper, Muon))
+    return frozenset(path for path in trainable(hyper, decay) if decay[path] and isinstance(hyper, Muon))
 
 
 def init(hyper: AdamW, decay: Mapping[str, bool], params: Params) -> OptimizerState:
-    """Zero moments. decay: path -> whether weight decay applies (ParamSpec.decay)."""
+    """Zero moments of what is trained. decay: path -> whether weight decay applies (ParamSpec.decay)."""
     matrices = by_muon(hyper, decay)
-    m = {path: torch.zeros_like(p) for path, p in params.items()}
-    return OptimizerState(m, {path: torch.zeros_like(p) for path, p in params.items() if path not in matrices})
+    m = {path: torch.zeros_like(p) for path, p in params.items() if hyper.rate(path)}
+    return OptimizerState(m, {path: torch.zeros_like(p) for path, p in m.items() if path not in matrices})
 
 
 def global_norm(grads: Params, placed: Mapping[str, Placed] | None = None, axes: Axes = ONE) -> Tensor:
@@ -119,22 +185,14 @@ def update(
     params: Params,
     grads: Params,
     state: OptimizerState,
-    *,
-    step: Tensor,
-    lr: Tensor,
-    scale: Tensor,
-    apply: Tensor,
+    at: Scalars,
 ) -> tuple[Params, OptimizerState]:
-    """One step of the optimizer; the arguments are left as they are.
+    """One step of the optimizer; the arguments are left as they are. What is frozen is returned as it is.
 
-    Args:
-      decay: path -> whether weight decay applies (ParamSpec.decay).
-      step: updates done before this one, an integer scalar tensor. lr, scale (the gradients' factor): scalar tensors.
-      apply: bool scalar tensor; where False everything is returned unchanged, decided on the device.
+    decay: path -> whether weight decay applies (ParamSpec.decay). grads: of what is trained.
     """
-    at = _Scalars(step, lr, scale, apply)
     matrices = by_muon(hyper, decay)
-    rest = {path: p for path, p in params.items() if path not in matrices}
+    rest = {path: p for path, p in params.items() if hyper.rate(path) and path not in matrices}
     if torch.compiler.is_compiling():
         new, m, v = _formula(hyper, decay, rest, grads, state, at)
     else:
@@ -142,21 +200,15 @@ def update(
         _fused(hyper, decay, [new, m, v], grads, at)
     if isinstance(hyper, Muon):
         old = [{path: tree[path] for path in params if path in matrices} for tree in (params, state.m)]
-        got = muon.update(
-            old[0],
-            grads,
-            old[1],
-            lr=lr,
-            scale=scale,
-            momentum=hyper.momentum,
-            weight_decay=hyper.weight_decay,
-            update_rms=hyper.update_rms,
-            iterations=hyper.iterations,
+        options = muon.Options(
+            hyper.momentum, hyper.weight_decay, hyper.update_rms, hyper.iterations, {p: hyper.rate(p) for p in matrices}
         )
+        got = muon.update(old[0], grads, old[1], at.lr, at.scale, options)
         for tree, before, after in zip((new, m), old, got):
-            tree.update({path: torch.where(apply, after[path], before[path]) for path in before})
+            tree.update({path: torch.where(at.apply, after[path], before[path]) for path in before})
     # in the order of params: a state keeps its structure from step to step
-    return {path: new[path] for path in params}, OptimizerState({path: m[path] for path in params}, v)
+    new = {path: new.get(path, params[path]) for path in params}
+    return new, OptimizerState({path: m[path] for path in params if path in m}, v)
 
 
 def _formula(
@@ -165,13 +217,14 @@ def _formula(
     params: Params,
     grads: Params,
     state: OptimizerState,
-    at: _Scalars,
+    at: Scalars,
 ) -> tuple[Params, Params, Params]:
-    step, lr, scale, apply = at
+    step, base_lr, scale, apply = at
     count = (step + 1).to(torch.float64)
     correct_m, correct_v = 1.0 - hyper.b1**count, 1.0 - hyper.b2**count
     new_params, new_m, new_v = {}, {}, {}
     for path, p in params.items():
+        lr = _times(base_lr, hyper.rate(path))
         g = grads[path].to(p.dtype) * scale.to(p.dtype)
         m = state.m[path] + (1.0 - hyper.b1) * (g - state.m[path])
         v = hyper.b2 * state.v[path] + (1.0 - hyper.b2) * g * g
@@ -184,22 +237,28 @@ def _formula(
     return new_params, new_m, new_v
 
 
+def _times(lr: Tensor, factor: float) -> Tensor:
+    return lr if factor == 1.0 else lr * factor
+
+
 def _fused(
     hyper: AdamW,
     decay: Mapping[str, bool],
     trees: list[Params],
     grads: Params,
-    at: _Scalars,
+    at: Scalars,
 ) -> None:
     """In place on trees = [params, m, v]: the kernel behind torch.optim.AdamW(fused=True)."""
     step, lr, scale, apply = at
     withhold = (~apply).to(torch.float32)
     count = (step + 1).to(torch.float32)
-    # On CUDA the kernel reads a float32 rate from the device, without a sync; on the CPU a number costs nothing.
-    rate = lr.to(torch.float32) if lr.is_cuda else lr.item()
-    for decays in (True, False):
-        paths = [path for path in trees[0] if decay[path] == decays]
+    groups: dict[tuple[bool, float], list[str]] = {}
+    for path in trees[0]:
+        groups.setdefault((decay[path], hyper.rate(path)), []).append(path)
+    for (decays, factor), paths in groups.items():
         leaves = [[tree[path] for path in paths] for tree in trees]
+        # On CUDA the kernel reads a float32 rate from the device, without a sync; on the CPU a number costs nothing.
+        rate = _times(lr, factor)
         torch._fused_adamw_(
             leaves[0],
             [grads[path].to(p.dtype) * scale.to(p.dtype) for path, p in zip(paths, leaves[0])],
@@ -207,7 +266,7 @@ def _fused(
             leaves[2],
             [],
             [count] * len(paths),
-            lr=rate,
+            lr=rate.to(torch.float32) if lr.is_cuda else rate.item(),
             beta1=hyper.b1,
             beta2=hyper.b2,
             weight_decay=hyper.weight_decay if decays else 0.0,

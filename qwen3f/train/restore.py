@@ -1,30 +1,31 @@
-"""What a run begins with: its corpus, and its state (resumed, taken from another run, or fresh)."""
+"""What a run begins with: its tokenizer, and its state (resumed, taken from another run, or fresh)."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from qwen3f import params as P
 from qwen3f import tree
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.checkpoint.manifest import DamagedCheckpoint
 from qwen3f.checkpoint.retention import Retention
 from qwen3f.checkpoint.shards import shards
-from qwen3f.data.corpus import Corpus, prepare
+from qwen3f.config import ModelConfig
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.interop import source
 from qwen3f.params import Params
 from qwen3f.processes.world import ALONE, World
 from qwen3f.train import workdir as W
-from qwen3f.train.setup import Plan
+from qwen3f.train.setup import Setup
 from qwen3f.train.state import TrainState, from_params, init_state
-from sharding.state import local_shards
+from sharding.state import init_shards, local_shards
 
 
-def open_checkpoints(plan: Plan, workdir: Path, world: World = ALONE) -> Checkpointer:
+def open_checkpoints(setup: Setup, workdir: Path, world: World = ALONE) -> Checkpointer:
     """The run's checkpoints, by config.checkpoint. Raises UserError for values that they can't have."""
-    options = plan.config.checkpoint
+    options = setup.config.checkpoint
     keep = Retention(
         options.keep, options.keep_every, options.keep_best, metric=options.best_metric, mode=options.best_mode
     )
@@ -36,7 +37,7 @@ def open_checkpoints(plan: Plan, workdir: Path, world: World = ALONE) -> Checkpo
         options.backend,
         options.timeout,
         world=world,
-        shard_of=shards(plan.model, plan.layout) if world.size > 1 else None,
+        shard_of=shards(setup.model, setup.layout) if world.size > 1 else None,
     )
 
 
@@ -47,45 +48,41 @@ class Start(NamedTuple):
     meta: dict[str, Any]
 
 
-def open_corpus(plan: Plan, workdir: Path, progress: bool) -> Corpus:
-    """The corpus, with the tokenizer as configured, else the run's own, else init_from's, else one trained on it.
+def find_tokenizer(setup: Setup, workdir: Path) -> str:
+    """Where a run's tokenizer is: as configured, else its own from before, else init_from's; "" if it is to be made."""
+    if setup.config.data.tokenizer:
+        return setup.config.data.tokenizer
+    if (workdir / W.TOKENIZER).exists():
+        return str(workdir / W.TOKENIZER)
+    return str(source.tokenizer_path(setup.config.init_from)) if setup.config.init_from else ""
 
-    Raises UserError, before reading the corpus, when a new run's init_from holds another model.
-    """
-    data = plan.data
-    if plan.config.init_from and W.read_config(workdir) is None:
-        source.check_same_model(plan.config.init_from, plan.model)
-    if not data.tokenizer:
-        if (workdir / W.TOKENIZER).exists():
-            data = dataclasses.replace(data, tokenizer=str(workdir / W.TOKENIZER))
-        elif plan.config.init_from:
-            data = dataclasses.replace(data, tokenizer=str(source.tokenizer_path(plan.config.init_from)))
-    corpus = prepare(data, plan.config.seq_len, progress)
-    here, there = corpus.tokenizer.vocab_size, plan.model.vocab_size
+
+def check_tokenizer(tokenizer: Tokenizer, cfg: ModelConfig) -> None:
+    """UserError unless the tokenizer's ids are those of the model."""
+    here, there = tokenizer.vocab_size, cfg.vocab_size
     # Qwen3's embedding has rows beyond its tokenizer's last id; a trained tokenizer fills the model's vocabulary.
-    if here > there or (here < there and not corpus.tokenizer.pads_vocab):
+    if here > there or (here < there and not tokenizer.pads_vocab):
         raise UserError(
-            f"the tokenizer {corpus.tokenizer.path} has {here} tokens and the model {there}; write "
+            f"the tokenizer {tokenizer.path} has {here} tokens and the model {there}; write "
             f"--config.model.vocab_size={here} or another --config.data.tokenizer"
         )
-    return corpus
 
 
-def starting_state(plan: Plan, checkpoints: Checkpointer, world: World = ALONE) -> Start:
+def starting_state(setup: Setup, checkpoints: Checkpointer, world: World = ALONE) -> Start:
     """The state to go on from: config.resume's or the last checkpoint, else init_from's weights, else fresh.
 
     A damaged last checkpoint is named, and the one before it used. Checkpoints later than the one used are moved aside,
     never deleted. Raises DamagedCheckpoint if config.resume's, or every one, is damaged.
     """
     steps = world.first(checkpoints.steps())  # on a network's file system others may see the last one late
-    if plan.config.resume is not None or steps:
-        like = init_state(plan.model, 0, plan.optimizer, device=plan.device, layout=plan.layout, mesh=world.mesh)
-        candidates = steps[::-1] if plan.config.resume is None else [plan.config.resume]
-        return _restored(checkpoints, like, candidates, plan.config.checkpoint.cast)
-    return Start(_first_state(plan, world), {})
+    if setup.config.resume is not None or steps:
+        like = init_state(setup.model, 0, setup.optimizer, device=setup.device, layout=setup.layout, mesh=world.mesh)
+        candidates = steps[::-1] if setup.config.resume is None else [setup.config.resume]
+        return _restored(checkpoints, like, candidates, setup.config.checkpoint.cast)
+    return Start(_first_state(setup, world), {})
 
 
-def roll_back(plan: Plan, checkpoints: Checkpointer, state: TrainState, world: World = ALONE) -> Start:
+def roll_back(setup: Setup, checkpoints: Checkpointer, state: TrainState, world: World = ALONE) -> Start:
     """The last whole checkpoint, or, if there is none yet, what the run began with; in the storage of `state`.
 
     As in `starting_state`, checkpoints that are damaged are named and moved aside.
@@ -94,18 +91,18 @@ def roll_back(plan: Plan, checkpoints: Checkpointer, state: TrainState, world: W
     live = local_shards(state)
     if steps := world.first(checkpoints.steps()):
         like = tree.map(lambda leaf: leaf.to("meta"), live)  # a second state might not fit on the device
-        before, meta = _restored(checkpoints, like, steps[::-1], plan.config.checkpoint.cast)
+        before, meta = _restored(checkpoints, like, steps[::-1], setup.config.checkpoint.cast)
     else:
-        before, meta = Start(local_shards(_first_state(plan, world)), {})
+        before, meta = Start(local_shards(_first_state(setup, world)), {})
     tree.map(lambda leaf, saved: leaf.copy_(saved), live, before)
     return Start(state, meta)
 
 
-def _first_state(plan: Plan, world: World) -> TrainState:
-    place = {"layout": plan.layout, "mesh": world.mesh}
-    if not plan.config.init_from:
-        return init_state(plan.model, plan.config.seed, plan.optimizer, device=plan.device, **place)
-    return from_params(plan.model, _weights(plan, world), plan.config.seed, plan.optimizer, **place)
+def _first_state(setup: Setup, world: World) -> TrainState:
+    place = {"layout": setup.layout, "mesh": world.mesh}
+    if not setup.config.init_from:
+        return init_state(setup.model, setup.config.seed, setup.optimizer, device=setup.device, **place)
+    return from_params(setup.model, _weights(setup, world), setup.config.seed, setup.optimizer, **place)
 
 
 def _restored(checkpoints: Checkpointer, like: TrainState, candidates: list[int], cast: bool) -> Start:
@@ -123,11 +120,18 @@ def _restored(checkpoints: Checkpointer, like: TrainState, candidates: list[int]
     raise AssertionError("unreachable: there is a candidate, which is returned or raises")
 
 
-def _weights(plan: Plan, world: World) -> Params:
-    """init_from's, as float32 master weights, this rank's shards. Says which rotary settings the run changes."""
-    place = plan.config.init_from
-    backend = plan.config.checkpoint.backend
-    params = source.read_params(place, plan.model, plan.device, torch.float32, backend, plan.layout, world)
-    for change in source.rotary_changes(place, plan.model):
+def _weights(setup: Setup, world: World) -> Params:
+    """init_from's, as float32 master weights, this rank's shards; what the model has more starts fresh.
+
+    Says which rotary settings the run changes, and what starts fresh.
+    """
+    place = setup.config.init_from
+    backend = setup.config.checkpoint.backend
+    params = source.read_params(place, setup.model, setup.device, torch.float32, backend, setup.layout, world)
+    if fresh := [path for path in P.abstract_params(setup.model) if path not in params]:
+        print(f"config.init_from={place} has no {', '.join(fresh)}; it starts fresh", flush=True)
+        made = init_shards(setup.model, setup.config.seed, setup.layout, fresh, device=setup.device)
+        params = {path: {**params, **made}[path] for path in P.abstract_params(setup.model)}
+    for change in source.rotary_changes(place, setup.model):
         print(f"config.init_from={place}: {change}", flush=True)
     return params

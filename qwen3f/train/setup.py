@@ -1,4 +1,4 @@
-"""From a configuration to the checked, typed objects that a run is made of. No effects, nothing read but the config."""
+"""From a configuration to the checked, typed objects that any run is made of. Nothing is read but the config."""
 
 import dataclasses
 import functools
@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 
 from qwen3f import model
 from qwen3f.config import ModelConfig
-from qwen3f.data.corpus import DataConfig
 from qwen3f.errors import UserError
-from qwen3f.stages import pretrain
+from qwen3f.params import abstract_params
 from qwen3f.train import optimizer
 from qwen3f.train.guards.spikes import SpikePolicy
 from qwen3f.train.schedule import Schedule
+from qwen3f.train.step import StepOptions, check_mesh
 from sharding import rules
 from sharding.axes import Axes, sizes_only
 from sharding.layout import Layout, find_gather_dtype
@@ -27,23 +27,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Setup:
     """A run, decided. config holds the plain numbers (steps, batch_size, …), already checked."""
 
     config: ConfigDict
     model: ModelConfig
     optimizer: optimizer.AdamW
-    schedule: Schedule
-    context_warmup_steps: int  # with attention over config.context_warmup.length tokens
     spikes: SpikePolicy
     execution: model.Execution
-    data: DataConfig
     device: torch.device
     compute_dtype: torch.dtype
     layout: Layout  # whose axes have sizes alone, until there are ranks: `on`
+    microbatches: int
 
-    def on(self, axes: Axes) -> "Plan":
-        """The plan as a rank has it that stands at a place of the mesh. UserError when that is another mesh."""
+    def on(self, axes: Axes) -> "Setup":
+        """The setup as a rank has it that stands at a place of the mesh. UserError when that is another mesh."""
         if axes.shape != self.layout.axes.shape:
             raise UserError(
                 f"config.mesh={self.config.mesh} asks for {self.layout.axes.shape.size} devices and there are "
@@ -51,8 +49,22 @@ class Plan:
             )
         return dataclasses.replace(self, layout=dataclasses.replace(self.layout, axes=axes))
 
+    def step_options(self, updates: int = 1, **others: Any) -> StepOptions:
+        """How the run's step is made. updates: of the optimizer in one."""
+        return StepOptions(
+            self.optimizer,
+            find_schedule(self.config, updates),
+            microbatches=self.microbatches,
+            updates=updates,
+            compute_dtype=self.compute_dtype,
+            execution=self.execution,
+            cross_documents=self.config.data.cross_documents,
+            layout=self.layout,
+            **others,
+        )
 
-def make_plan(config: ConfigDict, devices: int | None = None) -> Plan:
+
+def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
     """Raises UserError, naming key and value, for anything that cannot run. devices: for a mesh that fills them."""
     for key in (
         "steps",
@@ -64,7 +76,7 @@ def make_plan(config: ConfigDict, devices: int | None = None) -> Plan:
         "spike.window",
         "collective_timeout",
     ):
-        _at_least(config, key, 1)
+        at_least(config, key, 1)
     for key in (
         "eval.every",
         "eval.max_docs",
@@ -75,13 +87,11 @@ def make_plan(config: ConfigDict, devices: int | None = None) -> Plan:
         "checkpoint.timeout",
         "spike.threshold",
         "spike.rollbacks",
-        "sample.tokens",
-        "context_warmup.length",
         "nonfinite_skips",
         "restarts",
         "watchdog",
     ):
-        _at_least(config, key, 0)
+        at_least(config, key, 0)
     if config.batch_size % config.microbatches:
         raise UserError(
             f"config.batch_size={config.batch_size} cannot be cut into config.microbatches={config.microbatches} equal "
@@ -93,8 +103,6 @@ def make_plan(config: ConfigDict, devices: int | None = None) -> Plan:
             f"config.seq_len={config.seq_len} exceeds config.model.max_position_embeddings="
             f"{cfg.max_position_embeddings}; shorten the one or raise the other"
         )
-    if config.context_warmup.length and config.data.cross_documents:
-        raise UserError("config.context_warmup.length has no effect with config.data.cross_documents=True; choose one")
     if config.checkpoint.on_failure not in ("stop", "go_on"):
         raise UserError(f"config.checkpoint.on_failure={config.checkpoint.on_failure!r}: write stop or go_on")
     if config.checkpoint.keep_best and config.checkpoint.best_metric.startswith("val_") and not config.eval.every:
@@ -110,19 +118,18 @@ def make_plan(config: ConfigDict, devices: int | None = None) -> Plan:
     _check_recomputation(cfg, execution.compile)
     _check_graph(config, device, compute_dtype)
     _check_mesh(config, cfg, hyper, execution, layout)
-    data = DataConfig(vocab_size=cfg.vocab_size, **config.data.to_dict())
-    return Plan(
+    find_schedule(config)
+    optimizer.check_rates(hyper, abstract_params(cfg))
+    return Setup(
         config=config,
         model=cfg,
         optimizer=hyper,
-        schedule=_schedule(config),
-        context_warmup_steps=_steps(config, "context_warmup.steps") if config.context_warmup.length else 0,
         spikes=SpikePolicy(**config.spike.to_dict()),
         execution=execution,
-        data=data,
         device=device,
         compute_dtype=compute_dtype,
         layout=layout,
+        microbatches=config.microbatches,
     )
 
 
@@ -146,8 +153,8 @@ def _check_mesh(
     layout.place(cfg)
     rules.check_batch(shape, config.batch_size, config.seq_len, config.microbatches)
     if shape.pp > 1:
-        pipeline.check(cfg, layout.pipeline, execution, shape.pp, config.microbatches)
-    pretrain.check_mesh(cfg, hyper, execution, layout)
+        pipeline.check(cfg, layout.pipeline, execution.compile, shape.pp, config.microbatches)
+    check_mesh(cfg, hyper, execution, layout)
     try:
         rules.check_batch(shape, config.eval.batch_size, config.seq_len, evaluation_parts(config, layout.axes))
     except UserError as error:
@@ -165,7 +172,7 @@ def evaluation_parts(config: ConfigDict, axes: Axes) -> int:
     return math.gcd(config.eval.batch_size // sharing, config.microbatches) if axes.pp.size > 1 else 1
 
 
-def _at_least(config: ConfigDict, key: str, low: int) -> None:
+def at_least(config: ConfigDict, key: str, low: int) -> None:
     if (value := _get(config, key)) < low:
         raise UserError(f"config.{key} must be at least {low}, got {value}")
 
@@ -224,21 +231,22 @@ def _check_recomputation(cfg: ModelConfig, compile_mode: str) -> None:
         )
 
 
-def _schedule(config: ConfigDict) -> Schedule:
+def find_schedule(config: ConfigDict, updates: int = 1) -> Schedule:
+    """The schedule of config.schedule; it counts updates, of which a step has so many. Raises UserError."""
     s = config.schedule
     return Schedule(
         kind=s.kind,
         peak=s.peak_lr,
-        total_steps=config.steps,
-        warmup_steps=_steps(config, "schedule.warmup"),
+        total_steps=config.steps * updates,
+        warmup_steps=share_of_steps(config, "schedule.warmup", updates),
         min_lr=s.peak_lr * s.min_ratio,
-        decay_steps=_steps(config, "schedule.decay") if s.kind == "wsd" else 0,
+        decay_steps=share_of_steps(config, "schedule.decay", updates) if s.kind == "wsd" else 0,
         decay_shape=s.decay_shape,
     )
 
 
-def _steps(config: ConfigDict, key: str) -> int:
-    """A share of the run below 1, a number of steps from 1 on."""
-    _at_least(config, key, 0)
+def share_of_steps(config: ConfigDict, key: str, updates: int = 1) -> int:
+    """What a key says as a share of the run, below 1, or as a number of steps, from 1 on; in updates."""
+    at_least(config, key, 0)
     value = _get(config, key)
-    return int(value * config.steps) if value < 1 else int(value)
+    return int(value * config.steps * updates) if value < 1 else int(value * updates)

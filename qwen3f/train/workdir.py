@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from qwen3f.config import ModelConfig
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.files import write_atomically
+from qwen3f.params import abstract_params
+from qwen3f.train.optimizer import AdamW, parse_rates
 
 CONFIG, TOKENIZER, CHECKPOINTS, NONFINITE = "config.json", "tokenizer", "checkpoints", "nonfinite"
 
@@ -33,7 +35,8 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
 
 
 def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
-    """Raises UserError if `workdir` belongs to a run whose state has another form: another model or optimizer."""
+    """Raises UserError if `workdir` belongs to another stage, or its state has another form: model, optimizer, frozen
+    leaves."""
     there = read_config(workdir)
     if there is None:
         return
@@ -55,7 +58,22 @@ def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
                 f"{workdir} belongs to another model: its model.{key} is {old}, this run's is {value}; choose another "
                 "--workdir, or --config.init_from to start from its weights"
             )
+    if (old := there.get("stage")) != (new := config["stage"]):
+        raise UserError(
+            f"{workdir} belongs to a run of config.stage={old}, this run's is {new}; choose another --workdir, and "
+            "--config.init_from to start from its weights"
+        )
     old, new = there.get("optimizer", {}).get("kind"), config["optimizer"]["kind"]
+    rates = [section.get("optimizer", {}).get("rates", "") for section in (there, config)]
+    hypers = [AdamW(rates=parse_rates(text)) for text in rates]
+    paths = abstract_params(ModelConfig.from_dict(config["model"]))
+    changed = [path for path in paths if bool(hypers[0].rate(path)) != bool(hypers[1].rate(path))]
+    if changed:
+        raise UserError(
+            f"{workdir} belongs to a run with config.optimizer.rates={rates[0]!r}, this run's is {rates[1]!r}, which "
+            f"freezes others, {changed[0]} first; choose another --workdir, and --config.init_from to start from its "
+            "weights"
+        )
     if old != new:
         raise UserError(
             f"{workdir} belongs to a run with optimizer.kind={old}, this run's is {new}; choose another --workdir, and "
@@ -95,12 +113,16 @@ def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def keep_batch(workdir: Path, step: int, batch: Mapping[str, Tensor]) -> Path:
+def keep_batch(workdir: Path, step: int, batch: Mapping[str, np.ndarray]) -> Path:
     """Write a step's batch to nonfinite/step-N.npz, an array a key, so that the step can be run again alone."""
-    content = io.BytesIO()
-    np.savez(content, **{key: value.numpy() for key, value in batch.items()})
-    write_atomically(path := workdir / NONFINITE / f"step-{step}.npz", content.getvalue())
+    write_atomically(path := workdir / NONFINITE / f"step-{step}.npz", to_npz(batch))
     return path
+
+
+def to_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,7 +19,7 @@ from qwen3f.interop import export, hf, source
 from qwen3f.train.defaults import pretrain_config
 from qwen3f.train.loop import run
 from qwen3f.train.restore import starting_state
-from qwen3f.train.setup import make_plan
+from qwen3f.train.setup import make_setup
 from tests.data.tokenizers.small_bpe import small_tokenizer_json
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "red", "green", "blue", "birds", "in", "trees")
@@ -84,7 +84,7 @@ def test_training_starts_from_a_hugging_face_directory(root, directory, tmp_path
     """float32 master weights that equal the stored bf16; its tokenizer comes along; rotary changes are announced."""
     free = {"model.rope_theta": 1e6, "model.gradient_checkpointing": "full", "model.attention_dropout": 0.1}
     config = configured(root, init_from=str(directory), **free)
-    plan = make_plan(config)
+    plan = make_setup(config)
     with Checkpointer(tmp_path / "c", 0, 0) as checkpoints:
         state, _ = starting_state(plan, checkpoints)
     stored = hf.load_pretrained(directory)[1]

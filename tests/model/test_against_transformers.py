@@ -14,7 +14,8 @@ import torch
 
 from qwen3f import model, params
 from qwen3f.model.rope import rope_tables
-from qwen3f.train import objective as losses
+from qwen3f.train import losses
+from qwen3f.train.objective import batch_weight
 from qwen3f.transforms import grad_and_value
 from tests.model.hf_params import Widen, from_hf, hf_model, small_config
 
@@ -87,7 +88,7 @@ def test_logits_and_gradients(case, dtype, logit_tolerance, grad_tolerance):
     assert (got - expected.logits).abs().max() <= logit_tolerance
 
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": torch.ones(2, 39, dtype=dtype)}
-    grads, value = grad_and_value(losses.make_loss(cfg))(p, batch, losses.batch_weight(batch))
+    grads, value = grad_and_value(losses.make_loss(cfg))(p, batch, batch_weight(batch))
     torch.testing.assert_close(value, expected.loss.detach(), rtol=grad_tolerance, atol=0)
     theirs = from_hf(cfg, {name: leaf.grad for name, leaf in hf.named_parameters()})
     for path, grad in grads.items():

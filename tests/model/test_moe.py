@@ -14,11 +14,12 @@ from qwen3f.errors import UserError
 from qwen3f.model import block
 from qwen3f.model.moe import SparseMLP
 from qwen3f.stages.pretrain import make_train_step
-from qwen3f.train import objective as losses
-from qwen3f.train import state
+from qwen3f.train import losses, state
+from qwen3f.train.objective import MicroBatch
 from qwen3f.train.optimizer import AdamW
 from qwen3f.train.schedule import Schedule
 from qwen3f.transforms import grad_and_value
+from sharding.axes import ONE
 from tests.batches import random_batch
 from tests.model.hf_params import small_config
 
@@ -132,8 +133,8 @@ def mixed(**changes):
 
 
 def gradients(cfg, p, batch, execution=model.EAGER, transform=grad_and_value):
-    totals = losses.Totals(losses.batch_weight(batch), losses.routed_tokens(batch))
-    return transform(losses.make_objective(cfg, execution), has_aux=True)(p, batch, totals)
+    both = losses.make_differentiated(cfg, execution=execution)
+    return transform(both, has_aux=True)(p, {}, MicroBatch(batch, batch), losses.sum_totals(cfg, batch, ONE))
 
 
 @PRECISIONS

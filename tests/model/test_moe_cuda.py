@@ -5,7 +5,8 @@ import torch
 
 from qwen3f import model, params, presets
 from qwen3f.model.moe import SparseMLP
-from qwen3f.train import objective as losses
+from qwen3f.train import losses
+from qwen3f.train.objective import batch_weight
 from qwen3f.transforms import grad_and_value
 from tests.batches import random_batch
 
@@ -14,7 +15,7 @@ BLOCK = model.Execution(compile="block")
 
 
 def gradients(cfg, p, batch, execution):
-    return grad_and_value(losses.make_loss(cfg, execution))(p, batch, losses.batch_weight(batch))[0]
+    return grad_and_value(losses.make_loss(cfg, execution))(p, batch, batch_weight(batch))[0]
 
 
 def distance(a, b):

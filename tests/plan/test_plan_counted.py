@@ -21,8 +21,10 @@ from qwen3f.plan.case import Case
 from qwen3f.plan.hardware import TABLE
 from qwen3f.plan.make import make
 from qwen3f.stages.pretrain import make_train_step
-from qwen3f.train import objective as losses
+from qwen3f.train import losses
+from qwen3f.train.objective import NEXT_TOKEN, MicroBatch
 from qwen3f.train.optimizer import AdamW
+from qwen3f.train.pipelined import make_pipelined_gradients
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.state import init_state
 from sharding import ring
@@ -31,7 +33,6 @@ from sharding.fsdp import cut
 from sharding.layout import Layout, find_gather_dtype
 from sharding.mesh import AXES, parse_mesh
 from sharding.pipeline.cut import Pipeline, make_slices, store
-from sharding.pipeline.schedule import make_gradients
 from sharding.state import as_dtensors
 from tests.batches import random_batch
 from tests.sharding.worlds import run_processes
@@ -173,9 +174,9 @@ def counted_pipelines(rank):
         rows = ROWS // (axes.rows[1] * PARTS)
         batches = [random_batch(rows, LENGTH, cfg.vocab_size, seed) for seed in range(PARTS)]
         totals = losses.Totals(torch.tensor(1.0, dtype=torch.float64), torch.tensor(ROWS * LENGTH))
-        gradients = make_gradients(cfg, pipeline, EAGER, layout)
+        gradients = make_pipelined_gradients(cfg, NEXT_TOKEN, EAGER, layout)
         with Counted(names) as mode:
-            gradients(params, batches, totals)
+            gradients(params, {}, params, [MicroBatch(b, b) for b in batches], totals, None)
         out[name] = {key: tuple(line) for key, line in mode.seen.items()}
     return out
 

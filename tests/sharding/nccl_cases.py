@@ -28,8 +28,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from qwen3f import model
-from qwen3f.stages.pretrain import make_eval_step, make_train_step
+from qwen3f.stages.pretrain import make_train_step
 from qwen3f.train.optimizer import AdamW
+from qwen3f.train.outputs import make_eval_step
 from qwen3f.train.state import init_state
 from sharding.axes import axes_of, make_mesh
 from sharding.fsdp import cut

@@ -7,8 +7,9 @@ experts has an odd number of layers, and the embedding is tied.
 import pytest
 import torch
 
-from qwen3f.stages.pretrain import make_eval_step, make_train_step
+from qwen3f.stages.pretrain import make_train_step
 from qwen3f.train.optimizer import AdamW
+from qwen3f.train.outputs import make_eval_step
 from qwen3f.train.state import init_state
 from sharding.axes import axes_of, make_mesh
 from sharding.fsdp import cut

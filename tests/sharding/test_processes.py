@@ -8,8 +8,9 @@ from torch.distributed.tensor import DTensor
 
 from qwen3f import model, tree
 from qwen3f.model.block import block_fn
-from qwen3f.stages.pretrain import make_eval_step, make_train_step
+from qwen3f.stages.pretrain import make_train_step
 from qwen3f.train.optimizer import AdamW
+from qwen3f.train.outputs import make_eval_step
 from qwen3f.train.state import init_state
 from sharding.axes import axes_of, make_mesh
 from sharding.layout import Layout

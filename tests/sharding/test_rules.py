@@ -13,7 +13,7 @@ from qwen3f import params as P
 from qwen3f import presets
 from qwen3f.errors import UserError
 from qwen3f.train.defaults import pretrain_config
-from qwen3f.train.setup import make_plan
+from qwen3f.train.setup import make_setup
 from sharding import rules
 from sharding.mesh import AXES, MeshShape, parse_mesh
 from sharding.pipeline.cut import Pipeline, make_slices
@@ -137,6 +137,6 @@ def test_an_evaluation_that_does_not_divide(rows, mesh, message):
     config.update(device="cpu", mesh=mesh, batch_size=2, seq_len=33 if mesh == "tp2" else 32)
     config.eval.batch_size = rows
     with pytest.raises(UserError, match=f"config.eval.batch_size={rows} on config.mesh={mesh}: .*{message}"):
-        make_plan(config)
+        make_setup(config)
     config.eval.batch_size = 4
-    make_plan(config)
+    make_setup(config)

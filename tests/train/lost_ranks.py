@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from ml_collections import ConfigDict
 
 from qwen3f.errors import TrainingError
-from qwen3f.stages import pretrain
-from qwen3f.train import launch, loop
+from qwen3f.train import launch
+from qwen3f.train.readings import number
+from qwen3f.train.step import make_train_step
 
 VICTIM, IN_STEP = "1", 5
 
@@ -34,20 +35,18 @@ def main(path, workdir, fault, mesh=None):
     config = ConfigDict(json.loads(Path(path).read_text()))
     if mesh and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
         config.mesh = mesh
-    real = pretrain.make_train_step
 
-    def watched(*args, **kw):
-        step = real(*args, **kw)
+    def watched(*args):
+        step = make_train_step(*args)
 
         def wrapped(state, batch):
-            if os.environ["RANK"] == VICTIM and loop._number(state.step) + 1 == IN_STEP:
+            if os.environ["RANK"] == VICTIM and number(state.step) + 1 == IN_STEP:
                 globals()[fault]()
             return step(state, batch)
 
         return wrapped
 
-    pretrain.make_train_step = watched
-    launch.run(config, Path(workdir), progress=False)
+    launch.run(config, Path(workdir), progress=False, make_step=watched)
 
 
 if __name__ == "__main__":

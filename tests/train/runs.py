@@ -35,6 +35,6 @@ def run_updates(hyper, decay, start, grads, lrs):
         scale = optimizer.clip_factor(optimizer.global_norm(g), hyper.clip_norm)
         p, state = optimizer.update(
             hyper, decay, p, g, state,
-            step=torch.tensor(step), lr=torch.tensor(lr, dtype=torch.float64), scale=scale, apply=torch.tensor(True),
+            optimizer.Scalars(torch.tensor(step), torch.tensor(lr, dtype=torch.float64), scale, torch.tensor(True)),
         )  # fmt: skip
     return p, state

@@ -14,13 +14,14 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from qwen3f import params
 from qwen3f.model.moe import SparseMLP
 from qwen3f.stages.pretrain import make_train_step
-from qwen3f.train import balance, state
-from qwen3f.train import objective as losses
+from qwen3f.train import balance, losses, state
 from qwen3f.train.defaults import pretrain_config
 from qwen3f.train.loop import run as train
+from qwen3f.train.objective import MicroBatch
 from qwen3f.train.optimizer import AdamW
 from qwen3f.train.schedule import Schedule
 from qwen3f.transforms import grad_and_value
+from sharding.axes import ONE
 from tests.batches import random_batch
 from tests.model.hf_params import Widen, from_hf, hf_model, small_config
 
@@ -118,8 +119,8 @@ def test_the_modes_differ(hf_case):
 
 
 def gradients(cfg, p, batch):
-    totals = losses.Totals(losses.batch_weight(batch), losses.routed_tokens(batch))
-    return grad_and_value(losses.make_objective(cfg), has_aux=True)(p, batch, totals)
+    both = grad_and_value(losses.make_differentiated(cfg), has_aux=True)
+    return both(p, {}, MicroBatch(batch, batch), losses.sum_totals(cfg, batch, ONE))
 
 
 def assert_close(got, expected, tolerance):
@@ -227,11 +228,11 @@ def test_exact_counts_see_the_same_dropout(hf_case):
     cfg, p, batch, *_ = hf_case
     cfg = cfg.replace(router_balance="global_exact", attention_dropout=0.3)
     parts = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)]
-    count, objective = losses.make_load(cfg, dropout=True), losses.make_objective(cfg, dropout=True)
-    totals = losses.Totals(losses.batch_weight(batch), losses.routed_tokens(batch))
+    count, both = losses.make_load(cfg, dropout=True), losses.make_differentiated(cfg, dropout=True)
+    totals = losses.sum_totals(cfg, batch, ONE)
     for i, part in enumerate(parts):
         first = count(p, part, torch.tensor(i))
-        later = objective(p, part, totals, None, torch.tensor(i))[1].load
+        later = both(p, {}, MicroBatch(part, part), totals, None, torch.tensor(i))[1].load
         assert all(torch.equal(a, b) for a, b in zip(first, later, strict=True))
 
 

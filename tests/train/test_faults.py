@@ -1,5 +1,6 @@
 """What clusters do to a run: signals, damaged and unwritable files, losses that are not finite. Nothing is lost."""
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -21,6 +22,7 @@ from qwen3f.stages import pretrain
 from qwen3f.train import optimizer
 from qwen3f.train.loop import run
 from qwen3f.train.state import init_state
+from qwen3f.train.step import make_train_step
 from tests.train.runs import assert_same_bits, final_state, metrics, pretrain_model
 
 
@@ -29,10 +31,9 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(make, tmp_pat
     config = make(steps=6, **{"checkpoint.every": 4, "eval.every": 5})
     run(config, tmp_path / "whole", progress=False)
     straight = final_state(config, tmp_path / "whole", 6)
-    real = pretrain.make_train_step
 
-    def signalled(*args, **kw):
-        step = real(*args, **kw)
+    def signalled(*args):
+        step = make_train_step(*args)
 
         def wrapped(state, batch):
             if int(state.step) == 4:  # in step 5, after which there would be an evaluation and no checkpoint
@@ -41,9 +42,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(make, tmp_pat
 
         return wrapped
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "make_train_step", signalled)
-        run(config, tmp_path / "w", progress=False)
+    run(config, tmp_path / "w", progress=False, make_step=signalled)
     assert f"{number.name}: stopped after step 5" in capsys.readouterr().out
     with Checkpointer(tmp_path / "w" / "checkpoints", 0, 0) as checkpoints:
         assert checkpoints.steps() == [4, 5]
@@ -74,17 +73,39 @@ def before(function, moment):
     return wrapped
 
 
+class InEvaluation:
+    """Pretraining, with the moment before the first batch of an evaluation."""
+
+    def __init__(self, moment):
+        self.moment = moment
+
+    def check(self, setup):
+        pretrain.check(setup)
+
+    def make(self, run):
+        return pretrain.make(dataclasses.replace(run, stopping=before(run.stopping, self.moment)))
+
+
 def in_evaluation(patch, moment):
-    real = pretrain.make_eval_step
-    patch.setattr(pretrain, "make_eval_step", lambda *args, **kw: before(real(*args, **kw), moment))
+    return {"stage": InEvaluation(moment)}
 
 
 def in_writing(patch, moment):
+    """Step 4 begins when the writing has."""
+    written, act = threading.Event(), moment.act
+    moment.act = lambda: (act(), written.set())
     patch.setattr(manifest, "write", before(manifest.write, moment))
+
+    def waiting(*args):
+        step = make_train_step(*args)
+        return lambda state, batch: (int(state.step) == 3 and written.wait(20), step(state, batch))[1]
+
+    return {"make_step": waiting}
 
 
 def in_compilation(patch, moment):
     patch.setattr(compile_fx, "compile_fx", before(compile_fx.compile_fx, moment))
+    return {}
 
 
 @pytest.mark.parametrize(
@@ -105,18 +126,9 @@ def test_a_signal_while_something_else_goes_on(place, stopped, saved, make, tmp_
     torch.compiler.reset()
     moment = Moment(lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.MonkeyPatch.context() as patch:
-        if place is in_writing:  # step 4 begins when the writing has
-            written, real = threading.Event(), pretrain.make_train_step
-            moment.act = lambda act=moment.act: (act(), written.set())
-
-            def waiting(*args, **kw):
-                step = real(*args, **kw)
-                return lambda state, batch: (int(state.step) == 3 and written.wait(20), step(state, batch))[1]
-
-            patch.setattr(pretrain, "make_train_step", waiting)
-        place(patch, moment)
+        options = place(patch, moment)
         begin = time.monotonic()
-        run(config, tmp_path / "w", progress=False)
+        run(config, tmp_path / "w", progress=False, **options)
     assert moment.done
     assert time.monotonic() - begin < 60
     said = capsys.readouterr().out
@@ -151,10 +163,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(make, tmp_path
 
 
 def test_steps_that_are_not_finite_are_kept_and_passed_over_as_often_as_allowed(make, tmp_path, capsys):
-    real, batches = pretrain.make_train_step, {}
+    batches = {}
 
-    def poisoned(*args, **kw):
-        step = real(*args, **kw)
+    def poisoned(*args):
+        step = make_train_step(*args)
 
         def wrapped(state, batch):
             number = int(state.step) + 1
@@ -166,16 +178,15 @@ def test_steps_that_are_not_finite_are_kept_and_passed_over_as_often_as_allowed(
         return wrapped
 
     def attempt(workdir, skips):
-        run(make(steps=6, nonfinite_skips=skips, **{"checkpoint.every": 1, "checkpoint.keep": 0}), workdir, False)
+        config = make(steps=6, nonfinite_skips=skips, **{"checkpoint.every": 1, "checkpoint.keep": 0})
+        run(config, workdir, False, make_step=poisoned)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "make_train_step", poisoned)
-        attempt(tmp_path / "two", 2)
-        said = capsys.readouterr().out
-        assert "step 3 is not finite" in said
-        assert "2 of 2 such steps passed over" in said
-        with pytest.raises(TrainingError, match=r"step 5 is not finite.* kept in .*nonfinite/step-5\.npz"):
-            attempt(tmp_path / "one", 1)
+    attempt(tmp_path / "two", 2)
+    said = capsys.readouterr().out
+    assert "step 3 is not finite" in said
+    assert "2 of 2 such steps passed over" in said
+    with pytest.raises(TrainingError, match=r"step 5 is not finite.* kept in .*nonfinite/step-5\.npz"):
+        attempt(tmp_path / "one", 1)
     assert {p.name for p in (tmp_path / "two" / "nonfinite").iterdir()} == {"step-3.npz", "step-5.npz"}
     with np.load(tmp_path / "two" / "nonfinite" / "step-3.npz") as kept:
         assert set(kept) == set(batches[3])
@@ -190,11 +201,10 @@ def test_steps_that_are_not_finite_are_kept_and_passed_over_as_often_as_allowed(
 @pytest.mark.parametrize("policy", ["stop", "go_on"])
 def test_a_full_disk_stops_the_run_or_not_by_policy(make, tmp_path, policy, capsys):
     """A limit on file sizes, from step 3 to step 4, stands for a full disk."""
-    real = pretrain.make_train_step
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def filling(*args, **kw):
-        step = real(*args, **kw)
+    def filling(*args):
+        step = make_train_step(*args)
 
         def wrapped(state, batch):
             full = int(state.step) in (3, 4)  # the save after step 4 begins in the one and has ended in the other
@@ -206,14 +216,12 @@ def test_a_full_disk_stops_the_run_or_not_by_policy(make, tmp_path, policy, caps
     config = make(steps=8, **{"checkpoint.every": 2, "checkpoint.keep": 0, "eval.every": 0, "log_every": 8})
     config.checkpoint.update(on_failure=policy, asynchronous=False)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pretrain, "make_train_step", filling)
-            if policy == "stop":
-                with pytest.raises(TrainingError, match=r"step 4 could not be written .*last whole one is of step 2"):
-                    run(config, tmp_path, progress=False)
-            else:
-                run(config, tmp_path, progress=False)
-                assert "step 4 could not be written" in capsys.readouterr().out
+        if policy == "stop":
+            with pytest.raises(TrainingError, match=r"step 4 could not be written .*last whole one is of step 2"):
+                run(config, tmp_path, progress=False, make_step=filling)
+        else:
+            run(config, tmp_path, progress=False, make_step=filling)
+            assert "step 4 could not be written" in capsys.readouterr().out
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with Checkpointer(tmp_path / "checkpoints", 0, 0) as checkpoints:
@@ -225,14 +233,9 @@ def stuck(patch, until):
     patch.setattr(manifest, "write", lambda *args, real=manifest.write: (until.wait(30), real(*args)))
 
 
-def slow_step(patch, seconds):
-    real = pretrain.make_train_step
-
-    def make_step(*args, **kw):
-        step = real(*args, **kw)
-        return lambda state, batch: (time.sleep(seconds), step(state, batch))[1]
-
-    patch.setattr(pretrain, "make_train_step", make_step)
+def slow_step(*args):
+    step = make_train_step(*args)
+    return lambda state, batch: (time.sleep(0.05), step(state, batch))[1]
 
 
 @pytest.mark.parametrize("policy", ["stop", "go_on"])
@@ -245,11 +248,10 @@ def test_a_save_that_hangs_stops_the_run_or_not_by_policy(make, tmp_path, policy
     until = threading.Event()
     with monkeypatch.context() as patch:
         stuck(patch, until)
-        slow_step(patch, 0.05)
         if policy == "stop":
             begin = time.monotonic()
             with pytest.raises(TrainingError, match=r"step 4 has not been written .* within 0\.3 s .* is of step 2\)"):
-                run(config, tmp_path, progress=False)
+                run(config, tmp_path, progress=False, make_step=slow_step)
             assert time.monotonic() - begin < 20
         else:
             real = Checkpointer.wait
@@ -266,7 +268,7 @@ def test_a_save_that_hangs_stops_the_run_or_not_by_policy(make, tmp_path, policy
 
             stuck_at = []
             patch.setattr(Checkpointer, "wait", released_in_the_end)
-            run(config, tmp_path, progress=False)
+            run(config, tmp_path, progress=False, make_step=slow_step)
             assert capsys.readouterr().out.count("step 4 has not been written") == 3
             assert stuck_at == [2, 2, 2]
     with Checkpointer(tmp_path / "checkpoints", 0, 0) as checkpoints:
@@ -317,10 +319,10 @@ def test_one_byte_makes_a_run_go_back_one_checkpoint(make, tmp_path, capsys, dam
 )
 def test_a_resumed_run_sees_the_same_batches(make, tmp_path, backend, device):
     """Every array of every batch, and the state in the end, against the run without a stop; with either backend."""
-    real, seen = pretrain.make_train_step, {}
+    seen = {}
 
-    def recording(*args, **kw):
-        step = real(*args, **kw)
+    def recording(*args):
+        step = make_train_step(*args)
 
         def wrapped(state, batch):
             digest = hashlib.sha256(b"".join(batch[key].cpu().numpy().tobytes() for key in sorted(batch))).hexdigest()
@@ -331,12 +333,10 @@ def test_a_resumed_run_sees_the_same_batches(make, tmp_path, backend, device):
 
     config = make(steps=6, **{"checkpoint.every": 3, "checkpoint.backend": backend, "model.attention_dropout": 0.1})
     config.device = device
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "make_train_step", recording)
-        run(config, tmp_path, progress=False)
-        straight = restored(config, tmp_path, 6)
-        config.resume = 3
-        run(config, tmp_path, progress=False)
+    run(config, tmp_path, progress=False, make_step=recording)
+    straight = restored(config, tmp_path, 6)
+    config.resume = 3
+    run(config, tmp_path, progress=False, make_step=recording)
     assert_same_bits(straight, restored(config, tmp_path, 6))
     assert [len(digests) for digests in seen.values()] == [1, 1, 1, 2, 2, 2]
     assert len({digest for digests in seen.values() for digest in digests}) == 6

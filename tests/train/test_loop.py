@@ -8,11 +8,11 @@ from torch.torch_version import TorchVersion
 
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.errors import TrainingError, UserError
-from qwen3f.stages import pretrain
 from qwen3f.train import optimizer
 from qwen3f.train.loop import run
-from qwen3f.train.setup import make_plan
+from qwen3f.train.setup import make_setup
 from qwen3f.train.state import init_state
+from qwen3f.train.step import make_train_step
 from tests.train.runs import assert_same_bits, final_state, metrics, pretrain_model
 
 
@@ -25,10 +25,10 @@ def test_resuming_is_bitwise_exact(make, tmp_path):
     class Killed(Exception):
         pass
 
-    real, calls = pretrain.make_train_step, []
+    calls = []
 
-    def dies_after_13(*args, **kw):
-        step = real(*args, **kw)
+    def dies_after_13(*args):
+        step = make_train_step(*args)
 
         def wrapped(state, batch):
             calls.append(1)
@@ -38,10 +38,8 @@ def test_resuming_is_bitwise_exact(make, tmp_path):
 
         return wrapped
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "make_train_step", dies_after_13)
-        with pytest.raises(Killed):
-            run(config, tmp_path / "cut", progress=False)
+    with pytest.raises(Killed):
+        run(config, tmp_path / "cut", progress=False, make_step=dies_after_13)
     assert [m["step"] for m in metrics(tmp_path / "cut")] == [1, 5, 10]
     run(config, tmp_path / "cut", progress=False)
     assert_same_bits(final_state(config, tmp_path / "cut", 20), straight)
@@ -103,10 +101,9 @@ def test_a_changed_config_is_reported_and_the_old_one_kept(make, tmp_path, capsy
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(make, tmp_path):
     run(make(), tmp_path, progress=False)
-    real = pretrain.make_train_step
 
-    def poisoned(*args, **kw):
-        step = real(*args, **kw)
+    def poisoned(*args):
+        step = make_train_step(*args)
 
         def wrapped(state, batch):
             if int(state.step) == 23:
@@ -115,10 +112,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(make, tmp_pat
 
         return wrapped
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "make_train_step", poisoned)
-        with pytest.raises(TrainingError, match=r"step 24 is not finite: loss nan.* examples 92 to 95"):
-            run(make(steps=30, **{"checkpoint.every": 1}), tmp_path, progress=False)
+    with pytest.raises(TrainingError, match=r"step 24 is not finite: loss nan.* examples 92 to 95"):
+        run(make(steps=30, **{"checkpoint.every": 1}), tmp_path, progress=False, make_step=poisoned)
     with Checkpointer(tmp_path / "checkpoints", 0, 0) as checkpoints:
         assert checkpoints.steps() == [22, 23]
     run(make(steps=30), tmp_path, progress=False)  # and goes on from there
@@ -163,11 +158,11 @@ def test_recomputation_that_torch_cannot_put_into_one_graph(make, changes, versi
         config.model.gradient_checkpointing = policy
         if fails and version == "2.13.0":
             with pytest.raises(UserError, match=r"config\.compile=step with .*write --config\.compile=block"):
-                make_plan(config)
+                make_setup(config)
         else:
-            make_plan(config)
+            make_setup(config)
     config.compile = "block"
-    make_plan(config)
+    make_setup(config)
 
 
 def test_a_tokenizer_of_another_size_is_refused(make, tmp_path):

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from qwen3f.data import loader
 from qwen3f.errors import UserError
 from qwen3f.processes.world import open_world
-from qwen3f.stages import pretrain
 from qwen3f.train import loop
+from qwen3f.train.readings import number
+from qwen3f.train.step import make_train_step
 from sharding.mesh import parse_mesh
 from tests.sharding.worlds import run_processes
 from tests.train.runs import assert_same_bits, final_state, metrics
@@ -31,22 +32,19 @@ class Story:
         """Train on a mesh; before(step, batch) -> what the step gets, after(step, metrics) -> what it gives instead."""
         config = ConfigDict(self.config)
         config.update_from_flattened_dict({"mesh": mesh, **changes})
-        real = pretrain.make_train_step
 
-        def watched(*args, **kw):
-            step = real(*args, **kw)
+        def watched(*args):
+            step = make_train_step(*args)
 
             def wrapped(state, batch):
-                number = loop._number(state.step) + 1
-                new, found = step(state, before(number, batch) if before else batch)
-                return new, after(number, found) if after else found
+                at = number(state.step) + 1
+                new, found = step(state, before(at, batch) if before else batch)
+                return new, after(at, found) if after else found
 
             return wrapped
 
         world = open_world(parse_mesh(mesh), "cpu", self.rank)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pretrain, "make_train_step", watched)
-            return loop.run(config, self.folder / workdir, False, world)
+        return loop.run(config, self.folder / workdir, False, world, make_step=watched)
 
 
 def signal_to_one(story):

@@ -83,7 +83,7 @@ def test_withheld_update_changes_nothing():
     g = {"square": torch.full_like(start["square"], float("nan"))}
     p, state = optimizer.update(
         HYPER, DECAY, start, g, optimizer.init(HYPER, DECAY, start),
-        step=torch.tensor(0), lr=torch.tensor(0.1), scale=torch.tensor(float("nan")), apply=torch.tensor(False),
+        optimizer.Scalars(torch.tensor(0), torch.tensor(0.1), torch.tensor(float("nan")), torch.tensor(False)),
     )  # fmt: skip
     assert torch.equal(p["square"], start["square"])
     assert (state.m["square"] == 0).all()
@@ -108,11 +108,11 @@ def test_traced_as_one_graph_it_equals_eager():
     start = {k: torch.randn(shape, dtype=torch.float64) for k, shape in (SHAPES | {"embed": (7, 4)}).items()}
     grads = {k: torch.randn_like(v) for k, v in start.items()}
     state = optimizer.init(HYPER, DECAY, start)
-    at = {"step": torch.tensor(3), "lr": torch.tensor(0.1, dtype=torch.float64)}
-    at |= {"scale": torch.tensor(0.5), "apply": torch.tensor(True)}
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    at = optimizer.Scalars(torch.tensor(3), rate, torch.tensor(0.5), torch.tensor(True))
 
     def update(p, g, s):
-        return optimizer.update(HYPER, DECAY, p, g, s, **at)
+        return optimizer.update(HYPER, DECAY, p, g, s, at)
 
     expected, got = (
         f(start, grads, state) for f in (update, torch.compile(update, backend="aot_eager", fullgraph=True))

@@ -48,7 +48,7 @@ def test_withheld_update_changes_nothing():
     hyper, decay = optimizer.AdamW(), {"w": True, "b": False}
     p, state = optimizer.update(
         hyper, decay, start, g, optimizer.init(hyper, decay, start),
-        step=torch.tensor(0), lr=torch.tensor(0.1), scale=torch.tensor(float("nan")), apply=torch.tensor(False),
+        optimizer.Scalars(torch.tensor(0), torch.tensor(0.1), torch.tensor(float("nan")), torch.tensor(False)),
     )  # fmt: skip
     for k in start:
         assert torch.equal(p[k], start[k])

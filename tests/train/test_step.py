@@ -11,10 +11,11 @@ import torch
 from qwen3f import model, params, presets
 from qwen3f.errors import UserError
 from qwen3f.model import block
-from qwen3f.stages.pretrain import make_eval_step, make_train_step
-from qwen3f.train import objective as losses
-from qwen3f.train import state
+from qwen3f.stages.pretrain import make_train_step
+from qwen3f.train import losses, state
+from qwen3f.train.objective import batch_weight
 from qwen3f.train.optimizer import AdamW
+from qwen3f.train.outputs import make_eval_step
 from qwen3f.train.schedule import Schedule
 from qwen3f.transforms import grad_and_value
 from tests.batches import random_batch
@@ -34,7 +35,7 @@ def assert_close(got, expected, tolerance):
 
 
 def gradients(cfg, p, batch, execution=model.EAGER, **kw):
-    return grad_and_value(losses.make_loss(cfg, execution, **kw))(p, batch, losses.batch_weight(batch))
+    return grad_and_value(losses.make_loss(cfg, execution, **kw))(p, batch, batch_weight(batch))
 
 
 @PRECISIONS

@@ -8,8 +8,8 @@ import torch
 
 from qwen3f import model, params, presets
 from qwen3f.stages.pretrain import make_train_step
-from qwen3f.train import objective as losses
-from qwen3f.train import state
+from qwen3f.train import losses, state
+from qwen3f.train.objective import batch_weight
 from qwen3f.train.optimizer import AdamW
 from qwen3f.train.schedule import Schedule
 from qwen3f.transforms import grad_and_value, jit
@@ -30,7 +30,7 @@ def cuda_batch(rows=4, length=512, vocab=4096):
 
 
 def gradients(cfg, p, batch, execution):
-    return grad_and_value(losses.make_loss(cfg, execution))(p, batch, losses.batch_weight(batch))
+    return grad_and_value(losses.make_loss(cfg, execution))(p, batch, batch_weight(batch))
 
 
 def distance(a, b):

@@ -1,6 +1,6 @@
 """Noticing a loss that is not finite without making the host wait for the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ class _Pending(NamedTuple):
     step: int
     first: int  # place in the data order of the step's first example
     rows: int
+    batch: Mapping[str, Tensor]
     values: Tensor  # finite, loss, grad_norm on the host, once `ready`
     ready: torch.cuda.Event | None
 
@@ -21,15 +22,15 @@ class _Pending(NamedTuple):
 class FiniteCheck:
     """Reads each step's verdict while the next one runs. The step itself has withheld a bad update already.
 
-    skips: how many bad steps are passed over before one ends the run. dump: called with (step, first, rows) of each bad
-    step; writes its examples somewhere and returns where. say: called with a line for each step passed over. judge:
+    skips: how many bad steps are passed over before one ends the run. dump: called with (step, batch) of each bad step;
+    writes the batch somewhere and returns where. say: called with a line for each step passed over. judge:
     called with (step, loss, first, rows) of each good one; may raise.
     """
 
     def __init__(
         self,
         skips: int,
-        dump: Callable[[int, int, int], Path],
+        dump: Callable[[int, Mapping[str, Tensor]], Path],
         say: Callable[[str], None],
         judge: Callable[[int, float, int, int], None],
     ) -> None:
@@ -37,8 +38,10 @@ class FiniteCheck:
         self._bad = 0
         self._pending: _Pending | None = None
 
-    def __call__(self, step: int, metrics: dict[str, Tensor], first: int, rows: int) -> None:
-        """Take note of `step`, whose batch held examples first … first+rows−1; judge the step before."""
+    def __call__(
+        self, step: int, metrics: dict[str, Tensor], batch: Mapping[str, Tensor], first: int, rows: int
+    ) -> None:
+        """Take note of `step`, whose batch used examples first … first+rows−1; judge the step before."""
         values = torch.stack([metrics[name].to(torch.float64) for name in ("finite", "loss", "grad_norm")])
         ready = None
         if values.is_cuda:
@@ -46,7 +49,7 @@ class FiniteCheck:
             ready = torch.cuda.Event()
             ready.record()
         self.flush()
-        self._pending = _Pending(step, first, rows, values, ready)
+        self._pending = _Pending(step, first, rows, batch, values, ready)
 
     def flush(self) -> None:
         """Judge the last step noted. Raises TrainingError if it is not finite and no skip is left, and as `judge`."""
@@ -59,7 +62,7 @@ class FiniteCheck:
         if finite:
             return self._judge(pending.step, loss, pending.first, pending.rows)
         self._bad += 1
-        place = self._dump(pending.step, pending.first, pending.rows)
+        place = self._dump(pending.step, pending.batch)
         last = pending.first + pending.rows - 1
         what = (
             f"step {pending.step} is not finite: loss {loss}, gradient norm {norm}, on examples {pending.first} to "

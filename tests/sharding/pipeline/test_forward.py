@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 
 from qwen3f.errors import UserError
 from qwen3f.model import Execution
+from qwen3f.train.pipelined import make_pipelined_outputs
 from sharding.axes import Axis, sizes_only
 from sharding.layout import Layout
 from sharding.mesh import MeshShape
 from sharding.pipeline.cut import Slices
-from sharding.pipeline.forward import make_loss, work_order
+from sharding.pipeline.forward import work_order
 from tests.sharding.steps import config
 
 
@@ -45,4 +46,4 @@ def test_one_graph_is_an_error():
     layout = Layout(sizes_only(MeshShape(pp=2)))
     assert layout.axes.pp == Axis("pp", 2)
     with pytest.raises(UserError, match="write config.compile=block"):
-        make_loss(config(), Execution(compile="step"), layout)
+        make_pipelined_outputs(config(), Execution(compile="step"), layout, None)

@@ -16,17 +16,17 @@ from qwen3f import tree
 from qwen3f.errors import UserError
 from qwen3f.model import Execution
 from qwen3f.model.transformer import layer_stacks
-from qwen3f.stages.pretrain import split_batch
-from qwen3f.train import objective as losses
+from qwen3f.train import losses
+from qwen3f.train.objective import NEXT_TOKEN, make_head
+from qwen3f.train.pipelined import make_pipelined_gradients, make_pipelined_outputs
+from qwen3f.train.step import cut_batch
 from qwen3f.transforms import grad_and_value
-from sharding.axes import Axis, axes_of, make_mesh
+from sharding.axes import ONE, Axis, axes_of, make_mesh
 from sharding.fsdp import cut, sum_over, sum_replicated
 from sharding.layout import Layout
 from sharding.mesh import parse_mesh
 from sharding.pipeline.cut import Pipeline, make_slices, pipeline_traffic, store
-from sharding.pipeline.forward import make_loss
-from sharding.pipeline.schedule import check, make_gradients
-from sharding.sequence_split import split_sequence
+from sharding.pipeline.schedule import check
 from tests.sharding.steps import MOE, batches, config, share
 from tests.sharding.worlds import run_processes
 
@@ -129,12 +129,25 @@ def on_rank(rank):
     return out
 
 
+def make_gradients(cfg, execution, layout):
+    """(params, micro-batches, totals) -> (gradients, Terms), all parameters trained."""
+    summed = make_pipelined_gradients(cfg, NEXT_TOKEN, execution, layout)
+    return lambda params, parts, totals: summed(params, {}, params, parts, totals, None)
+
+
+def make_loss(cfg, execution, layout):
+    """(params, micro-batches) -> this rank's share of the summed nats."""
+    head = make_head(cfg, execution, layout)
+    outputs = make_pipelined_outputs(cfg, execution, layout, lambda *args: head(*args)[0])
+    return lambda params, parts: sum(outputs(params, parts, 1.0), torch.zeros((), dtype=torch.float64))
+
+
 def mixed_precision(axes, rank):
     """Gradients of float32 weights that are gathered in bfloat16: (with pp, without, in the order of the former)."""
     cfg, pipeline = config(num_hidden_layers=3), ZERO
     flat = dataclasses.replace(axes, pp=Axis("pp"))
     batch = share(inputs(), axes.shape, rank, 4)
-    totals, parts = losses.sum_totals(cfg, batch, axes), split_batch(batch, 4)
+    totals, parts = losses.sum_totals(cfg, batch, axes), cut_batch(batch, 4)
 
     def start(params, layout):
         placed = layout.place(cfg)
@@ -144,13 +157,13 @@ def mixed_precision(axes, rank):
     stages = make_slices(cfg, pipeline, axes.pp.size)
     layout = Layout(axes, pipeline=pipeline, gather_dtype=torch.bfloat16)
     placed, params = start(store(cfg, P.init_params(cfg, 0), stages), layout)
-    grads, _ = make_gradients(cfg, pipeline, Execution(), layout)(params, parts, totals)
+    grads, _ = make_gradients(cfg, Execution(), layout)(params, parts, totals)
     grads = sum_replicated(grads, placed, axes)
 
     layout = Layout(flat, gather_dtype=torch.bfloat16)
     placed, params = start(P.init_params(cfg, 0), layout)
-    objective = grad_and_value(losses.make_objective(cfg, layout=layout), has_aux=True)
-    each = [objective(params, part, totals)[0] for part in parts]
+    differentiate = grad_and_value(losses.make_differentiated(cfg, layout=layout), has_aux=True)
+    each = [differentiate(params, {}, part, totals)[0] for part in parts]
     flat_grads = sum_replicated({path: sum(g[path].float() for g in each) for path in params}, placed, flat)
     flat_grads = store(cfg, flat_grads, stages)
     stacks = layer_stacks(cfg)
@@ -164,13 +177,13 @@ def one_case(case, axes, rank):
     for path, kind in layer_stacks(cfg).items():
         padding = [i for i, layer in enumerate(stages.layer_order_of(axes.pp.index, kind)) if layer is None]
         params[path][padding] = float("nan")  # would show if it were computed
-    batch = split_sequence(share(inputs(), axes.shape, rank, case.microbatches), axes.cp)
+    batch = share(inputs(), axes.shape, rank, case.microbatches)
     totals = losses.sum_totals(cfg, batch, axes)
-    gradients = make_gradients(cfg, case.pipeline, Execution(compile=case.compile), layout)
-    parts = split_batch(batch, case.microbatches)
+    gradients = make_gradients(cfg, Execution(compile=case.compile), layout)
+    parts = cut_batch(batch, case.microbatches, layout)
     evaluate = make_loss(cfg, Execution(compile=case.compile), layout)
     once, terms = gradients(params, parts, totals)
-    nats = [evaluate(params, split_batch(batch, n), 1.0) for n in (1, case.microbatches)]
+    nats = [evaluate(params, cut_batch(batch, n, layout)) for n in (1, case.microbatches)]
     assert not any(x.requires_grad for x in nats)
     with Sends() as sends:
         again, _ = gradients(params, parts, totals)
@@ -193,11 +206,11 @@ def on_ranks():
 def on_one_device(cfg, microbatches):
     """Gradients and Terms, in the model's order."""
     params, batch = P.init_params(cfg, 0, dtype=torch.float64), inputs()
-    totals = losses.Totals(losses.batch_weight(batch), losses.routed_tokens(batch))
-    objective = grad_and_value(losses.make_objective(cfg), has_aux=True)
+    totals = losses.sum_totals(cfg, batch, ONE)
+    differentiate = grad_and_value(losses.make_differentiated(cfg), has_aux=True)
     grads, terms = None, None
-    for part in split_batch(batch, microbatches):
-        part_grads, (_, part_terms) = objective(params, part, totals, None if terms is None else terms.load)
+    for part in cut_batch(batch, microbatches):
+        part_grads, (_, part_terms) = differentiate(params, {}, part, totals, None if terms is None else terms.load)
         grads = part_grads if grads is None else tree.map(torch.add, grads, part_grads)
         terms = losses.add_terms(terms, part_terms)
     return grads, terms
@@ -288,4 +301,4 @@ def test_messages_are_those_of_the_formula(name, on_ranks):
 )
 def test_what_a_pipeline_cannot_run_is_an_error(changes, pipeline, execution, microbatches, words):
     with pytest.raises(UserError, match=words):
-        check(config(**{"num_hidden_layers": 4} | changes), pipeline, execution, 2, microbatches)
+        check(config(**{"num_hidden_layers": 4} | changes), pipeline, execution.compile, 2, microbatches)

@@ -12,11 +12,13 @@ from qwen3f.checkpoint import inspect
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.data.loader import build_batch
 from qwen3f.errors import TrainingError
+from qwen3f.processes.world import ALONE
 from qwen3f.stages import pretrain
 from qwen3f.train.guards.spikes import LossSpike, SpikeGuard, SpikePolicy
 from qwen3f.train.loop import run
-from qwen3f.train.restore import open_corpus
-from qwen3f.train.setup import make_plan
+from qwen3f.train.setup import make_setup
+from qwen3f.train.stage import Run
+from qwen3f.train.step import make_train_step
 from tests.train.runs import assert_same_bits, final_state, metrics
 
 LOSSES = st.lists(st.floats(0.5, 9), min_size=1, max_size=40)
@@ -56,13 +58,13 @@ def configured(make, **changes):
 
 
 @pytest.fixture
-def spikes(monkeypatch):
-    """A function that makes the batches with the given places spike."""
-    real, calls = pretrain.make_train_step, []
+def spikes():
+    """at(*places) -> (a make_step whose steps spike on batches with these places, the places of all batches)."""
+    calls = []
 
     def at(*places):
-        def make_step(*args, **kw):
-            step = real(*args, **kw)
+        def make_step(*args):
+            step = make_train_step(*args)
 
             def wrapped(state, batch):
                 calls.append(int(batch["index"][0]))
@@ -75,8 +77,7 @@ def spikes(monkeypatch):
 
             return wrapped
 
-        monkeypatch.setattr(pretrain, "make_train_step", make_step)
-        return calls
+        return make_step, calls
 
     return at
 
@@ -87,9 +88,9 @@ def test_a_run_goes_back_and_on_behind_the_spike(make, tmp_path, spikes, capsys,
 
     The state is that of a run that never saw them: by hand from step 6 on, with the data order at 32.
     """
-    config, by_hand = configured(make, log_every=log_every), pretrain.make_train_step
-    calls = spikes(30)
-    run(config, tmp_path / "w", progress=False)
+    config = configured(make, log_every=log_every)
+    make_step, calls = spikes(30)
+    run(config, tmp_path / "w", progress=False, make_step=make_step)
     said = capsys.readouterr().out
     assert "the loss of step 8, " in said
     assert "back to step 6, and on without examples 24 to 31 of the data order (rollback 1 of 2)" in said
@@ -107,27 +108,26 @@ def test_a_run_goes_back_and_on_behind_the_spike(make, tmp_path, spikes, capsys,
     shown = inspect.report(str(tmp_path / "w"), verify=False)
     assert "left out after a loss spike: examples 24 to 31 of the data order" in shown
 
-    plan = make_plan(config)
-    corpus = open_corpus(plan, tmp_path / "w", False)
-    step = by_hand(plan.model, plan.optimizer, plan.schedule, compute_dtype=plan.compute_dtype)
+    setup = make_setup(config)
+    stage = pretrain.make(Run(setup, tmp_path / "w", ALONE, False, lambda: False))
+    step = make_train_step(setup.model, stage.objective, setup.step_options())
     for place in range(32, 64, 4):
-        before, _ = step(before, build_batch(corpus.train, place, np.arange(4), config.seed, plan.model.vocab_size))
+        before, _ = step(before, build_batch(stage.dataset, place, np.arange(4), config.seed, setup.model.vocab_size))
     assert_same_bits((before.params, before.opt), (state.params, state.opt))
 
 
-def test_resuming_around_a_spike_is_exact(make, tmp_path, spikes, monkeypatch):
+def test_resuming_around_a_spike_is_exact(make, tmp_path, spikes):
     """Killed before it, and after the rollback without and with a checkpoint since: the same run, three times over."""
     config = configured(make)
-    spikes(30)
-    run(config, tmp_path / "whole", progress=False)
-    straight = final_state(config, tmp_path / "whole", 14)
-    real, calls = pretrain.make_train_step, []
+    make_step, _ = spikes(30)
+    run(config, tmp_path / "whole", progress=False, make_step=make_step)
+    straight, calls = final_state(config, tmp_path / "whole", 14), []
 
     class Killed(Exception):
         pass
 
-    def dying(*args, **kw):
-        step = real(*args, **kw)
+    def dying(*args):
+        step = make_step(*args)
 
         def wrapped(state, batch):
             calls.append(1)
@@ -137,12 +137,10 @@ def test_resuming_around_a_spike_is_exact(make, tmp_path, spikes, monkeypatch):
 
         return wrapped
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "make_train_step", dying)
-        for _ in range(3):
-            with pytest.raises(Killed):
-                run(config, tmp_path / "cut", progress=False)
-        run(config, tmp_path / "cut", progress=False)
+    for _ in range(3):
+        with pytest.raises(Killed):
+            run(config, tmp_path / "cut", progress=False, make_step=dying)
+    run(config, tmp_path / "cut", progress=False, make_step=dying)
     assert_same_bits(final_state(config, tmp_path / "cut", 14), straight)
     records = []
     for name in ("whole", "cut"):
@@ -153,8 +151,8 @@ def test_resuming_around_a_spike_is_exact(make, tmp_path, spikes, monkeypatch):
 
 def test_two_spikes_behind_one_checkpoint_and_one_before_any(make, tmp_path, spikes, capsys):
     config = configured(make, **{"checkpoint.every": 6, "spike.rollbacks": 3})
-    spikes(18, 30, 38)  # in step 5, then, 20 examples on, in steps 3 and 5 once more
-    run(config, tmp_path / "w", progress=False)
+    make_step, _ = spikes(18, 30, 38)  # in step 5, then, 20 examples on, in steps 3 and 5 once more
+    run(config, tmp_path / "w", progress=False, make_step=make_step)
     said = capsys.readouterr().out
     assert "back to step 0, and on without examples 0 to 19 of the data order (rollback 1 of 3)" in said
     with Checkpointer(tmp_path / "w" / "checkpoints", 0, 0) as checkpoints:
@@ -165,9 +163,9 @@ def test_two_spikes_behind_one_checkpoint_and_one_before_any(make, tmp_path, spi
 
 
 def test_after_so_many_rollbacks_the_run_ends_and_keeps_its_checkpoints(make, tmp_path, spikes):
-    spikes(*range(24, 400))
+    make_step, _ = spikes(*range(24, 400))
     with pytest.raises(TrainingError, match=r"the loss of step 7, .*; 2 of 2 rollbacks are used up"):
-        run(configured(make), tmp_path, progress=False)
+        run(configured(make), tmp_path, progress=False, make_step=make_step)
     with Checkpointer(tmp_path / "checkpoints", 0, 0) as checkpoints:
         assert checkpoints.steps() == [3, 6]
         for step in (3, 6):

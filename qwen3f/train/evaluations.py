@@ -1,0 +1,33 @@
+"""The stage's evaluators, each in its turn."""
+
+from collections.abc import Mapping
+
+from qwen3f.params import Params
+from qwen3f.train.logger import Logger
+from qwen3f.train.stage import Evaluator, Interrupted
+
+
+class Evaluations:
+    """values: what was found last, by the names in the log."""
+
+    def __init__(self, evaluators: Mapping[str, Evaluator], logger: Logger) -> None:
+        self._evaluators, self._logger = evaluators, logger
+        self.values: dict[str, float] = {}
+
+    def due(self, step: int, last: bool) -> list[str]:
+        """The evaluators whose turn it is."""
+        return [name for name, one in self._evaluators.items() if last or (one.every and step % one.every == 0)]
+
+    def run(self, names: list[str], step: int, params: Params) -> dict[str, float]:
+        """What they find; of one that was asked to stop, and of those after it, nothing."""
+        found: dict[str, float] = {}
+        for name in names:
+            try:
+                values = self._evaluators[name].run(params)
+            except Interrupted:
+                self._logger.write(f"step {step}: the evaluation was broken off")
+                break
+            self._logger.write(f"step {step}: {self._evaluators[name].say(values)}")
+            found |= {f"{name}_{key}": value for key, value in values.items()}
+        self.values |= found
+        return found

@@ -1,0 +1,72 @@
+"""Prepared batches for the loop: drawn by all ranks together, with one message a step."""
+
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from qwen3f.data.loader import Loader
+from qwen3f.data.stream.dataset import State as DataState
+from qwen3f.errors import UserError
+from qwen3f.processes.world import World
+from qwen3f.train.guards.signals import StopRequest
+from qwen3f.train.stage import Batch, Stage
+from qwen3f.train.state import TrainState
+
+
+class Feed:
+    """A context manager around a Loader. Between the batches it says where the run stands in the data.
+
+    Attributes:
+      position: the place in the data order of the last batch's first example. consumed: examples that it used.
+      state: the loader's, behind the last batch; see Loader.
+    """
+
+    def __init__(
+        self, loader: Loader, batch_size: int, position: int, stage: Stage, stop: StopRequest, world: World
+    ) -> None:
+        self._loader, self._batch_size, self._stage = loader, batch_size, stage
+        self._stop, self._world = stop, world
+        self.position, self.consumed, self.state = position, 0, loader.state
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loader.close()
+
+    def next(self, state: TrainState) -> Batch | None:
+        """The step's batch; None if a rank has been asked to stop. UserError, on all ranks, for data that has an end or
+        cannot be read on one of them."""
+        batch, stopping = self._world.agree(lambda: next(self._loader), bool(self._stop.name), UserError)
+        if stopping:
+            return None
+        given = self._batch_size
+
+        def more() -> Batch:
+            nonlocal given
+            given += self._batch_size
+            return self._world.together(lambda: next(self._loader), UserError)
+
+        prepared = self._stage.prepare(state, batch, more)
+        consumed = int(prepared.get("consumed", given))
+        if not 0 <= consumed <= given:
+            raise UserError(f"the stage's prepare says that {consumed} examples are used up, and got {given}")
+        self.position += self.consumed
+        self.consumed, self.state = consumed, self._loader.state
+        if "consumed" in prepared or given > self._batch_size:
+            device = prepared["tokens"].device
+            prepared = {**prepared, "consumed": torch.tensor(consumed, dtype=torch.int64, device=device)}
+        return prepared
+
+    @property
+    def next_position(self) -> int:
+        """The place of the next example."""
+        return self.position + self.consumed
+
+
+def data_state(meta: dict) -> DataState | None:
+    """What a checkpoint's meta says of a stream."""
+    return meta.get("data")

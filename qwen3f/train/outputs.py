@@ -1,0 +1,123 @@
+"""What the model says, without gradients, on any mesh: sums of the next-token loss, and a number a token.
+
+B rows of this rank · T sequence
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qwen3f import model
+from qwen3f import params as P
+from qwen3f.config import ModelConfig
+from qwen3f.train import losses
+from qwen3f.train.objective import Batch, MicroBatch, Output, batch_weight, make_head, make_numbers
+from qwen3f.train.pipelined import make_pipelined_outputs
+from qwen3f.train.step import cut_batch, visible
+from sharding.collectives import all_reduce, gather
+from sharding.fsdp import sum_over
+from sharding.layout import ONE_DEVICE, Layout
+from sharding.mesh import ROWS
+from sharding.sequence_split import merge_sequence
+from sharding.state import local_shards
+
+
+def make_eval_step(
+    cfg: ModelConfig,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    execution: model.Execution = model.EAGER,
+    cross_documents: bool = False,
+    microbatches: int = 1,
+    layout: Layout = ONE_DEVICE,
+) -> Callable[[P.Params, Batch], tuple[Tensor, Tensor]]:
+    """eval_step(params, batch) -> (summed nats, summed weight) over the batch's predicted tokens.
+
+    microbatches: the batch is cut into this many equal parts, which pass one after another; any number does, under pp
+    too, where as many as in training keep all ranks at work. It changes nothing, except where experts have a capacity:
+    that is counted from the tokens of a micro-batch, as in training.
+
+    On a mesh params are DTensors, the batch is this rank's share, and the sums are those of all ranks. Under pp all
+    schedules evaluate alike. Raises UserError when the batch size is no multiple of microbatches, and for what a
+    pipeline cannot be cut into.
+    """
+    axes = layout.axes
+    if axes.pp.size > 1:
+        head = make_head(cfg, execution, layout)
+        pipelined = make_pipelined_outputs(cfg, execution, layout, lambda *args: head(*args)[0])
+
+        def share(params: P.Params, parts: list[MicroBatch]) -> Tensor:
+            dtype = torch.promote_types(layout.gather_dtype or params[P.EMBED].dtype, torch.float32)
+            zero = torch.zeros((), dtype=dtype, device=params[P.EMBED].device)
+            return functools.reduce(torch.add, pipelined(params, parts, 1.0), zero)
+
+    else:
+        loss = losses.make_loss(cfg, execution, layout=layout)
+
+        def share(params: P.Params, parts: list[MicroBatch]) -> Tensor:
+            return functools.reduce(torch.add, (loss(params, part.own, 1.0) for part in parts))
+
+    @torch.no_grad()
+    def eval_step(params: P.Params, batch: Batch) -> tuple[Tensor, Tensor]:
+        rows = visible(batch, cross_documents)
+        nats = share(_compute(params, compute_dtype), cut_batch(rows, microbatches, layout))
+        return sum_over(nats, axes), sum_over(batch_weight(rows), axes, ROWS)
+
+    return eval_step
+
+
+def make_outputs(
+    cfg: ModelConfig,
+    execution: model.Execution = model.EAGER,
+    layout: Layout = ONE_DEVICE,
+    output: Output = "log_probs",
+    *,
+    microbatches: int = 1,
+    compute_dtype: torch.dtype | None = None,
+) -> Callable[[P.Params, Batch], Tensor]:
+    """outputs(params, batch) -> [B, T], float32 (float64 for float64): what an Objective of that output is given.
+
+    "log_probs": of the targets, at the batch's temperature, 0 where nothing is predicted; "nll" is their negative;
+    "scores": of the scalar head. Without gradients.
+
+    On a mesh params are DTensors and the batch is this rank's rows; the result is of the same rows, whole, on every
+    rank of cp, tp and pp. microbatches: as for make_eval_step.
+    """
+    axes = layout.axes
+    numbers = make_numbers(cfg, "scores" if output == "scores" else "log_probs", layout)
+
+    def head(hidden: Tensor, outer: P.Params, micro: MicroBatch, shared: None = None) -> Tensor:
+        return numbers(hidden, outer, micro.own)[0]
+
+    if axes.pp.size > 1:
+        pipelined = make_pipelined_outputs(cfg, execution, layout, head)
+    else:
+        forward, whole = model.make_forward(cfg, execution, layout=layout), model.make_outer(cfg, layout)
+
+    def of_parts(params: P.Params, parts: list[MicroBatch]) -> list[Tensor]:
+        if axes.pp.size > 1:
+            return pipelined(params, parts, None)
+        params = whole(params)
+        return [head(forward(params, part.own)[0], params, part) for part in parts]
+
+    @torch.no_grad()
+    def outputs(params: P.Params, batch: Batch) -> Tensor:
+        compute = _compute(params, compute_dtype)
+        parts = cut_batch(visible(batch, False), microbatches, layout)
+        found = of_parts(compute, parts)
+        dtype = torch.promote_types(layout.gather_dtype or compute[P.EMBED].dtype, torch.float32)
+        empty = torch.zeros(len(batch["tokens"]), *parts[0].own["tokens"].shape[1:], dtype=dtype)
+        own = torch.cat(found) if found else empty.to(batch["tokens"].device)
+        own = all_reduce(own, axes.pp)  # the last slice's, and zeros
+        if axes.cp.size > 1:
+            own = merge_sequence(gather(own, axes.cp, 1), axes.cp.size)
+        return -own if output == "nll" else own
+
+    return outputs
+
+
+def _compute(params: P.Params, dtype: torch.dtype | None) -> P.Params:
+    """This rank's shards in the dtype of the forward pass."""
+    return {k: p.to(dtype or p.dtype) for k, p in local_shards(params).items()}

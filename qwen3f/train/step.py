@@ -1,0 +1,306 @@
+"""The pure training step of every stage: gradients of an objective, and the optimizer's update.
+
+B rows of the global batch · M micro-batches · K updates · T sequence
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from qwen3f import model, rng, tree
+from qwen3f import params as P
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+from qwen3f.train import balance, losses, optimizer
+from qwen3f.train.objective import Batch, MicroBatch, Objective
+from qwen3f.train.pipelined import make_pipelined_gradients
+from qwen3f.train.schedule import Schedule
+from qwen3f.train.state import TrainState
+from qwen3f.transforms import grad_and_value, jit
+from sharding.fsdp import sum_over, sum_replicated
+from sharding.layout import ONE_DEVICE, Layout
+from sharding.mesh import ROWS
+from sharding.sequence_split import split_sequence
+from sharding.state import on_shards
+
+Metrics = dict[str, Tensor]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """How a step is made; never what it minimises.
+
+    Attributes:
+      optimizer, schedule: of the update. Its rate and bias correction count updates.
+      microbatches: an update's rows are cut into this many equal parts, whose gradients are summed; the loss is
+        normalised by the count of the whole, so the cut changes nothing.
+      microbatch_rows: instead, rows of a part on this rank; as many parts as the batch has. 0: by microbatches.
+      updates: the batch is cut into this many equal parts, in order, each with an update of its own. A state's step
+        counts batches: step · updates updates are behind it.
+      compute_dtype: dtype of the forward and backward pass (None: the parameters'). Master weights, moments and the
+        update keep the parameters' dtype.
+      cross_documents: attention ignores document boundaries.
+      donate: the state's storage is reused for the new state (see transforms.jit); the old state must not be used.
+      before_update: called when the first gradients have been queued and nothing has been written into the state yet;
+        as one graph (execution.compile="step"), before the whole step. A copy of the donated state that is under way is
+        joined there.
+      layout: the mesh that the step runs on. The state's leaves are then DTensors (sharding.state), the batch is this
+        rank's share: its rows of every micro-batch, cut over dr, dp and ep (rows equal over cp and tp). All ranks call
+        the step together; the new state and metrics are those of one device.
+    """
+
+    optimizer: optimizer.AdamW
+    schedule: Schedule
+    microbatches: int = 1
+    microbatch_rows: int = 0
+    updates: int = 1
+    compute_dtype: torch.dtype | None = None
+    execution: model.Execution = model.EAGER
+    cross_documents: bool = False
+    donate: bool = False
+    before_update: Callable[[], None] | None = None
+    layout: Layout = ONE_DEVICE
+
+    def parts_of(self, batch: Batch) -> int:
+        """How many micro-batches an update's batch is cut into."""
+        rows = batch["tokens"].shape[0]
+        if not self.microbatch_rows:
+            return self.microbatches
+        if rows % self.microbatch_rows:
+            raise UserError(
+                f"a batch of {rows} rows on a rank is no multiple of its micro-batch's {self.microbatch_rows}"
+            )
+        return rows // self.microbatch_rows
+
+
+def make_train_step(cfg: ModelConfig, objective: Objective, options: StepOptions) -> TrainStep:
+    """step(state, batch) -> (state, metrics), pure: the same state and batch give the same result, bit for bit.
+
+    Metrics (0-d tensors on the device): loss (the objective's, before the update, without the routers' losses; of
+      next-token prediction nats a predicted token), aux_loss (the balancing loss without its coefficient; 0 for a dense
+      model), grad_norm before and grad_norm_clipped after clipping, lr, tokens (predicted in this batch), finite (1 if
+      loss and gradient norm are; otherwise parameters and moments are left as they were), and the objective's figures.
+      A sparse model adds router_z_loss and what balance.load_metrics gives. With several updates: the means of theirs,
+      the last lr, all tokens, finite if all are, and withheld, how many updates were not.
+
+    Raises UserError when the batch does not divide, for rates that match no parameter, and for what a mesh cannot do:
+    Muon, which needs whole matrices; attention_dropout; one graph with ep, whose splits the host must know.
+    """
+    check_mesh(cfg, options.optimizer, options.execution, options.layout)
+    optimizer.check_rates(options.optimizer, P.abstract_params(cfg))
+    gradients, update = _make_gradients(cfg, objective, options), _make_update(cfg, options)
+    wait = options.before_update or (lambda: None)
+    whole_graph = options.execution.compile == "step"
+    finish = jit(update, compile=options.execution.compile == "block", donate=options.donate and not whole_graph)
+
+    def run(state: TrainState, batch: Batch, before: Callable[[], None]) -> tuple[TrainState, Metrics]:
+        rows = batch["tokens"].shape[0] * options.layout.axes.rows[1]
+        consumed = batch.get("consumed", torch.full_like(state.position, rows))
+        parts = split_batch(batch, options.updates)
+        history = []
+        for number, part in enumerate(parts):
+            grads, terms = gradients(state, part, number)
+            if number == 0:
+                before()
+            examples = consumed if number == len(parts) - 1 else None
+            state, metrics = finish(state, grads, terms, part, torch.full_like(state.step, number), examples)
+            history.append(metrics)
+        return state, history[0] if len(history) == 1 else _together(history)
+
+    if not whole_graph:
+        return on_shards(lambda state, batch: run(state, batch, wait))
+    graph = jit(lambda state, batch: run(state, batch, lambda: None), donate=options.donate)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        wait()
+        return graph(state, batch)
+
+    return on_shards(step)
+
+
+def check_mesh(cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execution, layout: Layout) -> None:
+    """UserError for what a mesh cannot do, as make_train_step lists it."""
+    axes = layout.axes
+    if axes.shape.size == 1:
+        return
+    if axes.ep.size > 1 and cfg.sparse_layers and execution.compile == "step":
+        raise UserError(
+            f"config.compile=step with ep={axes.ep.size}, whose splits the host must know: write compile=block, or use "
+            "dp for ep"
+        )
+    if isinstance(hyper, optimizer.Muon):
+        raise UserError("optimizer.kind=muon needs whole matrices, which a mesh cuts; write optimizer.kind=adamw")
+    if cfg.attention_dropout > 0:
+        raise UserError("model.attention_dropout is not supported on a mesh; set it to 0 or train on one device")
+
+
+def _make_gradients(
+    cfg: ModelConfig, objective: Objective, options: StepOptions
+) -> Callable[[TrainState, Batch, int], tuple[P.Params, losses.Terms]]:
+    """gradients(state, an update's batch, its number) -> (gradients of what is trained, in this rank's shards and
+    summed over ranks; the whole update's Terms)."""
+    layout, axes = options.layout, options.layout.axes
+    placed, masters = layout.place(cfg), layout.gather_dtype is not None
+    if masters and layout.gather_dtype != options.compute_dtype:
+        raise ValueError(f"layout.gather_dtype={layout.gather_dtype} must be compute_dtype={options.compute_dtype}")
+    make = make_pipelined_gradients if axes.pp.size > 1 else _make_summed_gradients
+    summed = make(cfg, objective, options.execution, layout)
+
+    def gradients(state: TrainState, batch: Batch, number: int) -> tuple[P.Params, losses.Terms]:
+        rows = visible(batch, options.cross_documents)
+        totals = losses.sum_totals(cfg, rows, axes, objective)
+        compute = {
+            k: p if masters and placed[k].fsdp else p.to(options.compute_dtype or p.dtype)
+            for k, p in state.params.items()
+        }
+        frozen = {path: p for path, p in compute.items() if not options.optimizer.rate(path)}
+        trained = {path: p for path, p in compute.items() if path not in frozen}
+        stream = None
+        if cfg.attention_dropout:
+            stream = rng.fold(state.seed, state.step * options.updates + number)
+        parts = cut_batch(rows, options.parts_of(batch), layout)
+        grads, terms = summed(trained, frozen, state.params, parts, totals, stream)
+        return sum_replicated(grads, placed, axes), losses.sum_ranks(terms, axes)
+
+    return gradients
+
+
+def _make_summed_gradients(
+    cfg: ModelConfig, objective: Objective, execution: model.Execution, layout: Layout
+) -> Callable[..., tuple[P.Params, losses.Terms]]:
+    """fn(trained, frozen, masters, micro-batches, totals, stream) -> (sums of gradients, Terms): one micro-batch after
+    another. masters: the parameters whose dtype the sums have."""
+    options = {"dropout": cfg.attention_dropout > 0, "layout": layout}
+    differentiate = grad_and_value(losses.make_differentiated(cfg, objective, execution, **options), has_aux=True)
+    exact = cfg.router_balance == "global_exact" and bool(cfg.sparse_layers)
+    count = losses.make_load(cfg, execution, **options) if exact else None
+
+    def summed(
+        trained: P.Params,
+        frozen: P.Params,
+        masters: P.Params,
+        parts: list[MicroBatch],
+        totals: losses.Totals,
+        stream: Tensor | None,
+    ) -> tuple[P.Params, losses.Terms]:
+        streams = [None if stream is None else rng.fold(stream, index) for index in range(len(parts))]
+        whole = None
+        if count is not None and len(parts) > 1:  # a lone micro-batch is the whole step: it knows all counts
+            for part, part_stream in zip(parts, streams):
+                whole = balance.add(whole, count({**trained, **frozen}, part.own, part_stream))
+        grads, terms = None, None
+        for part, part_stream in zip(parts, streams):
+            others = whole if terms is None or whole is not None else terms.load
+            leaves = _unstack(cfg, trained), _unstack(cfg, frozen)
+            part_grads, (_, part_terms) = differentiate(*leaves, part, totals, others, part_stream)
+            grads = _accumulate(grads, part_grads, masters, only=len(parts) == 1)
+            terms = losses.add_terms(terms, part_terms)
+        return grads, terms
+
+    return summed
+
+
+def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[TrainState, Metrics]]:
+    """update(state, gradients, Terms, its batch, its number, examples) -> (state, metrics). examples: what the whole
+    batch has consumed, given with the last update of a step; None before."""
+    axes, placed, decay, hyper = options.layout.axes, options.layout.place(cfg), P.decays(cfg), options.optimizer
+
+    def update(
+        state: TrainState,
+        grads: P.Params,
+        terms: losses.Terms,
+        batch: Batch,
+        number: Tensor,
+        examples: Tensor | None,
+    ) -> tuple[TrainState, Metrics]:
+        norm = optimizer.global_norm(grads, placed, axes)
+        scale = optimizer.clip_factor(norm, hyper.clip_norm)
+        finite = torch.isfinite(norm) & torch.isfinite(terms.loss)
+        done = state.step if options.updates == 1 else state.step * options.updates + number
+        lr = options.schedule(done)
+        at = optimizer.Scalars(done, lr, scale, finite)
+        params, opt = optimizer.update(hyper, decay, state.params, grads, state.opt, at)
+        tokens = sum_over(losses.batch_tokens(batch), axes, ROWS)
+        new = state._replace(params=params, opt=opt, tokens_seen=state.tokens_seen + tokens)
+        if examples is not None:  # data is consumed, even if the update was withheld
+            new = new._replace(step=state.step + 1, position=state.position + examples)
+        metrics = {
+            "loss": terms.loss,
+            "aux_loss": terms.aux_loss,
+            "grad_norm": norm,
+            "grad_norm_clipped": norm * scale,
+            "lr": lr,
+            "tokens": tokens,
+            "finite": finite,
+            **terms.figures,
+        }
+        if terms.load is not None:
+            metrics |= {"router_z_loss": terms.z_loss, **balance.load_metrics(terms.load)}
+        return new, metrics
+
+    return update
+
+
+def _together(history: list[Metrics]) -> Metrics:
+    """A step's metrics from those of its updates."""
+    out = {name: torch.stack([metrics[name] for metrics in history]) for name in history[0]}
+    finite, tokens = out.pop("finite"), out.pop("tokens")
+    means = {name: values.mean(0) for name, values in out.items()}
+    return means | {"lr": out["lr"][-1], "tokens": tokens.sum(), "finite": finite.all(), "withheld": (~finite).sum()}
+
+
+def visible(batch: Batch, cross_documents: bool) -> dict[str, Tensor]:
+    """What the model gets to see of each row: without segments, attention crosses document boundaries; padding stays
+    known. What a batch says of the whole (0-d tensors) is left out."""
+    rows = {key: value for key, value in batch.items() if value.dim()}
+    if cross_documents and "segments" in rows:
+        rows["real"] = rows.pop("segments") != 0
+    return rows
+
+
+def cut_batch(rows: Batch, parts: int, layout: Layout = ONE_DEVICE) -> list[MicroBatch]:
+    """`parts` micro-batches of this rank's rows, as `visible` gives them; under cp with its part of each."""
+    whole = split_batch(rows, parts)
+    if layout.axes.cp.size == 1:
+        return [MicroBatch(part, part) for part in whole]
+    return [MicroBatch(split_sequence(part, layout.axes.cp), part) for part in whole]
+
+
+def split_batch(batch: Batch, parts: int) -> list[dict[str, Tensor]]:
+    """Equal parts along the batch dimension; UserError when it does not divide. 0-d tensors go into none."""
+    rows = batch["tokens"].shape[0]
+    if rows % parts:
+        raise UserError(f"batch_size {rows} cannot be cut into {parts} equal microbatches; make it a multiple")
+    chunks = {key: value.split(rows // parts) for key, value in batch.items() if value.dim()}
+    return [{key: values[i] for key, values in chunks.items()} for i in range(parts)]
+
+
+def _unstack(cfg: ModelConfig, params: P.Params) -> dict[str, Tensor | tuple[Tensor, ...]]:
+    """Stacked leaves as tuples of per-layer views, so that each layer's gradient is a leaf of its own."""
+    table = P.abstract_params(cfg)
+    return {path: leaf.unbind(0) if table[path].stack else leaf for path, leaf in params.items()}
+
+
+def _stack(leaf: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return torch.stack(leaf) if isinstance(leaf, tuple) else leaf
+
+
+def _accumulate(total: P.Params | None, part: dict[str, object], like: Mapping[str, Tensor], only: bool) -> P.Params:
+    """Add one micro-batch's per-layer gradients to the stacked sum, kept in the master dtype.
+
+    A lone micro-batch needs no sum: its gradients are stacked as they are, and the update casts them.
+    """
+    if only:
+        # pop: a leaf's layers are freed as soon as they are stacked
+        return {path: _stack(part.pop(path)) for path in list(part)}
+    if total is None:
+        return {
+            path: torch.stack([x.to(like[path].dtype) for x in g]) if isinstance(g, tuple) else g.to(like[path].dtype)
+            for path, g in part.items()
+        }
+    rows = {path: leaf.unbind(0) if isinstance(part[path], tuple) else leaf for path, leaf in total.items()}
+    torch._foreach_add_(tree.leaves(rows), tree.leaves(part))
+    return total
