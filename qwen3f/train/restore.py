@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from qwen3f import params as P
 from qwen3f import tree
 from qwen3f.checkpoint.checkpointer import Checkpointer
@@ -76,7 +74,7 @@ def starting_state(setup: Setup, checkpoints: Checkpointer, world: World = ALONE
     """
     steps = world.first(checkpoints.steps())  # on a network's file system others may see the last one late
     if setup.config.resume is not None or steps:
-        like = init_state(setup.model, 0, setup.optimizer, device=setup.device, layout=setup.layout, mesh=world.mesh)
+        like = init_state(setup.model, 0, setup.optimizer, dtype=setup.master_dtype, **_place(setup, world))
         candidates = steps[::-1] if setup.config.resume is None else [setup.config.resume]
         return _restored(checkpoints, like, candidates, setup.config.checkpoint.cast)
     return Start(_first_state(setup, world), {})
@@ -99,10 +97,15 @@ def roll_back(setup: Setup, checkpoints: Checkpointer, state: TrainState, world:
 
 
 def _first_state(setup: Setup, world: World) -> TrainState:
-    place = {"layout": setup.layout, "mesh": world.mesh}
+    seed, place = setup.config.seed, _place(setup, world)
     if not setup.config.init_from:
-        return init_state(setup.model, setup.config.seed, setup.optimizer, device=setup.device, **place)
-    return from_params(setup.model, _weights(setup, world), setup.config.seed, setup.optimizer, **place)
+        return init_state(setup.model, seed, setup.optimizer, dtype=setup.master_dtype, **place)
+    del place["device"]  # the parameters'
+    return from_params(setup.model, _weights(setup, world), seed, setup.optimizer, **place)
+
+
+def _place(setup: Setup, world: World) -> dict[str, Any]:
+    return {"device": setup.device, "layout": setup.layout, "mesh": world.mesh}
 
 
 def _restored(checkpoints: Checkpointer, like: TrainState, candidates: list[int], cast: bool) -> Start:
@@ -121,16 +124,18 @@ def _restored(checkpoints: Checkpointer, like: TrainState, candidates: list[int]
 
 
 def _weights(setup: Setup, world: World) -> Params:
-    """init_from's, as float32 master weights, this rank's shards; what the model has more starts fresh.
+    """init_from's, as master weights, this rank's shards; what the model has more starts fresh.
 
     Says which rotary settings the run changes, and what starts fresh.
     """
     place = setup.config.init_from
     backend = setup.config.checkpoint.backend
-    params = source.read_params(place, setup.model, setup.device, torch.float32, backend, setup.layout, world)
+    params = source.read_params(place, setup.model, setup.device, setup.master_dtype, backend, setup.layout, world)
     if fresh := [path for path in P.abstract_params(setup.model) if path not in params]:
         print(f"config.init_from={place} has no {', '.join(fresh)}; it starts fresh", flush=True)
-        made = init_shards(setup.model, setup.config.seed, setup.layout, fresh, device=setup.device)
+        made = init_shards(
+            setup.model, setup.config.seed, setup.layout, fresh, device=setup.device, dtype=setup.master_dtype
+        )
         params = {path: {**params, **made}[path] for path in P.abstract_params(setup.model)}
     for change in source.rotary_changes(place, setup.model):
         print(f"config.init_from={place}: {change}", flush=True)

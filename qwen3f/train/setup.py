@@ -49,6 +49,11 @@ class Setup:
             )
         return dataclasses.replace(self, layout=dataclasses.replace(self.layout, axes=axes))
 
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """Of the state's parameters and moments: float32, where that is no less than the compute dtype."""
+        return torch.promote_types(self.compute_dtype, torch.float32)
+
     def step_options(self, updates: int = 1, **others: Any) -> StepOptions:
         """How the run's step is made. updates: of the optimizer in one."""
         return StepOptions(
