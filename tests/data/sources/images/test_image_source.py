@@ -3,8 +3,7 @@
 import json
 from collections import Counter
 
-from qwen3f.data.sources.images import KINDS, pictures
-from qwen3f.data.sources.images import source
+from qwen3f.data.sources.images import KINDS, pictures, source
 
 
 def test_splits_are_disjoint_and_without_repetitions_over_seeds():

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from qwen3f.data.sources.images import KINDS
-from qwen3f.data.sources.images import picture
+from qwen3f.data.sources.images import KINDS, picture
 from qwen3f.data.sources.images.canvas import BACKGROUNDS, COLOURS
 from qwen3f.data.sources.images.text import WORDS
 from qwen3f.errors import UserError

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3f.data.sources.reasoning import DIFFICULTIES, KINDS
-from qwen3f.data.sources.reasoning import problem
+from qwen3f.data.sources.reasoning import DIFFICULTIES, KINDS, problem
 from qwen3f.errors import UserError
 from tests.data.sources.reasoning.checker import chains, truth, value, wrong_chains
 from tests.data.sources.reasoning.solver import says, solve

@@ -6,8 +6,7 @@ import pytest
 
 from qwen3f.data.cache.token_cache import build_or_open
 from qwen3f.data.chat.template import render
-from qwen3f.data.sources.reasoning import DIFFICULTIES, KINDS, ReasoningSource, chat_messages, question_answer
-from qwen3f.data.sources.reasoning import problem
+from qwen3f.data.sources.reasoning import DIFFICULTIES, KINDS, ReasoningSource, chat_messages, problem, question_answer
 from qwen3f.data.sources.registry import open_source
 from qwen3f.errors import UserError
 
