@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ class Forker:
     """
 
     def __init__(self, directory, preload=None):
-        self._log = directory / "victim.log"
+        self._log, self._victim = directory / "victim.log", None
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         if preload:
             environment["LD_PRELOAD"] = str(preload)
@@ -34,6 +35,8 @@ class Forker:
         return self
 
     def __exit__(self, *error):
+        if self._victim:  # a test has failed before it could wait
+            os.kill(self._victim, signal.SIGKILL)
         self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
@@ -42,11 +45,12 @@ class Forker:
         """Call a function of victims.py in a new process, whose number it returns."""
         self._process.stdin.write(json.dumps([function, args, str(self._log)]) + "\n")
         self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        self._victim = int(self._process.stdout.readline())
+        return self._victim
 
     def wait(self):
         """(exit code, or minus the signal that ended it; what it printed)."""
-        code = int(self._process.stdout.readline())
+        code, self._victim = int(self._process.stdout.readline()), None
         return code, self._log.read_text()
 
     def call(self, function, *args):
