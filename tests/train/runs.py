@@ -12,7 +12,8 @@ from qwen3f.train.state import init_state
 
 def final_state(config, workdir, step):
     with Checkpointer(workdir / "checkpoints", 0, 0) as checkpoints:
-        return checkpoints.restore(init_state(pretrain_model(config), 0), step)[0]
+        dtype = torch.float64 if config.dtype == "float64" else torch.float32
+        return checkpoints.restore(init_state(pretrain_model(config), 0, dtype=dtype), step)[0]
 
 
 def pretrain_model(config):

@@ -59,17 +59,17 @@ def test_a_loss_over_documents_is_the_same_on_every_mesh(meshes, ranks, alone, t
     assert int(last.position) == 6 * 8 + 3 * 8  # every other step used two batches
 
 
-def launch(workdir, *options, **more):
-    command = [sys.executable, "launch.py", "--config", "tests/train/toy_stage.py", "--workdir", str(workdir), *options]
+def launch(workdir, mesh, kind, **more):
+    experiment = f"tests/train/toy_stage.py:{kind}"
+    command = [sys.executable, "launch.py", "--config", experiment, "--workdir", str(workdir), f"--config.mesh={mesh}"]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
 
 
 @pytest.mark.parametrize("mesh", ["dp2", *(pytest.param(m, marks=pytest.mark.nightly) for m in ["", *TWO, *FOUR][2:])])
 def test_by_launch_it_survives_a_kill_and_goes_on_bit_for_bit(mesh, tmp_path, alone):
     """All its processes are killed somewhere behind step 2; the same command then reaches the same end."""
-    options = [f"--config.mesh={mesh}"]
     kind = TWO.get(mesh, "dense")
-    killed = launch(tmp_path / "w", *options, f"--config={'tests/train/toy_stage.py'}:{kind}", start_new_session=True)
+    killed = launch(tmp_path / "w", mesh, kind, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "w" / "checkpoints" / "2").exists():
         assert killed.poll() is None, killed.stdout.read()
@@ -77,10 +77,10 @@ def test_by_launch_it_survives_a_kill_and_goes_on_bit_for_bit(mesh, tmp_path, al
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    again = launch(tmp_path / "w", *options, f"--config={'tests/train/toy_stage.py'}:{kind}")
+    again = launch(tmp_path / "w", mesh, kind)
     said = again.communicate(timeout=120)[0]
     assert again.returncode == 0, said
-    whole = launch(tmp_path / "whole", *options, f"--config={'tests/train/toy_stage.py'}:{kind}")
+    whole = launch(tmp_path / "whole", mesh, kind)
     assert whole.wait(120) == 0
     config = toy_stage.get_config(kind)
     assert_same_bits(final_state(config, tmp_path / "w", 6), final_state(config, tmp_path / "whole", 6))
@@ -117,7 +117,9 @@ def test_what_a_stage_may_not_do_is_one_line_at_the_first_step(tmp_path):
     objective = toy_stage.Objective("log_probs", None, nan_margin, None, ("margin",))
     with pytest.raises(UserError, match="not on a Sunday"):
         loop.run(config, tmp_path / "a", False, stage=Changed("not on a Sunday"))
-    with pytest.raises(UserError, match=r"the keys \['bonus', 'loss_weights', .* all examples need the same"):
+    with pytest.raises(
+        UserError, match=r"the keys \['loss_weights', .* its batch \['bonus', .* all examples need the same"
+    ):
         loop.run(config, tmp_path / "b", False, stage=Changed(dataset=OtherKeys()))
     with pytest.raises(TrainingError, match="step 1: the objective's figure margin is nan"):
         loop.run(config, tmp_path / "c", False, stage=Changed(objective=objective))
