@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from qwen3f.processes import ranks
 from qwen3f.train import loop
-from qwen3f.train.setup import find_device, make_plan
+from qwen3f.train.choices import find_device
+from qwen3f.train.setup import make_plan
 
 
 def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:

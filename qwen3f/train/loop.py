@@ -32,8 +32,9 @@ from qwen3f.train.guards.spikes import LossSpike, SpikeGuard
 from qwen3f.train.guards.watchdog import watchdog
 from qwen3f.train.logger import Logger, MetricLogger, SilentLogger
 from qwen3f.train.metrics import Throughput, flops_per_token, peak_flops, peak_source
+from qwen3f.train.microbatches import check_agreed, described, evaluation_parts
 from qwen3f.train.restore import open_checkpoints, open_corpus, roll_back, starting_state
-from qwen3f.train.setup import Plan, evaluation_parts, make_plan
+from qwen3f.train.setup import Plan, make_plan
 from qwen3f.train.state import TrainState
 from sharding.state import local_shards
 
@@ -48,6 +49,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True, world: World =
     breaks.
     """
     plan = make_plan(config, world.size).on(world.axes)
+    check_agreed(world.gather(plan.microbatches))
     resolved = json.loads(config.to_json_best_effort())
     W.check_same_run(workdir, resolved)
     with (
@@ -117,7 +119,7 @@ def _train(
         plan.model,
         plan.optimizer,
         plan.schedule,
-        microbatches=config.microbatches,
+        microbatches=plan.microbatches,
         donate=True,
         before_update=checkpoints.join,
         **step_options,
@@ -127,7 +129,7 @@ def _train(
         """Whether any rank has been asked to stop."""
         return bool(world.highest(bool(stop.name)))
 
-    parts = evaluation_parts(config, layout.axes)
+    parts = evaluation_parts(config.eval.batch_size, plan.microbatches, layout.axes)
     eval_step = pretrain.make_eval_step(plan.model, microbatches=parts, **step_options)
     validate = _validator(plan, corpus, eval_step, stopping)
     flops, peak = flops_per_token(plan.model, config.seq_len), peak_flops(plan.device) * world.size
@@ -163,7 +165,7 @@ def _train(
             plan.device,
             plan.model.vocab_size,
             workers=config.data.workers,
-            share=Share(*layout.axes.rows, config.microbatches),
+            share=Share(*layout.axes.rows, plan.microbatches),
             state=data,
         ) as loader,
         watchdog(config.watchdog, f"rank {world.rank} of {world.size}" if world.size > 1 else "the run") as alive,
@@ -326,6 +328,8 @@ def _announce(plan: Plan, corpus: Corpus, start: int, peak: float, logger: Logge
     )
     if shape.size > 1:
         logger.write(f"mesh: {shape}, {shape.size} ranks")
+    if not plan.config.microbatches:
+        logger.write(described(plan.microbatches, plan.config.batch_size, plan.layout.axes))
     for line in corpus.describe():
         logger.write(line)
     if start:
