@@ -1,6 +1,8 @@
 """Pretraining, stage 1: general knowledge at 4,096 tokens, warmup and cosine decay.
 
     python launch.py --config experiments/pretrain_s1.py:small --config.data.mixture=files@DIR --workdir W1
+    python launch.py --config experiments/pretrain_s1.py --config.mesh=dp8,tp2,pp4
+    python launch.py --config experiments/pretrain_s1.py:large --config.mesh=dp16,tp2,pp4
 
 The preset after the colon is any of qwen3f.presets (default small); nano runs at 512 tokens. Rotary base 10,000: the
 long context of stage 3 raises it (Qwen3 technical report, §3.2, which publishes no rates or batch sizes: those here
@@ -25,6 +27,6 @@ def get_config(preset: str = "small") -> ConfigDict:
     config.schedule.peak_lr = PEAK_LR.get(preset, 3e-4)
     if preset == "nano":
         config.batch_size, config.steps = 8, 1000
-    if preset == "large":  # made for meshes like dp8,tp2,pp4
-        config.microbatches, config.model.gradient_checkpointing = 8, "full"
+    if preset == "large":  # made for meshes like dp16,tp2,pp4
+        config.model.gradient_checkpointing = "full"
     return config

@@ -2,6 +2,7 @@
 
     python launch.py --config experiments/pretrain_s3.py:small --config.init_from=W2 --workdir W3
     python launch.py --config experiments/pretrain_s3.py:small,yarn …     # YaRN over stage 1's context as well
+    python launch.py --config experiments/pretrain_s3.py:small --config.mesh=dp8,tp2,pp4
 
 Three quarters of the tokens are of documents longer than half the context, a quarter of documents longer than an eighth
 (technical report, §3.2: 16,384 to 32,768 and 4,096 to 16,384 tokens); shorter ones are left out.
@@ -29,6 +30,6 @@ def get_config(arg: str = "small") -> ConfigDict:
         config.model.rope_scaling = ConfigDict({"rope_type": "yarn", **scaling})
     config.data.length_mix = "long=0.75,medium=0.25"
     config.steps //= 10
-    config.batch_size = max(config.batch_size // 8, 1)
+    config.batch_size //= 2  # enough for dp8 with pp4; rows are eight times as long
     config.schedule.peak_lr /= 10
     return config

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Iterable
 
 from qwen3f.errors import UserError
 
@@ -109,3 +110,10 @@ def hybrid(shape: MeshShape, shard_size: int, fsdp: bool = True) -> MeshShape:
         )
     inner = shard_size // whole
     return dataclasses.replace(shape, dr=shape.dr * (shape.dp // inner), dp=inner)
+
+
+def nearest(axis: str, size: int, possible: Iterable[int]) -> str:
+    """For an error: the possible sizes of an axis next to one that is not, `tp2 or tp4`."""
+    sizes = list(possible)
+    around = {max((n for n in sizes if n < size), default=None), min((n for n in sizes if n > size), default=None)}
+    return " or ".join(f"{axis}{n}" for n in sorted(around - {None}))

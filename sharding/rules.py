@@ -15,7 +15,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from sharding.mesh import AXES, FSDP, ROWS, MeshShape
+from sharding.mesh import AXES, FSDP, ROWS, MeshShape, nearest
 from sharding.pipeline.cut import Slices
 from sharding.sequence_split import check_length
 
@@ -82,11 +82,17 @@ def _place(cfg: ModelConfig, path: str, spec: P.ParamSpec, shape: MeshShape, fsd
             continue
         if axis == "pp":
             if spec.shape[dim] < size:
-                raise UserError(f"{path}: dim {dim} has {spec.shape[dim]} layers, fewer than pp={size} stages")
+                raise UserError(
+                    f"{path}: dim {dim} has {spec.shape[dim]} layers, fewer than pp={size} stages; write in "
+                    f"config.mesh pp{spec.shape[dim]} at most"
+                )
         else:
             count, unit = _units(cfg, path, spec, dim)
             if count % size:
-                raise UserError(f"{path}: dim {dim} ({count} {unit}) doesn't divide by {axis}={size}")
+                raise UserError(
+                    f"{path}: dim {dim} ({count} {unit}) doesn't divide by {axis}={size}; write in config.mesh "
+                    f"{nearest(axis, size, (n for n in range(1, count + 1) if count % n == 0))}"
+                )
         explicit.append((axis, dim))
     data = tuple(axis for axis in FSDP if getattr(shape, axis) > 1 and axis not in dims) if fsdp else ()
     parts = math.prod(getattr(shape, axis) for axis in data)

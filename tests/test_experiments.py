@@ -4,11 +4,16 @@ After an intended change: python -m tests.test_experiments   (rewrites tests/gol
 """
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from qwen3f import cli
+from qwen3f import cli, presets
+from qwen3f.errors import UserError
+from qwen3f.plan import run as plan_run
+from qwen3f.plan.config import from_config
 from qwen3f.train.setup import make_setup
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -63,6 +68,94 @@ def test_stage_lengths_and_rotary_bases():
     assert (s3.seq_len, s3.model.rope_theta, s3.model.rope_scaling) == (32768, 1e6, None)
     assert resolve("pretrain_s3:nano").seq_len <= 2048
     assert resolve("pretrain_s3:small,yarn").model.rope_scaling.factor == 8.0
+
+
+# -- on meshes ---------------------------------------------------------------------------------------------------------
+
+MESH = "dp8,tp2,pp4"  # of the contract's command
+
+
+def test_the_contracts_command_asks_for_its_hosts(tmp_path, monkeypatch):
+    """As launch.py calls it where there are not as many devices: the line for each host, and nothing is written."""
+    command = ["launch.py", "--config", "experiments/pretrain_s1.py", f"--config.mesh={MESH}"]
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr("qwen3f.processes.ranks.local_devices", lambda device: 8)
+    config = resolve("pretrain_s1")
+    config.update(mesh=MESH, device="cpu")
+    with pytest.raises(UserError) as caught:
+        cli.run_stage(config, tmp_path / "w", False)
+    line = "torchrun --nnodes=8 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --rdzv-id=qwen3f "
+    assert str(caught.value).endswith(
+        f"run this on each of 8 such hosts, with one of them for HOST: {line}{shlex.join(command)}"
+    )
+    assert not (tmp_path / "w").exists()
+
+
+def refused(config, workdir):
+    """The error's words; None if there is none."""
+    try:
+        cli.run_stage(config, workdir, False)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def follow(config, error):
+    """Do what the error says to write."""
+    if size := re.search(r"^config\.batch_size=\d+ can't fill .*; write a multiple of (\d+)$", error):
+        config.batch_size = int(size[1])
+        return
+    axis, size = re.search(r"; write in config\.mesh ([a-z]+)(\d+)\b", error).groups()
+    config.mesh = re.sub(rf"\b{axis}\d+", axis + size, config.mesh)
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+@pytest.mark.parametrize("experiment", ["pretrain_s1", "pretrain_s2", "pretrain_s3"])
+def test_every_preset_ends_with_a_plan_or_an_error_that_leads_to_one(experiment, preset, tmp_path, monkeypatch, capsys):
+    """Of one line; a plan that does not fit names what would. Pictures are drawn in other tests."""
+    for draw in ("mesh_png", "timeline_png"):
+        monkeypatch.setattr(plan_run, draw, lambda plan: b"")
+    config = resolve(f"{experiment}:{preset}")
+    config.update(mesh=MESH, plan=True, hardware="h100")
+    advice = 0
+    while (error := refused(config, tmp_path)) is not None:
+        assert "\n" not in error
+        assert capsys.readouterr().out == ""
+        advice += 1
+        assert advice < 4
+        follow(config, error)
+    out = capsys.readouterr().out.splitlines()
+    assert (tmp_path / "plan" / "mesh.png").exists()
+    (verdict,) = (line for line in out if line.startswith("the peak is at "))
+    hints = [line for line in out if line.startswith("does not fit; the smallest change that fits: --config.")]
+    assert verdict.endswith(", fits") == (hints == [])
+    assert (advice > 0) == (presets.get(preset).num_hidden_layers <= 6)  # of which pp4 cannot make four stages
+
+
+def commands():
+    """(where, experiment, flags) of each command with a mesh in README.md and the experiments' docstrings."""
+    for path in (Path("README.md"), *Path("experiments").glob("*.py")):
+        for line in re.findall(
+            r"python launch\.py (--config experiments/pretrain.*--config\.mesh=.*)", path.read_text()
+        ):
+            words = shlex.split(line, comments=True)
+            flags = [word.removeprefix("--config.").split("=") for word in words if word.startswith("--config.")]
+            yield path.name, words[1].removeprefix("experiments/").replace(".py", ""), dict(flags)
+
+
+@pytest.mark.parametrize("where, experiment, flags", commands())
+def test_meshes_that_are_written_down_cut_the_experiments_batch(where, experiment, flags):
+    config = resolve(experiment)
+    assert {"mesh"} <= set(flags) <= {"mesh", "plan", "hardware"}
+    config.update(mesh=flags["mesh"], hardware=flags.get("hardware", "h100"))
+    case = from_config(config)
+    assert case.mesh.size > 1
+    config.device = "cpu"
+    make_setup(config)
+
+
+def test_meshes_are_written_down():
+    assert {"README.md", "pretrain_s1.py", "pretrain_s3.py"} <= {where for where, *_ in commands()}
 
 
 if __name__ == "__main__":

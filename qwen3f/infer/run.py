@@ -22,7 +22,7 @@ from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams
 from qwen3f.infer.thinking import CLOSING, ThinkingBudget
 from qwen3f.interop import source
 from qwen3f.params import EMBED, Params
-from qwen3f.train.setup import find_device, find_dtype
+from qwen3f.train.choices import find_device, find_dtype
 
 
 @dataclasses.dataclass

@@ -6,11 +6,9 @@ import torch
 from ml_collections import ConfigDict
 
 from qwen3f.config import ModelConfig
-from qwen3f.errors import UserError
 from qwen3f.model import EAGER, Execution
-from qwen3f.plan.hardware import Hardware, parse_hardware
+from qwen3f.plan.hardware import Hardware
 from qwen3f.train import optimizer
-from qwen3f.train.setup import find_compile_mode, find_dtype, find_layout
 from qwen3f.train.step import check_mesh
 from sharding import rules
 from sharding.axes import sizes_only
@@ -25,10 +23,11 @@ MASTER = 4  # bytes of a float32: master weights, moments, summed gradients
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """batch_size: rows of a step over all ranks. compute: the dtype of forward and backward. fsdp: whether weights are
-    cut over dp, ep and cp; reduce: what their gradients are summed in, "compute" or "float32"; reshard: whether
-    selective recomputation gathers them again (sharding.layout). pipeline and execution matter where pp > 1. Raises
-    UserError for what does not divide or cannot run together.
+    """batch_size: rows of a step over all ranks. automatic: microbatches follow from the rest (config.microbatches=0),
+    so a case with other policies has its own. compute: the dtype of forward and backward. fsdp: whether weights are cut
+    over dp, ep and cp; reduce: what their gradients are summed in, "compute" or "float32"; reshard: whether selective
+    recomputation gathers them again (sharding.layout). pipeline and execution matter where pp > 1. Raises UserError for
+    what does not divide or cannot run together.
     """
 
     model: ModelConfig
@@ -37,6 +36,7 @@ class Case:
     seq_len: int
     hardware: Hardware
     microbatches: int = 1
+    automatic: bool = False
     compute: torch.dtype = torch.bfloat16
     hyper: optimizer.AdamW = optimizer.ADAMW
     fsdp: bool = True
@@ -115,26 +115,30 @@ class Case:
         return self.model.vocab_size // self.mesh.tp
 
 
-def from_config(config: ConfigDict) -> Case:
-    """Raises UserError, naming key and value, for what cannot run on any device."""
-    for key in ("batch_size", "microbatches", "seq_len"):
-        if config[key] < 1:
-            raise UserError(f"config.{key} must be at least 1, got {config[key]}")
-    cuda = torch.device("cuda")
-    cfg, compute = ModelConfig.from_dict(config.model.to_dict()), find_dtype(config.dtype, cuda)
-    layout = find_layout(config, None, compute)
+def make_case(
+    config: ConfigDict,
+    cfg: ModelConfig,
+    hyper: optimizer.AdamW,
+    execution: Execution,
+    layout: Layout,
+    compute: torch.dtype,
+    hardware: Hardware,
+    microbatches: int,
+) -> Case:
+    """The Case of a configuration and what setup and plan have read from it; microbatches: as resolved, at least 1."""
     return Case(
         model=cfg,
         mesh=layout.axes.shape,
         batch_size=config.batch_size,
         seq_len=config.seq_len,
-        hardware=parse_hardware(config.hardware),
-        microbatches=config.microbatches,
+        hardware=hardware,
+        microbatches=microbatches,
+        automatic=config.microbatches == 0,
         compute=compute,
-        hyper=optimizer.make(**config.optimizer.to_dict()),
-        fsdp=config.fsdp.enabled,
+        hyper=hyper,
+        fsdp=layout.fsdp,
         reduce=config.fsdp.reduce,
-        reshard=config.fsdp.reshard,
+        reshard=layout.reshard,
         pipeline=layout.pipeline,
-        execution=Execution(find_compile_mode(config.compile, cuda), config.attention),
+        execution=execution,
     )

@@ -3,6 +3,9 @@
 import dataclasses
 import difflib
 import math
+import re
+
+import torch
 
 from qwen3f.errors import UserError
 
@@ -13,9 +16,9 @@ class Hardware:
 
     peak: dense bf16 of the datasheet, which MFU is counted against. products: matrix products; grouped: those of
     experts. attention_forward, attention_backward: causal attention, of the 2 and the 5 products it needs, the mask's
-    half left out. copy: memory, read plus written. memory: bytes that a program can use. node: devices that links join.
-    link, network: what a device sends to others of its node, and beyond it, in collectives. latency: seconds a
-    collective takes beside its bytes.
+    half left out. copy: memory, read plus written. memory: nominal, in bytes: what torch finds on a card of that name,
+    never what is free on one. node: devices that links join. link, network: what a device sends to others of its node,
+    and beyond it, in collectives. latency: seconds a collective takes beside its bytes.
     """
 
     name: str
@@ -55,14 +58,36 @@ _H100 = Hardware(
 _H200 = dataclasses.replace(_H100, name="h200", copy=4.3e12, memory=139.7 * 2**30)
 
 TABLE: dict[str, Hardware] = {hardware.name: hardware for hardware in (_H100, _H200)}
+_NAMES = ((r"NVIDIA H100 80GB HBM3", "h100"), (r"NVIDIA H200", "h200"))  # of cards, as CUDA gives them; no MIG slice
 
 
-def parse_hardware(text: str) -> Hardware:
-    """`h100`, or a row of the table with other numbers: `h100,node=4,link=2e11`. Raises UserError, naming the part."""
+def card(name: str, memory: int) -> Hardware:
+    """The card that CUDA gives this name and so many bytes: a row of the table, or one with the card's own name.
+
+    That one's memory is rounded down to whole GiB, since drivers differ in a little of it; its rates are the H100's, so
+    only its memory is of use.
+    """
+    row = next((row for pattern, row in _NAMES if re.fullmatch(pattern, name)), None)
+    return TABLE[row] if row else dataclasses.replace(_H100, name=name, memory=float(memory >> 30 << 30))
+
+
+def this_card() -> Hardware | None:
+    """That of the current CUDA device; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return card(found.name, found.total_memory)
+
+
+def parse_hardware(text: str, auto: Hardware = _H100) -> Hardware:
+    """`h100`, or a row of the table with other numbers: `h100,node=4,link=2e11`; `auto` is the row given.
+
+    Raises UserError, naming the part.
+    """
     name, *changes = (part.strip() for part in text.split(","))
-    if name not in TABLE:
+    if name != "auto" and name not in TABLE:
         close = difflib.get_close_matches(name.lower(), TABLE, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"write one of {', '.join(TABLE)}"
+        hint = f"did you mean '{close[0]}'?" if close else f"write auto or one of {', '.join(TABLE)}"
         raise UserError(f"config.hardware={text!r}: '{name}' is not in the table; {hint}")
     known = [field.name for field in dataclasses.fields(Hardware) if field.name != "name"]
     values: dict[str, float] = {}
@@ -75,7 +100,7 @@ def parse_hardware(text: str) -> Hardware:
         values[key] = _positive(text, key, number)
     if "node" in values:
         values["node"] = int(values["node"])
-    return dataclasses.replace(TABLE[name], **values)
+    return dataclasses.replace(auto if name == "auto" else TABLE[name], **values)
 
 
 def _positive(text: str, key: str, number: str) -> float:

@@ -7,9 +7,10 @@ from qwen3f.errors import UserError
 from qwen3f.plan import schedule as S
 from qwen3f.plan import work
 from qwen3f.plan.case import Case
-from qwen3f.plan.memory import Leaf, Memory, leaves, memory
+from qwen3f.plan.memory import Leaf, Memory, leaves, memory, room
 from qwen3f.plan.traffic import Collective, collectives, layers_per_rank, seconds
 from qwen3f.train.metrics import flops_per_token
+from qwen3f.train.microbatches import choose_for
 from sharding.pipeline.cut import heights
 
 WORTH_TELLING = 0.02  # share of a step that another cut saves, below which the model's own error is larger
@@ -49,7 +50,13 @@ class MeshPlan:
 
     @property
     def fits(self) -> bool:
-        return max(rank.peak for rank in self.memory) <= self.setup.hardware.memory
+        """Whether a run has room for it on every rank."""
+        return self.peak <= room(self.setup.hardware)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the fullest rank at its fullest."""
+        return max(rank.peak for rank in self.memory)
 
 
 def make(setup: Case) -> MeshPlan:
@@ -81,13 +88,15 @@ def make(setup: Case) -> MeshPlan:
 
 
 def by_policy(setup: Case) -> dict[str, MeshPlan]:
-    """gradient_checkpointing -> the plan with that policy, for those that the setup's schedule can run."""
+    """gradient_checkpointing -> the plan with that policy, for those that the setup's schedule can run; where
+    micro-batches are chosen, with those that are chosen for it.
+    """
     splits = setup.mesh.pp > 1 and setup.pipeline.splits
     runs = [policy for policy in REMAT_POLICIES if policy != "selective" or not splits]
-    return {
-        policy: make(dataclasses.replace(setup, model=setup.model.replace(gradient_checkpointing=policy)))
-        for policy in runs
+    cases = {
+        policy: dataclasses.replace(setup, model=setup.model.replace(gradient_checkpointing=policy)) for policy in runs
     }
+    return {policy: make(choose_for(case) if case.automatic else case) for policy, case in cases.items()}
 
 
 def faster_cut(plan: MeshPlan) -> MeshPlan | None:

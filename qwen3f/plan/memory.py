@@ -12,10 +12,16 @@ import torch
 
 from kernels import cross_entropy
 from qwen3f import params as P
+from qwen3f.plan import schedule
 from qwen3f.plan.case import MASTER, Case
+from qwen3f.plan.hardware import Hardware
 from qwen3f.train import optimizer
 from sharding import rules
 from sharding.mesh import AXES
+
+# Of a card's memory, what a step may fill by this model. The rest is CUDA's, NCCL's and the gaps between blocks, and
+# what measured peaks were above the model's (README: up to 3.5%).
+FILLED = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +138,19 @@ def layer_activations(setup: Case, sparse: bool, policy: str) -> dict[str, int]:
     if policy == "selective":  # what comes out of the last product; of experts elsewhere, before it travels back
         kept["mlp"] += (rows if sparse and setup.mesh.ep > 1 else n) * hidden * size
     return kept
+
+
+def room(hardware: Hardware) -> float:
+    """Bytes that a rank's peak may reach if the run is to fit."""
+    return FILLED * hardware.memory
+
+
+def peak(setup: Case, table: tuple[Leaf, ...]) -> int:
+    """Bytes of the fullest rank of pp at its fullest. table: `leaves` of the setup, whatever its micro-batches are."""
+    if setup.mesh.pp == 1:
+        return memory(setup, table, 0, 1).peak
+    orders = schedule.orders(setup.pipeline.schedule, setup.mesh.pp, setup.cut.per_rank, setup.microbatches)
+    return max(memory(setup, table, rank, schedule.in_flight(order)).peak for rank, order in enumerate(orders))
 
 
 def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> Memory:

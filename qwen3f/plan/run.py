@@ -5,7 +5,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from qwen3f.files import write_atomically
-from qwen3f.plan.case import from_config
+from qwen3f.plan.config import from_config
+from qwen3f.plan.fit import smallest_changes
 from qwen3f.plan.make import by_policy
 from qwen3f.plan.picture import mesh_png, timeline_png
 from qwen3f.plan.text import render
@@ -16,7 +17,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
     setup = from_config(config)
     policies = by_policy(setup)
     plan = policies[setup.model.gradient_checkpointing]
-    print(render(plan, policies), end="")
+    print(render(plan, policies, () if plan.fits else smallest_changes(config)), end="")
     pictures = {"mesh.png": mesh_png(plan)}
     if setup.mesh.pp > 1:
         pictures["timeline.png"] = timeline_png(plan)

@@ -170,10 +170,10 @@ def simulate(
                 moved = True
     if any(place[rank] < len(order[rank]) for rank in range(ranks)):
         raise ValueError(f"a pipeline order deadlocks: ranks stand at actions {place}")
-    return Timeline(tuple(map(tuple, slots)), tuple(_in_flight(actions) for actions in order))
+    return Timeline(tuple(map(tuple, slots)), tuple(in_flight(actions) for actions in order))
 
 
-def _in_flight(actions: Sequence[Action]) -> int:
+def in_flight(actions: Sequence[Action]) -> int:
     """The most forwards whose activations are still needed: until B, or until W where the backward is split."""
     alive = most = 0
     for action in actions:

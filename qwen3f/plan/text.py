@@ -3,17 +3,19 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
+from qwen3f.plan.fit import Change
 from qwen3f.plan.make import MeshPlan, faster_cut
-from qwen3f.plan.memory import Memory
+from qwen3f.plan.memory import FILLED, Memory
 from qwen3f.plan.traffic import seconds
 from sharding.mesh import AXES, FSDP
 
 GIB = 2**30
 
 
-def render(plan: MeshPlan, policies: Mapping[str, MeshPlan]) -> str:
-    """policies: the plans with each gradient_checkpointing, as make.by_policy gives them."""
-    parts = [_heading(plan), _parameters(plan), _memory(plan), _policies(plan, policies)]
+def render(plan: MeshPlan, policies: Mapping[str, MeshPlan], changes: Sequence[Change] = ()) -> str:
+    """policies: the plans with each gradient_checkpointing, as make.by_policy gives them. changes: of a plan that does
+    not fit, what would, as fit.smallest_changes gives them."""
+    parts = [_heading(plan), _parameters(plan), _memory(plan) + _changes(plan, changes), _policies(plan, policies)]
     parts += [_collectives(plan), _pipeline(plan), _time(plan)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
@@ -55,8 +57,8 @@ def _heading(plan: MeshPlan) -> list[str]:
         f"plan: {s.mesh.size} × {s.hardware.name}: {axes}",
         f"{cfg.total_params_estimate():,} parameters ({cfg.active_params_estimate():,} a token), {layers}",
         f"step: {s.batch_size} × {s.seq_len} tokens, {s.microbatches} micro-batch{'es' * (s.microbatches > 1)} of "
-        f"{s.rows} × {s.seq_len // s.mesh.cp} on a rank; {str(s.compute).removeprefix('torch.')} over float32, "
-        f"gradient_checkpointing={cfg.gradient_checkpointing}",
+        f"{s.rows} × {s.seq_len // s.mesh.cp} on a rank{' (config.microbatches=0)' * s.automatic}; "
+        f"{str(s.compute).removeprefix('torch.')} over float32, gradient_checkpointing={cfg.gradient_checkpointing}",
     ]
 
 
@@ -101,7 +103,7 @@ def _memory(plan: MeshPlan) -> list[str]:
     lines = table(rows)
     worst = max(ranks, key=_peak)
     limit = plan.setup.hardware.memory
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    verdict = "fits" if plan.fits else f"DOES NOT FIT: a run can fill {FILLED:.0%} of it"
     lines.append(
         f"the peak is at {worst.at}: {worst.peak / GIB:.1f} of {limit / GIB:.1f} GiB on {plan.setup.hardware.name}, "
         f"{verdict}"
@@ -112,20 +114,38 @@ def _memory(plan: MeshPlan) -> list[str]:
     return lines
 
 
+def _changes(plan: MeshPlan, changes: Sequence[Change]) -> list[str]:
+    if plan.fits:
+        return []
+    if not changes:
+        return ["does not fit, nor with recomputation, more micro-batches, 64 times the devices or other cards"]
+
+    def described(change: Change) -> str:
+        case, what = change.case, []
+        if (case.mesh.size, case.hardware.name) != (plan.setup.mesh.size, plan.setup.hardware.name):
+            what.append(f"{case.mesh.size} × {case.hardware.name}")
+        if case.microbatches != plan.setup.microbatches:
+            what.append(f"{case.microbatches} micro-batch{'es' * (case.microbatches > 1)}")
+        what.append(f"peak {change.peak / GIB:.1f} of {case.hardware.memory / GIB:.1f} GiB")
+        return f"{change.flags} ({', '.join(what)})"
+
+    return [f"does not fit; the smallest change that fits: {', or '.join(map(described, changes))}"]
+
+
 def _peak(memory: Memory) -> int:
     return memory.peak
 
 
 def _policies(plan: MeshPlan, policies: Mapping[str, MeshPlan]) -> list[str]:
-    rows = [("gradient_checkpointing", "activations, GiB", "peak, GiB", "step", "MFU", "")]
+    rows = [("gradient_checkpointing", "micro-batches", "activations, GiB", "peak, GiB", "step", "MFU", "")]
     for policy, other in policies.items():
         worst = max(other.memory, key=_peak)
         kept = sum(size for _, size in worst.activations)
-        sizes = f"{kept / GIB:.2f}", f"{worst.peak / GIB:.2f}"
+        sizes = str(other.setup.microbatches), f"{kept / GIB:.2f}", f"{worst.peak / GIB:.2f}"
         here = "this plan" if policy == plan.setup.model.gradient_checkpointing else ""
         mark = " ".join(filter(None, [here, "" if other.fits else "does not fit"]))
         rows.append((policy, *sizes, _seconds(other.time.step), f"{other.time.mfu:.1%}", mark))
-    return table(rows, (0, 5))
+    return table(rows, (0, 6))
 
 
 def _collectives(plan: MeshPlan) -> list[str]:

@@ -14,13 +14,14 @@ from qwen3f.eval.heldout import evaluate
 from qwen3f.infer.generate import generate
 from qwen3f.params import Params
 from qwen3f.train.logger import Logger
+from qwen3f.train.microbatches import evaluation_parts
 from qwen3f.train.objective import NEXT_TOKEN
 from qwen3f.train.optimizer import AdamW
 from qwen3f.train.outputs import make_eval_step
 from qwen3f.train.readings import number
 from qwen3f.train.restore import check_tokenizer, find_tokenizer
 from qwen3f.train.schedule import Schedule
-from qwen3f.train.setup import Setup, at_least, evaluation_parts, share_of_steps
+from qwen3f.train.setup import Setup, at_least, share_of_steps
 from qwen3f.train.stage import Batch, Evaluator, Interrupted, More, Run, Stage
 from qwen3f.train.state import TrainState
 from qwen3f.train.step import StepOptions, TrainStep
@@ -94,7 +95,7 @@ def _evaluator(run: Run, corpus: Corpus) -> Evaluator:
         compute_dtype=setup.compute_dtype,
         execution=setup.execution,
         cross_documents=config.data.cross_documents,
-        microbatches=evaluation_parts(config, setup.layout.axes),
+        microbatches=evaluation_parts(config.eval.batch_size, setup.microbatches, setup.layout.axes),
         layout=setup.layout,
     )
 

@@ -26,11 +26,11 @@ from qwen3f.plan.make import MeshPlan, make
 from qwen3f.processes import ranks
 from qwen3f.processes.world import ALONE, World
 from qwen3f.stages.pretrain import Batch, make_train_step
+from qwen3f.train.choices import find_compile_mode
 from qwen3f.train.guards.gc import short_pauses
 from qwen3f.train.metrics import flops_per_token, peak_flops
 from qwen3f.train.optimizer import AdamW
 from qwen3f.train.schedule import Schedule
-from qwen3f.train.setup import find_compile_mode
 from qwen3f.train.state import init_state
 from sharding.axes import ONE, axes_of, make_mesh
 from sharding.layout import Layout, find_gather_dtype

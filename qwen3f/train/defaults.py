@@ -13,7 +13,9 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.mesh = ""  # axes and sizes, e.g. dp8,tp2,pp4; dp-1: as many as there are devices for; "": one device
     config.restarts = 0  # how often launch.py starts all its ranks again after one is lost, from the last checkpoint
     config.plan = False  # only say what the mesh would do: placements, memory, collectives, time; needs no device
-    config.hardware = "h100"  # that a plan is for: h100 or h200 (qwen3f/plan/hardware.py), changes as h100,node=4
+    # The cards that a plan and microbatches=0 are for: h100 or h200 (qwen3f/plan/hardware.py), changes as h100,node=4.
+    # auto: this machine's; for a plan without one h100.
+    config.hardware = "auto"
     config.fsdp = ConfigDict()
     config.fsdp.enabled = True  # cut parameters and optimizer over the axes that cut the tokens, else replicate them
     config.fsdp.shard_size = 0  # ranks that a parameter is cut over, replicated over the others; 0: all of them
@@ -30,7 +32,9 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.seed = 0
     config.steps = 10_000
     config.batch_size = 64  # rows of a step, over all devices
-    config.microbatches = 1  # parts that a step's batch is cut into, one after the other
+    # Parts that a step's batch is cut into, one after the other. 0: chosen (qwen3f/train/microbatches.py), the fewest
+    # that fit the card, under pp those that keep its ranks at work.
+    config.microbatches = 0
     config.seq_len = 4096
     config.context_warmup = ConfigDict()
     config.context_warmup.length = 0  # tokens that attention may look back over at first; 0: no such warmup

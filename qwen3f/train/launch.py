@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from qwen3f.processes import ranks
 from qwen3f.train import loop
-from qwen3f.train.setup import find_device, make_setup
+from qwen3f.train.choices import find_device
+from qwen3f.train.setup import make_setup
 from qwen3f.train.stage import find_stage
 
 

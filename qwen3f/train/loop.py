@@ -28,6 +28,7 @@ from qwen3f.train.guards.spikes import LossSpike, SpikeGuard
 from qwen3f.train.guards.watchdog import watchdog
 from qwen3f.train.logger import Logger, MetricLogger, SilentLogger
 from qwen3f.train.metrics import peak_flops, peak_source
+from qwen3f.train.microbatches import check_agreed, described
 from qwen3f.train.objective import Objective
 from qwen3f.train.readings import Readings, number
 from qwen3f.train.restore import Start, open_checkpoints, roll_back, starting_state
@@ -77,6 +78,7 @@ def run(
     breaks.
     """
     setup = make_setup(config, world.size).on(world.axes)
+    check_agreed(world.gather(setup.microbatches))
     module = stage or find_stage(config.stage)
     module.check(setup)
     resolved = json.loads(config.to_json_best_effort())
@@ -264,6 +266,8 @@ def _announce(s: Session, start: int, logger: Logger) -> None:
     )
     if shape.size > 1:
         logger.write(f"mesh: {shape}, {shape.size} ranks")
+    if not setup.config.microbatches:
+        logger.write(described(setup.microbatches, setup.config.batch_size, setup.layout.axes))
     for line in s.stage.lines:
         logger.write(line)
     if start:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import torch
@@ -12,18 +11,16 @@ from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.params import abstract_params
-from qwen3f.train import optimizer
+from qwen3f.plan.hardware import parse_hardware, this_card
+from qwen3f.train import microbatches, optimizer
+from qwen3f.train.choices import find_compile_mode, find_device, find_dtype, find_layout
 from qwen3f.train.guards.spikes import SpikePolicy
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.step import StepOptions, check_mesh
 from sharding import rules
-from sharding.axes import Axes, sizes_only
-from sharding.layout import Layout, find_gather_dtype
-from sharding.mesh import hybrid, parse_mesh
+from sharding.axes import Axes
+from sharding.layout import Layout
 from sharding.pipeline import schedule as pipeline
-from sharding.pipeline.cut import Pipeline
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Setup:
     device: torch.device
     compute_dtype: torch.dtype
     layout: Layout  # whose axes have sizes alone, until there are ranks: `on`
-    microbatches: int
+    microbatches: int  # config.microbatches, or for 0 the number chosen
 
     def on(self, axes: Axes) -> "Setup":
         """The setup as a rank has it that stands at a place of the mesh. UserError when that is another mesh."""
@@ -74,7 +71,6 @@ def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
     for key in (
         "steps",
         "batch_size",
-        "microbatches",
         "seq_len",
         "log_every",
         "eval.batch_size",
@@ -83,6 +79,7 @@ def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
     ):
         at_least(config, key, 1)
     for key in (
+        "microbatches",
         "eval.every",
         "eval.max_docs",
         "checkpoint.every",
@@ -97,7 +94,7 @@ def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
         "watchdog",
     ):
         at_least(config, key, 0)
-    if config.batch_size % config.microbatches:
+    if config.microbatches and config.batch_size % config.microbatches:
         raise UserError(
             f"config.batch_size={config.batch_size} cannot be cut into config.microbatches={config.microbatches} equal "
             "parts; make batch_size a multiple"
@@ -122,7 +119,10 @@ def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
     hyper = optimizer.make(**config.optimizer.to_dict())
     _check_recomputation(cfg, execution.compile)
     _check_graph(config, device, compute_dtype)
-    _check_mesh(config, cfg, hyper, execution, layout)
+    asked = device.type == "cuda" and not config.microbatches
+    hardware = parse_hardware(config.hardware, this_card()) if asked else None
+    parts = microbatches.resolve(config, cfg, hyper, execution, layout, compute_dtype, hardware)
+    _check_mesh(config, cfg, hyper, execution, layout, parts)
     find_schedule(config)
     optimizer.check_rates(hyper, abstract_params(cfg))
     return Setup(
@@ -134,47 +134,28 @@ def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
         device=device,
         compute_dtype=compute_dtype,
         layout=layout,
-        microbatches=config.microbatches,
-    )
-
-
-def find_layout(config: ConfigDict, devices: int | None, compute_dtype: torch.dtype) -> Layout:
-    """The layout of config.mesh, fsdp and pipeline, on axes that have sizes alone. Raises UserError."""
-    shape = hybrid(parse_mesh(config.mesh, devices), config.fsdp.shard_size, config.fsdp.enabled)
-    return Layout(
-        axes=sizes_only(shape),
-        fsdp=config.fsdp.enabled,
-        reshard=config.fsdp.reshard,
-        pipeline=Pipeline(**config.pipeline.to_dict()),
-        gather_dtype=find_gather_dtype(config.fsdp.reduce, compute_dtype),
+        microbatches=parts,
     )
 
 
 def _check_mesh(
-    config: ConfigDict, cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execution, layout: Layout
+    config: ConfigDict,
+    cfg: ModelConfig,
+    hyper: optimizer.AdamW,
+    execution: model.Execution,
+    layout: Layout,
+    parts: int,
 ) -> None:
     """What no rank could run, as long as there is none."""
     shape = layout.axes.shape
     layout.place(cfg)
-    rules.check_batch(shape, config.batch_size, config.seq_len, config.microbatches)
+    rules.check_batch(shape, config.batch_size, config.seq_len, parts)
     if shape.pp > 1:
-        pipeline.check(cfg, layout.pipeline, execution.compile, shape.pp, config.microbatches)
+        pipeline.check(cfg, layout.pipeline, execution.compile, shape.pp, parts)
     check_mesh(cfg, hyper, execution, layout)
-    try:
-        rules.check_batch(shape, config.eval.batch_size, config.seq_len, evaluation_parts(config, layout.axes))
-    except UserError as error:
-        raise UserError(
-            f"config.eval.batch_size={config.eval.batch_size} on config.mesh={config.mesh}: {error}"
-        ) from None
+    microbatches.check_evaluation(config, parts, layout.axes)
     if shape.size > 1 and config.checkpoint.backend == "dcp":
         raise UserError("config.checkpoint.backend=dcp saves one device's state; write orbax for a mesh")
-
-
-def evaluation_parts(config: ConfigDict, axes: Axes) -> int:
-    """Parts in which a rank's rows of an evaluation's batch pass: under pp several, since its ranks work at the same
-    time on different ones."""
-    _, sharing = axes.rows
-    return math.gcd(config.eval.batch_size // sharing, config.microbatches) if axes.pp.size > 1 else 1
 
 
 def at_least(config: ConfigDict, key: str, low: int) -> None:
@@ -184,35 +165,6 @@ def at_least(config: ConfigDict, key: str, low: int) -> None:
 
 def _get(config: ConfigDict, key: str) -> Any:
     return functools.reduce(lambda section, name: section[name], key.split("."), config)
-
-
-def find_device(name: str) -> torch.device:
-    """The device that config.device names: auto, cpu or cuda. Raises UserError for any other, or if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"config.device={name!r} is not a device; write auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"config.device={name!r}: write auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"config.device={name!r}, but torch sees no CUDA device; write auto or cpu")
-    return device
-
-
-def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype that config.dtype names; auto is bfloat16 on CUDA, else float32. Raises UserError."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise UserError(f"config.dtype={name!r}: write auto, {' or '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def find_compile_mode(mode: str, device: torch.device) -> str:
-    """The mode that config.compile names; auto is block on CUDA, else off."""
-    return mode if mode != "auto" else "block" if device.type == "cuda" else "off"
 
 
 def _check_graph(config: ConfigDict, device: torch.device, compute_dtype: torch.dtype) -> None:

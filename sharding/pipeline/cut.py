@@ -15,6 +15,7 @@ import torch
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
+from sharding.mesh import nearest
 from sharding.ring import Traffic
 
 SCHEDULES = ("1f1b", "interleaved", "zero_bubble", "zbv")
@@ -105,9 +106,11 @@ class Slices:
             raise ValueError(f"folded stages need 2 stages a rank, got per_rank={self.per_rank}")
         possible = heights(self.layers, self.count)
         if not possible:
+            others = (n for n in range(1, self.layers + 1) if heights(self.layers, n * self.per_rank))
             raise UserError(
                 f"model.num_hidden_layers={self.layers} leaves a stage empty: pp={self.ranks} with {self.per_rank} "
-                f"stages a rank cut it into {self.count} stages of {possible.start}; choose fewer stages"
+                f"stages a rank cut it into {self.count} stages of {possible.start}; write in config.mesh "
+                f"{nearest('pp', self.ranks, others)}"
             )
         if self.height not in possible:
             values = f"{possible[0]} to {possible[-1]}" if len(possible) > 1 else possible[0]

@@ -18,7 +18,8 @@ from qwen3f.errors import UserError
 from qwen3f.model import Execution
 from qwen3f.plan import schedule as S
 from qwen3f.plan import work
-from qwen3f.plan.case import Case, from_config
+from qwen3f.plan.case import Case
+from qwen3f.plan.config import from_config
 from qwen3f.plan.hardware import TABLE, parse_hardware
 from qwen3f.plan.make import by_policy, make
 from qwen3f.plan.memory import leaves, state_bytes

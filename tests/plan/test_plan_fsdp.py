@@ -10,7 +10,8 @@ from PIL import Image
 
 from qwen3f import cli, presets
 from qwen3f.errors import UserError
-from qwen3f.plan.case import Case, from_config
+from qwen3f.plan.case import Case
+from qwen3f.plan.config import from_config
 from qwen3f.plan.hardware import TABLE
 from qwen3f.plan.make import by_policy, make
 from qwen3f.plan.picture import mesh_png
@@ -29,6 +30,7 @@ def test_fewer_ranks_may_share_the_weights():
     """Gathers stay in a node; what they saved is paid once a step, whatever the number of micro-batches."""
     config = cli.load_experiment("experiments/pretrain_s1.py:debug")
     config.mesh, config.batch_size, config.microbatches, config.seq_len = "dp64", 256, 2, 256
+    config.eval.batch_size = 64
     whole = make(from_config(config))
     config.fsdp.shard_size = 8
     plan = make(from_config(config))

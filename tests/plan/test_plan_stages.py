@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 
 from qwen3f import cli, presets
-from qwen3f.plan.case import Case, from_config
+from qwen3f.plan.case import Case
+from qwen3f.plan.config import from_config
 from qwen3f.plan.hardware import TABLE
 from qwen3f.plan.make import by_policy, faster_cut, make
+from qwen3f.plan.memory import FILLED
 from qwen3f.plan.text import render
 from sharding.mesh import parse_mesh
 from sharding.pipeline.cut import Pipeline
@@ -80,8 +82,8 @@ def test_the_value_that_unequal_kinds_rule_out_would_be_named():
 
 def test_what_does_not_fit_is_not_recommended():
     equal, other = plans(setup(), (7, 8)).values()
-    memory = (max(rank.peak for rank in equal.memory) + max(rank.peak for rank in other.memory)) // 2
-    small = dataclasses.replace(TABLE["h100"], memory=memory)
+    between = (equal.peak + other.peak) / 2
+    small = dataclasses.replace(TABLE["h100"], memory=between / FILLED)
     equal = make(dataclasses.replace(equal.setup, hardware=small))
     assert equal.fits
     assert faster_cut(equal) is None

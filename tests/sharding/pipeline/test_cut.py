@@ -112,9 +112,10 @@ def test_store_is_undone_by_restore(layers, pipeline):
 @pytest.mark.parametrize(
     "changes, pipeline, ranks, words",
     [
-        ({"num_hidden_layers": 3}, Pipeline(), 4, "num_hidden_layers=3 leaves a stage empty"),
-        ({"num_hidden_layers": 5}, Pipeline("interleaved", 2), 2, "choose fewer stages"),
-        ({"num_hidden_layers": 5}, Pipeline("interleaved", 2, layers=1), 2, "choose fewer stages"),
+        ({"num_hidden_layers": 3}, Pipeline(), 4, "num_hidden_layers=3 leaves a stage empty: .* write in .* pp3$"),
+        ({"num_hidden_layers": 6}, Pipeline(), 4, "write in config.mesh pp3 or pp6$"),
+        ({"num_hidden_layers": 5}, Pipeline("interleaved", 2), 2, "write in config.mesh pp1$"),
+        ({"num_hidden_layers": 5}, Pipeline("interleaved", 2, layers=1), 2, "write in config.mesh pp1$"),
         ({"num_hidden_layers": 28}, Pipeline(layers=10), 4, "layers=10 can't .* write 0, for equal stages, or 7 to 9$"),
         ({"num_hidden_layers": 28}, Pipeline(layers=6), 4, "or 7 to 9$"),
         ({"num_hidden_layers": 28}, Pipeline(layers=-1), 4, "or 7 to 9$"),

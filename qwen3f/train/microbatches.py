@@ -1,0 +1,137 @@
+"""How many micro-batches a step's batch is cut into, where config.microbatches=0 leaves that open.
+
+A pure function of the configuration and, on CUDA, of what card it is: every rank and a plan find the same number.
+Predicted peak memory decides (qwen3f.plan.memory), never what is free.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from ml_collections import ConfigDict
+
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+from qwen3f.model import Execution
+from qwen3f.plan.case import Case, make_case
+from qwen3f.plan.hardware import Hardware
+from qwen3f.plan.memory import leaves, peak, room
+from qwen3f.train.optimizer import AdamW
+from sharding import rules
+from sharding.axes import Axes
+from sharding.layout import Layout
+from sharding.mesh import ROWS, MeshShape
+from sharding.pipeline.cut import Pipeline
+
+FILLING = 4  # micro-batches a rank of pp that make the bubble small (Huang et al. 2019, arXiv:1811.06965, section 3.3)
+
+
+def resolve(
+    config: ConfigDict,
+    cfg: ModelConfig,
+    hyper: AdamW,
+    execution: Execution,
+    layout: Layout,
+    compute: torch.dtype,
+    hardware: Hardware | None,
+) -> int:
+    """config.microbatches, or for 0 the number that is chosen; hardware: None where memory is not to be heeded (CPU).
+
+    Raises UserError for a batch that cannot be cut so that every rank has work, and with a card as Case does.
+    """
+    if config.microbatches:
+        return config.microbatches
+    shape, pipeline = layout.axes.shape, layout.pipeline
+    numbers = candidates(shape, pipeline, config.batch_size, config.seq_len)
+    if hardware is None:
+        return choose(numbers, shape.pp)
+    case = make_case(config, cfg, hyper, execution, layout, compute, hardware, numbers[-1])
+    return choose_for(case).microbatches
+
+
+def choose_for(case: Case) -> Case:
+    """The case with the number of micro-batches that is chosen for it. Raises UserError as resolve does."""
+    table, limit = leaves(case), room(case.hardware)
+
+    def fits(number: int) -> bool:
+        return peak(dataclasses.replace(case, microbatches=number), table) <= limit
+
+    numbers = candidates(case.mesh, case.pipeline, case.batch_size, case.seq_len)
+    return dataclasses.replace(case, microbatches=choose(numbers, case.mesh.pp, fits))
+
+
+def choose(numbers: Sequence[int], pp: int, fits: Callable[[int], bool] = lambda number: True) -> int:
+    """One of `numbers` (of `candidates`): the fewest that fit; if none does, the most.
+
+    Under pp of those with a small bubble: at least FILLING a rank, or the most where there are fewer. More of them
+    would shrink the bubble further, and take longer for the host and for what is gathered once a micro-batch.
+    """
+    filling = [number for number in numbers if pp == 1 or number >= FILLING * pp]
+    return next(filter(fits, filling), numbers[-1])
+
+
+def candidates(shape: MeshShape, pipeline: Pipeline, batch_size: int, seq_len: int) -> tuple[int, ...]:
+    """All numbers of equal micro-batches, rising, that the mesh can cut the batch into and the schedule can run with
+    all ranks of pp at work. Raises UserError, naming a batch size that would do, when there is none.
+    """
+    sharing = math.prod(getattr(shape, axis) for axis in ROWS)
+    rows, rest = divmod(batch_size, sharing)
+    numbers = [] if rest else [n for n in range(shape.pp, rows + 1) if rows % n == 0 and _runs(pipeline, shape.pp, n)]
+    found: list[int] = []
+    refused: UserError | None = None
+    for number in numbers:
+        try:
+            rules.check_batch(shape, batch_size, seq_len, number)
+            found.append(number)
+        except UserError as error:  # of its tokens
+            refused = error
+    if found:
+        return tuple(found)
+    if refused:
+        raise refused
+    few = f", and each needs {shape.pp}, one for every rank of pp{shape.pp}" if shape.pp > 1 else ""
+    raise UserError(
+        f"config.batch_size={batch_size} can't fill the mesh {shape}: {sharing} ranks share its rows{few}; write a "
+        f"multiple of {sharing * shape.pp}"
+    )
+
+
+def _runs(pipeline: Pipeline, ranks: int, microbatches: int) -> bool:
+    try:
+        pipeline.check(ranks, microbatches)
+    except UserError:
+        return False
+    return True
+
+
+def described(number: int, batch_size: int, axes: Axes) -> str:
+    """What was chosen, for a run's log."""
+    rows = batch_size // (axes.rows[1] * number)
+    return f"microbatches: {number}, of {rows} row{'s' * (rows > 1)} each on a rank (config.microbatches=0)"
+
+
+def check_agreed(numbers: Sequence[int]) -> None:
+    """UserError unless all ranks, whose numbers these are, chose the same."""
+    other = next((rank for rank, number in enumerate(numbers) if number != numbers[0]), None)
+    if other is not None:
+        raise UserError(
+            f"config.microbatches=0: rank 0 chose {numbers[0]} and rank {other} {numbers[other]}, as their cards are "
+            f"not alike; write --config.microbatches={max(numbers)}, or name the smaller card by --config.hardware"
+        )
+
+
+def evaluation_parts(rows: int, microbatches: int, axes: Axes) -> int:
+    """Parts in which a rank's share of an evaluation's batch of so many rows passes: under pp several, since its ranks
+    work at the same time on different ones."""
+    _, sharing = axes.rows
+    return math.gcd(rows // sharing, microbatches) if axes.pp.size > 1 else 1
+
+
+def check_evaluation(config: ConfigDict, microbatches: int, axes: Axes) -> None:
+    """UserError for an evaluation's batch that the mesh cannot cut."""
+    rows = config.eval.batch_size
+    try:
+        rules.check_batch(axes.shape, rows, config.seq_len, evaluation_parts(rows, microbatches, axes))
+    except UserError as error:
+        raise UserError(f"config.eval.batch_size={rows} on config.mesh={config.mesh}: {error}") from None
