@@ -124,4 +124,6 @@ def _cards(config: ConfigDict, own: Hardware) -> Iterable[Values]:
     _, *changed = (part.strip() for part in config.hardware.split(","))
     kept = [part for part in changed if not part.startswith("memory")]
     rows = sorted(TABLE.values(), key=lambda row: row.memory)
-    return [(("hardware", ",".join((row.name, *kept))),) for row in rows if row.memory > own.memory and row.name != own.name]
+    return [
+        (("hardware", ",".join((row.name, *kept))),) for row in rows if row.memory > own.memory and row.name != own.name
+    ]

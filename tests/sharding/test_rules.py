@@ -85,7 +85,11 @@ def test_without_fsdp_data_axes_replicate():
         ("tp4", {"num_key_value_heads": 8, "intermediate_size": 690}, r"mlp\.gate_proj\.weight: dim 1 \(690 rows\)"),
         ("ep3", {}, r"mlp\.experts\.gate_proj\.weight: dim 1 \(8 experts\) doesn't divide by ep=3"),
         ("pp8", {}, r"input_layernorm\.weight: dim 0 has 6 layers, fewer than pp=8 stages; .* pp6 at most$"),
-        ("tp4", {"num_attention_heads": 12, "num_key_value_heads": 6}, r"k_proj\.weight: dim 1 \(6 heads\) .*tp=4; .* tp3 or tp6$"),
+        (
+            "tp4",
+            {"num_attention_heads": 12, "num_key_value_heads": 6},
+            r"k_proj\.weight: dim 1 \(6 heads\) .*tp=4; .* tp3 or tp6$",
+        ),
     ],
 )
 def test_what_does_not_divide_names_path_dim_and_axis(mesh, changes, message):
