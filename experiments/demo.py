@@ -7,7 +7,7 @@ Under ten minutes, tokenizer included. The README shows the curve that it reache
 
 from ml_collections import ConfigDict
 
-from qwen3f.train.defaults import pretrain_config
+from qwen3f.stages.configs import pretrain_config
 
 
 def get_config() -> ConfigDict:

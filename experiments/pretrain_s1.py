@@ -11,7 +11,7 @@ are ours).
 
 from ml_collections import ConfigDict
 
-from qwen3f.train.defaults import pretrain_config
+from qwen3f.stages.configs import pretrain_config
 
 PEAK_LR = {"nano": 1e-2, "debug": 1e-3, "debug_moe": 1e-3}
 

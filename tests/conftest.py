@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)  # tiny tensors: on two threads of a loaded machine a file took six times as long
 
-from qwen3f.train.defaults import pretrain_config  # noqa: E402 (after the environment is set)
+from qwen3f.stages.configs import pretrain_config  # noqa: E402 (after the environment is set)
 
 WORDS = "the cat sat on a mat and looked at red green blue birds in trees while rain fell softly"
 

@@ -17,7 +17,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
     setup = from_config(config)
     policies = by_policy(setup)
     plan = policies[setup.model.gradient_checkpointing]
-    print(render(plan, policies, () if plan.fits else smallest_changes(config)), end="")
+    print(render(plan, policies, None if plan.fits else smallest_changes(config)), end="")
     pictures = {"mesh.png": mesh_png(plan)}
     if setup.mesh.pp > 1:
         pictures["timeline.png"] = timeline_png(plan)

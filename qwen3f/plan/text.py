@@ -12,10 +12,10 @@ from sharding.mesh import AXES, FSDP
 GIB = 2**30
 
 
-def render(plan: MeshPlan, policies: Mapping[str, MeshPlan], changes: Sequence[Change] = ()) -> str:
+def render(plan: MeshPlan, policies: Mapping[str, MeshPlan], changes: Sequence[Change] | None = None) -> str:
     """policies: the plans with each gradient_checkpointing, as make.by_policy gives them. changes: of a plan that does
-    not fit, what would, as fit.smallest_changes gives them."""
-    parts = [_heading(plan), _parameters(plan), _memory(plan) + _changes(plan, changes), _policies(plan, policies)]
+    not fit, what would, as fit.smallest_changes gives them; None: nothing is said of it."""
+    parts = [_heading(plan), _parameters(plan), [*_memory(plan), *_changes(plan, changes)], _policies(plan, policies)]
     parts += [_collectives(plan), _pipeline(plan), _time(plan)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
@@ -103,7 +103,7 @@ def _memory(plan: MeshPlan) -> list[str]:
     lines = table(rows)
     worst = max(ranks, key=_peak)
     limit = plan.setup.hardware.memory
-    verdict = "fits" if plan.fits else f"DOES NOT FIT: a run can fill {FILLED:.0%} of it"
+    verdict = "fits" if plan.fits else f"above the {FILLED:.0%} that a run can fill"
     lines.append(
         f"the peak is at {worst.at}: {worst.peak / GIB:.1f} of {limit / GIB:.1f} GiB on {plan.setup.hardware.name}, "
         f"{verdict}"
@@ -114,8 +114,8 @@ def _memory(plan: MeshPlan) -> list[str]:
     return lines
 
 
-def _changes(plan: MeshPlan, changes: Sequence[Change]) -> list[str]:
-    if plan.fits:
+def _changes(plan: MeshPlan, changes: Sequence[Change] | None) -> list[str]:
+    if changes is None:
         return []
     if not changes:
         return ["does not fit, nor with recomputation, more micro-batches, 64 times the devices or other cards"]
@@ -143,7 +143,7 @@ def _policies(plan: MeshPlan, policies: Mapping[str, MeshPlan]) -> list[str]:
         kept = sum(size for _, size in worst.activations)
         sizes = str(other.setup.microbatches), f"{kept / GIB:.2f}", f"{worst.peak / GIB:.2f}"
         here = "this plan" if policy == plan.setup.model.gradient_checkpointing else ""
-        mark = " ".join(filter(None, [here, "" if other.fits else "does not fit"]))
+        mark = ", ".join(filter(None, [here, "" if other.fits else "does not fit"]))
         rows.append((policy, *sizes, _seconds(other.time.step), f"{other.time.mfu:.1%}", mark))
     return table(rows, (0, 6))
 

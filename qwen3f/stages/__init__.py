@@ -5,4 +5,4 @@ from pathlib import Path
 
 def names() -> list[str]:
     """What config.stage may be, beside the import path of a module of one's own."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "configs"))

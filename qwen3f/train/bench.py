@@ -25,13 +25,14 @@ from qwen3f.plan.hardware import TABLE
 from qwen3f.plan.make import MeshPlan, make
 from qwen3f.processes import ranks
 from qwen3f.processes.world import ALONE, World
-from qwen3f.stages.pretrain import Batch, make_train_step
 from qwen3f.train.choices import find_compile_mode
 from qwen3f.train.guards.gc import short_pauses
 from qwen3f.train.metrics import flops_per_token, peak_flops
+from qwen3f.train.objective import NEXT_TOKEN, Batch
 from qwen3f.train.optimizer import AdamW
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.state import init_state
+from qwen3f.train.step import StepOptions, make_train_step
 from sharding.axes import ONE, axes_of, make_mesh
 from sharding.layout import Layout, find_gather_dtype
 from sharding.mesh import MeshShape, parse_mesh
@@ -147,8 +148,7 @@ def measure(case: Case, world: World) -> Measured:
     device, dtype = torch.device("cuda"), COMPUTE if case.pure else torch.float32
     state = init_state(cfg, 0, hyper, device=device, dtype=dtype, layout=layout, mesh=mesh)
     batch = random_batch(case.rows, case.tokens, cfg.vocab_size, case.documents, seed=layout.axes.rows[0])
-    step = make_train_step(
-        cfg,
+    options = StepOptions(
         hyper,
         Schedule("constant", 3e-4, 100),
         microbatches=case.microbatches,
@@ -158,6 +158,7 @@ def measure(case: Case, world: World) -> Measured:
         cross_documents=case.documents == 0,  # plain causal attention
         layout=layout,
     )
+    step = make_train_step(cfg, NEXT_TOKEN, options)
 
     def run(times: int) -> float:
         """Seconds a step, by the host's clock, from all ranks' start to this one's end."""

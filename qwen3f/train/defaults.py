@@ -1,14 +1,17 @@
-"""The default configuration of a pretraining run: every key that `--config.…` may override, with its meaning."""
+"""The default configuration of any training run: the keys that `--config.…` may override, with their meaning.
+
+What a stage has beside them is in qwen3f/stages/configs.py.
+"""
 
 from ml_collections import ConfigDict, config_dict
 
 from qwen3f import presets
 
 
-def pretrain_config(preset: str) -> ConfigDict:
+def run_config(preset: str, stage: str) -> ConfigDict:
     """Defaults for training `preset`; experiments change what differs. See qwen3f.train.setup for the rules."""
     config = ConfigDict()
-    config.stage = "pretrain"
+    config.stage = stage  # a file of qwen3f/stages, or the import path of one's own
     config.model = ConfigDict(presets.get(preset).to_dict())
     config.mesh = ""  # axes and sizes, e.g. dp8,tp2,pp4; dp-1: as many as there are devices for; "": one device
     config.restarts = 0  # how often launch.py starts all its ranks again after one is lost, from the last checkpoint
@@ -36,9 +39,6 @@ def pretrain_config(preset: str) -> ConfigDict:
     # that fit the card, under pp those that keep its ranks at work.
     config.microbatches = 0
     config.seq_len = 4096
-    config.context_warmup = ConfigDict()
-    config.context_warmup.length = 0  # tokens that attention may look back over at first; 0: no such warmup
-    config.context_warmup.steps = 0.5  # how long: below 1 a share of the steps, else a number of steps
     config.nonfinite_skips = 0  # steps with a loss or gradient that is not finite to pass over, before one ends the run
     config.spike = ConfigDict()  # a loss far above those before: back to the last checkpoint, on behind the data since
     config.spike.threshold = 0.0  # robust deviations above the running median, such as 10; 0: no such check
@@ -50,76 +50,96 @@ def pretrain_config(preset: str) -> ConfigDict:
     config.init_from = ""  # a workdir, its checkpoints/N or a Hugging Face directory: weights and tokenizer
     config.resume = config_dict.placeholder(int)  # a step of this workdir to go on from; default: the last
     config.wandb = "off"  # off, offline or online
+    config.data = _data()
+    config.optimizer = _optimizer()
+    config.schedule = _schedule()
+    config.eval = _eval()
+    config.checkpoint = _checkpoint()
+    return config
 
-    config.data = ConfigDict()
+
+def _data() -> ConfigDict:
+    """What is trained on, and how it becomes rows."""
+    data = ConfigDict()
     # embedded: Python's standard library; reasoning: generated problems; files@DIR: .txt, .jsonl, .parquet; or the name
     # of a data set (qwen3f.data.sources.adapters.registry) with a local copy, NAME@DIR. Several of them with weights:
     # embedded=0.7,reasoning=0.3
-    config.data.mixture = "embedded"
-    config.data.root = ""  # DIR for mixture=files
-    config.data.text_key = "text"  # field of .jsonl, column of .parquet
-    config.data.holdout = 0.05  # share of the documents kept for validation
-    config.data.max_samples = 0  # documents of each source to use, at most; 0: all
-    config.data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written
-    config.data.max_epochs = ""  # readings of a source before it is dropped: 4, or reasoning=4,fineweb=1; "": no limit
-    config.data.length_mix = ""  # shares of documents by length, long=0.75,medium=0.25: over seq_len / 2, over / 8
-    config.data.packing = "concat"  # concatenate and cut, or best_fit: whole documents, with padding
-    config.data.long_documents = "cut"  # or drop: best_fit's documents that are longer than seq_len
-    config.data.streaming = False  # documents as they are read, also from the Hub; False: from a cache of tokens
-    config.data.shuffle_buffer = 0  # documents of a stream that are shuffled together
-    config.data.workers = 0  # processes that build batches or tokenise, beside the loader's thread
-    config.data.cache = ""  # where tokenizers and tokens are kept; default $XDG_CACHE_HOME/qwen3f
+    data.mixture = "embedded"
+    data.root = ""  # DIR for mixture=files
+    data.text_key = "text"  # field of .jsonl, column of .parquet
+    data.holdout = 0.05  # share of the documents kept for validation
+    data.max_samples = 0  # documents of each source to use, at most; 0: all
+    data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written
+    data.max_epochs = ""  # readings of a source before it is dropped: 4, or reasoning=4,fineweb=1; "": no limit
+    data.length_mix = ""  # shares of documents by length, long=0.75,medium=0.25: over seq_len / 2, over / 8
+    data.packing = "concat"  # concatenate and cut, or best_fit: whole documents, with padding
+    data.long_documents = "cut"  # or drop: best_fit's documents that are longer than seq_len
+    data.streaming = False  # documents as they are read, also from the Hub; False: from a cache of tokens
+    data.shuffle_buffer = 0  # documents of a stream that are shuffled together
+    data.workers = 0  # processes that build batches or tokenise, beside the loader's thread
+    data.cache = ""  # where tokenizers and tokens are kept; default $XDG_CACHE_HOME/qwen3f
     # A sentencepiece .model or a directory with Qwen's tokenizer; default: train one of model.vocab_size on the corpus.
-    config.data.tokenizer = ""
-    config.data.reset_positions = True  # positions restart at each document
-    config.data.cross_documents = False  # attention may look into the documents before
-    config.data.num_threads = 2
+    data.tokenizer = ""
+    data.reset_positions = True  # positions restart at each document
+    data.cross_documents = False  # attention may look into the documents before
+    data.num_threads = 2
+    return data
 
-    config.optimizer = ConfigDict()
-    config.optimizer.kind = "adamw"  # adamw, or muon: Muon for matrices and an untied head, AdamW for the rest
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.95
-    config.optimizer.eps = 1e-8
-    config.optimizer.weight_decay = 0.1
-    config.optimizer.clip_norm = 1.0  # 0: no clipping
+
+def _optimizer() -> ConfigDict:
+    """The update."""
+    optimizer = ConfigDict()
+    optimizer.kind = "adamw"  # adamw, or muon: Muon for matrices and an untied head, AdamW for the rest
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.1
+    optimizer.clip_norm = 1.0  # 0: no clipping
     # PATTERN=FACTOR,…: what the learning rate of matching paths is multiplied by, the first that matches counts; 0
     # freezes them. E.g. model\.embed_tokens\..*=0,.*norm.*=0.1
-    config.optimizer.rates = ""
-    config.optimizer.momentum = 0.95  # muon only
-    config.optimizer.update_rms = 0.2  # muon only: of an update, relative to the learning rate
-    config.optimizer.iterations = 5  # muon only: Newton–Schulz
+    optimizer.rates = ""
+    optimizer.momentum = 0.95  # muon only
+    optimizer.update_rms = 0.2  # muon only: of an update, relative to the learning rate
+    optimizer.iterations = 5  # muon only: Newton–Schulz
+    return optimizer
 
-    config.schedule = ConfigDict()
-    config.schedule.kind = "cosine"  # cosine, wsd or constant
-    config.schedule.peak_lr = 3e-4
-    config.schedule.min_ratio = 0.1  # of peak_lr, where the decay ends
-    config.schedule.warmup = 0.01  # below 1 a share of the steps, else a number of steps
-    config.schedule.decay = 0.1  # wsd only; likewise
-    config.schedule.decay_shape = "linear"  # wsd only: linear or cosine
 
-    config.eval = ConfigDict()
-    config.eval.every = 500  # steps; 0: only at the end
-    config.eval.batch_size = 16
-    config.eval.max_docs = 0  # held-out documents to use; 0: all
-    config.eval.compare_gzip = False  # also say what gzip -9 needs for the held-out text
+def _schedule() -> ConfigDict:
+    """The learning rate over the run."""
+    schedule = ConfigDict()
+    schedule.kind = "cosine"  # cosine, wsd or constant
+    schedule.peak_lr = 3e-4
+    schedule.min_ratio = 0.1  # of peak_lr, where the decay ends
+    schedule.warmup = 0.01  # below 1 a share of the steps, else a number of steps
+    schedule.decay = 0.1  # wsd only; likewise
+    schedule.decay_shape = "linear"  # wsd only: linear or cosine
+    return schedule
 
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every = 1000  # steps; 0: only at the end
-    config.checkpoint.keep = 2  # last ones kept; 0: all
-    config.checkpoint.keep_every = 0  # those of steps that are a multiple of this are kept for good; 0: none
-    config.checkpoint.keep_best = 0  # so many with the best best_metric are kept, of those at steps that measured it
-    config.checkpoint.best_metric = "val_loss"
-    config.checkpoint.best_mode = "min"  # or max
+
+def _eval() -> ConfigDict:
+    """The held-out documents."""
+    evaluation = ConfigDict()
+    evaluation.every = 500  # steps; 0: only at the end
+    evaluation.batch_size = 16
+    evaluation.max_docs = 0  # held-out documents to use; 0: all
+    evaluation.compare_gzip = False  # also say what gzip -9 needs for the held-out text
+    return evaluation
+
+
+def _checkpoint() -> ConfigDict:
+    """What is saved, and when."""
+    checkpoint = ConfigDict()
+    checkpoint.every = 1000  # steps; 0: only at the end
+    checkpoint.keep = 2  # last ones kept; 0: all
+    checkpoint.keep_every = 0  # those of steps that are a multiple of this are kept for good; 0: none
+    checkpoint.keep_best = 0  # so many with the best best_metric are kept, of those at steps that measured it
+    checkpoint.best_metric = "val_loss"
+    checkpoint.best_mode = "min"  # or max
     # orbax, or dcp (torch.distributed.checkpoint; for trusted checkpoints only: a part of them is a pickle). Runs with
     # dcp open both.
-    config.checkpoint.backend = "orbax"
-    config.checkpoint.cast = False  # convert what was saved in another floating-point dtype than this run's
-    config.checkpoint.timeout = 1800.0  # seconds that writing one may take before on_failure decides; 0: no limit
-    config.checkpoint.asynchronous = True
-    config.checkpoint.on_failure = "stop"  # when one can't be written (disk full, hung): stop, or go_on without it
-
-    config.sample = ConfigDict()
-    config.sample.prompts = ("import ", "def main(", "The ")  # continued at the end of the run
-    config.sample.tokens = 64
-    config.sample.temperature = 0.7
-    return config
+    checkpoint.backend = "orbax"
+    checkpoint.cast = False  # convert what was saved in another floating-point dtype than this run's
+    checkpoint.timeout = 1800.0  # seconds that writing one may take before on_failure decides; 0: no limit
+    checkpoint.asynchronous = True
+    checkpoint.on_failure = "stop"  # when one can't be written (disk full, hung): stop, or go_on without it
+    return checkpoint

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from qwen3f.errors import UserError
-from qwen3f.train.defaults import pretrain_config
+from qwen3f.stages.configs import pretrain_config
 from qwen3f.train.loop import run
 from tests.train.runs import assert_same_bits, final_state, metrics
 

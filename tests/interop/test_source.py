@@ -16,7 +16,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.interop import export, hf, source
-from qwen3f.train.defaults import pretrain_config
+from qwen3f.stages.configs import pretrain_config
 from qwen3f.train.loop import run
 from qwen3f.train.restore import starting_state
 from qwen3f.train.setup import make_setup

@@ -39,7 +39,8 @@ def fits(config, **changes):
 
 def lines(config):
     plan = make(from_config(config))
-    text = render(plan, by_policy(plan.setup), smallest_changes(config)).splitlines()
+    text = render(plan, by_policy(plan.setup), None if plan.fits else smallest_changes(config)).splitlines()
+    assert any(line.endswith("on h100, fits" if plan.fits else "above the 95% that a run can fill") for line in text)
     return [line for line in text if line.startswith("does not fit")]
 
 

@@ -13,9 +13,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from qwen3f import params
 from qwen3f.model.moe import SparseMLP
+from qwen3f.stages.configs import pretrain_config
 from qwen3f.stages.pretrain import make_train_step
 from qwen3f.train import balance, losses, state
-from qwen3f.train.defaults import pretrain_config
 from qwen3f.train.loop import run as train
 from qwen3f.train.objective import MicroBatch
 from qwen3f.train.optimizer import AdamW

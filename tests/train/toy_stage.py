@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from qwen3f.train.defaults import pretrain_config
+from qwen3f.stages.configs import pretrain_config
 from qwen3f.train.objective import Objective, has_document
 from qwen3f.train.outputs import make_outputs
 from qwen3f.train.stage import Evaluator, Stage
