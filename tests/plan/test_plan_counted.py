@@ -186,7 +186,6 @@ def pipelines_counted():
     return run_processes(counted_pipelines, 4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipelines_gradients_make_the_collectives_that_were_planned(name, rank, pipelines_counted):

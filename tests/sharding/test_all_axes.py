@@ -44,8 +44,7 @@ def on_rank(rank, cases):
     return out
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", CASES)
+@pytest.mark.parametrize("world", [8, pytest.param(32, marks=pytest.mark.nightly)])
 def test_a_pipeline_with_other_axes_equals_one_device(world):
     got = run_processes(on_rank, world, CASES[world])
     state, metrics = on_one_device(CFG, steps=STEPS, microbatches=MICROBATCHES)[-1]

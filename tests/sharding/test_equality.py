@@ -14,28 +14,35 @@ from qwen3f.train.optimizer import AdamW
 from qwen3f.train.state import init_state
 from tests.sharding.steps import MOE, SCHEDULE, batches, config, expected_on, on_local_world, on_one_device
 
-DENSE_MESHES = ["dp2", "dp4", "ep2", "cp2", "cp4", "tp2", "tp4", "dp2,ep2", "dp2,cp2", "dp2,tp2", "dp2,tp4", "cp2,tp2"]
-DENSE_MESHES += ["dp2,ep2,tp2", "dp2,ep2,cp2,tp2"]
-MOE_MESHES = ["dp2", "ep2", "cp2", "tp2", "ep4", "dp2,ep2", "dp2,tp2", "ep2,cp2", "ep2,tp2", "dp2,ep2,tp2"]
-# name: (changes of the config, micro-batches, FSDP, meshes)
+# name: (changes of the config, micro-batches, FSDP, meshes, meshes at night)
 CASES = {
-    "dense": ({}, 1, True, DENSE_MESHES),
-    "replicated": ({}, 1, False, ["dp2", "dp2,tp2"]),
-    "tied, accumulation": ({"tie_word_embeddings": True}, 2, True, ["dp2", "tp2", "cp2,tp2", "dp2,tp4"]),
-    "tied, replicated": ({"tie_word_embeddings": True}, 1, False, ["dp2,tp2"]),
-    "bias, recomputed": ({"attention_bias": True, "gradient_checkpointing": "full"}, 1, True, ["dp2,tp4", "dp2,cp2"]),
-    "selective": ({"gradient_checkpointing": "selective"}, 1, True, ["dp2,tp2", "cp2,tp2"]),
-    "odd width": ({"hidden_size": 22}, 1, True, ["dp4"]),  # 22 doesn't divide by 4: some leaves stay whole
-    "l2 norm, three layers": ({"qk_norm": "l2", "num_hidden_layers": 3}, 1, True, ["dp2,tp2"]),
-    "moe": (MOE, 1, True, MOE_MESHES),
-    "moe, replicated": (MOE, 1, False, ["dp2,ep2"]),
-    "moe, recomputed": (MOE | {"gradient_checkpointing": "selective"}, 2, True, ["dp2,ep2"]),
-    "moe and dense layers": (MOE | {"mlp_only_layers": (0,)}, 1, True, ["dp2,ep2"]),
-    "moe, global": (MOE | {"router_balance": "global"}, 2, True, ["dp2,tp2"]),
-    "moe, global_exact": (MOE | {"router_balance": "global_exact"}, 2, True, ["ep2"]),
-    "moe, hf": (MOE | {"router_balance": "hf"}, 1, True, ["dp2"]),
-    "moe, micro": (MOE | {"router_balance": "micro"}, 1, True, ["ep2,tp2"]),
-}
+    "dense": (
+        {}, 1, True,
+        ["dp2", "cp2", "tp2", "dp2,tp2", "dp2,ep2,cp2,tp2"],
+        ["ep2", "dp4", "cp4", "tp4", "dp2,ep2", "dp2,cp2", "dp2,tp4", "cp2,tp2", "dp2,ep2,tp2"],
+    ),
+    "replicated": ({}, 1, False, ["dp2,tp2"], ["dp2"]),
+    "tied, accumulation": ({"tie_word_embeddings": True}, 2, True, ["cp2,tp2"], ["dp2", "tp2", "dp2,tp4"]),
+    "tied, replicated": ({"tie_word_embeddings": True}, 1, False, ["dp2,tp2"], []),
+    "bias, recomputed": ({"attention_bias": True, "gradient_checkpointing": "full"}, 1, True, ["dp2,cp2"], ["dp2,tp4"]),
+    "selective": ({"gradient_checkpointing": "selective"}, 1, True, ["cp2,tp2"], ["dp2,tp2"]),
+    "odd width": ({"hidden_size": 22}, 1, True, ["dp4"], []),  # 22 doesn't divide by 4: some leaves stay whole
+    "l2 norm, three layers": ({"qk_norm": "l2", "num_hidden_layers": 3}, 1, True, ["dp2,tp2"], []),
+    "moe": (
+        MOE, 1, True,
+        ["ep4", "ep2,cp2", "dp2,ep2,tp2"],
+        ["dp2", "ep2", "cp2", "tp2", "dp2,ep2", "dp2,tp2", "ep2,tp2"],
+    ),
+    "moe, replicated": (MOE, 1, False, ["dp2,ep2"], []),
+    "moe, recomputed": (MOE | {"gradient_checkpointing": "selective"}, 2, True, ["dp2,ep2"], []),
+    "moe and dense layers": (MOE | {"mlp_only_layers": (0,)}, 1, True, ["dp2,ep2"], []),
+    "moe, global": (MOE | {"router_balance": "global"}, 2, True, ["dp2,tp2"], []),
+    "moe, global_exact": (MOE | {"router_balance": "global_exact"}, 2, True, ["ep2"], []),
+    "moe, hf": (MOE | {"router_balance": "hf"}, 1, True, ["dp2"], []),
+    "moe, micro": (MOE | {"router_balance": "micro"}, 1, True, ["ep2,tp2"], []),
+}  # fmt: skip
+PAIRS = [(name, mesh) for name, case in CASES.items() for mesh in case[3]]
+AT_NIGHT = [pytest.param(name, mesh, marks=pytest.mark.nightly) for name, case in CASES.items() for mesh in case[4]]
 
 
 def compare(got, expected, tolerance=1e-10):
@@ -46,9 +53,9 @@ def compare(got, expected, tolerance=1e-10):
         torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name, mesh", [(name, mesh) for name, case in CASES.items() for mesh in case[3]])
+@pytest.mark.parametrize("name, mesh", PAIRS + AT_NIGHT)
 def test_a_mesh_equals_one_device(name, mesh):
-    changes, microbatches, fsdp, _ = CASES[name]
+    changes, microbatches, fsdp, *_ = CASES[name]
     cfg, run = config(**changes), {"microbatches": microbatches, "steps": 2}
     _, *expected = on_one_device(cfg, **run)
     got = on_local_world(cfg, mesh, fsdp=fsdp, **run)

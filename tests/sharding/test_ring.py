@@ -217,7 +217,6 @@ def process(rank):
     return results, sent
 
 
-@pytest.mark.slow
 def test_four_processes():
     """Values of real processes, eager, recomputed and compiled; their messages are those that the plan counts on.
 

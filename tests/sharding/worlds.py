@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import _local_tensor
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.utils import _python_dispatch
 
@@ -38,7 +39,9 @@ def local_world(mesh):
     shape = parse_mesh(mesh)
     dist.init_process_group("fake", rank=0, world_size=shape.size)
     try:
-        with LocalTensorMode(shape.size), mock.patch.object(_python_dispatch, "_correct_storage_aliasing", _leave):
+        with LocalTensorMode(shape.size), contextlib.ExitStack() as stack:
+            for module, name, short in SHORTCUTS:
+                stack.enter_context(mock.patch.object(module, name, short))
             device_mesh = make_mesh(shape, "cpu")
             yield device_mesh, axes_of(device_mesh)
     finally:
@@ -46,8 +49,55 @@ def local_world(mesh):
 
 
 def _leave(*_):
-    """Views of the ranks' values share storage. Their wrappers need it for functionalization alone, and to make them
-    would take half of the time."""
+    """Views of the ranks' values share storage. Their wrappers need it for functionalization alone."""
+
+
+_SIMPLE = {bool, int, float, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+_TENSORS = {torch.Tensor, torch.nn.Parameter, LocalTensor}
+
+
+def _is_simple(x):
+    if isinstance(x, list | tuple):
+        return all(type(y) in _SIMPLE for y in x)
+    return type(x) in _SIMPLE or type(x) in _TENSORS
+
+
+def _on_each_rank(func, ranks, args, kwargs, *, alias=True, whole=_local_tensor._for_each_rank_run_func):
+    """`whole` without what few operators need: tensors in lists, sizes that differ, random numbers, missing results."""
+    special = func in (torch.ops.aten.split.Tensor, torch.ops.aten.hash_tensor.default) or (
+        not isinstance(func, torch._ops.OpOverload)
+        or torch.Tag.nondeterministic_seeded in func.tags
+        or _local_tensor._is_inplace_op(func)
+    )
+    if special or not all(map(_is_simple, (*args, *kwargs.values()))):
+        return whole(func, ranks, args, kwargs, alias=alias)
+    out = {}
+    for rank in sorted(ranks):
+        own = [x._local_tensors[rank] if isinstance(x, LocalTensor) else x for x in args]
+        named = {k: x._local_tensors[rank] if isinstance(x, LocalTensor) else x for k, x in kwargs.items()}
+        out[rank] = func(*own, **named)
+    result = _local_tensor._combine_rank_results(out, None)
+    return _python_dispatch.return_and_correct_aliasing(func, args, kwargs, result) if alias else result
+
+
+def _meta_of(tensors, whole=_local_tensor._compute_local_tensor_meta):
+    """`whole` where the ranks' values have the same sizes."""
+    first, *others = tensors.values()
+    kind = (first.shape, first.stride(), first.dtype, first.layout)
+    keys = _local_tensor._get_extra_dispatch_keys(first)
+    for x in others:
+        same = (x.shape, x.stride(), x.dtype, x.layout) == kind and _local_tensor._get_extra_dispatch_keys(x) == keys
+        if not same:
+            return whole(tensors)
+    return list(first.shape), list(first.stride()), first.device, first.dtype, first.layout, keys
+
+
+# What takes half of the time of LocalTensorMode, of torch 2.11 to 2.13
+SHORTCUTS = [
+    (_python_dispatch, "_correct_storage_aliasing", _leave),
+    (_local_tensor, "_for_each_rank_run_func", _on_each_rank),
+    (_local_tensor, "_compute_local_tensor_meta", _meta_of),
+]
 
 
 def each(values):
