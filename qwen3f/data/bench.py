@@ -29,7 +29,7 @@ from absl import app, flags
 
 from qwen3f.data.cache.token_cache import TokenCache, build_or_open
 from qwen3f.data.corpus import DataConfig, prepare
-from qwen3f.data.loader import Dataset, Loader
+from qwen3f.data.loader import Dataset, Loader, LoaderOptions
 from qwen3f.data.packing.concat import PackedDataset
 from qwen3f.data.sources.documents import Document
 from qwen3f.data.sources.embedded import open_embedded
@@ -148,7 +148,7 @@ class _Watch:
 
 def _read(dataset: Dataset, vocab_size: int, batches: int, workers: int) -> _Watch:
     """The time of `batches` batches behind the first ones, which the workers' start delays."""
-    with Loader(dataset, _ROWS, 0, 0, "cpu", vocab_size, workers=workers) as loader:
+    with Loader(dataset, _ROWS, 0, 0, "cpu", vocab_size, LoaderOptions(workers=workers)) as loader:
         for _ in range(8):
             next(loader)
         watch = _Watch()

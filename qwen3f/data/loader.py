@@ -1,6 +1,7 @@
 """Batches in the data order, built ahead by one background thread, with worker processes if asked."""
 
 import contextlib
+import dataclasses
 import queue
 import threading
 from collections.abc import Iterator
@@ -60,6 +61,26 @@ class Share(NamedTuple):
 ALL_ROWS = Share()
 
 
+@dataclasses.dataclass(frozen=True)
+class LoaderOptions:
+    """How batches are built; never which.
+
+    Attributes:
+        prefetch: batches built ahead.
+        workers: processes that build batches, or tokenise a stream; 0: the thread does. Their number changes nothing.
+        share: which rows of each batch this process builds.
+        state: of a stream, that of another loader at `start` or before; what lies between is passed over.
+    """
+
+    prefetch: int = 2
+    workers: int = 0
+    share: Share = ALL_ROWS
+    state: State | None = None
+
+
+DEFAULT = LoaderOptions()
+
+
 class Loader:
     """An endless iterator of batches; a context manager, or call `close()`.
 
@@ -78,10 +99,7 @@ class Loader:
         start: first place in the data order, in examples.
         device: where the batches go; to CUDA by an asynchronous copy from pinned memory.
         vocab_size: every token id must be below.
-        prefetch: batches built ahead.
-        workers: processes that build batches, or tokenise a stream; 0: the thread does. Their number changes nothing.
-        share: which rows of each batch this process builds.
-        state: of a stream, that of another loader at `start` or before; what lies between is passed over.
+        options: how.
 
     Raises:
         UserError: a batch that the ranks cannot share; while iterating, an example with other keys than the ones
@@ -98,11 +116,9 @@ class Loader:
         start: int,
         device: torch.device | str,
         vocab_size: int,
-        prefetch: int = 2,
-        workers: int = 0,
-        share: Share = ALL_ROWS,
-        state: State | None = None,
+        options: LoaderOptions = DEFAULT,
     ) -> None:
+        prefetch, workers, state = options.prefetch, options.workers, options.state
         if batch_size < 1 or start < 0 or prefetch < 1 or workers < 0:
             raise UserError(
                 f"The loader got batch_size={batch_size}, start={start}, prefetch={prefetch}, workers={workers}: "
@@ -112,7 +128,7 @@ class Loader:
             raise UserError(f"The state of the stream is behind place {start}: give one that is not.")
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
         self._device, self._vocab_size = torch.device(device), vocab_size
-        self._rows = share.rows(batch_size)
+        self._rows = options.share.rows(batch_size)
         self._start, self._workers = start, workers
         self._state = state
         self._queue: queue.Queue[tuple[Batch, State | None] | BaseException] = queue.Queue(maxsize=prefetch)

@@ -22,26 +22,44 @@ PREFILL = 1024  # prompt tokens a pass: bounds the memory of masks and activatio
 SPAN = 256  # attention looks at this many slots of the cache, or a multiple: what is empty is not read
 
 
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """What is asked of each row, beside its prompt.
+
+    Attributes:
+      stop_ids: a row stops after any of these; then it yields pad_id (default: the first stop id).
+      prompt_lengths: B numbers; row b's prompt is its last prompt_lengths[b] columns, the rest is padding on the left,
+        whatever its ids. Default: T for all. A padded row gets the tokens that it gets alone.
+      request_ids: B numbers that name the rows to the random stream; default 0 … B−1. A row's draws depend on
+        (seed, request id, position in the row).
+      budget: a limit on thinking, counted in the answer's tokens.
+      num_ids: ids from here on are never chosen (Qwen3's embedding has rows that its tokenizer doesn't use). Default:
+        vocab_size.
+      execution: compile "block" or "step" compiles the decoding pass (for a fixed batch and cache size), never the
+        prompt's.
+    """
+
+    stop_ids: Sequence[int] = ()
+    pad_id: int | None = None
+    prompt_lengths: Tensor | Sequence[int] | None = None
+    request_ids: Tensor | Sequence[int] | None = None
+    budget: ThinkingBudget | None = None
+    num_ids: int | None = None
+    execution: model.Execution = model.EAGER
+
+
+_SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+
+
 def generate(
-    cfg: ModelConfig,
-    params: P.Params,
-    tokens: Tensor,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    presence_penalty: float = 0.0,
-    **options: Any,
+    cfg: ModelConfig, params: P.Params, tokens: Tensor, *, max_new_tokens: int, seed: int = 0, **options: Any
 ) -> Tensor:
     """The prompts with their answers: int64 [B, T] -> [B, T + N], N = max_new_tokens.
 
-    Args: as SamplingParams has them, and as `stream` does; options are stop_ids, pad_id, prompt_lengths, request_ids,
-    budget, num_ids and execution. A row that stops keeps its stop id and is filled up with pad_id.
+    options: fields of SamplingParams (temperature, top_p, …) and of Requests (stop_ids, …); the rest as `stream` has
+    it. A row that stops keeps its stop id and is filled up with pad_id.
     """
-    sampling = SamplingParams(temperature, top_k, top_p, min_p, presence_penalty)
+    sampling = SamplingParams(**{name: options.pop(name) for name in _SAMPLING & options.keys()})
     new = list(stream(cfg, params, tokens, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, **options))
     out = torch.cat([tokens, *(ids_B[:, None] for ids_B in new)], dim=1)
     missing = max_new_tokens - len(new)  # all rows had stopped
@@ -56,37 +74,24 @@ def stream(
     max_new_tokens: int,
     sampling: SamplingParams = GREEDY,
     seed: int = 0,
-    stop_ids: Sequence[int] = (),
-    pad_id: int | None = None,
-    prompt_lengths: Tensor | Sequence[int] | None = None,
-    request_ids: Tensor | Sequence[int] | None = None,
-    budget: ThinkingBudget | None = None,
-    num_ids: int | None = None,
-    execution: model.Execution = model.EAGER,
+    **options: Any,
 ) -> Iterator[Tensor]:
     """The new token of each row, int64 [B], step by step; ends after max_new_tokens or when every row has stopped.
 
     Args:
       params: as for qwen3f.model.apply; their dtype is the compute dtype.
       tokens: int64 [B, T], on the parameters' device.
-      stop_ids: a row stops after any of these; then it yields pad_id (default: the first stop id).
-      prompt_lengths: B numbers; row b's prompt is its last prompt_lengths[b] columns, the rest is padding on the left,
-        whatever its ids. Default: T for all. A padded row gets the tokens that it gets alone.
-      request_ids: B numbers that name the rows to the random stream; default 0 … B−1. A row's draws depend on
-        (seed, request id, position in the row).
-      budget: a limit on thinking, counted in the answer's tokens.
-      num_ids: ids from here on are never chosen (Qwen3's embedding has rows that its tokenizer doesn't use). Default:
-        vocab_size.
-      execution: compile "block" or "step" compiles the decoding pass (for a fixed batch and cache size), never the
-        prompt's.
+      options: fields of Requests.
     Rows may grow past max_position_embeddings, as in transformers; prompts may not. Raises UserError at once for input
     that cannot run, and on a step whose logits are not finite.
     """
+    asked = Requests(**options)
+    stop_ids, pad_id, budget = asked.stop_ids, asked.pad_id, asked.budget
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     batch = tokens.shape[0]
-    lengths_B = _per_row("prompt_lengths", prompt_lengths, tokens, [tokens.shape[1]] * batch)
-    request_B = _per_row("request_ids", request_ids, tokens, range(batch))
+    lengths_B = _per_row("prompt_lengths", asked.prompt_lengths, tokens, [tokens.shape[1]] * batch)
+    request_B = _per_row("request_ids", asked.request_ids, tokens, range(batch))
     real_BT = torch.arange(tokens.shape[1], device=tokens.device) >= (tokens.shape[1] - lengths_B)[:, None]
     tokens = torch.where(real_BT, tokens, 0)
     _check_prompts(cfg, tokens, lengths_B)
@@ -97,13 +102,13 @@ def stream(
     ):
         if any(not 0 <= i < cfg.vocab_size for i in ids):
             raise UserError(f"{name}: {list(ids)} must be token ids below the vocabulary's {cfg.vocab_size}")
-    num_ids = cfg.vocab_size if num_ids is None else num_ids
+    num_ids = cfg.vocab_size if asked.num_ids is None else asked.num_ids
     if not 1 <= num_ids <= cfg.vocab_size:
         raise UserError(f"num_ids must lie in 1..vocab_size ({cfg.vocab_size}), got {num_ids}; see the tokenizer")
     prompt = _Prompt(tokens, real_BT, lengths_B, request_B)
     stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=tokens.device)
     rules = _Rules(sampling, seed, budget, num_ids, stop, _pad_id(stop_ids, pad_id))
-    return _steps(cfg, params, prompt, max_new_tokens, rules, execution)
+    return _steps(cfg, params, prompt, max_new_tokens, rules, asked.execution)
 
 
 @dataclasses.dataclass(frozen=True)

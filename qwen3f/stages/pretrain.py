@@ -10,7 +10,7 @@ from qwen3f.data.corpus import Corpus, DataConfig, gzip_bits_per_byte, prepare
 from qwen3f.data.loader import Share
 from qwen3f.data.packing.concat import limit_context
 from qwen3f.errors import UserError
-from qwen3f.eval.heldout import evaluate
+from qwen3f.eval.heldout import HeldOut, evaluate
 from qwen3f.infer.generate import generate
 from qwen3f.params import Params
 from qwen3f.train.logger import Logger
@@ -104,23 +104,19 @@ def _evaluator(run: Run, corpus: Corpus) -> Evaluator:
             raise Interrupted
         return eval_step(params, batch)
 
-    def validate(params: Params) -> dict[str, float]:
-        return evaluate(
-            step,
-            params,
-            corpus.heldout,
-            seq_len=config.seq_len,
-            batch_size=config.eval.batch_size,
-            vocab_size=setup.model.vocab_size,
-            max_docs=config.eval.max_docs,
-            device=setup.device,
-            share=Share(*setup.layout.axes.rows),
-        )
+    options = HeldOut(
+        seq_len=config.seq_len,
+        batch_size=config.eval.batch_size,
+        vocab_size=setup.model.vocab_size,
+        max_docs=config.eval.max_docs,
+        device=setup.device,
+        share=Share(*setup.layout.axes.rows),
+    )
 
     def say(values: dict[str, float]) -> str:
         return f"held-out loss {values['loss']:.4f}, {values['bpb']:.4f} bits a byte"
 
-    return Evaluator(config.eval.every, validate, say)
+    return Evaluator(config.eval.every, lambda params: evaluate(step, params, corpus.heldout, options), say)
 
 
 def _samples(setup: Setup, corpus: Corpus, state: TrainState, logger: Logger) -> None:

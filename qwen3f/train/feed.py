@@ -6,7 +6,6 @@ from typing import Self
 import torch
 
 from qwen3f.data.loader import Loader
-from qwen3f.data.stream.dataset import State as DataState
 from qwen3f.errors import UserError
 from qwen3f.processes.world import World
 from qwen3f.train.guards.signals import StopRequest
@@ -65,8 +64,3 @@ class Feed:
     def next_position(self) -> int:
         """The place of the next example."""
         return self.position + self.consumed
-
-
-def data_state(meta: dict) -> DataState | None:
-    """What a checkpoint's meta says of a stream."""
-    return meta.get("data")

@@ -12,14 +12,14 @@ from ml_collections import ConfigDict
 
 from qwen3f.checkpoint.checkpointer import Checkpointer, CheckpointWriteError
 from qwen3f.config import ModelConfig
-from qwen3f.data.loader import Loader, Share
+from qwen3f.data.loader import Loader, LoaderOptions, Share
 from qwen3f.errors import UserError
 from qwen3f.interop import source
 from qwen3f.processes.world import ALONE, World
 from qwen3f.train import workdir as W
 from qwen3f.train.balance import heat_map
 from qwen3f.train.evaluations import Evaluations
-from qwen3f.train.feed import Feed, data_state
+from qwen3f.train.feed import Feed
 from qwen3f.train.guards.gc import short_pauses
 from qwen3f.train.guards.kept_batch import keep_batch
 from qwen3f.train.guards.nonfinite import FiniteCheck
@@ -211,9 +211,11 @@ def _open_feed(s: Session, start: Start) -> Feed:
         position,
         setup.device,
         setup.model.vocab_size,
-        workers=config.data.workers,
-        share=Share(*setup.layout.axes.rows, setup.microbatches * s.stage.updates),
-        state=data_state(start.meta),
+        LoaderOptions(
+            workers=config.data.workers,
+            share=Share(*setup.layout.axes.rows, setup.microbatches * s.stage.updates),
+            state=start.meta.get("data"),
+        ),
     )
     return Feed(loader, config.batch_size, position, s.stage, s.stop, s.world)
 

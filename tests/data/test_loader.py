@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3f.data.loader import Loader
+from qwen3f.data.loader import Loader, LoaderOptions
 from qwen3f.data.packing.concat import PackedDataset
 from qwen3f.data.sampler import example_index
 from qwen3f.errors import UserError
@@ -23,7 +23,9 @@ def dataset(make_cache):
 
 
 def _loader(dataset, **options):
-    return Loader(dataset, **{"batch_size": 3, "seed": 5, "start": 0, "device": "cpu", "vocab_size": 100, **options})
+    place = {"batch_size": 3, "seed": 5, "start": 0, "device": "cpu", "vocab_size": 100}
+    place |= {key: options.pop(key) for key in list(options) if key in place}
+    return Loader(dataset, **place, options=LoaderOptions(**options))
 
 
 def _take(loader, count):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qwen3f.data.corpus import DataConfig, prepare
-from qwen3f.data.loader import Loader, Share
+from qwen3f.data.loader import Loader, LoaderOptions, Share
 from qwen3f.errors import UserError
 from tests.data.sources.adapters.real_rows import write
 
@@ -73,8 +73,8 @@ def dataset(base, request):
 def _take(dataset, count, batch_size, ranks, workers, start=0, state=None):
     """(examples, state): all ranks' rows in the order of the batches; the ranks' states are one and the same."""
     shares = [Share(rank, ranks) for rank in range(ranks)]
-    options = {"seed": SEED, "start": start, "device": "cpu", "vocab_size": 300, "workers": workers}
-    loaders = [Loader(dataset, batch_size, share=share, state=state, **options) for share in shares]
+    place = (dataset, batch_size, SEED, start, "cpu", 300)
+    loaders = [Loader(*place, LoaderOptions(workers=workers, share=share, state=state)) for share in shares]
     examples = []
     try:
         for _ in range(-(-count // batch_size)):
@@ -125,15 +125,6 @@ def test_spawned_workers_give_the_same(dataset):
     _assert_same(found, wanted)
 
 
-@pytest.mark.parametrize("dataset", [KINDS["shuffled stream"], KINDS["shuffled stream, best fit"]], indirect=True)
-def test_a_batch_of_a_stream_can_be_built_again(dataset):
-    with Loader(dataset, 4, SEED, 0, "cpu", 300) as loader:
-        batches = [next(loader) for _ in range(12)]
-        for place in (0, 20, 44):
-            again = loader.rebuild(place)
-            assert all((again[key] == value).all() for key, value in batches[place // 4].items())
-
-
 @pytest.mark.parametrize("dataset", [KINDS["indexed"], KINDS["shuffled stream"]], indirect=True)
 def test_one_reading_gives_every_token_once(dataset, base, small_qwen):
     """A stream's first epoch has the cache's documents, each whole and once."""
@@ -173,16 +164,19 @@ def test_a_state_of_other_data_is_refused(dataset):
         replace(dataset, parts=dataset.parts[::-1]),
     ):
         with (
-            Loader(other, 5, SEED, 5, "cpu", 300, state=state) as loader,
+            Loader(other, 5, SEED, 5, "cpu", 300, LoaderOptions(state=state)) as loader,
             pytest.raises(UserError, match="place in the data is of other files or settings"),
         ):
             next(loader)
-    with Loader(dataset, 5, SEED + 1, 5, "cpu", 300, state=state) as loader, pytest.raises(UserError, match="seed"):
+    with (
+        Loader(dataset, 5, SEED + 1, 5, "cpu", 300, LoaderOptions(state=state)) as loader,
+        pytest.raises(UserError, match="seed"),
+    ):
         next(loader)
     with pytest.raises(UserError, match="The state of the stream is behind place 4"):
-        Loader(dataset, 5, SEED, 4, "cpu", 300, state=state)
+        Loader(dataset, 5, SEED, 4, "cpu", 300, LoaderOptions(state=state))
     with pytest.raises(UserError, match="batch_size=5 cannot be shared by 2 ranks"):
-        Loader(dataset, 5, SEED, 0, "cpu", 300, share=Share(0, 2))
+        Loader(dataset, 5, SEED, 0, "cpu", 300, LoaderOptions(share=Share(0, 2)))
 
 
 def test_a_rank_has_its_part_of_every_micro_batch():
