@@ -10,6 +10,9 @@ from typing import Literal, Protocol, TypeVar
 Item = TypeVar("Item")
 Split = Literal["train", "heldout"]
 
+HOLDOUT = 0.05
+"""Share of the questions that all stages hold out, by a hash of the question: pretraining, SFT, RL and evaluation."""
+
 
 @dataclass(frozen=True)
 class Document:
