@@ -269,9 +269,8 @@ def _by_length(
 
 def _left_out(caches: dict[str, TokenCache], streams: dict[str, tuple[str, TokenStream]]) -> Iterator[str]:
     for name, cache in caches.items():
-        reasons = {key: n for key, n in cache.stats.items() if n and key not in ("documents", "tokens", "bytes")}
-        if reasons:
-            listed = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
+        if cache.left_out:
+            listed = ", ".join(f"{n:,} {reason}" for reason, n in cache.left_out.items())
             yield f"data: {name}, left out while reading both splits: {listed}"
         if unused := cache.num_docs - sum(stream.num_docs for source, stream in streams.values() if source == name):
             yield f"data: {name}, {unused:,} documents are of no class of data.length_mix"

@@ -53,6 +53,19 @@ def chat_tokens(
         UserError: no answer at the end, or a thought where the prompt has switched thinking off; and as
             `template.segments` and the tokenizer's `encode_segments`.
     """
+    ids: list[int] = []
+    trained: list[bool] = []
+    for run, is_trained in chat_runs(messages, tools, all_turns, enable_thinking):
+        piece = tokenizer.encode_segments(run)
+        ids += piece
+        trained += [is_trained] * len(piece)
+    return ids, trained
+
+
+def chat_runs(
+    messages: Sequence[Message], tools: Any = None, all_turns: bool = False, enable_thinking: bool = True
+) -> list[tuple[list[Segment], bool]]:
+    """The chat as runs of text, alternately not trained and trained, each to be encoded alone; see `chat_tokens`."""
     parts = segments(messages, tools, keep_thinking=all_turns)
     last = messages[-1]["role"]
     if last != "assistant" and not all_turns:
@@ -60,13 +73,20 @@ def chat_tokens(
             f"Message {len(messages) - 1}, the last one, has the role {last!r}: end with the assistant's answer that "
             "is to be learnt."
         )
-    ids: list[int] = []
-    trained: list[bool] = []
-    for run, is_answer in _runs(parts, all_turns, enable_thinking):
-        piece = tokenizer.encode_segments(run)
-        ids += piece
-        trained += [is_answer] * len(piece)
-    return ids, trained
+    starts = [i for i, part in enumerate(parts) if part.is_markup and part.text == ANSWER_START]
+    runs: list[tuple[list[Segment], bool]] = []
+    done = 0
+    for start in starts if all_turns else starts[-1:]:
+        begin = start + 1
+        if not enable_thinking:
+            _check_empty_thought(parts[begin : begin + 3])
+            begin += 3
+        end = next(i for i in range(begin, len(parts)) if parts[i] == Segment(f"{_TURN_END}\n", True))
+        answer = [*parts[begin:end], Segment(_TURN_END, True)]
+        runs += [(parts[done:begin], False), (answer, True)]
+        parts[end] = Segment("\n", True)
+        done = end
+    return [*runs, (parts[done:], False)]
 
 
 def chat_example(ids: Sequence[int], trained: Sequence[bool], seq_len: int, pad_id: int) -> Example | None:
@@ -89,25 +109,6 @@ def chat_example(ids: Sequence[int], trained: Sequence[bool], seq_len: int, pad_
         "positions": np.pad(np.arange(length), padding),
         "segments": np.pad(np.ones(length, np.int32), padding),
     }
-
-
-def _runs(parts: list[Segment], all_turns: bool, enable_thinking: bool) -> list[tuple[list[Segment], bool]]:
-    """The parts cut into runs, alternately not trained and trained. Joined, they are the same text."""
-    parts = list(parts)
-    starts = [i for i, part in enumerate(parts) if part.is_markup and part.text == ANSWER_START]
-    runs: list[tuple[list[Segment], bool]] = []
-    done = 0
-    for start in starts if all_turns else starts[-1:]:
-        begin = start + 1
-        if not enable_thinking:
-            _check_empty_thought(parts[begin : begin + 3])
-            begin += 3
-        end = next(i for i in range(begin, len(parts)) if parts[i] == Segment(f"{_TURN_END}\n", True))
-        answer = [*parts[begin:end], Segment(_TURN_END, True)]
-        runs += [(parts[done:begin], False), (answer, True)]
-        parts[end] = Segment("\n", True)
-        done = end
-    return [*runs, (parts[done:], False)]
 
 
 def _check_empty_thought(block: list[Segment]) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qwen3f.data.chat.conversation import Conversation
-from qwen3f.data.chat.examples import chat_tokens
+from qwen3f.data.chat.examples import chat_runs
 from qwen3f.data.chat.template import Message, is_query, last_switch, segments, split_thought
 from qwen3f.data.sources.adapters.rows import RowFault
 from qwen3f.data.sources.documents import stable_hash
@@ -41,7 +41,7 @@ class Sample:
     Attributes:
         messages: the turns; the last one is an answer.
         name: "file:row".
-        tools: as for `chat_tokens`, like all_turns and enable_thinking.
+        tools: as for `examples.chat_tokens`, like all_turns and enable_thinking.
     """
 
     messages: tuple[Message, ...]
@@ -59,17 +59,15 @@ class Sample:
     def tokenise(
         samples: list["Sample"], tokenizer: Tokenizer, num_threads: int
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """(ids uint32 [n], trained bool [n]) of each, up to the last trained token, which is "<|im_end|>".
-
-        One thread does it, whatever `num_threads`.
-        """
+        """(ids uint32 [n], trained bool [n]) of each as `chat_tokens`, up to its last trained token, "<|im_end|>"."""
+        # A last run, of the line end behind the last answer, is left out.
+        runs = [chat_runs(s.messages, s.tools, s.all_turns, s.enable_thinking)[:-1] for s in samples]
+        encoded = iter(tokenizer.encode_segments_batch([run for of_one in runs for run, _ in of_one], num_threads))
         all_ids, all_trained = [], []
-        for sample in samples:
-            options = {"all_turns": sample.all_turns, "enable_thinking": sample.enable_thinking}
-            ids, trained = chat_tokens(tokenizer, sample.messages, sample.tools, **options)
-            end = len(trained) - trained[::-1].index(True)
-            all_ids.append(np.array(ids[:end], np.uint32))
-            all_trained.append(np.array(trained[:end], bool))
+        for of_one in runs:
+            pieces = [next(encoded) for _ in of_one]
+            all_ids.append(np.concatenate(pieces))
+            all_trained.append(np.repeat([is_trained for _, is_trained in of_one], list(map(len, pieces))))
         return all_ids, all_trained
 
 
