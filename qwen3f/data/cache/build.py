@@ -61,12 +61,12 @@ def build(
     split: Split,
     tokenizer: Tokenizer,
     path: Path,
-    source_print: str,
     num_threads: int,
     workers: int,
     progress: bool,
 ) -> None:
     """Write the cache of `split` at `path`, which is not there yet. See `token_cache.build_or_open`."""
+    source_print = source.fingerprint(split)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _working_directory(path) as directory:
         stats, shards, arrays = _write_shards(source, split, tokenizer, directory, num_threads, workers, progress)

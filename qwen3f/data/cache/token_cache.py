@@ -172,12 +172,16 @@ def build_or_open(
     Raises:
         UserError: the split has no document, the source is broken or changed meanwhile, or the cache found is damaged.
     """
-    source_print = source.fingerprint(split)
-    key = stable_hash(json.dumps([FORMAT_VERSION, source_print, tokenizer.fingerprint]).encode())
-    path = Path(cache_dir) / f"tokens-{split}-{key:016x}"
+    path = cache_path(source, split, tokenizer, cache_dir)
     if not path.exists():
-        build(source, split, tokenizer, path, source_print, num_threads, workers, progress)
+        build(source, split, tokenizer, path, num_threads, workers, progress)
     return open_cache(path)
+
+
+def cache_path(source: Source, split: Split, tokenizer: Tokenizer, cache_dir: Path) -> Path:
+    """Where the cache of `split` is, or will be."""
+    key = stable_hash(json.dumps([FORMAT_VERSION, source.fingerprint(split), tokenizer.fingerprint]).encode())
+    return Path(cache_dir) / f"tokens-{split}-{key:016x}"
 
 
 def open_cache(path: Path) -> TokenCache:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3f.data.chat.template import Message, check_messages, render, without_switches
+from qwen3f.data.chat.template import Message, check_messages, render, split_thought, without_switches
 from qwen3f.data.sources.adapters.rows import Row, RowFault, check_text, list_of_dicts
 from qwen3f.errors import UserError
 
@@ -118,11 +118,17 @@ def _content_fault(message: Message) -> tuple[str, str] | None:
     for key in _OTHER_THOUGHTS:
         if message.get(key):
             return "misplaced_thoughts", f"has a thought under {key!r}: rename the key to reasoning_content."
+    content = message["content"]
+    if content.lstrip().startswith("<think>"):
+        if "</think>" not in content:
+            return "misplaced_thoughts", "begins with <think> and never ends it: write </think>, or remove the row."
+        if message.get("reasoning_content") is not None:
+            return "misplaced_thoughts", "has a thought in its content beside reasoning_content: leave one of them out."
     for n, entry in enumerate(message.get("tool_calls") or []):
         arguments = (entry.get("function") or entry)["arguments"]
         if not isinstance(arguments, Mapping):
             kind = "text" if isinstance(arguments, str) else f"a {type(arguments).__name__}"
             return "invalid_rows", f'has arguments as {kind} in tool call {n}: write an object, {{"name": value, …}}.'
-    if not message["content"].strip() and not message.get("tool_calls"):
+    if not split_thought(message)[1].strip() and not message.get("tool_calls"):
         return "empty_texts", "is an empty answer: write its text, or remove the row."
     return None

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from qwen3f.data.cache.token_cache import TokenCache, build_or_open
+from qwen3f.data.cache.token_cache import TokenCache, build_or_open, cache_path
 from qwen3f.data.chat.qwen_template import check_chat_tokenizer
 from qwen3f.data.chat.report import PackingReport, packing_report
 from qwen3f.data.chat.samples import TURNS, Turns
@@ -166,7 +166,8 @@ def prepare_chats(cfg: ChatDataConfig, seq_len: int, tokenizer: Tokenizer, progr
         found = {}
         for name, source in sources.items():
             limited = LimitedSource(source, most) if most else source
-            if _has_samples(limited, split):
+            path = cache_path(limited, split, tokenizer, cache_dir)
+            if path.exists() or _has_samples(limited, split):
                 cache = build_or_open(limited, split, tokenizer, cache_dir, cfg.num_threads, cfg.workers, progress)
                 if (rows := _pack(cfg, limited, split, cache, tokenizer, seq_len)) is not None:
                     found[name] = rows
