@@ -110,8 +110,8 @@ class ChatCorpus:
         total = self.train.total(seed) if isinstance(self.train, Mixture) else None
         if total is not None and total < examples:
             raise UserError(
-                f"data.max_epochs leaves {total} rows and the run needs {examples} (steps x batch_size): raise it, "
-                "lower steps, or give more chats."
+                f"--config.data.max_epochs leaves {total} rows and the run needs {examples} (steps x batch_size): "
+                "raise it, lower steps, or give more chats."
             )
 
     def train_metrics(self, batch: dict[str, Tensor]) -> dict[str, float]:
@@ -157,7 +157,7 @@ def prepare_chats(cfg: ChatDataConfig, seq_len: int, tokenizer: Tokenizer, progr
     check_chat_tokenizer(tokenizer)
     weights = dict(parse_weights(cfg.mixture))
     if cfg.root and len(weights) > 1:
-        raise UserError("data.root is the directory of one source: write NAME@DIR in the mixture instead.")
+        raise UserError("--config.data.root is the directory of one source: write NAME@DIR in the mixture instead.")
     caps = parse_caps(cfg.max_epochs, list(weights))
     sources = _sources(cfg, list(weights))
     cache_dir = cache_directory(cfg.cache)
@@ -189,15 +189,18 @@ def check(cfg: ChatDataConfig) -> None:
     """Raises UserError for values that cannot work, alone or together."""
     for key, allowed in (("turns", TURNS), ("long_chats", LONG_CHATS)):
         if getattr(cfg, key) not in allowed:
-            raise UserError(f"data.{key} is {getattr(cfg, key)!r}: write one of {', '.join(allowed)}.")
+            raise UserError(f"--config.data.{key} is {getattr(cfg, key)!r}: write one of {', '.join(allowed)}.")
     check_policy(cfg.on_bad_row)
     if not 0 <= cfg.switches <= 1:
-        raise UserError(f"data.switches is {cfg.switches}: give a share from 0 to 1.")
+        raise UserError(f"--config.data.switches is {cfg.switches}: give a share from 0 to 1.")
     if cfg.switches and cfg.turns == "all":
-        raise UserError("data.switches is for one answer a sample: write data.turns=last, or data.switches=0.")
+        raise UserError(
+            "--config.data.switches is for one answer a sample: write --config.data.turns=last, or "
+            "--config.data.switches=0."
+        )
     for key, lowest in (("problems", 1), ("max_samples", 0), ("max_heldout", 1), ("num_threads", 1), ("workers", 0)):
         if getattr(cfg, key) < lowest:
-            raise UserError(f"data.{key} is {getattr(cfg, key)}: give {lowest} or more.")
+            raise UserError(f"--config.data.{key} is {getattr(cfg, key)}: give {lowest} or more.")
     generated_problems(cfg)
     if cfg.judge:
         open_task(cfg.judge)
@@ -213,7 +216,9 @@ def generated_problems(cfg: ChatDataConfig) -> ReasoningSource:
 def _chosen(key: str, written: str, known: tuple[str, ...]) -> tuple[str, ...]:
     chosen = tuple(map(str.strip, written.split(","))) if written else known
     if not set(chosen) <= set(known) or len(set(chosen)) < len(chosen):
-        raise UserError(f"data.{key} is {written!r}: write different ones of {', '.join(known)}, with commas between.")
+        raise UserError(
+            f"--config.data.{key} is {written!r}: write different ones of {', '.join(known)}, with commas between."
+        )
     return chosen
 
 
@@ -236,7 +241,7 @@ def _has_samples(source: Source, split: Split) -> bool:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
         raise UserError(
             f"{source.name} has no sample to train on{f' (left out: {reasons})' if reasons else ''}: give other rows"
-            f"{', or write data.judge=' + repr('') if {'no_answer', 'wrong_answers'} & set(counts) else ''}."
+            f"{', or write --config.data.judge=' + repr('') if {'no_answer', 'wrong_answers'} & set(counts) else ''}."
         )
     return False
 
@@ -265,5 +270,5 @@ def _refuse_long(source: Source, split: Split, cache: TokenCache, seq_len: int) 
     first = next(islice(source.documents(split, Counter()), int(too_long[0]), None))
     raise UserError(
         f"{first.name} has {lengths[too_long[0]]:,} tokens, more than seq_len={seq_len} takes, and so have "
-        f"{too_long.size:,} of {len(lengths):,} samples: raise seq_len, or write data.long_chats=drop."
+        f"{too_long.size:,} of {len(lengths):,} samples: raise seq_len, or write --config.data.long_chats=drop."
     )

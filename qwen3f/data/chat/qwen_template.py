@@ -44,15 +44,15 @@ def check_chat_tokenizer(tokenizer: Tokenizer) -> None:
             tokenizer.special_id(name)
         except UserError:
             raise UserError(
-                f"The tokenizer {tokenizer.path} has no token {name}, which Qwen3's chats need: give data.tokenizer "
-                "Qwen3's, or one that was trained here."
+                f"The tokenizer {tokenizer.path} has no token {name}, which Qwen3's chats need: give "
+                "--config.data.tokenizer Qwen3's, or one that was trained here."
             ) from None
     directory = tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent
     for path, template in _templates(directory):
         if not _is_qwen3(template):
             raise UserError(
                 f"The chat template in {path} is not Qwen3's, so chats would be written otherwise than it says: give "
-                "data.tokenizer a directory with Qwen3's, or take the template out of the file."
+                "--config.data.tokenizer a directory with Qwen3's, or take the template out of the file."
             )
 
 

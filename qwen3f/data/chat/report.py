@@ -64,7 +64,7 @@ class PackingReport:
         if self.too_long:
             lines.append(
                 f"data: {self.name}, {self.too_long:,} of {self.samples:,} samples are longer than seq_len and dropped "
-                "(data.long_chats)"
+                "(--config.data.long_chats)"
             )
         if self.shortened:
             lines.append(f"data: {self.name}, {self.shortened:,} samples are cut behind the last answer that fits")

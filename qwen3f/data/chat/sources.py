@@ -132,7 +132,7 @@ class ChatSource:
                 conversation, samples = self._samples(row)
             except RowFault as fault:
                 if self.on_bad_row == "error":
-                    raise UserError(fault.message) from None
+                    raise UserError(f"{fault.message} (--config.data.on_bad_row=skip leaves such rows out)") from None
                 counts[fault.reason] += 1
             except LeftOut as left:
                 counts[left.reason] += 1
@@ -172,13 +172,16 @@ def open_chats(name: str, root: str, problems: ReasoningSource, **options: objec
         return ChatSource(name, GeneratedRows(problems, GENERATED[kind]), read_conversation, **options)
     if kind == "chats":
         if bool(root) == bool(directory):
-            raise UserError(f"data.mixture={name!r} with data.root={root!r} must name one directory: write chats@DIR.")
+            raise UserError(
+                f"--config.data.mixture={name!r} with --config.data.root={root!r} must name one directory: write "
+                "chats@DIR."
+            )
         rows = FileRows(_CHATS, directory or root)
         rows.fingerprint("train")  # a missing directory is an error now, not while reading
         return ChatSource(name, rows, read_conversation, **options)
     if kind not in names("sft") and "/" not in kind:
         known = ", ".join([*GENERATED, "chats@DIR", *names("sft")])
-        raise UserError(f"Unknown source {name!r} in data.mixture: write one of {known}.")
+        raise UserError(f"Unknown source {name!r} in --config.data.mixture: write one of {known}.")
     (part,) = parse_mixture(name, root, "sft")
     rows = FileRows(part.dataset, part.root)
     rows.fingerprint("train")

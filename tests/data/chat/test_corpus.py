@@ -152,7 +152,9 @@ def test_samples_that_all_fall_out(base, small_qwen, tmp_path):
     ):
         prepare_chats(base, 9, small_qwen, progress=False)
     write([{"messages": [user("q"), answer("a")]}], tmp_path / "c/x.jsonl")
-    with pytest.raises(UserError, match=r"has no sample to train on \(left out: 1 no_answer\): .*write data.judge=''"):
+    with pytest.raises(
+        UserError, match=r"has no sample to train on \(left out: 1 no_answer\): .*write --config.data.judge=''"
+    ):
         prepare_chats(replace(base, mixture=f"chats@{tmp_path}/c", judge="reasoning"), T, small_qwen, progress=False)
     write([{"messages": [user("q")]}], tmp_path / "d/x.jsonl")
     config = replace(base, mixture=f"chats@{tmp_path}/d", on_bad_row="skip")
@@ -221,11 +223,11 @@ def test_all_turns_are_shown_with_every_answer_marked(base, small_qwen):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"turns": "first"}, "data.turns is 'first': write one of last, all"),
+        ({"turns": "first"}, "config.data.turns is 'first': write one of last, all"),
         ({"long_chats": "cut"}, "data.long_chats is 'cut': write one of drop, cut_end, error"),
         ({"on_bad_row": "warn"}, "on_bad_row is 'warn'"),
         ({"switches": 1.5}, "data.switches is 1.5: give a share from 0 to 1"),
-        ({"switches": 0.5, "turns": "all"}, "data.switches is for one answer a sample: write data.turns=last"),
+        ({"switches": 0.5, "turns": "all"}, "data.switches is for one answer a sample: write --config.data.turns=last"),
         ({"problems": 0}, "data.problems is 0: give 1 or more"),
         ({"max_heldout": 0}, "data.max_heldout is 0: give 1 or more"),
         ({"num_threads": 0}, "data.num_threads is 0: give 1 or more"),

@@ -40,7 +40,9 @@ def test_other_templates_are_refused(name, directory):
     if not file.is_file():
         pytest.fail(f"trl has no template {name}: choose another")
     shutil.copyfile(str(file), directory / "chat_template.jinja")
-    with pytest.raises(UserError, match=r"template in .*chat_template.jinja is not Qwen3's, .*give data.tokenizer"):
+    with pytest.raises(
+        UserError, match=r"template in .*chat_template.jinja is not Qwen3's, .*give --config.data.tokenizer"
+    ):
         check_chat_tokenizer(QwenTokenizer.load(directory))
 
 
@@ -67,6 +69,6 @@ def test_a_tokenizer_without_the_chat_s_tokens(missing, directory):
             token["content"] = "<other>"
     (directory / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(
-        UserError, match=f"The tokenizer .* has no token {missing}, which Qwen3's chats need: give data"
+        UserError, match=f"The tokenizer .* has no token {missing}, which Qwen3's chats need: give --con"
     ):
         check_chat_tokenizer(QwenTokenizer.load(directory))

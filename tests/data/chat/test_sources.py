@@ -142,7 +142,9 @@ def test_bad_rows_are_an_error_with_file_and_row_or_counted(tmp_path):
     ]
     file = write(rows, tmp_path / "x.jsonl")
     file.write_text(file.read_text() + "{broken\n")
-    with pytest.raises(UserError, match=r"x.jsonl:4: Message 1 has the role 'user' after 'user'"):
+    with pytest.raises(
+        UserError, match=r"x.jsonl:4: Message 1 .* 'user' after 'user'.* \(--config.data.on_bad_row=skip"
+    ):
         list(_open(f"chats@{tmp_path}").documents("train"))
     counts = Counter()
     skipping = _open(f"chats@{tmp_path}", on_bad_row="skip")
@@ -181,9 +183,9 @@ def test_fingerprint_follows_files_and_settings(tmp_path):
         (
             "reasonning",
             "",
-            "Unknown source 'reasonning' in data.mixture: write one of reasoning, reasoning-plain, chats@D",
+            "Unknown source 'reasonning' in --config.data.mixture: write one of reasoning, reasoning-plain",
         ),
-        ("fineweb@{}", "", "Unknown source 'fineweb@.*' in data.mixture"),
+        ("fineweb@{}", "", "Unknown source 'fineweb@.*' in --config.data.mixture"),
         ("openai/gsm8k", "", "is for grpo, not sft"),
         ("ultrachat@{}/absent", "", "There is no directory"),
     ],
