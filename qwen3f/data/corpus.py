@@ -20,7 +20,7 @@ from qwen3f.data.mixture import CYCLE, Mixture, Part, make_mixture, parse_caps, 
 from qwen3f.data.packing.best_fit import LongDocuments
 from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.data.packing.concat import PackedDataset
-from qwen3f.data.sources.documents import LimitedSource, Source, Split
+from qwen3f.data.sources.documents import HOLDOUT, LimitedSource, Source, Split
 from qwen3f.data.sources.registry import open_source
 from qwen3f.data.stream.dataset import StreamDataset
 from qwen3f.data.stream.parts import stream_part
@@ -46,7 +46,7 @@ class DataConfig:
             weights: "embedded=0.7,reasoning=0.3".
         root: directory of the mixture, where it does not name one.
         text_key: key (.jsonl) or column (.parquet) of the text.
-        holdout: share of the documents held out for validation.
+        holdout: share of the documents held out for validation; of `reasoning` it is always `documents.HOLDOUT`.
         max_samples: documents of each split of each source to use, at most, the first ones; 0: all.
         temperature: see `mixture_text.temper`.
         max_epochs: how often a source is read at most, "" for no limit; see `parse_caps`.
@@ -67,7 +67,7 @@ class DataConfig:
     mixture: str = "embedded"
     root: str = ""
     text_key: str = "text"
-    holdout: float = 0.05
+    holdout: float = HOLDOUT
     max_samples: int = 0
     temperature: float = 0.0
     max_epochs: str = ""
@@ -269,9 +269,8 @@ def _by_length(
 
 def _left_out(caches: dict[str, TokenCache], streams: dict[str, tuple[str, TokenStream]]) -> Iterator[str]:
     for name, cache in caches.items():
-        reasons = {key: n for key, n in cache.stats.items() if n and key not in ("documents", "tokens", "bytes")}
-        if reasons:
-            listed = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
+        if cache.left_out:
+            listed = ", ".join(f"{n:,} {reason}" for reason, n in cache.left_out.items())
             yield f"data: {name}, left out while reading both splits: {listed}"
         if unused := cache.num_docs - sum(stream.num_docs for source, stream in streams.values() if source == name):
             yield f"data: {name}, {unused:,} documents are of no class of data.length_mix"

@@ -30,7 +30,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwen3f.data.chat.conversation import Conversation, checked_messages
 from qwen3f.data.chat.examples import chat_example, chat_tokens
+from qwen3f.data.chat.samples import Sample, make_samples
 from qwen3f.data.packing.concat import Example
 from qwen3f.data.sources.adapters import dpo, grpo, multimodal, pretrain, sft
 from qwen3f.data.sources.adapters.registry import names, parse_mixture
@@ -96,9 +98,10 @@ def load_sft_dataset(
     streaming: bool = True,
     on_bad_row: OnBadRow = "error",
 ) -> CountedStream:
-    """Chats, one an example, padded to T, with a loss on the answers only (see `chat_examples`).
+    """Answers of chats, one an example with the turns before it, padded to T (see `chat.samples`, `chat.examples`).
 
-    A chat of more than T + 1 tokens is left out, counted as `too_long`: cut, it would teach an answer without its end.
+    One of more than T + 1 tokens is left out, counted as `too_long`: cut, it would teach an answer without its end. The
+    examples of one row have its index.
 
     Args:
         variant: "cold_start" (worked solutions as thinking) or "fusion" (chats without thinking).
@@ -110,7 +113,8 @@ def load_sft_dataset(
     """
     _check_length(max_seq_len)
     chosen = _choose(mixture, sft.VARIANTS, variant, "variant")
-    stream = _stream(chosen, root, "sft", sft.ADAPTERS, one_a_row, split, streaming, max_samples, on_bad_row)
+    adapters = {name: partial(_samples, adapter) for name, adapter in sft.ADAPTERS.items()}
+    stream = _stream(chosen, root, "sft", adapters, one_a_row, split, streaming, max_samples, on_bad_row)
     return CountedStream(stream, partial(_chats, tokenizer, max_seq_len))
 
 
@@ -233,15 +237,20 @@ def _windows(
         yield {**example, "index": example["index"] * share.count + share.index}
 
 
+def _samples(adapter: Callable[[Row], sft.Chat], row: Row) -> list[Sample]:
+    return make_samples(Conversation(checked_messages(adapter(row), row.name), row.name))
+
+
 def _chats(
     tokenizer: Tokenizer, seq_len: int, items: Iterator[Item], _: Share, leave_out: LeaveOut
 ) -> Iterator[Example]:
-    for number, messages in items:
-        example = chat_example(*chat_tokens(tokenizer, messages), seq_len, tokenizer.pad_id)
-        if example is None:
-            leave_out("too_long")
-        else:
-            yield {**example, "index": np.array(number, np.int64)}
+    for number, samples in items:
+        for ids, trained in zip(*Sample.tokenise(samples, tokenizer, 1)):
+            example = chat_example(ids, trained, seq_len, tokenizer.pad_id)
+            if example is None:
+                leave_out("too_long")
+            else:
+                yield {**example, "index": np.array(number, np.int64)}
 
 
 def _pairs(

@@ -7,6 +7,7 @@ of 4,096 to 16,384. Here, for any T: "long" is a document of more than T/2 token
 Shares are of examples, which have T places each, so of tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,12 +45,24 @@ class DocumentSubset:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start … stop − 1 of the stream."""
+        return self._gather(self.source.read, start, stop)
+
+    def read_trained(self, start: int, stop: int) -> np.ndarray:
+        """As in `TokenStream`."""
+        return self._gather(self.source.read_trained, start, stop)
+
+    @property
+    def has_trained(self) -> bool:
+        """As in `TokenStream`."""
+        return self.source.has_trained
+
+    def _gather(self, read: Callable[[int, int], np.ndarray], start: int, stop: int) -> np.ndarray:
         first, last = np.searchsorted(self.doc_offsets, [start, stop - 1], side="right") - 1
         parts = []
         for d in range(first, last + 1):
             shift = int(self.source.doc_offsets[self.documents[d]]) - int(self.doc_offsets[d])
             begin, end = max(start, int(self.doc_offsets[d])), min(stop, int(self.doc_offsets[d + 1]))
-            parts.append(self.source.read(begin + shift, end + shift))
+            parts.append(read(begin + shift, end + shift))
         return np.concatenate(parts)
 
 

@@ -69,6 +69,21 @@ def make_cache() -> Callable[[list[int]], TokenCache]:
     return make
 
 
+@pytest.fixture(scope="session")
+def make_chat_cache() -> Callable[[list[list[bool]]], TokenCache]:
+    """make_chat_cache(trained): chats of those bits, two a shard; token n of all is 10 + n."""
+
+    def make(trained: list[list[bool]]) -> TokenCache:
+        offsets = np.cumsum([0, *map(len, trained)]).astype(np.int64)
+        tokens, bits = 10 + np.arange(offsets[-1], dtype=np.uint32), np.concatenate(trained).astype(bool)
+        packed = tuple(np.packbits(part, bitorder="little") for part in np.split(bits, offsets[2:-1:2]))
+        shards = tuple(np.split(tokens, offsets[2:-1:2]))
+        doc_bytes = np.diff(offsets)
+        return TokenCache(Path("in-memory"), shards, offsets, doc_bytes, vocab_size=10**6, stats={}, trained=packed)
+
+    return make
+
+
 @pytest.fixture
 def write_jsonl(tmp_path) -> Callable[..., Path]:
     """write_jsonl(rows, name): a .jsonl file in tmp_path/corpus; returns its path."""

@@ -45,11 +45,12 @@ def copies(tmp_path):
 
 
 def _expected(theirs, text):
-    """tokens, targets, loss_weights of a chat's text, unpadded: answers count, to the end of their turn."""
-    encoded = theirs(text, return_offsets_mapping=True, add_special_tokens=False)
+    """tokens, targets, loss_weights of a chat's text, unpadded: what stands between ⟦ and ⟧ is trained."""
+    before, trained, after = re.split("[⟦⟧]", text)
+    start, end = len(before), len(before + trained)
+    encoded = theirs(before + trained + after, return_offsets_mapping=True, add_special_tokens=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    answers = [m.span(1) for m in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)]
-    counted = [any(a <= start and end <= b for a, b in answers) for start, end in offsets]
+    counted = [start <= a and b <= end for a, b in offsets]
     targets = [i if c else -100 for i, c in zip(ids[1:], counted[1:])]
     return ids[:-1], targets, [float(c) for c in counted[1:]]
 
@@ -58,7 +59,7 @@ def _check_chat(theirs, example, text):
     tokens, targets, weights = _expected(theirs, text)
     n, pad = len(tokens), len(example["tokens"]) - len(tokens)
     assert 0 < n < T
-    assert sum(weights) > 4
+    assert sum(weights) > 1
     assert example["tokens"].tolist() == [*tokens, *[theirs.convert_tokens_to_ids("<|endoftext|>")] * pad]
     assert example["targets"].tolist() == [*targets, *[-100] * pad]
     assert example["loss_weights"].tolist() == [*weights, *[0] * pad]
@@ -69,8 +70,14 @@ def _check_chat(theirs, example, text):
 def _chat(user, thinking, answer, before=""):
     return (
         f"{before}<|im_start|>user\n{user}<|im_end|>\n"
-        f"<|im_start|>assistant\n<think>\n{thinking}\n</think>\n\n{answer}<|im_end|>\n"
+        f"<|im_start|>assistant\n⟦<think>\n{thinking}\n</think>\n\n{answer}<|im_end|>⟧"
     )
+
+
+def _off(user, answer, before=""):
+    """Where no switch says it, the prompt itself holds the empty block."""
+    header = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    return f"{before}<|im_start|>user\n{user}<|im_end|>\n{header}⟦{answer}<|im_end|>⟧"
 
 
 @pytest.mark.parametrize("file", FORMATS)
@@ -136,8 +143,11 @@ def test_cold_start_to_tokens(file, copies, small_qwen, theirs):
 def test_fusion_to_tokens(file, copies, small_qwen, theirs):
     root = copies(file, "ultrachat", "openhermes-2.5")
     data = hf_datasets.load_sft_dataset("fusion", small_qwen, T, mixture="ultrachat", root=f"{root}/ultrachat")
-    first, second = data
+    opening, first, second = data
+    assert [int(example["index"]) for example in (opening, first, second)] == [0, 0, 1]
+    assert len(data) == 3
     before = "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
+    _check_chat(theirs, opening, _off("Hi there", "Hello!"))
     _check_chat(theirs, first, _chat("And the weather? /no_think", "", "Sunny.\nWarm.", before))
     _check_chat(theirs, second, _chat("Bye /no_think", "", "the end"))
 
@@ -148,6 +158,7 @@ def test_fusion_to_tokens(file, copies, small_qwen, theirs):
         data,
         [
             _chat("Name a bird. /no_think", "", "A robin."),
+            _off("Why?", "So.", system.format("Be brief.")),
             _chat("Really? /no_think", "", "Yes.", system.format("Be brief.") + history),
             _chat("Who? /no_think", "", "Me.", system.format("You are Ann.")),
             _chat("One? /no_think", "", "1"),
@@ -168,7 +179,7 @@ def test_preferences_to_tokens(file, copies, small_qwen, theirs):
     texts = [("Say hi.", "Hi!"), ("Say hi.", "Go away."), ("Two?", "2"), ("Two?", "No.")]
     assert batch["tokens"].shape == (4, T)
     for row, (question, answer) in enumerate(texts):
-        _check_chat(theirs, {key: value[row] for key, value in batch.items()}, _chat(question, "", answer))
+        _check_chat(theirs, {key: value[row] for key, value in batch.items()}, _chat(question, "", answer) + "\n")
     assert data.counts == {"ties": 1, "unrated": 1}
     assert len(data) == 2
     assert next(iter(DataLoader(data, batch_size=2)))["tokens"].shape == (2, 2, T)

@@ -1,10 +1,10 @@
 """Writing a token cache: shard by shard, published by one rename, gone on with after a kill.
 
 A build works in a directory `.building-<name>-*` beside its place, which it holds by a lock that ends with its process.
-A shard is written as its documents are tokenised; when it is full it is flushed to the disk with the offsets of its
-documents, and then `progress.json` counts it. The next build of the same cache takes over such a directory whose lock
-is free: it passes over the documents of those shards and writes the unfinished one again. A build that fails removes
-its directory.
+A shard is written as its documents are tokenised, with its trained bits beside it, if there are any; when it is full
+both are flushed to the disk with the offsets of its documents, and then `progress.json` counts it. The next build of
+the same cache takes over such a directory whose lock is free: it passes over the documents of those shards and writes
+the unfinished one again. A build that fails removes its directory.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from absl import logging
 from tqdm import tqdm
 
 from qwen3f.data.sources.documents import Source, Split
-from qwen3f.data.stream.tokens import tokenised
+from qwen3f.data.stream.tokens import Tokens, tokenised_documents
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.files import sync, write_atomically
@@ -46,6 +46,11 @@ def shard_name(number: int) -> str:
     return f"tokens-{number:05}.bin"
 
 
+def trained_name(number: int) -> str:
+    """File of the trained bits of the shard `number`."""
+    return f"trained-{number:05}.bin"
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """Of the tokens: uint16 where every id fits."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
@@ -56,12 +61,12 @@ def build(
     split: Split,
     tokenizer: Tokenizer,
     path: Path,
-    source_print: str,
     num_threads: int,
     workers: int,
     progress: bool,
 ) -> None:
     """Write the cache of `split` at `path`, which is not there yet. See `token_cache.build_or_open`."""
+    source_print = source.fingerprint(split)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _working_directory(path) as directory:
         stats, shards, arrays = _write_shards(source, split, tokenizer, directory, num_threads, workers, progress)
@@ -156,8 +161,7 @@ def _write_shards(
             offsets_file.write(np.zeros(1, np.int64).tobytes())
         tokens = passed["tokens"]
         for first in documents:
-            path = directory / shard_name(len(shards))
-            lengths, sizes, record = _write_shard(path, chain([first], documents), dtype, bar)
+            lengths, sizes, record = _write_shard(directory, len(shards), chain([first], documents), dtype, bar)
             offsets_file.write((tokens + np.cumsum(lengths)).tobytes())
             bytes_file.write(sizes.tobytes())
             offsets_file.flush()
@@ -168,26 +172,39 @@ def _write_shards(
         if not shards:
             raise UserError(_describe_empty(source, split, counts))
         total = _total(shards)
-        stats = {"documents": total["documents"], "tokens": total["tokens"], "bytes": total["text_bytes"], **counts}
+        stats = {"documents": total["documents"], "tokens": total["tokens"], "bytes": total["text_bytes"]}
+        if "trained" in shards[0]:
+            stats["trained_tokens"] = sum(shard["trained"]["tokens"] for shard in shards)
+        stats |= counts
         return stats, shards, {file.path.name: file.record() for file in (offsets_file, bytes_file)}
 
 
 def _write_shard(
-    path: Path, documents: Iterator[tuple[np.ndarray, int]], dtype: np.dtype, bar: tqdm
+    directory: Path, number: int, documents: Iterator[tuple[Tokens, int]], dtype: np.dtype, bar: tqdm
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Take documents until the shard is full; returns tokens and UTF-8 bytes of each, and the record of the index."""
     lengths, sizes = array("q"), array("q")
-    with _DigestingFile(path, 0) as file:
-        for ids, text_bytes in documents:
-            file.write(ids.astype(dtype).tobytes())
-            lengths.append(len(ids))
+    (first, _), documents = _peeked(documents)
+    bits_file = nullcontext() if first.trained is None else _BitFile(directory / trained_name(number))
+    with _DigestingFile(directory / shard_name(number), 0) as file, bits_file as bits:
+        for tokens, text_bytes in documents:
+            file.write(tokens.ids.astype(dtype).tobytes())
+            if bits is not None:
+                bits.write(tokens.trained)
+            lengths.append(len(tokens.ids))
             sizes.append(text_bytes)
             bar.update(text_bytes)
             if file.size >= SHARD_BYTES:
                 break
         file.flush()
-    record = {"documents": len(lengths), "tokens": sum(lengths), "text_bytes": sum(sizes), **file.record()}
+        trained = {} if bits is None else {"trained": bits.flush()}
+    record = {"documents": len(lengths), "tokens": sum(lengths), "text_bytes": sum(sizes), **trained, **file.record()}
     return np.array(lengths, np.int64), np.array(sizes, np.int64), record
+
+
+def _peeked(documents: Iterator[tuple[Tokens, int]]) -> tuple[tuple[Tokens, int], Iterator[tuple[Tokens, int]]]:
+    first = next(documents)
+    return first, chain([first], documents)
 
 
 def _read_progress(directory: Path) -> list[dict[str, Any]]:
@@ -208,11 +225,11 @@ def _tokenised(
     passed: int,
     num_threads: int,
     workers: int,
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Ids of each document after the first `passed`, end-of-text last, and the UTF-8 bytes of its text."""
+) -> Iterator[tuple[Tokens, int]]:
+    """Tokens of each document after the first `passed`, and the UTF-8 bytes of its text."""
     documents = islice(source.documents(split, counts), passed, None)
     sized = ((document, len(document.text.encode())) for document in documents)
-    return tokenised(sized, tokenizer, workers, num_threads, _BATCH_CHARS)
+    return tokenised_documents(sized, tokenizer, workers, num_threads, _BATCH_CHARS)
 
 
 def _describe_empty(source: Source, split: Split, counts: Counter[str]) -> str:
@@ -255,3 +272,33 @@ class _DigestingFile:
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
+
+
+class _BitFile:
+    """A new file of bits, the lowest of a byte first."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = _DigestingFile(path, 0)
+        self._rest = np.zeros(0, bool)
+        self._ones = 0
+
+    def __enter__(self) -> "_BitFile":
+        self._file.__enter__()
+        return self
+
+    def write(self, bits: np.ndarray) -> None:
+        self._ones += int(bits.sum())
+        bits = np.concatenate([self._rest, bits])
+        whole = len(bits) // 8 * 8
+        self._file.write(np.packbits(bits[:whole], bitorder="little").tobytes())
+        self._rest = bits[whole:]
+
+    def flush(self) -> dict[str, object]:
+        """Fills the last byte with zeros; returns, when all is on the disk, how many bits are set, size and sha256."""
+        self._file.write(np.packbits(self._rest, bitorder="little").tobytes())
+        self._rest = self._rest[:0]
+        self._file.flush()
+        return {"tokens": self._ones, **self._file.record()}
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.__exit__(*exception)

@@ -2,12 +2,15 @@
 
 A cache is a directory, named after the fingerprints of its source and its tokenizer:
 
-    tokens-00000.bin, …  the shards: uint16 (vocabulary up to 65,536) or uint32, each document's tokens, then
-                         <|endoftext|>. Whole documents, as many as fill `cache_build.SHARD_BYTES` (128 MiB).
+    tokens-00000.bin, …  the shards: uint16 (vocabulary up to 65,536) or uint32, each document's tokens: a text's, then
+                         <|endoftext|>; a chat's to the <|im_end|> of its last answer. Whole documents, as many as fill
+                         `cache_build.SHARD_BYTES` (128 MiB).
+    trained-00000.bin, … of chats only, since the ids cannot tell: a bit for each token of the shard, the lowest of a
+                         byte first, whether the model learns to write it
     doc_offsets.bin      int64 [D + 1]: document d is tokens doc_offsets[d] … doc_offsets[d + 1] − 1 of all shards
     doc_bytes.bin        int64 [D]: length of document d's text in UTF-8 bytes
-    index.json           format version, fingerprints, counts; documents, tokens, size and sha256 of each shard, and
-                         size and sha256 of the two other files
+    index.json           format version, fingerprints, counts; documents, tokens, size and sha256 of each shard and its
+                         trained bits, and size and sha256 of the two other files
 
 It is written shard by shard under a temporary name beside its place (see `cache_build`) and published by one rename. So
 a directory under the final name is complete, a build that was killed leaves only a `.building-*` directory, with whose
@@ -29,10 +32,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from qwen3f.data.cache.build import BYTES, FORMAT_VERSION, INDEX, OFFSETS, build, shard_name, token_dtype
+from qwen3f.data.cache.build import BYTES, FORMAT_VERSION, INDEX, OFFSETS, build, shard_name, token_dtype, trained_name
 from qwen3f.data.sources.documents import Source, Split, stable_hash
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
+
+_TOTALS = ("documents", "tokens", "bytes", "trained_tokens")
 
 
 class TokenStream(Protocol):
@@ -42,6 +47,15 @@ class TokenStream(Protocol):
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start … stop − 1 of the stream."""
+        ...
+
+    def read_trained(self, start: int, stop: int) -> np.ndarray:
+        """bool [stop − start]: which of these tokens the model learns to write."""
+        ...
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether it is of chats, of whose tokens only some are trained."""
         ...
 
     @property
@@ -65,7 +79,9 @@ class TokenCache:
         doc_offsets: int64 [D + 1], rising from 0 to num_tokens.
         doc_bytes: int64 [D], UTF-8 bytes of each document's text.
         vocab_size: of the tokenizer that made it; every token is below.
-        stats: counts of the build: documents, tokens, bytes, and what the source left out by reason (empty_rows, ...).
+        stats: counts of the build: documents, tokens, bytes, of chats trained_tokens, and what the source left out by
+            reason (empty_rows, ...).
+        trained: uint8 [ceil(tokens of the shard / 8)], the trained bits of each shard; () of a text.
         starts: [S + 1], where each shard begins in the stream, and its end.
     """
 
@@ -75,6 +91,7 @@ class TokenCache:
     doc_bytes: np.ndarray
     vocab_size: int
     stats: dict[str, int]
+    trained: tuple[np.ndarray, ...] = ()
     starts: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +111,29 @@ class TokenCache:
         return np.concatenate(
             [self.shards[first][start - begin :], *inner, self.shards[last][: stop - self.starts[last]]]
         )
+
+    def read_trained(self, start: int, stop: int) -> np.ndarray:
+        """As in `TokenStream`."""
+        if not self.trained:
+            return np.ones(stop - start, bool)
+        first = bisect_right(self.starts, start, 1, len(self.shards)) - 1
+        last = bisect_right(self.starts, stop - 1, 1, len(self.shards)) - 1
+        parts = []
+        for n in range(first, last + 1):
+            begin, end = max(start - self.starts[n], 0), min(stop, self.starts[n + 1]) - self.starts[n]
+            bits = np.unpackbits(self.trained[n][begin // 8 : -(-end // 8)], bitorder="little")
+            parts.append(bits[begin % 8 : begin % 8 + end - begin].view(bool))
+        return np.concatenate(parts)
+
+    @property
+    def has_trained(self) -> bool:
+        """As in `TokenStream`."""
+        return bool(self.trained)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """What the source left out while both splits were read, by reason."""
+        return {key: n for key, n in self.stats.items() if n and key not in _TOTALS}
 
     @property
     def num_tokens(self) -> int:
@@ -132,12 +172,16 @@ def build_or_open(
     Raises:
         UserError: the split has no document, the source is broken or changed meanwhile, or the cache found is damaged.
     """
-    source_print = source.fingerprint(split)
-    key = stable_hash(json.dumps([FORMAT_VERSION, source_print, tokenizer.fingerprint]).encode())
-    path = Path(cache_dir) / f"tokens-{split}-{key:016x}"
+    path = cache_path(source, split, tokenizer, cache_dir)
     if not path.exists():
-        build(source, split, tokenizer, path, source_print, num_threads, workers, progress)
+        build(source, split, tokenizer, path, num_threads, workers, progress)
     return open_cache(path)
+
+
+def cache_path(source: Source, split: Split, tokenizer: Tokenizer, cache_dir: Path) -> Path:
+    """Where the cache of `split` is, or will be."""
+    key = stable_hash(json.dumps([FORMAT_VERSION, source.fingerprint(split), tokenizer.fingerprint]).encode())
+    return Path(cache_dir) / f"tokens-{split}-{key:016x}"
 
 
 def open_cache(path: Path) -> TokenCache:
@@ -152,13 +196,18 @@ def open_cache(path: Path) -> TokenCache:
     num_docs, num_tokens = stats["documents"], stats["tokens"]
     lengths = [shard["tokens"] for shard in index["shards"]]
     shards = tuple(_map(path / shard_name(n), token_dtype(vocab_size), length) for n, length in enumerate(lengths))
+    trained = tuple(
+        _map(path / trained_name(n), np.dtype(np.uint8), -(-shard["tokens"] // 8))
+        for n, shard in enumerate(index["shards"])
+        if "trained" in shard
+    )
     doc_offsets = _map(path / OFFSETS, np.dtype(np.int64), num_docs + 1)
     doc_bytes = _map(path / BYTES, np.dtype(np.int64), num_docs)
-    if sum(lengths) != num_tokens:
+    if sum(lengths) != num_tokens or len(trained) not in (0, len(shards)):
         raise UserError(f"The token cache's file {path / INDEX} is corrupt: delete the directory {path}.")
     if doc_offsets[0] != 0 or doc_offsets[-1] != num_tokens:
         raise UserError(f"The token cache's file {path / OFFSETS} is corrupt: delete the directory {path}.")
-    return TokenCache(path, shards, doc_offsets, doc_bytes, vocab_size, stats)
+    return TokenCache(path, shards, doc_offsets, doc_bytes, vocab_size, stats, trained)
 
 
 def verify(cache: TokenCache) -> None:
@@ -169,7 +218,8 @@ def verify(cache: TokenCache) -> None:
     """
     index = _read_index(cache.path)
     shards = {shard_name(n): shard for n, shard in enumerate(index["shards"])}
-    for name, recorded in {**shards, **index["arrays"]}.items():
+    bits = {trained_name(n): shard["trained"] for n, shard in enumerate(index["shards"]) if "trained" in shard}
+    for name, recorded in {**shards, **bits, **index["arrays"]}.items():
         with (cache.path / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != recorded["sha256"]:

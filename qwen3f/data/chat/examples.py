@@ -1,12 +1,18 @@
-"""Chats as training examples: the ids of `encode_chat`, with a loss on the answers only.
+"""Chats as training examples: ids, and for each whether the model learns to write it.
 
-Counted is, of every assistant turn, what the model itself writes: all after "<|im_start|>assistant\\n", thinking and
-tool calls as `chat.render` writes them, up to and with "<|im_end|>". Prompts, the turns' headers and the line end after
-<|im_end|> are not.
+Trained is what the model itself writes in an answer: all behind "<|im_start|>assistant\\n" (thinking, answer and tool
+calls as `template.render` writes them) up to and with "<|im_end|>". Never trained are prompts, tool results, the turns'
+headers, and the line end behind <|im_end|>, since a model stops at <|im_end|>. An empty thinking block is trained
+exactly when the prompt does not hold it: without thinking (`enable_thinking=False`) it is the end of the prompt.
 
-Deviation: an answer's ids begin with its first character, as they do when the model writes it after the generation
-prompt. `encode_chat` lets a token reach over that place, which changes the ids where an answer of an earlier turn
-begins with a line end (and, with some tokenizers, more often).
+By default the last turn alone is trained, behind the history as inference renders it (without thoughts); so a
+conversation gives one sample for each answer. With `all_turns` one rendering trains all answers, each with its thinking
+block: ids and mask of TRL 1.16's Qwen3 training template. Deviation from it: TRL trains the line end behind <|im_end|>.
+
+Deviation from transformers' ids of the same text: an answer's ids begin with its first character, as they do when the
+model writes it behind the generation prompt. This differs only where no special token stands between (a prompt that
+holds the thinking block, or a tokenizer without <think>) and the answer begins with a line end or other blanks; and see
+`template.encode_chat` for names of special tokens in contents.
 
 Legend: N tokens of the chat, T = seq_len.
 """
@@ -16,42 +22,85 @@ from typing import Any
 
 import numpy as np
 
-from qwen3f.data.chat.template import Message, segments
+from qwen3f.data.chat.template import ANSWER_START, Message, segments
 from qwen3f.data.packing.concat import IGNORED_TARGET, Example
 from qwen3f.data.tokenizers.token_text import Segment
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
 
-_ANSWER_START = "<|im_start|>assistant\n"
 _TURN_END = "<|im_end|>"
 
 
-def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Message], tools: Any = None) -> tuple[list[int], list[bool]]:
-    """The ids [N] of a chat, and for each whether the model is to learn to write it.
+def chat_tokens(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Any = None,
+    *,
+    all_turns: bool = False,
+    enable_thinking: bool = True,
+) -> tuple[list[int], list[bool]]:
+    """The ids [N] of a chat, and for each whether it is trained.
+
+    Args:
+        tokenizer: text to ids.
+        messages: the turns, see `template`; the last one is the assistant's.
+        tools: descriptions of the functions that may be called.
+        all_turns: train every answer instead of the last; a last message of another role is then allowed.
+        enable_thinking: as the prompt is rendered. False: it ends with an empty thinking block, which is then not
+            trained; no trained answer may have a thought.
 
     Raises:
-        UserError: as `chat.segments` and the tokenizer's `encode_segments`.
+        UserError: no answer at the end, or a thought where the prompt has switched thinking off; and as
+            `template.segments` and the tokenizer's `encode_segments`.
     """
     ids: list[int] = []
-    counted: list[bool] = []
-    for run, is_answer in _runs(segments(messages, tools)):
+    trained: list[bool] = []
+    for run, is_trained in chat_runs(messages, tools, all_turns, enable_thinking):
         piece = tokenizer.encode_segments(run)
         ids += piece
-        counted += [is_answer] * len(piece)
-    return ids, counted
+        trained += [is_trained] * len(piece)
+    return ids, trained
 
 
-def chat_example(ids: Sequence[int], counted: Sequence[bool], seq_len: int, pad_id: int) -> Example | None:
+def chat_runs(
+    messages: Sequence[Message], tools: Any = None, all_turns: bool = False, enable_thinking: bool = True
+) -> list[tuple[list[Segment], bool]]:
+    """The chat as runs of text, alternately not trained and trained, each to be encoded alone; see `chat_tokens`."""
+    parts = segments(messages, tools, keep_thinking=all_turns)
+    last = messages[-1]["role"]
+    if last != "assistant" and not all_turns:
+        raise UserError(
+            f"Message {len(messages) - 1}, the last one, has the role {last!r}: end with the assistant's answer that "
+            "is to be learnt."
+        )
+    starts = [i for i, part in enumerate(parts) if part.is_markup and part.text == ANSWER_START]
+    runs: list[tuple[list[Segment], bool]] = []
+    done = 0
+    for start in starts if all_turns else starts[-1:]:
+        begin = start + 1
+        if not enable_thinking:
+            _check_empty_thought(parts[begin : begin + 3])
+            begin += 3
+        end = next(i for i in range(begin, len(parts)) if parts[i] == Segment(f"{_TURN_END}\n", True))
+        answer = [*parts[begin:end], Segment(_TURN_END, True)]
+        runs += [(parts[done:begin], False), (answer, True)]
+        parts[end] = Segment("\n", True)
+        done = end
+    return [*runs, (parts[done:], False)]
+
+
+def chat_example(ids: Sequence[int], trained: Sequence[bool], seq_len: int, pad_id: int) -> Example | None:
     """A chat as one padded example; None if it is longer than T + 1 tokens, since an answer is never cut.
 
     Returns:
         tokens, targets int64 [T], loss_weights float32 [T], positions int64 [T] and segments int32 [T] as in
-        `PackedDataset`; a target is -100 where its token is not counted.
+        `PackedDataset`; a target is -100 where its token is not trained.
     """
     length = len(ids) - 1
     if length > seq_len:
         return None
     stream = np.array(ids, np.int64)
-    weights = np.array(counted[1:], np.float32)
+    weights = np.array(trained[1:], np.float32)
     padding = (0, seq_len - length)
     return {
         "tokens": np.pad(stream[:-1], padding, constant_values=pad_id),
@@ -62,16 +111,12 @@ def chat_example(ids: Sequence[int], counted: Sequence[bool], seq_len: int, pad_
     }
 
 
-def _runs(parts: list[Segment]) -> list[tuple[list[Segment], bool]]:
-    """The segments cut into runs: answers, and what stands between them. Joined, they are the same text."""
-    runs: list[tuple[list[Segment], bool]] = [([], False)]
-    for part in parts:
-        is_answer = runs[-1][1]
-        if part.is_markup and is_answer and part.text.endswith(_TURN_END + "\n"):
-            runs[-1][0].append(Segment(part.text[:-1], True))
-            runs.append(([Segment("\n", True)], False))
-        else:
-            runs[-1][0].append(part)
-            if part.is_markup and part.text == _ANSWER_START:
-                runs.append(([], True))
-    return runs
+def _check_empty_thought(block: list[Segment]) -> None:
+    """Raises UserError unless the parts are an empty thinking block, as the prompt holds it."""
+    if block[0].text != "<think>\n":
+        raise UserError("Without thinking the prompt needs a user's turn before the answer: write one.")
+    if block[1].text:
+        raise UserError(
+            "The answer has a thought, but thinking is switched off (enable_thinking=False): leave out the thought, or "
+            "write enable_thinking=True."
+        )

@@ -26,6 +26,8 @@ from qwen3f.errors import UserError
 Message = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
+ANSWER_START = "<|im_start|>assistant\n"
+"""The header of an assistant's turn: what the model writes begins behind it."""
 NO_THINKING = "<think>\n\n</think>\n\n"
 """An empty thinking block: what an answer without thinking begins with."""
 
@@ -97,13 +99,24 @@ def thinking_mode(messages: Sequence[Message], default: bool = True) -> bool:
     As in the Qwen3 technical report, section 4.3: switches may stand in any user turn or in the system turn, the answer
     follows the last one, and without any the model thinks (`default`). Tool responses are no place for switches.
     """
-    _check(messages, None)
-    mode = default
+    switch = last_switch(messages)
+    return default if switch is None else switch
+
+
+def last_switch(messages: Sequence[Message]) -> bool | None:
+    """What the last soft switch says: True is /think, False /no_think; None if there is none."""
+    check_messages(messages)
+    mode = None
     for message in messages:
-        if message["role"] == "system" or _is_query(message):
+        if message["role"] == "system" or is_query(message):
             for switch in _SWITCH.finditer(message["content"]):
                 mode = switch[1] is None
     return mode
+
+
+def without_switches(content: str) -> str:
+    """A user's text without its soft switches and the blanks around it."""
+    return _SWITCH.sub("", content).strip()
 
 
 def segments(
@@ -111,18 +124,24 @@ def segments(
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
     enable_thinking: bool = True,
+    keep_thinking: bool = False,
 ) -> list[Segment]:
-    """The parts of `render`'s text in order: the format's markup, and what messages, tools and calls brought along."""
-    _check(messages, tools)
+    """The parts of `render`'s text in order: the format's markup, and what messages, tools and calls brought along.
+
+    With keep_thinking every answer has its thinking block, empty ones too, wherever it stands: TRL's template for
+    training on all turns at once (`qwen3_training.jinja` of trl 1.16).
+    """
+    check_messages(messages, tools)
     parts = _system_turn(messages, tools)
     last = len(messages) - 1
-    last_query = max((i for i, message in enumerate(messages) if _is_query(message)), default=last)
+    last_query = max((i for i, message in enumerate(messages) if is_query(message)), default=last)
     for i, message in enumerate(messages):
         role = message["role"]
         if role == "user" or (role == "system" and i > 0):
             parts += [_markup(f"<|im_start|>{role}\n"), _content(message["content"]), _markup("<|im_end|>\n")]
         elif role == "assistant":
-            parts += _assistant_turn(message, i > last_query, i == last)
+            shown = i > last_query and (i == last or bool(split_thought(message)[0]))
+            parts += _assistant_turn(message, shown or keep_thinking)
         elif role == "tool":
             opens = i == 0 or messages[i - 1]["role"] != "tool"
             closes = i == last or messages[i + 1]["role"] != "tool"
@@ -130,7 +149,7 @@ def segments(
             parts.append(_content(message["content"]))
             parts.append(_markup("\n</tool_response>" + ("<|im_end|>\n" if closes else "")))
     if add_generation_prompt:
-        parts.append(_markup("<|im_start|>assistant\n" + ("" if enable_thinking else NO_THINKING)))
+        parts.append(_markup(ANSWER_START + ("" if enable_thinking else NO_THINKING)))
     return parts
 
 
@@ -148,15 +167,25 @@ def _system_turn(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
     return [*parts, _markup(_TOOLS_AFTER)]
 
 
-def _assistant_turn(message: Message, after_query: bool, is_last: bool) -> list[Segment]:
+def split_thought(message: Message) -> tuple[str, str]:
+    """(thought, content) of an assistant's message, as the template takes them.
+
+    The thought is `reasoning_content`, or else what stands before a "</think>" in the content, with or without a
+    "<think>".
+    """
     content, reasoning = message["content"], message.get("reasoning_content")
     if reasoning is None:
         reasoning = ""
         if "</think>" in content:
             reasoning = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
             content = content.split("</think>")[-1].lstrip("\n")
-    parts = [_markup("<|im_start|>assistant\n")]
-    if after_query and (is_last or reasoning):
+    return reasoning, content
+
+
+def _assistant_turn(message: Message, shows_thinking: bool) -> list[Segment]:
+    reasoning, content = split_thought(message)
+    parts = [_markup(ANSWER_START)]
+    if shows_thinking:
         parts += [_markup("<think>\n"), _content(reasoning.strip("\n")), _markup("\n</think>\n\n")]
         parts.append(_content(content.lstrip("\n")))
     else:
@@ -174,8 +203,8 @@ def _assistant_turn(message: Message, after_query: bool, is_last: bool) -> list[
     return [*parts, _markup("<|im_end|>\n")]
 
 
-def _is_query(message: Message) -> bool:
-    """A user's turn that is no tool's response in disguise."""
+def is_query(message: Message) -> bool:
+    """Whether it is a user's turn, and no tool's response in disguise."""
     content = message["content"]
     return message["role"] == "user" and not (
         content.startswith("<tool_response>") and content.endswith("</tool_response>")
@@ -194,7 +223,8 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _check(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> None:
+def check_messages(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> None:
+    """Raises UserError, with its number, for a message or a tool that cannot be rendered."""
     if isinstance(messages, str | Mapping) or not messages:
         raise UserError('A chat needs a list of at least one message: write [{"role": "user", "content": "…"}].')
     for i, message in enumerate(messages):

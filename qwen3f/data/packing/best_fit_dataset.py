@@ -5,11 +5,12 @@ Legend: T = seq_len.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from qwen3f.data.cache.token_cache import TokenStream
-from qwen3f.data.packing.best_fit import LongDocuments, Rows, best_fit
+from qwen3f.data.packing.best_fit import LongDocuments, Rows, best_fit, check_policy
 from qwen3f.data.packing.concat import IGNORED_TARGET, Example, check_seq_len
 from qwen3f.data.sampler import example_index
 from qwen3f.errors import UserError
@@ -19,35 +20,63 @@ from qwen3f.errors import UserError
 class BestFitDataset:
     """Rows of `best_fit` over the documents of a stream; keys as `packing.PackedDataset`, used like it.
 
-    Documents are apart always: each is a segment, its positions restart, and nothing is predicted across.
+    Documents are apart always: each is a segment, its positions restart, and nothing is predicted across. Of chats a
+    target that is not trained is -100, with weight 0.
 
     Attributes:
         cache: the token stream.
         seq_len: T.
         reset_positions: as for `PackedDataset`.
-        long_documents: what becomes of documents of more than T + 1 tokens, "cut" or "drop"; see `best_fit`.
+        long_documents: what becomes of documents of more than T + 1 tokens: "drop"; of texts also "cut", see
+            `best_fit`; of chats also "cut_end": they end with the last answer that fits whole, and are dropped if none
+            does.
         pad_id: token of the padding; segments are 0 there, targets -100, weights and positions 0.
+        rows: which documents share a row.
+        shortened: documents that "cut_end" has made shorter.
 
     Raises:
         UserError: no row at all, T < 1, or an unknown policy.
+        ValueError: "cut" for chats: half an answer would count as a whole one.
     """
 
     cache: TokenStream
     seq_len: int
     reset_positions: bool = True
-    long_documents: LongDocuments = "cut"
+    long_documents: LongDocuments | Literal["cut_end"] = "cut"
     pad_id: int = 0
     rows: Rows = field(init=False, repr=False, compare=False)
+    shortened: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_seq_len(self.seq_len)
-        rows = best_fit(np.diff(self.cache.doc_offsets), self.seq_len, self.long_documents)
+        whole = np.diff(self.cache.doc_offsets)
+        if self.cache.has_trained:
+            lengths = self._lengths_of_chats(whole)
+            rows = best_fit(lengths, self.seq_len, "drop")
+        else:
+            check_policy(self.long_documents)
+            lengths = whole
+            rows = best_fit(lengths, self.seq_len, self.long_documents)
         object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "shortened", int((lengths < whole).sum()))
         if not len(rows):
+            other = "" if self.cache.has_trained else ", or write data.long_documents=cut"
             raise UserError(
                 f"None of the corpus's {self.cache.num_docs} documents fits into seq_len={self.seq_len} "
-                f"({rows.dropped} are longer): raise seq_len, or write data.long_documents=cut."
+                f"({rows.dropped} are longer): raise seq_len{other}."
             )
+
+    def _lengths_of_chats(self, whole: np.ndarray) -> np.ndarray:
+        if self.long_documents not in ("drop", "cut_end"):
+            raise ValueError(f"long_documents={self.long_documents!r} for chats: give 'drop' or 'cut_end'")
+        lengths = whole.copy()
+        for document in np.flatnonzero(whole > self.seq_len + 1) if self.long_documents == "cut_end" else ():
+            start = int(self.cache.doc_offsets[document])
+            trained = self.cache.read_trained(start, start + self.seq_len + 2)
+            ends = np.flatnonzero(trained[:-1] & ~trained[1:])  # of whole answers among the first T + 1 tokens
+            if ends.size:
+                lengths[document] = ends[-1] + 1
+        return lengths
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -64,17 +93,33 @@ class BestFitDataset:
     def __getitem__(self, i: int) -> Example:
         if not 0 <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
-        pieces = []
+        pieces, trained = [], []
         for document, begin, places in self.rows.pieces(i):
             start = int(self.cache.doc_offsets[document]) + begin
             pieces.append(self.cache.read(start, start + places + 1))
-        return best_fit_row(pieces, self.seq_len, i, self.reset_positions, self.pad_id)
+            if self.cache.has_trained:
+                trained.append(self.cache.read_trained(start + 1, start + places + 1))
+        return best_fit_row(pieces, self.seq_len, i, self.reset_positions, self.pad_id, trained)
 
 
 def best_fit_row(
-    pieces: Sequence[np.ndarray], seq_len: int, index: int, reset_positions: bool = True, pad_id: int = 0
+    pieces: Sequence[np.ndarray],
+    seq_len: int,
+    index: int,
+    reset_positions: bool = True,
+    pad_id: int = 0,
+    trained: Sequence[np.ndarray] = (),
 ) -> Example:
-    """A row of pieces, each with one token more than it has places; their places are at most T together."""
+    """A row of pieces, each with one token more than it has places; their places are at most T together.
+
+    Args:
+        pieces: tokens of each.
+        seq_len: T.
+        index: the example's own.
+        reset_positions: positions restart at each piece.
+        pad_id: token of the padding.
+        trained: bool [places] of each piece, which of its targets count; () for all.
+    """
     places = [len(piece) - 1 for piece in pieces]
     filled = sum(places)
     tokens, targets = np.full(seq_len, pad_id, np.int64), np.full(seq_len, IGNORED_TARGET, np.int64)
@@ -85,11 +130,12 @@ def best_fit_row(
         np.zeros(seq_len, np.int64),
         np.zeros(seq_len, np.int32),
     )
-    weights[:filled] = 1
+    weights[:filled] = np.concatenate(trained) if trained else 1
     segments[:filled] = np.repeat(np.arange(1, len(pieces) + 1, dtype=np.int32), places)
     positions[:filled] = np.arange(filled)
     if reset_positions:
         positions[:filled] -= np.repeat(np.cumsum(places) - places, places)
+    targets[weights == 0] = IGNORED_TARGET
     return {
         "tokens": tokens,
         "targets": targets,

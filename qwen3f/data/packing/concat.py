@@ -42,6 +42,7 @@ class PackedDataset:
 
     Raises:
         UserError: the stream is shorter than T + 1 tokens, or T < 1.
+        ValueError: it is of chats, which are never cut.
     """
 
     cache: TokenStream
@@ -52,6 +53,7 @@ class PackedDataset:
 
     def __post_init__(self) -> None:
         check_seq_len(self.seq_len)
+        _check_text(self.cache)
         if self.cache.num_tokens < self.seq_len + 1:
             raise UserError(
                 f"The corpus has {self.cache.num_tokens} tokens in {self.cache.num_docs} documents, fewer than one "
@@ -90,6 +92,7 @@ def eval_windows(cache: TokenCache, seq_len: int, max_docs: int | None = None) -
     0, targets -100, weights 0, positions 0 and tokens 0. `eval_coverage` says what they cover.
     """
     check_seq_len(seq_len)
+    _check_text(cache)
     stop = int(cache.doc_offsets[eval_coverage(cache, max_docs).documents])
     for i in range(-(-(stop - 1) // seq_len)):
         yield _window(cache, i, seq_len, stop, reset_positions=True, cross_documents=False)
@@ -130,6 +133,11 @@ def check_seq_len(seq_len: int) -> None:
     """Raises UserError unless there is room for a token."""
     if seq_len < 1:
         raise UserError(f"seq_len is {seq_len}: give at least 1.")
+
+
+def _check_text(cache: TokenStream) -> None:
+    if cache.has_trained:
+        raise ValueError("chats are packed by BestFitDataset: a window would cut answers and train prompts")
 
 
 def _window(

@@ -7,8 +7,15 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, Protocol, TypeVar
 
+import numpy as np
+
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+
 Item = TypeVar("Item")
 Split = Literal["train", "heldout"]
+
+HOLDOUT = 0.05
+"""Share of the questions that all stages hold out, by a hash of the question: pretraining, SFT, RL and evaluation."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +25,21 @@ class Document:
     text: str
     name: str
 
+    @staticmethod
+    def tokenise(
+        documents: list["Document"], tokenizer: Tokenizer, num_threads: int
+    ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+        """(ids, trained) of documents: ids uint32 [n], <|endoftext|> last; None: every token is trained."""
+        end = np.array([tokenizer.eos_id], np.uint32)
+        encoded = tokenizer.encode_batch([document.text for document in documents], num_threads)
+        return [np.concatenate([ids, end]) for ids in encoded], None
+
 
 class Source(Protocol):
-    """A corpus in two disjoint splits. Iterating twice gives the same documents in the same order."""
+    """A corpus in two disjoint splits. Iterating twice gives the same documents in the same order.
+
+    Its documents are `Document`s, or of another class with `text`, `name` and `tokenise` (as `chat.samples.Sample`).
+    """
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from qwen3f.data.sources.adapters.pretrain import is_text_dataset, open_dataset
 from qwen3f.data.sources.adapters.registry import names
-from qwen3f.data.sources.documents import Document, Source, Split, is_heldout, stable_hash
+from qwen3f.data.sources.documents import HOLDOUT, Document, Source, Split, is_heldout, stable_hash
 from qwen3f.data.sources.embedded import open_embedded
 from qwen3f.data.sources.reasoning import ReasoningSource
 from qwen3f.errors import UserError
@@ -79,7 +79,7 @@ class FilesSource:
 
 
 def open_source(
-    mixture: str, root: str = "", text_key: str = "text", holdout: float = 0.05, streaming: bool = False
+    mixture: str, root: str = "", text_key: str = "text", holdout: float = HOLDOUT, streaming: bool = False
 ) -> Source:
     """The source that `mixture` names.
 
@@ -89,7 +89,7 @@ def open_source(
             same way, e.g. "fineweb@DIR".
         root: directory to read; with "embedded" it replaces the standard library's; "reasoning" reads none.
         text_key: key or column of the text in .jsonl and .parquet files.
-        holdout: share of the documents held out, in [0, 1).
+        holdout: share of the documents held out, in [0, 1); of "reasoning" it is always `documents.HOLDOUT`.
         streaming: a text data set without a directory is read from the Hub.
 
     Raises:
@@ -103,7 +103,7 @@ def open_source(
     if kind == "reasoning" and not separator:
         if root:
             raise UserError(f"data.mixture=reasoning reads no directory: leave out data.root={root!r}.")
-        return ReasoningSource(holdout)
+        return ReasoningSource()
     if is_text_dataset(kind):
         return open_dataset(mixture, root, holdout, streaming)
     if kind == "files":

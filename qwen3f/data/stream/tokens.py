@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,17 +17,31 @@ M = TypeVar("M")
 _GROUP_CHARS = 2**18  # text of one job
 
 
+class Tokens(NamedTuple):
+    """A document's ids, uint32 [n], and which of them a model learns to write, bool [n]; None: all."""
+
+    ids: np.ndarray
+    trained: np.ndarray | None
+
+
 def tokenised(
+    documents: Iterable[tuple[Document, M]], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[np.ndarray, M]]:
+    """Ids uint32 [n] of each text, <|endoftext|> last, with its mark; see `tokenised_documents`."""
+    return ((tokens.ids, mark) for tokens, mark in tokenised_documents(documents, tokenizer, workers))
+
+
+def tokenised_documents(
     documents: Iterable[tuple[Document, M]],
     tokenizer: Tokenizer,
     workers: int,
     num_threads: int = 1,
     group_chars: int = _GROUP_CHARS,
-) -> Iterator[tuple[np.ndarray, M]]:
-    """Ids uint32 [n] of each document, <|endoftext|> last, with its mark.
+) -> Iterator[tuple[Tokens, M]]:
+    """The tokens of each document, with its mark.
 
     Args:
-        documents: each with a mark, which stays in this process.
+        documents: of one class, see `documents.Source`; each with a mark, which stays in this process.
         tokenizer: text to ids.
         workers: processes; see `ordered_map`.
         num_threads: of each process, or of this one.
@@ -35,31 +49,34 @@ def tokenised(
     """
     marks: deque[list[M]] = deque()
 
-    def jobs() -> Iterator[list[str]]:
-        texts: list[str] = []
+    def jobs() -> Iterator[list[Document]]:
+        group: list[Document] = []
         own: list[M] = []
         chars = 0
         for document, mark in documents:
-            texts.append(document.text)
+            group.append(document)
             own.append(mark)
             chars += len(document.text)
             if chars >= group_chars:
                 marks.append(own)
-                yield texts
-                texts, own, chars = [], [], 0
-        if texts:
+                yield group
+                group, own, chars = [], [], 0
+        if group:
             marks.append(own)
-            yield texts
+            yield group
 
     for encoded in ordered_map(partial(_encode, tokenizer, num_threads), jobs(), workers):
-        ids, ends = (tensor.numpy() for tensor in encoded)
-        yield from zip(np.split(ids, ends[:-1]), marks.popleft())
+        ids, ends, trained = (None if tensor is None else tensor.numpy() for tensor in encoded)
+        all_ids = np.split(ids, ends[:-1])
+        all_trained = [None] * len(all_ids) if trained is None else np.split(trained, ends[:-1])
+        yield from zip(map(Tokens, all_ids, all_trained), marks.popleft())
 
 
-def _encode(tokenizer: Tokenizer, num_threads: int, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of all texts, each with its end, and where each ends: tensors, which come back through shared memory."""
-    end = np.array([tokenizer.eos_id], np.uint32)
-    encoded = tokenizer.encode_batch(texts, num_threads)
-    ends = np.cumsum([len(ids) + 1 for ids in encoded])
-    ids = np.concatenate([part for ids in encoded for part in (ids, end)])
-    return torch.from_numpy(ids), torch.from_numpy(ends)
+def _encode(
+    tokenizer: Tokenizer, num_threads: int, documents: list[Document]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Ids of all documents, where each ends, and what is trained: tensors, which come back through shared memory."""
+    ids, trained = type(documents[0]).tokenise(documents, tokenizer, num_threads)
+    ends = np.cumsum(list(map(len, ids)))
+    marked = None if trained is None else torch.from_numpy(np.concatenate(trained))
+    return torch.from_numpy(np.concatenate(ids)), torch.from_numpy(ends), marked

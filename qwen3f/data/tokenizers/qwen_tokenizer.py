@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from qwen3f.data.tokenizers.bpe_files import Vocabulary
 from qwen3f.data.tokenizers.fast_bpe import encode_texts
 from qwen3f.data.tokenizers.nfc import nfc
 from qwen3f.data.tokenizers.piece_table import PieceTable
-from qwen3f.data.tokenizers.token_text import check_encodable, encode_segments, special_pattern
+from qwen3f.data.tokenizers.token_text import check_encodable, encode_segments, encode_segments_batch, special_pattern
 from qwen3f.errors import UserError
 
 # Files that say nothing about how text is tokenised but belong to a Hugging Face directory.
@@ -115,6 +116,13 @@ class QwenTokenizer:
     def encode_segments(self, segments: Iterable[tuple[str, bool]]) -> list[int]:
         """Ids of (text, is_markup) segments: added tokens are read in markup only. See `token_text.Segment`."""
         return encode_segments(segments, self._pattern, self._special_ids, self._encode_plain)
+
+    def encode_segments_batch(
+        self, batch: Iterable[Iterable[tuple[str, bool]]], num_threads: int = 1
+    ) -> list[np.ndarray]:
+        """`encode_segments` of each as uint32 [n], on `num_threads` threads: the fast way to many chats."""
+        encode = partial(self.encode_batch, num_threads=num_threads)
+        return encode_segments_batch(batch, self._pattern, self._special_ids, encode)
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """`encode` of each text (specials stay text) as uint32 [n], on `num_threads` threads: the fast way to many ids.

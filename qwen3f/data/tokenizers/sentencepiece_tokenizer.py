@@ -14,12 +14,13 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
-from qwen3f.data.tokenizers.token_text import check_encodable, encode_segments, special_pattern
+from qwen3f.data.tokenizers.token_text import check_encodable, encode_segments, encode_segments_batch, special_pattern
 from qwen3f.errors import UserError
 from qwen3f.files import write_atomically
 
@@ -175,6 +176,13 @@ class SentencePieceTokenizer:
     def encode_segments(self, segments: Iterable[tuple[str, bool]]) -> list[int]:
         """Ids of (text, is_markup) segments: special tokens are read in markup only. See `token_text.Segment`."""
         return encode_segments(segments, _SPECIAL_PATTERN, self._special_ids, self._encode_plain)
+
+    def encode_segments_batch(
+        self, batch: Iterable[Iterable[tuple[str, bool]]], num_threads: int = 1
+    ) -> list[np.ndarray]:
+        """`encode_segments` of each as uint32 [n], on `num_threads` threads: the fast way to many chats."""
+        encode = partial(self.encode_batch, num_threads=num_threads)
+        return encode_segments_batch(batch, _SPECIAL_PATTERN, self._special_ids, encode)
 
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """`encode` of each text (specials stay text) as uint32 [n], on `num_threads` threads."""

@@ -2,8 +2,10 @@
 
 import codecs
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from qwen3f.errors import UserError
 
@@ -71,17 +73,49 @@ def encode_segments(
         encode_plain: ids of text without special tokens; [] for "".
     """
     ids: list[int] = []
+    for text, is_special in _pieces(segments, pattern):
+        ids.extend([special_ids[text]] if is_special else encode_plain(text))
+    return ids
+
+
+def encode_segments_batch(
+    batch: Iterable[Iterable[tuple[str, bool]]],
+    pattern: re.Pattern[str],
+    special_ids: Mapping[str, int],
+    encode_batch: Callable[[list[str]], list[np.ndarray]],
+) -> list[np.ndarray]:
+    """`encode_segments` of each as uint32 [n], the texts of all in one call, and a text that comes again only once.
+
+    Args:
+        batch: segments of each.
+        pattern, special_ids: as for `encode_segments`.
+        encode_batch: uint32 [n] of each text without special tokens.
+    """
+    cut = [list(_pieces(segments, pattern)) for segments in batch]
+    texts = dict.fromkeys(text for pieces in cut for text, is_special in pieces if not is_special)
+    ids = dict(zip(texts, encode_batch(list(texts))))
+    specials = {name: np.array([number], np.uint32) for name, number in special_ids.items()}
+    nothing = np.zeros(0, np.uint32)
+    return [
+        np.concatenate([nothing, *(specials[text] if is_special else ids[text] for text, is_special in pieces)])
+        for pieces in cut
+    ]
+
+
+def _pieces(segments: Iterable[tuple[str, bool]], pattern: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
+    """Names of special tokens (True), and the text between two of them as one (False), across segments."""
     plain: list[str] = []
     for text, is_markup in segments:
         for n, part in enumerate(pattern.split(text) if is_markup else [text]):
-            if n % 2:  # the group of the pattern
-                ids.extend(encode_plain("".join(plain)))
-                plain.clear()
-                ids.append(special_ids[part])
-            else:
+            if not n % 2:  # not the group of the pattern
                 plain.append(part)
-    ids.extend(encode_plain("".join(plain)))
-    return ids
+                continue
+            if between := "".join(plain):
+                yield between, False
+            plain.clear()
+            yield part, True
+    if between := "".join(plain):
+        yield between, False
 
 
 def check_encodable(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +58,9 @@ def test_segments_read_special_tokens_in_markup_only(small_qwen, tokenizer, segm
         assert each.decode(ids) == text
         for name in _SPECIALS:
             assert ids.count(each.special_id(name)) == segments.count((name, True))
+        again = each.encode_segments_batch([segments, [], segments[::-1], segments], num_threads=2)
+        assert [piece.tolist() for piece in again] == [ids, [], each.encode_segments(segments[::-1]), ids]
+        assert all(piece.dtype == np.uint32 for piece in again)
         if all(text.count(name) == segments.count((name, True)) for name in _SPECIALS):
             assert ids == each.encode(text, allow_special=True)
 

@@ -148,7 +148,7 @@ class ExampleStream(IterableDataset):
 
 
 class CountedStream(ExampleStream):
-    """Examples, one a row at most, whose number can be asked: `len` makes one pass over the data and remembers."""
+    """Examples whose number can be asked: `len` makes one pass over the data and remembers."""
 
     _length: int | None = None
 

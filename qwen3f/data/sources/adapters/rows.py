@@ -16,11 +16,15 @@ REASONS = (
     "invalid_rows",
     "missing_columns",
     "null_values",
+    "roles_out_of_order",
+    "misplaced_thoughts",
     # What a rule of the stage leaves out, counted always.
     "empty_texts",
     "too_long",
     "no_answer",
     "unanswered",
+    "wrong_answers",
+    "unjudged",
     "unrated",
     "ties",
 )

@@ -1,7 +1,8 @@
 """The `reasoning` source: generated problems in two splits, as text, as chats and as questions with answers.
 
 The split is decided by a hash of the question alone, so a question is in one split whatever its kind, difficulty, seed
-or index, as long as `holdout` is the same; and what is held out at a small share is held out at any larger one.
+or index, as long as `holdout` is the same; and what is held out at a small share is held out at any larger one. All
+stages use `documents.HOLDOUT`, so no stage trains on what another one evaluates.
 A question that comes again is dropped, so a split holds each of its questions once.
 """
 
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen3f.data.sources.documents import Document, Split, distinct, stable_hash
+from qwen3f.data.sources.documents import HOLDOUT, Document, Split, distinct, stable_hash
 from qwen3f.data.sources.reasoning.problem import DIFFICULTIES, KINDS, Problem, problem
 from qwen3f.errors import UserError
 
@@ -34,7 +35,7 @@ class ReasoningSource:
         difficulties: difficulties to generate, see `problem.DIFFICULTIES`.
     """
 
-    holdout: float
+    holdout: float = HOLDOUT
     seed: int = 0
     num_problems: int = NUM_PROBLEMS
     kinds: tuple[str, ...] = KINDS
@@ -83,13 +84,13 @@ def chat_messages(item: Problem, thinking: bool = True) -> list[dict[str, str]]:
     Args:
         item: the problem.
         thinking: the derivation is the answer's `reasoning_content` and the content its last line, with the boxed
-            answer. Without, the content is the whole solution.
+            answer. Without, the content is that line alone: the answer at once.
     """
     derivation, _, conclusion = item.solution.rpartition("\n")
     user = {"role": "user", "content": item.question}
     if thinking:
         return [user, {"role": "assistant", "reasoning_content": derivation, "content": conclusion}]
-    return [user, {"role": "assistant", "content": item.solution}]
+    return [user, {"role": "assistant", "content": conclusion}]
 
 
 def question_answer(item: Problem) -> dict[str, str]:

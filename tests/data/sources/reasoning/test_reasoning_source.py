@@ -6,6 +6,7 @@ import pytest
 
 from qwen3f.data.cache.token_cache import build_or_open
 from qwen3f.data.chat.template import render
+from qwen3f.data.sources.documents import HOLDOUT
 from qwen3f.data.sources.reasoning import DIFFICULTIES, KINDS, ReasoningSource, chat_messages, problem, question_answer
 from qwen3f.data.sources.registry import open_source
 from qwen3f.errors import UserError
@@ -84,7 +85,7 @@ def test_fingerprint_follows_every_setting():
 
 def test_opened_by_name_and_tokenised(tokenizer, tmp_path):
     source = open_source("reasoning", holdout=0.3)
-    assert source == ReasoningSource(0.3)
+    assert source == ReasoningSource(HOLDOUT)  # one split for every stage, whatever data.holdout says
     assert source.name == "reasoning"
     with pytest.raises(UserError, match=r"data.mixture=reasoning reads no directory: leave out data.root='x'"):
         open_source("reasoning", root="x")
@@ -107,6 +108,6 @@ def test_forms_for_chat_and_reinforcement_learning(kind):
         f"<think>\n{derivation}\n</think>\n\n{boxed}<|im_end|>\n"
     )
     plain = render(chat_messages(item, thinking=False))
-    assert plain.endswith(f"{derivation}\n{boxed}<|im_end|>\n")
-    assert "<think>\n\n</think>" in plain
+    assert plain.endswith(f"<think>\n\n</think>\n\n{boxed}<|im_end|>\n")
+    assert derivation not in plain
     assert question_answer(item) == {"question": item.question, "answer": item.answer}

@@ -1,0 +1,134 @@
+"""A conversation as it stands in a row of data, checked before anything is rendered.
+
+A row is {"messages": [message, …]} with messages as in `template`, and may have
+
+    tools            list of the functions' descriptions
+    enable_thinking  how the prompts are rendered: false puts an empty thinking block at their end; see `samples`
+    answer           the right final answer, for the judge of a task
+
+Stricter than the template: the turns take turns, every answer says something, a call's arguments are an object, and a
+thought stands under `reasoning_content` alone. What follows the last answer is left out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3f.data.chat.template import Message, check_messages, render, split_thought, without_switches
+from qwen3f.data.sources.adapters.rows import Row, RowFault, check_text, list_of_dicts
+from qwen3f.errors import UserError
+
+COLUMNS = ("messages",)
+OPTIONAL_COLUMNS = ("tools", "enable_thinking", "answer")
+
+_OTHER_THOUGHTS = ("reasoning", "reasoning_text", "thinking", "thought", "thoughts")
+_BEFORE = {"user": ("system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation that can be learnt from.
+
+    Attributes:
+        messages: the turns up to the last answer.
+        name: "file:row".
+        tools: descriptions of the functions that may be called.
+        enable_thinking: how its prompts are rendered; None: `samples` says.
+        judged: a text and the right final answer, for the judge of a task; None: there is no right answer.
+    """
+
+    messages: tuple[Message, ...]
+    name: str
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    enable_thinking: bool | None = None
+    judged: tuple[str, str] | None = None
+
+    @property
+    def question(self) -> bytes:
+        """What decides its split: the first user's text, without switches. So a question is in one split."""
+        first = next(message["content"] for message in self.messages if message["role"] == "user")
+        return without_switches(first).encode()
+
+
+def read_conversation(row: Row) -> Conversation:
+    """The conversation of a row in the module's form. Raises RowFault, with file and row."""
+    messages = checked_messages(list_of_dicts(row, "messages"), row.name, tools := _tools(row))
+    enable_thinking = row.values.get("enable_thinking")
+    if not isinstance(enable_thinking, bool | None):
+        raise RowFault("invalid_rows", f"{row.name} has enable_thinking={enable_thinking!r}: write true or false.")
+    gold = row.values.get("answer")
+    judged = None if gold is None else (messages[-1]["content"], check_text(gold, row.name, "answer"))
+    return Conversation(messages, row.name, tools, enable_thinking, judged)
+
+
+def checked_messages(
+    messages: Sequence[Message], name: str, tools: Sequence[Mapping[str, Any]] | None = None
+) -> tuple[Message, ...]:
+    """The messages up to the last answer.
+
+    Args:
+        messages: as a row has them.
+        name: "file:row", for the message of a fault.
+        tools: as a row has them; they are checked too.
+
+    Raises:
+        RowFault: what `template.check_messages` refuses, and what the module's text says.
+    """
+    try:
+        check_messages(messages, tools)
+    except UserError as error:
+        raise RowFault("invalid_rows", f"{name}: {error}") from None
+    for number, message in enumerate(messages):
+        fault = _order_fault(messages, number) or _content_fault(message)
+        if fault:
+            reason, text = fault
+            raise RowFault(reason, f"{name}: Message {number} {text}")
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        raise RowFault("unanswered", f"{name} has no assistant's turn: write the answer that is to be learnt.")
+    check_text(render(messages, tools=tools), name, "messages")  # for lone surrogates
+    return tuple(messages[: last + 1])
+
+
+def _tools(row: Row) -> tuple[Mapping[str, Any], ...] | None:
+    tools = row.values.get("tools")
+    if not isinstance(tools, list | None):
+        raise RowFault("invalid_rows", f"{row.name} has tools of type {type(tools).__name__}: write a list of objects.")
+    return tuple(tools) if tools else None
+
+
+def _order_fault(messages: Sequence[Message], number: int) -> tuple[str, str] | None:
+    role = messages[number]["role"]
+    before = messages[number - 1] if number else None
+    if role == "system" or before is None:
+        if (role, number) in (("system", 0), ("user", 0)):
+            return None
+        return "roles_out_of_order", f"has the role {role!r}: begin with one system's turn or none, then a user's."
+    if before["role"] not in _BEFORE[role]:
+        allowed = " or ".join(_BEFORE[role])
+        return "roles_out_of_order", f"has the role {role!r} after {before['role']!r}: write it after {allowed}."
+    if role == "tool" and before["role"] == "assistant" and not before.get("tool_calls"):
+        return "roles_out_of_order", "is a tool's result, but the answer before calls none: write its tool_calls."
+    return None
+
+
+def _content_fault(message: Message) -> tuple[str, str] | None:
+    if message["role"] != "assistant":
+        return None
+    for key in _OTHER_THOUGHTS:
+        if message.get(key):
+            return "misplaced_thoughts", f"has a thought under {key!r}: rename the key to reasoning_content."
+    content = message["content"]
+    if content.lstrip().startswith("<think>"):
+        if "</think>" not in content:
+            return "misplaced_thoughts", "begins with <think> and never ends it: write </think>, or remove the row."
+        if message.get("reasoning_content") is not None:
+            return "misplaced_thoughts", "has a thought in its content beside reasoning_content: leave one of them out."
+    for n, entry in enumerate(message.get("tool_calls") or []):
+        arguments = (entry.get("function") or entry)["arguments"]
+        if not isinstance(arguments, Mapping):
+            kind = "text" if isinstance(arguments, str) else f"a {type(arguments).__name__}"
+            return "invalid_rows", f'has arguments as {kind} in tool call {n}: write an object, {{"name": value, …}}.'
+    if not split_thought(message)[1].strip() and not message.get("tool_calls"):
+        return "empty_texts", "is an empty answer: write its text, or remove the row."
+    return None

@@ -1,0 +1,274 @@
+"""From a configuration to packed chats: sources, token caches with trained bits, best fit, mixture.
+
+The counterpart of `data.corpus` for supervised fine-tuning; caches, order, resume and mixtures are the same.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from qwen3f.data.cache.token_cache import TokenCache, build_or_open, cache_path
+from qwen3f.data.chat.qwen_template import check_chat_tokenizer
+from qwen3f.data.chat.report import PackingReport, packing_report
+from qwen3f.data.chat.samples import TURNS, Turns
+from qwen3f.data.chat.sources import ChatSource, open_chats
+from qwen3f.data.corpus import cache_directory
+from qwen3f.data.mixture import CYCLE, Mixture, make_mixture, parse_caps, parse_weights, temper
+from qwen3f.data.packing.best_fit_dataset import BestFitDataset
+from qwen3f.data.packing.concat import check_seq_len
+from qwen3f.data.sources.adapters.rows import OnBadRow, check_policy
+from qwen3f.data.sources.documents import LimitedSource, Source, Split
+from qwen3f.data.sources.reasoning import DIFFICULTIES, KINDS, NUM_PROBLEMS, ReasoningSource
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
+from qwen3f.tasks.registry import open_task
+
+LONG_CHATS = ("drop", "cut_end", "error")
+
+
+@dataclass(frozen=True)
+class ChatDataConfig:
+    """What `config.data` holds for a stage that trains on chats.
+
+    Attributes:
+        mixture: sources of `chat.sources`, several with weights: "reasoning=0.5,ultrachat@DIR=0.5". Weights share out
+            rows of seq_len places.
+        root: directory of the source, where it does not name one.
+        kinds, difficulties: of the generated problems, with commas between; "" for all.
+        problems: problems generated, both splits together.
+        problem_seed: other seeds give other problems.
+        turns: "last", a sample for each answer, its prompt as inference renders it; or "all", all answers of a
+            conversation in one sample.
+        switches: share of samples that say their mode by /think or /no_think; see `chat.samples`.
+        judge: keep only answers that the judge of this task calls right, "" for all: "reasoning".
+        long_chats: of samples of more than seq_len + 1 tokens: "drop", counted; "cut_end", ended by the last answer
+            that fits whole (with turns=last there is only one, so it is dropped); "error".
+        on_bad_row: "error", or "skip" to count rows that cannot be used.
+        max_samples: samples of each source to train on, at most, the first ones; 0: all.
+        max_heldout: held-out samples of each source to keep, at most, the first ones.
+        temperature: see `mixture.temper`.
+        max_epochs: how often a source is read at most, "" for no limit; see `mixture.parse_caps`.
+        cache: directory of token caches; "" is $XDG_CACHE_HOME/qwen3f or ~/.cache/qwen3f.
+        num_threads: threads that tokenise, in each of the workers if there are any.
+        workers: processes that tokenise.
+    """
+
+    mixture: str = "reasoning"
+    root: str = ""
+    kinds: str = ""
+    difficulties: str = ""
+    problems: int = NUM_PROBLEMS
+    problem_seed: int = 0
+    turns: Turns = "last"
+    switches: float = 0.0
+    judge: str = ""
+    long_chats: Literal["drop", "cut_end", "error"] = "drop"
+    on_bad_row: OnBadRow = "error"
+    max_samples: int = 0
+    max_heldout: int = 1000
+    temperature: float = 0.0
+    max_epochs: str = ""
+    cache: str = ""
+    num_threads: int = 2
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class ChatCorpus:
+    """Chats ready for training.
+
+    Attributes:
+        sources: name -> samples, by split.
+        train: packed rows of the train splits, for a `Loader`.
+        names: of the parts of `train`.
+        heldout: name -> packed rows of the held-out split, with their weights; a source with none that fits is missing.
+        report: what was packed, dropped and why, of each part.
+    """
+
+    sources: dict[str, Source]
+    train: BestFitDataset | Mixture
+    names: tuple[str, ...]
+    heldout: dict[str, BestFitDataset]
+    report: tuple[PackingReport, ...]
+
+    @property
+    def parts(self) -> tuple[BestFitDataset, ...]:
+        """The datasets of `names`."""
+        return self.train.parts if isinstance(self.train, Mixture) else (self.train,)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares of the training rows by part."""
+        return tuple(n / CYCLE for n in self.train.slots) if isinstance(self.train, Mixture) else (1.0,)
+
+    def check_covers(self, examples: int, seed: int) -> None:
+        """Raises UserError if the caps of epochs leave fewer rows than a run needs."""
+        total = self.train.total(seed) if isinstance(self.train, Mixture) else None
+        if total is not None and total < examples:
+            raise UserError(
+                f"--config.data.max_epochs leaves {total} rows and the run needs {examples} (steps x batch_size): "
+                "raise it, lower steps, or give more chats."
+            )
+
+    def train_metrics(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """What to log of a batch: shares of its places that are padding, and that are supervised."""
+        return {
+            "padding": (batch["segments"] == 0).float().mean().item(),
+            "supervised": (batch["loss_weights"] > 0).float().mean().item(),
+        }
+
+    def describe(self) -> list[str]:
+        """Lines for each part to train on, and for each held-out split."""
+        lines = [
+            line
+            for part, share in zip(self.report, self.shares)
+            for line in part.lines(share if len(self.names) > 1 else None)
+        ]
+        for name in self.names:
+            rows = self.heldout.get(name)
+            held_out = (
+                "no sample that fits" if rows is None else f"{rows.cache.num_docs:,} samples in {len(rows):,} rows"
+            )
+            lines.append(f"data: {name}, {held_out} held out")
+        return lines
+
+
+def prepare_chats(cfg: ChatDataConfig, seq_len: int, tokenizer: Tokenizer, progress: bool = True) -> ChatCorpus:
+    """Open the chats; tokenises both splits unless they are in the cache.
+
+    Several processes may do this at once, as with `corpus.prepare`.
+
+    Args:
+        cfg: what to read and where to cache it.
+        seq_len: length T of the rows, in tokens.
+        tokenizer: of the model that is trained.
+        progress: show progress bars on stderr.
+
+    Raises:
+        UserError: settings that exclude each other, a tokenizer that cannot write Qwen3's chats, a row that cannot be
+            used, a source of which no sample is left; and see `parse_weights`, `make_mixture`, `open_chats`.
+    """
+    check(cfg)
+    check_seq_len(seq_len)
+    check_chat_tokenizer(tokenizer)
+    weights = dict(parse_weights(cfg.mixture))
+    if cfg.root and len(weights) > 1:
+        raise UserError("--config.data.root is the directory of one source: write NAME@DIR in the mixture instead.")
+    caps = parse_caps(cfg.max_epochs, list(weights))
+    sources = _sources(cfg, list(weights))
+    cache_dir = cache_directory(cfg.cache)
+
+    def packed(split: Split, most: int) -> dict[str, BestFitDataset]:
+        found = {}
+        for name, source in sources.items():
+            limited = LimitedSource(source, most) if most else source
+            path = cache_path(limited, split, tokenizer, cache_dir)
+            if path.exists() or _has_samples(limited, split):
+                cache = build_or_open(limited, split, tokenizer, cache_dir, cfg.num_threads, cfg.workers, progress)
+                if (rows := _pack(cfg, limited, split, cache, tokenizer, seq_len)) is not None:
+                    found[name] = rows
+        return found
+
+    heldout = packed("heldout", cfg.max_heldout)  # first: it is small, and a fault shows before the long work
+    train = packed("train", cfg.max_samples)
+    shares = temper(weights, {name: part.cache.num_tokens for name, part in train.items()}, cfg.temperature)
+    limits = list(caps.values())
+    if len(train) == 1 and limits == [None]:
+        dataset = next(iter(train.values()))
+    else:
+        dataset = make_mixture(list(train.values()), list(shares.values()), max_epochs=limits)
+    report = tuple(packing_report(name, part) for name, part in train.items())
+    return ChatCorpus(sources, dataset, tuple(train), heldout, report)
+
+
+def check(cfg: ChatDataConfig) -> None:
+    """Raises UserError for values that cannot work, alone or together."""
+    for key, allowed in (("turns", TURNS), ("long_chats", LONG_CHATS)):
+        if getattr(cfg, key) not in allowed:
+            raise UserError(f"--config.data.{key} is {getattr(cfg, key)!r}: write one of {', '.join(allowed)}.")
+    check_policy(cfg.on_bad_row)
+    if not 0 <= cfg.switches <= 1:
+        raise UserError(f"--config.data.switches is {cfg.switches}: give a share from 0 to 1.")
+    if cfg.switches and cfg.turns == "all":
+        raise UserError(
+            "--config.data.switches is for one answer a sample: write --config.data.turns=last, or "
+            "--config.data.switches=0."
+        )
+    for key, lowest in (("problems", 1), ("max_samples", 0), ("max_heldout", 1), ("num_threads", 1), ("workers", 0)):
+        if getattr(cfg, key) < lowest:
+            raise UserError(f"--config.data.{key} is {getattr(cfg, key)}: give {lowest} or more.")
+    generated_problems(cfg)
+    if cfg.judge:
+        open_task(cfg.judge)
+
+
+def generated_problems(cfg: ChatDataConfig) -> ReasoningSource:
+    """The problems that the generated sources read. Raises UserError for an unknown kind or difficulty."""
+    kinds = _chosen("kinds", cfg.kinds, KINDS)
+    difficulties = tuple(map(int, _chosen("difficulties", cfg.difficulties, tuple(map(str, DIFFICULTIES)))))
+    return ReasoningSource(seed=cfg.problem_seed, num_problems=cfg.problems, kinds=kinds, difficulties=difficulties)
+
+
+def _chosen(key: str, written: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    chosen = tuple(map(str.strip, written.split(","))) if written else known
+    if not set(chosen) <= set(known) or len(set(chosen)) < len(chosen):
+        raise UserError(
+            f"--config.data.{key} is {written!r}: write different ones of {', '.join(known)}, with commas between."
+        )
+    return chosen
+
+
+def _sources(cfg: ChatDataConfig, names: list[str]) -> dict[str, ChatSource]:
+    options = {
+        "turns": cfg.turns,
+        "switches": cfg.switches,
+        "task": open_task(cfg.judge) if cfg.judge else None,
+        "on_bad_row": cfg.on_bad_row,
+    }
+    return {name: open_chats(name, cfg.root, generated_problems(cfg), **options) for name in names}
+
+
+def _has_samples(source: Source, split: Split) -> bool:
+    """Whether there are samples in a split; of the train split there must be."""
+    counts: Counter[str] = Counter()
+    if next(source.documents(split, counts), None) is not None:
+        return True
+    if split == "train":
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
+        raise UserError(
+            f"{source.name} has no sample to train on{f' (left out: {reasons})' if reasons else ''}: give other rows"
+            f"{', or write --config.data.judge=' + repr('') if {'no_answer', 'wrong_answers'} & set(counts) else ''}."
+        )
+    return False
+
+
+def _pack(
+    cfg: ChatDataConfig, source: Source, split: Split, cache: TokenCache, tokenizer: Tokenizer, seq_len: int
+) -> BestFitDataset | None:
+    """The rows of a split; None for a held-out split of which no sample fits."""
+    if cfg.long_chats == "error":
+        _refuse_long(source, split, cache, seq_len)
+    policy = "cut_end" if cfg.long_chats == "cut_end" else "drop"
+    try:
+        return BestFitDataset(cache, seq_len, long_documents=policy, pad_id=tokenizer.pad_id)
+    except UserError as error:
+        if split == "heldout":
+            return None
+        raise UserError(f"{source.name}: {error}") from None
+
+
+def _refuse_long(source: Source, split: Split, cache: TokenCache, seq_len: int) -> None:
+    """Raises UserError with file and row of the first sample that is too long, if there is one."""
+    lengths = np.diff(cache.doc_offsets)
+    too_long = np.flatnonzero(lengths > seq_len + 1)
+    if not too_long.size:
+        return
+    first = next(islice(source.documents(split, Counter()), int(too_long[0]), None))
+    raise UserError(
+        f"{first.name} has {lengths[too_long[0]]:,} tokens, more than seq_len={seq_len} takes, and so have "
+        f"{too_long.size:,} of {len(lengths):,} samples: raise seq_len, or write --config.data.long_chats=drop."
+    )

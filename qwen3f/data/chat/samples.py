@@ -1,0 +1,146 @@
+"""Samples of a conversation: what one document of the token cache holds, and whether its prompt switches thinking off.
+
+By default ("last") each answer gives a sample, with the turns before it as its prompt; "all" gives one sample, whose
+answers are all trained. See `examples.chat_tokens`.
+
+An answer without a thought must not teach a model to stop thinking unasked. So where the row does not say
+(`enable_thinking`), the prompt of an answer without a thought ends with an empty thinking block, which is not trained,
+unless a switch asks for no thought: after "/no_think" the model writes the empty block itself. With "all" turns this
+is so if no answer has a thought; else every block is trained, as in TRL.
+
+`switches` is the share of samples whose last user's turn says its mode, "/think" or "/no_think", where the conversation
+has no switch of its own; a quarter of them say the other one just before, since the last one wins (Qwen3 technical
+report, §4.3: thinking data have /think or nothing, the rest /no_think). Which samples follows from their text alone.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from qwen3f.data.chat.conversation import Conversation
+from qwen3f.data.chat.examples import chat_runs
+from qwen3f.data.chat.template import Message, is_query, last_switch, segments, split_thought
+from qwen3f.data.sources.adapters.rows import RowFault
+from qwen3f.data.sources.documents import stable_hash
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+
+Turns = Literal["last", "all"]
+TURNS = ("last", "all")
+
+_SWITCHES = {True: "/think", False: "/no_think"}
+_BOTH = 0.25
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A chat to learn from; a document of a `documents.Source`.
+
+    Attributes:
+        messages: the turns; the last one is an answer.
+        name: "file:row".
+        tools: as for `examples.chat_tokens`, like all_turns and enable_thinking.
+    """
+
+    messages: tuple[Message, ...]
+    name: str
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    all_turns: bool = False
+    enable_thinking: bool = True
+
+    @cached_property
+    def text(self) -> str:
+        """The chat as the model reads it."""
+        return "".join(part.text for part in segments(self.messages, self.tools, keep_thinking=self.all_turns))
+
+    @staticmethod
+    def tokenise(
+        samples: list["Sample"], tokenizer: Tokenizer, num_threads: int
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(ids uint32 [n], trained bool [n]) of each as `chat_tokens`, up to its last trained token, "<|im_end|>"."""
+        # A last run, of the line end behind the last answer, is left out.
+        runs = [chat_runs(s.messages, s.tools, s.all_turns, s.enable_thinking)[:-1] for s in samples]
+        encoded = iter(tokenizer.encode_segments_batch([run for of_one in runs for run, _ in of_one], num_threads))
+        all_ids, all_trained = [], []
+        for of_one in runs:
+            pieces = [next(encoded) for _ in of_one]
+            all_ids.append(np.concatenate(pieces))
+            all_trained.append(np.repeat([is_trained for _, is_trained in of_one], list(map(len, pieces))))
+        return all_ids, all_trained
+
+
+def make_samples(conversation: Conversation, turns: Turns = "last", switches: float = 0.0) -> list[Sample]:
+    """The samples of a conversation, in order.
+
+    Args:
+        conversation: checked by `conversation.checked_messages`.
+        turns: "last" or "all".
+        switches: a share from 0 to 1; of "last" only.
+
+    Raises:
+        RowFault: a thought where the row or a switch asks for none.
+    """
+    messages = conversation.messages
+    if turns == "all":
+        thinks = any(map(_thought, messages))
+        for number in _answers(messages):
+            _check_mode(conversation, number)
+        enable = _enable_thinking(conversation, messages, thinks)
+        return [Sample(messages, conversation.name, conversation.tools, True, enable)]
+    return [_last_turn(conversation, number, switches) for number in _answers(messages)]
+
+
+def _last_turn(conversation: Conversation, number: int, switches: float) -> Sample:
+    """The sample of the answer that is message `number`."""
+    messages = conversation.messages[: number + 1]
+    _check_mode(conversation, number)
+    thinks = bool(_thought(messages[-1]))
+    enable = _enable_thinking(conversation, messages, thinks)
+    sample = Sample(messages, conversation.name, conversation.tools, False, enable)
+    if switches and conversation.enable_thinking is None and last_switch(messages[:-1]) is None:
+        return _with_switch(sample, thinks, switches)
+    return sample
+
+
+def _with_switch(sample: Sample, thinks: bool, share: float) -> Sample:
+    query = max(i for i, message in enumerate(sample.messages) if message["role"] == "user")
+    content = sample.messages[query]["content"]
+    if not is_query(sample.messages[query]) or not _chance("switch", sample, share):
+        return sample
+    both = _chance("both", sample, _BOTH)
+    written = [_SWITCHES[not thinks]] * both + [_SWITCHES[thinks]]
+    asked = {**sample.messages[query], "content": " ".join([content, *written])}
+    messages = (*sample.messages[:query], asked, *sample.messages[query + 1 :])
+    return replace(sample, messages=messages, enable_thinking=True)
+
+
+def _chance(what: str, sample: Sample, share: float) -> bool:
+    """True for a share of the samples; whether for this one follows from its text."""
+    return stable_hash(f"{what} {sample.text}".encode()) < share * 2.0**64
+
+
+def _enable_thinking(conversation: Conversation, messages: tuple[Message, ...], thinks: bool) -> bool:
+    if conversation.enable_thinking is not None:
+        return conversation.enable_thinking
+    return thinks or last_switch(messages[:-1]) is False
+
+
+def _check_mode(conversation: Conversation, number: int) -> None:
+    """Raises RowFault if message `number` has a thought that its prompt does not ask for."""
+    if not _thought(conversation.messages[number]):
+        return
+    where = f"{conversation.name}: Message {number} has a thought"
+    if conversation.enable_thinking is False:
+        raise RowFault("misplaced_thoughts", f"{where}, but enable_thinking is false: leave one of them out.")
+    if last_switch(conversation.messages[:number]) is False:
+        raise RowFault("misplaced_thoughts", f"{where} after /no_think: leave one of them out, or write /think last.")
+
+
+def _answers(messages: tuple[Message, ...]) -> Iterator[int]:
+    return (i for i, message in enumerate(messages) if message["role"] == "assistant")
+
+
+def _thought(message: Message) -> str:
+    return split_thought(message)[0].strip("\n") if message["role"] == "assistant" else ""

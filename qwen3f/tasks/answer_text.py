@@ -1,0 +1,72 @@
+r"""The parts of what a model writes: thinking, answer, the final answer in \boxed{…}; and whether it has its form."""
+
+import re
+
+from qwen3f.data.sources.adapters.answers import last_boxed
+
+_THINK, _END = "<think>", "</think>"
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
+_NUMBER = re.compile(r"[+-]?\d+")
+
+
+def after_thinking(text: str) -> str | None:
+    """The answer: all behind the last "</think>"; None if thinking began and did not end.
+
+    A text without either tag is an answer as a whole: the prompt held the thinking block.
+    """
+    _, end, answer = text.rpartition(_END)
+    if not end and _THINK in text:
+        return None
+    return answer
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""What the last \boxed{…} of the answer holds, normalised; None without an answer or a box in it."""
+    answer = after_thinking(text)
+    box = None if answer is None else last_boxed(answer)
+    return None if box is None else normalised(box)
+
+
+def normalised(answer: str) -> str:
+    r"""A final answer in one way of writing, to be compared by equality.
+
+    Left out are blanks, dollar signs, a full stop, \text{…} around words, "x =" before a value, commas between
+    thousands, plus signs and leading zeros of integers; \frac{a}{b} becomes a/b, a minus sign "-", letters small.
+    Nothing is computed: 2/4 is not 1/2.
+    """
+    text = answer.replace("\u2212", "-").replace("$", "").replace("\\!", "").replace("\\,", "")
+    text = _TEXT.sub(r"\1", text).strip().rstrip(".").strip()
+    text = _FRACTION.sub(r"\1\2/\3", re.sub(r"\s+", " ", text))
+    text = re.sub(r"^[A-Za-z]\s*=\s*", "", text)
+    text = _THOUSANDS.sub("", re.sub(r"\s*([/+*=-])\s*", r"\1", text))
+    if _NUMBER.fullmatch(text):
+        return str(int(text))
+    return text.lower()
+
+
+def is_well_formed(text: str, thinking: bool, block_in_prompt: bool = False) -> bool:
+    r"""Whether an answer has the form that was asked for.
+
+    With thinking: one block, with a thought in it, and an answer behind it. Without: an empty block, or none where the
+    prompt held it, and an answer.
+
+    Args:
+        text: what the model wrote up to <|im_end|>, without that.
+        thinking: the mode that was asked for.
+        block_in_prompt: the prompt ended with an empty thinking block (enable_thinking=False).
+    """
+    if block_in_prompt:
+        return bool(text.strip()) and _THINK not in text and _END not in text
+    begin, thought, answer = _cut(text)
+    return begin == "" and bool(answer.strip()) and bool(thought.strip()) == thinking
+
+
+def _cut(text: str) -> tuple[str | None, str, str]:
+    """(what stands before the block, the thought, the answer); None first unless there is one block."""
+    if text.count(_THINK) != 1 or text.count(_END) != 1 or text.index(_THINK) > text.index(_END):
+        return None, "", ""
+    before, _, rest = text.partition(_THINK)
+    thought, _, answer = rest.partition(_END)
+    return before, thought, answer

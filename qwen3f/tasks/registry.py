@@ -1,0 +1,16 @@
+"""The tasks by name."""
+
+from collections.abc import Callable
+
+from qwen3f.errors import UserError
+from qwen3f.tasks.reasoning import ReasoningTask
+from qwen3f.tasks.task import Task
+
+_TASKS: dict[str, Callable[[], Task]] = {"reasoning": ReasoningTask}
+
+
+def open_task(name: str) -> Task:
+    """The task of a name, with its default settings. Raises UserError for an unknown one."""
+    if name not in _TASKS:
+        raise UserError(f"There is no task {name!r}: write one of {', '.join(_TASKS)}.")
+    return _TASKS[name]()

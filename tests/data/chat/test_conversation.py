@@ -1,0 +1,109 @@
+"""What of a row cannot be learnt from is refused with file, row and mend; the rest is kept up to its last answer."""
+
+import pytest
+
+from qwen3f.data.chat.conversation import Conversation, read_conversation
+from qwen3f.data.sources.adapters.rows import Row, RowFault
+from tests.data.chat.conversations import CASES, TOOLS, answer, call, system, tool, user
+
+Q, A = user("q"), answer("a")
+_F = call("f", {"x": 1})
+
+
+def _read(messages, **more):
+    return read_conversation(Row({"messages": messages, **more}, "chats.jsonl:7"))
+
+
+def test_a_row():
+    messages = [system("s"), Q, answer("", "t", [_F]), tool("1"), A]
+    found = _read(messages, tools=TOOLS, enable_thinking=True, answer="4")
+    assert found == Conversation(tuple(messages), "chats.jsonl:7", tuple(TOOLS), True, ("a", "4"))
+    assert _read([Q, A], tools=None, answer=None, enable_thinking=None) == Conversation((Q, A), "chats.jsonl:7")
+    assert _read([Q, A], tools=[]).tools is None
+    # Columns of parquet are there, empty, in every message.
+    nulls = {"reasoning_content": None, "tool_calls": None, "reasoning": None, "name": None}
+    assert _read([{**Q, **nulls}, {**A, **nulls}]).messages == ({**Q, **nulls}, {**A, **nulls})
+
+
+def test_what_follows_the_last_answer_is_left_out():
+    assert _read([Q, A, user("r")]).messages == (Q, A)
+    assert _read([Q, answer("", calls=[_F]), tool("1")]).messages == (Q, answer("", calls=[_F]))
+
+
+def test_a_question_is_known_with_and_without_switches():
+    for content in ("What is 2+2?", " What is 2+2? /no_think", "/think What is 2+2?", "What is 2+2? /no_think /think"):
+        assert _read([system("s"), user(content), A]).question == b"What is 2+2?"
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(CASES) - {"arguments as text", "empty answer", "no question, blank line first"})
+)
+def test_well_formed_conversations_are_kept(name):
+    case = CASES[name]
+    refused = {"end of thinking alone", "begin of thinking alone"}
+    if name in refused:
+        with pytest.raises(RowFault):
+            _read(case.messages, tools=case.tools)
+    else:
+        assert list(_read(case.messages, tools=case.tools).messages) == case.messages
+
+
+@pytest.mark.parametrize(
+    "messages, reason, message",
+    [
+        ([A], "roles_out_of_order", "Message 0 has the role 'assistant': begin with one system's turn or none"),
+        ([tool("1"), A], "roles_out_of_order", "Message 0 has the role 'tool': begin with"),
+        ([system("s"), A], "roles_out_of_order", "Message 1 has the role 'assistant' after 'system': write it after"),
+        ([system("s"), system("s"), Q, A], "roles_out_of_order", "Message 1 has the role 'system': begin with"),
+        ([Q, A, system("s"), A], "roles_out_of_order", "Message 2 has the role 'system'"),
+        ([Q, Q, A], "roles_out_of_order", "Message 1 has the role 'user' after 'user': write it after system or"),
+        ([Q, A, A], "roles_out_of_order", "Message 2 has the role 'assistant' after 'assistant'"),
+        ([Q, tool("1"), A], "roles_out_of_order", "Message 1 has the role 'tool' after 'user'"),
+        ([Q, A, tool("1"), A], "roles_out_of_order", "Message 2 is a tool's result, but the answer before calls none"),
+        ([Q, answer("", calls=[_F]), tool("1"), Q, A], "roles_out_of_order", "'user' after 'tool'"),
+        ([Q], "unanswered", "has no assistant's turn: write the answer"),
+        ([system("s"), Q], "unanswered", "has no assistant's turn"),
+        ([Q, answer("")], "empty_texts", "Message 1 is an empty answer"),
+        ([Q, answer("<think>t</think>\n")], "empty_texts", "Message 1 is an empty answer"),
+        ([Q, answer(" \n", "thought")], "empty_texts", "Message 1 is an empty answer"),
+        ([Q, answer(None, calls=[_F])], "invalid_rows", "Message 1 has content of type NoneType: write a string"),
+        ([user(None), A], "invalid_rows", "Message 0 has content of type NoneType: write a string"),
+        ([user([{"type": "text", "text": "q"}]), A], "invalid_rows", "Message 0 has content of type list: write a str"),
+        ([{"role": "user"}, A], "invalid_rows", "Message 0 has no content: write a string"),
+        ([{"from": "human", "value": "q"}, A], "invalid_rows", "Message 0 has the role None: write one of system"),
+        ([Q, answer("", calls=[call("f", '{"x": 1}')])], "invalid_rows", "has arguments as text in tool call 0: write"),
+        ([Q, answer("", calls=[_F, call("f", [1])])], "invalid_rows", "has arguments as a list in tool call 1"),
+        ([Q, answer("", calls=[call("f", None)])], "invalid_rows", "has arguments as a NoneType in tool call 0"),
+        ([Q, {**A, "reasoning": "t"}], "misplaced_thoughts", "1 has a thought under 'reasoning': rename the key"),
+        ([Q, {**A, "thinking": "t"}], "misplaced_thoughts", "under 'thinking': rename the key to reasoning_content"),
+        ([Q, answer("<think>\nlong")], "misplaced_thoughts", "Message 1 begins with <think> and never ends it"),
+        ([Q, answer("<think>t</think>a", "u")], "misplaced_thoughts", "has a thought in its content beside reason"),
+        ([Q, answer("a", 3)], "invalid_rows", "Message 1 has reasoning_content of type int"),
+        ([Q, answer("\ud800")], "invalid_rows", "holds the lone surrogate U\\+D800"),
+        ("q", "invalid_rows", "holds no list of records under 'messages'"),
+        (["q"], "invalid_rows", "holds no list of records under 'messages'"),
+        (None, "null_values", "has null under 'messages'"),
+        ([], "null_values", "has an empty list under 'messages'"),
+    ],
+)  # fmt: skip
+def test_bad_conversations_are_named(messages, reason, message):
+    with pytest.raises(RowFault, match=message) as fault:
+        _read(messages)
+    assert fault.value.reason == reason
+    assert "chats.jsonl:7" in fault.value.message
+    assert "\n" not in fault.value.message
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"tools": "[]"}, "has tools of type str: write a list of objects"),
+        ({"tools": ["f"]}, "Tool 0 is a str: write its JSON"),
+        ({"enable_thinking": "no"}, "has enable_thinking='no': write true or false"),
+        ({"answer": 4}, "has a int under 'answer': write a string"),
+    ],
+)
+def test_bad_columns_are_named(more, message):
+    with pytest.raises(RowFault, match=message) as fault:
+        _read([Q, A], **more)
+    assert "chats.jsonl:7" in fault.value.message
