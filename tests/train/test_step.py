@@ -106,16 +106,18 @@ def test_recomputation_recomputes(monkeypatch):
     "mode, backend, layers, microbatches, dtype, tolerance",
     [
         ("block", "aot_eager", 2, 2, torch.float64, 1e-12),
-        ("step", "aot_eager", 2, 2, torch.float32, 1e-6),
-        ("block", "inductor", 2, 2, torch.float32, 1e-6),
-        ("step", "inductor", 1, 1, torch.float64, 1e-12),
+        ("step", "aot_eager", 1, 2, torch.float32, 1e-6),
+        pytest.param("step", "aot_eager", 2, 2, torch.float32, 1e-6, marks=pytest.mark.nightly),
+        pytest.param("block", "inductor", 2, 2, torch.float32, 1e-6, marks=pytest.mark.nightly),
+        pytest.param("step", "inductor", 1, 1, torch.float64, 1e-12, marks=pytest.mark.nightly),
     ],
 )
 def test_compiled_equals_eager(mode, backend, layers, microbatches, dtype, tolerance, monkeypatch):
     """Block mode with the compiled update, and the whole step as one graph, both with donation and accumulation.
 
-    Once with eager kernels, which tests what is put into the graphs, and once with inductor's, which take a minute to
-    build: in the other precision, and for one layer and micro-batch where they are repeated in the graph.
+    With eager kernels, which tests what is put into the graphs; at night also with inductor's, which take a minute to
+    build: in the other precision, and for one layer and micro-batch where they are repeated in the graph. On a push
+    inductor builds a layer of experts, decoding and a donated function.
     """
     cfg = tiny(num_hidden_layers=layers)
     batch = random_batch(4, 16, cfg.vocab_size)
