@@ -374,7 +374,7 @@ def _written(shards: dict[Name, Shard], leaves: dict[Name, Tensor]) -> dict[Name
 
 
 def _backend(name: str) -> Backend:
-    return importlib.import_module(f"qwen3f.train.{name}")  # neither imports what it stands on before it is used
+    return importlib.import_module(f"qwen3f.checkpoint.{name}")  # neither imports what it stands on before it is used
 
 
 @contextmanager
