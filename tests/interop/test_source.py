@@ -170,7 +170,13 @@ def test_the_export_experiment(root, trained, tmp_path):
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(out)(tokens).logits
         assert (model.apply(cfg, p, {"tokens": tokens}).logits - theirs).abs().max() <= 2e-5
-    assert load_tokenizer(out).encode("the cat") == source.read_tokenizer(str(trained)).encode("the cat")
+    ours = source.read_tokenizer(str(trained))
+    text = "the cat\n    sat 猫 \u2581 <|im_end|>"
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    assert load_tokenizer(out).encode(text, True) == ours.encode(text, True) == theirs(text)["input_ids"]
+    assert theirs.decode(ours.encode(text)) == text
+    config = json.loads((out / "config.json").read_text())
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (config["eos_token_id"], config["pad_token_id"])
 
 
 def test_export_defaults_and_errors(trained, tmp_path):

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from qwen3f.data.tokenizers.sentencepiece_export import write_tokenizer_json
+from qwen3f.data.tokenizers.sentencepiece_proto import read_model
 from qwen3f.data.tokenizers.token_text import check_encodable, encode_segments, special_pattern
 from qwen3f.errors import UserError
 from qwen3f.files import write_atomically
@@ -217,6 +219,15 @@ class SentencePieceTokenizer:
     def save(self, directory: Path) -> None:
         """Write the model as `directory`/tokenizer.model, which `load_tokenizer` reads back."""
         write_atomically(Path(directory) / MODEL_FILE, self._model)
+
+    def export(self, directory: Path) -> None:
+        """`save`, and tokenizer.json and tokenizer_config.json, from which transformers gets the same ids.
+
+        Raises:
+            UserError: a model trained elsewhere that has no such form; see `sentencepiece_export`.
+        """
+        write_tokenizer_json(read_model(self._model), self.path, self._special_ids, Path(directory))
+        self.save(directory)
 
 
 def train_sentencepiece(
