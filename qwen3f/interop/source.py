@@ -60,7 +60,11 @@ def read_model_config(source: str) -> ModelConfig:
     if is_hf:
         return hf.read_config(directory)
     with _checkpoints(directory) as checkpoints:
-        return ModelConfig.from_dict(checkpoints.read_meta(_step(checkpoints, step))["config"]["model"])
+        step = _step(checkpoints, step)
+        config = checkpoints.read_meta(step).get("config", {})
+    if "model" not in config:
+        raise UserError(f"{directory / W.CHECKPOINTS / str(step)} does not say which model it is of; give another one")
+    return ModelConfig.from_dict(config["model"])
 
 
 def check_same_model(source: str, cfg: ModelConfig) -> None:
@@ -120,9 +124,16 @@ def read_tokenizer(source: str) -> Tokenizer:
 
 
 def tokenizer_path(source: str) -> Path:
-    """What load_tokenizer opens for `source`: a workdir's tokenizer, or a Hugging Face directory's files."""
-    directory, is_hf, _ = locate(source)
-    return directory if is_hf else directory / W.TOKENIZER
+    """What load_tokenizer opens for `source`: a workdir's tokenizer, or a Hugging Face directory's files.
+
+    Raises UserError naming a file of a workdir's tokenizer that is not as its checkpoint was trained with.
+    """
+    directory, is_hf, step = locate(source)
+    if is_hf:
+        return directory
+    with _checkpoints(directory) as checkpoints:
+        W.check_tokenizer(directory, checkpoints.read_meta(_step(checkpoints, step)))
+    return directory / W.TOKENIZER
 
 
 def rotary_changes(source: str, cfg: ModelConfig) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -177,6 +178,30 @@ def test_the_export_experiment(root, trained, tmp_path):
     assert theirs.decode(ours.encode(text)) == text
     config = json.loads((out / "config.json").read_text())
     assert (theirs.eos_token_id, theirs.pad_token_id) == (config["eos_token_id"], config["pad_token_id"])
+
+
+@pytest.mark.parametrize("use", ["export", "generate", "train"])
+def test_a_damaged_record_starts_nothing(use, root, trained, tmp_path):
+    """rope_theta 30000 instead of 10000, by one bit."""
+    place = shutil.copytree(trained, tmp_path / "w")
+    path = place / "checkpoints" / "4" / "meta" / "metadata"
+    content = path.read_bytes()
+    assert content.count(b'"rope_theta": 10000.0') == 1
+    path.write_bytes(content.replace(b'"rope_theta": 1', b'"rope_theta": 3'))
+    uses = {
+        "train": lambda: run(configured(root, init_from=str(place)), tmp_path / "out", progress=False),
+        "export": lambda: start("export_hf", init_from=str(place), out=str(tmp_path / "out")),
+        "generate": lambda: start("generate", init_from=str(place), prompt="the cat", chat=False),
+    }
+
+    def start(name, **changes):
+        config = cli.load_experiment(f"experiments/{name}.py")
+        config.update(changes)
+        cli.run_stage(config, tmp_path / "unused", progress=False)
+
+    with pytest.raises(UserError, match="4 is damaged: the checksum of meta/metadata is not the one in its manifest"):
+        uses[use]()
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_defaults_and_errors(trained, tmp_path):
