@@ -42,6 +42,10 @@ MODEL_FILE = "tokenizer.model"
 """What Hugging Face directories, and workdirs here, call the file."""
 
 _SPACE = "\u2581"  # SentencePiece's stand-in for a space
+# As in `encode`, text is cut at "▁", which would be counted as a space. "▅" is how SentencePiece's trainer writes a
+# character that is no piece: it skips every line with one. (What else it reserves, NUL and one of tab and U+001F, only
+# gets no piece.)
+_RESERVED = re.compile("[\u2581\u2585]")
 _SPACE_BYTES = tuple(_SPACE.encode())
 _SPECIAL_PATTERN = special_pattern(SPECIAL_TOKENS)
 # Text that a normalising model changes: leading, doubled and trailing spaces, a tab, CR LF, a ligature, a wide letter.
@@ -237,7 +241,7 @@ def train_sentencepiece(
 
     The result depends on the texts, their order, `vocab_size`, `max_chars` and the installed sentencepiece alone: two
     runs write the same bytes. Lines are trained on one by one, without the indentation that their line end takes along,
-    so no other piece crosses a line end.
+    so no other piece crosses a line end. U+2581 and U+2585, which SentencePiece reserves, are never learnt: always bytes.
 
     Args:
         texts: documents; consumed once, streaming.
@@ -302,12 +306,10 @@ def _mix(number: int) -> int:
 def _lines(chunks: list[str]) -> Iterator[str]:
     yield " "  # sentencepiece 0.2.0 aborts the process if a required character does not occur
     for chunk in chunks:
-        # A literal "▁" would be counted as a space; as in `encode`, text is cut there.
-        for line in chunk.replace(_SPACE, "\n").split("\n"):
+        for line in chunk.split("\n"):
             text = line.lstrip(" ")
             indentation = min((len(line) - len(text)) // INDENT, 8) * INDENT
-            if line[indentation:]:
-                yield line[indentation:]
+            yield from filter(None, _RESERVED.split(line[indentation:]))
 
 
 def _explain(error: RuntimeError, vocab_size: int) -> UserError:
