@@ -40,14 +40,18 @@ class Source(NamedTuple):
 
 
 def locate(source: str) -> Source:
-    """What kind of place `source` is. Raises UserError if it is none of the three."""
-    place = Path(source).expanduser()
-    if (place / W.CHECKPOINTS).is_dir():
+    """What kind of place `source` is: its config.json tells, whatever it is called or holds besides.
+
+    Raises UserError if it is none of the three.
+    """
+    place = Path(source).expanduser().absolute()
+    has_checkpoints = (place / W.CHECKPOINTS).is_dir()
+    if _is_hf(place / hf.CONFIG, strict=not has_checkpoints):
+        return Source(place, is_hf=True)
+    if has_checkpoints:
         return Source(place, is_hf=False)
     if place.parent.name == W.CHECKPOINTS and place.name.isdecimal():
         return Source(place.parent.parent, is_hf=False, step=int(place.name))
-    if (place / hf.CONFIG).is_file() and "model_type" in read_object(place / hf.CONFIG):
-        return Source(place, is_hf=True)
     raise UserError(
         f"config.init_from={source}: there is no {place / W.CHECKPOINTS} and no {place / hf.CONFIG} with a model_type; "
         "give a workdir, its checkpoints/N, or a Hugging Face directory"
@@ -141,6 +145,16 @@ def rotary_changes(source: str, cfg: ModelConfig) -> list[str]:
     there = read_model_config(source)
     names = ("rope_theta", "rope_scaling")
     return [f"{n}: {getattr(there, n)} -> {getattr(cfg, n)}" for n in names if getattr(there, n) != getattr(cfg, n)]
+
+
+def _is_hf(config: Path, strict: bool) -> bool:
+    """strict: a file that can't be read is an error; a workdir's is only a copy of what its checkpoints hold."""
+    try:
+        return config.is_file() and "model_type" in read_object(config)
+    except UserError:
+        if strict:
+            raise
+        return False
 
 
 def _meaningful(cfg: ModelConfig) -> dict[str, Any]:

@@ -123,6 +123,31 @@ def test_places_that_are_none(root, trained, tmp_path):
             source.read_model_config(str(place))
 
 
+def test_what_a_place_is_called_does_not_matter(root, trained, directory, tmp_path, monkeypatch):
+    """A Hugging Face directory named like a checkpoint, or with a folder of that name; ours from inside."""
+    named = shutil.copytree(directory, tmp_path / "checkpoints" / "500")
+    folder = shutil.copytree(directory, tmp_path / "hf")
+    (folder / "checkpoints" / "500").mkdir(parents=True)
+    expected = source.read_params(str(directory), source.read_model_config(str(directory)), "cpu")
+    for place in (named, folder):
+        assert source.locate(str(place)) == source.Source(place, is_hf=True)
+        cfg = source.read_model_config(str(place))
+        assert all(
+            torch.equal(leaf, expected[path]) for path, leaf in source.read_params(str(place), cfg, "cpu").items()
+        )
+        assert source.read_tokenizer(str(place)).fingerprint == source.read_tokenizer(str(directory)).fingerprint
+    monkeypatch.chdir(trained / "checkpoints" / "2")
+    assert source.locate(".") == source.Source(trained, is_hf=False, step=2)
+    broken = shutil.copytree(trained, tmp_path / "w")
+    (broken / "config.json").write_text("{")  # a workdir's: its checkpoints hold the configuration
+    assert source.locate(str(broken)) == source.Source(broken, is_hf=False)
+    (folder / "checkpoints" / "500").rmdir()
+    (folder / "checkpoints").rmdir()
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is not JSON"):
+        source.locate(str(folder))
+
+
 def test_a_directory_without_tokenizer_asks_for_one(root, tmp_path):
     cfg = ModelConfig.from_dict(configured(root).model.to_dict())
     hf.save_pretrained(tmp_path / "bare", cfg, params.init_params(cfg, 0))

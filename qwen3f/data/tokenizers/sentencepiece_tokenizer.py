@@ -241,7 +241,7 @@ def train_sentencepiece(
 
     The result depends on the texts, their order, `vocab_size`, `max_chars` and the installed sentencepiece alone: two
     runs write the same bytes. Lines are trained on one by one, without the indentation that their line end takes along,
-    so no other piece crosses a line end. U+2581 and U+2585, which SentencePiece reserves, are never learnt: always bytes.
+    so no other piece crosses a line end. U+2581 and U+2585, which SentencePiece reserves, are always their bytes.
 
     Args:
         texts: documents; consumed once, streaming.
