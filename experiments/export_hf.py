@@ -1,4 +1,4 @@
-"""Turns a run into a Hugging Face directory that transformers, vLLM and SGLang load, with its tokenizer.
+"""Turns a run into a Hugging Face directory that transformers loads, with its tokenizer.
 
    python launch.py --config experiments/export_hf.py --config.init_from=W1 --config.out=DIR
 

@@ -7,6 +7,7 @@ it can key caches of meta skeletons and compiled functions.
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -224,11 +225,12 @@ def _validate(cfg: ModelConfig) -> None:
         "vocab_size",
         "max_position_embeddings",
         "decoder_sparse_step",
+        "rms_norm_eps",
         "rope_theta",
         "initializer_range",
     ]
     for name in positive:
-        if getattr(cfg, name) <= 0:
+        if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"model.{name} must be positive, got {getattr(cfg, name)}")
     for name, allowed in (
         ("hidden_act", HIDDEN_ACTS),

@@ -1,5 +1,7 @@
 """ModelConfig: files, checks, and parameter counts against Qwen3's published ones."""
 
+import math
+
 import pytest
 
 from qwen3f import params, presets
@@ -68,6 +70,9 @@ def test_booleans_of_config_files_are_understood():
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "multiple"),
         ({"head_dim": 7}, "even"),
         ({"vocab_size": 0}, "vocab_size must be positive"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be positive, got nan"),
+        ({"rope_theta": math.inf}, "rope_theta must be positive, got inf"),
         ({"attention_dropout": 1.0}, "attention_dropout"),
         ({"qk_norm": "layer"}, "rms, l2, none"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is unknown"),

@@ -53,7 +53,8 @@ def test_resolved_config_is_the_golden_one(experiment):
     if config.stage != "pretrain":
         return
     plan = make_setup(config)
-    assert plan.schedule.warmup_steps < plan.schedule.total_steps == config.steps
+    schedule = plan.step_options().schedule
+    assert schedule.warmup_steps < schedule.total_steps == config.steps
 
 
 def test_every_experiment_is_covered():

@@ -218,14 +218,16 @@ class Checkpointer:
         return self.directory / str(step)
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """The `meta` saved with `step`. Raises UserError when it isn't there, DamagedCheckpoint if it can't be read."""
+        """The `meta` saved with `step`. Raises UserError when it isn't there, DamagedCheckpoint if it has changed."""
         with _reading(directory := self.path(step)):
+            manifest.verify(directory, lambda name: name == META)
             return read_object(directory / META)
 
     def read_tree(self, step: int) -> dict[Name, LeafSpec]:
         """Path -> shape and dtype of every leaf saved with `step`; reads no values. Raises as `read_meta`."""
         backend = self._reader(directory := self.path(step))
         with _reading(directory):
+            manifest.verify(directory, _needed(backend, None))
             return backend.read_tree(directory / STATE)
 
     def restore(self, like: State, step: int | None = None, cast: bool = False) -> tuple[State, dict[str, Any]]:
@@ -247,7 +249,7 @@ class Checkpointer:
     ) -> tuple[State, dict[str, Any]]:
         """`restore` of one field of the saved state, such as "params", to which `like` belongs.
 
-        By Orbax the rest is not read, nor its checksums compared: damage there does not matter.
+        By Orbax the rest of the state is not read, nor its checksums compared: damage there does not matter.
         """
         return self._restore(like, step, field, cast)
 
@@ -259,18 +261,18 @@ class Checkpointer:
         directory = self.directory / str(step)
         backend = self._agreed(directory, lambda: self._reader(self.path(step)))
         prefix = () if field is None else (field,)
-        needed = (lambda file: True) if field is None else backend.needed_for(field)
-        self._verify(directory, lambda file: needed(file.removeprefix(f"{STATE}/")))
+        self._verify(directory, (lambda name: True) if field is None else _needed(backend, field))
         leaves = {(*prefix, *name): leaf for name, leaf in named_leaves(like).items()}
         shards, local = self._shards({name: leaf for name, leaf in leaves.items() if holds_data(leaf)})
 
         def read() -> tuple[dict[Name, Tensor], dict[str, Any]]:
             here = {name: spec_of(leaf)._replace(shape=shards[name].shape) for name, leaf in local.items()}
-            there = {name: spec for name, spec in self.read_tree(step).items() if name[: len(prefix)] == prefix}
+            with _reading(directory):
+                tree, meta = backend.read_tree(directory / STATE), read_object(directory / META)
+            there = {name: spec for name, spec in tree.items() if name[: len(prefix)] == prefix}
             check_same_tree(there, here, str(directory), cast)
             with _reading(directory):
-                values = backend.read(directory / STATE, {name: Part(there[name], shards[name]) for name in here})
-            return values, self.read_meta(step)
+                return backend.read(directory / STATE, {name: Part(there[name], shards[name]) for name in here}), meta
 
         values, meta = self._agreed(directory, read)
 
@@ -371,6 +373,12 @@ class Checkpointer:
 def _written(shards: dict[Name, Shard], leaves: dict[Name, Tensor]) -> dict[Name, Tensor]:
     """Those leaves of which this rank writes something."""
     return {name: leaf for name, leaf in leaves.items() if shards[name].writes and shards[name].pieces}
+
+
+def _needed(backend: Backend, field: str | None) -> Callable[[str], bool]:
+    """Whether a checkpoint's file is read to restore one field; None: to read the leaves' names and shapes alone."""
+    needed = backend.needed_for(field)
+    return lambda name: name == META or (name.startswith(f"{STATE}/") and needed(name.removeprefix(f"{STATE}/")))
 
 
 def _backend(name: str) -> Backend:

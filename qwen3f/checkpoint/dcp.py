@@ -74,6 +74,6 @@ def read(directory: Path, wanted: dict[Name, Part]) -> dict[Name, Tensor]:
     return {name: values["/".join(name)] for name in wanted}
 
 
-def needed_for(field: str) -> Callable[[str], bool]:
-    """Whether a file is read to restore the leaves under `field`: they all share one."""
-    return lambda file: True
+def needed_for(field: str | None) -> Callable[[str], bool]:
+    """Whether a file is read to restore the leaves under `field`: they all share one. None: for `read_tree` alone."""
+    return lambda file: field is not None or file == METADATA

@@ -34,6 +34,11 @@ def describe(directory: Path, names: Sequence[str]) -> dict[str, Entry]:
     }
 
 
+def describe_all(directory: Path) -> dict[str, Entry]:
+    """`describe` of all files below `directory`. Raises DamagedCheckpoint where one is a symbolic link."""
+    return describe(directory, list(_files(directory)))
+
+
 def write(directory: Path, metrics: Mapping[str, float], described: Mapping[str, Entry] | None = None) -> None:
     """Describe all files below `directory`. metrics: finite. OSError if the disk fails.
 

@@ -84,13 +84,17 @@ def read(directory: Path, wanted: dict[Name, Part]) -> dict[Name, Tensor]:
     return {name: tensors.pop(places[name]) for name in wanted}
 
 
-def needed_for(field: str) -> Callable[[str], bool]:
-    """Whether a file, by its name below a checkpoint's state, is read to restore the leaves under `field` alone."""
+def needed_for(field: str | None) -> Callable[[str], bool]:
+    """Whether a file, by its name below a checkpoint's state, is read to restore the leaves under `field` alone.
+
+    field: None for `read_tree` alone.
+    """
 
     def needed(file: str) -> bool:
         leaf, _, rest = file.partition("/")
         # The shapes of all leaves are read; what does not lie in a leaf's directory is of all of them.
-        return not rest or leaf in (field, ARRAYS) or leaf.startswith(f"{field}.") or rest == zarr.ARRAY
+        of_all = not rest or leaf == ARRAYS or rest == zarr.ARRAY
+        return of_all or (field is not None and (leaf == field or leaf.startswith(f"{field}.")))
 
     return needed
 

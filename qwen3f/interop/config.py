@@ -51,16 +51,46 @@ _DEFAULTS = {"qwen3": _DENSE, "qwen3_moe": _MOE}
 
 # Read by name below, or of no effect on the function and its parameters.
 _UNDERSTOOD = {
-    "model_type", "architectures", "num_local_experts",
+    "model_type", "architectures",
     "rope_theta", "rope_scaling", "rope_parameters",
     "sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "quantization_config",
 }  # fmt: skip
 _HARMLESS = {
-    "transformers_version", "torch_dtype", "dtype", "_name_or_path", "name_or_path", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id", "output_router_logits", "output_attentions", "output_hidden_states",
-    "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type",
+    "transformers_version", "torch_dtype", "dtype", "_name_or_path", "name_or_path", "use_cache", "tokenizer_class",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "output_router_logits", "output_attentions",
+    "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
     "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
+
+# What says, with this value or null, that nothing is done: transformers 4 writes its own with their defaults, other
+# programs those of the families that they know. With any other value they change the model, or what it generates.
+_NEUTRAL: dict[str, Any] = {
+    # of every model in transformers 4
+    **dict.fromkeys(
+        ("torchscript", "is_encoder_decoder", "is_decoder", "add_cross_attention", "tie_encoder_decoder"), False
+    ),
+    **dict.fromkeys(("use_bfloat16", "tf_legacy_loss", "output_scores", "return_dict_in_generate"), False),
+    **dict.fromkeys(("remove_invalid_values", "do_sample", "early_stopping"), False),
+    **dict.fromkeys(("cross_attention_hidden_size", "finetuning_task", "task_specific_params", "prefix"), None),
+    **dict.fromkeys(("decoder_start_token_id", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id"), None),
+    **dict.fromkeys(("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"), None),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("temperature", "top_p", "typical_p", "repetition_penalty", "length_penalty"), 1.0),
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "diversity_penalty"), 0),
+    **{"pruned_heads": {}, "max_length": 20, "top_k": 50},
+    # of other families
+    **dict.fromkeys(("qkv_bias", "mlp_bias", "use_mrope", "use_logn_attn", "use_dynamic_ntk"), False),
+    **dict.fromkeys(("use_qk_norm", "no_bias"), True),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "quantization"), None),
+    **dict.fromkeys(("hidden_dropout", "resid_pdrop", "embd_pdrop", "router_jitter_noise"), 0.0),
+    **dict.fromkeys(("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts"), 0),
+    **dict.fromkeys(("num_nextn_predict_layers", "first_k_dense_replace"), 0),
+    **dict.fromkeys(("partial_rotary_factor", "routed_scaling_factor", "logit_scale", "pretraining_tp"), 1),
+}
+_NEUTRAL_OF = {  # besides, of one family
+    "qwen3": dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"), 0),
+    "qwen3_moe": {},
+}
 
 
 def from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
@@ -76,9 +106,7 @@ def from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     if family not in list(ARCHITECTURES):  # a list: JSON may hold what no dict can look up
         raise UserError(f"{where}: model_type is {family!r}; only {' and '.join(ARCHITECTURES)} can be read")
     defaults = _DEFAULTS[family]
-    for key in values:
-        if key not in defaults and key not in _UNDERSTOOD and key not in _HARMLESS:
-            raise UserError(f"{where}: the key '{key}' is not known for {family}, and may change the model; remove it")
+    _check_keys(values, family, where)
     _refuse_what_we_lack(values, family, where)
     fields = {key: _typed(values.get(key, default), default, key, where) for key, default in defaults.items()}
     fields |= _experts(values, family, where)
@@ -122,6 +150,22 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
     }
+
+
+def _check_keys(values: Mapping[str, Any], family: str, where: str) -> None:
+    neutral = _NEUTRAL | _NEUTRAL_OF[family]
+    known = {*_DEFAULTS[family], *_UNDERSTOOD, *_HARMLESS}
+    if family == "qwen3_moe":
+        known.add("num_local_experts")
+    for key, value in values.items():
+        if key in known:
+            continue
+        if key not in neutral:
+            raise UserError(f"{where}: the key '{key}' is not known for {family}, and may change the model; remove it")
+        if value is not None and value != neutral[key]:
+            raise UserError(
+                f"{where}: {key} is {value!r}, which {family} has no form for here; only {neutral[key]!r} can be read"
+            )
 
 
 def _refuse_what_we_lack(values: Mapping[str, Any], family: str, where: str) -> None:

@@ -31,19 +31,21 @@ class StoredTensor:
 def read_directory(directory: Path) -> dict[str, StoredTensor]:
     """Key -> tensor, of `model.safetensors` or of the files that `model.safetensors.index.json` names.
 
-    Other files are not looked at. Reads headers only.
+    Other files are not looked at. Reads headers only. An index may name model.safetensors itself, as mlx writes it.
 
     Raises UserError naming file and key: no or two sets of weights, a broken file, a file name in the index that is no
     plain name, a missing file, a key stored twice or elsewhere than the index says.
     """
     index = directory / INDEX
-    if index.exists() and (directory / SINGLE).exists():
-        raise UserError(f"{directory} holds both {SINGLE} and {INDEX}; remove the one that is out of date")
     if not index.exists():
         if not (directory / SINGLE).exists():
             raise UserError(_no_weights(directory))
         return dict(_headers(directory / SINGLE))
     weight_map = _read_index(index)
+    if (directory / SINGLE).exists() and SINGLE not in weight_map.values():
+        raise UserError(
+            f"{directory} holds both {SINGLE} and {INDEX}, which does not name it; remove the one that is out of date"
+        )
     found: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         for key, tensor in _headers(directory / name):

@@ -45,14 +45,18 @@ class Source(NamedTuple):
 
 
 def locate(source: str) -> Source:
-    """What kind of place `source` is. Raises UserError if it is none of the three."""
-    place = Path(source).expanduser()
-    if (place / W.CHECKPOINTS).is_dir():
+    """What kind of place `source` is: its config.json tells, whatever it is called or holds besides.
+
+    Raises UserError if it is none of the three.
+    """
+    place = Path(source).expanduser().absolute()
+    has_checkpoints = (place / W.CHECKPOINTS).is_dir()
+    if _is_hf(place / hf.CONFIG, strict=not has_checkpoints):
+        return Source(place, is_hf=True)
+    if has_checkpoints:
         return Source(place, is_hf=False)
     if place.parent.name == W.CHECKPOINTS and place.name.isdecimal():
         return Source(place.parent.parent, is_hf=False, step=int(place.name))
-    if (place / hf.CONFIG).is_file() and "model_type" in read_object(place / hf.CONFIG):
-        return Source(place, is_hf=True)
     raise UserError(
         f"config.init_from={source}: there is no {place / W.CHECKPOINTS} and no {place / hf.CONFIG} with a model_type; "
         "give a workdir, its checkpoints/N, or a Hugging Face directory"
@@ -65,7 +69,11 @@ def read_model_config(source: str) -> ModelConfig:
     if is_hf:
         return hf.read_config(directory)
     with _checkpoints(directory) as checkpoints:
-        return ModelConfig.from_dict(checkpoints.read_meta(_step(checkpoints, step))["config"]["model"])
+        step = _step(checkpoints, step)
+        config = checkpoints.read_meta(step).get("config", {})
+    if "model" not in config:
+        raise UserError(f"{directory / W.CHECKPOINTS / str(step)} does not say which model it is of; give another one")
+    return ModelConfig.from_dict(config["model"])
 
 
 def check_same_model(source: str, cfg: ModelConfig) -> None:
@@ -131,9 +139,16 @@ def read_tokenizer(source: str) -> Tokenizer:
 
 
 def tokenizer_path(source: str) -> Path:
-    """What load_tokenizer opens for `source`: a workdir's tokenizer, or a Hugging Face directory's files."""
-    directory, is_hf, _ = locate(source)
-    return directory if is_hf else directory / W.TOKENIZER
+    """What load_tokenizer opens for `source`: a workdir's tokenizer, or a Hugging Face directory's files.
+
+    Raises UserError naming a file of a workdir's tokenizer that is not as its checkpoint was trained with.
+    """
+    directory, is_hf, step = locate(source)
+    if is_hf:
+        return directory
+    with _checkpoints(directory) as checkpoints:
+        W.check_tokenizer(directory, checkpoints.read_meta(_step(checkpoints, step)))
+    return directory / W.TOKENIZER
 
 
 def rotary_changes(source: str, cfg: ModelConfig) -> list[str]:
@@ -146,6 +161,16 @@ def rotary_changes(source: str, cfg: ModelConfig) -> list[str]:
 def _without_new_parts(cfg: ModelConfig, there: ModelConfig) -> ModelConfig:
     """`cfg` without the PARTS that the model `there` lacks."""
     return cfg.replace(**{name: False for name in PARTS if getattr(cfg, name) and not getattr(there, name)})
+
+
+def _is_hf(config: Path, strict: bool) -> bool:
+    """strict: a file that can't be read is an error; a workdir's is only a copy of what its checkpoints hold."""
+    try:
+        return config.is_file() and "model_type" in read_object(config)
+    except UserError:
+        if strict:
+            raise
+        return False
 
 
 def _meaningful(cfg: ModelConfig) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from qwen3f.train.guards.nonfinite import FiniteCheck
 from qwen3f.train.guards.signals import StopRequest
 from qwen3f.train.guards.spikes import LossSpike, SpikeGuard
 from qwen3f.train.guards.watchdog import watchdog
+from qwen3f.train.lock import only_writer
 from qwen3f.train.logger import Logger, MetricLogger, SilentLogger
 from qwen3f.train.metrics import peak_flops, peak_source
 from qwen3f.train.microbatches import check_agreed, described
@@ -42,11 +43,12 @@ MakeStep = Callable[[ModelConfig, Objective, StepOptions], TrainStep]
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What a run has from its start to its end. resolved: the configuration, JSON. stop: what signals set."""
+    """What a run has from its start to its end.
 
-    setup: Setup
-    workdir: Path
-    world: World
+    run: what its stage was made for. resolved: the configuration, JSON. stop: what signals set. progress: as run's.
+    """
+
+    run: Run
     stage: Stage
     checkpoints: Checkpointer
     stop: StopRequest
@@ -54,9 +56,17 @@ class Session:
     progress: bool
     make_step: MakeStep
 
-    def stopping(self) -> bool:
-        """Whether any rank has been asked to stop."""
-        return bool(self.world.highest(bool(self.stop.name)))
+    @property
+    def setup(self) -> Setup:
+        return self.run.setup
+
+    @property
+    def workdir(self) -> Path:
+        return self.run.workdir
+
+    @property
+    def world(self) -> World:
+        return self.run.world
 
 
 def run(
@@ -82,20 +92,17 @@ def run(
     module = stage or find_stage(config.stage)
     module.check(setup)
     resolved = json.loads(config.to_json_best_effort())
-    W.check_same_run(workdir, resolved)
-    if config.init_from and W.read_config(workdir) is None:
-        source.check_same_model(config.init_from, setup.model)
     with (
-        StopRequest() as stop,  # the outermost: it also waits for the last checkpoint
+        only_writer(workdir, world),
+        StopRequest() as stop,  # around the checkpoints: it also waits for the last one
         open_checkpoints(setup, workdir, world) as checkpoints,
     ):
-
-        def stopping() -> bool:
-            return bool(world.highest(bool(stop.name)))
-
-        place = Run(setup, workdir, world, progress and world.main, stopping)
+        W.check_same_run(workdir, resolved)
+        if config.init_from and W.read_config(workdir) is None:
+            source.check_same_model(config.init_from, setup.model)
+        place = Run(setup, workdir, world, progress and world.main, lambda: bool(world.highest(bool(stop.name))))
         made = world.first_on_host(lambda: module.make(place), UserError)
-        session = Session(setup, workdir, world, made, checkpoints, stop, resolved, progress, make_step)
+        session = Session(place, made, checkpoints, stop, resolved, progress, make_step)
         start = starting_state(setup, checkpoints, world)
         spikes = SpikeGuard(setup.spikes, start.meta.get("spikes", {}))
         while True:
@@ -111,8 +118,7 @@ def run(
 def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict[str, float]:
     """From a state to the last step, or to where a signal stops it; what the evaluators found last."""
     config, stage, first = s.setup.config, s.stage, number(start.state.step)
-    if s.world.main:
-        W.keep_tokenizer(s.workdir, stage.tokenizer)
+    tokenizer = W.keep_tokenizer(s.workdir, stage.tokenizer) if s.world.main else None
     options = s.setup.step_options(
         stage.updates, microbatch_rows=stage.microbatch_rows, donate=True, before_update=s.checkpoints.join
     )
@@ -124,7 +130,7 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
     state, step, stopped = start.state, first, False
     with _open_feed(s, start) as feed, _watch(s) as alive, short_pauses() as settle:
         finite = FiniteCheck(config.nonfinite_skips, _keeper(s, options), logger.write, spikes.judge)
-        save = Saver(s.checkpoints, config.checkpoint.on_failure, _meta(s, spikes, feed), logger)
+        save = Saver(s.checkpoints, config.checkpoint.on_failure, _meta(s, spikes, feed, tokenizer), logger)
         for step in range(first + 1, config.steps + 1):
             batch = _next(s, feed, state, step - 1, first, finite, save)
             if batch is None:
@@ -139,7 +145,7 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
                 values = readings.read(step, metrics, state, batch)
             if due or saving:
                 finite.flush()  # a state is judged and saved only once its update is known to be sound
-            if due and not s.stopping():  # a signal leaves no time for it
+            if due and not s.run.stopping():  # a signal leaves no time for it
                 values |= evaluations.run(due, step, state.params)
                 if "expert_load" in metrics:
                     logger.image(step, "expert_load", heat_map(metrics["expert_load"]))
@@ -153,7 +159,7 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
             alive()
             if due or saving:  # neither counts as training time
                 readings.restart(step)
-        stopped = stopped or (step > first and s.stopping())
+        stopped = stopped or (step > first and s.run.stopping())
         if stopped:
             finite.flush()
             if step > first and save.saved != step:
@@ -230,9 +236,12 @@ def _keeper(s: Session, options: StepOptions) -> Callable[[int, Any], Path]:
     return lambda step, batch: keep_batch(s.workdir, step, batch, s.world, s.setup.layout.axes, parts)
 
 
-def _meta(s: Session, spikes: SpikeGuard, feed: Feed) -> Callable[[], dict[str, Any]]:
+def _meta(s: Session, spikes: SpikeGuard, feed: Feed, tokenizer: Any) -> Callable[[], dict[str, Any]]:
+    """What is saved beside the state. tokenizer: what rank 0 says of its files."""
+
     def meta() -> dict[str, Any]:
-        return {"config": s.resolved, "spikes": spikes.record, "data": feed.state, "stage": s.stage.save()}
+        known = {"config": s.resolved, W.TOKENIZER: tokenizer, "spikes": spikes.record, "data": feed.state}
+        return {**known, "stage": s.stage.save()}
 
     return meta
 

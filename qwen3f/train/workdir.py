@@ -1,6 +1,7 @@
 """A run's directory: config.json, tokenizer/, metrics.jsonl, tensorboard/, checkpoints/, nonfinite/.
 
-Nothing that a run wrote is overwritten without a copy; a directory of another model is refused.
+Nothing that a run wrote is overwritten without a copy; a directory of another model or tokenizer is refused. What the
+checkpoints say of both, which their manifests guard, counts more than the files beside them.
 """
 
 import io
@@ -13,72 +14,89 @@ from typing import Any
 
 import numpy as np
 
+from qwen3f.checkpoint import manifest
+from qwen3f.checkpoint.checkpointer import Checkpointer
+from qwen3f.checkpoint.manifest import DamagedCheckpoint
 from qwen3f.config import ModelConfig
-from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.files import write_atomically
 from qwen3f.params import abstract_params
-from qwen3f.train.optimizer import AdamW, parse_rates
+from qwen3f.strict_json import read_object
+from qwen3f.train.optimizer import AdamW, parse_rates, trainable
 
 CONFIG, TOKENIZER, CHECKPOINTS, NONFINITE = "config.json", "tokenizer", "checkpoints", "nonfinite"
 
 
+# What a run's state does not depend on.
+_FREE = frozenset({
+    "gradient_checkpointing", "attention_dropout", "router_aux_loss_coef", "router_balance", "router_z_loss_coef",
+    "moe_drop_tokens", "moe_capacity_factor", "initializer_range", "embed_initializer_range",
+})  # fmt: skip
+
+
 def read_config(workdir: Path) -> dict[str, Any] | None:
-    """The configuration that a run left in `workdir`, or None."""
+    """The configuration that a run left in `workdir`, or None. Raises UserError if it is no such file."""
     path = workdir / CONFIG
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); choose another --workdir") from error
+        config = read_object(path)
+        if not all(isinstance(config.get(section), dict) for section in ("model", "optimizer")):
+            raise UserError("it has no section model or optimizer")
+    except UserError as error:
+        raise UserError(
+            f"{path} is not what a run writes ({error}): put it back, delete it (its checkpoints hold the "
+            "configuration too), or choose another --workdir"
+        ) from error
+    return config
 
 
 def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
-    """Raises UserError if `workdir` belongs to another stage, or its state has another form: model, optimizer, frozen
-    leaves."""
-    there = read_config(workdir)
-    if there is None:
+    """Raises UserError, naming what differs, if `workdir` belongs to a run whose state has another form or meaning.
+
+    That is another stage, model or optimizer, by the last checkpoint that can be read, else by config.json, which must
+    agree with it; a tokenizer other than config.data.tokenizer; or one whose files are not those that the run began with.
+    """
+    there, meta = read_config(workdir), _last_meta(workdir)
+    saved = meta.get("config") or there or config
+    for key, (old, new) in _differences(saved, config).items():
+        kind = key.partition(".")[0]
+        what = "to another model: its" if kind == "model" else f"to a run of another {kind}: its"
+        raise UserError(
+            f"{workdir} belongs {what} {key} is {old}, this run's is {new}; choose another --workdir, or "
+            "--config.init_from to start from its weights"
+        )
+    for key, (old, new) in _differences(saved, there or saved).items():
+        raise UserError(
+            f"{workdir / CONFIG} was changed: it says that {key} is {new}, the checkpoints {old}; put it back, or "
+            "delete it (the run writes it anew)"
+        )
+    check_tokenizer(workdir, meta)
+    chosen, kept = config["data"]["tokenizer"], workdir / TOKENIZER
+    if chosen and kept.exists() and load_tokenizer(chosen).fingerprint != load_tokenizer(kept).fingerprint:
+        raise UserError(
+            f"--config.data.tokenizer={chosen} is not the tokenizer that the run in {workdir} began with, which {kept} "
+            "holds; leave the flag out, or choose another --workdir"
+        )
+
+
+def check_tokenizer(workdir: Path, meta: Mapping[str, Any]) -> None:
+    """Compares the workdir's tokenizer/ with what a checkpoint's `meta` says of it under "tokenizer".
+
+    Raises UserError naming the file that has changed, is gone, or has come. A meta without that key says nothing.
+    """
+    place, wanted = workdir / TOKENIZER, meta.get(TOKENIZER)
+    if wanted is None:
         return
-    free = {
-        "gradient_checkpointing",
-        "attention_dropout",
-        "router_aux_loss_coef",
-        "router_balance",
-        "router_z_loss_coef",
-        "moe_drop_tokens",
-        "moe_capacity_factor",
-        "initializer_range",
-        "embed_initializer_range",
-    }
-    for key, value in config["model"].items():
-        old = there.get("model", {}).get(key)
-        if key not in free and old != value:
+    there = manifest.describe_all(place)
+    for name in sorted(wanted | there):
+        if wanted.get(name) != there.get(name):
+            what = "is gone" if name not in there else "has come" if name not in wanted else "has changed"
             raise UserError(
-                f"{workdir} belongs to another model: its model.{key} is {old}, this run's is {value}; choose another "
-                "--workdir, or --config.init_from to start from its weights"
+                f"{place / name} {what} since the checkpoints beside it were trained: the same text would get other "
+                "ids; put it back as it was, or begin another --workdir"
             )
-    if (old := there.get("stage")) != (new := config["stage"]):
-        raise UserError(
-            f"{workdir} belongs to a run of config.stage={old}, this run's is {new}; choose another --workdir, and "
-            "--config.init_from to start from its weights"
-        )
-    old, new = there.get("optimizer", {}).get("kind"), config["optimizer"]["kind"]
-    rates = [section.get("optimizer", {}).get("rates", "") for section in (there, config)]
-    hypers = [AdamW(rates=parse_rates(text)) for text in rates]
-    paths = abstract_params(ModelConfig.from_dict(config["model"]))
-    changed = [path for path in paths if bool(hypers[0].rate(path)) != bool(hypers[1].rate(path))]
-    if changed:
-        raise UserError(
-            f"{workdir} belongs to a run with config.optimizer.rates={rates[0]!r}, this run's is {rates[1]!r}, which "
-            f"freezes others, {changed[0]} first; choose another --workdir, and --config.init_from to start from its "
-            "weights"
-        )
-    if old != new:
-        raise UserError(
-            f"{workdir} belongs to a run with optimizer.kind={old}, this run's is {new}; choose another --workdir, and "
-            "--config.init_from to start from its weights"
-        )
 
 
 def write_config(workdir: Path, config: dict[str, Any], step: int) -> list[str]:
@@ -100,17 +118,20 @@ def write_config(workdir: Path, config: dict[str, Any], step: int) -> list[str]:
     return changes
 
 
-def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
-    """Save the tokenizer in the workdir, once: a run keeps the one it began with. `load_tokenizer` opens it there."""
+def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> dict[str, manifest.Entry]:
+    """Save the tokenizer in the workdir, once: a run keeps the one it began with. `load_tokenizer` opens it there.
+
+    Returns name -> size and sha256 of its files, for a checkpoint's meta: see `check_tokenizer`.
+    """
     place = workdir / TOKENIZER
-    if place.exists():
-        return
-    temporary = workdir / f".{TOKENIZER}.{uuid.uuid4().hex}"
-    try:
-        tokenizer.save(temporary)
-        temporary.rename(place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if not place.exists():
+        temporary = workdir / f".{TOKENIZER}.{uuid.uuid4().hex}"
+        try:
+            tokenizer.save(temporary)
+            temporary.rename(place)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return manifest.describe_all(place)
 
 
 def keep_batch(workdir: Path, step: int, batch: Mapping[str, np.ndarray]) -> Path:
@@ -123,6 +144,33 @@ def to_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
     content = io.BytesIO()
     np.savez(content, **arrays)
     return content.getvalue()
+
+
+def _last_meta(workdir: Path) -> dict[str, Any]:
+    """What the last checkpoint that is whole, as far as this goes, was saved with; {} if there is none."""
+    with Checkpointer(workdir / CHECKPOINTS, every=0, keep=0) as checkpoints:
+        for step in reversed(checkpoints.steps()):
+            try:
+                return checkpoints.read_meta(step)
+            except DamagedCheckpoint:
+                continue  # the run names it, and goes on from the one before
+    return {}
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> its two values, of what another stage, model or optimizer would have otherwise."""
+    keys = [("model", key) for key in new["model"] if key not in _FREE] + [("optimizer", "kind")]
+    values = {f"{section}.{key}": (old.get(section, {}).get(key), new[section].get(key)) for section, key in keys}
+    values["stage"] = old.get("stage"), new.get("stage")
+    rates = [section.get("optimizer", {}).get("rates", "") for section in (old, new)]
+    if _frozen(rates[0], new["model"]) != _frozen(rates[1], new["model"]):
+        values["optimizer.rates"] = rates[0], rates[1]  # other leaves have moments
+    return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
+
+
+def _frozen(rates: str, model: Mapping[str, Any]) -> set[str]:
+    paths = abstract_params(ModelConfig.from_dict(dict(model)))
+    return set(paths) - trainable(AdamW(rates=parse_rates(rates)), paths)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -184,6 +184,7 @@ def test_a_dcp_file_that_leads_out_is_refused(tmp_path):
 def test_a_record_that_is_no_json_object_is_damage(tmp_path, content):
     place = save(tmp_path, "orbax")
     (place / "meta" / "metadata").write_text(content)
+    forge(place)
     with pytest.raises(DamagedCheckpoint, match="damaged or incomplete"):
         Checkpointer(tmp_path, 1, 0).read_meta(3)
 

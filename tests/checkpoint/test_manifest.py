@@ -71,6 +71,41 @@ def test_every_single_file_counts(saved):
     manifest.verify(place)
 
 
+def test_every_bit_of_the_record_counts(saved):
+    """In each way of reading it: one flipped bit would give another model, or another place in the data."""
+    path = saved / "checkpoints" / "7" / "meta" / "metadata"
+    content = path.read_bytes()
+    like = {"params": {"w": torch.empty(5000), "b": torch.empty(3).bfloat16()}, "step": torch.tensor(0)}
+    with Checkpointer(saved / "checkpoints", 0, 0) as checkpoints:
+        for at in range(8 * len(content)):
+            harmed = bytearray(content)
+            harmed[at // 8] ^= 1 << at % 8
+            path.write_bytes(harmed)
+            with pytest.raises(DamagedCheckpoint, match="the checksum of meta/metadata"):
+                checkpoints.read_meta(7)
+        for use in (lambda: checkpoints.restore_part("params", like["params"]), lambda: checkpoints.restore(like)):
+            with pytest.raises(DamagedCheckpoint, match="the checksum of meta/metadata"):
+                use()
+        path.write_bytes(content)
+        assert checkpoints.read_meta(7) == checkpoints.restore(like)[1]
+
+
+@pytest.mark.parametrize("backend", ["orbax", "dcp"])
+def test_names_and_shapes_are_checked_before_they_are_read(backend, saved):
+    state = {"params": {"w": torch.arange(5000.0)}}
+    with Checkpointer(saved / "more", 0, 0, backend=backend) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        shape = next((saved / "more" / "1").rglob({"orbax": ".zarray", "dcp": ".metadata"}[backend]))
+        flip(shape)
+        for use in (lambda: checkpoints.read_tree(1), lambda: checkpoints.restore_part("params", state["params"])):
+            with pytest.raises(DamagedCheckpoint, match=rf"the checksum of state/.*\{shape.name} is not"):
+                use()
+        flip(shape)
+        flip(payload(saved / "more" / "1"))
+        assert checkpoints.read_tree(1)["params", "w"].shape == (5000,)  # the values were not looked at
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"files": 3}', '{"files": {"a": 1}}'])
 def test_a_broken_manifest_is_damage(saved, content):
     place = saved / "checkpoints" / "7"

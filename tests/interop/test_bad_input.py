@@ -88,7 +88,12 @@ ONE_FILE = {
     "pickle": (only_pickle, "pytorch_model.bin.*convert it to safetensors"),
     "nothing": (lambda d: (d / "model.safetensors").unlink(), "holds no weights"),
     "no index": (lambda d: (d / "model.safetensors").rename(d / MANY), f"{MANY} but neither"),
-    "two sets": (write("model.safetensors.index.json", b"{}"), "holds both"),
+    "two sets": (write("model.safetensors.index.json", b'{"weight_map": {"x": "a.safetensors"}}'), "holds both"),
+    "an index of nothing": (write("model.safetensors.index.json", b"{}"), "index.json has no weight_map"),
+    "an index of more": (
+        write("model.safetensors.index.json", b'{"weight_map": {"x": "model.safetensors"}}'),
+        "stores lm_head.weight, which .* puts in no file",
+    ),
     "another family": (lambda d: edit_config(d, model_type="mistral"), "config.json: model_type is 'mistral'"),
     "endless layers": (lambda d: edit_config(d, num_hidden_layers=10**12), "only 25 tensors are stored"),
     "no config": (lambda d: (d / "config.json").unlink(), "there is no file .*config.json"),

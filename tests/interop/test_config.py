@@ -75,8 +75,9 @@ def test_rotary_settings_read_as_transformers_reads_them(rope, tmp_path):
         ({**DENSE, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*sliding_attention"),
         ({**DENSE, "quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({**DENSE, "hidden_act": "swish"}, "hidden_act.*swish"),
-        ({**DENSE, "num_experts": 8}, "'num_experts' is not known for qwen3"),
-        ({**DENSE, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({**DENSE, "num_experts": 8}, "num_experts is 8, which qwen3 has no form for here; only 0 can be read"),
+        ({**DENSE, "num_local_experts": 8}, "num_local_experts is 8"),
+        ({**DENSE, "linear_attention": False}, "the key 'linear_attention' is not known for qwen3"),
         ({**DENSE, "auto_map": {"AutoModel": "x.py"}}, "auto_map"),
         ({**DENSE, "hidden_size": "4096"}, "hidden_size is '4096'; it must be an integer"),
         ({**DENSE, "vocab_size": None}, "vocab_size is None"),
@@ -103,6 +104,53 @@ def test_what_we_cannot_hold_is_named(values, words):
     with pytest.raises(UserError, match=words) as caught:
         read(values)
     assert str(caught.value).startswith("DIR/config.json: ")
+
+
+# What transformers 4.57's Qwen3Config().to_dict() and Qwen3MoeConfig().to_dict() hold beyond the keys of version 5.
+FULL_DUMP = {
+    "return_dict": True, "output_hidden_states": False, "torchscript": False, "dtype": None, "pruned_heads": {},
+    "chunk_size_feed_forward": 0, "is_encoder_decoder": False, "is_decoder": False, "cross_attention_hidden_size": None,
+    "add_cross_attention": False, "tie_encoder_decoder": False, "architectures": None, "finetuning_task": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "task_specific_params": None, "problem_type": None, "tokenizer_class": None, "prefix": None, "bos_token_id": None,
+    "pad_token_id": None, "eos_token_id": None, "sep_token_id": None, "decoder_start_token_id": None, "max_length": 20,
+    "min_length": 0, "do_sample": False, "early_stopping": False, "num_beams": 1, "temperature": 1.0, "top_k": 50,
+    "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "num_return_sequences": 1, "output_scores": False,
+    "return_dict_in_generate": False, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "remove_invalid_values": False, "exponential_decay_length_penalty": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "num_beam_groups": 1, "diversity_penalty": 0.0, "tf_legacy_loss": False,
+    "use_bfloat16": False, "output_attentions": False, "_name_or_path": "", "transformers_version": "4.57.1",
+}  # fmt: skip
+OTHER_FAMILIES = {
+    "qkv_bias": False, "mlp_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0, "use_mrope": False,
+    "attn_logit_softcapping": None, "final_logit_softcapping": None, "pretraining_tp": 1, "quantization": None,
+    "hidden_dropout": 0.0, "partial_rotary_factor": 1.0, "num_nextn_predict_layers": 0, "n_shared_experts": 0,
+}  # fmt: skip
+OPPOSITES = {
+    "torchscript": True, "pruned_heads": {"0": [1]}, "is_decoder": True, "is_encoder_decoder": True,
+    "cross_attention_hidden_size": 64, "add_cross_attention": True, "tie_encoder_decoder": True, "prefix": "x",
+    "task_specific_params": {"x": 1}, "num_beams": 4, "do_sample": True, "repetition_penalty": 1.3, "temperature": 0.5,
+    "tf_legacy_loss": True, "suppress_tokens": [3], "forced_eos_token_id": 2, "max_length": 4096, "use_bfloat16": True,
+    "qkv_bias": True, "mlp_bias": True, "use_qk_norm": False, "shared_expert_intermediate_size": 512, "use_mrope": True,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "pretraining_tp": 2, "hidden_dropout": 0.1,
+    "quantization": {"bits": 4}, "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1, "n_shared_experts": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [DENSE, MOE])
+def test_neutral_values_change_nothing(family):
+    assert read({**family, **FULL_DUMP, **OTHER_FAMILIES}) == read(family)
+    assert read({**family, **dict.fromkeys(OPPOSITES)}) == read(family)  # null says nothing, either
+    without_experts = {"num_experts": 0, "num_local_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
+    assert read({**DENSE, **without_experts}) == read(DENSE)
+
+
+@pytest.mark.parametrize("family", [DENSE, MOE])
+@pytest.mark.parametrize("key", OPPOSITES)
+def test_their_opposites_are_refused(key, family):
+    with pytest.raises(UserError, match=f"DIR/config.json: {key} is .*; only .* can be read"):
+        read({**family, key: OPPOSITES[key]})
 
 
 def test_ignored_keys_change_nothing():

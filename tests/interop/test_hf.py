@@ -97,6 +97,17 @@ def test_one_file_or_shards(tmp_path):
         assert all(same_bits(leaf, p[path]) for path, leaf in hf.load_pretrained(tmp_path / name)[1].items())
 
 
+def test_an_index_beside_the_one_file_that_it_names(tmp_path):
+    """As mlx writes it."""
+    cfg = ModelConfig(num_hidden_layers=2, hidden_size=16, head_dim=8, intermediate_size=24, vocab_size=50)
+    p = params.init_params(cfg, 0)
+    hf.save_pretrained(tmp_path / "m", cfg, p)
+    names = dict.fromkeys(sorted(tensors(tmp_path / "m")), "model.safetensors")
+    index = {"metadata": {"total_size": sum(leaf.nbytes for leaf in p.values())}, "weight_map": names}
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert all(same_bits(leaf, p[path]) for path, leaf in hf.load_pretrained(tmp_path / "m")[1].items())
+
+
 def test_mixed_dtypes_are_kept_leaf_by_leaf(tmp_path):
     """A router in fp32 inside a bf16 model; within one stack, layers must agree unless a dtype is asked for."""
     hf_model("moe", torch.bfloat16).save_pretrained(tmp_path)

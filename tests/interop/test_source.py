@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -122,6 +123,31 @@ def test_places_that_are_none(root, trained, tmp_path):
             source.read_model_config(str(place))
 
 
+def test_what_a_place_is_called_does_not_matter(root, trained, directory, tmp_path, monkeypatch):
+    """A Hugging Face directory named like a checkpoint, or with a folder of that name; ours from inside."""
+    named = shutil.copytree(directory, tmp_path / "checkpoints" / "500")
+    folder = shutil.copytree(directory, tmp_path / "hf")
+    (folder / "checkpoints" / "500").mkdir(parents=True)
+    expected = source.read_params(str(directory), source.read_model_config(str(directory)), "cpu")
+    for place in (named, folder):
+        assert source.locate(str(place)) == source.Source(place, is_hf=True)
+        cfg = source.read_model_config(str(place))
+        assert all(
+            torch.equal(leaf, expected[path]) for path, leaf in source.read_params(str(place), cfg, "cpu").items()
+        )
+        assert source.read_tokenizer(str(place)).fingerprint == source.read_tokenizer(str(directory)).fingerprint
+    monkeypatch.chdir(trained / "checkpoints" / "2")
+    assert source.locate(".") == source.Source(trained, is_hf=False, step=2)
+    broken = shutil.copytree(trained, tmp_path / "w")
+    (broken / "config.json").write_text("{")  # a workdir's: its checkpoints hold the configuration
+    assert source.locate(str(broken)) == source.Source(broken, is_hf=False)
+    (folder / "checkpoints" / "500").rmdir()
+    (folder / "checkpoints").rmdir()
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is not JSON"):
+        source.locate(str(folder))
+
+
 def test_a_directory_without_tokenizer_asks_for_one(root, tmp_path):
     cfg = ModelConfig.from_dict(configured(root).model.to_dict())
     hf.save_pretrained(tmp_path / "bare", cfg, params.init_params(cfg, 0))
@@ -170,7 +196,37 @@ def test_the_export_experiment(root, trained, tmp_path):
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(out)(tokens).logits
         assert (model.apply(cfg, p, {"tokens": tokens}).logits - theirs).abs().max() <= 2e-5
-    assert load_tokenizer(out).encode("the cat") == source.read_tokenizer(str(trained)).encode("the cat")
+    ours = source.read_tokenizer(str(trained))
+    text = "the cat\n    sat 猫 \u2581 <|im_end|>"
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    assert load_tokenizer(out).encode(text, True) == ours.encode(text, True) == theirs(text)["input_ids"]
+    assert theirs.decode(ours.encode(text)) == text
+    config = json.loads((out / "config.json").read_text())
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (config["eos_token_id"], config["pad_token_id"])
+
+
+@pytest.mark.parametrize("use", ["export", "generate", "train"])
+def test_a_damaged_record_starts_nothing(use, root, trained, tmp_path):
+    """rope_theta 30000 instead of 10000, by one bit."""
+    place = shutil.copytree(trained, tmp_path / "w")
+    path = place / "checkpoints" / "4" / "meta" / "metadata"
+    content = path.read_bytes()
+    assert content.count(b'"rope_theta": 10000.0') == 1
+    path.write_bytes(content.replace(b'"rope_theta": 1', b'"rope_theta": 3'))
+    uses = {
+        "train": lambda: run(configured(root, init_from=str(place)), tmp_path / "out", progress=False),
+        "export": lambda: start("export_hf", init_from=str(place), out=str(tmp_path / "out")),
+        "generate": lambda: start("generate", init_from=str(place), prompt="the cat", chat=False),
+    }
+
+    def start(name, **changes):
+        config = cli.load_experiment(f"experiments/{name}.py")
+        config.update(changes)
+        cli.run_stage(config, tmp_path / "unused", progress=False)
+
+    with pytest.raises(UserError, match="4 is damaged: the checksum of meta/metadata is not the one in its manifest"):
+        uses[use]()
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_defaults_and_errors(trained, tmp_path):

@@ -135,7 +135,9 @@ def test_a_workdir_remembers_its_stage(tmp_path, make):
     loop.run(config, tmp_path, False)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     config.stage = "pretrain"
-    with pytest.raises(UserError, match=r"a run of config.stage=tests.train.toy_stage, this run's is pretrain"):
+    with pytest.raises(
+        UserError, match=r"of another stage: its stage is tests.train.toy_stage, this run's is pretrain"
+    ):
         loop.run(config, tmp_path, False)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 

@@ -17,7 +17,7 @@ from qwen3f.files import write_atomically
 def write_vocabulary(vocabulary: Vocabulary, directory: Path) -> None:
     """Write vocab.json, merges.txt and tokenizer_config.json, which transformers and `read_vocabulary` load.
 
-    Deviation from Qwen's own tokenizer_config.json: no chat template is in it (see `qwen3f.data.chat.template`).
+    Deviation from Qwen's own tokenizer_config.json: no chat template is in it (`qwen3f.interop.hf` writes one).
 
     Raises:
         UserError: a token is not the merge of two earlier ones.

@@ -131,7 +131,10 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
         vocab, listed = model["vocab"], content["added_tokens"]
         pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} is not Qwen's tokenizer.json ({error!r}): copy or download it again.") from error
+        raise UserError(
+            f"{path} is not Qwen's tokenizer.json ({error!r}): copy or download it again, or give a SentencePiece "
+            ".model file."
+        ) from error
     found = [model.get("type"), normalizer, kinds, pattern]
     expected = ["BPE", "NFC", ["Split", "ByteLevel"], PATTERN]
     options = {key: model.get(key) for key in ("unk_token", "dropout", "byte_fallback", "ignore_merges")}

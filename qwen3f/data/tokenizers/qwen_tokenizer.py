@@ -195,6 +195,10 @@ class QwenTokenizer:
             if not (directory / name).exists() or not (source / name).samefile(directory / name):
                 shutil.copyfile(source / name, directory / name)
 
+    def export(self, directory: Path) -> None:
+        """`save`: its files are what transformers reads."""
+        self.save(directory)
+
 
 def _groups(texts: list[str]) -> Iterator[list[str]]:
     """The texts in groups of about `_GROUP_CHARS` characters."""

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from qwen3f.data.tokenizers.sentencepiece_export import write_tokenizer_json
+from qwen3f.data.tokenizers.sentencepiece_proto import read_model
 from qwen3f.data.tokenizers.token_text import check_encodable, encode_segments, encode_segments_batch, special_pattern
 from qwen3f.errors import UserError
 from qwen3f.files import write_atomically
@@ -41,6 +43,10 @@ MODEL_FILE = "tokenizer.model"
 """What Hugging Face directories, and workdirs here, call the file."""
 
 _SPACE = "\u2581"  # SentencePiece's stand-in for a space
+# As in `encode`, text is cut at "▁", which would be counted as a space. "▅" is how SentencePiece's trainer writes a
+# character that is no piece: it skips every line with one. (What else it reserves, NUL and one of tab and U+001F, only
+# gets no piece.)
+_RESERVED = re.compile("[\u2581\u2585]")
 _SPACE_BYTES = tuple(_SPACE.encode())
 _SPECIAL_PATTERN = special_pattern(SPECIAL_TOKENS)
 # Text that a normalising model changes: leading, doubled and trailing spaces, a tab, CR LF, a ligature, a wide letter.
@@ -226,6 +232,15 @@ class SentencePieceTokenizer:
         """Write the model as `directory`/tokenizer.model, which `load_tokenizer` reads back."""
         write_atomically(Path(directory) / MODEL_FILE, self._model)
 
+    def export(self, directory: Path) -> None:
+        """`save`, and tokenizer.json and tokenizer_config.json, from which transformers gets the same ids.
+
+        Raises:
+            UserError: a model trained elsewhere that has no such form; see `sentencepiece_export`.
+        """
+        write_tokenizer_json(read_model(self._model), self.path, self._special_ids, Path(directory))
+        self.save(directory)
+
 
 def train_sentencepiece(
     texts: Iterable[str], vocab_size: int, out_path: Path, max_chars: int = MAX_TRAINING_CHARS
@@ -234,7 +249,7 @@ def train_sentencepiece(
 
     The result depends on the texts, their order, `vocab_size`, `max_chars` and the installed sentencepiece alone: two
     runs write the same bytes. Lines are trained on one by one, without the indentation that their line end takes along,
-    so no other piece crosses a line end.
+    so no other piece crosses a line end. U+2581 and U+2585, which SentencePiece reserves, are always their bytes.
 
     Args:
         texts: documents; consumed once, streaming.
@@ -299,12 +314,10 @@ def _mix(number: int) -> int:
 def _lines(chunks: list[str]) -> Iterator[str]:
     yield " "  # sentencepiece 0.2.0 aborts the process if a required character does not occur
     for chunk in chunks:
-        # A literal "▁" would be counted as a space; as in `encode`, text is cut there.
-        for line in chunk.replace(_SPACE, "\n").split("\n"):
+        for line in chunk.split("\n"):
             text = line.lstrip(" ")
             indentation = min((len(line) - len(text)) // INDENT, 8) * INDENT
-            if line[indentation:]:
-                yield line[indentation:]
+            yield from filter(None, _RESERVED.split(line[indentation:]))
 
 
 def _explain(error: RuntimeError, vocab_size: int) -> UserError:

@@ -66,13 +66,16 @@ class Tokenizer(Protocol):
 
     def save(self, directory: Path) -> None: ...
 
+    def export(self, directory: Path) -> None: ...
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Open the tokenizer at `path`, of either kind.
 
     Args:
-        path: a sentencepiece .model file; a directory that holds Qwen's tokenizer.json, vocab.json + merges.txt or
-            qwen.tiktoken, or else a tokenizer.model; or one of those files.
+        path: a sentencepiece .model file; a directory that holds a tokenizer.model, or else Qwen's tokenizer.json,
+            vocab.json + merges.txt or qwen.tiktoken; or one of those files. (A tokenizer.json beside a tokenizer.model
+            is the same tokenizer's form for transformers.)
 
     Raises:
         UserError: there is none, or it is damaged or unsuited; the message names the file.
@@ -80,10 +83,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if path.is_file() and path.suffix == ".model":
         return SentencePieceTokenizer.load(path)
-    if path.exists() and bpe_files.find_form(path) is not None:
-        return QwenTokenizer.load(path)
     if (path / MODEL_FILE).is_file():
         return SentencePieceTokenizer.load(path / MODEL_FILE)
+    if path.exists() and bpe_files.find_form(path) is not None:
+        return QwenTokenizer.load(path)
     raise UserError(
         f"There is no tokenizer at {path}: give data.tokenizer the path of a SentencePiece .model file, or of a "
         "directory with Qwen's tokenizer.json, with vocab.json and merges.txt, or with qwen.tiktoken."

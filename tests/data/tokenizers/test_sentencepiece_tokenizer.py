@@ -71,6 +71,29 @@ def test_letters_and_punctuation_merge(tmp_path):
     assert len(trained.encode("self.")) == 1
 
 
+@pytest.mark.parametrize("odd", [*"▁▅\0\x1f\t\r\x0b\x85\ufeff\ufffd\uffff⁇", "\u2028", "<unk>", "<0x41>", "</s>"])
+def test_no_character_keeps_its_line_from_being_learnt(odd, code_texts, tmp_path):
+    """Half a corpus has it in every line: what stands around it is learnt from there too."""
+    plain, marked = ["alphabet\n"] * 300, [f"gamma{odd} delta{odd}\n"] * 300
+    trained = train_sentencepiece([*plain, *marked, *code_texts], 360, tmp_path / "x.model")
+    for word in ("alphabet", "gamma", " delta"):
+        assert len(trained.encode(word)) <= 3, word
+    text = f"gamma{odd} delta{odd}\n"
+    assert trained.decode(trained.encode(text)) == text
+
+
+@pytest.mark.parametrize("odd", "▁▅")
+def test_text_is_cut_at_what_sentencepiece_reserves(odd, tmp_path):
+    """The same model as from text that was cut by hand; what follows is no line start, so its spaces count."""
+    whole = [f"    alpha{odd}    beta gamma{odd}{odd}delta\n"] * 200
+    cut = ["alpha", "    beta gamma", "delta"] * 200
+    a = train_sentencepiece(whole, 320, tmp_path / "a.model")
+    options = {**module.TRAINER_OPTIONS, "vocab_size": 320, "minloglevel": 2}
+    with (tmp_path / "b.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([" ", *cut]), model_writer=file, **options)
+    assert a.path.read_bytes() == (tmp_path / "b.model").read_bytes()
+
+
 @pytest.mark.parametrize("start", ["\n", "\n    ", "\n\n", "\n\n        ", "\n\n\n" + 32 * " "])
 def test_a_line_end_takes_its_indentation_along(tokenizer, start):
     assert len(tokenizer.encode(start)) == 1

@@ -90,10 +90,10 @@ def test_load_takes_files_and_directories_of_both(path_of, tmp_path):
     qwen_file = path_of["tiktoken"] / "tokenizer.json"
     assert load_tokenizer(str(qwen_file)).vocab_size == 266
     assert load_tokenizer(path_of["sentencepiece"]).vocab_size == 340
-    (tmp_path / "tokenizer.model").symlink_to(path_of["sentencepiece"])
-    assert load_tokenizer(tmp_path).vocab_size == 340
     (tmp_path / "tokenizer.json").symlink_to(qwen_file)
     assert load_tokenizer(tmp_path).vocab_size == 266
+    (tmp_path / "tokenizer.model").symlink_to(path_of["sentencepiece"])
+    assert load_tokenizer(tmp_path).vocab_size == 340
     (tmp_path / "sub").mkdir()
     (tmp_path / "notes.txt").touch()
     for path in (tmp_path / "sub", tmp_path / "absent", tmp_path / "absent.model", tmp_path / "notes.txt"):

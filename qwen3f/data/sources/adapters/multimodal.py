@@ -15,6 +15,7 @@ from PIL import Image
 
 from qwen3f.data.sources.adapters.rows import Row, RowFault, text_of
 from qwen3f.data.sources.adapters.sft import Chat, turns
+from qwen3f.data.sources.image_file import MAX_PIXELS, read_image
 from qwen3f.errors import UserError
 
 PLACEHOLDER = "<image>"
@@ -30,13 +31,12 @@ class ImageFile:
     path: Path
     row: str
 
-    def open(self) -> Image.Image:
-        """The image in RGB. Raises UserError if the file is damaged."""
+    def open(self, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        """The image in RGB. Raises UserError naming the row; see `read_image`."""
         try:
-            with Image.open(self.path) as image:
-                return image.convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self.row}: the image {self.path} cannot be read ({error}): copy it again.") from error
+            return read_image(self.path, max_pixels)
+        except UserError as error:
+            raise UserError(f"{self.row}: {error}") from error
 
 
 @dataclass(frozen=True)

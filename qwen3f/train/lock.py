@@ -1,0 +1,120 @@
+"""One writer at a time in a workdir.
+
+The operating system holds the lock for an open file, not the file's presence: whatever ends the process, SIGKILL too,
+frees it. Linux passes it on to NFS servers, so runs on two hosts see each other where the mount has locks. Readers
+(inspect, generate, plan) take none.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen3f.errors import UserError
+
+if TYPE_CHECKING:
+    from qwen3f.processes.world import World
+
+NAME = ".lock"
+
+_HELD: set[int] = set()  # open files of this process; a forked worker must not keep them when this process is gone
+
+
+def _close_in_child() -> None:
+    for handle in _HELD:
+        os.close(handle)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+@contextlib.contextmanager
+def only_writer(workdir: Path, world: "World") -> Iterator[None]:
+    """`held` for a run of several ranks, which all call this together: rank 0 holds the lock, all raise its errors."""
+    with contextlib.ExitStack() as stack:
+        world.together(lambda: stack.enter_context(held(workdir)) if world.main else None, UserError)
+        yield
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Under it, no other run writes into `workdir`, which is made; one that was made and stays empty is removed.
+
+    Raises UserError, with nothing in the workdir changed: another process has the lock (the message names host and
+    process), or the directory cannot be written. Says so, and goes on, on a file system that has no locks.
+    """
+    made: list[Path] = []
+    try:
+        handle = _locked(workdir, made)
+    except OSError as error:
+        _remove(workdir, made)
+        raise UserError(
+            f"--workdir={workdir} cannot be written ({error.strerror or error}): choose another directory"
+        ) from error
+    _HELD.add(handle)
+    try:
+        yield
+    finally:
+        _HELD.discard(handle)
+        with contextlib.suppress(OSError):  # the file is of no use any more, wherever it is
+            os.ftruncate(handle, 0)
+        _remove(workdir, made)
+        os.close(handle)
+
+
+def _locked(workdir: Path, made: list[Path]) -> int:
+    """The open, locked file, with this process's name in it. Adds to `made` the directories that were missing."""
+    while True:
+        made += [place for place in (workdir, *workdir.parents) if not place.exists() and place not in made]
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(workdir / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = _holder(handle)
+            os.close(handle)
+            raise UserError(
+                f"{workdir} is in use: {holder} writes there; wait for it or end it, or choose another --workdir"
+            ) from error
+        except OSError as error:
+            print(f"{workdir} has no locks ({error.strerror}): nothing keeps a second run out of it", flush=True)
+        if _is_there(handle, workdir / NAME):  # and was not removed, as below, between opening and locking
+            break
+        os.close(handle)
+    content = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, json.dumps(content).encode(), 0)
+    return handle
+
+
+def _is_there(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _holder(handle: int) -> str:
+    """Who holds the lock, in words. It may have taken the lock a moment ago, and not yet have written its name."""
+    for _ in range(20):
+        try:
+            holder = json.loads(os.pread(handle, 4096, 0))
+            return f"process {holder['process']} on host {holder['host']}, since {holder['since']},"
+        except (ValueError, KeyError, TypeError):
+            time.sleep(0.05)
+    return "another process"
+
+
+def _remove(workdir: Path, made: list[Path]) -> None:
+    """Remove the directories of `made` that hold nothing but, in the workdir, the lock."""
+    with contextlib.suppress(OSError):
+        if workdir in made and os.listdir(workdir) == [NAME]:
+            (workdir / NAME).unlink()
+        for place in made:
+            place.rmdir()

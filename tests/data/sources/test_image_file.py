@@ -1,0 +1,124 @@
+"""Image files from strangers: named formats of a bounded size are read, nothing is run, the rest is one UserError."""
+
+import io
+import os
+import struct
+import zlib
+
+import pytest
+from PIL import Image, features
+
+from qwen3f.data.sources.adapters.multimodal import ImageFile
+from qwen3f.data.sources.image_file import FORMATS, read_image
+from qwen3f.errors import UserError
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10 10 rectfill\nshowpage\n"
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch):
+    """The first `gs` on the path; it leaves this file when it runs."""
+    ran = tmp_path / "ran"
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    return ran
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_bomb(width, height, rows=None):
+    """A black picture of one bit a pixel, a thousandth of its size in bytes. rows: that it really has."""
+    squeezed = zlib.compressobj(9)
+    row = bytes(1 + (width + 7) // 8) if rows is None else b"0"
+    rows = b"".join(squeezed.compress(row) for _ in range(height if rows is None else rows)) + squeezed.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def encoded(kind, size=(5, 4)):
+    content = io.BytesIO()
+    Image.new("RGB", size, (200, 10, 10)).save(content, kind)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_named_formats_are_read_whatever_the_suffix(kind, tmp_path):
+    if kind == "WEBP" and not features.check("webp"):
+        pytest.skip("pillow without WebP")
+    (tmp_path / "x.jpg").write_bytes(encoded(kind))
+    image = read_image(tmp_path / "x.jpg")
+    assert (image.mode, image.size) == ("RGB", (5, 4))
+    assert all(abs(a - b) <= 5 for a, b in zip(image.getpixel((2, 2)), (200, 10, 10)))  # JPEG rounds
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.eps"])
+def test_no_file_starts_a_program(name, tmp_path, ghostscript):
+    (tmp_path / name).write_bytes(EPS)
+    with Image.open(tmp_path / name) as image, pytest.raises(OSError):
+        image.load()  # what pillow does when it is not told which formats are meant
+    assert ghostscript.exists()
+    ghostscript.unlink()
+    for read in (lambda: read_image(tmp_path / name), ImageFile(tmp_path / name, "rows.json:3").open):
+        with pytest.raises(UserError, match=rf"the image .*{name} is no whole file of JPEG, PNG, .*: convert"):
+            read()
+    assert not ghostscript.exists()
+
+
+@pytest.mark.parametrize("kind", ["PPM", "TIFF", "ICO", "TGA", "PCX", "SGI", "DDS"])
+def test_other_formats_are_refused(kind, tmp_path):
+    (tmp_path / "x.png").write_bytes(encoded(kind))
+    with pytest.raises(UserError, match=r"x.png is no whole file of JPEG"):
+        read_image(tmp_path / "x.png")
+
+
+def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
+    bomb = png_bomb(12_000, 12_000)
+    assert len(bomb) < 24 * 1024
+    (tmp_path / "bomb.png").write_bytes(bomb)
+
+    def decoded(*args, **kwargs):
+        raise AssertionError("the image was decoded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("PIL.ImageFile.ImageFile.load", decoded)
+        patched.setattr("PIL.PngImagePlugin.PngImageFile.load", decoded, raising=False)
+        words = r"rows.json:3: the image .*bomb.png has 12,000 × 12,000 pixels, over the 67,108,864 .* max_pixels"
+        with pytest.raises(UserError, match=words):
+            ImageFile(tmp_path / "bomb.png", "rows.json:3").open()
+    (tmp_path / "small.png").write_bytes(png_bomb(80, 30))
+    assert read_image(tmp_path / "small.png", max_pixels=2400).size == (80, 30)
+    with pytest.raises(UserError, match="80 × 30 pixels, over the 2,399 "):
+        ImageFile(tmp_path / "small.png", "rows.json:3").open(max_pixels=2399)
+    (tmp_path / "huge.png").write_bytes(png_bomb(2**31 - 1, 2**31 - 1, rows=1))
+    with pytest.raises(UserError, match="over the 67,108,864 "):
+        read_image(tmp_path / "huge.png")
+
+
+def test_damaged_files_are_one_error(tmp_path):
+    """Every beginning of a PNG, and each with one byte changed: a picture or a UserError, nothing else."""
+    content = encoded("PNG", (3, 3))
+    path = tmp_path / "x.png"
+    messages = []
+    for at in range(len(content)):
+        for harmed in (content[:at], content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]):
+            path.write_bytes(harmed)
+            try:
+                image = read_image(path)
+            except UserError as error:
+                messages.append(str(error))
+            else:
+                assert image.mode == "RGB"
+    assert len(messages) > len(content)
+    assert all("x.png" in message and "\n" not in message for message in messages)
+
+
+def test_what_is_no_file(tmp_path):
+    for path in (tmp_path, tmp_path / "absent.jpg"):
+        with pytest.raises(UserError, match=rf"the image {path} cannot be read"):
+            read_image(path)
