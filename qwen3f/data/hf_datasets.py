@@ -82,7 +82,9 @@ def load_pretrain_dataset(
     _check_length(max_seq_len)
     chosen = _choose(mixture, pretrain.STAGES, stage, "stage")
     adapters = dict.fromkeys(names("pretrain"), pretrain.document)
-    stream = _stream(chosen, root, "pretrain", adapters, characters, split, streaming, max_samples, on_bad_row)
+    stream = RowStream(
+        tuple(parse_mixture(chosen, root, "pretrain")), adapters, characters, split, streaming, max_samples, on_bad_row
+    )
     return ExampleStream(stream, partial(_windows, tokenizer, max_seq_len, reset_positions, cross_documents))
 
 
@@ -114,7 +116,9 @@ def load_sft_dataset(
     _check_length(max_seq_len)
     chosen = _choose(mixture, sft.VARIANTS, variant, "variant")
     adapters = {name: partial(_samples, adapter) for name, adapter in sft.ADAPTERS.items()}
-    stream = _stream(chosen, root, "sft", adapters, one_a_row, split, streaming, max_samples, on_bad_row)
+    stream = RowStream(
+        tuple(parse_mixture(chosen, root, "sft")), adapters, one_a_row, split, streaming, max_samples, on_bad_row
+    )
     return CountedStream(stream, partial(_chats, tokenizer, max_seq_len))
 
 
@@ -132,7 +136,9 @@ def load_grpo_dataset(
     Raises:
         UserError: as `parse_mixture`; while iterating, as `opening.rows`.
     """
-    stream = _stream(mixture, root, "grpo", grpo.ADAPTERS, one_a_row, split, streaming, max_samples, on_bad_row)
+    stream = RowStream(
+        tuple(parse_mixture(mixture, root, "grpo")), grpo.ADAPTERS, one_a_row, split, streaming, max_samples, on_bad_row
+    )
     return CountedStream(stream, _queries)
 
 
@@ -161,7 +167,9 @@ def load_dpo_dataset(
     """
     _check_length(max_seq_len)
     adapters = {"ultrafeedback": dpo.ultrafeedback}
-    stream = _stream(mixture, root, "dpo", adapters, one_a_row, split, streaming, max_samples, on_bad_row)
+    stream = RowStream(
+        tuple(parse_mixture(mixture, root, "dpo")), adapters, one_a_row, split, streaming, max_samples, on_bad_row
+    )
     return CountedStream(stream, partial(_pairs, tokenizer, max_seq_len))
 
 
@@ -189,7 +197,15 @@ def load_multimodal_dataset(
     if not folder.is_dir():
         raise UserError(f"There is no image folder {folder}: give image_root an existing one, e.g. COCO's train2017.")
     adapters = {name: partial(adapter, image_root=folder) for name, adapter in multimodal.ADAPTERS.items()}
-    stream = _stream(mixture, root, "multimodal", adapters, one_a_row, split, streaming, max_samples, on_bad_row)
+    stream = RowStream(
+        tuple(parse_mixture(mixture, root, "multimodal")),
+        adapters,
+        one_a_row,
+        split,
+        streaming,
+        max_samples,
+        on_bad_row,
+    )
     return CountedStream(stream, _image_chats)
 
 
@@ -200,21 +216,6 @@ def collate_pairs(pairs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
     """
     batch = {key: torch.cat([pair[key] for pair in pairs]) for key in pairs[0] if key != "index"}
     return {**batch, "index": torch.stack([pair["index"] for pair in pairs]).repeat_interleave(2)}
-
-
-def _stream(
-    mixture: str,
-    root: str,
-    use: str,
-    adapters: Mapping[str, Callable[[Row], Any]],
-    size: Callable[[Any], float],
-    split: str,
-    streaming: bool,
-    max_samples: int | None,
-    on_bad_row: OnBadRow,
-) -> RowStream:
-    parts = tuple(parse_mixture(mixture, root, use))
-    return RowStream(parts, adapters, size, split, streaming, max_samples, on_bad_row)
 
 
 def _windows(

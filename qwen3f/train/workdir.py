@@ -56,7 +56,8 @@ def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
     """Raises UserError, naming what differs, if `workdir` belongs to a run whose state has another form or meaning.
 
     That is another stage, model or optimizer, by the last checkpoint that can be read, else by config.json, which must
-    agree with it; a tokenizer other than config.data.tokenizer; or one whose files are not those that the run began with.
+    agree with it; a tokenizer other than config.data.tokenizer; or one whose files are not those that the run began
+    with.
     """
     there, meta = read_config(workdir), _last_meta(workdir)
     saved = meta.get("config") or there or config
