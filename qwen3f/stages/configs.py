@@ -7,11 +7,35 @@ from qwen3f.train.defaults import run_config
 
 def pretrain_config(preset: str) -> ConfigDict:
     config = run_config(preset, "pretrain")
+    _text(config.data)
+    config.eval.max_docs = 0  # held-out documents to use; 0: all
+    config.eval.compare_gzip = False  # also say what gzip -9 needs for the held-out text
     config.context_warmup = ConfigDict()
     config.context_warmup.length = 0  # tokens that attention may look back over at first; 0: no such warmup
     config.context_warmup.steps = 0.5  # how long: below 1 a share of the steps, else a number of steps
     config.sample = _sample()
     return config
+
+
+def _text(data: ConfigDict) -> None:
+    """What pretraining reads, and how it becomes rows. Without data.tokenizer one of model.vocab_size is trained."""
+    # embedded: Python's standard library; reasoning: generated problems; files@DIR: .txt, .jsonl, .parquet; or the name
+    # of a data set (qwen3f.data.sources.adapters.registry) with a local copy, NAME@DIR. Several of them with weights:
+    # embedded=0.7,reasoning=0.3
+    data.mixture = "embedded"
+    data.root = ""  # DIR for mixture=files
+    data.text_key = "text"  # field of .jsonl, column of .parquet
+    data.holdout = 0.05  # share of the documents kept for validation
+    data.max_samples = 0  # documents of each source to use, at most; 0: all
+    data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written
+    data.max_epochs = ""  # readings of a source before it is dropped: 4, or reasoning=4,fineweb=1; "": no limit
+    data.length_mix = ""  # shares of documents by length, long=0.75,medium=0.25: over seq_len / 2, over / 8
+    data.packing = "concat"  # concatenate and cut, or best_fit: whole documents, with padding
+    data.long_documents = "cut"  # or drop: best_fit's documents that are longer than seq_len
+    data.streaming = False  # documents as they are read, also from the Hub; False: from a cache of tokens
+    data.shuffle_buffer = 0  # documents of a stream that are shuffled together
+    data.reset_positions = True  # positions restart at each document
+    data.cross_documents = False  # attention may look into the documents before
 
 
 def _sample() -> ConfigDict:
@@ -21,3 +45,37 @@ def _sample() -> ConfigDict:
     sample.tokens = 64
     sample.temperature = 0.7
     return sample
+
+
+def sft_config(preset: str) -> ConfigDict:
+    config = run_config(preset, "sft")
+    _chats(config.data)
+    config.eval.max_rows = 256  # held-out rows of each source for the loss; 0: all
+    config.eval.task = "reasoning"  # whose held-out questions are answered, greedily; "": none
+    config.eval.questions = 256  # so many of them, of the kinds and difficulties that data names
+    config.eval.modes = "thinking"  # in which they are answered: thinking, plain, or thinking,plain
+    config.eval.max_new_tokens = 256
+    config.show_samples = 3  # samples that are shown at the start, with what is trained marked
+    return config
+
+
+def _chats(data: ConfigDict) -> None:
+    """What is trained on; see qwen3f.data.chat.corpus."""
+    # reasoning, reasoning-plain: generated problems, with and without their working; chats@DIR: files of messages; or a
+    # data set's name (qwen3f.data.sources.adapters.registry), with @DIR for a local copy. Several with weights:
+    # reasoning=0.7,reasoning-plain=0.3
+    data.mixture = "reasoning"
+    data.root = ""  # the directory of the one source
+    data.kinds = ""  # of generated problems, arithmetic,logic; "": all
+    data.difficulties = ""  # of generated problems, 1,2; "": all
+    data.problems = 32_768  # that are generated, both splits together
+    data.problem_seed = 0
+    data.turns = "last"  # a sample for each answer, its prompt as inference renders it; or all, in one sequence
+    data.switches = 0.0  # share of samples that say their mode, by /think or /no_think
+    data.judge = ""  # keep only answers that this task calls right: reasoning
+    data.long_chats = "drop"  # of samples longer than seq_len: drop, cut_end (behind the last answer that fits), error
+    data.on_bad_row = "error"  # or skip, counted
+    data.max_samples = 0  # of each source, at most; 0: all
+    data.max_heldout = 1000  # held-out samples of each source, at most
+    data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written
+    data.max_epochs = ""  # readings of a source before it is dropped: 4, or reasoning=4; "": no limit

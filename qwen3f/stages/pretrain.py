@@ -36,7 +36,7 @@ def make_train_step(cfg: ModelConfig, optimizer: AdamW, schedule: Schedule, **op
 def check(setup: Setup) -> None:
     """Raises UserError for what of context_warmup, sample and data cannot run."""
     config = setup.config
-    for key in ("context_warmup.length", "sample.tokens"):
+    for key in ("context_warmup.length", "sample.tokens", "eval.max_docs"):
         at_least(config, key, 0)
     if config.context_warmup.length and config.data.cross_documents:
         raise UserError("config.context_warmup.length has no effect with config.data.cross_documents=True; choose one")
@@ -75,6 +75,7 @@ def make(run: Run) -> Stage:
         finish=finish,
         figures=corpus.train_metrics,
         lines=tuple(corpus.describe()),
+        cross_documents=config.data.cross_documents,
     )
 
 

@@ -59,30 +59,12 @@ def run_config(preset: str, stage: str) -> ConfigDict:
 
 
 def _data() -> ConfigDict:
-    """What is trained on, and how it becomes rows."""
+    """What every stage's data has; the rest is in the stage's own keys."""
     data = ConfigDict()
-    # embedded: Python's standard library; reasoning: generated problems; files@DIR: .txt, .jsonl, .parquet; or the name
-    # of a data set (qwen3f.data.sources.adapters.registry) with a local copy, NAME@DIR. Several of them with weights:
-    # embedded=0.7,reasoning=0.3
-    data.mixture = "embedded"
-    data.root = ""  # DIR for mixture=files
-    data.text_key = "text"  # field of .jsonl, column of .parquet
-    data.holdout = 0.05  # share of the documents kept for validation
-    data.max_samples = 0  # documents of each source to use, at most; 0: all
-    data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written
-    data.max_epochs = ""  # readings of a source before it is dropped: 4, or reasoning=4,fineweb=1; "": no limit
-    data.length_mix = ""  # shares of documents by length, long=0.75,medium=0.25: over seq_len / 2, over / 8
-    data.packing = "concat"  # concatenate and cut, or best_fit: whole documents, with padding
-    data.long_documents = "cut"  # or drop: best_fit's documents that are longer than seq_len
-    data.streaming = False  # documents as they are read, also from the Hub; False: from a cache of tokens
-    data.shuffle_buffer = 0  # documents of a stream that are shuffled together
     data.workers = 0  # processes that build batches or tokenise, beside the loader's thread
     data.cache = ""  # where tokenizers and tokens are kept; default $XDG_CACHE_HOME/qwen3f
-    # A sentencepiece .model or a directory with Qwen's tokenizer; default: train one of model.vocab_size on the corpus.
-    data.tokenizer = ""
-    data.reset_positions = True  # positions restart at each document
-    data.cross_documents = False  # attention may look into the documents before
-    data.num_threads = 2
+    data.num_threads = 2  # that tokenise
+    data.tokenizer = ""  # a sentencepiece .model or a directory with Qwen's; default: the run's own, else init_from's
     return data
 
 
@@ -117,12 +99,10 @@ def _schedule() -> ConfigDict:
 
 
 def _eval() -> ConfigDict:
-    """The held-out documents."""
+    """When the stage's evaluations run, and on how many rows at once."""
     evaluation = ConfigDict()
     evaluation.every = 500  # steps; 0: only at the end
     evaluation.batch_size = 16
-    evaluation.max_docs = 0  # held-out documents to use; 0: all
-    evaluation.compare_gzip = False  # also say what gzip -9 needs for the held-out text
     return evaluation
 
 

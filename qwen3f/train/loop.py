@@ -120,7 +120,11 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
     config, stage, first = s.setup.config, s.stage, number(start.state.step)
     tokenizer = W.keep_tokenizer(s.workdir, stage.tokenizer) if s.world.main else None
     options = s.setup.step_options(
-        stage.updates, microbatch_rows=stage.microbatch_rows, donate=True, before_update=s.checkpoints.join
+        stage.updates,
+        microbatch_rows=stage.microbatch_rows,
+        cross_documents=stage.cross_documents,
+        donate=True,
+        before_update=s.checkpoints.join,
     )
     train_step = s.make_step(s.setup.model, stage.objective, options)
     evaluations = Evaluations(stage.evaluators, logger)
@@ -281,5 +285,8 @@ def _announce(s: Session, start: int, logger: Logger) -> None:
         logger.write(described(setup.microbatches, setup.config.batch_size, setup.layout.axes))
     for line in s.stage.lines:
         logger.write(line)
+    for index, text in enumerate(s.stage.samples):
+        logger.text(start, f"train/{index}", text)
+        logger.write(f"--- train {index}\n{text}")
     if start:
         logger.write(f"going on from step {start}")

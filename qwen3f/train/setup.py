@@ -60,7 +60,6 @@ class Setup:
             updates=updates,
             compute_dtype=self.compute_dtype,
             execution=self.execution,
-            cross_documents=self.config.data.cross_documents,
             layout=self.layout,
             **others,
         )
@@ -81,7 +80,6 @@ def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
     for key in (
         "microbatches",
         "eval.every",
-        "eval.max_docs",
         "checkpoint.every",
         "checkpoint.keep",
         "checkpoint.keep_every",

@@ -95,6 +95,8 @@ class Stage:
         run that goes on from one, and after going back to one.
       figures: a batch -> what to log of it.
       lines: what to print at the start.
+      cross_documents: attention ignores document boundaries.
+      samples: texts to show at the start, in the log and in TensorBoard.
       updates: of the optimizer in a step; see StepOptions.
       microbatch_rows: rows of a micro-batch on a rank, where prepare decides how many there are; see StepOptions.
     """
@@ -109,6 +111,8 @@ class Stage:
     load: Callable[[dict[str, Any]], None] = nothing
     figures: Callable[[Batch], dict[str, float]] = no_figures
     lines: tuple[str, ...] = ()
+    cross_documents: bool = False
+    samples: tuple[str, ...] = ()
     updates: int = 1
     microbatch_rows: int = 0
 

@@ -1,0 +1,24 @@
+"""Thinking-mode fusion: a model that thinks learns to answer at once where it is asked to.
+
+    python launch.py --config experiments/sft_fusion.py:nano --config.init_from=W2 --workdir W3
+    python launch.py --config experiments/sft_fusion.py:small --config.init_from=W2 \
+        --config.data.mixture=chats@DIR=0.7,ultrachat@DIR2=0.3
+
+The preset after the colon is that of the model in W2 (default small). Thinking and plain data are mixed by weight; a
+share of the samples says its mode by /think or /no_think, of which the last one wins (Qwen3 technical report, §4.3).
+Thinking data by rejection sampling from the stage before: experiments/rejection_sample.py, then chats@DIR.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import sft_cold_start
+
+
+def get_config(preset: str = "small") -> ConfigDict:
+    config = sft_cold_start.get_config(preset)
+    config.data.mixture = "reasoning=0.7,reasoning-plain=0.3"
+    config.data.switches = 0.5
+    config.eval.modes = "thinking,plain"
+    config.schedule.peak_lr /= 3
+    config.steps //= 3
+    return config

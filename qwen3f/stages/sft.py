@@ -1,0 +1,179 @@
+"""Supervised fine-tuning: next-token prediction of what an assistant writes, in packed chats.
+
+The long-CoT cold start and the fusion of thinking modes (Qwen3 technical report, arXiv:2505.09388, §4.1 and §4.3) are
+this stage with other data. The loss is summed over supervised tokens and divided by their number in the whole batch,
+over micro-batches and ranks.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+
+import numpy as np
+import torch
+
+from qwen3f.data.chat.corpus import ChatCorpus, ChatDataConfig, generated_problems, prepare_chats
+from qwen3f.data.chat.corpus import check as check_data
+from qwen3f.data.chat.report import render_samples
+from qwen3f.data.loader import Share, build_batch
+from qwen3f.data.packing.best_fit_dataset import BestFitDataset
+from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from qwen3f.errors import UserError
+from qwen3f.eval.answers import AnswerOptions, answer, judge, parse_modes
+from qwen3f.params import Params
+from qwen3f.tasks.reasoning import ReasoningTask
+from qwen3f.tasks.registry import open_task
+from qwen3f.tasks.task import Question, Task
+from qwen3f.train.microbatches import evaluation_parts
+from qwen3f.train.objective import NEXT_TOKEN
+from qwen3f.train.outputs import make_eval_step
+from qwen3f.train.restore import check_tokenizer, find_tokenizer
+from qwen3f.train.setup import Setup, at_least
+from qwen3f.train.stage import Batch, Evaluator, Interrupted, Run, Stage
+
+
+def check(setup: Setup) -> None:
+    """Raises UserError for what of data, eval and show_samples cannot run."""
+    config = setup.config
+    check_data(_data_config(setup))
+    for key in ("eval.max_rows", "eval.questions", "show_samples"):
+        at_least(config, key, 0)
+    at_least(config, "eval.max_new_tokens", 1)
+    parse_modes(config.eval.modes)
+    if config.eval.task:
+        open_task(config.eval.task)
+
+
+def make(run: Run) -> Stage:
+    setup, config = run.setup, run.setup.config
+    place = find_tokenizer(setup, run.workdir)
+    if not place:
+        raise UserError(
+            "fine-tuning needs the tokenizer that the model was pretrained with: write --config.init_from=W, or "
+            "--config.data.tokenizer=PATH"
+        )
+    tokenizer = load_tokenizer(place)
+    check_tokenizer(tokenizer, setup.model)
+    corpus = prepare_chats(_data_config(setup), config.seq_len, tokenizer, run.progress)
+    corpus.check_covers(config.steps * config.batch_size, config.seed)
+    return Stage(
+        tokenizer=tokenizer,
+        dataset=corpus.train,
+        objective=NEXT_TOKEN,
+        evaluators={"val": _evaluator(run, corpus, tokenizer)},
+        figures=corpus.train_metrics,
+        lines=tuple(corpus.describe()),
+        samples=_shown(setup, corpus, tokenizer),
+    )
+
+
+def _data_config(setup: Setup) -> ChatDataConfig:
+    fields = {field.name for field in dataclasses.fields(ChatDataConfig)}
+    return ChatDataConfig(**{key: value for key, value in setup.config.data.items() if key in fields})
+
+
+def _shown(setup: Setup, corpus: ChatCorpus, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """A few samples of the first rows, with what is trained marked."""
+    count, seed = setup.config.show_samples, setup.config.seed
+    rows = np.arange(min(count, setup.config.batch_size))
+    if not len(rows):
+        return ()
+    batch = build_batch(corpus.train, 0, rows, seed, setup.model.vocab_size)
+    return tuple(render_samples(batch, tokenizer, count))
+
+
+def _evaluator(run: Run, corpus: ChatCorpus, tokenizer: Tokenizer) -> Evaluator:
+    """ "loss" on held-out answers, of several sources each; on one device also how questions are answered."""
+    config, evaluate = run.setup.config, _make_loss(run, corpus)
+    asks = bool(config.eval.task and config.eval.questions) and run.world.size == 1
+    questions = _questions(run.setup) if asks else (None, ())
+
+    def validate(params: Params) -> dict[str, float]:
+        values = evaluate(params)
+        return {**values, **_answered(run, tokenizer, params, *questions)} if asks else values
+
+    def say(values: Mapping[str, float]) -> str:
+        parts = [f"held-out loss {values['loss']:.4f}"] if "loss" in values else []
+        parts += [f"{name} {100 * values[name]:.1f}%" for name in values if name.partition("/")[0] != "loss"]
+        return ", ".join(parts)
+
+    return Evaluator(config.eval.every, validate, say)
+
+
+def _make_loss(run: Run, corpus: ChatCorpus) -> Callable[[Params], dict[str, float]]:
+    """evaluate(params) -> {"loss": nats a supervised token of the held-out split, "loss/NAME": of each source}."""
+    setup, config = run.setup, run.setup.config
+    rows, axes = config.eval.batch_size, setup.layout.axes
+    eval_step = make_eval_step(
+        setup.model,
+        compute_dtype=setup.compute_dtype,
+        execution=setup.execution,
+        microbatches=evaluation_parts(rows, setup.microbatches, axes),
+        layout=setup.layout,
+    )
+    own = torch.from_numpy(Share(*axes.rows).rows(rows))
+
+    def evaluate(params: Params) -> dict[str, float]:
+        sums = {}
+        for name, dataset in corpus.heldout.items():
+            nats, weight = (torch.zeros((), dtype=torch.float64, device=setup.device) for _ in range(2))
+            for batch in _batches(dataset, rows, config.eval.max_rows):
+                if run.stopping():
+                    raise Interrupted
+                found = eval_step(params, {key: x[own].to(setup.device) for key, x in batch.items()})
+                nats, weight = nats + found[0], weight + found[1]
+            sums[name] = nats.item(), weight.item()
+        if not sums:
+            return {}
+        totals = [sum(pair[i] for pair in sums.values()) for i in (0, 1)]
+        each = {f"loss/{name}": nats / max(weight, 1) for name, (nats, weight) in sums.items()}
+        return {"loss": totals[0] / max(totals[1], 1), **(each if len(each) > 1 else {})}
+
+    return evaluate
+
+
+def _batches(dataset: BestFitDataset, size: int, most: int) -> Iterator[Batch]:
+    """The first `most` rows (0: all), in batches of one shape: the last is filled up with rows that count nothing."""
+    count = min(len(dataset), most or len(dataset))
+    numbers = iter(range(count))
+    while part := [dataset[i] for i in islice(numbers, size)]:
+        blank = {key: np.zeros_like(value) for key, value in part[0].items()}
+        blank["targets"] = np.full_like(blank["targets"], -100)
+        part += [blank] * (size - len(part))
+        yield {key: torch.from_numpy(np.stack([row[key] for row in part])) for key in blank}
+
+
+def _questions(setup: Setup) -> tuple[Task, tuple[Question, ...]]:
+    """The task, and the first held-out questions of the kinds and difficulties that are trained on."""
+    task = open_task(setup.config.eval.task)
+    if isinstance(task, ReasoningTask):
+        problems = generated_problems(_data_config(setup))
+        task = dataclasses.replace(task, kinds=problems.kinds, difficulties=problems.difficulties)
+    questions = tuple(islice(task.questions("heldout"), setup.config.eval.questions))
+    if not questions:
+        raise UserError(f"--config.eval.task={task.name} has no held-out question; write --config.eval.questions=0")
+    return task, questions
+
+
+def _answered(
+    run: Run, tokenizer: Tokenizer, params: Params, task: Task | None, questions: tuple[Question, ...]
+) -> dict[str, float]:
+    """Exact match and form; of the first mode under their own names, of a second one with "_MODE" behind them."""
+    setup, config = run.setup, run.setup.config
+    cfg = dataclasses.replace(setup.model, gradient_checkpointing="none")
+    compute = {path: leaf.to(setup.compute_dtype) for path, leaf in params.items()}
+    options = AnswerOptions(config.eval.max_new_tokens, device=setup.device)
+    prompts = [question.prompt for question in questions]
+
+    def go_on() -> None:
+        if run.stopping():
+            raise Interrupted
+
+    values: dict[str, float] = {}
+    for number, mode in enumerate(parse_modes(config.eval.modes)):
+        thinking = mode == "thinking"
+        given = list(answer(cfg, compute, tokenizer, prompts, thinking, options, go_on))
+        for name, value in judge(task, questions, given, thinking).items():
+            what, slash, group = name.partition("/")
+            values[name if number == 0 else f"{what}_{mode}{slash}{group}"] = value
+    return values
