@@ -123,7 +123,9 @@ def parse_rates(text: str) -> tuple[tuple[str, float], ...]:
     """`PATTERN=FACTOR,…` as AdamW.rates. Raises UserError for another form, or what is no regular expression."""
     out = []
     for piece in filter(None, (part.strip() for part in text.split(","))):
-        pattern, equals, factor = piece.rpartition("=")
+        pattern, _, factor = piece.rpartition("=")
+        if not pattern:
+            raise UserError(f"--config.optimizer.rates: {piece!r} has no pattern; write PATTERN=FACTOR")
         try:
             re.compile(pattern)
             out.append((pattern, float(factor)))
@@ -132,8 +134,6 @@ def parse_rates(text: str) -> tuple[tuple[str, float], ...]:
                 f"--config.optimizer.rates: {piece!r} is no pattern and factor ({error}); write e.g. "
                 r"--config.optimizer.rates='model\.embed_tokens\..*=0,.*norm.*=0.1'"
             ) from error
-        if not equals or not pattern:
-            raise UserError(f"--config.optimizer.rates: {piece!r} has no pattern; write PATTERN=FACTOR")
     return tuple(out)
 
 

@@ -86,7 +86,7 @@ def local_run(
     cfg, mesh, *, fsdp=True, microbatches=1, steps=3, dtype=torch.float64, gather_dtype=None, hyper=ADAMW, **options
 ):
     """In a local world of the mesh: (step, its first state, its batches)."""
-    start = state.init_state(cfg, 0, dtype=dtype)
+    start = state.init_state(cfg, 0, hyper, dtype=dtype)
     inputs = batches(steps)  # made out here: in there, random numbers differ from rank to rank
     with local_world(mesh) as (device_mesh, axes):
         layout, shape = Layout(axes, fsdp, gather_dtype=gather_dtype), axes.shape

@@ -21,8 +21,8 @@ from tests.train import toy_stage
 from tests.train.runs import assert_same_bits, final_state, metrics
 
 ROOT = Path(__file__).parents[2]
-NUMBERS = ("loss", "grad_norm", "margin", "held_log_prob", "tokens_seen")
-TWO = {"dp2": "dense", "tp2": "dense", "cp2": "dense", "pp2": "dense", "ep2": "moe"}
+NUMBERS = ("loss", "grad_norm", "entropy", "margin", "held_log_prob", "tokens_seen")
+TWO = {"dp2": "dense", "tp2": "frozen", "cp2": "dense", "pp2": "frozen", "ep2": "moe"}
 FOUR = {"dp2,tp2": "dense", "cp2,tp2": "dense"}
 
 
@@ -41,7 +41,7 @@ def on_ranks(rank, meshes, folder):
 def alone(tmp_path_factory):
     """kind -> the numbers of one device."""
     folder = tmp_path_factory.mktemp("alone")
-    for kind in ("dense", "moe"):
+    for kind in ("dense", "moe", "frozen"):
         loop.run(toy_stage.get_config(kind), folder / kind, progress=False)
     return folder
 

@@ -62,7 +62,11 @@ def make(run):
     def prepare(state, batch, more):  # every other step leaves its first examples unused
         return more() if int(state.step.to_local() if hasattr(state.step, "to_local") else state.step) % 2 else batch
 
-    objective = Objective("log_probs", None, preference, lambda b: has_document(b).sum() / 2, ("margin",))
+    def with_entropy(log_probs, batch):
+        return log_probs, {"entropy": batch["entropy"]}
+
+    reports = ("entropy", "margin")
+    objective = Objective("log_probs", with_entropy, preference, lambda b: has_document(b).sum() / 2, reports, True)
     return Stage(NoText(), Pairs(), objective, {"held": Evaluator(2, likelihood)}, prepare)
 
 
@@ -72,6 +76,8 @@ def get_config(kind="dense"):
     c.model.update(vocab_size=VOCAB, num_hidden_layers=2, hidden_size=32, intermediate_size=48, head_dim=16)
     if kind == "moe":
         c.model.update(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, router_aux_loss_coef=0.05)
+    if kind == "frozen":
+        c.optimizer.rates = r"model\.embed_tokens\.weight=0,.*\.mlp\..*=0,.*norm\.weight=0.5"
     c.update(steps=6, batch_size=8, microbatches=2, seq_len=LENGTH, log_every=1)
     c.checkpoint.update(every=2, keep=0)
     c.schedule.update(kind="constant", peak_lr=1e-2, warmup=0)
