@@ -11,7 +11,7 @@ from qwen3f import cli
 from qwen3f.errors import UserError
 from sharding.mesh import MeshShape, parse_mesh
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "2"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def launch(*arguments):
