@@ -221,9 +221,12 @@ def test_torchruns_agents_on_two_nodes_start_ranks_that_join(mesh, ranks, tmp_pa
         port = free.getsockname()[1]
     line = torchrun_line(ranks, ranks // 2, [str(path)]).replace("HOST:29500", f"127.0.0.1:{port}")
     command = [sys.executable, "-m", "torch.distributed.run", *line.split()[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    agents = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    out = "".join(agent.communicate(timeout=120)[0] for agent in agents)
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        out = "".join(agent.communicate(timeout=120)[0] for agent in agents)
+    finally:
+        for agent in agents:
+            agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0]
     assert out == f"0 0 {[10 * rank for rank in range(ranks)]}\n"
     assert [(tmp_path / str(rank)).read_text() for rank in range(ranks)] == [str(parse_mesh(mesh))] * ranks
