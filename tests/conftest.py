@@ -6,17 +6,36 @@ Without a GPU, kernels can run in Triton's interpreter; that is decided when tri
 import json
 import os
 import random
+import sys
+
+# Tiny tensors: on two threads of a loaded machine a file took six times as long. Processes of tests inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-torch.set_num_threads(1)  # tiny tensors: on two threads of a loaded machine a file took six times as long
 
-from qwen3f.stages.configs import pretrain_config  # noqa: E402 (after the environment is set)
+from qwen3f.stages.configs import pretrain_config
+
+GPU_SECONDS = 120  # of a test on a GPU: most of it to compile
 
 WORDS = "the cat sat on a mat and looked at red green blue birds in trees while rain fell softly"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(GPU_SECONDS))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """What a test has compiled does not count against the next one's limit of recompilations."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """launch.py as a user meets it: errors of one line with exit code 2, and the contract's command on real text."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -11,12 +10,10 @@ from qwen3f import cli
 from qwen3f.errors import UserError
 from sharding.mesh import MeshShape, parse_mesh
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "2"}
-
 
 def launch(*arguments):
     return subprocess.run(
-        [sys.executable, "launch.py", *arguments], capture_output=True, text=True, env=ENV, timeout=300, check=False
+        [sys.executable, "launch.py", *arguments], capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -92,7 +89,7 @@ def test_contract_command_trains_on_the_embedded_corpus(tmp_path):
     # Its answers may go to a reader that leaves, as in "… | head".
     generate = ["--config=experiments/generate.py", f"--config.init_from={tmp_path / 'w'}", "--config.prompt=import"]
     command = [sys.executable, "launch.py", *generate, "--config.chat=False", "--config.max_new_tokens=8"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         errors = process.stderr.read()
     assert process.returncode == 141, errors

@@ -79,7 +79,7 @@ def test_a_disk_that_fills_up_anywhere_fails_the_save_and_nothing_else(error, st
     assert int(said.split()[-1]) > 0.8 * len(calls), said
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.nightly)])
 def test_kills_at_random_moments_change_nothing(kills, make, forker, tmp_path):
     """A run with a checkpoint a step, killed so often; each start goes on from the last committed step."""
     changes = {"schedule.kind": "constant", "schedule.warmup": 2, "eval.every": 0, "checkpoint.every": 1}

@@ -236,8 +236,10 @@ GPU_CASES = {
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name, dtype", [(n, torch.bfloat16) for n in GPU_CASES] + [
-    ("documents", torch.float16), ("documents", torch.float32)
+@pytest.mark.parametrize("name, dtype", [
+    *(pytest.param(n, torch.bfloat16, marks=pytest.mark.nightly if n in ("wide", "narrow") else ()) for n in GPU_CASES),
+    pytest.param("documents", torch.float16, marks=pytest.mark.nightly),
+    ("documents", torch.float32),
 ])  # fmt: skip
 def test_on_a_gpu(name, dtype):
     """At most 1.1 times as far from float64 as torch's own attention, in float32 twice (2e-6 by norm); the same bits

@@ -212,20 +212,24 @@ def test_two_ranks_start_meet_and_add_up(tmp_path, capfd):
     assert capfd.readouterr().out == "0 0 [0, 10]\n"  # rank 0's alone
 
 
-def test_torchruns_agents_on_two_nodes_start_ranks_that_join(tmp_path):
-    """Two agents on this host stand for two nodes, with two ranks each."""
-    (path := tmp_path / "rank.py").write_text(MEET.format(root=str(ROOT), out=tmp_path, mesh="dp2,tp2"))
+@pytest.mark.parametrize("mesh, ranks", [("dp2", 2), pytest.param("dp2,tp2", 4, marks=pytest.mark.nightly)])
+def test_torchruns_agents_on_two_nodes_start_ranks_that_join(mesh, ranks, tmp_path):
+    """Two agents on this host stand for two nodes, with as many ranks each."""
+    (path := tmp_path / "rank.py").write_text(MEET.format(root=str(ROOT), out=tmp_path, mesh=mesh))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line = torchrun_line(4, 2, [str(path)]).replace("HOST:29500", f"127.0.0.1:{port}")
+    line = torchrun_line(ranks, ranks // 2, [str(path)]).replace("HOST:29500", f"127.0.0.1:{port}")
     command = [sys.executable, "-m", "torch.distributed.run", *line.split()[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    agents = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    out = "".join(agent.communicate(timeout=120)[0] for agent in agents)
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        out = "".join(agent.communicate(timeout=120)[0] for agent in agents)
+    finally:
+        for agent in agents:
+            agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0]
-    assert out == "0 0 [0, 10, 20, 30]\n"
-    assert [(tmp_path / str(rank)).read_text() for rank in range(4)] == [str(parse_mesh("dp2,tp2"))] * 4
+    assert out == f"0 0 {[10 * rank for rank in range(ranks)]}\n"
+    assert [(tmp_path / str(rank)).read_text() for rank in range(ranks)] == [str(parse_mesh(mesh))] * ranks
 
 
 def test_a_lost_rank_ends_the_others_and_is_named(tmp_path):

@@ -18,7 +18,7 @@ class Forker:
 
     def __init__(self, directory, preload=None):
         self._log, self._victim = directory / "victim.log", None
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         if preload:
             environment["LD_PRELOAD"] = str(preload)
         self._process = subprocess.Popen(

@@ -55,6 +55,7 @@ def test_after_a_rank_is_killed_the_run_goes_on_from_its_last_checkpoint(make, t
     assert "Traceback" not in done.stderr  # of the rank that lost its peer
 
 
+@pytest.mark.nightly
 def test_under_torchrun_the_run_goes_on_from_its_last_checkpoint(make, tmp_path, alone):
     """Its agent starts both ranks again with the store of those before; here they are asked for another mesh."""
     done = _launched(tmp_path, make(steps=STEPS, mesh="dp2", **OPTIONS), "killed", "tp2", by=TORCHRUN)
@@ -63,6 +64,7 @@ def test_under_torchrun_the_run_goes_on_from_its_last_checkpoint(make, tmp_path,
     assert "mesh: tp2, 2 ranks" in done.stdout
 
 
+@pytest.mark.nightly
 def test_a_rank_that_hangs_is_shown_and_ends_the_run(make, tmp_path):
     begin = time.monotonic()
     done = _launched(tmp_path, make(steps=7, mesh="dp2", watchdog=10.0, **{"eval.every": 0}), "stuck")
