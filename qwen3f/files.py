@@ -1,9 +1,12 @@
-"""Files that are either wholly there or not at all, and stay."""
+"""Files that are either wholly there or not at all, and stay; and files that are read whole, up to a size."""
 
 import os
 import uuid
 from collections.abc import Collection
 from pathlib import Path
+
+from qwen3f.errors import UserError
+from qwen3f.limits import FILE_BYTES, Limit
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -19,6 +22,19 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_bounded(path: Path, most: Limit = FILE_BYTES) -> bytes:
+    """A file's content. Raises UserError, before reading, for one that is too large; OSError if it cannot be read."""
+    size = path.stat().st_size
+    if size > most.value():
+        raise UserError(f"{path} has {size:,} bytes, {most.exceeded('bytes')}")
+    return path.read_bytes()
+
+
+def decode_text(content: bytes) -> str:
+    """A text file's content: UTF-8 without a signature (BOM), CR LF as LF. Raises UnicodeDecodeError."""
+    return content.decode("utf-8-sig").replace("\r\n", "\n")
 
 
 def sync(path: Path) -> None:

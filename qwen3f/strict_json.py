@@ -1,20 +1,17 @@
-"""JSON files from strangers: an object, no key twice, of a bounded size."""
+"""JSON files from strangers: an object, no key twice, of a bounded size. A UTF-8 signature (BOM) is no part of it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from qwen3f.errors import UserError
-
-MAX_BYTES = 64 * 2**20  # the index of the largest Qwen3 has 4 MB
+from qwen3f.files import read_bounded
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises UserError naming the file: missing, too large, no JSON, or a key twice."""
     if not path.is_file():
         raise UserError(f"there is no file {path}; give a directory that holds it")
-    if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, over the {MAX_BYTES:,} that are read")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -25,7 +22,7 @@ def read_object(path: Path) -> dict[str, Any]:
         return values
 
     try:
-        values = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        values = json.loads(read_bounded(path), object_pairs_hook=unique)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:

@@ -84,8 +84,11 @@ class Checkpointer:
         if backend == "dcp" and world.size > 1:
             raise UserError("config.checkpoint.backend=dcp saves one device's state; write orbax for a mesh")
         self.directory = Path(directory).absolute()
-        if self.directory.exists() and not self.directory.is_dir():
-            raise UserError(f"{self.directory} is a file: checkpoints need a directory, choose another --workdir")
+        if not self.directory.is_dir() and (self.directory.exists() or self.directory.is_symlink()):
+            raise UserError(
+                f"{self.directory} is a file, or a link to nothing: checkpoints need a directory, choose another "
+                "--workdir"
+            )
         self.every, self.asynchronous, self.backend, self.timeout = every, asynchronous, backend, timeout
         self.world, self._writers = world, world.apart()  # a conversation of the threads that write
         self._shard_of = shard_of or (lambda name, shape: whole(shape, world.main))
@@ -307,24 +310,15 @@ class Checkpointer:
     def set_aside(self, after: int) -> Path | None:
         """Moves the checkpoints later than `after` out of the way, to continue from an earlier step; deletes none.
 
-        Returns the directory that they lie in now (beside `directory`), or None where there were none.
+        Returns the directory that they lie in now (see `commit.move_aside`), or None where there were none. Raises
+        CheckpointWriteError where they can't be moved.
         """
         self.wait()
-        moved = self.world.together(lambda: self._move_aside(after) if self.world.main else None, OSError)
+        moved = self.world.together(
+            lambda: commit.move_aside(self.directory, after) if self.world.main else None, CheckpointWriteError
+        )
         moved = self.world.first(moved and str(moved))
         return moved and Path(moved)
-
-    def _move_aside(self, after: int) -> Path | None:
-        later = [step for step in self.steps() if step > after]
-        if not later:
-            return None
-        count = 1
-        while (aside := self.directory.with_name(f"{self.directory.name}.aside{count}")).exists():
-            count += 1
-        aside.mkdir()
-        for step in reversed(later):  # the latest first: were this cut short, what remains would still be in order
-            (self.directory / str(step)).rename(aside / str(step))
-        return aside
 
     def _shards(self, leaves: dict[Name, Tensor]) -> tuple[dict[Name, Shard], dict[Name, Tensor]]:
         """What this rank has of the leaves: which part, and its values."""

@@ -3,9 +3,11 @@
 They write into a directory under another name, each its own files. One rename gives it its step's number.
 """
 
+import errno
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -50,7 +52,7 @@ def clean(directory: Path) -> None:
     """Make the directory; delete what a killed process left half written or half deleted."""
     directory.mkdir(parents=True, exist_ok=True)
     for path in [path for suffix in (WRITING, DELETED) for path in directory.glob(f"*{suffix}")]:
-        shutil.rmtree(path)
+        _remove(path)
 
 
 def guarded(directory: Path, step: int, work: Callable[[], T]) -> T:
@@ -145,7 +147,7 @@ def delete_expired(directory: Path, step: int, retention: Retention, world: Worl
         for old in retention.expired({there: _metrics(directory / str(there)) for there in steps(directory)}):
             place = directory / str(old)
             try:
-                shutil.rmtree(place.rename(place.with_name(f"{old}{DELETED}")))
+                _remove(place.rename(place.with_name(f"{old}{DELETED}")))
             except OSError as error:
                 raise CheckpointWriteError(
                     f"the checkpoint of step {step} is written, but {place}, which config.checkpoint.keep gives "
@@ -153,6 +155,56 @@ def delete_expired(directory: Path, step: int, retention: Retention, world: Worl
                 ) from error
 
     world.together(lambda: delete() if world.main else None, CheckpointWriteError)
+
+
+def move_aside(directory: Path, after: int) -> Path | None:
+    """Move the checkpoints later than `after` into a directory of their own; returns it, or None if there are none.
+
+    It is `directory`'s name with ".asideN", beside it. Where that is another file system, since `directory` is a link,
+    it is beside what the link leads to, or else within.
+
+    Raises CheckpointWriteError. What was moved before stays so: the latest are moved first.
+    """
+    later = [step for step in steps(directory) if step > after]
+    if not later:
+        return None
+    real = directory.resolve()
+    try:
+        for place in (directory, real, real / directory.name):
+            numbered = (place.with_name(f"{directory.name}.aside{count}") for count in itertools.count(1))
+            aside = next(path for path in numbered if not path.exists())
+            if _moved(directory, reversed(later), aside):
+                return aside
+    except OSError as error:
+        raise CheckpointWriteError(
+            f"the checkpoints after step {after} could not be moved out of {directory} ({error}): move them yourself"
+        ) from error
+    raise CheckpointWriteError(
+        f"{directory} lies on several file systems: move the checkpoints after step {after} yourself"
+    )
+
+
+def _moved(directory: Path, later: Iterable[int], aside: Path) -> bool:
+    """Whether they could be moved there; False, with nothing changed, for another file system."""
+    aside.mkdir()
+    try:
+        for step in later:
+            (directory / str(step)).rename(aside / str(step))
+    except OSError as error:
+        if not any(aside.iterdir()):
+            aside.rmdir()
+            if error.errno == errno.EXDEV:
+                return False
+        raise
+    return True
+
+
+def _remove(path: Path) -> None:
+    """A directory with all that is in it; of a link the link alone, since what it leads to may be someone's archive."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _metrics(checkpoint: Path) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The leaves of a state as a checkpoint knows them: their paths, shapes and dtypes."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ class LeafSpec(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.torch_dtype.itemsize
+        return math.prod(self.shape) * self.torch_dtype.itemsize
 
 
 def spec_of(leaf: Tensor) -> LeafSpec:

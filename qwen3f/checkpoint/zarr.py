@@ -6,6 +6,7 @@ So a rank writes whole files, and no file has two writers; any mesh reads what a
 import functools
 import itertools
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -53,14 +54,15 @@ def check(directory: Path, part: Part) -> None:
     if not fits or array.get("compressor") is not None or array.get("filters") is not None:
         raise DamagedCheckpoint(f"{directory.parent} is damaged: {leaf} is not stored as whole, plain chunks")
     size = LeafSpec(chunk, spec.dtype).bytes
-    for _, box in part.shard.pieces:
-        for index in itertools.product(*(range(s.start // c, -(-s.stop // c)) for s, c in zip(box, chunk))):
-            file = directory / _file(index)
-            if not file.is_file() or file.stat().st_size != size:
-                count = math.prod(-(-whole // part) for whole, part in zip(spec.shape, chunk))
-                raise DamagedCheckpoint(
-                    f"{directory.parent} is damaged: {leaf}, {spec}, is not in {count} files of {size} bytes"
-                )
+    boxes = [[range(s.start // c, -(-s.stop // c)) for s, c in zip(box, chunk)] for _, box in part.shard.pieces]
+    there = len(os.listdir(directory))  # no more names are made than can be there, whatever the shape says
+    indices = itertools.chain.from_iterable(itertools.product(*box) for box in boxes)
+    few = any(math.prod(map(len, box)) > there for box in boxes)
+    if few or any(not _is_whole(directory / _file(index), size) for index in indices):
+        count = math.prod(-(-whole // part) for whole, part in zip(spec.shape, chunk))
+        raise DamagedCheckpoint(
+            f"{directory.parent} is damaged: {leaf}, {spec}, is not in {count} files of {size} bytes"
+        )
 
 
 def read(wanted: Mapping[Path, Part]) -> dict[Path, Tensor]:
@@ -108,6 +110,10 @@ def files_of(part: Part) -> list[str]:
 
 def _file(index: tuple[int, ...]) -> str:
     return ".".join(map(str, index)) or "0"
+
+
+def _is_whole(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def _where(directory: Path) -> dict[str, Any]:

@@ -77,8 +77,12 @@ def sample(logits_BV: Tensor, params: SamplingParams, stream_B: Tensor, seen_BV:
 
 
 def filter_logits(logits_BV: Tensor, params: SamplingParams) -> Tensor:
-    """Logits over the temperature, −inf for what top-k, top-p and min-p take away; float64 [B, V]. temperature > 0."""
-    logits_BV = logits_BV.double() / params.temperature
+    """Logits over the temperature, −inf for what top-k, top-p and min-p take away; float64 [B, V]. temperature > 0.
+
+    The largest of a row is 0: so no temperature, however small, makes it infinite.
+    """
+    logits_BV = logits_BV.double()
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / params.temperature
     if params.top_k:
         kth_B1 = logits_BV.topk(min(params.top_k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -math.inf)

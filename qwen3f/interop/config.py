@@ -11,6 +11,7 @@ import torch
 
 from qwen3f.config import ModelConfig, RopeScaling
 from qwen3f.errors import UserError
+from qwen3f.limits import MODEL_PARAMETERS, MODEL_TENSORS
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 ROPE_THETA = 1e4  # where a file names none
@@ -117,9 +118,20 @@ def from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         fields["head_dim"] = fields["hidden_size"] // heads if heads else 0
     try:
         theta, scaling = _rope(values)
-        return ModelConfig(**fields, rope_theta=theta, rope_scaling=scaling)
+        cfg = ModelConfig(**fields, rope_theta=theta, rope_scaling=scaling)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    check_size(cfg, where)
+    return cfg
+
+
+def check_size(cfg: ModelConfig, where: str) -> None:
+    """Raises UserError for a model from a file that no machine holds: what is made of its sizes would take for ever."""
+    tensors = cfg.num_hidden_layers * max(1, cfg.num_experts)
+    if tensors > MODEL_TENSORS.value():
+        raise UserError(f"{where}: num_hidden_layers × num_experts is {tensors:,}, {MODEL_TENSORS.exceeded('tensors')}")
+    if (parameters := cfg.total_params_estimate()) > MODEL_PARAMETERS.value():
+        raise UserError(f"{where}: the model has {parameters:,} parameters, {MODEL_PARAMETERS.exceeded('parameters')}")
 
 
 def to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -28,6 +28,7 @@ CONFIG, GENERATION_CONFIG, CHAT_TEMPLATE = "config.json", "generation_config.jso
 _TEMPLATE = Path(__file__).with_name(CHAT_TEMPLATE)
 MAX_SHARD_BYTES = 5 * 10**9
 _MAPPED_BYTES = 2**28
+_FAR = 4  # as many tensors too few are another model; fewer are missing, and named
 DTYPES = {name: dtype for dtype, name in writer.DTYPE_NAMES.items()}
 
 
@@ -54,10 +55,10 @@ def load_pretrained(
         _check_dtype(dtype, "weights", "loaded")
     cfg = read_config(directory)
     stored = shards.read_directory(directory)
-    if max(cfg.num_hidden_layers, cfg.num_experts) > len(stored):  # a short file must not ask for endless memory
+    if (needed := keys.count(cfg)) > _FAR * len(stored):  # a short file must not ask for much memory
         raise UserError(
-            f"{directory / CONFIG} describes {cfg.num_hidden_layers} layers and {cfg.num_experts} experts, but only "
-            f"{len(stored)} tensors are stored; config and weights belong to different models"
+            f"{directory / CONFIG} describes a model of {needed:,} tensors, but only {len(stored):,} are stored; "
+            "config and weights belong to different models"
         )
     slots = keys.slots(cfg)
     _check_stored(cfg, slots, stored, directory)

@@ -44,6 +44,15 @@ def slots(cfg: ModelConfig) -> dict[str, Slot]:
     return {key: slot for part in (before, *by_layer, after) for key, slot in part.items()}
 
 
+def count(cfg: ModelConfig) -> int:
+    """How many keys `slots` has, without making them."""
+    table = abstract_params(cfg)
+    return sum(
+        len(spec.layers or ("",)) * (cfg.num_experts if path.removeprefix(LAYERS).startswith(_EXPERTS) else 1)
+        for path, spec in table.items()
+    )
+
+
 def is_ignored(cfg: ModelConfig, key: str) -> bool:
     """Whether a stored tensor has no place of its own: a buffer of old files, or a tied head beside the embedding."""
     return bool(_BUFFER.fullmatch(key)) or is_tied_head(cfg, key)

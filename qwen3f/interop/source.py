@@ -15,6 +15,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.interop import hf
+from qwen3f.interop.config import check_size
 from qwen3f.params import Params, abstract_params
 from qwen3f.processes.world import ALONE, World
 from qwen3f.strict_json import read_object
@@ -73,7 +74,9 @@ def read_model_config(source: str) -> ModelConfig:
         config = checkpoints.read_meta(step).get("config", {})
     if "model" not in config:
         raise UserError(f"{directory / W.CHECKPOINTS / str(step)} does not say which model it is of; give another one")
-    return ModelConfig.from_dict(config["model"])
+    cfg = ModelConfig.from_dict(config["model"])
+    check_size(cfg, str(directory / W.CHECKPOINTS / str(step)))
+    return cfg
 
 
 def check_same_model(source: str, cfg: ModelConfig) -> None:

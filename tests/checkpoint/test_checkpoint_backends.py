@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -178,6 +179,25 @@ def test_a_dcp_file_that_leads_out_is_refused(tmp_path):
     forge(place)
     with pytest.raises(DamagedCheckpoint, match=r"its file \.\./\.\./elsewhere is not in it"):
         Checkpointer(tmp_path, 1, 0, backend="dcp").restore(make_state())
+
+
+def test_a_shape_that_lies_makes_no_list_of_files(tmp_path):
+    """Chunks of one element, of two thousand million: as many names would fill the memory."""
+    place = save(tmp_path, "orbax", state={"params": {"w": torch.zeros(3, 4)}})
+    array = place / "state" / "params.w" / ".zarray"
+    array.write_text(json.dumps({**json.loads(array.read_text()), "shape": [2**31, 4], "chunks": [1, 1]}))
+    forge(place)
+    like = {"params": {"w": torch.empty(2**31, 4, device="meta")}}
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedCheckpoint, match=r"params.w, .* is not in 8589934592 files of 4 bytes"):
+            Checkpointer(tmp_path, 1, 0).restore(like)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    array.write_text(json.dumps({**json.loads(array.read_text()), "shape": [2**62, 4]}))
+    forge(place)
+    assert Checkpointer(tmp_path, 1, 0).read_tree(3)["params", "w"].bytes == 2**66
 
 
 @pytest.mark.parametrize("content", ["{", '{"a": 1, "a": 2}', "[]"])

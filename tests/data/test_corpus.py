@@ -93,7 +93,7 @@ def test_two_vocabulary_sizes_live_side_by_side(config):
         ({"holdout": 0.0}, "no document in its heldout split.*raise data.holdout"),
         ({"vocab_size": 10**6}, "set model.vocab_size to"),
         ({"num_threads": 0}, "data.num_threads is 0: give at least 1"),
-        ({"text_key": "body"}, r"rows.jsonl:1 has no key 'body'; it has 'text'"),
+        ({"text_key": "body"}, r"rows.jsonl:1 has no column 'body'; it has 'text'"),
     ],
 )
 def test_user_errors(config, change, message):

@@ -35,11 +35,14 @@ def keys(count, seed=0):
     ties=st.booleans(),
 )
 def test_filters_equal_transformers(seed, temperature, top_k, top_p, min_p, ties):
-    """float64 for both. Ties only without top-p: which of two equal tokens it keeps is up to the sort."""
+    """float64 for both, of logits whose largest is 0, which means the same.
+
+    Ties only without top-p: which of two equal tokens it keeps is up to the sort.
+    """
     logits = random_logits(seed)
     if ties and top_p == 1:
         logits = logits.round()
-    expected = hf.TemperatureLogitsWarper(temperature)(None, logits)
+    expected = hf.TemperatureLogitsWarper(temperature)(None, logits - logits.amax(-1, keepdim=True))
     if top_k:
         expected = hf.TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
@@ -108,6 +111,33 @@ def test_the_rarest_draws_stay_in_range():
     drawn = sample(logits.expand(1000, -1), params, keys(1000), NOTHING)
     assert set(drawn.tolist()) == {1}  # e^−40 is far below 1/1000, the impossible ones never
     assert sample(torch.zeros(1, 1), params, keys(1), NOTHING).tolist() == [0]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-308, 2.3e-308, 1e-300, 1e-45, 1e-9])
+@pytest.mark.parametrize(
+    "more", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}]
+)
+def test_the_smallest_temperatures_choose_the_largest_logit(temperature, more):
+    """As temperature 0 does; of equal ones any. No id outside the vocabulary, whatever the size of the logits."""
+    params = SamplingParams(temperature, **more)
+    for scale in (1e-3, 1.0, 1e30, 1e300):
+        logits = random_logits(0, rows=64, vocab=11) * scale
+        if scale == 1e-3 and temperature == 1e-9:
+            logits = (logits * 1e3).round() * 1e-3  # neighbours far enough apart for this temperature
+        drawn = sample(logits, params, keys(64), NOTHING)
+        assert torch.equal(logits.gather(1, drawn[:, None])[:, 0], logits.amax(-1))
+        assert (filter_logits(logits, params).softmax(-1).sum(-1) - 1).abs().max() < 1e-12
+    ties = torch.tensor([[2.0, 7.0, 7.0, -1.0]]).expand(400, -1)
+    assert set(sample(ties, params, keys(400), NOTHING).tolist()) == {1, 2}
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=SEEDS, temperature=st.floats(5e-324, 1e308), scale=st.floats(1e-300, 1e300))
+def test_every_temperature_gives_a_token(seed, temperature, scale):
+    logits = random_logits(seed, rows=4, vocab=9) * scale
+    drawn = sample(logits, SamplingParams(temperature, top_p=0.9), keys(4), NOTHING)
+    assert drawn.min() >= 0
+    assert drawn.max() < 9
 
 
 def test_recommended_settings():

@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+import tracemalloc
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from qwen3f import params
 from qwen3f.config import ModelConfig
+from qwen3f.data.tokenizers import bpe_files
+from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.interop import hf, writer
 from tests.interop.models import edit_config, edit_tensors
@@ -70,6 +74,12 @@ def only_pickle(directory):
     torch.save({NORM: torch.ones(16)}, directory / "pytorch_model.bin")
 
 
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 8,
+}
 ONE_FILE = {
     "data cut short": (cut_file(-10), "model.safetensors is not a whole safetensors file"),
     "header cut short": (cut_file(40), "not a whole safetensors file"),
@@ -95,7 +105,18 @@ ONE_FILE = {
         "stores lm_head.weight, which .* puts in no file",
     ),
     "another family": (lambda d: edit_config(d, model_type="mistral"), "config.json: model_type is 'mistral'"),
-    "endless layers": (lambda d: edit_config(d, num_hidden_layers=10**12), "only 25 tensors are stored"),
+    "endless layers": (
+        lambda d: edit_config(d, num_hidden_layers=3 * 10**7),
+        "config.json: num_hidden_layers × num_experts is 30,000,000, over the limit of 262,144 tensors; .*QWEN3F_MAX",
+    ),
+    "layers times experts": (
+        lambda d: edit_config(d, **EXPERTS, num_hidden_layers=500, num_experts=500),
+        "describes a model of 754,503 tensors, but only 25 are stored",
+    ),
+    "endless vocabulary": (
+        lambda d: edit_config(d, vocab_size=2**62),
+        "config.json: the model has 147,5.* parameters, over the limit of 17,592,186,044,416 parameters",
+    ),
     "no config": (lambda d: (d / "config.json").unlink(), "there is no file .*config.json"),
     "config cut short": (write("config.json", b'{"model_type":'), "config.json is not JSON"),
     "config no object": (write("config.json", b"[1]"), "config.json holds a JSON list"),
@@ -141,6 +162,46 @@ def check(case, directory):
     breaks(directory)
     with pytest.raises(UserError, match=words):
         hf.load_pretrained(directory)
+
+
+def test_sizes_are_refused_before_anything_is_made_of_them(model, tmp_path):
+    """In less than a second and 50 MB where minutes and gigabytes went before; limits can be raised."""
+    hf.save_pretrained(tmp_path / "m", CFG, model)
+    whole = (tmp_path / "m" / "config.json").read_bytes()
+    for name in ("endless layers", "layers times experts", "endless vocabulary"):
+        check(ONE_FILE[name], tmp_path / "m")  # imports and caches
+        tracemalloc.start()
+        began = time.process_time()
+        try:
+            check(ONE_FILE[name], tmp_path / "m")
+            assert time.process_time() - began < 1
+            assert tracemalloc.get_traced_memory()[1] < 50e6
+        finally:
+            tracemalloc.stop()
+        (tmp_path / "m" / "config.json").write_bytes(whole)
+
+
+def test_the_limit_of_layers_can_be_raised(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("QWEN3F_MAX_MODEL_TENSORS", "1")
+    hf.save_pretrained(tmp_path / "m", CFG, model)
+    with pytest.raises(UserError, match="num_hidden_layers × num_experts is 2, over the limit of 1 tensors"):
+        hf.load_pretrained(tmp_path / "m")
+    monkeypatch.setenv("QWEN3F_MAX_MODEL_TENSORS", "2")
+    hf.load_pretrained(tmp_path / "m")
+
+
+def test_a_sparse_file_is_not_read(tmp_path):
+    """A terabyte that takes no room, where a file is read whole."""
+    for name in ("tokenizer.json", "tokenizer.model", "merges.txt", "qwen.tiktoken", "config.json"):
+        place = tmp_path / name.replace(".", "_")
+        place.mkdir()
+        (place / name).touch()
+        os.truncate(place / name, 2**40)
+        if name == "merges.txt":
+            (place / "vocab.json").write_text(json.dumps({bpe_files.to_text(bytes([i])): i for i in range(256)}))
+        read = hf.read_config if name == "config.json" else load_tokenizer
+        with pytest.raises(UserError, match=rf"{name} has 1,099,511,627,776 bytes, over the limit of 67,108,864 bytes"):
+            read(place)
 
 
 def test_a_file_instead_of_a_directory(tmp_path):

@@ -14,7 +14,7 @@ import transformers
 from qwen3f import model, params
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from qwen3f.interop import hf
+from qwen3f.interop import hf, keys
 from tests.interop.models import CASES, edit_config, edit_tensors, hf_model, same_bits, tensors
 
 KEYS_OF_OLD_READERS = {"rope_theta", "rope_scaling", "torch_dtype", "architectures", "model_type", "head_dim"}
@@ -30,6 +30,7 @@ def test_from_transformers_and_back(case, tmp_path):
     theirs = hf_model(case)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
     cfg, p = hf.load_pretrained(tmp_path / "theirs")
+    assert keys.count(cfg) == len(keys.slots(cfg))
     tokens = random_tokens(cfg)
     with torch.no_grad():
         expected = theirs(tokens).logits

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from qwen3f import cli, model, params
+from qwen3f.checkpoint import manifest
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.config import ModelConfig
 from qwen3f.data.tokenizers.tokenizer import load_tokenizer
@@ -225,6 +226,24 @@ def test_a_damaged_record_starts_nothing(use, root, trained, tmp_path):
     with pytest.raises(UserError, match="4 is damaged: the checksum of meta/metadata is not the one in its manifest"):
         uses[use]()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_no_size_that_can_be(trained, tmp_path):
+    """Whoever writes a checkpoint writes its manifest too."""
+    place = shutil.copytree(trained, tmp_path / "w") / "checkpoints" / "4"
+    record = place / "meta" / "metadata"
+    for key, value in (("num_hidden_layers", 30_000_000), ("vocab_size", 2**62)):
+        meta = json.loads((trained / "checkpoints" / "4" / "meta" / "metadata").read_text())
+        meta["config"]["model"][key] = value
+        record.write_text(json.dumps(meta))
+        manifest.write(place, {})
+        with pytest.raises(UserError, match=r"w/checkpoints/4: .*, over the limit of .* set QWEN3F_MAX_MODEL_"):
+            source.check_same_model(str(tmp_path / "w"), source.read_model_config(str(trained)))
+    meta["config"] = {}
+    record.write_text(json.dumps(meta))
+    manifest.write(place, {})
+    with pytest.raises(UserError, match="w/checkpoints/4 does not say which model it is of"):
+        source.read_model_config(str(tmp_path / "w"))
 
 
 def test_export_defaults_and_errors(trained, tmp_path):

@@ -24,11 +24,13 @@ import numpy as np
 
 from qwen3f.data.sources.documents import Document, Split, is_heldout, stable_hash
 from qwen3f.errors import UserError
+from qwen3f.files import decode_text, read_bounded
+from qwen3f.limits import ROW_BYTES
 
 SHINGLE_LINES = 5
 DUPLICATE_CONTAINMENT = 0.5
 
-_FORMAT = 2  # part of the fingerprint: raise it when the same files would give other documents
+_FORMAT = 3  # part of the fingerprint: raise it when the same files would give other documents
 _SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
@@ -52,7 +54,7 @@ class EmbeddedSource:
             counts.update(dict(dropped))
         for relative in kept:
             if is_heldout(relative.encode(), self.holdout) == (split == "heldout"):
-                yield Document((self.root / relative).read_bytes().decode(), relative)
+                yield Document(decode_text((self.root / relative).read_bytes()), relative)
 
     def fingerprint(self, split: Split) -> str:
         """Digest of every file's path, size and time, of `holdout`, `split` and this format's version."""
@@ -97,7 +99,7 @@ def _select(root: Path, listing: tuple[tuple[str, int, int], ...]) -> tuple[list
     dropped: Counter[str] = Counter(near_duplicate_files=0, undecodable_files=0, empty_files=0)
     seen: set[int] = set()
     for relative, _, _ in sorted(listing, key=lambda entry: (-entry[1], entry[0])):
-        content = (root / relative).read_bytes()
+        content = read_bounded(root / relative, ROW_BYTES)
         try:
             content.decode()
         except UnicodeDecodeError:  # the library's own test data in other encodings

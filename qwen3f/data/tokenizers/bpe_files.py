@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3f.errors import UserError
+from qwen3f.files import decode_text, read_bounded
 from qwen3f.strict_json import read_object
 
 PATTERN = (
@@ -151,7 +152,7 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
 def _read_vocab_and_merges(vocab_file: Path, merges_file: Path) -> Vocabulary:
     tokens = _tokens_by_id(vocab_file, read_object(vocab_file))
     try:
-        lines = merges_file.read_bytes().decode().splitlines()
+        lines = decode_text(read_bounded(merges_file)).split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{merges_file} is not UTF-8 ({error}): copy or download it again.") from error
     if lines and lines[0].startswith("#version"):
@@ -168,7 +169,7 @@ def _read_vocab_and_merges(vocab_file: Path, merges_file: Path) -> Vocabulary:
 
 def _read_tiktoken(path: Path) -> Vocabulary:
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_bounded(path).splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

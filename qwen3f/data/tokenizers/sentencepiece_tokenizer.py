@@ -24,7 +24,7 @@ from qwen3f.data.tokenizers.sentencepiece_export import write_tokenizer_json
 from qwen3f.data.tokenizers.sentencepiece_proto import read_model
 from qwen3f.data.tokenizers.token_text import check_encodable, encode_segments, encode_segments_batch, special_pattern
 from qwen3f.errors import UserError
-from qwen3f.files import write_atomically
+from qwen3f.files import read_bounded, write_atomically
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -138,7 +138,7 @@ class SentencePieceTokenizer:
             raise UserError(
                 f"There is no tokenizer at {path}: give data.tokenizer the path of a SentencePiece .model file."
             )
-        return cls(path.read_bytes(), path)
+        return cls(read_bounded(path), path)
 
     def _find_specials(self) -> dict[str, int]:
         ids = {name: self._processor.piece_to_id(name) for name in SPECIAL_TOKENS}

@@ -181,7 +181,7 @@ def test_a_corpus_of_empty_rows_says_so(tmp_path, write_jsonl, tokenizer):
 
 def test_a_broken_source_leaves_nothing(source, tokenizer, tmp_path, write_jsonl):
     write_jsonl([{"wrong": "x"}], "z.jsonl")
-    with pytest.raises(UserError, match=r"z.jsonl:1 has no key 'text'"):
+    with pytest.raises(UserError, match=r"z.jsonl:1 has no column 'text'"):
         build_or_open(source, "train", tokenizer, tmp_path / "caches")
     assert list((tmp_path / "caches").iterdir()) == []
 
@@ -189,7 +189,7 @@ def test_a_broken_source_leaves_nothing(source, tokenizer, tmp_path, write_jsonl
 def test_a_build_by_workers_that_fails_ends_them(source, tokenizer, tmp_path, write_jsonl, monkeypatch, forked_workers):
     monkeypatch.setattr(cache_build, "_BATCH_CHARS", 1)
     write_jsonl([{"wrong": "x"}], "z.jsonl")
-    with pytest.raises(UserError, match=r"z.jsonl:1 has no key 'text'"):
+    with pytest.raises(UserError, match=r"z.jsonl:1 has no column 'text'"):
         build_or_open(source, "train", tokenizer, tmp_path / "caches", workers=2)
     assert multiprocessing.active_children() == []
     assert list((tmp_path / "caches").iterdir()) == []

@@ -1,5 +1,7 @@
 """Directories of text: what is read from each format, the split, and an error for each kind of broken file."""
 
+import gzip
+import json
 import os
 from collections import Counter
 
@@ -7,7 +9,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qwen3f.data.sources import registry as sources
 from qwen3f.data.sources.registry import Document, open_source
 from qwen3f.errors import UserError
 
@@ -28,7 +29,9 @@ def test_all_formats_in_path_order(tmp_path, write_jsonl, write_parquet):
     text = tmp_path / "corpus" / "deep" / "er" / "c.TXT"
     text.parent.mkdir(parents=True)
     text.write_bytes(b"line\r\n\r\nend")
-    (tmp_path / "corpus" / "readme.md").write_text("not read")
+    for name in ("readme.md", "more.MD", "Makefile", "c.csv"):
+        (tmp_path / "corpus" / name).write_text("not read")
+    (tmp_path / "corpus" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     (tmp_path / "corpus" / ".hidden.txt").write_text("not read")
     (tmp_path / "corpus" / ".git").mkdir()
     (tmp_path / "corpus" / ".git" / "x.txt").write_text("not read")
@@ -38,14 +41,59 @@ def test_all_formats_in_path_order(tmp_path, write_jsonl, write_parquet):
         Document("p3", f"{parquet}:3"),
         Document("one", f"{jsonl}:1"),
         Document("two\n▁", f"{jsonl}:2"),
-        Document("line\r\n\r\nend", str(text)),
+        Document("line\n\nend", str(text)),  # CR LF is a line end
     ]
+    counts = Counter()
+    _read(_open(tmp_path), counts=counts)
+    kinds = {".md": 2, ".csv": 1, "no suffix": 1, ".jsonl, no file": 1}
+    assert counts == {f"other files ({kind})": count for kind, count in kinds.items()}
     same = open_source("files", root=str(tmp_path / "corpus"), holdout=0.0)
     assert _read(same) == _read(_open(tmp_path))
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("signature", [b"", b"\xef\xbb\xbf"])
+def test_every_format_with_a_signature_and_either_line_end(signature, end, tmp_path):
+    """The signature (BOM) is no part of the first text, nor of JSON; CR LF ends a line."""
+    root = tmp_path / "corpus"
+    root.mkdir()
+    records = [json.dumps({"text": f"text {i}"}) for i in range(3)]
+    lines, listed = "".join(record + end for record in records), f"[{(',' + end).join(records)}{end}]{end}"
+    text = f"a{end}b{end}"
+    for name, content in (
+        ("a.jsonl", lines), ("b.jsonl.gz", lines), ("c.jsonl.zst", lines), ("d.json", listed), ("e.json", lines),
+        ("f.txt", text), ("g.txt.gz", text), ("h.txt.zst", text),
+    ):  # fmt: skip
+        compression = {"gz": "gzip", "zst": "zstd"}.get(name.rpartition(".")[2])
+        with pyarrow.output_stream(str(root / name), compression=compression) as sink:
+            sink.write(signature + content.encode())
+    documents = _read(_open(tmp_path))
+    assert [d.text for d in documents] == ["text 0", "text 1", "text 2"] * 5 + ["a\nb\n"] * 3
+    assert documents[3].name == f"{root / 'b.jsonl.gz'}:1"
+    (root / "f.txt").write_bytes(signature + b"ab\xff")
+    with pytest.raises(UserError, match=f"f.txt is not UTF-8 at byte {len(signature) + 2}: convert"):
+        _read(_open(tmp_path))
+
+
+def test_what_lies_beside_is_read_or_named(tmp_path, write_jsonl):
+    """`a.jsonl`, `b.jsonl.gz` and `c.json` are read; a file that is not is named with its kind."""
+    write_jsonl([{"text": "one"}], "a.jsonl")
+    root = tmp_path / "corpus"
+    (root / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}\n'))
+    (root / "c.json").write_text(json.dumps([{"text": f"row {i}"} for i in range(1000)]))
+    table = pyarrow.table({"text": ["arrow"]})
+    with pyarrow.OSFile(str(root / "d.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    (root / "state.json").write_text("{}")  # what `datasets` writes beside the data
+    (root / "notes.md").write_text("x")
+    counts = Counter()
+    texts = [d.text for d in _read(_open(tmp_path), counts=counts)]
+    assert texts == ["one", "two", *(f"row {i}" for i in range(1000)), "arrow"]
+    assert counts == {"other files (.md)": 1}
+
+
 def test_large_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "TEXT_FILE_PART_BYTES", 100)
+    monkeypatch.setattr("qwen3f.data.sources.adapters.readers.TEXT_PART_BYTES", 100)
     path = tmp_path / "corpus" / "x.txt"
     path.parent.mkdir()
     content = "".join(f"zeile é {i}\n" for i in range(100)) + "end"
@@ -67,7 +115,7 @@ def test_null_and_empty_rows_are_counted(tmp_path, write_jsonl, write_parquet):
     (tmp_path / "corpus" / "empty.txt").write_text("")
     counts = Counter()
     assert [d.text for d in _read(_open(tmp_path), counts=counts)] == ["a", "b", "c"]
-    assert counts == {"empty_rows": 5}
+    assert counts == {"empty_rows": 4, "empty_shards": 1}
 
 
 def test_split_is_by_text_disjoint_and_stable(tmp_path, write_jsonl):
@@ -115,7 +163,7 @@ def test_unknown_mixture(mixture, hint):
 def test_directory_errors(tmp_path):
     with pytest.raises(UserError, match=r"There is no directory .*absent: give data.mixture=files@DIR"):
         open_source(f"files@{tmp_path / 'absent'}")
-    with pytest.raises(UserError, match=r"No .txt, .jsonl, .parquet file lies below"):
+    with pytest.raises(UserError, match=r"No .txt, .*, .parquet, .arrow, .jsonl, .* file lies below"):
         open_source(f"files@{tmp_path}")
     file = tmp_path / "x.txt"
     file.write_text("a")
@@ -132,13 +180,13 @@ def test_directory_errors(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        (b'{"text": "a"', r"x.jsonl:2 is not valid JSON \(.* at character 1[23]\): write one object a line"),
-        (b'["text"]', r"x.jsonl:2 is a JSON list: write an object like"),
-        (b'{"body": "a", "id": 1}', r"x.jsonl:2 has no key 'text'; it has 'body', 'id': set data.text_key"),
-        (b"{}", r"x.jsonl:2 has no key 'text'; it has none"),
-        (b'{"text": 5}', r"x.jsonl:2 has a value of type int under 'text': write a string or null"),
+        (b'{"text": "a"', r"x.jsonl:2 is not valid JSON \(.*\): write one object a line"),
+        (b'["text"]', r"x.jsonl:2 is a JSON list: write an object with"),
+        (b'{"body": "a", "id": 1}', r"x.jsonl:2 has no column 'text'; it has 'body', 'id': set --config.data.text_key"),
+        (b"{}", r"x.jsonl:2 has no column 'text'; it has none"),
+        (b'{"text": 5}', r"x.jsonl:2 has a int under 'text': write a string"),
         (b'{"text": "\xe9"}', r"x.jsonl:2 is not UTF-8 at byte 10 of the line"),
-        (b'{"text": "ab\\ud800"}', r"x.jsonl:2 holds the lone surrogate U\+D800 at character 2: remove it"),
+        (b'{"text": "ab\\ud800"}', r"x.jsonl:2 holds the lone surrogate U\+D800 under 'text': remove it"),
     ],
 )
 def test_broken_jsonl_names_file_and_line(tmp_path, line, message):
@@ -159,15 +207,15 @@ def test_broken_text_names_the_byte(tmp_path):
 
 def test_parquet_errors(tmp_path, write_parquet):
     path = write_parquet({"body": ["a"], "id": [1]})
-    with pytest.raises(UserError, match=r"rows.parquet has no column 'text'; it has 'body', 'id': set data.text_key"):
+    with pytest.raises(UserError, match=r"rows.parquet has no column 'text'; it has 'body', 'id': set --config.data"):
         _read(_open(tmp_path))
     assert [d.text for d in _read(_open(tmp_path, text_key="body"))] == ["a"]
-    with pytest.raises(UserError, match=r"rows.parquet:1 has a value of type int under 'id'"):
+    with pytest.raises(UserError, match=r"rows.parquet:1 has a int under 'id'"):
         _read(_open(tmp_path, text_key="id"))
     content = path.read_bytes()
     for broken in (content[:-20], content[:3], b""):
         path.write_bytes(broken)
-        with pytest.raises(UserError, match=r"rows.parquet is no complete parquet file \(.+\): copy or write it again"):
+        with pytest.raises(UserError, match=r"rows.parquet cannot be read after row 0 \(.+\): copy it again"):
             _read(_open(tmp_path, text_key="body"))
 
 
@@ -176,12 +224,12 @@ def test_parquet_with_bytes_that_are_no_utf8(tmp_path):
     path.parent.mkdir()
     column = pyarrow.array([b"fine", b"ab\xff"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
-    with pytest.raises(UserError, match=r"x.parquet:2 is not UTF-8 at byte 2 of the row"):
+    with pytest.raises(UserError, match=r"x.parquet:2 is not UTF-8 at byte 2 of a text"):
         _read(_open(tmp_path))
 
 
 def test_parquet_streams_over_row_groups(tmp_path, write_parquet, monkeypatch):
-    monkeypatch.setattr(sources, "_PARQUET_ROWS", 3)
+    monkeypatch.setattr("qwen3f.data.sources.adapters.tables._BATCH_ROWS", 3)
     texts = [f"row {i}" for i in range(20)]
     path = write_parquet({"text": pyarrow.array(texts, pyarrow.large_string())})
     documents = _read(_open(tmp_path))

@@ -3,13 +3,14 @@
 import fnmatch
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 from qwen3f.data.sources.adapters.registry import HubDataset
 from qwen3f.errors import UserError
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
 
 # Written beside the data by `save_to_disk` and by the Hub.
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -34,7 +35,7 @@ def split_files(dataset: HubDataset, root: str, split: str) -> list[Path]:
         )
     folder = base / dataset.folder
     top = folder if dataset.folder and folder.is_dir() else base
-    files = list(_walk(top))
+    files, _ = data_files(top, SUFFIXES)
     if not files:
         raise UserError(f"No {', '.join(SUFFIXES)} file lies below {top}: put the files of {dataset.hub_id} there.")
     if dataset.files:
@@ -52,12 +53,27 @@ def split_files(dataset: HubDataset, root: str, split: str) -> list[Path]:
     return chosen
 
 
-def _walk(top: Path) -> Iterator[Path]:
+def data_files(top: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], Counter[str]]:
+    """The files below `top` with one of `suffixes`, by directory, then by name; and how many others there are, by kind.
+
+    Neither are hidden files (a leading dot), and what `datasets` and the Hub write beside the data. A kind is a suffix,
+    such as ".md".
+    """
+    found: list[Path] = []
+    others: Counter[str] = Counter()
     for directory, subdirectories, names in os.walk(top):
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and name not in _METADATA and name.lower().endswith(SUFFIXES):
-                yield Path(directory, name)
+            path = Path(directory, name)
+            if name.startswith(".") or name in _METADATA:
+                continue
+            if not path.is_file():  # a link to nothing, a pipe
+                others[f"{path.suffix.lower()}, no file"] += 1
+            elif name.lower().endswith(suffixes):
+                found.append(path)
+            else:
+                others[path.suffix.lower() or "no suffix"] += 1
+    return found, others
 
 
 def _split_words(path: Path, split: str) -> set[str]:

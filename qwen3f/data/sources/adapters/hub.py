@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwen3f.data.sources.adapters.registry import HubDataset
-from qwen3f.data.sources.adapters.rows import BadRow, Row, check_columns
+from qwen3f.data.sources.adapters.rows import BadRow, Columns, Row
 from qwen3f.errors import UserError
 
 _BATCH_ROWS = 64
@@ -20,7 +20,7 @@ def hub_rows(dataset: HubDataset, split: str, streaming: bool) -> Iterator[Row |
         UserError: the Hub or the data set cannot be reached; the message says how to read a local copy instead.
     """
     where = f"hub:{dataset.hub_id}/{split}"
-    number = 0
+    columns, number = Columns(dataset.columns), 0
     batches: Iterator[dict[str, list[Any]]] | None = None
     while True:
         try:
@@ -38,7 +38,7 @@ def hub_rows(dataset: HubDataset, split: str, streaming: bool) -> Iterator[Row |
         for values in zip(*batch.values()):
             number += 1
             row = Row(dict(zip(batch, values)), f"{where}:{number}")
-            yield check_columns(row, dataset.columns) or row
+            yield columns.missing_in(row.values, row.name) or row
 
 
 def _load(dataset: HubDataset, split: str, streaming: bool) -> Any:

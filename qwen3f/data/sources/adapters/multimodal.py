@@ -15,7 +15,7 @@ from PIL import Image
 
 from qwen3f.data.sources.adapters.rows import Row, RowFault, text_of
 from qwen3f.data.sources.adapters.sft import Chat, turns
-from qwen3f.data.sources.image_file import MAX_PIXELS, read_image
+from qwen3f.data.sources.image_file import read_image
 from qwen3f.errors import UserError
 
 PLACEHOLDER = "<image>"
@@ -31,10 +31,10 @@ class ImageFile:
     path: Path
     row: str
 
-    def open(self, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    def open(self) -> Image.Image:
         """The image in RGB. Raises UserError naming the row; see `read_image`."""
         try:
-            return read_image(self.path, max_pixels)
+            return read_image(self.path)
         except UserError as error:
             raise UserError(f"{self.row}: {error}") from error
 

@@ -9,7 +9,7 @@ from qwen3f.data.sources.adapters.files import split_files
 from qwen3f.data.sources.adapters.hub import hub_rows
 from qwen3f.data.sources.adapters.readers import read_file
 from qwen3f.data.sources.adapters.registry import HubDataset, parse_mixture
-from qwen3f.data.sources.adapters.rows import BadRow, OnBadRow, Row, check_policy
+from qwen3f.data.sources.adapters.rows import BadRow, Columns, OnBadRow, Row, check_policy
 from qwen3f.errors import UserError
 
 
@@ -66,7 +66,8 @@ def read_on(
     first, passed = place
     if root:
         files = split_files(dataset, root, split)
-        readers = [partial(read_file, path, dataset.columns, dataset.optional) for path in files]
+        columns = Columns(dataset.columns, dataset.optional)
+        readers = [partial(read_file, path, columns) for path in files]
     else:
         readers = [partial(hub_rows, dataset, split, streaming)]
     for number in range(first, len(readers)):

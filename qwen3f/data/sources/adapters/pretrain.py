@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3f.data.sources.adapters.files import split_files
+from qwen3f.data.sources.adapters.files import SUFFIXES, data_files, split_files
 from qwen3f.data.sources.adapters.opening import raw_rows
 from qwen3f.data.sources.adapters.registry import HubDataset, names, parse_mixture
 from qwen3f.data.sources.adapters.rows import BadRow, LeftOut, Row, RowFault, check_text
@@ -57,11 +57,14 @@ class DatasetSource:
     holdout: float
 
     def documents(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Document]:
-        """Stream the documents of `split`; null and empty texts and empty shards are counted and left out.
+        """Stream the documents of `split`. Counted and left out: null and empty texts, empty shards, other files.
 
         Raises:
             UserError: a file is broken or lacks the column; the message names the file and the row.
         """
+        if self.root and counts is not None:
+            _, others = data_files(Path(self.root).expanduser(), SUFFIXES)
+            counts.update({f"other files ({kind})": count for kind, count in others.items()})
         for row in raw_rows(self.dataset, self.root, "", streaming=True):
             try:
                 found = usable(row)

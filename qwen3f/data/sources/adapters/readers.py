@@ -1,134 +1,86 @@
-"""Rows of one local file: parquet, arrow, JSON lines (also .gz, .zst) or a JSON list; a few rows in memory at a time.
+"""Rows of one local file: parquet, arrow, JSON lines (also .gz, .zst), a JSON list, or text; a few at a time in memory.
 
-Every reader yields `Row`s, and a `BadRow` for what it cannot read: a row, or the rest of a file that is cut off.
+Every reader yields `Row`s, and a `BadRow` for what it cannot read: a row, or the rest of a file that is cut off or
+larger than it may be (`qwen3f.limits`). A UTF-8 signature (BOM) at a file's beginning is no part of its content.
 """
 
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import BinaryIO, TextIO
 
 import pyarrow
-import pyarrow.parquet
 
-from qwen3f.data.sources.adapters.rows import BadRow, Row, check_columns, missing_columns
+from qwen3f import limits
+from qwen3f.data.sources.adapters.bounds import Growth, TooLarge, lines
+from qwen3f.data.sources.adapters.rows import BadRow, Columns, Row
+from qwen3f.data.sources.adapters.tables import arrow_rows, parquet_rows
 
 Rows = Iterator[Row | BadRow]
 
-_BATCH_ROWS = 64  # of tables; books have half a megabyte a row
+TEXT_PART_BYTES = 2**20
+"""A text file is one document; a larger one is cut at line ends into documents of about this size."""
+
 _CHUNK_BYTES = 2**20
-_MAX_RECORD_CHARS = 2**25  # of a JSON list: a longer record is taken for a malformed one
+_SIGNATURE = b"\xef\xbb\xbf"
 _LIST_START, _LIST_COMMA, _LIST_END = re.compile(r"\s*\[\s*"), re.compile(r"\s*,\s*"), re.compile(r"\s*\]")
 
 
-def read_file(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Rows:
-    """The rows of a file, by its suffix (see `files.SUFFIXES`).
+def read_file(path: Path, columns: Columns) -> Rows:
+    """The rows of a file, by its suffix (see `files.SUFFIXES`, `files.TEXT_SUFFIXES`).
 
     Args:
-        path: the file.
-        columns: columns that each row must have.
-        optional: columns that are also read where there are any. JSON rows come whole.
+        columns: JSON rows come whole. A text file has the first needed column.
     """
-    name = path.name.lower()
-    readers = {".parquet": _read_parquet, ".arrow": _read_arrow, ".json": _read_json}
-    reader = next((reader for suffix, reader in readers.items() if name.endswith(suffix)), _read_lines)
-    empty = True
-    for row in reader(path, columns, optional):
-        empty = False
-        yield row
-    if empty:
-        yield BadRow("empty_shards", f"{path} holds no row: remove it, or skip it with on_bad_row='skip'.")
-
-
-def _read_parquet(path: Path, columns: Sequence[str], optional: Sequence[str]) -> Rows:
-    number = 0
+    number, empty = 0, True
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            found = file.schema_arrow.names
-            if missing := [column for column in columns if column not in found]:
-                yield missing_columns(str(path), missing, found)
-                return
-            wanted = [column for column in (*columns, *optional) if column in found]
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
-                yield from _table_rows(batch, path, number)
-                number += len(batch)
-    except (pyarrow.ArrowException, OSError) as error:
-        yield _broken(path, number, error)
-
-
-def _read_arrow(path: Path, columns: Sequence[str], optional: Sequence[str]) -> Rows:
-    """Arrow's stream format, which `datasets` writes, or its file format."""
-    number = 0
-    try:
-        with pyarrow.OSFile(str(path)) as file:
-            for table in _arrow_batches(file):
-                found = table.schema.names
-                if missing := [column for column in columns if column not in found]:
-                    yield missing_columns(str(path), missing, found)
-                    return
-                table = table.select([column for column in (*columns, *optional) if column in found])
-                for start in range(0, len(table), _BATCH_ROWS):
-                    yield from _table_rows(table.slice(start, _BATCH_ROWS), path, number + start)
-                number += len(table)
-    except (pyarrow.ArrowException, OSError) as error:
-        yield _broken(path, number, error)
-
-
-def _arrow_batches(file: pyarrow.NativeFile) -> Iterator[pyarrow.RecordBatch]:
-    is_file_format = file.read(6) == b"ARROW1"
-    file.seek(0)
-    if is_file_format:
-        reader = pyarrow.ipc.open_file(file)
-        for i in range(reader.num_record_batches):
-            yield reader.get_batch(i)
+        for row in _reader(path)(path, columns):
+            empty = False
+            number += 1
+            yield row
+    except TooLarge as error:
+        yield BadRow("broken_files", f"{path} cannot be read after row {number}: {error}.")
+    except (pyarrow.ArrowException, OSError, EOFError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        yield BadRow(
+            "broken_files", f"{path} cannot be read after row {number} ({reason}): copy it again, it is cut off."
+        )
     else:
-        yield from pyarrow.ipc.open_stream(file)
+        if empty:
+            yield BadRow("empty_shards", f"{path} holds no row: remove it, or skip it with on_bad_row='skip'.")
 
 
-def _table_rows(batch: pyarrow.RecordBatch, path: Path, before: int) -> Rows:
-    """Rows of a batch; `before` rows of the file precede it."""
-    try:
-        values: list[dict[str, Any] | BadRow] = list(batch.to_pylist())
-    except UnicodeDecodeError:
-        values = [_one_row(batch.slice(i, 1), f"{path}:{before + i + 1}") for i in range(len(batch))]
-    for i, value in enumerate(values):
-        yield value if isinstance(value, BadRow) else Row(value, f"{path}:{before + i + 1}")
+def _reader(path: Path) -> Callable[[Path, Columns], Rows]:
+    readers = {".parquet": parquet_rows, ".arrow": arrow_rows, ".json": _read_json, ".txt": _read_text}
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    return next((reader for suffix, reader in readers.items() if name.endswith(suffix)), _read_lines)
 
 
-def _one_row(batch: pyarrow.RecordBatch, name: str) -> dict[str, Any] | BadRow:
-    try:
-        return batch.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return BadRow("invalid_rows", f"{name} is not UTF-8 at byte {error.start} of a text: write it as UTF-8.")
-
-
-def _read_json(path: Path, columns: Sequence[str], optional: Sequence[str]) -> Rows:
+def _read_json(path: Path, columns: Columns) -> Rows:
     """A .json file: one list of records, or records line by line."""
     with path.open("rb") as file:
-        start = file.read(1024).lstrip()
-    reader = _read_list if start.startswith(b"[") else _read_lines
-    yield from reader(path, columns, optional)
+        start = file.read(1024).removeprefix(_SIGNATURE).lstrip()
+    return (_read_list if start.startswith(b"[") else _read_lines)(path, columns)
 
 
-def _read_lines(path: Path, columns: Sequence[str], _: Sequence[str]) -> Rows:
-    number = 0
-    try:
-        with _open_bytes(path) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():  # a blank line at the end is usual and holds no row
-                    yield _parsed(line, f"{path}:{number}", columns)
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
-        yield _broken(path, number, error)
+def _read_lines(path: Path, columns: Columns) -> Rows:
+    with _open_bytes(path)[0] as file:
+        for number, line in enumerate(lines(file, Growth(path)), start=1):
+            if line.strip():  # a blank line at the end is usual and holds no row
+                yield _parsed(line, f"{path}:{number}", columns)
 
 
-def _open_bytes(path: Path) -> BinaryIO:
+def _open_bytes(path: Path) -> tuple[BinaryIO, int]:
+    """The content, behind its signature if it has one; and how long that is."""
     # pyarrow decompresses by the suffix, .gz or .zst, and says when a file is cut off.
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"), _CHUNK_BYTES)
+    file = io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"), _CHUNK_BYTES)
+    signed = file.peek(len(_SIGNATURE)).startswith(_SIGNATURE)
+    return file, len(file.read(len(_SIGNATURE) if signed else 0))
 
 
-def _parsed(line: bytes, name: str, columns: Sequence[str]) -> Row | BadRow:
+def _parsed(line: bytes, name: str, columns: Columns) -> Row | BadRow:
     try:
         return _record(json.loads(line.decode()), name, columns)
     except UnicodeDecodeError as error:
@@ -137,18 +89,17 @@ def _parsed(line: bytes, name: str, columns: Sequence[str]) -> Row | BadRow:
         return BadRow("invalid_rows", f"{name} is not valid JSON ({error}): write one object a line.")
 
 
-def _record(value: object, name: str, columns: Sequence[str]) -> Row | BadRow:
+def _record(value: object, name: str, columns: Columns) -> Row | BadRow:
     if not isinstance(value, dict):
         return BadRow("invalid_rows", f"{name} is a JSON {type(value).__name__}: write an object with the columns.")
-    row = Row(value, name)
-    return check_columns(row, columns) or row
+    return columns.missing_in(value, name) or Row(value, name)
 
 
-def _read_list(path: Path, columns: Sequence[str], _: Sequence[str]) -> Rows:
+def _read_list(path: Path, columns: Columns) -> Rows:
     """A file that is one JSON list, record by record; after a fault the rest cannot be read."""
     number = 0
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, value in enumerate(_list_records(file), start=1):
                 yield _record(value, f"{path}:{number}", columns)
     except UnicodeDecodeError as error:
@@ -158,8 +109,8 @@ def _read_list(path: Path, columns: Sequence[str], _: Sequence[str]) -> Rows:
 
 
 def _list_records(file: TextIO) -> Iterator[object]:
-    """The entries of a JSON list. Raises ValueError where it is malformed or cut off."""
-    decoder = json.JSONDecoder()
+    """The entries of a JSON list. Raises ValueError where it is malformed or cut off, TooLarge for a long record."""
+    decoder, most = json.JSONDecoder(), limits.ROW_BYTES.value()
     text, place, before = "", 0, _LIST_START
     while True:
         if before is not _LIST_START and _LIST_END.match(text, place):
@@ -170,17 +121,42 @@ def _list_records(file: TextIO) -> Iterator[object]:
             try:
                 value, place = decoder.raw_decode(text, separator.end())
             except json.JSONDecodeError:
-                pass  # cut off by the end of the text read so far, or malformed: the limit below tells
+                pass  # cut off by the end of the text read so far, or malformed: the end of the file tells
             else:
                 before = _LIST_COMMA
                 yield value
                 continue
-        more = file.read(_CHUNK_BYTES)
-        if not more or len(text) - place > _MAX_RECORD_CHARS:
+        if len(text) - place > most:
+            raise TooLarge(f"a record is malformed, or {limits.ROW_BYTES.exceeded('bytes')}")
+        # At least as much again: a long record is tried few times, not once a chunk.
+        more = file.read(max(_CHUNK_BYTES, len(text) - place))
+        if not more:
             raise ValueError("the list is malformed here, or the file is cut off")
         text, place = text[place:] + more, 0
 
 
-def _broken(path: Path, number: int, error: Exception) -> BadRow:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return BadRow("broken_files", f"{path} cannot be read after row {number} ({reason}): copy it again, it is cut off.")
+def _read_text(path: Path, columns: Columns) -> Rows:
+    """Parts of a text file. CR LF is a line end like LF, and becomes one."""
+    (file, offset), growth, line = _open_bytes(path), Growth(path), 1
+    with file:
+        part, following = _part(file, growth), _part(file, growth)
+        whole = not following
+        while part:
+            name = str(path) if whole else f"{path}:{line}"
+            try:
+                text = part.decode()
+            except UnicodeDecodeError as error:
+                place = offset + error.start
+                yield BadRow("broken_files", f"{path} is not UTF-8 at byte {place}: convert the file to UTF-8.")
+                return
+            yield Row({columns.needed[0]: text.replace("\r\n", "\n")}, name)
+            offset += len(part)
+            line += part.count(b"\n")
+            part, following = following, _part(file, growth)
+
+
+def _part(file: BinaryIO, growth: Growth) -> bytes:
+    """The next TEXT_PART_BYTES, and the rest of their last line."""
+    part = file.read(TEXT_PART_BYTES)
+    growth.add(len(part))
+    return part if part[-1:] in (b"", b"\n") else part + next(lines(file, growth), b"")

@@ -1,8 +1,8 @@
 """A row of a data set with its origin, a row that cannot be used, and the checks that adapters share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from qwen3f.errors import UserError
 
@@ -69,20 +69,27 @@ class LeftOut(Exception):
         self.reason = reason
 
 
-def check_columns(row: Row, columns: Sequence[str]) -> BadRow | None:
-    """What is wrong if the row lacks one of `columns`."""
-    missing = [column for column in columns if column not in row.values]
-    return missing_columns(row.name, missing, row.values) if missing else None
+class Columns(NamedTuple):
+    """The columns to read.
 
+    needed: which each row must have. optional: read where there are any. advice: what to do where one is missing.
+    """
 
-def missing_columns(where: str, missing: Sequence[str], found: object) -> BadRow:
-    """The fault of a row or a file without the columns `missing`."""
-    listed = ", ".join(map(repr, found)) or "none"
-    return BadRow(
-        "missing_columns",
-        f"{where} has no column {', '.join(map(repr, missing))}; it has {listed}: name the right data set, or rename "
-        "the column.",
-    )
+    needed: Sequence[str]
+    optional: Sequence[str] = ()
+    advice: str = "name the right data set, or rename the column"
+
+    def missing_in(self, found: Iterable[str], where: str) -> BadRow | None:
+        """What is wrong if `found`, the columns of a row or of a file, lack needed ones."""
+        there = list(found)
+        missing = [column for column in self.needed if column not in there]
+        if not missing:
+            return None
+        listed = ", ".join(map(repr, there)) or "none"
+        return BadRow(
+            "missing_columns",
+            f"{where} has no column {', '.join(map(repr, missing))}; it has {listed}: {self.advice}.",
+        )
 
 
 def text_of(row: Row, column: str) -> str:

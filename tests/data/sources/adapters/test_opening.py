@@ -1,6 +1,7 @@
 """Where rows come from: every file format, the split, the Hub (a stand-in), each kind of damage, flat memory."""
 
 import json
+import os
 import tracemalloc
 from collections import Counter
 
@@ -53,6 +54,22 @@ def test_json_lines_under_the_name_json_and_an_empty_list(tmp_path):
     path.write_text("\n [ ]\n")
     with pytest.raises(UserError, match="x.json holds no row"):
         _texts(f"slimpajama@{tmp_path}")
+
+
+def test_a_list_with_a_signature_loses_no_row(tmp_path):
+    """It was no JSON for the reader of lines, which skipped the whole of it."""
+    records = json.dumps(_docs(1000))
+    (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + records.encode())
+    counts = Counter()
+    found = list(rows(f"slimpajama@{tmp_path}", on_bad_row="skip", counts=counts))
+    assert [row.values for row in found] == _docs(1000)
+    assert not counts
+
+
+def test_a_pipe_among_the_files_is_not_opened(tmp_path):
+    write(_docs(2), tmp_path / "a.jsonl")
+    os.mkfifo(tmp_path / "b.jsonl")
+    assert _texts(f"slimpajama@{tmp_path}") == ["document 0", "document 1"]
 
 
 def test_a_json_list_over_many_chunks(tmp_path, monkeypatch):

@@ -1,0 +1,48 @@
+"""What a file may ask for before the work begins. A few kilobytes can name sizes that take hours and all memory.
+
+Each limit is far above what real data needs, and an environment variable raises it for all processes of a run.
+"""
+
+import os
+from dataclasses import dataclass
+
+from qwen3f.errors import UserError
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The largest number that is allowed: the environment variable's, else `default`."""
+
+    variable: str
+    default: int
+
+    def value(self) -> int:
+        """Raises UserError for a variable that is no positive integer."""
+        text = os.environ.get(self.variable, "") or str(self.default)
+        if not text.isdecimal() or len(text) > 18 or int(text) < 1:
+            raise UserError(f"the environment variable {self.variable} is {text!r}: write a positive integer")
+        return int(text)
+
+    def exceeded(self, unit: str) -> str:
+        """The end of an error's text."""
+        return f"over the limit of {self.value():,} {unit}; if you trust the file, set {self.variable} higher"
+
+
+FILE_BYTES = Limit("QWEN3F_MAX_FILE_BYTES", 2**26)
+"""Of a file that is read whole: JSON, a tokenizer's. The index of the largest Qwen3 has 4 MB, its tokenizer 11."""
+
+ROW_BYTES = Limit("QWEN3F_MAX_ROW_BYTES", 2**26)
+"""Of one row of a data set, decompressed. A book has one or two MB."""
+
+EXPANSION = Limit("QWEN3F_MAX_EXPANSION", 250)
+"""How many times its size on disk a file of rows may grow, from EXPANSION_BYTES on. Text grows five to twenty times."""
+
+EXPANSION_BYTES = 2**28
+
+PIXELS = Limit("QWEN3F_MAX_PIXELS", 2**26)
+"""Of an image: 8,192 × 8,192, which take 192 MiB."""
+
+MODEL_TENSORS = Limit("QWEN3F_MAX_MODEL_TENSORS", 2**18)
+"""Layers times experts. Qwen3-235B-A22B has 12,032."""
+
+MODEL_PARAMETERS = Limit("QWEN3F_MAX_MODEL_PARAMETERS", 2**44)
