@@ -48,7 +48,7 @@ def count(cfg: ModelConfig) -> int:
     """How many keys `slots` has, without making them."""
     table = abstract_params(cfg)
     return sum(
-        len(spec.layers or ("",)) * (cfg.num_experts if path.removeprefix(LAYERS).startswith(_EXPERTS) else 1)
+        len(spec.layers or ("",)) * (cfg.num_experts if path.removeprefix(spec.stack).startswith(_EXPERTS) else 1)
         for path, spec in table.items()
     )
 
