@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen3f import tree
+from qwen3f.compilation import compile_static
 
 
 def grad_and_value(
@@ -72,7 +73,7 @@ def _detach(x: Any) -> Any:
 
 
 def jit(fn: Callable[..., Any], *, compile: bool = True, donate: bool = False) -> Callable[..., Any]:
-    """Compile a pure function into one graph (`fullgraph=True`), autograd calls inside it included.
+    """Compile a pure function into one graph a shape (see compilation.py), torch.autograd.grad inside it included.
 
     donate: the first argument's storage is given up. `fn` must then return a tuple whose first element has the first
       argument's structure; every changed leaf is written into the old leaf's storage and the old leaves are returned,
@@ -81,16 +82,7 @@ def jit(fn: Callable[..., Any], *, compile: bool = True, donate: bool = False) -
     compile: False gives the same semantics without torch.compile.
     """
     body = _donating(fn) if donate else fn
-    if not compile:
-        return body
-    compiled = torch.compile(body, fullgraph=True)
-
-    @functools.wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            return compiled(*args, **kwargs)
-
-    return call
+    return compile_static(body) if compile else body
 
 
 def _donating(fn: Callable[..., Any]) -> Callable[..., Any]:

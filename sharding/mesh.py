@@ -36,7 +36,7 @@ class MeshShape:
 
     @property
     def size(self) -> int:
-        return math.prod(dataclasses.astuple(self))
+        return self.pp * self.dr * self.dp * self.ep * self.cp * self.tp
 
     def __str__(self) -> str:
         """As parse_mesh takes it."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels import fused_experts, moe_dispatch
 from kernels.bench.case import Case
+from qwen3f.compilation import compile_static
 
 
 def cases() -> list[Case]:
@@ -22,7 +23,7 @@ def case(tokens: int, hidden: int, width: int, experts: int, top_k: int) -> Case
             "ours": ours,
             "reference": by_expert,
             "grouped_mm": grouped_mm,
-            "compile": torch.compile(grouped_mm, dynamic=False),
+            "compile": compile_static(grouped_mm, fullgraph=False),
             "liger": liger,
         },
         forward=flops,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kernels import rmsnorm
 from kernels.bench.case import Case
+from qwen3f.compilation import compile_static
 
 _EPS = 1e-6
 
@@ -29,7 +30,7 @@ def _case(rows: int, size: int, residual: bool) -> Case:
         entries={
             "ours": rmsnorm.rms_norm,
             "reference": rmsnorm.reference,
-            "compile": torch.compile(rmsnorm.reference, dynamic=False),
+            "compile": compile_static(rmsnorm.reference, fullgraph=False),
             "liger": _liger,
         },
         forward=tensor * (4 if residual else 2),

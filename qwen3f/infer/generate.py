@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qwen3f import model
 from qwen3f import params as P
+from qwen3f.compilation import compile_static
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.infer.sampling import GREEDY, SamplingParams, sample, streams
@@ -196,7 +197,7 @@ def _prefill(
 def _decoder(cfg: ModelConfig, execution: model.Execution) -> Any:
     """The cached forward pass; with compile="step" as one graph. Kept, since the compiled code is."""
     forward = model.make_cached_forward(cfg, execution)
-    return torch.compile(forward, fullgraph=True, dynamic=False) if execution.compile == "step" else forward
+    return compile_static(forward) if execution.compile == "step" else forward
 
 
 def _per_row(name: str, values: Tensor | Sequence[int] | None, tokens: Tensor, default: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kernels import flash_attention, fused_experts, grouped_gemm, moe_dispatch
+from qwen3f.compilation import compile_static
 from qwen3f.config import ModelConfig
 from qwen3f.model.attention import Attention, AttentionMask
 from qwen3f.model.execution import Execution
@@ -82,7 +83,7 @@ class Block(nn.Module):
         return x_BTD + y_BTD, *stats
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=128)
 def block_fn(
     cfg: ModelConfig, execution: Execution, sparse: bool, layout: Layout = ONE_DEVICE, gathered: bool = False
 ) -> BlockFn:
@@ -99,14 +100,14 @@ def block_fn(
         skeleton = Block(cfg, execution, sparse, layout)
     whole = make_gather(layout.place(cfg), layout.axes, stack=LAYERS, dtype=layout.gather_dtype)
 
-    def run(layer: dict[str, Tensor], *args: object) -> tuple[Tensor, ...]:
+    def block(layer: dict[str, Tensor], *args: object) -> tuple[Tensor, ...]:
         return torch.func.functional_call(skeleton, layer if gathered else whole(layer), args, strict=True)
 
     policy = cfg.gradient_checkpointing
-    fn = run if policy == "none" else _recomputed(run, policy, _KEPT if layout.reshard else _KEPT | _GATHERED)
+    fn = block if policy == "none" else _recomputed(block, policy, _KEPT if layout.reshard else _KEPT | _GATHERED)
     open_to_host = layout.pipeline.splits or (sparse and layout.axes.ep.size > 1)
     compiled = execution.compile == "block" and not open_to_host
-    return torch.compile(fn, fullgraph=True, dynamic=False) if compiled else fn
+    return compile_static(fn) if compiled else fn
 
 
 def _recomputed(run: BlockFn, policy: str, kept: Set[object]) -> BlockFn:
@@ -117,6 +118,7 @@ def _recomputed(run: BlockFn, policy: str, kept: Set[object]) -> BlockFn:
     if policy == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep)
 
+    @functools.wraps(run)
     def run_again(*args: object) -> tuple[Tensor, ...]:
         return checkpoint(run, *args, **options)
 
