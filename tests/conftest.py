@@ -6,7 +6,6 @@ Without a GPU, kernels can run in Triton's interpreter; that is decided when tri
 import json
 import os
 import random
-import sys
 
 # Tiny tensors: on two threads of a loaded machine a file took six times as long. Processes of tests inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -28,14 +27,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(GPU_SECONDS))
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """What a test has compiled does not count against the next one's limit of recompilations."""
-    yield
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")

@@ -67,9 +67,12 @@ def test_torch_allows_less():
     def definition(factor):
         return torch.compile(lambda x: factor * x, fullgraph=True, dynamic=False, backend="eager")
 
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+    def all_of_them():
         for factor in range(OVER):
             definition(factor)(torch.ones(2))
+
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        all_of_them()
 
 
 def test_functions_of_one_definition_at_many_shapes(counter):
