@@ -11,7 +11,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from kernels import flash_attention, flash_decode
 from kernels.bench.case import Case
 from kernels.key_ranges import KeyRanges, ranges_from_cu_seqlens
-from qwen3f.compilation import compile_static
 
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
 _SCORES_THAT_FIT = 1 << 30  # elements of all scores; the formula keeps several copies
@@ -45,7 +44,7 @@ def _flops(batch: int, seen: float) -> float:
 
 @functools.cache
 def _compiled_flex() -> object:
-    return compile_static(flex_attention, fullgraph=False)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _causal(batch: int, length: int) -> Case:
@@ -60,7 +59,7 @@ def _causal(batch: int, length: int) -> Case:
     entries = {
         "ours": lambda q, k, v: flash_attention.flash_attention(q, k, v)[0],
         "reference": _formula,
-        "compile": compile_static(_formula, fullgraph=False),
+        "compile": torch.compile(_formula, dynamic=False),
         "cudnn": functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
         "flash": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION),
         "flex": flex,

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from kernels import qk_norm_rope, rmsnorm, rope
 from kernels.bench.case import Case
-from qwen3f.compilation import compile_static
 
 _EPS = 1e-6
 _B, _T, _H, _K, _D = 4, 4096, 16, 8, 128
@@ -23,7 +22,7 @@ def cases() -> list[Case]:
             entries={
                 "ours": rope.rope,
                 "reference": rope.reference,
-                "compile": compile_static(rope.reference, fullgraph=False),
+                "compile": torch.compile(rope.reference, dynamic=False),
                 "liger": _liger_rope,
             },
             forward=2 * _BYTES,
@@ -37,7 +36,7 @@ def cases() -> list[Case]:
             entries={
                 "ours": qk_norm_rope.qk_norm_rope,
                 "reference": qk_norm_rope.reference,
-                "compile": compile_static(qk_norm_rope.reference, fullgraph=False),
+                "compile": torch.compile(qk_norm_rope.reference, dynamic=False),
                 "liger": _liger_pair,
                 "apart": _apart,
             },

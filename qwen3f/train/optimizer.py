@@ -9,7 +9,6 @@ no moments, no decay, and no part in the norm.
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -52,12 +51,7 @@ class AdamW:
 
     def rate(self, path: str) -> float:
         """What the learning rate of this path is multiplied by; 0: it is frozen."""
-        return _rate(self.rates, path)
-
-
-@functools.lru_cache(maxsize=4096)
-def _rate(rates: tuple[tuple[str, float], ...], path: str) -> float:
-    return next((factor for pattern, factor in rates if re.fullmatch(pattern, path)), 1.0)
+        return next((factor for pattern, factor in self.rates if re.fullmatch(pattern, path)), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +86,14 @@ class OptimizerState(NamedTuple):
 
     m: Params
     v: Params
+
+
+class Rule(NamedTuple):
+    """What the update does to one leaf. decays: whether weight decay applies. rate: as AdamW.rate. muon: by Muon."""
+
+    decays: bool
+    rate: float
+    muon: bool
 
 
 class Scalars(NamedTuple):
@@ -160,6 +162,12 @@ def by_muon(hyper: AdamW, decay: Mapping[str, bool]) -> frozenset[str]:
     return frozenset(path for path in trainable(hyper, decay) if decay[path] and isinstance(hyper, Muon))
 
 
+def leaf_rules(hyper: AdamW, decay: Mapping[str, bool]) -> dict[str, Rule]:
+    """path -> Rule. decay: path -> whether weight decay applies (ParamSpec.decay)."""
+    matrices = by_muon(hyper, decay)
+    return {path: Rule(decays, hyper.rate(path), path in matrices) for path, decays in decay.items()}
+
+
 def init(hyper: AdamW, decay: Mapping[str, bool], params: Params) -> OptimizerState:
     """Zero moments of what is trained. decay: path -> whether weight decay applies (ParamSpec.decay)."""
     matrices = by_muon(hyper, decay)
@@ -181,7 +189,7 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 
 def update(
     hyper: AdamW,
-    decay: Mapping[str, bool],
+    rules: Mapping[str, Rule],
     params: Params,
     grads: Params,
     state: OptimizerState,
@@ -189,19 +197,23 @@ def update(
 ) -> tuple[Params, OptimizerState]:
     """One step of the optimizer; the arguments are left as they are. What is frozen is returned as it is.
 
-    decay: path -> whether weight decay applies (ParamSpec.decay). grads: of what is trained.
+    rules: as leaf_rules makes them. grads: of what is trained.
     """
-    matrices = by_muon(hyper, decay)
-    rest = {path: p for path, p in params.items() if hyper.rate(path) and path not in matrices}
+    matrices = [path for path in params if rules[path].muon]
+    rest = {path: p for path, p in params.items() if rules[path].rate and not rules[path].muon}
     if torch.compiler.is_compiling():
-        new, m, v = _formula(hyper, decay, rest, grads, state, at)
+        new, m, v = _formula(hyper, rules, rest, grads, state, at)
     else:
         new, m, v = ({path: tree[path].clone() for path in rest} for tree in (params, *state))
-        _fused(hyper, decay, [new, m, v], grads, at)
+        _fused(hyper, rules, [new, m, v], grads, at)
     if isinstance(hyper, Muon):
-        old = [{path: tree[path] for path in params if path in matrices} for tree in (params, state.m)]
+        old = [{path: tree[path] for path in matrices} for tree in (params, state.m)]
         options = muon.Options(
-            hyper.momentum, hyper.weight_decay, hyper.update_rms, hyper.iterations, {p: hyper.rate(p) for p in matrices}
+            hyper.momentum,
+            hyper.weight_decay,
+            hyper.update_rms,
+            hyper.iterations,
+            {path: rules[path].rate for path in matrices},
         )
         got = muon.update(old[0], grads, old[1], at.lr, at.scale, options)
         for tree, before, after in zip((new, m), old, got):
@@ -213,7 +225,7 @@ def update(
 
 def _formula(
     hyper: AdamW,
-    decay: Mapping[str, bool],
+    rules: Mapping[str, Rule],
     params: Params,
     grads: Params,
     state: OptimizerState,
@@ -224,11 +236,11 @@ def _formula(
     correct_m, correct_v = 1.0 - hyper.b1**count, 1.0 - hyper.b2**count
     new_params, new_m, new_v = {}, {}, {}
     for path, p in params.items():
-        lr = _times(base_lr, hyper.rate(path))
+        lr = _times(base_lr, rules[path].rate)
         g = grads[path].to(p.dtype) * scale.to(p.dtype)
         m = state.m[path] + (1.0 - hyper.b1) * (g - state.m[path])
         v = hyper.b2 * state.v[path] + (1.0 - hyper.b2) * g * g
-        shrink = 1.0 - lr * (hyper.weight_decay if decay[path] else 0.0)
+        shrink = 1.0 - lr * (hyper.weight_decay if rules[path].decays else 0.0)
         denominator = (v / correct_v.to(p.dtype)).sqrt() + hyper.eps
         new = p * shrink.to(p.dtype) - (lr / correct_m).to(p.dtype) * m / denominator
         new_params[path] = torch.where(apply, new, p)
@@ -243,7 +255,7 @@ def _times(lr: Tensor, factor: float) -> Tensor:
 
 def _fused(
     hyper: AdamW,
-    decay: Mapping[str, bool],
+    rules: Mapping[str, Rule],
     trees: list[Params],
     grads: Params,
     at: Scalars,
@@ -254,7 +266,7 @@ def _fused(
     count = (step + 1).to(torch.float32)
     groups: dict[tuple[bool, float], list[str]] = {}
     for path in trees[0]:
-        groups.setdefault((decay[path], hyper.rate(path)), []).append(path)
+        groups.setdefault((rules[path].decays, rules[path].rate), []).append(path)
     for (decays, factor), paths in groups.items():
         leaves = [[tree[path] for path in paths] for tree in trees]
         # On CUDA the kernel reads a float32 rate from the device, without a sync; on the CPU a number costs nothing.

@@ -206,7 +206,8 @@ def _make_summed_gradients(
 def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[TrainState, Metrics]]:
     """update(state, gradients, Terms, its batch, its number, examples) -> (state, metrics). examples: what the whole
     batch has consumed, given with the last update of a step; None before."""
-    axes, placed, decay, hyper = options.layout.axes, options.layout.place(cfg), P.decays(cfg), options.optimizer
+    axes, placed, hyper = options.layout.axes, options.layout.place(cfg), options.optimizer
+    rules = optimizer.leaf_rules(hyper, P.decays(cfg))  # here: a graph is no place for patterns
 
     def update(
         state: TrainState,
@@ -222,11 +223,13 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
         done = state.step if options.updates == 1 else state.step * options.updates + number
         lr = options.schedule(done)
         at = optimizer.Scalars(done, lr, scale, finite)
-        params, opt = optimizer.update(hyper, decay, state.params, grads, state.opt, at)
+        params, opt = optimizer.update(hyper, rules, state.params, grads, state.opt, at)
         tokens = sum_over(losses.batch_tokens(batch), axes, ROWS)
-        new = state._replace(params=params, opt=opt, tokens_seen=state.tokens_seen + tokens)
+        step, position = state.step, state.position
         if examples is not None:  # data is consumed, even if the update was withheld
-            new = new._replace(step=state.step + 1, position=state.position + examples)
+            step, position = step + 1, position + examples
+        # not _replace, which loses the moments when torch 2.11 compiles it
+        new = TrainState(step, params, opt, state.seed, state.tokens_seen + tokens, position)
         metrics = {
             "loss": terms.loss,
             "aux_loss": terms.aux_loss,

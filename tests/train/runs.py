@@ -31,11 +31,11 @@ def assert_same_bits(a, b):
 
 def run_updates(hyper, decay, start, grads, lrs):
     """(parameters, state) after an update with each of `grads`, clipped as a step clips them."""
-    p, state = start, optimizer.init(hyper, decay, start)
+    p, state, rules = start, optimizer.init(hyper, decay, start), optimizer.leaf_rules(hyper, decay)
     for step, (g, lr) in enumerate(zip(grads, lrs)):
         scale = optimizer.clip_factor(optimizer.global_norm(g), hyper.clip_norm)
         p, state = optimizer.update(
-            hyper, decay, p, g, state,
+            hyper, rules, p, g, state,
             optimizer.Scalars(torch.tensor(step), torch.tensor(lr, dtype=torch.float64), scale, torch.tensor(True)),
         )  # fmt: skip
     return p, state

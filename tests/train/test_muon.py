@@ -10,6 +10,7 @@ from tests.train.runs import run_updates
 SHAPES = {"square": (2, 6, 6), "tall": (2, 9, 6), "wide": (2, 6, 9), "long": (40, 6), "experts": (2, 3, 5, 8)}
 HYPER = optimizer.Muon(weight_decay=0.3, momentum=0.9, clip_norm=0.5)
 DECAY = dict.fromkeys(SHAPES, True) | {"embed": False}
+RULES = optimizer.leaf_rules(HYPER, DECAY)
 
 
 def run_torch(start, grads, lrs):
@@ -82,7 +83,7 @@ def test_withheld_update_changes_nothing():
     start = {"square": torch.randn(2, 3, 3)}
     g = {"square": torch.full_like(start["square"], float("nan"))}
     p, state = optimizer.update(
-        HYPER, DECAY, start, g, optimizer.init(HYPER, DECAY, start),
+        HYPER, RULES, start, g, optimizer.init(HYPER, DECAY, start),
         optimizer.Scalars(torch.tensor(0), torch.tensor(0.1), torch.tensor(float("nan")), torch.tensor(False)),
     )  # fmt: skip
     assert torch.equal(p["square"], start["square"])
@@ -112,7 +113,7 @@ def test_traced_as_one_graph_it_equals_eager():
     at = optimizer.Scalars(torch.tensor(3), rate, torch.tensor(0.5), torch.tensor(True))
 
     def update(p, g, s):
-        return optimizer.update(HYPER, DECAY, p, g, s, at)
+        return optimizer.update(HYPER, RULES, p, g, s, at)
 
     expected, got = (
         f(start, grads, state) for f in (update, torch.compile(update, backend="aot_eager", fullgraph=True))

@@ -47,7 +47,7 @@ def test_withheld_update_changes_nothing():
     g = {k: torch.full_like(v, float("nan")) for k, v in start.items()}
     hyper, decay = optimizer.AdamW(), {"w": True, "b": False}
     p, state = optimizer.update(
-        hyper, decay, start, g, optimizer.init(hyper, decay, start),
+        hyper, optimizer.leaf_rules(hyper, decay), start, g, optimizer.init(hyper, decay, start),
         optimizer.Scalars(torch.tensor(0), torch.tensor(0.1), torch.tensor(float("nan")), torch.tensor(False)),
     )  # fmt: skip
     for k in start:

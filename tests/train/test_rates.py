@@ -45,6 +45,7 @@ def test_rates_are_those_of_torchs_parameter_groups():
 @pytest.mark.parametrize("kind", [AdamW, Muon])
 def test_compiled_rates_equal_eager(kind):
     hyper = kind(rates=RATES)
+    rules = optimizer.leaf_rules(hyper, DECAY)
     g = torch.Generator().manual_seed(1)
     start = {name: torch.randn(4, 3, dtype=torch.float64, generator=g) for name in DECAY}
     grads = {k: torch.randn(4, 3, dtype=torch.float64, generator=g) for k in start if k != "c"}
@@ -53,7 +54,7 @@ def test_compiled_rates_equal_eager(kind):
     )
 
     def update(p, g, s):
-        return optimizer.update(hyper, DECAY, p, g, s, at)
+        return optimizer.update(hyper, rules, p, g, s, at)
 
     compiled = torch.compile(update, backend="eager", fullgraph=True)
     both = [f(start, grads, optimizer.init(hyper, DECAY, start)) for f in (update, compiled)]
