@@ -15,6 +15,7 @@ from qwen3f.errors import UserError
 from qwen3f.plan import run as plan_run
 from qwen3f.plan.config import from_config
 from qwen3f.train.setup import make_setup
+from qwen3f.train.stage import find_stage
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPERIMENTS = (
@@ -27,9 +28,14 @@ EXPERIMENTS = (
     "pretrain_s3",
     "pretrain_s3:nano",
     "pretrain_s3:small,yarn",
+    "sft_cold_start",
+    "sft_cold_start:nano",
+    "sft_fusion",
+    "sft_fusion:nano",
     "export_hf",
     "generate",
     "inspect",
+    "rejection_sample",
 )
 
 
@@ -50,9 +56,10 @@ def as_text(config):
 def test_resolved_config_is_the_golden_one(experiment):
     config = resolve(experiment)
     assert as_text(config) == golden(experiment).read_text()
-    if config.stage != "pretrain":
+    if config.stage not in ("pretrain", "sft"):
         return
     plan = make_setup(config)
+    find_stage(config.stage).check(plan)
     schedule = plan.step_options().schedule
     assert schedule.warmup_steps < schedule.total_steps == config.steps
 

@@ -234,7 +234,7 @@ def test_all_turns_are_shown_with_every_answer_marked(base, small_qwen):
         ({"kinds": "maths"}, "data.kinds is 'maths': write different ones of arithmetic, algebra"),
         ({"kinds": "logic,logic"}, "data.kinds is 'logic,logic': write different ones"),
         ({"difficulties": "0"}, "data.difficulties is '0': write different ones of 1, 2, 3, 4, 5"),
-        ({"judge": "maths"}, "There is no task 'maths': write one of reasoning"),
+        ({"judge": "maths"}, "--config.data.judge=maths: there is no such task; write one of reasoning"),
         ({"mixture": "reasoning=0"}, "has the weight '0'"),
         ({"mixture": "reasoning,reasoning-plain", "root": "x"}, "data.root is the directory of one source"),
         ({"mixture": "", "root": ""}, "must name one or more different sources"),
