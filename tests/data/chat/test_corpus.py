@@ -11,7 +11,7 @@ from qwen3f.data.chat.corpus import ChatDataConfig, prepare_chats
 from qwen3f.data.chat.report import render_samples
 from qwen3f.data.chat.samples import Sample
 from qwen3f.data.chat.sources import ChatSource
-from qwen3f.data.loader import Loader, Share
+from qwen3f.data.loader import Loader, LoaderOptions, Share
 from qwen3f.data.mixture import Mixture
 from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.errors import UserError
@@ -42,8 +42,8 @@ def _rows(batch):
 
 
 def _take(dataset, count, batch_size, start=0, ranks=1, workers=0):
-    options = {"seed": 5, "start": start, "device": "cpu", "vocab_size": 266, "workers": workers}
-    loaders = [Loader(dataset, batch_size, share=Share(rank, ranks), **options) for rank in range(ranks)]
+    shares = [LoaderOptions(workers=workers, share=Share(rank, ranks)) for rank in range(ranks)]
+    loaders = [Loader(dataset, batch_size, 5, start, "cpu", 266, share) for share in shares]
     try:
         return [row for _ in range(count // batch_size) for loader in loaders for row in _rows(next(loader))]
     finally:
