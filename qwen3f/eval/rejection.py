@@ -271,4 +271,5 @@ def _describe(config: ConfigDict, done: Progress) -> list[str]:
     for name, found in sorted(done.groups.items()):
         share = found["right"] / max(1, found["asked"])
         lines.append(f"{name}: {share:.1%} of {found['asked']:,} right, {found['kept']:,} kept")
-    return [*lines, f"{samples}: fine-tune on it by --config.data.mixture=chats@{config.out}"]
+    use = f"fine-tune on it by --config.data.mixture=chats@{config.out}" if n["kept"] else "nothing to fine-tune on"
+    return [*lines, f"{samples}: {use}"]

@@ -186,12 +186,13 @@ def test_more_questions_and_another_batch_add_to_what_is_there(configure, script
     assert contents(tmp_path / "out") == more
 
 
-def test_with_the_model_itself(configure, tmp_path):
+def test_with_the_model_itself(configure, tmp_path, capsys):
     """Random weights give no right answer; that is counted, not hidden."""
     summary = run(configure(questions=2, max_new_tokens=4, seed=3), tmp_path, progress=False)
     counts = summary["counts"]
     assert (counts["asked"], counts["wrong"] + counts["not_ended"], counts["kept"]) == (6, 6, 0)
     assert (tmp_path / "out" / SAMPLES).read_bytes() == b""
+    assert "samples.jsonl: nothing to fine-tune on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
