@@ -78,6 +78,26 @@ def test_stage_lengths_and_rotary_bases():
     assert resolve("pretrain_s3:small,yarn").model.rope_scaling.factor == 8.0
 
 
+def written():
+    """(where, arguments) of each command in README.md and the experiments' docstrings."""
+    for path in (Path("README.md"), *sorted(Path("experiments").glob("*.py"))):
+        text = re.sub(r"\\\n\s*", "", path.read_text())  # commands of several lines
+        for line in re.findall(r"python (launch\.py --config experiments/.*)", text):
+            yield path.name, shlex.split(line.replace("[", "").replace("]", ""), comments=True)
+
+
+@pytest.mark.parametrize("where, arguments", written())
+def test_commands_that_are_written_down_have_known_keys(where, arguments):
+    cli._check_overrides(arguments)
+
+
+def test_every_experiment_says_its_command():
+    names = {path.name for path in Path("experiments").glob("*.py")}
+    assert {where for where, _ in written()} == names | {"README.md"}
+    for name in names:
+        assert any(where == name and f"experiments/{name}" in arguments[2] for where, arguments in written()), name
+
+
 # -- on meshes ---------------------------------------------------------------------------------------------------------
 
 MESH = "dp8,tp2,pp4"  # of the contract's command

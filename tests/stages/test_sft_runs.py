@@ -112,6 +112,13 @@ def test_the_mixture_of_fusion(root, tmp_path):
         assert both
 
 
+def test_fusion_takes_chats_that_have_no_right_answer(root, tmp_path):
+    config = fusion(root, **{"data.mixture": f"chats@{root}/thinking=0.7,chats@{root}/plain=0.3"})
+    made = sft.make(Run(make_setup(config), tmp_path, ALONE, False, lambda: False))
+    assert len(made.dataset.parts) == 2
+    assert not any("left out" in line for line in made.lines)
+
+
 def test_both_modes_are_asked_of_held_out_questions(root, tmp_path, monkeypatch):
     """A script answers: with a thought always right, at once right for one kind alone and without ever ending else."""
     task = ReasoningTask(("number_theory", "sequence"), (1,))
