@@ -18,6 +18,7 @@ def get_config(preset: str = "small") -> ConfigDict:
     config = sft_cold_start.get_config(preset)
     config.data.mixture = "reasoning=0.7,reasoning-plain=0.3"
     config.data.switches = 0.5
+    config.data.judge = ""  # a conversation has no right answer; what rejection sampling wrote has been judged
     config.eval.modes = "thinking,plain"
     config.schedule.peak_lr /= 3
     config.steps //= 3

@@ -18,6 +18,7 @@ TOOLS = {
     "export_hf": "qwen3f.interop.export",
     "generate": "qwen3f.infer.run",
     "inspect": "qwen3f.checkpoint.inspect",
+    "rejection_sample": "qwen3f.eval.rejection",
 }
 TRAIN = "qwen3f.train.launch"
 PLAN = "qwen3f.plan.run"  # instead, where config.plan is set: what the mesh would do

@@ -15,6 +15,7 @@ from qwen3f.errors import UserError
 from qwen3f.plan import run as plan_run
 from qwen3f.plan.config import from_config
 from qwen3f.train.setup import make_setup
+from qwen3f.train.stage import find_stage
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPERIMENTS = (
@@ -27,9 +28,14 @@ EXPERIMENTS = (
     "pretrain_s3",
     "pretrain_s3:nano",
     "pretrain_s3:small,yarn",
+    "sft_cold_start",
+    "sft_cold_start:nano",
+    "sft_fusion",
+    "sft_fusion:nano",
     "export_hf",
     "generate",
     "inspect",
+    "rejection_sample",
 )
 
 
@@ -50,9 +56,10 @@ def as_text(config):
 def test_resolved_config_is_the_golden_one(experiment):
     config = resolve(experiment)
     assert as_text(config) == golden(experiment).read_text()
-    if config.stage != "pretrain":
+    if config.stage not in ("pretrain", "sft"):
         return
     plan = make_setup(config)
+    find_stage(config.stage).check(plan)
     schedule = plan.step_options().schedule
     assert schedule.warmup_steps < schedule.total_steps == config.steps
 
@@ -69,6 +76,26 @@ def test_stage_lengths_and_rotary_bases():
     assert (s3.seq_len, s3.model.rope_theta, s3.model.rope_scaling) == (32768, 1e6, None)
     assert resolve("pretrain_s3:nano").seq_len <= 2048
     assert resolve("pretrain_s3:small,yarn").model.rope_scaling.factor == 8.0
+
+
+def written():
+    """(where, arguments) of each command in README.md and the experiments' docstrings."""
+    for path in (Path("README.md"), *sorted(Path("experiments").glob("*.py"))):
+        text = re.sub(r"\\\n\s*", "", path.read_text())  # commands of several lines
+        for line in re.findall(r"python (launch\.py --config experiments/.*)", text):
+            yield path.name, shlex.split(line.replace("[", "").replace("]", ""), comments=True)
+
+
+@pytest.mark.parametrize("where, arguments", written())
+def test_commands_that_are_written_down_have_known_keys(where, arguments):
+    cli._check_overrides(arguments)
+
+
+def test_every_experiment_says_its_command():
+    names = {path.name for path in Path("experiments").glob("*.py")}
+    assert {where for where, _ in written()} == names | {"README.md"}
+    for name in names:
+        assert any(where == name and f"experiments/{name}" in arguments[2] for where, arguments in written()), name
 
 
 # -- on meshes ---------------------------------------------------------------------------------------------------------

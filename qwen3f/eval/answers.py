@@ -28,13 +28,14 @@ class AnswerOptions:
 
     Attributes:
       max_new_tokens: an answer ends there, if not before; it then counts as neither right nor well formed.
-      temperature, seed: of the sampler; 0 is greedy. Question i has the random stream i.
+      temperature, seed: of the sampler; 0 is greedy. Question i has the random stream first + i.
       batch_size: questions at a time. device: the parameters'. execution: of the model.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     seed: int = 0
+    first: int = 0
     batch_size: int = 64
     device: torch.device | str = "cpu"
     execution: model.Execution = model.EAGER
@@ -87,7 +88,7 @@ def answer(
             stop_ids=tokenizer.stop_ids,
             pad_id=tokenizer.pad_id,
             prompt_lengths=[len(row) for row in part],
-            request_ids=list(range(first, first + len(part))),
+            request_ids=[options.first + first + row for row in range(len(part))],
             num_ids=tokenizer.vocab_size,
             execution=options.execution,
         )

@@ -64,6 +64,18 @@ def locate(source: str) -> Source:
     )
 
 
+def pinned(source: str) -> str:
+    """`source` as an absolute path that stays what it is: of a workdir the checkpoint that is its last one now.
+
+    Raises UserError as `locate` does, and for a workdir without a checkpoint.
+    """
+    directory, is_hf, step = locate(source)
+    if is_hf:
+        return str(directory)
+    with _checkpoints(directory) as checkpoints:
+        return str(directory / W.CHECKPOINTS / str(_step(checkpoints, step)))
+
+
 def read_model_config(source: str) -> ModelConfig:
     """The model at `source`. Raises UserError as `locate` and hf.read_config do, or if there is no checkpoint."""
     directory, is_hf, step = locate(source)

@@ -41,7 +41,7 @@ def check(setup: Setup) -> None:
     at_least(config, "eval.max_new_tokens", 1)
     parse_modes(config.eval.modes)
     if config.eval.task:
-        open_task(config.eval.task)
+        open_task(config.eval.task, "--config.eval.task")
 
 
 def make(run: Run) -> Stage:
@@ -62,7 +62,7 @@ def make(run: Run) -> Stage:
         objective=NEXT_TOKEN,
         evaluators={"val": _evaluator(run, corpus, tokenizer)},
         figures=corpus.train_metrics,
-        lines=tuple(corpus.describe()),
+        lines=(*corpus.describe(), *_unasked(run)),
         samples=_shown(setup, corpus, tokenizer),
     )
 
@@ -70,6 +70,17 @@ def make(run: Run) -> Stage:
 def _data_config(setup: Setup) -> ChatDataConfig:
     fields = {field.name for field in dataclasses.fields(ChatDataConfig)}
     return ChatDataConfig(**{key: value for key, value in setup.config.data.items() if key in fields})
+
+
+def _asks(run: Run) -> bool:
+    return bool(run.setup.config.eval.task and run.setup.config.eval.questions) and run.world.size == 1
+
+
+def _unasked(run: Run) -> tuple[str, ...]:
+    config = run.setup.config
+    if _asks(run) or not (config.eval.task and config.eval.questions):
+        return ()
+    return (f"--config.eval.questions={config.eval.questions} are not asked: that needs one device, without a mesh",)
 
 
 def _shown(setup: Setup, corpus: ChatCorpus, tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -84,8 +95,7 @@ def _shown(setup: Setup, corpus: ChatCorpus, tokenizer: Tokenizer) -> tuple[str,
 
 def _evaluator(run: Run, corpus: ChatCorpus, tokenizer: Tokenizer) -> Evaluator:
     """ "loss" on held-out answers, of several sources each; on one device also how questions are answered."""
-    config, evaluate = run.setup.config, _make_loss(run, corpus)
-    asks = bool(config.eval.task and config.eval.questions) and run.world.size == 1
+    config, evaluate, asks = run.setup.config, _make_loss(run, corpus), _asks(run)
     questions = _questions(run.setup) if asks else (None, ())
 
     def validate(params: Params) -> dict[str, float]:
@@ -145,7 +155,7 @@ def _batches(dataset: BestFitDataset, size: int, most: int) -> Iterator[Batch]:
 
 def _questions(setup: Setup) -> tuple[Task, tuple[Question, ...]]:
     """The task, and the first held-out questions of the kinds and difficulties that are trained on."""
-    task = open_task(setup.config.eval.task)
+    task = open_task(setup.config.eval.task, "--config.eval.task")
     if isinstance(task, ReasoningTask):
         problems = generated_problems(_data_config(setup))
         task = dataclasses.replace(task, kinds=problems.kinds, difficulties=problems.difficulties)

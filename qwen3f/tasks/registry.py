@@ -9,8 +9,11 @@ from qwen3f.tasks.task import Task
 _TASKS: dict[str, Callable[[], Task]] = {"reasoning": ReasoningTask}
 
 
-def open_task(name: str) -> Task:
-    """The task of a name, with its default settings. Raises UserError for an unknown one."""
+def open_task(name: str, flag: str) -> Task:
+    """The task of a name, with its default settings. Raises UserError for an unknown one.
+
+    flag: what names it on the command line, for the message.
+    """
     if name not in _TASKS:
-        raise UserError(f"There is no task {name!r}: write one of {', '.join(_TASKS)}.")
+        raise UserError(f"{flag}={name}: there is no such task; write one of {', '.join(_TASKS)}.")
     return _TASKS[name]()

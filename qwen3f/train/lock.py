@@ -43,19 +43,21 @@ def only_writer(workdir: Path, world: "World") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
+def held(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
     """Under it, no other run writes into `workdir`, which is made; one that was made and stays empty is removed.
+
+    flag: what names the directory on the command line, for messages.
 
     Raises UserError, with nothing in the workdir changed: another process has the lock (the message names host and
     process), or the directory cannot be written. Says so, and goes on, on a file system that has no locks.
     """
     made: list[Path] = []
     try:
-        handle = _locked(workdir, made)
+        handle = _locked(workdir, made, flag)
     except OSError as error:
         _remove(workdir, made)
         raise UserError(
-            f"--workdir={workdir} cannot be written ({error.strerror or error}): choose another directory"
+            f"{flag}={workdir} cannot be written ({error.strerror or error}): choose another directory"
         ) from error
     _HELD.add(handle)
     try:
@@ -68,7 +70,7 @@ def held(workdir: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _locked(workdir: Path, made: list[Path]) -> int:
+def _locked(workdir: Path, made: list[Path], flag: str) -> int:
     """The open, locked file, with this process's name in it. Adds to `made` the directories that were missing."""
     while True:
         made += [place for place in (workdir, *workdir.parents) if not place.exists() and place not in made]
@@ -80,7 +82,7 @@ def _locked(workdir: Path, made: list[Path]) -> int:
             holder = _holder(handle)
             os.close(handle)
             raise UserError(
-                f"{workdir} is in use: {holder} writes there; wait for it or end it, or choose another --workdir"
+                f"{workdir} is in use: {holder} writes there; wait for it or end it, or choose another {flag}"
             ) from error
         except OSError as error:
             print(f"{workdir} has no locks ({error.strerror}): nothing keeps a second run out of it", flush=True)

@@ -49,10 +49,10 @@ def test_no_stage_trains_on_what_is_held_out():
 
 
 def test_opened_by_name():
-    task = open_task("reasoning")
+    task = open_task("reasoning", "--config.eval.task")
     assert task == ReasoningTask()
     assert task.name == "reasoning"
-    with pytest.raises(UserError, match="There is no task 'maths': write one of reasoning"):
-        open_task("maths")
+    with pytest.raises(UserError, match="--config.eval.task=maths: there is no such task; write one of reasoning"):
+        open_task("maths", "--config.eval.task")
     with pytest.raises(UserError, match="Unknown kind of problem 'maths'"):
         list(ReasoningTask(kinds=("maths",)).questions("train"))

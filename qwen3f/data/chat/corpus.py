@@ -203,7 +203,7 @@ def check(cfg: ChatDataConfig) -> None:
             raise UserError(f"--config.data.{key} is {getattr(cfg, key)}: give {lowest} or more.")
     generated_problems(cfg)
     if cfg.judge:
-        open_task(cfg.judge)
+        open_task(cfg.judge, "--config.data.judge")
 
 
 def generated_problems(cfg: ChatDataConfig) -> ReasoningSource:
@@ -226,7 +226,7 @@ def _sources(cfg: ChatDataConfig, names: list[str]) -> dict[str, ChatSource]:
     options = {
         "turns": cfg.turns,
         "switches": cfg.switches,
-        "task": open_task(cfg.judge) if cfg.judge else None,
+        "task": open_task(cfg.judge, "--config.data.judge") if cfg.judge else None,
         "on_bad_row": cfg.on_bad_row,
     }
     return {name: open_chats(name, cfg.root, generated_problems(cfg), **options) for name in names}

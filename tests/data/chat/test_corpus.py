@@ -11,7 +11,7 @@ from qwen3f.data.chat.corpus import ChatDataConfig, prepare_chats
 from qwen3f.data.chat.report import render_samples
 from qwen3f.data.chat.samples import Sample
 from qwen3f.data.chat.sources import ChatSource
-from qwen3f.data.loader import Loader, Share
+from qwen3f.data.loader import Loader, LoaderOptions, Share
 from qwen3f.data.mixture import Mixture
 from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.errors import UserError
@@ -42,8 +42,8 @@ def _rows(batch):
 
 
 def _take(dataset, count, batch_size, start=0, ranks=1, workers=0):
-    options = {"seed": 5, "start": start, "device": "cpu", "vocab_size": 266, "workers": workers}
-    loaders = [Loader(dataset, batch_size, share=Share(rank, ranks), **options) for rank in range(ranks)]
+    shares = [LoaderOptions(workers=workers, share=Share(rank, ranks)) for rank in range(ranks)]
+    loaders = [Loader(dataset, batch_size, 5, start, "cpu", 266, share) for share in shares]
     try:
         return [row for _ in range(count // batch_size) for loader in loaders for row in _rows(next(loader))]
     finally:
@@ -234,7 +234,7 @@ def test_all_turns_are_shown_with_every_answer_marked(base, small_qwen):
         ({"kinds": "maths"}, "data.kinds is 'maths': write different ones of arithmetic, algebra"),
         ({"kinds": "logic,logic"}, "data.kinds is 'logic,logic': write different ones"),
         ({"difficulties": "0"}, "data.difficulties is '0': write different ones of 1, 2, 3, 4, 5"),
-        ({"judge": "maths"}, "There is no task 'maths': write one of reasoning"),
+        ({"judge": "maths"}, "--config.data.judge=maths: there is no such task; write one of reasoning"),
         ({"mixture": "reasoning=0"}, "has the weight '0'"),
         ({"mixture": "reasoning,reasoning-plain", "root": "x"}, "data.root is the directory of one source"),
         ({"mixture": "", "root": ""}, "must name one or more different sources"),

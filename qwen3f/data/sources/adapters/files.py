@@ -12,8 +12,8 @@ from qwen3f.errors import UserError
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
 
-# Written beside the data by `save_to_disk` and by the Hub.
-_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+# Written beside the data by `save_to_disk`, by the Hub, and by rejection sampling.
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "rejection_summary.json"}
 _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev")
 
 

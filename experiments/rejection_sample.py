@@ -1,0 +1,37 @@
+"""Questions of a task's training split answered by a model; the right answers become chats to fine-tune on.
+
+    python launch.py --config experiments/rejection_sample.py --config.init_from=W2 --config.out=DIR \
+        --config.data.kinds=number_theory,sequence --config.data.difficulties=1
+    python launch.py --config experiments/sft_fusion.py:nano --config.init_from=W2 --workdir W3 \
+        --config.data.mixture=chats@DIR=0.7,reasoning-plain=0.3
+
+W2 is a workdir, its checkpoints/N or a Hugging Face directory of a model that thinks. DIR gets samples.jsonl, rows of
+messages with the thought under reasoning_content, and rejection_summary.json with the settings and counts. The same
+command again goes on where it stopped; a larger --config.questions adds to what is there. The workdir is not used.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.stage = "rejection_sample"
+    config.init_from = ""
+    config.out = ""  # a directory of its own
+    config.task = "reasoning"  # whose questions are asked, and which judges the answers
+    config.questions = 1000  # so many of the training split, the first ones; 0: all
+    config.samples = 4  # answers to each question
+    config.keep = 2  # right answers kept of each question, at most, the first ones that differ; 0: all
+    config.data = ConfigDict()  # which questions; as in fine-tuning
+    config.data.kinds = ""  # of generated problems, arithmetic,logic; "": all
+    config.data.difficulties = ""  # of generated problems, 1,2; "": all
+    config.data.problems = 32_768  # that are generated, both splits together
+    config.data.problem_seed = 0
+    config.max_new_tokens = 512  # an answer that has not ended there is left out
+    config.temperature = 0.6  # Qwen3's for thinking
+    config.seed = 0
+    config.batch_size = 64  # answers at a time
+    config.device = "auto"  # auto, cpu or cuda
+    config.dtype = "auto"  # auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 or float64
+    config.compile = "off"  # off, block or step: compile the decoding pass; pays off for long answers
+    return config

@@ -1,0 +1,275 @@
+"""Rejection sampling: several answers to each question, of which the right ones become chats to fine-tune on.
+
+A row is {"messages": […], "answer": the right final answer}, as `data.chat.conversation` reads it, with the thought
+under reasoning_content. Question i's answer k has the random stream i · samples + k, so a run that was cut off goes on
+with the answers that it would have had.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from qwen3f import model
+from qwen3f.config import ModelConfig
+from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
+from qwen3f.data.chat.corpus import check as check_data
+from qwen3f.data.chat.qwen_template import check_chat_tokenizer
+from qwen3f.data.chat.template import encode_chat, split_thought
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
+from qwen3f.eval.answers import Answer, AnswerOptions, answer
+from qwen3f.files import write_atomically
+from qwen3f.infer.sampling import SamplingParams
+from qwen3f.interop import source
+from qwen3f.strict_json import read_object
+from qwen3f.tasks.answer_text import is_well_formed
+from qwen3f.tasks.reasoning import ReasoningTask
+from qwen3f.tasks.registry import open_task
+from qwen3f.tasks.task import Question, Task
+from qwen3f.train.choices import find_device, find_dtype
+from qwen3f.train.lock import NAME as LOCK
+from qwen3f.train.lock import held
+
+SAMPLES, SUMMARY = "samples.jsonl", "rejection_summary.json"
+
+COUNTS = (
+    "questions", "solved", "asked",
+    "right", "wrong", "not_ended", "unjudged",
+    "kept", "repeated", "surplus", "malformed",
+)  # fmt: skip
+"""What is counted; see `choose`."""
+
+_FREE = ("stage", "out", "questions", "batch_size", "device", "compile")  # may change when a run goes on
+_DATA = ("kinds", "difficulties", "problems", "problem_seed")
+
+
+@dataclasses.dataclass
+class Progress:
+    """What is done of a set of samples; read from and written to its summary.
+
+    Attributes:
+      settings: that the samples depend on.
+      bytes: of samples.jsonl that belong to it; what stands behind was cut off.
+      counts: as `choose` gives them, over all questions. groups: the same by each part of Question.group.
+    """
+
+    settings: dict[str, Any]
+    bytes: int = 0
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    groups: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
+
+    def add(self, question: Question, counts: Counter[str]) -> None:
+        for counter in (self.counts, *(self.groups.setdefault(name, Counter()) for name in question.group)):
+            counter.update(counts)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON."""
+        groups = {name: {key: found[key] for key in COUNTS} for name, found in sorted(self.groups.items())}
+        counts = {key: self.counts[key] for key in COUNTS}
+        return {"counts": counts, "groups": groups, "bytes": self.bytes, "settings": self.settings}
+
+    def as_json(self) -> bytes:
+        return (json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, Any]:
+    """Sample as `config` says into config.out, from where it stands; returns its summary. The workdir is not used.
+
+    Raises UserError, with nothing changed, for what cannot run: a key that is missing or wrong, a directory that holds
+    something else or samples by other settings, and as qwen3f.interop.source does.
+    """
+    task = _check(config)
+    place = source.pinned(config.init_from)
+    cfg, tokenizer = source.read_model_config(place), source.read_tokenizer(place)
+    check_chat_tokenizer(tokenizer)
+    questions = list(islice(task.questions("train"), config.questions or None))
+    _check_lengths(config, cfg, tokenizer, questions)
+    device = find_device(config.device)
+    dtype, execution = find_dtype(config.dtype, device), model.Execution(compile=config.compile)
+    out = Path(config.out).expanduser()
+    chosen = {f"data.{key}": value for key, value in config.data.items()} | config.to_dict()
+    settings = {key: value for key, value in chosen.items() if key not in (*_FREE, "data")}
+    with held(out, "--config.out"):
+        done = _progress(out, {**settings, "init_from": place})
+        if done.counts["questions"] < len(questions):
+            params = source.read_params(place, cfg, device, dtype)
+            options = AnswerOptions(
+                config.max_new_tokens, config.temperature, config.seed, 0, config.batch_size, device, execution
+            )
+
+            def ask(prompts: Sequence[str], first: int) -> Iterator[Answer]:
+                return answer(cfg, params, tokenizer, prompts, True, dataclasses.replace(options, first=first))
+
+            _sample(config, task, questions, ask, done, out, progress)
+        print("\n".join(_describe(config, done)), flush=True)
+    return done.summary()
+
+
+def choose(
+    task: Task, question: Question, answers: Sequence[Answer], keep: int
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """The chats of a question's answers that are right, well formed and differ; and what became of all of them.
+
+    keep: chats at most, the first ones; 0: all. Answers that differ in blanks alone are the same.
+    Counts: questions (1), solved (1 if a chat is kept); asked = right + wrong + not_ended + unjudged; right = kept +
+    repeated + surplus (beyond `keep`) + malformed (without a thought, or with more than one).
+    """
+    counts, chats, seen = Counter(questions=1, asked=len(answers)), [], set()
+    for given in answers:
+        verdict = task.judge(given.text, question.gold) if given.ended else 0.0
+        if verdict != 1.0:
+            counts["not_ended" if not given.ended else "unjudged" if verdict is None else "wrong"] += 1
+            continue
+        counts["right"] += 1
+        if not is_well_formed(given.text, thinking=True):
+            counts["malformed"] += 1
+            continue
+        thought, content = split_thought({"content": given.text})
+        words = tuple(f"{thought} </think> {content}".split())
+        if words in seen:
+            counts["repeated"] += 1
+        elif keep and len(chats) == keep:
+            counts["surplus"] += 1
+        else:
+            user = {"role": "user", "content": question.prompt}
+            written = {"role": "assistant", "reasoning_content": thought, "content": content}
+            chats.append({"messages": [user, written], "answer": question.gold})
+        seen.add(words)
+    counts["kept"], counts["solved"] = len(chats), int(bool(chats))
+    return chats, counts
+
+
+def _check(config: ConfigDict) -> Task:
+    """The task, of the questions that config.data names."""
+    for key in ("init_from", "out"):
+        if not config[key]:
+            raise UserError(f"--config.{key} is missing; write --config.{key}=DIR")
+    for key, low in (("questions", 0), ("samples", 1), ("keep", 0), ("max_new_tokens", 1), ("batch_size", 1)):
+        if config[key] < low:
+            raise UserError(f"--config.{key} must be at least {low}, got {config[key]}")
+    try:
+        SamplingParams(temperature=config.temperature)
+    except UserError as error:
+        raise UserError(f"--config.temperature: {error}") from None
+    task, data = open_task(config.task, "--config.task"), ChatDataConfig(**{key: config.data[key] for key in _DATA})
+    check_data(data)
+    if isinstance(task, ReasoningTask):
+        found = generated_problems(data)
+        task = ReasoningTask(found.kinds, found.difficulties, found.seed, found.num_problems)
+    return task
+
+
+def _check_lengths(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer, questions: Sequence[Question]) -> None:
+    if not questions:
+        raise UserError(
+            f"--config.task={config.task} has no question to train on; write a larger --config.data.problems"
+        )
+    messages = [{"role": "user", "content": max((question.prompt for question in questions), key=len)}]
+    room = cfg.max_position_embeddings - len(encode_chat(tokenizer, messages, add_generation_prompt=True))
+    if config.max_new_tokens > room:
+        raise UserError(
+            f"--config.max_new_tokens={config.max_new_tokens} after the longest question exceeds the model's "
+            f"{cfg.max_position_embeddings} positions; write {room} or less"
+        )
+
+
+def _progress(out: Path, settings: dict[str, Any]) -> Progress:
+    """What was done in `out` before; a new beginning where nothing was. Raises UserError for anything else there."""
+    path, samples = out / SUMMARY, out / SAMPLES
+    if not path.exists():
+        if others := sorted(x.name for x in out.iterdir() if x.name != LOCK):
+            raise UserError(
+                f"--config.out={out} holds {others[0]}, which is not of a run that could go on: name a directory that "
+                "is empty or does not exist"
+            )
+        return Progress(settings)
+    there = read_object(path)
+    try:
+        groups = {name: Counter(found) for name, found in there["groups"].items()}
+        done = Progress(there["settings"], int(there["bytes"]), Counter(there["counts"]), groups)
+        differing = [key for key in settings if done.settings.get(key) != settings[key]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not what this program writes: put it back, or choose another --config.out"
+        ) from error
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"--config.out={out} holds samples by other settings: --config.{key} was {done.settings.get(key)!r}, and "
+            f"is now {settings[key]!r}; choose another --config.out, or write what it was"
+        )
+    if done.bytes > (samples.stat().st_size if samples.exists() else 0):
+        raise UserError(f"{samples} is shorter than {path} says: put it back, or choose another --config.out")
+    return done
+
+
+def _sample(
+    config: ConfigDict,
+    task: Task,
+    questions: Sequence[Question],
+    ask: Callable[[Sequence[str], int], Iterator[Answer]],
+    done: Progress,
+    out: Path,
+    progress: bool,
+) -> None:
+    """Ask what is left; `done` and the files grow by about a batch of answers at a time.
+
+    ask: prompts, and the random stream of the first one, -> their answers.
+    """
+    each, count = config.samples, max(1, config.batch_size // config.samples)
+    try:
+        write_atomically(out / SUMMARY, done.as_json())  # before the samples, which are nobody's without it
+        with (
+            (out / SAMPLES).open("r+b" if (out / SAMPLES).exists() else "w+b") as file,
+            tqdm(desc="answers", total=len(questions) * each, file=sys.stderr, disable=not progress) as bar,
+        ):
+            file.truncate(done.bytes)  # what a run that was killed wrote behind its last summary
+            file.seek(done.bytes)
+            bar.update(done.counts["asked"])
+            for first in range(done.counts["questions"], len(questions), count):
+                part = questions[first : first + count]
+                answers = ask([question.prompt for question in part for _ in range(each)], first * each)
+                for question in part:
+                    chats, counts = choose(task, question, list(islice(answers, each)), config.keep)
+                    _append(file, chats)
+                    done.add(question, counts)
+                    bar.update(each)
+                file.flush()
+                os.fsync(file.fileno())
+                done.bytes = file.tell()
+                bar.set_postfix(kept=done.counts["kept"])
+                write_atomically(out / SUMMARY, done.as_json())
+    except OSError as error:
+        raise UserError(
+            f"--config.out={out} cannot be written ({error.strerror or error}): mend that; the same command then goes "
+            "on"
+        ) from error
+
+
+def _append(file: BinaryIO, chats: Sequence[dict[str, Any]]) -> None:
+    for chat in chats:
+        file.write((json.dumps(chat, ensure_ascii=False) + "\n").encode())
+
+
+def _describe(config: ConfigDict, done: Progress) -> list[str]:
+    n, samples = done.counts, Path(config.out) / SAMPLES
+    lines = [
+        f"{n['asked']:,} answers to {n['questions']:,} questions: {n['right']:,} right, {n['wrong']:,} wrong, "
+        f"{n['not_ended']:,} not ended, {n['unjudged']:,} not to be judged",
+        f"of the right ones {n['kept']:,} kept, to {n['solved']:,} questions; {n['repeated']:,} repeated, "
+        f"{n['surplus']:,} beyond --config.keep={config.keep}, {n['malformed']:,} without the form of an answer",
+    ]
+    for name, found in sorted(done.groups.items()):
+        share = found["right"] / max(1, found["asked"])
+        lines.append(f"{name}: {share:.1%} of {found['asked']:,} right, {found['kept']:,} kept")
+    use = f"fine-tune on it by --config.data.mixture=chats@{config.out}" if n["kept"] else "nothing to fine-tune on"
+    return [*lines, f"{samples}: {use}"]

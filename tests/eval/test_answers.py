@@ -1,0 +1,126 @@
+"""Answers to a task's questions, and how they are judged: by hand, and whatever the size of a batch."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from qwen3f import params, presets
+from qwen3f.data.chat.template import encode_chat
+from qwen3f.errors import UserError
+from qwen3f.eval import answers
+from qwen3f.eval.answers import Answer, AnswerOptions, answer, judge, parse_modes
+from qwen3f.tasks.reasoning import ReasoningTask
+from qwen3f.tasks.task import Question
+from tests.stages.toy_chats import SMALL, small_tokenizer
+
+RIGHT = "<think>\n2 + 2 = 4\n</think>\n\nThe answer is \\boxed{4}."
+LETTERS = Question("?", "4", ("letters", "difficulty 1"))
+NUMBERS = Question("?", "4", ("numbers", "difficulty 1"))
+
+
+def judged(text, thinking=True, ended=True):
+    """(accuracy, well_formed) of one answer to a question whose answer is 4."""
+    found = judge(ReasoningTask(), [LETTERS], [Answer(text, ended)], thinking)
+    assert found["accuracy"] == found["accuracy/letters"] == found["accuracy/difficulty 1"]
+    return found["accuracy"], found["well_formed"]
+
+
+@pytest.mark.parametrize(
+    "text, thinking, expected",
+    [
+        (RIGHT, True, (1, 1)),
+        (RIGHT, False, (1, 0)),  # the prompt held a block, and here is one more
+        (r"\boxed{4}", False, (1, 1)),
+        (r"\boxed{4}", True, (1, 0)),  # without a thought
+        ("<think>\n\n</think>\n\n\\boxed{4}", True, (1, 0)),
+        ("<think>\n\\boxed{4}\n</think>\n\nFour.", True, (0, 1)),  # the box in the thought alone is no answer
+        ("<think>\n\\boxed{4}\n", True, (0, 0)),
+        ("<think>\nt\n</think>\n\n\\boxed{5}", True, (0, 1)),
+        ("<think>\nt\n</think>\n\n", True, (0, 0)),
+        ("", False, (0, 0)),
+    ],
+)
+def test_an_answer_alone(text, thinking, expected):
+    assert judged(text, thinking) == expected
+    assert judged(text, thinking, ended=False) == (0, 0)  # as right as it may be
+
+
+def test_groups_and_what_cannot_be_judged():
+    class Fussy(ReasoningTask):
+        def judge(self, answer_text, gold):
+            return None if "?" in answer_text else super().judge(answer_text, gold)
+
+    def said(text, ended=True):
+        return Answer(f"<think>\nt\n</think>\n\n{text}", ended)
+
+    questions = [LETTERS, LETTERS, NUMBERS, NUMBERS, NUMBERS]
+    given = [said(r"\boxed{4}"), said(r"\boxed{5}"), said("?"), said("?", ended=False), said(r"\boxed{04}")]
+    assert judge(Fussy(), questions, given, True) == {
+        "accuracy": 2 / 4,  # one is left out; the one that did not end is wrong
+        "accuracy/difficulty 1": 2 / 4,
+        "accuracy/letters": 1 / 2,
+        "accuracy/numbers": 1 / 2,
+        "well_formed": 4 / 5,
+    }
+    with pytest.raises(ValueError, match="shorter"):
+        judge(Fussy(), questions, given[:2], True)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(configuration, parameters in float64, tokenizer)."""
+    cfg = presets.get("nano").replace(**SMALL)
+    return cfg, params.init_params(cfg, 3, dtype=torch.float64), small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_what_the_model_is_asked_and_what_of_its_ids_is_the_answer(small, thinking, monkeypatch):
+    """The ids come from a script here: an answer ends before the first stop id, one without any did not end."""
+    cfg, p, tokenizer = small
+    end, stop = tokenizer.special_id("<|im_end|>"), tokenizer.special_id("<|endoftext|>")
+    script = [[*tokenizer.encode("ab"), end, 0, 0], [stop, 0, 0, 0, 0], tokenizer.encode("abcde")]
+    asked = []
+
+    def scripted(cfg, params, tokens, *, prompt_lengths, request_ids, max_new_tokens, **options):
+        asked.append((tokens, prompt_lengths, request_ids, options["temperature"], options["seed"]))
+        rows = [script[number - 10] for number in request_ids]
+        return torch.cat([tokens, torch.tensor(rows)], 1)
+
+    monkeypatch.setattr(answers, "generate", scripted)
+    prompts = ["<|im_end|>", "a longer one", "b"]
+    options = AnswerOptions(5, temperature=0.5, seed=7, first=10, batch_size=2)
+    breaks = []
+    found = list(answer(cfg, p, tokenizer, prompts, thinking, options, lambda: breaks.append(len(asked))))
+    assert found == [Answer("ab", True), Answer("", True), Answer("abcde", False)]
+    assert breaks == [0, 1]  # before each batch
+    assert [one[2:] for one in asked] == [([10, 11], 0.5, 7), ([12], 0.5, 7)]
+    rows = [tokens[row, -length:].tolist() for tokens, lengths, *_ in asked for row, length in enumerate(lengths)]
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    assert rows == [encode_chat(tokenizer, t, add_generation_prompt=True, enable_thinking=thinking) for t in turns]
+    assert tokenizer.decode(rows[2]).endswith("assistant\n" if thinking else "<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_size_of_a_batch_changes_no_answer(small, temperature):
+    """float64: rows of other lengths beside a row move its logits by rounding alone."""
+    cfg, p, tokenizer = small
+    prompts = ["a", "what is this", "b" * 40, "c", "no " * 9]
+    options = AnswerOptions(12, temperature, seed=2)
+
+    def texts(**changes):
+        return list(answer(cfg, p, tokenizer, prompts, True, dataclasses.replace(options, **changes)))
+
+    whole = texts()
+    assert texts(batch_size=2) == texts(batch_size=1) == whole
+    assert len({one.text for one in whole}) > 1
+    assert (texts(seed=3) == whole) == (texts(first=5) == whole) == (temperature == 0)
+    tail = list(answer(cfg, p, tokenizer, prompts[3:], True, dataclasses.replace(options, first=3)))
+    assert tail == whole[3:]
+
+
+def test_modes():
+    assert parse_modes("thinking, plain") == ("thinking", "plain")
+    for text in ("", "think", "plain,fast"):
+        with pytest.raises(UserError, match=r"--config.eval.modes='.*': write thinking, plain, or thinking,plain"):
+            parse_modes(text)
