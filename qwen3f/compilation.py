@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from qwen3f import tree
 from qwen3f.errors import UserError
 
 MOST_SHAPES = 128
@@ -36,6 +37,10 @@ _SETTINGS = {
     "recompile_limit": MOST_SHAPES,
     "trace_autograd_ops": True,  # torch.autograd.grad is part of the graph
 }
+
+
+def _same(leaf: Any) -> Any:
+    return leaf
 
 
 def compile_static(fn: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
@@ -51,7 +56,8 @@ def compile_static(fn: Callable[..., Any], *, fullgraph: bool = True) -> Callabl
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     def entry(*args: Any, **kwargs: Any) -> Any:
-        return fn(*args, **kwargs)
+        # tuples are made anew: what a NamedTuple's _replace made comes out of torch 2.11's graphs as an empty one
+        return tree.map(_same, fn(*args, **kwargs))
 
     # torch counts the graphs of a code object, and a def has one for all the functions that it makes. By that count the
     # ninth model of a process would find no room. So each function gets a code object of its own.

@@ -3,6 +3,8 @@
 python -m pytest tests/train/test_step_cuda.py -n 0 -m gpu -s      # -s shows the figures that the README quotes
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -82,6 +84,23 @@ def test_compile_modes_equal_eager_in_float32(mode):
     torch.testing.assert_close(m_1["loss"], m_2["loss"], rtol=1e-6, atol=0)
     assert distance(got.opt.m, expected.opt.m) < 5e-6  # by norm, as the contract's equality suites
     assert distance(got.params, expected.params) < 1e-6
+
+
+def test_whole_steps_of_several_models_in_one_process(monkeypatch):
+    """Sizes stay numbers: had a second model made symbols of them, torch 2.11 could not differentiate on a GPU.
+
+    The guards on symbols come from autograd's own thread there, which has no frame that torch could name.
+    """
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for width in (128, 192, 256):
+        cfg = small_model(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1)
+        batch = cuda_batch(length=width)
+        results = []
+        for mode in ("step", "off"):
+            execution = model.Execution(compile=mode, attention="flash")
+            step = make_train_step(cfg, AdamW(eps=1e-3), SCHEDULE, execution=execution)
+            results.append(step(state.init_state(cfg, 0, device="cuda"), batch)[0])
+        assert distance(results[0].opt.m, results[1].opt.m) < 5e-6
 
 
 def test_recomputation_is_exact_and_saves_memory():
