@@ -53,7 +53,7 @@ def make(corpus, tmp_path_factory):
         c.model.update(vocab_size=320, num_hidden_layers=2, hidden_size=32, intermediate_size=48, head_dim=16)
         c.update(steps=20, batch_size=4, seq_len=32, log_every=5)
         c.schedule.update(peak_lr=1e-2, warmup=0.1)
-        c.eval.update(every=10, batch_size=4)
+        c.eval.update(every=10, batch_size=4, max_docs=3)
         c.checkpoint.update(every=10)
         c.sample.update(tokens=4)
         c.update_from_flattened_dict(changes)
