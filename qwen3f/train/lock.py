@@ -1,11 +1,12 @@
 """One writer at a time in a workdir.
 
-The operating system holds the lock for an open file, not the file's presence: whatever ends the process, SIGKILL too,
-frees it. Linux passes it on to NFS servers, so runs on two hosts see each other where the mount has locks. Readers
-(inspect, generate, plan) take none.
+The operating system holds the lock for an open file: whatever ends the process, SIGKILL too, frees it, and a file that
+is left behind locks nobody out. Linux passes it on to NFS servers, so runs on two hosts see each other where the mount
+has locks. Readers (inspect, generate, plan) take none.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -55,7 +56,7 @@ def held(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
     try:
         handle = _locked(workdir, made, flag)
     except OSError as error:
-        _remove(workdir, made)
+        _remove(made)
         raise UserError(
             f"{flag}={workdir} cannot be written ({error.strerror or error}): choose another directory"
         ) from error
@@ -64,9 +65,9 @@ def held(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
         yield
     finally:
         _HELD.discard(handle)
-        with contextlib.suppress(OSError):  # the file is of no use any more, wherever it is
-            os.ftruncate(handle, 0)
-        _remove(workdir, made)
+        with contextlib.suppress(OSError):  # left behind, it does no harm
+            (workdir / NAME).unlink()
+        _remove(made)
         os.close(handle)
 
 
@@ -86,7 +87,7 @@ def _locked(workdir: Path, made: list[Path], flag: str) -> int:
             ) from error
         except OSError as error:
             print(f"{workdir} has no locks ({error.strerror}): nothing keeps a second run out of it", flush=True)
-        if _is_there(handle, workdir / NAME):  # and was not removed, as below, between opening and locking
+        if _is_there(handle, workdir / NAME):  # and was not removed, by whoever had it, between opening and locking
             break
         os.close(handle)
     content = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
@@ -97,9 +98,12 @@ def _locked(workdir: Path, made: list[Path], flag: str) -> int:
 
 def _is_there(handle: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
+        there = os.fstat(handle)
+        return there.st_nlink > 0 and os.path.samestat(there, path.stat())
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # by NFS's words
+            return False
+        raise
 
 
 def _holder(handle: int) -> str:
@@ -113,10 +117,8 @@ def _holder(handle: int) -> str:
     return "another process"
 
 
-def _remove(workdir: Path, made: list[Path]) -> None:
-    """Remove the directories of `made` that hold nothing but, in the workdir, the lock."""
+def _remove(made: list[Path]) -> None:
+    """Remove the directories of `made`, the deepest first, as far as they are empty."""
     with contextlib.suppress(OSError):
-        if workdir in made and os.listdir(workdir) == [NAME]:
-            (workdir / NAME).unlink()
         for place in made:
             place.rmdir()

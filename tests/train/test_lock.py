@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -106,8 +108,33 @@ def test_within_one_process(tmp_path):
             pass
     with held(tmp_path / "w"):
         pass
-    assert (tmp_path / "w" / NAME).read_bytes() == b""
+    assert sorted(path.name for path in (tmp_path / "w").iterdir()) == ["x"]  # no lock is left
     assert sorted(path.name for path in tmp_path.iterdir()) == ["w"]  # nothing was written into the other
+
+
+def test_a_file_that_is_removed_while_another_waits_to_lock_it(tmp_path, monkeypatch):
+    """The first ends between the second's opening and locking: the second must not hold a file that is gone."""
+    flock, first = fcntl.flock, contextlib.ExitStack()
+    first.enter_context(held(tmp_path / "w"))
+
+    def slow(handle, operation):
+        monkeypatch.setattr("fcntl.flock", flock)
+        first.close()
+        flock(handle, operation)
+
+    monkeypatch.setattr("fcntl.flock", slow)
+    with held(tmp_path / "w"):
+        assert (tmp_path / "w" / NAME).is_file()
+        with pytest.raises(UserError, match="is in use"), held(tmp_path / "w"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_a_killed_process_left_locks_nobody_out(tmp_path):
+    (tmp_path / NAME).write_text('{"host": "h", "process": 1, "since": "x"}')
+    with held(tmp_path):
+        assert json.loads((tmp_path / NAME).read_text())["process"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_inside_frees_it_and_leaves_no_directory(tmp_path):
