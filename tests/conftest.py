@@ -10,6 +10,7 @@ import random
 # Tiny tensors: on two threads of a loaded machine a file took six times as long. Processes of tests inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,6 +20,9 @@ if not torch.cuda.is_available():
 from qwen3f.stages.configs import pretrain_config
 
 GPU_SECONDS = 120  # of a test on a GPU: most of it to compile
+# How long an example takes says more of the machine, which is shared with another worker.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 WORDS = "the cat sat on a mat and looked at red green blue birds in trees while rain fell softly"
 
