@@ -118,7 +118,7 @@ def run(
 def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict[str, float]:
     """From a state to the last step, or to where a signal stops it; what the evaluators found last."""
     config, stage, first = s.setup.config, s.stage, number(start.state.step)
-    tokenizer = W.keep_tokenizer(s.workdir, stage.tokenizer) if s.world.main else None
+    tokenizer = s.world.first(W.keep_tokenizer(s.workdir, stage.tokenizer) if s.world.main else None)
     options = s.setup.step_options(
         stage.updates,
         microbatch_rows=stage.microbatch_rows,
@@ -241,7 +241,7 @@ def _keeper(s: Session, options: StepOptions) -> Callable[[int, Any], Path]:
 
 
 def _meta(s: Session, spikes: SpikeGuard, feed: Feed, tokenizer: Any) -> Callable[[], dict[str, Any]]:
-    """What is saved beside the state. tokenizer: what rank 0 says of its files."""
+    """What is saved beside the state. tokenizer: what is known of its files."""
 
     def meta() -> dict[str, Any]:
         known = {"config": s.resolved, W.TOKENIZER: tokenizer, "spikes": spikes.record, "data": feed.state}

@@ -43,11 +43,7 @@ def tiny():
 @pytest.mark.parametrize("compile", ["off", "step"])
 def test_before_update_comes_once_a_step_and_before_any_write(compile, monkeypatch):
     """Called when the gradient is there and the donated state is as it was; results are those of a step without."""
-<<<<<<< HEAD
-    monkeypatch.setattr("qwen3f.train.step.jit", functools.partial(transforms.jit, compile=False))
-=======
     monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
->>>>>>> w-tests
     cfg, batch = tiny(), random_batch(2, 16, 64)
     options = {"execution": model.Execution(compile=compile, attention="reference")}
     plain = make_train_step(cfg, AdamW(), Schedule("constant", 1e-2, 9), **options)
