@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from qwen3f.errors import UserError
-from qwen3f.files import read_bounded
 
 HIDDEN_ACTS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 QK_NORMS = ("rms", "l2", "none")
@@ -198,7 +197,7 @@ class ModelConfig:
         if not path.is_file():
             raise UserError(f"model config {path}: no such file")
         try:
-            values = parse(read_bounded(path).decode())
+            values = parse(path.read_text())
         except (ValueError, yaml.YAMLError) as error:
             raise UserError(f"model config {path}: cannot be parsed: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):

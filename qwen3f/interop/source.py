@@ -50,14 +50,15 @@ def locate(source: str) -> Source:
 
     Raises UserError if it is none of the three.
     """
-    place = Path(source).expanduser().absolute()
+    place = Path(source).expanduser()
     has_checkpoints = (place / W.CHECKPOINTS).is_dir()
     if _is_hf(place / hf.CONFIG, strict=not has_checkpoints):
         return Source(place, is_hf=True)
     if has_checkpoints:
         return Source(place, is_hf=False)
-    if place.parent.name == W.CHECKPOINTS and place.name.isdecimal():
-        return Source(place.parent.parent, is_hf=False, step=int(place.name))
+    full = place.absolute()  # "." may be a checkpoint, too
+    if full.parent.name == W.CHECKPOINTS and full.name.isdecimal():
+        return Source(full.parent.parent, is_hf=False, step=int(full.name))
     raise UserError(
         f"config.init_from={source}: there is no {place / W.CHECKPOINTS} and no {place / hf.CONFIG} with a model_type; "
         "give a workdir, its checkpoints/N, or a Hugging Face directory"
