@@ -25,22 +25,27 @@ from typing import Any
 
 import torch
 
-from qwen3f import tree
 from qwen3f.errors import UserError
 
 MOST_SHAPES = 128
 
 # Of torch._dynamo.config, while a compiled function is called and with it perhaps compiled.
 _SETTINGS = {
-    "assume_static_by_default": True,
-    "automatic_dynamic_shapes": False,
+    "automatic_dynamic_shapes": False,  # else sizes that have changed once become symbols
     "recompile_limit": MOST_SHAPES,
     "trace_autograd_ops": True,  # torch.autograd.grad is part of the graph
 }
 
 
-def _same(leaf: Any) -> Any:
-    return leaf
+def _made_anew(result: Any) -> Any:
+    """The same tuples, lists and dicts. torch 2.11 gives back what a NamedTuple's _replace has made as an empty one."""
+    if isinstance(result, dict):
+        return {key: _made_anew(value) for key, value in result.items()}
+    if hasattr(result, "_fields"):
+        return type(result)(*[_made_anew(value) for value in result])
+    if isinstance(result, tuple | list):
+        return type(result)([_made_anew(value) for value in result])
+    return result
 
 
 def compile_static(fn: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
@@ -56,8 +61,7 @@ def compile_static(fn: Callable[..., Any], *, fullgraph: bool = True) -> Callabl
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     def entry(*args: Any, **kwargs: Any) -> Any:
-        # tuples are made anew: what a NamedTuple's _replace made comes out of torch 2.11's graphs as an empty one
-        return tree.map(_same, fn(*args, **kwargs))
+        return _made_anew(fn(*args, **kwargs))
 
     # torch counts the graphs of a code object, and a def has one for all the functions that it makes. By that count the
     # ninth model of a process would find no room. So each function gets a code object of its own.
@@ -65,7 +69,7 @@ def compile_static(fn: Callable[..., Any], *, fullgraph: bool = True) -> Callabl
     code = entry.__code__.replace(co_name=name)  # the name is for torch's logs
     own = types.FunctionType(code, entry.__globals__, name, closure=entry.__closure__)
     compiled = torch.compile(own, fullgraph=fullgraph)
-    # config.patch would take 30 µs a call. This takes no longer than torch.compile(dynamic=False), which does the same.
+    # config.patch would take 30 µs a call; this takes about as long as torch.compile(dynamic=False), which does it too
     change = config._make_closure_patcher(**_SETTINGS)
 
     @functools.wraps(fn)
