@@ -182,7 +182,7 @@ def test_scores_are_read_by_weight_from_a_scalar_head():
     assert "lm_head.weight" not in start.params
     scores = model.apply(cfg, start.params, batch, model.REFERENCE).logits[..., 0]
     last = [[(row == k).nonzero()[-1, 0] for k in range(1, 7)] for row in batch["segments"]]
-    ends_of = [row[places] for row, places in zip(scores, last)]
+    ends_of = [row[torch.stack(places)] for row, places in zip(scores, last)]
     expected = torch.stack([F.softplus(row[k + 1] - row[k]) for row in ends_of for k in (0, 2, 4)]).mean()
     step = make_train_step(cfg, Objective("scores", None, ranking, pairs), StepOptions(AdamW(), SCHEDULE))
     assert abs(step(start, batch)[1]["loss"] - expected) <= 1e-12
