@@ -246,8 +246,8 @@ def _once(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
     sizes["losses"] = [(over, 3 * wide) for over in _one_by_one(everyone)]
     sparse = sparse_per_rank(setup)
     rows = _one_by_one(tuple(axis for axis in everyone if axis in ROWS))
-    # the loss's weight and, for routers, the tokens of this part of the sequence; then the tokens of whole rows
-    sizes["weight and tokens of the batch"] = [(over, 8) for over in (data * 2 if sparse else data) + rows]
+    # the loss's weight, for routers the real tokens, and the predicted ones, all of whole rows
+    sizes["weight and tokens of the batch"] = [(over, 8) for over in rows * (3 if sparse else 2)]
     if sparse:
         row = (setup.model.num_experts + 2) * 8
         stages = [setup.cut.layers_of(stage) for stage in setup.cut.slices_of(setup.busiest)]

@@ -297,10 +297,11 @@ def test_a_skewed_router_becomes_balanced():
 def test_a_run_shows_how_its_experts_are_used(tmp_path):
     """Scalars in metrics.jsonl and TensorBoard; at each evaluation a picture of layers × experts."""
     rows = [{"text": " ".join(f"{i * j * 7919:x}" for j in range(1, 40))} for i in range(200)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = pretrain_config("nano")
     config.device = "cpu"
-    config.data.mixture, config.data.cache = f"files@{tmp_path}", str(tmp_path / "cache")
+    config.data.mixture, config.data.cache = f"files@{tmp_path / 'text'}", str(tmp_path / "cache")
     config.model.update(vocab_size=320, num_hidden_layers=2, hidden_size=32, intermediate_size=48, head_dim=16)
     config.model.update(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
     config.model.update(moe_drop_tokens=True, moe_capacity_factor=0.5)

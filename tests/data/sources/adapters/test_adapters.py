@@ -156,7 +156,7 @@ def test_images(file, tmp_path, pictures):
     assert (first.mode, first.size, first.getpixel((2, 1))) == ("RGB", (3, 2), (255, 0, 0))
     assert made[1].image.open().getpixel((0, 0)) == (7, 7, 7)
     made[1].image.path.write_bytes(b"no image")  # opened each time it is asked for, not before
-    with pytest.raises(UserError, match=rf"{file}:2: the image .*2.png is no whole file of JPEG"):
+    with pytest.raises(UserError, match=rf"{file}:2: the image .*2.png cannot be read: it is no whole file of JPEG"):
         made[1].image.open()
 
 
