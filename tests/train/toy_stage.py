@@ -10,19 +10,20 @@ import torch.nn.functional as F
 from qwen3f.stages.configs import pretrain_config
 from qwen3f.train.objective import Objective, has_document
 from qwen3f.train.outputs import make_outputs
+from qwen3f.train.readings import number
 from qwen3f.train.stage import Evaluator, Stage
 
 VOCAB, LENGTH = 300, 16
 
 
 class Pairs:
-    """Rows of four documents of random ids, of lengths that differ from row to row; the second half is held out."""
+    """Rows of four documents of random ids, of lengths that differ from row to row; the first 32 are trained on."""
 
     def __len__(self):
         return 64
 
     def order(self, places, seed):
-        return (np.asarray(places) * 5 + seed) % len(self)
+        return (np.asarray(places) * 5 + seed) % 32
 
     def __getitem__(self, i):
         rand = np.random.default_rng(i)
@@ -56,17 +57,19 @@ def make(run):
     def likelihood(params):
         rank, ranks = setup.layout.axes.rows
         mine = {key: x.chunk(ranks)[rank].to(setup.device) for key, x in held_out.items()}
-        sums = [rank_sum for rank_sum in run.world.gather([rank, outputs(params, mine).sum().item()])]
-        return {"log_prob": sum(dict(sums).values())}
+        return {"log_prob": sum(dict(run.world.gather([rank, outputs(params, mine).sum().item()])).values())}
 
     def prepare(state, batch, more):  # every other step leaves its first examples unused
-        return more() if int(state.step.to_local() if hasattr(state.step, "to_local") else state.step) % 2 else batch
+        return more() if number(state.step) % 2 else batch
 
-    def with_entropy(log_probs, batch):
-        return log_probs, {"entropy": batch["entropy"]}
-
-    reports = ("entropy", "margin")
-    objective = Objective("log_probs", with_entropy, preference, lambda b: has_document(b).sum() / 2, reports, True)
+    objective = Objective(
+        "log_probs",
+        token=lambda log_probs, batch: (log_probs, {"entropy": batch["entropy"]}),
+        document=preference,
+        count=lambda rows: has_document(rows).sum() / 2,
+        reports=("entropy", "margin"),
+        entropy=True,
+    )
     return Stage(NoText(), Pairs(), objective, {"held": Evaluator(2, likelihood)}, prepare)
 
 
