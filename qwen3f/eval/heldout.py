@@ -1,6 +1,6 @@
 """Validation: loss and bits per byte on the held-out split."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from itertools import islice
 
@@ -10,7 +10,14 @@ from torch import Tensor
 
 from qwen3f.data.cache.token_cache import TokenCache
 from qwen3f.data.loader import ALL_ROWS, Share
-from qwen3f.data.packing.concat import EvalCoverage, bits_per_byte, eval_coverage, eval_windows
+from qwen3f.data.packing.concat import (
+    IGNORED_TARGET,
+    EvalCoverage,
+    Example,
+    bits_per_byte,
+    eval_coverage,
+    eval_windows,
+)
 from qwen3f.params import Params
 
 EvalStep = Callable[[Params, dict[str, Tensor]], tuple[Tensor, Tensor]]
@@ -45,7 +52,8 @@ def evaluate(
     totals, own = {}, torch.from_numpy(options.share.rows(options.batch_size))
     for name, cache in heldout.items():
         nats = torch.zeros((), dtype=torch.float64, device=options.device)
-        for batch in _batches(cache, options.seq_len, options.batch_size, options.max_docs or None):
+        windows = eval_windows(cache, options.seq_len, options.max_docs or None)
+        for batch in batches_of_one_shape(windows, options.batch_size):
             nats += eval_step(params, {k: v[own].to(options.device) for k, v in batch.items()})[0]
         totals[name] = (nats.item(), eval_coverage(cache, options.max_docs or None))
     coverages = [coverage for _, coverage in totals.values()]
@@ -56,17 +64,17 @@ def evaluate(
     return out
 
 
+def batches_of_one_shape(rows: Iterable[Example], size: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of `size` rows each; the last is filled up with rows that predict and weigh nothing."""
+    rest = iter(rows)
+    while part := list(islice(rest, size)):
+        blank = {key: np.full_like(value, IGNORED_TARGET if key == "targets" else 0) for key, value in part[0].items()}
+        part += [blank] * (size - len(part))
+        yield {key: torch.from_numpy(np.stack([row[key] for row in part])) for key in blank}
+
+
 def _values(nats: float, coverage: EvalCoverage, vocab_size: int, suffix: str) -> dict[str, float]:
     return {
         f"loss{suffix}": nats / max(coverage.predicted_tokens, 1),
         f"bpb{suffix}": bits_per_byte(nats, coverage, vocab_size),
     }
-
-
-def _batches(heldout: TokenCache, seq_len: int, batch_size: int, max_docs: int | None) -> Iterator[dict[str, Tensor]]:
-    """Batches of one shape: the last is filled up with rows that predict nothing."""
-    windows = eval_windows(heldout, seq_len, max_docs)
-    while rows := list(islice(windows, batch_size)):
-        blank = {key: np.zeros_like(value) for key, value in rows[0].items()}
-        rows += [blank] * (batch_size - len(rows))
-        yield {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in blank}

@@ -88,6 +88,8 @@ def stream(
     """
     asked = Requests(**options)
     stop_ids, pad_id, budget = asked.stop_ids, asked.pad_id, asked.budget
+    if cfg.scalar_head:
+        raise UserError("model.scalar_head=True makes a score of each token, not text; name a model with a vocabulary")
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     batch = tokens.shape[0]

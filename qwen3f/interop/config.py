@@ -140,7 +140,8 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     dtype: of the stored weights. Training-time fields (gradient_checkpointing, embed_initializer_range) are left out.
     Raises UserError, naming the field, for a model that transformers' Qwen3 and Qwen3-MoE can't express.
     """
-    for field, plain in (("qk_norm", "rms"), ("vision_enabled", False), ("moe_drop_tokens", False)):
+    plain_values = {"qk_norm": "rms", "vision_enabled": False, "scalar_head": False, "moe_drop_tokens": False}
+    for field, plain in plain_values.items():
         value = getattr(cfg, field)
         if value != plain:
             raise UserError(

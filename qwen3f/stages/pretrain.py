@@ -15,7 +15,7 @@ from qwen3f.infer.generate import generate
 from qwen3f.params import Params
 from qwen3f.train.logger import Logger
 from qwen3f.train.microbatches import evaluation_parts
-from qwen3f.train.objective import NEXT_TOKEN
+from qwen3f.train.objective import NEXT_TOKEN, check_model
 from qwen3f.train.optimizer import AdamW
 from qwen3f.train.outputs import make_eval_step
 from qwen3f.train.readings import number
@@ -26,6 +26,7 @@ from qwen3f.train.stage import Batch, Evaluator, Interrupted, More, Run, Stage
 from qwen3f.train.state import TrainState
 from qwen3f.train.step import StepOptions, TrainStep
 from qwen3f.train.step import make_train_step as make_step
+from sharding.state import local_shards
 
 
 def make_train_step(cfg: ModelConfig, optimizer: AdamW, schedule: Schedule, **options: object) -> TrainStep:
@@ -36,6 +37,7 @@ def make_train_step(cfg: ModelConfig, optimizer: AdamW, schedule: Schedule, **op
 def check(setup: Setup) -> None:
     """Raises UserError for what of context_warmup, sample and data cannot run."""
     config = setup.config
+    check_model(setup.model, NEXT_TOKEN)
     for key in ("context_warmup.length", "sample.tokens", "eval.max_docs"):
         at_least(config, key, 0)
     if config.context_warmup.length and config.data.cross_documents:
@@ -52,8 +54,11 @@ def make(run: Run) -> Stage:
     warmup = _warmup_steps(setup)
 
     def prepare_batch(state: TrainState, batch: Batch, more: More) -> Batch:
-        short = warmup and number(state.step) < warmup
-        return limit_context(batch, config.context_warmup.length) if short else batch
+        if not warmup:
+            return batch
+        limited = limit_context(batch, config.context_warmup.length)["segments"]
+        # chosen on the device: a look at the step from here would wait for the one before it
+        return {**batch, "segments": torch.where(local_shards(state.step) < warmup, limited, batch["segments"])}
 
     def finish(state: TrainState, logger: Logger) -> None:
         if config.eval.compare_gzip and run.world.main:

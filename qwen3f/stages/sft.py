@@ -6,7 +6,7 @@ over micro-batches and ranks.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 
 import numpy as np
@@ -16,25 +16,26 @@ from qwen3f.data.chat.corpus import ChatCorpus, ChatDataConfig, generated_proble
 from qwen3f.data.chat.corpus import check as check_data
 from qwen3f.data.chat.report import render_samples
 from qwen3f.data.loader import Share, build_batch
-from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import AnswerOptions, answer, judge, parse_modes
+from qwen3f.eval.heldout import batches_of_one_shape
 from qwen3f.params import Params
 from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.tasks.registry import open_task
 from qwen3f.tasks.task import Question, Task
 from qwen3f.train.microbatches import evaluation_parts
-from qwen3f.train.objective import NEXT_TOKEN
+from qwen3f.train.objective import NEXT_TOKEN, check_model
 from qwen3f.train.outputs import make_eval_step
 from qwen3f.train.restore import check_tokenizer, find_tokenizer
 from qwen3f.train.setup import Setup, at_least
-from qwen3f.train.stage import Batch, Evaluator, Interrupted, Run, Stage
+from qwen3f.train.stage import Evaluator, Interrupted, Run, Stage
 
 
 def check(setup: Setup) -> None:
     """Raises UserError for what of data, eval and show_samples cannot run."""
     config = setup.config
+    check_model(setup.model, NEXT_TOKEN)
     check_data(_data_config(setup))
     for key in ("eval.max_rows", "eval.questions", "show_samples"):
         at_least(config, key, 0)
@@ -127,7 +128,8 @@ def _make_loss(run: Run, corpus: ChatCorpus) -> Callable[[Params], dict[str, flo
         sums = {}
         for name, dataset in corpus.heldout.items():
             nats, weight = (torch.zeros((), dtype=torch.float64, device=setup.device) for _ in range(2))
-            for batch in _batches(dataset, rows, config.eval.max_rows):
+            most = min(len(dataset), config.eval.max_rows or len(dataset))
+            for batch in batches_of_one_shape((dataset[i] for i in range(most)), rows):
                 if run.stopping():
                     raise Interrupted
                 found = eval_step(params, {key: x[own].to(setup.device) for key, x in batch.items()})
@@ -140,17 +142,6 @@ def _make_loss(run: Run, corpus: ChatCorpus) -> Callable[[Params], dict[str, flo
         return {"loss": totals[0] / max(totals[1], 1), **(each if len(each) > 1 else {})}
 
     return evaluate
-
-
-def _batches(dataset: BestFitDataset, size: int, most: int) -> Iterator[Batch]:
-    """The first `most` rows (0: all), in batches of one shape: the last is filled up with rows that count nothing."""
-    count = min(len(dataset), most or len(dataset))
-    numbers = iter(range(count))
-    while part := [dataset[i] for i in islice(numbers, size)]:
-        blank = {key: np.zeros_like(value) for key, value in part[0].items()}
-        blank["targets"] = np.full_like(blank["targets"], -100)
-        part += [blank] * (size - len(part))
-        yield {key: torch.from_numpy(np.stack([row[key] for row in part])) for key in blank}
 
 
 def _questions(setup: Setup) -> tuple[Task, tuple[Question, ...]]:

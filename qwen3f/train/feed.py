@@ -59,8 +59,3 @@ class Feed:
             device = prepared["tokens"].device
             prepared = {**prepared, "consumed": torch.tensor(consumed, dtype=torch.int64, device=device)}
         return prepared
-
-    @property
-    def next_position(self) -> int:
-        """The place of the next example."""
-        return self.position + self.consumed

@@ -15,6 +15,7 @@ from kernels import cross_entropy
 from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
 from sharding import tensor
 from sharding.collectives import all_reduce
 from sharding.layout import ONE_DEVICE, Layout
@@ -151,6 +152,16 @@ def make_numbers(
     return numbers
 
 
+def check_model(cfg: ModelConfig, objective: Objective) -> None:
+    """Raises UserError where the model's end does not give what the objective reads."""
+    needed = objective.output == "scores"
+    if needed != cfg.scalar_head:
+        raise UserError(
+            f"--config.model.scalar_head={cfg.scalar_head} does not go with a stage that trains on "
+            f"{objective.output}; write --config.model.scalar_head={needed}"
+        )
+
+
 HeadFn = Callable[[Tensor, P.Params, MicroBatch, Tensor | float], tuple[Tensor, Figures]]
 
 
@@ -163,8 +174,7 @@ def make_head(
     (sharding.tensor.own_tokens), behind the final norm; outer parameters: whole but for tp's cut. count: the step's
     divisor; where it is 0 everything is 0. The shares of all ranks add up.
     """
-    if (objective.output == "scores") != cfg.scalar_head:
-        raise ValueError(f"Objective.output={objective.output!r} with model.scalar_head={cfg.scalar_head}")
+    check_model(cfg, objective)
     if objective.output == "nll":
         return _nll_head(cfg, execution, layout)
     axes = layout.axes

@@ -228,7 +228,6 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
         step, position = state.step, state.position
         if examples is not None:  # data is consumed, even if the update was withheld
             step, position = step + 1, position + examples
-        # not _replace, which loses the moments when torch 2.11 compiles it
         new = TrainState(step, params, opt, state.seed, state.tokens_seen + tokens, position)
         metrics = {
             "loss": terms.loss,

@@ -188,6 +188,12 @@ def test_bad_input_is_named_at_once(change, words):
         stream(cfg, p, **{"tokens": tokens, "max_new_tokens": 2, **change})  # not a token is asked for
 
 
+def test_a_model_of_scores_makes_no_text():
+    cfg, p, _, tokens = build()
+    with pytest.raises(UserError, match="model.scalar_head=True makes a score"):
+        stream(cfg.replace(scalar_head=True), p, tokens, max_new_tokens=2)
+
+
 def test_logits_that_are_not_finite_are_an_error():
     cfg, p, _, tokens = build()
     broken = {**p, "lm_head.weight": p["lm_head.weight"].index_fill(0, torch.tensor(5), float("nan"))}

@@ -23,7 +23,7 @@ from tests.train.runs import assert_same_bits, final_state, metrics
 ROOT = Path(__file__).parents[2]
 NUMBERS = ("loss", "grad_norm", "entropy", "margin", "held_log_prob", "tokens_seen")
 TWO = {"dp2": "dense", "tp2": "frozen", "cp2": "dense", "pp2": "frozen", "ep2": "moe"}
-FOUR = {"dp2,tp2": "dense", "cp2,tp2": "dense"}
+FOUR = {"dp2,tp2": "dense", "cp2,tp2": "scores"}
 
 
 def learned(workdir):
@@ -41,7 +41,7 @@ def on_ranks(rank, meshes, folder):
 def alone(tmp_path_factory):
     """kind -> the numbers of one device."""
     folder = tmp_path_factory.mktemp("alone")
-    for kind in ("dense", "moe", "frozen"):
+    for kind in ("dense", "moe", "frozen", "scores"):
         loop.run(toy_stage.get_config(kind), folder / kind, progress=False)
     return folder
 
@@ -59,16 +59,33 @@ def test_a_loss_over_documents_is_the_same_on_every_mesh(meshes, ranks, alone, t
     assert int(last.position) == 6 * 8 + 3 * 8  # every other step used two batches
 
 
+def test_a_scalar_head_starts_fresh_on_a_model_of_text_and_goes_on_bit_for_bit(alone, tmp_path, capsys):
+    config = toy_stage.get_config("scores")
+    config.init_from = str(alone / "dense")
+    loop.run(config, tmp_path / "whole", progress=False)
+    assert f"config.init_from={alone / 'dense'} has no score.weight; it starts fresh" in capsys.readouterr().out
+    config.steps = 2
+    loop.run(config, tmp_path / "parts", progress=False)
+    config.steps = 6
+    loop.run(config, tmp_path / "parts", progress=False)
+    assert "starts fresh" not in capsys.readouterr().out.partition("step 2")[2]
+    last = final_state(config, tmp_path / "parts", 6)
+    assert_same_bits(last, final_state(config, tmp_path / "whole", 6))
+    losses = [line["loss"] for line in metrics(tmp_path / "whole") if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert "lm_head.weight" not in last.params
+
+
 def launch(workdir, mesh, kind, **more):
     experiment = f"tests/train/toy_stage.py:{kind}"
     command = [sys.executable, "launch.py", "--config", experiment, "--workdir", str(workdir), f"--config.mesh={mesh}"]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
 
 
-@pytest.mark.parametrize("mesh", ["dp2", *(pytest.param(m, marks=pytest.mark.nightly) for m in ["", *TWO, *FOUR][2:])])
+@pytest.mark.parametrize("mesh", ["", "dp2", *(pytest.param(m, marks=pytest.mark.nightly) for m in [*TWO, *FOUR][1:])])
 def test_by_launch_it_survives_a_kill_and_goes_on_bit_for_bit(mesh, tmp_path, alone):
     """All its processes are killed somewhere behind step 2; the same command then reaches the same end."""
-    kind = TWO.get(mesh, "dense")
+    kind = {**TWO, **FOUR}.get(mesh, "dense")
     killed = launch(tmp_path / "w", mesh, kind, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "w" / "checkpoints" / "2").exists():

@@ -46,7 +46,9 @@ def check(setup):
 
 def make(run):
     setup = run.setup
-    outputs = make_outputs(setup.model, setup.execution, setup.layout, compute_dtype=setup.compute_dtype)
+    scores = setup.model.scalar_head
+    output = "scores" if scores else "log_probs"
+    outputs = make_outputs(setup.model, setup.execution, setup.layout, output=output, compute_dtype=setup.compute_dtype)
     held_out = {key: torch.from_numpy(np.stack([Pairs()[i][key] for i in range(32, 40)])) for key in Pairs()[0]}
 
     def preference(sums, rows):
@@ -63,12 +65,12 @@ def make(run):
         return more() if number(state.step) % 2 else batch
 
     objective = Objective(
-        "log_probs",
-        token=lambda log_probs, batch: (log_probs, {"entropy": batch["entropy"]}),
+        output,
+        token=None if scores else lambda log_probs, batch: (log_probs, {"entropy": batch["entropy"]}),
         document=preference,
         count=lambda rows: has_document(rows).sum() / 2,
-        reports=("entropy", "margin"),
-        entropy=True,
+        reports=("margin",) if scores else ("entropy", "margin"),
+        entropy=not scores,
     )
     return Stage(NoText(), Pairs(), objective, {"held": Evaluator(2, likelihood)}, prepare)
 
@@ -81,6 +83,7 @@ def get_config(kind="dense"):
         c.model.update(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, router_aux_loss_coef=0.05)
     if kind == "frozen":
         c.optimizer.rates = r"model\.embed_tokens\.weight=0,.*\.mlp\..*=0,.*norm\.weight=0.5"
+    c.model.scalar_head = kind == "scores"
     c.update(steps=6, batch_size=8, microbatches=2, seq_len=LENGTH, log_every=1)
     c.checkpoint.update(every=2, keep=0)
     c.schedule.update(kind="constant", peak_lr=1e-2, warmup=0)
