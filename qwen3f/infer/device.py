@@ -16,7 +16,18 @@ from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.infer import fused
 from qwen3f.infer.graphs import DecodeGraphs
-from qwen3f.infer.passes import Choice, Drawn, Inputs, Table, draw, force, make_decode, make_prefill
+from qwen3f.infer.passes import (
+    Choice,
+    Drawn,
+    Inputs,
+    Table,
+    as_training,
+    draw,
+    force,
+    logits_of,
+    make_decode,
+    make_prefill,
+)
 from qwen3f.infer.request import Row
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.infer.scheduler import Chunk, Plan
@@ -82,7 +93,7 @@ class Device:
         self.page_size = page_size or (GPU_PAGE if self.overlaps else CPU_ROUNDING)
         self.max_tokens = max_tokens or self._room()
         self._cache, self._graphs = None, None
-        self._fused = self.overlaps and fused.fits(cfg, params[P.EMBED].dtype)
+        self._fused = self.overlaps and not execution.invariant and fused.fits(cfg, params[P.EMBED].dtype)
         self._rows, self._execution = rows, execution
 
     def _room(self) -> int:
@@ -170,7 +181,7 @@ class Device:
             return self._replay(rows, numbers)
         inputs = Inputs(*torch.from_numpy(numbers).to(self.device))
         none = inputs.tokens.new_zeros(1)
-        logits, self._cache = self._decode(
+        hidden, self._cache = self._decode(
             self._params,
             self._cache,
             inputs,
@@ -178,10 +189,22 @@ class Device:
             table=table,
             span=self._span(1 + max(row.cached for row in rows)),
         )
+        head = model.head_weight(self.cfg, self._params)
+        logits = logits_of(hidden, head, self._execution)
         drawn = draw(logits, inputs, self._choices(rows, places), self.num_ids)
-        if (numbers[4] >= 0).any():
+        forced = (numbers[4] >= 0).any()
+        if forced:
             drawn = force(drawn, logits, inputs.forced)
+        if self._exact(rows, forced):
+            temperature = torch.ones(count)
+            temperature[places] = torch.tensor([row.request.sampling.temperature or 1.0 for row in rows])
+            drawn = as_training(drawn, hidden, head, temperature.to(self.device))
         return Pending(list(rows), places, drawn)
+
+    def _exact(self, rows: Sequence[Row], forced: bool) -> bool:
+        """Whether log-probabilities are to be the training step's: where nothing but a temperature acts."""
+        plain = all(is_plain(row.request.sampling) for row in rows)
+        return self._execution.invariant and self.num_ids == self.cfg.vocab_size and plain and not forced
 
     def _replay(self, rows: Sequence[Row], numbers: np.ndarray) -> Pending:
         """The same by a CUDA graph. What its sampler does not know is drawn again, from the logits that it leaves."""
