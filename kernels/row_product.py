@@ -35,7 +35,7 @@ PREFETCH = 2048  # bytes of each weight row that are fetched ahead of a dependen
 
 
 class Config(NamedTuple):
-    """Rows, outputs and step of a tile, slices of a step, stages of the loop, warps."""
+    """Rows, outputs and step of a tile (a step of 2-byte numbers; of float32 half), slices of it, stages, warps."""
 
     rows: int
     outputs: int
@@ -139,7 +139,7 @@ def options(x: Tensor, cut: Config) -> dict[str, object]:
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     pdl = dependent_launch.on(x)
     return dict(
-        BM=cut.rows, BN=cut.outputs, BK=cut.step, SLICES=cut.slices, STAGES=cut.stages, PRECISION=precision,
+        BM=cut.rows, BN=cut.outputs, BK=cut.step * 2 // x.element_size(), SLICES=cut.slices, STAGES=cut.stages, PRECISION=precision,
         AHEAD=PREFETCH // 128 if pdl else 0, num_warps=cut.warps, launch_pdl=pdl,
     )  # fmt: skip
 
