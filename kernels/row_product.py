@@ -139,8 +139,8 @@ def options(x: Tensor, cut: Config) -> dict[str, object]:
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     pdl = dependent_launch.on(x)
     return dict(
-        BM=cut.rows, BN=cut.outputs, BK=cut.step * 2 // x.element_size(), SLICES=cut.slices, STAGES=cut.stages, PRECISION=precision,
-        AHEAD=PREFETCH // 128 if pdl else 0, num_warps=cut.warps, launch_pdl=pdl,
+        BM=cut.rows, BN=cut.outputs, BK=cut.step * 2 // x.element_size(), SLICES=cut.slices, STAGES=cut.stages,
+        PRECISION=precision, AHEAD=PREFETCH // 128 if pdl else 0, num_warps=cut.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 
