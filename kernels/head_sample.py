@@ -87,8 +87,8 @@ def _scale(inv_temperature_ptr, row, rows):
 def _logits_kernel(
     x_ptr, norm_ptr, head_ptr, inv_temperature_ptr, logits_ptr, top_ptr, total_ptr, place_ptr,
     rows, D, V, num_ids, eps,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of logits; its rows' greatest tempered logit, Σ exp(tempered − that), and where it lies.
 
@@ -100,9 +100,9 @@ def _logits_kernel(
     n = block * BN + tl.arange(0, BN)
     weight_N = head_ptr + tl.minimum(n, V - 1).to(tl.int64) * D
     product, square = row_product.row_product(
-        x_ptr, norm_ptr, weight_N, row, rows, D, True, BM, BN, BK, SLICES, STAGES, PRECISION, AHEAD
+        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, AHEAD
     )
-    logits = product * tl.rsqrt(square / D + eps)[:, None]
+    logits = product * tl.rsqrt(square / D + eps)[:, None] if HAS_NORM else product
     mask = (row < rows)[:, None] & (n < V)[None, :]
     tl.store(logits_ptr + row.to(tl.int64)[:, None] * V + n[None, :], logits, mask=mask)
 
@@ -185,7 +185,8 @@ def _op(
     padded = triton.next_power_of_2(blocks)
     with torch.cuda.device_of(x):
         _logits_kernel[(triton.cdiv(B, cut.rows) * blocks,)](
-            x, norm, head, inv_temperature, logits, tops, totals, places, B, D, V, num_ids, eps,
+            row_product.normed(x, norm, eps, cut), norm, head, inv_temperature, logits, tops, totals, places, B, D, V,
+            num_ids, eps, HAS_NORM=cut.norms,
             **row_product.options(x, cut),
         )  # fmt: skip
         _choose_kernel[(B,)](

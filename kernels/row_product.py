@@ -8,9 +8,10 @@ fast as the weight arrives. So many bytes are kept on their way (Triton's pipeli
   the slices are added at the end. So the few tiles of a narrow output have enough warps, and no atomics are needed;
 - more rows: an ordinary tile of the tensor cores.
 
-The rows' RMSNorm costs no pass of its own: the loop multiplies x by the norm's weight g and adds up x², and the caller
-multiplies the sums by 1/√(mean x² + eps). Rounding: norm and product apart round x/√(…), then its product with g, to
-the dtype of x. Here x·g is rounded once, and with one row not at all; all else is float32.
+In the first two forms the rows' RMSNorm costs no pass of its own: the loop multiplies x by the norm's weight g and adds
+up x², and the caller multiplies the sums by 1/√(mean x² + eps). Rounding: norm and product apart round x/√(…), then its
+product with g, to the dtype of x. Here x·g is rounded once, and with one row not at all; all else is float32. In the
+third form the norm is a kernel of its own, since it would cost every tile what it saves.
 
 B rows · D what is summed over · N outputs · BM, BN, BK rows, outputs and step of a tile
 """
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import dependent_launch
+from kernels import dependent_launch, rmsnorm
 from kernels.backend import check_devices, tl, triton
 
 # Not tuned on a card yet: reasoned for an H100 with its 132 multiprocessors.
@@ -43,6 +44,11 @@ class Config(NamedTuple):
     slices: int
     stages: int
     warps: int
+
+    @property
+    def norms(self) -> bool:
+        """Whether the product's own loop applies the norm. With more rows a pass of its own costs less."""
+        return self.rows <= SLICED_ROWS
 
 
 def config(B: int, N: int) -> Config:
@@ -132,6 +138,11 @@ def row_product(
                 x = (wide * norm[None, :]).to(x.dtype)
             product = tl.dot(x, weight, product, input_precision=PRECISION)
     return product, square
+
+
+def normed(x_BD: Tensor, norm_D: Tensor, eps: float, cut: Config) -> Tensor:
+    """What a kernel with a norm reads: x itself, or where its loop does not norm, x normed."""
+    return x_BD if cut.norms else rmsnorm.rms_norm(x_BD, norm_D, eps)
 
 
 def options(x: Tensor, cut: Config) -> dict[str, object]:

@@ -29,7 +29,7 @@ from qwen3f.infer.passes import (
     make_prefill,
 )
 from qwen3f.infer.request import Row
-from qwen3f.infer.sampling import SamplingParams
+from qwen3f.infer.sampling import SamplingParams, streams_at, uniform
 from qwen3f.infer.scheduler import Chunk, Plan
 from qwen3f.infer.thinking import forced_token
 from qwen3f.model.kv_cache import bytes_of_token, copy_pages, grow_cache, init_cache
@@ -211,8 +211,9 @@ class Device:
         if self._graphs is None:
             self._graphs = DecodeGraphs(self.cfg, self._params, self._cache, self._execution, self.num_ids, self._rows)
         ways = [row.request.sampling for row in rows]
-        inv_temperature = np.array([1 / way.temperature if way.temperature > COLD else 0 for way in ways], np.float32)
-        result = self._graphs.run(numbers[[0, 1, 3]], inv_temperature, [row.pages for row in rows])
+        chances = np.array([[1 / way.temperature if way.temperature > COLD else 0.0 for way in ways]] * 2)
+        chances[0] = uniform(streams_at(*torch.from_numpy(numbers[[3, 1]] + [[0], [1]])))
+        result = self._graphs.run(numbers[:2], chances, [row.pages for row in rows])
         count, packed = len(rows), result.packed
         special = [i for i, way in enumerate(ways) if not is_plain(way)]
         if special or (numbers[4] >= 0).any():
