@@ -80,9 +80,6 @@ def test_draws_depend_on_seed_stream_and_place_alone():
     assert found[2].ids == found[3].ids  # greedy
 
 
-@pytest.mark.parametrize(
-    "sampling", [SAMPLED, GREEDY, SamplingParams(1.0, top_k=5)], ids=["sampled", "greedy", "top_k"]
-)
 def test_results_that_are_read_a_pass_late_are_the_same(monkeypatch):
     """As on a GPU, where the next pass is launched first: preemption, penalties, budgets and stops included."""
     cfg, p = build()
