@@ -100,20 +100,37 @@ class Device:
         memory = GPU_SHARE * torch.cuda.mem_get_info(self.device)[0] if self.overlaps else CPU_CACHE
         return int(memory) // bytes_of_token(self.cfg, self._params)
 
+    def outgrown(self, longest: int) -> bool:
+        """Whether a row of that length needs longer pages than max_tokens allows for as many as there are."""
+        if self._cache is None or not self._own_pages or self._own_size(longest) == self.page_size:
+            return False
+        return (self._cache.pages - 1) * self._own_size(longest) > self.max_tokens
+
+    def drop_cache(self) -> None:
+        """Give up what pages hold, and their memory; `make_room` makes new ones."""
+        self._cache = None
+
     def make_room(self, rows: int, longest: int) -> tuple[int, int]:
-        """(pages, page size) once there is room for so many rows of that length, as far as max_tokens allows."""
-        size = self.page_size
-        if self._own_pages:
-            size = max(size, -(-min(longest, self.max_tokens) // CPU_ROUNDING) * CPU_ROUNDING)
+        """(pages, page size) once there is room for so many rows of that length, as far as max_tokens allows.
+
+        Where a row is a page there is one more: a row can copy what it shares with one that has ended. Their number
+        then grows by doubling, since what there is must be copied.
+        """
+        size = self._own_size(longest) if self._own_pages else self.page_size
         most = max(1, self.max_tokens // size)
-        count = most if not self._own_pages else min(most, rows)
+        count = most if not self._own_pages else min(most, rows + 1)
         if self._cache is None:
             self._cache = init_cache(self.cfg, self._params, count, size)
         elif count > self._cache.pages - 1 or size > self.page_size:
-            count = max(count, self._cache.pages - 1)
+            now = self._cache.pages - 1
+            count = max(count, min(most, self._rows + 1, 2 * now)) if count > now else now
             self._cache = grow_cache(self._cache, count, size)
         self.page_size = size
         return self._cache.pages - 1, size
+
+    def _own_size(self, longest: int) -> int:
+        """Of a page that holds a row of that length."""
+        return max(self.page_size, -(-min(longest, self.max_tokens) // CPU_ROUNDING) * CPU_ROUNDING)
 
     def update(self, params: P.Params) -> None:
         fresh = unstacked(self.cfg, params)

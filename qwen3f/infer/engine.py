@@ -13,7 +13,7 @@ from typing import Any
 from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
-from qwen3f.data.tokenizers.token_text import StreamDecoder
+from qwen3f.data.tokenizers.token_text import StreamDecoder, check_encodable
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.device import Device, Pending
@@ -137,10 +137,14 @@ class Engine:
         """
         rows = []
         for asked in requests:
-            rows.append(Row(asked, self._number, stream_of(self.seed, asked.stream)))
+            seed = self.seed if asked.seed is None else asked.seed
+            rows.append(Row(asked, self._number, stream_of(seed, asked.stream)))
             self._number += 1
         longest = max((len(row.request.prompt) + row.request.max_new_tokens for row in rows), default=0)
-        count, size = self._device.make_room(min(len(rows) + len(self._scheduler.active), self._rows), longest)
+        if self._device.outgrown(longest):
+            self._start_over()
+        open_rows = len(rows) + len(self._scheduler.active) + len(self._scheduler.waiting)
+        count, size = self._device.make_room(min(open_rows, self._rows), longest)
         self._pool.grow(count, size)
         if longest > count * size:
             raise UserError(
@@ -192,6 +196,13 @@ class Engine:
         self._scheduler.restart()
         self._pool.clear()
         self._device.update(params)
+
+    def _start_over(self) -> None:
+        """A new, empty cache; rows wait again, and go on from the tokens that they have."""
+        self._collect()
+        self._scheduler.restart()
+        self._device.drop_cache()
+        self._pool = self._scheduler.pool = PagePool(0, self._device.page_size)
 
     def _must_know(self) -> bool:
         """Whether the next pass depends on tokens that have not been read yet."""
@@ -273,3 +284,5 @@ def check_request(asked: Request, cfg: ModelConfig, tokenizer: Tokenizer | None)
         raise UserError("stop_texts need the tokenizer: Engine(cfg, params, tokenizer=…)")
     if any(not isinstance(text, str) or not text for text in asked.stop_texts):
         raise UserError(f"stop_texts: {asked.stop_texts!r} must be texts that are not empty")
+    for text in asked.stop_texts:
+        check_encodable(text)

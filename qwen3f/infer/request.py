@@ -15,8 +15,8 @@ class Request:
       prompt: token ids, at least one.
       max_new_tokens: the answer ends there, if not before.
       sampling: how tokens are chosen.
-      stream: names the random stream, beside the engine's seed: the token at a place depends on (seed, stream, place)
-        and its logits alone, so never on what else is in the batch.
+      seed, stream: name the random stream: the token at a place depends on (seed, stream, place) and its logits alone,
+        so never on what else is in the batch. seed: the engine's by default.
       stop_ids: the answer ends with any of these, which it keeps.
       stop_texts: the answer ends with the token that completes one of these texts; needs the engine's tokenizer.
       budget: a limit on thinking.
@@ -26,6 +26,7 @@ class Request:
     prompt: tuple[int, ...]
     max_new_tokens: int
     sampling: SamplingParams = GREEDY
+    seed: int | None = None
     stream: int = 0
     stop_ids: tuple[int, ...] = ()
     stop_texts: tuple[str, ...] = ()

@@ -1,182 +1,231 @@
-"""The stage generate: prompts in from the configuration, answers out on stdout while they are written."""
+"""The stage generate: questions from the configuration, from a file or from a chat; answers on stdout or in a file."""
 
 import dataclasses
-import json
+import os
+import stat
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from qwen3f.config import ModelConfig
-from qwen3f.data.chat.template import encode_chat
-from qwen3f.data.tokenizers.token_text import StreamDecoder
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
-from qwen3f.infer.generate import stream
-from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams
-from qwen3f.infer.thinking import CLOSING, ThinkingBudget
+from qwen3f.infer.batch_file import AnswerFile, Ask, BadRow, prompt_asks, read_asks, survey
+from qwen3f.infer.chat import run_chat
+from qwen3f.infer.engine import EngineOptions
+from qwen3f.infer.request import Request
+from qwen3f.infer.text_generator import Answer, TextGenerator, raise_error
+from qwen3f.infer.text_request import FIELDS, TextOptions, make_request
 from qwen3f.interop import source
-from qwen3f.params import EMBED, Params
 from qwen3f.train.choices import find_device, find_dtype
+
+ON_BAD_ROW = ("error", "skip")
 
 
 @dataclasses.dataclass
-class Answer:
-    """One row's answer as it grows; stopped: by a stop id, which counts as a token but is not part of the text."""
+class Summary:
+    """What a run did: rows answered, of these failed; bad rows; done: rows that a run before had answered."""
 
-    decoder: StreamDecoder
-    text: str = ""
+    answered: int = 0
+    failed: int = 0
+    bad: int = 0
+    done: int = 0
     tokens: int = 0
-    stopped: bool = False
+    prompt_tokens: int = 0
+    begin: float = 0.0
+    first: float = 0.0  # when the first token was there
+    end: float = 0.0
 
-    def push(self, token: int, stop_ids: Sequence[int]) -> None:
-        self.tokens += 1
-        self.stopped = token in stop_ids
-        self.text += self.decoder.finish() if self.stopped else self.decoder.push(token)
+    def add(self, answer: Answer) -> None:
+        self.answered += 1
+        self.failed += answer.finish_reason.startswith("error")
+        self.tokens += answer.tokens
+        self.prompt_tokens += answer.prompt_tokens
+
+    def text(self) -> str:
+        counts = {"answered before": self.done, "bad rows left out": self.bad, "failed": self.failed}
+        rest = "".join(f"; {count} {name}" for name, count in counts.items() if count)
+        if not self.tokens:
+            return f"{self.tokens} new tokens{rest}"
+        later = self.tokens - self.answered
+        speed = f", then {later / (self.end - self.first):.1f} tokens/s" if later > 0 and self.end > self.first else ""
+        out = f"{self.tokens} new tokens: the first after {self.first - self.begin:.2f} s "
+        out += f"({self.prompt_tokens} prompt tokens){speed}"
+        return out + rest
 
 
-def run(config: ConfigDict, workdir: Path, progress: bool = True) -> list[Answer]:
-    """Answer config.prompt or each of config.prompts, and say on stderr how fast; returns the answers.
+def run(config: ConfigDict, workdir: Path, progress: bool = True) -> Summary | None:
+    """Answer config.prompt, each of config.prompts or each row of config.input, and say on stderr how fast.
 
-    The workdir is not used. Raises UserError, before any token is made, for keys that are missing or do not go
-    together, and as qwen3f.interop.source does.
+    Without any of these: a chat over stdin. The workdir is not used. Raises UserError, before any token is made, for
+    keys that are missing or do not go together, for rows that are malformed, and as qwen3f.interop.source does; for a
+    row that is too long when it is its turn, after those before it. Ctrl-C ends the process with code 130.
     """
-    prompts = _prompts(config)
-    sampling = choose_sampling(config)
+    options = _check(config)
     device = find_device(config.device)
     dtype = find_dtype(config.dtype, device)
-    cfg = source.read_model_config(config.init_from)
-    tokenizer = source.read_tokenizer(config.init_from)
-    rows = [_encode(config, tokenizer, prompt) for prompt in prompts]
-    _check_lengths(config, cfg, rows)
-    options = {
-        "max_new_tokens": config.max_new_tokens,
-        "sampling": sampling,
-        "seed": config.seed,
-        "stop_ids": tokenizer.stop_ids,
-        "num_ids": min(tokenizer.vocab_size, cfg.vocab_size),
-        "budget": _budget(config, tokenizer),
-    }
-    params = source.read_params(config.init_from, cfg, device, dtype)
-    answers = answer(cfg, params, tokenizer, prompts, rows, options)
-    if config.out:
-        with Path(config.out).open("a") as file:
-            for prompt, one in zip(prompts, answers):
-                line = {"prompt": prompt, "answer": one.text, "tokens": one.tokens, "stopped": one.stopped}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return answers
+    place = source.pinned(config.init_from)
+    cfg, tokenizer = source.read_model_config(place), source.read_tokenizer(place)
+    rows = survey(_asks(config, options), config.on_bad_row)
+    if not config.input:
+        for ask in _asks(config, options):
+            _request(cfg, tokenizer, ask)
+
+    def generator() -> TextGenerator:
+        params = source.read_params(place, cfg, device, dtype)
+        return TextGenerator(
+            cfg, params, tokenizer, max_tokens=config.max_tokens, options=EngineOptions(rows=config.batch_size)
+        )
+
+    summary = Summary()
+    try:
+        if _is_chat(config):
+            return run_chat(generator(), options)
+        if config.out:
+            with AnswerFile(Path(config.out), str(Path(place).resolve()), rows) as file:
+                if any(not (isinstance(ask, BadRow) or file.has(ask)) for ask in _asks(config, options)):
+                    asks = (ask for ask in _asks(config, options) if isinstance(ask, BadRow) or not file.has(ask))
+                    _write(_passes(config, generator(), asks, summary), file, rows, progress)
+                summary.done = file.count
+        else:
+            _print(_passes(config, generator(), _asks(config, options), summary), several=rows > 1)
+    except KeyboardInterrupt:
+        print("stopped" + ("; the same command goes on" if config.out else ""), file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+    print(summary.text(), file=sys.stderr, flush=True)
+    return summary
 
 
-def choose_sampling(config: ConfigDict) -> SamplingParams:
-    """Qwen3's recommendation for the mode (greedy without chat), with each value that the configuration sets."""
-    base = (THINKING if config.thinking else NON_THINKING) if config.chat else GREEDY
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    return dataclasses.replace(base, **{name: config[name] for name in names if config[name] is not None})
+def _is_chat(config: ConfigDict) -> bool:
+    return not (config.prompt or config.prompts or config.input)
 
 
-def _prompts(config: ConfigDict) -> list[str]:
+def _check(config: ConfigDict) -> TextOptions:
     if not config.init_from:
         raise UserError(
             "config.init_from is missing; write --config.init_from=DIR, a Hugging Face directory, a workdir or its "
             "checkpoints/N"
         )
-    if bool(config.prompt) == bool(config.prompts):
-        raise UserError("give either --config.prompt=\"…\" or --config.prompts=\"('…', '…')\"")
-    if config.system and not config.chat:
-        raise UserError("config.system needs the chat format; leave out --config.chat=False or config.system")
-    if config.thinking_budget is not None and not (config.chat and config.thinking):
+    if sum(map(bool, (config.prompt, config.prompts, config.input))) > 1:
         raise UserError(
-            "config.thinking_budget needs config.chat and config.thinking; set both to True or leave it out"
+            "give --config.prompt=\"…\", --config.prompts=\"('…', '…')\" or --config.input=FILE, only one of them"
         )
-    if config.out and not Path(config.out).absolute().parent.is_dir():
-        raise UserError(f"config.out={config.out}: there is no directory {Path(config.out).parent}; make it first")
-    prompts = [config.prompt] if config.prompt else list(config.prompts)
-    if not all(isinstance(prompt, str) and prompt for prompt in prompts):
-        raise UserError("config.prompts: every prompt must be a text that is not empty")
-    return prompts
+    if _is_chat(config):
+        if not (config.chat and not config.out):
+            raise UserError(
+                'config.chat=False and config.out need questions; give --config.prompt="…" or --config.input=FILE'
+            )
+        if not _stdin_is_given():
+            raise UserError(
+                "give --config.prompt=\"…\", --config.prompts=\"('…', '…')\" or --config.input=FILE, or for a chat a "
+                "terminal, a pipe or a file on stdin"
+            )
+    if config.input and not Path(config.input).is_file():
+        raise UserError(f"config.input={config.input}: there is no such file; name a .jsonl file")
+    if config.out:
+        out = Path(config.out)
+        if not out.absolute().parent.is_dir():
+            raise UserError(f"config.out={out}: there is no directory {out.parent}; make it first")
+        if config.input and out.exists() and out.samefile(config.input):
+            raise UserError(f"config.out={out} is config.input; choose another file for the answers")
+    if config.on_bad_row not in ON_BAD_ROW:
+        raise UserError(f"config.on_bad_row={config.on_bad_row!r}: write {' or '.join(ON_BAD_ROW)}")
+    for name, low in (("batch_size", 1), ("max_tokens", 0)):
+        if config[name] < low:
+            raise UserError(f"config.{name} must be at least {low}, got {config[name]}")
+    try:
+        return TextOptions(**{name: config[name] for name in FIELDS})
+    except UserError as error:
+        raise UserError(f"config.{error}") from error
 
 
-def _encode(config: ConfigDict, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    if not config.chat:
-        return tokenizer.encode(prompt)
-    messages = [{"role": "system", "content": config.system}] if config.system else []
-    messages.append({"role": "user", "content": prompt})
-    return encode_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=config.thinking)
+def _stdin_is_given() -> bool:
+    """Whether somebody may write there: a terminal, a pipe or a file; not /dev/null, as services have it."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+        return sys.stdin.isatty() or stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+    except (AttributeError, OSError, ValueError):  # closed, or no file at all
+        return False
 
 
-def _budget(config: ConfigDict, tokenizer: Tokenizer) -> ThinkingBudget | None:
-    if config.thinking_budget is None:
-        return None
-    closing = tuple(tokenizer.encode(CLOSING, allow_special=True))
-    return ThinkingBudget(config.thinking_budget, tokenizer.special_id("</think>"), closing)
+def _asks(config: ConfigDict, options: TextOptions) -> Iterator[Ask | BadRow]:
+    """All rows, from the first one."""
+    if config.input:
+        return read_asks(Path(config.input), options)
+    return prompt_asks(config.prompt or list(config.prompts), options)
 
 
-def _check_lengths(config: ConfigDict, cfg: ModelConfig, rows: list[list[int]]) -> None:
-    longest, room = max(map(len, rows)), cfg.max_position_embeddings
-    if config.max_new_tokens < 1:
-        raise UserError(f"config.max_new_tokens must be at least 1, got {config.max_new_tokens}")
-    if longest >= room:
-        raise UserError(f"a prompt has {longest} tokens and the model takes {room} with the answer; shorten it")
-    if longest + config.max_new_tokens > room:
-        raise UserError(
-            f"config.max_new_tokens={config.max_new_tokens} after a prompt of {longest} tokens exceeds the model's "
-            f"{room} positions; write --config.max_new_tokens={room - longest} or less"
-        )
+def _request(cfg: ModelConfig, tokenizer: Tokenizer, ask: Ask) -> Request:
+    try:
+        return make_request(cfg, tokenizer, ask.content, ask.options, ask.stream)
+    except UserError as error:
+        raise BadRow(f"{ask.place}: {error}") from error
 
 
-def answer(
-    cfg: ModelConfig,
-    params: Params,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    rows: Sequence[Sequence[int]],
-    options: Mapping[str, Any],
-) -> list[Answer]:
-    """Run all rows as one batch, printing as `_show` does. rows: the ids of the prompts. options: of `stream`."""
-    longest = max(map(len, rows))
-    tokens = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=params[EMBED].device)
-    answers = [Answer(StreamDecoder(tokenizer)) for _ in rows]
-    shown = [0] * len(rows)
-    begin = first = time.perf_counter()
-    for step, ids in enumerate(stream(cfg, params, tokens, prompt_lengths=[len(row) for row in rows], **options)):
-        for one, token in zip(answers, ids.tolist()):
-            if not one.stopped:
-                one.push(token, tokenizer.stop_ids)
-        _show(answers, prompts, shown)
-        if step == 0:
-            first = time.perf_counter()
-    end = time.perf_counter()
-    for one in answers:
-        one.text += one.decoder.finish()
-    _show(answers, prompts, shown, complete=True)
-    total = sum(one.tokens for one in answers)
-    speed = f", then {(total - len(rows)) / (end - first):.1f} tokens/s" if total > len(rows) else ""
-    print(
-        f"{total} new tokens: the first after {first - begin:.2f} s ({sum(map(len, rows))} prompt tokens){speed}",
-        file=sys.stderr,
-        flush=True,
-    )
-    return answers
+def _passes(
+    config: ConfigDict, generator: TextGenerator, asks: Iterable[Ask | BadRow], summary: Summary
+) -> Iterator[list[tuple[Ask, Answer]]]:
+    """After each pass the rows under way, and those that it has ended. Counts in `summary`."""
+    asked: dict[int, Ask] = {}
+
+    def requests() -> Iterator[Request]:
+        for ask in asks:
+            try:
+                if isinstance(ask, BadRow):
+                    raise ask
+                request = _request(generator.cfg, generator.tokenizer, ask)
+            except BadRow:
+                if config.on_bad_row != "skip":
+                    raise
+                summary.bad += 1
+                continue
+            asked[id(request)] = ask
+            yield request
+
+    summary.begin = summary.first = time.perf_counter()
+    started = False
+    for answers in generator.answer(requests()):
+        if not started and any(answer.tokens for answer in answers):
+            summary.first, started = time.perf_counter(), True
+        yield [(asked[id(answer.row.request)], answer) for answer in answers]
+        for answer in answers:
+            if answer.finish_reason:
+                summary.add(answer)
+                del asked[id(answer.row.request)]
+    summary.end = time.perf_counter()
 
 
-def _show(answers: Sequence[Answer], prompts: Sequence[str], shown: list[int], complete: bool = False) -> None:
-    """Print what is new, in order: an answer's text comes out when those before it have ended.
+def _write(passes: Iterator[list[tuple[Ask, Answer]]], file: AnswerFile, rows: int, progress: bool) -> None:
+    """Answers into the file, in the order in which they end."""
+    with tqdm(desc="answers", total=rows, initial=file.count, file=sys.stderr, disable=not progress) as bar:
+        for pairs in passes:
+            for ask, answer in pairs:
+                if answer.finish_reason:
+                    answer.read()
+                    file.write(ask, answer)
+                    bar.update()
 
-    shown: characters of each answer that are out, −1 when it has ended; written to. Several answers get a line with
-    their prompt above them.
-    """
-    for number, one in enumerate(answers):
-        if shown[number] < 0:
-            continue
-        if len(answers) > 1 and not shown[number] and (one.text or one.stopped or complete):
-            print(f"--- {prompts[number]}")
-        print(one.text[shown[number] :], end="", flush=True)
-        shown[number] = len(one.text)
-        if not (one.stopped or complete):
-            return
-        print(flush=True)
-        shown[number] = -1
+
+def _print(passes: Iterator[list[tuple[Ask, Answer]]], several: bool) -> None:
+    """Answers on stdout in the order of the rows, while they are written; several with their prompt above them."""
+    waiting: dict[int, tuple[Ask, Answer]] = {}
+    begun = False
+    for pairs in passes:
+        waiting.update((ask.number, (ask, answer)) for ask, answer in pairs)
+        while waiting:
+            ask, answer = next(iter(waiting.values()))
+            piece = answer.read()
+            if several and not begun and (piece or answer.finish_reason):
+                print(f"--- {ask.content if isinstance(ask.content, str) else ask.content[-1]['content']}")
+                begun = True
+            print(piece, end="", flush=True)
+            if not answer.finish_reason:
+                break
+            raise_error(answer)
+            print(flush=True)
+            del waiting[ask.number]
+            begun = False

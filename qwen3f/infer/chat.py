@@ -1,0 +1,177 @@
+"""An interactive chat: a question a line, answers printed while they come. It goes on from its own history.
+
+    /think, /no_think   in a question: Qwen3's soft switches, for this answer and those that follow; alone on a line: with
+                        the next question
+    /reset              forget what was said
+    /quit               end; the end of the input does too
+    Ctrl-C              stops the answer; what was said of it stays in the history
+
+History is as the model knows it from training: the chat template leaves earlier thoughts out, so a thought that was
+stopped leaves nothing. Its beginning is that of the turn before, and the engine's cache has it.
+"""
+
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from qwen3f.data.chat.template import Message, last_switch, split_thought
+from qwen3f.errors import UserError
+from qwen3f.infer.request import Request
+from qwen3f.infer.text_generator import TextGenerator, raise_error
+from qwen3f.infer.text_request import TextOptions, make_request
+
+SWITCHES = ("/think", "/no_think")
+
+
+class Chat:
+    """The state of a chat.
+
+    Args:
+      options: of every answer; thinking=False leaves switches without effect.
+      out: where answers go.
+      interrupted: asked after each pass of the engine; True stops the answer.
+    """
+
+    def __init__(
+        self, generator: TextGenerator, options: TextOptions, out: TextIO, interrupted: Callable[[], bool]
+    ) -> None:
+        self.messages: list[Message] = []
+        self._generator, self._options = generator, options
+        self._out, self._interrupted = out, interrupted
+        self._switch = ""  # for the next question
+        self._turn = 0
+
+    def enter(self, line: str) -> bool:
+        """Answer a question or obey a command; False: the chat has ended."""
+        line = line.strip()
+        if line == "/quit":
+            return False
+        if line == "/reset":
+            self.messages, self._switch, self._turn = [], "", 0
+            _note("the chat begins anew")
+        elif line in SWITCHES:
+            self._set_switch(line)
+        elif line:
+            try:
+                self._ask(line)
+            except UserError as error:
+                _note(f"error: {' '.join(str(error).split())}")
+        return True
+
+    def _set_switch(self, switch: str) -> None:
+        if not self._options.thinking:
+            _note("config.thinking is False, so the model never thinks, and switches have no effect")
+            return
+        self._switch = switch
+        _note(f"{switch} goes with your next question")
+
+    def _ask(self, question: str) -> None:
+        """Ask, print the answer, and add both to the history; nothing is added if this raises."""
+        if self._switch and last_switch([{"role": "user", "content": question}]) is None:
+            question = f"{question} {self._switch}"
+        messages = [*self.messages, {"role": "user", "content": question}]
+        for (answer,) in self._generator.answer([self._request(messages)]):
+            print(answer.read(), end="", file=self._out, flush=True)
+            if not answer.finish_reason and self._interrupted():
+                self._generator.cancel([answer])
+                print(answer.read(), end="", file=self._out)
+                break
+        print(file=self._out, flush=True)
+        raise_error(answer)
+        if answer.finish_reason == "cancelled":
+            _note("stopped")
+        elif answer.finish_reason == "length":
+            _note(f"cut after {answer.tokens} tokens; config.max_new_tokens allows more where the model has room")
+        self.messages = [*messages, said(answer.text)]
+        self._switch = ""
+        self._turn += 1
+
+    def _request(self, messages: list[Message]) -> Request:
+        """For an answer that is shorter than the options say where the chat leaves no more room."""
+        generator, options = self._generator, self._options
+        try:
+            asked = make_request(
+                generator.cfg, generator.tokenizer, messages, options.changed(max_new_tokens=1), self._turn
+            )
+        except UserError as error:
+            raise UserError(f"{error}, or begin anew by /reset" if self.messages else str(error)) from error
+        room = generator.cfg.max_position_embeddings - len(asked.prompt)
+        return dataclasses.replace(asked, max_new_tokens=min(options.max_new_tokens, room))
+
+
+def said(text: str) -> Message:
+    """An answer as history has it. A thought that has not ended is one all the same."""
+    if "</think>" not in text and text.lstrip().startswith("<think>"):
+        return {"role": "assistant", "content": "", "reasoning_content": text.lstrip().removeprefix("<think>").strip()}
+    thought, content = split_thought({"content": text})
+    return {"role": "assistant", "content": content, "reasoning_content": thought}
+
+
+def run_chat(generator: TextGenerator, options: TextOptions) -> None:
+    """A chat over stdin and stdout, until it ends. Remarks go to stderr.
+
+    Ctrl-C while nothing is being answered: at a terminal it clears the line, else it ends the process with code 130.
+    """
+    terminal = sys.stdin.isatty()
+    if terminal:
+        import readline  # noqa: F401  (editing and history of lines, by being imported)
+
+        _note("/think, /no_think, /reset, /quit; Ctrl-C stops an answer")
+    with _interrupts() as interrupts:
+        chat = Chat(generator, options, sys.stdout, lambda: interrupts.stop)
+        for line in _lines(terminal):
+            interrupts.stop, interrupts.answering = False, True
+            goes_on = chat.enter(line)
+            interrupts.answering = False
+            if not goes_on:
+                break
+
+
+class _Interrupts:
+    """Ctrl-C: while answering, a wish to stop that is heard between two passes; a second one ends all."""
+
+    def __init__(self) -> None:
+        self.answering = self.stop = False
+
+    def __call__(self, *_: object) -> None:
+        if not self.answering or self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+
+
+@contextmanager
+def _interrupts() -> Iterator[_Interrupts]:
+    interrupts = _Interrupts()
+    before = signal.signal(signal.SIGINT, interrupts)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _lines(terminal: bool) -> Iterator[str]:
+    """Lines of stdin; those that are not UTF-8 are left out, and said."""
+    while True:
+        try:
+            line = input("> ").encode("utf-8", "surrogateescape") if terminal else sys.stdin.buffer.readline()
+        except EOFError:
+            print(flush=True)
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print(flush=True)
+            continue
+        if not line and not terminal:
+            return
+        try:
+            yield line.decode()
+        except UnicodeDecodeError:
+            _note("error: the line is not UTF-8, so it was not asked")
+
+
+def _note(text: str) -> None:
+    print(f"({text})", file=sys.stderr, flush=True)

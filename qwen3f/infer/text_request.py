@@ -1,0 +1,171 @@
+"""What is asked in words as a request to the engine: the chat format, how tokens are chosen, the longest answer."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwen3f.config import ModelConfig
+from qwen3f.data.chat.template import Message, encode_chat, thinking_mode
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
+from qwen3f.infer.engine import check_request
+from qwen3f.infer.request import Request
+from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams
+from qwen3f.infer.thinking import CLOSING, ThinkingBudget
+
+Content = str | Sequence[Message]
+"""A user's text (or with chat=False one to go on with), or the messages of a chat that ends with a user's turn."""
+
+_SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """How a text is answered. The names are those of experiments/generate.py and of a batch file's rows.
+
+    Attributes:
+      chat: the text is a user's turn in Qwen3's chat format; False: text to go on with.
+      system: the chat's system message, where it has none of its own.
+      thinking: let the model think first, unless the last soft switch in the chat is /no_think. False: never; switches
+        then have no effect, as Qwen3 has it. (There the model itself writes the empty block after /no_think; here it
+        stands in the prompt: the same tokens.)
+      thinking_budget: tokens; then thinking ends with Qwen3's closing sentence.
+      max_new_tokens: the answer ends there, if not before.
+      temperature … presence_penalty: None is what Qwen3 recommends for the mode, and greedy without chat.
+      seed: of the random stream.
+      stop: the answer ends before the first of these texts, wherever tokens are cut.
+    Raises UserError, which begins with a field's name, for a value that is none.
+    """
+
+    chat: bool = True
+    system: str = ""
+    thinking: bool = False
+    thinking_budget: int | None = None
+    max_new_tokens: int = 512
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_kinds(self)
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed must be a number of 64 bits, got {self.seed}")
+        if self.system and not self.chat:
+            raise UserError("system needs the chat format; leave it out, or write chat=True")
+        if self.thinking_budget is not None:
+            if not (self.chat and self.thinking):
+                raise UserError("thinking_budget needs chat and thinking; set both to True, or leave it out")
+            if self.thinking_budget < 0:
+                raise UserError(f"thinking_budget must be a number of tokens from 0 on, got {self.thinking_budget}")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise UserError(f"stop must be texts that are not empty, got {self.stop!r}")
+        choose_sampling(self, self.thinking)
+
+    def changed(self, **values: Any) -> "TextOptions":
+        """With other values. Raises UserError for a name or a value that is none."""
+        if unknown := [name for name in values if name not in FIELDS]:
+            raise UserError(f"{unknown[0]} is unknown; write one of {', '.join(FIELDS)}")
+        if values.get("thinking") is False:
+            values.setdefault("thinking_budget", None)
+        return dataclasses.replace(self, **values)
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(TextOptions))
+
+
+def choose_sampling(options: TextOptions, thinks: bool) -> SamplingParams:
+    """Qwen3's recommendation for the mode (greedy without chat), with each value that the options set."""
+    base = (THINKING if thinks else NON_THINKING) if options.chat else GREEDY
+    given = {name: getattr(options, name) for name in _SAMPLING}
+    return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
+
+
+def make_request(
+    cfg: ModelConfig, tokenizer: Tokenizer, content: Content, options: TextOptions, stream: int = 0
+) -> Request:
+    """The request that asks for an answer to `content`. stream: tells its draws from others' of the same seed.
+
+    Raises UserError for a text that is empty or not UTF-8, for messages that are malformed, and for what exceeds the
+    model's positions together with its answer.
+    """
+    thinks = False
+    if not options.chat:
+        if not isinstance(content, str):
+            raise UserError("messages need the chat format; write chat=True, or a prompt that is a text")
+        ids = tokenizer.encode(_not_empty(content))
+    else:
+        messages = chat_messages(content, options.system)
+        thinks = options.thinking and thinking_mode(messages)
+        ids = encode_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=thinks)
+    budget = None
+    if thinks and options.thinking_budget is not None:
+        closing = tuple(tokenizer.encode(CLOSING, allow_special=True))
+        budget = ThinkingBudget(options.thinking_budget, tokenizer.special_id("</think>"), closing)
+    check_length(cfg, len(ids), options.max_new_tokens)
+    asked = Request(
+        prompt=tuple(ids),
+        max_new_tokens=options.max_new_tokens,
+        sampling=choose_sampling(options, thinks),
+        seed=options.seed,
+        stream=stream,
+        stop_ids=tuple(tokenizer.stop_ids),
+        stop_texts=options.stop,
+        budget=budget,
+    )
+    check_request(asked, cfg, tokenizer)
+    return asked
+
+
+def chat_messages(content: Content, system: str) -> list[Message]:
+    """The messages of a chat. Raises UserError for what is none, or does not end with a question."""
+    messages = [{"role": "user", "content": _not_empty(content)}] if isinstance(content, str) else list(content)
+    if system and messages and isinstance(messages[0], Mapping) and messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    if messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") in ("system", "assistant"):
+        raise UserError(f"messages end with a turn of the {messages[-1]['role']}; end with the user's, to be answered")
+    return messages
+
+
+def check_length(cfg: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises UserError for a prompt that leaves no room for its answer."""
+    room = cfg.max_position_embeddings
+    if prompt_tokens >= room:
+        raise UserError(f"a prompt has {prompt_tokens} tokens and the model takes {room} with the answer; shorten it")
+    if prompt_tokens + max_new_tokens > room:
+        raise UserError(
+            f"max_new_tokens={max_new_tokens} after a prompt of {prompt_tokens} tokens exceeds the model's {room} "
+            f"positions; write {room - prompt_tokens} or less"
+        )
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise UserError("a prompt is empty; write a text")
+    return text
+
+
+def _check_kinds(options: TextOptions) -> None:
+    """Values come from JSON too, where nothing has checked their types."""
+    kinds = {bool: "true or false", str: "a text", int: "a whole number", float: "a number", tuple: "a list of texts"}
+    for field in dataclasses.fields(options):
+        value, optional = getattr(options, field.name), field.default is None
+        if value is None and optional:
+            continue
+        kind = _KINDS[field.name]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = number and math.isfinite(value) if kind is float else isinstance(value, kind)
+        if not fits or (kind is int and isinstance(value, bool)):
+            raise UserError(f"{field.name} must be {kinds[kind]}, got {value!r}")
+
+
+_KINDS: dict[str, type] = {
+    "chat": bool, "system": str, "thinking": bool, "thinking_budget": int, "max_new_tokens": int, "temperature": float,
+    "top_k": int, "top_p": float, "min_p": float, "presence_penalty": float, "seed": int, "stop": tuple,
+}  # fmt: skip
