@@ -24,7 +24,7 @@ from qwen3f.data.chat.template import check_messages
 from qwen3f.data.tokenizers.token_text import check_encodable
 from qwen3f.errors import UserError
 from qwen3f.infer.text_generator import Answer
-from qwen3f.infer.text_request import FIELDS, Content, TextOptions, chat_messages
+from qwen3f.infer.text_request import FIELDS, NO_CHAT, Content, TextOptions, chat_messages
 from qwen3f.limits import ROW_BYTES
 
 _START = b'{"row": '  # of every line of the answers
@@ -69,7 +69,7 @@ def read_asks(path: Path, options: TextOptions) -> Iterator[Ask | BadRow]:
             continue
         try:
             if text is None:
-                raise UserError(f"the line has {ROW_BYTES.exceeded('bytes')}")
+                raise UserError(f"the line is {ROW_BYTES.exceeded('bytes')}")
             yield _read_ask(text, number, place, options)
         except UserError as error:
             yield BadRow(f"{place}: {error}")
@@ -115,6 +115,8 @@ def _content(row: dict[str, Any], options: TextOptions) -> Content:
         if not isinstance(row["prompt"], str) or not row["prompt"]:
             raise UserError(f'"prompt" must be a text that is not empty, got {row["prompt"]!r}')
         return row["prompt"]
+    if not options.chat:
+        raise UserError(NO_CHAT)
     check_messages(row["messages"])
     chat_messages(row["messages"], options.system)
     return row["messages"]
@@ -156,7 +158,7 @@ class AnswerFile:
         there = self._done[ask.number]
         if there and there != ask.digest(self.model):
             raise UserError(
-                f"config.out={self.path} holds for row {ask.number} an answer to something else than {ask.place} asks: the "
+                f"config.out={self.path} holds for row {ask.number} another answer than {ask.place} asks for: the "
                 "row, the settings or the model have changed; choose another config.out, or write what they were"
             )
         return bool(there)

@@ -1,7 +1,7 @@
 """An interactive chat: a question a line, answers printed while they come. It goes on from its own history.
 
-    /think, /no_think   in a question: Qwen3's soft switches, for this answer and those that follow; alone on a line: with
-                        the next question
+    /think, /no_think   in a question: Qwen3's soft switches, for this answer and those that follow; alone on a line
+                        they go with the next question
     /reset              forget what was said
     /quit               end; the end of the input does too
     Ctrl-C              stops the answer; what was said of it stays in the history

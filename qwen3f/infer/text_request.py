@@ -17,6 +17,8 @@ from qwen3f.infer.thinking import CLOSING, ThinkingBudget
 Content = str | Sequence[Message]
 """A user's text (or with chat=False one to go on with), or the messages of a chat that ends with a user's turn."""
 
+NO_CHAT = "messages need the chat format; write chat=True, or a prompt that is a text"
+
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
@@ -98,7 +100,7 @@ def make_request(
     thinks = False
     if not options.chat:
         if not isinstance(content, str):
-            raise UserError("messages need the chat format; write chat=True, or a prompt that is a text")
+            raise UserError(NO_CHAT)
         ids = tokenizer.encode(_not_empty(content))
     else:
         messages = chat_messages(content, options.system)

@@ -1,0 +1,243 @@
+"""Batch files: every row is answered once and as alone, however often the run stops; what is wrong is named."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from qwen3f.errors import UserError
+from qwen3f.infer.batch_file import AnswerFile
+from qwen3f.infer.engine import EngineOptions
+from qwen3f.infer.run import run
+from qwen3f.infer.text_generator import TextGenerator
+from qwen3f.infer.text_request import TextOptions, make_request
+from qwen3f.interop import hf
+
+ROWS = [
+    *({"prompt": f"What is é{i}?", "max_new_tokens": 1 + i % 9} for i in range(12)),
+    {"prompt": "T", "chat": False, "temperature": 1.0, "id": {"name": "é"}},
+    {"prompt": "What is é7?", "thinking": False, "seed": 3, "id": 0},
+    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "é8?"}], "stop": ["e"]},
+]
+
+
+def write(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def answer(configure, tmp_path):
+    """Runs in.jsonl into out.jsonl; returns the summary and the lines, in the order of the rows."""
+
+    def answer(**changes):
+        config = configure(input=str(tmp_path / "in.jsonl"), out=str(tmp_path / "out.jsonl"), batch_size=4)
+        config.update(changes)
+        summary = run(config, tmp_path / "unused", progress=False)
+        lines = read(tmp_path / "out.jsonl")
+        assert len({line["row"] for line in lines}) == len(lines)
+        return summary, sorted(lines, key=lambda line: line["row"])
+
+    return answer
+
+
+def alone(source, row, number):
+    """(text, finish_reason, prompt tokens, tokens) of a row that is asked alone."""
+    _, cfg, p, tokenizer = source
+    content = row.get("prompt") or row["messages"]
+    own = {name: value for name, value in row.items() if name not in ("prompt", "messages", "id")}
+    options = TextOptions(thinking=True, max_new_tokens=20).changed(**{**own, "stop": tuple(row.get("stop", ()))})
+    asked = make_request(cfg, tokenizer, content, options, stream=0 if "seed" in row else number)
+    for (answer,) in TextGenerator(cfg, p, tokenizer).answer([asked]):
+        answer.read()
+    return answer.text, answer.finish_reason, answer.prompt_tokens, answer.tokens
+
+
+def test_each_row_is_answered_as_alone(source, answer, tmp_path, capsys):
+    write(tmp_path / "in.jsonl", ["", *ROWS[:5], "  ", *ROWS[5:]])  # blank lines are no rows
+    summary, lines = answer()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert (summary.answered, summary.done, summary.bad, summary.failed) == (len(ROWS), 0, 0, 0)
+    assert f"{sum(line['tokens'] for line in lines)} new tokens: the first after" in printed.err
+    found = [(line["answer"], line["finish_reason"], line["prompt_tokens"], line["tokens"]) for line in lines]
+    assert found == [alone(source, row, number) for number, row in enumerate(ROWS)]
+    assert [line.get("id", "none") for line in lines] == [row.get("id", "none") for row in ROWS]
+    assert list(lines[12]) == ["row", "hash", "id", "answer", "finish_reason", "prompt_tokens", "tokens"]
+    assert "e" not in lines[14]["answer"]
+
+
+def test_a_run_goes_on_where_it_was_killed(answer, tmp_path, monkeypatch):
+    """At any byte of the file; a torn last line is mended."""
+    out = tmp_path / "out.jsonl"
+    write(tmp_path / "in.jsonl", ROWS)
+    _, whole = answer()
+    content = out.read_bytes()
+    chance = random.Random(0)
+    for cut in (0, 5, len(content) - 1, *(chance.randrange(len(content)) for _ in range(3))):
+        out.write_bytes(content[:cut])
+        kept = content[:cut].count(b"\n")
+        summary, lines = answer()
+        assert lines == whole
+        assert out.read_bytes().startswith(content[:cut][: content[:cut].rfind(b"\n") + 1])
+        assert (summary.done, summary.answered) == (kept, len(ROWS) - kept)
+    monkeypatch.setattr("qwen3f.interop.source.read_params", None)  # nothing is loaded where nothing is left to do
+    summary, lines = answer()
+    assert (summary.done, summary.answered, lines) == (len(ROWS), 0, whole)
+
+
+def test_new_rows_behind_the_old_ones_are_added(answer, tmp_path):
+    write(tmp_path / "in.jsonl", ROWS[:6])
+    _, first = answer()
+    write(tmp_path / "in.jsonl", ROWS)
+    summary, lines = answer()
+    assert (lines[:6], summary.done) == (first, 6)
+    assert len(lines) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"seed": 1}, "holds for row 0 another answer than .*in.jsonl:1 asks for"),
+        ({"rows": [{"prompt": "other"}, ROWS[1]]}, "holds for row 0 another answer"),
+        ({"rows": ROWS[:1]}, "line . answers row ., and there are 1 rows"),
+        ({"out": "notes.txt"}, "config.out=.*notes.txt, line 1 is no answer that this program has written"),
+        ({"out": "torn.txt"}, "config.out=.*torn.txt, line 1 is no answer"),
+        ({"out": "in.jsonl"}, "config.out=.* is config.input"),
+    ],
+)
+def test_what_is_in_the_way_is_left_as_it_is(answer, tmp_path, change, words):
+    write(tmp_path / "in.jsonl", ROWS[:2])
+    answer()
+    (tmp_path / "notes.txt").write_text("notes\n")
+    (tmp_path / "torn.txt").write_text("a line without its end")
+    if rows := change.pop("rows", None):
+        write(tmp_path / "in.jsonl", rows)
+    if "out" in change:
+        change = {"out": str(tmp_path / change["out"])}
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=words):
+        answer(**change)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_another_process_that_writes_there_is_an_error(answer, tmp_path):
+    write(tmp_path / "in.jsonl", ROWS[:1])
+    with AnswerFile(tmp_path / "out.jsonl", "m", 1), pytest.raises(UserError, match="another process writes there"):
+        answer()
+
+
+BAD = [
+    ("{", "the line is not JSON"),
+    ("[1]", "the line is a JSON list"),
+    ('"x"', "the line is a JSON str"),
+    ("{}", 'write either "prompt" or "messages"'),
+    ('{"prompt": "a", "messages": []}', 'write either "prompt" or "messages"'),
+    ('{"prompt": ""}', '"prompt" must be a text that is not empty'),
+    ('{"prompt": 3}', '"prompt" must be a text'),
+    ('{"prompt": "\\ud800"}', "lone surrogate"),
+    ('{"prompt": "a", "id": "\\ud800"}', "lone surrogate"),
+    ('{"prompt": "a", "temprature": 1}', "the field 'temprature' is unknown"),
+    ('{"prompt": "a", "temperature": -1}', "temperature must be 0"),
+    ('{"prompt": "a", "temperature": NaN}', "temperature must be a number"),
+    ('{"prompt": "a", "seed": 1.5}', "seed must be a whole number"),
+    ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens must be at least 1"),
+    ('{"prompt": "a", "stop": "x"}', "stop must be a list of texts"),
+    ('{"prompt": "a", "thinking": false, "thinking_budget": 4}', "thinking_budget needs"),
+    ('{"messages": []}', "A chat needs a list"),
+    ('{"messages": [{"role": "user"}]}', "Message 0 has no content"),
+    ('{"messages": [{"role": "assistant", "content": "a"}]}', "end with the user's"),
+    ('{"messages": [{"role": "user", "content": "a"}], "chat": false}', "messages need the chat format"),
+]
+
+
+@pytest.mark.parametrize("line, words", BAD)
+def test_a_bad_row_is_named_by_file_and_line(answer, tmp_path, line, words, monkeypatch):
+    monkeypatch.setattr("qwen3f.interop.source.read_params", None)
+    write(tmp_path / "in.jsonl", [ROWS[0], "", line])
+    with pytest.raises(UserError, match=rf"in\.jsonl:3: .*{words}"):
+        answer()
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_lines_that_are_not_utf8_or_too_long_are_bad_rows(answer, tmp_path, monkeypatch):
+    file = tmp_path / "in.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": "\xe9"}\n')  # a signature is no part of the file
+    with pytest.raises(UserError, match=r"in\.jsonl:2: the line is not UTF-8"):
+        answer()
+    monkeypatch.setenv("QWEN3F_MAX_ROW_BYTES", "100")
+    write(file, [ROWS[0], json.dumps({"prompt": "a" * 500}), ROWS[1]])
+    with pytest.raises(UserError, match=r"in\.jsonl:2: the line is over the limit of 100 bytes"):
+        answer()
+    assert answer(on_bad_row="skip")[0].answered == 2
+
+
+def test_bad_rows_are_counted_by_choice(answer, tmp_path, capsys):
+    long = {"prompt": "word " * 300}  # known to be bad when it is tokenised
+    write(
+        tmp_path / "in.jsonl",
+        [ROWS[0], *(line for line, _ in BAD), long, ROWS[1], {"prompt": "a", "max_new_tokens": 250}],
+    )
+    summary, lines = answer(on_bad_row="skip")
+    assert [line["row"] for line in lines] == [0, len(BAD) + 2]
+    assert summary.bad == len(BAD) + 2
+    assert f"; {len(BAD) + 2} bad rows left out" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_too_long_is_an_error_after_the_rows_before_it(answer, tmp_path):
+    write(tmp_path / "in.jsonl", [*ROWS[:3], {"prompt": "word " * 300}, *ROWS[3:]])
+    with pytest.raises(UserError, match=r"in\.jsonl:4: a prompt has .* tokens and the model takes 256"):
+        answer()
+    assert sorted(line["row"] for line in read(tmp_path / "out.jsonl")) == [0, 1, 2]
+
+
+def test_rows_are_read_as_there_is_room_for_them(source, tmp_path):
+    """Of a long file never more than twice the rows that are computed at a time are open."""
+    _, cfg, p, tokenizer = source
+    taken = ended = 0
+    most = 0
+
+    def requests():
+        nonlocal taken
+        for number in range(60):
+            taken += 1
+            yield make_request(cfg, tokenizer, f"é{number}", TextOptions(max_new_tokens=1 + number % 4))
+
+    gen = TextGenerator(cfg, p, tokenizer, options=EngineOptions(rows=4))
+    for answers in gen.answer(requests()):
+        most = max(most, taken - ended)
+        ended += sum(bool(answer.finish_reason) for answer in answers)
+    assert (taken, ended) == (60, 60)
+    assert most == 8
+
+
+def test_a_row_that_fails_is_written_and_the_others_go_on(source, answer, tmp_path, capsys):
+    """A word whose embedding is not a number; its row says so."""
+    _, cfg, p, tokenizer = source
+    word = tokenizer.encode("T")[-1]
+    assert word not in tokenizer.encode("user é1")
+    embedding = p["model.embed_tokens.weight"].index_fill(0, torch.tensor(word), float("nan"))
+    place = tmp_path / "nan"
+    hf.save_pretrained(place, cfg, {**p, "model.embed_tokens.weight": embedding}, tokenizer)
+    rows = [{"prompt": text, "chat": False, "max_new_tokens": 1} for text in ("é1", "T", "é2")]
+    write(tmp_path / "in.jsonl", rows)
+    summary, lines = answer(init_from=str(place))
+    reasons = [line["finish_reason"] for line in lines]
+    assert reasons[1].startswith("error: the model's logits are not finite")
+    assert lines[1]["answer"] == ""
+    assert [reasons[0], reasons[2], summary.failed] == ["length", "length", 1]
+    assert "; 1 failed" in capsys.readouterr().err
+
+
+def test_answers_of_a_file_come_to_stdout_in_its_order(source, configure, tmp_path, capsys):
+    rows = [{"prompt": f"é{i}", "max_new_tokens": 9 - i} for i in range(6)]
+    config = configure(input=write(tmp_path / "in.jsonl", rows), batch_size=2)
+    run(config, tmp_path / "unused")
+    expected = [alone(source, row, number)[0] for number, row in enumerate(rows)]
+    out = "".join(f"--- {row['prompt']}\n{text}\n" for row, text in zip(rows, expected))
+    assert capsys.readouterr().out == out

@@ -1,0 +1,233 @@
+"""The chat: history as the template renders it, switches, commands, and what is left of an answer that was stopped."""
+
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qwen3f.data.chat.template import render
+from qwen3f.infer.chat import Chat, said
+from qwen3f.infer.text_generator import TextGenerator
+from qwen3f.infer.text_request import TextOptions
+from qwen3f.interop import hf
+
+OPTIONS = TextOptions(thinking=True, max_new_tokens=12, seed=4)
+
+
+def talk(generator, lines, options=OPTIONS, interrupted=lambda: False):
+    """(the chat, what it has printed) after these lines."""
+    out = io.StringIO()
+    chat = Chat(generator, options, out, interrupted)
+    for line in lines:
+        assert chat.enter(line)
+    return chat, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def generator(source):
+    return TextGenerator(*source[1:])
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def test_each_turn_is_the_answer_to_the_whole_history(generator):
+    """Draws too: turn n has the random stream n."""
+    chat, printed = talk(generator, ["What is é7?", "  ", "And é8?\n"], OPTIONS.changed(system="Be brief."))
+    first, second = printed.splitlines(keepends=True)[0], chat.messages[3]
+    assert [message["role"] for message in chat.messages] == ["user", "assistant", "user", "assistant"]
+    assert printed.startswith(
+        generator.generate("What is é7?", thinking=True, max_new_tokens=12, seed=4, system="Be brief.")
+    )
+    del first, second
+
+
+@pytest.mark.parametrize(
+    "text, content, thought",
+    [
+        ("<think>\nhm\n</think>\n\nyes", "yes", "hm"),
+        ("yes", "yes", ""),
+        ("<think>\nhalf a thou", "", "half a thou"),
+        ("", "", ""),
+        ("<think>\nhm\n</think>", "", "hm"),
+    ],
+)
+def test_thoughts_are_no_part_of_the_history(text, content, thought):
+    """Those that were stopped, too."""
+    message = said(text)
+    assert (message["content"], message["reasoning_content"]) == (content, thought)
+    later = render([user("a"), message, user("b")], add_generation_prompt=True)
+    assert later == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+        f"{content}<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_the_cache_has_the_beginning_of_the_next_turn(source, monkeypatch):
+    """What a turn prefills is what the turn before has not computed: its answer without thoughts, and the question."""
+    generator = TextGenerator(*source[1:])
+    counts = []
+    launch = generator._engine._device.launch
+
+    def counting(plan, before):
+        counts.append(sum(chunk.count for chunk in plan.chunks))
+        return launch(plan, before)
+
+    monkeypatch.setattr(generator._engine._device, "launch", counting)
+    chat, _ = talk(generator, ["The answer to question 12 is é12; think about it, then say 13.", "Why?"])
+    prompt = source[3].encode(render(chat.messages[:1], add_generation_prompt=True), allow_special=True)
+    whole = source[3].encode(render(chat.messages[:3], add_generation_prompt=True), allow_special=True)
+    assert sum(counts) < len(prompt) + (len(whole) - len(prompt)) + 4
+    assert len(prompt) > 20
+
+
+def test_switches_go_with_a_question(generator, capsys):
+    chat, _ = talk(generator, ["/no_think", "a", "b /think", "/reset", "c"])
+    assert chat.messages[0] == user("c")
+    chat, printed = talk(generator, ["/no_think", "a", "/think", "b /no_think"])
+    assert [message["content"] for message in chat.messages[::2]] == ["a /no_think", "b /no_think"]
+    expected = generator.generate("a /no_think", thinking=True, max_new_tokens=12, seed=4)
+    assert printed.startswith(expected + "\n")
+    assert "(/no_think goes with your next question)" in capsys.readouterr().err
+    chat, _ = talk(generator, ["/think", "a"], OPTIONS.changed(thinking=False))
+    assert chat.messages[0] == user("a")
+    assert "switches have no effect" in capsys.readouterr().err
+
+
+def test_a_stopped_answer_keeps_what_was_said(generator):
+    """Stopped after five passes; the next question follows on it."""
+    whole = generator.generate("a", thinking=True, max_new_tokens=100, seed=4)
+    left = [5]
+
+    def interrupted():
+        left[0] -= 1
+        return not left[0]
+
+    chat, printed = talk(generator, ["a", "b"], OPTIONS.changed(max_new_tokens=100), interrupted)
+    begun = chat.messages[1]["content"]
+    assert begun
+    assert whole.startswith(begun)
+    assert len(begun) < len(whole)
+    assert printed.startswith(begun + "\n")
+    assert chat.messages[2] == user("b")
+    assert chat.messages[3]["content"]
+    assert not generator._engine.step()
+
+
+def test_a_chat_that_fills_the_context_says_so_and_goes_on_after_reset(generator, capsys):
+    """Answers get shorter first."""
+    options = OPTIONS.changed(max_new_tokens=10_000)
+    chat, _ = talk(generator, ["a", "word " * 60], options)
+    assert len(chat.messages) == 2
+    error = capsys.readouterr().err
+    assert "and the model takes 256 with the answer; shorten it, or begin anew by /reset" in error
+    chat.enter("/reset")
+    assert chat.enter("b")
+    assert chat.messages[0] == user("b")
+    assert chat.enter("a\ud800")
+    assert "lone surrogate" in capsys.readouterr().err
+    assert not chat.enter("/quit")
+
+
+# -- as people use it --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(source, tmp_path):
+    """Starts launch.py with experiments/generate.py in a process of its own."""
+    root, running = os.getcwd(), []
+
+    def start(*flags, init_from=source[0], **options):
+        command = [
+            sys.executable, f"{root}/launch.py", "--config", f"{root}/experiments/generate.py",
+            f"--config.init_from={init_from}", "--config.device=cpu", *flags,
+        ]  # fmt: skip
+        env = {**os.environ, "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        running.append(subprocess.Popen(command, cwd=tmp_path, env=env, **{**pipes, **options}))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def test_a_chat_over_a_pipe(start, generator, tmp_path):
+    process = start("--config.max_new_tokens=12", "--config.seed=4")
+    lines = "What is é7?\n/no_think\nAnd é8?\n".encode() + b"\xff\n/reset\nWhat is \xc3\xa97?"  # no last newline
+    out, err = process.communicate(lines, timeout=200)
+    assert process.returncode == 0, err
+    _, expected = talk(generator, ["What is é7?", "/no_think", "And é8?", "/reset", "What is é7?"])
+    assert out.decode() == expected
+    notes = err.decode()
+    assert "(error: the line is not UTF-8, so it was not asked)" in notes
+    assert "(the chat begins anew)" in notes
+    assert "Traceback" not in notes
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(start, source, tmp_path):
+    """At a terminal. The model never ends an answer by itself within the test's time."""
+    _, cfg, p, tokenizer = source
+    hf.save_pretrained(tmp_path / "long", cfg.replace(max_position_embeddings=200_000), p, tokenizer)
+    ours, theirs = pty.openpty()
+    flags = ("--config.max_new_tokens=100000", "--config.temperature=0.0", "--config.presence_penalty=0.0")
+    process = start(*flags, init_from=str(tmp_path / "long"), stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+
+    def wait_for(words, end=time.monotonic() + 200):
+        nonlocal seen
+        while words not in seen:
+            assert time.monotonic() < end, seen
+            assert process.poll() is None, seen
+            if select.select([ours], [], [], 1)[0]:
+                seen += os.read(ours, 65536)
+        seen = seen.partition(words)[2]
+
+    wait_for(b"> ")
+    for _ in range(2):
+        os.write(ours, b"T\n")
+        wait_for(b"T\r\n")  # the terminal's echo
+        while len(seen) < 5:  # of the answer
+            seen += os.read(ours, 65536)
+        process.send_signal(signal.SIGINT)
+        wait_for(b"(stopped)")
+        wait_for(b"> ")
+    process.send_signal(signal.SIGINT)  # where nothing is being answered
+    wait_for(b"> ")
+    os.write(ours, b"/quit\n")
+    assert process.wait(timeout=60) == 0
+    os.close(ours)
+
+
+def test_ctrl_c_while_a_file_is_answered_leaves_what_can_go_on(start, tmp_path):
+    rows, out = 3000, tmp_path / "out.jsonl"
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": f"é{i}"}) + "\n" for i in range(rows)))
+    flags = (
+        "--config.input=in.jsonl",
+        "--config.out=out.jsonl",
+        "--config.max_new_tokens=100",
+        "--config.batch_size=2",
+    )
+    process = start(*flags)
+    end = time.monotonic() + 200
+    while not out.exists() or not out.stat().st_size:
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "stopped; the same command goes on" in err.decode()
+    assert "Traceback" not in err.decode()
+    assert 0 < out.read_bytes().count(b"\n") < rows
