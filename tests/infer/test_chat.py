@@ -15,7 +15,7 @@ import pytest
 from qwen3f.data.chat.template import render
 from qwen3f.infer.chat import Chat, said
 from qwen3f.infer.text_generator import TextGenerator
-from qwen3f.infer.text_request import TextOptions
+from qwen3f.infer.text_request import TextOptions, make_request
 from qwen3f.interop import hf
 
 OPTIONS = TextOptions(thinking=True, max_new_tokens=12, seed=4)
@@ -40,14 +40,19 @@ def user(content):
 
 
 def test_each_turn_is_the_answer_to_the_whole_history(generator):
-    """Draws too: turn n has the random stream n."""
-    chat, printed = talk(generator, ["What is é7?", "  ", "And é8?\n"], OPTIONS.changed(system="Be brief."))
-    first, second = printed.splitlines(keepends=True)[0], chat.messages[3]
-    assert [message["role"] for message in chat.messages] == ["user", "assistant", "user", "assistant"]
-    assert printed.startswith(
-        generator.generate("What is é7?", thinking=True, max_new_tokens=12, seed=4, system="Be brief.")
-    )
-    del first, second
+    """Draws too: turn n has the random stream n. No line is no question."""
+    options = OPTIONS.changed(system="Be brief.")
+    chat, printed = talk(generator, ["What is é7?", "  ", "And é8?\n"], options)
+    questions = [user("What is é7?"), user("And é8?")]
+    assert chat.messages[::2] == questions
+    expected, history = "", []
+    for turn, question in enumerate(questions):
+        asked = make_request(generator.cfg, generator.tokenizer, [*history, question], options, stream=turn)
+        for (answer,) in generator.answer([asked]):
+            answer.read()
+        expected += answer.text + "\n"
+        history += [question, {"role": "assistant", "content": answer.text}]
+    assert printed == expected
 
 
 @pytest.mark.parametrize(
@@ -72,9 +77,8 @@ def test_thoughts_are_no_part_of_the_history(text, content, thought):
 
 
 def test_the_cache_has_the_beginning_of_the_next_turn(source, monkeypatch):
-    """What a turn prefills is what the turn before has not computed: its answer without thoughts, and the question."""
-    generator = TextGenerator(*source[1:])
-    counts = []
+    """What a turn prefills is what the one before has not computed: its answer without thoughts, and the question."""
+    generator, counts = TextGenerator(*source[1:]), []
     launch = generator._engine._device.launch
 
     def counting(plan, before):
@@ -82,11 +86,19 @@ def test_the_cache_has_the_beginning_of_the_next_turn(source, monkeypatch):
         return launch(plan, before)
 
     monkeypatch.setattr(generator._engine._device, "launch", counting)
-    chat, _ = talk(generator, ["The answer to question 12 is é12; think about it, then say 13.", "Why?"])
-    prompt = source[3].encode(render(chat.messages[:1], add_generation_prompt=True), allow_special=True)
-    whole = source[3].encode(render(chat.messages[:3], add_generation_prompt=True), allow_special=True)
-    assert sum(counts) < len(prompt) + (len(whole) - len(prompt)) + 4
-    assert len(prompt) > 20
+    questions = ["The answer to question 12 is é12; think about it, then say 13.", "Why?", "Then say 14."]
+    lengths, prefilled = [], []
+    chat = Chat(generator, OPTIONS, io.StringIO(), lambda: False)
+    for question in questions:
+        chat.enter(question)
+        asked = make_request(generator.cfg, generator.tokenizer, chat.messages[:-1], OPTIONS)
+        lengths.append(len(asked.prompt))
+        prefilled.append(sum(counts))
+        counts.clear()
+    assert prefilled[0] == lengths[0] - 1  # the last one is decoding's
+    for before, now, computed in zip(lengths, lengths[1:], prefilled[1:]):
+        assert computed <= now - before
+    assert lengths[0] > 20
 
 
 def test_switches_go_with_a_question(generator, capsys):
@@ -185,13 +197,18 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(start, source, tmp_path):
     os.close(theirs)
     seen = b""
 
-    def wait_for(words, end=time.monotonic() + 200):
+    def read():
         nonlocal seen
+        assert process.poll() is None, seen
+        if select.select([ours], [], [], 2)[0]:
+            seen += os.read(ours, 65536)
+
+    def wait_for(words):
+        nonlocal seen
+        end = time.monotonic() + 100
         while words not in seen:
             assert time.monotonic() < end, seen
-            assert process.poll() is None, seen
-            if select.select([ours], [], [], 1)[0]:
-                seen += os.read(ours, 65536)
+            read()
         seen = seen.partition(words)[2]
 
     wait_for(b"> ")
@@ -199,11 +216,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(start, source, tmp_path):
         os.write(ours, b"T\n")
         wait_for(b"T\r\n")  # the terminal's echo
         while len(seen) < 5:  # of the answer
-            seen += os.read(ours, 65536)
+            read()
         process.send_signal(signal.SIGINT)
         wait_for(b"(stopped)")
         wait_for(b"> ")
-    process.send_signal(signal.SIGINT)  # where nothing is being answered
+    for _ in range(20):  # where nothing is being answered; readline may sleep over one that comes before it sleeps
+        process.send_signal(signal.SIGINT)
+        read()
+        if b"> " in seen:
+            break
     wait_for(b"> ")
     os.write(ours, b"/quit\n")
     assert process.wait(timeout=60) == 0

@@ -232,3 +232,22 @@ def test_a_mixture_of_experts_answers_as_alone(more):
     found = Engine(cfg, p, options=EngineOptions(rows=3)).generate(prompts, max_new_tokens=6)
     for prompt, one in zip(prompts, found):
         assert one.ids == Engine(cfg, p).generate([prompt], max_new_tokens=6)[0].ids
+
+
+def test_a_longer_request_keeps_the_cache_as_small_as_was_asked():
+    """One page a row, which must grow: rows under way begin anew in fewer, longer pages; answers stay what they were."""
+    cfg, p = build()
+    prompts = random_prompts(9, cfg, longest=20, seed=7)
+    expected = [Engine(cfg, p).generate([a], SAMPLED, max_new_tokens=20, streams=[i])[0] for i, a in enumerate(prompts)]
+    engine = Engine(cfg, p, max_tokens=8 * 64)
+    rows = engine.submit(engine.request(a, 20, sampling=SAMPLED, stream=i) for i, a in enumerate(prompts))
+    for _ in range(8):
+        engine.step()
+    assert any(row.answered for row in rows)
+    rows += engine.submit([engine.request(prompts[0], 110, sampling=SAMPLED)])
+    assert (engine._pool.count, engine._pool.size) == (4, 128)
+    engine.run(rows)
+    engine._pool.check()
+    for row, one in zip(rows, expected):
+        assert row.tokens[len(row.request.prompt) :] == one.ids
+    assert rows[-1].tokens[: len(rows[0].tokens)] == rows[0].tokens
