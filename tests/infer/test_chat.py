@@ -1,5 +1,6 @@
 """The chat: history as the template renders it, switches, commands, and what is left of an answer that was stopped."""
 
+import contextlib
 import io
 import json
 import os
@@ -227,6 +228,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(start, source, tmp_path):
             break
     wait_for(b"> ")
     os.write(ours, b"/quit\n")
+    with contextlib.suppress(OSError):  # how a terminal says that the other side has gone
+        while os.read(ours, 65536):
+            pass
     assert process.wait(timeout=60) == 0
     os.close(ours)
 

@@ -235,7 +235,7 @@ def test_a_mixture_of_experts_answers_as_alone(more):
 
 
 def test_a_longer_request_keeps_the_cache_as_small_as_was_asked():
-    """One page a row, which must grow: rows under way begin anew in fewer, longer pages; answers stay what they were."""
+    """One page a row, which must grow: rows begin anew in fewer, longer pages; answers stay what they were."""
     cfg, p = build()
     prompts = random_prompts(9, cfg, longest=20, seed=7)
     expected = [Engine(cfg, p).generate([a], SAMPLED, max_new_tokens=20, streams=[i])[0] for i, a in enumerate(prompts)]
@@ -244,7 +244,7 @@ def test_a_longer_request_keeps_the_cache_as_small_as_was_asked():
     for _ in range(8):
         engine.step()
     assert any(row.answered for row in rows)
-    rows += engine.submit([engine.request(prompts[0], 110, sampling=SAMPLED)])
+    rows += engine.submit([engine.request(prompts[0], 100 - len(prompts[0]), sampling=SAMPLED)])
     assert (engine._pool.count, engine._pool.size) == (4, 128)
     engine.run(rows)
     engine._pool.check()
