@@ -104,7 +104,7 @@ def _read_ask(text: bytes, number: int, place: str, options: TextOptions) -> Ask
     if unknown := [name for name in row if name not in known]:
         raise UserError(f"the field {unknown[0]!r} is unknown; write one of {', '.join(known)}")
     own = {name: tuple(x) if isinstance(x := row[name], list) else x for name in FIELDS if name in row}
-    options = options.changed(**own)
+    options = options.changed(**own) if own else options
     content = _content(row, options)
     check_encodable(json.dumps([content, row.get("id")], ensure_ascii=False))
     return Ask(number, place, content, options, 0 if "seed" in own else number, row.get("id"))
@@ -223,14 +223,16 @@ class AnswerFile:
         )
 
 
-def survey(asks: Iterator[Ask | BadRow], on_bad_row: str) -> int:
-    """How many rows there are. Raises the first bad one of them unless on_bad_row is "skip"."""
-    rows = 0
+def survey(asks: Iterator[Ask | BadRow], on_bad_row: str) -> tuple[int, int]:
+    """(rows, bad ones among them). Raises the first bad one unless on_bad_row is "skip"."""
+    rows = bad = 0
     for ask in asks:
         rows += 1
-        if isinstance(ask, BadRow) and on_bad_row != "skip":
-            raise ask
-    return rows
+        if isinstance(ask, BadRow):
+            if on_bad_row != "skip":
+                raise ask
+            bad += 1
+    return rows, bad
 
 
 def prompt_asks(prompts: str | Sequence[str], options: TextOptions) -> Iterator[Ask]:

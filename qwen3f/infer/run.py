@@ -70,7 +70,8 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> Summary | N
     dtype = find_dtype(config.dtype, device)
     place = source.pinned(config.init_from)
     cfg, tokenizer = source.read_model_config(place), source.read_tokenizer(place)
-    rows = survey(_asks(config, options), config.on_bad_row)
+    summary = Summary()
+    rows, summary.bad = survey(_rows(config, options), config.on_bad_row)
     if not config.input:
         for ask in _asks(config, options):
             _request(cfg, tokenizer, ask)
@@ -81,14 +82,13 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> Summary | N
             cfg, params, tokenizer, max_tokens=config.max_tokens, options=EngineOptions(rows=config.batch_size)
         )
 
-    summary = Summary()
     try:
         if _is_chat(config):
             return run_chat(generator(), options)
         if config.out:
             with AnswerFile(Path(config.out), str(Path(place).resolve()), rows) as file:
-                if any(not (isinstance(ask, BadRow) or file.has(ask)) for ask in _asks(config, options)):
-                    asks = (ask for ask in _asks(config, options) if isinstance(ask, BadRow) or not file.has(ask))
+                if not all(file.has(ask) for ask in _asks(config, options)):
+                    asks = (ask for ask in _asks(config, options) if not file.has(ask))
                     _write(_passes(config, generator(), asks, summary), file, rows, progress)
                 summary.done = file.count
         else:
@@ -152,8 +152,12 @@ def _stdin_is_given() -> bool:
         return False
 
 
-def _asks(config: ConfigDict, options: TextOptions) -> Iterator[Ask | BadRow]:
-    """All rows, from the first one."""
+def _asks(config: ConfigDict, options: TextOptions) -> Iterator[Ask]:
+    """The rows that can be asked, from the first one."""
+    return (ask for ask in _rows(config, options) if not isinstance(ask, BadRow))
+
+
+def _rows(config: ConfigDict, options: TextOptions) -> Iterator[Ask | BadRow]:
     if config.input:
         return read_asks(Path(config.input), options)
     return prompt_asks(config.prompt or list(config.prompts), options)
@@ -167,7 +171,7 @@ def _request(cfg: ModelConfig, tokenizer: Tokenizer, ask: Ask) -> Request:
 
 
 def _passes(
-    config: ConfigDict, generator: TextGenerator, asks: Iterable[Ask | BadRow], summary: Summary
+    config: ConfigDict, generator: TextGenerator, asks: Iterable[Ask], summary: Summary
 ) -> Iterator[list[tuple[Ask, Answer]]]:
     """After each pass the rows under way, and those that it has ended. Counts in `summary`."""
     asked: dict[int, Ask] = {}
@@ -175,8 +179,6 @@ def _passes(
     def requests() -> Iterator[Request]:
         for ask in asks:
             try:
-                if isinstance(ask, BadRow):
-                    raise ask
                 request = _request(generator.cfg, generator.tokenizer, ask)
             except BadRow:
                 if config.on_bad_row != "skip":
