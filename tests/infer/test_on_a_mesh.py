@@ -34,7 +34,7 @@ def on_ranks(rank, folder):
 
 
 def model():
-    cfg = presets.get("nano").replace(**{**SMALL, "num_hidden_layers": 5})
+    cfg = presets.get("nano").replace(**{**SMALL, "num_hidden_layers": 7})
     return cfg, params.init_params(cfg, 3, dtype=torch.float64)
 
 
