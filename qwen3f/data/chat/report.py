@@ -12,6 +12,7 @@ import torch
 from qwen3f.data.cache.token_cache import TokenStream
 from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.data.packing.concat import IGNORED_TARGET
+from qwen3f.data.packing.pair_dataset import PairDataset
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 
 OPEN, CLOSE = "⟦", "⟧"
@@ -74,7 +75,7 @@ class PackingReport:
         return lines
 
 
-def packing_report(name: str, part: BestFitDataset) -> PackingReport:
+def packing_report(name: str, part: BestFitDataset | PairDataset) -> PackingReport:
     """The report of a part; reads its trained bits once, an eighth of a byte a token."""
     rows, cache = part.rows, part.cache
     supervised = _supervised(cache, rows.document, rows.places)
