@@ -2,7 +2,7 @@
 model (Rafailov et al. 2023, arXiv:2305.18290).
 
 A row of the data holds whole pairs; the loss is the mean over the pairs of the whole batch. The reference's
-log-probabilities come from a file that is made once, or from its weights, beside the policy's.
+log-probabilities come from a file that is made once, or from its weights, beside the policy's: preference.reference.
 
 N pairs · B rows · T places of a row · S documents, P pairs of a row at most
 """
@@ -10,16 +10,31 @@ N pairs · B rows · T places of a row · S documents, P pairs of a row at most
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from qwen3f.data.chat.corpus import ChatCorpus
+from qwen3f.data.pairs.corpus import PairLayout
 from qwen3f.errors import UserError
+from qwen3f.preference.corpus import check_pairs, open_pairs, shown
+from qwen3f.preference.evaluate import make_evaluator
+from qwen3f.preference.passes import evaluation_outputs, log_ratios
+from qwen3f.preference.reference import (
+    REFERENCE_LOG_PROBS,
+    Live,
+    check_reference,
+    check_vocabulary,
+    find_reference,
+    with_log_probs,
+)
 from qwen3f.preference.rows import count_pairs, counted, join_pairs, split_pairs, sums_of
-from qwen3f.train.objective import Batch, Figures, Objective
+from qwen3f.train.objective import Batch, Figures, Objective, check_model
+from qwen3f.train.setup import Setup
+from qwen3f.train.stage import Run, Stage
 
 REPORTS = (
     "kl", "chosen_log_prob", "rejected_log_prob", "chosen_reward", "rejected_reward", "reward_margin", "accuracy"
@@ -55,8 +70,8 @@ class DPO:
         low_ok = self.label_smoothing > 0 if self.loss == "exo_pair" else self.label_smoothing >= 0
         if not (low_ok and self.label_smoothing < 0.5):
             raise UserError(
-                f"--config.dpo.label_smoothing={self.label_smoothing} with --config.dpo.loss={self.loss}: write a share "
-                f"below 0.5{' and above 0' if self.loss == 'exo_pair' else ''}"
+                f"--config.dpo.label_smoothing={self.label_smoothing} with --config.dpo.loss={self.loss}: write a "
+                f"share below 0.5{' and above 0' if self.loss == 'exo_pair' else ''}"
             )
         if self.label_smoothing and not smoothed:
             raise UserError(
@@ -235,3 +250,57 @@ def read_hyper(config: ConfigDict) -> DPO:
     """The DPO of config.dpo. Raises UserError."""
     names = [field.name for field in dataclasses.fields(DPO)]
     return DPO(**{name: config.dpo[name] for name in names})
+
+
+def check(setup: Setup) -> None:
+    """Raises UserError for what of dpo, data and eval cannot run."""
+    config, hyper = setup.config, read_hyper(setup.config)
+    check_model(setup.model, make_objective(hyper))
+    check_pairs(setup)
+    if config.dpo.reference_log_probs not in REFERENCE_LOG_PROBS:
+        raise UserError(
+            f"--config.dpo.reference_log_probs={config.dpo.reference_log_probs}: write one of "
+            f"{', '.join(REFERENCE_LOG_PROBS)}"
+        )
+    if config.dpo.reference:
+        check_vocabulary(config.dpo.reference, setup)
+
+
+def make(run: Run) -> Stage:
+    setup, hyper = run.setup, read_hyper(run.setup.config)
+    if not (setup.config.init_from or setup.config.dpo.reference):
+        raise UserError("the policy is held to the model that it starts from: write --config.init_from=W")
+    tokenizer, corpus = open_pairs(run, PairLayout(setup.config.seq_len))
+    return Stage(
+        tokenizer=tokenizer,
+        dataset=corpus.train,
+        objective=make_objective(hyper),
+        figures=corpus.train_metrics,
+        lines=tuple(corpus.describe()),
+        samples=shown(setup, corpus, tokenizer),
+        complete=lambda stage: _with_reference(run, stage, corpus, hyper),
+    )
+
+
+def _with_reference(run: Run, stage: Stage, corpus: ChatCorpus, hyper: DPO) -> Stage:
+    """The stage with the reference, in its rows or beside the policy, and with evaluations."""
+    reference = find_reference(run)
+    values = log_ratios(evaluation_outputs(run.setup, "log_probs"))
+    changes: dict[str, Any] = {}
+    if run.setup.config.dpo.reference_log_probs == "live":
+        live = Live(run, reference)
+        values = live.before(values)
+        changes["prepare"] = lambda state, batch, more: live.add_to(batch)
+        lines = [f"reference: {reference.place}, its weights beside the policy's"]
+    else:
+        corpus, lines = with_log_probs(run, reference, corpus)
+    memory = {"reference": reference.digest}
+    return dataclasses.replace(
+        stage,
+        dataset=corpus.train,
+        evaluators={"val": make_evaluator(run, corpus.heldout, values, hyper.beta)},
+        lines=(*stage.lines, *lines),
+        save=lambda: memory,
+        load=lambda before: check_reference(before, memory, run.setup.config),
+        **changes,
+    )

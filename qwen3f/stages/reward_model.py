@@ -8,16 +8,25 @@ N pairs · B rows · T places of a row · S documents, P pairs of a row at most
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from qwen3f.data.pairs.corpus import PairLayout
 from qwen3f.errors import UserError
-from qwen3f.preference.rows import count_pairs, join_pairs, split_pairs, sums_of
-from qwen3f.train.objective import Batch, Figures, Objective
+from qwen3f.params import Params
+from qwen3f.preference.corpus import check_pairs, open_pairs, shown
+from qwen3f.preference.evaluate import make_evaluator
+from qwen3f.preference.passes import evaluation_outputs
+from qwen3f.preference.rows import count_pairs, join_pairs, last_places, split_pairs, sums_of
+from qwen3f.train.objective import Batch, Figures, Objective, check_model
+from qwen3f.train.setup import Setup
+from qwen3f.train.stage import Run, Stage
 
 REPORTS = ("chosen_score", "rejected_score", "score_margin", "accuracy")
 
@@ -88,3 +97,38 @@ def make_objective(hyper: RewardLoss) -> Objective:
 def read_hyper(config: ConfigDict) -> RewardLoss:
     """The RewardLoss of config.reward_model. Raises UserError."""
     return RewardLoss(config.reward_model.margin, config.reward_model.centre)
+
+
+def score(outputs: Callable[[Params, Batch], Tensor], params: Params, batch: Batch) -> Tensor:
+    """[B, S]: the score of each document, read at its last place; 0 where a row has no such document.
+
+    A document ends where its segment does, whatever its ids are: padding may have any id, on either side.
+
+    Args:
+      outputs: train.outputs.make_outputs of the model with output="scores"; any mesh.
+      params, batch: as for `outputs`. The batch holds each document whole, its last token among tokens.
+    """
+    found = outputs(params, batch)
+    return sums_of(torch.where(last_places(batch), found, 0), batch)
+
+
+def check(setup: Setup) -> None:
+    """Raises UserError for what of reward_model, data and eval cannot run."""
+    check_model(setup.model, make_objective(read_hyper(setup.config)))
+    check_pairs(setup)
+
+
+def make(run: Run) -> Stage:
+    setup, hyper = run.setup, read_hyper(run.setup.config)
+    layout = PairLayout(setup.config.seq_len, scored=True, margins=hyper.margin > 0)
+    tokenizer, corpus = open_pairs(run, layout)
+    outputs = evaluation_outputs(setup, "scores")
+    return Stage(
+        tokenizer=tokenizer,
+        dataset=corpus.train,
+        objective=make_objective(hyper),
+        evaluators={"val": make_evaluator(run, corpus.heldout, functools.partial(score, outputs))},
+        figures=lambda batch: {"padding": corpus.train_metrics(batch)["padding"]},
+        lines=tuple(corpus.describe()),
+        samples=shown(setup, corpus, tokenizer),
+    )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from qwen3f.errors import UserError
-from qwen3f.stages.dpo import BY_LENGTH, LOSSES, DPO, make_objective, preference_loss
+from qwen3f.stages.dpo import BY_LENGTH, DPO, LOSSES, make_objective, preference_loss
 from qwen3f.train import state
 from qwen3f.train.optimizer import AdamW
 from qwen3f.train.schedule import Schedule
@@ -57,7 +57,8 @@ def test_losses_are_the_formulas(loss):
     """float64, 1e-12; and the gradient by central differences, 1e-6."""
     (pc, pr, rc, rr), (n_c, n_r) = numbers(7)
     h = hyper(loss)
-    expected = [by_formula(loss, *(x.item() for x in row), h.beta, h.label_smoothing) for row in zip(pc - rc, pr - rr, n_c, n_r)]  # fmt: skip
+    rows = torch.stack((pc - rc, pr - rr, n_c, n_r), 1).tolist()
+    expected = [by_formula(loss, *row, h.beta, h.label_smoothing) for row in rows]
     got, figures = preference_loss(pc, pr, rc, rr, h, (n_c, n_r))
     assert got.item() == pytest.approx(sum(expected) / 7, rel=1e-12)
     margin = h.beta * ((pc - rc) - (pr - rr))
@@ -123,8 +124,14 @@ def test_losses_gradients_and_metrics_are_trls(loss):
     assert got.item() == pytest.approx(expected.item(), rel=1e-5)
     ours, theirs = (torch.autograd.grad(x, log_probs, retain_graph=True)[0] for x in (got, expected))
     assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
-    pairs = {"chosen_log_prob": "logps/chosen", "rejected_log_prob": "logps/rejected", "accuracy": "rewards/accuracies",
-             "chosen_reward": "rewards/chosen", "rejected_reward": "rewards/rejected", "reward_margin": "rewards/margins"}  # fmt: skip
+    pairs = {
+        "chosen_log_prob": "logps/chosen",
+        "rejected_log_prob": "logps/rejected",
+        "accuracy": "rewards/accuracies",
+        "chosen_reward": "rewards/chosen",
+        "rejected_reward": "rewards/rejected",
+        "reward_margin": "rewards/margins",
+    }
     for name, theirs in pairs.items():
         assert figures[name].item() == pytest.approx(their[theirs], rel=1e-5, abs=1e-6), name
 

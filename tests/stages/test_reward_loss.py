@@ -23,14 +23,16 @@ from tests.train.test_objective import packed
 
 def scores(count=9, dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(count, dtype=dtype, generator=g).requires_grad_() for _ in range(2)], torch.rand(count, generator=g)  # fmt: skip
+    both = [torch.randn(count, dtype=dtype, generator=g).requires_grad_() for _ in range(2)]
+    return both, torch.rand(count, generator=g)
 
 
 def test_the_loss_is_the_formula():
     """float64, 1e-12, and the gradient by central differences."""
     (c, r), margins = scores()
     got, figures = pairwise_loss(c, r, margins, 0.01)
-    each = [-math.log(1 / (1 + math.exp(-(a - b - m)))) + 0.01 * (a + b) ** 2 for a, b, m in zip(c.tolist(), r.tolist(), margins.tolist())]  # fmt: skip
+    rows = torch.stack((c, r, margins), 1).tolist()
+    each = [-math.log(1 / (1 + math.exp(-(a - b - m)))) + 0.01 * (a + b) ** 2 for a, b, m in rows]
     assert got.item() == pytest.approx(sum(each) / 9, rel=1e-12)
     assert figures["score_margin"].item() == pytest.approx((c - r).mean().item(), rel=1e-12)
     assert figures["accuracy"].item() == (c > r).double().mean()
@@ -70,7 +72,8 @@ def test_packed_rows_give_the_loss_of_the_last_tokens_scores():
     start = state.init_state(cfg, 0, dtype=torch.float64)
     leaves = {path: p.clone().requires_grad_() for path, p in start.params.items()}
     there = model.apply(cfg, leaves, batch, model.REFERENCE).logits[..., 0]
-    at = torch.stack([there[row][(own == k).nonzero()[-1, 0]] for row, own in enumerate(batch["segments"]) for k in range(1, 7)])  # fmt: skip
+    rows = zip(there, batch["segments"])
+    at = torch.stack([row[(own == k).nonzero()[-1, 0]] for row, own in rows for k in range(1, 7)])
     margins = batch["margins"].double()[of_first]
     expected, figures = pairwise_loss(at[::2], at[1::2], 0.5 * margins, 0.01)
     grads = dict(zip(leaves, torch.autograd.grad(expected, [*leaves.values()])))

@@ -36,6 +36,7 @@ class PackingReport:
         too_long: samples dropped for their length.
         shortened: samples cut at a turn's end.
         left_out: what the source left out while both splits were read, by reason.
+        policy: the key of config.data that says what becomes of what is too long.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PackingReport:
     too_long: int
     shortened: int
     left_out: dict[str, int]
+    policy: str = "long_chats"
 
     @property
     def padding(self) -> float:
@@ -65,7 +67,7 @@ class PackingReport:
         if self.too_long:
             lines.append(
                 f"data: {self.name}, {self.too_long:,} of {self.samples:,} samples are longer than seq_len and dropped "
-                "(--config.data.long_chats)"
+                f"(--config.data.{self.policy})"
             )
         if self.shortened:
             lines.append(f"data: {self.name}, {self.shortened:,} samples are cut behind the last answer that fits")
@@ -90,6 +92,7 @@ def packing_report(name: str, part: BestFitDataset | PairDataset) -> PackingRepo
         too_long=rows.dropped,
         shortened=part.shortened,
         left_out=cache.left_out,
+        policy="long_pairs" if isinstance(part, PairDataset) else "long_chats",
     )
 
 

@@ -93,9 +93,7 @@ class PairDataset:
 
     def spans(self, i: int) -> list[tuple[int, int]]:
         """(place of its first token in the stream, places in the row) of each document of a row."""
-        return [
-            (int(self.cache.doc_offsets[document]), places) for document, _, places in self.rows.pieces(i)
-        ]
+        return [(int(self.cache.doc_offsets[document]), places) for document, _, places in self.rows.pieces(i)]
 
     def _beside(self, i: int, spans: list[tuple[int, int]]) -> Example:
         found: Example = {}

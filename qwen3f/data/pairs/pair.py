@@ -6,8 +6,8 @@ turns before the last answer, and may have
     tools, enable_thinking   as in `chat.conversation`
     margin                   a positive number: how much better the first is; 1 where there is none
 
-Both answers have the same prompt, to the id: it is encoded apart from them. Where either has a thought, or a switch asks
-for none, the model writes the thinking block of both itself; else the prompt ends with an empty one.
+Both answers have the same prompt, to the id: it is encoded apart from them. Where either has a thought, or a switch
+asks for none, the model writes the thinking block of both itself; else the prompt ends with an empty one.
 """
 
 import math
