@@ -36,6 +36,8 @@ EXPERIMENTS = (
     "reward_model:nano",
     "dpo",
     "dpo:nano",
+    "dpo_online",
+    "dpo_online:nano",
     "export_hf",
     "generate",
     "inspect",

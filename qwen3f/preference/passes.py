@@ -13,7 +13,6 @@ from qwen3f.data.packing.pair_dataset import PairDataset
 from qwen3f.eval.heldout import batches_of_one_shape
 from qwen3f.params import Params
 from qwen3f.preference.rows import counted, sums_of
-from qwen3f.processes.world import World
 from qwen3f.train.microbatches import evaluation_parts
 from qwen3f.train.objective import Batch
 from qwen3f.train.outputs import make_outputs
@@ -53,25 +52,25 @@ def passes(
 
     The batch is filled up with rows of padding. All ranks iterate together. most: rows; 0 for all.
     """
-    setup, size = run.setup, run.setup.config.eval.batch_size
-    axes = setup.layout.axes
-    own = torch.from_numpy(Share(*axes.rows).rows(size))
-    owners = run.world.gather(axes.rows[0])  # ranks that differ in other axes have the same rows
     count = min(len(dataset), most or len(dataset))
-    for batch in batches_of_one_shape((dataset[i] for i in range(count)), size):
-        found = values({key: x[own].to(setup.device) for key, x in batch.items()})
-        yield batch, _joined(found.cpu(), size, owners, run.world)
+    for batch in batches_of_one_shape((dataset[i] for i in range(count)), run.setup.config.eval.batch_size):
+        yield batch, joined_rows(run, batch, values)
 
 
-def _joined(found: Tensor, size: int, owners: list[int], world: World) -> Tensor:
-    """[R, …] from every rank's [B, …]."""
+def joined_rows(run: Run, batch: Batch, values: Callable[[Batch], Tensor]) -> Tensor:
+    """What `values` says of this rank's rows of a batch of R rows, joined with the other ranks': [R, …] on the CPU."""
+    setup, world, size = run.setup, run.world, len(batch["tokens"])
+    place = setup.layout.axes.rows
+    own = torch.from_numpy(Share(*place).rows(size))
+    found = values({key: x[own].to(setup.device) for key, x in batch.items()}).cpu()
     if world.size == 1:
         return found
+    owners = world.gather(place[0])  # ranks that differ in other axes have the same rows
     sends = owners.index(owners[world.rank]) == world.rank
     told = world.gather_bytes(found.contiguous().numpy().tobytes() if sends else b"")
     whole = torch.empty(size, *found.shape[1:], dtype=found.dtype)
-    for place in set(owners):
-        part = torch.frombuffer(bytearray(told[owners.index(place)]), dtype=found.dtype)
-        rows = torch.from_numpy(Share(place, max(owners) + 1).rows(size))
+    for index in set(owners):
+        part = torch.frombuffer(bytearray(told[owners.index(index)]), dtype=found.dtype)
+        rows = torch.from_numpy(Share(index, place[1]).rows(size))
         whole[rows] = part.view(-1, *found.shape[1:])
     return whole

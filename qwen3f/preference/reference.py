@@ -158,25 +158,33 @@ def _write(path: Path, values: np.ndarray) -> None:
 
 
 class Live:
-    """The reference's weights in memory. add_to(batch) -> the batch with ref_logprobs; any mesh."""
+    """The reference's weights in memory, sharded as the policy's; any mesh."""
 
     def __init__(self, run: Run, reference: Reference) -> None:
-        setup = dataclasses.replace(run.setup, model=reference.cfg)
-        self._params = reference.params(run)
-        self._of_evaluation = evaluation_outputs(setup, "log_probs")
-        self._of_step = make_outputs(
-            setup.model,
-            setup.execution,
-            setup.layout,
-            "log_probs",
-            microbatches=setup.microbatches,
-            compute_dtype=setup.compute_dtype,
-        )
+        self._setup = dataclasses.replace(run.setup, model=reference.cfg)
+        self.cfg, self.params = reference.cfg, reference.params(run)
+        self._of_evaluation = evaluation_outputs(self._setup, "log_probs")
+        self._of_steps: dict[int, Values] = {}
 
     def add_to(self, batch: Batch) -> dict[str, Tensor]:
-        """A step's batch with ref_logprobs."""
-        return {**batch, "ref_logprobs": self._of_step(self._params, batch)}
+        """A step's batch with ref_logprobs; as many micro-batches as the step cuts it into."""
+        parts = len(batch["tokens"]) // microbatch_rows(self._setup)
+        if parts not in self._of_steps:
+            self._of_steps[parts] = make_outputs(
+                self.cfg,
+                self._setup.execution,
+                self._setup.layout,
+                "log_probs",
+                microbatches=parts,
+                compute_dtype=self._setup.compute_dtype,
+            )
+        return {**batch, "ref_logprobs": self._of_steps[parts](self.params, batch)}
 
     def before(self, values: Values) -> Values:
         """A function of batches that have ref_logprobs as one of batches of an evaluation, that have none."""
-        return lambda params, batch: values(params, {**batch, "ref_logprobs": self._of_evaluation(self._params, batch)})
+        return lambda params, batch: values(params, {**batch, "ref_logprobs": self._of_evaluation(self.params, batch)})
+
+
+def microbatch_rows(setup: Setup) -> int:
+    """Rows of a micro-batch on a rank."""
+    return setup.config.batch_size // (setup.layout.axes.rows[1] * setup.microbatches)

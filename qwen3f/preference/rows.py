@@ -42,6 +42,11 @@ def counted(rows: Batch) -> Tensor:
     return torch.where(predicted(rows), rows["loss_weights"], 0)
 
 
+def scores_at_ends(scores_BT: Tensor, rows: Batch) -> Tensor:
+    """[B, S]: of each document the number at its last place, 0 where there is no such document."""
+    return sums_of(torch.where(last_places(rows), scores_BT, 0), rows)
+
+
 def last_places(rows: Batch) -> Tensor:
     """bool [B, T]: the last place of each document, by its segment alone, never by an id."""
     segments = segments_of(rows)

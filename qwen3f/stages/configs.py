@@ -100,6 +100,31 @@ def dpo_config(preset: str) -> ConfigDict:
     return config
 
 
+def dpo_online_config(preset: str) -> ConfigDict:
+    config = run_config(preset, "dpo_online")
+    config.data.kinds = ""  # of generated problems, arithmetic,logic; "": all
+    config.data.difficulties = ""  # of generated problems, 1,2; "": all
+    config.data.problems = 32_768  # that are generated, both splits together
+    config.data.problem_seed = 0
+    config.dpo = _dpo()
+    online = config.online = ConfigDict()
+    online.task = "reasoning"  # whose prompts are answered
+    online.thinking = True  # whether they ask for a thought
+    online.samples = 4  # answers to each prompt: the best and the worst are a pair
+    online.temperature = 0.9
+    online.max_new_tokens = 256  # an answer that has not ended there is worse than any that has
+    # task: its judge, right or wrong; rule: right, then well formed, then short; reward_model
+    online.judge = "task"
+    online.reward_model = ""  # a workdir, its checkpoints/N or a Hugging Face directory
+    online.fill = 0.5  # share of batch_size in pairs that a step waits for, asking further prompts
+    online.rounds = 8  # of prompts that a step asks, at most
+    online.rollout_batch = 64  # answers at a time on a rank
+    config.eval.questions = 128  # held-out questions that are answered, greedily; 0: none
+    config.show_samples = 0
+    config.checkpoint.best_metric, config.checkpoint.best_mode = "val_wins", "max"
+    return config
+
+
 def _dpo() -> ConfigDict:
     dpo = ConfigDict()
     # sigmoid, sigmoid_norm (by length), hinge, ipo, cdpo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero,

@@ -12,7 +12,6 @@ import functools
 import math
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from ml_collections import ConfigDict
 from torch import Tensor
@@ -23,7 +22,7 @@ from qwen3f.params import Params
 from qwen3f.preference.corpus import check_pairs, open_pairs, shown
 from qwen3f.preference.evaluate import make_evaluator
 from qwen3f.preference.passes import evaluation_outputs
-from qwen3f.preference.rows import count_pairs, join_pairs, last_places, split_pairs, sums_of
+from qwen3f.preference.rows import count_pairs, join_pairs, scores_at_ends, split_pairs, sums_of
 from qwen3f.train.objective import Batch, Figures, Objective, check_model
 from qwen3f.train.setup import Setup
 from qwen3f.train.stage import Run, Stage
@@ -108,8 +107,7 @@ def score(outputs: Callable[[Params, Batch], Tensor], params: Params, batch: Bat
       outputs: train.outputs.make_outputs of the model with output="scores"; any mesh.
       params, batch: as for `outputs`. The batch holds each document whole, its last token among tokens.
     """
-    found = outputs(params, batch)
-    return sums_of(torch.where(last_places(batch), found, 0), batch)
+    return scores_at_ends(outputs(params, batch), batch)
 
 
 def check(setup: Setup) -> None:

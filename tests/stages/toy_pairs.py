@@ -1,6 +1,6 @@
 """Small pairs, and the configurations of runs on them with the random weights of `toy_chats`."""
 
-from qwen3f.stages.configs import dpo_config, reward_model_config
+from qwen3f.stages.configs import dpo_config, dpo_online_config, reward_model_config
 from tests.data.chat.conversations import answer, user
 from tests.data.sources.adapters.real_rows import write
 from tests.stages import toy_chats
@@ -37,6 +37,22 @@ def make_config(root, stage="dpo", kind="dense", **changes):
     c.update(steps=4, batch_size=8, microbatches=2, seq_len=2 * LENGTH, log_every=1, show_samples=0)
     c.schedule.update(kind="constant", peak_lr=1e-2, warmup=0)
     c.eval.update(every=2, batch_size=8)
+    c.checkpoint.update(every=2, keep=0)
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+def online_config(root, kind="dense", **changes):
+    """Four steps in float64 of answers of at most 24 tokens, most of which do not end: random weights write them."""
+    c = dpo_online_config("nano")
+    c.dtype, c.device = "float64", "cpu"
+    c.model.update(SMALL | (MOE if kind == "moe" else {}))
+    c.init_from = str(root / kind)
+    c.data.update(problems=150, difficulties="1", kinds="arithmetic,sequence")
+    c.update(steps=4, batch_size=8, microbatches=2, seq_len=2 * LENGTH, log_every=1)
+    c.schedule.update(kind="constant", peak_lr=1e-2, warmup=0)
+    c.online.update(max_new_tokens=24, samples=4, judge="rule", thinking=False)
+    c.eval.update(every=2, batch_size=8, questions=4)
     c.checkpoint.update(every=2, keep=0)
     c.update_from_flattened_dict(changes)
     return c

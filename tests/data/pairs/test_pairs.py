@@ -117,7 +117,7 @@ def test_ultrafeedback_gives_its_best_and_worst_with_the_ratings_difference(tmp_
 
 @pytest.mark.parametrize("kind", GENERATED)
 def test_generated_pairs_are_better_by_their_rule(kind):
-    """All of both splits: the better answer is right, boxed, without filling; the worse one lacks what its kind says."""
+    """In both splits the better answer is right, boxed, without filling; the worse one lacks what its kind says."""
     judge = ReasoningTask().judge
     golds = {item.question: item.answer for split in ("train", "heldout") for item in PROBLEMS.problems(split)}
     source = open_pairs(kind, "", PROBLEMS)

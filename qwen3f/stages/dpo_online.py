@@ -1,0 +1,279 @@
+"""Online DPO: the policy answers prompts several times, a judge ranks the answers, and the best and the worst of each
+prompt are a pair to learn from (Guo et al. 2024, arXiv:2402.04792).
+
+The loss is that of `dpo`, held to a reference whose weights stay in memory. A prompt whose answers are all alike to the
+judge teaches nothing: it is left out and counted, and further prompts are asked until the step has pairs enough.
+
+R rows of a step over all ranks · T places of a row
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3f.config import ModelConfig
+from qwen3f.data.chat.template import encode_chat
+from qwen3f.data.loader import Share
+from qwen3f.data.packing.concat import IGNORED_TARGET, Example
+from qwen3f.data.sampler import example_index
+from qwen3f.data.sources.reasoning import DIFFICULTIES, KINDS
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
+from qwen3f.params import Params
+from qwen3f.preference.corpus import open_tokenizer
+from qwen3f.preference.judges import JUDGES, Judge, RewardModel, check_reward_model, rule_judge, task_judge
+from qwen3f.preference.online_rows import NewPair, Written, best_and_worst, pack
+from qwen3f.preference.reference import Live, check_reference, check_vocabulary, find_reference, microbatch_rows
+from qwen3f.preference.sampling import Sampler, make_sampler, step_seed, whole_params
+from qwen3f.preference.wins import quality, win_rate
+from qwen3f.stages.dpo import make_objective, read_hyper
+from qwen3f.tasks.reasoning import ReasoningTask
+from qwen3f.tasks.registry import open_task
+from qwen3f.tasks.task import Question, Task
+from qwen3f.train.objective import check_model
+from qwen3f.train.readings import number
+from qwen3f.train.setup import Setup, at_least
+from qwen3f.train.stage import Batch, Evaluator, Interrupted, More, Run, Stage
+from qwen3f.train.state import TrainState
+from sharding.pipeline.cut import Pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Questions as a Loader's dataset: an example stands for the question of its place; `prepare` makes the rows."""
+
+    questions: tuple[Question, ...]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def order(self, places: np.ndarray, seed: int) -> np.ndarray:
+        """The questions at `places` of the shuffled, endless order."""
+        return example_index(places, len(self), seed)
+
+    def __getitem__(self, i: int) -> Example:
+        nothing = np.zeros(1, np.int64)
+        return {"tokens": nothing, "targets": nothing + IGNORED_TARGET, "loss_weights": np.zeros(1, np.float32)}
+
+
+def check(setup: Setup) -> None:
+    """Raises UserError for what of online, dpo, data and eval cannot run."""
+    config = setup.config
+    check_model(setup.model, make_objective(read_hyper(config)))
+    _open_task(setup)
+    for key, low in (("samples", 2), ("max_new_tokens", 1), ("rounds", 1), ("rollout_batch", 1)):
+        at_least(config, f"online.{key}", low)
+    for key in ("eval.questions", "show_samples"):
+        at_least(config, key, 0)
+    if not config.online.temperature > 0:
+        raise UserError(
+            f"--config.online.temperature={config.online.temperature}: answers that differ need more than 0"
+        )
+    if not 0 < config.online.fill <= 1:
+        raise UserError(f"--config.online.fill={config.online.fill}: write a share of batch_size above 0, at most 1")
+    if config.online.judge not in JUDGES:
+        raise UserError(f"--config.online.judge={config.online.judge}: write one of {', '.join(JUDGES)}")
+    if config.online.judge == "reward_model":
+        check_reward_model(config.online.reward_model, setup)
+    if config.dpo.reference:
+        check_vocabulary(config.dpo.reference, setup)
+    if 2 * config.online.max_new_tokens >= config.seq_len:
+        raise UserError(
+            f"--config.seq_len={config.seq_len} has no room for a prompt and two answers of "
+            f"--config.online.max_new_tokens={config.online.max_new_tokens}: raise the one or lower the other"
+        )
+
+
+def make(run: Run) -> Stage:
+    setup, config = run.setup, run.setup.config
+    if not (config.init_from or config.dpo.reference):
+        raise UserError("the policy is held to the model that it starts from: write --config.init_from=W")
+    tokenizer, task = open_tokenizer(run), _open_task(setup)
+    questions, long = _fitting(run.setup, tokenizer, tuple(task.questions("train")))
+    if not questions:
+        raise UserError(f"--config.online.task={task.name}: none of {long} prompts fits; raise --config.seq_len")
+    left_out = f"; {long:,} are too long and left out" if long else ""
+    return Stage(
+        tokenizer=tokenizer,
+        dataset=Prompts(questions),
+        objective=make_objective(read_hyper(config)),
+        lines=(f"data: {task.name}, {len(questions):,} prompts to answer{left_out}",),
+        microbatch_rows=microbatch_rows(setup),
+        complete=lambda stage: _complete(run, stage, tokenizer, task),
+    )
+
+
+def _complete(run: Run, stage: Stage, tokenizer: Tokenizer, task: Task) -> Stage:
+    """The stage with the weights that it holds beside the policy's."""
+    config, reference = run.setup.config, find_reference(run)
+    live, memory = Live(run, reference), {"reference": reference.digest}
+    sample = make_sampler(run, tokenizer, config.online.max_new_tokens)
+    rollouts = Rollouts(run, stage.dataset, tokenizer, sample, _judge(run, task), live)
+    held_out = tuple(islice(task.questions("heldout"), config.eval.questions))
+    fitting, _ = _fitting(run.setup, tokenizer, held_out)
+    return dataclasses.replace(
+        stage,
+        prepare=rollouts.prepare,
+        evaluators={"val": Wins(run, tokenizer, task, live, fitting).evaluator()} if fitting else {},
+        figures=lambda batch: rollouts.figures,
+        lines=(*stage.lines, f"reference: {reference.place}, its weights beside the policy's"),
+        save=lambda: memory,
+        load=lambda before: check_reference(before, memory, config),
+    )
+
+
+def _judge(run: Run, task: Task) -> Judge:
+    config = run.setup.config.online
+    if config.judge == "reward_model":
+        return RewardModel(run, config.reward_model).judge
+    if config.judge == "task":
+        return task_judge(task)
+    return rule_judge(lambda question, answer: quality(task, question, answer, config.thinking))
+
+
+def _open_task(setup: Setup) -> Task:
+    """The task, of the kinds and difficulties of data."""
+    task, data = open_task(setup.config.online.task, "--config.online.task"), setup.config.data
+    if not isinstance(task, ReasoningTask):
+        return task
+    known = {"kinds": KINDS, "difficulties": tuple(map(str, DIFFICULTIES))}
+    chosen = {}
+    for key, all_ in known.items():
+        written = tuple(map(str.strip, data[key].split(","))) if data[key] else all_
+        if not set(written) <= set(all_):
+            raise UserError(f"--config.data.{key} is {data[key]!r}: write some of {', '.join(all_)}")
+        chosen[key] = written
+    difficulties = tuple(map(int, chosen["difficulties"]))
+    return ReasoningTask(chosen["kinds"], difficulties, data.problem_seed, data.problems)
+
+
+def _prompt(setup: Setup, tokenizer: Tokenizer, question: Question) -> list[int]:
+    turns = [{"role": "user", "content": question.prompt}]
+    thinking = setup.config.online.thinking
+    return encode_chat(tokenizer, turns, add_generation_prompt=True, enable_thinking=thinking)
+
+
+def _fitting(setup: Setup, tokenizer: Tokenizer, questions: tuple[Question, ...]) -> tuple[tuple[Question, ...], int]:
+    """(the questions that fit into a row twice with their answers, how many do not)."""
+    room = setup.config.seq_len // 2 - setup.config.online.max_new_tokens + 1
+    fitting = tuple(q for q in questions if len(_prompt(setup, tokenizer, q)) <= room)
+    return fitting, len(questions) - len(fitting)
+
+
+class Rollouts:
+    """Prompts to rows of pairs. Every rank finds the same pairs and takes its share of the rows.
+
+    Attributes:
+      figures: of the last step: asked, its prompts; ties, the share of them that gave no pair; ended, the share of
+        answers that ended; answer_tokens, their mean length.
+    """
+
+    def __init__(
+        self, run: Run, prompts: Prompts, tokenizer: Tokenizer, sample: Sampler, judge: Judge, live: Live
+    ) -> None:
+        self._run, self._prompts, self._tokenizer = run, prompts, tokenizer
+        self._sample, self._judge, self._live = sample, judge, live
+        self.figures: dict[str, float] = {}
+
+    def prepare(self, state: TrainState, batch: Batch, more: More) -> Batch:
+        """The step's rows, from the prompts of `batch` and of what `more` gives."""
+        config, pairs, seen = self._run.setup.config, [], Counter()
+        params = whole_params(self._run, state.params)
+        for round_ in range(config.online.rounds):
+            if round_:
+                batch = more()
+            pairs += self._answered(params, batch, number(state.step), round_, seen)
+            if len(pairs) >= config.online.fill * config.batch_size:
+                break
+        if not pairs:
+            raise UserError(
+                f"step {number(state.step) + 1}: the judge {config.online.judge} finds all answers to each of "
+                f"{seen['asked']} prompts alike; raise --config.online.samples or .temperature, or write another judge"
+            )
+        self.figures = {
+            "asked": float(seen["asked"]),
+            "ties": 1 - len(pairs) / seen["asked"],
+            "ended": seen["ended"] / seen["answers"],
+            "answer_tokens": seen["tokens"] / seen["answers"],
+        }
+        return self._live.add_to(self._rows(pairs))
+
+    def _answered(self, params: Params, batch: Batch, step: int, round_: int, seen: Counter[str]) -> list[NewPair]:
+        setup, config = self._run.setup, self._run.setup.config
+        places = np.array(sorted({place for own in self._run.world.gather(batch["index"].tolist()) for place in own}))
+        questions = [self._prompts.questions[i] for i in self._prompts.order(places, config.seed).tolist()]
+        prompts = [tuple(_prompt(setup, self._tokenizer, question)) for question in questions]
+        seed = step_seed(config.seed, step, round_)
+        answers = self._sample(params, prompts, config.online.samples, seed, config.online.temperature)
+        rewards = self._judge(questions, prompts, answers)
+        flat = [answer for own in answers for answer in own]
+        seen.update(asked=len(prompts), answers=len(flat), ended=sum(a.ended for a in flat))
+        seen.update(tokens=sum(len(a.ids) for a in flat))
+        found = []
+        for prompt, own, values in zip(prompts, answers, rewards, strict=True):
+            if chosen := best_and_worst(own, values):
+                found.append(NewPair(prompt, *(own[i].ids for i in chosen)))
+        return found
+
+    def _rows(self, pairs: Sequence[NewPair]) -> dict[str, Tensor]:
+        """This rank's rows: whole micro-batches, as many on all ranks, and as many as the pipeline can run."""
+        setup = self._run.setup
+        place, rows = setup.layout.axes.rows, microbatch_rows(setup)
+        batch = pack(pairs, setup.config.seq_len, place[1] * rows, self._tokenizer.pad_id)
+        parts = len(batch["tokens"]) // (place[1] * rows)
+        enough = _runnable(setup.layout.pipeline, setup.layout.axes.pp.size, parts)
+        if enough > parts:
+            batch = pack(pairs, setup.config.seq_len, place[1] * rows * enough, self._tokenizer.pad_id)
+        own = torch.from_numpy(Share(*place, enough).rows(len(batch["tokens"])))
+        return {key: x[own].to(setup.device) for key, x in batch.items()}
+
+
+def _runnable(pipeline: Pipeline, ranks: int, parts: int) -> int:
+    """The fewest micro-batches, `parts` or more, that the schedule can run."""
+    while ranks > 1:
+        try:
+            pipeline.check(ranks, parts)
+            break
+        except UserError:
+            parts += 1
+    return max(parts, ranks)
+
+
+class Wins:
+    """How the policy answers held-out questions, greedily, beside the reference's answers to them."""
+
+    def __init__(self, run: Run, tokenizer: Tokenizer, task: Task, live: Live, questions: tuple[Question, ...]) -> None:
+        self._run, self._tokenizer, self._live, self._questions = run, tokenizer, live, questions
+        thinking = run.setup.config.online.thinking
+        self._quality = lambda question, answer: quality(task, question, answer, thinking)
+        self._prompts = [_prompt(run.setup, tokenizer, question) for question in questions]
+        self._of_reference: list[tuple[float, bool, int]] = []
+
+    def evaluator(self) -> Evaluator:
+        """wins: `win_rate` over the reference. accuracy, well_formed: shares. tokens: of an answer."""
+        return Evaluator(self._run.setup.config.eval.every, self._evaluate)
+
+    def _evaluate(self, params: Params) -> dict[str, float]:
+        if not self._of_reference:
+            self._of_reference = self._qualities(self._live.cfg, self._live.params)
+        own = self._qualities(self._run.setup.model, params)
+        right, formed, shortness = (sum(values) / len(own) for values in zip(*own))
+        return {
+            "wins": win_rate(own, self._of_reference),
+            "accuracy": right,
+            "well_formed": formed,
+            "tokens": -shortness,
+        }
+
+    def _qualities(self, cfg: ModelConfig, params: Params) -> list[tuple[float, bool, int]]:
+        if self._run.stopping():
+            raise Interrupted
+        run = dataclasses.replace(self._run, setup=dataclasses.replace(self._run.setup, model=cfg))
+        sample = make_sampler(run, self._tokenizer, run.setup.config.online.max_new_tokens)
+        answers: list[list[Written]] = sample(whole_params(run, params), self._prompts, 1, 0, 0.0)
+        return [self._quality(question, own[0]) for question, own in zip(self._questions, answers, strict=True)]
