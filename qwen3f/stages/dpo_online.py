@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3f.config import ModelConfig
 from qwen3f.data.chat.template import encode_chat
 from qwen3f.data.loader import Share
 from qwen3f.data.packing.concat import IGNORED_TARGET, Example
@@ -27,9 +26,9 @@ from qwen3f.errors import UserError
 from qwen3f.params import Params
 from qwen3f.preference.corpus import open_tokenizer
 from qwen3f.preference.judges import JUDGES, Judge, RewardModel, check_reward_model, rule_judge, task_judge
-from qwen3f.preference.online_rows import NewPair, Written, best_and_worst, pack
+from qwen3f.preference.online_rows import NewPair, best_and_worst, pack
 from qwen3f.preference.reference import Live, check_reference, check_vocabulary, find_reference, microbatch_rows
-from qwen3f.preference.sampling import Sampler, make_sampler, step_seed, whole_params
+from qwen3f.preference.sampling import Sampler
 from qwen3f.preference.wins import quality, win_rate
 from qwen3f.stages.dpo import make_objective, read_hyper
 from qwen3f.tasks.reasoning import ReasoningTask
@@ -66,7 +65,7 @@ def check(setup: Setup) -> None:
     config = setup.config
     check_model(setup.model, make_objective(read_hyper(config)))
     _open_task(setup)
-    for key, low in (("samples", 2), ("max_new_tokens", 1), ("rounds", 1), ("rollout_batch", 1)):
+    for key, low in (("samples", 2), ("max_new_tokens", 1), ("rounds", 1), ("cache_tokens", 0)):
         at_least(config, f"online.{key}", low)
     for key in ("eval.questions", "show_samples"):
         at_least(config, key, 0)
@@ -112,14 +111,14 @@ def _complete(run: Run, stage: Stage, tokenizer: Tokenizer, task: Task) -> Stage
     """The stage with the weights that it holds beside the policy's."""
     config, reference = run.setup.config, find_reference(run)
     live, memory = Live(run, reference), {"reference": reference.digest}
-    sample = make_sampler(run, tokenizer, config.online.max_new_tokens)
-    rollouts = Rollouts(run, stage.dataset, tokenizer, sample, _judge(run, task), live)
+    sampler = Sampler(run, run.setup.model, tokenizer)
+    rollouts = Rollouts(run, stage.dataset, tokenizer, sampler, _judge(run, task), live)
     held_out = tuple(islice(task.questions("heldout"), config.eval.questions))
     fitting, _ = _fitting(run.setup, tokenizer, held_out)
     return dataclasses.replace(
         stage,
         prepare=rollouts.prepare,
-        evaluators={"val": Wins(run, tokenizer, task, live, fitting).evaluator()} if fitting else {},
+        evaluators={"val": Wins(run, tokenizer, task, sampler, live, fitting).evaluator()} if fitting else {},
         figures=lambda batch: rollouts.figures,
         lines=(*stage.lines, f"reference: {reference.place}, its weights beside the policy's"),
         save=lambda: memory,
@@ -174,20 +173,19 @@ class Rollouts:
     """
 
     def __init__(
-        self, run: Run, prompts: Prompts, tokenizer: Tokenizer, sample: Sampler, judge: Judge, live: Live
+        self, run: Run, prompts: Prompts, tokenizer: Tokenizer, sampler: Sampler, judge: Judge, live: Live
     ) -> None:
         self._run, self._prompts, self._tokenizer = run, prompts, tokenizer
-        self._sample, self._judge, self._live = sample, judge, live
+        self._sampler, self._judge, self._live = sampler, judge, live
         self.figures: dict[str, float] = {}
 
     def prepare(self, state: TrainState, batch: Batch, more: More) -> Batch:
         """The step's rows, from the prompts of `batch` and of what `more` gives."""
         config, pairs, seen = self._run.setup.config, [], Counter()
-        params = whole_params(self._run, state.params)
         for round_ in range(config.online.rounds):
             if round_:
                 batch = more()
-            pairs += self._answered(params, batch, number(state.step), round_, seen)
+            pairs += self._answered(state, batch, round_, seen)
             if len(pairs) >= config.online.fill * config.batch_size:
                 break
         if not pairs:
@@ -203,13 +201,14 @@ class Rollouts:
         }
         return self._live.add_to(self._rows(pairs))
 
-    def _answered(self, params: Params, batch: Batch, step: int, round_: int, seen: Counter[str]) -> list[NewPair]:
+    def _answered(self, state: TrainState, batch: Batch, round_: int, seen: Counter[str]) -> list[NewPair]:
         setup, config = self._run.setup, self._run.setup.config
         places = np.array(sorted({place for own in self._run.world.gather(batch["index"].tolist()) for place in own}))
         questions = [self._prompts.questions[i] for i in self._prompts.order(places, config.seed).tolist()]
         prompts = [tuple(_prompt(setup, self._tokenizer, question)) for question in questions]
-        seed = step_seed(config.seed, step, round_)
-        answers = self._sample(params, prompts, config.online.samples, seed, config.online.temperature)
+        # A run that goes on writes what it would have written.
+        key = (config.seed, "online", number(state.step), round_)
+        answers = self._sampler.answers(state.params, prompts, config.online.samples, config.online.temperature, *key)
         rewards = self._judge(questions, prompts, answers)
         flat = [answer for own in answers for answer in own]
         seen.update(asked=len(prompts), answers=len(flat), ended=sum(a.ended for a in flat))
@@ -247,8 +246,18 @@ def _runnable(pipeline: Pipeline, ranks: int, parts: int) -> int:
 class Wins:
     """How the policy answers held-out questions, greedily, beside the reference's answers to them."""
 
-    def __init__(self, run: Run, tokenizer: Tokenizer, task: Task, live: Live, questions: tuple[Question, ...]) -> None:
-        self._run, self._tokenizer, self._live, self._questions = run, tokenizer, live, questions
+    def __init__(
+        self,
+        run: Run,
+        tokenizer: Tokenizer,
+        task: Task,
+        sampler: Sampler,
+        live: Live,
+        questions: tuple[Question, ...],
+    ) -> None:
+        self._run, self._sampler, self._live, self._questions = run, sampler, live, questions
+        same = live.cfg == dataclasses.replace(run.setup.model, gradient_checkpointing="none")
+        self._of_live = sampler if same else Sampler(run, live.cfg, tokenizer)
         thinking = run.setup.config.online.thinking
         self._quality = lambda question, answer: quality(task, question, answer, thinking)
         self._prompts = [_prompt(run.setup, tokenizer, question) for question in questions]
@@ -260,8 +269,8 @@ class Wins:
 
     def _evaluate(self, params: Params) -> dict[str, float]:
         if not self._of_reference:
-            self._of_reference = self._qualities(self._live.cfg, self._live.params)
-        own = self._qualities(self._run.setup.model, params)
+            self._of_reference = self._qualities(self._of_live, self._live.params)
+        own = self._qualities(self._sampler, params)
         right, formed, shortness = (sum(values) / len(own) for values in zip(*own))
         return {
             "wins": win_rate(own, self._of_reference),
@@ -270,10 +279,8 @@ class Wins:
             "tokens": -shortness,
         }
 
-    def _qualities(self, cfg: ModelConfig, params: Params) -> list[tuple[float, bool, int]]:
+    def _qualities(self, sampler: Sampler, params: Params) -> list[tuple[float, bool, int]]:
         if self._run.stopping():
             raise Interrupted
-        run = dataclasses.replace(self._run, setup=dataclasses.replace(self._run.setup, model=cfg))
-        sample = make_sampler(run, self._tokenizer, run.setup.config.online.max_new_tokens)
-        answers: list[list[Written]] = sample(whole_params(run, params), self._prompts, 1, 0, 0.0)
+        answers = sampler.answers(params, self._prompts, 1, 0.0, "heldout")
         return [self._quality(question, own[0]) for question, own in zip(self._questions, answers, strict=True)]
