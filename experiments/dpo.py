@@ -30,6 +30,7 @@ def get_config(preset: str = "small") -> ConfigDict:
         config.data.kinds = "number_theory,sequence" if preset == "nano" else ""
         config.steps, config.batch_size = (300, 8) if preset == "nano" else (1000, 32)
         config.eval.every = 100
+        config.eval.questions, config.eval.max_new_tokens = 128, 200
     if preset == "large":
         config.model.gradient_checkpointing = "full"
     return config

@@ -32,6 +32,7 @@ from qwen3f.train.objective import Batch
 from qwen3f.train.outputs import make_outputs
 from qwen3f.train.setup import Setup
 from qwen3f.train.stage import Run
+from sharding.state import as_dtensors
 
 REFERENCE_LOG_PROBS = ("cached", "live")
 _FORMAT = 1  # of the files; raise it when the same weights would give other numbers
@@ -49,12 +50,13 @@ class Reference:
     cfg: ModelConfig
 
     def params(self, run: Run) -> Params:
-        """Its weights in the dtype of the forward pass, this rank's shards."""
+        """Its weights in the dtype of the forward pass, sharded as the policy's."""
         setup = run.setup
         backend = setup.config.checkpoint.backend
-        return source.read_params(
+        params = source.read_params(
             self.place, self.cfg, setup.device, setup.compute_dtype, backend, setup.layout, run.world
         )
+        return params if run.world.mesh is None else as_dtensors(params, self.cfg, setup.layout, run.world.mesh)
 
 
 def find_reference(run: Run) -> Reference:

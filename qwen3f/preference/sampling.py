@@ -29,11 +29,19 @@ def whole_params(run: Run, cfg: ModelConfig, params: Params) -> Params:
     return restore(cfg, out, make_slices(cfg, setup.layout.pipeline, setup.layout.axes.pp.size))
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplerOptions:
+    """max_new_tokens: an answer ends there, if not before. cache_tokens: room of the engine's cache, on a rank."""
+
+    max_new_tokens: int
+    cache_tokens: int
+
+
 class Sampler:
     """Answers prompts on all ranks together, which all get all answers. One engine, made when it is first used."""
 
-    def __init__(self, run: Run, cfg: ModelConfig, tokenizer: Tokenizer) -> None:
-        self._run, self._tokenizer = run, tokenizer
+    def __init__(self, run: Run, cfg: ModelConfig, tokenizer: Tokenizer, options: SamplerOptions) -> None:
+        self._run, self._tokenizer, self._options = run, tokenizer, options
         self._cfg = dataclasses.replace(cfg, gradient_checkpointing="none")
         self._engine: Engine | None = None
 
@@ -45,14 +53,14 @@ class Sampler:
         Answer j to prompt i has a random stream of its own, of (key, i, j), whatever rank writes it. temperature: 0 for
         the likeliest tokens. Raises TrainingError where the model's logits are not finite.
         """
-        world, config = self._run.world, self._run.setup.config.online
+        world = self._run.world
         engine = self._updated(whole_params(self._run, self._cfg, params))
         jobs = range(len(prompts) * count)
         own = jobs[world.rank :: world.size]
         found = engine.generate(
             [prompts[job // count] for job in own],
             SamplingParams(temperature=temperature),
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=self._options.max_new_tokens,
             streams=[rng.key(*key, job) for job in own],
         )
         told = world.gather([(one.ids, one.finish_reason) for one in found])
@@ -61,12 +69,11 @@ class Sampler:
 
     def _updated(self, params: Params) -> Engine:
         if self._engine is None:
-            setup = self._run.setup
             self._engine = Engine(
                 self._cfg,
                 params,
-                max_tokens=setup.config.online.cache_tokens,
-                execution=setup.execution,
+                max_tokens=self._options.cache_tokens,
+                execution=self._run.setup.execution,
                 tokenizer=self._tokenizer,
             )
         else:

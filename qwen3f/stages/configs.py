@@ -96,6 +96,11 @@ def dpo_config(preset: str) -> ConfigDict:
     config.dpo = _dpo()
     # cached: computed once, kept in data.cache; live: the reference's weights stay in memory, beside the policy's
     config.dpo.reference_log_probs = "cached"
+    config.eval.task = "reasoning"  # whose held-out questions are answered, greedily, and compared with the reference
+    config.eval.questions = 0  # so many of them; 0: none
+    config.eval.thinking = True  # whether they ask for a thought
+    config.eval.max_new_tokens = 256
+    config.eval.cache_tokens = 65_536  # room for keys and values while answering, on a rank; 0: what a device has free
     config.checkpoint.best_metric, config.checkpoint.best_mode = "val_accuracy", "max"
     return config
 

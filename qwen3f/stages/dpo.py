@@ -10,6 +10,7 @@ N pairs · B rows · T places of a row · S documents, P pairs of a row at most
 import dataclasses
 import math
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from qwen3f.data.chat.corpus import ChatCorpus
 from qwen3f.data.pairs.corpus import PairLayout
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.preference.corpus import check_pairs, open_pairs, shown
 from qwen3f.preference.evaluate import make_evaluator
 from qwen3f.preference.passes import evaluation_outputs, log_ratios
+from qwen3f.preference.prompts import fitting, task_of
 from qwen3f.preference.reference import (
     REFERENCE_LOG_PROBS,
     Live,
@@ -32,8 +35,10 @@ from qwen3f.preference.reference import (
     with_log_probs,
 )
 from qwen3f.preference.rows import count_pairs, counted, join_pairs, split_pairs, sums_of
+from qwen3f.preference.sampling import SamplerOptions
+from qwen3f.preference.wins import Asked, Wins
 from qwen3f.train.objective import Batch, Figures, Objective, check_model
-from qwen3f.train.setup import Setup
+from qwen3f.train.setup import Setup, at_least
 from qwen3f.train.stage import Run, Stage
 
 REPORTS = (
@@ -264,6 +269,10 @@ def check(setup: Setup) -> None:
         )
     if config.dpo.reference:
         check_vocabulary(config.dpo.reference, setup)
+    for key, low in (("questions", 0), ("max_new_tokens", 1), ("cache_tokens", 0)):
+        at_least(config, f"eval.{key}", low)
+    if config.eval.questions:
+        task_of(config.eval.task, "--config.eval.task", config.data)
 
 
 def make(run: Run) -> Stage:
@@ -282,6 +291,19 @@ def make(run: Run) -> Stage:
     )
 
 
+def _asked(run: Run, tokenizer: Tokenizer) -> Asked | None:
+    """The held-out questions that are answered at each evaluation."""
+    config = run.setup.config
+    if not config.eval.questions:
+        return None
+    task = task_of(config.eval.task, "--config.eval.task", config.data)
+    room = run.setup.model.max_position_embeddings - config.eval.max_new_tokens
+    first = tuple(islice(task.questions("heldout"), config.eval.questions))
+    questions, _ = fitting(tokenizer, first, config.eval.thinking, room)
+    options = SamplerOptions(config.eval.max_new_tokens, config.eval.cache_tokens)
+    return Asked(task, questions, config.eval.thinking, options) if questions else None
+
+
 def _with_reference(run: Run, stage: Stage, corpus: ChatCorpus, hyper: DPO) -> Stage:
     """The stage with the reference, in its rows or beside the policy, and with evaluations."""
     reference = find_reference(run)
@@ -295,10 +317,14 @@ def _with_reference(run: Run, stage: Stage, corpus: ChatCorpus, hyper: DPO) -> S
     else:
         corpus, lines = with_log_probs(run, reference, corpus)
     memory = {"reference": reference.digest}
+    evaluators = {"val": make_evaluator(run, corpus.heldout, values, hyper.beta)}
+    if asked := _asked(run, stage.tokenizer):
+        wins = Wins(run, stage.tokenizer, asked, lambda: (reference.cfg, reference.params(run)))
+        evaluators["answers"] = wins.evaluator()
     return dataclasses.replace(
         stage,
         dataset=corpus.train,
-        evaluators={"val": make_evaluator(run, corpus.heldout, values, hyper.beta)},
+        evaluators=evaluators,
         lines=(*stage.lines, *lines),
         save=lambda: memory,
         load=lambda before: check_reference(before, memory, run.setup.config),

@@ -16,28 +16,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3f.data.chat.template import encode_chat
 from qwen3f.data.loader import Share
 from qwen3f.data.packing.concat import IGNORED_TARGET, Example
 from qwen3f.data.sampler import example_index
-from qwen3f.data.sources.reasoning import DIFFICULTIES, KINDS
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
-from qwen3f.params import Params
 from qwen3f.preference.corpus import open_tokenizer
 from qwen3f.preference.judges import JUDGES, Judge, RewardModel, check_reward_model, rule_judge, task_judge
 from qwen3f.preference.online_rows import NewPair, best_and_worst, pack
+from qwen3f.preference.prompts import fitting, prompt_ids, task_of
 from qwen3f.preference.reference import Live, check_reference, check_vocabulary, find_reference, microbatch_rows
-from qwen3f.preference.sampling import Sampler
-from qwen3f.preference.wins import quality, win_rate
+from qwen3f.preference.sampling import Sampler, SamplerOptions
+from qwen3f.preference.wins import Asked, Wins, quality
 from qwen3f.stages.dpo import make_objective, read_hyper
-from qwen3f.tasks.reasoning import ReasoningTask
-from qwen3f.tasks.registry import open_task
 from qwen3f.tasks.task import Question, Task
 from qwen3f.train.objective import check_model
 from qwen3f.train.readings import number
 from qwen3f.train.setup import Setup, at_least
-from qwen3f.train.stage import Batch, Evaluator, Interrupted, More, Run, Stage
+from qwen3f.train.stage import Batch, More, Run, Stage
 from qwen3f.train.state import TrainState
 from sharding.pipeline.cut import Pipeline
 
@@ -64,7 +60,7 @@ def check(setup: Setup) -> None:
     """Raises UserError for what of online, dpo, data and eval cannot run."""
     config = setup.config
     check_model(setup.model, make_objective(read_hyper(config)))
-    _open_task(setup)
+    _task(setup)
     for key, low in (("samples", 2), ("max_new_tokens", 1), ("rounds", 1), ("cache_tokens", 0)):
         at_least(config, f"online.{key}", low)
     for key in ("eval.questions", "show_samples"):
@@ -92,8 +88,8 @@ def make(run: Run) -> Stage:
     setup, config = run.setup, run.setup.config
     if not (config.init_from or config.dpo.reference):
         raise UserError("the policy is held to the model that it starts from: write --config.init_from=W")
-    tokenizer, task = open_tokenizer(run), _open_task(setup)
-    questions, long = _fitting(run.setup, tokenizer, tuple(task.questions("train")))
+    tokenizer, task = open_tokenizer(run), _task(setup)
+    questions, long = fitting(tokenizer, tuple(task.questions("train")), config.online.thinking, _room(setup))
     if not questions:
         raise UserError(f"--config.online.task={task.name}: none of {long} prompts fits; raise --config.seq_len")
     left_out = f"; {long:,} are too long and left out" if long else ""
@@ -111,14 +107,17 @@ def _complete(run: Run, stage: Stage, tokenizer: Tokenizer, task: Task) -> Stage
     """The stage with the weights that it holds beside the policy's."""
     config, reference = run.setup.config, find_reference(run)
     live, memory = Live(run, reference), {"reference": reference.digest}
-    sampler = Sampler(run, run.setup.model, tokenizer)
-    rollouts = Rollouts(run, stage.dataset, tokenizer, sampler, _judge(run, task), live)
+    options = SamplerOptions(config.online.max_new_tokens, config.online.cache_tokens)
+    rollouts = Rollouts(
+        run, stage.dataset, tokenizer, Sampler(run, run.setup.model, tokenizer, options), _judge(run, task), live
+    )
     held_out = tuple(islice(task.questions("heldout"), config.eval.questions))
-    fitting, _ = _fitting(run.setup, tokenizer, held_out)
+    held_out, _ = fitting(tokenizer, held_out, config.online.thinking, _room(run.setup))
+    wins = Wins(run, tokenizer, Asked(task, held_out, config.online.thinking, options), lambda: (live.cfg, live.params))
     return dataclasses.replace(
         stage,
         prepare=rollouts.prepare,
-        evaluators={"val": Wins(run, tokenizer, task, sampler, live, fitting).evaluator()} if fitting else {},
+        evaluators={"val": wins.evaluator()} if held_out else {},
         figures=lambda batch: rollouts.figures,
         lines=(*stage.lines, f"reference: {reference.place}, its weights beside the policy's"),
         save=lambda: memory,
@@ -135,33 +134,13 @@ def _judge(run: Run, task: Task) -> Judge:
     return rule_judge(lambda question, answer: quality(task, question, answer, config.thinking))
 
 
-def _open_task(setup: Setup) -> Task:
-    """The task, of the kinds and difficulties of data."""
-    task, data = open_task(setup.config.online.task, "--config.online.task"), setup.config.data
-    if not isinstance(task, ReasoningTask):
-        return task
-    known = {"kinds": KINDS, "difficulties": tuple(map(str, DIFFICULTIES))}
-    chosen = {}
-    for key, all_ in known.items():
-        written = tuple(map(str.strip, data[key].split(","))) if data[key] else all_
-        if not set(written) <= set(all_):
-            raise UserError(f"--config.data.{key} is {data[key]!r}: write some of {', '.join(all_)}")
-        chosen[key] = written
-    difficulties = tuple(map(int, chosen["difficulties"]))
-    return ReasoningTask(chosen["kinds"], difficulties, data.problem_seed, data.problems)
+def _task(setup: Setup) -> Task:
+    return task_of(setup.config.online.task, "--config.online.task", setup.config.data)
 
 
-def _prompt(setup: Setup, tokenizer: Tokenizer, question: Question) -> list[int]:
-    turns = [{"role": "user", "content": question.prompt}]
-    thinking = setup.config.online.thinking
-    return encode_chat(tokenizer, turns, add_generation_prompt=True, enable_thinking=thinking)
-
-
-def _fitting(setup: Setup, tokenizer: Tokenizer, questions: tuple[Question, ...]) -> tuple[tuple[Question, ...], int]:
-    """(the questions that fit into a row twice with their answers, how many do not)."""
-    room = setup.config.seq_len // 2 - setup.config.online.max_new_tokens + 1
-    fitting = tuple(q for q in questions if len(_prompt(setup, tokenizer, q)) <= room)
-    return fitting, len(questions) - len(fitting)
+def _room(setup: Setup) -> int:
+    """Tokens of the longest prompt that fits into a row twice, with two answers."""
+    return setup.config.seq_len // 2 - setup.config.online.max_new_tokens + 1
 
 
 class Rollouts:
@@ -202,10 +181,10 @@ class Rollouts:
         return self._live.add_to(self._rows(pairs))
 
     def _answered(self, state: TrainState, batch: Batch, round_: int, seen: Counter[str]) -> list[NewPair]:
-        setup, config = self._run.setup, self._run.setup.config
+        config = self._run.setup.config
         places = np.array(sorted({place for own in self._run.world.gather(batch["index"].tolist()) for place in own}))
         questions = [self._prompts.questions[i] for i in self._prompts.order(places, config.seed).tolist()]
-        prompts = [tuple(_prompt(setup, self._tokenizer, question)) for question in questions]
+        prompts = [prompt_ids(self._tokenizer, question, config.online.thinking) for question in questions]
         # A run that goes on writes what it would have written.
         key = (config.seed, "online", number(state.step), round_)
         answers = self._sampler.answers(state.params, prompts, config.online.samples, config.online.temperature, *key)
@@ -241,46 +220,3 @@ def _runnable(pipeline: Pipeline, ranks: int, parts: int) -> int:
         except UserError:
             parts += 1
     return max(parts, ranks)
-
-
-class Wins:
-    """How the policy answers held-out questions, greedily, beside the reference's answers to them."""
-
-    def __init__(
-        self,
-        run: Run,
-        tokenizer: Tokenizer,
-        task: Task,
-        sampler: Sampler,
-        live: Live,
-        questions: tuple[Question, ...],
-    ) -> None:
-        self._run, self._sampler, self._live, self._questions = run, sampler, live, questions
-        same = live.cfg == dataclasses.replace(run.setup.model, gradient_checkpointing="none")
-        self._of_live = sampler if same else Sampler(run, live.cfg, tokenizer)
-        thinking = run.setup.config.online.thinking
-        self._quality = lambda question, answer: quality(task, question, answer, thinking)
-        self._prompts = [_prompt(run.setup, tokenizer, question) for question in questions]
-        self._of_reference: list[tuple[float, bool, int]] = []
-
-    def evaluator(self) -> Evaluator:
-        """wins: `win_rate` over the reference. accuracy, well_formed: shares. tokens: of an answer."""
-        return Evaluator(self._run.setup.config.eval.every, self._evaluate)
-
-    def _evaluate(self, params: Params) -> dict[str, float]:
-        if not self._of_reference:
-            self._of_reference = self._qualities(self._of_live, self._live.params)
-        own = self._qualities(self._sampler, params)
-        right, formed, shortness = (sum(values) / len(own) for values in zip(*own))
-        return {
-            "wins": win_rate(own, self._of_reference),
-            "accuracy": right,
-            "well_formed": formed,
-            "tokens": -shortness,
-        }
-
-    def _qualities(self, sampler: Sampler, params: Params) -> list[tuple[float, bool, int]]:
-        if self._run.stopping():
-            raise Interrupted
-        answers = sampler.answers(params, self._prompts, 1, 0.0, "heldout")
-        return [self._quality(question, own[0]) for question, own in zip(self._questions, answers, strict=True)]

@@ -22,7 +22,7 @@ def pair_rows():
 
 def write_data(root):
     write(pair_rows(), root / "pairs" / "x.jsonl")
-    for kind, more in (("dense", {}), ("moe", MOE)):
+    for kind, more in (("dense", {}), ("moe", MOE), ("reward", {"scalar_head": True})):
         toy_chats.write_weights(root / kind, SMALL | more)
 
 
