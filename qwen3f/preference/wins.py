@@ -42,7 +42,8 @@ class Asked:
 class Wins:
     """How the policy answers questions, beside the reference's answers, which are written once.
 
-    reference: () -> (its model, its weights, sharded as the policy's); called once, at the first evaluation.
+    reference: () -> (its model, its weights, sharded as the policy's); called once, at the first evaluation. Between
+    evaluations no weights and no cache are held.
     """
 
     def __init__(
@@ -51,7 +52,6 @@ class Wins:
         self._run, self._tokenizer, self._asked, self._reference = run, tokenizer, asked, reference
         self._prompts = [prompt_ids(tokenizer, question, asked.thinking) for question in asked.questions]
         self._of_reference: list[Quality] = []
-        self._sampler = Sampler(run, run.setup.model, tokenizer, asked.options)
 
     def evaluator(self) -> Evaluator:
         """wins: `win_rate` over the reference. accuracy, well_formed: shares. tokens: of an answer."""
@@ -59,10 +59,8 @@ class Wins:
 
     def _evaluate(self, params: Params) -> dict[str, float]:
         if not self._of_reference:
-            cfg, reference = self._reference()
-            sampler = Sampler(self._run, cfg, self._tokenizer, self._asked.options)
-            self._of_reference = self._qualities(sampler, reference)
-        own = self._qualities(self._sampler, params)
+            self._of_reference = self._qualities(*self._reference())
+        own = self._qualities(self._run.setup.model, params)
         right, formed, shortness = (sum(values) / len(own) for values in zip(*own))
         return {
             "wins": win_rate(own, self._of_reference),
@@ -71,9 +69,10 @@ class Wins:
             "tokens": -shortness,
         }
 
-    def _qualities(self, sampler: Sampler, params: Params) -> list[Quality]:
+    def _qualities(self, cfg: ModelConfig, params: Params) -> list[Quality]:
         if self._run.stopping():
             raise Interrupted
+        sampler = Sampler(self._run, cfg, self._tokenizer, self._asked.options)
         answers = sampler.answers(params, self._prompts, 1, 0.0, "heldout")
         asked = self._asked
         pairs = zip(asked.questions, answers, strict=True)
