@@ -62,7 +62,9 @@ class Reference:
 def find_reference(run: Run) -> Reference:
     """The reference of a run's configuration; the same on all ranks. Raises UserError as `source` does."""
     config = run.setup.config
-    place, digest = run.world.first(_pinned(config.dpo.reference or config.init_from) if run.world.main else None)
+    named = config.dpo.reference or config.init_from
+    pinned = run.world.together(lambda: _pinned(named) if run.world.main else None, UserError)
+    place, digest = run.world.first(pinned)
     cfg = run.setup.model if not config.dpo.reference else source.read_model_config(place)
     return Reference(place, digest, dataclasses.replace(cfg, gradient_checkpointing="none"))
 
