@@ -24,6 +24,7 @@ Judge = Callable[[Sequence[Question], Sequence[Prompt], Sequence[Sequence[Writte
 
 JUDGES = ("task", "rule", "reward_model")
 _LONGEST = 2.0**40  # tokens: a rule's lengths stay below it
+_STRIDE = 128  # a batch's rows have a multiple of so many places, or config.seq_len: few shapes, which any cp can cut
 
 
 def task_judge(task: Task) -> Judge:
@@ -52,14 +53,14 @@ def rule_judge(quality: Callable[[Question, Written], tuple[float, bool, int]]) 
     return judge
 
 
-def check_reward_model(place: str, setup: Setup) -> None:
-    """Raises UserError unless there is a reward model at `place` with the run's vocabulary."""
+def check_reward_model(place: str, setup: Setup, flag: str) -> None:
+    """Raises UserError unless there is a reward model at `place`, which `flag` names, with the run's vocabulary."""
     if not place:
-        raise UserError("--config.online.judge=reward_model: name it, --config.online.reward_model=W")
+        raise UserError(f"a reward model is to judge, and none is named; write {flag}=W")
     there = source.read_model_config(place)
     if not there.scalar_head or there.vocab_size != setup.model.vocab_size:
         raise UserError(
-            f"--config.online.reward_model={place} is no reward model of a vocabulary of {setup.model.vocab_size}: "
+            f"{flag}={place} is no reward model of a vocabulary of {setup.model.vocab_size}: "
             "train one from this model by experiments/reward_model.py"
         )
 
@@ -67,13 +68,13 @@ def check_reward_model(place: str, setup: Setup) -> None:
 class RewardModel:
     """A reward model on all ranks of a run: scores of documents of ids, read at their last token.
 
-    Its weights are held in the dtype of the forward pass, sharded as the run's. Raises UserError as
-    `check_reward_model`.
+    Its weights are held in the dtype of the forward pass, sharded as the run's: make it in Stage.complete. Raises
+    UserError as `check_reward_model`.
     """
 
-    def __init__(self, run: Run, place: str) -> None:
+    def __init__(self, run: Run, place: str, flag: str) -> None:
         setup = self._setup = run.setup
-        check_reward_model(place, setup)
+        check_reward_model(place, setup, flag)
         cfg: ModelConfig = source.read_model_config(place).replace(gradient_checkpointing="none")
         self._run, self._rows = run, setup.config.eval.batch_size
         self._params: Params = source.read_params(
@@ -108,10 +109,10 @@ class RewardModel:
         return [[next(scores) for _ in own] for own in answers]
 
     def _batch(self, documents: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        length = self._setup.config.seq_len
-        if any(not 0 < len(ids) <= length for ids in documents):
-            longest = max(map(len, documents))
-            raise UserError(f"a reward model's input has 1 to config.seq_len={length} tokens, not {longest}")
+        most, longest = self._setup.config.seq_len, max(map(len, documents))
+        if longest > most or not all(documents):
+            raise UserError(f"a reward model's input has 1 to config.seq_len={most} tokens, not {longest}")
+        length = min(most, -(-longest // _STRIDE) * _STRIDE)
         tokens = torch.zeros(self._rows, length, dtype=torch.int64)
         segments = torch.zeros(self._rows, length, dtype=torch.int32)
         for row, ids in enumerate(documents):

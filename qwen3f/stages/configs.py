@@ -125,7 +125,6 @@ def dpo_online_config(preset: str) -> ConfigDict:
     online.rounds = 8  # of prompts that a step asks, at most
     online.cache_tokens = 65_536  # room for keys and values while answering, on a rank; 0: what a device has free
     config.eval.questions = 128  # held-out questions that are answered, greedily; 0: none
-    config.show_samples = 0
     config.checkpoint.best_metric, config.checkpoint.best_mode = "val_wins", "max"
     return config
 

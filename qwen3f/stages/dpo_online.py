@@ -63,8 +63,7 @@ def check(setup: Setup) -> None:
     _task(setup)
     for key, low in (("samples", 2), ("max_new_tokens", 1), ("rounds", 1), ("cache_tokens", 0)):
         at_least(config, f"online.{key}", low)
-    for key in ("eval.questions", "show_samples"):
-        at_least(config, key, 0)
+    at_least(config, "eval.questions", 0)
     if not config.online.temperature > 0:
         raise UserError(
             f"--config.online.temperature={config.online.temperature}: answers that differ need more than 0"
@@ -74,7 +73,7 @@ def check(setup: Setup) -> None:
     if config.online.judge not in JUDGES:
         raise UserError(f"--config.online.judge={config.online.judge}: write one of {', '.join(JUDGES)}")
     if config.online.judge == "reward_model":
-        check_reward_model(config.online.reward_model, setup)
+        check_reward_model(config.online.reward_model, setup, "--config.online.reward_model")
     if config.dpo.reference:
         check_vocabulary(config.dpo.reference, setup)
     if 2 * config.online.max_new_tokens >= config.seq_len:
@@ -128,7 +127,7 @@ def _complete(run: Run, stage: Stage, tokenizer: Tokenizer, task: Task) -> Stage
 def _judge(run: Run, task: Task) -> Judge:
     config = run.setup.config.online
     if config.judge == "reward_model":
-        return RewardModel(run, config.reward_model).judge
+        return RewardModel(run, config.reward_model, "--config.online.reward_model").judge
     if config.judge == "task":
         return task_judge(task)
     return rule_judge(lambda question, answer: quality(task, question, answer, config.thinking))

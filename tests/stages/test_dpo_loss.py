@@ -178,6 +178,18 @@ def test_packed_rows_give_the_formula_of_the_pairs_apart(loss):
         assert found["kl"] > 0
 
 
+def test_ids_of_the_padding_change_nothing():
+    """Padding may be the end-of-turn id, or any other: it is known by its segment."""
+    cfg, batch = config(), packed()
+    start = state.init_state(cfg, 0, dtype=torch.float64)
+    step = make_train_step(cfg, make_objective(hyper("ipo")), StepOptions(AdamW(), Schedule("constant", 1e-2, 10)))
+    ends = {**batch, "tokens": torch.where(batch["segments"] == 0, int(batch["tokens"][0, 2]), batch["tokens"])}
+    (a, found), (b, again) = step(start, batch), step(start, ends)
+    assert (batch["segments"] == 0).any()
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    assert all(torch.equal(a.params[path], b.params[path]) for path in a.params)
+
+
 @pytest.mark.parametrize(
     "values, words",
     [
