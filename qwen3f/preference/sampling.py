@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
-from qwen3f.errors import TrainingError
+from qwen3f.errors import TrainingError, UserError
 from qwen3f.infer.engine import Engine
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.params import Params
@@ -51,19 +51,24 @@ class Sampler:
         """`count` answers to each prompt, by prompt, of the policy at `params`, as the run's state has them.
 
         Answer j to prompt i has a random stream of its own, of (key, i, j), whatever rank writes it. temperature: 0 for
-        the likeliest tokens. Raises TrainingError where the model's logits are not finite.
+        the likeliest tokens. Raises UserError for a prompt that the engine cannot answer, TrainingError where the
+        model's logits are not finite.
         """
         world = self._run.world
         engine = self._updated(whole_params(self._run, self._cfg, params))
         jobs = range(len(prompts) * count)
         own = jobs[world.rank :: world.size]
-        found = engine.generate(
-            [prompts[job // count] for job in own],
-            SamplingParams(temperature=temperature),
-            max_new_tokens=self._options.max_new_tokens,
-            streams=[rng.key(*key, job) for job in own],
-        )
-        told = world.gather([(one.ids, one.finish_reason) for one in found])
+
+        def write() -> list[tuple[list[int], str]]:
+            found = engine.generate(
+                [prompts[job // count] for job in own],
+                SamplingParams(temperature=temperature),
+                max_new_tokens=self._options.max_new_tokens,
+                streams=[rng.key(*key, job) for job in own],
+            )
+            return [(one.ids, one.finish_reason) for one in found]
+
+        told = world.gather(world.together(write, UserError))
         written = [self._written(*told[job % world.size][job // world.size]) for job in jobs]
         return [written[i * count : (i + 1) * count] for i in range(len(prompts))]
 
