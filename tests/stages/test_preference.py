@@ -20,7 +20,6 @@ NUMBERS = {
     "dpo": ("loss", "grad_norm", "kl", "chosen_log_prob", "rejected_log_prob", "reward_margin", "accuracy"),
 }
 CHANGES = {"reward_model": {"reward_model.margin": 0.5, "reward_model.centre": 0.01}, "dpo": {"dpo.sft_weight": 0.2}}
-STAGES = [*NUMBERS]
 SHORT = {"steps": 2, "checkpoint.every": 0}
 LIVE = {"dpo.reference_log_probs": "live"}
 RUNS = {  # ranks -> (mesh, model, stage, changes) of each run
@@ -80,9 +79,11 @@ def same(got, expected, what):
         assert a == pytest.approx(b, rel=1e-10, abs=1e-10), what
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("parts", [1, pytest.param(4, marks=pytest.mark.nightly)])
-def test_any_cut_into_micro_batches(parts, stage, root, alone, tmp_path):
+@pytest.mark.parametrize(
+    "stage, parts",
+    [("dpo", 1), *(pytest.param(*case, marks=pytest.mark.nightly) for case in [("reward_model", 1), ("dpo", 4)])],
+)
+def test_any_cut_into_micro_batches(stage, parts, root, alone, tmp_path):
     loop.run(configured(root, stage, microbatches=parts), tmp_path, progress=False)
     same(learned(tmp_path, stage), alone(stage, "dense"), parts)
 
@@ -105,7 +106,7 @@ def test_every_mesh(runs, ranks, root, alone, tmp_path):
         assert len(files) == (4 if stage == "dpo" and not changes else 0)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["dpo", pytest.param("reward_model", marks=pytest.mark.nightly)])
 def test_a_killed_run_goes_on_with_the_same_batches_and_numbers(stage, root, alone, tmp_path):
     """It dies before step 4, and goes on from the checkpoint of step 2: bit for bit."""
     config, whole, first, second = configured(root, stage), {}, {}, {}
