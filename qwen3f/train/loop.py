@@ -102,6 +102,7 @@ def run(
             source.check_same_model(config.init_from, setup.model)
         place = Run(setup, workdir, world, progress and world.main, lambda: bool(world.highest(bool(stop.name))))
         made = world.first_on_host(lambda: module.make(place), UserError)
+        made = made.complete(made)
         session = Session(place, made, checkpoints, stop, resolved, progress, make_step)
         start = starting_state(setup, checkpoints, world)
         spikes = SpikeGuard(setup.spikes, start.meta.get("spikes", {}))

@@ -84,10 +84,10 @@ def make_samples(conversation: Conversation, turns: Turns = "last", switches: fl
     """
     messages = conversation.messages
     if turns == "all":
-        thinks = any(map(_thought, messages))
+        thinks = any(map(thought_of, messages))
         for number in _answers(messages):
-            _check_mode(conversation, number)
-        enable = _enable_thinking(conversation, messages, thinks)
+            check_mode(conversation, number)
+        enable = thinking_enabled(conversation, messages, thinks)
         return [Sample(messages, conversation.name, conversation.tools, True, enable)]
     return [_last_turn(conversation, number, switches) for number in _answers(messages)]
 
@@ -95,9 +95,9 @@ def make_samples(conversation: Conversation, turns: Turns = "last", switches: fl
 def _last_turn(conversation: Conversation, number: int, switches: float) -> Sample:
     """The sample of the answer that is message `number`."""
     messages = conversation.messages[: number + 1]
-    _check_mode(conversation, number)
-    thinks = bool(_thought(messages[-1]))
-    enable = _enable_thinking(conversation, messages, thinks)
+    check_mode(conversation, number)
+    thinks = bool(thought_of(messages[-1]))
+    enable = thinking_enabled(conversation, messages, thinks)
     sample = Sample(messages, conversation.name, conversation.tools, False, enable)
     if switches and conversation.enable_thinking is None and last_switch(messages[:-1]) is None:
         return _with_switch(sample, thinks, switches)
@@ -121,15 +121,15 @@ def _chance(what: str, sample: Sample, share: float) -> bool:
     return stable_hash(f"{what} {sample.text}".encode()) < share * 2.0**64
 
 
-def _enable_thinking(conversation: Conversation, messages: tuple[Message, ...], thinks: bool) -> bool:
+def thinking_enabled(conversation: Conversation, messages: tuple[Message, ...], thinks: bool) -> bool:
     if conversation.enable_thinking is not None:
         return conversation.enable_thinking
     return thinks or last_switch(messages[:-1]) is False
 
 
-def _check_mode(conversation: Conversation, number: int) -> None:
+def check_mode(conversation: Conversation, number: int) -> None:
     """Raises RowFault if message `number` has a thought that its prompt does not ask for."""
-    if not _thought(conversation.messages[number]):
+    if not thought_of(conversation.messages[number]):
         return
     where = f"{conversation.name}: Message {number} has a thought"
     if conversation.enable_thinking is False:
@@ -142,5 +142,5 @@ def _answers(messages: tuple[Message, ...]) -> Iterator[int]:
     return (i for i, message in enumerate(messages) if message["role"] == "assistant")
 
 
-def _thought(message: Message) -> str:
+def thought_of(message: Message) -> str:
     return split_thought(message)[0].strip("\n") if message["role"] == "assistant" else ""
