@@ -3,8 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-from torch.distributed.tensor import DTensor
-
 from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
@@ -14,19 +12,7 @@ from qwen3f.infer.sampling import SamplingParams
 from qwen3f.params import Params
 from qwen3f.preference.online_rows import Written
 from qwen3f.train.stage import Run
-from sharding.pipeline.cut import make_slices, restore
-
-
-def whole_params(run: Run, cfg: ModelConfig, params: Params) -> Params:
-    """All of the parameters, in the dtype of the forward pass, on every rank; on one device they are cast alone."""
-    setup = run.setup
-    out = {}
-    for path, leaf in params.items():
-        cast = leaf.to(setup.compute_dtype)
-        out[path] = cast.full_tensor() if isinstance(cast, DTensor) else cast
-    if run.world.size == 1:
-        return out
-    return restore(cfg, out, make_slices(cfg, setup.layout.pipeline, setup.layout.axes.pp.size))
+from sharding.state import whole_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +41,8 @@ class Sampler:
         model's logits are not finite.
         """
         world = self._run.world
-        engine = self._updated(whole_params(self._run, self._cfg, params))
+        setup = self._run.setup
+        engine = self._updated(whole_params(self._cfg, params, setup.layout, setup.compute_dtype))
         jobs = range(len(prompts) * count)
         own = jobs[world.rank :: world.size]
 
