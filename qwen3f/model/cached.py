@@ -16,6 +16,7 @@ from qwen3f.model.kv_cache import KVCache, copy_cache, place
 from qwen3f.model.transformer import head_weight, make_body
 
 CachedForward = Callable[..., tuple[Tensor, KVCache]]
+CachedHidden = Callable[..., tuple[Tensor, KVCache]]
 
 
 def apply_cached(
@@ -45,13 +46,8 @@ def apply_cached(
 
 
 def make_cached_forward(cfg: ModelConfig, execution: Execution = EAGER) -> CachedForward:
-    """forward(params, batch, cache, *, span, last, donate) as in `apply_cached`.
-
-    Skeletons are built here, once, since that cannot happen inside a compiled step. Attention's dropout is off, and
-    nothing is recomputed. moe_drop_tokens has no effect: what a row gets must not depend on the rows beside it.
-    """
-    cfg = cfg.replace(gradient_checkpointing="none", moe_drop_tokens=False)
-    body = make_body(cfg, execution)
+    """forward(params, batch, cache, *, span, last, donate) as in `apply_cached`. Built once, as make_cached_hidden."""
+    hidden_of = make_cached_hidden(cfg, execution)
 
     @torch.no_grad()
     def forward(
@@ -63,10 +59,30 @@ def make_cached_forward(cfg: ModelConfig, execution: Execution = EAGER) -> Cache
         last: bool = False,
         donate: bool = False,
     ) -> tuple[Tensor, KVCache]:
-        tokens, segments = batch["tokens"], batch.get("segments")
-        real = torch.ones_like(tokens, dtype=torch.bool) if segments is None else segments != 0
-        positions, layers, cache = place(cache if donate else copy_cache(cache), real, span or cache.max_len)
-        hidden, _ = body(params, tokens, positions, layers)
+        hidden, cache = hidden_of(params, batch, cache, span=span, donate=donate)
         return F.linear(hidden[:, -1:] if last else hidden, head_weight(cfg, params)), cache
 
     return forward
+
+
+def make_cached_hidden(cfg: ModelConfig, execution: Execution = EAGER) -> CachedHidden:
+    """hidden(params, batch, cache, *, span, donate) -> ([B, T, D] after the final norm, the cache), without the head.
+
+    For callers that need the logits of a few places only. Arguments as in `apply_cached`.
+
+    Skeletons are built here, once, since that cannot happen inside a compiled step. Attention's dropout is off, and
+    nothing is recomputed. moe_drop_tokens has no effect: what a row gets must not depend on the rows beside it.
+    """
+    cfg = cfg.replace(gradient_checkpointing="none", moe_drop_tokens=False)
+    body = make_body(cfg, execution)
+
+    @torch.no_grad()
+    def hidden_of(
+        params: P.Params, batch: Mapping[str, Tensor], cache: KVCache, *, span: int | None = None, donate: bool = False
+    ) -> tuple[Tensor, KVCache]:
+        tokens, segments = batch["tokens"], batch.get("segments")
+        real = torch.ones_like(tokens, dtype=torch.bool) if segments is None else segments != 0
+        positions, layers, cache = place(cache if donate else copy_cache(cache), real, span or cache.max_len)
+        return body(params, tokens, positions, layers)[0], cache
+
+    return hidden_of
