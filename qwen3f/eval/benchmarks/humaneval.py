@@ -1,0 +1,49 @@
+"""HumanEval (Chen et al. 2021, arXiv:2107.03374): functions to be completed, judged by running their tests.
+
+Source: openai/openai_humaneval, split test (164 rows). Columns: task_id, prompt, canonical_solution, test, entry_point;
+no examples. Prompt: the function's head and docstring as they stand; an answer ends before the next class, function,
+comment, condition or print at a line's beginning. Metric: pass@k of n samples a problem by the unbiased formula,
+1 − C(n − c, k) / C(n, k) for c that pass (equation 1). Programs run in qwen3f.sandbox alone.
+"""
+
+import math
+from collections.abc import Sequence
+
+from qwen3f.data.sources.adapters.rows import Row, text_of
+from qwen3f.eval.benchmarks.benchmark import Benchmark, Generation, Item, Shots
+
+KS = (1, 10, 100)
+
+
+def read(row: Row) -> Item:
+    prompt = text_of(row, "prompt")
+    gold = {"prompt": prompt, "test": text_of(row, "test"), "entry_point": text_of(row, "entry_point")}
+    return Item(f"{row.name} ({row.values['task_id']})", prompt, gold)
+
+
+def score(item: Item, answers: Sequence[str]) -> dict[str, float]:
+    from qwen3f.sandbox import run_tests  # starts what isolates programs; nothing else here needs it
+
+    gold = item.gold
+    verdicts = [run_tests(gold["prompt"] + answer, gold["test"], gold["entry_point"]) for answer in answers]
+    passed = sum(bool(verdict.passed) for verdict in verdicts)
+    return {f"pass@{k}": pass_at_k(len(answers), passed, k) for k in KS if k <= len(answers)}
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """The chance that one of k, drawn from `samples` of which `passed` pass, passes; unbiased."""
+    if samples - passed < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(samples - passed + 1, samples + 1))
+
+
+HUMANEVAL = Benchmark(
+    name="humaneval",
+    hub_id="openai/openai_humaneval",
+    columns=("task_id", "prompt", "test", "entry_point"),
+    read=read,
+    metrics=("pass@1",),
+    shots=Shots(most=0),
+    generation=Generation(until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_new_tokens=1024),
+    score=score,
+)
