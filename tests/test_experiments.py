@@ -32,6 +32,7 @@ EXPERIMENTS = (
     "sft_cold_start:nano",
     "sft_fusion",
     "sft_fusion:nano",
+    "eval",
     "export_hf",
     "generate",
     "inspect",

@@ -4,11 +4,13 @@ Facts: lm_eval/api/model.py (how a context and its continuation are tokenised), 
 the left), lm_eval/utils.py (windows over a document).
 """
 
+import dataclasses
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +26,17 @@ from qwen3f.eval.scoring import Score, Scorer
 from qwen3f.train.outputs import make_eval_step
 
 CPU_TOKENS, CUDA_TOKENS = 4096, 131_072  # of a batch, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What became of a question: each choice's log-likelihood, judge_choice's marks, and whether its context was cut or
+    two of its choices have the same tokens."""
+
+    log_probs: tuple[float, ...]
+    marks: dict[str, float]
+    truncated: bool
+    alike: bool
 
 
 class Evaluator:
@@ -82,18 +95,26 @@ class Evaluator:
         """
         if not questions:
             raise UserError("multiple_choice got no questions; give at least one")
+        found = self.choices(questions)
+        shares = {name: sum(one.marks[name] for one in found) / len(found) for name in found[0].marks}
+        return {**shares, "loglikelihoods": [list(one.log_probs) for one in found]}
+
+    def choices(self, questions: Sequence[Mapping[str, Any]]) -> list[Choice]:
+        """What multiple_choice finds, question by question."""
         pairs, ends = [], [0]
         for number, question in enumerate(questions):
             pairs += choice_pairs(question, f"question {number}")
             ends.append(len(pairs))
         encoded = self.encode_pairs(pairs)
-        found = [one.log_prob for one in self._scores(encoded)]
-        rows = [found[first:end] for first, end in zip(ends, ends[1:])]
-        for first, end in zip(ends, ends[1:]):
-            self._truncated["alike"] += len({repr(pair) for pair in encoded[first:end]}) < end - first
-        marks = [judge_choice(row, q["choices"], q["answer"]) for row, q in zip(rows, questions)]
-        shares = {name: sum(mark[name] for mark in marks) / len(marks) for name in marks[0]}
-        return {**shares, "loglikelihoods": rows}
+        found, out = [one.log_prob for one in self._scores(encoded)], []
+        for question, (first, end) in zip(questions, pairwise(ends)):
+            own = encoded[first:end]
+            alike = len({repr(pair) for pair in own}) < len(own)
+            truncated = any(self._exceeds(*pair) for pair in own)
+            self._truncated["alike"] += alike
+            marks = judge_choice(found[first:end], question["choices"], question["answer"])
+            out.append(Choice(tuple(found[first:end]), marks, truncated, alike))
+        return out
 
     def perplexity(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
         """exp of the mean nats a predicted token, over all batches (contracts.md's keys, on any device).
@@ -123,7 +144,7 @@ class Evaluator:
             sequences += windows(ids, self.tokenizer.eos_id, length, context)
             ends.append(len(sequences))
         found = [one.log_prob for one in self._score(sequences)]
-        return [math.fsum(found[first:end]) for first, end in zip(ends, ends[1:])]
+        return [math.fsum(found[first:end]) for first, end in pairwise(ends)]
 
     def document_perplexity(self, documents: Sequence[str], context: int = 1) -> dict[str, float]:
         """{"word_perplexity", "byte_perplexity", "bits_per_byte"} of documents, as the harness's wikitext has them.
@@ -167,9 +188,12 @@ class Evaluator:
                     f"continuation {number} has {len(continuation)} tokens, more than the model's {length} positions; "
                     "shorten it"
                 )
-            self._truncated["truncated"] += len(context) + len(continuation) > length + 1
+            self._truncated["truncated"] += self._exceeds(context, continuation)
             sequences.append(Scored(tuple([*context, *continuation][-length - 1 : -1]), tuple(continuation)))
         return self._score(sequences)
+
+    def _exceeds(self, context: Sequence[int], continuation: Sequence[int]) -> bool:
+        return len(context) + len(continuation) > self.cfg.max_position_embeddings + 1
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if any("<|" in text or "think>" in text for text in texts):  # special tokens, which batches don't know

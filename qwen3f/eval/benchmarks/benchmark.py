@@ -1,7 +1,8 @@
 """What a benchmark is: rows of a data set as questions, how they are asked, and how an answer is scored.
 
-Each is one file here, that says schema, prompt, metric and source. Prompts and scores of the text benchmarks are those
-of EleutherAI's lm-evaluation-harness 0.4.13, character for character; of the vision benchmarks those of lmms-eval 0.7.3.
+Each is one file here, that says schema, prompt, metric and source. Prompts and scores of the text benchmarks are
+those of EleutherAI's lm-evaluation-harness 0.4.13, character for character; of the vision benchmarks those of lmms-eval
+0.7.3.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ class Item:
         example: (prompt, answer) as it stands among the few shots.
         choices: what is chosen from. continuations: what is scored after the prompt, where that is not the choice.
         group: the subject, whose few shots it gets and by which results are listed.
+        chat_prompt: the prompt of a user's turn, where that is another.
         image: of a vision benchmark, as the data set has it.
     """
 
@@ -36,6 +38,7 @@ class Item:
     choices: tuple[str, ...] = ()
     continuations: tuple[str, ...] = ()
     group: str = ""
+    chat_prompt: str = ""
     image: Any = None
 
 
@@ -50,6 +53,9 @@ class Shots:
             group anew; "first": the first ones.
         fixed: (prompt, answer) of examples that come with the benchmark.
         most: that there may be; None: as many as there are rows.
+        spare: examples drawn beyond `count`, so that one which is the question itself can be left out. The harness does
+            so, perhaps unmeant, for data sets without a test split (task.py compares no few-shot split with no test
+            split), and the draws are others by it.
     """
 
     count: int = 0
@@ -57,14 +63,21 @@ class Shots:
     order: str = "random"
     fixed: tuple[tuple[str, str], ...] = ()
     most: int | None = None
+    spare: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """How an answer is written. until: texts before which it ends. max_new_tokens: unless the user says another."""
+    """How an answer is written.
+
+    Attributes:
+        until: texts before which it ends. max_new_tokens: unless the user says another number.
+        chat: (an item, the answer to its chat_prompt) -> the answer to its prompt; `until` does not end that.
+    """
 
     until: tuple[str, ...] = ()
     max_new_tokens: int = 256
+    chat: Callable[[Item, str], str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +130,7 @@ def integer(row: Row, column: str, count: int) -> int:
     if isinstance(value, bool) or not 0 <= key < count:
         raise RowFault(
             "invalid_rows",
-            f"{row.name} has {value!r} under {column!r}: write the place of the answer, 0 to {count - 1}.",
+            f"{row.name} has {value!r} under {column!r}: write the answer's place, 0 to {count - 1}.",
         )
     return key
 

@@ -31,7 +31,7 @@ def official(item: Item, answers: Sequence[str]) -> dict[str, float]:
 
 
 def similarity(given: str, gold: Sequence[str]) -> float:
-    """1 − the least share of edits. Texts are compared in small letters with single blanks, but measured as they are."""
+    """1 − the least share of edits. Texts are compared in small letters with single blanks, but measured as written."""
     shares = []
     for answer in gold:
         length = max(len(answer.upper()), len(given.upper()))

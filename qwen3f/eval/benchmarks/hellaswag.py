@@ -8,7 +8,7 @@ acc_norm, acc.
 import re
 
 from qwen3f.data.sources.adapters.rows import Row, check_text, text_of
-from qwen3f.eval.benchmarks.benchmark import Benchmark, Item, integer, texts
+from qwen3f.eval.benchmarks.benchmark import Benchmark, Item, Shots, integer, texts
 
 
 def read(row: Row) -> Item:
@@ -30,6 +30,7 @@ HELLASWAG = Benchmark(
     hub_id="Rowan/hellaswag",
     columns=("ctx_a", "ctx_b", "endings", "activity_label", "label"),
     split="validation",
+    shots=Shots(spare=1),
     read=read,
     metrics=("acc_norm", "acc"),
 )

@@ -4,21 +4,35 @@ Source: openai/openai_humaneval, split test (164 rows). Columns: task_id, prompt
 no examples. Prompt: the function's head and docstring as they stand; an answer ends before the next class, function,
 comment, condition or print at a line's beginning. Metric: pass@k of n samples a problem by the unbiased formula,
 1 − C(n − c, k) / C(n, k) for c that pass (equation 1). Programs run in qwen3f.sandbox alone.
+
+As a chat it is asked for in words, and the answer's last block of code counts: a form of our own, since the harness's
+humaneval_instruct begins the answer itself, which leaves no room to think.
 """
 
 import math
+import re
 from collections.abc import Sequence
 
 from qwen3f.data.sources.adapters.rows import Row, text_of
 from qwen3f.eval.benchmarks.benchmark import Benchmark, Generation, Item, Shots
 
 KS = (1, 10, 100)
+_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 def read(row: Row) -> Item:
     prompt = text_of(row, "prompt")
     gold = {"prompt": prompt, "test": text_of(row, "test"), "entry_point": text_of(row, "entry_point")}
-    return Item(f"{row.name} ({row.values['task_id']})", prompt, gold)
+    words = "Write a solution to the following problem and make sure that it passes the tests:"
+    chat = f"{words}\n```python\n{prompt}\n```\n"
+    return Item(f"{row.name} ({row.values['task_id']})", prompt, gold, chat_prompt=chat)
+
+
+def from_chat(item: Item, answer: str) -> str:
+    """What stands behind the prompt to make a program: a new definition of its function, or the rest of its body."""
+    blocks = _BLOCK.findall(answer)
+    code = blocks[-1] if blocks else answer
+    return f"\n{code}" if re.search(rf"^def {re.escape(item.gold['entry_point'])}\b", code, re.MULTILINE) else code
 
 
 def score(item: Item, answers: Sequence[str]) -> dict[str, float]:
@@ -44,6 +58,6 @@ HUMANEVAL = Benchmark(
     read=read,
     metrics=("pass@1",),
     shots=Shots(most=0),
-    generation=Generation(until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_new_tokens=1024),
+    generation=Generation(until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_new_tokens=1024, chat=from_chat),
     score=score,
 )

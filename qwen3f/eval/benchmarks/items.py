@@ -10,7 +10,7 @@ from qwen3f.data.sources.adapters.opening import raw_rows
 from qwen3f.data.sources.adapters.registry import HubDataset
 from qwen3f.data.sources.adapters.rows import BadRow, Row, RowFault
 from qwen3f.errors import UserError
-from qwen3f.eval.benchmarks.benchmark import Benchmark, Item
+from qwen3f.eval.benchmarks.benchmark import Benchmark, Item, Shots
 
 SEED = 1234  # of the harness's draws
 
@@ -67,17 +67,28 @@ def load(benchmark: Benchmark, place: str, shots: int | None, most: int) -> list
     out = []
     for group, found in groups.items():
         pool = pools.get(group, pools.get("", ()))
-        if count > len(pool):
+        if count and count + benchmark.shots.spare > len(pool):
             name = f"{benchmark.name}, {group}," if group else benchmark.name
             raise UserError(
                 f"{name} has {len(pool)} examples in the split {benchmark.shots.split!r}, and --config.shots={count} "
-                "are asked for; write fewer"
+                f"needs {count + benchmark.shots.spare}; write fewer"
             )
-        draw, said = Random(SEED), benchmark.description(group)
+        rand, said = Random(SEED), benchmark.description(group)
         for item in found[: most or None]:
-            numbers = draw.sample(range(len(pool)), count) if benchmark.shots.order == "random" else range(count)
-            out.append(Asked(item, said, tuple(pool[n] for n in numbers)))
+            out.append(Asked(item, said, _draw(benchmark.shots, pool, item, count, rand)))
     return out
+
+
+def _draw(shots: Shots, pool: Examples, item: Item, count: int, rand: Random) -> Examples:
+    """The examples before a question; the next question's depend on how often `rand` was asked."""
+    if shots.order == "first" or not count:
+        return pool[:count]
+    drawn = rand.sample(pool, count + shots.spare)
+    if shots.spare:
+        drawn = [example for example in drawn if example != item.example][:count]
+        if len(drawn) < count:
+            drawn = rand.sample([example for example in pool if example != item.example], count)
+    return tuple(drawn)
 
 
 def items(benchmark: Benchmark, place: str, split: str) -> Iterator[Item]:

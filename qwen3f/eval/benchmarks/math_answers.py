@@ -18,10 +18,9 @@ ANTLR = "4.11"  # the only one that sympy's LaTeX parser works with
 
 _FINAL = re.compile(r"Final Answer: The final answer is(.*?). I hope it is correct.")
 _NONE = "[invalidanswer]"
-_UNITS = (
-    "square ways integers dollars mph inches ft hours km units sue points feet minutes digits cents degrees cm gm pounds"
-    " meters meals edges students childrentickets multiples"
-).split()
+_UNIT_WORDS = """square ways integers dollars mph inches ft hours km units sue points feet minutes digits cents degrees
+cm gm pounds meters meals edges students childrentickets multiples"""
+_UNITS = _UNIT_WORDS.split()
 # In Minerva's order, units among the rest; what stands for a unit here is its name.
 _REMOVED = [
     *_UNITS[:10], r"\ldots", *_UNITS[10:],

@@ -9,7 +9,7 @@ import string
 from collections.abc import Mapping, Sequence
 
 from qwen3f.data.sources.adapters.rows import Row, RowFault, text_of
-from qwen3f.eval.benchmarks.benchmark import Benchmark, Generation, Item, texts
+from qwen3f.eval.benchmarks.benchmark import Benchmark, Generation, Item, Shots, texts
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -40,6 +40,7 @@ TRIVIAQA = Benchmark(
     folder="rc.nocontext",
     columns=("question", "answer"),
     split="validation",
+    shots=Shots(spare=1),
     read=read,
     metrics=("exact_match",),
     generation=Generation(until=("\n", ".", ",")),

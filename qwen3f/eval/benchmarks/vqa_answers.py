@@ -8,25 +8,24 @@ import re
 from collections.abc import Sequence
 
 _MARKS = (";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!")
-# A known slip of the server's: "(?!<=\d)" forbids the text "<=" and a digit, where "(?<!\d)" was meant, so that "3." too
-# loses its point.
+# A known slip of the server's: "(?!<=\d)" forbids the text "<=" and a digit, where "(?<!\d)" was meant, so that "3."
+# too loses its point.
 _POINT = re.compile(r"(?!<=\d)(\.)(?!\d)")
 _POINTS = 32  # are taken out of a text at most: the server gives re.UNICODE, 32, where the count stands
 _THOUSANDS = re.compile(r"(?<=\d)(\,)+(?=\d)")
-_NUMBERS = dict(
-    zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split())
-)
+_COUNTED = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_COUNTED.split())}
 _ARTICLES = ("a", "an", "the")
 
-# Written without their apostrophe
-_ONE = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm
-I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't
-somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd
-they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd
-who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've""".split()
-# Written without either of their two
+# Words that may be written without their apostrophe
+_ONE = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's
+I'm I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've
+shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's
+they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've
+who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"""
+# and those that may be written without either of their two
 _TWO = """couldn't've hadn't've he'd've I'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
-something'd've there'd've they'd've we'd've who'd've wouldn't've you'd've y'all'll""".split()
+something'd've there'd've they'd've we'd've who'd've wouldn't've you'd've y'all'll"""
 _THREE = {"yall'd've": "y'all'd've", "y'alld've": "y'all'd've", "y'all'dve": "y'all'd've"}
 _AT = {"ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at"}
 
@@ -38,8 +37,8 @@ def _without(word: str, number: int) -> str:
 
 
 _CONTRACTIONS = {
-    **{word.replace("'", ""): word for word in _ONE},
-    **{_without(word, number): word for word in _TWO for number in (0, 1)},
+    **{word.replace("'", ""): word for word in _ONE.split()},
+    **{_without(word, number): word for word in _TWO.split() for number in (0, 1)},
     **_THREE,
     **_AT,
     "somebody'd": "somebodyd",  # as the server has it

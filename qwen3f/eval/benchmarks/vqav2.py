@@ -22,7 +22,7 @@ def read(row: Row) -> Item:
 
 
 def score(item: Item, answers: Sequence[str]) -> dict[str, float]:
-    """As lmms-eval: of people, those are left out together whose records are equal once their answers are normalised."""
+    """As lmms-eval: people whose records are equal, their answers normalised, are left out together."""
     people = [{**person, "answer": normalised(one_line(person["answer"]))} for person in item.gold]
     return {"accuracy": _accuracy(people, normalised(one_line(answers[0])))}
 

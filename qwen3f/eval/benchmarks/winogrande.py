@@ -6,7 +6,7 @@ what is scored is the sentence's rest, the same after both. Metric: acc.
 """
 
 from qwen3f.data.sources.adapters.rows import Row, RowFault, text_of
-from qwen3f.eval.benchmarks.benchmark import Benchmark, Item
+from qwen3f.eval.benchmarks.benchmark import Benchmark, Item, Shots
 
 
 def read(row: Row) -> Item:
@@ -29,6 +29,7 @@ WINOGRANDE = Benchmark(
     folder="winogrande_xl",
     columns=("sentence", "option1", "option2", "answer"),
     split="validation",
+    shots=Shots(spare=1),
     read=read,
     metrics=("acc",),
 )
