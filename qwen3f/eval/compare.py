@@ -3,6 +3,7 @@
 Prints, for each metric that both have, B's mean less A's with its interval, McNemar's p, and which questions changed.
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,58 +16,56 @@ from qwen3f.strict_json import read_object
 SHOWN = 20  # questions that changed, of each kind
 
 
-def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, dict[str, tuple[Paired, list[int], list[int]]]]:
-    """benchmark -> metric -> (the comparison, numbers of questions that B answers better, and worse).
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """A metric of a benchmark: the comparison, and the numbers of questions that B answers better, and worse."""
 
-    a, b: as in results.json. Only questions that both were asked count. Raises UserError where there are none, and
-    where a question of one number was another text.
+    all: Paired
+    better: tuple[int, ...]
+    worse: tuple[int, ...]
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[tuple[str, str], Compared]:
+    """(benchmark, metric) -> the comparison, of what both have.
+
+    a, b: as in results.json; their prompts and settings may differ. Only questions that both were asked count. Raises
+    UserError where there are none, and where the questions of one number have other right answers.
     """
-    out: dict[str, dict[str, tuple[Paired, list[int], list[int]]]] = {}
-    for name in a["benchmarks"].keys() & b["benchmarks"].keys():
+    out: dict[tuple[str, str], Compared] = {}
+    for name in sorted(a["benchmarks"].keys() & b["benchmarks"].keys()):
         first, second = ({r["number"]: r for r in x["benchmarks"][name]["samples"]} for x in (a, b))
         both = sorted(first.keys() & second.keys())
         for number in both:
-            if (one := first[number]["prompt"]) != (other := second[number]["prompt"]):
+            if first[number]["gold"] != second[number]["gold"]:
                 raise UserError(
-                    f"question {number} of {name} was not the same, {str(one)[-60:]!r} in A, {str(other)[-60:]!r} in B; "
-                    "compare runs with the same shots, prompts and data"
+                    f"question {number} of {name} is another one in B ({second[number]['name']}) than in A "
+                    f"({first[number]['name']}); compare runs on the same data"
                 )
-        metrics = (
-            sorted(set.intersection(*(set(r["metrics"]) for n in both for r in (first[n], second[n])))) if both else []
-        )
-        for metric in metrics:
-            values = [[x[n]["metrics"][metric] for n in both] for x in (first, second)]
-            better = [n for n, x, y in zip(both, *values) if y > x]
-            worse = [n for n, x, y in zip(both, *values) if y < x]
-            out.setdefault(name, {})[metric] = (paired(*values), better, worse)
+        have = [set(record[number]["metrics"]) for record in (first, second) for number in both]
+        for metric in sorted(set.intersection(*have)) if have else ():
+            values = [[record[n]["metrics"][metric] for n in both] for record in (first, second)]
+            better = tuple(n for n, x, y in zip(both, *values) if y > x)
+            worse = tuple(n for n, x, y in zip(both, *values) if y < x)
+            out[name, metric] = Compared(paired(*values), better, worse)
     if not out:
         raise UserError("the two results have no benchmark and question in common; compare others")
-    return dict(sorted(out.items()))
+    return out
 
 
-def described(found: Mapping[str, Mapping[str, tuple[Paired, list[int], list[int]]]]) -> str:
+def described(found: Mapping[tuple[str, str], Compared]) -> str:
     """Markdown: a row for each metric, then the questions that changed."""
     lines = ["| benchmark | metric | B − A, points | 95% interval | better | worse | questions | p |"]
     lines.append("|---|---|---:|---|---:|---:|---:|---:|")
     changed = []
-    for name, metrics in found.items():
-        for metric, (one, better, worse) in metrics.items():
-            points = [f"{100 * x:+.2f}" for x in (one.difference, one.low, one.high)]
-            row = (
-                name,
-                metric,
-                points[0],
-                f"{points[1]} … {points[2]}",
-                one.better,
-                one.worse,
-                f"{one.n:,}",
-                f"{one.p:.3g}",
-            )
-            lines.append(f"| {' | '.join(map(str, row))} |")
-            for word, numbers in (("better", better), ("worse", worse)):
-                if numbers:
-                    more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
-                    changed.append(f"- {name} {metric}, {word}: {', '.join(map(str, numbers[:SHOWN]))}{more}")
+    for (name, metric), compared in found.items():
+        one = compared.all
+        difference, low, high = (f"{100 * x:+.2f}" for x in (one.difference, one.low, one.high))
+        row = (name, metric, difference, f"{low} … {high}", one.better, one.worse, f"{one.n:,}", f"{one.p:.3g}")
+        lines.append(f"| {' | '.join(map(str, row))} |")
+        for word, numbers in (("better", compared.better), ("worse", compared.worse)):
+            if numbers:
+                more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
+                changed.append(f"- {name} {metric}, {word}: {', '.join(map(str, numbers[:SHOWN]))}{more}")
     return "\n".join([*lines, "", *changed]) + "\n"
 
 

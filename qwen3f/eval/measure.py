@@ -56,8 +56,8 @@ class Settings:
             raise UserError("--config.thinking=True needs --config.prompt=chat")
         if self.thinking and benchmark.generation is None:
             raise UserError(
-                f"--config.thinking=True: {benchmark.name} scores choices right behind the prompt, where no thought can "
-                "stand; write --config.thinking=False"
+                f"--config.thinking=True: {benchmark.name} scores choices right behind the prompt, where no thought "
+                "stands; write --config.thinking=False"
             )
         if benchmark.vision and not vision:
             raise UserError(f"{benchmark.name} asks about images, which this model sees none of; name another")

@@ -55,8 +55,9 @@ def math(number):
     ]
     out = [f"So it is.\nFinal Answer: The final answer is ${one}$. {end}" for one in answers]
     out += [f"Final Answer: The final answer is {answer}. {end}" for answer in answers[:6]]
-    return [*out, r"Thus $\boxed{12}$", r"$\boxed{\frac{3}{4}}$.", r"\boxed{\sqrt{5}}", "", "Final Answer: The final answer is",
-            "The final answer is $12$. I hope", "Final Answer: The final answer is $12$"]  # fmt: skip
+    said = "Final Answer: The final answer is"
+    cut_off = [said, "The final answer is $12$. I hope", f"{said} $12$"]
+    return [*out, *cut_off, r"Thus $\boxed{12}$", r"$\boxed{\frac{3}{4}}$.", r"\boxed{\sqrt{5}}", ""]
 
 
 GENERATED = {"gsm8k": gsm8k, "triviaqa": triviaqa, "math": math}
