@@ -39,7 +39,10 @@ def plain(cfg, p, one):
 def few_shot(seed, prefixes=2, questions=5, choices=3):
     """Questions behind long prefixes, choices of several tokens behind questions; some end where others go on."""
     rand = random.Random(seed)
-    ids = lambda n: [rand.randrange(CFG.vocab_size) for _ in range(n)]  # noqa: E731
+
+    def ids(n):
+        return [rand.randrange(CFG.vocab_size) for _ in range(n)]
+
     out = []
     for prefix in (ids(rand.randrange(1, 60)) for _ in range(prefixes)):
         for question in (ids(rand.randrange(1, 20)) for _ in range(questions)):
@@ -63,7 +66,8 @@ def test_scores_are_those_of_each_sequence_alone(kind, batch_tokens):
     expected = [plain(cfg, p, one) for one in sequences]
     np.testing.assert_allclose([x.log_prob for x in found], [x for x, _ in expected], rtol=0, atol=1e-11)
     assert [x.greedy for x in found] == [x for _, x in expected]
-    assert found[-1].greedy and not all(x.greedy for x in found)
+    assert found[-1].greedy
+    assert not all(x.greedy for x in found)
     assert scorer.counts["asked"] == sum(len(x.tokens) for x in sequences) > 2.5 * scorer.counts["computed"]
 
 
@@ -122,10 +126,10 @@ def test_a_few_shot_prefix_is_computed_once_a_subject(tokenizer):
     cfg = CFG.replace(max_position_embeddings=4096)
     ev = Evaluator(cfg, tiny_model.weights(), tokenizer, batch_tokens=40_000)
     shots = "".join(f"Question {i}: what is {i} and {i}?\nA. x\nB. y\nAnswer: A\n\n" for i in range(5))
-    questions = [
-        {"context": f"About {s}.\n\n{shots}Question: {n * 7919 % 101} of {s}?\nAnswer:", "choices": ["A", "B", "C", "D"],
-         "answer": 0} for s in ("birds", "law") for n in range(12)
-    ]  # fmt: skip
+    contexts = [
+        f"About {s}.\n\n{shots}Question: {n * 7919 % 101} of {s}?\nAnswer:" for s in ("birds", "law") for n in range(12)
+    ]
+    questions = [{"context": context, "choices": list("ABCD"), "answer": 0} for context in contexts]
     ev.multiple_choice(questions)
     prefixes = sum(len(tokenizer.encode(f"About {s}.\n\n{shots}")) for s in ("birds", "law"))
     own = sum(len(tokenizer.encode(q["context"].rpartition("\n\n")[2])) for q in questions)
