@@ -1,8 +1,6 @@
 """The stage eval: files, resuming by sample, ranks, the errors before anything runs; and benchmarks while training."""
 
 import json
-import sys
-import types
 
 import pytest
 
@@ -293,48 +291,6 @@ def test_what_a_stage_cannot_ask_is_said_before_it_starts(place, changes, words)
 def test_questions_are_spread_over_all_subjects():
     assert hook._spread(list(range(10)), 4) == [0, 2, 5, 7]
     assert hook._spread([1, 2], 4) == [1, 2]
-
-
-# -- programs ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sandbox(monkeypatch):
-    """In the sandbox's place, for programs that were written here: the module itself is tested where it is."""
-
-    def run_tests(code, tests, entry_point):
-        space = {}
-        try:
-            exec(f"{code}\n{tests}\ncheck({entry_point})", space)
-        except Exception as error:
-            return types.SimpleNamespace(passed=False, reason=repr(error))
-        return types.SimpleNamespace(passed=True, reason="")
-
-    module = types.ModuleType("qwen3f.sandbox")
-    module.run_tests = run_tests
-    monkeypatch.setitem(sys.modules, "qwen3f.sandbox", module)
-
-
-def test_programs_are_scored_by_pass_at_k(sandbox, place):
-    ((benchmark, _),) = registry.parse_benchmarks("humaneval", "x")
-    item = load(benchmark, str(place / "rows" / "humaneval"), None, 0)[1].item
-    right, wrong = "    return x + 1\n", "    return x\n"
-    assert benchmark.score(item, [right]) == {"pass@1": 1.0}
-    assert benchmark.score(item, [wrong, "  broken ("]) == {"pass@1": 0.0}
-    assert benchmark.score(item, [right, wrong, wrong, wrong]) == {"pass@1": pytest.approx(0.25)}
-    ten = benchmark.score(item, [right] * 3 + [wrong] * 7)
-    assert ten == {"pass@1": pytest.approx(0.3), "pass@10": 1.0}
-
-
-@pytest.mark.parametrize("answer", [
-    "Here it is:\n```python\ndef add_1(x):\n    return x + 1\n```\nDone.",
-    "First\n```\nx = 1\n```\nthen\n```py\n    return x + 1\n```",
-    "    return x + 1\n",
-])  # fmt: skip
-def test_a_chats_last_block_of_code_is_the_program(sandbox, place, answer):
-    ((benchmark, _),) = registry.parse_benchmarks("humaneval", "x")
-    item = load(benchmark, str(place / "rows" / "humaneval"), None, 0)[1].item
-    assert benchmark.score(item, [benchmark.generation.chat(item, answer)]) == {"pass@1": 1.0}
 
 
 def test_samples_of_a_question_differ_and_do_not_depend_on_company(place, tmp_path):
