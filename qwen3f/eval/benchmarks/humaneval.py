@@ -10,8 +10,10 @@ humaneval_instruct begins the answer itself, which leaves no room to think.
 """
 
 import math
+import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from qwen3f.data.sources.adapters.rows import Row, text_of
 from qwen3f.eval.benchmarks.benchmark import Benchmark, Generation, Item, Shots
@@ -39,8 +41,12 @@ def score(item: Item, answers: Sequence[str]) -> dict[str, float]:
     from qwen3f.sandbox import run_tests  # starts what isolates programs; nothing else here needs it
 
     gold = item.gold
-    verdicts = [run_tests(gold["prompt"] + answer, gold["test"], gold["entry_point"]) for answer in answers]
-    passed = sum(bool(verdict.passed) for verdict in verdicts)
+
+    def passes(answer: str) -> bool:
+        return bool(run_tests(gold["prompt"] + answer, gold["test"], gold["entry_point"]).passed)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # each waits for a process of its own
+        passed = sum(threads.map(passes, answers))
     return {f"pass@{k}": pass_at_k(len(answers), passed, k) for k in KS if k <= len(answers)}
 
 
