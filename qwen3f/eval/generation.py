@@ -1,17 +1,12 @@
-"""Answers written by the model, cut as the harness cuts them.
-
-B rows · T columns of the prompts
-"""
+"""Answers written by the model, cut as the harness cuts them."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-
-import torch
+from collections.abc import Sequence
 
 from qwen3f.errors import UserError
 from qwen3f.eval.evaluator import Evaluator
-from qwen3f.infer.generate import generate
-from qwen3f.params import EMBED
+from qwen3f.infer.engine import Engine
+from qwen3f.infer.sampling import SamplingParams
 from qwen3f.tasks.answer_text import after_thinking
 
 
@@ -28,37 +23,47 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """text: without a stop token. ended: it wrote that, within max_new_tokens. truncated: the prompt was cut."""
+    """text: without a stop token. ended: by that or by a text of `until`. truncated: the prompt was cut."""
 
     text: str
     ended: bool
     truncated: bool
 
 
-def write(ev: Evaluator, prompts: Sequence[str], sampling: Sampling, numbers: Sequence[int]) -> list[list[Written]]:
+def write(
+    ev: Evaluator, prompts: Sequence[str], sampling: Sampling, numbers: Sequence[int], until: Sequence[str] = ()
+) -> list[list[Written]]:
     """`samples` answers to each prompt, in order. numbers: of the prompts, which their random streams depend on.
 
-    A prompt that leaves no room for max_new_tokens is cut on its left, as the harness does. Raises UserError for
-    max_new_tokens that leave no room for any prompt.
+    until: texts that end an answer, which keeps them. A prompt that leaves no room for max_new_tokens is cut on its
+    left, as the harness does. Raises UserError for max_new_tokens that leave no room for any prompt, and for logits
+    that are not finite.
     """
-    room = ev.cfg.max_position_embeddings - sampling.max_new_tokens
+    room, tokenizer = ev.cfg.max_position_embeddings - sampling.max_new_tokens, ev.tokenizer
     if room < 1:
         raise UserError(
             f"--config.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in the model's "
             f"{ev.cfg.max_position_embeddings} positions; write less"
         )
-    whole = [ev.tokenizer.encode(prompt, allow_special=True) for prompt in prompts]
-    rows = [ids[-room:] for ids in whole for _ in range(sampling.samples)]
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-    out: list[Written | None] = [None] * len(rows)
-    for part in _parts(order, [len(row) + sampling.max_new_tokens for row in rows], ev.batch_tokens):
-        names = [numbers[i // sampling.samples] * sampling.samples + i % sampling.samples for i in part]
-        for i, ids in zip(part, _generate(ev, [rows[i] for i in part], names, sampling)):
-            end = next((place for place, token in enumerate(ids) if token in ev.tokenizer.stop_ids), None)
-            cut = len(whole[i // sampling.samples]) > room
-            out[i] = Written(ev.tokenizer.decode(ids[:end], skip_special=True), end is not None, cut)
-    n = sampling.samples
-    return [out[i : i + n] for i in range(0, len(out), n)]
+    whole = [tokenizer.encode(prompt, allow_special=True) for prompt in prompts]
+    # its cache takes most of a card's memory, so it lives no longer than this call
+    engine = Engine(ev.cfg, ev.params, seed=sampling.seed, execution=ev.execution, tokenizer=tokenizer)
+    found = engine.generate(
+        [ids[-room:] for ids in whole],
+        SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p),
+        max_new_tokens=sampling.max_new_tokens,
+        n=sampling.samples,
+        streams=[number * sampling.samples + i for number in numbers for i in range(sampling.samples)],
+        stop_texts=tuple(until),
+    )
+    out: list[list[Written]] = [[] for _ in prompts]
+    for one in found:
+        if one.finish_reason.startswith("error"):
+            raise UserError(one.finish_reason.removeprefix("error: ") + ", or use dtype=float32")
+        ids = one.ids[:-1] if one.ids and one.ids[-1] in tokenizer.stop_ids else one.ids
+        text, ended = tokenizer.decode(ids, skip_special=True), one.finish_reason == "stop"
+        out[one.prompt_index].append(Written(text, ended, len(whole[one.prompt_index]) > room))
+    return out
 
 
 def cut(text: str, until: Sequence[str], thinking: bool) -> str | None:
@@ -74,37 +79,3 @@ def cut(text: str, until: Sequence[str], thinking: bool) -> str | None:
     for end in until:
         text = text.partition(end)[0]
     return text
-
-
-def _generate(ev: Evaluator, rows: Sequence[list[int]], names: list[int], sampling: Sampling) -> list[list[int]]:
-    """The new ids of each row, its stop id with them. (The one place that calls the generator.)"""
-    longest = max(map(len, rows))
-    padded = [[ev.tokenizer.pad_id] * (longest - len(row)) + row for row in rows]
-    out = generate(
-        ev.cfg,
-        ev.params,
-        torch.tensor(padded, device=ev.params[EMBED].device),
-        max_new_tokens=sampling.max_new_tokens,
-        seed=sampling.seed,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        stop_ids=ev.tokenizer.stop_ids,
-        pad_id=ev.tokenizer.pad_id,
-        prompt_lengths=[len(row) for row in rows],
-        request_ids=names,
-        num_ids=min(ev.tokenizer.vocab_size, ev.cfg.vocab_size),
-        execution=ev.execution,
-    )
-    return out[:, longest:].tolist()
-
-
-def _parts(order: Sequence[int], sizes: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """`order`, longest first, in parts of at most batch_tokens places."""
-    part: list[int] = []
-    for i in order:
-        if part and sizes[part[0]] * (len(part) + 1) > batch_tokens:
-            yield part
-            part = []
-        part.append(i)
-    if part:
-        yield part

@@ -140,7 +140,8 @@ def _answer(
     score = benchmark.official if settings.metrics == "official" and benchmark.official else benchmark.score
     as_chat = settings.prompt == "chat" and how.chat is not None
     until, out = () if as_chat else how.until, []
-    for one, written in zip(asked, write(ev, [texts[0] for texts in read], sampling, numbers)):
+    ends = () if settings.thinking else until  # a thought may hold such texts
+    for one, written in zip(asked, write(ev, [texts[0] for texts in read], sampling, numbers, ends)):
         # a task's judge looks behind the thinking itself, as its rewards do
         answers = [w.text if benchmark.task else cut(w.text, until, settings.thinking) or "" for w in written]
         if as_chat:

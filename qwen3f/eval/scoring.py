@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +18,7 @@ from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.eval.prefix_tree import Node, Scored, build
+from qwen3f.infer.device import unstacked
 from qwen3f.model.kv_cache import KVCache
 
 LOGITS = 2**26  # numbers of logits at a time
@@ -43,10 +45,9 @@ class Scorer:
             raise UserError("model.scalar_head=True makes a score of each token, not text; name another model")
         if batch_tokens < 1:
             raise UserError(f"batch_tokens must be at least 1, got {batch_tokens}")
-        stacked = [path for path, spec in P.abstract_params(cfg).items() if spec.stack]
-        self._params = params | {p: params[p].unbind(0) for p in stacked if isinstance(params[p], Tensor)}
+        self._params = unstacked(cfg, params)
         self._cfg, self._batch_tokens = cfg, batch_tokens
-        self._hidden = model.make_cached_hidden(cfg, dataclasses.replace(execution, compile="off"))
+        self._hidden = model.make_cached_forward(cfg, dataclasses.replace(execution, compile="off"))
         self._head = model.head_weight(cfg, self._params)
         self.counts: Counter[str] = Counter()
 
@@ -77,18 +78,20 @@ class Scorer:
 
     def _read(self, nodes: Sequence[Node], cache: KVCache | None, rows: list[int] | None) -> tuple[Tensor, KVCache]:
         size, longest = max(node.end for node in nodes), max(len(node.tokens) for node in nodes)
-        device = self._head.device
-        if cache is None or rows is None:
-            cache = model.init_cache(self._cfg, self._params, len(nodes), size)
-        else:
-            cache = _rows_of(cache, torch.tensor(rows, device=device), size)
-        padded = [[*node.tokens, *[0] * (longest - len(node.tokens))] for node in nodes]
-        lengths_B = torch.tensor([len(node.tokens) for node in nodes], device=device)
-        segments_BT = (torch.arange(longest, device=device) < lengths_B[:, None]).int()
-        batch = {"tokens": torch.tensor(padded, device=device), "segments": segments_BT}
+        own = model.init_cache(self._cfg, self._params, len(nodes), size)  # a page a row; page 0 is of padding
+        if cache is not None and rows is not None:
+            _copy_rows(cache, own, torch.tensor(rows, device=self._head.device))
+        tokens, positions, slots = (np.zeros((len(nodes), longest), np.int64) for _ in range(3))
+        for row, node in enumerate(nodes):
+            count = len(node.tokens)
+            tokens[row, :count] = node.tokens
+            positions[row, :count] = np.arange(node.start, node.end)
+            slots[row, :count] = (1 + row) * size + positions[row, :count]
+        batch = {"tokens": tokens, "positions": positions, "slots": slots}
         real = sum(len(node.tokens) for node in nodes)
         self.counts.update(computed=real, padding=len(nodes) * longest - real)
-        return self._hidden(self._params, batch, cache, span=size, donate=True)
+        batch = {key: torch.from_numpy(x).to(self._head.device) for key, x in batch.items()}
+        return self._hidden(self._params, own, batch, table=1, span=size)
 
     def _scores(self, nodes: Sequence[Node], hidden_BTD: Tensor) -> Iterator[tuple]:
         wants = [(row, want.place - node.start, want) for row, node in enumerate(nodes) for want in node.wants]
@@ -136,13 +139,8 @@ def _batches(order: Sequence[int], nodes: Sequence[Node], batch_tokens: int) -> 
         yield part
 
 
-def _rows_of(cache: KVCache, rows_B: Tensor, size: int) -> KVCache:
-    """The cache with these rows, for up to `size` tokens."""
-    held = min(size, cache.max_len)
-
-    def take(x: Tensor) -> Tensor:
-        out = x.new_zeros(len(rows_B), x.shape[1], 1 + size, x.shape[3])
-        out[:, :, : 1 + held] = x[rows_B, :, : 1 + held]
-        return out
-
-    return KVCache(tuple(map(take, cache.keys)), tuple(map(take, cache.values)), cache.lengths[rows_B])
+def _copy_rows(source: KVCache, target: KVCache, rows_B: Tensor) -> None:
+    """Write rows of a cache with a page a row into the first rows of another; what is behind its length is left."""
+    held = min(source.page_size, target.page_size)
+    for old, new in zip((*source.keys, *source.values), (*target.keys, *target.values)):
+        new[1:, :, :held] = old[1 + rows_B, :, :held]
