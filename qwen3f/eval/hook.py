@@ -1,20 +1,23 @@
 """Benchmarks while a stage trains: config.eval.benchmarks, asked whenever the stage's evaluations run.
 
-Beside the stage's own evaluators stands one named "bench", so that scores are logged as bench_NAME/METRIC. Asked on one
-device.
+Beside the stage's own evaluators stands one named "bench", so that scores are logged as bench_NAME/METRIC. On a mesh
+each rank has the whole model for as long as it asks, in the compute dtype, and its share of the questions.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
+import torch
 from ml_collections import ConfigDict
+from torch.distributed.tensor import DTensor
 
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark
 from qwen3f.eval.benchmarks.items import Asked, load, place_of
 from qwen3f.eval.benchmarks.registry import parse_benchmarks
 from qwen3f.eval.evaluator import Evaluator
-from qwen3f.eval.measure import Settings, estimates, measure
+from qwen3f.eval.measure import Record, Settings, estimates, measure
 from qwen3f.params import Params
 from qwen3f.train import stage as S
 from qwen3f.train.setup import Setup, at_least
@@ -35,10 +38,10 @@ def check(setup: Setup) -> None:
     at_least(config, "eval.benchmark_tokens", 0)
     for benchmark, _ in _named(config):
         _settings(config).check(benchmark)
-    if setup.layout.axes.shape.size > 1:
+    if setup.layout.axes.shape.pp > 1:
         raise UserError(
-            f"--config.eval.benchmarks={config.eval.benchmarks}: a run on a mesh asks no benchmarks; leave it out, and "
-            "evaluate the run's checkpoints by experiments/eval.py"
+            f"--config.eval.benchmarks={config.eval.benchmarks}: a run with layers cut over pp asks no benchmarks; "
+            "leave it out, and evaluate the run's checkpoints by experiments/eval.py"
         )
 
 
@@ -80,21 +83,33 @@ def _make(
     cfg = setup.model.replace(gradient_checkpointing="none")
     execution = dataclasses.replace(setup.execution, compile="off")  # batches differ in shape
 
+    world = run.world
+
+    def own(part: range) -> Sequence[int]:
+        return part[len(part) * world.rank // world.size : len(part) * (world.rank + 1) // world.size]
+
     def ask(params: Params) -> dict[str, float]:
-        compute = {path: leaf.to(setup.compute_dtype) for path, leaf in params.items()}
-        ev = Evaluator(cfg, compute, stage.tokenizer, execution=execution)
+        ev = Evaluator(cfg, whole(params, setup.compute_dtype), stage.tokenizer, execution=execution)
         values: dict[str, float] = {}
         for benchmark, questions in asked:
-            records = []
-            for first in range(0, len(questions), CHUNK):
+            found: list[Record] = []
+            for first in range(0, len(questions), CHUNK * world.size):
                 if run.stopping():
                     raise S.Interrupted
-                part = range(first, min(first + CHUNK, len(questions)))
-                records += measure(ev, benchmark, questions, settings, part)
-            values |= {f"{benchmark.name}/{metric}": one.value for metric, one in estimates(records).items()}
+                part = range(first, min(first + CHUNK * world.size, len(questions)))
+                records = world.together(partial(measure, ev, benchmark, questions, settings, own(part)), UserError)
+                marks = [{"metrics": record["metrics"]} for record in records]
+                found += [mark for some in world.gather(marks) for mark in some]
+            values |= {f"{benchmark.name}/{metric}": one.value for metric, one in estimates(found).items()}
         return values
 
     return ask
+
+
+def whole(params: Params, dtype: torch.dtype) -> Params:
+    """Parameters in a dtype, those of a mesh's ranks put together; all ranks call this together."""
+    cast = {path: leaf.to(dtype) for path, leaf in params.items()}
+    return {path: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf for path, leaf in cast.items()}
 
 
 def _say(asked: Sequence[tuple[Benchmark, list[Asked]]]) -> Callable[[Mapping[str, float]], str]:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +181,7 @@ def _ask(
         for first in range(0, len(left), chunk * world.size):
             part = left[first : first + chunk * world.size]
             own = part[len(part) * world.rank // world.size : len(part) * (world.rank + 1) // world.size]
-            records = world.together(
-                lambda own=own: measure(ev, exam.benchmark, exam.asked, exam.settings, own), UserError
-            )
+            records = world.together(partial(measure, ev, exam.benchmark, exam.asked, exam.settings, own), UserError)
             together = [record for some in world.gather(records) for record in some]
             if file is not None:
                 file.add(together)

@@ -5,14 +5,19 @@ import json
 import pytest
 
 from experiments.eval import get_config
+from qwen3f.data.chat.template import render
 from qwen3f.errors import UserError
-from qwen3f.eval import hook, run
+from qwen3f.eval import Evaluator, hook, run
 from qwen3f.eval.benchmarks import registry
 from qwen3f.eval.benchmarks.items import load, place_of
+from qwen3f.eval.benchmarks.tasks import task_benchmark
+from qwen3f.eval.measure import Settings, measure
 from qwen3f.eval.records import Records
-from qwen3f.processes.world import World
+from qwen3f.processes.world import World, open_world
 from qwen3f.stages.configs import pretrain_config
+from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.train import loop
+from sharding.mesh import parse_mesh
 from tests.eval import benchmark_rows, tiny_model
 from tests.sharding.worlds import run_processes
 from tests.train.runs import metrics
@@ -256,29 +261,58 @@ def training(place, **changes):
     c.data.update(mixture=f"files@{place / 'text'}", holdout=0.3, num_threads=1, cache=str(place / "cache"))
     c.data.tokenizer = str(place / "hf")
     c.update(steps=4, batch_size=2, seq_len=32, log_every=1)
-    c.eval.update(every=2, benchmarks="winogrande,reasoning", benchmark_root=str(place / "rows"))
-    c.eval.update(benchmark_questions=3, benchmark_tokens=4)
+    c.eval.update(every=2, benchmarks="winogrande,gsm8k", benchmark_root=str(place / "rows"))
+    c.eval.update(benchmark_questions=6, benchmark_tokens=4)
+    c.checkpoint.every = 2
     c.sample.tokens = 0
     c.update_from_flattened_dict(changes)
     return c
 
 
-def test_benchmarks_are_asked_while_a_stage_trains(place, tmp_path, capsys):
-    (place / "text").mkdir(exist_ok=True)
+@pytest.fixture(scope="module")
+def trained(place, tmp_path_factory):
+    """(what was found last, the workdir) of a run on one device."""
+    (place / "text").mkdir()
     for i in range(30):
         (place / "text" / f"{i}.txt").write_text(f"document {i} with some words of its own, {i * i}. " * 4)
-    found = loop.run(training(place), tmp_path / "w", progress=False)
-    assert {"bench_winogrande/acc", "bench_reasoning/accuracy", "val_loss"} <= found.keys()
-    rows = metrics(tmp_path / "w")
+    workdir = tmp_path_factory.mktemp("trained") / "w"
+    return loop.run(training(place), workdir, progress=False), workdir
+
+
+def test_benchmarks_are_asked_while_a_stage_trains(trained):
+    found, workdir = trained
+    assert {"bench_winogrande/acc", "bench_gsm8k/exact_match_flexible", "val_loss"} <= found.keys()
+    rows = metrics(workdir)
     assert [row["step"] for row in rows if "bench_winogrande/acc" in row] == [2, 4]
-    assert "winogrande/acc" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_evaluated_alone_with_the_same_score(trained, place, tmp_path):
+    workdir = trained[1]
+    for step in (2, 4):
+        config = configure(place, benchmarks="winogrande", init_from=str(workdir / "checkpoints" / str(step)))
+        alone = run.evaluate(config, tmp_path / str(step), progress=False)["benchmarks"]["winogrande"]
+        (logged,) = (row["bench_winogrande/acc"] for row in metrics(workdir) if row["step"] == step)
+        assert alone["metrics"]["acc"]["value"] == logged
+        assert alone["settings"]["model"] == str(workdir / "checkpoints" / str(step))
+
+
+def of_rank(rank, config, workdir):
+    return loop.run(config, workdir, False, open_world(parse_mesh(config.mesh), "cpu", rank))
+
+
+@pytest.mark.parametrize("mesh", ["tp2", pytest.param("dp2", marks=pytest.mark.nightly)])
+def test_ranks_share_the_questions_of_a_stage(mesh, trained, place, tmp_path):
+    """In float32 the ranks' sums differ by rounding, and no answer here is that close."""
+    both = run_processes(of_rank, 2, training(place, mesh=mesh), tmp_path / "w")
+    for found in both:
+        assert {k: v for k, v in found.items() if "bench" in k} == {k: v for k, v in trained[0].items() if "bench" in k}
 
 
 @pytest.mark.parametrize("changes, words", [
     ({"eval.benchmarks": "winogrand"}, "--config.eval.benchmarks: there is no benchmark 'winogrand'"),
     ({"eval.benchmark_questions": 0}, "eval.benchmark_questions must be at least 1"),
     ({"eval.benchmark_prompt": "x"}, "prompt='x'"),
-    ({"mesh": "dp2"}, "a run on a mesh asks no benchmarks"),
+    ({"mesh": "pp2", "model.num_hidden_layers": 2}, "with layers cut over pp asks no benchmarks"),
     ({"model.scalar_head": True, "stage": "pretrain"}, "a model of scores answers no questions"),
 ])  # fmt: skip
 def test_what_a_stage_cannot_ask_is_said_before_it_starts(place, changes, words):
@@ -286,6 +320,23 @@ def test_what_a_stage_cannot_ask_is_said_before_it_starts(place, changes, words)
 
     with pytest.raises(UserError, match=words):
         hook.check(make_setup(training(place, **changes)))
+
+
+def test_a_task_is_asked_in_chats_and_judged_by_itself(tmp_path):
+    """Right answers count, one that is still thinking does not; the prompt is the chat template's."""
+    benchmark = task_benchmark(ReasoningTask(num_problems=600))
+    asked = load(benchmark, "", None, 0)
+    questions = list(ReasoningTask(num_problems=600).questions("heldout"))
+    assert [one.item.gold for one in asked] == [one.gold for group in dict.fromkeys(q.group[0] for q in questions)
+                                                for one in questions if one.group[0] == group]  # fmt: skip
+    texts = [f"<think>\nso\n</think>\n\n\\boxed{{{one.item.gold}}}" for one in asked]
+    assert [benchmark.score(one.item, [text])["accuracy"] for one, text in zip(asked, texts)] == [1.0] * len(asked)
+    assert benchmark.score(asked[0].item, ["<think>\nnever ends"]) == {"accuracy": 0.0}
+    ev = Evaluator(tiny_model.CFG, tiny_model.weights(), tiny_model.tokenizer(tmp_path))
+    (record,) = measure(ev, benchmark, asked, Settings(max_new_tokens=4, thinking=True), [1])
+    assert record["prompt"] == render(
+        [{"role": "user", "content": asked[1].item.prompt}], add_generation_prompt=True, enable_thinking=True
+    )
 
 
 def test_questions_are_spread_over_all_subjects():
