@@ -11,6 +11,7 @@ from typing import Any
 
 from qwen3f.errors import UserError
 from qwen3f.eval.statistics import Paired, paired
+from qwen3f.limits import RESULTS_BYTES
 from qwen3f.strict_json import read_object
 
 SHOWN = 20  # questions that changed, of each kind
@@ -72,7 +73,7 @@ def described(found: Mapping[tuple[str, str], Compared]) -> str:
 def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 2:
         raise UserError("write python -m qwen3f.eval.compare A/results.json B/results.json")
-    a, b = (read_object(Path(argument)) for argument in arguments)
+    a, b = (read_object(Path(argument), RESULTS_BYTES) for argument in arguments)
     for argument, results in zip(arguments, (a, b)):
         if "benchmarks" not in results:
             raise UserError(f"{argument} holds no results: name the results.json of an evaluation")

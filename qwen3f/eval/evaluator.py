@@ -42,6 +42,9 @@ class Choice:
 class Evaluator:
     """Evaluates one model on one device.
 
+    Softmax is computed in float32 at least, whatever the parameters' dtype: the harness's softmax_dtype=float32, which
+    for bfloat16 is not its default.
+
     Args:
         cfg, params: of the model, as for qwen3f.model.apply; the parameters' dtype is the compute dtype.
         tokenizer: that the model was trained with.

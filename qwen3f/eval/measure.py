@@ -59,6 +59,7 @@ class Settings:
                 f"--config.thinking=True: {benchmark.name} scores choices right behind the prompt, where no thought "
                 "stands; write --config.thinking=False"
             )
+        benchmark.ready()
         if benchmark.vision and not vision:
             raise UserError(f"{benchmark.name} asks about images, which this model sees none of; name another")
 

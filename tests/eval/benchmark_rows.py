@@ -5,7 +5,6 @@ Shared by the tests and by what records other programs' answers on the same rows
 
 import json
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 
@@ -143,6 +142,8 @@ def write(root, layout="jsonl"):
         place = root / name
         place.mkdir(parents=True)
         if layout == "save_to_disk":
+            import datasets  # takes seconds to import
+
             datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in splits.items()}).save_to_disk(str(place))
             continue
         for split, rows in splits.items():

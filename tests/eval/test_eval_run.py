@@ -1,6 +1,8 @@
 """The stage eval: files, resuming by sample, ranks, the errors before anything runs; and benchmarks while training."""
 
+import importlib.metadata
 import json
+import sys
 
 import pytest
 
@@ -165,8 +167,8 @@ def test_what_cannot_run_is_one_line(place, tmp_path, changes, words, monkeypatc
 
 
 def test_a_data_set_that_is_not_there_says_where_to_put_it(place, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="has no directory humaneval: put the files of openai/openai_humaneval into"):
-        run.run(configure(place, **{"data.root": str(tmp_path), "benchmarks": "humaneval,math"}), tmp_path / "e")
+    with pytest.raises(UserError, match="has no directory mmlu: put the files of cais/mmlu into .*mmlu, or write mmlu@DIR"):
+        run.run(configure(place, **{"data.root": str(tmp_path), "benchmarks": "mmlu,gsm8k"}), tmp_path / "e")
 
     def offline(*_, **__):
         raise ConnectionError("no network")
@@ -174,6 +176,21 @@ def test_a_data_set_that_is_not_there_says_where_to_put_it(place, tmp_path, monk
     monkeypatch.setattr("qwen3f.data.sources.adapters.hub._load", offline)
     with pytest.raises(UserError, match="cannot be read from the Hub.*write gsm8k@DIR, or --config.data.root=DIR"):
         run.run(configure(place, **{"data.root": "", "benchmarks": "gsm8k"}), tmp_path / "e")
+
+
+@pytest.mark.parametrize("version, words", [("4.13.2", "not 4.13.2; write pip install"), (None, "not installed")])
+def test_what_a_score_needs_is_asked_for_before_anything_is_computed(place, tmp_path, version, words, monkeypatch):
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    with pytest.raises(UserError, match=words):
+        run.run(configure(place, benchmarks="math"), tmp_path / "e", progress=False)
+    monkeypatch.setitem(sys.modules, "qwen3f.sandbox", None)
+    with pytest.raises(UserError, match="humaneval runs programs in qwen3f.sandbox, which cannot be imported"):
+        run.run(configure(place, benchmarks="humaneval"), tmp_path / "e", progress=False)
 
 
 @pytest.mark.parametrize("settings", [{"shots": 1}, {"prompt": "chat"}, {"init_from": "moved"}, {"dtype": "float64"}])

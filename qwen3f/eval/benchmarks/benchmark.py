@@ -94,6 +94,7 @@ class Benchmark:
         score: (an item, its answers) -> its metrics; of a benchmark with choices unused.
         metric: the one that results are compared by. metrics: all of them.
         official: the score by its authors' definition, where that is another.
+        ready: raises UserError where what the score needs is not installed.
         vision: questions have an image.
         task: of qwen3f.tasks, whose held-out questions these are; asked as chats, without files.
     """
@@ -112,6 +113,7 @@ class Benchmark:
     generation: Generation | None = None
     score: Callable[[Item, Sequence[str]], Metrics] | None = None
     official: Callable[[Item, Sequence[str]], Metrics] | None = None
+    ready: Callable[[], None] = lambda: None
     vision: bool = False
     task: Task | None = None
 

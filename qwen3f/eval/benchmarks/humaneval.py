@@ -9,6 +9,7 @@ As a chat it is asked for in words, and the answer's last block of code counts: 
 humaneval_instruct begins the answer itself, which leaves no room to think.
 """
 
+import importlib
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from qwen3f.data.sources.adapters.rows import Row, text_of
+from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark, Generation, Item, Shots
 
 KS = (1, 10, 100)
@@ -50,6 +52,14 @@ def score(item: Item, answers: Sequence[str]) -> dict[str, float]:
     return {f"pass@{k}": pass_at_k(len(answers), passed, k) for k in KS if k <= len(answers)}
 
 
+def ready() -> None:
+    """Raises UserError where there is no sandbox: a model's programs run nowhere else."""
+    try:
+        importlib.import_module("qwen3f.sandbox")
+    except ImportError as error:
+        raise UserError(f"humaneval runs programs in qwen3f.sandbox, which cannot be imported: {error}") from error
+
+
 def pass_at_k(samples: int, passed: int, k: int) -> float:
     """The chance that one of k, drawn from `samples` of which `passed` pass, passes; unbiased."""
     if samples - passed < k:
@@ -66,4 +76,5 @@ HUMANEVAL = Benchmark(
     shots=Shots(most=0),
     generation=Generation(until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_new_tokens=1024, chat=from_chat),
     score=score,
+    ready=ready,
 )

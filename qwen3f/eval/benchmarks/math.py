@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from qwen3f.data.sources.adapters.rows import Row, RowFault, text_of
 from qwen3f.eval.benchmarks.benchmark import Benchmark, Generation, Item, Shots
-from qwen3f.eval.benchmarks.math_answers import boxed, equal, final_answer, normalised, verified
+from qwen3f.eval.benchmarks.math_answers import boxed, check_packages, equal, final_answer, normalised, verified
 
 _CLOSING = "Final Answer: The final answer is ${}$. I hope it is correct."
 
@@ -91,4 +91,5 @@ MATH = Benchmark(
     shots=Shots(4, "", "first", EXAMPLES, most=len(EXAMPLES)),
     generation=Generation(until=("Problem:",)),
     score=score,
+    ready=check_packages,
 )
