@@ -7,7 +7,7 @@ depends on the set of sequences alone, not on their order nor on a batch size.
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-WORTH = 64  # tokens that sharing a beginning must save: a node of its own costs a pass of the model
+WORTH = 32  # tokens that sharing a beginning must save: a node of its own costs a pass of the model
 LEVELS = 32  # of branchings; behind them each sequence is read alone, so that no input nests calls without end
 
 
