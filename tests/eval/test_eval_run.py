@@ -167,7 +167,8 @@ def test_what_cannot_run_is_one_line(place, tmp_path, changes, words, monkeypatc
 
 
 def test_a_data_set_that_is_not_there_says_where_to_put_it(place, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="has no directory mmlu: put the files of cais/mmlu into .*mmlu, or write mmlu@DIR"):
+    words = "has no directory mmlu: put the files of cais/mmlu into .*mmlu, or write mmlu@DIR"
+    with pytest.raises(UserError, match=words):
         run.run(configure(place, **{"data.root": str(tmp_path), "benchmarks": "mmlu,gsm8k"}), tmp_path / "e")
 
     def offline(*_, **__):
