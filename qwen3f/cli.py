@@ -15,6 +15,7 @@ from qwen3f.errors import UserError
 
 # config.stage -> the module whose run(config, workdir, progress) does that; any other stage is one of training
 TOOLS = {
+    "eval": "qwen3f.eval.run",
     "export_hf": "qwen3f.interop.export",
     "generate": "qwen3f.infer.run",
     "inspect": "qwen3f.checkpoint.inspect",

@@ -39,6 +39,7 @@ EXPERIMENTS = (
     "dpo:nano",
     "dpo_online",
     "dpo_online:nano",
+    "eval",
     "export_hf",
     "generate",
     "inspect",

@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from qwen3f.eval import hook as benchmarks
 from qwen3f.processes import ranks
 from qwen3f.train import loop
 from qwen3f.train.choices import find_device
@@ -27,6 +28,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True, **options: Any
     devices = ranks.all_devices(os.environ, device)
     setup = make_setup(config, devices)
     stage.check(setup)
+    benchmarks.check(setup)
     shape = setup.layout.axes.shape
     decision = ranks.decide(os.environ, shape.size, ranks.local_devices(device), device, sys.argv)
     if decision.mode == "single":

@@ -14,6 +14,7 @@ from qwen3f.checkpoint.checkpointer import Checkpointer, CheckpointWriteError
 from qwen3f.config import ModelConfig
 from qwen3f.data.loader import Loader, LoaderOptions, Share
 from qwen3f.errors import UserError
+from qwen3f.eval import hook as benchmarks
 from qwen3f.interop import source
 from qwen3f.processes.world import ALONE, World
 from qwen3f.train import workdir as W
@@ -91,6 +92,7 @@ def run(
     check_agreed(world.gather(setup.microbatches))
     module = stage or find_stage(config.stage)
     module.check(setup)
+    benchmarks.check(setup)
     resolved = json.loads(config.to_json_best_effort())
     with (
         only_writer(workdir, world),
@@ -101,7 +103,7 @@ def run(
         if config.init_from and W.read_config(workdir) is None:
             source.check_same_model(config.init_from, setup.model)
         place = Run(setup, workdir, world, progress and world.main, lambda: bool(world.highest(bool(stop.name))))
-        made = world.first_on_host(lambda: module.make(place), UserError)
+        made = world.first_on_host(lambda: benchmarks.with_benchmarks(place, module.make(place)), UserError)
         made = made.complete(made)
         session = Session(place, made, checkpoints, stop, resolved, progress, make_step)
         start = starting_state(setup, checkpoints, world)
