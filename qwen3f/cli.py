@@ -7,10 +7,10 @@ import inspect
 import sys
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 
-from qwen3f import stages
+from qwen3f import stages, usage
 from qwen3f.errors import UserError
 
 # config.stage -> the module whose run(config, workdir, progress) does that; any other stage is one of training
@@ -25,8 +25,16 @@ PLAN = "qwen3f.plan.run"  # instead, where config.plan is set: what the mesh wou
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's flags parser, for app.run: what cannot be parsed ends with one line on stderr and exit code 2."""
+    """absl's flags parser, for app.run: what cannot be parsed ends with one line on stderr and exit code 2.
+
+    An experiment that is not here is looked for beside launch.py. --help prints and ends with exit code 0.
+    """
     try:
+        argv = usage.locate(argv)
+        if usage.asked(argv):
+            name = usage.experiment_of(argv)
+            print(usage.of_experiment(name, load_experiment(name)) if name else usage.overview())
+            sys.exit(0)
         _check_overrides(argv)
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -42,6 +50,8 @@ def run_stage(config: ConfigDict, workdir: Path, progress: bool) -> None:
     known = [*stages.names(), *TOOLS]
     if config.stage not in known and "." not in config.stage:  # with a dot: the import path of one's own
         raise UserError(f"config.stage={config.stage!r} is unknown; use one of {', '.join(known)}")
+    if not progress and not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     # imports torch: once the command line is known to be right
     stage = importlib.import_module(PLAN if config.get("plan") else TOOLS.get(config.stage, TRAIN))
     stage.run(config, workdir, progress)
@@ -74,7 +84,7 @@ def load_experiment(experiment: str) -> ConfigDict:
     """The configuration of `experiments/X.py[:argument]`, as its get_config returns it."""
     file, colon, argument = experiment.partition(":")
     if not Path(file).is_file():
-        there = sorted(str(p) for p in Path("experiments").glob("*.py"))
+        there = sorted(str(p) for p in Path("experiments").glob("*.py")) or list(usage.experiments())
         raise UserError(f"--config: there is no file '{file}'; {_hint(file, there)}")
     spec = importlib.util.spec_from_file_location("experiment", file)
     if spec is None or spec.loader is None:

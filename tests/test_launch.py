@@ -69,22 +69,25 @@ def test_contract_command_trains_on_the_embedded_corpus(tmp_path):
         "grad_norm_clipped",
         "tokens_per_sec",
         "mfu",
-        "aux_loss",
         "tokens_seen",
     }
     assert all(wanted <= line.keys() for line in lines)
+    assert "aux_loss" not in lines[0]  # the model has no experts
     assert lines[0]["loss"] == pytest.approx(8.84, abs=0.2)  # ln 4096 + D·σ²/2, the spread of random logits
     assert lines[-1]["loss"] < 7.0
     assert lines[-1]["val_bpb"] < 8.0
     assert "step 30/30" in done.stderr
     assert "sample 0" in done.stdout
+    assert f"done at step 30; in {tmp_path / 'w'}: checkpoints/30, metrics.jsonl" in done.stdout
+    assert f"--config.init_from={tmp_path / 'w'} --config.chat=False" in done.stdout.partition("what next:")[2]
     assert sorted(p.name for p in (tmp_path / "w").iterdir()) == [
         "checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer",
     ]  # fmt: skip
 
-    again = launch(*command)
+    again = launch(*command, "--noprogress")
     assert again.returncode == 0, again.stderr
     assert "nothing left to train" in again.stdout
+    assert again.stderr == ""  # no bar, and no log line below a warning
 
     # Its answers may go to a reader that leaves, as in "… | head".
     generate = ["--config=experiments/generate.py", f"--config.init_from={tmp_path / 'w'}", "--config.prompt=import"]

@@ -31,6 +31,12 @@ from qwen3f.train.restore import check_tokenizer, find_tokenizer
 from qwen3f.train.setup import Setup, at_least
 from qwen3f.train.stage import Evaluator, Interrupted, Run, Stage
 
+_NEXT = (
+    '--config experiments/generate.py --config.init_from={workdir} --config.prompt="What is 17 + 25?"',
+    "--config experiments/rejection_sample.py --config.init_from={workdir} --config.out={workdir}-samples",
+    "--config experiments/sft_fusion.py:{preset} --config.init_from={workdir} --workdir {workdir}-fusion",
+)
+
 
 def check(setup: Setup) -> None:
     """Raises UserError for what of data, eval and show_samples cannot run."""
@@ -65,6 +71,7 @@ def make(run: Run) -> Stage:
         figures=corpus.train_metrics,
         lines=(*corpus.describe(), *_unasked(run)),
         samples=_shown(setup, corpus, tokenizer),
+        next=_NEXT,
     )
 
 

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from qwen3f.processes import ranks
 from qwen3f.train import loop
 from qwen3f.train.choices import find_device
+from qwen3f.train.cpu_cost import cpu_warning
 from qwen3f.train.setup import make_setup
 from qwen3f.train.stage import find_stage
 
@@ -29,6 +30,8 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True, **options: Any
     stage.check(setup)
     shape = setup.layout.axes.shape
     decision = ranks.decide(os.environ, shape.size, ranks.local_devices(device), device, sys.argv)
+    if decision.mode != "join" and (warning := cpu_warning(setup)):
+        print(warning, file=sys.stderr, flush=True)
     if decision.mode == "single":
         loop.run(config, workdir, progress, **options)
     elif decision.mode == "start":

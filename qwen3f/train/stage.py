@@ -99,6 +99,7 @@ class Stage:
       samples: texts to show at the start, in the log and in TensorBoard.
       updates: of the optimizer in a step; see StepOptions.
       microbatch_rows: rows of a micro-batch on a rank, where prepare decides how many there are; see StepOptions.
+      next: what launch.py can be given after a whole run, a line each; {workdir} and {preset} in them are filled in.
     """
 
     tokenizer: Tokenizer
@@ -115,6 +116,7 @@ class Stage:
     samples: tuple[str, ...] = ()
     updates: int = 1
     microbatch_rows: int = 0
+    next: tuple[str, ...] = ()
 
 
 class StageModule(Protocol):
