@@ -42,4 +42,5 @@ def guarded(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    cli.yield_while_waiting(os.environ)
     app.run(guarded, flags_parser=cli.parse_flags)

@@ -1,6 +1,7 @@
 """launch.py as a user meets it: errors of one line with exit code 2, and the contract's command on real text."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -97,6 +98,17 @@ def test_contract_command_trains_on_the_embedded_corpus(tmp_path):
         errors = process.stderr.read()
     assert process.returncode == 141, errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("user", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_yield_while_they_wait_unless_the_user_chose(user):
+    program = "import os, runpy, sys; sys.argv = ['launch.py', '--help']\n"
+    program += "try: runpy.run_path('launch.py', run_name='__main__')\n"
+    program += "finally: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules, file=sys.stderr)"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))} | user
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    wanted = "1000" if not user else user.get("GOMP_SPINCOUNT")
+    assert done.stderr.split() == [str(wanted), "False"]  # in time: torch has not been imported
 
 
 def test_meshes_are_parsed():

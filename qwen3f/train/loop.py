@@ -239,7 +239,7 @@ def _watch(s: Session) -> contextlib.AbstractContextManager[Callable[[], None]]:
     return watchdog(s.setup.config.watchdog, who)
 
 
-def _keeper(s: Session, options: StepOptions) -> Callable[[int, Any], Path]:
+def _keeper(s: Session, options: StepOptions) -> Callable[[int, Any], str]:
     parts = options.microbatches * options.updates
     return lambda step, batch: keep_batch(s.workdir, step, batch, s.world, s.setup.layout.axes, parts)
 
