@@ -111,7 +111,7 @@ def _experiments(argv: list[str]) -> Iterator[tuple[int, str, str]]:
 
 
 def _description(path: Path) -> str:
-    return ast.get_docstring(ast.parse(path.read_text())) or path.stem
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8-sig"))) or path.stem
 
 
 def _table(rows: dict[str, str]) -> list[str]:

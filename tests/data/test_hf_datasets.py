@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from qwen3f.data import hf_datasets
-from qwen3f.data.sources.adapters import row_stream
 from qwen3f.data.sources.adapters.registry import names
+from qwen3f.data.stream import torch_dataset
 from qwen3f.errors import UserError
 from tests.data.sources.adapters.real_rows import ROWS, write
 
@@ -267,7 +267,7 @@ def as_worker(monkeypatch):
     """as_worker(n, count): iterate as in worker n of a DataLoader (a real one takes 5 s to stop after an error)."""
 
     def pretend(n, count):
-        monkeypatch.setattr(row_stream, "get_worker_info", lambda: SimpleNamespace(id=n, num_workers=count))
+        monkeypatch.setattr(torch_dataset, "get_worker_info", lambda: SimpleNamespace(id=n, num_workers=count))
 
     return pretend
 
@@ -309,8 +309,8 @@ def test_workers_pack_each_document_once(tmp_path, small_qwen, workers):
 
 def test_too_many_workers(many, small_qwen, as_worker):
     data = hf_datasets.load_sft_dataset("cold_start", small_qwen, 150, mixture=f"numinamath-cot@{many}")
-    as_worker(0, row_stream.MAX_WORKERS + 1)
-    with pytest.raises(UserError, match=f"num_workers is 65: give at most {row_stream.MAX_WORKERS}"):
+    as_worker(0, torch_dataset.MAX_WORKERS + 1)
+    with pytest.raises(UserError, match=f"num_workers is 65: give at most {torch_dataset.MAX_WORKERS}"):
         next(iter(data))
 
 

@@ -26,7 +26,7 @@ from qwen3f.data.chat.conversation import (
 from qwen3f.data.chat.samples import Sample, Turns, make_samples
 from qwen3f.data.sources.adapters import sft
 from qwen3f.data.sources.adapters.answers import last_boxed
-from qwen3f.data.sources.adapters.files import split_files
+from qwen3f.data.sources.adapters.files import left_out, split_files
 from qwen3f.data.sources.adapters.opening import raw_rows
 from qwen3f.data.sources.adapters.registry import HubDataset, names, parse_mixture
 from qwen3f.data.sources.adapters.rows import BadRow, LeftOut, OnBadRow, Row, RowFault
@@ -87,6 +87,8 @@ class FileRows:
 
     def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Row | BadRow]:
         """As in `Rows`; the training rows of the data set, of which `ChatSource` holds some out."""
+        if self.root and counts is not None:
+            counts.update(left_out(self.dataset, self.root, self.dataset.split))
         return raw_rows(self.dataset, self.root, "", streaming=True)
 
     def fingerprint(self, split: Split) -> str:
@@ -185,10 +187,11 @@ def open_chats(name: str, root: str, problems: ReasoningSource, **options: objec
     (part,) = parse_mixture(name, root, "sft")
     rows = FileRows(part.dataset, part.root)
     rows.fingerprint("train")
-    return ChatSource(name, rows, partial(_read_dataset, part.dataset.name), **options)
+    return ChatSource(name, rows, partial(read_dataset, part.dataset.name), **options)
 
 
-def _read_dataset(dataset: str, row: Row) -> Conversation:
+def read_dataset(dataset: str, row: Row) -> Conversation:
+    """The conversation of a row of one of the SFT data sets. Raises RowFault, LeftOut."""
     messages = checked_messages(sft.ADAPTERS[dataset](row), row.name)
     judged = _JUDGED[dataset](row) if dataset in _JUDGED else None
     return Conversation(messages, row.name, judged=judged)

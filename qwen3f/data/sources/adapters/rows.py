@@ -18,7 +18,8 @@ REASONS = (
     "null_values",
     "roles_out_of_order",
     "misplaced_thoughts",
-    # What a rule of the stage leaves out, counted always.
+    # What a rule leaves out, counted always.
+    "other_files",
     "empty_texts",
     "too_long",
     "no_answer",
