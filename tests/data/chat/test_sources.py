@@ -44,6 +44,16 @@ def test_chats_of_every_form_of_file(file, tmp_path):
     assert len(_both(_open(f"chats@{tmp_path}", turns="all"))) == 40
 
 
+def test_files_that_are_left_out_are_counted(tmp_path):
+    write(CHATS, tmp_path / "train.jsonl")
+    for name in ("test.jsonl", "more.jsonl", "notes.md", ".hidden"):
+        (tmp_path / name).write_text("{}\n")
+    counts = Counter()
+    assert len(list(_open(f"chats@{tmp_path}").documents("train", counts))) > 0
+    kinds = ("test", "of no split", ".md", "hidden")
+    assert counts == {f"other files ({kind})": 1 for kind in kinds}
+
+
 def test_tools_and_modes_of_a_row(tmp_path):
     messages = [user("q"), answer("", "t", [call("f", {"x": 1})]), tool("1"), answer("a")]
     write(
