@@ -2,7 +2,7 @@
 
     reasoning        generated problems; the worked solution is the thought, the conclusion the answer
     reasoning-plain  the same problems, answered by the conclusion alone
-    chats@DIR        rows as in `conversation`, in .jsonl (also .gz, .zst), .json, .parquet or .arrow files
+    chats@DIR        rows as in `conversation`, in .jsonl, .json (both also .gz, .zst), .parquet or .arrow
     openmathinstruct-2, numinamath-cot, ultrachat, openhermes-2.5    see `adapters/sft.py`; with @DIR a local copy
 
 All of them are split by the same hash of the question (`documents.HOLDOUT`), so a question is held out wherever it
@@ -30,7 +30,7 @@ from qwen3f.data.sources.adapters.files import left_out, split_files
 from qwen3f.data.sources.adapters.opening import raw_rows
 from qwen3f.data.sources.adapters.registry import HubDataset, names, parse_mixture
 from qwen3f.data.sources.adapters.rows import BadRow, LeftOut, OnBadRow, Row, RowFault
-from qwen3f.data.sources.documents import HOLDOUT, Split, is_heldout, stable_hash
+from qwen3f.data.sources.documents import HOLDOUT, Split, is_heldout, other_files, stable_hash
 from qwen3f.data.sources.reasoning import ReasoningSource, chat_messages
 from qwen3f.errors import UserError
 from qwen3f.tasks.task import Task
@@ -87,9 +87,11 @@ class FileRows:
 
     def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Row | BadRow]:
         """As in `Rows`; the training rows of the data set, of which `ChatSource` holds some out."""
-        if self.root and counts is not None:
-            counts.update(left_out(self.dataset, self.root, self.dataset.split))
         return raw_rows(self.dataset, self.root, "", streaming=True)
+
+    def other_files(self) -> Counter[str]:
+        """As in `documents.OfFiles`."""
+        return left_out(self.dataset, self.root, self.dataset.split) if self.root else Counter()
 
     def fingerprint(self, split: Split) -> str:
         """As in `Rows`; by path, size and time of the files. The Hub says nothing cheap that would change."""
@@ -147,6 +149,10 @@ class ChatSource:
         settings = (self.turns, self.switches, self.task.name if self.task else None, self.on_bad_row)
         parts = (_FORMAT, split, HOLDOUT, self.rows.fingerprint(split), settings)
         return f"{stable_hash(repr(parts).encode()):016x}"
+
+    def other_files(self) -> Counter[str]:
+        """As in `documents.OfFiles`."""
+        return other_files(self.rows)
 
     def _samples(self, row: Row | BadRow) -> tuple[Conversation, list[Sample]]:
         if isinstance(row, BadRow):

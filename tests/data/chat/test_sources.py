@@ -48,10 +48,8 @@ def test_files_that_are_left_out_are_counted(tmp_path):
     write(CHATS, tmp_path / "train.jsonl")
     for name in ("test.jsonl", "more.jsonl", "notes.md", ".hidden"):
         (tmp_path / name).write_text("{}\n")
-    counts = Counter()
-    assert len(list(_open(f"chats@{tmp_path}").documents("train", counts))) > 0
-    kinds = ("test", "of no split", ".md", "hidden")
-    assert counts == {f"other files ({kind})": 1 for kind in kinds}
+    assert _open(f"chats@{tmp_path}").other_files() == dict.fromkeys(("of test", "of no split", ".md", "hidden"), 1)
+    assert _open("reasoning").other_files() == {}
 
 
 def test_tools_and_modes_of_a_row(tmp_path):

@@ -43,10 +43,8 @@ def test_all_formats_in_path_order(tmp_path, write_jsonl, write_parquet):
         Document("two\n▁", f"{jsonl}:2"),
         Document("line\n\nend", str(text)),  # CR LF is a line end
     ]
-    counts = Counter()
-    _read(_open(tmp_path), counts=counts)
-    kinds = {".md": 2, ".csv": 1, "no suffix": 1, ".jsonl, no file": 1, "hidden": 2}
-    assert counts == {f"other files ({kind})": count for kind, count in kinds.items()}
+    others = {".md": 2, ".csv": 1, "no suffix": 1, ".jsonl, no file": 1, "hidden": 2}
+    assert _open(tmp_path).other_files() == others
     same = open_source("files", root=str(tmp_path / "corpus"), holdout=0.0)
     assert _read(same) == _read(_open(tmp_path))
 
@@ -60,9 +58,8 @@ def test_linked_directories_are_read_once_and_circles_end(tmp_path):
     (root / "a").symlink_to(elsewhere)
     (root / "c").symlink_to(elsewhere / "deep")  # read below a already
     (elsewhere / "back").symlink_to(root)
-    counts = Counter()
-    assert [d.text for d in _read(_open(tmp_path), counts=counts)] == ["there", "own"]
-    assert counts == {"other files (linked twice)": 2}
+    assert [d.text for d in _read(_open(tmp_path))] == ["there", "own"]
+    assert _open(tmp_path).other_files() == {"linked twice": 2}
 
 
 def test_a_directory_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
@@ -122,10 +119,9 @@ def test_what_lies_beside_is_read_or_named(tmp_path, write_jsonl):
         writer.write_table(table)
     (root / "state.json").write_text("{}")  # what `datasets` writes beside the data
     (root / "notes.md").write_text("x")
-    counts = Counter()
-    texts = [d.text for d in _read(_open(tmp_path), counts=counts)]
+    texts = [d.text for d in _read(_open(tmp_path))]
     assert texts == ["one", "two", *(f"row {i}" for i in range(1000)), "arrow"]
-    assert counts == {"other files (.md)": 1}
+    assert _open(tmp_path).other_files() == {".md": 1}
 
 
 def test_large_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):

@@ -31,8 +31,8 @@ def split_files(dataset: HubDataset, root: str, split: str) -> list[Path]:
 
 
 def left_out(dataset: HubDataset, root: str, split: str) -> Counter[str]:
-    """How many files of the copy `split_files` leaves out, by what they are: "other files (.md)"."""
-    return Counter({f"other files ({kind})": count for kind, count in _split(dataset, root, split)[1].items()})
+    """How many files of the copy `split_files` leaves out, by what they are, such as ".md"."""
+    return _split(dataset, root, split)[1]
 
 
 def _split(dataset: HubDataset, root: str, split: str) -> tuple[list[Path], Counter[str]]:
@@ -51,7 +51,7 @@ def _split(dataset: HubDataset, root: str, split: str) -> tuple[list[Path], Coun
     if dataset.files:
         pattern = dataset.files.rsplit("/", 1)[-1]
         matching = [path for path in files if fnmatch.fnmatch(path.name, pattern)] or files
-        others[f"not {pattern}"] += len(files) - len(matching)
+        others[f"besides {pattern}"] += len(files) - len(matching)
         files = matching
     words = {path: _split_words(path.relative_to(top), split) for path in files}
     if not any(words.values()):
@@ -62,7 +62,7 @@ def _split(dataset: HubDataset, root: str, split: str) -> tuple[list[Path], Coun
     if not chosen:
         found = sorted(set().union(*words.values()))
         raise UserError(f"No file below {top} is of the split {split!r}; there are {', '.join(found)}.")
-    others.update(", ".join(sorted(words[path])) or "of no split" for path in files if path not in set(chosen))
+    others.update(f"of {', '.join(sorted(words[path])) or 'no split'}" for path in files if path not in set(chosen))
     return chosen, +others
 
 

@@ -57,13 +57,11 @@ class DatasetSource:
     holdout: float
 
     def documents(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Document]:
-        """Stream the documents of `split`. Counted and left out: null and empty texts, empty shards, other files.
+        """Stream the documents of `split`. Counted and left out: null and empty texts, empty shards.
 
         Raises:
             UserError: a file is broken or lacks the column; the message names the file and the row.
         """
-        if self.root and counts is not None:
-            counts.update(left_out(self.dataset, self.root, self.dataset.split))
         for row in raw_rows(self.dataset, self.root, "", streaming=True):
             try:
                 found = usable(row)
@@ -73,6 +71,10 @@ class DatasetSource:
                 continue
             if is_heldout(found.text.encode(), self.holdout) == (split == "heldout"):
                 yield found
+
+    def other_files(self) -> Counter[str]:
+        """As in `documents.OfFiles`."""
+        return left_out(self.dataset, self.root, self.dataset.split) if self.root else Counter()
 
     def fingerprint(self, split: Split) -> str:
         """Digest of every file's path, size and time, of the options, `split` and this format's version."""

@@ -123,13 +123,13 @@ def test_splits_configurations_and_lists_of_files(tmp_path):
     assert _texts(f"proof-pile-2-algebraic-stack@{tmp_path}/p", split="test") == ["algebraic-stack test"]
 
     by_name = {dataset.name: dataset for dataset in DATASETS}
-    assert left_out(by_name["gsm8k"], f"{tmp_path}/g", "train") == {"other files (test)": 1}
+    assert left_out(by_name["gsm8k"], f"{tmp_path}/g", "train") == {"of test": 1}
     llava = ROWS["llava-instruct-150k"]
     write(llava[:1], tmp_path / "l/llava_instruct_150k.json")
     write(llava, tmp_path / "l/detail_23k.json")
     assert len(list(rows(f"llava-instruct-150k@{tmp_path}/l"))) == 1
-    kind = "other files (not llava_instruct_150k.json)"
-    assert left_out(by_name["llava-instruct-150k"], f"{tmp_path}/l", "train") == {kind: 1}
+    others = left_out(by_name["llava-instruct-150k"], f"{tmp_path}/l", "train")
+    assert others == {"besides llava_instruct_150k.json": 1}
 
     write(_docs(1), tmp_path / "one/part.jsonl")
     with pytest.raises(UserError, match="No file below .*one names the split 'test'"):
