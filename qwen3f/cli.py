@@ -1,6 +1,7 @@
 """What stands behind launch.py: flags parsed with errors a person can act on, and dispatch to the stage."""
 
 import difflib
+import errno
 import importlib
 import importlib.util
 import inspect
@@ -12,7 +13,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from qwen3f import stages, usage
-from qwen3f.errors import UserError
+from qwen3f.errors import TrainingError, UserError
 
 # config.stage -> the module whose run(config, workdir, progress) does that; any other stage is one of training
 TOOLS = {
@@ -70,6 +71,17 @@ def run_stage(config: ConfigDict, workdir: Path, progress: bool) -> None:
     # imports torch: once the command line is known to be right
     stage = importlib.import_module(PLAN if config.get("plan") else TOOLS.get(config.stage, TRAIN))
     stage.run(config, workdir, progress)
+
+
+def full_disk(error: OSError) -> TrainingError | None:
+    """What to report of an error that comes of a disk without room; None of another one."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    where = f" (writing {error.filename})" if error.filename else ""
+    return TrainingError(
+        f"{error.strerror}{where}: make room where --workdir and --config.data.cache lie, or choose another place; the "
+        "same command then goes on from the last checkpoint"
+    )
 
 
 def report(error: Exception, code: int) -> int:

@@ -1,5 +1,6 @@
 """launch.py as a user meets it: errors of one line with exit code 2, and the contract's command on real text."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+import launch as launch_module
 from qwen3f import cli
 from qwen3f.errors import UserError
 from sharding.mesh import MeshShape, parse_mesh
@@ -109,6 +111,22 @@ def test_threads_yield_while_they_wait_unless_the_user_chose(user):
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     wanted = "1000" if not user else user.get("GOMP_SPINCOUNT")
     assert done.stderr.split() == [str(wanted), "False"]  # in time: torch has not been imported
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_without_room_is_one_line(number, tmp_path, monkeypatch, capsys):
+    def fail(argv):
+        raise OSError(number, os.strerror(number), str(tmp_path / "cache"))
+
+    monkeypatch.setattr(launch_module, "main", fail)
+    with pytest.raises(SystemExit, match="1"):
+        launch_module.guarded([])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {os.strerror(number)} (writing {tmp_path / 'cache'}): make room")
+    assert said.count("\n") == 1
+    number = errno.EPERM
+    with pytest.raises(PermissionError):  # a fault of ours keeps its trace
+        launch_module.guarded([])
 
 
 def test_meshes_are_parsed():
