@@ -26,11 +26,11 @@ TRAIN = "qwen3f.train.launch"
 PLAN = "qwen3f.plan.run"  # instead, where config.plan is set: what the mesh would do
 
 
-# Turns of the loop in which a thread of libgomp (torch's on Linux) waits for the others before it sleeps: some 20 µs.
-# libgomp's own choice is 300,000, which takes the processor from the very thread that is waited for, where a machine
-# has more to do than processors. Two cores shared with others (load 6 to 12), steps of the demo: 3.3 to 7.2 s by
-# libgomp's choice, 1.4 to 2.0 by 10,000, 0.8 to 0.9 by 1,000, 0.4 to 1.0 by OMP_WAIT_POLICY=passive, which however
-# loses a fifth where nothing else runs.
+# Turns of the loop in which a thread of libgomp (torch's on Linux) waits for the others before it sleeps. libgomp's own
+# choice is 300,000, which takes the processor from the very thread that is waited for where a machine has more to do
+# than processors. A step of the demo's model on two cores, by libgomp's choice, 10,000, 1,000, and
+# OMP_WAIT_POLICY=passive: shared with others (load 7 to 12) 3.3 to 7.2, 1.4 to 2.0, 0.8 to 0.9, 0.4 to 1.0 s; with the
+# cores to itself (by a real-time priority) 0.20, -, 0.20 to 0.21, 0.24 to 0.25 s.
 _SPINS = "1000"
 
 
