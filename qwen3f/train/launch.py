@@ -31,7 +31,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True, **options: Any
     shape = setup.layout.axes.shape
     decision = ranks.decide(os.environ, shape.size, ranks.local_devices(device), device, sys.argv)
     if decision.mode != "join" and (warning := cpu_warning(setup)):
-        print(warning, file=sys.stderr, flush=True)
+        print(warning, flush=True)  # an error that comes after it stays the one line of stderr
     if decision.mode == "single":
         loop.run(config, workdir, progress, **options)
     elif decision.mode == "start":
