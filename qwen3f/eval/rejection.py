@@ -29,6 +29,7 @@ from qwen3f.eval.answers import Answer, AnswerOptions, answer
 from qwen3f.files import write_atomically
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.interop import source
+from qwen3f.interop.history import never_saw_chats, pretrained_only
 from qwen3f.strict_json import read_object
 from qwen3f.tasks.answer_text import is_well_formed
 from qwen3f.tasks.reasoning import ReasoningTask
@@ -90,6 +91,8 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, A
     place = source.pinned(config.init_from)
     cfg, tokenizer = source.read_model_config(place), source.read_tokenizer(place)
     check_chat_tokenizer(tokenizer)
+    if never_saw_chats(place):
+        print(pretrained_only(config.init_from), file=sys.stderr, flush=True)
     questions = list(islice(task.questions("train"), config.questions or None))
     _check_lengths(config, cfg, tokenizer, questions)
     device = find_device(config.device)

@@ -20,6 +20,7 @@ from qwen3f.infer.generate import stream
 from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams
 from qwen3f.infer.thinking import CLOSING, ThinkingBudget
 from qwen3f.interop import source
+from qwen3f.interop.history import never_saw_chats, pretrained_only
 from qwen3f.params import EMBED, Params
 from qwen3f.train.choices import find_device, find_dtype
 
@@ -53,6 +54,12 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> list[Answer
     tokenizer = source.read_tokenizer(config.init_from)
     rows = [_encode(config, tokenizer, prompt) for prompt in prompts]
     _check_lengths(config, cfg, rows)
+    if config.chat and never_saw_chats(config.init_from):
+        print(
+            f"{pretrained_only(config.init_from)}; to have it go on with a text write --config.chat=False",
+            file=sys.stderr,
+            flush=True,
+        )
     options = {
         "max_new_tokens": config.max_new_tokens,
         "sampling": sampling,

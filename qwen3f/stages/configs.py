@@ -19,12 +19,12 @@ def pretrain_config(preset: str) -> ConfigDict:
 
 def _text(data: ConfigDict) -> None:
     """What pretraining reads, and how it becomes rows. Without data.tokenizer one of model.vocab_size is trained."""
-    # embedded: Python's standard library; reasoning: generated problems; files@DIR: .txt, .jsonl, .parquet; or the name
-    # of a data set (qwen3f.data.sources.adapters.registry) with a local copy, NAME@DIR. Several of them with weights:
-    # embedded=0.7,reasoning=0.3
+    # embedded: Python's standard library; reasoning: generated problems; files@DIR: .txt, .jsonl, .json, .parquet,
+    # .arrow; or the name of a data set (qwen3f.data.sources.adapters.registry) with a local copy, NAME@DIR. Several of
+    # them with weights: embedded=0.7,reasoning=0.3
     data.mixture = "embedded"
     data.root = ""  # DIR for mixture=files
-    data.text_key = "text"  # field of .jsonl, column of .parquet
+    data.text_key = "text"  # field of .jsonl and .json, column of .parquet and .arrow
     data.holdout = 0.05  # share of the documents kept for validation
     data.max_samples = 0  # documents of each source to use, at most; 0: all
     data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written

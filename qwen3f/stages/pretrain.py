@@ -1,5 +1,7 @@
 """Pretraining: next-token prediction on packed text, with an attention that may look back less far at first."""
 
+import shlex
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,22 @@ def make(run: Run) -> Stage:
         figures=corpus.train_metrics,
         lines=tuple(corpus.describe()),
         cross_documents=config.data.cross_documents,
+        next=_next(setup),
+    )
+
+
+def _next(setup: Setup) -> tuple[str, ...]:
+    """The stage of pretraining that comes after one like this, as far as its configuration tells; then chats."""
+    config = setup.config
+    prompt = shlex.quote(next(iter(config.sample.prompts), "The ")).replace("{", "{{").replace("}", "}}")
+    stages = () if config.data.length_mix else ("s3",) if config.init_from else ("s2",)
+    return (
+        f"--config experiments/generate.py --config.init_from={{workdir}} --config.chat=False --config.prompt={prompt}",
+        *(
+            f"--config experiments/pretrain_{s}.py:{{preset}} --config.init_from={{workdir}} --workdir {{workdir}}-{s}"
+            for s in stages
+        ),
+        "--config experiments/sft_cold_start.py:{preset} --config.init_from={workdir} --workdir {workdir}-sft",
     )
 
 

@@ -32,6 +32,12 @@ from qwen3f.train.setup import Setup, at_least
 from qwen3f.train.stage import Evaluator, Interrupted, Run, Stage
 from sharding.state import whole_params
 
+_NEXT = (
+    '--config experiments/generate.py --config.init_from={workdir} --config.prompt="What is 17 + 25?"',
+    "--config experiments/rejection_sample.py --config.init_from={workdir} --config.out={workdir}-samples",
+    "--config experiments/sft_fusion.py:{preset} --config.init_from={workdir} --workdir {workdir}-fusion",
+)
+
 
 def check(setup: Setup) -> None:
     """Raises UserError for what of data, eval and show_samples cannot run."""
@@ -66,6 +72,7 @@ def make(run: Run) -> Stage:
         figures=corpus.train_metrics,
         lines=tuple(corpus.describe()),
         samples=_shown(setup, corpus, tokenizer),
+        next=_NEXT,
     )
 
 

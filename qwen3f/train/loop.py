@@ -31,6 +31,7 @@ from qwen3f.train.lock import only_writer
 from qwen3f.train.logger import Logger, MetricLogger, SilentLogger
 from qwen3f.train.metrics import peak_flops, peak_source
 from qwen3f.train.microbatches import check_agreed, described
+from qwen3f.train.next_steps import next_steps
 from qwen3f.train.objective import Objective
 from qwen3f.train.readings import Readings, number
 from qwen3f.train.restore import Start, open_checkpoints, roll_back, starting_state
@@ -178,6 +179,9 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
         logger.write(f"at step {first} of {config.steps}: nothing left to train; raise --config.steps to go on")
         evaluations.run(evaluations.due(first, True), first, state.params)
     stage.finish(state, logger)
+    s.checkpoints.wait()
+    for line in next_steps(s.workdir, s.setup.model, step, stage.next):
+        logger.write(line)
     return evaluations.values
 
 
@@ -238,7 +242,7 @@ def _watch(s: Session) -> contextlib.AbstractContextManager[Callable[[], None]]:
     return watchdog(s.setup.config.watchdog, who)
 
 
-def _keeper(s: Session, options: StepOptions) -> Callable[[int, Any], Path]:
+def _keeper(s: Session, options: StepOptions) -> Callable[[int, Any], str]:
     parts = options.microbatches * options.updates
     return lambda step, batch: keep_batch(s.workdir, step, batch, s.world, s.setup.layout.axes, parts)
 

@@ -106,6 +106,7 @@ class Stage:
       microbatch_rows: rows of a micro-batch on a rank, where prepare decides how many there are; see StepOptions.
       complete: the stage -> the stage that runs, called once, by all ranks together: for what `make` cannot do, where a
         host's first rank goes before the others and none can wait for another, such as to read weights on a mesh.
+      next: what launch.py can be given after a whole run, a line each; {workdir} and {preset} in them are filled in.
     """
 
     tokenizer: Tokenizer
@@ -123,6 +124,7 @@ class Stage:
     updates: int = 1
     microbatch_rows: int = 0
     complete: Callable[["Stage"], "Stage"] = unchanged
+    next: tuple[str, ...] = ()
 
 
 class StageModule(Protocol):

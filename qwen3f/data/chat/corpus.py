@@ -23,7 +23,7 @@ from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.data.packing.concat import check_seq_len
 from qwen3f.data.packing.pair_dataset import PairDataset
 from qwen3f.data.sources.adapters.rows import OnBadRow, check_policy
-from qwen3f.data.sources.documents import LimitedSource, Source, Split
+from qwen3f.data.sources.documents import LimitedSource, Source, Split, describe_other_files
 from qwen3f.data.sources.reasoning import DIFFICULTIES, KINDS, NUM_PROBLEMS, ReasoningSource
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
@@ -136,7 +136,7 @@ class ChatCorpus:
                 "no sample that fits" if rows is None else f"{rows.cache.num_docs:,} samples in {len(rows):,} rows"
             )
             lines.append(f"data: {name}, {held_out} held out")
-        return lines
+        return [*lines, *describe_other_files(self.sources)]
 
 
 def prepare_chats(cfg: ChatDataConfig, seq_len: int, tokenizer: Tokenizer, progress: bool = True) -> ChatCorpus:

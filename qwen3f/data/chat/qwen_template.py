@@ -60,7 +60,7 @@ def _templates(directory: Path) -> list[tuple[Path, str]]:
     """The templates that lie in a directory of a tokenizer, with their files."""
     found = []
     if (path := directory / _TEMPLATE).is_file():
-        found.append((path, path.read_text(encoding="utf-8")))
+        found.append((path, path.read_text(encoding="utf-8-sig")))
     if (path := directory / _CONFIG).is_file():
         try:
             template = json.loads(path.read_bytes()).get("chat_template")

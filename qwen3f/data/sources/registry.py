@@ -38,17 +38,15 @@ class FilesSource:
     holdout: float
 
     def documents(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Document]:
-        """Stream the documents of `split`. Counted and left out: null and empty texts, empty files, other files.
+        """Stream the documents of `split`. Counted and left out: null and empty texts, empty files.
 
         Raises:
             UserError: a file is broken (no UTF-8, invalid JSON, cut off), too large, or lacks the text key; the message
                 names the file and the row.
         """
         counts = Counter() if counts is None else counts
-        paths, others = data_files(self.root, _SUFFIXES)
-        counts.update({f"other files ({kind})": count for kind, count in others.items()})
         columns = Columns([self.text_key], advice="set --config.data.text_key to one of these")
-        for row in (row for path in paths for row in read_file(path, columns)):
+        for row in (row for path in data_files(self.root, _SUFFIXES)[0] for row in read_file(path, columns)):
             if isinstance(row, BadRow):
                 if row.reason != "empty_shards":
                     raise UserError(row.message)
@@ -58,6 +56,10 @@ class FilesSource:
                     yield Document(text, row.name)
             else:
                 counts["empty_rows"] += 1
+
+    def other_files(self) -> Counter[str]:
+        """As in `OfFiles`."""
+        return data_files(self.root, _SUFFIXES)[1]
 
     def _text(self, row: Row) -> str | None:
         value = row.values[self.text_key]

@@ -19,7 +19,8 @@ REASONS = (
     "roles_out_of_order",
     "misplaced_thoughts",
     "different_prompts",
-    # What a rule of the stage leaves out, counted always.
+    # What a rule leaves out, counted always.
+    "other_files",
     "empty_texts",
     "too_long",
     "no_answer",
