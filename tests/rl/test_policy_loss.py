@@ -1,6 +1,7 @@
 """Every loss and its gradient: float64 formulas, TRL 1.16 on stubs, any cut, any packing."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_every_loss_type_that_trl_has_is_here():
 @pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "gspo"])
 def test_clip_fractions_are_trls(name):
     width = 0.02 if name == "gspo" else 0.1
-    hyper, x = GRPO(loss=name, clip_low=width, clip_high=width), tensors(spread=0.5)
+    hyper, x = GRPO(loss=name, clip_low=width, clip_high=width), tensors(rows=40, spread=0.5)
     x["mask"][:] = 1  # TRL's mean over sequences is NaN where one is empty
     figures = policy_loss(x["logp"], batch_of(x), hyper)[1]
     theirs = trl_loss(x, hyper, x["logp"])[1]
@@ -140,7 +141,7 @@ def test_gradient_is_the_same_for_any_packing_and_any_cut(name, order, per_row, 
     leaf = logp.clone().requires_grad_()
     bounds = torch.linspace(0, len(logp), parts + 1).long().tolist()
     total = 0
-    for first, last in zip(bounds, bounds[1:]):
+    for first, last in pairwise(bounds):
         part = {key: value[first:last] for key, value in batch.items()}
         if last > first:
             total = total + cost_shares(objective, leaf[first:last], MicroBatch(part, part), count)[0]
