@@ -4,6 +4,8 @@ For work that may hang or take all memory: in a thread it could not be ended, an
 and works in no thread. Arguments and results are JSON, a line each; so nothing that a process writes is run here.
 """
 
+import atexit
+import contextlib
 import dataclasses
 import json
 import os
@@ -134,22 +136,16 @@ class _Child:
         return line
 
     def kill(self) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            try:
+            with contextlib.suppress(OSError):  # what was not yet written
                 pipe.close()
-            except OSError:  # what was not yet written
-                pass
 
 
 def shared(count: int, deadline: float) -> Callable[[], Killable]:
     """A function that makes one Killable at its first call, and ends it with this process."""
-    import atexit
-
     lock, made = threading.Lock(), []
 
     def get() -> Killable:

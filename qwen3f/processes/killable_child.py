@@ -28,9 +28,9 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a function prints is no answer
     for line in sys.stdin:
         name, arguments = json.loads(line)
-        ready = _outcome(lambda: find(name))
+        ready = _outcome(find, name)
         print(file=answers, flush=True)  # from here on the deadline counts
-        found = ready if "failure" in ready else _outcome(lambda: ready["value"](**arguments))
+        found = ready if "failure" in ready else _outcome(ready["value"], **arguments)
         try:
             text = json.dumps(found)
         except (TypeError, ValueError) as error:
@@ -38,10 +38,10 @@ def main() -> None:
         print(text, file=answers, flush=True)
 
 
-def _outcome(work: Callable[[], Any]) -> dict[str, Any]:
+def _outcome(work: Callable[..., Any], *arguments: Any, **named: Any) -> dict[str, Any]:
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            return {"value": work()}
+            return {"value": work(*arguments, **named)}
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:

@@ -6,9 +6,6 @@ Held out is each data set's own test split. Without a directory (gsm8k@DIR) the 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qwen3f.data.sources.adapters.grpo import ADAPTERS
-from qwen3f.data.sources.adapters.opening import rows
-from qwen3f.data.sources.adapters.rows import LeftOut, RowFault
 from qwen3f.data.sources.documents import Split
 from qwen3f.errors import UserError
 from qwen3f.tasks.equivalence import math_reward
@@ -27,6 +24,11 @@ class WordProblems:
     def questions(self, split: Split) -> Iterator[Question]:
         """As in `Task`. A row whose solution has no answer is left out. Raises UserError for a row that cannot be
         read, and for a data set that is not there."""
+        # here: judging, in processes of its own, needs neither data sets nor the torch that they load
+        from qwen3f.data.sources.adapters.grpo import ADAPTERS
+        from qwen3f.data.sources.adapters.opening import rows
+        from qwen3f.data.sources.adapters.rows import LeftOut, RowFault
+
         adapter = ADAPTERS[self.name]
         for row in rows(self.name, self.root, "train" if split == "train" else "test"):
             try:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qwen3f.errors import UserError
 from qwen3f.rl.correction import entropy_threshold, high_entropy
-from qwen3f.rl.policy import LOSSES, GRPO, make_objective
+from qwen3f.rl.policy import GRPO, LOSSES, make_objective
 from qwen3f.stages.grpo import policy_loss
 from qwen3f.train.objective import MicroBatch, cost_shares, divisor
 from tests.rl.formulas import batch_of, by_hand, tensors, trl_loss
