@@ -4,26 +4,32 @@ Two processes, each in a sandbox of its own, that speak with the parent alone, a
 sees the tests, and what it returns reaches them as plain values. The standard library alone, any Python from 3.8 on.
 """
 
+from __future__ import annotations
+
 import ast
 import builtins
 import json
 import os
 import sys
+from collections.abc import Callable
+from typing import IO, Any
 
 from qwen3f.sandbox.confine import die_in_time, no_new_rights, only_calls, only_read, set_limits
 from qwen3f.sandbox.values import pack, unpack
 
+Say = Callable[[Any], None]
 
-def main():
+
+def main() -> None:
     """Reads {"role", "confine", …} and serves until the pipe closes."""
     lines, out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", 0)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (1, 2):
         os.dup2(null, descriptor)
-    sys.stdin = open(null, closefd=False)
+    sys.stdin = os.fdopen(null, closefd=False)
     order = json.loads(lines.readline())
 
-    def say(message):
+    def say(message: dict[str, Any]) -> None:
         out.write(json.dumps(message).encode() + b"\n")
 
     try:
@@ -35,17 +41,17 @@ def main():
     (answer_calls if order["role"] == "code" else run_tests)(order, lines, say)
 
 
-def _confine(memory, cpu, processes, seconds, parent, read, filter):
+def _confine(limits: dict[str, int], seconds: float, parent: int, read: list[str], filtered: bool) -> None:
     no_new_rights()
     die_in_time(seconds, parent)
-    set_limits(memory, cpu, processes)
+    set_limits(**limits)
     if read:
         only_read(read, ["/etc/ld.so.cache", "/dev/urandom", "/dev/zero"])
-    if filter:
+    if filtered:
         only_calls()
 
 
-def answer_calls(order, lines, say):
+def answer_calls(order: dict[str, Any], lines: IO[bytes], say: Say) -> None:
     """Runs the code, then its functions as they are called."""
     space = {"__name__": "solution"}
     sys.modules.pop("__main__", None)
@@ -66,7 +72,7 @@ def answer_calls(order, lines, say):
         say(json.loads(text))
 
 
-def _told(error):
+def _told(error: BaseException) -> dict[str, str]:
     try:
         words = str(error)[:300]
     except BaseException:
@@ -74,11 +80,11 @@ def _told(error):
     return {"error": type(error).__name__[:100], "words": words}
 
 
-def run_tests(order, lines, say):
+def run_tests(order: dict[str, Any], lines: IO[bytes], say: Say) -> None:
     """Runs the tests against stand-ins that call the code, and says {"passed": …}."""
 
-    def stand_in(name):
-        def call(*arguments, **named):
+    def stand_in(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
             say({"name": name, "arguments": pack(list(arguments)), "named": pack(named)})
             answer = json.loads(lines.readline())
             if "error" in answer:
@@ -102,7 +108,7 @@ def run_tests(order, lines, say):
         say({"passed": True})
 
 
-def _error(answer):
+def _error(answer: dict[str, Any]) -> Exception:
     """As the code raised it, if that is one of Python's own exceptions."""
     kind = getattr(builtins, str(answer["error"]), RuntimeError)
     if not (isinstance(kind, type) and issubclass(kind, Exception)):
@@ -113,7 +119,7 @@ def _error(answer):
         return RuntimeError(str(answer["error"]))
 
 
-def _unknown(text, space):
+def _unknown(text: str, space: dict[str, Any]) -> list[str]:
     """Names that the tests read and nobody defines: helpers of the code's own."""
     read, written = set(), set(space) | set(dir(builtins))
     for node in ast.walk(ast.parse(text)):

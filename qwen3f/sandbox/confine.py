@@ -7,11 +7,16 @@ process started, no socket opened, no signal sent to another process.
 Landlock: the kernel's documentation, userspace-api/landlock. seccomp: userspace-api/seccomp_filter.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import platform
 import resource
 import struct
+from collections.abc import Sequence
+
+Line = tuple[int, int, int, int]
 
 # name: number on x86_64, on aarch64 (None: there is no such call)
 CALLS = {
@@ -61,7 +66,7 @@ _READ, _WRITE = 0b1100, 0b10  # read_file and read_dir; write_file
 _FILES = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 5: 0xFFFF}
 
 
-def set_limits(memory, cpu, processes):
+def set_limits(memory: int, cpu: int, processes: int) -> None:
     """Bytes of address space, seconds of the processor, processes and threads of this user (0: not limited)."""
     limits = {
         resource.RLIMIT_AS: memory,
@@ -79,12 +84,12 @@ def set_limits(memory, cpu, processes):
         resource.setrlimit(what, (most, most))
 
 
-def no_new_rights():
+def no_new_rights() -> None:
     """No setuid program gives any."""
     _check(_libc().prctl(38, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
 
 
-def die_in_time(seconds, parent):
+def die_in_time(seconds: float, parent: int) -> None:
     """The process is killed when its parent dies, and after `seconds` in any case: by a timer whose calls are not in
     CALLS, with a signal that cannot be blocked. parent: its id; 0: not known, in another namespace."""
     libc = _libc()
@@ -93,7 +98,7 @@ def die_in_time(seconds, parent):
         os._exit(1)  # it had died already
     create, start = {"x86_64": (222, 223), "aarch64": (107, 110)}.get(platform.machine(), (0, 0))
     if not create:
-        raise OSError("no list of system calls for %s" % platform.machine())
+        raise OSError(f"no list of system calls for {platform.machine()}")
     timer = ctypes.c_int(0)
     event = struct.pack("Qii48x", 0, 9, 0)  # SIGKILL, as a signal
     _check(libc.syscall(create, 1, event, ctypes.byref(timer)), "timer_create")
@@ -101,12 +106,12 @@ def die_in_time(seconds, parent):
     _check(libc.syscall(start, timer, 0, value, None), "timer_settime")
 
 
-def landlock_version():
+def landlock_version() -> int:
     """Of the kernel's interface; 0: it has none."""
     return max(0, _libc().syscall(444, None, ctypes.c_size_t(0), 1))
 
 
-def only_read(directories, files=()):
+def only_read(directories: Sequence[str], files: Sequence[str] = ()) -> None:
     """Landlock: below `directories` all may be read, and `files`; nothing else of the file system, and nothing written
     but /dev/null. No TCP, no abstract socket, no signal beyond this process where the kernel knows of them."""
     libc, version = _libc(), landlock_version()
@@ -130,7 +135,7 @@ def only_read(directories, files=()):
     os.close(ruleset)
 
 
-def only_calls():
+def only_calls() -> None:
     """seccomp: the calls of CALLS under CONDITIONS; any other gives EPERM, one of another architecture ends all."""
     program = filter_program(platform.machine(), os.getpid())
     code = b"".join(struct.pack("=HBBI", *line) for line in program)
@@ -139,10 +144,10 @@ def only_calls():
     _check(_libc().prctl(22, 2, head, 0, 0), "prctl(PR_SET_SECCOMP)")
 
 
-def filter_program(machine, pid):
+def filter_program(machine: str, pid: int) -> list[Line]:
     """The filter as lines (code, jump if true, jump if false, number); see the kernel's linux/filter.h."""
     if machine not in ARCHITECTURES:
-        raise OSError("no list of system calls for %s" % machine)
+        raise OSError(f"no list of system calls for {machine}")
     audit, column = ARCHITECTURES[machine]
     out = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, audit), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     out += [(_ABOVE, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]  # x32's calls on x86_64
@@ -154,7 +159,7 @@ def filter_program(machine, pid):
     return [*out, (_RETURN, 0, 0, _EPERM)]
 
 
-def _body(name, pid):
+def _body(name: str, pid: int) -> list[Line]:
     if name == "clone3":  # its flags lie in memory, where a filter cannot look; libc then takes clone
         return [(_RETURN, 0, 0, _ENOSYS)]
     if name == "tgkill":
@@ -172,13 +177,13 @@ def _body(name, pid):
     return [load, *tests, *ends]
 
 
-def _libc():
+def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
     return libc
 
 
-def _check(result, what):
+def _check(result: int, what: str) -> int:
     if result < 0:
-        raise OSError(ctypes.get_errno(), "%s: %s" % (what, os.strerror(ctypes.get_errno())))
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
     return result

@@ -17,9 +17,8 @@ from typing import Any, Self
 
 from qwen3f.sandbox.tiers import Tier, find_python, readable, wrapper
 
-_SOURCES = [
-    (f"qwen3f.sandbox.{name}", Path(__file__).with_name(f"{name}.py")) for name in ("values", "confine", "child")
-]
+_HERE = Path(__file__).parent
+_CHILD = ("values", "confine", "child")  # files of this package, which need no other
 # The sandbox's files may not be readable in it: they go in by the pipe, as modules.
 _BOOT = """
 import json, sys, types
@@ -104,16 +103,20 @@ class Confined:
         )
         os.set_blocking(self._process.stdin.fileno(), False)
         confine = {
-            "memory": limits.memory,
-            "cpu": limits.cpu,
-            "processes": limits.processes if number else 0,
+            "limits": {
+                "memory": limits.memory,
+                "cpu": limits.cpu,
+                "processes": limits.processes if number else 0,
+            },
             "seconds": limits.start + limits.seconds,
             "parent": 0 if tier == "bubblewrap" else os.getpid(),
             "read": readable(python) if tier == "landlock" else [],
-            "filter": tier != "none",
+            "filtered": tier != "none",
         }
         try:
-            self.send([(name, path.read_text()) for name, path in _SOURCES], limits.start)
+            self.send(
+                [(f"qwen3f.sandbox.{name}", _HERE.joinpath(f"{name}.py").read_text()) for name in _CHILD], limits.start
+            )
             self.send({"role": role, "confine": confine, **order}, limits.start)
         except BaseException:
             self.close()

@@ -1,7 +1,7 @@
 """The three tiers: bubblewrap's namespaces, Landlock and seccomp alone, or a refusal. Found by trying, never by asking.
 
-A  "bubblewrap": every namespace of its own (files, processes, network, users), nothing to read but Python, a user of its
-   own a job, and in there what B's processes do to themselves but for Landlock.
+A  "bubblewrap": every namespace of its own (files, processes, network, users), nothing to read but Python, a job with a
+   user of its own, and in there what B's processes do to themselves but for Landlock.
 B  "landlock": for containers that deny namespaces. The process takes away its own rights (confine.py).
 C  neither works: nothing is run, unless the tier "none" is named, which has limits alone.
 """

@@ -4,10 +4,14 @@ Only exact built-in types travel, so no object of the code that is judged ever r
 both sides of the pipe: the standard library alone, any Python from 3.8 on.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 DEPTH = 50
 
 
-def pack(value, depth=DEPTH):
+def pack(value: Any, depth: int = DEPTH) -> Any:
     """A plain value as what json.dumps takes. Raises TypeError for any other type, subclasses included, and for values
     that are nested deeper than `depth`."""
     if depth < 0:
@@ -29,10 +33,10 @@ def pack(value, depth=DEPTH):
         return {"b": value.hex()}
     if kind is complex:
         return {"c": [pack(value.real), pack(value.imag)]}
-    raise TypeError("a value of type %s, which is none of the plain built-in types" % kind.__name__[:100])
+    raise TypeError(f"a value of type {kind.__name__[:100]}, which is none of the plain built-in types")
 
 
-def unpack(found):
+def unpack(found: Any) -> Any:
     """The inverse of pack, of what json.loads gives. Raises ValueError or TypeError for anything else."""
     if found is None or type(found) in (bool, int, float, str):
         return found

@@ -1,4 +1,4 @@
-"""What code tries that does not know the answer: a name and a Python text each, whose f() wins if it gives the secret."""
+"""What code tries that does not know the answer: Python texts by name, whose f() wins if it gives the secret."""
 
 SECRET = "the-answer-that-no-code-was-told-5f2c"
 TESTS = f"def check(candidate):\n    assert candidate() == {SECRET!r}\n"
@@ -147,7 +147,8 @@ def f():
     "the next order": """
 import os, sys, select
 def f():
-    return search(sys.stdin.read(10) + repr([os.read(0, 100) for _ in range(9) if select.select([0], [], [], 0.1)[0]]))""",
+    rest = [os.read(0, 100) for _ in range(9) if select.select([0], [], [], 0.1)[0]]
+    return search(sys.stdin.read(10) + repr(rest))""",
     "files of the host": """
 import glob
 def f():

@@ -65,7 +65,7 @@ def f(x):
 def g(x):
     raise ValueError("bad " + x)
 """
-    tests = "assert f(4) == 10\ntry:\n    g('y')\nexcept ValueError as e:\n    assert str(e) == 'bad y'\nelse:\n    assert 0"
+    tests = "assert f(4) == 10\ntry:\n    g('y')\nexcept ValueError as e:\n    said = str(e)\nassert said == 'bad y'"
     verdict = run_tests(code, tests, "f", tier=tier)
     assert verdict.passed, verdict
 
