@@ -53,12 +53,15 @@ class Judged:
 class Judge:
     """Judges samples by several rewards; a context manager.
 
-    weights: of `parse_rewards`. processes: at a time. deadline: seconds of one reward of one sample.
+    weights: of `parse_rewards`. processes: at a time. deadline: seconds of one reward of one sample. environment: more
+    variables of the processes.
     """
 
-    def __init__(self, weights: dict[str, float], processes: int, deadline: float) -> None:
+    def __init__(
+        self, weights: dict[str, float], processes: int, deadline: float, environment: dict[str, str] | None = None
+    ) -> None:
         self.names, self.weights = tuple(weights), tuple(weights.values())
-        self._killable = Killable(processes, deadline)
+        self._killable = Killable(processes, deadline, environment)
 
     def __call__(self, samples: Sequence[Sample]) -> Judged:
         """Each reward of each sample, once. One that raises, hangs, or gives what is no number within ±BOUND is NaN,

@@ -147,6 +147,8 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
             if step % config.log_every == 0 or last or step == first + 1:
                 finite.flush()
                 values = readings.read(step, metrics, state, batch)
+                for index, text in enumerate(stage.texts()):
+                    logger.text(step, f"text/{index}", text)
             if due or saving:
                 finite.flush()  # a state is judged and saved only once its update is known to be sound
             if due and not s.run.stopping():  # a signal leaves no time for it
