@@ -216,6 +216,7 @@ def _open_logger(s: Session, start: int) -> Iterator[Logger]:
 
 def _open_feed(s: Session, start: Start) -> Feed:
     setup, config, position = s.setup, s.setup.config, number(start.state.position)
+    parts = 1 if s.stage.microbatch_rows else setup.microbatches * s.stage.updates  # else prepare makes the rows
     loader = Loader(
         s.stage.dataset,
         config.batch_size,
@@ -225,7 +226,7 @@ def _open_feed(s: Session, start: Start) -> Feed:
         setup.model.vocab_size,
         LoaderOptions(
             workers=config.data.workers,
-            share=Share(*setup.layout.axes.rows, setup.microbatches * s.stage.updates),
+            share=Share(*setup.layout.axes.rows, parts),
             state=start.meta.get("data"),
         ),
     )
