@@ -10,7 +10,7 @@ from qwen3f.rl.judge import Judge, parse_rewards
 from qwen3f.rl.rewards import REWARDS, Sample, math_reward
 from qwen3f.tasks.equivalence import final_answer, judge
 
-BAD = "tests.rl.bad_rewards"
+BAD = "tests.rl.toy_rewards"
 
 
 def sample(text, gold="5", **more):

@@ -40,7 +40,14 @@ def alone(root):
 
 def hard(root, kind="dense", **changes):
     """What is hardest to keep equal: two updates of two micro-batches, KL to a reference, a sum over documents."""
-    parts = {"grpo.loss": "grpo", "grpo.kl_coef": 0.1, "updates": 2, "steps": 3}
+    parts = {
+        "grpo.loss": "grpo",
+        "grpo.kl_coef": 0.1,
+        "updates": 2,
+        "steps": 2,
+        "rollout.samples": 3,
+        "checkpoint.every": 0,
+    }
     return toy_rl.make_config(root, kind, **(parts | changes))
 
 

@@ -1,30 +1,25 @@
 """A run of GRPO on random weights: short questions, a few tokens, a reward that random text earns unequally."""
 
-from qwen3f.rl.rewards import Sample
 from qwen3f.stages.configs import grpo_config
 from tests.stages import toy_chats
 
 LENGTH, NEW = 192, 6
+MOE = toy_chats.MOE | {"router_balance": "global_exact"}  # the others depend on how rows are cut
 SMALL = toy_chats.SMALL | {"vocab_size": 266}  # as many as the tokenizer has: sampler and trainer see the same ids
 
 
 def write_data(root):
-    for kind, more in (("dense", {}), ("moe", toy_chats.MOE)):
+    for kind, more in (("dense", {}), ("moe", MOE)):
         toy_chats.write_weights(root / kind, SMALL | more)
-
-
-def small_letters(sample: Sample) -> float:
-    """The share of characters that are small letters."""
-    return sum("a" <= letter <= "z" for letter in sample.text) / max(1, len(sample.text))
 
 
 def make_config(root, kind="dense", **changes):
     """Four steps in float64: four prompts of the shortest kind, four completions each, two micro-batches at least."""
     c = grpo_config("nano")
     c.dtype, c.device = "float64", "cpu"
-    c.model.update(SMALL | (toy_chats.MOE if kind == "moe" else {}))
+    c.model.update(SMALL | (MOE if kind == "moe" else {}))
     c.init_from = str(root / kind)
-    c.rewards = "tests.stages.toy_rl:small_letters=1,length=0.1"
+    c.rewards = "tests.rl.toy_rewards:small_letters=1,length=0.1"
     c.data.update(kinds="sequence", difficulties="1", problems=200, cache=str(root / "cache"))
     c.update(steps=4, batch_size=4, microbatches=2, seq_len=LENGTH, log_every=1)
     c.rollout.update(samples=4, max_new_tokens=NEW)

@@ -1,10 +1,15 @@
-"""Rewards that go wrong, each in its way, and one that does not."""
+"""Rewards that go wrong, each in its way, and some that do not."""
 
 import math
 import os
 import time
 
 from qwen3f.rl.rewards import Sample
+
+
+def small_letters(sample: Sample) -> float:
+    """The share of characters that are small letters: random text earns it unequally."""
+    return sum("a" <= letter <= "z" for letter in sample.text) / max(1, len(sample.text))
 
 
 def fine(sample: Sample) -> float:
