@@ -58,3 +58,9 @@ def shouts(sample: Sample) -> float:
 
 
 number = 3
+
+
+def picky(sample: Sample) -> float:
+    if len(sample.text) % 2 == 0:
+        raise RuntimeError("of even length")
+    return 1.0
