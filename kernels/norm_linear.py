@@ -47,7 +47,7 @@ def _kernel(
     x_ptr, norm_ptr, first_ptr, second_ptr, third_ptr, first_bias_ptr, second_bias_ptr, third_bias_ptr, out_ptr,
     rows, D, first_N, second_N, third_N, eps,
     HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One tile; tiles of one weight after the other's. Tiles of the same outputs are neighbours and share L2."""
     row_tiles = tl.cdiv(rows, BM)
@@ -65,7 +65,7 @@ def _kernel(
     n = block * BN + tl.arange(0, BN)
     weight_N = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * D
     product, square = row_product.row_product(
-        x_ptr, norm_ptr, weight_N, row, rows, D, True, BM, BN, BK, SLICES, STAGES, PRECISION
+        x_ptr, norm_ptr, weight_N, row, rows, D, True, BM, BN, BK, SLICES, STAGES, PRECISION, AHEAD
     )
     out = product * tl.rsqrt(square / D + eps)[:, None]
     if HAS_BIAS:

@@ -39,7 +39,7 @@ def norm_swiglu(x_BD: Tensor, norm_D: Tensor, eps: float, gate_FD: Tensor, up_FD
 def _kernel(
     x_ptr, norm_ptr, gate_ptr, up_ptr, out_ptr, rows, D, F, eps,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BN/2 outputs: weight rows 2i of the tile are gate's, 2i + 1 up's."""
     row_tiles = tl.cdiv(rows, BM)
@@ -49,7 +49,7 @@ def _kernel(
     at = tl.minimum(first + pair // 2, F - 1).to(tl.int64) * D
     weight_N = tl.where(pair % 2 == 0, gate_ptr + at, up_ptr + at)
     product, square = row_product.row_product(
-        x_ptr, norm_ptr, weight_N, row, rows, D, True, BM, BN, BK, SLICES, STAGES, PRECISION
+        x_ptr, norm_ptr, weight_N, row, rows, D, True, BM, BN, BK, SLICES, STAGES, PRECISION, AHEAD
     )
     gate, up = tl.split(tl.reshape(product * tl.rsqrt(square / D + eps)[:, None], [BM, BN // 2, 2]))
     n = first + tl.arange(0, BN // 2)

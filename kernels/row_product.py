@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import dependent_launch
 from kernels.backend import check_devices, tl, triton
 
 # Not tuned on a card yet: reasoned for an H100 with its 132 multiprocessors.
@@ -30,10 +31,11 @@ SLICED_ROWS = 32
 SLICES = 4  # one a warp
 MAX_ROWS = 128  # of a tile
 STAGES = 4  # steps: three on their way while one is worked on
+PREFETCH = 2048  # bytes of each weight row that are fetched ahead of a dependent launch's wait
 
 
 class Config(NamedTuple):
-    """Rows, outputs and step of a tile, slices of a step, stages of the loop, warps."""
+    """Rows, outputs and step of a tile (a step of 2-byte numbers; of float32 half), slices of it, stages, warps."""
 
     rows: int
     outputs: int
@@ -70,13 +72,18 @@ def _outputs(N: int, programs: int, least: int, most: int) -> int:
 def row_product(
     x_ptr, norm_ptr, weight_N, row, rows, D,
     HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """(x·g Wᵀ float32 [BM, BN], Σx² [BM]) of BM rows and BN rows of weights; without HAS_NORM (x Wᵀ, 0).
 
     x_ptr: contiguous [rows, D]. norm_ptr: g [D]. weight_N: pointers [BN] to rows of D adjacent numbers. row: [BM]
-    numbers of rows; those from `rows` on give 0.
+    numbers of rows; those from `rows` on give 0. AHEAD: lines of 128 bytes of each weight row to fetch before the wait
+    of a dependent launch; 0 without one.
     """
+    if AHEAD > 0:
+        line = tl.arange(0, AHEAD)[None, :] * (1024 // weight_N.dtype.element_ty.primitive_bitwidth)
+        dependent_launch.prefetch(weight_N[:, None] + tl.minimum(line, D - 1))
+    dependent_launch.wait(AHEAD > 0)
     inside = row < rows
     wide_row = row.to(tl.int64) * D
     if BM == 1:
@@ -130,9 +137,10 @@ def row_product(
 def options(x: Tensor, cut: Config) -> dict[str, object]:
     """What every kernel around `row_product` is launched with."""
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    pdl = dependent_launch.on(x)
     return dict(
-        BM=cut.rows, BN=cut.outputs, BK=cut.step, SLICES=cut.slices, STAGES=cut.stages, PRECISION=precision,
-        num_warps=cut.warps,
+        BM=cut.rows, BN=cut.outputs, BK=cut.step * 2 // x.element_size(), SLICES=cut.slices, STAGES=cut.stages,
+        PRECISION=precision, AHEAD=PREFETCH // 128 if pdl else 0, num_warps=cut.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

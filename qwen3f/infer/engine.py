@@ -19,7 +19,7 @@ from qwen3f.errors import UserError
 from qwen3f.infer.device import Device, Pending
 from qwen3f.infer.pages import PagePool
 from qwen3f.infer.request import Completion, Request, Row
-from qwen3f.infer.sampling import GREEDY, SamplingParams
+from qwen3f.infer.sampling import GREEDY, SamplingParams, stream_of
 from qwen3f.infer.scheduler import Limits, Scheduler
 from qwen3f.infer.thinking import still_thinks
 
@@ -78,7 +78,7 @@ class Engine:
         num_ids = num_ids or (min(tokenizer.vocab_size, cfg.vocab_size) if tokenizer else cfg.vocab_size)
         if not 1 <= num_ids <= cfg.vocab_size:
             raise UserError(f"num_ids must lie in 1..vocab_size ({cfg.vocab_size}), got {num_ids}; see the tokenizer")
-        self._device = Device(cfg, params, execution, seed, num_ids, options.page_size, max_tokens)
+        self._device = Device(cfg, params, execution, num_ids, options.page_size, max_tokens, options.rows)
         self._pool = PagePool(0, self._device.page_size)
         self._scheduler = Scheduler(self._pool, Limits(options.rows, options.chunk))
         self._rows = options.rows
@@ -137,7 +137,7 @@ class Engine:
         """
         rows = []
         for asked in requests:
-            rows.append(Row(asked, self._number))
+            rows.append(Row(asked, self._number, stream_of(self.seed, asked.stream)))
             self._number += 1
         longest = max((len(row.request.prompt) + row.request.max_new_tokens for row in rows), default=0)
         count, size = self._device.make_room(min(len(rows) + len(self._scheduler.active), self._rows), longest)

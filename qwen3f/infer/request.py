@@ -56,12 +56,13 @@ class Completion:
 class Row:
     """A request on its way.
 
+    number: its place in the order of arrival. stream: its random stream, see sampling.streams_at.
     tokens: prompt and answer so far, as far as known to the host. cached: tokens whose keys lie in pages, or will when
     what has been launched is done. launched: tokens of the answer that have been launched.
     """
 
-    def __init__(self, request: Request, number: int) -> None:
-        self.request, self.number = request, number
+    def __init__(self, request: Request, number: int, stream: int = 0) -> None:
+        self.request, self.number, self.stream = request, number, stream
         self.tokens = list(request.prompt)
         self.logprobs: list[float] = []
         self.pages: list[int] = []

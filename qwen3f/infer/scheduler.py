@@ -81,8 +81,12 @@ class Scheduler:
         for row in list(self.active):
             ready = row.cached == len(row.request.prompt) - 1 + row.launched and row.number not in busy
             waits = row.launched >= row.request.max_new_tokens  # for its last token
-            if ready and not waits and row not in preempted and self._make_room(row, preempted):
+            if not ready or waits or (preempted and row in preempted):
+                continue
+            if row.cached < len(row.pages) * self.pool.size or self._make_room(row, preempted):
                 decode.append(row)
+        if not preempted:
+            return Plan(copies, chunks, decode, preempted)
         gone = {row.number for row in preempted}
         return Plan(
             copies,
@@ -171,8 +175,6 @@ class Scheduler:
 
     def _make_room(self, row: Row, preempted: list[Row]) -> bool:
         """A page for the row's next token; others that came later, or the row itself, lose theirs if there is none."""
-        if row.cached < len(row.pages) * self.pool.size:
-            return True
         while not self.pool.available:
             last = max(self.active, key=lambda other: other.number)
             self._preempt(last, preempted)

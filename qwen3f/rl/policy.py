@@ -127,10 +127,11 @@ def policy_loss(log_probs_BT: Tensor, batch: Batch, hyper: GRPO) -> tuple[Tensor
 def make_objective(hyper: GRPO, entropy: bool = True) -> Objective:
     """What a step minimises. entropy: report the tokens' mean entropy.
 
-    Figures are means as the loss's: of tokens, or of documents' means. ratio: r. clip_low, clip_high: share that a
+    Figures are means as the loss's: of tokens, or of documents' means. ratio_gap: |r − 1|, exactly 0
+    where all ratios are exactly 1. clip_low, clip_high: share that a
     bound takes the gradient from. moved: KL(π_old, π), by k3. kl: to the reference. entropy.
     """
-    reports = ("ratio", "clip_low", "clip_high", "moved", *(("kl",) if hyper.kl_coef else ()))
+    reports = ("ratio_gap", "clip_low", "clip_high", "moved", *(("kl",) if hyper.kl_coef else ()))
     reports += ("entropy",) if entropy else ()
     make = _by_documents if hyper.loss in OF_DOCUMENTS else _by_tokens
     return Objective("log_probs", *make(hyper, reports), _make_count(hyper), reports, entropy)
@@ -160,7 +161,7 @@ def _log_ratio(log_prob: Tensor, batch: Batch) -> Tensor:
 
 def _others(hyper: GRPO, log_prob: Tensor, log_ratio: Tensor, batch: Batch, reports: tuple[str, ...]) -> Figures:
     """What is reported of a token whatever the loss; "kl" with its gradient."""
-    out = {"ratio": log_ratio.exp(), "moved": log_ratio.exp() - log_ratio - 1}
+    out = {"ratio_gap": (log_ratio.exp() - 1).abs(), "moved": log_ratio.exp() - log_ratio - 1}
     if hyper.kl_coef:
         out["kl"] = surrogates.kl_estimate(log_prob, batch["ref_logprobs"].to(log_prob.dtype), hyper.kl)
     if "entropy" in reports:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
-from qwen3f.params import Params
+from qwen3f.params import EMBED, Params
 from qwen3f.processes.world import World
 from qwen3f.rl.advantages import combine_rewards, tells_nothing
 from qwen3f.rl.correction import entropy_threshold, high_entropy, importance_weights, sampler_kl
@@ -42,7 +42,8 @@ class Options:
       mask_truncated: completions that did not end count in no loss; their rewards count in their group.
       correction, low, high: of correction.importance_weights.
       top_entropy: only the share of tokens with the highest entropy has an advantage; 1: all.
-      trust_sampler: the sampler's log-probs are the old ones, instead of the trainer's own.
+      trust_sampler: the sampler's log-probs are the old ones, instead of the trainer's own, which are not computed
+        unless something else needs them.
       seq_len, rows, updates, least_parts: T; rows of a micro-batch on a rank; updates of a step; micro-batches of an
         update, at least.
       thinking: whether completions are asked to think.
@@ -230,10 +231,15 @@ def compare(rows: Batch, params: Params, log_probs: LogProbs, tools: Tools, opti
     """Puts old_logprobs, ref_logprobs and the corrected advantages into `rows`, and takes the sampler's out.
 
     Returns what the sampler's log-probs and the trainer's differ by, over all ranks: their KL, the largest difference,
-    the mean weight of the correction.
+    the mean weight of the correction. Nothing, where the sampler is taken at its word.
     """
     sampler = rows.pop("sampler_logprobs")
     counts = rows["loss_weights"] != 0
+    if log_probs.reference is not None:
+        rows["ref_logprobs"] = torch.where(counts, log_probs.reference(rows), 0.0)
+    if options.trust_sampler and options.correction == "none" and log_probs.entropy is None:
+        rows["old_logprobs"] = sampler.to(torch.promote_types(params[EMBED].dtype, torch.float32))
+        return {}
     trainer = log_probs.trainer(params, rows)
     sampler = sampler.to(trainer)
     gap = torch.where(counts, trainer - sampler, 0.0)
@@ -244,8 +250,6 @@ def compare(rows: Batch, params: Params, log_probs: LogProbs, tools: Tools, opti
         threshold = entropy_threshold(_everywhere(entropy[counts], tools), options.top_entropy)
         weights = weights * high_entropy(entropy, counts, threshold)
     rows["advantages"] = (rows["advantages"].to(trainer) * weights).to(torch.float32)
-    if log_probs.reference is not None:
-        rows["ref_logprobs"] = torch.where(counts, log_probs.reference(rows), 0.0)
     own = [counts.sum().item(), sampler_kl(gap)[counts].sum().item(), weights[counts].sum().item()]
     told = [one for one in tools.world.gather([*own, gap.abs().max().item(), _first_of_row(tools.axes)]) if one[-1]]
     total = max(1, sum(one[0] for one in told))

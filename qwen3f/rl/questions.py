@@ -50,8 +50,8 @@ class Questions:
     """
     Attributes:
       asked: all questions.
-      order: a dataset whose examples say which is asked ("question"): each task in its share, each of its questions once
-        before one comes again.
+      order: a dataset whose examples say which is asked ("question"): each task in its share, its questions each
+        once before one comes again.
       too_long: left out, as their prompts leave no room for a completion.
     """
 

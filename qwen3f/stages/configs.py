@@ -127,7 +127,9 @@ def _rollout() -> ConfigDict:
     rollout.microbatch_rows = 1  # rows of seq_len in a micro-batch on a rank
     rollout.draws = 1  # batches of prompts that a step may draw to replace groups without a difference; 1: keep those
     rollout.mask_truncated = False  # completions that did not end count in no loss
-    rollout.old_logprobs = "trainer"  # computed anew; or sampler: the engine's own
+    # trainer: computed anew; sampler: the engine's own; auto: the engine's with attention=invariant, where the first
+    # step has found them to be the trainer's bit for bit
+    rollout.old_logprobs = "auto"
     rollout.correction = "none"  # between sampler and trainer: token_ or sequence_, truncate or mask
     rollout.correction_low = 0.0  # of the masks
     rollout.correction_high = 2.0

@@ -4,6 +4,7 @@ A step asks a batch of prompts, lets the policy answer each several times, judge
 them with the advantage of each over its prompt's others. Losses: qwen3f/rl/policy.py. A batch: qwen3f/rl/prepare.py.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 
@@ -65,8 +66,8 @@ def check(setup: Setup) -> None:
     if hyper.loss == "vespo" and (rollout.correction != "none" or rollout.top_entropy < 1):
         raise UserError("--config.grpo.loss=vespo is not linear in its advantages: write rollout.correction=none, "
                         "top_entropy=1")  # fmt: skip
-    if rollout.old_logprobs not in ("trainer", "sampler"):
-        raise UserError(f"--config.rollout.old_logprobs={rollout.old_logprobs}: write trainer or sampler")
+    if rollout.old_logprobs not in ("auto", "trainer", "sampler"):
+        raise UserError(f"--config.rollout.old_logprobs={rollout.old_logprobs}: write auto, trainer or sampler")
     if rollout.max_new_tokens >= config.seq_len:
         raise UserError(
             f"--config.rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in rows of seq_len="
@@ -207,6 +208,8 @@ class Steps:
         rows = R.make_rows(drawn.trained, pad, setup.layout.axes, self._options, temperature)
         rows = {key: value.to(setup.device) for key, value in rows.items()}
         gaps = R.compare(rows, state.params, self._log_probs, self._tools, self._options)
+        if self._first:
+            self._agree(number(state.step) + 1, gaps)
         step = number(state.step) + 1
         self._record(step, drawn, gaps, rows)
         consumed = torch.tensor(given * setup.config.batch_size, dtype=torch.int64, device=setup.device)
@@ -219,7 +222,8 @@ class Steps:
         if not history:
             return {}
         setup = self._run.setup
-        means = {name: sum(one[name] for one in history) / len(history) for name in history[-1]}
+        names = {name: [one[name] for one in history if name in one] for one in history for name in one}
+        means = {name: sum(values) / len(values) for name, values in names.items()}
         speed = self._tokens / (now - self._began)  # of the last step: what it trained on
         flops = flops_per_token(setup.model, setup.config.seq_len)
         peak = peak_flops(setup.device) * self._run.world.size
@@ -242,7 +246,6 @@ class Steps:
         real = world.gather((rows["segments"] != 0).sum().item())
         self._tokens = sum(real) * ranks // world.size  # each row is on world.size / ranks ranks
         padding = 1 - self._tokens / (rows["segments"].numel() * ranks)
-        first, self._first = self._first, False
         self._history.append({**R.figures(drawn, self._tools.judge.weights), **gaps, "padding": padding})
         if not world.main:
             return
@@ -252,10 +255,18 @@ class Steps:
         if drawn.failures:
             worst = sorted(drawn.failures.items(), key=lambda pair: -pair[1])[:SHOWN_REASONS]
             print(f"step {step}: rewards failed: " + "; ".join(f"{why} ({n} times)" for why, n in worst), flush=True)
-        if first:
-            gap, old = gaps["sampler_gap"], config.rollout.old_logprobs
-            same = "bit for bit" if gap == 0 else f"to {gap:.3g}"
-            print(f"step {step}: sampler and trainer agree on log-probs {same}; old log-probs: the {old}'s", flush=True)
+
+    def _agree(self, step: int, gaps: dict[str, float]) -> None:
+        """After a process's first comparison: say how near sampler and trainer are, and whose log-probs are the old
+        ones from here on."""
+        setup, self._first = self._run.setup, False
+        gap = gaps.get("sampler_gap")
+        if setup.config.rollout.old_logprobs == "auto" and setup.execution.invariant and gap == 0:
+            self._options = dataclasses.replace(self._options, trust_sampler=True)
+        whose = "sampler" if self._options.trust_sampler else "trainer"
+        if self._run.world.main:
+            same = "were not compared" if gap is None else f"agree {'bit for bit' if gap == 0 else f'to {gap:.3g}'}"
+            print(f"step {step}: log-probs of sampler and trainer {same}; old ones: the {whose}'s", flush=True)
 
     def _reference(self) -> Callable[[Batch], Tensor]:
         """Log-probs of the frozen policy that the run began with, from its weights; never the state's."""

@@ -88,7 +88,7 @@ def make_outputs(
     """
     axes = layout.axes
     entropy = output == "entropy"
-    numbers = make_numbers(cfg, "scores" if output == "scores" else "log_probs", layout, entropy)
+    numbers = make_numbers(cfg, execution, "scores" if output == "scores" else "log_probs", layout, entropy)
 
     def head(hidden: Tensor, outer: P.Params, micro: MicroBatch, shared: None = None) -> Tensor:
         return numbers(hidden, outer, micro.own)[int(entropy)]

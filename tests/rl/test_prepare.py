@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwen3f.errors import UserError
+from qwen3f.params import EMBED
 from qwen3f.rl import prepare as R
 from tests.rl.groups import Here, Said, asked, batch, length, options, rollout, tools
 
@@ -138,8 +139,10 @@ def test_old_log_probs_are_the_trainers_or_the_samplers():
     assert gaps["sampler_kl"] == pytest.approx(2.5 - math.log(2.5) - 1, rel=1e-6)
     assert gaps["correction"] == 1.0
     rows = rows_of()
-    R.compare(rows, {}, log_probs(trainer), tools(None, None), options(trust_sampler=True))
+    given = {EMBED: torch.zeros(1)}
+    gaps = R.compare(rows, given, log_probs(trainer), tools(None, None), options(trust_sampler=True))
     assert rows["old_logprobs"][1].tolist() == [-1.0] * 6
+    assert gaps == {}
 
 
 def test_corrections_and_the_entropy_filter_go_into_the_advantages():

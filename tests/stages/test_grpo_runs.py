@@ -1,4 +1,4 @@
-"""GRPO as a user meets it: a run that is killed anywhere goes on the same, every sample is kept, bad input is one line."""
+"""GRPO as a user meets it: a run that is killed anywhere goes on the same, samples are kept, bad input is one line."""
 
 import json
 import math
@@ -81,9 +81,10 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_that_is_killed_goes_on_with_the_same_samples_and_numbers(place, root, whole, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         dies_at_call(patched, *PLACES[place])
-        loop.run(small(root), tmp_path, progress=False)
+        with pytest.raises(Killed):
+            loop.run(small(root), tmp_path, progress=False)
     before = samples(tmp_path)
     assert before.keys() < samples(whole).keys() or place == "in a save"
     loop.run(small(root), tmp_path, progress=False)
@@ -127,9 +128,26 @@ def test_no_prompt_is_lost_or_repeated(root, whole):
 
 
 def test_on_policy_the_first_ratio_is_exactly_one(whole):
-    assert [line["ratio"] for line in metrics(whole)] == [1.0] * 3
+    assert [line["ratio_gap"] for line in metrics(whole)] == [0.0] * 3
     assert all(line["clip_low"] == line["clip_high"] == line["moved"] == 0.0 for line in metrics(whole))
     assert all(line["sampler_gap"] < 1e-5 for line in metrics(whole))
+
+
+def test_where_the_engine_is_the_trainer_bit_for_bit_its_log_probs_are_the_old_ones(root, tmp_path, capsys):
+    """Of model.INVARIANT, in float32: the ratio is 1 with them, and no pass is made for others after the first step."""
+    found = {}
+    for old in ("auto", "trainer"):
+        config = small(root, dtype="float32", attention="invariant", microbatches=1, **{"rollout.old_logprobs": old})
+        loop.run(config, tmp_path / old, progress=False)
+        said = capsys.readouterr().out
+        assert "step 1: log-probs of sampler and trainer agree bit for bit; old ones: the " in said
+        assert f"old ones: the {'sampler' if old == 'auto' else 'trainer'}'s" in said
+        found[old] = metrics(tmp_path / old)
+        assert [line["ratio_gap"] for line in found[old]] == [0.0] * 3
+    assert ["sampler_kl" in line for line in found["auto"]] == [True, False, False]
+    assert all(line["sampler_gap"] == 0 for line in found["trainer"])
+    assert samples(tmp_path / "auto") == samples(tmp_path / "trainer")
+    assert [line["loss"] for line in found["auto"]] == [line["loss"] for line in found["trainer"]]
 
 
 def test_it_learns_what_the_reward_asks_for(root, tmp_path):
@@ -193,7 +211,7 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
         ({"rollout.temperature": 0.0}, "rollout.temperature=0.0"),
         ({"rollout.correction": "tis"}, "rollout.correction=tis"),
         ({"rollout.top_entropy": 0.0}, "top_entropy=0.0"),
-        ({"rollout.old_logprobs": "engine"}, "write trainer or sampler"),
+        ({"rollout.old_logprobs": "engine"}, "write auto, trainer or sampler"),
         ({"advantages.scale": "std"}, "scale='std'"),
         ({"advantages.combine": "sum"}, "advantages.combine=sum"),
         ({"judge.deadline": 0.0}, "judge.deadline=0.0"),
