@@ -124,17 +124,17 @@ def policy_loss(log_probs_BT: Tensor, batch: Batch, hyper: GRPO) -> tuple[Tensor
     return cost_shares(objective, log_probs_BT, MicroBatch(rows, rows), divisor(objective, rows))
 
 
-def make_objective(hyper: GRPO, entropy: bool = True) -> Objective:
-    """What a step minimises. entropy: report the tokens' mean entropy.
+def make_objective(hyper: GRPO, entropy: bool = True, num_ids: int = 0) -> Objective:
+    """What a step minimises. entropy: report the tokens' mean entropy. num_ids: the sampler's, see Objective.
 
-    Figures are means as the loss's: of tokens, or of documents' means. ratio_gap: |r − 1|, exactly 0
-    where all ratios are exactly 1. clip_low, clip_high: share that a
-    bound takes the gradient from. moved: KL(π_old, π), by k3. kl: to the reference. entropy.
+    Figures are means as the loss's: of tokens, or of documents' means. ratio_gap: |r − 1|, exactly 0 where all ratios
+    are exactly 1. clip_low, clip_high: share that a bound takes the gradient from. moved: KL(π_old, π), by k3. kl: to
+    the reference. entropy.
     """
     reports = ("ratio_gap", "clip_low", "clip_high", "moved", *(("kl",) if hyper.kl_coef else ()))
     reports += ("entropy",) if entropy else ()
     make = _by_documents if hyper.loss in OF_DOCUMENTS else _by_tokens
-    return Objective("log_probs", *make(hyper, reports), _make_count(hyper), reports, entropy)
+    return Objective("log_probs", *make(hyper, reports), _make_count(hyper), reports, entropy, num_ids)
 
 
 def _make_count(hyper: GRPO) -> Callable[[Batch], Tensor] | None:

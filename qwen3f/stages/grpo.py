@@ -128,7 +128,7 @@ def make(run: Run) -> Stage:
     return Stage(
         tokenizer=tokenizer,
         dataset=questions.order,
-        objective=make_objective(hyper),
+        objective=make_objective(hyper, num_ids=tokenizer.vocab_size),
         evaluators={"val": _evaluator(run, tools, tasks)} if config.eval.questions else {},
         prepare=steps,
         finish=lambda state, logger: tools.judge.close(),
@@ -179,7 +179,11 @@ class Steps:
     def __init__(self, run: Run, tools: R.Tools, questions: Questions, options: R.Options) -> None:
         setup = run.setup
         self._run, self._tools, self._questions, self._options = run, tools, questions, options
-        fields = {"compute_dtype": setup.compute_dtype, "layout": setup.layout}
+        fields = self._fields = {
+            "compute_dtype": setup.compute_dtype,
+            "layout": setup.layout,
+            "num_ids": tools.tokenizer.vocab_size,
+        }
         entropy = make_outputs(setup.model, setup.execution, output="entropy", **fields)
         self._log_probs = R.LogProbs(
             make_outputs(setup.model, setup.execution, **fields),
@@ -271,7 +275,7 @@ class Steps:
     def _reference(self) -> Callable[[Batch], Tensor]:
         """Log-probs of the frozen policy that the run began with, from its weights; never the state's."""
         run, setup = self._run, self._run.setup
-        outputs = make_outputs(setup.model, setup.execution, compute_dtype=setup.compute_dtype, layout=setup.layout)
+        outputs = make_outputs(setup.model, setup.execution, **self._fields)
         weights = {k: p.to(setup.compute_dtype) for k, p in initial_weights(setup, run.world).items()}
         return lambda rows: outputs(weights, rows)
 

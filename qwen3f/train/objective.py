@@ -46,6 +46,8 @@ class Objective:
       count: batch -> this rank's part of the divisor, a scalar, from its whole rows. None: Σ loss_weights.
       reports: the figures' names, all of which token and document give; each becomes a metric of the step.
       entropy: token's batch has "entropy" [B, T], of the distribution at the batch's temperature, without a gradient.
+      num_ids: of log_probs: ids from here on have no probability, as for a sampler that never draws them (an embedding
+        may have rows that its tokenizer does not use); 0: all have.
     """
 
     output: Output = "nll"
@@ -54,6 +56,7 @@ class Objective:
     count: Callable[[Batch], Tensor] | None = None
     reports: tuple[str, ...] = ()
     entropy: bool = False
+    num_ids: int = 0
 
     def __post_init__(self) -> None:
         if self.output not in OUTPUTS:
@@ -133,11 +136,13 @@ def make_numbers(
     output: Output,
     layout: Layout = ONE_DEVICE,
     entropy: bool = False,
+    num_ids: int = 0,
 ) -> Callable[[Tensor, P.Params, Batch], tuple[Tensor, Tensor | None]]:
     """numbers(hidden, outer parameters, batch) -> (what the model says of each token [B, T], entropy [B, T] or None).
 
     Of this rank's part of the sequence, the same on all ranks of tp; float32 (float64 for float64). A log-probability
     is 0 where nothing is predicted. The temperature divides the hidden states, in their dtype, before the head.
+    num_ids: as Objective's.
     """
     tp = layout.axes.tp
 
@@ -151,12 +156,12 @@ def make_numbers(
             hidden_ND = hidden_ND / batch["temperature"].flatten()[:, None].to(hidden_ND.dtype)
         targets_N = batch["targets"].flatten()
         if execution.invariant:
-            log_probs_N = invariant.token_log_probs(hidden_ND, head, targets_N)
+            log_probs_N = invariant.token_log_probs(hidden_ND, tensor.known_rows(head, tp, num_ids), targets_N)
         elif tp.size > 1:
-            log_probs_N = tensor.token_log_probs(hidden_ND, head, targets_N, tp)
+            log_probs_N = tensor.token_log_probs(hidden_ND, head, targets_N, tp, num_ids)
         else:
-            log_probs_N = cross_entropy.token_log_probs(hidden_ND, head, targets_N)
-        around = tensor.entropy(hidden_ND.detach(), head.detach(), tp).view(shape) if entropy else None
+            log_probs_N = cross_entropy.token_log_probs(hidden_ND, tensor.known_rows(head, tp, num_ids), targets_N)
+        around = tensor.entropy(hidden_ND.detach(), head.detach(), tp, num_ids).view(shape) if entropy else None
         return log_probs_N.view(shape), around
 
     return numbers
@@ -187,7 +192,7 @@ def make_head(
     check_model(cfg, objective)
     if objective.output == "nll":
         return _nll_head(cfg, execution, layout)
-    numbers_of = make_numbers(cfg, execution, objective.output, layout, objective.entropy)
+    numbers_of = make_numbers(cfg, execution, objective.output, layout, objective.entropy, objective.num_ids)
 
     def head(hidden: Tensor, outer: P.Params, micro: MicroBatch, count: Tensor | float) -> tuple[Tensor, Figures]:
         numbers, entropy = numbers_of(hidden, outer, micro.own)

@@ -12,8 +12,8 @@ from tests.sharding.worlds import run_processes
 from tests.stages import toy_rl
 from tests.train.runs import metrics
 
-NUMBERS = ("loss", "aux_loss", "grad_norm", "tokens_seen", "ratio_gap", "clip_low", "clip_high", "moved", "entropy", "kl",
-           "reward", "truncated", "completion_tokens", "groups_wasted", "sampler_kl", "val_accuracy")  # fmt: skip
+NUMBERS = ("loss", "aux_loss", "grad_norm", "tokens_seen", "ratio_gap", "clip_low", "clip_high", "moved", "entropy",
+           "kl", "reward", "truncated", "completion_tokens", "groups_wasted", "sampler_kl", "val_accuracy")  # fmt: skip
 TWO = {"dp2": "dense", "tp2": "dense", "cp2": "dense", "pp2": "dense", "ep2": "moe"}
 
 

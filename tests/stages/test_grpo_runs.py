@@ -17,7 +17,7 @@ from qwen3f.train.saving import Saver
 from qwen3f.train.setup import make_setup
 from qwen3f.train.step import make_train_step
 from tests.data.sources.adapters.real_rows import write
-from tests.stages import toy_rl
+from tests.stages import toy_chats, toy_rl
 from tests.train.runs import assert_same_bits, final_state, metrics
 
 TIMES = ("_per_sec", "seconds", "mfu")
@@ -30,9 +30,9 @@ def root(tmp_path_factory):
     return place
 
 
-def small(root, **changes):
+def small(root, kind="dense", **changes):
     parts = {"steps": 3, "rollout.samples": 3, "checkpoint.every": 1, "eval.every": 0, "rollout.draws": 2}
-    return toy_rl.make_config(root, **(parts | changes))
+    return toy_rl.make_config(root, kind, **(parts | changes))
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +135,11 @@ def test_on_policy_the_first_ratio_is_exactly_one(whole):
 
 def test_where_the_engine_is_the_trainer_bit_for_bit_its_log_probs_are_the_old_ones(root, tmp_path, capsys):
     """Of model.INVARIANT, in float32: the ratio is 1 with them, and no pass is made for others after the first step."""
-    found = {}
+    found, size = {}, 266  # the tokenizer's
+    toy_chats.write_weights(root / "exact", toy_chats.SMALL | {"vocab_size": size})
     for old in ("auto", "trainer"):
-        config = small(root, dtype="float32", attention="invariant", microbatches=1, **{"rollout.old_logprobs": old})
+        config = small(root, "exact", dtype="float32", attention="invariant", microbatches=1)
+        config.update_from_flattened_dict({"rollout.old_logprobs": old, "model.vocab_size": size})
         loop.run(config, tmp_path / old, progress=False)
         said = capsys.readouterr().out
         assert "step 1: log-probs of sampler and trainer agree bit for bit; old ones: the " in said

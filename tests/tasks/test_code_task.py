@@ -36,10 +36,10 @@ def test_right_code_is_right_and_wrong_code_is_not():
 
 @RUNS
 def test_a_question_that_is_solved_by_hand():
-    asked = "xs: square each number; then return the sum of the numbers."
-    (question,) = (q for s in ("train", "heldout") for q in CodeTask().questions(s) if asked in q.prompt)
+    gold = json.dumps({"entry_point": "solve", "cases": [[[[1, 2, 3]], 14], [[[]], 0], [[[-4]], 16]]})
     answer = "```python\ndef solve(xs):\n    return sum(x * x for x in xs)\n```"
-    assert CodeTask().judge(answer, question.gold) == 1.0
+    assert CodeTask().judge(answer, gold) == 1.0
+    assert CodeTask().judge(answer.replace("x * x", "x"), gold) == 0.0
 
 
 def test_questions_are_distinct_and_split_by_their_text():
