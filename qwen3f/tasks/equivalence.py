@@ -4,7 +4,6 @@ math-verify's own limits are signals, which work in no thread and end no C code:
 process is killed. Nothing of an answer is ever evaluated as Python.
 """
 
-import logging
 import os
 import re
 
@@ -42,23 +41,6 @@ def final_answer(text: str) -> str | None:
     return found if found and len(found) <= LONGEST else None
 
 
-def same_mathematics(answer: str, gold: str) -> float | None:
-    """1.0 if a final answer means the same as `gold`, 0.0 if not; None if gold is nothing that can be compared.
-
-    Runs for ever for some answers: call it where it can be killed, as math_reward does.
-    """
-    if normalised(answer) == normalised(gold):
-        return 1.0
-    from math_verify import parse, verify  # takes a second, and is needed in the process alone
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of limits that are switched off
-    right = parse(f"${gold}$", parsing_timeout=None, raise_on_error=True)
-    if not right:
-        return None
-    given = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-    return float(bool(given) and verify(right, given, timeout_seconds=None, raise_on_error=True))
-
-
 def judge(answer_text: str, gold: str) -> Outcome:
     """math_reward's result, and why it failed."""
     answer = final_answer(answer_text)
@@ -67,8 +49,10 @@ def judge(answer_text: str, gold: str) -> Outcome:
     if normalised(answer) == normalised(gold):
         return Outcome(1.0)
     if os.environ.get(INSIDE):  # here it is a process with a deadline already
+        from qwen3f.tasks.verifier import same_mathematics
+
         return Outcome(same_mathematics(answer, gold))
-    return _workers().call("qwen3f.tasks.equivalence:same_mathematics", answer=answer, gold=gold)
+    return _workers().call("qwen3f.tasks.verifier:same_mathematics", answer=answer, gold=gold)
 
 
 def math_reward(answer_text: str, gold: str) -> float | None:
