@@ -126,7 +126,9 @@ def test_no_attack_wins(name, tier, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", attacks.SECRET)
     begin, before = time.monotonic(), set(Path("/tmp").glob("[0-9x]*"))
     limits = Limits() if name in attacks.ESCAPES else SHORT
-    verdict = run_tests(attacks.ALL[name], attacks.TESTS, "f", limits, tier=tier)
+    by_cases = name in attacks.FLOODS or name in attacks.ESCAPES  # no second process: this one compares
+    tests = [Case((), attacks.SECRET)] if by_cases else attacks.TESTS
+    verdict = run_tests(attacks.ALL[name], tests, "f", limits, tier=tier)
     assert not verdict.passed
     assert verdict.reason in ("wrong", "error", "late", "ended")
     assert "the-answer-was-readable" not in verdict.detail
