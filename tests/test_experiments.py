@@ -32,6 +32,9 @@ EXPERIMENTS = (
     "sft_cold_start:nano",
     "sft_fusion",
     "sft_fusion:nano",
+    "multimodal",
+    "multimodal:nano_vl",
+    "multimodal:seed_vl",
     "export_hf",
     "generate",
     "inspect",
@@ -56,7 +59,7 @@ def as_text(config):
 def test_resolved_config_is_the_golden_one(experiment):
     config = resolve(experiment)
     assert as_text(config) == golden(experiment).read_text()
-    if config.stage not in ("pretrain", "sft"):
+    if config.stage not in ("pretrain", "sft", "multimodal"):
         return
     plan = make_setup(config)
     find_stage(config.stage).check(plan)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from qwen3f.errors import UserError
 from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.tasks.task import Task
+from qwen3f.tasks.visual import VisualTask
 
-_TASKS: dict[str, Callable[[], Task]] = {"reasoning": ReasoningTask}
+_TASKS: dict[str, Callable[[], Task]] = {"reasoning": ReasoningTask, "visual": VisualTask}
 
 
 def open_task(name: str, flag: str) -> Task:

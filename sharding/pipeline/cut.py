@@ -192,11 +192,13 @@ def _check_kinds(cfg: ModelConfig, stages: Slices) -> None:
 
 
 def _check_taps(cfg: ModelConfig, stages: Slices) -> None:
-    first = len(stages.layers_of(0))
-    if cfg.injected_taps > first:
+    first, taps = len(stages.layers_of(0)), cfg.injected_taps
+    if taps > first:
+        fitting = (n for n in range(1, stages.ranks) if heights(stages.layers, n * stages.per_rank).start >= taps)
         raise UserError(
-            f"model.vision_deepstack_layers has {cfg.injected_taps} taps, which are added behind the first layers, but "
-            f"stage 0 of {stages.count}, which has the tower, holds {first}; write a smaller pp in config.mesh"
+            f"model.vision_deepstack_layers has {taps} taps, which are added behind the first layers, but stage 0 of "
+            f"{stages.count}, which has the tower, holds {first}; write in config.mesh "
+            f"{nearest('pp', stages.ranks, fitting)}"
         )
 
 

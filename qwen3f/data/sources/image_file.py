@@ -1,13 +1,18 @@
 """Image files from strangers, opened so that nothing but named decoders of pillow's sees them."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
 from qwen3f.errors import UserError
 from qwen3f.limits import PIXELS
-from qwen3f.vision.rgb import FORMATS, to_rgb
+from qwen3f.vision.rgb import FORMATS, check_size, to_rgb
+
+Result = TypeVar("Result")
+_ORIENTATION = 0x0112  # EXIF's number of it; from 5 on height and width change places
 
 
 def read_image(path: Path) -> Image.Image:
@@ -17,13 +22,28 @@ def read_image(path: Path) -> Image.Image:
         UserError: the file cannot be read, is of another format than rgb.FORMATS, has more pixels than `limits.PIXELS`
             (known before it is decoded; above 178,956,970 pillow itself refuses), or is damaged.
     """
+    return _opened(path, to_rgb)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of what read_image gives, from the file's header alone. Raises UserError as read_image."""
+
+    def upright(image: Image.Image, name: str) -> tuple[int, int]:
+        check_size(image, name)
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        return image.size if turned else image.size[::-1]
+
+    return _opened(path, upright)
+
+
+def _opened(path: Path, use: Callable[[Image.Image, str], Result]) -> Result:
     name = f"the image {path}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours decides
             image = Image.open(path, formats=FORMATS)
         with image:
-            return to_rgb(image, name)
+            return use(image, name)
     except UserError:
         raise
     except UnidentifiedImageError as error:

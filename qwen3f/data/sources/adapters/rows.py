@@ -18,6 +18,7 @@ REASONS = (
     "null_values",
     "roles_out_of_order",
     "misplaced_thoughts",
+    "bad_images",
     # What a rule of the stage leaves out, counted always.
     "empty_texts",
     "too_long",
