@@ -1,6 +1,6 @@
 """Vision-language training: chats with pictures, mixed with text.
 
-    python launch.py --config experiments/multimodal.py:nano_vl --config.data.tokenizer=PATH --workdir W
+    python launch.py --config experiments/multimodal.py:nano_vl --workdir W
     python launch.py --config experiments/multimodal.py:qwen3-vl-2b --config.init_from=DIR \
         --config.data.mixture=visual-chats@DIR2=0.8,ultrachat@DIR3=0.2 --workdir W
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from qwen3f.data.corpus import cache_directory
 from qwen3f.data.multimodal.dataset import VisualCorpus, VisualDataConfig, VisualDataset, prepare_visual
 from qwen3f.data.multimodal.dataset import check as check_data
+from qwen3f.data.multimodal.tokenizer import trained_tokenizer
 from qwen3f.data.tokenizers.tokenizer import load_tokenizer
-from qwen3f.errors import UserError
 from qwen3f.eval.exact import make_exact
 from qwen3f.eval.heldout import batches_of_one_shape
 from qwen3f.params import Params
@@ -37,15 +38,13 @@ def check(setup: Setup) -> None:
 
 def make(run: Run) -> Stage:
     setup, config = run.setup, run.setup.config
-    place = find_tokenizer(setup, run.workdir)
-    if not place:
-        raise UserError(
-            "training on pictures needs a tokenizer: write --config.init_from=W for a model's own, or "
-            "--config.data.tokenizer=PATH"
-        )
-    tokenizer = load_tokenizer(place)
+    data, place = _data_config(setup), find_tokenizer(setup, run.workdir)
+    if place:
+        tokenizer = load_tokenizer(place)
+    else:
+        tokenizer = trained_tokenizer(data, setup.model.vocab_size, cache_directory(config.data.cache))
     check_tokenizer(tokenizer, setup.model)
-    corpus = prepare_visual(_data_config(setup), config.seq_len, tokenizer, setup.model)
+    corpus = prepare_visual(data, config.seq_len, tokenizer, setup.model)
     return Stage(
         tokenizer=tokenizer,
         dataset=corpus.train,

@@ -16,7 +16,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.data.mixture import CYCLE, Mixture, make_mixture, parse_weights
 from qwen3f.data.multimodal.packing import Needs, pack
 from qwen3f.data.multimodal.samples import Picture, VisualSample, check_tokenizer, tokenise
-from qwen3f.data.multimodal.sources import Drawing, open_visual
+from qwen3f.data.multimodal.sources import Drawing, VisualSource, open_visual
 from qwen3f.data.packing.best_fit_dataset import best_fit_row
 from qwen3f.data.packing.concat import Example
 from qwen3f.data.sampler import example_index
@@ -167,10 +167,10 @@ def prepare_visual(data: VisualDataConfig, seq_len: int, tokenizer: Tokenizer, c
     check(data, seq_len, cfg)
     check_tokenizer(tokenizer, cfg)
     weights = dict(parse_weights(data.mixture))
-    room, problems = Needs(seq_len, data.patches, data.images), ReasoningSource(num_problems=data.problems)
+    room = Needs(seq_len, data.patches, data.images)
 
     def packed(name: str, split: Split, most: int) -> VisualDataset | None:
-        source = open_visual(name, drawing(data), problems, data.turns, data.on_bad_row)
+        source = open_source(name, data)
         counts: Counter[str] = Counter()
         found = (_document(sample, tokenizer, cfg, data, counts) for sample in source.samples(split, counts))
         documents = list(islice((document for document in found if document is not None), most or None))
@@ -200,6 +200,12 @@ def prepare_visual(data: VisualDataConfig, seq_len: int, tokenizer: Tokenizer, c
     single = len(train) == 1
     dataset = next(iter(train.values())) if single else make_mixture([*train.values()], [*weights.values()])
     return VisualCorpus(dataset, tuple(train), {name: rows for name, rows in heldout.items() if rows})
+
+
+def open_source(name: str, data: VisualDataConfig) -> VisualSource:
+    """As multimodal.sources.open_visual."""
+    problems = ReasoningSource(num_problems=data.problems)
+    return open_visual(name, drawing(data), problems, data.turns, data.on_bad_row)
 
 
 def drawing(data: VisualDataConfig) -> Drawing:

@@ -138,9 +138,12 @@ class WordSource:
         return (VisualSample(chat) for chat in self.chats.documents(split, counts))
 
 
+VisualSource = GeneratedSource | RowSource | WordSource
+
+
 def open_visual(
     name: str, drawing: Drawing, problems: ReasoningSource, turns: Turns, on_bad_row: OnBadRow
-) -> GeneratedSource | RowSource | WordSource:
+) -> VisualSource:
     """The source that a mixture names; see the module's text. Raises UserError for an unknown name, or no directory."""
     kind, _, directory = name.partition("@")
     if name in GENERATED:
