@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.chat.corpus import check as check_data
@@ -48,7 +47,7 @@ COUNTS = (
 )  # fmt: skip
 """What is counted; see `choose`."""
 
-_FREE = ("stage", "out", "questions", "batch_size", "device", "compile")  # may change when a run goes on
+_FREE = ("stage", "out", "questions", "batch_size", "device")  # may change when a run goes on
 _DATA = ("kinds", "difficulties", "problems", "problem_seed")
 
 
@@ -94,7 +93,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, A
     questions = list(islice(task.questions("train"), config.questions or None))
     _check_lengths(config, cfg, tokenizer, questions)
     device = find_device(config.device)
-    dtype, execution = find_dtype(config.dtype, device), model.Execution(compile=config.compile)
+    dtype = find_dtype(config.dtype, device)
     out = Path(config.out).expanduser()
     chosen = {f"data.{key}": value for key, value in config.data.items()} | config.to_dict()
     settings = {key: value for key, value in chosen.items() if key not in (*_FREE, "data")}
@@ -102,9 +101,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, A
         done = _progress(out, {**settings, "init_from": place})
         if done.counts["questions"] < len(questions):
             params = source.read_params(place, cfg, device, dtype)
-            options = AnswerOptions(
-                config.max_new_tokens, config.temperature, config.seed, 0, config.batch_size, device, execution
-            )
+            options = AnswerOptions(config.max_new_tokens, config.temperature, config.seed, 0, config.batch_size)
 
             def ask(prompts: Sequence[str], first: int) -> Iterator[Answer]:
                 return answer(cfg, params, tokenizer, prompts, True, dataclasses.replace(options, first=first))

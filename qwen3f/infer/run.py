@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from ml_collections import ConfigDict
 
-from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.template import encode_chat
 from qwen3f.data.tokenizers.token_text import StreamDecoder
@@ -50,7 +49,6 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> list[Answer
     sampling = choose_sampling(config)
     device = find_device(config.device)
     dtype = find_dtype(config.dtype, device)
-    execution = model.Execution(compile=config.compile)
     cfg = source.read_model_config(config.init_from)
     tokenizer = source.read_tokenizer(config.init_from)
     rows = [_encode(config, tokenizer, prompt) for prompt in prompts]
@@ -62,7 +60,6 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> list[Answer
         "stop_ids": tokenizer.stop_ids,
         "num_ids": min(tokenizer.vocab_size, cfg.vocab_size),
         "budget": _budget(config, tokenizer),
-        "execution": execution,
     }
     params = source.read_params(config.init_from, cfg, device, dtype)
     answers = answer(cfg, params, tokenizer, prompts, rows, options)

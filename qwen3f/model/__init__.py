@@ -1,6 +1,6 @@
 """The model: pure functions of (config, parameters, batch)."""
 
-from qwen3f.model.cached import apply_cached, make_cached_forward
+from qwen3f.model.cached import make_cached_forward
 from qwen3f.model.execution import EAGER, REFERENCE, Execution
 from qwen3f.model.kv_cache import KVCache, init_cache
 from qwen3f.model.moe import RouterStats
@@ -14,7 +14,6 @@ __all__ = [
     "ModelOutput",
     "RouterStats",
     "apply",
-    "apply_cached",
     "head_weight",
     "init_cache",
     "make_cached_forward",

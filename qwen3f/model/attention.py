@@ -22,7 +22,7 @@ from kernels.qk_norm_rope import qk_norm_rope
 from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from qwen3f.model.kv_cache import LayerCache, dense_allowed, extend
+from qwen3f.model.kv_cache import PagedLayer, dense_allowed, extend
 from qwen3f.model.norm import L2Norm, RMSNorm
 from qwen3f.model.rope import apply_rope
 from sharding.axes import ONE, Axes, Axis
@@ -113,7 +113,7 @@ def attend_reference(
     return probs @ v
 
 
-def attend_cached(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cache: LayerCache, backend: str) -> Tensor:
+def attend_cached(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cache: PagedLayer, backend: str) -> Tensor:
     """Attention of the new tokens over the cache with them in it (written in place); [B, H, T, d].
 
     On a CPU the query heads that share a key/value head are laid out as further rows of its queries: torch's kernel
@@ -167,7 +167,7 @@ class Attention(nn.Module):
         self.axes = axes
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | LayerCache, stream: Tensor | None
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | PagedLayer, stream: Tensor | None
     ) -> Tensor:
         tp = self.axes.tp
         queries = self.q_proj.weight, self.q_proj.bias
@@ -181,7 +181,7 @@ class Attention(nn.Module):
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if isinstance(mask, LayerCache):
+        if isinstance(mask, PagedLayer):
             out = attend_cached(q, k, v, mask, self.backend)
         elif mask.ring is not None:
             out = ring_attention(q, k, v, self.axes.cp, mask.ring)[0]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qwen3f.config import ModelConfig
 from qwen3f.model.attention import Attention, AttentionMask
 from qwen3f.model.execution import Execution
-from qwen3f.model.kv_cache import LayerCache
+from qwen3f.model.kv_cache import PagedLayer
 from qwen3f.model.mlp import SwiGLU
 from qwen3f.model.moe import SparseMLP
 from qwen3f.model.norm import RMSNorm
@@ -38,7 +38,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: AttentionMask | LayerCache,
+        mask: AttentionMask | PagedLayer,
         real_BT: Tensor | None,
         stream: Tensor | None,
     ) -> tuple[Tensor, ...]:

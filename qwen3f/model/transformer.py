@@ -19,7 +19,7 @@ from qwen3f.errors import UserError
 from qwen3f.model.attention import AttentionMask, batch_mask
 from qwen3f.model.block import block_fn
 from qwen3f.model.execution import EAGER, Execution
-from qwen3f.model.kv_cache import LayerCache
+from qwen3f.model.kv_cache import PagedLayer
 from qwen3f.model.moe import RouterStats
 from qwen3f.model.norm import rms_norm
 from qwen3f.model.rope import rope_tables
@@ -147,7 +147,7 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
     """body(params, tokens, positions, masks, real, dropout_stream=None, visual=None) -> as make_forward's function.
 
     tokens: [B, T]. positions: [B, T] or [B, 3, T]. masks: what each layer's attention may see; an AttentionMask, or a
-    LayerCache that also holds the layer's earlier keys and values (qwen3f.model.cached). real: bool [B, T] or None, as
+    PagedLayer that also holds the layer's earlier keys and values (qwen3f.model.cached). real: bool [B, T] or None, as
     real_tokens gives it. visual: as make_sight's function gives it.
     """
     ahead = _weights_ahead(cfg, execution, layout)
@@ -159,7 +159,7 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
         params: P.Params,
         tokens: Tensor,
         positions: Tensor,
-        masks: Sequence[AttentionMask | LayerCache],
+        masks: Sequence[AttentionMask | PagedLayer],
         real: Tensor | None = None,
         dropout_stream: Tensor | None = None,
         visual: Visual | None = None,
@@ -191,7 +191,7 @@ class LayerInputs(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-    masks: Sequence[AttentionMask | LayerCache]
+    masks: Sequence[AttentionMask | PagedLayer]
     real: Tensor | None = None
     dropout_stream: Tensor | None = None
 

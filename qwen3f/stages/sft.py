@@ -163,7 +163,7 @@ def _answered(
     setup, config = run.setup, run.setup.config
     cfg = dataclasses.replace(setup.model, gradient_checkpointing="none")
     compute = {path: leaf.to(setup.compute_dtype) for path, leaf in params.items()}
-    options = AnswerOptions(config.eval.max_new_tokens, device=setup.device)
+    options = AnswerOptions(config.eval.max_new_tokens)
     prompts = [question.prompt for question in questions]
 
     def go_on() -> None:
