@@ -31,7 +31,10 @@ def bound(cfg: ModelConfig, params: P.Params, batch: int, context: int) -> float
     if cfg.num_experts:
         experts = sum(leaf.numel() for path, leaf in params.items() if ".experts." in path)
         read = 1 - (1 - cfg.num_experts_per_tok / cfg.num_experts) ** batch  # share of experts that some row asks for
-        weights, active = weights - experts * (1 - read), weights - experts * (1 - cfg.num_experts_per_tok / cfg.num_experts)
+        weights, active = (
+            weights - experts * (1 - read),
+            weights - experts * (1 - cfg.num_experts_per_tok / cfg.num_experts),
+        )
     cache = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * 2 * context * batch
     seconds = max(2 * weights / BANDWIDTH, 2 * active * batch / FLOPS) + cache / BANDWIDTH
     return batch / seconds
@@ -134,7 +137,10 @@ def peers(cfg: ModelConfig, cases: list[tuple[int, int]]) -> None:
 
         seconds(96), seconds(32)
         rate = batch * 64 / (seconds(96) - seconds(32))
-        print(f"transformers {transformers.__version__}, static cache: B{batch} context {context}: {rate:,.0f} tokens/s", flush=True)
+        print(
+            f"transformers {transformers.__version__}, static cache: B{batch} context {context}: {rate:,.0f} tokens/s",
+            flush=True,
+        )
 
 
 def main(arguments: list[str]) -> None:

@@ -103,7 +103,7 @@ def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], dict[st
             if run.stopping():
                 raise Interrupted
             if blind:
-                batch = _with_other_pictures(dataset, batch)
+                batch = _with_other_pictures(batch)
             right = exact(params, {key: x.to(setup.device) for key, x in batch.items()}).tolist()
             for i in range(number * rows, min((number + 1) * rows, most)):
                 for segment, chat in enumerate(dataset.members(i)):
@@ -123,7 +123,7 @@ def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], dict[st
     return answered
 
 
-def _with_other_pictures(dataset: VisualDataset, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _with_other_pictures(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same questions about other pictures of the same sizes' places: patches are turned round over all rows."""
     used = torch.arange(batch["pixel_values"].shape[1]) < batch["grids"].prod(-1).sum(1)[:, None]
     patches = batch["pixel_values"][used]
