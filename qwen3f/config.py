@@ -182,28 +182,14 @@ class ModelConfig:
 
     def matmul_params(self) -> int:
         """Active parameters that a token is multiplied with: the head counts (tied too), the lookup doesn't, nor does
-        the vision tower, through which patches pass (vision_flops_per_patch)."""
+        the vision tower, through which patches pass."""
         from qwen3f import params
 
         table = params.abstract_params(self)
-        matrices = (
-            p for p, s in table.items() if s.is_matrix and p != params.EMBED and not p.startswith(params.VISUAL)
-        )
+        apart = (params.EMBED, params.VISUAL)
+        matrices = (path for path, spec in table.items() if spec.is_matrix and not path.startswith(apart))
         body = sum(params.active_numel(self, path, table[path]) for path in matrices)
         return body + (table[params.EMBED].numel if self.tie_word_embeddings else 0)
-
-    def vision_flops_per_patch(self, patches_of_frame: float) -> float:
-        """Operations of the tower's forward pass a patch: two a parameter that it is multiplied with, of mergers their
-        share of the patches that make one token, and attention within its frame."""
-        from qwen3f import params
-
-        if not self.vision_enabled:
-            return 0.0
-        total, merged = 0.0, self.vision_merger_spatial_factor**2
-        for path, spec in params.abstract_params(self).items():
-            if path.startswith(params.VISUAL) and spec.is_matrix and path != params.POSITIONS:
-                total += 2 * spec.numel / (merged if path.startswith((params.MERGER, params.TAP_MERGERS)) else 1)
-        return total + 4 * self.vision_num_hidden_layers * self.vision_hidden_size * patches_of_frame
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -53,15 +53,8 @@ def test_matmul_params_leave_out_the_lookup_and_vectors():
     assert cfg.replace(tie_word_embeddings=True).matmul_params() == cfg.matmul_params()
 
 
-def test_the_tower_counts_by_the_patch():
-    """2[L(4C² + 2CI) + 1536C + (1 + taps)(16C² + 4C·out)/4] + 4LC·n (the formula of the released kinds)."""
-    cfg = presets.get("qwen3-vl-2b")
-    C, inner, out, n = 1024, 4096, 2048, 1024
-    wanted = 2 * (24 * (4 * C * C + 2 * C * inner) + 1536 * C + 4 * (16 * C * C + 4 * C * out) / 4) + 4 * 24 * C * n
-    assert cfg.vision_flops_per_patch(n) == wanted
-    assert round(3 * wanted * n / 1e12, 2) == 2.33  # TFLOP to train on an image of 512 × 512
-    assert cfg.matmul_params() == presets.get("qwen3-1.7b").matmul_params()
-    assert presets.get("nano").vision_flops_per_patch(n) == 0
+def test_matmul_params_leave_out_the_tower():
+    assert presets.get("qwen3-vl-2b").matmul_params() == presets.get("qwen3-1.7b").matmul_params()
 
 
 @pytest.mark.parametrize("kind", ["json", "yaml"])

@@ -22,7 +22,7 @@ def read_image(path: Path) -> Image.Image:
         UserError: the file cannot be read, is of another format than rgb.FORMATS, has more pixels than `limits.PIXELS`
             (known before it is decoded; above 178,956,970 pillow itself refuses), or is damaged.
     """
-    return _opened(path, to_rgb)
+    return opened(path, to_rgb)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -33,10 +33,11 @@ def image_size(path: Path) -> tuple[int, int]:
         turned = image.getexif().get(_ORIENTATION, 1) >= 5
         return image.size if turned else image.size[::-1]
 
-    return _opened(path, upright)
+    return opened(path, upright)
 
 
-def _opened(path: Path, use: Callable[[Image.Image, str], Result]) -> Result:
+def opened(path: Path, use: Callable[[Image.Image, str], Result]) -> Result:
+    """use(the image, its header read; its name for errors). Raises UserError as read_image."""
     name = f"the image {path}"
     try:
         with warnings.catch_warnings():
