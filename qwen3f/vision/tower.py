@@ -19,7 +19,9 @@ from qwen3f.vision.deepstack import Features, Fusion
 from qwen3f.vision.merger import make_merger
 from qwen3f.vision.mrope import places_of
 from qwen3f.vision.patch_embed import embed, patch_places
+from qwen3f.vision.patch_split import all_patches, fill_up, own_patches
 from qwen3f.vision.vit import Block, FrameMask, frame_mask, rotary_tables
+from sharding.axes import ONE, Axes
 from sharding.layout import ONE_DEVICE, Layout
 
 Tower = Callable[[P.Params, Tensor, Tensor], Features]
@@ -38,12 +40,12 @@ def make_tower(cfg: ModelConfig, attention: str, compile: str, layout: Layout = 
     """tower(params, pixel_values [B, P, V], grids [B, n, 3]) -> Features.
 
     attention, compile: as in model.Execution. params: this rank's shards, of which those in no stack must have gone
-    through model.make_outer; a stack may come as a tuple of its layers. Every rank of tp and cp computes the features
-    of all images of its rows.
+    through model.make_outer; a stack may come as a tuple of its layers. Ranks of tp and cp share out the patches of
+    their rows, and all of them get all features.
     """
-    inject = cfg.vision_deepstack_mode == "llm_inject"
+    inject, axes = cfg.vision_deepstack_mode == "llm_inject", layout.axes
     with torch.device("meta"):
-        block, merger, tap_merger = Block(cfg, attention), make_merger(cfg, tap=False), make_merger(cfg, tap=True)
+        block, merger, tap_merger = Block(cfg, attention, axes), make_merger(cfg, tap=False), make_merger(cfg, tap=True)
         fusion = Fusion(cfg)
 
     def run(skeleton: torch.nn.Module, stack: str) -> LayerFn:
@@ -57,8 +59,9 @@ def make_tower(cfg: ModelConfig, attention: str, compile: str, layout: Layout = 
 
     def tower(params: P.Params, pixels_BPV: Tensor, grids_Bn3: Tensor) -> Features:
         dtype = params[P.PATCH_EMBED + "weight"].dtype
-        inputs = patch_inputs(cfg, grids_Bn3, pixels_BPV.shape[1], dtype, attention)
-        x = embed(cfg, params, pixels_BPV, inputs.places)
+        pixels_BPV = fill_up(pixels_BPV, axes, cfg.vision_merger_spatial_factor**2)
+        inputs = patch_inputs(cfg, grids_Bn3, pixels_BPV.shape[1], dtype, attention, axes)
+        x = embed(cfg, params, own_patches(pixels_BPV, axes), inputs.places)
         blocks = _rows(params, P.VISUAL_BLOCKS)
         fusions, mergers = _rows(params, P.TAP_FUSIONS), _rows(params, P.TAP_MERGERS)
         fused, taps = [], []
@@ -72,13 +75,15 @@ def make_tower(cfg: ModelConfig, attention: str, compile: str, layout: Layout = 
             x = x + part
         own = {path.removeprefix(P.MERGER): leaf for path, leaf in params.items() if path.startswith(P.MERGER)}
         (merged,) = torch.func.functional_call(merger, own, (x,), strict=True)
-        return Features(merged, tuple(taps))
+        return Features(all_patches(merged, axes), tuple(all_patches(tap, axes) for tap in taps))
 
     return tower
 
 
-def patch_inputs(cfg: ModelConfig, grids_Bn3: Tensor, count: int, dtype: torch.dtype, attention: str) -> PatchInputs:
-    """For rows with room for `count` patches; dtype: that of the tower."""
+def patch_inputs(
+    cfg: ModelConfig, grids_Bn3: Tensor, count: int, dtype: torch.dtype, attention: str, axes: Axes = ONE
+) -> PatchInputs:
+    """This rank's part, for rows with room for `count` patches; dtype: that of the tower."""
     place = torch.arange(count, device=grids_Bn3.device).expand(len(grids_Bn3), count)
     at = places_of(place, grids_Bn3)
     side = cfg.vision_merger_spatial_factor
@@ -89,11 +94,14 @@ def patch_inputs(cfg: ModelConfig, grids_Bn3: Tensor, count: int, dtype: torch.d
     column = block % across * side + inner % side
     start = torch.where(at.there, at.start + at.frame * at.height * at.width, place)
     end = torch.where(at.there, start + at.height * at.width, place + 1)
+    row, column, start, end, height, width = (
+        own_patches(x, axes) for x in (row, column, start, end, at.height, at.width)
+    )
     head_dim = cfg.vision_hidden_size // cfg.vision_num_attention_heads
     return PatchInputs(
         *rotary_tables(cfg, row, column, dtype),
-        frame_mask(start, end, attention, head_dim),
-        patch_places(row, column, at.height, at.width, cfg.vision_grid_side),
+        frame_mask(start, end, count, attention, head_dim),
+        patch_places(row, column, height, width, cfg.vision_grid_side),
     )
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from kernels import flash_attention
 from kernels.key_ranges import KeyRanges, dense_mask, key_ranges
 from qwen3f.config import ModelConfig
+from qwen3f.vision.patch_split import all_patches
+from sharding.axes import ONE, Axes
 
 EPS = 1e-6  # of every LayerNorm
 THETA = 1e4  # rotary base
@@ -22,16 +24,17 @@ THETA = 1e4  # rotary base
 class FrameMask(NamedTuple):
     """What a patch may see, in the form that its attention takes; one of the two is set.
 
-    ranges: for kernels.flash_attention. allowed: bool [B, 1, P, P].
+    ranges: for kernels.flash_attention. allowed: bool [B, 1, P, patches of all ranks].
     """
 
     ranges: KeyRanges | None = None
     allowed: Tensor | None = None
 
 
-def frame_mask(starts_BP: Tensor, ends_BP: Tensor, backend: str, head_dim: int) -> FrameMask:
-    """starts, ends: of each patch's frame; of padding itself alone, so that it is never an empty row."""
-    ranges = key_ranges(starts_BP, ends_BP, starts_BP.shape[1])
+def frame_mask(starts_BP: Tensor, ends_BP: Tensor, keys: int, backend: str, head_dim: int) -> FrameMask:
+    """starts, ends: of each patch's frame; of padding itself alone, so that it is never an empty row. keys: patches of
+    the row on all ranks."""
+    ranges = key_ranges(starts_BP, ends_BP, keys)
     on_gpu = starts_BP.is_cuda and flash_attention.fits(head_dim)
     if backend == "flash" or (backend == "auto" and on_gpu):
         return FrameMask(ranges=ranges)
@@ -67,16 +70,20 @@ def rotate(x_BPHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg: ModelConfig, backend: str) -> None:
+    """Of this rank's patches to those of all ranks of cp and tp (qwen3f.vision.patch_split)."""
+
+    def __init__(self, cfg: ModelConfig, backend: str, axes: Axes) -> None:
         super().__init__()
         width = cfg.vision_hidden_size
         self.q_proj, self.k_proj, self.v_proj, self.proj = (nn.Linear(width, width) for _ in range(4))
         self.heads = cfg.vision_num_attention_heads
         self.backend = backend
+        self.axes = axes
 
     def forward(self, x_BPC: Tensor, cos: Tensor, sin: Tensor, mask: FrameMask) -> Tensor:
         q, k, v = (linear(x_BPC).unflatten(-1, (self.heads, -1)) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (x.transpose(1, 2) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+        q, k, v = rotate(q, cos, sin), all_patches(rotate(k, cos, sin), self.axes), all_patches(v, self.axes)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return self.proj(attend(q, k, v, mask, self.backend).transpose(1, 2).flatten(-2))
 
 
@@ -93,10 +100,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)); returns a tuple of one, as all skeletons do."""
 
-    def __init__(self, cfg: ModelConfig, backend: str) -> None:
+    def __init__(self, cfg: ModelConfig, backend: str, axes: Axes = ONE) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(cfg.vision_hidden_size, EPS)
-        self.attn = Attention(cfg, backend)
+        self.attn = Attention(cfg, backend, axes)
         self.norm2 = nn.LayerNorm(cfg.vision_hidden_size, EPS)
         self.mlp = MLP(cfg)
 
