@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import rmsnorm, row_product
+from kernels import dependent_launch, rmsnorm, row_product
 from kernels.backend import check_devices, runs_triton, tl, triton
 
 _WARP_TILES = 512  # tiles of the vocabulary a warp of the second kernel holds; not tuned on a card yet
@@ -87,8 +87,8 @@ def _scale(inv_temperature_ptr, row, rows):
 def _logits_kernel(
     x_ptr, norm_ptr, head_ptr, inv_temperature_ptr, logits_ptr, top_ptr, total_ptr, place_ptr,
     rows, D, V, num_ids, eps,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of logits; its rows' greatest tempered logit, Σ exp(tempered − that), and where it lies.
 
@@ -100,9 +100,9 @@ def _logits_kernel(
     n = block * BN + tl.arange(0, BN)
     weight_N = head_ptr + tl.minimum(n, V - 1).to(tl.int64) * D
     product, square = row_product.row_product(
-        x_ptr, norm_ptr, weight_N, row, rows, D, True, BM, BN, BK, SLICES, STAGES, PRECISION
+        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, AHEAD
     )
-    logits = product * tl.rsqrt(square / D + eps)[:, None]
+    logits = product * tl.rsqrt(square / D + eps)[:, None] if HAS_NORM else product
     mask = (row < rows)[:, None] & (n < V)[None, :]
     tl.store(logits_ptr + row.to(tl.int64)[:, None] * V + n[None, :], logits, mask=mask)
 
@@ -130,9 +130,10 @@ def _first(possible, fits, index, none):
 @triton.jit
 def _choose_kernel(
     logits_ptr, top_ptr, total_ptr, place_ptr, inv_temperature_ptr, uniform_ptr, id_ptr, logprob_ptr, finite_ptr,
-    V, num_ids, blocks, BN: tl.constexpr, PADDED: tl.constexpr,
+    V, num_ids, blocks, BN: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: the tile, then the id within it. The sums are float64, so that a small id's share is not rounded off."""
+    dependent_launch.wait(PDL)
     row = tl.program_id(0)
     scale = _scale(inv_temperature_ptr, row, row + 1)
     block = tl.arange(0, PADDED)
@@ -184,12 +185,14 @@ def _op(
     padded = triton.next_power_of_2(blocks)
     with torch.cuda.device_of(x):
         _logits_kernel[(triton.cdiv(B, cut.rows) * blocks,)](
-            x, norm, head, inv_temperature, logits, tops, totals, places, B, D, V, num_ids, eps,
+            row_product.normed(x, norm, eps, cut), norm, head, inv_temperature, logits, tops, totals, places, B, D, V,
+            num_ids, eps, HAS_NORM=cut.norms,
             **row_product.options(x, cut),
         )  # fmt: skip
         _choose_kernel[(B,)](
             logits, tops, totals, places, inv_temperature, uniform, ids, logprob, finite.view(torch.int8), V, num_ids,
-            blocks, BN=cut.outputs, PADDED=padded, num_warps=max(4, min(16, padded // _WARP_TILES)),
+            blocks, BN=cut.outputs, PADDED=padded, PDL=dependent_launch.on(x),
+            num_warps=max(4, min(16, padded // _WARP_TILES)), launch_pdl=dependent_launch.on(x),
         )  # fmt: skip
     return ids, logprob, logits, finite
 

@@ -41,14 +41,14 @@ def linear_residual(h_BN: Tensor, weight_DN: Tensor, x_BD: Tensor) -> Tensor:
 def _kernel(
     h_ptr, weight_ptr, x_ptr, out_ptr, rows, N, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(rows, BM)
     row = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)
     d = (tl.program_id(0) // row_tiles) * BN + tl.arange(0, BN)
     weight_N = weight_ptr + tl.minimum(d, D - 1).to(tl.int64) * N
     product, _square = row_product.row_product(
-        h_ptr, h_ptr, weight_N, row, rows, N, False, BM, BN, BK, SLICES, STAGES, PRECISION
+        h_ptr, h_ptr, weight_N, row, rows, N, False, BM, BN, BK, SLICES, STAGES, PRECISION, AHEAD
     )
     at = row.to(tl.int64)[:, None] * D + d[None, :]
     mask = (row < rows)[:, None] & (d < D)[None, :]

@@ -46,8 +46,8 @@ def norm_linear(
 def _kernel(
     x_ptr, norm_ptr, first_ptr, second_ptr, third_ptr, first_bias_ptr, second_bias_ptr, third_bias_ptr, out_ptr,
     rows, D, first_N, second_N, third_N, eps,
-    HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SLICES: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One tile; tiles of one weight after the other's. Tiles of the same outputs are neighbours and share L2."""
     row_tiles = tl.cdiv(rows, BM)
@@ -65,9 +65,9 @@ def _kernel(
     n = block * BN + tl.arange(0, BN)
     weight_N = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * D
     product, square = row_product.row_product(
-        x_ptr, norm_ptr, weight_N, row, rows, D, True, BM, BN, BK, SLICES, STAGES, PRECISION
+        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, AHEAD
     )
-    out = product * tl.rsqrt(square / D + eps)[:, None]
+    out = product * tl.rsqrt(square / D + eps)[:, None] if HAS_NORM else product
     if HAS_BIAS:
         out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     at = row.to(tl.int64)[:, None] * (first_N + second_N + third_N) + (offset + n)[None, :]
@@ -86,7 +86,8 @@ def _op(x: Tensor, norm: Tensor, eps: float, weights: list[Tensor], biases: list
     tiles = triton.cdiv(len(x), cut.rows) * sum(triton.cdiv(n, cut.outputs) for n in sizes)
     with torch.cuda.device_of(x):
         _kernel[(tiles,)](
-            x, norm, *given, *added, out, *x.shape, *sizes, eps, HAS_BIAS=len(biases) > 0,
+            row_product.normed(x, norm, eps, cut), norm, *given, *added, out, *x.shape, *sizes, eps,
+            HAS_BIAS=len(biases) > 0, HAS_NORM=cut.norms,
             **row_product.options(x, cut),
         )  # fmt: skip
     return out

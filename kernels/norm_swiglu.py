@@ -38,8 +38,8 @@ def norm_swiglu(x_BD: Tensor, norm_D: Tensor, eps: float, gate_FD: Tensor, up_FD
 @triton.jit
 def _kernel(
     x_ptr, norm_ptr, gate_ptr, up_ptr, out_ptr, rows, D, F, eps,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BN/2 outputs: weight rows 2i of the tile are gate's, 2i + 1 up's."""
     row_tiles = tl.cdiv(rows, BM)
@@ -49,9 +49,11 @@ def _kernel(
     at = tl.minimum(first + pair // 2, F - 1).to(tl.int64) * D
     weight_N = tl.where(pair % 2 == 0, gate_ptr + at, up_ptr + at)
     product, square = row_product.row_product(
-        x_ptr, norm_ptr, weight_N, row, rows, D, True, BM, BN, BK, SLICES, STAGES, PRECISION
+        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, AHEAD
     )
-    gate, up = tl.split(tl.reshape(product * tl.rsqrt(square / D + eps)[:, None], [BM, BN // 2, 2]))
+    if HAS_NORM:
+        product *= tl.rsqrt(square / D + eps)[:, None]
+    gate, up = tl.split(tl.reshape(product, [BM, BN // 2, 2]))
     n = first + tl.arange(0, BN // 2)
     out = (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty)
     mask = (row < rows)[:, None] & (n < F)[None, :]
@@ -66,7 +68,10 @@ def _op(x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor) -> Tensor
     cut = row_product.config(len(x), 2 * len(gate))
     tiles = triton.cdiv(len(x), cut.rows) * triton.cdiv(len(gate), cut.outputs // 2)
     with torch.cuda.device_of(x):
-        _kernel[(tiles,)](x, norm, gate, up, out, *x.shape, len(gate), eps, **row_product.options(x, cut))
+        _kernel[(tiles,)](
+            row_product.normed(x, norm, eps, cut), norm, gate, up, out, *x.shape, len(gate), eps, HAS_NORM=cut.norms,
+            **row_product.options(x, cut),
+        )  # fmt: skip
     return out
 
 

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels import qk_norm_rope, rope
+from kernels import dependent_launch, qk_norm_rope, rope
 from kernels.backend import check_devices, runs_triton, tl, triton
 
 # Not tuned on a card yet: reasoned for an H100.
@@ -111,12 +111,13 @@ def _split_kernel(
     qkv_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, out_ptr, lse_ptr,
     eps, scale, K, P,
     HAS_NORM: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and key/value head: R ≥ G query rows; the output, or its part and log2-sum-exp2.
 
     A split without a block returns at once and leaves its part as it was: the merge does not read it.
     """
+    dependent_launch.wait(PDL)
     b, kh, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
     length = tl.load(lengths_ptr + b)
     last = length // BLOCK
@@ -184,8 +185,10 @@ def _split_kernel(
 def _merge_kernel(
     partial_ptr, lse_ptr, lengths_ptr, out_ptr, K,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One query head of one row: the mean of its splits' parts, weighted by their sums of exponentials."""
+    dependent_launch.wait(PDL)
     head, g = tl.program_id(0), tl.program_id(1)
     column, split = tl.arange(0, D), tl.arange(0, PADDED)
     use = (split < SPLITS) & (split <= tl.load(lengths_ptr + head // K) // BLOCK)
@@ -211,7 +214,7 @@ def _op(
         return reference(qkv, q_norm, k_norm, eps, cos, sin, k_pages, v_pages, table, lengths)
     (B, P), (_, K, PAGE, d) = table.shape, k_pages.shape
     G = qkv.shape[1] // (K * d) - 2
-    splits = splits_of(B, K, P, PAGE)
+    splits, pdl = splits_of(B, K, P, PAGE), dependent_launch.on(qkv)
     out = qkv.new_empty(B, G * K * d)
     partial = out if splits == 1 else qkv.new_empty(B * K, splits, G, d, dtype=torch.float32)
     lse = qkv.new_empty(B * K, splits, G, dtype=torch.float32)
@@ -221,12 +224,12 @@ def _op(
             eps, math.log2(math.e) * d**-0.5, K, P,
             HAS_NORM=q_norm is not None, GROUP=G, R=max(16, triton.next_power_of_2(G)), D=d, PAGE=PAGE, BLOCK=_BLOCK,
             SPLITS=splits, STAGES=_STAGES, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-            num_warps=_WARPS,
+            PDL=pdl, num_warps=_WARPS, launch_pdl=pdl,
         )  # fmt: skip
         if splits > 1:
             _merge_kernel[(B * K, G)](
                 partial, lse, lengths, out, K, GROUP=G, D=d, BLOCK=_BLOCK, SPLITS=splits,
-                PADDED=triton.next_power_of_2(splits), num_warps=_MERGE_WARPS,
+                PADDED=triton.next_power_of_2(splits), PDL=pdl, num_warps=_MERGE_WARPS, launch_pdl=pdl,
             )  # fmt: skip
     return out
 

@@ -8,9 +8,10 @@ fast as the weight arrives. So many bytes are kept on their way (Triton's pipeli
   the slices are added at the end. So the few tiles of a narrow output have enough warps, and no atomics are needed;
 - more rows: an ordinary tile of the tensor cores.
 
-The rows' RMSNorm costs no pass of its own: the loop multiplies x by the norm's weight g and adds up x², and the caller
-multiplies the sums by 1/√(mean x² + eps). Rounding: norm and product apart round x/√(…), then its product with g, to
-the dtype of x. Here x·g is rounded once, and with one row not at all; all else is float32.
+In the first two forms the rows' RMSNorm costs no pass of its own: the loop multiplies x by the norm's weight g and adds
+up x², and the caller multiplies the sums by 1/√(mean x² + eps). Rounding: norm and product apart round x/√(…), then its
+product with g, to the dtype of x. Here x·g is rounded once, and with one row not at all; all else is float32. In the
+third form the norm is a kernel of its own, since it would cost every tile what it saves.
 
 B rows · D what is summed over · N outputs · BM, BN, BK rows, outputs and step of a tile
 """
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import dependent_launch, rmsnorm
 from kernels.backend import check_devices, tl, triton
 
 # Not tuned on a card yet: reasoned for an H100 with its 132 multiprocessors.
@@ -30,10 +32,11 @@ SLICED_ROWS = 32
 SLICES = 4  # one a warp
 MAX_ROWS = 128  # of a tile
 STAGES = 4  # steps: three on their way while one is worked on
+PREFETCH = 2048  # bytes of each weight row that are fetched ahead of a dependent launch's wait
 
 
 class Config(NamedTuple):
-    """Rows, outputs and step of a tile, slices of a step, stages of the loop, warps."""
+    """Rows, outputs and step of a tile (a step of 2-byte numbers; of float32 half), slices of it, stages, warps."""
 
     rows: int
     outputs: int
@@ -41,6 +44,11 @@ class Config(NamedTuple):
     slices: int
     stages: int
     warps: int
+
+    @property
+    def norms(self) -> bool:
+        """Whether the product's own loop applies the norm. With more rows a pass of its own costs less."""
+        return self.rows <= SLICED_ROWS
 
 
 def config(B: int, N: int) -> Config:
@@ -70,13 +78,18 @@ def _outputs(N: int, programs: int, least: int, most: int) -> int:
 def row_product(
     x_ptr, norm_ptr, weight_N, row, rows, D,
     HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """(x·g Wᵀ float32 [BM, BN], Σx² [BM]) of BM rows and BN rows of weights; without HAS_NORM (x Wᵀ, 0).
 
     x_ptr: contiguous [rows, D]. norm_ptr: g [D]. weight_N: pointers [BN] to rows of D adjacent numbers. row: [BM]
-    numbers of rows; those from `rows` on give 0.
+    numbers of rows; those from `rows` on give 0. AHEAD: lines of 128 bytes of each weight row to fetch before the wait
+    of a dependent launch; 0 without one.
     """
+    if AHEAD > 0:
+        line = tl.arange(0, AHEAD)[None, :] * (1024 // weight_N.dtype.element_ty.primitive_bitwidth)
+        dependent_launch.prefetch(weight_N[:, None] + tl.minimum(line, D - 1))
+    dependent_launch.wait(AHEAD > 0)
     inside = row < rows
     wide_row = row.to(tl.int64) * D
     if BM == 1:
@@ -127,12 +140,18 @@ def row_product(
     return product, square
 
 
+def normed(x_BD: Tensor, norm_D: Tensor, eps: float, cut: Config) -> Tensor:
+    """What a kernel with a norm reads: x itself, or where its loop does not norm, x normed."""
+    return x_BD if cut.norms else rmsnorm.rms_norm(x_BD, norm_D, eps)
+
+
 def options(x: Tensor, cut: Config) -> dict[str, object]:
     """What every kernel around `row_product` is launched with."""
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    pdl = dependent_launch.on(x)
     return dict(
-        BM=cut.rows, BN=cut.outputs, BK=cut.step, SLICES=cut.slices, STAGES=cut.stages, PRECISION=precision,
-        num_warps=cut.warps,
+        BM=cut.rows, BN=cut.outputs, BK=cut.step * 2 // x.element_size(), SLICES=cut.slices, STAGES=cut.stages,
+        PRECISION=precision, AHEAD=PREFETCH // 128 if pdl else 0, num_warps=cut.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

@@ -48,19 +48,29 @@ _GATHERED = {
 
 
 def layer_fn(
-    skeleton: nn.Module, cfg: ModelConfig, layout: Layout, stack: str, *, gathered: bool = False, compiled: bool = False
+    skeleton: nn.Module,
+    cfg: ModelConfig,
+    layout: Layout,
+    stack: str,
+    *,
+    gathered: bool = False,
+    compiled: bool = False,
+    around: Callable[[LayerFn], LayerFn] | None = None,
 ) -> LayerFn:
     """(a layer's parameters, *args) -> skeleton(*args) with them, for any layer of a stack (ParamSpec.stack).
 
     Parameters are this rank's shards, by their names in the skeleton; the function gathers what FSDP has cut, unless it
-    has been `gathered`. Recomputation, by cfg.gradient_checkpointing, sits inside the compiled region, where its policy
-    sees the operators. Keep the function: compiled code is its own.
+    has been `gathered`. around: what to put around it, within recomputation. Recomputation, by
+    cfg.gradient_checkpointing, sits inside the compiled region, where its policy sees the operators. Keep the function:
+    compiled code is its own.
     """
     whole = make_gather(layout.place(cfg), layout.axes, stack=stack, dtype=layout.gather_dtype)
 
     def block(layer: dict[str, Tensor], *args: object) -> tuple[Tensor, ...]:
         return torch.func.functional_call(skeleton, layer if gathered else whole(layer), args, strict=True)
 
+    if around is not None:
+        block = around(block)
     policy = cfg.gradient_checkpointing
     fn = block if policy == "none" else _recomputed(block, policy, _KEPT if layout.reshard else _KEPT | _GATHERED)
     return compile_static(fn) if compiled else fn

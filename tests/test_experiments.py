@@ -30,6 +30,7 @@ EXPERIMENTS = (
     "pretrain_s3:small,yarn",
     "sft_cold_start",
     "sft_cold_start:nano",
+    "sft_cold_start:debug",
     "sft_fusion",
     "sft_fusion:nano",
     "multimodal",

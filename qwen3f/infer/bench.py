@@ -1,7 +1,7 @@
 """The engine's speed: python -m qwen3f.infer.bench [--cases decode,workload,peers] [--model qwen3-0.6b]
 
 On a GPU: random weights in bfloat16 at a released model's shape, since speed does not ask what is said. A rate's bound
-is a step that reads all weights and the cache once at BANDWIDTH, or computes the products at FLOPS, whichever is longer.
+is a step that reads all weights and the cache once at BANDWIDTH, or computes the products at FLOPS, the longer of both.
 Peers: transformers' generate with a static cache (compiled), and its continuous batching.
 """
 

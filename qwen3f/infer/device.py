@@ -16,9 +16,20 @@ from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.infer import fused, pictures
 from qwen3f.infer.graphs import DecodeGraphs
-from qwen3f.infer.passes import Choice, Drawn, Inputs, Table, draw, force, make_decode, make_prefill
+from qwen3f.infer.passes import (
+    Choice,
+    Drawn,
+    Inputs,
+    Table,
+    as_training,
+    draw,
+    force,
+    logits_of,
+    make_decode,
+    make_prefill,
+)
 from qwen3f.infer.request import Row
-from qwen3f.infer.sampling import SamplingParams
+from qwen3f.infer.sampling import SamplingParams, streams_at, uniform
 from qwen3f.infer.scheduler import Chunk, Plan
 from qwen3f.infer.sight import Sight
 from qwen3f.infer.thinking import forced_token
@@ -86,7 +97,8 @@ class Device:
         self.max_tokens = max_tokens or self._room()
         self._cache, self._graphs = None, None
         # the fused pass turns a token by its place alone
-        self._fused = self.overlaps and fused.fits(cfg, params[P.EMBED].dtype) and not cfg.vision_enabled
+        fits = fused.fits(cfg, params[P.EMBED].dtype) and not cfg.vision_enabled
+        self._fused = self.overlaps and not execution.invariant and fits
         self._rows, self._execution = rows, execution
 
     def _room(self) -> int:
@@ -177,7 +189,7 @@ class Device:
             return self._replay(rows, numbers)
         inputs = Inputs(*torch.from_numpy(numbers).to(self.device))
         none = inputs.tokens.new_zeros(1)
-        logits, self._cache = self._decode(
+        hidden, self._cache = self._decode(
             self._params,
             self._cache,
             inputs,
@@ -185,18 +197,31 @@ class Device:
             table=table,
             span=self._span(1 + max(row.cached for row in rows)),
         )
+        head = model.head_weight(self.cfg, self._params)
+        logits = logits_of(hidden, head, self._execution)
         drawn = draw(logits, inputs, self._choices(rows, places), self.num_ids, self._banned)
-        if (numbers[4] >= 0).any():
+        forced = (numbers[4] >= 0).any()
+        if forced:
             drawn = force(drawn, logits, inputs.forced)
+        if self._exact(rows, forced):
+            temperature = torch.ones(count)
+            temperature[places] = torch.tensor([row.request.sampling.temperature or 1.0 for row in rows])
+            drawn = as_training(drawn, hidden, head, temperature.to(self.device))
         return Pending(list(rows), places, drawn)
+
+    def _exact(self, rows: Sequence[Row], forced: bool) -> bool:
+        """Whether log-probabilities are to be the training step's: where nothing but a temperature acts."""
+        plain = all(is_plain(row.request.sampling) for row in rows)
+        return self._execution.invariant and self.num_ids == self.cfg.vocab_size and plain and not forced
 
     def _replay(self, rows: Sequence[Row], numbers: np.ndarray) -> Pending:
         """The same by a CUDA graph. What its sampler does not know is drawn again, from the logits that it leaves."""
         if self._graphs is None:
             self._graphs = DecodeGraphs(self.cfg, self._params, self._cache, self._execution, self.num_ids, self._rows)
         ways = [row.request.sampling for row in rows]
-        inv_temperature = np.array([1 / way.temperature if way.temperature > COLD else 0 for way in ways], np.float32)
-        result = self._graphs.run(numbers[[0, 1, 3]], inv_temperature, [row.pages for row in rows])
+        chances = np.array([[1 / way.temperature if way.temperature > COLD else 0.0 for way in ways]] * 2)
+        chances[0] = uniform(streams_at(*torch.from_numpy(numbers[[3, 1]] + [[0], [1]])))
+        result = self._graphs.run(numbers[:2], chances, [row.pages for row in rows])
         count, packed = len(rows), result.packed
         special = [i for i, way in enumerate(ways) if not is_plain(way)]
         if special or (numbers[4] >= 0).any():

@@ -158,11 +158,11 @@ class Engine:
 
     def step(self) -> bool:
         """Compute what is next; False if there was nothing left to do."""
+        under_way = self._pending is not None
         if self._must_know():
             self._collect()
         plan = self._scheduler.plan()
-        before = self._pending
-        self._pending = None
+        before, self._pending = self._pending, None
         if plan.copies or plan.chunks or plan.decode:
             self._pending = self._device.launch(plan, before)
             self._scheduler.advance(plan)
@@ -170,7 +170,7 @@ class Engine:
             self._hand_out(before)
         if self._pending is not None and not self._device.overlaps:
             self._collect()
-        return before is not None or bool(plan.copies or plan.chunks or plan.decode)
+        return under_way or bool(plan.copies or plan.chunks or plan.decode)
 
     def run(self, rows: Sequence[Row]) -> None:
         """Compute until these rows have ended."""

@@ -23,11 +23,9 @@ from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.infer.passes import fed
-from qwen3f.infer.sampling import streams_at, uniform
 from qwen3f.model.kv_cache import KVCache
 from qwen3f.model.moe import SparseMLP
 from qwen3f.model.norm import rms_norm
-from qwen3f.model.rope import rope_tables
 from qwen3f.model.transformer import layer_stacks, unstack_layers
 
 
@@ -37,14 +35,14 @@ class Places(NamedTuple):
     Attributes:
       tokens: int64 [B], the token to feed, or −1 − i: the one that place i of the pass before has drawn.
       positions: int64 [B], of that token in its row; 0 for an idle place.
-      streams: int64 [B], the row's random stream.
+      uniform: float64 [B] in [0, 1), what the token is drawn by.
       inv_temperature: float32 [B]; 0 is greedy.
       table: int32 [B, P], the pages of each row; 0 for an idle place.
     """
 
     tokens: Tensor
     positions: Tensor
-    streams: Tensor
+    uniform: Tensor
     inv_temperature: Tensor
     table: Tensor
 
@@ -66,7 +64,7 @@ def pack(ids_B: Tensor, log_probs_B: Tensor, finite_B: Tensor) -> Tensor:
     return torch.stack([ids_B.double(), log_probs_B.double(), finite_B.double()])
 
 
-FusedDecode = Callable[[P.Params, KVCache, Places, Tensor], tuple[Result, KVCache]]
+FusedDecode = Callable[..., tuple[Result, KVCache]]
 
 
 def fits(cfg: ModelConfig, dtype: torch.dtype) -> bool:
@@ -83,18 +81,23 @@ def fits(cfg: ModelConfig, dtype: torch.dtype) -> bool:
 
 
 def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int) -> FusedDecode:
-    """decode(params, cache, places, last) -> (result, the cache with the new tokens in it). last: ids of before."""
+    """decode(params, cache, places, last, angles) -> (result, the cache with the new tokens in it).
+
+    last: ids that the pass before has drawn. angles: rope_tables of positions 0, 1, …, each [positions, d/2].
+    """
     cfg = cfg.replace(moe_drop_tokens=False)
     stacks = layer_stacks(cfg)
     with torch.device("meta"):
         experts = SparseMLP(cfg, execution.experts) if cfg.sparse_layers else None
 
     @torch.no_grad()
-    def decode(params: P.Params, cache: KVCache, places: Places, last: Tensor) -> tuple[Result, KVCache]:
-        positions_B1 = places.positions[:, None]
+    def decode(
+        params: P.Params, cache: KVCache, places: Places, last: Tensor, angles: tuple[Tensor, Tensor]
+    ) -> tuple[Result, KVCache]:
         x_BD = F.embedding(fed(places.tokens, last), params[P.EMBED])
-        cos, sin = (x[:, 0].contiguous() for x in rope_tables(cfg, positions_B1, x_BD.dtype))
-        lengths_B, real_B = places.positions.to(torch.int32), places.table[:, 0] > 0
+        cos, sin = (table[places.positions] for table in angles)
+        lengths_B = places.positions.to(torch.int32)
+        real_B = places.table[:, 0] > 0 if cfg.sparse_layers else None
         for number, layer in unstack_layers(params, stacks).items():
             attend = functools.partial(
                 paged_attention, eps=cfg.rms_norm_eps, cos_BF=cos, sin_BF=sin, k_pages=cache.keys[number],
@@ -102,8 +105,7 @@ def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int
             )  # fmt: skip
             x_BD = _attention(cfg, layer, x_BD, attend)
             x_BD = _experts(cfg, experts, layer, x_BD, real_B) if cfg.is_sparse(number) else _mlp(cfg, layer, x_BD)
-        uniform_B = uniform(streams_at(places.streams, places.positions + 1))
-        head = model.head_weight(cfg, params), num_ids, places.inv_temperature, uniform_B
+        head = model.head_weight(cfg, params), num_ids, places.inv_temperature, places.uniform
         ids_B, log_probs_B, logits_BV, finite_B = head_sample(x_BD, params[P.FINAL_NORM], cfg.rms_norm_eps, *head)
         return Result(ids_B, log_probs_B, logits_BV, finite_B, pack(ids_B, log_probs_B, finite_B)), cache
 

@@ -16,16 +16,18 @@ from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.infer.fused import Places, Result, make_fused_decode
 from qwen3f.model.kv_cache import KVCache
+from qwen3f.model.rope import rope_tables
 
 SMALL = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # places; above multiples of 32
-LEAST_WIDTH = 8
+LEAST_WIDTH = 4
 
 
 @dataclasses.dataclass
 class _Graph:
-    """numbers: int64 [4, B], what `run` is given, temperatures as their bits. pages: of each row, as table has them."""
+    """numbers: int64 [4, B], what `run` is given, chances as their bits. pages: of each row, as table has them."""
 
     graph: torch.cuda.CUDAGraph
+    angles: tuple[Tensor, ...]
     numbers: Tensor
     table: Tensor
     result: Result
@@ -42,18 +44,18 @@ class DecodeGraphs:
         self, cfg: ModelConfig, params: P.Params, cache: KVCache, execution: model.Execution, num_ids: int, rows: int
     ) -> None:
         self._decode = make_fused_decode(cfg, execution, num_ids)
-        self.params, self._cache = params, cache
+        self._cfg, self.params, self._cache = cfg, params, cache
         self._own = False  # whether params are this object's copy
         device = cache.keys[0].device
         self.last = torch.zeros(_places(rows), dtype=torch.int64, device=device)  # ids that the pass before has drawn
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._pool = None
 
-    def run(self, numbers: np.ndarray, inv_temperature: np.ndarray, pages: Sequence[Sequence[int]]) -> Result:
+    def run(self, numbers: np.ndarray, chances: np.ndarray, pages: Sequence[Sequence[int]]) -> Result:
         """One pass. Its result is overwritten by the next one; `last` has its ids.
 
-        numbers: int64 [3, B], tokens, positions and streams as in Places. inv_temperature: float32 [B]. pages: of each
-        row.
+        numbers: int64 [2, B], tokens and positions as in Places. chances: float64 [2, B], uniform and inv_temperature.
+        pages: of each row.
         """
         count, width = _places(numbers.shape[1]), _width(max(map(len, pages)))
         if (count, width) not in self._graphs:
@@ -61,7 +63,7 @@ class DecodeGraphs:
         graph = self._graphs[count, width]
         host = torch.zeros(graph.numbers.shape, dtype=torch.int64, pin_memory=True)
         filled = host.numpy()[:, : numbers.shape[1]]
-        filled[:3], filled[3] = numbers, inv_temperature.view(np.int32)
+        filled[:2], filled[2:] = numbers, chances.view(np.int64)
         graph.numbers.copy_(host, non_blocking=True)
         if graph.pages != pages:
             table = torch.zeros(graph.table.shape, dtype=torch.int32, pin_memory=True)
@@ -87,10 +89,13 @@ class DecodeGraphs:
         numbers_4B = torch.zeros(4, count, dtype=torch.int64, device=device)
         table_BP = torch.zeros(count, width, dtype=torch.int32, device=device)
 
+        longest = torch.arange(width * self._cache.page_size, device=device)[None]
+        angles = tuple(x[0] for x in rope_tables(self._cfg, longest, self._cache.keys[0].dtype))
+
         def work() -> Result:
-            inv_temperature_B = numbers_4B[3].to(torch.int32).view(torch.float32)
-            places = Places(*numbers_4B[:3], inv_temperature_B, table_BP)
-            result, _ = self._decode(self.params, self._cache, places, self.last)
+            uniform_B, inv_temperature_B = numbers_4B[2:].view(torch.float64)
+            places = Places(*numbers_4B[:2], uniform_B, inv_temperature_B.float(), table_BP)
+            result, _ = self._decode(self.params, self._cache, places, self.last, angles)
             self.last[:count] = result.ids
             return result
 
@@ -105,7 +110,7 @@ class DecodeGraphs:
             result = work()
         self._pool = self._pool or graph.pool()
         self.last.copy_(kept)
-        return _Graph(graph, numbers_4B, table_BP, result, [])
+        return _Graph(graph, angles, numbers_4B, table_BP, result, [])
 
 
 def _each(function: Callable[..., Tensor], *leaves: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

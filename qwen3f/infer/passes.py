@@ -17,6 +17,7 @@ from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.infer.sampling import SamplingParams, log_prob, sample, streams_at
+from qwen3f.model import invariant
 from qwen3f.model.kv_cache import KVCache
 from qwen3f.vision.deepstack import Features
 
@@ -82,7 +83,7 @@ def make_prefill(cfg: ModelConfig, execution: model.Execution) -> Prefill:
 
 
 def make_decode(cfg: ModelConfig, execution: model.Execution) -> Decode:
-    """decode(params, cache, inputs, last, *, table, span) -> (logits [B, V], cache). last: ids of the pass before."""
+    """decode(params, cache, inputs, last, *, table, span) -> (hidden [B, D], cache). last: ids of the pass before."""
     forward = model.make_cached_forward(cfg, execution)
 
     @torch.no_grad()
@@ -96,9 +97,21 @@ def make_decode(cfg: ModelConfig, execution: model.Execution) -> Decode:
             "slots": inputs.slots[:, None],
         }
         hidden_B1D, cache = forward(params, cache, batch, table=table, span=span)
-        return F.linear(hidden_B1D[:, 0], model.head_weight(cfg, params)), cache
+        return hidden_B1D[:, 0], cache
 
     return decode
+
+
+def logits_of(hidden_BD: Tensor, head_VD: Tensor, execution: model.Execution) -> Tensor:
+    """[B, V]"""
+    return invariant.linear(hidden_BD, head_VD) if execution.invariant else F.linear(hidden_BD, head_VD)
+
+
+@torch.no_grad()
+def as_training(drawn: Drawn, hidden_BD: Tensor, head_VD: Tensor, temperature_B: Tensor) -> Drawn:
+    """`drawn` with the log-probabilities that an invariant training step has of them (train.objective.make_numbers)."""
+    scaled_BD = hidden_BD / temperature_B[:, None].to(hidden_BD.dtype)
+    return drawn._replace(log_probs=invariant.token_log_probs(scaled_BD, head_VD, drawn.ids).float())
 
 
 def fed(tokens_B: Tensor, last: Tensor) -> Tensor:

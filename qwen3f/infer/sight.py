@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
 from qwen3f.infer.request import Row
 from qwen3f.infer.scheduler import Chunk
 from qwen3f.model.transformer import make_outer
@@ -29,6 +30,7 @@ class Sight:
         self._cfg = cfg.replace(gradient_checkpointing="none")
         self._tower = make_tower(self._cfg, execution.attention, "off")
         self._outer = make_outer(self._cfg, ONE_DEVICE)
+        self._invariant = execution.invariant
 
     def look(
         self, params: P.Params, batch: Mapping[str, np.ndarray], chunks: Sequence[Chunk]
@@ -50,6 +52,8 @@ class Sight:
 
     @torch.no_grad()
     def _features(self, params: P.Params, row: Row) -> Features:
+        if self._invariant:
+            raise UserError("model.INVARIANT is for prompts without images; use another execution")
         if row.features is None:
             pictures, device = row.request.pictures, params[P.EMBED].device
             pixels, grids = (x[None].to(device) for x in (pictures.pixels, pictures.grids))

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
 from qwen3f.model.attention import Attention, AttentionMask
 from qwen3f.model.execution import Execution
+from qwen3f.model.invariant import FixedRows
 from qwen3f.model.kv_cache import PagedLayer
 from qwen3f.model.mlp import SwiGLU
 from qwen3f.model.moe import SparseMLP
@@ -28,7 +30,7 @@ class Block(nn.Module):
         super().__init__()
         fused, axes = execution.fused, layout.axes
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, "norm" in fused)
-        self.self_attn = Attention(cfg, execution.attention, "rotation" in fused, axes)
+        self.self_attn = Attention(cfg, execution.backend, "rotation" in fused, axes)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, "norm" in fused)
         self.sparse = sparse
         self.mlp = SparseMLP(cfg, execution.experts, axes) if sparse else SwiGLU(cfg, "swiglu" in fused, axes)
@@ -61,8 +63,27 @@ def block_fn(
     Two kinds of block run uncompiled in any case: with experts over ep, whose splits the host must know, and under
     schedules that put off weights' gradients, past which compiled code would go.
     """
+    if execution.invariant:
+        _check_invariant(sparse, layout)
     with torch.device("meta"):
         skeleton = Block(cfg, execution, sparse, layout)
     open_to_host = layout.pipeline.splits or (sparse and layout.axes.ep.size > 1)
     compiled = execution.compile == "block" and not open_to_host
-    return layer_fn(skeleton, cfg, layout, LAYERS, gathered=gathered, compiled=compiled)
+    around = _fixed_rows if execution.invariant else None
+    return layer_fn(skeleton, cfg, layout, LAYERS, gathered=gathered, compiled=compiled, around=around)
+
+
+def _fixed_rows(run: LayerFn) -> LayerFn:
+    def run_fixed(*args: object) -> tuple[Tensor, ...]:
+        with FixedRows():
+            return run(*args)
+
+    return run_fixed
+
+
+def _check_invariant(sparse: bool, layout: Layout) -> None:
+    if sparse or any(axis.size > 1 for axis in (layout.axes.tp, layout.axes.cp, layout.axes.pp)):
+        raise UserError(
+            "model.INVARIANT takes dense models on one device or with their rows cut over dp; leave out tp, cp and pp, "
+            "or use another execution"
+        )

@@ -90,7 +90,7 @@ def make_forward(
         params: P.Params, batch: Mapping[str, Tensor], dropout_stream: Tensor | None = None
     ) -> tuple[Tensor, RouterStats | None]:
         visual = see(params, batch)
-        masks = [batch_mask(batch, execution.attention, cfg.head_dim, layout.axes.cp)] * cfg.num_hidden_layers
+        masks = [batch_mask(batch, execution.backend, cfg.head_dim, layout.axes.cp)] * cfg.num_hidden_layers
         real = real_tokens(batch) if cfg.sparse_layers else None
         return body(params, batch["tokens"], positions_of(batch), masks, real, dropout_stream, visual)
 
@@ -111,6 +111,8 @@ def make_sight(
             return None
         if tower is None:
             raise UserError("the batch has images, but the model no vision tower: model.vision_enabled is False")
+        if execution.invariant:
+            raise UserError("model.INVARIANT is for batches without images; use another execution")
         features = tower(params, batch["pixel_values"], batch["grids"])
         return place_features(features, batch["visual_index"], layout.axes.tp)
 

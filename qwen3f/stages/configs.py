@@ -51,7 +51,7 @@ def sft_config(preset: str) -> ConfigDict:
     config = run_config(preset, "sft")
     _chats(config.data)
     config.eval.max_rows = 256  # held-out rows of each source for the loss; 0: all
-    config.eval.task = "reasoning"  # whose held-out questions are answered, greedily, on one device; "": none
+    config.eval.task = "reasoning"  # whose held-out questions are answered, greedily; "": none
     config.eval.questions = 256  # so many of them, of the kinds and difficulties that data names
     config.eval.modes = "thinking"  # in which they are answered: thinking, plain, or thinking,plain
     config.eval.max_new_tokens = 256

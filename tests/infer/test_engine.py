@@ -80,9 +80,22 @@ def test_draws_depend_on_seed_stream_and_place_alone():
     assert found[2].ids == found[3].ids  # greedy
 
 
-@pytest.mark.parametrize(
-    "sampling", [SAMPLED, GREEDY, SamplingParams(1.0, top_k=5)], ids=["sampled", "greedy", "top_k"]
-)
+def test_results_that_are_read_a_pass_late_are_the_same(monkeypatch):
+    """As on a GPU, where the next pass is launched first: preemption, penalties, budgets and stops included."""
+    cfg, p = build()
+    prompts, ways = random_prompts(24, cfg, seed=1), [SAMPLED, GREEDY, FILTERED] * 8
+    lengths = [1 + i % 12 for i in range(24)]
+    asked = {"max_new_tokens": lengths, "stop_ids": (3, 30, 60), "budget": ThinkingBudget(4, 90, (70, 90))}
+    expected = Engine(cfg, p).generate(prompts, ways, **asked)
+    for options, room in ((EngineOptions(page_size=64), 0), (EngineOptions(rows=7, chunk=64, page_size=4), 200)):
+        engine = Engine(cfg, p, max_tokens=room, options=options)
+        monkeypatch.setattr(engine._device, "overlaps", True)
+        found = engine.generate(prompts, ways, **asked)
+        assert [(one.ids, one.finish_reason) for one in found] == [(one.ids, one.finish_reason) for one in expected]
+    assert {one.finish_reason for one in expected} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("sampling", [SAMPLED, GREEDY, SamplingParams(1.0, top_k=5)], ids=["drawn", "greedy", "top_k"])
 def test_log_probs_are_those_of_the_distribution_that_was_drawn_from(sampling):
     cfg, p = build()
     prompts = random_prompts(6, cfg, seed=2)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from qwen3f import model, params
 from qwen3f.infer.engine import Engine, EngineOptions
 from qwen3f.infer.fused import Places, fits, make_fused_decode
-from qwen3f.infer.sampling import GREEDY, SamplingParams, log_prob, sample, stream_of, streams_at
+from qwen3f.infer.sampling import GREEDY, SamplingParams, log_prob, sample, stream_of, streams_at, uniform
 from qwen3f.infer.thinking import ThinkingBudget
+from qwen3f.model.rope import rope_tables
 from tests.infer.test_engine import FILTERED, SAMPLED, random_prompts
 from tests.model.hf_params import small_config
 
@@ -60,7 +61,9 @@ def test_a_pass_equals_the_blocks(case, dtype, tolerance):
     fed = torch.stack([fed[0, 0], fed[1, 0], torch.tensor(-3)])  # the third was drawn by place 2 of the pass before
     last = torch.tensor([0, 0, int(tokens[2, 5])])
     decode = make_fused_decode(cfg, model.EAGER, cfg.vocab_size - 7)
-    got, other = decode(p, other, Places(fed, place, streams, inv, table.int()), last)
+    angles = tuple(x[0] for x in rope_tables(cfg, torch.arange(16)[None], dtype))
+    drawn_by = uniform(streams_at(streams, place + 1))
+    got, other = decode(p, other, Places(fed, place, drawn_by, inv, table.int()), last, angles)
     for row in (0, 2):
         assert (got.logits[row] - expected[row]).norm() <= tolerance * expected[row].norm()
     for old, new in zip(cache.keys + cache.values, other.keys + other.values):

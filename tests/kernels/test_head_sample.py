@@ -57,7 +57,7 @@ def check(arguments, out, tolerance):
 
 
 # rows, hidden, vocabulary, ids: ids that end within a tile, at its end, tiles ahead; each form of the product
-SHAPES = [(1, 40, 700, 690), (1, 16, 30, 30), (5, 300, 203, 96), (34, 64, 260, 33), (66, 32, 150, 128)]
+SHAPES = [(1, 40, 90, 83), (1, 16, 30, 30), (5, 300, 203, 96), (34, 64, 260, 33), (66, 32, 150, 128)]
 
 
 @pytest.mark.parametrize("sizes", SHAPES)
@@ -151,7 +151,7 @@ def test_ends_of_the_distribution(interpret):
     torch.testing.assert_close(logprob, torch.full((5,), 1 / 3).log(), rtol=0, atol=2e-6)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:divide by zero")  # of numpy, in the interpreter
 @pytest.mark.parametrize("interpret", [False, True])
 def test_a_row_that_is_not_finite_is_named_alone(interpret):
     """NaN, both infinities, and padding that is not finite, which does not count."""
