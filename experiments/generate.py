@@ -2,8 +2,9 @@
 
     python launch.py --config experiments/generate.py --config.init_from=DIR --config.prompt="…" --config.thinking=True
 
-DIR is a Hugging Face directory (Qwen3 or Qwen3-MoE), a workdir or its checkpoints/N. Nothing is written, there or in a
-workdir, unless --config.out names a file. A model that has only been pretrained continues text: --config.chat=False.
+DIR is a Hugging Face directory (Qwen3 or Qwen3-VL, dense or MoE), a workdir or its checkpoints/N. A model with a vision
+tower is asked about --config.images=a.png,b.jpg and --config.video=DIR. Nothing is written, there or in a workdir,
+unless --config.out names a file. A model that has only been pretrained continues text: --config.chat=False.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -15,6 +16,11 @@ def get_config() -> ConfigDict:
     config.init_from = ""
     config.prompt = ""
     config.prompts = ()  # several prompts instead of one, answered as one batch: --config.prompts="('a', 'b')"
+    config.images = ""  # files that the prompts ask about, with commas between: a.png,b.jpg
+    config.video = ""  # a directory of frames, in the order of their names, or a GIF
+    config.video_fps = config_dict.placeholder(float)  # how fast its frames were taken; a GIF says so itself
+    config.min_pixels = 65_536  # images are scaled to lie between
+    config.max_pixels = 16_777_216
     config.chat = True  # the prompt is a user's turn in Qwen3's chat format; False: text to go on with
     config.system = ""  # system message of the chat
     config.thinking = True  # chat: let the model think first; False: the empty thinking block of enable_thinking=False

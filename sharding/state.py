@@ -44,7 +44,8 @@ def init_shards(
             continue
         stacked = spec.layers is not None
         rows = []
-        for layer in stages.layer_order_of(axes.pp.index, spec.layers) if stacked else [None]:
+        order = stages.layer_order_of(axes.pp.index, spec.layers) if spec.pipelined else spec.layers or [None]
+        for layer in order:
             padding = stacked and layer is None
             whole = P.init_layer(path, spec, seed, spec.layers[0] if padding else layer, device)
             row = cut_one(whole, placed[path], axes, row=stacked).to(dtype)

@@ -23,6 +23,11 @@ COUNTS = {
     "qwen3-32b": (32_762_123_264, 32_762_123_264),
     "qwen3-30b-a3b": (30_532_122_624, 3_353_032_704),
     "qwen3-235b-a22b": (235_093_634_560, 22_190_763_520),
+    "qwen3-vl-2b": (2_127_532_032, 2_127_532_032),
+    "qwen3-vl-4b": (4_437_815_808, 4_437_815_808),
+    "qwen3-vl-8b": (8_767_123_696, 8_767_123_696),
+    "qwen3-vl-30b-a3b": (31_070_754_032, 3_353_032_704 + 538_631_408),
+    "qwen3-vl-235b-a22b": (235_670_022_896, 22_190_763_520 + 576_388_336),
 }
 
 
@@ -46,6 +51,10 @@ def test_matmul_params_leave_out_the_lookup_and_vectors():
     layers = 6 * (2 * 256 * 1024 + 2 * 256 * 256 + 3 * 256 * 688)
     assert cfg.matmul_params() == layers + 32768 * 256  # the head, not the embedding
     assert cfg.replace(tie_word_embeddings=True).matmul_params() == cfg.matmul_params()
+
+
+def test_matmul_params_leave_out_the_tower():
+    assert presets.get("qwen3-vl-2b").matmul_params() == presets.get("qwen3-1.7b").matmul_params()
 
 
 @pytest.mark.parametrize("kind", ["json", "yaml"])

@@ -13,10 +13,12 @@ from ml_collections import ConfigDict
 
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.template import encode_chat
+from qwen3f.data.multimodal.samples import check_tokenizer
 from qwen3f.data.tokenizers.token_text import StreamDecoder
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.generate import stream
+from qwen3f.infer.prompts import Shown, encode_shown, pictures_of, read_images, read_video
 from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams
 from qwen3f.infer.thinking import CLOSING, ThinkingBudget
 from qwen3f.interop import source
@@ -52,7 +54,8 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> list[Answer
     dtype = find_dtype(config.dtype, device)
     cfg = source.read_model_config(config.init_from)
     tokenizer = source.read_tokenizer(config.init_from)
-    rows = [_encode(config, tokenizer, prompt) for prompt in prompts]
+    shown = _shown(config, cfg, tokenizer)
+    rows = [_encode(config, tokenizer, prompt, shown) for prompt in prompts]
     _check_lengths(config, cfg, rows)
     if config.chat and never_saw_chats(config.init_from):
         print(
@@ -67,6 +70,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> list[Answer
         "stop_ids": tokenizer.stop_ids,
         "num_ids": min(tokenizer.vocab_size, cfg.vocab_size),
         "budget": _budget(config, tokenizer),
+        "pictures": [pictures_of(shown)] * len(rows) if shown else (),
     }
     params = source.read_params(config.init_from, cfg, device, dtype)
     answers = answer(cfg, params, tokenizer, prompts, rows, options)
@@ -107,11 +111,26 @@ def _prompts(config: ConfigDict) -> list[str]:
     return prompts
 
 
-def _encode(config: ConfigDict, tokenizer: Tokenizer, prompt: str) -> list[int]:
+def _shown(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer) -> list[Shown]:
+    """The images and the video that every prompt asks about."""
+    if not (config.images or config.video):
+        return []
+    if not (config.chat and cfg.vision_enabled):
+        raise UserError(
+            "config.images and config.video need a model with a vision tower, and config.chat=True; leave them out"
+        )
+    check_tokenizer(tokenizer, cfg)
+    shown = read_images(config.images, cfg, config.min_pixels, config.max_pixels)
+    return [*shown, read_video(config.video, config.video_fps, cfg)] if config.video else shown
+
+
+def _encode(config: ConfigDict, tokenizer: Tokenizer, prompt: str, shown: Sequence[Shown]) -> list[int]:
     if not config.chat:
         return tokenizer.encode(prompt)
     messages = [{"role": "system", "content": config.system}] if config.system else []
     messages.append({"role": "user", "content": prompt})
+    if shown:
+        return encode_shown(tokenizer, messages, shown, thinking=config.thinking)
     return encode_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=config.thinking)
 
 

@@ -3,6 +3,7 @@
 One place for every stage that starts from another model. Weights, config and tokenizer only: no optimizer state.
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -37,7 +38,14 @@ FREE_FIELDS = frozenset({
 
 # Parts that a model may have and the one it starts from not: they start fresh. A scalar head takes the place of the
 # vocabulary's.
-PARTS = ("scalar_head",)
+PARTS = ("scalar_head", "vision_enabled")
+
+
+_OF_VISION = frozenset(
+    name
+    for name in (field.name for field in dataclasses.fields(ModelConfig))
+    if name.startswith("vision_") or name in ("image_token_id", "video_token_id", "mrope_section")
+)
 
 
 class Source(NamedTuple):
@@ -213,7 +221,7 @@ def _meaningful(cfg: ModelConfig) -> dict[str, Any]:
     """The fields that shape `cfg`'s function or parameters: those of parts it doesn't have are left out."""
     values = {name: value for name, value in cfg.to_dict().items() if name not in FREE_FIELDS}
     if not cfg.vision_enabled:
-        values = {name: value for name, value in values.items() if not name.startswith("vision_")}
+        values = {name: value for name, value in values.items() if name not in _OF_VISION}
     if not cfg.dense_layers:
         del values["intermediate_size"]
     if not cfg.sparse_layers:

@@ -236,3 +236,31 @@ def _grpo() -> ConfigDict:
     grpo.kl = "k3"  # its estimate: k1, k2 or k3
     grpo.kl_ratio = True  # times the ratio
     return grpo
+
+
+def multimodal_config(preset: str) -> ConfigDict:
+    config = run_config(preset, "multimodal")
+    _pictures(config.data)
+    config.eval.max_rows = 256  # held-out rows of each source for the loss and for answers; 0: all
+    return config
+
+
+def _pictures(data: ConfigDict) -> None:
+    """What is trained on; see qwen3f.data.multimodal.dataset."""
+    # images, captions: generated pictures; visual-chats@DIR, llava-instruct-150k@DIR: files; others as sft's, without
+    # pictures. Several with weights, which share out rows: images=0.5,captions=0.5
+    data.mixture = "images"
+    data.pictures = 16_384  # that are generated, both splits together
+    data.picture_seed = 0
+    data.min_side = 64  # pixels of their sides
+    data.max_side = 128
+    data.picture_kinds = ""  # shapes,bar,line,pie,text; "": all
+    data.problems = 4_096  # of generated problems, where the mixture has them
+    data.min_pixels = 65_536  # pictures are scaled to lie between
+    data.max_pixels = 16_777_216
+    data.patches = 16_384  # room of a row for patches; a longer chat is left out
+    data.images = 16  # and for pictures
+    data.turns = "last"  # a sample for each answer, or all, in one
+    data.on_bad_row = "error"  # or skip, counted
+    data.max_samples = 0  # of each source, at most; 0: all
+    data.max_heldout = 1000

@@ -15,7 +15,7 @@ import torch
 from qwen3f.data.chat.corpus import ChatCorpus, ChatDataConfig, generated_problems, prepare_chats
 from qwen3f.data.chat.corpus import check as check_data
 from qwen3f.data.chat.report import render_samples
-from qwen3f.data.loader import Share, build_batch
+from qwen3f.data.loader import Indexed, Share, build_batch
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import AnswerOptions, answer_on_ranks, judge, parse_modes
@@ -97,7 +97,7 @@ def _shown(setup: Setup, corpus: ChatCorpus, tokenizer: Tokenizer) -> tuple[str,
 
 def _evaluator(run: Run, corpus: ChatCorpus, tokenizer: Tokenizer) -> Evaluator:
     """ "loss" on held-out answers, of several sources each; and how questions are answered."""
-    config, evaluate, asks = run.setup.config, _make_loss(run, corpus), _asks(run)
+    config, evaluate, asks = run.setup.config, make_heldout_loss(run, corpus.heldout), _asks(run)
     questions = _questions(run.setup) if asks else (None, ())
 
     def validate(params: Params) -> dict[str, float]:
@@ -112,7 +112,7 @@ def _evaluator(run: Run, corpus: ChatCorpus, tokenizer: Tokenizer) -> Evaluator:
     return Evaluator(config.eval.every, validate, say)
 
 
-def _make_loss(run: Run, corpus: ChatCorpus) -> Callable[[Params], dict[str, float]]:
+def make_heldout_loss(run: Run, heldout: Mapping[str, Indexed]) -> Callable[[Params], dict[str, float]]:
     """evaluate(params) -> {"loss": nats a supervised token of the held-out split, "loss/NAME": of each source}."""
     setup, config = run.setup, run.setup.config
     rows, axes = config.eval.batch_size, setup.layout.axes
@@ -127,7 +127,7 @@ def _make_loss(run: Run, corpus: ChatCorpus) -> Callable[[Params], dict[str, flo
 
     def evaluate(params: Params) -> dict[str, float]:
         sums = {}
-        for name, dataset in corpus.heldout.items():
+        for name, dataset in heldout.items():
             nats, weight = (torch.zeros((), dtype=torch.float64, device=setup.device) for _ in range(2))
             most = min(len(dataset), config.eval.max_rows or len(dataset))
             for batch in batches_of_one_shape((dataset[i] for i in range(most)), rows):

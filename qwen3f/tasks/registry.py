@@ -6,9 +6,10 @@ from qwen3f.errors import UserError
 from qwen3f.tasks.code import CodeTask
 from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.tasks.task import Task
+from qwen3f.tasks.visual import VisualTask
 from qwen3f.tasks.word_problems import WordProblems
 
-_TASKS: dict[str, Callable[[], Task]] = {"reasoning": ReasoningTask, "code": CodeTask}
+_TASKS: dict[str, Callable[[], Task]] = {"reasoning": ReasoningTask, "code": CodeTask, "visual": VisualTask}
 _DATA_SETS = ("gsm8k", "math")  # which may have a directory behind them
 
 

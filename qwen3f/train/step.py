@@ -19,6 +19,7 @@ from qwen3f.train.pipelined import make_pipelined_gradients
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.state import TrainState
 from qwen3f.transforms import grad_and_value, jit
+from sharding.axes import Axes
 from sharding.fsdp import sum_over, sum_replicated
 from sharding.layout import ONE_DEVICE, Layout
 from sharding.mesh import ROWS
@@ -224,6 +225,10 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
         lr = options.schedule(done)
         at = optimizer.Scalars(done, lr, scale, finite)
         params, opt = optimizer.update(hyper, rules, state.params, grads, state.opt, at)
+        if cfg.vision_enabled:
+            seen = _any_image(batch, axes)
+            params = _unless_idle(seen, state.params, params)
+            opt = optimizer.OptimizerState(*(_unless_idle(seen, *trees) for trees in zip(state.opt, opt)))
         tokens = sum_over(losses.batch_tokens(batch), axes, ROWS)
         step, position = state.step, state.position
         if examples is not None:  # data is consumed, even if the update was withheld
@@ -243,6 +248,21 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
         return new, metrics
 
     return update
+
+
+def _any_image(batch: Batch, axes: Axes) -> Tensor:
+    """bool scalar: whether a token of the update's batch, on any rank, is an image's."""
+    if "visual_index" not in batch:
+        return torch.zeros((), dtype=torch.bool, device=batch["tokens"].device)
+    return sum_over((batch["visual_index"] > 0).sum(), axes, ROWS) > 0
+
+
+def _unless_idle(seen: Tensor, old: P.Params, new: P.Params) -> P.Params:
+    """`new`, but the vision tower's as it was where no image was seen: zero gradients would let it decay."""
+    return {
+        path: torch.where(seen, leaf, old[path]) if path.startswith(P.VISUAL) and leaf is not old[path] else leaf
+        for path, leaf in new.items()
+    }
 
 
 def _together(history: list[Metrics]) -> Metrics:

@@ -173,7 +173,6 @@ def test_ignored_keys_change_nothing():
     [
         ({"qk_norm": "l2"}, "qk_norm='l2'"),
         ({"qk_norm": "none"}, "qk_norm='none'"),
-        ({"vision_enabled": True}, "vision_enabled"),
         ({"moe_drop_tokens": True, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}, "drop_tok"),
     ],
 )

@@ -19,6 +19,7 @@ REASONS = (
     "roles_out_of_order",
     "misplaced_thoughts",
     "different_prompts",
+    "bad_images",
     # What a rule leaves out, counted always.
     "other_files",
     "empty_texts",
