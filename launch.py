@@ -26,7 +26,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--config is missing; write e.g. --config experiments/demo.py")
     name = Path(flags.FLAGS["config"].config_filename.partition(":")[0]).stem
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else Path("runs") / name
-    cli.run_stage(_CONFIG.value, workdir, _PROGRESS.value)
+    chosen = config_flags.get_override_values(flags.FLAGS["config"])
+    cli.run_stage(_CONFIG.value, workdir, _PROGRESS.value, chosen.keys())
 
 
 def guarded(argv: list[str]) -> None:

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from absl import flags
@@ -21,6 +22,7 @@ TOOLS = {
     "rejection_sample": "qwen3f.eval.rejection",
 }
 TRAIN = "qwen3f.train.launch"
+INHERIT = "qwen3f.train.inherit"
 PLAN = "qwen3f.plan.run"  # instead, where config.plan is set: what the mesh would do
 
 
@@ -37,13 +39,19 @@ def parse_flags(argv: list[str]) -> list[str]:
     sys.exit(report(problem, 2))
 
 
-def run_stage(config: ConfigDict, workdir: Path, progress: bool) -> None:
-    """Run the stage that `config.stage` names, or with config.plan the plan. Raises UserError for an unknown one."""
+def run_stage(config: ConfigDict, workdir: Path, progress: bool, chosen: Collection[str] = ()) -> None:
+    """Run the stage that `config.stage` names, or with config.plan the plan. Raises UserError for an unknown one.
+
+    chosen: keys that the user has set, such as "model.rope_theta": of the model the only ones that count beside weights
+      to start from; see qwen3f.train.inherit.
+    """
     known = [*stages.names(), *TOOLS]
     if config.stage not in known and "." not in config.stage:  # with a dot: the import path of one's own
         raise UserError(f"config.stage={config.stage!r} is unknown; use one of {', '.join(known)}")
     # imports torch: once the command line is known to be right
     stage = importlib.import_module(PLAN if config.get("plan") else TOOLS.get(config.stage, TRAIN))
+    if config.stage not in TOOLS:
+        config = importlib.import_module(INHERIT).inherit_model(config, workdir, chosen)
     stage.run(config, workdir, progress)
 
 

@@ -10,7 +10,8 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -51,7 +52,9 @@ class RopeScaling:
         for key in ("factor", "original_max_position_embeddings"):
             if values.get(key) is None:
                 raise UserError(f"rope_scaling: '{key}' is missing; YaRN needs factor and the context length before it")
-        return cls(**values)
+        scaling = cls(**values)
+        _check_types("rope_scaling", scaling)
+        return scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +121,7 @@ class ModelConfig:
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+        _check_types("model", self)
         _validate(self)
 
     # -- layers ------------------------------------------------------------------------------------------------------
@@ -212,6 +216,15 @@ def _check_keys(where: str, values: Mapping[str, Any], cls: type) -> None:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
             raise UserError(f"{where}: unknown key '{key}'{hint}")
+
+
+def _check_types(where: str, values: "RopeScaling | ModelConfig") -> None:
+    for field in dataclasses.fields(values):
+        value, kind = getattr(values, field.name), field.type
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
+        if type(value) not in kinds and not (float in kinds and type(value) is int):
+            words = " or ".join("null" if one is NoneType else one.__name__ for one in kinds)
+            raise UserError(f"{where}.{field.name} is {value!r}; it must be of type {words}")
 
 
 def _validate(cfg: ModelConfig) -> None:

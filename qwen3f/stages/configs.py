@@ -7,6 +7,9 @@ from qwen3f.train.defaults import run_config
 
 def pretrain_config(preset: str) -> ConfigDict:
     config = run_config(preset, "pretrain")
+    # Adjusted base frequency (Xiong et al. 2023, arXiv:2309.16039): init_from's weights with a lower rotary base or a
+    # shorter context than config.model go on with config.model's. False: with theirs.
+    config.abf = False
     _text(config.data)
     config.eval.max_docs = 0  # held-out documents to use; 0: all
     config.eval.compare_gzip = False  # also say what gzip -9 needs for the held-out text

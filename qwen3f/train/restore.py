@@ -126,7 +126,7 @@ def _restored(checkpoints: Checkpointer, like: TrainState, candidates: list[int]
 def _weights(setup: Setup, world: World) -> Params:
     """init_from's, as master weights, this rank's shards; what the model has more starts fresh.
 
-    Says which rotary settings the run changes, and what starts fresh.
+    Says what of the model the run changes (source.CHANGEABLE), and what starts fresh.
     """
     place = setup.config.init_from
     backend = setup.config.checkpoint.backend
@@ -137,6 +137,6 @@ def _weights(setup: Setup, world: World) -> Params:
             setup.model, setup.config.seed, setup.layout, fresh, device=setup.device, dtype=setup.master_dtype
         )
         params = {path: {**params, **made}[path] for path in P.abstract_params(setup.model)}
-    for change in source.rotary_changes(place, setup.model):
+    for change in source.changes(place, setup.model):
         print(f"config.init_from={place}: {change}", flush=True)
     return params

@@ -28,8 +28,8 @@ from qwen3f.train.optimizer import AdamW, parse_rates, trainable
 CONFIG, TOKENIZER, CHECKPOINTS, NONFINITE = "config.json", "tokenizer", "checkpoints", "nonfinite"
 
 
-# What a run's state does not depend on.
-_FREE = frozenset({
+# How a model is trained: its function and a run's state do not depend on it.
+TRAINING_FIELDS = frozenset({
     "gradient_checkpointing", "attention_dropout", "router_aux_loss_coef", "router_balance", "router_z_loss_coef",
     "moe_drop_tokens", "moe_capacity_factor", "initializer_range", "embed_initializer_range",
 })  # fmt: skip
@@ -160,7 +160,7 @@ def _last_meta(workdir: Path) -> dict[str, Any]:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Key -> its two values, of what another stage, model or optimizer would have otherwise."""
-    keys = [("model", key) for key in new["model"] if key not in _FREE] + [("optimizer", "kind")]
+    keys = [("model", key) for key in new["model"] if key not in TRAINING_FIELDS] + [("optimizer", "kind")]
     values = {f"{section}.{key}": (old.get(section, {}).get(key), new[section].get(key)) for section, key in keys}
     values["stage"] = old.get("stage"), new.get("stage")
     rates = [section.get("optimizer", {}).get("rates", "") for section in (old, new)]
