@@ -32,6 +32,8 @@ import torch
 
 from qwen3f.data.chat.conversation import Conversation, checked_messages
 from qwen3f.data.chat.examples import chat_example, chat_tokens
+from qwen3f.data.chat.kinds import TemplateKind
+from qwen3f.data.chat.recognise import check_chat_tokenizer
 from qwen3f.data.chat.samples import Sample, make_samples
 from qwen3f.data.packing.concat import Example
 from qwen3f.data.sources.adapters import dpo, grpo, multimodal, pretrain, sft
@@ -115,7 +117,8 @@ def load_sft_dataset(
     """
     _check_length(max_seq_len)
     chosen = _choose(mixture, sft.VARIANTS, variant, "variant")
-    adapters = {name: partial(_samples, adapter) for name, adapter in sft.ADAPTERS.items()}
+    kind = check_chat_tokenizer(tokenizer)
+    adapters = {name: partial(_samples, adapter, kind) for name, adapter in sft.ADAPTERS.items()}
     stream = RowStream(
         tuple(parse_mixture(chosen, root, "sft")), adapters, one_a_row, split, streaming, max_samples, on_bad_row
     )
@@ -238,8 +241,8 @@ def _windows(
         yield {**example, "index": example["index"] * share.count + share.index}
 
 
-def _samples(adapter: Callable[[Row], sft.Chat], row: Row) -> list[Sample]:
-    return make_samples(Conversation(checked_messages(adapter(row), row.name), row.name))
+def _samples(adapter: Callable[[Row], sft.Chat], kind: TemplateKind, row: Row) -> list[Sample]:
+    return make_samples(Conversation(checked_messages(adapter(row), row.name), row.name), kind=kind)
 
 
 def _chats(

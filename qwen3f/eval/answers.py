@@ -11,7 +11,8 @@ import torch
 
 from qwen3f import model
 from qwen3f.config import ModelConfig
-from qwen3f.data.chat.template import encode_chat
+from qwen3f.data.chat.recognise import kind_of
+from qwen3f.data.chat.template import THINK, encode_chat
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.generate import generate
@@ -43,7 +44,8 @@ class AnswerOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """text: what the model wrote, without <|im_end|>. ended: it wrote that."""
+    """text: what the model wrote, without <|im_end|>, from its "<think>" on also where the prompt holds that. ended: it
+    wrote <|im_end|>."""
 
     text: str
     ended: bool
@@ -69,8 +71,9 @@ def answer(
     """What the model answers to each prompt, a user's turn; in order.
 
     thinking: as enable_thinking, which puts an empty block into the prompt where it is False. between: called before
-    each batch; may raise.
+    each batch; may raise. Raises UserError for a mode that the tokenizer's chat template has not.
     """
+    opened = THINK if kind_of(tokenizer).always else ""
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     ids = [encode_chat(tokenizer, t, add_generation_prompt=True, enable_thinking=thinking) for t in turns]
     for first in range(0, len(ids), options.batch_size):
@@ -94,7 +97,7 @@ def answer(
         )
         for row in out[:, longest:].tolist():
             end = next((place for place, token in enumerate(row) if token in tokenizer.stop_ids), None)
-            yield Answer(tokenizer.decode(row[:end]), end is not None)
+            yield Answer(opened + tokenizer.decode(row[:end]), end is not None)
 
 
 def judge(task: Task, questions: Sequence[Question], answers: Sequence[Answer], thinking: bool) -> dict[str, float]:

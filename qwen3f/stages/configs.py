@@ -52,6 +52,9 @@ def _sample() -> ConfigDict:
 
 def sft_config(preset: str) -> ConfigDict:
     config = run_config(preset, "sft")
+    # hybrid, instruct-2507, thinking-2507 or coder (qwen3f/data/chat/kinds.py); "": that of the template beside the
+    # tokenizer, without one hybrid.
+    config.chat_template = ""
     _chats(config.data)
     config.eval.max_rows = 256  # held-out rows of each source for the loss; 0: all
     config.eval.task = "reasoning"  # whose held-out questions are answered, greedily, on one device; "": none

@@ -18,6 +18,7 @@ from qwen3f.checkpoint import manifest
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.checkpoint.manifest import DamagedCheckpoint
 from qwen3f.config import ModelConfig
+from qwen3f.data.chat.recognise import kind_of, write_template
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.files import write_atomically
@@ -56,8 +57,8 @@ def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
     """Raises UserError, naming what differs, if `workdir` belongs to a run whose state has another form or meaning.
 
     That is another stage, model or optimizer, by the last checkpoint that can be read, else by config.json, which must
-    agree with it; a tokenizer other than config.data.tokenizer; or one whose files are not those that the run began
-    with.
+    agree with it; a tokenizer other than config.data.tokenizer, or chats of another kind than config.chat_template; or
+    a tokenizer whose files are not those that the run began with.
     """
     there, meta = read_config(workdir), _last_meta(workdir)
     saved = meta.get("config") or there or config
@@ -79,6 +80,11 @@ def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
         raise UserError(
             f"--config.data.tokenizer={chosen} is not the tokenizer that the run in {workdir} began with, which {kept} "
             "holds; leave the flag out, or choose another --workdir"
+        )
+    if (kind := config.get("chat_template")) and kept.exists() and (has := kind_of(load_tokenizer(kept)).name) != kind:
+        raise UserError(
+            f"--config.chat_template={kind} is not the kind of chats that the run in {workdir} began with, which is "
+            f"{has}; leave the flag out, or choose another --workdir"
         )
 
 
@@ -129,6 +135,7 @@ def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> dict[str, manifest.En
         temporary = workdir / f".{TOKENIZER}.{uuid.uuid4().hex}"
         try:
             tokenizer.save(temporary)
+            write_template(tokenizer, temporary, always=False)
             temporary.rename(place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

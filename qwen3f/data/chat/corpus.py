@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from qwen3f.data.cache.token_cache import TokenCache, build_or_open, cache_path
-from qwen3f.data.chat.qwen_template import check_chat_tokenizer
+from qwen3f.data.chat.kinds import TemplateKind
+from qwen3f.data.chat.recognise import check_chat_tokenizer
 from qwen3f.data.chat.report import PackingReport, packing_report
 from qwen3f.data.chat.samples import TURNS, Turns
 from qwen3f.data.chat.sources import ChatSource, open_chats
@@ -154,12 +155,17 @@ def prepare_chats(cfg: ChatDataConfig, seq_len: int, tokenizer: Tokenizer, progr
     """
     check(cfg)
     check_seq_len(seq_len)
-    check_chat_tokenizer(tokenizer)
+    kind = check_chat_tokenizer(tokenizer)
+    if cfg.switches and not kind.asks:
+        raise UserError(
+            f"--config.data.switches={cfg.switches} is for models that think when asked; the chat template of this "
+            f"one, of the kind {kind.name}, has no switches: write --config.data.switches=0."
+        )
     weights = dict(parse_weights(cfg.mixture))
     if cfg.root and len(weights) > 1:
         raise UserError("--config.data.root is the directory of one source: write NAME@DIR in the mixture instead.")
     caps = parse_caps(cfg.max_epochs, list(weights))
-    sources = _sources(cfg, list(weights))
+    sources = _sources(cfg, list(weights), kind)
     cache_dir = cache_directory(cfg.cache)
 
     def packed(split: Split, most: int) -> dict[str, BestFitDataset]:
@@ -222,12 +228,13 @@ def _chosen(key: str, written: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return chosen
 
 
-def _sources(cfg: ChatDataConfig, names: list[str]) -> dict[str, ChatSource]:
+def _sources(cfg: ChatDataConfig, names: list[str], kind: TemplateKind) -> dict[str, ChatSource]:
     options = {
         "turns": cfg.turns,
         "switches": cfg.switches,
         "task": open_task(cfg.judge, "--config.data.judge") if cfg.judge else None,
         "on_bad_row": cfg.on_bad_row,
+        "kind": kind,
     }
     return {name: open_chats(name, cfg.root, generated_problems(cfg), **options) for name in names}
 
