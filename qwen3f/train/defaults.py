@@ -50,7 +50,7 @@ def run_config(preset: str, stage: str) -> ConfigDict:
     # A workdir, its checkpoints/N or a Hugging Face directory: its model (config.model but for what the command line
     # sets, see qwen3f/train/inherit.py), weights and tokenizer.
     config.init_from = ""
-    config.resume = config_dict.placeholder(int)  # a step of this workdir to go on from; default: the last
+    config.resume = config_dict.placeholder(int)  # a step of this workdir to go back to, once; default: the last
     config.wandb = "off"  # off, offline or online
     config.data = _data()
     config.optimizer = _optimizer()

@@ -116,7 +116,7 @@ def test_an_unknown_template_is_refused_until_one_is_chosen_which_then_stays(roo
 def test_a_template_beside_our_own_kind_of_tokenizer_goes_along(tmp_path):
     """Which saves its model alone."""
     texts = [f"def f{i}(x):\n    return x + {i}\n" for i in range(40)]
-    train_sentencepiece(texts, 340, tmp_path / "hf" / "tokenizer.model")
+    train_sentencepiece(texts, 330, tmp_path / "hf" / "tokenizer.model")
     (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps({"chat_template": REFERENCES["instruct-2507"]}))
     keep_tokenizer(tmp_path / "w", load_tokenizer(tmp_path / "hf"))
     assert kind_of(load_tokenizer(tmp_path / "w" / "tokenizer")).name == "instruct-2507"
