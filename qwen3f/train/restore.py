@@ -92,15 +92,15 @@ def _candidates(checkpoints: Checkpointer, resume: int | None) -> list[int]:
     if last.get("resume") != resume:
         return [resume]
     print(
-        f"config.resume={resume}: the run has gone back there and is past it, so it goes on; to go back again, move the "
-        f"later checkpoints out of {checkpoints.directory}",
+        f"config.resume={resume}: the run has gone back there and is past it, so it goes on; to go back again, move "
+        f"the later checkpoints out of {checkpoints.directory}",
         flush=True,
     )
     return [step for step in steps[::-1] if step >= resume]
 
 
 def _config(checkpoints: Checkpointer, step: int) -> dict[str, Any]:
-    """The configuration that a checkpoint was saved with; {} for one that is damaged, which is named when it is tried."""
+    """What a checkpoint was saved with; {} for a damaged one, which is named when it is tried."""
     try:
         return checkpoints.read_meta(step).get("config", {})
     except DamagedCheckpoint:
