@@ -34,9 +34,9 @@ def guarded(argv: list[str]) -> None:
     try:
         main(argv)
     except UserError as error:
-        sys.exit(cli.report(error, 2))
+        sys.exit(cli.report(error, 2, _CONFIG.value))
     except TrainingError as error:
-        sys.exit(cli.report(error, 1))
+        sys.exit(cli.report(error, 1, _CONFIG.value))
     except BrokenPipeError:  # whoever read our output has left, as in "… | head"; Python would complain at exit too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # what the shell reports for SIGPIPE

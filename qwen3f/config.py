@@ -209,9 +209,20 @@ class ModelConfig:
         return cls.from_dict(values)
 
 
+# YaRN in other programs: near names with another meaning.
+_OTHER_YARN = {
+    "attn_factor": "it multiplies the default; write attention_factor = attn_factor · (0.1·ln(factor) + 1)",
+    "mscale": "of DeepSeek; write attention_factor, what cosines and sines are multiplied by",
+    "mscale_all_dim": "of DeepSeek; write attention_factor, what cosines and sines are multiplied by",
+    "extrapolation_factor": "only 1 has a form here; leave it out",
+}
+
+
 def _check_keys(where: str, values: Mapping[str, Any], cls: type) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
+        if key not in known and key in _OTHER_YARN and cls is RopeScaling:
+            raise UserError(f"{where}: '{key}' has another meaning than any key here: {_OTHER_YARN[key]}")
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"

@@ -14,6 +14,7 @@ from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.train import balance, losses, optimizer
+from qwen3f.train.hyper import AdamW, Muon
 from qwen3f.train.objective import Batch, MicroBatch, Objective
 from qwen3f.train.pipelined import make_pipelined_gradients
 from qwen3f.train.schedule import Schedule
@@ -52,7 +53,7 @@ class StepOptions:
         the step together; the new state and metrics are those of one device.
     """
 
-    optimizer: optimizer.AdamW
+    optimizer: AdamW
     schedule: Schedule
     microbatches: int = 1
     microbatch_rows: int = 0
@@ -121,7 +122,7 @@ def make_train_step(cfg: ModelConfig, objective: Objective, options: StepOptions
     return on_shards(step)
 
 
-def check_mesh(cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execution, layout: Layout) -> None:
+def check_mesh(cfg: ModelConfig, hyper: AdamW, execution: model.Execution, layout: Layout) -> None:
     """UserError for what a mesh cannot do, as make_train_step lists it."""
     axes = layout.axes
     if axes.shape.size == 1:
@@ -131,7 +132,7 @@ def check_mesh(cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execut
             f"config.compile=step with ep={axes.ep.size}, whose splits the host must know: write compile=block, or use "
             "dp for ep"
         )
-    if isinstance(hyper, optimizer.Muon):
+    if isinstance(hyper, Muon):
         raise UserError("optimizer.kind=muon needs whole matrices, which a mesh cuts; write optimizer.kind=adamw")
     if cfg.attention_dropout > 0:
         raise UserError("model.attention_dropout is not supported on a mesh; set it to 0 or train on one device")

@@ -24,7 +24,8 @@ from qwen3f.errors import UserError
 from qwen3f.files import write_atomically
 from qwen3f.params import abstract_params
 from qwen3f.strict_json import read_object
-from qwen3f.train.optimizer import AdamW, parse_rates, trainable
+from qwen3f.train.hyper import AdamW, parse_rates
+from qwen3f.train.optimizer import trainable
 
 CONFIG, TOKENIZER, CHECKPOINTS, NONFINITE = "config.json", "tokenizer", "checkpoints", "nonfinite"
 

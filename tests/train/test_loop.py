@@ -8,7 +8,7 @@ from torch.torch_version import TorchVersion
 
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.errors import TrainingError, UserError
-from qwen3f.train import optimizer
+from qwen3f.train.hyper import Muon
 from qwen3f.train.loop import run
 from qwen3f.train.setup import make_setup
 from qwen3f.train.state import init_state
@@ -180,7 +180,7 @@ def test_muon_after_a_short_context_resumes_exactly(make, tmp_path):
     def trained():
         run(config, tmp_path / "w", progress=False)
         with Checkpointer(tmp_path / "w" / "checkpoints", 0, 0) as checkpoints:
-            like = init_state(pretrain_model(config), 0, optimizer.Muon())
+            like = init_state(pretrain_model(config), 0, Muon())
             return checkpoints.restore(like, 8)[0]
 
     straight = trained()
