@@ -51,6 +51,8 @@ def run_stage(config: ConfigDict, workdir: Path, progress: bool, chosen: Collect
     known = [*stages.names(), *TOOLS]
     if config.stage not in known and "." not in config.stage:  # with a dot: the import path of one's own
         raise UserError(f"config.stage={config.stage!r} is unknown; use one of {', '.join(known)}")
+    if config.stage not in TOOLS:
+        checks.check_workdir(workdir)
     checks.check(config, workdir)
     # imports torch: once what can be checked without it is known to be right
     stage = importlib.import_module(PLAN if config.get("plan") else TOOLS.get(config.stage, TRAIN))

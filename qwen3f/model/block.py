@@ -96,7 +96,8 @@ def block_fn(
     policy sees the operators. Two kinds of block run uncompiled in any case: with experts over ep, whose splits the
     host must know, and under schedules that put off weights' gradients, past which compiled code would go.
     """
-    with torch.device("meta"):
+    # not by a transform: vmap lets no module draw its first weights, though these are thrown away
+    with torch.device("meta"), torch._C._DisableFuncTorch():
         skeleton = Block(cfg, execution, sparse, layout)
     whole = make_gather(layout.place(cfg), layout.axes, stack=LAYERS, dtype=layout.gather_dtype)
 

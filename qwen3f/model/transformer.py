@@ -16,7 +16,7 @@ from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.model.attention import AttentionMask, batch_mask
 from qwen3f.model.block import BlockFn, block_fn
-from qwen3f.model.execution import EAGER, Execution
+from qwen3f.model.execution import EAGER, Execution, refuse_vmap
 from qwen3f.model.kv_cache import LayerCache
 from qwen3f.model.moe import RouterStats
 from qwen3f.model.norm import rms_norm
@@ -121,6 +121,7 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
         real: Tensor | None = None,
         dropout_stream: Tensor | None = None,
     ) -> tuple[Tensor, RouterStats | None]:
+        refuse_vmap(execution, (tokens, params[P.EMBED]))
         x = embedding(tokens, params[P.EMBED], layout.axes.tp)
         inputs = LayerInputs(*rope_tables(cfg, positions, x.dtype), masks, real, dropout_stream)
         x, stats = run_layers(cfg, blocks, unstack_layers(params, stacks), x, inputs, ahead=ahead)

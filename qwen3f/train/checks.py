@@ -5,6 +5,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,28 @@ def check(config: ConfigDict, workdir: Path | None = None) -> None:
         )
     if "model" in config:
         _check_run(config)
+
+
+def check_workdir(workdir: Path) -> None:
+    """Raises UserError unless a run could write in `workdir`; makes nothing. What is there may still refuse."""
+    try:
+        workdir.lstat() if "\0" in str(workdir) else None  # which exists() takes for a name that is free
+        if workdir.is_symlink() and not workdir.exists():
+            raise UserError(
+                f"--workdir={workdir} is a link to {workdir.readlink()}, which is not there; choose another"
+            )
+        place = next(place for place in (workdir, *workdir.absolute().parents) if place.exists() or place.is_symlink())
+        if not place.is_dir():
+            raise UserError(f"--workdir={workdir} cannot be a directory: {place} is a file; choose another")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(f"--workdir={workdir} cannot be written: {place} is read-only; choose another")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"--workdir={str(workdir)[:80]!r} cannot be written ({getattr(error, 'strerror', None) or error}); choose "
+            "another"
+        ) from error
 
 
 def at_least(config: ConfigDict, key: str, low: int) -> None:
