@@ -83,7 +83,7 @@ def test_from_a_workdir_through_all_three_stages(make, tmp_path, capsys):
     config = make(steps=1)
     config.model.update(rope_theta=3e4, max_position_embeddings=64)
     cli.run_stage(config, tmp_path / "w1", False)
-    assert "rotary base 30000 over 64 positions" in capsys.readouterr().out
+    assert "rotary base 30,000 over 64 positions" in capsys.readouterr().out
     for stage, base, room in ((2, 3e4, 64), (3, 1e6, 2048)):
         config = cli.load_experiment(f"experiments/pretrain_s{stage}.py:nano")
         config.update_from_flattened_dict(
