@@ -61,7 +61,7 @@ _LARGEST = 2**63
 def check(config: ConfigDict, workdir: Path | None = None) -> None:
     """Raises UserError, naming key and value, for what no run or tool can do.
 
-    workdir: of the run. Where one has begun there, init_from need not be there any more.
+    workdir: of the run; None: places are not looked at. Where one has begun, init_from need not be there any more.
     """
     values = dict(_values(config))
     for key, value in values.items():
@@ -76,8 +76,8 @@ def check(config: ConfigDict, workdir: Path | None = None) -> None:
         for key in PLACES:
             if not values.get(key, " ") and key not in _OPTIONAL.get(config.stage, ()):
                 raise UserError(f"config.{key} is missing; write --config.{key}=DIR")
-    begun = workdir is not None and (workdir / "config.json").is_file()
-    if (place := values.get("init_from")) and not begun and not _is_there(place):
+    looked = workdir is not None and not (workdir / "config.json").is_file()
+    if looked and (place := values.get("init_from")) and not _is_there(place):
         raise UserError(
             f"config.init_from={place}: there is no {place}; give a workdir, its checkpoints/N, or a Hugging Face "
             "directory"
