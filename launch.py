@@ -40,7 +40,12 @@ def guarded(argv: list[str]) -> None:
     except BrokenPipeError:  # whoever read our output has left, as in "… | head"; Python would complain at exit too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # what the shell reports for SIGPIPE
+    except OSError as error:
+        if (problem := cli.full_disk(error)) is None:
+            raise
+        sys.exit(cli.report(problem, 1))
 
 
 if __name__ == "__main__":
+    cli.yield_while_waiting(os.environ)
     app.run(guarded, flags_parser=cli.parse_flags)

@@ -33,6 +33,5 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.dtype = "auto"  # auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 or float64
     config.device = "auto"  # auto, cpu or cuda
-    config.compile = "off"  # off, block or step: compile the decoding pass; pays off for long answers
     config.out = ""  # a .jsonl file to append to: a line {"prompt", "answer", "tokens", "stopped"} for each prompt
     return config

@@ -34,5 +34,4 @@ def get_config() -> ConfigDict:
     config.batch_size = 64  # answers at a time
     config.device = "auto"  # auto, cpu or cuda
     config.dtype = "auto"  # auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 or float64
-    config.compile = "off"  # off, block or step: compile the decoding pass; pays off for long answers
     return config

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from qwen3f.stages.configs import sft_config
 
-PEAK_LR = {"nano": 3e-3, "debug": 1e-3, "debug_moe": 1e-3}
+TINY = ("nano", "debug", "debug_moe")
 
 
 def get_config(preset: str = "small") -> ConfigDict:
@@ -19,16 +19,45 @@ def get_config(preset: str = "small") -> ConfigDict:
     config = sft_config(preset)
     config.data.judge = "reasoning"
     config.schedule.kind = "cosine"
-    config.schedule.peak_lr = PEAK_LR.get(preset, 1e-5)
+    config.schedule.peak_lr = 1e-5
     config.schedule.warmup = 0.03
     config.seq_len = 8192
     config.steps, config.batch_size = 2000, 32
-    if preset in PEAK_LR:  # the generated problems, where a tiny model can learn to solve them
-        config.seq_len = 512
-        config.data.difficulties = "1"
-        config.data.kinds = "number_theory,sequence" if preset == "nano" else ""
-        config.steps, config.batch_size = (1500, 8) if preset == "nano" else (3000, 64)
-        config.eval.max_new_tokens = 200
+    if preset in TINY:
+        _solve_generated_problems(config, preset)
     if preset == "large":
         config.model.gradient_checkpointing = "full"
     return config
+
+
+def _solve_generated_problems(config: ConfigDict, preset: str) -> None:
+    """What a tiny model can learn in minutes: nano two kinds on two CPU cores, debug all kinds on a GPU, from scratch.
+
+    The README shows what they reach.
+    """
+    config.seq_len = 512
+    if preset == "nano":
+        config.data.kinds, config.data.difficulties, config.data.problems = "number_theory,sequence", "1", 65_536
+        config.steps, config.batch_size = 1100, 4
+        config.eval.max_new_tokens = 200
+        _learn_by_muon(config, peak_lr=5e-3, update_rms=0.2 / 3, weight_decay=0.07)
+    else:
+        config.data.difficulties, config.data.problems = "1,2", 600_000
+        config.steps, config.batch_size = 3000, 64
+        config.eval.max_new_tokens = 300
+        if preset == "debug":
+            _learn_by_muon(config, peak_lr=3e-3, update_rms=0.2, weight_decay=0.1)
+        else:
+            config.schedule.peak_lr = 1e-3
+
+
+def _learn_by_muon(config: ConfigDict, peak_lr: float, update_rms: float, weight_decay: float) -> None:
+    """On one device; a mesh needs AdamW. From the demo's weights that ended, at 5e-3 after 1,600 steps, at a held-out
+    loss of 0.086, Muon at 1.5e-2 at 0.059."""
+    config.optimizer.kind = "muon"
+    config.optimizer.update_rms = update_rms
+    config.optimizer.weight_decay = weight_decay
+    config.schedule.kind = "wsd"
+    config.schedule.peak_lr = peak_lr
+    config.schedule.decay = 0.7
+    config.schedule.min_ratio = 0.0

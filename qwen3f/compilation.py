@@ -2,9 +2,8 @@
 
 What is fixed in compiled code, so that another value means another graph:
 
-- all sizes: rows of a micro-batch and sequence length (a run has one of each, and its evaluation one); in decoding the
-  rows, and the slots of the cache, a multiple of qwen3f.infer.generate.SPAN; in step mode the number of micro-batches
-  too, which are repeated in the graph;
+- all sizes: rows of a micro-batch and sequence length (a run has one of each, and its evaluation one); in step mode the
+  number of micro-batches too, which are repeated in the graph;
 - the form of the inputs: dtypes, which kind of mask, with or without padding marks and dropout, whether gradients are
   on, and whether a block's input needs one.
 
@@ -13,8 +12,8 @@ share a graph), the lengths of documents, and how many rows each expert gets: to
 each expert's share lies in offsets. Under ep the rows that come from other ranks would be a size, another one every
 time; those blocks run uncompiled (qwen3f.model.block).
 
-How many: MOST_SHAPES graphs of one function, which is one kind of block of one model, its update, its step or its
-decoding. A run needs three a kind of block (training, with and without a gradient of the input, and evaluation) and one
+How many: MOST_SHAPES graphs of one function, which is one kind of block of one model, its update or its step.
+A run needs three a kind of block (training, with and without a gradient of the input, and evaluation) and one
 update. The number of models in a process is not limited. torch keeps compiled code until the process ends.
 """
 

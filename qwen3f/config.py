@@ -201,7 +201,7 @@ class ModelConfig:
         if not path.is_file():
             raise UserError(f"model config {path}: no such file")
         try:
-            values = parse(path.read_text())
+            values = parse(path.read_text(encoding="utf-8-sig"))
         except (ValueError, yaml.YAMLError) as error:
             raise UserError(f"model config {path}: cannot be parsed: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):

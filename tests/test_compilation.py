@@ -15,7 +15,6 @@ from torch._dynamo.testing import CompileCounter
 from qwen3f import compilation, model, params, presets
 from qwen3f.compilation import compile_static
 from qwen3f.errors import UserError
-from qwen3f.infer.generate import generate
 from qwen3f.model import block
 from qwen3f.stages.pretrain import make_train_step
 from qwen3f.train import losses, state
@@ -161,22 +160,6 @@ def test_whole_steps_of_20_models_and_at_20_shapes(mode, graphs, counter):
         torch.testing.assert_close(metrics["loss"], expected["loss"], rtol=1e-9, atol=0)
         torch.testing.assert_close(ours.params, theirs.params, rtol=1e-9, atol=1e-12)
     assert counter.frame_count == graphs * len(models_and_shapes(MANY))
-
-
-@pytest.mark.nightly
-@pytest.mark.timeout(1800)
-def test_20_models_decode_and_one_for_20_numbers_of_rows(counter):
-    """The cache's size is rounded up, so rows are the shape."""
-    for number, rows in models_and_shapes(MANY):
-        cfg = tiny(number)
-        p = params.init_params(cfg, 0, dtype=torch.float64)
-        tokens = torch.arange(rows * 3).view(rows, 3) % cfg.vocab_size
-        ours, theirs = (
-            generate(cfg, p, tokens, max_new_tokens=3, execution=model.Execution(compile=mode))
-            for mode in ("step", "off")
-        )
-        assert torch.equal(ours, theirs)
-    assert counter.frame_count == len(models_and_shapes(MANY))
 
 
 class Pair(NamedTuple):

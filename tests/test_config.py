@@ -86,6 +86,16 @@ def test_wrong_values_are_named(values, words):
         ModelConfig.from_dict(values)
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_files_with_a_signature_and_either_line_end(end, tmp_path):
+    cfg = presets.get("nano")
+    cfg.to_json(tmp_path / "c.json")
+    cfg.to_yaml(tmp_path / "c.yaml")
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", end))
+    assert ModelConfig.from_json(tmp_path / "c.json") == ModelConfig.from_yaml(tmp_path / "c.yaml") == cfg
+
+
 def test_wrong_files_are_named(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         ModelConfig.from_yaml(tmp_path / "none.yaml")

@@ -8,10 +8,10 @@ import sys
 import torch
 
 from kernels.backend import triton
-from kernels.bench import attention, cross_entropy, moe, rmsnorm, rope, swiglu, timing
+from kernels.bench import attention, cross_entropy, decode, moe, rmsnorm, rope, swiglu, timing
 from kernels.bench.case import Case, Measured, measure
 
-MODULES = (rmsnorm, rope, swiglu, attention, cross_entropy, moe)
+MODULES = (rmsnorm, rope, swiglu, attention, cross_entropy, moe, decode)
 
 
 def row(case: Case, ceiling: float) -> str:
@@ -20,7 +20,8 @@ def row(case: Case, ceiling: float) -> str:
     ours = measured.pop("ours")
     cells = [case.kernel, case.shape]
     for work, ms in ((case.forward, ours.forward), (case.backward, ours.backward)):
-        cells.append("" if ms is None else f"{ms:.3f} ms, {_rate(work, ms, ceiling, case.unit)}")
+        time = "" if ms is None else f"{ms:.3f} ms" if ms >= 0.1 else f"{ms * 1e3:.1f} µs"
+        cells.append("" if ms is None else f"{time}, {_rate(work, ms, ceiling, case.unit)}")
     cells.append("; ".join(f"{name} {_ratios(ours, other)}" for name, other in measured.items()))
     return "| " + " | ".join(cells) + " |"
 

@@ -1,6 +1,7 @@
 """One row of the benchmark: a kernel at a shape, its inputs, and everything that computes the same."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -22,6 +23,7 @@ class Case:
       forward, backward: bytes that a perfect kernel moves, each input and output once; or FLOPs (see `unit`).
       unit: "bytes" or "flops".
       joint: forward and backward are timed together (gradients are made in the forward); `forward` counts both.
+      copies: above 0, so many sets of inputs are called in turn within one CUDA graph, for calls of microseconds.
     """
 
     kernel: str
@@ -32,6 +34,7 @@ class Case:
     backward: float
     unit: str
     joint: bool = False
+    copies: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,9 @@ def measure(case: Case, name: str) -> Measured:
             raise
         name = "" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: "
         return Measured(None, None, name + str(error).partition("\n")[0][:80])
+    if case.copies:
+        sets = [inputs, *(case.inputs() for _ in range(case.copies - 1))]
+        return Measured(timing.milliseconds_in_a_graph([functools.partial(entry, *x) for x in sets]), None)
     differentiable = [y for y in outputs if y.requires_grad]
     grads = [torch.randn_like(y) for y in differentiable]
     if case.joint:

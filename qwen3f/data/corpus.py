@@ -21,7 +21,7 @@ from qwen3f.data.mixture import CYCLE, Mixture, Part, make_mixture, parse_caps, 
 from qwen3f.data.packing.best_fit import LongDocuments
 from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.data.packing.concat import PackedDataset
-from qwen3f.data.sources.documents import HOLDOUT, LimitedSource, Source, Split
+from qwen3f.data.sources.documents import HOLDOUT, LimitedSource, Source, Split, describe_other_files
 from qwen3f.data.sources.registry import open_source
 from qwen3f.data.stream.dataset import StreamDataset
 from qwen3f.data.stream.parts import stream_part
@@ -158,7 +158,7 @@ class Corpus:
             f"data: {name}, {cache.num_tokens:,} tokens in {cache.num_docs:,} documents held out"
             for name, cache in self.heldout.items()
         ]
-        return [*lines, *self.left_out, *held_out]
+        return [*lines, *self.left_out, *describe_other_files(self.sources), *held_out]
 
 
 def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:

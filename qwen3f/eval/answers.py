@@ -1,13 +1,8 @@
-"""A task's questions answered by a model, and judged: exact match by group, and whether answers have their form.
-
-B questions at a time · T the longest prompt
-"""
+"""A task's questions answered by a model, and judged: exact match by group, and whether answers have their form."""
 
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-
-import torch
 
 from qwen3f import model
 from qwen3f.config import ModelConfig
@@ -15,8 +10,10 @@ from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.template import THINK, encode_chat
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
-from qwen3f.infer.generate import generate
+from qwen3f.infer.engine import Engine, EngineOptions, completion
+from qwen3f.infer.sampling import SamplingParams
 from qwen3f.params import Params
+from qwen3f.processes.world import World
 from qwen3f.tasks.answer_text import is_well_formed
 from qwen3f.tasks.task import Question, Task
 
@@ -29,16 +26,16 @@ class AnswerOptions:
 
     Attributes:
       max_new_tokens: an answer ends there, if not before; it then counts as neither right nor well formed.
-      temperature, seed: of the sampler; 0 is greedy. Question i has the random stream first + i.
-      batch_size: questions at a time. device: the parameters'. execution: of the model.
+      temperature, seed: of the sampler; 0 is greedy. Question i has the random stream first + i · stride.
+      batch_size: questions at a time, at most. execution: of the model.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     seed: int = 0
     first: int = 0
+    stride: int = 1
     batch_size: int = 64
-    device: torch.device | str = "cpu"
     execution: model.Execution = model.EAGER
 
 
@@ -71,33 +68,58 @@ def answer(
     """What the model answers to each prompt, a user's turn; in order.
 
     thinking: as enable_thinking, which puts an empty block into the prompt where it is False. between: called before
-    each batch; may raise. Raises UserError for a mode that the tokenizer's chat template has not.
+    each pass of the engine; may raise. Raises UserError for a mode that the tokenizer's chat template has not.
     """
     opened = THINK if kind_of(tokenizer).always else ""
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     ids = [encode_chat(tokenizer, t, add_generation_prompt=True, enable_thinking=thinking) for t in turns]
-    for first in range(0, len(ids), options.batch_size):
-        between()
-        part = ids[first : first + options.batch_size]
-        longest = max(map(len, part))
-        rows = [[tokenizer.pad_id] * (longest - len(row)) + row for row in part]
-        out = generate(
-            cfg,
-            params,
-            torch.tensor(rows, device=options.device),
-            max_new_tokens=options.max_new_tokens,
-            seed=options.seed,
-            temperature=options.temperature,
-            stop_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad_id,
-            prompt_lengths=[len(row) for row in part],
-            request_ids=[options.first + first + row for row in range(len(part))],
-            num_ids=tokenizer.vocab_size,
-            execution=options.execution,
+    engine = Engine(
+        cfg,
+        params,
+        seed=options.seed,
+        execution=options.execution,
+        tokenizer=tokenizer,
+        options=EngineOptions(rows=options.batch_size),
+    )
+    sampling = SamplingParams(temperature=options.temperature)
+    requests = (
+        engine.request(
+            prompt, options.max_new_tokens, sampling=sampling, stream=options.first + number * options.stride
         )
-        for row in out[:, longest:].tolist():
-            end = next((place for place, token in enumerate(row) if token in tokenizer.stop_ids), None)
-            yield Answer(opened + tokenizer.decode(row[:end]), end is not None)
+        for number, prompt in enumerate(ids)
+    )
+    for row in engine.submit(requests):
+        while not row.finish_reason:
+            between()
+            engine.step()
+        given = completion(row)
+        if given.finish_reason.startswith("error"):
+            raise UserError(given.finish_reason.removeprefix("error: "))
+        ended = given.finish_reason == "stop"
+        yield Answer(opened + tokenizer.decode(given.ids[:-1] if ended else given.ids), ended)
+
+
+def answer_on_ranks(
+    world: World,
+    cfg: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    thinking: bool,
+    options: AnswerOptions,
+    between: Callable[[], None] = lambda: None,
+) -> list[Answer]:
+    """As `answer`, shared out over the ranks, which all hold params whole; all get all answers.
+
+    between is called on one rank alone: ranks make passes of their own, and could not agree there.
+    """
+    own = dataclasses.replace(
+        options, first=options.first + world.rank * options.stride, stride=options.stride * world.size
+    )
+    alone = between if world.size == 1 else lambda: None
+    given = answer(cfg, params, tokenizer, prompts[world.rank :: world.size], thinking, own, alone)
+    shares = world.gather([[one.text, one.ended] for one in given])
+    return [Answer(*shares[number % world.size][number // world.size]) for number in range(len(prompts))]
 
 
 def judge(task: Task, questions: Sequence[Question], answers: Sequence[Answer], thinking: bool) -> dict[str, float]:

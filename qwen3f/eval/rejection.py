@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.chat.corpus import check as check_data
@@ -31,6 +30,7 @@ from qwen3f.eval.answers import Answer, AnswerOptions, answer
 from qwen3f.files import write_atomically
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.interop import source
+from qwen3f.interop.history import never_saw_chats, pretrained_only
 from qwen3f.strict_json import read_object
 from qwen3f.tasks.answer_text import is_well_formed
 from qwen3f.tasks.reasoning import ReasoningTask
@@ -49,7 +49,7 @@ COUNTS = (
 )  # fmt: skip
 """What is counted; see `choose`."""
 
-_FREE = ("stage", "out", "questions", "batch_size", "device", "compile")  # may change when a run goes on
+_FREE = ("stage", "out", "questions", "batch_size", "device")  # may change when a run goes on
 _DATA = ("kinds", "difficulties", "problems", "problem_seed")
 
 
@@ -93,10 +93,12 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, A
     cfg = source.read_model_config(place)
     tokenizer = load_tokenizer(source.tokenizer_path(place), config.chat_template)
     check_thinking(check_chat_tokenizer(tokenizer), True)
+    if never_saw_chats(place):
+        print(pretrained_only(config.init_from), file=sys.stderr, flush=True)
     questions = list(islice(task.questions("train"), config.questions or None))
     _check_lengths(config, cfg, tokenizer, questions)
     device = find_device(config.device)
-    dtype, execution = find_dtype(config.dtype, device), model.Execution(compile=config.compile)
+    dtype = find_dtype(config.dtype, device)
     out = Path(config.out).expanduser()
     chosen = {f"data.{key}": value for key, value in config.data.items()} | config.to_dict()
     settings = {key: value for key, value in chosen.items() if key not in (*_FREE, "data")}
@@ -104,9 +106,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, A
         done = _progress(out, {**settings, "init_from": place})
         if done.counts["questions"] < len(questions):
             params = source.read_params(place, cfg, device, dtype)
-            options = AnswerOptions(
-                config.max_new_tokens, config.temperature, config.seed, 0, config.batch_size, device, execution
-            )
+            options = AnswerOptions(config.max_new_tokens, config.temperature, config.seed, 0, config.batch_size)
 
             def ask(prompts: Sequence[str], first: int) -> Iterator[Answer]:
                 return answer(cfg, params, tokenizer, prompts, True, dataclasses.replace(options, first=first))

@@ -1,10 +1,9 @@
-"""Answers from a model, one token a step with a key/value cache: all at once (`generate`) or as they come (`stream`).
+"""Answers to a batch of prompts as tensors: all at once (`generate`) or as they come (`stream`). The engine makes them.
 
-B rows · T columns of the prompts · N new tokens · V vocabulary
+B rows · T columns of the prompts · N new tokens
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,14 +12,13 @@ from torch import Tensor
 
 from qwen3f import model
 from qwen3f import params as P
-from qwen3f.compilation import compile_static
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from qwen3f.infer.sampling import GREEDY, SamplingParams, sample, streams
-from qwen3f.infer.thinking import ThinkingBudget, apply_budget
-
-PREFILL = 1024  # prompt tokens a pass: bounds the memory of masks and activations
-SPAN = 256  # attention looks at this many slots of the cache, or a multiple: what is empty is not read
+from qwen3f.infer.device import CPU_ROUNDING
+from qwen3f.infer.engine import Engine
+from qwen3f.infer.request import Row
+from qwen3f.infer.sampling import GREEDY, SamplingParams
+from qwen3f.infer.thinking import ThinkingBudget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +34,7 @@ class Requests:
       budget: a limit on thinking, counted in the answer's tokens.
       num_ids: ids from here on are never chosen (Qwen3's embedding has rows that its tokenizer doesn't use). Default:
         vocab_size.
-      execution: compile "block" or "step" compiles the decoding pass (for a fixed batch and cache size), never the
-        prompt's.
+      execution: how the model runs; its compile has no effect.
     """
 
     stop_ids: Sequence[int] = ()
@@ -87,150 +84,60 @@ def stream(
     that cannot run, and on a step whose logits are not finite.
     """
     asked = Requests(**options)
-    stop_ids, pad_id, budget = asked.stop_ids, asked.pad_id, asked.budget
-    if cfg.scalar_head:
-        raise UserError("model.scalar_head=True makes a score of each token, not text; name a model with a vocabulary")
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-    batch = tokens.shape[0]
-    lengths_B = _per_row("prompt_lengths", asked.prompt_lengths, tokens, [tokens.shape[1]] * batch)
-    request_B = _per_row("request_ids", asked.request_ids, tokens, range(batch))
-    real_BT = torch.arange(tokens.shape[1], device=tokens.device) >= (tokens.shape[1] - lengths_B)[:, None]
-    tokens = torch.where(real_BT, tokens, 0)
-    _check_prompts(cfg, tokens, lengths_B)
-    for name, ids in (
-        ("stop_ids", stop_ids),
-        ("pad_id", [pad_id or 0]),
-        ("budget", budget.closing_ids if budget else ()),
-    ):
-        if any(not 0 <= i < cfg.vocab_size for i in ids):
-            raise UserError(f"{name}: {list(ids)} must be token ids below the vocabulary's {cfg.vocab_size}")
-    num_ids = cfg.vocab_size if asked.num_ids is None else asked.num_ids
-    if not 1 <= num_ids <= cfg.vocab_size:
-        raise UserError(f"num_ids must lie in 1..vocab_size ({cfg.vocab_size}), got {num_ids}; see the tokenizer")
-    prompt = _Prompt(tokens, real_BT, lengths_B, request_B)
-    stop = torch.tensor(list(stop_ids), dtype=torch.int64, device=tokens.device)
-    rules = _Rules(sampling, seed, budget, num_ids, stop, _pad_id(stop_ids, pad_id))
-    return _steps(cfg, params, prompt, max_new_tokens, rules, asked.execution)
+    pad_id = _pad_id(asked.stop_ids, asked.pad_id)
+    if not 0 <= pad_id < cfg.vocab_size:
+        raise UserError(f"pad_id: {pad_id} must be a token id below the vocabulary's {cfg.vocab_size}")
+    batch, columns = tokens.shape
+    lengths = _per_row("prompt_lengths", asked.prompt_lengths, batch, [columns] * batch)
+    if any(length > columns for length in lengths):
+        raise UserError(f"prompt_lengths: {max(lengths)} is more than the {columns} columns of tokens")
+    streams = _per_row("request_ids", asked.request_ids, batch, range(batch))
+    most = -(-(columns + max_new_tokens) // CPU_ROUNDING) * CPU_ROUNDING
+    engine = Engine(
+        cfg,
+        params,
+        max_tokens=max(1, batch) * most,
+        seed=seed,
+        execution=asked.execution,
+        num_ids=cfg.vocab_size if asked.num_ids is None else asked.num_ids,
+    )
+    requests = [
+        engine.request(
+            row[columns - length :] if length > 0 else [],
+            max_new_tokens,
+            sampling=sampling,
+            stream=name,
+            stop_ids=tuple(asked.stop_ids),
+            budget=asked.budget,
+        )
+        for row, length, name in zip(tokens.tolist(), lengths, streams)
+    ]
+    return _in_step(engine, engine.submit(requests), tokens.device, pad_id)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Prompt:
-    """tokens_BT with 0 for padding; real_BT: bool, False for padding; lengths_B, request_B: int64."""
-
-    tokens_BT: Tensor
-    real_BT: Tensor
-    lengths_B: Tensor
-    request_B: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rules:
-    """How tokens are chosen and when a row ends; names as in `stream`, stop: int64 [number of stop ids]."""
-
-    sampling: SamplingParams
-    seed: int
-    budget: ThinkingBudget | None
-    num_ids: int
-    stop: Tensor
-    pad_id: int
-
-
-@torch.no_grad()
-def _steps(
-    cfg: ModelConfig,
-    params: P.Params,
-    prompt: _Prompt,
-    max_new_tokens: int,
-    rules: _Rules,
-    execution: model.Execution,
-) -> Iterator[Tensor]:
-    batch, columns = prompt.tokens_BT.shape
-    stacked = [path for path, spec in P.abstract_params(cfg).items() if spec.stack and isinstance(params[path], Tensor)]
-    params = params | {path: params[path].unbind(0) for path in stacked}
-    size = columns + max_new_tokens
-    if compiled := execution.compile != "off":
-        size = _round_up(size)  # answers of about one length then share the compiled code
-    cache = model.init_cache(cfg, params, batch, size)
-    decode = _decoder(cfg, execution)
-
-    still_B = torch.ones(batch, dtype=torch.bool, device=cache.lengths.device)  # rows that have not stopped
-    open_B = still_B  # rows that still think
-    seen_BV = still_B.new_zeros(batch, cfg.vocab_size)  # the answers' tokens
-    ids_B = None
-    for step in range(max_new_tokens):
-        if ids_B is None:
-            logits_B1V, cache = _prefill(cfg, params, prompt, cache, execution)
-        else:
-            span = size if compiled else min(_round_up(columns + step), size)
-            logits_B1V, cache = decode(params, {"tokens": ids_B[:, None]}, cache, span=span, last=True, donate=True)
-        logits_BV = logits_B1V[:, -1, : rules.num_ids]
-        if not bool(logits_BV.isfinite().all()):
-            raise UserError(
-                f"the model's logits are not finite at new token {step + 1}; check its weights, or use dtype=float32"
-            )
-        stream_B = streams(rules.seed, prompt.request_B, prompt.lengths_B + step)
-        ids_B = sample(logits_BV, rules.sampling, stream_B, seen_BV[:, : rules.num_ids])
-        if rules.budget is not None:
-            ids_B, open_B = apply_budget(rules.budget, step, ids_B, open_B)
-        ids_B = torch.where(still_B, ids_B, rules.pad_id)
-        seen_BV.scatter_(1, ids_B[:, None], True)
-        still_B = still_B & ~torch.isin(ids_B, rules.stop)
-        yield ids_B
-        if not bool(still_B.any()):
+def _in_step(engine: Engine, rows: list[Row], device: torch.device, pad_id: int) -> Iterator[Tensor]:
+    """The rows' tokens place by place; pad_id behind a row's end."""
+    place = 0
+    while True:
+        while any(not row.finish_reason and row.answered <= place for row in rows):
+            engine.step()
+        if failed := next((row for row in rows if row.finish_reason.startswith("error")), None):
+            raise UserError(failed.finish_reason.removeprefix("error: ") + ", or use dtype=float32")
+        if all(row.answered <= place for row in rows):
             return
+        answers = [row.tokens[len(row.request.prompt) :] for row in rows]
+        yield torch.tensor([ids[place] if place < len(ids) else pad_id for ids in answers], device=device)
+        place += 1
 
 
-def _prefill(
-    cfg: ModelConfig, params: P.Params, prompt: _Prompt, cache: model.KVCache, execution: model.Execution
-) -> tuple[Tensor, model.KVCache]:
-    """(logits of the last column [B, 1, V], the cache with the prompts in it)."""
-    forward = model.make_cached_forward(cfg, dataclasses.replace(execution, compile="off"))
-    logits = None
-    for start in range(0, prompt.tokens_BT.shape[1], PREFILL):
-        part = slice(start, start + PREFILL)
-        batch = {"tokens": prompt.tokens_BT[:, part], "segments": prompt.real_BT[:, part].int()}
-        span = min(_round_up(start + PREFILL), cache.max_len)
-        logits, cache = forward(params, batch, cache, span=span, last=True, donate=True)
-    return logits, cache
-
-
-@functools.lru_cache(maxsize=8)
-def _decoder(cfg: ModelConfig, execution: model.Execution) -> Any:
-    """The cached forward pass; with compile="step" as one graph. Kept, since the compiled code is."""
-    forward = model.make_cached_forward(cfg, execution)
-    return compile_static(forward) if execution.compile == "step" else forward
-
-
-def _per_row(name: str, values: Tensor | Sequence[int] | None, tokens: Tensor, default: Sequence[int]) -> Tensor:
-    out = torch.as_tensor(default if values is None else values, dtype=torch.int64, device=tokens.device)
-    if out.shape != (tokens.shape[0],):
-        raise UserError(f"{name} must hold one number for each of the {tokens.shape[0]} rows, got {list(out.shape)}")
-    return out
-
-
-def _check_prompts(cfg: ModelConfig, tokens_BT: Tensor, lengths_B: Tensor) -> None:
-    if tokens_BT.numel() == 0 or int(lengths_B.min()) < 1:
-        raise UserError("a prompt is empty; give every row one token at least, e.g. <|endoftext|>")
-    longest, columns = int(lengths_B.max()), tokens_BT.shape[1]
-    if longest > columns:
-        raise UserError(f"prompt_lengths: {longest} is more than the {columns} columns of tokens")
-    if longest > cfg.max_position_embeddings:
-        raise UserError(
-            f"a prompt has {longest} tokens and the model's max_position_embeddings is {cfg.max_position_embeddings}; "
-            "shorten it"
-        )
-    low, high = int(tokens_BT.min()), int(tokens_BT.max())
-    if low < 0 or high >= cfg.vocab_size:
-        raise UserError(
-            f"a prompt has token id {low if low < 0 else high}, ids of this model are 0 to {cfg.vocab_size - 1}; use "
-            "the tokenizer that belongs to it"
-        )
+def _per_row(name: str, values: Tensor | Sequence[int] | None, rows: int, default: Sequence[int]) -> list[int]:
+    out = torch.as_tensor(default if values is None else values, dtype=torch.int64)
+    if out.shape != (rows,):
+        raise UserError(f"{name} must hold one number for each of the {rows} rows, got {list(out.shape)}")
+    return out.tolist()
 
 
 def _pad_id(stop_ids: Sequence[int], pad_id: int | None) -> int:
     return pad_id if pad_id is not None else next(iter(stop_ids), 0)
-
-
-def _round_up(slots: int) -> int:
-    return -(-slots // SPAN) * SPAN

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from ml_collections import ConfigDict
 
-from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.kinds import check_thinking
 from qwen3f.data.chat.recognise import kind_of
@@ -23,6 +22,7 @@ from qwen3f.infer.generate import stream
 from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams
 from qwen3f.infer.thinking import CLOSING, ThinkingBudget
 from qwen3f.interop import source
+from qwen3f.interop.history import never_saw_chats, pretrained_only
 from qwen3f.params import EMBED, Params
 from qwen3f.train.choices import find_device, find_dtype
 
@@ -51,13 +51,18 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> list[Answer
     prompts = _prompts(config)
     device = find_device(config.device)
     dtype = find_dtype(config.dtype, device)
-    execution = model.Execution(compile=config.compile)
     cfg = source.read_model_config(config.init_from)
     tokenizer = load_tokenizer(source.tokenizer_path(config.init_from), config.chat_template)
     thinks = config.chat and check_thinking(kind_of(tokenizer), config.thinking)
     sampling = choose_sampling(config, thinks)
     rows = [_encode(config, tokenizer, prompt) for prompt in prompts]
     _check_lengths(config, cfg, rows)
+    if config.chat and never_saw_chats(config.init_from):
+        print(
+            f"{pretrained_only(config.init_from)}; to have it go on with a text write --config.chat=False",
+            file=sys.stderr,
+            flush=True,
+        )
     options = {
         "max_new_tokens": config.max_new_tokens,
         "sampling": sampling,
@@ -65,7 +70,6 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> list[Answer
         "stop_ids": tokenizer.stop_ids,
         "num_ids": min(tokenizer.vocab_size, cfg.vocab_size),
         "budget": _budget(config, tokenizer, thinks),
-        "execution": execution,
     }
     params = source.read_params(config.init_from, cfg, device, dtype)
     answers = answer(cfg, params, tokenizer, prompts, rows, options)

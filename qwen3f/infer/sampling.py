@@ -56,33 +56,56 @@ THINKING = SamplingParams(temperature=0.6, top_p=0.95, top_k=20)
 NON_THINKING = SamplingParams(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5)
 
 
-def sample(logits_BV: Tensor, params: SamplingParams, stream_B: Tensor, seen_BV: Tensor) -> Tensor:
-    """The next token of each row, int64 [B].
+def sample(
+    logits_BV: Tensor, params: SamplingParams, stream_B: Tensor, seen_BV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(the next token of each row, int64 [B]; its log-probability, float32 [B]).
 
     Args:
-      logits_BV: any floating dtype; computed in float64 from here on.
+      logits_BV: any floating dtype. Computed in float32 at least, and in float64 where there are filters.
       stream_B: int64 [B], one random stream a row (see `streams`); not read when greedy.
       seen_BV: bool [B, V], the tokens of the answer so far; read only if there is a presence penalty.
+    The log-probability is of the distribution that the token is drawn from; of a greedy token, at temperature 1.
     A row's token depends on its own logits, stream and seen tokens alone. Logits must be finite.
     """
     if params.presence_penalty:
         logits_BV = penalise(logits_BV, seen_BV, params.presence_penalty)
     if params.temperature == 0:
-        return logits_BV.argmax(-1)
+        ids_B = logits_BV.argmax(-1)
+        return ids_B, log_prob(logits_BV, ids_B)
+    if params.top_k or params.top_p < 1 or params.min_p:
+        scaled_BV = filter_logits(logits_BV, params)
+    else:
+        scaled_BV = temper(logits_BV, params.temperature)
     # Inverse of the cumulative distribution. 52 bits of a uniform number, so that u · total stays below the total even
     # when rounded and the draw never falls behind the last token; a token of probability 0 is never drawn.
-    cumulative_BV = filter_logits(logits_BV, params).softmax(-1).cumsum(-1)
-    uniform_B1 = ((rng.bits(stream_B, torch.zeros_like(stream_B)) >> 12) & _LOW_52_BITS)[:, None] * 2.0**-52
-    return torch.searchsorted(cumulative_BV, uniform_B1.double() * cumulative_BV[:, -1:], right=True)[:, 0]
+    cumulative_BV = scaled_BV.exp().cumsum(-1, dtype=torch.float64)
+    total_B1 = cumulative_BV[:, -1:]
+    ids_B1 = torch.searchsorted(cumulative_BV, uniform(stream_B)[:, None] * total_B1, right=True)
+    return ids_B1[:, 0], (scaled_BV.gather(-1, ids_B1) - total_B1.log())[:, 0].float()
+
+
+def uniform(stream_B: Tensor) -> Tensor:
+    """float64 [B] in [0, 1), the number that each stream draws."""
+    return ((rng.bits(stream_B, torch.zeros_like(stream_B)) >> 12) & _LOW_52_BITS) * 2.0**-52
+
+
+def log_prob(logits_BV: Tensor, ids_B: Tensor) -> Tensor:
+    """float32 [B]: of each row's token, at temperature 1."""
+    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+    return (logits_BV.gather(-1, ids_B[:, None])[:, 0] - logits_BV.logsumexp(-1)).float()
+
+
+def temper(logits_BV: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, the largest of a row 0: so no temperature, however small, makes it infinite."""
+    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+    shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    return shifted_BV if temperature == 1 else shifted_BV / max(temperature, torch.finfo(shifted_BV.dtype).tiny)
 
 
 def filter_logits(logits_BV: Tensor, params: SamplingParams) -> Tensor:
-    """Logits over the temperature, −inf for what top-k, top-p and min-p take away; float64 [B, V]. temperature > 0.
-
-    The largest of a row is 0: so no temperature, however small, makes it infinite.
-    """
-    logits_BV = logits_BV.double()
-    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / params.temperature
+    """As `temper`, with −inf for what top-k, top-p and min-p take away; float64 [B, V]. temperature > 0."""
+    logits_BV = temper(logits_BV.double(), params.temperature)
     if params.top_k:
         kth_B1 = logits_BV.topk(min(params.top_k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -math.inf)
@@ -106,10 +129,15 @@ def penalise(logits_BV: Tensor, seen_BV: Tensor, presence_penalty: float) -> Ten
     return logits_BV.double() - presence_penalty * seen_BV
 
 
-def streams(seed: int, request_B: Tensor, position_B: Tensor) -> Tensor:
-    """int64 [B]: the random stream of each row's token, from (seed, request, position in the row) alone.
+def stream_of(seed: int, request: int) -> int:
+    """The random stream of a request, as a signed 64-bit number."""
+    start = torch.tensor(rng.key("generate", seed))
+    return int(rng.fold(start, request))
 
-    So a row draws the same tokens in any batch, at any place, with any padding.
+
+def streams_at(stream_B: Tensor, position_B: Tensor) -> Tensor:
+    """int64 [B]: the random stream of a row's token, from the row's stream and the token's position in the row alone.
+
+    So a row draws the same tokens in any batch, at any place.
     """
-    start = torch.tensor(rng.key("generate", seed), device=request_B.device)
-    return rng.fold(rng.fold(start, request_B), position_B)
+    return rng.fold(stream_B, position_B)

@@ -1,12 +1,6 @@
-"""Thinking budget: after N tokens of thinking, end it with Qwen3's closing sentence (arXiv:2505.09388, §4.7).
-
-B rows
-"""
+"""Thinking budget: after N tokens of thinking, end it with Qwen3's closing sentence (arXiv:2505.09388, §4.7)."""
 
 import dataclasses
-
-import torch
-from torch import Tensor
 
 from qwen3f.errors import UserError
 
@@ -40,15 +34,12 @@ class ThinkingBudget:
             )
 
 
-def apply_budget(budget: ThinkingBudget, step: int, ids_B: Tensor, open_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(token of each row, which rows still think), for the answer's token number `step`, counted from 0.
+def forced_token(budget: ThinkingBudget, place: int) -> int | None:
+    """What the budget sets at the answer's `place`, counted from 0, while thinking is still open; None: nothing."""
+    number = place - budget.tokens
+    return budget.closing_ids[number] if 0 <= number < len(budget.closing_ids) else None
 
-    ids_B: int64 [B], what the model chose. open_B: bool [B], the rows that had no end_id before (at first all). A row
-    that is still open after `budget.tokens` tokens gets the closing ids, one a step; others are left alone.
-    """
-    number = step - budget.tokens
-    if number < 0:
-        return ids_B, open_B & (ids_B != budget.end_id)
-    if number >= len(budget.closing_ids):
-        return ids_B, open_B
-    return torch.where(open_B, budget.closing_ids[number], ids_B), open_B
+
+def still_thinks(budget: ThinkingBudget, place: int, token: int) -> bool:
+    """Whether thinking is still open behind the answer's token at `place`, if it was before. Later is too late."""
+    return place >= budget.tokens or token != budget.end_id

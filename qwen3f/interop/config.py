@@ -14,6 +14,7 @@ from qwen3f.errors import UserError
 from qwen3f.limits import MODEL_PARAMETERS, MODEL_TENSORS
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+CLASSIFIERS = {"qwen3": "Qwen3ForSequenceClassification", "qwen3_moe": "Qwen3MoeForSequenceClassification"}
 ROPE_THETA = 1e4  # where a file names none
 
 # Named alike on both sides. An omitted head_dim of a MoE model is hidden_size / num_attention_heads.
@@ -48,6 +49,7 @@ _MOE: dict[str, Any] = {
     "router_aux_loss_coef": 0.001,
     "mlp_only_layers": (),
 }
+_ONE_LABEL = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
 _DEFAULTS = {"qwen3": _DENSE, "qwen3_moe": _MOE}
 
 # Read by name below, or of no effect on the function and its parameters.
@@ -118,7 +120,7 @@ def from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         fields["head_dim"] = fields["hidden_size"] // heads if heads else 0
     try:
         theta, scaling = _rope(values)
-        cfg = ModelConfig(**fields, rope_theta=theta, rope_scaling=scaling)
+        cfg = ModelConfig(**fields, rope_theta=theta, rope_scaling=scaling, scalar_head=_has_score(values, family))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     check_size(cfg, where)
@@ -140,7 +142,7 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     dtype: of the stored weights. Training-time fields (gradient_checkpointing, embed_initializer_range) are left out.
     Raises UserError, naming the field, for a model that transformers' Qwen3 and Qwen3-MoE can't express.
     """
-    plain_values = {"qk_norm": "rms", "vision_enabled": False, "scalar_head": False, "moe_drop_tokens": False}
+    plain_values = {"qk_norm": "rms", "vision_enabled": False, "moe_drop_tokens": False}
     for field, plain in plain_values.items():
         value = getattr(cfg, field)
         if value != plain:
@@ -151,8 +153,9 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     ours = cfg.to_dict()
     scaling = None if cfg.rope_scaling is None else _scaling_to_hf(cfg.rope_scaling)
     return {
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [(CLASSIFIERS if cfg.scalar_head else ARCHITECTURES)[family]],
         "model_type": family,
+        **(_ONE_LABEL if cfg.scalar_head else {}),
         **{key: ours[key] for key in _DEFAULTS[family]},
         "rope_theta": cfg.rope_theta,
         "rope_scaling": scaling,
@@ -183,8 +186,13 @@ def _check_keys(values: Mapping[str, Any], family: str, where: str) -> None:
 
 def _refuse_what_we_lack(values: Mapping[str, Any], family: str, where: str) -> None:
     architectures = values.get("architectures") or [ARCHITECTURES[family]]
-    if architectures != [ARCHITECTURES[family]]:
-        raise UserError(f"{where}: architectures is {architectures}; only [{ARCHITECTURES[family]!r}] can be read")
+    readable = ARCHITECTURES[family], CLASSIFIERS[family]
+    if architectures not in ([name] for name in readable):
+        raise UserError(f"{where}: architectures is {architectures}; only one of {readable} can be read")
+    if _has_score(values, family):
+        labels = values.get("id2label") or {"0": "", "1": ""}  # what transformers takes where there are none
+        if not isinstance(labels, Mapping) or len(labels) != 1:
+            raise UserError(f"{where}: id2label is {labels}; only a classifier of one label, a score, can be read")
     # transformers ignores sliding_window unless use_sliding_window is true.
     if values.get("use_sliding_window") and values.get("sliding_window") is not None:
         raise UserError(f"{where}: use_sliding_window is true; models with sliding windows can't be read")
@@ -193,6 +201,11 @@ def _refuse_what_we_lack(values: Mapping[str, Any], family: str, where: str) -> 
         raise UserError(f"{where}: layer_types is {kinds}; only 'full_attention' in every layer can be read")
     if values.get("quantization_config") is not None:
         raise UserError(f"{where}: quantization_config is set; give the directory of the unquantised weights")
+
+
+def _has_score(values: Mapping[str, Any], family: str) -> bool:
+    """Whether it is a classifier: a reward model, by its architecture."""
+    return values.get("architectures") == [CLASSIFIERS[family]]
 
 
 def _experts(values: Mapping[str, Any], family: str, where: str) -> dict[str, int]:

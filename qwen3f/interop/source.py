@@ -3,12 +3,15 @@
 One place for every stage that starts from another model. Weights, config and tokenizer only: no optimizer state.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qwen3f.checkpoint import manifest
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.checkpoint.shards import param_shards, shards
 from qwen3f.config import ModelConfig
@@ -144,6 +147,23 @@ def read_params(
         return params.pop(path).to(device, dtype)  # popped: a cast copy and the whole model would not fit side by side
 
     return {path: moved(path) for path in like if path in wanted}
+
+
+def weights_digest(source: str) -> str:
+    """Of the weights at `source`: hex of a hash of the sha256 of their files, which differ where the weights do.
+
+    A checkpoint's are those of its manifest, with the optimizer's; reading it compares them. A Hugging Face directory's
+    are read whole. Raises UserError as `locate` does, for a workdir without a checkpoint or one without a manifest.
+    """
+    directory, is_hf, step = locate(source)
+    if is_hf:
+        names = sorted(path.name for path in directory.glob("*.safetensors"))
+        found = {name: entry["sha256"] for name, entry in manifest.describe(directory, [hf.CONFIG, *names]).items()}
+    else:
+        with _checkpoints(directory) as checkpoints:
+            place = checkpoints.path(_step(checkpoints, step))
+        found = {name: digest for name, (_, digest) in manifest.entries(place).items()}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def read_tokenizer(source: str) -> Tokenizer:

@@ -22,7 +22,8 @@ from kernels.qk_norm_rope import qk_norm_rope
 from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from qwen3f.model.kv_cache import LayerCache, dense_allowed, extend
+from qwen3f.model import invariant
+from qwen3f.model.kv_cache import PagedLayer, dense_allowed, extend
 from qwen3f.model.norm import L2Norm, RMSNorm
 from qwen3f.model.rope import apply_rope
 from sharding.axes import ONE, Axes, Axis
@@ -53,12 +54,12 @@ def make_mask(segments_BT: Tensor | None, backend: str, head_dim: int) -> Attent
     what lies between them; everything else, also heads of a size that it does not take, to torch's
     scaled_dot_product_attention (cuDNN's, on a GPU).
     """
-    if backend not in BACKENDS:
+    if backend not in (*BACKENDS, "invariant"):
         raise UserError(f"attention backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     if segments_BT is None:
         return AttentionMask()
     ranges = key_ranges.ranges_from_segments(segments_BT)
-    if _takes_flash(backend, segments_BT, head_dim):
+    if backend == "invariant" or _takes_flash(backend, segments_BT, head_dim):
         return AttentionMask(ranges=ranges)
     return AttentionMask(allowed=key_ranges.dense_mask(ranges))
 
@@ -113,13 +114,22 @@ def attend_reference(
     return probs @ v
 
 
-def attend_cached(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cache: LayerCache, backend: str) -> Tensor:
+def attend_invariant(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: AttentionMask) -> Tensor:
+    """As attend, by qwen3f.model.invariant."""
+    at_BT = torch.arange(q_BHTd.shape[2], device=q_BHTd.device).expand(len(q_BHTd), -1)
+    bounds = (torch.zeros_like(at_BT), at_BT + 1) if mask.ranges is None else mask.ranges[:2]
+    return invariant.attend(q_BHTd, k_BKTd, v_BKTd, *bounds)
+
+
+def attend_cached(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cache: PagedLayer, backend: str) -> Tensor:
     """Attention of the new tokens over the cache with them in it (written in place); [B, H, T, d].
 
     On a CPU the query heads that share a key/value head are laid out as further rows of its queries: torch's kernel
     then sees equal head counts, and the cache is never repeated.
     """
     keys, values = extend(cache, k_BKTd, v_BKTd)
+    if backend == "invariant":
+        return invariant.attend(q_BHTd, keys, values, torch.zeros_like(cache.seen), cache.seen)
     if _takes_flash(backend, q_BHTd, q_BHTd.shape[-1]):
         if q_BHTd.shape[1] // keys.shape[1] * q_BHTd.shape[2] <= flash_decode.MAX_ROWS:
             return flash_decode.flash_decode(q_BHTd, keys, values, cache.seen)
@@ -167,7 +177,7 @@ class Attention(nn.Module):
         self.axes = axes
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | LayerCache, stream: Tensor | None
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: AttentionMask | PagedLayer, stream: Tensor | None
     ) -> Tensor:
         tp = self.axes.tp
         queries = self.q_proj.weight, self.q_proj.bias
@@ -181,10 +191,12 @@ class Attention(nn.Module):
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if isinstance(mask, LayerCache):
+        if isinstance(mask, PagedLayer):
             out = attend_cached(q, k, v, mask, self.backend)
         elif mask.ring is not None:
             out = ring_attention(q, k, v, self.axes.cp, mask.ring)[0]
+        elif self.backend == "invariant":
+            out = attend_invariant(q, k, v, mask)
         elif self.backend == "reference" or (self.dropout and stream is not None):
             out = attend_reference(q, k, v, mask, self.dropout, stream)
         else:

@@ -10,9 +10,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from kernels import flash_attention, fused_experts, grouped_gemm, moe_dispatch
 from qwen3f.compilation import compile_static
 from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
 from qwen3f.model.attention import Attention, AttentionMask
 from qwen3f.model.execution import Execution
-from qwen3f.model.kv_cache import LayerCache
+from qwen3f.model.invariant import FixedRows
+from qwen3f.model.kv_cache import PagedLayer
 from qwen3f.model.mlp import SwiGLU
 from qwen3f.model.moe import SparseMLP
 from qwen3f.model.norm import RMSNorm
@@ -61,7 +63,7 @@ class Block(nn.Module):
         super().__init__()
         fused, axes = execution.fused, layout.axes
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, "norm" in fused)
-        self.self_attn = Attention(cfg, execution.attention, "rotation" in fused, axes)
+        self.self_attn = Attention(cfg, execution.backend, "rotation" in fused, axes)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, "norm" in fused)
         self.sparse = sparse
         self.mlp = SparseMLP(cfg, execution.experts, axes) if sparse else SwiGLU(cfg, "swiglu" in fused, axes)
@@ -71,7 +73,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: AttentionMask | LayerCache,
+        mask: AttentionMask | PagedLayer,
         real_BT: Tensor | None,
         stream: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -96,6 +98,8 @@ def block_fn(
     policy sees the operators. Two kinds of block run uncompiled in any case: with experts over ep, whose splits the
     host must know, and under schedules that put off weights' gradients, past which compiled code would go.
     """
+    if execution.invariant:
+        _check_invariant(sparse, layout)
     # not by a transform: vmap lets no module draw its first weights, though these are thrown away
     with torch.device("meta"), torch._C._DisableFuncTorch():
         skeleton = Block(cfg, execution, sparse, layout)
@@ -104,11 +108,29 @@ def block_fn(
     def block(layer: dict[str, Tensor], *args: object) -> tuple[Tensor, ...]:
         return torch.func.functional_call(skeleton, layer if gathered else whole(layer), args, strict=True)
 
+    if execution.invariant:
+        block = _fixed_rows(block)
     policy = cfg.gradient_checkpointing
     fn = block if policy == "none" else _recomputed(block, policy, _KEPT if layout.reshard else _KEPT | _GATHERED)
     open_to_host = layout.pipeline.splits or (sparse and layout.axes.ep.size > 1)
     compiled = execution.compile == "block" and not open_to_host
     return compile_static(fn) if compiled else fn
+
+
+def _fixed_rows(run: BlockFn) -> BlockFn:
+    def run_fixed(*args: object) -> tuple[Tensor, ...]:
+        with FixedRows():
+            return run(*args)
+
+    return run_fixed
+
+
+def _check_invariant(sparse: bool, layout: Layout) -> None:
+    if sparse or any(axis.size > 1 for axis in (layout.axes.tp, layout.axes.cp, layout.axes.pp)):
+        raise UserError(
+            "model.INVARIANT takes dense models on one device or with their rows cut over dp; leave out tp, cp and pp, "
+            "or use another execution"
+        )
 
 
 def _recomputed(run: BlockFn, policy: str, kept: Set[object]) -> BlockFn:

@@ -1,72 +1,46 @@
 """The model with a key/value cache: one function for the prompt (T > 1) and for the tokens after it (T = 1).
 
-B batch · T new tokens · D hidden · V vocabulary
+B rows · T new tokens of each · D hidden · P pages of a row
 """
 
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.model.execution import EAGER, Execution
-from qwen3f.model.kv_cache import KVCache, copy_cache, place
-from qwen3f.model.transformer import head_weight, make_body
+from qwen3f.model.kv_cache import KVCache, paged_layers
+from qwen3f.model.transformer import make_body
+from sharding.layout import ONE_DEVICE, Layout
 
 CachedForward = Callable[..., tuple[Tensor, KVCache]]
 
 
-def apply_cached(
-    cfg: ModelConfig,
-    params: P.Params,
-    batch: Mapping[str, Tensor],
-    cache: KVCache,
-    execution: Execution = EAGER,
-    *,
-    span: int | None = None,
-    last: bool = False,
-    donate: bool = False,
-) -> tuple[Tensor, KVCache]:
-    """(logits of the new tokens [B, T, V], the cache with them in it).
+def make_cached_forward(cfg: ModelConfig, execution: Execution = EAGER, layout: Layout = ONE_DEVICE) -> CachedForward:
+    """forward(params, cache, batch, *, table, span) -> (hidden states of the new tokens [B, T, D], the cache).
 
-    Args:
-      params: as for qwen3f.model.apply.
-      batch: "tokens" int64 [B, T], which follow what the cache holds; optional "segments" int32 [B, T], 0 for padding
-        (left or anywhere; its logits mean nothing). Positions follow from the cache's lengths.
-      span: look at the first `span` positions only, for speed; at least every row's length after the call. Default: the
-        cache's max_len. Static: compiled code is compiled for one value.
-      last: only the logits of the last column, [B, 1, V].
-      donate: the cache's storage is given up and returned, see qwen3f.model.kv_cache. Otherwise `cache` stays as it is.
-    No gradients flow through the cache. Raises IndexError (CPU) when a row outgrows the cache.
-    """
-    return make_cached_forward(cfg, execution)(params, batch, cache, span=span, last=last, donate=donate)
+    The cache is given up: its storage is written to and returned (qwen3f.model.kv_cache). batch:
+        tokens     int64 [B, T]
+        positions  int64 [B, T], of each token in its row
+        slots      int64 [B, T], where its keys go: page · page size + place; below the page size for padding, whose
+                   hidden states mean nothing
+    table: int64 [B, P], the pages of each row, or an int, see PagedLayer. span: no row is longer, with the new tokens.
 
-
-def make_cached_forward(cfg: ModelConfig, execution: Execution = EAGER) -> CachedForward:
-    """forward(params, batch, cache, *, span, last, donate) as in `apply_cached`.
-
-    Skeletons are built here, once, since that cannot happen inside a compiled step. Attention's dropout is off, and
-    nothing is recomputed. moe_drop_tokens has no effect: what a row gets must not depend on the rows beside it.
+    Skeletons are built here, once, since that cannot happen inside a compiled step. No gradients flow through the
+    cache. Attention's dropout is off, and nothing is recomputed. moe_drop_tokens has no effect: what a row gets must
+    not depend on the rows beside it.
     """
     cfg = cfg.replace(gradient_checkpointing="none", moe_drop_tokens=False)
-    body = make_body(cfg, execution)
+    body = make_body(cfg, execution, layout)
 
     @torch.no_grad()
     def forward(
-        params: P.Params,
-        batch: Mapping[str, Tensor],
-        cache: KVCache,
-        *,
-        span: int | None = None,
-        last: bool = False,
-        donate: bool = False,
+        params: P.Params, cache: KVCache, batch: Mapping[str, Tensor], *, table: Tensor | int, span: int
     ) -> tuple[Tensor, KVCache]:
-        tokens, segments = batch["tokens"], batch.get("segments")
-        real = torch.ones_like(tokens, dtype=torch.bool) if segments is None else segments != 0
-        positions, layers, cache = place(cache if donate else copy_cache(cache), real, span or cache.max_len)
-        hidden, _ = body(params, tokens, positions, layers)
-        return F.linear(hidden[:, -1:] if last else hidden, head_weight(cfg, params)), cache
+        real = batch["slots"] >= cache.page_size if cfg.sparse_layers else None
+        layers = paged_layers(cache, batch, table, span)
+        return body(params, batch["tokens"], batch["positions"], layers, real)[0], cache
 
     return forward

@@ -28,6 +28,8 @@ class Execution:
       loss: "chunked" or "reference", see kernels.cross_entropy.
       kernels: which elementwise operators run our kernels on a GPU instead of the formulas: "auto", the faster by
         measurement, or a tuple of FUSED.
+      invariant: what a token gets does not depend on the tokens beside it, bit for bit (qwen3f.model.invariant). Slow.
+        For dense models, uncompiled, on one device or with their rows cut over dp.
     """
 
     compile: str = "off"
@@ -35,6 +37,7 @@ class Execution:
     experts: str = "grouped"
     loss: str = "chunked"
     kernels: str | tuple[str, ...] = "auto"
+    invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.compile not in COMPILE_MODES:
@@ -45,6 +48,13 @@ class Execution:
             raise UserError(f"loss {self.loss!r} is unknown; use chunked or reference")
         if self.kernels != "auto" and not set(self.kernels) <= set(FUSED):
             raise UserError(f"kernels {self.kernels!r} are unknown; use auto or some of {', '.join(FUSED)}")
+        if self.invariant and (self.compile != "off" or self.fused):
+            raise UserError("an invariant execution takes compile='off' and kernels=(), as model.INVARIANT has them")
+
+    @property
+    def backend(self) -> str:
+        """Of attention."""
+        return "invariant" if self.invariant else self.attention
 
     @property
     def fused(self) -> tuple[str, ...]:
@@ -74,3 +84,5 @@ def _is_mapped(tensor: Tensor) -> bool:
 EAGER = Execution()
 # composes with torch.func.vmap, grad and jvp
 REFERENCE = Execution(attention="reference", experts="reference", loss="reference", kernels=())
+# a token's log-probability is the same in any batch, with a cache or without: training can take a rollout at its word
+INVARIANT = Execution(invariant=True, kernels=())

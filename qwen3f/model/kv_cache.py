@@ -1,102 +1,130 @@
-"""Keys and values of the tokens so far, so that a new token costs one pass of one token.
+"""Keys and values of the tokens so far, in pages, so that a new token costs one pass of one token.
 
-A token's slot is its position in its own row: a row's padding takes no slot, so a left-padded row has the same cache as
-alone, and rows of different lengths share one batch.
+A row's tokens lie in its pages, in order; its table lists them. Which pages a row has is decided elsewhere
+(qwen3f.infer.pages); here they are numbers. Page 0 belongs to no row: padding is written there, and never read.
 
 What one call adds is much smaller than the cache, and a functional update (`index_put`) would copy all of it for every
-token. So the update writes into the cache's own storage, and purity is kept one level up, as with JAX's donation:
-`apply_cached` first copies a cache that its caller wants to keep, and a caller who gives it up (`donate=True`, as
-`generate` does) gets the same storage back. Layers are separate tensors, not one stack: a compiled step then writes
-into its inputs in place, where a write through a view of a stack would copy the stack.
+token. So the update writes into the cache's own storage, and purity is kept one level up, as with JAX's donation: the
+cache that goes into a pass is given up, and the same storage comes out. Layers are separate tensors, not one stack: a
+compiled pass then writes into its inputs in place, where a write through a view of a stack would copy the stack.
 
-L layers · B batch · T new tokens · K key/value heads · S slots · d head_dim
+L layers · B rows · T new tokens of each · K key/value heads · P pages of a row · d head_dim
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3f import params as P
-from qwen3f import tree
 from qwen3f.config import ModelConfig
 
 
 class KVCache(NamedTuple):
-    """keys, values: a tensor [B, K, 1 + S, d] a layer. lengths: int64 [B], the tokens that each row has so far.
-
-    Slot 0 takes the keys and values of padding and is never read; position p lives in slot 1 + p.
-    """
+    """keys, values: a tensor [pages, K, page size, d] a layer."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    lengths: Tensor
 
     @property
-    def max_len(self) -> int:
-        return self.keys[0].shape[2] - 1
+    def page_size(self) -> int:
+        return self.keys[0].shape[2]
+
+    @property
+    def pages(self) -> int:
+        return self.keys[0].shape[0]
 
 
-class LayerCache(NamedTuple):
+class PagedLayer(NamedTuple):
     """What one layer's attention needs in order to extend its cache and look into it; takes the mask's place.
 
-    keys, values: [B, K, 1 + S, d], written to. slots: int64 [B, T], where the new tokens go. seen: int32 [B, T]: new
-    token t may see positions 0 … seen[t]−1, all below `span`.
+    keys, values: [pages, K, page size, d], written to.
+    slots: int64 [B, T], page · page size + place of each new token; below the page size for padding.
+    seen: int32 [B, T]: new token t may see positions 0 … seen[t]−1 of its row.
+    table: int64 [B, P], or an int where row b's only page is number table + b: then nothing is gathered.
+    span: no row is longer; at most P · page size.
     """
 
     keys: Tensor
     values: Tensor
     slots: Tensor
     seen: Tensor
+    table: Tensor | int
     span: int
 
 
-def init_cache(cfg: ModelConfig, params: P.Params, batch: int, max_len: int) -> KVCache:
-    """An empty cache for rows of up to `max_len` tokens, on the parameters' device and in their dtype.
+def init_cache(cfg: ModelConfig, params: P.Params, pages: int, page_size: int) -> KVCache:
+    """An empty cache of `pages` pages beside page 0, on the parameters' device and in their dtype.
 
     The number of key/value heads is read from the weights, so on a tensor-parallel shard it is the local one. Zeros,
     since what is masked still takes part in a product with probability 0.
     """
     weights = params[P.LAYERS + "self_attn.k_proj.weight"]
-    shape = (batch, weights[0].shape[0] // cfg.head_dim, 1 + max_len, cfg.head_dim)
+    shape = (1 + pages, weights[0].shape[0] // cfg.head_dim, page_size, cfg.head_dim)
 
     def empty() -> tuple[Tensor, ...]:
         return tuple(weights[0].new_zeros(shape) for _ in range(len(weights)))
 
-    return KVCache(empty(), empty(), torch.zeros(batch, dtype=torch.int64, device=weights[0].device))
+    return KVCache(empty(), empty())
 
 
-def copy_cache(cache: KVCache) -> KVCache:
-    return tree.map(torch.clone, cache)
+def bytes_of_token(cfg: ModelConfig, params: P.Params) -> int:
+    """Bytes that a token takes in the cache."""
+    weights = params[P.LAYERS + "self_attn.k_proj.weight"]
+    return 2 * len(weights) * weights[0].shape[0] * weights[0].element_size()
 
 
-def place(cache: KVCache, real_BT: Tensor, span: int) -> tuple[Tensor, list[LayerCache], KVCache]:
-    """(positions int64 [B, T] of new tokens, what each layer gets, the cache once all layers have written).
-
-    real_BT: bool, False for padding, which may stand anywhere in a row. Padding sees the tokens before it, or else the
-    first slot, so that no row of scores is empty.
-    """
-    rank_BT = real_BT.to(torch.int64).cumsum(1)
-    positions_BT = torch.where(real_BT, cache.lengths[:, None] + rank_BT - 1, 0)
-    slots_BT = torch.where(real_BT, positions_BT + 1, 0)
-    seen_BT = (cache.lengths[:, None] + rank_BT).clamp(min=1).to(torch.int32)
-    layers = [LayerCache(k, v, slots_BT, seen_BT, span) for k, v in zip(cache.keys, cache.values)]
-    # not _replace, which loses the layers when torch 2.11 compiles it
-    return positions_BT, layers, KVCache(cache.keys, cache.values, cache.lengths + rank_BT[:, -1])
+def grow_cache(cache: KVCache, pages: int, page_size: int) -> KVCache:
+    """The same pages in a larger cache: more of them, longer ones, or both."""
+    more = 1 + pages - cache.pages
+    grown = [F.pad(x, (0, 0, 0, page_size - cache.page_size, 0, 0, 0, more)) for x in (*cache.keys, *cache.values)]
+    return KVCache(tuple(grown[: len(cache.keys)]), tuple(grown[len(cache.keys) :]))
 
 
-def extend(layer: LayerCache, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, Tensor]:
+def copy_pages(cache: KVCache, pairs: Sequence[tuple[int, int]]) -> KVCache:
+    """Copies pages (from, to), one after the other."""
+    groups: list[list[tuple[int, int]]] = [[]]
+    for pair in pairs:  # what one copy writes may be what a later one reads
+        if any(pair[0] == written for _, written in groups[-1]):
+            groups.append([])
+        groups[-1].append(pair)
+    for group in filter(None, groups):
+        source, target = (torch.tensor(side, device=cache.keys[0].device) for side in zip(*group))
+        for x in (*cache.keys, *cache.values):
+            x[target] = x[source]
+    return cache
+
+
+def paged_layers(cache: KVCache, batch: Mapping[str, Tensor], table: Tensor | int, span: int) -> list[PagedLayer]:
+    """What each layer gets for a batch with "slots" and "positions" [B, T]; padding sees one position, not none."""
+    real = batch["slots"] >= cache.page_size
+    seen = torch.where(real, batch["positions"] + 1, 1).to(torch.int32)
+    return [PagedLayer(k, v, batch["slots"], seen, table, span) for k, v in zip(cache.keys, cache.values)]
+
+
+def extend(layer: PagedLayer, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, Tensor]:
     """Write the new keys and values in place; returns those of positions 0 … span−1, each [B, K, span, d].
 
-    IndexError (CPU; a device assertion on CUDA) for a row beyond max_len.
+    IndexError (CPU; a device assertion on CUDA) for a page that the cache lacks.
     """
-    row_B1 = torch.arange(k_BKTd.shape[0], device=k_BKTd.device)[:, None]
-    layer.keys[row_B1, :, layer.slots] = k_BKTd.transpose(1, 2)
-    layer.values[row_B1, :, layer.slots] = v_BKTd.transpose(1, 2)
-    end = 1 + layer.span
-    return layer.keys[:, :, 1:end], layer.values[:, :, 1:end]
+    size = layer.keys.shape[2]
+    page, place = layer.slots // size, layer.slots % size
+    for pages, new in ((layer.keys, k_BKTd), (layer.values, v_BKTd)):
+        pages[page, :, place] = new.transpose(1, 2)
+    return _rows(layer.keys, layer), _rows(layer.values, layer)
 
 
-def dense_allowed(layer: LayerCache) -> Tensor:
+def _rows(pages: Tensor, layer: PagedLayer) -> Tensor:
+    if isinstance(layer.table, int):
+        return pages[layer.table : layer.table + layer.slots.shape[0], :, : layer.span]
+    used = -(-layer.span // pages.shape[2])
+    if used == 1:
+        return pages[:, :, : layer.span][layer.table[:, 0]]
+    return pages[layer.table[:, :used]].transpose(1, 2).flatten(2, 3)[:, :, : layer.span]
+
+
+def dense_allowed(layer: PagedLayer) -> Tensor:
     """bool [B, 1, T, span], True where a new token may see a position."""
     return (torch.arange(layer.span, device=layer.seen.device) < layer.seen[..., None])[:, None]

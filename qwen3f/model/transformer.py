@@ -17,7 +17,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.model.attention import AttentionMask, batch_mask
 from qwen3f.model.block import BlockFn, block_fn
 from qwen3f.model.execution import EAGER, Execution, refuse_vmap
-from qwen3f.model.kv_cache import LayerCache
+from qwen3f.model.kv_cache import PagedLayer
 from qwen3f.model.moe import RouterStats
 from qwen3f.model.norm import rms_norm
 from qwen3f.model.rope import rope_tables
@@ -81,7 +81,7 @@ def make_forward(
     def forward(
         params: P.Params, batch: Mapping[str, Tensor], dropout_stream: Tensor | None = None
     ) -> tuple[Tensor, RouterStats | None]:
-        masks = [batch_mask(batch, execution.attention, cfg.head_dim, layout.axes.cp)] * cfg.num_hidden_layers
+        masks = [batch_mask(batch, execution.backend, cfg.head_dim, layout.axes.cp)] * cfg.num_hidden_layers
         real = real_tokens(batch) if cfg.sparse_layers else None
         return body(params, batch["tokens"], positions_of(batch), masks, real, dropout_stream)
 
@@ -105,7 +105,7 @@ def real_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
 def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVICE) -> Forward:
     """body(params, tokens [B, T], positions [B, T], masks, real, dropout_stream=None) -> as make_forward's function.
 
-    masks: what each layer's attention may see; an AttentionMask, or a LayerCache that also holds
+    masks: what each layer's attention may see; an AttentionMask, or a PagedLayer that also holds
     the layer's earlier keys and values (qwen3f.model.cached). real: bool [B, T] or None, as real_tokens gives it.
     """
     ahead = _weights_ahead(cfg, execution, layout)
@@ -117,7 +117,7 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
         params: P.Params,
         tokens: Tensor,
         positions: Tensor,
-        masks: Sequence[AttentionMask | LayerCache],
+        masks: Sequence[AttentionMask | PagedLayer],
         real: Tensor | None = None,
         dropout_stream: Tensor | None = None,
     ) -> tuple[Tensor, RouterStats | None]:
@@ -139,7 +139,7 @@ class LayerInputs(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-    masks: Sequence[AttentionMask | LayerCache]
+    masks: Sequence[AttentionMask | PagedLayer]
     real: Tensor | None = None
     dropout_stream: Tensor | None = None
 

@@ -22,12 +22,12 @@ def pretrain_config(preset: str) -> ConfigDict:
 
 def _text(data: ConfigDict) -> None:
     """What pretraining reads, and how it becomes rows. Without data.tokenizer one of model.vocab_size is trained."""
-    # embedded: Python's standard library; reasoning: generated problems; files@DIR: .txt, .jsonl, .parquet; or the name
-    # of a data set (qwen3f.data.sources.adapters.registry) with a local copy, NAME@DIR. Several of them with weights:
-    # embedded=0.7,reasoning=0.3
+    # embedded: Python's standard library; reasoning: generated problems; files@DIR: .txt, .jsonl, .json, .parquet,
+    # .arrow; or the name of a data set (qwen3f.data.sources.adapters.registry) with a local copy, NAME@DIR. Several of
+    # them with weights: embedded=0.7,reasoning=0.3
     data.mixture = "embedded"
     data.root = ""  # DIR for mixture=files
-    data.text_key = "text"  # field of .jsonl, column of .parquet
+    data.text_key = "text"  # field of .jsonl and .json, column of .parquet and .arrow
     data.holdout = 0.05  # share of the documents kept for validation
     data.max_samples = 0  # documents of each source to use, at most; 0: all
     data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written
@@ -52,17 +52,22 @@ def _sample() -> ConfigDict:
 
 def sft_config(preset: str) -> ConfigDict:
     config = run_config(preset, "sft")
-    # hybrid, instruct-2507, thinking-2507 or coder (qwen3f/data/chat/kinds.py); "": that of the template beside the
-    # tokenizer, without one hybrid.
-    config.chat_template = ""
+    _chat_template(config)
     _chats(config.data)
     config.eval.max_rows = 256  # held-out rows of each source for the loss; 0: all
-    config.eval.task = "reasoning"  # whose held-out questions are answered, greedily, on one device; "": none
+    config.eval.task = "reasoning"  # whose held-out questions are answered, greedily; "": none
     config.eval.questions = 256  # so many of them, of the kinds and difficulties that data names
     config.eval.modes = "thinking"  # in which they are answered: thinking, plain, or thinking,plain
     config.eval.max_new_tokens = 256
     config.show_samples = 3  # samples that are shown at the start, with what is trained marked
     return config
+
+
+def _chat_template(config: ConfigDict) -> None:
+    """The format of chats."""
+    # hybrid, instruct-2507, thinking-2507 or coder (qwen3f/data/chat/kinds.py); "": that of the template beside the
+    # tokenizer, without one hybrid.
+    config.chat_template = ""
 
 
 def _chats(data: ConfigDict) -> None:
@@ -85,3 +90,91 @@ def _chats(data: ConfigDict) -> None:
     data.max_heldout = 1000  # held-out samples of each source, at most
     data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written
     data.max_epochs = ""  # readings of a source before it is dropped: 4, or reasoning=4; "": no limit
+
+
+def reward_model_config(preset: str) -> ConfigDict:
+    config = _preference_config(preset, "reward_model")
+    config.model.scalar_head = True
+    config.reward_model = ConfigDict()
+    config.reward_model.margin = 0.0  # times a pair's own margin (of ratings, else 1): the lead it must have
+    config.reward_model.centre = 0.0  # weight of the squared sum of both scores, which keeps them around 0: 0.01
+    config.checkpoint.best_metric, config.checkpoint.best_mode = "val_accuracy", "max"
+    return config
+
+
+def dpo_config(preset: str) -> ConfigDict:
+    config = _preference_config(preset, "dpo")
+    config.dpo = _dpo()
+    # cached: computed once, kept in data.cache; live: the reference's weights stay in memory, beside the policy's
+    config.dpo.reference_log_probs = "cached"
+    config.eval.task = "reasoning"  # whose held-out questions are answered, greedily, and compared with the reference
+    config.eval.questions = 0  # so many of them; 0: none
+    config.eval.thinking = True  # whether they ask for a thought
+    config.eval.max_new_tokens = 256
+    config.eval.cache_tokens = 65_536  # room for keys and values while answering, on a rank; 0: what a device has free
+    config.checkpoint.best_metric, config.checkpoint.best_mode = "val_accuracy", "max"
+    return config
+
+
+def dpo_online_config(preset: str) -> ConfigDict:
+    config = run_config(preset, "dpo_online")
+    _chat_template(config)
+    config.data.kinds = ""  # of generated problems, arithmetic,logic; "": all
+    config.data.difficulties = ""  # of generated problems, 1,2; "": all
+    config.data.problems = 32_768  # that are generated, both splits together
+    config.data.problem_seed = 0
+    config.dpo = _dpo()
+    online = config.online = ConfigDict()
+    online.task = "reasoning"  # whose prompts are answered
+    online.thinking = True  # whether they ask for a thought
+    online.samples = 4  # answers to each prompt: the best and the worst are a pair
+    online.temperature = 0.9
+    online.max_new_tokens = 256  # an answer that has not ended there is worse than any that has
+    # task: its judge, right or wrong; rule: right, then well formed, then short; reward_model
+    online.judge = "task"
+    online.reward_model = ""  # a workdir, its checkpoints/N or a Hugging Face directory
+    online.fill = 0.5  # share of batch_size in pairs that a step waits for, asking further prompts
+    online.rounds = 8  # of prompts that a step asks, at most
+    online.cache_tokens = 65_536  # room for keys and values while answering, on a rank; 0: what a device has free
+    config.eval.questions = 128  # held-out questions that are answered, greedily; 0: none
+    config.checkpoint.best_metric, config.checkpoint.best_mode = "val_wins", "max"
+    return config
+
+
+def _dpo() -> ConfigDict:
+    dpo = ConfigDict()
+    # sigmoid, sigmoid_norm (by length), hinge, ipo, cdpo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero,
+    # apo_down
+    dpo.loss = "sigmoid"
+    dpo.beta = 0.1  # how strongly the policy is held to the reference
+    dpo.label_smoothing = 0.0  # share of pairs that are taken to be the wrong way round: cdpo, robust, exo_pair
+    dpo.sft_weight = 0.0  # of next-token prediction of the better answers, which is added
+    dpo.reference = ""  # a workdir, its checkpoints/N or a Hugging Face directory; "": init_from
+    return dpo
+
+
+def _preference_config(preset: str, stage: str) -> ConfigDict:
+    config = run_config(preset, stage)
+    _chat_template(config)
+    _pairs(config.data)
+    config.eval.max_rows = 256  # held-out rows of each source; 0: all
+    config.show_samples = 2  # answers that are shown at the start: those of a pair are neighbours
+    return config
+
+
+def _pairs(data: ConfigDict) -> None:
+    """What is trained on; see qwen3f.data.pairs.corpus."""
+    # right-or-wrong, boxed-or-not, short-or-padded: answers to generated problems, better by rule, each with -plain for
+    # answers without working; pairs@DIR: files of pairs of chats; or a data set's name with @DIR. Several with weights
+    data.mixture = "right-or-wrong=0.4,boxed-or-not=0.3,short-or-padded=0.3"
+    data.root = ""  # the directory of the one source
+    data.kinds = ""  # of generated problems, arithmetic,logic; "": all
+    data.difficulties = ""  # of generated problems, 1,2; "": all
+    data.problems = 32_768  # that are generated, both splits together
+    data.problem_seed = 0
+    data.long_pairs = "drop"  # of pairs that do not fit into a row of seq_len: drop, or error
+    data.on_bad_row = "error"  # or skip, counted
+    data.max_samples = 0  # pairs of each source, at most; 0: all
+    data.max_heldout = 1000  # held-out pairs of each source, at most
+    data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written
+    data.max_epochs = ""  # readings of a source before it is dropped: 4, or pairs=4; "": no limit

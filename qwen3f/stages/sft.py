@@ -20,7 +20,7 @@ from qwen3f.data.chat.report import render_samples
 from qwen3f.data.loader import Share, build_batch
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
-from qwen3f.eval.answers import AnswerOptions, answer, judge, parse_modes
+from qwen3f.eval.answers import AnswerOptions, answer_on_ranks, judge, parse_modes
 from qwen3f.eval.heldout import batches_of_one_shape
 from qwen3f.params import Params
 from qwen3f.tasks.reasoning import ReasoningTask
@@ -32,6 +32,13 @@ from qwen3f.train.outputs import make_eval_step
 from qwen3f.train.restore import check_tokenizer, find_tokenizer
 from qwen3f.train.setup import Setup, at_least
 from qwen3f.train.stage import Evaluator, Interrupted, Run, Stage
+from sharding.state import whole_params
+
+_NEXT = (
+    '--config experiments/generate.py --config.init_from={workdir} --config.prompt="What is 17 + 25?"',
+    "--config experiments/rejection_sample.py --config.init_from={workdir} --config.out={workdir}-samples",
+    "--config experiments/sft_fusion.py:{preset} --config.init_from={workdir} --workdir {workdir}-fusion",
+)
 
 
 def check(setup: Setup) -> None:
@@ -69,8 +76,9 @@ def make(run: Run) -> Stage:
         objective=NEXT_TOKEN,
         evaluators={"val": _evaluator(run, corpus, tokenizer)},
         figures=corpus.train_metrics,
-        lines=(*corpus.describe(), *_unasked(run)),
+        lines=tuple(corpus.describe()),
         samples=_shown(setup, corpus, tokenizer),
+        next=_NEXT,
     )
 
 
@@ -80,14 +88,7 @@ def _data_config(setup: Setup) -> ChatDataConfig:
 
 
 def _asks(run: Run) -> bool:
-    return bool(run.setup.config.eval.task and run.setup.config.eval.questions) and run.world.size == 1
-
-
-def _unasked(run: Run) -> tuple[str, ...]:
-    config = run.setup.config
-    if _asks(run) or not (config.eval.task and config.eval.questions):
-        return ()
-    return (f"--config.eval.questions={config.eval.questions} are not asked: that needs one device, without a mesh",)
+    return bool(run.setup.config.eval.task and run.setup.config.eval.questions)
 
 
 def _shown(setup: Setup, corpus: ChatCorpus, tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -101,7 +102,7 @@ def _shown(setup: Setup, corpus: ChatCorpus, tokenizer: Tokenizer) -> tuple[str,
 
 
 def _evaluator(run: Run, corpus: ChatCorpus, tokenizer: Tokenizer) -> Evaluator:
-    """ "loss" on held-out answers, of several sources each; on one device also how questions are answered."""
+    """ "loss" on held-out answers, of several sources each; and how questions are answered."""
     config, evaluate, asks = run.setup.config, _make_loss(run, corpus), _asks(run)
     questions = _questions(run.setup) if asks else (None, ())
 
@@ -168,8 +169,8 @@ def _answered(
     """Exact match and form; of the first mode under their own names, of a second one with "_MODE" behind them."""
     setup, config = run.setup, run.setup.config
     cfg = dataclasses.replace(setup.model, gradient_checkpointing="none")
-    compute = {path: leaf.to(setup.compute_dtype) for path, leaf in params.items()}
-    options = AnswerOptions(config.eval.max_new_tokens, device=setup.device)
+    compute = whole_params(setup.model, params, setup.layout, setup.compute_dtype)
+    options = AnswerOptions(config.eval.max_new_tokens)
     prompts = [question.prompt for question in questions]
 
     def go_on() -> None:
@@ -179,7 +180,7 @@ def _answered(
     values: dict[str, float] = {}
     for number, mode in enumerate(parse_modes(config.eval.modes)):
         thinking = mode == "thinking"
-        given = list(answer(cfg, compute, tokenizer, prompts, thinking, options, go_on))
+        given = answer_on_ranks(run.world, cfg, compute, tokenizer, prompts, thinking, options, go_on)
         for name, value in judge(task, questions, given, thinking).items():
             what, slash, group = name.partition("/")
             values[name if number == 0 else f"{what}_{mode}{slash}{group}"] = value

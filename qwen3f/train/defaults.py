@@ -120,6 +120,11 @@ def _eval() -> ConfigDict:
     evaluation = ConfigDict()
     evaluation.every = 500  # steps; 0: only at the end
     evaluation.batch_size = 16
+    evaluation.benchmarks = ""  # asked too: reasoning, or of experiments/eval.py's; several with commas
+    evaluation.benchmark_root = ""  # of their local copies, as data.root in experiments/eval.py
+    evaluation.benchmark_questions = 128  # of each, at most, evenly from all
+    evaluation.benchmark_prompt = "raw"  # or chat
+    evaluation.benchmark_tokens = 0  # of an answer; 0: the benchmark's own number
     return evaluation
 
 

@@ -16,6 +16,7 @@ from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
+from qwen3f.model import invariant
 from sharding import tensor
 from sharding.collectives import all_reduce
 from sharding.layout import ONE_DEVICE, Layout
@@ -124,7 +125,11 @@ def has_document(rows: Batch) -> Tensor:
 
 
 def make_numbers(
-    cfg: ModelConfig, output: Output, layout: Layout = ONE_DEVICE, entropy: bool = False
+    cfg: ModelConfig,
+    execution: model.Execution,
+    output: Output,
+    layout: Layout = ONE_DEVICE,
+    entropy: bool = False,
 ) -> Callable[[Tensor, P.Params, Batch], tuple[Tensor, Tensor | None]]:
     """numbers(hidden, outer parameters, batch) -> (what the model says of each token [B, T], entropy [B, T] or None).
 
@@ -142,7 +147,9 @@ def make_numbers(
         if "temperature" in batch:
             hidden_ND = hidden_ND / batch["temperature"].flatten()[:, None].to(hidden_ND.dtype)
         targets_N = batch["targets"].flatten()
-        if tp.size > 1:
+        if execution.invariant:
+            log_probs_N = invariant.token_log_probs(hidden_ND, head, targets_N)
+        elif tp.size > 1:
             log_probs_N = tensor.token_log_probs(hidden_ND, head, targets_N, tp)
         else:
             log_probs_N = cross_entropy.token_log_probs(hidden_ND, head, targets_N)
@@ -178,7 +185,7 @@ def make_head(
     if objective.output == "nll":
         return _nll_head(cfg, execution, layout)
     axes = layout.axes
-    numbers_of = make_numbers(cfg, objective.output, layout, objective.entropy)
+    numbers_of = make_numbers(cfg, execution, objective.output, layout, objective.entropy)
 
     def head(hidden: Tensor, outer: P.Params, micro: MicroBatch, count: Tensor | float) -> tuple[Tensor, Figures]:
         batch = micro.own

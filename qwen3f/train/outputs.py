@@ -86,7 +86,7 @@ def make_outputs(
     rank of cp, tp and pp. microbatches: as for make_eval_step.
     """
     axes = layout.axes
-    numbers = make_numbers(cfg, "scores" if output == "scores" else "log_probs", layout)
+    numbers = make_numbers(cfg, execution, "scores" if output == "scores" else "log_probs", layout)
 
     def head(hidden: Tensor, outer: P.Params, micro: MicroBatch, shared: None = None) -> Tensor:
         return numbers(hidden, outer, micro.own)[0]

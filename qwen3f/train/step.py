@@ -256,7 +256,6 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
         new = TrainState(step, params, opt, state.seed, state.tokens_seen + tokens, position)
         metrics = {
             "loss": terms.loss,
-            "aux_loss": terms.aux_loss,
             "grad_norm": norm,
             "grad_norm_clipped": norm * scale,
             "lr": lr,
@@ -265,7 +264,7 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
             **terms.figures,
         }
         if terms.load is not None:
-            metrics |= {"router_z_loss": terms.z_loss, **balance.load_metrics(terms.load)}
+            metrics |= {"aux_loss": terms.aux_loss, "router_z_loss": terms.z_loss, **balance.load_metrics(terms.load)}
         return new, metrics
 
     return update

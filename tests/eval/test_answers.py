@@ -10,6 +10,7 @@ from qwen3f.data.chat.template import encode_chat
 from qwen3f.errors import UserError
 from qwen3f.eval import answers
 from qwen3f.eval.answers import Answer, AnswerOptions, answer, judge, parse_modes
+from qwen3f.infer.request import Row
 from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.tasks.task import Question
 from tests.stages.toy_chats import SMALL, small_tokenizer
@@ -82,20 +83,28 @@ def test_what_the_model_is_asked_and_what_of_its_ids_is_the_answer(small, thinki
     script = [[*tokenizer.encode("ab"), end, 0, 0], [stop, 0, 0, 0, 0], tokenizer.encode("abcde")]
     asked = []
 
-    def scripted(cfg, params, tokens, *, prompt_lengths, request_ids, max_new_tokens, **options):
-        asked.append((tokens, prompt_lengths, request_ids, options["temperature"], options["seed"]))
-        rows = [script[number - 10] for number in request_ids]
-        return torch.cat([tokens, torch.tensor(rows)], 1)
+    def scripted(self, rows):
+        for row in rows:
+            request = row.request
+            asked.append((list(request.prompt), request.stream, request.sampling.temperature, self.seed))
+            ids = script[request.stream - 10]
+            length = next((place for place, i in enumerate(ids) if i in request.stop_ids), len(ids) - 1) + 1
+            row.tokens += ids[:length]
+            row.finish_reason = "stop" if length < len(ids) else "length"
 
-    monkeypatch.setattr(answers, "generate", scripted)
+    class Scripted(answers.Engine):
+        def submit(self, requests):
+            rows = [Row(request, number) for number, request in enumerate(requests)]
+            scripted(self, rows)
+            return rows
+
+    monkeypatch.setattr(answers, "Engine", Scripted)
     prompts = ["<|im_end|>", "a longer one", "b"]
     options = AnswerOptions(5, temperature=0.5, seed=7, first=10, batch_size=2)
-    breaks = []
-    found = list(answer(cfg, p, tokenizer, prompts, thinking, options, lambda: breaks.append(len(asked))))
+    found = list(answer(cfg, p, tokenizer, prompts, thinking, options))
     assert found == [Answer("ab", True), Answer("", True), Answer("abcde", False)]
-    assert breaks == [0, 1]  # before each batch
-    assert [one[2:] for one in asked] == [([10, 11], 0.5, 7), ([12], 0.5, 7)]
-    rows = [tokens[row, -length:].tolist() for tokens, lengths, *_ in asked for row, length in enumerate(lengths)]
+    assert [one[1:] for one in asked] == [(10, 0.5, 7), (11, 0.5, 7), (12, 0.5, 7)]
+    rows = [one[0] for one in asked]
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     assert rows == [encode_chat(tokenizer, t, add_generation_prompt=True, enable_thinking=thinking) for t in turns]
     assert tokenizer.decode(rows[2]).endswith("assistant\n" if thinking else "<think>\n\n</think>\n\n")

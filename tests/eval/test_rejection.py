@@ -208,7 +208,6 @@ def test_with_the_model_itself(configure, tmp_path, capsys):
         ({"data.kinds": "maths"}, "--config.data.kinds is 'maths'"),
         ({"data.problems": 0}, "--config.data.problems is 0"),
         ({"max_new_tokens": 2040}, r"--config.max_new_tokens=2040 .* exceeds the model's 2048 positions; write \d+ or"),
-        ({"compile": "yes"}, "compile mode 'yes' is unknown"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(configure, changes, words, tmp_path):

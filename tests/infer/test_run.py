@@ -152,7 +152,6 @@ def test_settings_override_the_recommendation_one_by_one():
         ({"max_new_tokens": 250}, r"exceeds the model's 256 positions; write --config.max_new_tokens=2\d\d or less"),
         ({"prompt": "word " * 300}, "and the model takes 256 with the answer"),
         ({"out": "no/such/place/a.jsonl"}, "there is no directory no/such/place"),
-        ({"compile": "all"}, "compile mode 'all' is unknown"),
         ({"dtype": "int8"}, "config.dtype='int8'"),
     ],
 )

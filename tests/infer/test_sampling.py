@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from qwen3f.errors import UserError
-from qwen3f.infer.sampling import NON_THINKING, THINKING, SamplingParams, filter_logits, penalise, sample, streams
+from qwen3f.infer.sampling import NON_THINKING, THINKING, SamplingParams, filter_logits, penalise, stream_of, streams_at
+from qwen3f.infer.sampling import sample as sample_with_log_prob
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -21,8 +22,16 @@ def random_logits(seed, rows=3, vocab=50, scale=4.0):
 NOTHING = torch.zeros((), dtype=torch.bool)  # seen
 
 
+def streams(seed, request, position):
+    return streams_at(torch.tensor([stream_of(seed, i) for i in request.tolist()]), position)
+
+
 def keys(count, seed=0):
     return streams(seed, torch.arange(count), torch.zeros(count, dtype=torch.int64))
+
+
+def sample(*args):
+    return sample_with_log_prob(*args)[0]
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,10 +1,9 @@
 """The thinking budget as a function of the step; within generation see test_generate."""
 
 import pytest
-import torch
 
 from qwen3f.errors import UserError
-from qwen3f.infer.thinking import CLOSING, ThinkingBudget, apply_budget
+from qwen3f.infer.thinking import CLOSING, ThinkingBudget, forced_token, still_thinks
 
 END = 90
 BUDGET = ThinkingBudget(tokens=3, end_id=END, closing_ids=(70, 71, END, 72))
@@ -12,11 +11,15 @@ BUDGET = ThinkingBudget(tokens=3, end_id=END, closing_ids=(70, 71, END, 72))
 
 def run(rows, budget=BUDGET):
     """What comes out when the model wants `rows`."""
-    open_B, out = torch.ones(len(rows), dtype=torch.bool), []
-    for step, ids in enumerate(torch.tensor(rows).T):
-        ids, open_B = apply_budget(budget, step, ids, open_B)
-        out.append(ids)
-    return torch.stack(out, 1).tolist()
+    answers = []
+    for wanted in rows:
+        thinks, out = True, []
+        for place, token in enumerate(wanted):
+            forced = forced_token(budget, place) if thinks else None
+            out.append(token if forced is None else forced)
+            thinks = thinks and still_thinks(budget, place, out[-1])
+        answers.append(out)
+    return answers
 
 
 def test_only_rows_that_still_think_are_closed_and_exactly_at_the_budget():

@@ -168,7 +168,10 @@ def test_generation_drops_no_token():
     cfg = mixed(moe_drop_tokens=True, moe_capacity_factor=0.5)
     p = params.init_params(cfg.replace(initializer_range=0.2), 0, dtype=torch.float64)
     tokens = random_batch(3, 8, cfg.vocab_size)["tokens"]
-    got, _ = model.apply_cached(cfg, p, {"tokens": tokens}, model.init_cache(cfg, p, 3, 8))
+    positions = torch.arange(8).expand(3, 8)
+    batch = {"tokens": tokens, "positions": positions, "slots": torch.arange(1, 4)[:, None] * 8 + positions}
+    hidden, _ = model.make_cached_forward(cfg)(p, model.init_cache(cfg, p, 3, 8), batch, table=1, span=8)
+    got = hidden @ model.head_weight(cfg, p).T
     kept = model.apply(cfg.replace(moe_drop_tokens=False), p, {"tokens": tokens}).logits
     torch.testing.assert_close(got, kept, rtol=1e-11, atol=1e-12)
     assert (model.apply(cfg, p, {"tokens": tokens}).logits - kept).abs().max() > 1e-3

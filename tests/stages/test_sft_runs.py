@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import islice, pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,16 +124,18 @@ def test_both_modes_are_asked_of_held_out_questions(root, tmp_path, monkeypatch)
     golds = {question.prompt: question for question in islice(task.questions("heldout"), 30)}
     asked = []
 
-    def scripted(cfg, params, tokenizer, prompts, thinking, options, between):
+    def said(prompt, thinking):
+        box = rf"\boxed{{{golds[prompt].gold}}}"
+        return Answer(
+            f"<think>\nt\n</think>\n\n{box}" if thinking else box, thinking or "sequence" in golds[prompt].group
+        )
+
+    def scripted(world, cfg, params, tokenizer, prompts, thinking, options, between):
         asked.append((thinking, list(prompts)))
         assert options.temperature == 0
-        for prompt in prompts:
-            box = rf"\boxed{{{golds[prompt].gold}}}"
-            yield Answer(
-                f"<think>\nt\n</think>\n\n{box}" if thinking else box, thinking or "sequence" in golds[prompt].group
-            )
+        return [said(prompt, thinking) for prompt in prompts]
 
-    monkeypatch.setattr(sft, "answer", scripted)
+    monkeypatch.setattr(sft, "answer_on_ranks", scripted)
     values = loop.run(fusion(root, **{"eval.every": 0}), tmp_path, progress=False)
     assert [thinking for thinking, _ in asked] == [True, False]
     assert asked[0][1] == asked[1][1]
@@ -149,19 +150,6 @@ def test_both_modes_are_asked_of_held_out_questions(root, tmp_path, monkeypatch)
         **dict.fromkeys(["val_accuracy_plain", "val_well_formed_plain", "val_accuracy_plain/difficulty 1"], share),
         **{"val_accuracy_plain/sequence": 1.0, "val_accuracy_plain/number_theory": 0.0},
     }
-
-
-def test_questions_that_a_mesh_cannot_ask_are_said(root, tmp_path):
-    config = fusion(root)
-
-    def lines(ranks, **changes):
-        config.update_from_flattened_dict(changes)
-        world = SimpleNamespace(size=ranks)
-        return sft.make(Run(make_setup(config), tmp_path, world, False, lambda: False)).lines
-
-    assert not any("not asked" in line for line in lines(1))
-    assert lines(2)[-1].startswith("--config.eval.questions=30 are not asked: that needs one device")
-    assert not any("not asked" in line for line in lines(2, **{"eval.questions": 0}))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

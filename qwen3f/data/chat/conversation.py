@@ -51,7 +51,7 @@ class Conversation:
 
 def read_conversation(row: Row) -> Conversation:
     """The conversation of a row in the module's form. Raises RowFault, with file and row."""
-    messages = checked_messages(list_of_dicts(row, "messages"), row.name, tools := _tools(row))
+    messages = checked_messages(list_of_dicts(row, "messages"), row.name, tools := read_tools(row))
     enable_thinking = row.values.get("enable_thinking")
     if not isinstance(enable_thinking, bool | None):
         raise RowFault("invalid_rows", f"{row.name} has enable_thinking={enable_thinking!r}: write true or false.")
@@ -99,7 +99,7 @@ def _with_one_thought(message: Message) -> Message:
     return {**kept, "reasoning_content": others[0]}
 
 
-def _tools(row: Row) -> tuple[Mapping[str, Any], ...] | None:
+def read_tools(row: Row) -> tuple[Mapping[str, Any], ...] | None:
     tools = row.values.get("tools")
     if not isinstance(tools, list | None):
         raise RowFault("invalid_rows", f"{row.name} has tools of type {type(tools).__name__}: write a list of objects.")

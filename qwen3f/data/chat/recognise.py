@@ -13,7 +13,7 @@ from qwen3f.data.chat.kinds import HYBRID, KINDS, TemplateKind, find_kind
 from qwen3f.data.chat.template import THOUGHTS, render
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
-from qwen3f.files import read_bounded, write_atomically
+from qwen3f.files import decode_text, read_bounded, write_atomically
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _OURS = Path(__file__).with_name("jinja")
@@ -91,7 +91,7 @@ def own_template(directory: Path) -> tuple[Path, str] | None:
     path = directory / TEMPLATE
     try:
         if path.is_file():
-            return path, read_bounded(path).decode()
+            return path, decode_text(read_bounded(path))
         path = directory / CONFIG
         if not path.is_file():
             return None

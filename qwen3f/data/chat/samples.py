@@ -93,10 +93,10 @@ def make_samples(
     """
     messages = conversation.messages
     if turns == "all":
-        thinks = any(map(_thought, messages))
+        thinks = any(map(thought_of, messages))
         for number in _answers(messages):
-            _check_mode(conversation, number, kind)
-        enable = _enable_thinking(conversation, messages, thinks, kind)
+            check_mode(conversation, number, kind)
+        enable = thinking_enabled(conversation, messages, thinks, kind)
         return [Sample(messages, conversation.name, conversation.tools, True, enable, kind)]
     return [_last_turn(conversation, number, switches, kind) for number in _answers(messages)]
 
@@ -104,9 +104,9 @@ def make_samples(
 def _last_turn(conversation: Conversation, number: int, switches: float, kind: TemplateKind) -> Sample:
     """The sample of the answer that is message `number`."""
     messages = conversation.messages[: number + 1]
-    _check_mode(conversation, number, kind)
-    thinks = bool(_thought(messages[-1]))
-    enable = _enable_thinking(conversation, messages, thinks, kind)
+    check_mode(conversation, number, kind)
+    thinks = bool(thought_of(messages[-1]))
+    enable = thinking_enabled(conversation, messages, thinks, kind)
     sample = Sample(messages, conversation.name, conversation.tools, False, enable, kind)
     if switches and conversation.enable_thinking is None and last_switch(messages[:-1]) is None:
         return _with_switch(sample, thinks, switches)
@@ -130,7 +130,7 @@ def _chance(what: str, sample: Sample, share: float) -> bool:
     return stable_hash(f"{what} {sample.text}".encode()) < share * 2.0**64
 
 
-def _enable_thinking(
+def thinking_enabled(
     conversation: Conversation, messages: tuple[Message, ...], thinks: bool, kind: TemplateKind
 ) -> bool:
     if conversation.enable_thinking is not None:
@@ -138,16 +138,17 @@ def _enable_thinking(
     return thinks or (kind.asks and last_switch(messages[:-1]) is False)
 
 
-def _check_mode(conversation: Conversation, number: int, kind: TemplateKind) -> None:
+def check_mode(conversation: Conversation, number: int, kind: TemplateKind) -> None:
     """Raises RowFault if message `number` has a thought that its prompt does not ask for, or the kind no place for."""
     message, where = conversation.messages[number], f"{conversation.name}: Message {number} has a thought"
-    if not kind.thinks and (_thought(message) or "<think>" in message["content"] or "</think>" in message["content"]):
+    written = thought_of(message) or "<think>" in message["content"] or "</think>" in message["content"]
+    if not kind.thinks and written:
         raise RowFault(
             "misplaced_thoughts",
             f"{where}, and the model's chat template, of the kind {kind.name}, has no place for one: leave the row "
             f"out, or choose a template that has one, --config.chat_template={HYBRID.name}.",
         )
-    if not _thought(message):
+    if not thought_of(message):
         return
     if conversation.enable_thinking is False:
         raise RowFault("misplaced_thoughts", f"{where}, but enable_thinking is false: leave one of them out.")
@@ -159,5 +160,5 @@ def _answers(messages: tuple[Message, ...]) -> Iterator[int]:
     return (i for i, message in enumerate(messages) if message["role"] == "assistant")
 
 
-def _thought(message: Message) -> str:
+def thought_of(message: Message) -> str:
     return split_thought(message)[0].strip("\n") if message["role"] == "assistant" else ""

@@ -2,7 +2,7 @@
 
     reasoning        generated problems; the worked solution is the thought, the conclusion the answer
     reasoning-plain  the same problems, answered by the conclusion alone
-    chats@DIR        rows as in `conversation`, in .jsonl (also .gz, .zst), .json, .parquet or .arrow files
+    chats@DIR        rows as in `conversation`, in .jsonl, .json (both also .gz, .zst), .parquet or .arrow
     openmathinstruct-2, numinamath-cot, ultrachat, openhermes-2.5    see `adapters/sft.py`; with @DIR a local copy
 
 All of them are split by the same hash of the question (`documents.HOLDOUT`), so a question is held out wherever it
@@ -27,11 +27,11 @@ from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.chat.samples import Sample, Turns, make_samples
 from qwen3f.data.sources.adapters import sft
 from qwen3f.data.sources.adapters.answers import last_boxed
-from qwen3f.data.sources.adapters.files import split_files
+from qwen3f.data.sources.adapters.files import left_out, split_files
 from qwen3f.data.sources.adapters.opening import raw_rows
 from qwen3f.data.sources.adapters.registry import HubDataset, names, parse_mixture
 from qwen3f.data.sources.adapters.rows import BadRow, LeftOut, OnBadRow, Row, RowFault
-from qwen3f.data.sources.documents import HOLDOUT, Split, is_heldout, stable_hash
+from qwen3f.data.sources.documents import HOLDOUT, Split, is_heldout, other_files, stable_hash
 from qwen3f.data.sources.reasoning import ReasoningSource, chat_messages
 from qwen3f.errors import UserError
 from qwen3f.tasks.task import Task
@@ -89,6 +89,10 @@ class FileRows:
     def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Row | BadRow]:
         """As in `Rows`; the training rows of the data set, of which `ChatSource` holds some out."""
         return raw_rows(self.dataset, self.root, "", streaming=True)
+
+    def other_files(self) -> Counter[str]:
+        """As in `documents.OfFiles`."""
+        return left_out(self.dataset, self.root, self.dataset.split) if self.root else Counter()
 
     def fingerprint(self, split: Split) -> str:
         """As in `Rows`; by path, size and time of the files. The Hub says nothing cheap that would change."""
@@ -149,6 +153,10 @@ class ChatSource:
         parts = (_FORMAT, split, HOLDOUT, self.rows.fingerprint(split), settings)
         return f"{stable_hash(repr(parts).encode()):016x}"
 
+    def other_files(self) -> Counter[str]:
+        """As in `documents.OfFiles`."""
+        return other_files(self.rows)
+
     def _samples(self, row: Row | BadRow) -> tuple[Conversation, list[Sample]]:
         if isinstance(row, BadRow):
             raise RowFault(row.reason, row.message)
@@ -188,10 +196,11 @@ def open_chats(name: str, root: str, problems: ReasoningSource, **options: objec
     (part,) = parse_mixture(name, root, "sft")
     rows = FileRows(part.dataset, part.root)
     rows.fingerprint("train")
-    return ChatSource(name, rows, partial(_read_dataset, part.dataset.name), **options)
+    return ChatSource(name, rows, partial(read_dataset, part.dataset.name), **options)
 
 
-def _read_dataset(dataset: str, row: Row) -> Conversation:
+def read_dataset(dataset: str, row: Row) -> Conversation:
+    """The conversation of a row of one of the SFT data sets. Raises RowFault, LeftOut."""
     messages = checked_messages(sft.ADAPTERS[dataset](row), row.name)
     judged = _JUDGED[dataset](row) if dataset in _JUDGED else None
     return Conversation(messages, row.name, judged=judged)

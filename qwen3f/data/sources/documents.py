@@ -2,10 +2,10 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -55,6 +55,30 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class OfFiles(Protocol):
+    """A source that reads files, and may leave some out."""
+
+    def other_files(self) -> Counter[str]:
+        """How many files it leaves out, by what they are, such as ".md"."""
+        ...
+
+
+def other_files(source: object) -> Counter[str]:
+    """Files that a source leaves out, as they are now, by what they are."""
+    return source.other_files() if isinstance(source, OfFiles) else Counter()
+
+
+def describe_other_files(sources: Mapping[str, object]) -> list[str]:
+    """A line for each source, by name, that leaves files out."""
+    found = {name: other_files(source) for name, source in sources.items()}
+    return [
+        f"data: {name}, files that are not read: {', '.join(f'{n:,} {kind}' for kind, n in sorted(kinds.items()))}"
+        for name, kinds in found.items()
+        if kinds
+    ]
+
+
 @dataclass(frozen=True)
 class LimitedSource:
     """The first `most` documents of each split of a source."""
@@ -70,6 +94,10 @@ class LimitedSource:
     def documents(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Document]:
         """As in `Source`."""
         return islice(self.source.documents(split, counts), self.most)
+
+    def other_files(self) -> Counter[str]:
+        """As in `OfFiles`."""
+        return other_files(self.source)
 
     def fingerprint(self, split: Split) -> str:
         """As in `Source`."""

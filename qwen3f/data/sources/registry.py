@@ -40,7 +40,7 @@ class FilesSource:
     holdout: float
 
     def documents(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Document]:
-        """Stream the documents of `split`. Counted and left out: null, empty and blank texts, empty files, other files.
+        """Stream the documents of `split`. Counted and left out: null, empty and blank texts, empty files.
 
         Raises:
             UserError: a file is broken (no UTF-8, invalid JSON, cut off), too large, or lacks the text key; the message
@@ -50,11 +50,9 @@ class FilesSource:
 
     def _all(self, counts: Counter[str]) -> Iterator[Document]:
         """Both splits together."""
-        paths, others = data_files(self.root, _SUFFIXES)
-        counts.update({f"other files ({kind})": count for kind, count in others.items()})
         columns = Columns([self.text_key], advice="set --config.data.text_key to one of these")
         blank: set[str] = set()
-        for row in (row for path in paths for row in read_file(path, columns)):
+        for row in (row for path in data_files(self.root, _SUFFIXES)[0] for row in read_file(path, columns)):
             if isinstance(row, BadRow):
                 if row.reason != "empty_shards":
                     raise UserError(row.message)
@@ -66,6 +64,10 @@ class FilesSource:
                 counts[f"file of blanks alone: {row.name}"] += 1
             else:
                 counts["empty_rows"] += 1
+
+    def other_files(self) -> Counter[str]:
+        """As in `OfFiles`."""
+        return data_files(self.root, _SUFFIXES)[1]
 
     def _text(self, row: Row) -> str | None:
         value = row.values[self.text_key]

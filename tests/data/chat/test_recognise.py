@@ -36,8 +36,10 @@ def test_qwen3_s_own_files_and_trained_tokenizers_are_fine(qwen, small_qwen, tok
         (directory / "tokenizer_config.json").write_text(json.dumps(config))
         check_chat_tokenizer(QwenTokenizer.load(directory))
     # Another text of the same meaning, as TRL keeps it.
-    (directory / "chat_template.jinja").write_text(_templates().joinpath("qwen3.jinja").read_text())
-    check_chat_tokenizer(QwenTokenizer.load(directory))
+    content = _templates().joinpath("qwen3.jinja").read_bytes()
+    for written in (content, b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n")):  # as some editors save it
+        (directory / "chat_template.jinja").write_bytes(written)
+        check_chat_tokenizer(QwenTokenizer.load(directory))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3_training", "llama3", "deepseekv3", "gemma3", "qwen3_5_think"])

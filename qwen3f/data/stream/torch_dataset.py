@@ -1,8 +1,8 @@
-"""Examples from the rows of a mixture, divided among the workers of a DataLoader, with counts of what was left out.
+"""Examples of a mixture, divided among the workers of a DataLoader, with counts of what was left out.
 
-The rows of a mixture stand in one order whatever the number of workers, numbered from 0. Worker w of W makes its
-examples of the rows w, w + W, w + 2W, …, so each row is used once. Every worker reads all rows to count them, and does
-the costly part, tokenising, for its own. (From the Hub each worker thus downloads everything: use few workers there, or
+The rows, or documents, of a mixture stand in one order whatever the number of workers, numbered from 0. Worker w of W
+makes its examples of w, w + W, w + 2W, …, so each is used once. Every worker reads all of them to count, and does the
+costly part, tokenising, for its own. (From the Hub each worker thus downloads everything: use few workers there, or
 a local copy.)
 """
 
@@ -10,17 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from absl import logging
 from torch.utils.data import IterableDataset, get_worker_info
 
-from qwen3f.data.sources.adapters.interleave import interleave
-from qwen3f.data.sources.adapters.opening import check_max_samples, raw_rows
+from qwen3f.data.sources.adapters.files import left_out
+from qwen3f.data.sources.adapters.opening import check_max_samples
+from qwen3f.data.sources.adapters.pretrain import DatasetSource
 from qwen3f.data.sources.adapters.registry import Part
 from qwen3f.data.sources.adapters.rows import REASONS, BadRow, LeftOut, OnBadRow, Row, RowFault, check_policy
+from qwen3f.data.stream.order import mixed
+from qwen3f.data.stream.parts import RawPart, RowsPart
 from qwen3f.errors import UserError
 
 MAX_WORKERS = 64
@@ -37,7 +40,7 @@ class Share(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What an adapter made of a row, and the row's number in the mixture."""
+    """What an adapter made of a row, or a document, and its number in the mixture."""
 
     number: int
     value: Any
@@ -46,14 +49,21 @@ class Item(NamedTuple):
 Build = Callable[[Iterator[Item], Share, LeaveOut], Iterator[dict[str, Any]]]
 
 
+class Items(Protocol):
+    """What examples are made of."""
+
+    def items(self, share: Share, leave_out: LeaveOut) -> Iterator[Item]:
+        """The items of this share in order. Raises UserError for a bad row, unless they are skipped."""
+        ...
+
+
 @dataclass(frozen=True)
-class RowStream:
+class RowItems:
     """The rows of a mixture and what becomes of them.
 
     Attributes:
-        parts: the data sets with their weights.
+        parts: the data sets with their weights, which share out rows.
         adapters: by short name, from a row to an item.
-        size: of a row, what the weights share out: rows, or characters.
         split: "" is the training split of each.
         streaming: from the Hub, read as rows are asked for.
         max_samples: rows to read, at most; those left out are among them.
@@ -62,7 +72,6 @@ class RowStream:
 
     parts: tuple[Part, ...]
     adapters: Mapping[str, Callable[[Row], Any]]
-    size: Callable[[Row | BadRow], float]
     split: str
     streaming: bool
     max_samples: int | None
@@ -73,10 +82,11 @@ class RowStream:
         check_max_samples(self.max_samples)
 
     def items(self, share: Share, leave_out: LeaveOut) -> Iterator[Item]:
-        """The items of this share in order. Raises UserError for a bad row, unless they are skipped."""
-        streams = [raw_rows(part.dataset, part.root, self.split, self.streaming) for part in self.parts]
-        mixed = interleave(streams, [part.weight for part in self.parts], self.size)
-        for number, (i, row) in islice(enumerate(mixed), share.index, self.max_samples, share.count):
+        """As in `Items`."""
+        _tell_files(self.parts, self.split, share, leave_out)
+        raw = [RawPart(part.dataset, part.root, self.split, self.streaming) for part in self.parts]
+        rows = mixed(raw, [part.weight for part in self.parts], lambda row: 1, Counter())
+        for number, (i, row) in islice(enumerate(rows), share.index, self.max_samples, share.count):
             try:
                 if isinstance(row, BadRow):
                     raise RowFault(row.reason, row.message)
@@ -91,15 +101,46 @@ class RowStream:
                 yield Item(number, value)
 
 
-def one_a_row(row: Row | BadRow) -> float:
-    """Size of a row where weights share out rows."""
-    return 1.0
+@dataclass(frozen=True)
+class DocumentItems:
+    """The documents of a mixture of text data sets, read as a streamed run reads them, once.
+
+    Attributes: as `RowItems`'; weights share out characters, and max_samples counts documents.
+    """
+
+    parts: tuple[Part, ...]
+    split: str
+    streaming: bool
+    max_samples: int | None
+    on_bad_row: OnBadRow
+
+    def __post_init__(self) -> None:
+        check_policy(self.on_bad_row)
+        check_max_samples(self.max_samples)
+
+    def items(self, share: Share, leave_out: LeaveOut) -> Iterator[Item]:
+        """As in `Items`. Rows that give no document are seen by every worker, and counted by the first."""
+        _tell_files(self.parts, self.split, share, leave_out)
+        counts: Counter[str] = Counter()
+        sources = [DatasetSource(part.dataset.name, part.dataset, part.root, 0.0) for part in self.parts]
+        parts = [RowsPart(source, self.split, self.streaming, self.on_bad_row) for source in sources]
+        documents = mixed(parts, [part.weight for part in self.parts], lambda document: len(document.text), counts)
+        own = islice(enumerate(documents), share.index, self.max_samples, share.count)
+        while True:
+            found = next(own, None)
+            for reason in counts.elements() if share.index == 0 else ():
+                leave_out(reason)
+            counts.clear()
+            if found is None:
+                return
+            yield Item(found[0], found[1][1])
 
 
-def characters(row: Row | BadRow) -> float:
-    """Size of a row where weights share out text: the characters of its column `text`."""
-    text = row.values.get("text") if isinstance(row, Row) else None
-    return float(len(text)) if isinstance(text, str) else 0.0
+def _tell_files(parts: tuple[Part, ...], split: str, share: Share, leave_out: LeaveOut) -> None:
+    """Count, in the first worker, the files beside those that are read."""
+    for part in parts if share.index == 0 else ():
+        for _ in left_out(part.dataset, part.root, split or part.dataset.split).elements() if part.root else ():
+            leave_out("other_files")
 
 
 class ExampleStream(IterableDataset):
@@ -108,12 +149,12 @@ class ExampleStream(IterableDataset):
     Iterating again begins anew. `counts` says what gave no example, by reason, over all passes and workers so far.
 
     Args:
-        stream: the rows.
+        items: what the examples are made of.
         build: from items to examples; a function that can be pickled, for workers that are spawned.
     """
 
-    def __init__(self, stream: RowStream, build: Build) -> None:
-        self._stream = stream
+    def __init__(self, items: Items, build: Build) -> None:
+        self._items = items
         self._build = build
         # Shared memory: the workers write a line each, the process that made the dataset reads.
         self._counts = torch.zeros(MAX_WORKERS + 1, len(REASONS), dtype=torch.int64).share_memory_()
@@ -132,18 +173,18 @@ class ExampleStream(IterableDataset):
             if worker.num_workers > MAX_WORKERS:
                 raise UserError(f"num_workers is {worker.num_workers}: give at most {MAX_WORKERS}.")
             share, line = Share(worker.id, worker.num_workers), self._counts[worker.id + 1]
-        left_out: Counter[str] = Counter()
+        without: Counter[str] = Counter()
 
         def leave_out(reason: str) -> None:
-            left_out[reason] += 1
+            without[reason] += 1
             line[REASONS.index(reason)] += 1
 
         yield from self._examples(share, leave_out)
-        if left_out:
-            logging.info("worker %d of %d left out %s", *share, dict(left_out))
+        if without:
+            logging.info("worker %d of %d left out %s", *share, dict(without))
 
     def _examples(self, share: Share, leave_out: LeaveOut) -> Iterator[dict[str, Any]]:
-        for example in self._build(self._stream.items(share, leave_out), share, leave_out):
+        for example in self._build(self._items.items(share, leave_out), share, leave_out):
             yield {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in example.items()}
 
 

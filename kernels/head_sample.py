@@ -1,0 +1,210 @@
+"""From the residual stream to the next token in two launches: final norm, head, and one choice a row.
+
+The first kernel writes the logits once, in float32, and for each tile of the vocabulary the greatest tempered logit,
+where it lies, and the sum of exponentials. The second, one program a row, finds the tile that the choice falls into
+from these, and reads the logits of that tile alone. No atomics: a rerun is bit-identical. bfloat16 logits would be off
+by up to 0.06 at 16 and more, which log-probs show; hence float32.
+
+B rows · D hidden · V vocabulary · BM, BN rows and ids of a tile
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import dependent_launch, rmsnorm, row_product
+from kernels.backend import check_devices, runs_triton, tl, triton
+
+_WARP_TILES = 512  # tiles of the vocabulary a warp of the second kernel holds; not tuned on a card yet
+
+
+def reference(
+    x_BD: Tensor, norm_D: Tensor, eps: float, head_VD: Tensor, num_ids: int, inv_temperature_B: Tensor,
+    uniform_B: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As head_sample, in plain torch: (ids, logprob, logits, finite)."""
+    wide = torch.promote_types(x_BD.dtype, torch.float32)
+    logits = F.linear(rmsnorm.reference(x_BD, norm_D, eps).to(wide), head_VD.to(wide))
+    real = logits[:, :num_ids]
+    finite = real.isfinite().all(-1)
+    scale_B1 = torch.where(inv_temperature_B == 0, 1.0, inv_temperature_B)[:, None]
+    tempered = real * scale_B1
+    top_B1 = tempered.amax(-1, keepdim=True)
+    probs = (tempered - top_B1).exp()  # times the sum
+    sums = probs.cumsum(-1, dtype=torch.float64)
+    target = uniform_B.double() * sums[:, -1]
+    drawn = torch.searchsorted(sums, target[:, None], right=True)[:, 0]
+    possible = torch.where(probs > 0, torch.arange(num_ids, device=x_BD.device), 0).amax(-1)  # the last one
+    ids = torch.where(inv_temperature_B == 0, real.argmax(-1), torch.minimum(drawn, possible))
+    chosen = tempered.gather(1, ids[:, None]) - top_B1
+    return ids, chosen[:, 0] - sums[:, -1].log().to(wide), logits, finite
+
+
+def head_sample(
+    x_BD: Tensor, norm_D: Tensor, eps: float, head_VD: Tensor, num_ids: int, inv_temperature_B: Tensor,
+    uniform_B: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(ids int64 [B], logprob float32 [B], logits float32 [B, V], finite bool [B]) of each row's next token.
+
+    The logits are head · rmsnorm(x)·g, in float32 from the products on; the norm is rounded as in
+    kernels.row_product. The token is drawn from softmax(logits · inv_temperature) over ids below num_ids by inverting
+    the distribution function in the order of the vocabulary: the first id whose cumulative probability exceeds
+    uniform[b]. So a row's token depends on its logits and its uniform alone. A token of probability 0 is never drawn.
+
+    Args:
+      x_BD, norm_D: [B, D] and [D] of one dtype, contiguous. float16, bfloat16 or float32 (float64 runs the formula, and
+        logits and logprob are float64).
+      head_VD: [V, D], contiguous; the embedding where the two are tied.
+      num_ids: 1 … V; ids from there on are padding: their logits are given, but neither drawn nor summed.
+      inv_temperature_B: float32 [B], at least 0. 0 takes the greatest logit, of equal ones the lowest id.
+      uniform_B: float32 or float64 [B] in [0, 1).
+    Returns logprob: of the chosen token under the distribution it was drawn from; with inv_temperature 0 under
+      softmax(logits). finite: whether the logits below num_ids are. Where not, the id means nothing but is below
+      num_ids, and the logprob means nothing.
+    Raises ValueError for arguments that do not fit.
+    """
+    row_product.check(x_BD, {"norm": (norm_D, x_BD.shape[-1])}, {"head": head_VD})
+    if not 1 <= num_ids <= len(head_VD):
+        raise ValueError(f"num_ids must be 1 … {len(head_VD)}, got {num_ids}")
+    for name, x, dtypes in (
+        ("inv_temperature", inv_temperature_B, (torch.float32,)),
+        ("uniform", uniform_B, (torch.float32, torch.float64)),
+    ):
+        if x.shape != x_BD.shape[:1] or x.dtype not in dtypes or not x.is_contiguous():
+            words = " or ".join(str(d) for d in dtypes)
+            raise ValueError(f"{name} must be contiguous {words} [{len(x_BD)}], got {x.dtype} {tuple(x.shape)}")
+        check_devices(**{"x": x_BD, name: x})
+    return torch.ops.qwen3f.head_sample(x_BD, norm_D, eps, head_VD, num_ids, inv_temperature_B, uniform_B)
+
+
+@triton.jit
+def _scale(inv_temperature_ptr, row, rows):
+    inv_temperature = tl.load(inv_temperature_ptr + row, mask=row < rows, other=1.0)
+    return tl.where(inv_temperature == 0, 1.0, inv_temperature)
+
+
+@triton.jit
+def _logits_kernel(
+    x_ptr, norm_ptr, head_ptr, inv_temperature_ptr, logits_ptr, top_ptr, total_ptr, place_ptr,
+    rows, D, V, num_ids, eps,
+    HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One tile of logits; its rows' greatest tempered logit, Σ exp(tempered − that), and where it lies.
+
+    The place is -1 if a logit is not finite.
+    """
+    row_tiles, blocks = tl.cdiv(rows, BM), tl.cdiv(V, BN)
+    block = tl.program_id(0) // row_tiles
+    row = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)
+    n = block * BN + tl.arange(0, BN)
+    weight_N = head_ptr + tl.minimum(n, V - 1).to(tl.int64) * D
+    product, square = row_product.row_product(
+        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, AHEAD
+    )
+    logits = product * tl.rsqrt(square / D + eps)[:, None] if HAS_NORM else product
+    mask = (row < rows)[:, None] & (n < V)[None, :]
+    tl.store(logits_ptr + row.to(tl.int64)[:, None] * V + n[None, :], logits, mask=mask)
+
+    real = (n < num_ids)[None, :]
+    good = real & (tl.abs(logits) < float("inf"))
+    tempered = tl.where(good, logits * _scale(inv_temperature_ptr, row, rows)[:, None], float("-inf"))
+    top, place = tl.max(tempered, axis=1, return_indices=True)
+    shift = tl.where(top == float("-inf"), 0.0, top)  # a tile past num_ids
+    total = tl.sum(tl.exp(tempered - shift[:, None]), axis=1)
+    wrong = tl.sum(tl.where(good, 0, tl.where(real, 1, 0)), axis=1)
+    at = row.to(tl.int64) * blocks + block
+    tl.store(top_ptr + at, top, mask=row < rows)
+    tl.store(total_ptr + at, total, mask=row < rows)
+    tl.store(place_ptr + at, tl.where(wrong > 0, -1, block * BN + place), mask=row < rows)
+
+
+@triton.jit
+def _first(possible, fits, index, none):
+    """The first index that is possible and fits; if none fits the last possible one (sums round); else 0."""
+    first = tl.min(tl.where(possible & fits, index, none), axis=0)
+    last = tl.max(tl.where(possible, index, 0), axis=0)
+    return tl.minimum(first, last)
+
+
+@triton.jit
+def _choose_kernel(
+    logits_ptr, top_ptr, total_ptr, place_ptr, inv_temperature_ptr, uniform_ptr, id_ptr, logprob_ptr, finite_ptr,
+    V, num_ids, blocks, BN: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row: the tile, then the id within it. The sums are float64, so that a small id's share is not rounded off."""
+    dependent_launch.wait(PDL)
+    row = tl.program_id(0)
+    scale = _scale(inv_temperature_ptr, row, row + 1)
+    block = tl.arange(0, PADDED)
+    at = row.to(tl.int64) * blocks + block
+    tops = tl.load(top_ptr + at, mask=block < blocks, other=float("-inf"))
+    totals = tl.load(total_ptr + at, mask=block < blocks, other=0.0)
+    places = tl.load(place_ptr + at, mask=block < blocks, other=0)
+    top = tl.max(tops, axis=0)
+    top = tl.where(top == float("-inf"), 0.0, top)  # no logit is finite
+    weights = totals * tl.exp(tops - top)
+    total = tl.sum(weights, axis=0)
+
+    wide = weights.to(tl.float64)
+    sums = tl.cumsum(wide, axis=0)
+    target = tl.load(uniform_ptr + row).to(tl.float64) * tl.max(sums, axis=0)
+    drawn_block = _first(weights > 0, sums > target, block, PADDED)
+    rest = target - tl.sum(tl.where(block < drawn_block, wide, 0.0), axis=0)
+    block_top = tl.sum(tl.where(block == drawn_block, tops, 0.0), axis=0)
+    rest = rest / tl.exp(block_top - top).to(tl.float64)
+    inner = tl.arange(0, BN)
+    n = drawn_block * BN + inner
+    logits_ptr += row.to(tl.int64) * V
+    tempered = tl.load(logits_ptr + n, mask=n < num_ids, other=float("-inf")) * scale
+    probs = tl.exp(tempered - block_top)
+    drawn = drawn_block * BN + _first(probs > 0, tl.cumsum(probs.to(tl.float64), axis=0) > rest, inner, BN)
+
+    best_block = tl.min(tl.where(tops == top, block, PADDED), axis=0)
+    best = tl.sum(tl.where(block == best_block, places, 0), axis=0)
+    chosen = tl.where(tl.load(inv_temperature_ptr + row) == 0, best, drawn)
+    chosen = tl.minimum(tl.maximum(chosen, 0), num_ids - 1)  # whatever a row that is not finite led to
+    logprob = tl.load(logits_ptr + chosen) * scale - top - tl.log(total)
+    tl.store(id_ptr + row, chosen.to(tl.int64))
+    tl.store(logprob_ptr + row, logprob)
+    tl.store(finite_ptr + row, (tl.min(places, axis=0) >= 0).to(tl.int8))
+
+
+@torch.library.custom_op("qwen3f::head_sample", mutates_args=())
+def _op(
+    x: Tensor, norm: Tensor, eps: float, head: Tensor, num_ids: int, inv_temperature: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not runs_triton(x) or not len(x):
+        return reference(x, norm, eps, head, num_ids, inv_temperature, uniform)
+    (B, D), V = x.shape, len(head)
+    cut = row_product.config(B, V)
+    blocks = triton.cdiv(V, cut.outputs)
+    ids, logprob, logits, finite = _op_fake(x, norm, eps, head, num_ids, inv_temperature, uniform)
+    tops, totals = (x.new_empty(B, blocks, dtype=torch.float32) for _ in range(2))
+    places = x.new_empty(B, blocks, dtype=torch.int32)
+    padded = triton.next_power_of_2(blocks)
+    with torch.cuda.device_of(x):
+        _logits_kernel[(triton.cdiv(B, cut.rows) * blocks,)](
+            row_product.normed(x, norm, eps, cut), norm, head, inv_temperature, logits, tops, totals, places, B, D, V,
+            num_ids, eps, HAS_NORM=cut.norms,
+            **row_product.options(x, cut),
+        )  # fmt: skip
+        _choose_kernel[(B,)](
+            logits, tops, totals, places, inv_temperature, uniform, ids, logprob, finite.view(torch.int8), V, num_ids,
+            blocks, BN=cut.outputs, PADDED=padded, PDL=dependent_launch.on(x),
+            num_warps=max(4, min(16, padded // _WARP_TILES)), launch_pdl=dependent_launch.on(x),
+        )  # fmt: skip
+    return ids, logprob, logits, finite
+
+
+@_op.register_fake
+def _op_fake(
+    x: Tensor, norm: Tensor, eps: float, head: Tensor, num_ids: int, inv_temperature: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(B, dtype=torch.int64),
+        x.new_empty(B, dtype=wide),
+        x.new_empty(B, head.shape[0], dtype=wide),
+        x.new_empty(B, dtype=torch.bool),
+    )

@@ -1,0 +1,180 @@
+"""Few rows times a large weight, within a Triton kernel: the loop that the products of one decoding step share.
+
+With B rows such a product does 2·B operations for each number of the weight: below about 200 rows on an H100 it is as
+fast as the weight arrives. So many bytes are kept on their way (Triton's pipelined loop). Three forms:
+
+- one row: products and sums in float32 without tensor cores, so nothing is padded to 16 rows;
+- up to SLICED_ROWS rows: each of a program's four warps multiplies its own slice of every step on the tensor cores, and
+  the slices are added at the end. So the few tiles of a narrow output have enough warps, and no atomics are needed;
+- more rows: an ordinary tile of the tensor cores.
+
+In the first two forms the rows' RMSNorm costs no pass of its own: the loop multiplies x by the norm's weight g and adds
+up x², and the caller multiplies the sums by 1/√(mean x² + eps). Rounding: norm and product apart round x/√(…), then its
+product with g, to the dtype of x. Here x·g is rounded once, and with one row not at all; all else is float32. In the
+third form the norm is a kernel of its own, since it would cost every tile what it saves.
+
+B rows · D what is summed over · N outputs · BM, BN, BK rows, outputs and step of a tile
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import dependent_launch, rmsnorm
+from kernels.backend import check_devices, tl, triton
+
+# Not tuned on a card yet: reasoned for an H100 with its 132 multiprocessors.
+ROW_PROGRAMS = 264  # one row: programs wanted, two a multiprocessor
+ROW_TILE = 4096  # one row: numbers of the weight a step, four 16-byte loads a thread
+TILES = 128  # several rows: tiles wanted, one a multiprocessor; narrower tiles read x more often from L2
+SLICED_ROWS = 32
+SLICES = 4  # one a warp
+MAX_ROWS = 128  # of a tile
+STAGES = 4  # steps: three on their way while one is worked on
+PREFETCH = 2048  # bytes of each weight row that are fetched ahead of a dependent launch's wait
+
+
+class Config(NamedTuple):
+    """Rows, outputs and step of a tile (a step of 2-byte numbers; of float32 half), slices of it, stages, warps."""
+
+    rows: int
+    outputs: int
+    step: int
+    slices: int
+    stages: int
+    warps: int
+
+    @property
+    def norms(self) -> bool:
+        """Whether the product's own loop applies the norm. With more rows a pass of its own costs less."""
+        return self.rows <= SLICED_ROWS
+
+
+def config(B: int, N: int) -> Config:
+    """How B rows and N outputs are cut, from these two alone."""
+    if B == 1:
+        outputs = _outputs(N, ROW_PROGRAMS, 4, 32)
+        return Config(1, outputs, ROW_TILE // outputs, 1, STAGES, warps=4)
+    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(B)))
+    if rows <= SLICED_ROWS:
+        return Config(rows, _outputs(N, TILES, 8, 32), 256, SLICES, STAGES, warps=SLICES)
+    if rows > 64 and _outputs(N * triton.cdiv(B, rows), TILES, 16, 128) < 64:
+        rows = 64  # a narrow output: squarer tiles read less
+    outputs = _outputs(N * triton.cdiv(B, rows), TILES, 16, 128)
+    step = 128 if rows + outputs <= 96 else 64  # 16 to 32 KiB
+    return Config(rows, outputs, step, 1, STAGES, warps=4 if rows == 64 else 8)
+
+
+def _outputs(N: int, programs: int, least: int, most: int) -> int:
+    """The widest tile, a power of two, that leaves so many programs."""
+    outputs = most
+    while outputs > least and triton.cdiv(N, outputs) < programs:
+        outputs //= 2
+    return outputs
+
+
+@triton.jit
+def row_product(
+    x_ptr, norm_ptr, weight_N, row, rows, D,
+    HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """(x·g Wᵀ float32 [BM, BN], Σx² [BM]) of BM rows and BN rows of weights; without HAS_NORM (x Wᵀ, 0).
+
+    x_ptr: contiguous [rows, D]. norm_ptr: g [D]. weight_N: pointers [BN] to rows of D adjacent numbers. row: [BM]
+    numbers of rows; those from `rows` on give 0. AHEAD: lines of 128 bytes of each weight row to fetch before the wait
+    of a dependent launch; 0 without one.
+    """
+    if AHEAD > 0:
+        line = tl.arange(0, AHEAD)[None, :] * (1024 // weight_N.dtype.element_ty.primitive_bitwidth)
+        dependent_launch.prefetch(weight_N[:, None] + tl.minimum(line, D - 1))
+    dependent_launch.wait(AHEAD > 0)
+    inside = row < rows
+    wide_row = row.to(tl.int64) * D
+    if BM == 1:
+        x_row = x_ptr + tl.sum(wide_row, 0)
+        acc = tl.zeros([BN, BK], tl.float32)
+        squares = tl.zeros([BK], tl.float32)
+        for start in tl.range(0, D, BK, num_stages=STAGES):
+            k = start + tl.arange(0, BK)
+            weight = tl.load(weight_N[:, None] + k[None, :], mask=(k < D)[None, :], other=0.0)
+            x = tl.load(x_row + k, mask=k < D, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                squares += x * x
+                x *= tl.load(norm_ptr + k, mask=k < D, other=0.0).to(tl.float32)
+            acc += weight.to(tl.float32) * x[None, :]
+        product = tl.sum(acc, axis=1)[None, :]
+        square = tl.sum(squares, axis=0) + tl.zeros([1], tl.float32)
+    elif SLICES > 1:
+        slice_k = tl.arange(0, SLICES)[:, None] * (BK // SLICES) + tl.arange(0, BK // SLICES)[None, :]
+        acc = tl.zeros([SLICES, BM, BN], tl.float32)
+        squares = tl.zeros([SLICES, BM], tl.float32)
+        for start in tl.range(0, D, BK, num_stages=STAGES):
+            k = start + slice_k
+            weight = tl.load(weight_N[None, None, :] + k[:, :, None], mask=(k < D)[:, :, None], other=0.0)
+            use = inside[None, :, None] & (k < D)[:, None, :]
+            x = tl.load(x_ptr + wide_row[None, :, None] + k[:, None, :], mask=use, other=0.0)
+            if HAS_NORM:
+                wide = x.to(tl.float32)
+                squares += tl.sum(wide * wide, axis=2)
+                norm = tl.load(norm_ptr + k, mask=k < D, other=0.0).to(tl.float32)
+                x = (wide * norm[:, None, :]).to(x.dtype)
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+        product = tl.sum(acc, axis=0)
+        square = tl.sum(squares, axis=0)
+    else:
+        product = tl.zeros([BM, BN], tl.float32)
+        square = tl.zeros([BM], tl.float32)
+        for start in tl.range(0, D, BK, num_stages=STAGES):
+            k = start + tl.arange(0, BK)
+            weight = tl.load(weight_N[None, :] + k[:, None], mask=(k < D)[:, None], other=0.0)
+            use = inside[:, None] & (k < D)[None, :]
+            x = tl.load(x_ptr + wide_row[:, None] + k[None, :], mask=use, other=0.0)
+            if HAS_NORM:
+                wide = x.to(tl.float32)
+                square += tl.sum(wide * wide, axis=1)
+                norm = tl.load(norm_ptr + k, mask=k < D, other=0.0).to(tl.float32)
+                x = (wide * norm[None, :]).to(x.dtype)
+            product = tl.dot(x, weight, product, input_precision=PRECISION)
+    return product, square
+
+
+def normed(x_BD: Tensor, norm_D: Tensor, eps: float, cut: Config) -> Tensor:
+    """What a kernel with a norm reads: x itself, or where its loop does not norm, x normed."""
+    return x_BD if cut.norms else rmsnorm.rms_norm(x_BD, norm_D, eps)
+
+
+def options(x: Tensor, cut: Config) -> dict[str, object]:
+    """What every kernel around `row_product` is launched with."""
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    pdl = dependent_launch.on(x)
+    return dict(
+        BM=cut.rows, BN=cut.outputs, BK=cut.step * 2 // x.element_size(), SLICES=cut.slices, STAGES=cut.stages,
+        PRECISION=precision, AHEAD=PREFETCH // 128 if pdl else 0, num_warps=cut.warps, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def check(x_BD: Tensor, vectors: dict[str, tuple[Tensor, int]], weights: dict[str, Tensor], x_name: str = "x") -> None:
+    """ValueError naming the argument unless x is [B, D], `vectors` are of their lengths and `weights` are [N, D].
+
+    All contiguous, of x's dtype, on one device.
+    """
+    if x_BD.dim() != 2 or not x_BD.is_floating_point() or not x_BD.is_contiguous() or not x_BD.shape[1]:
+        raise ValueError(
+            f"{x_name} must be contiguous, floating, [B, D] with D > 0; got {x_BD.dtype} {tuple(x_BD.shape)}"
+        )
+    for name, (vector, size) in vectors.items():
+        if vector.shape != (size,) or vector.dtype != x_BD.dtype or not vector.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous {x_BD.dtype} [{size}], got {vector.dtype} {tuple(vector.shape)}"
+            )
+        check_devices(**{x_name: x_BD, name: vector})
+    for name, weight in weights.items():
+        fits = weight.dim() == 2 and weight.shape[1] == x_BD.shape[1] and weight.shape[0]
+        if not fits or weight.dtype != x_BD.dtype or not weight.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous {x_BD.dtype} [outputs, {x_BD.shape[1]}], got {weight.dtype} "
+                f"{tuple(weight.shape)}"
+            )
+        check_devices(**{x_name: x_BD, name: weight})

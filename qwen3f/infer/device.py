@@ -1,0 +1,294 @@
+"""The engine's side of the device: parameters, cache, and a plan turned into tensors and passes.
+
+B places of a batch · T tokens of a chunk · P pages of a row
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3f import model
+from qwen3f import params as P
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+from qwen3f.infer import fused
+from qwen3f.infer.graphs import DecodeGraphs
+from qwen3f.infer.passes import (
+    Choice,
+    Drawn,
+    Inputs,
+    Table,
+    as_training,
+    draw,
+    force,
+    logits_of,
+    make_decode,
+    make_prefill,
+)
+from qwen3f.infer.request import Row
+from qwen3f.infer.sampling import SamplingParams, streams_at, uniform
+from qwen3f.infer.scheduler import Chunk, Plan
+from qwen3f.infer.thinking import forced_token
+from qwen3f.model.kv_cache import bytes_of_token, copy_pages, grow_cache, init_cache
+
+CPU_CACHE = 2 << 30  # bytes, where max_tokens is 0
+GPU_SHARE = 0.85  # of the free memory, likewise
+GPU_PAGE = 64
+COLD = 1e-4  # temperatures up to it are not the graph's: logits over them may be infinite in float32
+CPU_ROUNDING = 64  # pages of a CPU are a multiple of it
+
+
+@dataclasses.dataclass
+class Pending:
+    """A pass on its way: its rows, the place of each in the batch, and what the places draw.
+
+    drawn: of the places. packed: the same as fused.Result has it, on the host once `ready` has come; where this is
+    given, `drawn` is not.
+    """
+
+    rows: list[Row]
+    places: list[int]
+    drawn: Drawn | None = None
+    packed: Tensor | None = None
+    ready: torch.cuda.Event | None = None
+
+    def read(self) -> Iterator[tuple[int, float, bool]]:
+        """(token, log-probability, finite) of each row; waits for the pass."""
+        if self.packed is not None:
+            self.ready.synchronize()
+            ids, log_probs, finite = self.packed.tolist()
+            return ((int(ids[place]), log_probs[place], finite[place] > 0) for place in self.places)
+        if self.drawn is None:
+            return iter(())
+        ids, log_probs, finite = (x.tolist() for x in self.drawn)
+        return ((ids[place], log_probs[place], finite[place]) for place in self.places)
+
+
+class Device:
+    """Runs plans. Holds what lies on the device: parameters and cache.
+
+    overlaps: whether a pass may be launched before the one before is read.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: P.Params,
+        execution: model.Execution,
+        num_ids: int,
+        page_size: int,
+        max_tokens: int,
+        rows: int,
+    ) -> None:
+        execution = dataclasses.replace(execution, compile="off")
+        self.cfg, self.num_ids = cfg, num_ids
+        self._params = unstacked(cfg, params)
+        self.device = params[P.EMBED].device
+        self.overlaps = self.device.type == "cuda"
+        self._prefill, self._decode = make_prefill(cfg, execution), make_decode(cfg, execution)
+        self._own_pages = not page_size and not self.overlaps  # each row has one page of its own
+        self.page_size = page_size or (GPU_PAGE if self.overlaps else CPU_ROUNDING)
+        self.max_tokens = max_tokens or self._room()
+        self._cache, self._graphs = None, None
+        self._fused = self.overlaps and not execution.invariant and fused.fits(cfg, params[P.EMBED].dtype)
+        self._rows, self._execution = rows, execution
+
+    def _room(self) -> int:
+        memory = GPU_SHARE * torch.cuda.mem_get_info(self.device)[0] if self.overlaps else CPU_CACHE
+        return int(memory) // bytes_of_token(self.cfg, self._params)
+
+    def make_room(self, rows: int, longest: int) -> tuple[int, int]:
+        """(pages, page size) once there is room for so many rows of that length, as far as max_tokens allows."""
+        size = self.page_size
+        if self._own_pages:
+            size = max(size, -(-min(longest, self.max_tokens) // CPU_ROUNDING) * CPU_ROUNDING)
+        most = max(1, self.max_tokens // size)
+        count = most if not self._own_pages else min(most, rows)
+        if self._cache is None:
+            self._cache = init_cache(self.cfg, self._params, count, size)
+        elif count > self._cache.pages - 1 or size > self.page_size:
+            count = max(count, self._cache.pages - 1)
+            self._cache = grow_cache(self._cache, count, size)
+        self.page_size = size
+        return self._cache.pages - 1, size
+
+    def update(self, params: P.Params) -> None:
+        fresh = unstacked(self.cfg, params)
+        for path, leaf in self._params.items():
+            old, new = (x[0] if isinstance(x, tuple) else x for x in (leaf, fresh[path]))
+            if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
+                raise UserError(
+                    f"update: {path} is {new.dtype} {list(new.shape)} on {new.device}, the engine has {old.dtype} "
+                    f"{list(old.shape)} on {old.device}; make a new engine for another model"
+                )
+        if self._graphs is not None:
+            self._graphs.update(fresh)
+            fresh = self._graphs.params
+        self._params = fresh
+
+    def erase(self, pages: Sequence[int]) -> None:
+        """Zeros in place of what is not finite: even what is masked takes part in a product, with probability 0."""
+        for x in (*self._cache.keys, *self._cache.values):
+            x[list(pages)] = 0
+
+    def launch(self, plan: Plan, before: Pending | None) -> Pending:
+        """Start the plan's passes, which follow on `before`."""
+        if plan.copies:
+            self._cache = copy_pages(self._cache, plan.copies)
+        if plan.chunks:
+            self._launch_prefill(plan.chunks)
+        if not plan.decode:
+            return Pending([], [])
+        return self._launch_decode(plan.decode, before)
+
+    def _launch_prefill(self, chunks: Sequence[Chunk]) -> None:
+        if self._own_pages:
+            chunks = sorted(chunks, key=lambda chunk: chunk.row.pages[0])
+        rows = [chunk.row for chunk in chunks]
+        width = max(chunk.count for chunk in chunks)
+        tokens, positions, slots = (np.zeros((len(chunks), width), np.int64) for _ in range(3))
+        for place, (row, start, count) in enumerate((c.row, c.start, c.count) for c in chunks):
+            own = np.arange(start, start + count)
+            tokens[place, :count] = row.tokens[start : start + count]
+            positions[place, :count] = own
+            slots[place, :count] = np.asarray(row.pages)[own // self.page_size] * self.page_size + own % self.page_size
+        batch = {"tokens": tokens, "positions": positions, "slots": slots}
+        self._cache = self._prefill(
+            self._params,
+            self._cache,
+            {key: torch.from_numpy(x).to(self.device) for key, x in batch.items()},
+            table=self._table(rows),
+            span=self._span(max(chunk.start + chunk.count for chunk in chunks)),
+        )
+
+    def _launch_decode(self, rows: Sequence[Row], before: Pending | None) -> Pending:
+        places, table, count = list(range(len(rows))), None, len(rows)
+        if self._own_pages:
+            numbers = [row.pages[0] for row in rows]
+            first, last = min(numbers), max(numbers)
+            if last - first < 2 * len(rows):
+                places, table, count = [number - first for number in numbers], first, last - first + 1
+        if table is None:
+            table = self._table(rows)
+        known = {} if before is None else {row.number: place for row, place in zip(before.rows, before.places)}
+        numbers = np.zeros((5, count), np.int64)
+        numbers[4] = -1
+        numbers[:, places] = np.array([self._place(row, known) for row in rows]).T
+        if self._fused:
+            return self._replay(rows, numbers)
+        inputs = Inputs(*torch.from_numpy(numbers).to(self.device))
+        none = inputs.tokens.new_zeros(1)
+        hidden, self._cache = self._decode(
+            self._params,
+            self._cache,
+            inputs,
+            none if before is None or before.drawn is None else before.drawn.ids,
+            table=table,
+            span=self._span(1 + max(row.cached for row in rows)),
+        )
+        head = model.head_weight(self.cfg, self._params)
+        logits = logits_of(hidden, head, self._execution)
+        drawn = draw(logits, inputs, self._choices(rows, places), self.num_ids)
+        forced = (numbers[4] >= 0).any()
+        if forced:
+            drawn = force(drawn, logits, inputs.forced)
+        if self._exact(rows, forced):
+            temperature = torch.ones(count)
+            temperature[places] = torch.tensor([row.request.sampling.temperature or 1.0 for row in rows])
+            drawn = as_training(drawn, hidden, head, temperature.to(self.device))
+        return Pending(list(rows), places, drawn)
+
+    def _exact(self, rows: Sequence[Row], forced: bool) -> bool:
+        """Whether log-probabilities are to be the training step's: where nothing but a temperature acts."""
+        plain = all(is_plain(row.request.sampling) for row in rows)
+        return self._execution.invariant and self.num_ids == self.cfg.vocab_size and plain and not forced
+
+    def _replay(self, rows: Sequence[Row], numbers: np.ndarray) -> Pending:
+        """The same by a CUDA graph. What its sampler does not know is drawn again, from the logits that it leaves."""
+        if self._graphs is None:
+            self._graphs = DecodeGraphs(self.cfg, self._params, self._cache, self._execution, self.num_ids, self._rows)
+        ways = [row.request.sampling for row in rows]
+        chances = np.array([[1 / way.temperature if way.temperature > COLD else 0.0 for way in ways]] * 2)
+        chances[0] = uniform(streams_at(*torch.from_numpy(numbers[[3, 1]] + [[0], [1]])))
+        result = self._graphs.run(numbers[:2], chances, [row.pages for row in rows])
+        count, packed = len(rows), result.packed
+        special = [i for i, way in enumerate(ways) if not is_plain(way)]
+        if special or (numbers[4] >= 0).any():
+            inputs = Inputs(*torch.from_numpy(numbers).to(self.device))
+            drawn = Drawn(result.ids[:count], result.log_probs[:count], result.finite[:count])
+            if special:
+                again = draw(result.logits[:count], inputs, self._choices(rows, range(count), special), self.num_ids)
+                which = torch.zeros(count, dtype=torch.bool)
+                which[special] = True
+                which = which.to(self.device)
+                drawn = Drawn(*(torch.where(which, new, old) for new, old in zip(again, drawn)))
+            drawn = force(drawn, result.logits[:count], inputs.forced)
+            self._graphs.last[:count] = drawn.ids
+            packed = fused.pack(*drawn)
+        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True).copy_(packed, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Pending(list(rows), list(range(count)), packed=host, ready=ready)
+
+    def _place(self, row: Row, known: Mapping[int, int]) -> tuple[int, ...]:
+        """What Inputs has of a row. known: the place of each row in the pass before."""
+        place = row.cached
+        slot = row.pages[place // self.page_size] * self.page_size + place % self.page_size
+        token = row.tokens[place] if place < len(row.tokens) else -1 - known[row.number]
+        return token, place, slot, row.stream, _forced(row)
+
+    def _table(self, rows: Sequence[Row]) -> Table:
+        if self._own_pages and [row.pages[0] for row in rows] == list(
+            range(rows[0].pages[0], rows[0].pages[0] + len(rows))
+        ):
+            return rows[0].pages[0]
+        most = max(len(row.pages) for row in rows)
+        return torch.tensor([row.pages + [0] * (most - len(row.pages)) for row in rows], device=self.device)
+
+    def _span(self, longest: int) -> int:
+        return (
+            min(-(-longest // CPU_ROUNDING) * CPU_ROUNDING, max(longest, self.page_size))
+            if self._own_pages
+            else longest
+        )
+
+    def _choices(self, rows: Sequence[Row], places: Sequence[int], only: Sequence[int] | None = None) -> list[Choice]:
+        """How rows choose, by groups that choose alike; of the rows with numbers `only`, or of all."""
+        groups: dict[SamplingParams, list[int]] = {}
+        for number in range(len(rows)) if only is None else only:
+            groups.setdefault(rows[number].request.sampling, []).append(number)
+        choices = []
+        for sampling, members in groups.items():
+            seen = None
+            if sampling.presence_penalty:
+                answers = [rows[i].tokens[len(rows[i].request.prompt) :] for i in members]
+                most = max(map(len, answers))
+                seen = torch.tensor([a + [-1] * (most - len(a)) for a in answers], dtype=torch.int64).to(self.device)
+            whole = len(groups) == 1 and seen is None and only is None
+            own = None if whole else torch.tensor([places[i] for i in members], device=self.device)
+            choices.append(Choice(sampling, own, seen))
+        return choices
+
+
+def unstacked(cfg: ModelConfig, params: P.Params) -> P.Params:
+    """Stacks as tuples of their layers, which are views."""
+    stacked = {path for path, spec in P.abstract_params(cfg).items() if spec.stack}
+    return {
+        path: leaf.unbind(0) if path in stacked and isinstance(leaf, Tensor) else leaf for path, leaf in params.items()
+    }
+
+
+def is_plain(way: SamplingParams) -> bool:
+    """Whether the graph's sampler draws so: greedy, or at a temperature alone."""
+    filtered = way.top_k or way.top_p < 1 or way.min_p
+    cold = 0 < way.temperature <= COLD
+    return not (way.presence_penalty or cold or (filtered and way.temperature))
+
+
+def _forced(row: Row) -> int:
+    """The token that the thinking budget sets next, or −1."""
+    token = forced_token(row.request.budget, row.launched) if row.thinks else None
+    return -1 if token is None else token

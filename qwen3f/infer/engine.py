@@ -1,0 +1,275 @@
+"""The generation engine: many requests at once over one cache of pages, each answered as if it were alone.
+
+A loop of three parts: the scheduler says what is next (on the host), a pass computes it (pure functions of parameters
+and cache), and what it drew is handed to its rows. On a GPU the next pass is launched before the last one's tokens are
+read, so that the card never waits for the host; a row that has ended is noticed one pass late, and that pass's token
+is dropped.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from qwen3f import model
+from qwen3f import params as P
+from qwen3f.config import ModelConfig
+from qwen3f.data.tokenizers.token_text import StreamDecoder
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
+from qwen3f.infer.device import Device, Pending
+from qwen3f.infer.pages import PagePool
+from qwen3f.infer.request import Completion, Request, Row
+from qwen3f.infer.sampling import GREEDY, SamplingParams, stream_of
+from qwen3f.infer.scheduler import Limits, Scheduler
+from qwen3f.infer.thinking import still_thinks
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """What decides speed and memory, never results.
+
+    Attributes:
+      rows: answers at a time, at most.
+      chunk: tokens of a prefill pass, padding included.
+      page_size: tokens of a page. 0: on a GPU 64; on a CPU the longest request, so that a row is one page and attention
+        reads the cache where it lies.
+    """
+
+    rows: int = 256
+    chunk: int = 4096
+    page_size: int = 0
+
+
+DEFAULT = EngineOptions()
+
+
+class Engine:
+    """Answers requests. See `generate` for many at once, `submit` and `step` for one after the other.
+
+    Args:
+      cfg, params: as for qwen3f.model.apply; the dtype of params is that of the computation and of the cache.
+      max_tokens: room of the cache, in tokens of all rows together. 0: on a GPU what 85% of its free memory holds, on a
+        CPU what 2 GiB do.
+      seed: of the random streams.
+      execution: how the model runs; its `compile` has no effect.
+      tokenizer: where stop texts are asked for; its stop ids are the default, and ids that it lacks are never drawn.
+      num_ids: ids from here on are never drawn (Qwen3's embedding has rows that its tokenizer doesn't use). 0: the
+        tokenizer's number, or without one the vocabulary's.
+    Raises UserError for a model without a vocabulary, and for a cache that is too small for anything.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: P.Params,
+        *,
+        max_tokens: int = 0,
+        seed: int = 0,
+        execution: model.Execution = model.EAGER,
+        tokenizer: Tokenizer | None = None,
+        num_ids: int = 0,
+        options: EngineOptions = DEFAULT,
+    ) -> None:
+        if cfg.scalar_head:
+            raise UserError(
+                "model.scalar_head=True makes a score of each token, not text; name a model with a vocabulary"
+            )
+        self.cfg, self.tokenizer, self.seed = cfg, tokenizer, seed
+        num_ids = num_ids or (min(tokenizer.vocab_size, cfg.vocab_size) if tokenizer else cfg.vocab_size)
+        if not 1 <= num_ids <= cfg.vocab_size:
+            raise UserError(f"num_ids must lie in 1..vocab_size ({cfg.vocab_size}), got {num_ids}; see the tokenizer")
+        self._device = Device(cfg, params, execution, num_ids, options.page_size, max_tokens, options.rows)
+        self._pool = PagePool(0, self._device.page_size)
+        self._scheduler = Scheduler(self._pool, Limits(options.rows, options.chunk))
+        self._rows = options.rows
+        self._pending: Pending | None = None
+        self._decoders: dict[int, tuple[StreamDecoder, str]] = {}
+        self._number = 0
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
+        *,
+        max_new_tokens: int | Sequence[int],
+        n: int = 1,
+        streams: Sequence[int] | None = None,
+        **request: Any,
+    ) -> list[Completion]:
+        """n answers to each prompt, in the order of the prompts.
+
+        Args:
+          prompts: token ids.
+          sampling, max_new_tokens: one for all, or one for each prompt.
+          streams: of each answer, its random stream's name (Request.stream); default 0, 1, 2, …
+          request: further fields of Request, the same for all. stop_ids are the tokenizer's by default.
+        Raises UserError, before anything is computed, for a request that cannot run.
+        """
+        ways = sampling if isinstance(sampling, Sequence) else [sampling] * len(prompts)
+        lengths = max_new_tokens if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
+        names = range(len(prompts) * n) if streams is None else streams
+        for what, values, count in (("sampling", ways, 1), ("max_new_tokens", lengths, 1), ("streams", names, n)):
+            if len(values) != len(prompts) * count:
+                raise UserError(f"{what} has {len(values)} values for {len(prompts)} prompts with {n} answers each")
+        requests = [
+            self.request(prompts[i // n], lengths[i // n], sampling=ways[i // n], stream=names[i], **request)
+            for i in range(len(prompts) * n)
+        ]
+        rows = self.submit(requests)
+        self.run(rows)
+        return [completion(row, i // n, i % n) for i, row in enumerate(rows)]
+
+    def request(self, prompt: Sequence[int], max_new_tokens: int, **fields: Any) -> Request:
+        """A request, checked against the model. stop_ids are the tokenizer's by default.
+
+        Raises UserError for a prompt that is empty, too long, or has ids that the model lacks, and so on.
+        """
+        if "stop_ids" not in fields and self.tokenizer is not None:
+            fields["stop_ids"] = tuple(self.tokenizer.stop_ids)
+        asked = Request(tuple(prompt), max_new_tokens, **fields)
+        check_request(asked, self.cfg, self.tokenizer)
+        return asked
+
+    def submit(self, requests: Iterable[Request]) -> list[Row]:
+        """Let requests wait for their turn; none is computed yet.
+
+        Raises UserError for one that the cache can never hold.
+        """
+        rows = []
+        for asked in requests:
+            rows.append(Row(asked, self._number, stream_of(self.seed, asked.stream)))
+            self._number += 1
+        longest = max((len(row.request.prompt) + row.request.max_new_tokens for row in rows), default=0)
+        count, size = self._device.make_room(min(len(rows) + len(self._scheduler.active), self._rows), longest)
+        self._pool.grow(count, size)
+        if longest > count * size:
+            raise UserError(
+                f"a request of {longest} tokens, its answer included, does not fit the cache of {count * size}; raise "
+                "max_tokens or shorten it"
+            )
+        for row in rows:
+            if row.request.max_new_tokens:
+                self._scheduler.add(row)
+            else:
+                row.finish_reason = "length"
+        return rows
+
+    def step(self) -> bool:
+        """Compute what is next; False if there was nothing left to do."""
+        under_way = self._pending is not None
+        if self._must_know():
+            self._collect()
+        plan = self._scheduler.plan()
+        before, self._pending = self._pending, None
+        if plan.copies or plan.chunks or plan.decode:
+            self._pending = self._device.launch(plan, before)
+            self._scheduler.advance(plan)
+        if before is not None:
+            self._hand_out(before)
+        if self._pending is not None and not self._device.overlaps:
+            self._collect()
+        return under_way or bool(plan.copies or plan.chunks or plan.decode)
+
+    def run(self, rows: Sequence[Row]) -> None:
+        """Compute until these rows have ended."""
+        while not all(row.finish_reason for row in rows):
+            if not self.step():
+                raise RuntimeError("rows are left, but none can be computed; they are not this engine's")
+
+    def cancel(self, rows: Iterable[Row]) -> None:
+        """End rows that have not ended, with finish_reason "cancelled"."""
+        self._collect()
+        for row in rows:
+            if not row.finish_reason:
+                self._end(row, "cancelled")
+
+    def update(self, params: P.Params) -> None:
+        """New weights, of the same shapes, for all that is computed from now on.
+
+        What pages hold is forgotten; answers on their way go on under the new weights, from the tokens that they have.
+        """
+        self._collect()
+        self._scheduler.restart()
+        self._pool.clear()
+        self._device.update(params)
+
+    def _must_know(self) -> bool:
+        """Whether the next pass depends on tokens that have not been read yet."""
+        return self._pending is not None and any(
+            row.request.sampling.presence_penalty
+            or (row.thinks and row.answered < row.request.budget.tokens <= row.launched)
+            for row in self._pending.rows
+        )
+
+    def _collect(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._hand_out(pending)
+
+    def _hand_out(self, pending: Pending) -> None:
+        for row, (token, log_prob, finite) in zip(pending.rows, pending.read()):
+            if row.finish_reason:
+                continue
+            if not finite:
+                self._fail(row)
+                continue
+            row.tokens.append(token)
+            row.logprobs.append(log_prob)
+            row.thinks = row.thinks and still_thinks(row.request.budget, row.answered - 1, token)
+            if row.request.on_token is not None:
+                row.request.on_token(token, log_prob)
+            if token in row.request.stop_ids or self._completes_stop_text(row, token):
+                self._end(row, "stop")
+            elif row.answered >= row.request.max_new_tokens:
+                self._end(row, "length")
+
+    def _completes_stop_text(self, row: Row, token: int) -> bool:
+        if not row.request.stop_texts:
+            return False
+        decoder, text = self._decoders.get(row.number) or (StreamDecoder(self.tokenizer), "")
+        text += decoder.push(token)
+        self._decoders[row.number] = (decoder, text)
+        return any(stop in text for stop in row.request.stop_texts)
+
+    def _fail(self, row: Row) -> None:
+        pages = [page for page in row.pages if self._pool.users(page) == 1]
+        for page in pages:
+            self._pool.forget(page)
+        self._device.erase(pages)
+        self._end(row, f"error: the model's logits are not finite at new token {row.answered + 1}; check its weights")
+
+    def _end(self, row: Row, reason: str) -> None:
+        row.finish_reason = reason
+        self._decoders.pop(row.number, None)
+        self._scheduler.finish(row)
+
+
+def completion(row: Row, prompt_index: int = 0, sample_index: int = 0) -> Completion:
+    """What a row has, as a value."""
+    return Completion(
+        row.tokens[len(row.request.prompt) :], list(row.logprobs), row.finish_reason, prompt_index, sample_index
+    )
+
+
+def check_request(asked: Request, cfg: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """Raises UserError for a request that this model cannot answer."""
+    length, room = len(asked.prompt), cfg.max_position_embeddings
+    if not length:
+        raise UserError("a prompt is empty; give it one token at least, e.g. <|endoftext|>")
+    if length > room:
+        raise UserError(f"a prompt has {length} tokens and the model's max_position_embeddings is {room}; shorten it")
+    if asked.max_new_tokens < 0:
+        raise UserError(f"max_new_tokens must not be negative, got {asked.max_new_tokens}")
+    low, high = min(asked.prompt), max(asked.prompt)
+    if low < 0 or high >= cfg.vocab_size:
+        raise UserError(
+            f"a prompt has token id {low if low < 0 else high}, ids of this model are 0 to {cfg.vocab_size - 1}; use "
+            "the tokenizer that belongs to it"
+        )
+    for name, ids in (("stop_ids", asked.stop_ids), ("budget", asked.budget.closing_ids if asked.budget else ())):
+        if any(not 0 <= i < cfg.vocab_size for i in ids):
+            raise UserError(f"{name}: {list(ids)} must be token ids below the vocabulary's {cfg.vocab_size}")
+    if asked.stop_texts and tokenizer is None:
+        raise UserError("stop_texts need the tokenizer: Engine(cfg, params, tokenizer=…)")
+    if any(not isinstance(text, str) or not text for text in asked.stop_texts):
+        raise UserError(f"stop_texts: {asked.stop_texts!r} must be texts that are not empty")

@@ -1,0 +1,186 @@
+"""Pages of the key/value cache: which are free, who uses them, and what can be shared. On the host; no tensors.
+
+A page holds the keys and values of `size` successive tokens of a row. Rows that begin with the same tokens share their
+full pages; of a page that two rows share in part, the second one gets a copy. A page that nobody uses any more keeps
+what it holds, for a later row with the same beginning, until its room is needed: the least recently used goes first.
+"""
+
+import dataclasses
+import heapq
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Protocol
+
+ROOT = 0
+"""Page 0 takes what idle places of a batch write. No row has it; it is the parent of every row's first page."""
+
+
+class Owner(Protocol):
+    """A row whose keys lie in a page. tokens: all of it. cached: how many of them have their keys in pages."""
+
+    tokens: list[int]
+    cached: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """What pages hold of a row already.
+
+    Attributes:
+      pages: full pages, in order, that the row may share.
+      partial: the page to copy for what follows, or None.
+      tokens: how many tokens these hold of the row, `partial` included.
+    """
+
+    pages: tuple[int, ...]
+    partial: int | None
+    tokens: int
+
+
+@dataclasses.dataclass
+class _Content:
+    """Tokens start … of `owner`, while it has the page; what was left of them (`tokens`) when it gave the page back."""
+
+    parent: int
+    owner: Owner | None
+    start: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+
+    def held(self, size: int) -> list[int]:
+        if self.owner is None:
+            return self.tokens
+        return self.owner.tokens[self.start : min(self.start + size, self.owner.cached)]
+
+
+class PagePool:
+    """`count` pages of `size` tokens each, numbered from 1; page 0 is none of them.
+
+    Every page is either free, or used by some rows, or kept: used by none, holding what `match` can find.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.size = count, size
+        self._free = list(range(1, count + 1))
+        self._users = [0] * (count + 1)
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._contents: dict[int, _Content] = {}
+        self._children: dict[int, dict[int, None]] = {}
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can give."""
+        return len(self._free) + len(self._kept)
+
+    def take(self) -> int:
+        """A page for one user, the lowest free one; if none is free, the kept one that was used the longest ago.
+
+        Raises IndexError if all pages are in use.
+        """
+        if not self._free:
+            self.forget(next(iter(self._kept)))
+        page = heapq.heappop(self._free)
+        self._users[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """Count one more user of a page that `match` gave."""
+        self._users[page] += 1
+        self._kept.pop(page, None)
+
+    def release(self, page: int, user: Owner | None = None) -> None:
+        """Count one user less. The last one leaves the page kept, or free if it holds nothing that `describe` told."""
+        content = self._contents.get(page)
+        if content is not None and content.owner is not None and content.owner is user:
+            content.owner, content.tokens = None, content.held(self.size)
+        self._users[page] -= 1
+        if self._users[page]:
+            return
+        if content is not None and content.held(self.size):
+            self._kept[page] = None
+        else:
+            self.forget(page)
+            heapq.heappush(self._free, page)
+
+    def describe(self, page: int, parent: int, owner: Owner, start: int) -> None:
+        """Tell that `page` holds the keys of owner.tokens[start: start + size], as far as they are cached.
+
+        parent: the page before, or ROOT. Nothing is noted behind a page that has been forgotten.
+        """
+        if parent == ROOT or parent in self._contents:
+            self._contents[page] = _Content(parent, owner, start)
+            self._children.setdefault(parent, {})[page] = None
+
+    def match(self, tokens: Sequence[int], most: int) -> Match:
+        """The longest beginning of `tokens`, at most `most` of them, that pages hold."""
+        pages: list[int] = []
+        parent, at = ROOT, 0
+        while True:
+            best, length = None, 0
+            for page in self._children.get(parent, ()):
+                found = self._common(self._contents[page], tokens, at, most)
+                if found > length:
+                    best, length = page, found
+                    if length == self.size:
+                        break
+            if length < self.size:
+                return Match(tuple(pages), best, at + length)
+            pages.append(best)
+            parent, at = best, at + length
+
+    def clear(self) -> None:
+        """Forget what pages hold, since the weights have changed. Rows keep the pages that they use."""
+        self._contents.clear()
+        self._children.clear()
+        for page in self._kept:
+            heapq.heappush(self._free, page)
+        self._kept.clear()
+
+    def grow(self, count: int, size: int) -> None:
+        """More pages, or longer ones; longer only while no row has more than one page."""
+        for page in range(self.count + 1, count + 1):
+            heapq.heappush(self._free, page)
+            self._users.append(0)
+        self.count, self.size = max(count, self.count), size
+
+    def check(self) -> None:
+        """AssertionError unless every page is in exactly one state; for tests."""
+        free, kept = set(self._free), set(self._kept)
+        used = {page for page in range(1, self.count + 1) if self._users[page] > 0}
+        assert len(free) == len(self._free)
+        assert free | kept | used == set(range(1, self.count + 1))
+        assert len(free) + len(kept) + len(used) == self.count
+        assert kept <= set(self._contents)
+        assert not free & set(self._contents)
+        for page, content in self._contents.items():
+            assert page in self._children[content.parent]
+            assert content.parent == ROOT or content.parent in self._contents
+        assert set(itertools.chain(*self._children.values())) == set(self._contents)
+
+    def users(self, page: int) -> int:
+        return self._users[page]
+
+    def _common(self, content: _Content, tokens: Sequence[int], at: int, most: int) -> int:
+        held = content.held(self.size)[: max(0, most - at)]
+        return common_length(held, tokens[at : at + len(held)])
+
+    def forget(self, page: int) -> None:
+        """Drop what a page holds and all that follows on it; of these pages the kept ones become free."""
+        for child in list(self._children.pop(page, ())):
+            self.forget(child)
+        content = self._contents.pop(page, None)
+        if content is not None and content.parent in self._children:
+            siblings = self._children[content.parent]
+            siblings.pop(page, None)
+            if not siblings:
+                del self._children[content.parent]
+        if page in self._kept:
+            del self._kept[page]
+            heapq.heappush(self._free, page)
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    if a == b:
+        return len(a)
+    return next((place for place, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,140 @@
+"""What the engine computes: a pass over prompt tokens, and a pass that gives each row its next token.
+
+Pure functions of (params, cache, numbers of the batch), with the cache given up and returned. Which rows and pages they
+are for is the scheduler's business.
+
+B rows · T tokens of a chunk · P pages of a row · V vocabulary
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3f import model
+from qwen3f import params as P
+from qwen3f.config import ModelConfig
+from qwen3f.infer.sampling import SamplingParams, log_prob, sample, streams_at
+from qwen3f.model import invariant
+from qwen3f.model.kv_cache import KVCache
+
+
+class Inputs(NamedTuple):
+    """One decoding pass, a place of the batch each; all int64 [B].
+
+    Attributes:
+      tokens: the token to feed, or −1 − i: the token that place i of the pass before has drawn.
+      positions: of that token in its row.
+      slots: where its keys go, page · page size + place; below the page size for an idle place.
+      streams: the row's random stream, see sampling.streams_at.
+      forced: the token to take in place of the drawn one, or −1.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    streams: Tensor
+    forced: Tensor
+
+
+class Choice(NamedTuple):
+    """How places of the batch choose: `rows` int64, or None for all; `seen` int64 [rows, most], −1 where nothing is."""
+
+    sampling: SamplingParams
+    rows: Tensor | None
+    seen: Tensor | None
+
+
+class Drawn(NamedTuple):
+    """ids: int64 [B]. log_probs: float32 [B]. finite: bool [B], whether the place's logits were."""
+
+    ids: Tensor
+    log_probs: Tensor
+    finite: Tensor
+
+
+Table = Tensor | int  # see PagedLayer
+Prefill = Callable[..., KVCache]
+Decode = Callable[..., tuple[Tensor, KVCache]]
+
+
+def make_prefill(cfg: ModelConfig, execution: model.Execution) -> Prefill:
+    """prefill(params, cache, batch, *, table, span) -> the cache with the chunks in it; batch as in model.cached."""
+    forward = model.make_cached_forward(cfg, execution)
+
+    def prefill(params: P.Params, cache: KVCache, batch: dict[str, Tensor], *, table: Table, span: int) -> KVCache:
+        return forward(params, cache, batch, table=table, span=span)[1]
+
+    return prefill
+
+
+def make_decode(cfg: ModelConfig, execution: model.Execution) -> Decode:
+    """decode(params, cache, inputs, last, *, table, span) -> (hidden [B, D], cache). last: ids of the pass before."""
+    forward = model.make_cached_forward(cfg, execution)
+
+    @torch.no_grad()
+    def decode(
+        params: P.Params, cache: KVCache, inputs: Inputs, last: Tensor, *, table: Table, span: int
+    ) -> tuple[Tensor, KVCache]:
+        batch = {
+            "tokens": fed(inputs.tokens, last)[:, None],
+            "positions": inputs.positions[:, None],
+            "slots": inputs.slots[:, None],
+        }
+        hidden_B1D, cache = forward(params, cache, batch, table=table, span=span)
+        return hidden_B1D[:, 0], cache
+
+    return decode
+
+
+def logits_of(hidden_BD: Tensor, head_VD: Tensor, execution: model.Execution) -> Tensor:
+    """[B, V]"""
+    return invariant.linear(hidden_BD, head_VD) if execution.invariant else F.linear(hidden_BD, head_VD)
+
+
+@torch.no_grad()
+def as_training(drawn: Drawn, hidden_BD: Tensor, head_VD: Tensor, temperature_B: Tensor) -> Drawn:
+    """`drawn` with the log-probabilities that an invariant training step has of them (train.objective.make_numbers)."""
+    scaled_BD = hidden_BD / temperature_B[:, None].to(hidden_BD.dtype)
+    return drawn._replace(log_probs=invariant.token_log_probs(scaled_BD, head_VD, drawn.ids).float())
+
+
+def fed(tokens_B: Tensor, last: Tensor) -> Tensor:
+    """The tokens to feed: given, or drawn by the pass before; see Inputs."""
+    return torch.where(tokens_B >= 0, tokens_B, last[(-1 - tokens_B).clamp(min=0)])
+
+
+@torch.no_grad()
+def draw(logits_BV: Tensor, inputs: Inputs, choices: Sequence[Choice], num_ids: int) -> Drawn:
+    """The next token of each place, by its own way of choosing; ids from num_ids on are never drawn."""
+    logits_BV = logits_BV[:, :num_ids]
+    finite_B = logits_BV.isfinite().all(-1)
+    logits_BV = torch.where(finite_B[:, None], logits_BV, 0)
+    stream_B = streams_at(inputs.streams, inputs.positions + 1)
+    if len(choices) == 1 and choices[0].rows is None:
+        ids_B, log_probs_B = _choose(logits_BV, choices[0], stream_B)
+    else:
+        ids_B = torch.zeros_like(stream_B)
+        log_probs_B = torch.zeros(len(stream_B), device=stream_B.device)
+        for choice in choices:
+            rows = choice.rows
+            ids_B[rows], log_probs_B[rows] = _choose(logits_BV[rows], choice, stream_B[rows])
+    return Drawn(ids_B, log_probs_B, finite_B)
+
+
+@torch.no_grad()
+def force(drawn: Drawn, logits_BV: Tensor, forced_B: Tensor) -> Drawn:
+    """`drawn` with the forced tokens in place, and the log-probabilities that the model gave them (temperature 1)."""
+    ids_B = torch.where(forced_B >= 0, forced_B, drawn.ids)
+    found_B = log_prob(logits_BV, forced_B.clamp(min=0))
+    return Drawn(ids_B, torch.where(forced_B >= 0, found_B, drawn.log_probs), drawn.finite)
+
+
+def _choose(logits_BV: Tensor, choice: Choice, stream_B: Tensor) -> tuple[Tensor, Tensor]:
+    seen_BV = None
+    if choice.seen is not None:
+        room = logits_BV.new_zeros(len(logits_BV), 1 + logits_BV.shape[1], dtype=torch.bool)
+        seen_BV = room.scatter(1, 1 + choice.seen, True)[:, 1:]  # what is nothing falls into place 0
+    return sample(logits_BV, choice.sampling, stream_B, seen_BV)

@@ -1,0 +1,76 @@
+"""What is asked of the engine, and what comes back."""
+
+import dataclasses
+from collections.abc import Callable
+
+from qwen3f.infer.sampling import GREEDY, SamplingParams
+from qwen3f.infer.thinking import ThinkingBudget
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One answer to one prompt.
+
+    Attributes:
+      prompt: token ids, at least one.
+      max_new_tokens: the answer ends there, if not before.
+      sampling: how tokens are chosen.
+      stream: names the random stream, beside the engine's seed: the token at a place depends on (seed, stream, place)
+        and its logits alone, so never on what else is in the batch.
+      stop_ids: the answer ends with any of these, which it keeps.
+      stop_texts: the answer ends with the token that completes one of these texts; needs the engine's tokenizer.
+      budget: a limit on thinking.
+      on_token: called with (token id, log-probability) as they come.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams = GREEDY
+    stream: int = 0
+    stop_ids: tuple[int, ...] = ()
+    stop_texts: tuple[str, ...] = ()
+    budget: ThinkingBudget | None = None
+    on_token: Callable[[int, float], None] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One answer.
+
+    Attributes:
+      ids: its tokens, without the prompt; a stop id that ended it is the last of them.
+      logprobs: of each token, natural, under the distribution that it was drawn from: temperature and filters (top-k,
+        top-p, min-p, penalty) included. A greedy token's is at temperature 1. A token that the thinking budget set has
+        the one that the model gave it.
+      finish_reason: "stop" (an id or a text), "length" (max_new_tokens), or "error: …".
+      prompt_index, sample_index: which prompt it answers, and which of its n answers it is.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    prompt_index: int
+    sample_index: int
+
+
+class Row:
+    """A request on its way.
+
+    number: its place in the order of arrival. stream: its random stream, see sampling.streams_at.
+    tokens: prompt and answer so far, as far as known to the host. cached: tokens whose keys lie in pages, or will when
+    what has been launched is done. launched: tokens of the answer that have been launched.
+    """
+
+    def __init__(self, request: Request, number: int, stream: int = 0) -> None:
+        self.request, self.number, self.stream = request, number, stream
+        self.tokens = list(request.prompt)
+        self.logprobs: list[float] = []
+        self.pages: list[int] = []
+        self.cached = 0
+        self.launched = 0
+        self.thinks = request.budget is not None
+        self.finish_reason = ""
+
+    @property
+    def answered(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)

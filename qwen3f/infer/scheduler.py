@@ -1,0 +1,209 @@
+"""Who is computed next: admission by free pages, prefill in chunks, decoding of all other rows, preemption.
+
+On the host; no tensors. Prefill computes the keys of all tokens of a row but the last. The last one is fed by decoding,
+which gives the first new token: so n answers to one prompt share its prefill, each with its own last token.
+"""
+
+import dataclasses
+from collections import deque
+
+from qwen3f.infer.pages import ROOT, Match, PagePool, common_length
+from qwen3f.infer.request import Row
+
+WORTH_WAITING = 16  # tokens that a row could share with one that is still being prefilled
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """rows: at most so many at a time. chunk: tokens of a prefill pass, padding included."""
+
+    rows: int
+    chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Tokens start … start + count − 1 of a row, to be prefilled."""
+
+    row: Row
+    start: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to compute, in this order.
+
+    Attributes:
+      copies: pages to copy, (from, to).
+      chunks: one prefill pass, a row of the batch each.
+      decode: rows that take their next token.
+      preempted: rows that have lost their pages and wait again.
+    """
+
+    copies: list[tuple[int, int]]
+    chunks: list[Chunk]
+    decode: list[Row]
+    preempted: list[Row]
+
+
+class Scheduler:
+    """Rows from their arrival to their end. The caller computes each plan, then asks for the next one."""
+
+    def __init__(self, pool: PagePool, limits: Limits) -> None:
+        self.pool, self.limits = pool, limits
+        self.waiting: deque[Row] = deque()
+        self.active: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        self.waiting.append(row)
+
+    def finish(self, row: Row) -> None:
+        """Give back what the row has. Its pages stay to be found by rows with the same beginning."""
+        if row in self.active:
+            self.active.remove(row)
+            self._release(row)
+        else:
+            self.waiting.remove(row)
+
+    def restart(self) -> None:
+        """Take their pages from all rows; they wait again, in their order, and go on from the tokens that they have."""
+        for row in sorted(self.active, key=lambda row: row.number, reverse=True):
+            self._preempt(row, [])
+
+    def plan(self) -> Plan:
+        """What to compute now; nothing for decoding where no row is ready. Empty when no row is left."""
+        copies = self._admit()
+        chunks = self._chunks()
+        busy = {chunk.row.number for chunk in chunks}
+        preempted: list[Row] = []
+        decode = []
+        for row in list(self.active):
+            ready = row.cached == len(row.request.prompt) - 1 + row.launched and row.number not in busy
+            waits = row.launched >= row.request.max_new_tokens  # for its last token
+            if not ready or waits or (preempted and row in preempted):
+                continue
+            if row.cached < len(row.pages) * self.pool.size or self._make_room(row, preempted):
+                decode.append(row)
+        if not preempted:
+            return Plan(copies, chunks, decode, preempted)
+        gone = {row.number for row in preempted}
+        return Plan(
+            copies,
+            [chunk for chunk in chunks if chunk.row.number not in gone],
+            [row for row in decode if row.number not in gone],
+            preempted,
+        )
+
+    def advance(self, plan: Plan) -> None:
+        """Note that the plan has been launched."""
+        for chunk in plan.chunks:
+            chunk.row.cached += chunk.count
+        for row in plan.decode:
+            row.cached += 1
+            row.launched += 1
+
+    def _admit(self) -> list[tuple[int, int]]:
+        copies: list[tuple[int, int]] = []
+        held: list[Row] = []
+        prefilling = [row for row in self.active if row.cached < len(row.tokens) - 1]
+        while self.waiting and len(self.active) < self.limits.rows and len(held) < self.limits.rows:
+            row = self.waiting.popleft()
+            if row.launched > row.answered:  # preempted while its token was on the way
+                held.append(row)
+                continue
+            found = self.pool.match(row.tokens, len(row.tokens) - 1)
+            if any(_better_later(row, found.tokens, other) for other in prefilling):
+                held.append(row)
+                continue
+            if not self._allocate(row, found, copies):
+                self.waiting.appendleft(row)
+                break
+            self.active.append(row)
+            if row.cached < len(row.tokens) - 1:
+                prefilling.append(row)
+        self.waiting.extendleft(reversed(held))
+        return copies
+
+    def _allocate(self, row: Row, found: Match, copies: list[tuple[int, int]]) -> bool:
+        size = self.pool.size
+        for page in found.pages:
+            self.pool.share(page)
+        if found.partial is not None:
+            self.pool.share(found.partial)  # so that it is not taken before it is copied
+        needed = -(-len(row.tokens) // size) - len(found.pages)
+        growing = sum(_length(other) > len(other.pages) * size for other in self.active)
+        partial = found.partial
+        enough = self.pool.available >= needed + growing
+        if not enough and partial is not None:  # it may itself be the page that is missing
+            self.pool.release(partial)
+            partial = None
+            enough = self.pool.available >= needed + growing
+        if not enough:
+            for page in found.pages:
+                self.pool.release(page)
+            return False
+        own = [self.pool.take() for _ in range(needed)]
+        row.pages = [*found.pages, *own]
+        row.cached = len(found.pages) * size
+        if partial is not None:
+            copies.append((partial, own[0]))
+            self.pool.release(partial)
+            row.cached = found.tokens
+        for place in range(len(found.pages), len(row.pages)):
+            self._describe(row, place)
+        return True
+
+    def _describe(self, row: Row, place: int) -> None:
+        parent = row.pages[place - 1] if place else ROOT
+        self.pool.describe(row.pages[place], parent, row, place * self.pool.size)
+
+    def _chunks(self) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        widest = 0
+        for row in self.active:
+            missing = len(row.tokens) - 1 - row.cached
+            if missing <= 0:
+                continue
+            count = min(missing, self.limits.chunk)
+            width = max(widest, count)
+            if chunks and width * (len(chunks) + 1) > self.limits.chunk:
+                break
+            chunks.append(Chunk(row, row.cached, count))
+            widest = width
+        return chunks
+
+    def _make_room(self, row: Row, preempted: list[Row]) -> bool:
+        """A page for the row's next token; others that came later, or the row itself, lose theirs if there is none."""
+        while not self.pool.available:
+            last = max(self.active, key=lambda other: other.number)
+            self._preempt(last, preempted)
+            if last is row:
+                return False
+        row.pages.append(self.pool.take())
+        self._describe(row, len(row.pages) - 1)
+        return True
+
+    def _preempt(self, row: Row, preempted: list[Row]) -> None:
+        self.active.remove(row)
+        self._release(row)
+        preempted.append(row)
+        self.waiting.appendleft(row)
+
+    def _release(self, row: Row) -> None:
+        for page in reversed(row.pages):
+            self.pool.release(page, row)
+        row.pages, row.cached = [], 0
+
+
+def _length(row: Row) -> int:
+    """Tokens of which the row may need the keys."""
+    return len(row.request.prompt) + row.request.max_new_tokens - 1
+
+
+def _better_later(row: Row, held: int, other: Row) -> bool:
+    """Whether `other`, once it is prefilled, holds much more of the row than the `held` tokens that pages hold now."""
+    most = min(len(other.tokens), len(row.tokens)) - 1
+    return (
+        most >= held + WORTH_WAITING and common_length(other.tokens[:most], row.tokens[:most]) >= held + WORTH_WAITING
+    )

@@ -1,0 +1,234 @@
+"""The engine: every answer as if it were alone, whatever else is computed; stops, log-probabilities, new weights.
+
+float64 where answers are compared token by token: rows beside a row move its logits by rounding alone.
+"""
+
+import random
+
+import pytest
+import torch
+
+from qwen3f import model, params
+from qwen3f.errors import UserError
+from qwen3f.infer.engine import Engine, EngineOptions
+from qwen3f.infer.sampling import GREEDY, SamplingParams
+from qwen3f.infer.thinking import ThinkingBudget
+from tests.model.hf_params import small_config
+
+SAMPLED = SamplingParams(temperature=0.8)
+FILTERED = SamplingParams(temperature=0.9, top_k=30, top_p=0.95, min_p=0.01, presence_penalty=0.5)
+
+
+def build(dtype=torch.float64, seed=0, **changes):
+    cfg = small_config(max_position_embeddings=128, **changes)
+    return cfg, params.init_params(cfg.replace(initializer_range=0.3), seed, dtype=dtype)
+
+
+def random_prompts(count, cfg, longest=40, seed=0):
+    """Of mixed lengths; many begin alike."""
+    chance = random.Random(seed)
+    stem = [chance.randrange(cfg.vocab_size) for _ in range(longest)]
+    return [
+        stem[: chance.randint(0, longest // 2)]
+        + [chance.randrange(cfg.vocab_size) for _ in range(chance.randint(1, 20))]
+        for _ in range(count)
+    ]
+
+
+class Letters:
+    """A tokenizer whose id i is letter i of a long alphabet; some ids are halves of an "é"."""
+
+    vocab_size, stop_ids = 97, (1,)
+
+    def token_bytes(self, token, skip_special=False):
+        return {50: b"\xc3", 51: b"\xa9"}.get(token, bytes([33 + token % 90]))
+
+
+@pytest.mark.parametrize("pages", ["one a row", "few of 4 tokens", "of 16"])
+def test_200_requests_equal_each_alone_in_fp32(pages):
+    """Greedy, of mixed lengths, with shared beginnings, and preempted where pages are few."""
+    cfg, p = build(torch.float32)
+    prompts = random_prompts(200, cfg)
+    lengths = [1 + i % 13 for i in range(200)]
+    alone = [Engine(cfg, p).generate([a], max_new_tokens=n)[0].ids for a, n in zip(prompts[::4], lengths[::4])]
+    options, room = {
+        "one a row": (EngineOptions(rows=16, chunk=128), 0),
+        "few of 4 tokens": (EngineOptions(rows=8, chunk=32, page_size=4), 120),
+        "of 16": (EngineOptions(rows=64, chunk=300, page_size=16), 4096),
+    }[pages]
+    engine = Engine(cfg, p, max_tokens=room, options=options)
+    found = engine.generate(prompts, max_new_tokens=lengths)
+    assert [len(one.ids) for one in found] == lengths
+    assert [one.ids for one in found[::4]] == alone
+    assert [one.prompt_index for one in found] == list(range(200))
+    assert {one.finish_reason for one in found} == {"length"}
+
+
+def test_draws_depend_on_seed_stream_and_place_alone():
+    cfg, p = build()
+    prompts = random_prompts(12, cfg, seed=1)
+    ways = [SAMPLED, GREEDY, FILTERED] * 4
+    found = Engine(cfg, p, seed=5).generate(prompts, ways, max_new_tokens=10, n=2)
+    small = Engine(cfg, p, seed=5, max_tokens=80, options=EngineOptions(rows=3, chunk=7, page_size=4))
+    again = small.generate(prompts, ways, max_new_tokens=10, n=2)
+    assert [one.ids for one in again] == [one.ids for one in found]
+    assert [(one.prompt_index, one.sample_index) for one in found] == [(i, j) for i in range(12) for j in range(2)]
+    alone = Engine(cfg, p, seed=5).generate(prompts[6:7], ways[6:7], max_new_tokens=10, streams=[13])
+    assert alone[0].ids == found[13].ids
+    assert Engine(cfg, p, seed=6).generate(prompts, ways, max_new_tokens=10, n=2)[0].ids != found[0].ids
+    assert found[0].ids != found[1].ids
+    assert found[2].ids == found[3].ids  # greedy
+
+
+def test_results_that_are_read_a_pass_late_are_the_same(monkeypatch):
+    """As on a GPU, where the next pass is launched first: preemption, penalties, budgets and stops included."""
+    cfg, p = build()
+    prompts, ways = random_prompts(24, cfg, seed=1), [SAMPLED, GREEDY, FILTERED] * 8
+    lengths = [1 + i % 12 for i in range(24)]
+    asked = {"max_new_tokens": lengths, "stop_ids": (3, 30, 60), "budget": ThinkingBudget(4, 90, (70, 90))}
+    expected = Engine(cfg, p).generate(prompts, ways, **asked)
+    for options, room in ((EngineOptions(page_size=64), 0), (EngineOptions(rows=7, chunk=64, page_size=4), 200)):
+        engine = Engine(cfg, p, max_tokens=room, options=options)
+        monkeypatch.setattr(engine._device, "overlaps", True)
+        found = engine.generate(prompts, ways, **asked)
+        assert [(one.ids, one.finish_reason) for one in found] == [(one.ids, one.finish_reason) for one in expected]
+    assert {one.finish_reason for one in expected} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("sampling", [SAMPLED, GREEDY, SamplingParams(1.0, top_k=5)], ids=["drawn", "greedy", "top_k"])
+def test_log_probs_are_those_of_the_distribution_that_was_drawn_from(sampling):
+    cfg, p = build()
+    prompts = random_prompts(6, cfg, seed=2)
+    for one, prompt in zip(Engine(cfg, p).generate(prompts, sampling, max_new_tokens=12), prompts):
+        tokens = torch.tensor([prompt + one.ids])
+        logits = model.apply(cfg, p, {"tokens": tokens}).logits[0, len(prompt) - 1 : -1] / (sampling.temperature or 1)
+        if sampling.top_k:
+            kept = logits.topk(sampling.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < kept, -torch.inf)
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(one.ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(one.logprobs), expected.float(), rtol=0, atol=2e-6)
+
+
+def test_new_weights_leave_nothing_of_the_old_ones():
+    cfg, p = build()
+    other = build(seed=9)[1]
+    prompts = random_prompts(5, cfg, seed=3)
+    engine = Engine(cfg, p)
+    before = engine.generate(prompts, max_new_tokens=8)
+    engine.update(other)
+    after = engine.generate(prompts, max_new_tokens=8)
+    assert [one.ids for one in after] == [one.ids for one in Engine(cfg, other).generate(prompts, max_new_tokens=8)]
+    assert [one.ids for one in after] != [one.ids for one in before]
+    with pytest.raises(UserError, match=r"update: model\.embed_tokens\.weight is torch\.float32"):
+        engine.update({path: leaf.float() for path, leaf in p.items()})
+
+
+def test_new_weights_while_answers_are_on_their_way():
+    cfg, p = build()
+    other = build(seed=9)[1]
+    engine = Engine(cfg, p)
+    prompt = random_prompts(1, cfg, seed=3)[0]
+    (row,) = engine.submit([engine.request(prompt, 10)])
+    while row.answered < 4:
+        engine.step()
+    engine.update(other)
+    engine.run([row])
+    rest = Engine(cfg, other).generate([row.tokens[: len(prompt) + 4]], max_new_tokens=6)[0].ids
+    assert row.tokens[len(prompt) + 4 :] == rest
+
+
+def test_stops_budgets_and_callbacks():
+    cfg, p = build()
+    prompt = random_prompts(1, cfg, seed=4)[0]
+    engine = Engine(cfg, p, tokenizer=Letters())
+    (free,) = engine.generate([prompt], SAMPLED, max_new_tokens=30, stop_ids=())
+    seen = []
+    (one,) = engine.generate(
+        [prompt], SAMPLED, max_new_tokens=30, stop_ids=(free.ids[7],), on_token=lambda *pair: seen.append(pair)
+    )
+    end = free.ids.index(free.ids[7])
+    assert (one.ids, one.finish_reason) == (free.ids[: end + 1], "stop")
+    assert seen == list(zip(one.ids, one.logprobs))
+    budget = ThinkingBudget(3, end_id=90, closing_ids=(70, 90, 71))
+    (one,) = engine.generate([prompt], SAMPLED, max_new_tokens=8, stop_ids=(), budget=budget)
+    assert one.ids[:6] == [*free.ids[:3], 70, 90, 71]
+    logits = model.apply(cfg, p, {"tokens": torch.tensor([prompt + one.ids])}).logits[0, len(prompt) + 2]
+    assert one.logprobs[3] == pytest.approx(float(logits.log_softmax(-1)[70]), abs=1e-5)
+    assert engine.generate([prompt], max_new_tokens=0)[0].finish_reason == "length"
+
+
+def test_stop_texts_are_found_across_tokens_and_half_characters_are_none():
+    cfg, p = build()
+    prompt = random_prompts(1, cfg, seed=5)[0]
+    engine = Engine(cfg, p, tokenizer=Letters())
+    (free,) = engine.generate([prompt], SAMPLED, max_new_tokens=30, stop_ids=())
+    text = "".join(chr(33 + i % 90) for i in free.ids)
+    (one,) = engine.generate([prompt], SAMPLED, max_new_tokens=30, stop_ids=(), stop_texts=("never", text[10:13]))
+    assert one.finish_reason == "stop"
+    assert len(one.ids) == text.index(text[10:13]) + 3
+    halves = ThinkingBudget(0, end_id=90, closing_ids=(50, 51, 90))  # an é in two tokens
+    (one,) = engine.generate([prompt], max_new_tokens=9, stop_ids=(), stop_texts=("é",), budget=halves)
+    assert one.ids == [50, 51]
+    (one,) = engine.generate([prompt], max_new_tokens=1, stop_ids=(), stop_texts=("Ã",), budget=halves)
+    assert (one.ids, one.finish_reason) == ([50], "length")
+
+
+def test_one_rows_nan_is_its_own():
+    cfg, p = build()
+    p = {**p, params.EMBED: p[params.EMBED].index_fill(0, torch.tensor(96), float("nan"))}
+    prompts = [[5, 6, 96, 7], [5, 6, 8], [9, 10], [5, 6, 8, 11], [5, 6, 12]]
+    for options in (EngineOptions(rows=2), EngineOptions(rows=2, page_size=4)):
+        engine = Engine(cfg, p, num_ids=90, max_tokens=80, options=options)
+        bad, *good = engine.generate(prompts, max_new_tokens=8)
+        assert bad.finish_reason == "error: the model's logits are not finite at new token 1; check its weights"
+        assert bad.ids == []
+        for prompt, one in zip(prompts[1:], good):
+            assert one.ids == Engine(cfg, p, num_ids=90).generate([prompt], max_new_tokens=8)[0].ids
+            assert one.finish_reason == "length"
+
+
+def test_cancelled_rows_end_and_give_their_room_back():
+    cfg, p = build()
+    engine = Engine(cfg, p, max_tokens=64, options=EngineOptions(page_size=4))
+    rows = engine.submit([engine.request([3, 4, 5], 20), engine.request([6], 10), engine.request([7] * 9, 30)])
+    for _ in range(4):
+        engine.step()
+    engine.cancel(rows[:1])
+    engine.run(rows)
+    assert [row.finish_reason for row in rows] == ["cancelled", "length", "length"]
+    assert 0 < rows[0].answered < 20
+    assert not engine.step()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"prompts": [[]]}, "a prompt is empty"),
+        ({"prompts": [[1] * 129]}, "a prompt has 129 tokens and the model's max_position_embeddings is 128"),
+        ({"prompts": [[97]]}, "a prompt has token id 97, ids of this model are 0 to 96"),
+        ({"prompts": [[-1]]}, "a prompt has token id -1"),
+        ({"max_new_tokens": -1}, "max_new_tokens must not be negative"),
+        ({"max_new_tokens": 200}, "a request of 202 tokens, its answer included, does not fit the cache of 128"),
+        ({"stop_ids": (97,)}, r"stop_ids: \[97\] must be token ids"),
+        ({"stop_texts": ("x",)}, "stop_texts need the tokenizer"),
+        ({"budget": ThinkingBudget(1, 99, (99,))}, r"budget: \[99\] must be token ids"),
+        ({"sampling": [GREEDY, GREEDY]}, "sampling has 2 values for 1 prompts"),
+        ({"streams": [1, 2]}, "streams has 2 values for 1 prompts with 1 answers each"),
+    ],
+)
+def test_bad_requests_are_named_before_anything_is_computed(change, words):
+    cfg, p = build()
+    engine = Engine(cfg, p, max_tokens=128)
+    asked = {"prompts": [[1, 2]], "sampling": GREEDY, "max_new_tokens": 4, **change}
+    with pytest.raises(UserError, match=words):
+        engine.generate(asked.pop("prompts"), asked.pop("sampling"), **asked)
+    assert engine.generate([[1, 2]], max_new_tokens=2)[0].finish_reason == "length"  # it works on
+
+
+@pytest.mark.parametrize("more", [{}, {"qk_norm": "none"}], ids=["", "no qk_norm"])
+def test_a_mixture_of_experts_answers_as_alone(more):
+    cfg, p = build(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, mlp_only_layers=(1,), **more)
+    prompts = random_prompts(7, cfg, seed=6)
+    found = Engine(cfg, p, options=EngineOptions(rows=3)).generate(prompts, max_new_tokens=6)
+    for prompt, one in zip(prompts, found):
+        assert one.ids == Engine(cfg, p).generate([prompt], max_new_tokens=6)[0].ids

@@ -1,0 +1,106 @@
+"""model.INVARIANT: what the engine says of a token is what training says of it, bit for bit, in any batch.
+
+fp32 throughout, where every order of summation shows.
+"""
+
+import random
+
+import pytest
+import torch
+
+from qwen3f import model
+from qwen3f.errors import UserError
+from qwen3f.infer.engine import Engine, EngineOptions
+from qwen3f.infer.sampling import GREEDY, SamplingParams
+from qwen3f.model import invariant
+from qwen3f.model.attention import AttentionMask, attend_reference, make_mask
+from qwen3f.train.losses import make_differentiated, sum_totals
+from qwen3f.train.objective import MicroBatch, Objective
+from qwen3f.train.outputs import make_outputs
+from sharding.axes import ONE
+from tests.infer.test_engine import build, random_prompts
+
+DRAWN = SamplingParams(0.8)
+
+
+def packed(rows, width):
+    """Rows of whole documents: (prompt, answer) pairs, log-probabilities of the answers' tokens asked for."""
+    keys = {"tokens": 0, "targets": -100, "segments": 0, "positions": 0, "temperature": 1.0, "loss_weights": 0.0}
+    batch = {key: torch.full((len(rows), width), value) for key, value in keys.items()}
+    for number, row in enumerate(rows):
+        start = 0
+        for segment, (prompt, answer, temperature) in enumerate(row, 1):
+            ids, end = torch.tensor(prompt + answer), start + len(prompt) + len(answer)
+            batch["tokens"][number, start:end] = ids
+            batch["targets"][number, start + len(prompt) - 1 : end - 1] = ids[len(prompt) :]
+            batch["loss_weights"][number, start + len(prompt) - 1 : end - 1] = 1.0
+            batch["segments"][number, start:end] = segment
+            batch["positions"][number, start:end] = torch.arange(end - start)
+            batch["temperature"][number, start:end] = temperature
+            start = end
+    return batch
+
+
+def pack(documents, width):
+    rows = [[]]
+    for document in documents:
+        if sum(len(p) + len(a) for p, a, _ in rows[-1]) + len(document[0]) + len(document[1]) > width:
+            rows.append([])
+        rows[-1].append(document)
+    return packed(rows, width)
+
+
+@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": True, "attention_bias": True}, {"qk_norm": "none"}])
+def test_rollouts_and_training_agree_bit_for_bit_in_any_batch(change):
+    cfg, p = build(torch.float32, **change)
+    prompts = random_prompts(14, cfg, longest=90, seed=3)
+    ways = [DRAWN, GREEDY] * 7
+    found = Engine(cfg, p, seed=1, execution=model.INVARIANT).generate(prompts, ways, max_new_tokens=24)
+    tight = EngineOptions(rows=3, chunk=20, page_size=8)
+    again = Engine(cfg, p, seed=1, max_tokens=400, execution=model.INVARIANT, options=tight)
+    for one, other in zip(found, again.generate(prompts, ways, max_new_tokens=24)):
+        assert (one.ids, one.logprobs) == (other.ids, other.logprobs)
+
+    outputs = make_outputs(cfg, model.INVARIANT)
+    documents = [(prompt, one.ids, way.temperature or 1.0) for prompt, one, way in zip(prompts, found, ways)]
+    for width, order in ((128, range(14)), (300, random.Random(0).sample(range(14), 14))):
+        batch = pack([documents[i] for i in order], width)
+        logs = outputs(p, batch)
+        given = logs[batch["targets"] >= 0]
+        expected = torch.tensor([x for i in order for x in found[i].logprobs])
+        assert torch.equal(given, expected)
+    plain = make_outputs(cfg)(p, batch)
+    torch.testing.assert_close(plain, logs, rtol=0, atol=2e-5)  # and it is the same model
+    assert not torch.equal(plain, logs)
+
+
+def test_gradients_are_the_ordinary_ones():
+    cfg, p = build(torch.float64, gradient_checkpointing="full")
+    prompts = random_prompts(6, cfg, longest=60, seed=4)
+    batch = pack([(prompt, [1 + i, 2, 3, 5], 0.7) for i, prompt in enumerate(prompts)], 128)
+    objective = Objective("log_probs", token=lambda log_probs, batch: (-log_probs, {}))
+    totals, grads = sum_totals(cfg, batch, ONE, objective), []
+    for execution in (model.EAGER, model.INVARIANT):
+        leaves = {path: leaf.clone().requires_grad_() for path, leaf in p.items()}
+        loss, _ = make_differentiated(cfg, objective, execution)(leaves, {}, MicroBatch(batch, batch), totals)
+        grads.append(torch.autograd.grad(loss, list(leaves.values())))
+    for ours, theirs in zip(*grads):
+        assert (ours - theirs).norm() <= 1e-12 * theirs.norm()
+
+
+def test_attention_is_the_formula():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 150, 16, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    segments = torch.tensor([[1] * 70 + [2] * 5 + [3] * 75, [1] * 150]).int()
+    mask = make_mask(segments, "invariant", 16)
+    got = invariant.attend(q, k, v, *mask.ranges[:2])
+    expected = attend_reference(q, k, v, AttentionMask(make_mask(segments, "reference", 16).allowed), 0.0, None)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_what_it_does_not_take_is_named():
+    with pytest.raises(UserError, match="takes compile='off'"):
+        model.Execution(invariant=True, compile="block", kernels=())
+    cfg, p = build(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    with pytest.raises(UserError, match=r"model\.INVARIANT takes dense models"):
+        Engine(cfg, p, execution=model.INVARIANT)

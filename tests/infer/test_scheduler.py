@@ -1,0 +1,153 @@
+"""The scheduler as a state machine: random arrivals, lengths, stops and tiny caches, with a device that only checks.
+
+The device here keeps, for each place of each page, the tokens whose keys lie there: a key is a function of all tokens
+up to its own. A page that is lost, shared wrongly or copied too late shows as a key that does not fit its row.
+"""
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3f.infer.pages import PagePool
+from qwen3f.infer.request import Request, Row
+from qwen3f.infer.scheduler import Limits, Scheduler
+
+VOCABULARY = 3  # few, so that rows begin alike
+
+
+class Machine:
+    """A scheduler with a device of dicts; lag: results are handed out one plan late, as on a GPU."""
+
+    def __init__(self, pages, size, rows, chunk, lag):
+        self.pool = PagePool(pages, size)
+        self.scheduler = Scheduler(self.pool, Limits(rows, chunk))
+        self.size, self.rows, self.chunk, self.lag = size, rows, chunk, lag
+        self.keys = {}  # (page, place) -> the tokens up to it
+        self.pending, self.ended, self.number = [], [], 0
+        self.computed = 0
+
+    def add(self, prompt, new):
+        row = Row(Request(tuple(prompt), new), self.number)
+        self.number += 1
+        self.scheduler.add(row)
+        return row
+
+    def step(self, stops):
+        plan = self.scheduler.plan()
+        self.pool.check()
+        assert len(self.scheduler.active) <= self.rows
+        used = [row.pages for row in self.scheduler.active]
+        counts = {page: sum(page in pages for pages in used) for pages in used for page in pages}
+        assert all(self.pool.users(page) == count for page, count in counts.items())
+        for source, target in plan.copies:
+            for place in range(self.size):
+                if (source, place) in self.keys:
+                    self.keys[target, place] = self.keys[source, place]
+        assert sum(1 for _ in plan.chunks) * max((c.count for c in plan.chunks), default=0) <= self.chunk
+        for chunk in plan.chunks:
+            self.write(chunk.row, chunk.start, chunk.count, chunk.row.tokens)
+        launched = []
+        for row in plan.decode:
+            tokens = row.tokens + [None] * (row.cached + 1 - len(row.tokens))
+            self.write(row, row.cached, 1, tokens)
+            launched.append((row, row.launched))
+        self.scheduler.advance(plan)
+        self.pending.append(launched)
+        progress = bool(plan.copies or plan.chunks or plan.decode)
+        while len(self.pending) > self.lag * progress:
+            progress = self.hand_out(self.pending.pop(0), stops) or progress
+        return progress
+
+    def write(self, row, start, count, tokens):
+        for at in range(count):
+            place = start + at
+            page = row.pages[place // self.size]
+            if at == 0:  # everything before must be there, as this row's own
+                for before in range(start):
+                    held = self.keys[row.pages[before // self.size], before % self.size]
+                    assert _fits(held, tokens[: before + 1]), (row.number, before)
+            assert self.pool.users(page) == 1  # nobody else sees what is written
+            self.keys[page, place % self.size] = tokens[: place + 1]
+            self.computed += 1
+
+    def hand_out(self, launched, stops):
+        for row, number in launched:
+            if row.finish_reason:
+                continue
+            assert number == row.answered
+            token = (row.number + 7 * number) % VOCABULARY
+            row.tokens.append(token)
+            if stops(row) or row.answered == row.request.max_new_tokens:
+                row.finish_reason = "done"
+                self.scheduler.finish(row)
+                self.ended.append(row)
+        return bool(launched)
+
+
+def _fits(held, tokens):
+    return len(held) == len(tokens) and all(a is None or b is None or a == b for a, b in zip(held, tokens))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_every_request_ends_and_no_page_is_lost_or_shared_wrongly(data):
+    pages, size = data.draw(st.integers(1, 12)), data.draw(st.sampled_from([1, 2, 4, 16]))
+    rows, chunk = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 20))
+    machine = Machine(pages, size, rows, chunk, lag=data.draw(st.integers(0, 1)))
+    chance = random.Random(data.draw(st.integers(0, 2**20)))
+    total = data.draw(st.integers(1, 14))
+    waiting = []
+    for _ in range(total):
+        length = chance.randint(1, max(1, pages * size - 1))
+        new = chance.randint(1, max(1, min(12, pages * size - length)))
+        if length + new <= pages * size:
+            waiting.append(([chance.randrange(VOCABULARY) for _ in range(length)], new))
+    added = []
+    for _ in range(20_000):
+        if waiting and chance.random() < 0.5:
+            prompt, new = waiting.pop()
+            added += [machine.add(prompt, new) for _ in range(chance.randint(1, 3))]
+        if chance.random() < 0.01:
+            machine.step(lambda row: False)
+            machine.scheduler.restart()
+            machine.pool.clear()
+        progress = machine.step(lambda row: chance.random() < 0.1)
+        if not progress and not waiting:
+            break
+    assert not machine.scheduler.waiting
+    assert not machine.scheduler.active
+    assert sorted(row.number for row in machine.ended) == [row.number for row in added]
+    assert machine.pool.available == pages
+
+
+def test_answers_to_one_prompt_share_its_prefill():
+    machine = Machine(pages=40, size=4, rows=16, chunk=64, lag=0)
+    prompt = [0, 1, 2] * 7
+    for _ in range(8):
+        machine.add(prompt, 3)
+    while machine.step(lambda row: False):
+        pass
+    assert machine.computed == (len(prompt) - 1) + 8 * 3  # the prompt once, and each answer's own passes
+
+
+def test_a_row_that_begins_as_an_earlier_one_computes_only_the_rest():
+    machine = Machine(pages=40, size=4, rows=16, chunk=64, lag=0)
+    machine.add(list(range(20)), 2)
+    while machine.step(lambda row: False):
+        pass
+    machine.computed = 0
+    machine.add([*range(18), 50, 51, 52], 2)
+    while machine.step(lambda row: False):
+        pass
+    assert machine.computed == 2 + 2  # 18 were there: 50 and 51 are prefilled, 52 and the first new token decoded
+
+
+def test_the_youngest_loses_its_pages_and_comes_back():
+    machine = Machine(pages=4, size=2, rows=4, chunk=64, lag=0)
+    first, second = machine.add([0, 1], 6), machine.add([2, 2], 6)
+    order = []
+    while machine.step(lambda row: False):
+        order.append((len(first.pages), len(second.pages)))
+    assert machine.ended == [first, second]
+    assert (3, 0) in order

@@ -1,0 +1,26 @@
+"""The launches of decoding's products follow from shapes alone and fit the card's limits."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels import row_product
+
+SHARED_BYTES = 227 << 10  # that one program of an H100 may have
+
+
+@given(B=st.integers(1, 1024), N=st.integers(1, 300_000))
+def test_every_launch_is_possible(B, N):
+    cut = row_product.config(B, N)
+    for size in (cut.rows, cut.outputs, cut.step, cut.slices):
+        assert size & (size - 1) == 0
+    assert cut.rows == 1 or (cut.rows >= 16 and cut.outputs >= 8 and cut.step // cut.slices >= 16)
+    assert cut.slices in (1, cut.warps)
+    assert cut.stages * (cut.rows + cut.outputs) * cut.step * 2 <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("N", [1024, 2048, 4096, 6144, 24576])
+def test_one_row_fills_the_card(N):
+    """Two programs or more on each of 132 multiprocessors, or else the narrowest tiles."""
+    outputs = row_product.config(1, N).outputs
+    assert N // outputs >= 264 or outputs == 4
