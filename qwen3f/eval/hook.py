@@ -8,9 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-import torch
 from ml_collections import ConfigDict
-from torch.distributed.tensor import DTensor
 
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark
@@ -21,6 +19,7 @@ from qwen3f.eval.measure import Record, Settings, estimates, measure
 from qwen3f.params import Params
 from qwen3f.train import stage as S
 from qwen3f.train.setup import Setup, at_least
+from sharding.state import whole_params
 
 NAME = "bench"
 CHUNK = 64  # questions between two looks at whether the run is to stop
@@ -38,11 +37,6 @@ def check(setup: Setup) -> None:
     at_least(config, "eval.benchmark_tokens", 0)
     for benchmark, _ in _named(config):
         _settings(config).check(benchmark)
-    if setup.layout.axes.shape.pp > 1:
-        raise UserError(
-            f"--config.eval.benchmarks={config.eval.benchmarks}: a run with layers cut over pp asks no benchmarks; "
-            "leave it out, and evaluate the run's checkpoints by experiments/eval.py"
-        )
 
 
 def with_benchmarks(run: S.Run, stage: S.Stage) -> S.Stage:
@@ -89,7 +83,8 @@ def _make(
         return part[len(part) * world.rank // world.size : len(part) * (world.rank + 1) // world.size]
 
     def ask(params: Params) -> dict[str, float]:
-        ev = Evaluator(cfg, whole(params, setup.compute_dtype), stage.tokenizer, execution=execution)
+        whole = whole_params(setup.model, params, setup.layout, setup.compute_dtype)
+        ev = Evaluator(cfg, whole, stage.tokenizer, execution=execution)
         values: dict[str, float] = {}
         for benchmark, questions in asked:
             found: list[Record] = []
@@ -104,12 +99,6 @@ def _make(
         return values
 
     return ask
-
-
-def whole(params: Params, dtype: torch.dtype) -> Params:
-    """Parameters in a dtype, those of a mesh's ranks put together; all ranks call this together."""
-    cast = {path: leaf.to(dtype) for path, leaf in params.items()}
-    return {path: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf for path, leaf in cast.items()}
 
 
 def _say(asked: Sequence[tuple[Benchmark, list[Asked]]]) -> Callable[[Mapping[str, float]], str]:

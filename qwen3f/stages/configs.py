@@ -178,3 +178,75 @@ def _pairs(data: ConfigDict) -> None:
     data.max_heldout = 1000  # held-out pairs of each source, at most
     data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written
     data.max_epochs = ""  # readings of a source before it is dropped: 4, or pairs=4; "": no limit
+
+
+def grpo_config(preset: str) -> ConfigDict:
+    config = run_config(preset, "grpo")
+    _chat_template(config)
+    config.tasks = "reasoning"  # reasoning, code, gsm8k[@DIR], math[@DIR]; several with weights: reasoning=0.7,code=0.3
+    config.rewards = "correct=1"  # by name with weights (qwen3f/rl/rewards.py), or module:function
+    config.sandbox = "auto"  # for code: auto, bubblewrap, landlock; none: without one (qwen3f/sandbox/tiers.py)
+    config.batch_size = 16  # prompts of a step
+    config.updates = 1  # of the optimizer for a step's completions, which are cut into so many parts
+    config.microbatches = 1  # of an update, at least; how many there are is up to rollout.microbatch_rows
+    data = config.data
+    data.kinds = ""  # of generated problems, arithmetic,logic; "": all
+    data.difficulties = ""  # of generated problems, 1,2; "": all
+    data.problems = 32_768  # that are generated, both splits together
+    data.problem_seed = 0
+    data.max_samples = 0  # questions of each task, at most; 0: all
+    config.rollout = _rollout()
+    config.advantages = ConfigDict()  # qwen3f/rl/advantages.py
+    config.advantages.baseline = "mean"  # or leave_one_out
+    config.advantages.scale = "none"  # group, batch, or none: centred alone
+    config.advantages.combine = "sum_then_normalize"  # of several rewards, or normalize_then_sum
+    config.grpo = _grpo()
+    config.judge = ConfigDict()
+    config.judge.processes = 2  # that judge, on each rank
+    config.judge.deadline = 20.0  # seconds of one reward of one completion, before it counts as failed
+    config.samples = ConfigDict()
+    config.samples.keep = 200  # steps whose completions stay in samples/; 0: all
+    config.samples.show = 3  # completions of a logged step in TensorBoard
+    config.eval.questions = 256  # held-out ones, of all tasks together; 0: none
+    config.eval.max_new_tokens = 512
+    config.eval.temperature = 0.0  # 0: greedy
+    config.schedule.kind = "constant"
+    config.schedule.warmup = 0.05
+    config.checkpoint.best_metric, config.checkpoint.best_mode = "val_accuracy", "max"
+    return config
+
+
+def _rollout() -> ConfigDict:
+    """What is sampled, and what of it is trained on; see qwen3f/rl/prepare.py."""
+    rollout = ConfigDict()
+    rollout.samples = 8  # completions of a prompt
+    rollout.max_new_tokens = 512
+    rollout.temperature = 1.0  # trained at, too
+    rollout.thinking = True
+    rollout.rows = 256  # completions at a time on a rank
+    rollout.microbatch_rows = 1  # rows of seq_len in a micro-batch on a rank
+    rollout.draws = 1  # batches of prompts that a step may draw to replace groups without a difference; 1: keep those
+    rollout.mask_truncated = False  # completions that did not end count in no loss
+    # trainer: computed anew; sampler: the engine's own; auto: the engine's with attention=invariant, where the first
+    # step has found them to be the trainer's bit for bit
+    rollout.old_logprobs = "auto"
+    rollout.correction = "none"  # between sampler and trainer: token_ or sequence_, truncate or mask
+    rollout.correction_low = 0.0  # of the masks
+    rollout.correction_high = 2.0
+    rollout.top_entropy = 1.0  # share of the tokens, those of the highest entropy, that are trained on
+    return rollout
+
+
+def _grpo() -> ConfigDict:
+    """The loss; see qwen3f.rl.policy.GRPO."""
+    grpo = ConfigDict()
+    grpo.loss = "dapo"  # grpo, dr_grpo, dapo, bnpo, cispo, sapo, gspo, luspo or vespo
+    grpo.clip_low = 0.2
+    grpo.clip_high = 0.28
+    grpo.dual_clip = 0.0  # bound of the ratio where the advantage is negative, such as 3; 0: none
+    grpo.cispo_cap = 5.0
+    grpo.sapo_temperatures = (1.0, 1.05)
+    grpo.kl_coef = 0.0  # of the KL to the weights of init_from; 0: no reference
+    grpo.kl = "k3"  # its estimate: k1, k2 or k3
+    grpo.kl_ratio = True  # times the ratio
+    return grpo

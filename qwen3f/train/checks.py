@@ -23,7 +23,7 @@ from sharding.mesh import hybrid, nearest, parse_mesh
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float64"),
     "compile": ("auto", "off", "block", "step"),
-    "attention": ("auto", "reference", "sdpa", "flash"),
+    "attention": ("auto", "reference", "sdpa", "flash", "invariant"),
     "wandb": ("off", "offline", "online"),
     "chat_template": ("", *CHAT_TEMPLATES),
     "fsdp.reduce": ("compute", "float32"),

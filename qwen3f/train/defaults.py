@@ -31,7 +31,8 @@ def run_config(preset: str, stage: str) -> ConfigDict:
     config.device = "auto"  # cuda when there is one, else cpu
     config.dtype = "auto"  # of the forward and backward pass: bfloat16 on cuda, float32 on cpu; master weights: float32
     config.compile = "auto"  # off, block (one transformer block) or step (one graph); auto: block on cuda, off on cpu
-    config.attention = "auto"  # auto, sdpa, flash or reference
+    # auto, sdpa, flash or reference; invariant: a token gets the same bits in any batch, for RL (slow, uncompiled)
+    config.attention = "auto"
     config.seed = 0
     config.steps = 10_000
     config.batch_size = 64  # rows of a step, over all devices

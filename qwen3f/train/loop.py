@@ -151,6 +151,8 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
             if step % config.log_every == 0 or last or step == first + 1:
                 finite.flush()
                 values = readings.read(step, metrics, state, batch)
+                for index, text in enumerate(stage.texts()):
+                    logger.text(step, f"text/{index}", text)
             if due or saving:
                 finite.flush()  # a state is judged and saved only once its update is known to be sound
             if due and not s.run.stopping():  # a signal leaves no time for it
@@ -221,6 +223,7 @@ def _open_logger(s: Session, start: int) -> Iterator[Logger]:
 
 def _open_feed(s: Session, start: Start) -> Feed:
     setup, config, position = s.setup, s.setup.config, number(start.state.position)
+    parts = 1 if s.stage.microbatch_rows else setup.microbatches * s.stage.updates  # else prepare makes the rows
     loader = Loader(
         s.stage.dataset,
         config.batch_size,
@@ -230,7 +233,7 @@ def _open_feed(s: Session, start: Start) -> Feed:
         setup.model.vocab_size,
         LoaderOptions(
             workers=config.data.workers,
-            share=Share(*setup.layout.axes.rows, setup.microbatches * s.stage.updates),
+            share=Share(*setup.layout.axes.rows, parts),
             state=start.meta.get("data"),
         ),
     )

@@ -128,7 +128,7 @@ def _first_state(setup: Setup, world: World) -> TrainState:
     if not setup.config.init_from:
         return init_state(setup.model, seed, setup.optimizer, dtype=setup.master_dtype, **place)
     del place["device"]  # the parameters'
-    return from_params(setup.model, _weights(setup, world), seed, setup.optimizer, **place)
+    return from_params(setup.model, initial_weights(setup, world), seed, setup.optimizer, **place)
 
 
 def _place(setup: Setup, world: World) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _restored(checkpoints: Checkpointer, like: TrainState, candidates: list[int]
     raise AssertionError("unreachable: there is a candidate, which is returned or raises")
 
 
-def _weights(setup: Setup, world: World) -> Params:
+def initial_weights(setup: Setup, world: World) -> Params:
     """init_from's, as master weights, this rank's shards; what the model has more starts fresh.
 
     Says what of the model the run changes (source.CHANGEABLE), and what starts fresh.

@@ -13,7 +13,7 @@ from qwen3f.params import abstract_params
 from qwen3f.plan.hardware import parse_hardware, this_card
 from qwen3f.train import checks, microbatches, optimizer
 from qwen3f.train.checks import at_least
-from qwen3f.train.choices import find_compile_mode, find_device, find_dtype, find_layout
+from qwen3f.train.choices import find_device, find_dtype, find_execution, find_layout
 from qwen3f.train.guards.spikes import SpikePolicy
 from qwen3f.train.hyper import AdamW, make_hyper
 from qwen3f.train.schedule import Schedule
@@ -73,7 +73,7 @@ def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
     device = find_device(config.device)
     compute_dtype = find_dtype(config.dtype, device)
     layout = find_layout(config, devices, compute_dtype)
-    execution = model.Execution(find_compile_mode(config.compile, device), config.attention)
+    execution = find_execution(config, device)
     hyper = make_hyper(**config.optimizer.to_dict())
     _check_recomputation(cfg, execution.compile)
     _check_graph(config, device, compute_dtype)

@@ -7,7 +7,7 @@ A stage is a module with two functions. `check(setup)` raises UserError for what
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -99,6 +99,7 @@ class Stage:
       save, load: what the stage must remember, JSON, in a checkpoint's meta; load is called before the first step of a
         run that goes on from one, and after going back to one.
       figures: a batch -> what to log of it.
+      texts: what to show in TensorBoard beside the figures.
       lines: what to print at the start.
       cross_documents: attention ignores document boundaries.
       samples: texts to show at the start, in the log and in TensorBoard.
@@ -118,6 +119,7 @@ class Stage:
     save: Callable[[], dict[str, Any]] = no_memory
     load: Callable[[dict[str, Any]], None] = nothing
     figures: Callable[[Batch], dict[str, float]] = no_figures
+    texts: Callable[[], Sequence[str]] = tuple
     lines: tuple[str, ...] = ()
     cross_documents: bool = False
     samples: tuple[str, ...] = ()

@@ -330,7 +330,6 @@ def test_ranks_share_the_questions_of_a_stage(mesh, trained, place, tmp_path):
     ({"eval.benchmarks": "winogrand"}, "--config.eval.benchmarks: there is no benchmark 'winogrand'"),
     ({"eval.benchmark_questions": 0}, "eval.benchmark_questions must be at least 1"),
     ({"eval.benchmark_prompt": "x"}, "prompt='x'"),
-    ({"mesh": "pp2", "model.num_hidden_layers": 2}, "with layers cut over pp asks no benchmarks"),
     ({"model.scalar_head": True, "stage": "pretrain"}, "a model of scores answers no questions"),
 ])  # fmt: skip
 def test_what_a_stage_cannot_ask_is_said_before_it_starts(place, changes, words):

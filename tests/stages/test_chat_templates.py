@@ -98,7 +98,7 @@ def test_an_unknown_template_is_refused_until_one_is_chosen_which_then_stays(roo
     with pytest.raises(UserError, match="--config.chat_template=KIND"):
         ask(capsys, place)
     assert ask(capsys, place, chat_template="thinking-2507") == ASKED["thinking-2507"]
-    with pytest.raises(UserError, match="--config.chat_template='chatml': write one of hybrid"):
+    with pytest.raises(UserError, match="config.chat_template='chatml' is unknown; use one of hybrid"):
         train(root, place, tmp_path / "w", chat_template="chatml")
     train(root, place, tmp_path / "w", chat_template="instruct-2507")
     assert SHOWN["instruct-2507"][0] in capsys.readouterr().out
