@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from qwen3f import model
 from qwen3f.config import ModelConfig
-from qwen3f.data.chat.recognise import kind_of
-from qwen3f.data.chat.template import THINK, encode_chat
+from qwen3f.data.chat.recognise import opening
+from qwen3f.data.chat.template import encode_chat
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.engine import Engine, EngineOptions, completion
@@ -70,7 +70,7 @@ def answer(
     thinking: as enable_thinking, which puts an empty block into the prompt where it is False. between: called before
     each pass of the engine; may raise. Raises UserError for a mode that the tokenizer's chat template has not.
     """
-    opened = THINK if kind_of(tokenizer).always else ""
+    opened = opening(tokenizer)
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     ids = [encode_chat(tokenizer, t, add_generation_prompt=True, enable_thinking=thinking) for t in turns]
     engine = Engine(

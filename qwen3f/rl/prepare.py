@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qwen3f.data.chat.recognise import opening
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.params import EMBED, Params
@@ -147,7 +148,7 @@ def _seen(asked: Asked, rollout: Rollout, tools: Tools, options: Options) -> Sam
         task=asked.name,
         prompt=asked.question.prompt,
         gold=asked.question.gold,
-        text=tools.tokenizer.decode(list(ids)),
+        text=opening(tools.tokenizer) + tools.tokenizer.decode(list(ids)),
         ended=rollout.ended,
         thinking=options.thinking,
         tokens=len(rollout.ids),

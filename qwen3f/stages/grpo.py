@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
+from qwen3f.data.chat.recognise import opening
 from qwen3f.data.mixture import parse_weights
 from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.errors import UserError
@@ -293,7 +294,7 @@ def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]]) -
         (name, task, first_questions(task, "heldout", max(1, config.eval.questions // len(tasks))))
         for name, task, _ in tasks
     ]
-    thinking = config.rollout.thinking
+    thinking, begun = config.rollout.thinking, opening(tools.tokenizer)
     ids = [encode(tools.tokenizer, q.prompt, thinking) for _, _, questions in asked for q in questions]
 
     def validate(params: Params) -> dict[str, float]:
@@ -301,9 +302,8 @@ def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]]) -
             raise Interrupted
         tools.sampler.update(whole_params(setup.model, params, setup.layout, setup.compute_dtype))
         given = tools.sampler.answers(ids, config.eval.temperature, config.eval.max_new_tokens)
-        answers = [
-            Answer(tools.tokenizer.decode(list(one.ids[:-1] if one.ended else one.ids)), one.ended) for one in given
-        ]
+        texts = [begun + tools.tokenizer.decode(list(one.ids[:-1] if one.ended else one.ids)) for one in given]
+        answers = [Answer(text, one.ended) for text, one in zip(texts, given)]
         return run.world.first(_marks(asked, answers, thinking) if run.world.main else None)
 
     def say(values: Mapping[str, float]) -> str:

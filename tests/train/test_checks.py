@@ -86,7 +86,7 @@ def test_wrong_values_are_refused_before_torch_is_imported():
     [
         ("dtype", ("auto", *choices.DTYPES)),
         ("compile", ("auto", *model.execution.COMPILE_MODES)),
-        ("attention", attention.BACKENDS),
+        ("attention", (*attention.BACKENDS, "invariant")),
         ("wandb", logger.WANDB_MODES),
         ("pipeline.schedule", cut.SCHEDULES),
         ("schedule.kind", schedule.KINDS),

@@ -10,7 +10,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen3f.data.chat.kinds import HYBRID, KINDS, TemplateKind, find_kind
-from qwen3f.data.chat.template import THOUGHTS, render
+from qwen3f.data.chat.template import THINK, THOUGHTS, render
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.files import decode_text, read_bounded, write_atomically
@@ -67,6 +67,14 @@ def kind_of(tokenizer: Tokenizer) -> TemplateKind:
         found = own_template(_directory(tokenizer))
         _KINDS[tokenizer] = HYBRID if found is None else _recognise(*found)
     return _KINDS[tokenizer]
+
+
+def opening(tokenizer: Tokenizer) -> str:
+    """What of an answer every generation prompt holds already: "<think>" where the model always thinks, else nothing.
+
+    Whoever judges what a model wrote reads it behind this.
+    """
+    return THINK if kind_of(tokenizer).always else ""
 
 
 def check_chat_tokenizer(tokenizer: Tokenizer) -> TemplateKind:
