@@ -77,7 +77,8 @@ def measure(
     """A record of each of asked[numbers], plain JSON: {"number", "name", "group", "prompt", "gold", "metrics",
     "truncated"}.
 
-    Of choices also "choices", "loglikelihoods", "alike"; of answers "outputs" as written (from a "<think>" of the prompt on), "answers" as judged, "ended".
+    Of choices also "choices", "loglikelihoods", "alike"; of answers "outputs" as written (from a "<think>" at the
+    prompt's end on), "answers" as judged, "ended".
     """
     own = [asked[number] for number in numbers]
     kind = template_of(benchmark, settings.prompt, ev.tokenizer)

@@ -14,11 +14,13 @@ from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.run import run as generate
 from qwen3f.interop import source
+from qwen3f.preference import sampling as answers
+from qwen3f.rl.judge import Judge
 from qwen3f.train.workdir import keep_tokenizer
 from tests.data.chat.conversations import answer, user
 from tests.data.chat.references import REFERENCES
 from tests.data.sources.adapters.real_rows import write
-from tests.stages import toy_chats
+from tests.stages import toy_chats, toy_pairs, toy_rl
 
 TEMPLATE = "chat_template.jinja"
 
@@ -86,6 +88,65 @@ def test_a_model_is_asked_and_trained_as_its_directory_says(root, tmp_path, caps
         assert words in capsys.readouterr().out
         assert (tmp_path / data / "tokenizer" / TEMPLATE).read_text() == (place / TEMPLATE).read_text()
         assert ask(capsys, tmp_path / data) == ASKED[kind]
+
+
+PREFERRED = {  # of a better answer without and with a thought, what counts marked
+    "instruct-2507": ("assistant\n⟦a", None),
+    "thinking-2507": ("assistant\n<think>\n\n</think>\n\n⟦a", "assistant\n<think>\n⟦t"),
+}
+
+
+@pytest.mark.parametrize("stage", ["dpo", "reward_model"])
+@pytest.mark.parametrize("kind", PREFERRED)
+def test_preferences_are_learnt_in_the_model_s_kind_of_chats(root, tmp_path, capsys, kind, stage):
+    place = directory(root, tmp_path / "hf", REFERENCES[kind])
+    for thought, words in zip((None, "t"), PREFERRED[kind]):
+        asked = [[user(f"q{n}")] for n in range(40)]
+        rows = [{"chosen": [*q, answer("aaa", thought)], "rejected": [*q, answer("b", thought)]} for q in asked]
+        write(rows, tmp_path / f"{thought}" / "x.jsonl")
+        config = toy_pairs.make_config(tmp_path, stage, steps=1, show_samples=2)
+        config.init_from, config.data.mixture = str(place), f"pairs@{tmp_path / f'{thought}'}"
+        workdir = tmp_path / f"w{thought}"
+        if words is None:
+            with pytest.raises(UserError, match=f"has a thought, .* kind {kind}, has no place for one"):
+                cli.run_stage(config, workdir, False)
+            continue
+        cli.run_stage(config, workdir, False)
+        shown = capsys.readouterr().out
+        assert (words in shown) if stage == "dpo" else (words.replace("⟦", "") in shown.replace("⟦", ""))
+        assert kind_of(load_tokenizer(workdir / "tokenizer")).name == kind
+
+
+@pytest.mark.parametrize("stage", ["dpo_online", "grpo"])
+def test_what_a_model_answers_in_training_has_the_thought_that_its_prompt_opens(root, tmp_path, stage):
+    def configure(template):
+        place = directory(root, tmp_path / template, REFERENCES[template])
+        if stage == "grpo":
+            changes = {"steps": 1, "eval.questions": 1, "data.kinds": "arithmetic", "init_from": str(place)}
+            return toy_rl.make_config(tmp_path, **changes)
+        config = toy_pairs.online_config(tmp_path, steps=1, init_from=str(place))
+        config.online.thinking = True
+        return config
+
+    with pytest.raises(UserError, match="instruct-2507, which never thinks: leave enable_thinking=True out"):
+        cli.run_stage(configure("instruct-2507"), tmp_path / "w", False)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        judge, written = Judge.__call__, answers.Sampler._written
+
+        def judging(self, samples):
+            seen.extend(sample.text for sample in samples)
+            return judge(self, samples)
+
+        def writing(self, *arguments):
+            seen.append(written(self, *arguments).text)
+            return written(self, *arguments)
+
+        patch.setattr(Judge, "__call__", judging)
+        patch.setattr(answers.Sampler, "_written", writing)
+        cli.run_stage(configure("thinking-2507"), tmp_path / "w", False)
+    assert seen
+    assert all(text.startswith("<think>\n") for text in seen)
 
 
 def test_an_unknown_template_is_refused_until_one_is_chosen_which_then_stays(root, tmp_path, capsys):
