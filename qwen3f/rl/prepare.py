@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3f.data.chat.recognise import opening
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.params import EMBED, Params
@@ -47,7 +46,7 @@ class Options:
         unless something else needs them.
       seq_len, rows, updates, least_parts: T; rows of a micro-batch on a rank; updates of a step; micro-batches of an
         update, at least.
-      thinking: whether completions are asked to think.
+      thinking: whether completions are asked to think. begun: what of an answer the prompts hold already, a "<think>".
     """
 
     baseline: str
@@ -65,6 +64,7 @@ class Options:
     updates: int
     least_parts: int
     thinking: bool
+    begun: str = ""
 
 
 @dataclasses.dataclass
@@ -148,7 +148,7 @@ def _seen(asked: Asked, rollout: Rollout, tools: Tools, options: Options) -> Sam
         task=asked.name,
         prompt=asked.question.prompt,
         gold=asked.question.gold,
-        text=opening(tools.tokenizer) + tools.tokenizer.decode(list(ids)),
+        text=options.begun + tools.tokenizer.decode(list(ids)),
         ended=rollout.ended,
         thinking=options.thinking,
         tokens=len(rollout.ids),

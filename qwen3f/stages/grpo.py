@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.chat.recognise import opening
 from qwen3f.data.mixture import parse_weights
-from qwen3f.data.tokenizers.tokenizer import load_tokenizer
+from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import Answer, judge
 from qwen3f.params import Params
@@ -125,7 +125,7 @@ def make(run: Run) -> Stage:
         run.world,
         setup.layout.axes,
     )  # fmt: skip
-    steps = Steps(run, tools, questions, _options(setup))
+    steps = Steps(run, tools, questions, _options(setup, tokenizer))
     hyper = find_hyper(setup)
     return Stage(
         tokenizer=tokenizer,
@@ -142,7 +142,7 @@ def make(run: Run) -> Stage:
     )
 
 
-def _options(setup: Setup) -> R.Options:
+def _options(setup: Setup, tokenizer: Tokenizer) -> R.Options:
     config, rollout = setup.config, setup.config.rollout
     return R.Options(
         **config.advantages.to_dict(),
@@ -158,6 +158,7 @@ def _options(setup: Setup) -> R.Options:
         updates=config.updates,
         least_parts=setup.microbatches,
         thinking=rollout.thinking,
+        begun=opening(tokenizer),
     )
 
 

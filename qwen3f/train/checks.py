@@ -43,6 +43,8 @@ CHOICES = {
 POSITIVE = (
     "steps", "batch_size", "seq_len", "log_every", "eval.batch_size", "spike.window", "collective_timeout",
     "data.num_threads", "data.problems", "data.max_heldout", "eval.max_new_tokens", "max_new_tokens", "samples",
+    "eval.benchmark_questions", "online.max_new_tokens", "online.rounds", "updates", "rollout.samples",
+    "rollout.max_new_tokens", "rollout.rows", "rollout.microbatch_rows", "rollout.draws", "judge.processes",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "microbatches", "seed", "eval.every", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
@@ -50,7 +52,8 @@ NOT_NEGATIVE = (
     "watchdog", "resume", "schedule.peak_lr", "schedule.warmup", "schedule.decay", "pipeline.layers", "fsdp.shard_size",
     "data.workers", "data.max_samples", "data.shuffle_buffer", "data.temperature", "sample.tokens",
     "sample.temperature", "eval.max_docs", "eval.max_rows", "eval.questions", "show_samples", "context_warmup.length",
-    "temperature", "questions", "keep",
+    "temperature", "questions", "keep", "eval.cache_tokens", "online.cache_tokens", "eval.benchmark_tokens",
+    "samples.keep", "samples.show",
 )  # fmt: skip
 SHARES = ("schedule.min_ratio", "data.holdout", "data.switches")  # from 0 to 1
 PLACES = ("init_from", "out", "path")  # of tools, that have to be given
