@@ -4,8 +4,8 @@
     python launch.py --config experiments/dpo.py:small --config.init_from=W --config.data.mixture=ultrafeedback@DIR \
         --config.dpo.loss=ipo
 
-The preset after the colon is that of the model in W (default small). The reference is the model in W; its
-log-probabilities are computed once and kept (--config.dpo.reference_log_probs=live keeps its weights instead).
+The preset after the colon says the run (default small); the model is that of the weights in W, and so is the
+reference; its log-probabilities are computed once and kept (--config.dpo.reference_log_probs=live keeps its weights).
 Without a network: answers to generated problems, better by rule. Rates are ours; large models' is TRL's.
 """
 

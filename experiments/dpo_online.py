@@ -4,8 +4,8 @@
     python launch.py --config experiments/dpo_online.py:small --config.init_from=W \
         --config.online.judge=reward_model --config.online.reward_model=W3
 
-The preset after the colon is that of the model in W (default small); W3 is of experiments/reward_model.py. Prompts
-whose answers are all alike to the judge are left out and counted. Rates are ours.
+The preset after the colon says the run (default small); the model is that of the weights in W. W3 is of
+experiments/reward_model.py. Prompts whose answers are all alike to the judge are left out and counted. Rates are ours.
 """
 
 from ml_collections import ConfigDict

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.limit = 0  # questions of each subject, the first ones; 0: all
     config.shots = config_dict.placeholder(int)  # examples before each question; default: the benchmark's own number
     config.prompt = "raw"  # or chat
+    config.chat_template = ""  # chat: hybrid, instruct-2507, thinking-2507 or coder; "": that of the template beside W
     config.thinking = False  # chat: let the model think first; False: the empty thinking block of enable_thinking=False
     config.max_new_tokens = 0  # of an answer; 0: the benchmark's own number
     config.samples = 1  # answers to each question, for pass@k

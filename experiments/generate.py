@@ -23,7 +23,10 @@ def get_config() -> ConfigDict:
     config.max_pixels = 16_777_216
     config.chat = True  # the prompt is a user's turn in Qwen3's chat format; False: text to go on with
     config.system = ""  # system message of the chat
-    config.thinking = True  # chat: let the model think first; False: the empty thinking block of enable_thinking=False
+    # chat: whether the model thinks first; False: the empty thinking block of enable_thinking=False. Unset: as its
+    # template does by itself; a model that never thinks, or always, can do nothing else.
+    config.thinking = config_dict.placeholder(bool)
+    config.chat_template = ""  # hybrid, instruct-2507, thinking-2507 or coder; "": that of the template in DIR
     config.thinking_budget = config_dict.placeholder(int)  # tokens; then thinking ends with Qwen3's closing sentence
     config.max_new_tokens = 512
     # Unset: what Qwen3 recommends for a chat with or without thinking (qwen3f.infer.sampling); greedy with chat=False.

@@ -3,9 +3,9 @@
     python launch.py --config experiments/grpo.py:nano --config.init_from=W_SFT --workdir W
     python launch.py --config experiments/grpo.py:qwen3-0.6b --config.init_from=DIR --config.tasks=gsm8k@DIR2
 
-The preset after the colon is that of the model in W_SFT (default small). The tiny ones ask generated problems; the
-others GSM8K and MATH, from the Hub or from local copies. (On policy, centred advantages, clip 0.2/0.28, no KL: what
-worked at 1.7B and below, see Qwen3 technical report, §4.2, for the stage; the rates are ours.)
+The preset after the colon says the run (default small); the model is that of the weights in W_SFT. The tiny ones ask
+generated problems; the others GSM8K and MATH, from the Hub or from local copies. (On policy, centred advantages, clip
+0.2/0.28, no KL: what worked at 1.7B and below, see Qwen3 technical report, §4.2, for the stage; the rates are ours.)
 """
 
 from ml_collections import ConfigDict

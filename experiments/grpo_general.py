@@ -3,9 +3,9 @@
     python launch.py --config experiments/grpo_general.py:nano --config.init_from=W --workdir W2
     python launch.py --config experiments/grpo_general.py:qwen3-0.6b --config.init_from=DIR
 
-The preset after the colon is that of the model in W (default small). Beside generated problems and code, which the
-sandbox judges, the larger presets ask GSM8K. (Qwen3 technical report, §4.4, names the kinds of rewards; the tasks and
-weights are ours.)
+The preset after the colon says the run (default small); the model is that of the weights in W. Beside generated
+problems and code, which the sandbox judges, the larger presets ask GSM8K. (Qwen3 technical report, §4.4, names the
+kinds of rewards; the tasks and weights are ours.)
 """
 
 from ml_collections import ConfigDict

@@ -4,8 +4,9 @@
     python launch.py --config experiments/reward_model.py:small --config.init_from=W \
         --config.data.mixture=ultrafeedback@DIR --config.reward_model.margin=0.5
 
-The preset after the colon is that of the model in W (default small). Without a network: answers to generated problems,
-better by rule (right, in the asked form, short). --config.data.mixture=pairs@DIR reads pairs of one's own.
+The preset after the colon says the run (default small); the model is that of the weights in W. Without a network:
+answers to generated problems, better by rule (right, in the asked form, short). --config.data.mixture=pairs@DIR reads
+pairs of one's own.
 """
 
 from ml_collections import ConfigDict

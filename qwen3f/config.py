@@ -10,7 +10,8 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -53,7 +54,9 @@ class RopeScaling:
         for key in ("factor", "original_max_position_embeddings"):
             if values.get(key) is None:
                 raise UserError(f"rope_scaling: '{key}' is missing; YaRN needs factor and the context length before it")
-        return cls(**values)
+        scaling = cls(**values)
+        _check_types("rope_scaling", scaling)
+        return scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +134,7 @@ class ModelConfig:
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+        _check_types("model", self)
         _validate(self)
 
     # -- layers ------------------------------------------------------------------------------------------------------
@@ -238,13 +242,33 @@ class ModelConfig:
         return cls.from_dict(values)
 
 
+# YaRN in other programs: near names with another meaning.
+_OTHER_YARN = {
+    "attn_factor": "it multiplies the default; write attention_factor = attn_factor · (0.1·ln(factor) + 1)",
+    "mscale": "of DeepSeek; write attention_factor, what cosines and sines are multiplied by",
+    "mscale_all_dim": "of DeepSeek; write attention_factor, what cosines and sines are multiplied by",
+    "extrapolation_factor": "only 1 has a form here; leave it out",
+}
+
+
 def _check_keys(where: str, values: Mapping[str, Any], cls: type) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
+        if key not in known and key in _OTHER_YARN and cls is RopeScaling:
+            raise UserError(f"{where}: '{key}' has another meaning than any key here: {_OTHER_YARN[key]}")
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
             raise UserError(f"{where}: unknown key '{key}'{hint}")
+
+
+def _check_types(where: str, values: "RopeScaling | ModelConfig") -> None:
+    for field in dataclasses.fields(values):
+        value, kind = getattr(values, field.name), field.type
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
+        if type(value) not in kinds and not (float in kinds and type(value) is int):
+            words = " or ".join("null" if one is NoneType else one.__name__ for one in kinds)
+            raise UserError(f"{where}.{field.name} is {value!r}; it must be of type {words}")
 
 
 def _validate(cfg: ModelConfig) -> None:

@@ -26,7 +26,7 @@ COMMON = {
     "model.gradient_checkpointing": "none, full or selective: recompute to save memory",
     "eval.every": "steps between evaluations",
     "checkpoint.every": "steps between checkpoints",
-    "resume": "a step of the workdir to go on from; else its last",
+    "resume": "a step of the workdir to go back to, once; else its last",
     "plan": "True: only say what the mesh would do, without devices",
     "device": "auto, cpu or cuda",
     "wandb": "off, offline or online",

@@ -113,3 +113,21 @@ def test_wrong_files_are_named(tmp_path):
         ModelConfig.from_json(tmp_path / "bad.json")
     with pytest.raises(UserError, match="did you mean 'small'"):
         presets.get("smal")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("rope_scaling", 3),
+        ("hidden_size", "256"),
+        ("hidden_size", 256.0),
+        ("tie_word_embeddings", 1),
+        ("rope_theta", True),
+    ],
+)
+def test_a_value_of_another_type_is_named(field, value):
+    with pytest.raises(UserError, match=rf"model.{field} is {value!r}; it must be of type "):
+        ModelConfig(**{field: value})
+    scaling = {"rope_type": "yarn", "factor": "4", "original_max_position_embeddings": 512}
+    with pytest.raises(UserError, match=r"rope_scaling.factor is '4'; it must be of type float"):
+        ModelConfig(rope_scaling=scaling)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import launch as launch_module
-from qwen3f import cli
+from qwen3f import cli, flag_hints
 from qwen3f.errors import UserError
 from sharding.mesh import MeshShape, parse_mesh
 
@@ -27,6 +27,19 @@ def launch(*arguments):
         (("--config", "experiments/demo.py", "--config.lr=3"), "did you mean config.schedule.peak_lr?"),
         (("--config", "experiments/demo.py", "--config.checkpoints.every=3"), "did you mean config.checkpoint.every?"),
         (("--config", "experiments/demo.py", "--config.steps.x=3"), "unknown key --config.steps.x"),
+        (("--config", "experiments/demo.py", "--config.optimizer=muon"), "did you mean config.optimizer.kind?"),
+        (("--config", "experiments/demo.py", "--config.n_layers=3"), "did you mean config.model.num_hidden_layers?"),
+        (
+            ("--config", "experiments/demo.py", "--config.model.n_layer=3"),
+            "did you mean config.model.num_hidden_layers?",
+        ),
+        (("--config", "experiments/demo.py", "--config.learning_rate=3"), "did you mean config.schedule.peak_lr?"),
+        (("--config", "experiments/demo.py", "--config.max_grad_norm=3"), "did you mean config.optimizer.clip_norm?"),
+        (("--config", "experiments/demo.py", "--config.optimizer.zzz=3"), "known there: config.optimizer.b1, "),
+        (("--config", "experiments/demo.py", "--config.steps=abc"), "--config.steps=abc: write a whole number"),
+        (("--config", "experiments/demo.py", "--config.steps", "1.5"), "--config.steps=1.5: write a whole number"),
+        (("--config", "experiments/demo.py", "--config.schedule.peak_lr=x"), "peak_lr=x: write a number"),
+        (("--config", "experiments/demo.py", "--config.data.streaming=maybe"), "streaming=maybe: write True or False"),
         (("--config=experiments/demoo.py",), "did you mean experiments/demo.py?"),
         (("--config=experiments/demo.py:big",), "takes no ':big'"),
         (("--config=experiments/pretrain_s1.py:nan",), "did you mean 'nano'?"),
@@ -37,10 +50,29 @@ def test_command_lines_are_checked_before_anything_runs(arguments, words):
         cli._check_overrides(["launch.py", *arguments])
 
 
+def test_hints_are_short_and_name_keys_of_ours():
+    known = sorted(f"config.{key}" for key in cli._keys(cli.load_experiment("experiments/pretrain_s1.py:nano")))
+    for name in ("config.zzzz", "config.qqq", "config.model.zzzz", "config.model"):
+        assert len(flag_hints.hint(name, known)) < 700
+    assert set(flag_hints.ALIASES) <= {key.removeprefix("config.") for key in known}
+
+
+def test_keys_are_named_as_flags():
+    keys = cli._keys(cli.load_experiment("experiments/demo.py"))
+    for text, flags in (
+        ("data.packing is 'x', config.steps=3 too", "--config.data.packing is 'x', --config.steps=3 too"),
+        ("write data.streaming=False.", "write --config.data.streaming=False."),
+        ("--config.data.cache of /tmp/data.cache", "--config.data.cache of /tmp/data.cache"),
+        ("model.layers.self_attn and config.json", "model.layers.self_attn and config.json"),
+        ("the steps and config.data", "the steps and config.data"),
+    ):
+        assert flag_hints.as_flags(text, keys) == flags
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("--config", "experiments/demo.py", "--config.steps=many"), "invalid literal"),
+        (("--config", "experiments/demo.py", "--config.steps=many"), "write a whole number"),
         (("--config", "experiments/demo.py", "--confg.steps=3"), "unknown flag --confg.steps"),
         (("--config", "experiments/demo.py", "--config.data.mixture=files@/no/such/dir"), "/no/such/dir"),
     ],

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -329,10 +330,15 @@ def _trained_tokenizer(sources: list[Source], vocab_size: int, cache_dir: Path, 
     path = cache_dir / f"tokenizer-{vocab_size}-{key}.model"
     if path.exists():
         return load_tokenizer(path)
-    streamed = (document for source in sources for document in source.documents("train"))
+    counts: Counter[str] = Counter()
+    streamed = (document for source in sources for document in source.documents("train", counts))
     documents = tqdm(streamed, "read for tokenizer", unit=" docs", disable=not progress, leave=False)
-    tokenizer = train_sentencepiece((document.text for document in documents), vocab_size, path)
     names = ", ".join(source.name for source in sources)
+    try:
+        tokenizer = train_sentencepiece((document.text for document in documents), vocab_size, path)
+    except UserError as error:
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
+        raise UserError(f"{names}: {error}{f' Left out: {left_out}.' if left_out else ''}") from None
     logging.info("trained a tokenizer of %d pieces on %s: %s", vocab_size, names, path)
     return tokenizer
 

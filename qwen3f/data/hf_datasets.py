@@ -34,6 +34,8 @@ import numpy as np
 import torch
 
 from qwen3f.data.chat.examples import chat_example, chat_tokens
+from qwen3f.data.chat.kinds import TemplateKind
+from qwen3f.data.chat.recognise import check_chat_tokenizer
 from qwen3f.data.chat.samples import Sample, make_samples
 from qwen3f.data.chat.sources import read_dataset
 from qwen3f.data.packing.concat import Example
@@ -116,7 +118,8 @@ def load_sft_dataset(
     """
     _check_length(max_seq_len)
     chosen = _choose(mixture, sft.VARIANTS, variant, "variant")
-    adapters = {name: partial(_samples, name) for name in sft.ADAPTERS}
+    kind = check_chat_tokenizer(tokenizer)
+    adapters = {name: partial(_samples, name, kind) for name in sft.ADAPTERS}
     rows = RowItems(tuple(parse_mixture(chosen, root, "sft")), adapters, split, streaming, max_samples, on_bad_row)
     return CountedStream(rows, partial(_chats, tokenizer, max_seq_len))
 
@@ -220,8 +223,8 @@ def _windows(
         yield make(number * share.count + share.index)
 
 
-def _samples(dataset: str, row: Row) -> list[Sample]:
-    return make_samples(read_dataset(dataset, row))
+def _samples(dataset: str, kind: TemplateKind, row: Row) -> list[Sample]:
+    return make_samples(read_dataset(dataset, row), kind=kind)
 
 
 def _chats(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from qwen3f import model
 from qwen3f.config import ModelConfig
+from qwen3f.data.chat.recognise import opening
 from qwen3f.data.chat.template import encode_chat
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
@@ -40,7 +41,8 @@ class AnswerOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """text: what the model wrote, without <|im_end|>. ended: it wrote that."""
+    """text: what the model wrote, without <|im_end|>, from its "<think>" on also where the prompt holds that. ended: it
+    wrote <|im_end|>."""
 
     text: str
     ended: bool
@@ -66,8 +68,9 @@ def answer(
     """What the model answers to each prompt, a user's turn; in order.
 
     thinking: as enable_thinking, which puts an empty block into the prompt where it is False. between: called before
-    each pass of the engine; may raise.
+    each pass of the engine; may raise. Raises UserError for a mode that the tokenizer's chat template has not.
     """
+    opened = opening(tokenizer)
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     ids = [encode_chat(tokenizer, t, add_generation_prompt=True, enable_thinking=thinking) for t in turns]
     engine = Engine(
@@ -93,7 +96,7 @@ def answer(
         if given.finish_reason.startswith("error"):
             raise UserError(given.finish_reason.removeprefix("error: "))
         ended = given.finish_reason == "stop"
-        yield Answer(tokenizer.decode(given.ids[:-1] if ended else given.ids), ended)
+        yield Answer(opened + tokenizer.decode(given.ids[:-1] if ended else given.ids), ended)
 
 
 def answer_on_ranks(

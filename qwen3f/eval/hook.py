@@ -7,6 +7,7 @@ each rank has the whole model for as long as it asks, in the compute dtype, and 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -16,6 +17,7 @@ from qwen3f.eval.benchmarks.items import Asked, load, place_of
 from qwen3f.eval.benchmarks.registry import parse_benchmarks
 from qwen3f.eval.evaluator import Evaluator
 from qwen3f.eval.measure import Record, Settings, estimates, measure
+from qwen3f.eval.prompts import template_of
 from qwen3f.params import Params
 from qwen3f.train import stage as S
 from qwen3f.train.setup import Setup, at_least
@@ -23,6 +25,14 @@ from sharding.state import whole_params
 
 NAME = "bench"
 CHUNK = 64  # questions between two looks at whether the run is to stop
+
+
+class Exam(NamedTuple):
+    """A benchmark, the questions of it that are asked, and how."""
+
+    benchmark: Benchmark
+    questions: list[Asked]
+    settings: Settings
 
 
 def check(setup: Setup) -> None:
@@ -42,7 +52,7 @@ def check(setup: Setup) -> None:
 def with_benchmarks(run: S.Run, stage: S.Stage) -> S.Stage:
     """The stage with the evaluator of config.eval.benchmarks, whose questions are read here; itself without any.
 
-    Raises UserError as items.load does.
+    Raises UserError as items.load and prompts.template_of do.
     """
     config = run.setup.config
     if not config.eval.benchmarks:
@@ -51,8 +61,11 @@ def with_benchmarks(run: S.Run, stage: S.Stage) -> S.Stage:
     asked = []
     for benchmark, directory in named:
         place = place_of(benchmark, directory, config.eval.benchmark_root, len(named) == 1)
-        asked.append((benchmark, _spread(load(benchmark, place, None, 0), config.eval.benchmark_questions)))
-    evaluator = S.Evaluator(config.eval.every, _make(run, stage, asked, settings), _say(asked))
+        questions = _spread(load(benchmark, place, None, 0), config.eval.benchmark_questions)
+        # a model that always thinks does so here too; others answer at once
+        always = template_of(benchmark, settings.prompt, stage.tokenizer).always and benchmark.generation is not None
+        asked.append(Exam(benchmark, questions, dataclasses.replace(settings, thinking=always)))
+    evaluator = S.Evaluator(config.eval.every, _make(run, stage, asked), _say(asked))
     return dataclasses.replace(stage, evaluators={**stage.evaluators, NAME: evaluator})
 
 
@@ -70,9 +83,7 @@ def _spread(asked: Sequence[Asked], most: int) -> list[Asked]:
     return [asked[i * len(asked) // count] for i in range(count)]
 
 
-def _make(
-    run: S.Run, stage: S.Stage, asked: Sequence[tuple[Benchmark, list[Asked]]], settings: Settings
-) -> Callable[[Params], dict[str, float]]:
+def _make(run: S.Run, stage: S.Stage, asked: Sequence[Exam]) -> Callable[[Params], dict[str, float]]:
     setup = run.setup
     cfg = setup.model.replace(gradient_checkpointing="none")
     execution = dataclasses.replace(setup.execution, compile="off")  # batches differ in shape
@@ -86,7 +97,7 @@ def _make(
         whole = whole_params(setup.model, params, setup.layout, setup.compute_dtype)
         ev = Evaluator(cfg, whole, stage.tokenizer, execution=execution)
         values: dict[str, float] = {}
-        for benchmark, questions in asked:
+        for benchmark, questions, settings in asked:
             found: list[Record] = []
             for first in range(0, len(questions), CHUNK * world.size):
                 if run.stopping():
@@ -101,8 +112,8 @@ def _make(
     return ask
 
 
-def _say(asked: Sequence[tuple[Benchmark, list[Asked]]]) -> Callable[[Mapping[str, float]], str]:
-    counts = {benchmark.name: len(questions) for benchmark, questions in asked}
+def _say(asked: Sequence[Exam]) -> Callable[[Mapping[str, float]], str]:
+    counts = {benchmark.name: len(questions) for benchmark, questions, _ in asked}
 
     def say(values: Mapping[str, float]) -> str:
         return ", ".join(f"{name} {100 * x:.1f}% of {counts[name.partition('/')[0]]}" for name, x in values.items())

@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen3f.data.chat.recognise import opening
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark
 from qwen3f.eval.benchmarks.items import Asked
 from qwen3f.eval.evaluator import Evaluator
 from qwen3f.eval.generation import Sampling, cut, write
-from qwen3f.eval.prompts import FORMS, prompts
+from qwen3f.eval.prompts import FORMS, is_chat, prompts, template_of
 from qwen3f.eval.statistics import Estimate, estimate
 
 METRICS = ("harness", "official")
@@ -76,10 +77,12 @@ def measure(
     """A record of each of asked[numbers], plain JSON: {"number", "name", "group", "prompt", "gold", "metrics",
     "truncated"}.
 
-    Of choices also "choices", "loglikelihoods", "alike"; of answers "outputs" as written, "answers" as judged, "ended".
+    Of choices also "choices", "loglikelihoods", "alike"; of answers "outputs" as written (from a "<think>" at the
+    prompt's end on), "answers" as judged, "ended".
     """
     own = [asked[number] for number in numbers]
-    read = [prompts(benchmark, one, settings.prompt, settings.thinking) for one in own]
+    kind = template_of(benchmark, settings.prompt, ev.tokenizer)
+    read = [prompts(benchmark, one, settings.prompt, settings.thinking, kind) for one in own]
     if benchmark.generation is None:
         found = _choose(ev, benchmark, own, read, settings)
     else:
@@ -142,14 +145,16 @@ def _answer(
     as_chat = settings.prompt == "chat" and how.chat is not None
     until, out = () if as_chat else how.until, []
     ends = () if settings.thinking else until  # a thought may hold such texts
+    begun = opening(ev.tokenizer) if is_chat(benchmark, settings.prompt) else ""
     for one, written in zip(asked, write(ev, [texts[0] for texts in read], sampling, numbers, ends)):
+        texts = [begun + w.text for w in written]
         # a task's judge looks behind the thinking itself, as its rewards do
-        answers = [w.text if benchmark.task else cut(w.text, until, settings.thinking) or "" for w in written]
+        answers = [text if benchmark.task else cut(text, until, settings.thinking) or "" for text in texts]
         if as_chat:
             answers = [how.chat(one.item, text) for text in answers]
         out.append(
             {
-                "outputs": [w.text for w in written],
+                "outputs": texts,
                 "answers": answers,
                 "metrics": dict(score(one.item, answers)),
                 "ended": [w.ended for w in written],

@@ -13,13 +13,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from qwen3f import model
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind, check_thinking
+from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark
 from qwen3f.eval.benchmarks.items import Asked, load, place_of
 from qwen3f.eval.benchmarks.registry import parse_benchmarks
 from qwen3f.eval.evaluator import Evaluator
 from qwen3f.eval.measure import Settings, measure, summary
-from qwen3f.eval.prompts import prompts
+from qwen3f.eval.prompts import is_chat, prompts, template_of
 from qwen3f.eval.records import Records
 from qwen3f.eval.report import table
 from qwen3f.files import write_atomically
@@ -36,12 +38,13 @@ _SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
-    """A benchmark as it is asked. values: what its records depend on, plain JSON."""
+    """A benchmark as it is asked. values: what its records depend on, plain JSON. kind: of the chats, if it has any."""
 
     benchmark: Benchmark
     asked: Sequence[Asked]
     settings: Settings
     values: Mapping[str, Any]
+    kind: TemplateKind = HYBRID
 
 
 def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
@@ -127,7 +130,10 @@ def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
     """What is asked, and of which model."""
     place, settings, exams = source.pinned(config.init_from), settings_of(config), []
     dtype = str(find_dtype(config.dtype, find_device(config.device))).removeprefix("torch.")
-    for benchmark, where in check(config):
+    named = check(config)
+    in_chats = any(is_chat(benchmark, settings.prompt) for benchmark, _ in named)
+    tokenizer = _tokenizer(config, place) if in_chats else None
+    for benchmark, where in named:
         values = dataclasses.asdict(settings) | {
             "shots": benchmark.shots.count if settings.shots is None else settings.shots,
             "max_new_tokens": settings.tokens(benchmark),
@@ -138,8 +144,13 @@ def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
         }
         if benchmark.task:
             values |= {"prompt": "chat", "metrics": "the task"}
+        kind = HYBRID
+        if tokenizer and is_chat(benchmark, settings.prompt):
+            kind = template_of(benchmark, settings.prompt, tokenizer)
+            values |= {"chat_template": kind.name}
+            check_thinking(kind, settings.thinking if benchmark.generation else None)
         asked = load(benchmark, where, config.shots, config.limit)
-        exams.append(Exam(benchmark, asked, settings, values))
+        exams.append(Exam(benchmark, asked, settings, values, kind))
     return exams, place
 
 
@@ -151,7 +162,7 @@ def _files(workdir: Path, exams: Sequence[Exam]) -> list[Records]:
         for number, record in file.done.items():
             if number >= len(exam.asked):
                 continue
-            texts = prompts(exam.benchmark, exam.asked[number], exam.settings.prompt, exam.settings.thinking)
+            texts = prompts(exam.benchmark, exam.asked[number], exam.settings.prompt, exam.settings.thinking, exam.kind)
             if record["prompt"] != (texts[0] if len(texts) == 1 else list(texts)):
                 raise UserError(
                     f"--workdir={workdir}: question {number} of {exam.benchmark.name}, {record['name']}, was another "
@@ -161,9 +172,13 @@ def _files(workdir: Path, exams: Sequence[Exam]) -> list[Records]:
     return files
 
 
+def _tokenizer(config: ConfigDict, place: str) -> Tokenizer:
+    return load_tokenizer(source.tokenizer_path(place), config.chat_template)
+
+
 def _open(config: ConfigDict, place: str) -> Evaluator:
     device = find_device(config.device)
-    cfg, tokenizer = source.read_model_config(place), source.read_tokenizer(place)
+    cfg, tokenizer = source.read_model_config(place), _tokenizer(config, place)
     params = source.read_params(place, cfg, device, find_dtype(config.dtype, device))
     execution = model.Execution(attention=config.attention)
     return Evaluator(cfg, params, tokenizer, batch_tokens=config.batch_tokens, execution=execution)

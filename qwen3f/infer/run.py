@@ -12,10 +12,12 @@ import torch
 from ml_collections import ConfigDict
 
 from qwen3f.config import ModelConfig
+from qwen3f.data.chat.kinds import check_thinking
+from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.template import encode_chat
 from qwen3f.data.multimodal.samples import check_tokenizer
 from qwen3f.data.tokenizers.token_text import StreamDecoder
-from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.generate import stream
 from qwen3f.infer.prompts import Shown, encode_shown, pictures_of, read_images, read_video
@@ -49,11 +51,12 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> list[Answer
     together, and as qwen3f.interop.source does.
     """
     prompts = _prompts(config)
-    sampling = choose_sampling(config)
     device = find_device(config.device)
     dtype = find_dtype(config.dtype, device)
     cfg = source.read_model_config(config.init_from)
-    tokenizer = source.read_tokenizer(config.init_from)
+    tokenizer = load_tokenizer(source.tokenizer_path(config.init_from), config.chat_template)
+    thinks = config.chat and check_thinking(kind_of(tokenizer), config.thinking)
+    sampling = choose_sampling(config, thinks)
     shown = _shown(config, cfg, tokenizer)
     rows = [_encode(config, tokenizer, prompt, shown) for prompt in prompts]
     _check_lengths(config, cfg, rows)
@@ -69,7 +72,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> list[Answer
         "seed": config.seed,
         "stop_ids": tokenizer.stop_ids,
         "num_ids": min(tokenizer.vocab_size, cfg.vocab_size),
-        "budget": _budget(config, tokenizer),
+        "budget": _budget(config, tokenizer, thinks),
         "pictures": [pictures_of(shown)] * len(rows) if shown else (),
     }
     params = source.read_params(config.init_from, cfg, device, dtype)
@@ -82,9 +85,9 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> list[Answer
     return answers
 
 
-def choose_sampling(config: ConfigDict) -> SamplingParams:
+def choose_sampling(config: ConfigDict, thinks: bool) -> SamplingParams:
     """Qwen3's recommendation for the mode (greedy without chat), with each value that the configuration sets."""
-    base = (THINKING if config.thinking else NON_THINKING) if config.chat else GREEDY
+    base = (THINKING if thinks else NON_THINKING) if config.chat else GREEDY
     names = [field.name for field in dataclasses.fields(SamplingParams)]
     return dataclasses.replace(base, **{name: config[name] for name in names if config[name] is not None})
 
@@ -99,10 +102,6 @@ def _prompts(config: ConfigDict) -> list[str]:
         raise UserError("give either --config.prompt=\"…\" or --config.prompts=\"('…', '…')\"")
     if config.system and not config.chat:
         raise UserError("config.system needs the chat format; leave out --config.chat=False or config.system")
-    if config.thinking_budget is not None and not (config.chat and config.thinking):
-        raise UserError(
-            "config.thinking_budget needs config.chat and config.thinking; set both to True or leave it out"
-        )
     if config.out and not Path(config.out).absolute().parent.is_dir():
         raise UserError(f"config.out={config.out}: there is no directory {Path(config.out).parent}; make it first")
     prompts = [config.prompt] if config.prompt else list(config.prompts)
@@ -134,9 +133,14 @@ def _encode(config: ConfigDict, tokenizer: Tokenizer, prompt: str, shown: Sequen
     return encode_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=config.thinking)
 
 
-def _budget(config: ConfigDict, tokenizer: Tokenizer) -> ThinkingBudget | None:
+def _budget(config: ConfigDict, tokenizer: Tokenizer, thinks: bool) -> ThinkingBudget | None:
     if config.thinking_budget is None:
         return None
+    if not thinks:
+        raise UserError(
+            "config.thinking_budget needs a chat that thinks: leave out --config.chat=False and "
+            "--config.thinking=False, give a model that thinks, or leave the budget out"
+        )
     closing = tuple(tokenizer.encode(CLOSING, allow_special=True))
     return ThinkingBudget(config.thinking_budget, tokenizer.special_id("</think>"), closing)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen3f.config import ModelConfig
-from qwen3f.data.tokenizers.bpe_files import TOKENIZER_CONFIG
+from qwen3f.data.chat.recognise import write_template
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.interop import config as C
@@ -24,9 +24,8 @@ from qwen3f.interop import keys, shards, vision_config, writer
 from qwen3f.params import EMBED, HEAD, Params, abstract_params, check_params
 from qwen3f.strict_json import read_object
 
-CONFIG, GENERATION_CONFIG, CHAT_TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 PREPROCESSOR = "preprocessor_config.json"
-_TEMPLATE = Path(__file__).with_name(CHAT_TEMPLATE)
 MAX_SHARD_BYTES = 5 * 10**9
 _MAPPED_BYTES = 2**28
 _FAR = 4  # as many tensors too few are another model; fewer are missing, and named
@@ -98,7 +97,7 @@ def save_pretrained(
 
     directory: must not exist or be empty; appears by one rename when everything is written.
     tokenizer: its files are written beside the weights, its end and padding tokens into the configs. AutoTokenizer
-      gives the same ids. The chat template is qwen3f.data.chat.template's where the tokenizer brings none.
+      gives the same ids. The chat template is the tokenizer's own; without one that of its kind (data.chat.kinds).
     dtype: of the stored weights; None keeps each parameter's.
     max_shard_bytes: weights beyond it are cut into several files with an index.
 
@@ -127,18 +126,12 @@ def save_pretrained(
         _write_json(place / GENERATION_CONFIG, generation)
         if tokenizer is not None:
             tokenizer.export(place)
-            if not _has_chat_template(place):
-                shutil.copyfile(_TEMPLATE, place / CHAT_TEMPLATE)
+            write_template(tokenizer, place, always=True)
         if cfg.vision_enabled:
             _write_json(place / PREPROCESSOR, vision_config.preprocessor(cfg))
         _write_weights(place, specs, lambda key: keys.fetch(slots[key], params), max_shard_bytes)
 
     _write_directory(directory, write)
-
-
-def _has_chat_template(directory: Path) -> bool:
-    config = directory / TOKENIZER_CONFIG
-    return (directory / CHAT_TEMPLATE).exists() or (config.exists() and "chat_template" in read_object(config))
 
 
 def check_writable(directory: Path) -> None:

@@ -27,13 +27,10 @@ from qwen3f.train import workdir as W
 from sharding.layout import ONE_DEVICE, Layout
 from sharding.state import cut_params
 
-# May differ between a model and one that starts from it: how it is trained, and the rotary settings, which continued
-# training stretches on purpose.
-FREE_FIELDS = frozenset({
-    "gradient_checkpointing", "initializer_range", "embed_initializer_range", "attention_dropout",
-    "router_aux_loss_coef", "router_balance", "router_z_loss_coef", "moe_drop_tokens", "moe_capacity_factor",
-    "max_position_embeddings", "rope_theta", "rope_scaling",
-})  # fmt: skip
+# Of a model that starts from another one these may differ, which is then said: the same weights fit.
+CHANGEABLE = ("rope_theta", "rope_scaling", "max_position_embeddings", "rms_norm_eps")
+# And without a word: how it is trained.
+FREE_FIELDS = W.TRAINING_FIELDS | set(CHANGEABLE)
 
 
 # Parts that a model may have and the one it starts from not: they start fresh. A scalar head takes the place of the
@@ -195,11 +192,11 @@ def tokenizer_path(source: str) -> Path:
     return directory / W.TOKENIZER
 
 
-def rotary_changes(source: str, cfg: ModelConfig) -> list[str]:
-    """'rope_theta: there -> here' for each rotary setting in which `cfg` departs from the model at `source`."""
+def changes(source: str, cfg: ModelConfig) -> list[str]:
+    """'rope_theta: there -> here' for each of CHANGEABLE in which `cfg` departs from the model at `source`."""
     there = read_model_config(source)
-    names = ("rope_theta", "rope_scaling")
-    return [f"{n}: {getattr(there, n)} -> {getattr(cfg, n)}" for n in names if getattr(there, n) != getattr(cfg, n)]
+    pairs = {name: (getattr(there, name), getattr(cfg, name)) for name in CHANGEABLE}
+    return [f"{name}: {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
 
 
 def _without_new_parts(cfg: ModelConfig, there: ModelConfig) -> ModelConfig:

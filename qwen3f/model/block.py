@@ -65,7 +65,8 @@ def block_fn(
     """
     if execution.invariant:
         _check_invariant(sparse, layout)
-    with torch.device("meta"):
+    # not by a transform: vmap lets no module draw its first weights, though these are thrown away
+    with torch.device("meta"), torch._C._DisableFuncTorch():
         skeleton = Block(cfg, execution, sparse, layout)
     open_to_host = layout.pipeline.splits or (sparse and layout.axes.ep.size > 1)
     compiled = execution.compile == "block" and not open_to_host

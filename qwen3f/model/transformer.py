@@ -18,7 +18,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.model.attention import AttentionMask, batch_mask
 from qwen3f.model.block import block_fn
-from qwen3f.model.execution import EAGER, Execution
+from qwen3f.model.execution import EAGER, Execution, refuse_vmap
 from qwen3f.model.kv_cache import PagedLayer
 from qwen3f.model.moe import RouterStats
 from qwen3f.model.norm import rms_norm
@@ -166,6 +166,7 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
         dropout_stream: Tensor | None = None,
         visual: Visual | None = None,
     ) -> tuple[Tensor, RouterStats | None]:
+        refuse_vmap(execution, (tokens, params[P.EMBED]))
         x, seen = enter(embedding(tokens, params[P.EMBED], layout.axes.tp), visual)
         inputs = LayerInputs(*rope_tables(cfg, positions, x.dtype), masks, real, dropout_stream)
         x, stats = run_layers(cfg, blocks, unstack_layers(params, stacks), x, inputs, ahead=ahead, inject=seen)

@@ -34,7 +34,7 @@ def open_tokenizer(run: Run) -> Tokenizer:
             "preferences need the tokenizer that the model was pretrained with: write --config.init_from=W, or "
             "--config.data.tokenizer=PATH"
         )
-    tokenizer = load_tokenizer(place)
+    tokenizer = load_tokenizer(place, run.setup.config.chat_template)
     check_tokenizer(tokenizer, run.setup.model)
     return tokenizer
 

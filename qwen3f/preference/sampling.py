@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from qwen3f import rng
 from qwen3f.config import ModelConfig
+from qwen3f.data.chat.recognise import opening
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import TrainingError, UserError
 from qwen3f.infer.engine import Engine
@@ -76,4 +77,5 @@ class Sampler:
         if reason.startswith("error"):
             raise TrainingError(f"an answer could not be written: {reason}")
         ended = reason == "stop"
-        return Written(tuple(ids), self._tokenizer.decode(ids[:-1] if ended else ids), ended)
+        text = opening(self._tokenizer) + self._tokenizer.decode(ids[:-1] if ended else ids)
+        return Written(tuple(ids), text, ended)

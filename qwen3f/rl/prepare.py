@@ -46,7 +46,7 @@ class Options:
         unless something else needs them.
       seq_len, rows, updates, least_parts: T; rows of a micro-batch on a rank; updates of a step; micro-batches of an
         update, at least.
-      thinking: whether completions are asked to think.
+      thinking: whether completions are asked to think. begun: what of an answer the prompts hold already, a "<think>".
     """
 
     baseline: str
@@ -64,6 +64,7 @@ class Options:
     updates: int
     least_parts: int
     thinking: bool
+    begun: str = ""
 
 
 @dataclasses.dataclass
@@ -147,7 +148,7 @@ def _seen(asked: Asked, rollout: Rollout, tools: Tools, options: Options) -> Sam
         task=asked.name,
         prompt=asked.question.prompt,
         gold=asked.question.gold,
-        text=tools.tokenizer.decode(list(ids)),
+        text=options.begun + tools.tokenizer.decode(list(ids)),
         ended=rollout.ended,
         thinking=options.thinking,
         tokens=len(rollout.ids),

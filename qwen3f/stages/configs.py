@@ -7,6 +7,9 @@ from qwen3f.train.defaults import run_config
 
 def pretrain_config(preset: str) -> ConfigDict:
     config = run_config(preset, "pretrain")
+    # Adjusted base frequency (Xiong et al. 2023, arXiv:2309.16039): init_from's weights with a lower rotary base or a
+    # shorter context than config.model go on with config.model's. False: with theirs.
+    config.abf = False
     _text(config.data)
     config.eval.max_docs = 0  # held-out documents to use; 0: all
     config.eval.compare_gzip = False  # also say what gzip -9 needs for the held-out text
@@ -49,6 +52,7 @@ def _sample() -> ConfigDict:
 
 def sft_config(preset: str) -> ConfigDict:
     config = run_config(preset, "sft")
+    _chat_template(config)
     _chats(config.data)
     config.eval.max_rows = 256  # held-out rows of each source for the loss; 0: all
     config.eval.task = "reasoning"  # whose held-out questions are answered, greedily; "": none
@@ -57,6 +61,13 @@ def sft_config(preset: str) -> ConfigDict:
     config.eval.max_new_tokens = 256
     config.show_samples = 3  # samples that are shown at the start, with what is trained marked
     return config
+
+
+def _chat_template(config: ConfigDict) -> None:
+    """The format of chats."""
+    # hybrid, instruct-2507, thinking-2507 or coder (qwen3f/data/chat/kinds.py); "": that of the template beside the
+    # tokenizer, without one hybrid.
+    config.chat_template = ""
 
 
 def _chats(data: ConfigDict) -> None:
@@ -107,6 +118,7 @@ def dpo_config(preset: str) -> ConfigDict:
 
 def dpo_online_config(preset: str) -> ConfigDict:
     config = run_config(preset, "dpo_online")
+    _chat_template(config)
     config.data.kinds = ""  # of generated problems, arithmetic,logic; "": all
     config.data.difficulties = ""  # of generated problems, 1,2; "": all
     config.data.problems = 32_768  # that are generated, both splits together
@@ -143,6 +155,7 @@ def _dpo() -> ConfigDict:
 
 def _preference_config(preset: str, stage: str) -> ConfigDict:
     config = run_config(preset, stage)
+    _chat_template(config)
     _pairs(config.data)
     config.eval.max_rows = 256  # held-out rows of each source; 0: all
     config.show_samples = 2  # answers that are shown at the start: those of a pair are neighbours
@@ -169,6 +182,7 @@ def _pairs(data: ConfigDict) -> None:
 
 def grpo_config(preset: str) -> ConfigDict:
     config = run_config(preset, "grpo")
+    _chat_template(config)
     config.tasks = "reasoning"  # reasoning, code, gsm8k[@DIR], math[@DIR]; several with weights: reasoning=0.7,code=0.3
     config.rewards = "correct=1"  # by name with weights (qwen3f/rl/rewards.py), or module:function
     config.sandbox = "auto"  # for code: auto, bubblewrap, landlock; none: without one (qwen3f/sandbox/tiers.py)

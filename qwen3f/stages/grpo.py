@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
+from qwen3f.data.chat.recognise import opening
 from qwen3f.data.mixture import parse_weights
-from qwen3f.data.tokenizers.tokenizer import load_tokenizer
+from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import Answer, judge
 from qwen3f.params import Params
@@ -109,7 +110,7 @@ def find_tasks(setup: Setup) -> list[tuple[str, Task, float]]:
 
 def make(run: Run) -> Stage:
     setup, config = run.setup, run.setup.config
-    tokenizer = load_tokenizer(find_tokenizer(setup, run.workdir))
+    tokenizer = load_tokenizer(find_tokenizer(setup, run.workdir), config.chat_template)
     check_tokenizer(tokenizer, setup.model)
     rollout = config.rollout
     tasks = find_tasks(setup)
@@ -124,7 +125,7 @@ def make(run: Run) -> Stage:
         run.world,
         setup.layout.axes,
     )  # fmt: skip
-    steps = Steps(run, tools, questions, _options(setup))
+    steps = Steps(run, tools, questions, _options(setup, tokenizer))
     hyper = find_hyper(setup)
     return Stage(
         tokenizer=tokenizer,
@@ -141,7 +142,7 @@ def make(run: Run) -> Stage:
     )
 
 
-def _options(setup: Setup) -> R.Options:
+def _options(setup: Setup, tokenizer: Tokenizer) -> R.Options:
     config, rollout = setup.config, setup.config.rollout
     return R.Options(
         **config.advantages.to_dict(),
@@ -157,6 +158,7 @@ def _options(setup: Setup) -> R.Options:
         updates=config.updates,
         least_parts=setup.microbatches,
         thinking=rollout.thinking,
+        begun=opening(tokenizer),
     )
 
 
@@ -293,7 +295,7 @@ def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]]) -
         (name, task, first_questions(task, "heldout", max(1, config.eval.questions // len(tasks))))
         for name, task, _ in tasks
     ]
-    thinking = config.rollout.thinking
+    thinking, begun = config.rollout.thinking, opening(tools.tokenizer)
     ids = [encode(tools.tokenizer, q.prompt, thinking) for _, _, questions in asked for q in questions]
 
     def validate(params: Params) -> dict[str, float]:
@@ -301,9 +303,8 @@ def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]]) -
             raise Interrupted
         tools.sampler.update(whole_params(setup.model, params, setup.layout, setup.compute_dtype))
         given = tools.sampler.answers(ids, config.eval.temperature, config.eval.max_new_tokens)
-        answers = [
-            Answer(tools.tokenizer.decode(list(one.ids[:-1] if one.ended else one.ids)), one.ended) for one in given
-        ]
+        texts = [begun + tools.tokenizer.decode(list(one.ids[:-1] if one.ended else one.ids)) for one in given]
+        answers = [Answer(text, one.ended) for text, one in zip(texts, given)]
         return run.world.first(_marks(asked, answers, thinking) if run.world.main else None)
 
     def say(values: Mapping[str, float]) -> str:

@@ -14,6 +14,8 @@ import torch
 
 from qwen3f.data.chat.corpus import ChatCorpus, ChatDataConfig, generated_problems, prepare_chats
 from qwen3f.data.chat.corpus import check as check_data
+from qwen3f.data.chat.kinds import check_thinking, find_kind
+from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.report import render_samples
 from qwen3f.data.loader import Indexed, Share, build_batch
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -48,6 +50,8 @@ def check(setup: Setup) -> None:
         at_least(config, key, 0)
     at_least(config, "eval.max_new_tokens", 1)
     parse_modes(config.eval.modes)
+    if config.chat_template:
+        find_kind(config.chat_template)
     if config.eval.task:
         open_task(config.eval.task, "--config.eval.task")
 
@@ -60,7 +64,9 @@ def make(run: Run) -> Stage:
             "fine-tuning needs the tokenizer that the model was pretrained with: write --config.init_from=W, or "
             "--config.data.tokenizer=PATH"
         )
-    tokenizer = load_tokenizer(place)
+    tokenizer = load_tokenizer(place, config.chat_template)
+    for mode in parse_modes(config.eval.modes) if _asks(run) else ():
+        check_thinking(kind_of(tokenizer), mode == "thinking")
     check_tokenizer(tokenizer, setup.model)
     corpus = prepare_chats(_data_config(setup), config.seq_len, tokenizer, run.progress)
     corpus.check_covers(config.steps * config.batch_size, config.seed)

@@ -160,7 +160,10 @@ def _lines_until(path: Path, start_step: int) -> list[tuple[int, str]]:
     """
     if not path.exists():
         return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no text that a run wrote ({error}): move it away") from error
     steps = [_step_of(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
     return list(itertools.takewhile(lambda pair: 0 < start_step >= pair[0], zip(steps, lines, strict=True)))
 
@@ -179,7 +182,7 @@ def _cut(path: Path, lines: int) -> None:
 def _step_of(line: str, where: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f'{where} is not a JSON object with a "step": move the file away, or mend the line') from error
 
 

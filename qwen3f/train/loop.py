@@ -285,9 +285,9 @@ def _announce(s: Session, start: int, logger: Logger) -> None:
     setup, cfg, shape = s.setup, s.setup.model, s.setup.layout.axes.shape
     dtype, peak = str(setup.compute_dtype).removeprefix("torch."), peak_flops(setup.device) * s.world.size
     logger.write(
-        f"model: {cfg.total_params_estimate():,} parameters, {cfg.num_hidden_layers} layers; {dtype} on "
-        f"{setup.device}, compile={setup.execution.compile}; MFU against {peak / 1e12:.4g} TFLOP/s "
-        f"({peak_source(setup.device)})"
+        f"model: {cfg.total_params_estimate():,} parameters, {cfg.num_hidden_layers} layers, rotary base "
+        f"{cfg.rope_theta:,.12g} over {cfg.max_position_embeddings:,} positions; {dtype} on {setup.device}, "
+        f"compile={setup.execution.compile}; MFU against {peak / 1e12:.4g} TFLOP/s ({peak_source(setup.device)})"
     )
     if shape.size > 1:
         logger.write(f"mesh: {shape}, {shape.size} ranks")

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import shutil
 import sys
 
 import pytest
@@ -20,6 +21,7 @@ from qwen3f.stages.configs import pretrain_config
 from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.train import loop
 from sharding.mesh import parse_mesh
+from tests.data.chat.references import REFERENCES
 from tests.eval import benchmark_rows, tiny_model
 from tests.sharding.worlds import run_processes
 from tests.train.runs import metrics
@@ -354,6 +356,41 @@ def test_a_task_is_asked_in_chats_and_judged_by_itself(tmp_path):
     assert record["prompt"] == render(
         [{"role": "user", "content": asked[1].item.prompt}], add_generation_prompt=True, enable_thinking=True
     )
+
+
+@pytest.mark.parametrize("kind", ["instruct-2507", "thinking-2507"])
+def test_a_model_is_asked_in_its_own_kind_of_chats(place, tmp_path, kind):
+    """Which goes into the settings; what it cannot do is said; the thought that a prompt opens is an answer's."""
+    shutil.copytree(place / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text(REFERENCES[kind])
+    thinks = kind == "thinking-2507"
+    changes = {"init_from": str(tmp_path / "hf"), "benchmarks": "gsm8k", "prompt": "chat", "shots": 0, "limit": 2}
+    with pytest.raises(UserError, match=f"{kind}, which {'always' if thinks else 'never'} thinks"):
+        run.evaluate(configure(place, thinking=not thinks, **changes), tmp_path / "no", progress=False)
+    config = configure(place, thinking=thinks, **changes)
+    found = run.evaluate(config, tmp_path / "e", progress=False)["benchmarks"]["gsm8k"]
+    assert found["settings"]["chat_template"] == kind
+    for one in found["samples"]:
+        assert one["prompt"].endswith("<|im_start|>assistant\n" + "<think>\n" * thinks)
+        assert all(text.startswith("<think>\n") == thinks for text in one["outputs"])
+    run.evaluate(config, tmp_path / "e", progress=False)
+    config.chat_template = "hybrid"
+    with pytest.raises(UserError, match="chat_template"):
+        run.evaluate(config, tmp_path / "e", progress=False)
+
+
+def test_benchmarks_of_a_run_are_asked_in_its_model_s_kind_of_chats(place, trained, tmp_path):
+    directory = tmp_path / "hf"
+    shutil.copytree(place / "hf", directory)
+    (directory / "chat_template.jinja").write_text(REFERENCES["thinking-2507"])
+    config = training(place, steps=1, init_from=str(directory), **{"eval.benchmark_prompt": "chat"})
+    config.data.tokenizer = str(directory)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hook, "measure", lambda *given: seen.extend(measure(*given)) or measure(*given))
+        loop.run(config, tmp_path / "w", progress=False)
+    assert any("outputs" in record for record in seen)
+    assert all(record["prompt"].endswith("<think>\n") for record in seen if "outputs" in record)
 
 
 def test_questions_are_spread_over_all_subjects():

@@ -119,13 +119,13 @@ def test_thinking_ends_at_the_budget(source, capsys, tmp_path):
 
 def test_settings_override_the_recommendation_one_by_one():
     config = get_config()
-    assert choose_sampling(config) == THINKING
+    assert choose_sampling(config, True) == THINKING
     config.temperature = 0.0
-    assert choose_sampling(config) == SamplingParams(0.0, 20, 0.95)
-    config.thinking, config.min_p = False, 0.1
-    assert choose_sampling(config) == SamplingParams(0.0, 20, 0.8, 0.1, 1.5)
+    assert choose_sampling(config, True) == SamplingParams(0.0, 20, 0.95)
+    config.min_p = 0.1
+    assert choose_sampling(config, False) == SamplingParams(0.0, 20, 0.8, 0.1, 1.5)
     config.chat = False
-    assert choose_sampling(config) == SamplingParams(min_p=0.1)
+    assert choose_sampling(config, False) == SamplingParams(min_p=0.1)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,14 @@ def test_settings_override_the_recommendation_one_by_one():
         ({"prompt": "", "prompts": ("a", "")}, "every prompt must be a text"),
         ({"system": "x", "chat": False}, "config.system needs the chat format"),
         ({"thinking": False, "thinking_budget": 4}, "config.thinking_budget needs"),
+        ({"chat": False, "thinking_budget": 4}, "config.thinking_budget needs"),
+        ({"chat_template": "chatml"}, "--config.chat_template='chatml': write one of hybrid, instruct-2507"),
+        (
+            {"chat_template": "coder", "thinking": True},
+            "kind coder, which never thinks: leave enable_thinking=True",
+        ),
+        ({"chat_template": "thinking-2507", "thinking": False}, "thinking-2507, which always thinks"),
+        ({"chat_template": "instruct-2507", "thinking_budget": 4}, "config.thinking_budget needs a chat that thinks"),
         ({"thinking_budget": -4}, "thinking_budget must be"),
         ({"top_p": 0.0}, "top_p must lie"),
         ({"max_new_tokens": 0}, "config.max_new_tokens must be at least 1"),

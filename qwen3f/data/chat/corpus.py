@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from qwen3f.data.cache.token_cache import TokenCache, build_or_open, cache_path
-from qwen3f.data.chat.qwen_template import check_chat_tokenizer
+from qwen3f.data.chat.recognise import check_chat_tokenizer
 from qwen3f.data.chat.report import PackingReport, packing_report
 from qwen3f.data.chat.samples import TURNS, Turns
 from qwen3f.data.chat.sources import open_chats
@@ -156,23 +156,30 @@ def prepare_chats(cfg: ChatDataConfig, seq_len: int, tokenizer: Tokenizer, progr
     """
     check(cfg)
     check_seq_len(seq_len)
+    kind = check_chat_tokenizer(tokenizer)
+    if cfg.switches and not kind.asks:
+        raise UserError(
+            f"--config.data.switches={cfg.switches} is for models that think when asked; the chat template of this "
+            f"one, of the kind {kind.name}, has no switches: write --config.data.switches=0."
+        )
     options = {
         "turns": cfg.turns,
         "switches": cfg.switches,
         "task": open_task(cfg.judge, "--config.data.judge") if cfg.judge else None,
         "on_bad_row": cfg.on_bad_row,
+        "kind": kind,
     }
     problems = generated_problems(cfg)
-    kind = Kind(
+    recipe = Recipe(
         open=lambda name: open_chats(name, cfg.root, problems, **options),
         limit=LimitedSource,
         pack=lambda source, split, cache: _pack(cfg, source, split, cache, tokenizer, seq_len),
     )
-    return prepare_packed(cfg, kind, tokenizer, progress)
+    return prepare_packed(cfg, recipe, tokenizer, progress)
 
 
 @dataclass(frozen=True)
-class Kind:
+class Recipe:
     """What chats and pairs of them do differently.
 
     open: the source that a mixture names. limit: the first so many samples of each split of a source. pack: the rows of
@@ -184,24 +191,23 @@ class Kind:
     pack: Callable[[Source, Split, TokenCache], BestFitDataset | PairDataset | None]
 
 
-def prepare_packed(cfg: Any, kind: Kind, tokenizer: Tokenizer, progress: bool) -> ChatCorpus:
-    """`prepare_chats` of a kind. cfg: ChatDataConfig, or another with its mixture, limits and cache."""
-    check_chat_tokenizer(tokenizer)
+def prepare_packed(cfg: Any, recipe: Recipe, tokenizer: Tokenizer, progress: bool) -> ChatCorpus:
+    """`prepare_chats` by a recipe. cfg: ChatDataConfig, or another with its mixture, limits and cache."""
     weights = dict(parse_weights(cfg.mixture))
     if cfg.root and len(weights) > 1:
         raise UserError("--config.data.root is the directory of one source: write NAME@DIR in the mixture instead.")
     caps = parse_caps(cfg.max_epochs, list(weights))
-    sources = {name: kind.open(name) for name in weights}
+    sources = {name: recipe.open(name) for name in weights}
     cache_dir = cache_directory(cfg.cache)
 
     def packed(split: Split, most: int) -> dict[str, BestFitDataset | PairDataset]:
         found = {}
         for name, source in sources.items():
-            limited = kind.limit(source, most) if most else source
+            limited = recipe.limit(source, most) if most else source
             path = cache_path(limited, split, tokenizer, cache_dir)
             if path.exists() or _has_samples(limited, split):
                 cache = build_or_open(limited, split, tokenizer, cache_dir, cfg.num_threads, cfg.workers, progress)
-                if (rows := kind.pack(limited, split, cache)) is not None:
+                if (rows := recipe.pack(limited, split, cache)) is not None:
                     found[name] = rows
         return found
 

@@ -23,6 +23,7 @@ from qwen3f.data.chat.conversation import (
     checked_messages,
     read_conversation,
 )
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.chat.samples import Sample, Turns, make_samples
 from qwen3f.data.sources.adapters import sft
 from qwen3f.data.sources.adapters.answers import last_boxed
@@ -35,7 +36,7 @@ from qwen3f.data.sources.reasoning import ReasoningSource, chat_messages
 from qwen3f.errors import UserError
 from qwen3f.tasks.task import Task
 
-_FORMAT = 1  # part of the fingerprint: raise it when the same rows would give other samples
+_FORMAT = 2  # part of the fingerprint: raise it when the same rows would give other samples
 
 GENERATED = {"reasoning": True, "reasoning-plain": False}
 """The generated sources, and whether their answers think."""
@@ -114,6 +115,7 @@ class ChatSource:
         turns, switches: see `make_samples`.
         task: keeps only conversations whose answer it judges right; None: all.
         on_bad_row: "error" or "skip".
+        kind: of the chat template.
     """
 
     name: str
@@ -123,6 +125,7 @@ class ChatSource:
     switches: float = 0.0
     task: Task | None = None
     on_bad_row: OnBadRow = "error"
+    kind: TemplateKind = HYBRID
 
     def documents(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Sample]:
         """Stream the samples of `split`; what is left out is counted by reason (`rows.REASONS`).
@@ -146,7 +149,7 @@ class ChatSource:
 
     def fingerprint(self, split: Split) -> str:
         """As in `Source`."""
-        settings = (self.turns, self.switches, self.task.name if self.task else None, self.on_bad_row)
+        settings = (self.turns, self.switches, self.task.name if self.task else None, self.on_bad_row, self.kind.name)
         parts = (_FORMAT, split, HOLDOUT, self.rows.fingerprint(split), settings)
         return f"{stable_hash(repr(parts).encode()):016x}"
 
@@ -160,7 +163,7 @@ class ChatSource:
         conversation = self.read(row)
         if self.task is not None:
             _check_right(conversation, self.task)
-        return conversation, make_samples(conversation, self.turns, self.switches)
+        return conversation, make_samples(conversation, self.turns, self.switches, self.kind)
 
 
 def open_chats(name: str, root: str, problems: ReasoningSource, **options: object) -> ChatSource:
@@ -170,7 +173,7 @@ def open_chats(name: str, root: str, problems: ReasoningSource, **options: objec
         name: as in the mixture.
         root: directory of a source that does not name one.
         problems: what the generated sources read.
-        options: of `ChatSource`: turns, switches, task, on_bad_row.
+        options: of `ChatSource`: turns, switches, task, on_bad_row, kind.
 
     Raises:
         UserError: an unknown name, or a directory that is missing or holds no file.

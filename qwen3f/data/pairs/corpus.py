@@ -13,7 +13,8 @@ import numpy as np
 
 from qwen3f.data.cache.column import Column, new_column
 from qwen3f.data.cache.token_cache import TokenCache
-from qwen3f.data.chat.corpus import ChatCorpus, Kind, generated_problems, prepare_packed
+from qwen3f.data.chat.corpus import ChatCorpus, Recipe, generated_problems, prepare_packed
+from qwen3f.data.chat.recognise import check_chat_tokenizer
 from qwen3f.data.packing.concat import check_seq_len
 from qwen3f.data.packing.pair_dataset import PairDataset
 from qwen3f.data.pairs.sources import PairSource, open_pairs
@@ -75,12 +76,13 @@ def prepare_pairs(cfg: PairDataConfig, layout: PairLayout, tokenizer: Tokenizer,
     check(cfg)
     check_seq_len(layout.seq_len)
     problems = generated_problems(cfg)
-    kind = Kind(
-        open=lambda name: open_pairs(name, cfg.root, problems, cfg.on_bad_row),
+    template = check_chat_tokenizer(tokenizer)
+    recipe = Recipe(
+        open=lambda name: open_pairs(name, cfg.root, problems, cfg.on_bad_row, template),
         limit=lambda source, most: replace(source, most=most),
         pack=lambda source, split, cache: _pack(cfg, layout, source, split, cache, tokenizer.pad_id),
     )
-    return prepare_packed(cfg, kind, tokenizer, progress)
+    return prepare_packed(cfg, recipe, tokenizer, progress)
 
 
 def check(cfg: PairDataConfig) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.pairs.pair import Pair, make_pair
 from qwen3f.data.sources.documents import Split
 from qwen3f.data.sources.random_choices import Draws
@@ -40,24 +41,24 @@ class GeneratedPairs:
     kind: str
     problems: ReasoningSource
 
-    def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Callable[[], Pair]]:
+    def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Callable[[TemplateKind], Pair]]:
         """A function for each problem, which makes its pair."""
         for number, item in enumerate(self.problems.problems(split, counts), start=1):
             name = f"{self.kind}, {item.kind} {item.difficulty}, {split}:{number}"
-            yield lambda item=item, name=name: generated_pair(self.kind, item, name)
+            yield lambda template, item=item, name=name: generated_pair(self.kind, item, name, template)
 
     def fingerprint(self, split: Split) -> str:
         """Changes when the pairs may have changed."""
         return f"{self.problems.fingerprint(split)} {self.kind}"
 
 
-def generated_pair(kind: str, item: Problem, name: str) -> Pair:
+def generated_pair(kind: str, item: Problem, name: str, template: TemplateKind = HYBRID) -> Pair:
     """The pair that a kind makes of a problem."""
     rule = kind.removesuffix(_PLAIN)
     user, right = chat_messages(item, thinking=not kind.endswith(_PLAIN))
     draws = Draws(rule, item.question)
     worse = {**right, **_RULES[rule](right, item, draws)}
-    return make_pair([user, right], [user, worse], name)
+    return make_pair([user, right], [user, worse], name, template=template)
 
 
 def wrong_answer(item: Problem, draws: Draws) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3f.data.chat.conversation import Conversation, checked_messages, read_tools
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.chat.samples import Sample, check_mode, thinking_enabled, thought_of
 from qwen3f.data.chat.template import Message, split_thought
 from qwen3f.data.sources.adapters.dpo import Preference
@@ -43,7 +44,7 @@ class Pair:
         return iter((self.chosen, self.rejected))
 
 
-def read_pair(row: Row) -> Pair:
+def read_pair(row: Row, template: TemplateKind = HYBRID) -> Pair:
     """The pair of a row in the module's form. Raises RowFault with file and row, LeftOut."""
     tools, enable_thinking = read_tools(row), row.values.get("enable_thinking")
     if not isinstance(enable_thinking, bool | None):
@@ -53,16 +54,17 @@ def read_pair(row: Row) -> Pair:
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < math.inf:
         raise RowFault("invalid_rows", f"{row.name} has margin={margin!r}: write a positive number.")
     chats = [list_of_dicts(row, column) for column in COLUMNS]
-    return make_pair(*chats, row.name, tools=tools, enable_thinking=enable_thinking, margin=float(margin))
+    options = {"tools": tools, "enable_thinking": enable_thinking, "margin": float(margin), "template": template}
+    return make_pair(*chats, row.name, **options)
 
 
-def of_preference(preference: Preference, name: str) -> Pair:
+def of_preference(preference: Preference, name: str, template: TemplateKind = HYBRID) -> Pair:
     """The pair of a data set with ratings, whose difference is the margin. Raises RowFault, LeftOut."""
     chats = [
         [*preference.prompt, {"role": "assistant", "content": text}]
         for text in (preference.chosen, preference.rejected)
     ]
-    return make_pair(*chats, name, margin=preference.ratings[0] - preference.ratings[1])
+    return make_pair(*chats, name, margin=preference.ratings[0] - preference.ratings[1], template=template)
 
 
 def make_pair(
@@ -73,11 +75,13 @@ def make_pair(
     tools: tuple[Mapping[str, Any], ...] | None = None,
     enable_thinking: bool | None = None,
     margin: float = 1.0,
+    template: TemplateKind = HYBRID,
 ) -> Pair:
     """The pair of two chats that differ in their last answer alone.
 
-    name: "file:row". Raises RowFault for what `checked_messages` refuses, prompts that differ, and a thought where the
-    row or a switch asks for none; LeftOut for answers that are the same.
+    name: "file:row". template: of the model's chats. Raises RowFault for what `checked_messages` refuses, prompts that
+    differ, and a thought where the row or a switch asks for none or the template has none; LeftOut for answers that are
+    the same.
     """
     both = []
     for side, messages in zip(COLUMNS, (chosen, rejected)):
@@ -95,10 +99,10 @@ def make_pair(
         raise LeftOut("ties")
     last = len(better.messages) - 1
     for one in both:
-        check_mode(one, last)
+        check_mode(one, last, template)
     thinks = any(bool(thought_of(one.messages[last])) for one in both)
-    enabled = thinking_enabled(better, better.messages, thinks)
-    samples = (Sample(one.messages, one.name, tools, False, enabled) for one in both)
+    enabled = thinking_enabled(better, better.messages, thinks, template)
+    samples = (Sample(one.messages, one.name, tools, False, enabled, template) for one in both)
     return Pair(*samples, margin, better.question)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.chat.samples import Sample
 from qwen3f.data.chat.sources import FileRows
 from qwen3f.data.pairs.generated import GENERATED, GeneratedPairs
@@ -30,7 +31,7 @@ _PAIRS = HubDataset("pairs", "pairs", "dpo", COLUMNS, OPTIONAL_COLUMNS)
 class PairRows(Protocol):
     """Where pairs come from."""
 
-    def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Callable[[], Pair]]:
+    def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Callable[[TemplateKind], Pair]]:
         """The pairs of a split and perhaps others: functions that make one, or raise RowFault or LeftOut."""
         ...
 
@@ -44,21 +45,21 @@ class FilePairs:
     """Pairs of rows of a data set in local files, or of the Hub; `make` reads one."""
 
     rows: FileRows
-    make: Callable[[Row], Pair] = field(repr=False)
+    make: Callable[[Row, TemplateKind], Pair] = field(repr=False)
 
-    def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Callable[[], Pair]]:
+    def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Callable[[TemplateKind], Pair]]:
         """As in `PairRows`."""
         for row in self.rows.read(split, counts):
-            yield lambda row=row: self._pair(row)
+            yield lambda template, row=row: self._pair(row, template)
 
     def fingerprint(self, split: Split) -> str:
         """As in `PairRows`."""
         return self.rows.fingerprint(split)
 
-    def _pair(self, row: Row | BadRow) -> Pair:
+    def _pair(self, row: Row | BadRow, template: TemplateKind) -> Pair:
         if isinstance(row, BadRow):
             raise RowFault(row.reason, row.message)
-        return self.make(row)
+        return self.make(row, template)
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,14 @@ class PairSource:
         name: what the user wrote in the mixture.
         rows: where they come from.
         on_bad_row: "error" or "skip".
+        template: of the chats.
         most: pairs of a split to read, at most, the first ones; 0: all.
     """
 
     name: str
     rows: PairRows
     on_bad_row: OnBadRow = "error"
+    template: TemplateKind = HYBRID
     most: int = 0
 
     def pairs(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Pair]:
@@ -86,7 +89,7 @@ class PairSource:
         counts, given = Counter() if counts is None else counts, 0
         for make in self.rows.read(split, counts):
             try:
-                pair = make()
+                pair = make(self.template)
             except RowFault as fault:
                 if self.on_bad_row == "error":
                     raise UserError(f"{fault.message} (--config.data.on_bad_row=skip leaves such rows out)") from None
@@ -107,11 +110,18 @@ class PairSource:
 
     def fingerprint(self, split: Split) -> str:
         """As in `Source`."""
-        parts = (_FORMAT, "pairs", split, HOLDOUT, self.rows.fingerprint(split), self.on_bad_row, self.most)
+        settings = (self.on_bad_row, self.template.name, self.most)
+        parts = (_FORMAT, "pairs", split, HOLDOUT, self.rows.fingerprint(split), *settings)
         return f"{stable_hash(repr(parts).encode()):016x}"
 
 
-def open_pairs(name: str, root: str, problems: ReasoningSource, on_bad_row: OnBadRow = "error") -> PairSource:
+def open_pairs(
+    name: str,
+    root: str,
+    problems: ReasoningSource,
+    on_bad_row: OnBadRow = "error",
+    template: TemplateKind = HYBRID,
+) -> PairSource:
     """The source that a mixture names; see the module's text.
 
     Args:
@@ -119,13 +129,14 @@ def open_pairs(name: str, root: str, problems: ReasoningSource, on_bad_row: OnBa
         root: directory of a source that does not name one.
         problems: what the generated sources are made of.
         on_bad_row: "error" or "skip".
+        template: of the chats.
 
     Raises:
         UserError: an unknown name, or a directory that is missing or holds no file.
     """
     kind, at, directory = name.partition("@")
     if kind in GENERATED and not at:
-        return PairSource(name, GeneratedPairs(kind, problems), on_bad_row)
+        return PairSource(name, GeneratedPairs(kind, problems), on_bad_row, template)
     if kind == "pairs":
         if bool(root) == bool(directory):
             raise UserError(
@@ -140,8 +151,8 @@ def open_pairs(name: str, root: str, problems: ReasoningSource, on_bad_row: OnBa
         known = ", ".join([*GENERATED, "pairs@DIR", *(f"{name}@DIR" for name in names("dpo"))])
         raise UserError(f"Unknown source {name!r} in --config.data.mixture: write one of {known}.")
     rows.fingerprint("train")  # a missing directory is an error now, not while reading
-    return PairSource(name, rows, on_bad_row)
+    return PairSource(name, rows, on_bad_row, template)
 
 
-def _of_ultrafeedback(row: Row) -> Pair:
-    return of_preference(ultrafeedback(row), row.name)
+def _of_ultrafeedback(row: Row, template: TemplateKind) -> Pair:
+    return of_preference(ultrafeedback(row), row.name, template)

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -112,6 +112,48 @@ def stable_hash(content: bytes) -> int:
 def is_heldout(content: bytes, holdout: float) -> bool:
     """Whether the item identified by `content` belongs to the held-out split, a share `holdout` of all items."""
     return stable_hash(content) < holdout * 2.0**64
+
+
+_FEW, _FEW_CHARS = 1000, 2**26  # documents, of so many characters together, that are looked at for both splits
+
+
+def split_documents(documents: Iterable[Document], split: Split, holdout: float) -> Iterator[Document]:
+    """The documents of `split` by `is_heldout`.
+
+    Of so few that one of the splits would be empty, such as one long text, the last share `holdout` of all characters
+    is held out instead, cut at a line end where there is one. (Neither split then has text of the other; a name gets
+    "#1" and "#2" where its document was cut.)
+    """
+    first: list[Document] = []
+    kinds, chars = set(), 0
+    for document in (stream := iter(documents)):
+        first.append(document)
+        kinds.add(is_heldout(document.text.encode(), holdout))
+        chars += len(document.text)
+        if len(kinds) == 2 or len(first) >= _FEW or chars >= _FEW_CHARS:
+            break
+    else:
+        if holdout and chars:
+            yield from _by_position(first, split, round(chars * (1 - holdout)))
+            return
+    for document in chain(first, stream):
+        if is_heldout(document.text.encode(), holdout) == (split == "heldout"):
+            yield document
+
+
+def _by_position(documents: list[Document], split: Split, place: int) -> Iterator[Document]:
+    """What lies before character `place` of all the documents is the train split, the rest is held out."""
+    for document in documents:
+        cut = min(max(place, 0), len(document.text))
+        place -= len(document.text)
+        if 0 < cut < len(document.text):
+            cut = document.text.rfind("\n", 0, cut) + 1 or cut
+            parts = (document.text[:cut], f"{document.name}#1"), (document.text[cut:], f"{document.name}#2")
+        else:
+            parts = ((document.text[:cut], document.name), (document.text[cut:], document.name))
+        text, name = parts[split == "heldout"]
+        if text and not text.isspace():
+            yield Document(text, name)
 
 
 def distinct(

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from qwen3f.data.chat.examples import chat_tokens
+from qwen3f.data.chat.kinds import KINDS
 from qwen3f.data.chat.template import encode_chat, split_thought
 from qwen3f.data.pairs.corpus import PairDataConfig, PairLayout, prepare_pairs
 from qwen3f.data.pairs.generated import GENERATED
@@ -94,6 +95,22 @@ def test_bad_pairs_are_named_or_counted(row, reason, words, tmp_path):
     counts = Counter()
     assert len(both(opened([GOOD, row], tmp_path, on_bad_row="skip"), counts)) == 1
     assert counts == {reason: 2}  # a row is read once for each split
+
+
+def test_pairs_are_of_the_model_s_kind_of_chats(tmp_path):
+    """As chats are: without a place for thoughts there are none, and an answer is trained from its beginning."""
+    plain, thinks = GOOD, {"chosen": [user("q"), answer("a", "t")], "rejected": [user("q"), answer("b")]}
+    for kind in KINDS.values():
+        source = opened([plain, plain | {"margin": 2}], tmp_path, template=kind)
+        assert {sample.kind for pair in both(source) for sample in pair} == {kind}
+        source = opened([thinks], tmp_path, template=kind)
+        if kind.thinks:
+            assert both(source)
+        else:
+            with pytest.raises(UserError, match=f"Message 1 has a thought, .* kind {kind.name}, has no place for one"):
+                both(source)
+    prints = {opened([plain], tmp_path, template=kind).fingerprint("train") for kind in KINDS.values()}
+    assert len(prints) == len(KINDS)
 
 
 def test_equal_answers_are_left_out_and_counted(tmp_path):
