@@ -26,20 +26,26 @@ def main(argv: list[str]) -> None:
         raise UserError("--config is missing; write e.g. --config experiments/demo.py")
     name = Path(flags.FLAGS["config"].config_filename.partition(":")[0]).stem
     workdir = Path(_WORKDIR.value) if _WORKDIR.value else Path("runs") / name
-    cli.run_stage(_CONFIG.value, workdir, _PROGRESS.value)
+    chosen = config_flags.get_override_values(flags.FLAGS["config"])
+    cli.run_stage(_CONFIG.value, workdir, _PROGRESS.value, chosen.keys())
 
 
 def guarded(argv: list[str]) -> None:
     try:
         main(argv)
     except UserError as error:
-        sys.exit(cli.report(error, 2))
+        sys.exit(cli.report(error, 2, _CONFIG.value))
     except TrainingError as error:
-        sys.exit(cli.report(error, 1))
+        sys.exit(cli.report(error, 1, _CONFIG.value))
     except BrokenPipeError:  # whoever read our output has left, as in "… | head"; Python would complain at exit too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # what the shell reports for SIGPIPE
+    except OSError as error:
+        if (problem := cli.full_disk(error)) is None:
+            raise
+        sys.exit(cli.report(problem, 1))
 
 
 if __name__ == "__main__":
+    cli.yield_while_waiting(os.environ)
     app.run(guarded, flags_parser=cli.parse_flags)

@@ -5,16 +5,17 @@
     python launch.py --config experiments/generate.py --config.init_from=DIR --config.input=IN.jsonl \
         --config.out=OUT.jsonl
 
-DIR is a Hugging Face directory (Qwen3 or Qwen3-MoE), a workdir or its checkpoints/N. Answers come out on stdout as they
-are written. Nothing is written, there or in a workdir, unless --config.out names a file. A model that has only been
-pretrained continues text: --config.chat=False.
+DIR is a Hugging Face directory (Qwen3 or Qwen3-VL, dense or MoE), a workdir or its checkpoints/N. Answers come out on
+stdout as they are written. Nothing is written, there or in a workdir, unless --config.out names a file. A model that
+has only been pretrained continues text: --config.chat=False. A model with a vision tower is asked about
+--config.images=a.png,b.jpg and --config.video=DIR, by --config.prompt or --config.prompts.
 
 The second is a chat: a question a line, from the terminal or a pipe. /think and /no_think as Qwen3 has them, /reset,
 /quit or the end of the input; Ctrl-C stops an answer and keeps what was said.
 
-The third answers a file's rows, {"prompt": "…"} or {"messages": […]}, each with an "id" and any key below from chat to
-stop for itself, if it likes; qwen3f/infer/batch_file.py says what OUT.jsonl gets. The same command goes on where it was
-stopped.
+The third answers a file's rows, {"prompt": "…"} or {"messages": […]}, each with an "id" and any key below that
+qwen3f/infer/text_request.py names for itself, if it likes (chat, thinking, temperature, seed, stop, …);
+qwen3f/infer/batch_file.py says what OUT.jsonl gets. The same command goes on where it was stopped.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -26,12 +27,21 @@ def get_config() -> ConfigDict:
     config.init_from = ""
     config.prompt = ""
     config.prompts = ()  # several prompts instead of one: --config.prompts="('a', 'b')"
+    config.images = ""  # files that the prompts ask about, with commas between: a.png,b.jpg
+    config.video = ""  # a directory of frames, in the order of their names, or a GIF
+    config.video_fps = config_dict.placeholder(float)  # how fast its frames were taken; a GIF says so itself
+    config.min_pixels = 65_536  # images are scaled to lie between
+    config.max_pixels = 16_777_216
     config.input = ""  # a .jsonl file of rows instead. Without any of the three: a chat over stdin
     config.out = ""  # a .jsonl file for the answers, in place of stdout
     config.on_bad_row = "error"  # of config.input: error, which names file and line; or skip, which counts them
     config.chat = True  # the prompt is a user's turn in Qwen3's chat format; False: text to go on with
     config.system = ""  # system message of the chat
-    config.thinking = True  # chat: let the model think first. False: never, whatever a prompt's /think says
+    # chat: whether the model thinks first. True: unless a prompt's last switch is /no_think; False: never, whatever a
+    # prompt's /think says. Unset: as its template does by itself; a model that never thinks, or always, can do nothing
+    # else.
+    config.thinking = config_dict.placeholder(bool)
+    config.chat_template = ""  # hybrid, instruct-2507, thinking-2507 or coder; "": that of the template in DIR
     config.thinking_budget = config_dict.placeholder(int)  # tokens; then thinking ends with Qwen3's closing sentence
     config.max_new_tokens = 512
     # Unset: what Qwen3 recommends for a chat with or without thinking (qwen3f.infer.sampling); greedy with chat=False.

@@ -12,6 +12,7 @@ are ours).
 from ml_collections import ConfigDict
 
 from qwen3f.stages.configs import pretrain_config
+from qwen3f.train.defaults import no_scaling
 
 PEAK_LR = {"nano": 1e-2, "debug": 1e-3, "debug_moe": 1e-3}
 
@@ -22,7 +23,7 @@ def get_config(preset: str = "small") -> ConfigDict:
     config.seq_len = 512 if preset == "nano" else 4096
     config.model.rope_theta = 1e4
     config.model.max_position_embeddings = max(config.model.max_position_embeddings, config.seq_len)
-    config.model.rope_scaling = None
+    config.model.rope_scaling = no_scaling()
     config.schedule.kind = "cosine"
     config.schedule.peak_lr = PEAK_LR.get(preset, 3e-4)
     if preset == "nano":

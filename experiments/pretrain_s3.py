@@ -1,4 +1,4 @@
-"""Pretraining, stage 3: long context, 32,768 tokens, with the rotary base raised from 10,000 to 1,000,000 (ABF).
+"""Pretraining, stage 3: long context, 32,768 tokens, with the rotary base raised to 1,000,000 (ABF).
 
     python launch.py --config experiments/pretrain_s3.py:small --config.init_from=W2 --workdir W3
     python launch.py --config experiments/pretrain_s3.py:small,yarn …     # YaRN over stage 1's context as well
@@ -7,8 +7,9 @@
 Three quarters of the tokens are of documents longer than half the context, a quarter of documents longer than an eighth
 (technical report, §3.2: 16,384 to 32,768 and 4,096 to 16,384 tokens); shorter ones are left out.
 
-YaRN is off by default: Qwen3 trains with ABF alone and adds YaRN at inference (technical report, §3.2). nano runs at
-2,048 tokens.
+The model is that of init_from's weights, as in every stage that starts from some. A rotary base below 1,000,000 is
+raised, and a line says so; a higher one, or a longer context, stays. YaRN is off by default: Qwen3 trains with ABF
+alone and adds YaRN at inference (technical report, §3.2). nano runs at 2,048 tokens.
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +26,7 @@ def get_config(arg: str = "small") -> ConfigDict:
     before, config.seq_len = config.seq_len, 2048 if preset == "nano" else 32768
     config.model.max_position_embeddings = max(config.model.max_position_embeddings, config.seq_len)
     config.model.rope_theta = 1e6
+    config.abf = True
     if option == "yarn":
         scaling = {"factor": config.seq_len / before, "original_max_position_embeddings": before}
         config.model.rope_scaling = ConfigDict({"rope_type": "yarn", **scaling})

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "rejection_sample"
     config.init_from = ""
+    config.chat_template = ""  # hybrid or thinking-2507; "": that of the template beside the weights
     config.out = ""  # a directory of its own
     config.task = "reasoning"  # whose questions are asked, and which judges the answers
     config.questions = 1000  # so many of the training split, the first ones; 0: all

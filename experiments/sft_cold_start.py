@@ -3,8 +3,8 @@
     python launch.py --config experiments/sft_cold_start.py:nano --config.init_from=W --workdir W2
     python launch.py --config experiments/sft_cold_start.py:small --config.init_from=W --config.data.mixture=chats@DIR
 
-The preset after the colon is that of the model in W (default small). Trained are worked solutions that the task's judge
-calls right (Qwen3 technical report, §4.1, which publishes no rates: those here are ours).
+The preset after the colon says the run; the model is that of the weights in W. Trained are worked solutions that the
+task's judge calls right (Qwen3 technical report, §4.1, which publishes no rates: those here are ours).
 """
 
 from ml_collections import ConfigDict

@@ -4,9 +4,9 @@
     python launch.py --config experiments/sft_fusion.py:small --config.init_from=W2 \
         --config.data.mixture=chats@DIR=0.7,ultrachat@DIR2=0.3
 
-The preset after the colon is that of the model in W2 (default small). Thinking and plain data are mixed by weight; a
-share of the samples says its mode by /think or /no_think, of which the last one wins (Qwen3 technical report, §4.3).
-Thinking data by rejection sampling from the stage before: experiments/rejection_sample.py, then chats@DIR.
+The preset after the colon says the run; the model is that of the weights in W2. Thinking and plain data are mixed by
+weight; a share of the samples says its mode by /think or /no_think, of which the last one wins (Qwen3 technical report,
+§4.3). Thinking data by rejection sampling from the stage before: experiments/rejection_sample.py, then chats@DIR.
 """
 
 from ml_collections import ConfigDict

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kernels.backend import tl, triton
 
-ENABLED = False  # not tried on a card yet
+# On one H100 decoding was slower with it: Qwen3-0.6B at batch 1 676 tokens/s against 758, at 64 24,728 against 26,297.
+ENABLED = False
 
 
 @functools.cache

@@ -1,55 +1,107 @@
 """What stands behind launch.py: flags parsed with errors a person can act on, and dispatch to the stage."""
 
-import difflib
+import errno
+import functools
 import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Collection, MutableMapping
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
+from ml_collections.config_flags.config_flags import UnsupportedOperationError
 
-from qwen3f import stages
-from qwen3f.errors import UserError
+from qwen3f import stages, usage
+from qwen3f.errors import TrainingError, UserError
+from qwen3f.flag_hints import as_flags, check_value, hint
+from qwen3f.train import checks
 
 # config.stage -> the module whose run(config, workdir, progress) does that; any other stage is one of training
 TOOLS = {
+    "eval": "qwen3f.eval.run",
     "export_hf": "qwen3f.interop.export",
     "generate": "qwen3f.infer.run",
     "inspect": "qwen3f.checkpoint.inspect",
     "rejection_sample": "qwen3f.eval.rejection",
 }
 TRAIN = "qwen3f.train.launch"
+INHERIT = "qwen3f.train.inherit"
 PLAN = "qwen3f.plan.run"  # instead, where config.plan is set: what the mesh would do
 
 
+# Turns of the loop in which a thread of libgomp (torch's on Linux) waits for the others before it sleeps. libgomp's own
+# choice is 300,000, which takes the processor from the very thread that is waited for where a machine has more to do
+# than processors. A step of the demo's model on two cores, by libgomp's choice, 10,000, 1,000, and
+# OMP_WAIT_POLICY=passive: shared with others (load 7 to 12) 3.3 to 7.2, 1.4 to 2.0, 0.8 to 0.9, 0.4 to 1.0 s; with the
+# cores to itself (by a real-time priority) 0.20, -, 0.20 to 0.21, 0.24 to 0.25 s.
+_SPINS = "1000"
+
+
+def yield_while_waiting(environment: MutableMapping[str, str]) -> None:
+    """Set how torch's threads wait for each other, unless the user has. To be called before torch is imported."""
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
+        environment["GOMP_SPINCOUNT"] = _SPINS
+
+
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's flags parser, for app.run: what cannot be parsed ends with one line on stderr and exit code 2."""
+    """absl's flags parser, for app.run: what cannot be parsed ends with one line on stderr and exit code 2.
+
+    An experiment that is not here is looked for beside launch.py. --help prints and ends with exit code 0.
+    """
     try:
+        argv = usage.locate(argv)
+        if usage.asked(argv):
+            name = usage.experiment_of(argv)
+            print(usage.of_experiment(name, load_experiment(name)) if name else usage.overview())
+            sys.exit(0)
         _check_overrides(argv)
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         known = [flag for flag in flags.FLAGS if len(flag) > 1]
-        problem: Exception = UserError(f"unknown flag --{error.flagname}; {_hint(error.flagname, known)}")
-    except (flags.Error, UserError) as error:
+        problem: Exception = UserError(f"unknown flag --{error.flagname}; {hint(error.flagname, known)}")
+    except (flags.Error, UnsupportedOperationError, UserError) as error:
         problem = error
     sys.exit(report(problem, 2))
 
 
-def run_stage(config: ConfigDict, workdir: Path, progress: bool) -> None:
-    """Run the stage that `config.stage` names, or with config.plan the plan. Raises UserError for an unknown one."""
+def run_stage(config: ConfigDict, workdir: Path, progress: bool, chosen: Collection[str] = ()) -> None:
+    """Run the stage that `config.stage` names, or with config.plan the plan. Raises UserError for an unknown one.
+
+    chosen: keys that the user has set, such as "model.rope_theta": of the model the only ones that count beside weights
+      to start from; see qwen3f.train.inherit.
+    """
     known = [*stages.names(), *TOOLS]
     if config.stage not in known and "." not in config.stage:  # with a dot: the import path of one's own
         raise UserError(f"config.stage={config.stage!r} is unknown; use one of {', '.join(known)}")
-    # imports torch: once the command line is known to be right
+    if not progress and not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    if config.stage not in TOOLS:
+        checks.check_workdir(workdir)
+    checks.check(config, workdir)
+    # imports torch: once what can be checked without it is known to be right
     stage = importlib.import_module(PLAN if config.get("plan") else TOOLS.get(config.stage, TRAIN))
+    if config.stage not in TOOLS:
+        config = importlib.import_module(INHERIT).inherit_model(config, workdir, chosen)
     stage.run(config, workdir, progress)
 
 
-def report(error: Exception, code: int) -> int:
-    """Print an error on one line; returns the exit code."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+def full_disk(error: OSError) -> TrainingError | None:
+    """What to report of an error that comes of a disk without room; None of another one."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return None
+    where = f" (writing {error.filename})" if error.filename else ""
+    return TrainingError(
+        f"{error.strerror}{where}: make room where --workdir and --config.data.cache lie, or choose another place; the "
+        "same command then goes on from the last checkpoint"
+    )
+
+
+def report(error: Exception, code: int, config: ConfigDict | None = None) -> int:
+    """Print an error on one line, with the keys of `config` as the flags that they are; returns the exit code."""
+    text = " ".join(str(error).split())
+    print(f"error: {as_flags(text, _keys(config)) if config is not None else text}", file=sys.stderr, flush=True)
     return code
 
 
@@ -61,21 +113,27 @@ def _check_overrides(argv: list[str]) -> None:
         if argument.startswith("-") and flag == "config":
             experiment = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
         elif argument.startswith(("--config.", "-config.")):
-            overrides.append(flag)
+            apart = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("-") else None
+            overrides.append((flag, value if equals else apart))
     if experiment is None:
         return
-    known = {f"config.{key}" for key in _keys(load_experiment(experiment))}
-    for name in overrides:
+    config = load_experiment(experiment)
+    known = {f"config.{key}" for key in _keys(config)}
+    for name, value in overrides:
         if name not in known:
-            raise UserError(f"unknown key --{name}; {_hint(name, sorted(known))}")
+            raise UserError(f"unknown key --{name}; {hint(name, sorted(known))}")
+        *sections, last = name.removeprefix("config.").split(".")
+        kind = functools.reduce(lambda section, key: section[key], sections, config).get_type(last)
+        if value is not None:
+            check_value(name, value, kind)
 
 
 def load_experiment(experiment: str) -> ConfigDict:
     """The configuration of `experiments/X.py[:argument]`, as its get_config returns it."""
     file, colon, argument = experiment.partition(":")
     if not Path(file).is_file():
-        there = sorted(str(p) for p in Path("experiments").glob("*.py"))
-        raise UserError(f"--config: there is no file '{file}'; {_hint(file, there)}")
+        there = sorted(str(p) for p in Path("experiments").glob("*.py")) or list(usage.experiments())
+        raise UserError(f"--config: there is no file '{file}'; {hint(file, there)}")
     spec = importlib.util.spec_from_file_location("experiment", file)
     if spec is None or spec.loader is None:
         raise UserError(f"--config: {file} is not a Python file")
@@ -93,18 +151,3 @@ def _keys(config: ConfigDict) -> list[str]:
     for key, value in config.items():
         out += [f"{key}.{below}" for below in _keys(value)] if isinstance(value, ConfigDict) else [key]
     return out
-
-
-def _hint(name: str, known: list[str]) -> str:
-    """The likeliest of `known`: by the last part of a dotted name first, since sections are what people leave out.
-
-    Of several with that last part, such as steps, the one most like the whole name.
-    """
-    last = name.rpartition(".")[2]
-    lasts = [key.rpartition(".")[2] for key in known]
-    close = difflib.get_close_matches(last, lasts, n=1, cutoff=0.7) or [part for part in lasts if last in part]
-    if close:
-        alike = [key for key, part in zip(known, lasts) if part == close[0]]
-        return f"did you mean {difflib.get_close_matches(name, alike, n=1, cutoff=0.0)[0]}?"
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"

@@ -10,7 +10,8 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -20,6 +21,8 @@ HIDDEN_ACTS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 QK_NORMS = ("rms", "l2", "none")
 REMAT_POLICIES = ("none", "full", "selective")
 ROUTER_BALANCE = ("global", "global_exact", "micro", "hf")
+VISION_MERGERS = ("mlp", "pool_linear")
+VISION_DEEPSTACK = ("llm_inject", "vit_fuse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,9 @@ class RopeScaling:
         for key in ("factor", "original_max_position_embeddings"):
             if values.get(key) is None:
                 raise UserError(f"rope_scaling: '{key}' is missing; YaRN needs factor and the context length before it")
-        return cls(**values)
+        scaling = cls(**values)
+        _check_types("rope_scaling", scaling)
+        return scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +104,19 @@ class ModelConfig:
     vision_patch_size: int = 16
     vision_image_size: int = 768
     vision_num_channels: int = 3
-    vision_deepstack_layers: tuple[int, ...] = (5, 11, 17)
+    vision_deepstack_layers: tuple[int, ...] = (5, 11, 17)  # whose outputs DeepStack taps, from 0
     vision_merger_spatial_factor: int = 2
+    vision_temporal_patch_size: int = 2  # frames of a patch; an image is repeated
+    vision_merger: str = "mlp"  # neighbouring patches to a token: "mlp" (Qwen3-VL), "pool_linear" (their mean)
+    # "llm_inject" (Qwen3-VL): tap i, merged, is added behind layer i of the language model; "vit_fuse": taps are added
+    # to the tower's own output
+    vision_deepstack_mode: str = "llm_inject"
+    mrope_section: tuple[int, ...] = (24, 20, 20)  # rotary pairs that turn by time, by height and by width
+    # what the tokenizer calls <|image_pad|>, <|video_pad|>, <|vision_start|> and <|vision_end|>
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
     # training
     gradient_checkpointing: str = "none"  # "none", "full" (recompute a block), "selective" (keep matrix products)
     initializer_range: float = 0.02
@@ -114,10 +130,11 @@ class ModelConfig:
         }
         for name, aliases in normal.items():
             object.__setattr__(self, name, aliases.get(getattr(self, name), getattr(self, name)))
-        for name in ("mlp_only_layers", "vision_deepstack_layers"):
+        for name in ("mlp_only_layers", "vision_deepstack_layers", "mrope_section"):
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+        _check_types("model", self)
         _validate(self)
 
     # -- layers ------------------------------------------------------------------------------------------------------
@@ -135,6 +152,24 @@ class ModelConfig:
     def dense_layers(self) -> tuple[int, ...]:
         return tuple(i for i in range(self.num_hidden_layers) if not self.is_sparse(i))
 
+    # -- vision ------------------------------------------------------------------------------------------------------
+
+    @property
+    def vision_grid_side(self) -> int:
+        """Rows, and columns, of the table of learned positions: vision_image_size in patches."""
+        return self.vision_image_size // self.vision_patch_size
+
+    @property
+    def vision_patch_values(self) -> int:
+        """Numbers of a flat patch: channels × frames × height × width."""
+        return self.vision_num_channels * self.vision_temporal_patch_size * self.vision_patch_size**2
+
+    @property
+    def injected_taps(self) -> int:
+        """How many of the first layers get a tap of the tower added behind them."""
+        inject = self.vision_enabled and self.vision_deepstack_mode == "llm_inject"
+        return len(self.vision_deepstack_layers) if inject else 0
+
     # -- counts ------------------------------------------------------------------------------------------------------
 
     def total_params_estimate(self) -> int:
@@ -150,11 +185,13 @@ class ModelConfig:
         return sum(params.active_numel(self, path, spec) for path, spec in params.abstract_params(self).items())
 
     def matmul_params(self) -> int:
-        """Active parameters that take part in matrix products: the head counts (tied too), the lookup doesn't."""
+        """Active parameters that a token is multiplied with: the head counts (tied too), the lookup doesn't, nor does
+        the vision tower, through which patches pass."""
         from qwen3f import params
 
         table = params.abstract_params(self)
-        matrices = (p for p, s in table.items() if s.is_matrix and p != params.EMBED)
+        apart = (params.EMBED, params.VISUAL)
+        matrices = (path for path, spec in table.items() if spec.is_matrix and not path.startswith(apart))
         body = sum(params.active_numel(self, path, table[path]) for path in matrices)
         return body + (table[params.EMBED].numel if self.tie_word_embeddings else 0)
 
@@ -197,7 +234,7 @@ class ModelConfig:
         if not path.is_file():
             raise UserError(f"model config {path}: no such file")
         try:
-            values = parse(path.read_text())
+            values = parse(path.read_text(encoding="utf-8-sig"))
         except (ValueError, yaml.YAMLError) as error:
             raise UserError(f"model config {path}: cannot be parsed: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
@@ -205,13 +242,33 @@ class ModelConfig:
         return cls.from_dict(values)
 
 
+# YaRN in other programs: near names with another meaning.
+_OTHER_YARN = {
+    "attn_factor": "it multiplies the default; write attention_factor = attn_factor · (0.1·ln(factor) + 1)",
+    "mscale": "of DeepSeek; write attention_factor, what cosines and sines are multiplied by",
+    "mscale_all_dim": "of DeepSeek; write attention_factor, what cosines and sines are multiplied by",
+    "extrapolation_factor": "only 1 has a form here; leave it out",
+}
+
+
 def _check_keys(where: str, values: Mapping[str, Any], cls: type) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
+        if key not in known and key in _OTHER_YARN and cls is RopeScaling:
+            raise UserError(f"{where}: '{key}' has another meaning than any key here: {_OTHER_YARN[key]}")
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
             raise UserError(f"{where}: unknown key '{key}'{hint}")
+
+
+def _check_types(where: str, values: "RopeScaling | ModelConfig") -> None:
+    for field in dataclasses.fields(values):
+        value, kind = getattr(values, field.name), field.type
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
+        if type(value) not in kinds and not (float in kinds and type(value) is int):
+            words = " or ".join("null" if one is NoneType else one.__name__ for one in kinds)
+            raise UserError(f"{where}.{field.name} is {value!r}; it must be of type {words}")
 
 
 def _validate(cfg: ModelConfig) -> None:
@@ -258,5 +315,49 @@ def _validate(cfg: ModelConfig) -> None:
     for name in ("router_aux_loss_coef", "router_z_loss_coef"):
         if not getattr(cfg, name) >= 0:
             raise UserError(f"model.{name} must be at least 0, got {getattr(cfg, name)}")
+    if cfg.vision_enabled:
+        _validate_vision(cfg)
     if cfg.moe_drop_tokens and not cfg.moe_capacity_factor > 0:
         raise UserError(f"model.moe_capacity_factor must be positive, got {cfg.moe_capacity_factor}")
+
+
+def _validate_vision(cfg: ModelConfig) -> None:
+    sizes = "hidden_size num_hidden_layers num_attention_heads intermediate_size patch_size image_size num_channels"
+    for name in (f"vision_{size}" for size in f"{sizes} merger_spatial_factor temporal_patch_size".split()):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"model.{name} must be positive, got {getattr(cfg, name)}")
+    for name, allowed in (("vision_merger", VISION_MERGERS), ("vision_deepstack_mode", VISION_DEEPSTACK)):
+        if getattr(cfg, name) not in allowed:
+            raise UserError(f"model.{name} must be one of {', '.join(allowed)}, got {getattr(cfg, name)!r}")
+    if cfg.vision_hidden_size % (4 * cfg.vision_num_attention_heads):
+        raise UserError(
+            f"model.vision_hidden_size ({cfg.vision_hidden_size}) must be a multiple of 4 · "
+            f"model.vision_num_attention_heads ({cfg.vision_num_attention_heads}): a head turns by height and by width"
+        )
+    if cfg.vision_image_size % cfg.vision_patch_size:
+        raise UserError(
+            f"model.vision_image_size ({cfg.vision_image_size}) must be a multiple of model.vision_patch_size "
+            f"({cfg.vision_patch_size})"
+        )
+    taps, layers = cfg.vision_deepstack_layers, cfg.vision_num_hidden_layers
+    if list(taps) != sorted(set(taps)) or (taps and not 0 <= taps[0] <= taps[-1] < layers):
+        raise UserError(
+            f"model.vision_deepstack_layers ({list(taps)}) must rise and be layers of the tower, 0 … {layers - 1}"
+        )
+    if cfg.injected_taps > cfg.num_hidden_layers:
+        raise UserError(
+            f"model.vision_deepstack_layers has {len(taps)} taps, more than model.num_hidden_layers "
+            f"({cfg.num_hidden_layers}), behind which they are added"
+        )
+    sections = cfg.mrope_section
+    if len(sections) != 3 or min(sections) < 0 or sum(sections) != cfg.head_dim // 2:
+        raise UserError(
+            f"model.mrope_section ({list(sections)}) must be three numbers of rotary pairs whose sum is half of "
+            f"model.head_dim ({cfg.head_dim})"
+        )
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    for name in ids:
+        if not 0 <= getattr(cfg, name) < cfg.vocab_size:
+            raise UserError(f"model.{name} ({getattr(cfg, name)}) must be below model.vocab_size ({cfg.vocab_size})")
+    if len({getattr(cfg, name) for name in ids}) < len(ids):
+        raise UserError(f"model.{', model.'.join(ids)} must differ")

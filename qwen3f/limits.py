@@ -31,6 +31,9 @@ class Limit:
 FILE_BYTES = Limit("QWEN3F_MAX_FILE_BYTES", 2**26)
 """Of a file that is read whole: JSON, a tokenizer's. The index of the largest Qwen3 has 4 MB, its tokenizer 11."""
 
+RESULTS_BYTES = Limit("QWEN3F_MAX_RESULTS_BYTES", 2**31)
+"""Of an evaluation's results, with every prompt. MMLU's with five examples have some 70 MB."""
+
 ROW_BYTES = Limit("QWEN3F_MAX_ROW_BYTES", 2**26)
 """Of one row of a data set, decompressed. A book has one or two MB."""
 

@@ -25,6 +25,14 @@ HEAD = "lm_head.weight"
 SCORE = "score.weight"  # the scalar head, in the place of the vocabulary's
 LAYERS = "model.layers."  # the stack of transformer blocks
 
+VISUAL = "model.visual."  # the vision tower, with what makes tokens of its patches
+PATCH_EMBED = VISUAL + "patch_embed.proj."
+POSITIONS = VISUAL + "pos_embed.weight"
+VISUAL_BLOCKS = VISUAL + "blocks."  # the stack of its blocks
+MERGER = VISUAL + "merger."
+TAP_MERGERS = VISUAL + "deepstack_merger_list."  # a stack: one a tap (vision_deepstack_mode=llm_inject)
+TAP_FUSIONS = VISUAL + "deepstack_fusion_list."  # a stack: one a tap below the last layer (vit_fuse)
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
@@ -49,14 +57,17 @@ class ParamSpec:
         return math.prod(self.shape)
 
     @property
+    def pipelined(self) -> bool:
+        """Whether pp cuts it: a stack of the language model. The tower is stage 0's, replicated as the embedding is."""
+        return self.stack == LAYERS
+
+    @property
     def is_matrix(self) -> bool:
         return len(self.shape) - (self.layers is not None) >= 2
 
 
 def abstract_params(cfg: ModelConfig) -> dict[str, ParamSpec]:
-    """path -> ParamSpec, in the order of the forward pass. Costs no memory. Raises UserError for a vision tower."""
-    if cfg.vision_enabled:
-        raise UserError("model.vision_enabled: this version trains text models only; set it to False")
+    """path -> ParamSpec, in the order of the forward pass. Costs no memory."""
     d_q, d_kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
     dim, width, experts = cfg.hidden_size, cfg.intermediate_size, cfg.num_experts
     every = tuple(range(cfg.num_hidden_layers))
@@ -64,6 +75,8 @@ def abstract_params(cfg: ModelConfig) -> dict[str, ParamSpec]:
     embed_std = cfg.embed_initializer_range or cfg.initializer_range
 
     table = {EMBED: ParamSpec((cfg.vocab_size, dim), 0.0, embed_std, decay=False)}
+    if cfg.vision_enabled:
+        table |= _tower(cfg)
 
     def stack(layers: tuple[int, ...], name: str, *shape: int, constant: float | None = None) -> None:
         mean, std = (0.0, cfg.initializer_range) if constant is None else (constant, 0.0)
@@ -95,6 +108,63 @@ def abstract_params(cfg: ModelConfig) -> dict[str, ParamSpec]:
         table[SCORE] = ParamSpec((1, dim), 0.0, cfg.initializer_range, decay=True)
     elif not cfg.tie_word_embeddings:
         table[HEAD] = ParamSpec((cfg.vocab_size, dim), 0.0, cfg.initializer_range, decay=True)
+    return table
+
+
+def fused_taps(cfg: ModelConfig) -> tuple[int, ...]:
+    """The tower's layers whose outputs vit_fuse adds to the last one's, which is a tap of itself."""
+    if cfg.vision_deepstack_mode != "vit_fuse":
+        return ()
+    return tuple(layer for layer in cfg.vision_deepstack_layers if layer < cfg.vision_num_hidden_layers - 1)
+
+
+def _tower(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """The vision tower's part of the table. Names are Hugging Face's, but for what it fuses (q, k, v) and shapes as a
+    convolution (a patch is flat here). All products have biases."""
+    width, inner, std = cfg.vision_hidden_size, cfg.vision_intermediate_size, cfg.initializer_range
+    table: dict[str, ParamSpec] = {}
+
+    def add(path: str, *shape: int, stack: str = "", height: int = 0, constant: float | None = None) -> None:
+        layers = tuple(range(height)) if stack else None
+        full = (height, *shape) if stack else shape
+        mean, spread = (0.0, std) if constant is None else (constant, 0.0)
+        if not stack or height:
+            table[stack + path] = ParamSpec(full, mean, spread, len(shape) >= 2 and path != POSITIONS, layers, stack)
+
+    def linear(path: str, rows: int, columns: int, constant: float | None = None, **where: str | int) -> None:
+        add(path + "weight", rows, columns, constant=constant, **where)
+        add(path + "bias", rows, constant=0.0, **where)
+
+    def norm(path: str, size: int, **where: str | int) -> None:
+        add(path + "weight", size, constant=1.0, **where)
+        add(path + "bias", size, constant=0.0, **where)
+
+    linear(PATCH_EMBED, width, cfg.vision_patch_values)
+    add(POSITIONS, cfg.vision_grid_side**2, width)
+    block = {"stack": VISUAL_BLOCKS, "height": cfg.vision_num_hidden_layers}
+    norm("norm1.", width, **block)
+    for name in ("attn.q_proj.", "attn.k_proj.", "attn.v_proj.", "attn.proj."):
+        linear(name, width, width, **block)
+    norm("norm2.", width, **block)
+    linear("mlp.linear_fc1.", inner, width, **block)
+    linear("mlp.linear_fc2.", width, inner, **block)
+    fusion = {"stack": TAP_FUSIONS, "height": len(fused_taps(cfg))}
+    norm("norm.", width, **fusion)
+    linear("linear.", width, width, constant=0.0, **fusion)  # the tower starts as one without taps
+    joined = width * cfg.vision_merger_spatial_factor**2
+    if cfg.vision_merger == "mlp":
+        norm(MERGER + "norm.", width)
+        linear(MERGER + "linear_fc1.", joined, joined)
+        linear(MERGER + "linear_fc2.", cfg.hidden_size, joined)
+    else:
+        linear(MERGER + "linear.", cfg.hidden_size, width)
+    tap = {"stack": TAP_MERGERS, "height": cfg.injected_taps}
+    if cfg.vision_merger == "mlp":
+        norm("norm.", joined, **tap)
+        linear("linear_fc1.", joined, joined, **tap)
+        linear("linear_fc2.", cfg.hidden_size, joined, **tap)
+    else:
+        linear("linear.", cfg.hidden_size, width, **tap)
     return table
 
 

@@ -1,4 +1,4 @@
-"""Named model configurations: sizes for tests and laptops, the seed's five, and the released Qwen3 models.
+"""Named model configurations: sizes for tests and laptops, the seed's, and the released Qwen3 and Qwen3-VL models.
 
 Sizes of the released models: Qwen3 technical report (arXiv:2505.09388), tables 1 and 2. Deviations from the seed's
 table, each explained there by a count it could not reach: `debug*` use head_dim 128 and a vocabulary of 32,768 untied;
@@ -36,20 +36,46 @@ _8B = _dense(36, 4096, 32, 8, 12288, False)
 _30B = _dense(48, 2048, 32, 4, 6144, False, **_MOE, moe_intermediate_size=768)
 _235B = _dense(94, 4096, 64, 4, 12288, False, **_MOE, moe_intermediate_size=1536)
 
+# Learns on two CPU cores in minutes: small enough to see 5M tokens. Its token vectors start large, as they are seen too
+# rarely to grow: with 0.09 throughout, runs of a minute ended at 1.99 bits a byte instead of 1.84. Two heads of 64, as
+# normalised scores reach √head_dim: heads of 32 attend less sharply and learn to copy later. Rotary base before ABF.
+_NANO = {
+    **_dense(3, 128, 2, 2, 352, False),
+    "head_dim": 64,
+    "vocab_size": 4096,
+    "max_position_embeddings": 2048,
+    "rope_theta": 1e4,
+    "initializer_range": 0.09,
+    "embed_initializer_range": 0.45,
+}
+
+
+def _tower(layers: int, hidden: int, width: int, taps: tuple[int, ...], heads: int = 16) -> dict[str, Any]:
+    """A vision tower of Qwen3-VL's kind."""
+    return {
+        "vision_enabled": True,
+        "vision_num_hidden_layers": layers,
+        "vision_hidden_size": hidden,
+        "vision_num_attention_heads": heads,
+        "vision_intermediate_size": width,
+        "vision_deepstack_layers": taps,
+    }
+
+
+_VL = {"rope_theta": 5e6, "max_position_embeddings": 262144}
+_VL_300M = {**_tower(24, 1024, 4096, (5, 11, 17)), **_VL}
+_VL_400M = {**_tower(27, 1152, 4304, (8, 16, 24)), **_VL}
+_TINY_TOWER = {
+    **_tower(3, 128, 256, (0, 1), heads=4),
+    "vision_patch_size": 8,
+    "vision_image_size": 128,
+    "vision_temporal_patch_size": 1,
+    # of the tokenizers that are trained here (sentencepiece_tokenizer.SPECIAL_TOKENS)
+    **dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), (6, 7, 9, 10))),
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
-    # Learns on two CPU cores in minutes: small enough to see 5M tokens. Its token vectors start large, as they are seen
-    # too rarely to grow: with 0.09 throughout, runs of a minute ended at 1.99 bits a byte instead of 1.84. Two heads of
-    # 64, as normalised scores reach √head_dim: heads of 32 attend less sharply and learn to copy later. Rotary base
-    # before ABF.
-    "nano": {
-        **_dense(3, 128, 2, 2, 352, False),
-        "head_dim": 64,
-        "vocab_size": 4096,
-        "max_position_embeddings": 2048,
-        "rope_theta": 1e4,
-        "initializer_range": 0.09,
-        "embed_initializer_range": 0.45,
-    },
+    "nano": _NANO,
     "debug": _DEBUG,
     "debug_moe": {**_DEBUG, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 688},
     "small": _SMALL,
@@ -63,6 +89,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-32b": _dense(64, 5120, 64, 8, 25600, False),
     "qwen3-30b-a3b": _30B,
     "qwen3-235b-a22b": _235B,
+    "qwen3-vl-2b": {**_dense(28, 2048, 16, 8, 6144, True), **_VL_300M},
+    "qwen3-vl-4b": {**_dense(36, 2560, 32, 8, 9728, True), **_VL_300M},
+    "qwen3-vl-8b": {**_8B, **_VL_400M},
+    "qwen3-vl-30b-a3b": {**_30B, **_VL_400M},
+    "qwen3-vl-235b-a22b": {**_235B, **_VL_400M},
+    "debug_vl": {**_DEBUG, **_TINY_TOWER},
+    "nano_vl": {**_NANO, **_TINY_TOWER, "vocab_size": 1024, "mrope_section": (12, 10, 10)},
+    # the seed's tower: patches of 14, layers 4, 8, …, 24 fused within it, tokens as means
+    "seed_vl": {
+        **_SMALL,
+        **_tower(24, 1024, 4096, (3, 7, 11, 15, 19, 23)),
+        "vision_patch_size": 14,
+        "vision_image_size": 672,
+        "vision_temporal_patch_size": 1,
+        "vision_merger": "pool_linear",
+        "vision_deepstack_mode": "vit_fuse",
+    },
 }
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from qwen3f.errors import UserError
 from qwen3f.files import read_bounded
+from qwen3f.limits import FILE_BYTES, Limit
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, most: Limit = FILE_BYTES) -> dict[str, Any]:
     """The JSON object in `path`. Raises UserError naming the file: missing, too large, no JSON, or a key twice."""
     if not path.is_file():
         raise UserError(f"there is no file {path}; give a directory that holds it")
@@ -22,7 +23,7 @@ def read_object(path: Path) -> dict[str, Any]:
         return values
 
     try:
-        values = json.loads(read_bounded(path), object_pairs_hook=unique)
+        values = json.loads(read_bounded(path, most), object_pairs_hook=unique)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:

@@ -31,6 +31,7 @@ RULES: list[tuple[str, dict[str, int]]] = [
     (r".*\.mlp\.gate\.weight", {"pp": 0}),  # the router
     (r".*\.mlp\.(gate|up)_proj\.weight", {"pp": 0, "tp": 1}),
     (r".*\.mlp\.down_proj\.weight", {"pp": 0, "tp": 2}),
+    (r"model\.visual\..*", {}),  # the tower: every rank of tp and cp has it, and of pp the first stage uses it
     (r".*\.(input_layernorm|post_attention_layernorm|q_norm|k_norm)\.weight", {"pp": 0}),
 ]
 
@@ -96,7 +97,7 @@ def _place(cfg: ModelConfig, path: str, spec: P.ParamSpec, shape: MeshShape, fsd
         explicit.append((axis, dim))
     data = tuple(axis for axis in FSDP if getattr(shape, axis) > 1 and axis not in dims) if fsdp else ()
     parts = math.prod(getattr(shape, axis) for axis in data)
-    taken = {dim for _, dim in explicit} | ({0} if "pp" in dims else set())
+    taken = {dim for _, dim in explicit} | ({0} if spec.stack else set())
     fsdp_dim = next((d for d, n in enumerate(spec.shape) if d not in taken and n % parts == 0), None)
     return Placed(tuple(explicit), data if fsdp_dim is not None else (), fsdp_dim if data else None, spec.stack)
 

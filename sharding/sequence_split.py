@@ -30,6 +30,7 @@ SEQUENCE_KEYS = frozenset(
         "advantages",
         "old_logprobs",
         "ref_logprobs",
+        "margins",
         "temperature",
     )
 )

@@ -14,7 +14,7 @@ from qwen3f import tree
 from qwen3f.config import ModelConfig
 from sharding.fsdp import cut, cut_one
 from sharding.layout import Layout
-from sharding.pipeline.cut import make_slices, store
+from sharding.pipeline.cut import make_slices, restore, store
 from sharding.rules import placements
 
 
@@ -44,7 +44,8 @@ def init_shards(
             continue
         stacked = spec.layers is not None
         rows = []
-        for layer in stages.layer_order_of(axes.pp.index, spec.layers) if stacked else [None]:
+        order = stages.layer_order_of(axes.pp.index, spec.layers) if spec.pipelined else spec.layers or [None]
+        for layer in order:
             padding = stacked and layer is None
             whole = P.init_layer(path, spec, seed, spec.layers[0] if padding else layer, device)
             row = cut_one(whole, placed[path], axes, row=stacked).to(dtype)
@@ -59,6 +60,18 @@ def cut_params(cfg: ModelConfig, params: P.Params, layout: Layout) -> P.Params:
         return params
     stored = store(cfg, params, make_slices(cfg, layout.pipeline, layout.axes.pp.size))
     return cut(stored, layout.place(cfg), layout.axes)
+
+
+def whole_params(cfg: ModelConfig, params: P.Params, layout: Layout, dtype: torch.dtype) -> P.Params:
+    """Parameters of a training state, whole, in the model's order and in `dtype`, on every rank; all call it together.
+
+    They travel in `dtype`. What is plain and in that dtype already is not copied.
+    """
+    out = {path: leaf.to(dtype) for path, leaf in params.items()}
+    if layout.axes.shape.size == 1:
+        return out
+    out = {path: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf for path, leaf in out.items()}
+    return restore(cfg, out, make_slices(cfg, layout.pipeline, layout.axes.pp.size))
 
 
 def as_dtensors(state: Any, cfg: ModelConfig, layout: Layout, mesh: DeviceMesh) -> Any:

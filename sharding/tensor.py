@@ -120,22 +120,35 @@ def linear_cross_entropy(
     return (nll_N * torch.where(targets_N == cross_entropy.IGNORE, 0, weights_N).to(nll_N.dtype)).sum()
 
 
-def token_log_probs(hidden_ND: Tensor, weight_vD: Tensor, targets_N: Tensor, tp: Axis) -> Tensor:
+def known_rows(weight_vD: Tensor, tp: Axis, num_ids: int) -> Tensor:
+    """This rank's rows of ids below num_ids (0: all). ValueError where a rank has none."""
+    first = tp.index * len(weight_vD)
+    if num_ids and num_ids <= first:
+        raise ValueError(f"a head of {num_ids} ids leaves none for rank {tp.index} of tp={tp.size}")
+    return weight_vD[: num_ids - first] if num_ids else weight_vD
+
+
+def token_log_probs(hidden_ND: Tensor, weight_vD: Tensor, targets_N: Tensor, tp: Axis, num_ids: int = 0) -> Tensor:
     """log p(target) of each token over the whole vocabulary, the same on every rank; 0 where the target is IGNORE.
 
     hidden_ND: all tokens'. As kernels.cross_entropy.token_log_probs; a target beyond the vocabulary makes it NaN.
+    num_ids: ids from here on have no probability; 0: all have.
     """
-    local = cross_entropy.lse_and_target(hidden_ND, weight_vD, targets_N, tp.index * len(weight_vD))
+    known = known_rows(weight_vD, tp, num_ids)
+    local = cross_entropy.lse_and_target(hidden_ND, known, targets_N, tp.index * len(weight_vD))
     lse_SN, target_SN = gather(torch.stack(local)[None], tp, 0).unbind(1)
     lse_N, target_N = cross_entropy.merge_shards(lse_SN, target_SN)
     ignored = targets_N == cross_entropy.IGNORE
-    known = (targets_N >= 0) & (targets_N < len(weight_vD) * tp.size)
+    known = (targets_N >= 0) & (targets_N < (num_ids or len(weight_vD) * tp.size))
     return torch.where(ignored, 0.0, torch.where(known, target_N - lse_N, float("nan")))
 
 
-def entropy(hidden_ND: Tensor, weight_vD: Tensor, tp: Axis) -> Tensor:
-    """Entropy of each token's distribution over the whole vocabulary, nats, the same on every rank; no gradient."""
-    lse_N, mean_N = cross_entropy.lse_and_mean_logit(hidden_ND, weight_vD)
+def entropy(hidden_ND: Tensor, weight_vD: Tensor, tp: Axis, num_ids: int = 0) -> Tensor:
+    """Entropy of each token's distribution over the whole vocabulary, nats, the same on every rank; no gradient.
+
+    num_ids: as in token_log_probs.
+    """
+    lse_N, mean_N = cross_entropy.lse_and_mean_logit(hidden_ND, known_rows(weight_vD, tp, num_ids))
     if tp.size > 1:
         lse_SN, mean_SN = gather(torch.stack((lse_N, mean_N))[None], tp, 0).unbind(1)
         lse_N = lse_SN.logsumexp(0)

@@ -20,8 +20,12 @@ ARROWS = {
     "sharding": (("qwen3f",), BASE),
     **{name: (("qwen3f", "sharding"), BASE) for name in BASE},
     "qwen3f.model": (of_qwen3f("train stages infer eval data interop checkpoint processes plan"), ()),
+    "qwen3f.vision": (of_qwen3f("model train stages infer eval data interop checkpoint processes plan"), ()),
     "qwen3f.data": (of_qwen3f("train model stages"), ()),
-    "qwen3f.train": (of_qwen3f("stages"), ()),
+    "qwen3f.train": (of_qwen3f("stages rl"), ()),
+    "qwen3f.rl": (of_qwen3f("stages"), ()),
+    "qwen3f.tasks": (of_qwen3f("rl stages train model infer"), ()),
+    "qwen3f.sandbox": (("qwen3f", "sharding"), (*BASE, "qwen3f.sandbox")),
     "qwen3f": (("experiments", "launch"), ()),
 }
 SIZED = ("qwen3f", "kernels", "sharding", "experiments", "launch")

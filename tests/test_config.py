@@ -23,6 +23,11 @@ COUNTS = {
     "qwen3-32b": (32_762_123_264, 32_762_123_264),
     "qwen3-30b-a3b": (30_532_122_624, 3_353_032_704),
     "qwen3-235b-a22b": (235_093_634_560, 22_190_763_520),
+    "qwen3-vl-2b": (2_127_532_032, 2_127_532_032),
+    "qwen3-vl-4b": (4_437_815_808, 4_437_815_808),
+    "qwen3-vl-8b": (8_767_123_696, 8_767_123_696),
+    "qwen3-vl-30b-a3b": (31_070_754_032, 3_353_032_704 + 538_631_408),
+    "qwen3-vl-235b-a22b": (235_670_022_896, 22_190_763_520 + 576_388_336),
 }
 
 
@@ -46,6 +51,10 @@ def test_matmul_params_leave_out_the_lookup_and_vectors():
     layers = 6 * (2 * 256 * 1024 + 2 * 256 * 256 + 3 * 256 * 688)
     assert cfg.matmul_params() == layers + 32768 * 256  # the head, not the embedding
     assert cfg.replace(tie_word_embeddings=True).matmul_params() == cfg.matmul_params()
+
+
+def test_matmul_params_leave_out_the_tower():
+    assert presets.get("qwen3-vl-2b").matmul_params() == presets.get("qwen3-1.7b").matmul_params()
 
 
 @pytest.mark.parametrize("kind", ["json", "yaml"])
@@ -86,6 +95,16 @@ def test_wrong_values_are_named(values, words):
         ModelConfig.from_dict(values)
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_files_with_a_signature_and_either_line_end(end, tmp_path):
+    cfg = presets.get("nano")
+    cfg.to_json(tmp_path / "c.json")
+    cfg.to_yaml(tmp_path / "c.yaml")
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", end))
+    assert ModelConfig.from_json(tmp_path / "c.json") == ModelConfig.from_yaml(tmp_path / "c.yaml") == cfg
+
+
 def test_wrong_files_are_named(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         ModelConfig.from_yaml(tmp_path / "none.yaml")
@@ -94,3 +113,21 @@ def test_wrong_files_are_named(tmp_path):
         ModelConfig.from_json(tmp_path / "bad.json")
     with pytest.raises(UserError, match="did you mean 'small'"):
         presets.get("smal")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("rope_scaling", 3),
+        ("hidden_size", "256"),
+        ("hidden_size", 256.0),
+        ("tie_word_embeddings", 1),
+        ("rope_theta", True),
+    ],
+)
+def test_a_value_of_another_type_is_named(field, value):
+    with pytest.raises(UserError, match=rf"model.{field} is {value!r}; it must be of type "):
+        ModelConfig(**{field: value})
+    scaling = {"rope_type": "yarn", "factor": "4", "original_max_position_embeddings": 512}
+    with pytest.raises(UserError, match=r"rope_scaling.factor is '4'; it must be of type float"):
+        ModelConfig(rope_scaling=scaling)

@@ -1,12 +1,15 @@
 """launch.py as a user meets it: errors of one line with exit code 2, and the contract's command on real text."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from qwen3f import cli
+import launch as launch_module
+from qwen3f import cli, flag_hints
 from qwen3f.errors import UserError
 from sharding.mesh import MeshShape, parse_mesh
 
@@ -24,6 +27,19 @@ def launch(*arguments):
         (("--config", "experiments/demo.py", "--config.lr=3"), "did you mean config.schedule.peak_lr?"),
         (("--config", "experiments/demo.py", "--config.checkpoints.every=3"), "did you mean config.checkpoint.every?"),
         (("--config", "experiments/demo.py", "--config.steps.x=3"), "unknown key --config.steps.x"),
+        (("--config", "experiments/demo.py", "--config.optimizer=muon"), "did you mean config.optimizer.kind?"),
+        (("--config", "experiments/demo.py", "--config.n_layers=3"), "did you mean config.model.num_hidden_layers?"),
+        (
+            ("--config", "experiments/demo.py", "--config.model.n_layer=3"),
+            "did you mean config.model.num_hidden_layers?",
+        ),
+        (("--config", "experiments/demo.py", "--config.learning_rate=3"), "did you mean config.schedule.peak_lr?"),
+        (("--config", "experiments/demo.py", "--config.max_grad_norm=3"), "did you mean config.optimizer.clip_norm?"),
+        (("--config", "experiments/demo.py", "--config.optimizer.zzz=3"), "known there: config.optimizer.b1, "),
+        (("--config", "experiments/demo.py", "--config.steps=abc"), "--config.steps=abc: write a whole number"),
+        (("--config", "experiments/demo.py", "--config.steps", "1.5"), "--config.steps=1.5: write a whole number"),
+        (("--config", "experiments/demo.py", "--config.schedule.peak_lr=x"), "peak_lr=x: write a number"),
+        (("--config", "experiments/demo.py", "--config.data.streaming=maybe"), "streaming=maybe: write True or False"),
         (("--config=experiments/demoo.py",), "did you mean experiments/demo.py?"),
         (("--config=experiments/demo.py:big",), "takes no ':big'"),
         (("--config=experiments/pretrain_s1.py:nan",), "did you mean 'nano'?"),
@@ -34,10 +50,29 @@ def test_command_lines_are_checked_before_anything_runs(arguments, words):
         cli._check_overrides(["launch.py", *arguments])
 
 
+def test_hints_are_short_and_name_keys_of_ours():
+    known = sorted(f"config.{key}" for key in cli._keys(cli.load_experiment("experiments/pretrain_s1.py:nano")))
+    for name in ("config.zzzz", "config.qqq", "config.model.zzzz", "config.model"):
+        assert len(flag_hints.hint(name, known)) < 700
+    assert set(flag_hints.ALIASES) <= {key.removeprefix("config.") for key in known}
+
+
+def test_keys_are_named_as_flags():
+    keys = cli._keys(cli.load_experiment("experiments/demo.py"))
+    for text, flags in (
+        ("data.packing is 'x', config.steps=3 too", "--config.data.packing is 'x', --config.steps=3 too"),
+        ("write data.streaming=False.", "write --config.data.streaming=False."),
+        ("--config.data.cache of /tmp/data.cache", "--config.data.cache of /tmp/data.cache"),
+        ("model.layers.self_attn and config.json", "model.layers.self_attn and config.json"),
+        ("the steps and config.data", "the steps and config.data"),
+    ):
+        assert flag_hints.as_flags(text, keys) == flags
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("--config", "experiments/demo.py", "--config.steps=many"), "invalid literal"),
+        (("--config", "experiments/demo.py", "--config.steps=many"), "write a whole number"),
         (("--config", "experiments/demo.py", "--confg.steps=3"), "unknown flag --confg.steps"),
         (("--config", "experiments/demo.py", "--config.data.mixture=files@/no/such/dir"), "/no/such/dir"),
     ],
@@ -69,22 +104,25 @@ def test_contract_command_trains_on_the_embedded_corpus(tmp_path):
         "grad_norm_clipped",
         "tokens_per_sec",
         "mfu",
-        "aux_loss",
         "tokens_seen",
     }
     assert all(wanted <= line.keys() for line in lines)
+    assert "aux_loss" not in lines[0]  # the model has no experts
     assert lines[0]["loss"] == pytest.approx(8.84, abs=0.2)  # ln 4096 + D·σ²/2, the spread of random logits
     assert lines[-1]["loss"] < 7.0
     assert lines[-1]["val_bpb"] < 8.0
     assert "step 30/30" in done.stderr
     assert "sample 0" in done.stdout
+    assert f"done at step 30; in {tmp_path / 'w'}: checkpoints/30, metrics.jsonl" in done.stdout
+    assert f"--config.init_from={tmp_path / 'w'} --config.chat=False" in done.stdout.partition("what next:")[2]
     assert sorted(p.name for p in (tmp_path / "w").iterdir()) == [
         "checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer",
     ]  # fmt: skip
 
-    again = launch(*command)
+    again = launch(*command, "--noprogress")
     assert again.returncode == 0, again.stderr
     assert "nothing left to train" in again.stdout
+    assert again.stderr == ""  # no bar, and no log line below a warning
 
     # Its answers may go to a reader that leaves, as in "… | head".
     generate = ["--config=experiments/generate.py", f"--config.init_from={tmp_path / 'w'}", "--config.prompt=import"]
@@ -94,6 +132,33 @@ def test_contract_command_trains_on_the_embedded_corpus(tmp_path):
         errors = process.stderr.read()
     assert process.returncode == 141, errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("user", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_yield_while_they_wait_unless_the_user_chose(user):
+    program = "import os, runpy, sys; sys.argv = ['launch.py', '--help']\n"
+    program += "try: runpy.run_path('launch.py', run_name='__main__')\n"
+    program += "finally: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules, file=sys.stderr)"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))} | user
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    wanted = "1000" if not user else user.get("GOMP_SPINCOUNT")
+    assert done.stderr.split() == [str(wanted), "False"]  # in time: torch has not been imported
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_without_room_is_one_line(number, tmp_path, monkeypatch, capsys):
+    def fail(argv):
+        raise OSError(number, os.strerror(number), str(tmp_path / "cache"))
+
+    monkeypatch.setattr(launch_module, "main", fail)
+    with pytest.raises(SystemExit, match="1"):
+        launch_module.guarded([])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {os.strerror(number)} (writing {tmp_path / 'cache'}): make room")
+    assert said.count("\n") == 1
+    number = errno.EPERM
+    with pytest.raises(PermissionError):  # a fault of ours keeps its trace
+        launch_module.guarded([])
 
 
 def test_meshes_are_parsed():

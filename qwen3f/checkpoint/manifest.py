@@ -67,7 +67,7 @@ def check_names(directory: Path) -> None:
     Raises DamagedCheckpoint naming the first file that is missing, unknown, of another size, a symbolic link or
     anything else but a file or directory; or a name in the manifest that leads out of the directory.
     """
-    wanted, there = _entries(directory), _files(directory)
+    wanted, there = entries(directory), _files(directory)
     for name in sorted(wanted | there):
         if name not in there:
             raise DamagedCheckpoint(f"{directory} is damaged: {name} is missing")
@@ -86,7 +86,7 @@ def check_content(
     needed: by their name, those to be read. share: (place, count) of those that read them, each some, of like sizes.
     Raises DamagedCheckpoint naming a file that cannot be read or is of other content.
     """
-    wanted, (place, count) = _entries(directory), share
+    wanted, (place, count) = entries(directory), share
     read = sorted(filter(needed, wanted), key=lambda name: (-wanted[name][0], name))[place::count]
     try:
         found = _digests([directory / name for name in read])
@@ -113,15 +113,16 @@ def _read(directory: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{directory} is damaged: {NAME} cannot be read ({error})") from error
 
 
-def _entries(directory: Path) -> dict[str, tuple[int, str]]:
+def entries(directory: Path) -> dict[str, tuple[int, str]]:
+    """Name -> (bytes, sha256) of each file, as they were written. Raises DamagedCheckpoint."""
     try:
-        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in _read(directory)["files"].items()}
+        found = {name: (entry["bytes"], entry["sha256"]) for name, entry in _read(directory)["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{directory} is damaged: {NAME} cannot be read ({error!r})") from error
-    for name in entries:
+    for name in found:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DamagedCheckpoint(f"{directory} is damaged: {name} in its {NAME} leads out of the checkpoint")
-    return entries
+    return found
 
 
 def _files(directory: Path) -> dict[str, Path]:

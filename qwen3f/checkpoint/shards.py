@@ -79,7 +79,7 @@ def _shard(spec: P.ParamSpec, placed: Placed, layout: Layout, stages: Slices) ->
             local[dim] //= layout.axes[axis].size
             start[dim] += layout.axes[axis].index * local[dim]
     chunk, rows = list(local), [(slice(0, local[0]), slice(start[0], start[0] + local[0]))]
-    if spec.layers is not None:
+    if spec.pipelined:
         order = stages.layer_order_of(layout.axes.pp.index, spec.layers)
         local[0], chunk[0] = len(order), len(order) // stages.per_rank
         rows = _rows(order, spec.layers, chunk[0])

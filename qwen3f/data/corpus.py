@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from qwen3f.data.mixture import CYCLE, Mixture, Part, make_mixture, parse_caps, 
 from qwen3f.data.packing.best_fit import LongDocuments
 from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.data.packing.concat import PackedDataset
-from qwen3f.data.sources.documents import HOLDOUT, LimitedSource, Source, Split
+from qwen3f.data.sources.documents import HOLDOUT, LimitedSource, Source, Split, describe_other_files
 from qwen3f.data.sources.registry import open_source
 from qwen3f.data.stream.dataset import StreamDataset
 from qwen3f.data.stream.parts import stream_part
@@ -157,7 +158,7 @@ class Corpus:
             f"data: {name}, {cache.num_tokens:,} tokens in {cache.num_docs:,} documents held out"
             for name, cache in self.heldout.items()
         ]
-        return [*lines, *self.left_out, *held_out]
+        return [*lines, *self.left_out, *describe_other_files(self.sources), *held_out]
 
 
 def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:
@@ -329,10 +330,15 @@ def _trained_tokenizer(sources: list[Source], vocab_size: int, cache_dir: Path, 
     path = cache_dir / f"tokenizer-{vocab_size}-{key}.model"
     if path.exists():
         return load_tokenizer(path)
-    streamed = (document for source in sources for document in source.documents("train"))
+    counts: Counter[str] = Counter()
+    streamed = (document for source in sources for document in source.documents("train", counts))
     documents = tqdm(streamed, "read for tokenizer", unit=" docs", disable=not progress, leave=False)
-    tokenizer = train_sentencepiece((document.text for document in documents), vocab_size, path)
     names = ", ".join(source.name for source in sources)
+    try:
+        tokenizer = train_sentencepiece((document.text for document in documents), vocab_size, path)
+    except UserError as error:
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
+        raise UserError(f"{names}: {error}{f' Left out: {left_out}.' if left_out else ''}") from None
     logging.info("trained a tokenizer of %d pieces on %s: %s", vocab_size, names, path)
     return tokenizer
 

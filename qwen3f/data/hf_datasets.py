@@ -1,5 +1,7 @@
 """The data sets of the pipeline as streams of examples for a `torch.utils.data.DataLoader`.
 
+A face of what runs use: `data/stream/` reads, mixes, tokenises and packs, `data/chat/` makes samples of conversations.
+
     tok = Tokenizer(backend="tiktoken", path="Qwen3-8B")
     pretrain = load_pretrain_dataset(stage=1, tokenizer=tok, max_seq_len=4096)
     for batch in DataLoader(pretrain, batch_size=8):
@@ -13,8 +15,9 @@ What each data set is and how its rows are read stands in `data/adapters/`. All 
     root         directory of the local copies, a subdirectory each, of its short name; of a single data set also itself
     split        "" is the one to train on
     streaming    False downloads from the Hub first
-    max_samples  rows to read, at most (those left out are among them)
-    on_bad_row   "error": a row that cannot be used raises UserError with file and row; "skip": it is counted
+    max_samples  rows to read, at most (those left out are among them); of pretraining documents
+    on_bad_row   "error": a row that cannot be used raises UserError with file and row; "skip": it is counted. Of
+                 pretraining, rows without a text are always left out and counted, as in a run
 
 and give a dataset with `counts`, what was left out by reason (`adapters.rows.REASONS`), and, but for pretraining, with
 a length. Rows stand in the files' order: shuffle them beforehand, or use the indexed `loader.Loader`.
@@ -22,7 +25,7 @@ a length. Rows stand in the files' order: shuffle them beforehand, or use the in
 Legend: T = max_seq_len. Token examples have the keys of `packing.PackedDataset`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,24 +33,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen3f.data.chat.conversation import Conversation, checked_messages
 from qwen3f.data.chat.examples import chat_example, chat_tokens
+from qwen3f.data.chat.kinds import TemplateKind
+from qwen3f.data.chat.recognise import check_chat_tokenizer
 from qwen3f.data.chat.samples import Sample, make_samples
+from qwen3f.data.chat.sources import read_dataset
 from qwen3f.data.packing.concat import Example
 from qwen3f.data.sources.adapters import dpo, grpo, multimodal, pretrain, sft
-from qwen3f.data.sources.adapters.registry import names, parse_mixture
-from qwen3f.data.sources.adapters.row_stream import (
+from qwen3f.data.sources.adapters.registry import parse_mixture
+from qwen3f.data.sources.adapters.rows import OnBadRow, Row
+from qwen3f.data.stream.tokens import tokenised
+from qwen3f.data.stream.torch_dataset import (
     CountedStream,
+    DocumentItems,
     ExampleStream,
     Item,
     LeaveOut,
-    RowStream,
+    RowItems,
     Share,
-    characters,
-    one_a_row,
 )
-from qwen3f.data.sources.adapters.rows import OnBadRow, Row
-from qwen3f.data.stream.windows import pack_stream
+from qwen3f.data.stream.windows import windows
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 
@@ -81,11 +86,9 @@ def load_pretrain_dataset(
     """
     _check_length(max_seq_len)
     chosen = _choose(mixture, pretrain.STAGES, stage, "stage")
-    adapters = dict.fromkeys(names("pretrain"), pretrain.document)
-    stream = RowStream(
-        tuple(parse_mixture(chosen, root, "pretrain")), adapters, characters, split, streaming, max_samples, on_bad_row
-    )
-    return ExampleStream(stream, partial(_windows, tokenizer, max_seq_len, reset_positions, cross_documents))
+    parts = tuple(parse_mixture(chosen, root, "pretrain"))
+    documents = DocumentItems(parts, split, streaming, max_samples, on_bad_row)
+    return ExampleStream(documents, partial(_windows, tokenizer, max_seq_len, reset_positions, cross_documents))
 
 
 def load_sft_dataset(
@@ -115,11 +118,10 @@ def load_sft_dataset(
     """
     _check_length(max_seq_len)
     chosen = _choose(mixture, sft.VARIANTS, variant, "variant")
-    adapters = {name: partial(_samples, adapter) for name, adapter in sft.ADAPTERS.items()}
-    stream = RowStream(
-        tuple(parse_mixture(chosen, root, "sft")), adapters, one_a_row, split, streaming, max_samples, on_bad_row
-    )
-    return CountedStream(stream, partial(_chats, tokenizer, max_seq_len))
+    kind = check_chat_tokenizer(tokenizer)
+    adapters = {name: partial(_samples, name, kind) for name in sft.ADAPTERS}
+    rows = RowItems(tuple(parse_mixture(chosen, root, "sft")), adapters, split, streaming, max_samples, on_bad_row)
+    return CountedStream(rows, partial(_chats, tokenizer, max_seq_len))
 
 
 def load_grpo_dataset(
@@ -136,10 +138,8 @@ def load_grpo_dataset(
     Raises:
         UserError: as `parse_mixture`; while iterating, as `opening.rows`.
     """
-    stream = RowStream(
-        tuple(parse_mixture(mixture, root, "grpo")), grpo.ADAPTERS, one_a_row, split, streaming, max_samples, on_bad_row
-    )
-    return CountedStream(stream, _queries)
+    parts = tuple(parse_mixture(mixture, root, "grpo"))
+    return CountedStream(RowItems(parts, grpo.ADAPTERS, split, streaming, max_samples, on_bad_row), _queries)
 
 
 def load_dpo_dataset(
@@ -167,10 +167,8 @@ def load_dpo_dataset(
     """
     _check_length(max_seq_len)
     adapters = {"ultrafeedback": dpo.ultrafeedback}
-    stream = RowStream(
-        tuple(parse_mixture(mixture, root, "dpo")), adapters, one_a_row, split, streaming, max_samples, on_bad_row
-    )
-    return CountedStream(stream, partial(_pairs, tokenizer, max_seq_len))
+    rows = RowItems(tuple(parse_mixture(mixture, root, "dpo")), adapters, split, streaming, max_samples, on_bad_row)
+    return CountedStream(rows, partial(_pairs, tokenizer, max_seq_len))
 
 
 def load_multimodal_dataset(
@@ -197,16 +195,8 @@ def load_multimodal_dataset(
     if not folder.is_dir():
         raise UserError(f"There is no image folder {folder}: give image_root an existing one, e.g. COCO's train2017.")
     adapters = {name: partial(adapter, image_root=folder) for name, adapter in multimodal.ADAPTERS.items()}
-    stream = RowStream(
-        tuple(parse_mixture(mixture, root, "multimodal")),
-        adapters,
-        one_a_row,
-        split,
-        streaming,
-        max_samples,
-        on_bad_row,
-    )
-    return CountedStream(stream, _image_chats)
+    parts = tuple(parse_mixture(mixture, root, "multimodal"))
+    return CountedStream(RowItems(parts, adapters, split, streaming, max_samples, on_bad_row), _image_chats)
 
 
 def collate_pairs(pairs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -227,19 +217,14 @@ def _windows(
     share: Share,
     _: LeaveOut,
 ) -> Iterator[Example]:
-    documents = ([*tokenizer.encode(item.value.text), tokenizer.eos_id] for item in items)
-    for example in pack_stream(
-        documents,
-        seq_len,
-        reset_positions=reset_positions,
-        cross_documents=cross_documents,
-        pad_id=tokenizer.pad_id,
-    ):
-        yield {**example, "index": example["index"] * share.count + share.index}
+    options = {"reset_positions": reset_positions, "cross_documents": cross_documents, "pad_id": tokenizer.pad_id}
+    documents = tokenised(((item.value, None) for item in items), tokenizer, workers=0)
+    for number, (make, _) in enumerate(windows(documents, seq_len, **options)):
+        yield make(number * share.count + share.index)
 
 
-def _samples(adapter: Callable[[Row], sft.Chat], row: Row) -> list[Sample]:
-    return make_samples(Conversation(checked_messages(adapter(row), row.name), row.name))
+def _samples(dataset: str, kind: TemplateKind, row: Row) -> list[Sample]:
+    return make_samples(read_dataset(dataset, row), kind=kind)
 
 
 def _chats(

@@ -21,12 +21,13 @@ import numpy as np
 
 from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.data.packing.concat import Example, PackedDataset
+from qwen3f.data.packing.pair_dataset import PairDataset
 from qwen3f.data.sampler import example_index
 from qwen3f.errors import UserError
 
 CYCLE = 10_000  # shares are exact to this fraction
 
-Part = PackedDataset | BestFitDataset
+Part = PackedDataset | BestFitDataset | PairDataset
 
 
 class _Phase(NamedTuple):

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 from qwen3f import model
 from qwen3f.config import ModelConfig
+from qwen3f.data.chat.recognise import opening
 from qwen3f.data.chat.template import encode_chat
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.engine import Engine, EngineOptions, completion
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.params import Params
+from qwen3f.processes.world import World
 from qwen3f.tasks.answer_text import is_well_formed
 from qwen3f.tasks.task import Question, Task
 
@@ -24,7 +26,7 @@ class AnswerOptions:
 
     Attributes:
       max_new_tokens: an answer ends there, if not before; it then counts as neither right nor well formed.
-      temperature, seed: of the sampler; 0 is greedy. Question i has the random stream first + i.
+      temperature, seed: of the sampler; 0 is greedy. Question i has the random stream first + i · stride.
       batch_size: questions at a time, at most. execution: of the model.
     """
 
@@ -32,13 +34,15 @@ class AnswerOptions:
     temperature: float = 0.0
     seed: int = 0
     first: int = 0
+    stride: int = 1
     batch_size: int = 64
     execution: model.Execution = model.EAGER
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """text: what the model wrote, without <|im_end|>. ended: it wrote that."""
+    """text: what the model wrote, without <|im_end|>, from its "<think>" on also where the prompt holds that. ended: it
+    wrote <|im_end|>."""
 
     text: str
     ended: bool
@@ -64,8 +68,9 @@ def answer(
     """What the model answers to each prompt, a user's turn; in order.
 
     thinking: as enable_thinking, which puts an empty block into the prompt where it is False. between: called before
-    each pass of the engine; may raise.
+    each pass of the engine; may raise. Raises UserError for a mode that the tokenizer's chat template has not.
     """
+    opened = opening(tokenizer)
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     ids = [encode_chat(tokenizer, t, add_generation_prompt=True, enable_thinking=thinking) for t in turns]
     engine = Engine(
@@ -78,7 +83,9 @@ def answer(
     )
     sampling = SamplingParams(temperature=options.temperature)
     requests = (
-        engine.request(prompt, options.max_new_tokens, sampling=sampling, stream=options.first + number)
+        engine.request(
+            prompt, options.max_new_tokens, sampling=sampling, stream=options.first + number * options.stride
+        )
         for number, prompt in enumerate(ids)
     )
     for row in engine.submit(requests):
@@ -89,7 +96,30 @@ def answer(
         if given.finish_reason.startswith("error"):
             raise UserError(given.finish_reason.removeprefix("error: "))
         ended = given.finish_reason == "stop"
-        yield Answer(tokenizer.decode(given.ids[:-1] if ended else given.ids), ended)
+        yield Answer(opened + tokenizer.decode(given.ids[:-1] if ended else given.ids), ended)
+
+
+def answer_on_ranks(
+    world: World,
+    cfg: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    thinking: bool,
+    options: AnswerOptions,
+    between: Callable[[], None] = lambda: None,
+) -> list[Answer]:
+    """As `answer`, shared out over the ranks, which all hold params whole; all get all answers.
+
+    between is called on one rank alone: ranks make passes of their own, and could not agree there.
+    """
+    own = dataclasses.replace(
+        options, first=options.first + world.rank * options.stride, stride=options.stride * world.size
+    )
+    alone = between if world.size == 1 else lambda: None
+    given = answer(cfg, params, tokenizer, prompts[world.rank :: world.size], thinking, own, alone)
+    shares = world.gather([[one.text, one.ended] for one in given])
+    return [Answer(*shares[number % world.size][number // world.size]) for number in range(len(prompts))]
 
 
 def judge(task: Task, questions: Sequence[Question], answers: Sequence[Answer], thinking: bool) -> dict[str, float]:

@@ -21,14 +21,16 @@ from tqdm import tqdm
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.chat.corpus import check as check_data
-from qwen3f.data.chat.qwen_template import check_chat_tokenizer
+from qwen3f.data.chat.kinds import check_thinking
+from qwen3f.data.chat.recognise import check_chat_tokenizer
 from qwen3f.data.chat.template import encode_chat, split_thought
-from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import Answer, AnswerOptions, answer
 from qwen3f.files import write_atomically
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.interop import source
+from qwen3f.interop.history import never_saw_chats, pretrained_only
 from qwen3f.strict_json import read_object
 from qwen3f.tasks.answer_text import is_well_formed
 from qwen3f.tasks.reasoning import ReasoningTask
@@ -88,8 +90,11 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, A
     """
     task = _check(config)
     place = source.pinned(config.init_from)
-    cfg, tokenizer = source.read_model_config(place), source.read_tokenizer(place)
-    check_chat_tokenizer(tokenizer)
+    cfg = source.read_model_config(place)
+    tokenizer = load_tokenizer(source.tokenizer_path(place), config.chat_template)
+    check_thinking(check_chat_tokenizer(tokenizer), True)
+    if never_saw_chats(place):
+        print(pretrained_only(config.init_from), file=sys.stderr, flush=True)
     questions = list(islice(task.questions("train"), config.questions or None))
     _check_lengths(config, cfg, tokenizer, questions)
     device = find_device(config.device)

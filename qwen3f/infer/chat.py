@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from qwen3f.data.chat.template import Message, last_switch, split_thought
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind
+from qwen3f.data.chat.recognise import kind_of
+from qwen3f.data.chat.template import THINK, Message, last_switch, split_thought
 from qwen3f.errors import UserError
 from qwen3f.infer.request import Request
 from qwen3f.infer.text_generator import TextGenerator, raise_error
@@ -40,6 +42,7 @@ class Chat:
     ) -> None:
         self.messages: list[Message] = []
         self._generator, self._options = generator, options
+        self._kind = kind_of(generator.tokenizer)
         self._out, self._interrupted = out, interrupted
         self._switch = ""  # for the next question
         self._turn = 0
@@ -62,7 +65,11 @@ class Chat:
         return True
 
     def _set_switch(self, switch: str) -> None:
-        if not self._options.thinking:
+        if not self._kind.asks:
+            often = "always" if self._kind.always else "never"
+            _note(f"the model, whose chats are of the kind {self._kind.name}, {often} thinks, and has no switches")
+            return
+        if self._options.thinking is False:
             _note("config.thinking is False, so the model never thinks, and switches have no effect")
             return
         self._switch = switch
@@ -85,7 +92,7 @@ class Chat:
             _note("stopped")
         elif answer.finish_reason == "length":
             _note(f"cut after {answer.tokens} tokens; config.max_new_tokens allows more where the model has room")
-        self.messages = [*messages, said(answer.text)]
+        self.messages = [*messages, said(answer.text, self._kind)]
         self._switch = ""
         self._turn += 1
 
@@ -102,8 +109,14 @@ class Chat:
         return dataclasses.replace(asked, max_new_tokens=min(options.max_new_tokens, room))
 
 
-def said(text: str) -> Message:
-    """An answer as history has it. A thought that has not ended is one all the same."""
+def said(text: str, kind: TemplateKind = HYBRID) -> Message:
+    """An answer as history has it. A thought that has not ended is one all the same.
+
+    kind: of the model's chats; where they always think, the prompt holds the thought's beginning.
+    """
+    if not kind.thinks:
+        return {"role": "assistant", "content": text}
+    text = THINK + text if kind.always else text
     if "</think>" not in text and text.lstrip().startswith("<think>"):
         return {"role": "assistant", "content": "", "reasoning_content": text.lstrip().removeprefix("<think>").strip()}
     thought, content = split_thought({"content": text})

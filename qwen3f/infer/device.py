@@ -14,7 +14,7 @@ from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from qwen3f.infer import fused
+from qwen3f.infer import fused, pictures
 from qwen3f.infer.graphs import DecodeGraphs
 from qwen3f.infer.passes import (
     Choice,
@@ -31,6 +31,7 @@ from qwen3f.infer.passes import (
 from qwen3f.infer.request import Row
 from qwen3f.infer.sampling import SamplingParams, streams_at, uniform
 from qwen3f.infer.scheduler import Chunk, Plan
+from qwen3f.infer.sight import Sight
 from qwen3f.infer.thinking import forced_token
 from qwen3f.model.kv_cache import bytes_of_token, copy_pages, grow_cache, init_cache
 
@@ -89,11 +90,15 @@ class Device:
         self.device = params[P.EMBED].device
         self.overlaps = self.device.type == "cuda"
         self._prefill, self._decode = make_prefill(cfg, execution), make_decode(cfg, execution)
+        self._banned = tuple(i for i in pictures.vision_ids(cfg) if i < num_ids)
+        self._sight = Sight(cfg, execution) if cfg.vision_enabled else None
         self._own_pages = not page_size and not self.overlaps  # each row has one page of its own
         self.page_size = page_size or (GPU_PAGE if self.overlaps else CPU_ROUNDING)
         self.max_tokens = max_tokens or self._room()
         self._cache, self._graphs = None, None
-        self._fused = self.overlaps and not execution.invariant and fused.fits(cfg, params[P.EMBED].dtype)
+        # the fused pass turns a token by its place alone
+        fits = fused.fits(cfg, params[P.EMBED].dtype) and not cfg.vision_enabled
+        self._fused = self.overlaps and not execution.invariant and fits
         self._rows, self._execution = rows, execution
 
     def _room(self) -> int:
@@ -172,13 +177,16 @@ class Device:
             tokens[place, :count] = row.tokens[start : start + count]
             positions[place, :count] = own
             slots[place, :count] = np.asarray(row.pages)[own // self.page_size] * self.page_size + own % self.page_size
-        batch = {"tokens": tokens, "positions": positions, "slots": slots}
+        batch, features = {"tokens": tokens, "positions": positions, "slots": slots}, None
+        if self._sight is not None:
+            batch, features = self._sight.look(self._params, batch, chunks)
         self._cache = self._prefill(
             self._params,
             self._cache,
             {key: torch.from_numpy(x).to(self.device) for key, x in batch.items()},
             table=self._table(rows),
             span=self._span(max(chunk.start + chunk.count for chunk in chunks)),
+            features=features,
         )
 
     def _launch_decode(self, rows: Sequence[Row], before: Pending | None) -> Pending:
@@ -191,7 +199,7 @@ class Device:
         if table is None:
             table = self._table(rows)
         known = {} if before is None else {row.number: place for row, place in zip(before.rows, before.places)}
-        numbers = np.zeros((5, count), np.int64)
+        numbers = np.zeros((len(Inputs._fields), count), np.int64)
         numbers[4] = -1
         numbers[:, places] = np.array([self._place(row, known) for row in rows]).T
         if self._fused:
@@ -208,7 +216,7 @@ class Device:
         )
         head = model.head_weight(self.cfg, self._params)
         logits = logits_of(hidden, head, self._execution)
-        drawn = draw(logits, inputs, self._choices(rows, places), self.num_ids)
+        drawn = draw(logits, inputs, self._choices(rows, places), self.num_ids, self._banned)
         forced = (numbers[4] >= 0).any()
         if forced:
             drawn = force(drawn, logits, inputs.forced)
@@ -255,7 +263,7 @@ class Device:
         place = row.cached
         slot = row.pages[place // self.page_size] * self.page_size + place % self.page_size
         token = row.tokens[place] if place < len(row.tokens) else -1 - known[row.number]
-        return token, place, slot, row.stream, _forced(row)
+        return token, place, slot, row.stream, _forced(row), 0 if row.places is None else row.places.offset
 
     def _table(self, rows: Sequence[Row]) -> Table:
         if self._own_pages and [row.pages[0] for row in rows] == list(

@@ -18,6 +18,7 @@ from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.device import Device, Pending
 from qwen3f.infer.pages import PagePool
+from qwen3f.infer.pictures import place
 from qwen3f.infer.request import Completion, Request, Row
 from qwen3f.infer.sampling import GREEDY, SamplingParams, stream_of
 from qwen3f.infer.scheduler import Limits, Scheduler
@@ -137,8 +138,9 @@ class Engine:
         """
         rows = []
         for asked in requests:
+            places = place(asked.prompt, asked.pictures, self.cfg) if self.cfg.vision_enabled else None
             seed = self.seed if asked.seed is None else asked.seed
-            rows.append(Row(asked, self._number, stream_of(seed, asked.stream)))
+            rows.append(Row(asked, self._number, stream_of(seed, asked.stream), places))
             self._number += 1
         longest = max((len(row.request.prompt) + row.request.max_new_tokens for row in rows), default=0)
         if self._device.outgrown(longest):
@@ -193,6 +195,8 @@ class Engine:
         What pages hold is forgotten; answers on their way go on under the new weights, from the tokens that they have.
         """
         self._collect()
+        for row in (*self._scheduler.active, *self._scheduler.waiting):
+            row.features = None
         self._scheduler.restart()
         self._pool.clear()
         self._device.update(params)
@@ -280,6 +284,10 @@ def check_request(asked: Request, cfg: ModelConfig, tokenizer: Tokenizer | None)
     for name, ids in (("stop_ids", asked.stop_ids), ("budget", asked.budget.closing_ids if asked.budget else ())):
         if any(not 0 <= i < cfg.vocab_size for i in ids):
             raise UserError(f"{name}: {list(ids)} must be token ids below the vocabulary's {cfg.vocab_size}")
+    if asked.pictures is not None and not cfg.vision_enabled:
+        raise UserError(
+            "a prompt has images, but the model no vision tower (model.vision_enabled=False); leave them out"
+        )
     if asked.stop_texts and tokenizer is None:
         raise UserError("stop_texts need the tokenizer: Engine(cfg, params, tokenizer=…)")
     if any(not isinstance(text, str) or not text for text in asked.stop_texts):

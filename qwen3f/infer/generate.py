@@ -16,6 +16,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.infer.device import CPU_ROUNDING
 from qwen3f.infer.engine import Engine
+from qwen3f.infer.pictures import Pictures
 from qwen3f.infer.request import Row
 from qwen3f.infer.sampling import GREEDY, SamplingParams
 from qwen3f.infer.thinking import ThinkingBudget
@@ -35,6 +36,7 @@ class Requests:
       num_ids: ids from here on are never chosen (Qwen3's embedding has rows that its tokenizer doesn't use). Default:
         vocab_size.
       execution: how the model runs; its compile has no effect.
+      pictures: of each row its images and videos, see infer.pictures; () for none.
     """
 
     stop_ids: Sequence[int] = ()
@@ -44,6 +46,7 @@ class Requests:
     budget: ThinkingBudget | None = None
     num_ids: int | None = None
     execution: model.Execution = model.EAGER
+    pictures: Sequence[Pictures | None] = ()
 
 
 _SAMPLING = frozenset(field.name for field in dataclasses.fields(SamplingParams))
@@ -111,8 +114,9 @@ def stream(
             stream=name,
             stop_ids=tuple(asked.stop_ids),
             budget=asked.budget,
+            pictures=seen,
         )
-        for row, length, name in zip(tokens.tolist(), lengths, streams)
+        for row, length, name, seen in zip(tokens.tolist(), lengths, streams, asked.pictures or [None] * batch)
     ]
     return _in_step(engine, engine.submit(requests), tokens.device, pad_id)
 

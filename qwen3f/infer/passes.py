@@ -19,6 +19,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.infer.sampling import SamplingParams, log_prob, sample, streams_at
 from qwen3f.model import invariant
 from qwen3f.model.kv_cache import KVCache
+from qwen3f.vision.deepstack import Features
 
 
 class Inputs(NamedTuple):
@@ -30,6 +31,7 @@ class Inputs(NamedTuple):
       slots: where its keys go, page · page size + place; below the page size for an idle place.
       streams: the row's random stream, see sampling.streams_at.
       forced: the token to take in place of the drawn one, or −1.
+      offsets: what to add to the position for the rotary one, see infer.pictures.Places.
     """
 
     tokens: Tensor
@@ -37,6 +39,7 @@ class Inputs(NamedTuple):
     slots: Tensor
     streams: Tensor
     forced: Tensor
+    offsets: Tensor
 
 
 class Choice(NamedTuple):
@@ -61,11 +64,20 @@ Decode = Callable[..., tuple[Tensor, KVCache]]
 
 
 def make_prefill(cfg: ModelConfig, execution: model.Execution) -> Prefill:
-    """prefill(params, cache, batch, *, table, span) -> the cache with the chunks in it; batch as in model.cached."""
+    """prefill(params, cache, batch, *, table, span, features) -> the cache with the chunks in it; batch and features as
+    in model.cached."""
     forward = model.make_cached_forward(cfg, execution)
 
-    def prefill(params: P.Params, cache: KVCache, batch: dict[str, Tensor], *, table: Table, span: int) -> KVCache:
-        return forward(params, cache, batch, table=table, span=span)[1]
+    def prefill(
+        params: P.Params,
+        cache: KVCache,
+        batch: dict[str, Tensor],
+        *,
+        table: Table,
+        span: int,
+        features: Features | None = None,
+    ) -> KVCache:
+        return forward(params, cache, batch, table=table, span=span, features=features)[1]
 
     return prefill
 
@@ -81,6 +93,7 @@ def make_decode(cfg: ModelConfig, execution: model.Execution) -> Decode:
         batch = {
             "tokens": fed(inputs.tokens, last)[:, None],
             "positions": inputs.positions[:, None],
+            "rotary": (inputs.positions + inputs.offsets)[:, None],
             "slots": inputs.slots[:, None],
         }
         hidden_B1D, cache = forward(params, cache, batch, table=table, span=span)
@@ -107,11 +120,16 @@ def fed(tokens_B: Tensor, last: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw(logits_BV: Tensor, inputs: Inputs, choices: Sequence[Choice], num_ids: int) -> Drawn:
-    """The next token of each place, by its own way of choosing; ids from num_ids on are never drawn."""
+def draw(
+    logits_BV: Tensor, inputs: Inputs, choices: Sequence[Choice], num_ids: int, banned: Sequence[int] = ()
+) -> Drawn:
+    """The next token of each place, by its own way of choosing; ids from num_ids on and banned ones are never drawn."""
     logits_BV = logits_BV[:, :num_ids]
     finite_B = logits_BV.isfinite().all(-1)
     logits_BV = torch.where(finite_B[:, None], logits_BV, 0)
+    if banned:
+        ids = torch.tensor(banned, device=logits_BV.device)
+        logits_BV = logits_BV.index_fill(1, ids, float("-inf"))
     stream_B = streams_at(inputs.streams, inputs.positions + 1)
     if len(choices) == 1 and choices[0].rows is None:
         ids_B, log_probs_B = _choose(logits_BV, choices[0], stream_B)

@@ -3,8 +3,10 @@
 import dataclasses
 from collections.abc import Callable
 
+from qwen3f.infer.pictures import Pictures, Places
 from qwen3f.infer.sampling import GREEDY, SamplingParams
 from qwen3f.infer.thinking import ThinkingBudget
+from qwen3f.vision.deepstack import Features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Request:
       stop_ids: the answer ends with any of these, which it keeps.
       stop_texts: the answer ends with the token that completes one of these texts; needs the engine's tokenizer.
       budget: a limit on thinking.
+      pictures: images and videos, whose placeholders the prompt holds, as many as merged features.
       on_token: called with (token id, log-probability) as they come.
     """
 
@@ -32,6 +35,7 @@ class Request:
     stop_texts: tuple[str, ...] = ()
     budget: ThinkingBudget | None = None
     on_token: Callable[[int, float], None] | None = None
+    pictures: Pictures | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +61,17 @@ class Completion:
 class Row:
     """A request on its way.
 
-    number: its place in the order of arrival. stream: its random stream, see sampling.streams_at.
+    number: its place in the order of arrival. stream: its random stream, see sampling.streams_at. places: where the
+    prompt's tokens stand, of a model with a vision tower; None: one behind the other. features: what the tower says of
+    its pictures, once it has been asked.
     tokens: prompt and answer so far, as far as known to the host. cached: tokens whose keys lie in pages, or will when
     what has been launched is done. launched: tokens of the answer that have been launched.
     """
 
-    def __init__(self, request: Request, number: int, stream: int = 0) -> None:
-        self.request, self.number, self.stream = request, number, stream
-        self.tokens = list(request.prompt)
+    def __init__(self, request: Request, number: int, stream: int = 0, places: Places | None = None) -> None:
+        self.request, self.number, self.stream, self.places = request, number, stream, places
+        self.features: Features | None = None
+        self.tokens = list(request.prompt if places is None else places.tokens)
         self.logprobs: list[float] = []
         self.pages: list[int] = []
         self.cached = 0

@@ -1,26 +1,30 @@
 """The stage generate: questions from the configuration, from a file or from a chat; answers on stdout or in a file."""
 
 import dataclasses
+import json
 import os
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from qwen3f.config import ModelConfig
-from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.data.multimodal.samples import check_tokenizer
+from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.batch_file import AnswerFile, Ask, BadRow, prompt_asks, read_asks, survey
 from qwen3f.infer.chat import run_chat
 from qwen3f.infer.engine import EngineOptions
+from qwen3f.infer.prompts import Shown, read_images, read_video
 from qwen3f.infer.request import Request
 from qwen3f.infer.text_generator import Answer, TextGenerator, raise_error
-from qwen3f.infer.text_request import FIELDS, TextOptions, make_request
+from qwen3f.infer.text_request import FIELDS, TextOptions, check_kind, make_request
 from qwen3f.interop import source
+from qwen3f.interop.history import never_saw_chats, pretrained_only
 from qwen3f.train.choices import find_device, find_dtype
 
 ON_BAD_ROW = ("error", "skip")
@@ -69,12 +73,18 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> Summary | N
     device = find_device(config.device)
     dtype = find_dtype(config.dtype, device)
     place = source.pinned(config.init_from)
-    cfg, tokenizer = source.read_model_config(place), source.read_tokenizer(place)
+    cfg = source.read_model_config(place)
+    tokenizer = load_tokenizer(source.tokenizer_path(place), config.chat_template)
+    _check_kind(tokenizer, options)
+    shown = _shown(config, cfg, tokenizer)
     summary = Summary()
     rows, summary.bad = survey(_rows(config, options), config.on_bad_row)
     if not config.input:
         for ask in _asks(config, options):
-            _request(cfg, tokenizer, ask)
+            _request(cfg, tokenizer, ask, shown)
+    if config.chat and never_saw_chats(place):
+        hint = f"{pretrained_only(config.init_from)}; to have it go on with a text write --config.chat=False"
+        print(hint, file=sys.stderr, flush=True)
 
     def generator() -> TextGenerator:
         params = source.read_params(place, cfg, device, dtype)
@@ -86,13 +96,14 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> Summary | N
         if _is_chat(config):
             return run_chat(generator(), options)
         if config.out:
-            with AnswerFile(Path(config.out), str(Path(place).resolve()), rows) as file:
+            with AnswerFile(Path(config.out), _model_name(config, place), rows) as file:
                 if not all(file.has(ask) for ask in _asks(config, options)):
                     asks = (ask for ask in _asks(config, options) if not file.has(ask))
-                    _write(_passes(config, generator(), asks, summary), file, rows, progress)
+                    _write(_passes(config, generator(), asks, summary, shown), file, rows, progress)
                 summary.done = file.count
         else:
-            _print(_passes(config, generator(), _asks(config, options), summary), several=rows > 1)
+            asks = _asks(config, options)
+            _print(_passes(config, generator(), asks, summary, shown), several=rows > 1)
     except KeyboardInterrupt:
         print("stopped" + ("; the same command goes on" if config.out else ""), file=sys.stderr, flush=True)
         raise SystemExit(130) from None
@@ -102,6 +113,43 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> Summary | N
 
 def _is_chat(config: ConfigDict) -> bool:
     return not (config.prompt or config.prompts or config.input)
+
+
+def _model_name(config: ConfigDict, place: str) -> str:
+    """What answers come from besides the row and its options: the model, and where they are given, the kind of its
+    chats and what is shown."""
+    names = ("chat_template", "images", "video", "video_fps")
+    given = {name: config[name] for name in names if config[name] not in ("", None)}
+    if config.images:
+        given |= {name: config[name] for name in ("min_pixels", "max_pixels")}
+    return str(Path(place).resolve()) + (json.dumps(given, sort_keys=True) if given else "")
+
+
+def _check_kind(tokenizer: Tokenizer, options: TextOptions) -> None:
+    """Raises UserError for options that the kind of the model's chats has not."""
+    try:
+        if options.chat:
+            check_kind(tokenizer, options)
+    except UserError as error:
+        raise UserError(f"config.{error}" if str(error).startswith(FIELDS) else str(error)) from error
+
+
+def _shown(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer) -> list[Shown]:
+    """The images and the video that every prompt asks about."""
+    if not (config.images or config.video):
+        return []
+    if not (config.prompt or config.prompts):
+        raise UserError(
+            'config.images and config.video go with --config.prompt="…" or --config.prompts, not with config.input or '
+            "a chat over stdin; leave them out, or give a prompt"
+        )
+    if not (config.chat and cfg.vision_enabled):
+        raise UserError(
+            "config.images and config.video need a model with a vision tower, and config.chat=True; leave them out"
+        )
+    check_tokenizer(tokenizer, cfg)
+    shown = read_images(config.images, cfg, config.min_pixels, config.max_pixels)
+    return [*shown, read_video(config.video, config.video_fps, cfg)] if config.video else shown
 
 
 def _check(config: ConfigDict) -> TextOptions:
@@ -163,15 +211,15 @@ def _rows(config: ConfigDict, options: TextOptions) -> Iterator[Ask | BadRow]:
     return prompt_asks(config.prompt or list(config.prompts), options)
 
 
-def _request(cfg: ModelConfig, tokenizer: Tokenizer, ask: Ask) -> Request:
+def _request(cfg: ModelConfig, tokenizer: Tokenizer, ask: Ask, shown: Sequence[Shown]) -> Request:
     try:
-        return make_request(cfg, tokenizer, ask.content, ask.options, ask.stream)
+        return make_request(cfg, tokenizer, ask.content, ask.options, ask.stream, shown)
     except UserError as error:
         raise BadRow(f"{ask.place}: {error}") from error
 
 
 def _passes(
-    config: ConfigDict, generator: TextGenerator, asks: Iterable[Ask], summary: Summary
+    config: ConfigDict, generator: TextGenerator, asks: Iterable[Ask], summary: Summary, shown: Sequence[Shown]
 ) -> Iterator[list[tuple[Ask, Answer]]]:
     """After each pass the rows under way, and those that it has ended. Counts in `summary`."""
     asked: dict[int, Ask] = {}
@@ -179,7 +227,7 @@ def _passes(
     def requests() -> Iterator[Request]:
         for ask in asks:
             try:
-                request = _request(generator.cfg, generator.tokenizer, ask)
+                request = _request(generator.cfg, generator.tokenizer, ask, shown)
             except BadRow:
                 if config.on_bad_row != "skip":
                     raise

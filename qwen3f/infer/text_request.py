@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3f.config import ModelConfig
+from qwen3f.data.chat.kinds import HYBRID, check_thinking
+from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.template import Message, encode_chat, thinking_mode
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.engine import check_request
+from qwen3f.infer.prompts import Shown, encode_shown, pictures_of
 from qwen3f.infer.request import Request
 from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams
 from qwen3f.infer.thinking import CLOSING, ThinkingBudget
@@ -31,7 +34,8 @@ class TextOptions:
       system: the chat's system message, where it has none of its own.
       thinking: let the model think first, unless the last soft switch in the chat is /no_think. False: never; switches
         then have no effect, as Qwen3 has it. (There the model itself writes the empty block after /no_think; here it
-        stands in the prompt: the same tokens.)
+        stands in the prompt: the same tokens.) None: as the model's chat template does by itself. Models that always
+        think, or never, have no switches.
       thinking_budget: tokens; then thinking ends with Qwen3's closing sentence.
       max_new_tokens: the answer ends there, if not before.
       temperature … presence_penalty: None is what Qwen3 recommends for the mode, and greedy without chat.
@@ -42,7 +46,7 @@ class TextOptions:
 
     chat: bool = True
     system: str = ""
-    thinking: bool = False
+    thinking: bool | None = False
     thinking_budget: int | None = None
     max_new_tokens: int = 512
     temperature: float | None = None
@@ -62,13 +66,13 @@ class TextOptions:
         if self.system and not self.chat:
             raise UserError("system needs the chat format; leave it out, or write chat=True")
         if self.thinking_budget is not None:
-            if not (self.chat and self.thinking):
+            if not self.chat or self.thinking is False:
                 raise UserError("thinking_budget needs chat and thinking; set both to True, or leave it out")
             if self.thinking_budget < 0:
                 raise UserError(f"thinking_budget must be a number of tokens from 0 on, got {self.thinking_budget}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop must be texts that are not empty, got {self.stop!r}")
-        choose_sampling(self, self.thinking)
+        choose_sampling(self, self.thinking is not False)
 
     def changed(self, **values: Any) -> "TextOptions":
         """With other values. Raises UserError for a name or a value that is none."""
@@ -90,12 +94,19 @@ def choose_sampling(options: TextOptions, thinks: bool) -> SamplingParams:
 
 
 def make_request(
-    cfg: ModelConfig, tokenizer: Tokenizer, content: Content, options: TextOptions, stream: int = 0
+    cfg: ModelConfig,
+    tokenizer: Tokenizer,
+    content: Content,
+    options: TextOptions,
+    stream: int = 0,
+    shown: Sequence[Shown] = (),
 ) -> Request:
     """The request that asks for an answer to `content`. stream: tells its draws from others' of the same seed.
+    shown: images and videos at the beginning of the chat's first question.
 
     Raises UserError for a text that is empty or not UTF-8, for messages that are malformed, and for what exceeds the
-    model's positions together with its answer.
+    model's positions together with its answer; for thinking that the kind of the model's chats has not; and as
+    qwen3f.data.chat.recognise.kind_of does.
     """
     thinks = False
     if not options.chat:
@@ -104,8 +115,13 @@ def make_request(
         ids = tokenizer.encode(_not_empty(content))
     else:
         messages = chat_messages(content, options.system)
-        thinks = options.thinking and thinking_mode(messages)
-        ids = encode_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=thinks)
+        thinks = check_kind(tokenizer, options)
+        if thinks and kind_of(tokenizer).asks:
+            thinks = thinking_mode(messages)
+        if shown:
+            ids = encode_shown(tokenizer, messages, shown, thinking=thinks)
+        else:
+            ids = encode_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=thinks)
     budget = None
     if thinks and options.thinking_budget is not None:
         closing = tuple(tokenizer.encode(CLOSING, allow_special=True))
@@ -120,9 +136,22 @@ def make_request(
         stop_ids=tuple(tokenizer.stop_ids),
         stop_texts=options.stop,
         budget=budget,
+        pictures=pictures_of(shown),
     )
     check_request(asked, cfg, tokenizer)
     return asked
+
+
+def check_kind(tokenizer: Tokenizer, options: TextOptions) -> bool:
+    """Whether the model's chats think, switches aside. Raises UserError for what their kind has not."""
+    kind = kind_of(tokenizer)
+    thinks = check_thinking(kind, options.thinking)
+    if options.thinking_budget is not None and not thinks:
+        raise UserError(
+            f"thinking_budget needs a chat that thinks, and the model's, of the kind {kind.name}, never do: leave it "
+            f"out, or choose a template that can, --config.chat_template={HYBRID.name}"
+        )
+    return thinks
 
 
 def chat_messages(content: Content, system: str) -> list[Message]:
@@ -157,7 +186,7 @@ def _check_kinds(options: TextOptions) -> None:
     """Values come from JSON too, where nothing has checked their types."""
     kinds = {bool: "true or false", str: "a text", int: "a whole number", float: "a number", tuple: "a list of texts"}
     for field in dataclasses.fields(options):
-        value, optional = getattr(options, field.name), field.default is None
+        value, optional = getattr(options, field.name), field.default is None or field.name == "thinking"
         if value is None and optional:
             continue
         kind = _KINDS[field.name]

@@ -4,7 +4,7 @@ Defaults of omitted keys: transformers 5.23, Qwen3Config and Qwen3MoeConfig. Wha
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from qwen3f.errors import UserError
 from qwen3f.limits import MODEL_PARAMETERS, MODEL_TENSORS
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+CLASSIFIERS = {"qwen3": "Qwen3ForSequenceClassification", "qwen3_moe": "Qwen3MoeForSequenceClassification"}
 ROPE_THETA = 1e4  # where a file names none
+PLAIN = {"qk_norm": "rms", "moe_drop_tokens": False}  # all that can be written
 
 # Named alike on both sides. An omitted head_dim of a MoE model is hidden_size / num_attention_heads.
 _DENSE: dict[str, Any] = {
@@ -48,7 +50,21 @@ _MOE: dict[str, Any] = {
     "router_aux_loss_coef": 0.001,
     "mlp_only_layers": (),
 }
-_DEFAULTS = {"qwen3": _DENSE, "qwen3_moe": _MOE}
+_ONE_LABEL = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
+# Of the language model in Qwen3-VL (qwen3f.interop.vision_config), which says by itself whether its head is tied.
+_VL = {key: 128000 if key == "max_position_embeddings" else v for key, v in _DENSE.items() if "tie_" not in key}
+_VL_MOE = {
+    **{key: v for key, v in _MOE.items() if "tie_" not in key and key != "norm_topk_prob"},
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 128000,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 4,
+    "num_experts": 60,
+}
+VL_TEXT = {"qwen3_vl": "qwen3_vl_text", "qwen3_vl_moe": "qwen3_vl_moe_text"}
+_DEFAULTS = {"qwen3": _DENSE, "qwen3_moe": _MOE, "qwen3_vl_text": _VL, "qwen3_vl_moe_text": _VL_MOE}
 
 # Read by name below, or of no effect on the function and its parameters.
 _UNDERSTOOD = {
@@ -91,6 +107,8 @@ _NEUTRAL: dict[str, Any] = {
 _NEUTRAL_OF = {  # besides, of one family
     "qwen3": dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"), 0),
     "qwen3_moe": {},
+    "qwen3_vl_text": {},
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
 }
 
 
@@ -106,10 +124,28 @@ def from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     family = values.get("model_type")
     if family not in list(ARCHITECTURES):  # a list: JSON may hold what no dict can look up
         raise UserError(f"{where}: model_type is {family!r}; only {' and '.join(ARCHITECTURES)} can be read")
+    check_architectures(values, (ARCHITECTURES[family], CLASSIFIERS[family]), where)
+    score = _has_score(values, family)
+    if score:
+        _check_score(values, where)
+    cfg = make_config({**text_fields(values, family, where), "scalar_head": score}, where)
+    check_size(cfg, where)
+    return cfg
+
+
+def make_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
+    try:
+        return ModelConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def text_fields(values: Mapping[str, Any], family: str, where: str, theta: float = ROPE_THETA) -> dict[str, Any]:
+    """ModelConfig's fields of a language model, from its part of a config.json. theta: where the file names none."""
     defaults = _DEFAULTS[family]
     _check_keys(values, family, where)
-    _refuse_what_we_lack(values, family, where)
-    fields = {key: _typed(values.get(key, default), default, key, where) for key, default in defaults.items()}
+    _refuse_what_we_lack(values, where)
+    fields = {key: typed(values.get(key, default), default, key, where) for key, default in defaults.items()}
     fields |= _experts(values, family, where)
     heads = fields["num_attention_heads"]
     if fields["num_key_value_heads"] is None:
@@ -117,12 +153,10 @@ def from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     if fields["head_dim"] is None:
         fields["head_dim"] = fields["hidden_size"] // heads if heads else 0
     try:
-        theta, scaling = _rope(values)
-        cfg = ModelConfig(**fields, rope_theta=theta, rope_scaling=scaling)
+        base, scaling = _rope(values, theta)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    check_size(cfg, where)
-    return cfg
+    return {**fields, "rope_theta": base, "rope_scaling": scaling}
 
 
 def check_size(cfg: ModelConfig, where: str) -> None:
@@ -140,18 +174,18 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     dtype: of the stored weights. Training-time fields (gradient_checkpointing, embed_initializer_range) are left out.
     Raises UserError, naming the field, for a model that transformers' Qwen3 and Qwen3-MoE can't express.
     """
-    plain_values = {"qk_norm": "rms", "vision_enabled": False, "scalar_head": False, "moe_drop_tokens": False}
-    for field, plain in plain_values.items():
-        value = getattr(cfg, field)
-        if value != plain:
-            raise UserError(
-                f"model.{field}={value!r} has no form in Hugging Face's Qwen3; only {plain!r} can be written"
-            )
+    check_plain(cfg, {**PLAIN, "vision_enabled": False})
     family = "qwen3_moe" if cfg.num_experts else "qwen3"
+    names = CLASSIFIERS if cfg.scalar_head else ARCHITECTURES
+    head = _ONE_LABEL if cfg.scalar_head else {}
+    return {"architectures": [names[family]], **head, **text_to_hf(cfg, family, dtype)}
+
+
+def text_to_hf(cfg: ModelConfig, family: str, dtype: torch.dtype) -> dict[str, Any]:
+    """A language model's part of config.json."""
     ours = cfg.to_dict()
     scaling = None if cfg.rope_scaling is None else _scaling_to_hf(cfg.rope_scaling)
     return {
-        "architectures": [ARCHITECTURES[family]],
         "model_type": family,
         **{key: ours[key] for key in _DEFAULTS[family]},
         "rope_theta": cfg.rope_theta,
@@ -165,10 +199,20 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def check_plain(cfg: ModelConfig, plain_values: Mapping[str, Any]) -> None:
+    """Raises UserError for the first field with another value than the one that transformers has a form for."""
+    for field, plain in plain_values.items():
+        value = getattr(cfg, field)
+        if value != plain:
+            raise UserError(
+                f"model.{field}={value!r} has no form in Hugging Face's Qwen3; only {plain!r} can be written"
+            )
+
+
 def _check_keys(values: Mapping[str, Any], family: str, where: str) -> None:
     neutral = _NEUTRAL | _NEUTRAL_OF[family]
     known = {*_DEFAULTS[family], *_UNDERSTOOD, *_HARMLESS}
-    if family == "qwen3_moe":
+    if "num_experts" in _DEFAULTS[family]:
         known.add("num_local_experts")
     for key, value in values.items():
         if key in known:
@@ -181,10 +225,20 @@ def _check_keys(values: Mapping[str, Any], family: str, where: str) -> None:
             )
 
 
-def _refuse_what_we_lack(values: Mapping[str, Any], family: str, where: str) -> None:
-    architectures = values.get("architectures") or [ARCHITECTURES[family]]
-    if architectures != [ARCHITECTURES[family]]:
-        raise UserError(f"{where}: architectures is {architectures}; only [{ARCHITECTURES[family]!r}] can be read")
+def check_architectures(values: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    """Raises UserError unless the first of `names`, or another of them, is what the file holds."""
+    architectures = values.get("architectures") or [names[0]]
+    if architectures not in ([name] for name in names):
+        raise UserError(f"{where}: architectures is {architectures}; only one of {tuple(names)} can be read")
+
+
+def _check_score(values: Mapping[str, Any], where: str) -> None:
+    labels = values.get("id2label") or {"0": "", "1": ""}  # what transformers takes where there are none
+    if not isinstance(labels, Mapping) or len(labels) != 1:
+        raise UserError(f"{where}: id2label is {labels}; only a classifier of one label, a score, can be read")
+
+
+def _refuse_what_we_lack(values: Mapping[str, Any], where: str) -> None:
     # transformers ignores sliding_window unless use_sliding_window is true.
     if values.get("use_sliding_window") and values.get("sliding_window") is not None:
         raise UserError(f"{where}: use_sliding_window is true; models with sliding windows can't be read")
@@ -195,19 +249,24 @@ def _refuse_what_we_lack(values: Mapping[str, Any], family: str, where: str) -> 
         raise UserError(f"{where}: quantization_config is set; give the directory of the unquantised weights")
 
 
+def _has_score(values: Mapping[str, Any], family: str) -> bool:
+    """Whether it is a classifier: a reward model, by its architecture."""
+    return values.get("architectures") == [CLASSIFIERS[family]]
+
+
 def _experts(values: Mapping[str, Any], family: str, where: str) -> dict[str, int]:
     """transformers 5 writes num_experts as num_local_experts."""
     new = values.get("num_local_experts")
-    if family != "qwen3_moe" or new is None:
+    if "num_experts" not in _DEFAULTS[family] or new is None:
         return {}
     if values.get("num_experts", new) != new:
         raise UserError(
             f"{where}: num_experts is {values['num_experts']} and num_local_experts {new}; they must be the same number"
         )
-    return {"num_experts": _typed(new, 0, "num_local_experts", where)}
+    return {"num_experts": typed(new, 0, "num_local_experts", where)}
 
 
-def _typed(value: Any, default: Any, key: str, where: str) -> Any:
+def typed(value: Any, default: Any, key: str, where: str) -> Any:
     """`value`, if it is of the type that `key` has."""
     if value is None and key in ("num_key_value_heads", "head_dim", "mlp_only_layers"):
         return () if key == "mlp_only_layers" else None
@@ -223,7 +282,7 @@ def _typed(value: Any, default: Any, key: str, where: str) -> Any:
     return value
 
 
-def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _rope(values: Mapping[str, Any], default: float) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from the old keys (rope_theta, rope_scaling), the new one (rope_parameters), or both alike."""
     bases = {"rope_theta": values.get("rope_theta")}
     scalings = {}
@@ -249,7 +308,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         if len(set(found.values())) > 1:
             both = " and ".join(f"{key}={value}" for key, value in found.items())
             raise UserError(f"two different rotary {what}s are given: {both}; keep one")
-    return float(next(iter(bases.values()), ROPE_THETA)), next(iter(scalings.values()), None)
+    return float(next(iter(bases.values()), default)), next(iter(scalings.values()), None)
 
 
 def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:

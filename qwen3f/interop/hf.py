@@ -1,4 +1,4 @@
-"""Hugging Face directories of Qwen3 and Qwen3-MoE: read into (cfg, params) and written from them.
+"""Hugging Face directories of Qwen3 and Qwen3-VL, dense and sparse: read into (cfg, params) and written from them.
 
 Both stream: weights are mapped into memory file by file and copied tensor by tensor into their final place, or written
 one by one. Beyond the model itself, one tensor is in memory.
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from qwen3f.config import ModelConfig
-from qwen3f.data.tokenizers.bpe_files import TOKENIZER_CONFIG
+from qwen3f.data.chat.recognise import write_template
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.interop import config as C
-from qwen3f.interop import keys, shards, writer
+from qwen3f.interop import keys, shards, vision_config, writer
 from qwen3f.params import EMBED, HEAD, Params, abstract_params, check_params
 from qwen3f.strict_json import read_object
 
-CONFIG, GENERATION_CONFIG, CHAT_TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
-_TEMPLATE = Path(__file__).with_name(CHAT_TEMPLATE)
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+PREPROCESSOR = "preprocessor_config.json"
 MAX_SHARD_BYTES = 5 * 10**9
 _MAPPED_BYTES = 2**28
 _FAR = 4  # as many tensors too few are another model; fewer are missing, and named
@@ -35,7 +35,13 @@ DTYPES = {name: dtype for dtype, name in writer.DTYPE_NAMES.items()}
 def read_config(directory: str | Path) -> ModelConfig:
     """The model that `directory`/config.json describes. Raises UserError, see qwen3f.interop.config.from_hf."""
     path = Path(directory) / CONFIG
-    return C.from_hf(read_object(path), str(path))
+    values = read_object(path)
+    read = vision_config.from_hf if values.get("model_type") in list(vision_config.ARCHITECTURES) else C.from_hf
+    return read(values, str(path))
+
+
+def _to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    return (vision_config.to_hf if cfg.vision_enabled else C.to_hf)(cfg, dtype)
 
 
 def load_pretrained(
@@ -60,7 +66,7 @@ def load_pretrained(
             f"{directory / CONFIG} describes a model of {needed:,} tensors, but only {len(stored):,} are stored; "
             "config and weights belong to different models"
         )
-    slots = keys.slots(cfg)
+    slots = keys.slots(cfg, keys.are_transposed(cfg, {key: tensor.shape for key, tensor in stored.items()}))
     _check_stored(cfg, slots, stored, directory)
     dtypes = _leaf_dtypes(slots, stored) if dtype is None else dict.fromkeys(abstract_params(cfg), dtype)
     params = {
@@ -74,7 +80,7 @@ def load_pretrained(
         for part in writer.cut(specs, _MAPPED_BYTES):
             with shards.open_file(file) as opened:
                 for key in part:
-                    params[slots[key].path][slots[key].index].copy_(opened.get_tensor(key))
+                    keys.fill(slots[key], params, opened.get_tensor(key))
     return cfg, params
 
 
@@ -91,7 +97,7 @@ def save_pretrained(
 
     directory: must not exist or be empty; appears by one rename when everything is written.
     tokenizer: its files are written beside the weights, its end and padding tokens into the configs. AutoTokenizer
-      gives the same ids. The chat template is qwen3f.data.chat.template's where the tokenizer brings none.
+      gives the same ids. The chat template is the tokenizer's own; without one that of its kind (data.chat.kinds).
     dtype: of the stored weights; None keeps each parameter's.
     max_shard_bytes: weights beyond it are cut into several files with an index.
 
@@ -106,8 +112,8 @@ def save_pretrained(
     slots = keys.slots(cfg)
     for path, leaf in params.items():
         _check_dtype(dtype or leaf.dtype, f"parameter {path}", "written")
-    specs = {key: writer.TensorSpec(slot.shape, dtype or params[slot.path].dtype) for key, slot in slots.items()}
-    config = C.to_hf(cfg, specs[EMBED].dtype)
+    specs = {key: writer.TensorSpec(slot.shape, dtype or params[slot.parts[0][0]].dtype) for key, slot in slots.items()}
+    config = _to_hf(cfg, dtype or params[EMBED].dtype)
     generation: dict[str, Any] = {"use_cache": True}
     if tokenizer is not None:
         if tokenizer.vocab_size > cfg.vocab_size:
@@ -120,16 +126,12 @@ def save_pretrained(
         _write_json(place / GENERATION_CONFIG, generation)
         if tokenizer is not None:
             tokenizer.export(place)
-            if not _has_chat_template(place):
-                shutil.copyfile(_TEMPLATE, place / CHAT_TEMPLATE)
-        _write_weights(place, specs, lambda key: params[slots[key].path][slots[key].index], max_shard_bytes)
+            write_template(tokenizer, place, always=True)
+        if cfg.vision_enabled:
+            _write_json(place / PREPROCESSOR, vision_config.preprocessor(cfg))
+        _write_weights(place, specs, lambda key: keys.fetch(slots[key], params), max_shard_bytes)
 
     _write_directory(directory, write)
-
-
-def _has_chat_template(directory: Path) -> bool:
-    config = directory / TOKENIZER_CONFIG
-    return (directory / CHAT_TEMPLATE).exists() or (config.exists() and "chat_template" in read_object(config))
 
 
 def check_writable(directory: Path) -> None:
@@ -151,8 +153,9 @@ def _check_stored(
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{directory}: these tensors {what}: {', '.join(names[:3])}{more}")
     wanted = {key: slot.shape for key, slot in slots.items()}
+    embedding = keys.hf_name(cfg, EMBED)
     if keys.is_tied_head(cfg, HEAD) and HEAD in stored:
-        wanted[HEAD] = wanted[EMBED]
+        wanted[HEAD] = wanted[embedding]
     for key, shape in wanted.items():
         tensor = stored[key]
         if tensor.shape != shape:
@@ -162,25 +165,25 @@ def _check_stored(
                 f"{tensor.file}: {key} is stored as {tensor.dtype}; only {', '.join(DTYPES)} can be read: give the "
                 "directory of the unquantised weights"
             )
-    if HEAD in wanted and cfg.tie_word_embeddings and not _same_bits(stored[HEAD], stored[EMBED]):
+    if HEAD in wanted and cfg.tie_word_embeddings and not _same_bits(stored[HEAD], stored[embedding], embedding):
         raise UserError(
-            f"{directory}: tie_word_embeddings is true, but {HEAD} differs from {EMBED}; set it to false in "
+            f"{directory}: tie_word_embeddings is true, but {HEAD} differs from {embedding}; set it to false in "
             "config.json to use both, or remove the head"
         )
 
 
-def _same_bits(head: shards.StoredTensor, embedding: shards.StoredTensor) -> bool:
+def _same_bits(head: shards.StoredTensor, embedding: shards.StoredTensor, name: str) -> bool:
     if head.dtype != embedding.dtype:
         return False
     with shards.open_file(head.file) as a, shards.open_file(embedding.file) as b:
-        return torch.equal(a.get_tensor(HEAD).view(torch.uint8), b.get_tensor(EMBED).view(torch.uint8))
+        return torch.equal(a.get_tensor(HEAD).view(torch.uint8), b.get_tensor(name).view(torch.uint8))
 
 
 def _leaf_dtypes(slots: dict[str, keys.Slot], stored: dict[str, shards.StoredTensor]) -> dict[str, torch.dtype]:
     """The stored dtype of each of our leaves, whose layers must agree."""
     first: dict[str, str] = {}
-    for key, slot in slots.items():
-        other = first.setdefault(slot.path, key)
+    for key, path in ((key, path) for key, slot in slots.items() for path, _ in slot.parts):
+        other = first.setdefault(path, key)
         if stored[key].dtype != stored[other].dtype:
             raise UserError(
                 f"{stored[key].file}: {key} is {stored[key].dtype}, but {other} is {stored[other].dtype}; say which "

@@ -2,55 +2,113 @@
 
 Ours are stacked: a leaf [L, …] holds a kind of layer, an expert leaf [L, E, …] its experts too. Theirs are apart:
 `model.layers.3.mlp.experts.5.up_proj.weight`. Derived from the parameter table, so a new parameter needs no line here.
+
+Qwen3-VL has the language model under `model.language_model.`, one tensor for q, k and v in the tower, and a patch as a
+convolution's. Qwen3-VL-MoE also joins a layer's experts, gate and up side by side; released files hold those
+transposed, [E, in, out], newer transformers writes [E, out, in].
+
+E experts · I their width · D hidden
 """
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from qwen3f.config import ModelConfig
-from qwen3f.params import EMBED, HEAD, abstract_params
+from qwen3f.params import EMBED, HEAD, PATCH_EMBED, VISUAL, Params, ParamSpec, abstract_params
 
 _EXPERTS = "mlp.experts."
+_JOINED = {"attn.q_proj.": "attn.qkv.", "mlp.experts.gate_proj.weight": "mlp.experts.gate_up_proj"}
+_FOLLOWING = {"attn.q_proj.": ("attn.k_proj.", "attn.v_proj."), "mlp.experts.gate_proj.": ("mlp.experts.up_proj.",)}
 # Buffers that old versions of transformers stored; they follow from the config.
 _BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 class Slot(NamedTuple):
-    """One Hugging Face tensor of ours: params[path][index], of `shape`."""
+    """One Hugging Face tensor, of `shape`: the parts params[path][index], joined along `dim`, then transposed if so in
+    the last two dimensions, then given its shape."""
 
-    path: str
-    index: tuple[int, ...]
+    parts: tuple[tuple[str, tuple[int, ...]], ...]
     shape: tuple[int, ...]
+    dim: int = 0
+    transposed: bool = False
 
 
-def slots(cfg: ModelConfig) -> dict[str, Slot]:
-    """Hugging Face key -> its place, layer by layer in the order of the forward pass, experts in theirs."""
+def fetch(slot: Slot, params: Params) -> Tensor:
+    """What Hugging Face calls it, from our parameters."""
+    parts = [params[path][index] for path, index in slot.parts]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, slot.dim)
+    return (whole.transpose(-1, -2) if slot.transposed else whole).reshape(slot.shape)
+
+
+def fill(slot: Slot, params: Params, tensor: Tensor) -> None:
+    """Copy Hugging Face's tensor to our places."""
+    whole = tensor.transpose(-1, -2) if slot.transposed else tensor
+    for (path, index), part in zip(slot.parts, whole.chunk(len(slot.parts), slot.dim), strict=True):
+        place = params[path][index]
+        place.copy_(part.reshape(place.shape))
+
+
+def hf_name(cfg: ModelConfig, path: str) -> str:
+    """Hugging Face's name of what is in no stack, or of the beginning of one."""
+    if cfg.vision_enabled and path.startswith("model.") and not path.startswith(VISUAL):
+        return "model.language_model." + path.removeprefix("model.")
+    return path
+
+
+def slots(cfg: ModelConfig, transposed: bool = True) -> dict[str, Slot]:
+    """Hugging Face key -> its place, layer by layer in the order of the forward pass, experts in theirs.
+
+    transposed: how joined experts are stored, see above; of Qwen3-VL-MoE alone.
+    """
     table = abstract_params(cfg)
-    before, after = {EMBED: Slot(EMBED, (), table.pop(EMBED).shape)}, {}
-    by_layer: list[dict[str, Slot]] = [{} for _ in range(cfg.num_hidden_layers)]
+    out = {hf_name(cfg, EMBED): Slot(((EMBED, ()),), table[EMBED].shape)}
+    stacks: dict[str, list[dict[str, Slot]]] = {}
+    after = {}
     for path, spec in table.items():
         if spec.layers is None:
-            after[path] = Slot(path, (), spec.shape)
+            after[hf_name(cfg, path)] = Slot(((path, ()),), _shape(cfg, path, spec))
             continue
-        stack, name = spec.stack, path.removeprefix(spec.stack)
+        layers = stacks.setdefault(spec.stack, [{} for _ in range(_height(table, spec.stack))])
+        name = path.removeprefix(spec.stack)
         for row, layer in enumerate(spec.layers):
-            if name.startswith(_EXPERTS):
-                rest = name.removeprefix(_EXPERTS)
-                for expert in range(cfg.num_experts):
-                    key = f"{stack}{layer}.{_EXPERTS}{expert}.{rest}"
-                    by_layer[layer][key] = Slot(path, (row, expert), spec.shape[2:])
-            else:
-                by_layer[layer][f"{stack}{layer}.{name}"] = Slot(path, (row,), spec.shape[1:])
-    return {key: slot for part in (before, *by_layer, after) for key, slot in part.items()}
+            layers[layer] |= {
+                f"{hf_name(cfg, spec.stack)}{layer}.{key}": slot
+                for key, slot in _of_layer(cfg, spec, name, row, transposed).items()
+            }
+    for layers in stacks.values():
+        for layer in layers:
+            out |= layer
+    return out | after
 
 
 def count(cfg: ModelConfig) -> int:
     """How many keys `slots` has, without making them."""
-    table = abstract_params(cfg)
-    return sum(
-        len(spec.layers or ("",)) * (cfg.num_experts if path.removeprefix(spec.stack).startswith(_EXPERTS) else 1)
-        for path, spec in table.items()
-    )
+    total = 0
+    for path, spec in abstract_params(cfg).items():
+        name = path.removeprefix(spec.stack)
+        if spec.layers is None:
+            total += 1
+        elif name.startswith(_EXPERTS) and not cfg.vision_enabled:
+            total += len(spec.layers) * cfg.num_experts
+        elif not _is_joined_to_another(cfg, name):
+            total += len(spec.layers)
+    return total
+
+
+def are_transposed(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether joined experts are stored as in released files. Of the two tensors of a layer at most one is square, and
+    the other one tells."""
+    if not (cfg.vision_enabled and cfg.sparse_layers):
+        return False
+    found = {True: 0, False: 0}
+    for layout in found:
+        wanted = {key: slot.shape for key, slot in slots(cfg, layout).items() if _EXPERTS in key}
+        found[layout] = sum(shapes.get(key) == shape for key, shape in wanted.items())
+    return found[True] > found[False]
 
 
 def is_ignored(cfg: ModelConfig, key: str) -> bool:
@@ -60,3 +118,44 @@ def is_ignored(cfg: ModelConfig, key: str) -> bool:
 
 def is_tied_head(cfg: ModelConfig, key: str) -> bool:
     return cfg.tie_word_embeddings and key == HEAD
+
+
+def _height(table: Mapping[str, ParamSpec], stack: str) -> int:
+    return 1 + max(max(spec.layers) for spec in table.values() if spec.stack == stack)
+
+
+def _shape(cfg: ModelConfig, path: str, spec: ParamSpec) -> tuple[int, ...]:
+    if path != PATCH_EMBED + "weight":
+        return spec.shape
+    frames, side = cfg.vision_temporal_patch_size, cfg.vision_patch_size
+    return (spec.shape[0], cfg.vision_num_channels, frames, side, side)
+
+
+def _is_joined_to_another(cfg: ModelConfig, name: str) -> bool:
+    return cfg.vision_enabled and any(name.startswith(prefixes) for prefixes in _FOLLOWING.values())
+
+
+def _of_layer(cfg: ModelConfig, spec: ParamSpec, name: str, row: int, transposed: bool) -> dict[str, Slot]:
+    """Key within the layer -> its slot, of the parameter `name` of a stack; none of what is joined to another."""
+    if _is_joined_to_another(cfg, name):
+        return {}
+    path = spec.stack + name
+    if not name.startswith(_EXPERTS):
+        for first, others in _FOLLOWING.items():
+            if cfg.vision_enabled and name.startswith(first):
+                paths = [spec.stack + part + name.removeprefix(first) for part in (first, *others)]
+                shape = (len(paths) * spec.shape[1], *spec.shape[2:])
+                return {name.replace(first, _JOINED[first]): Slot(tuple((p, (row,)) for p in paths), shape)}
+        return {name: Slot(((path, (row,)),), spec.shape[1:])}
+    rest = name.removeprefix(_EXPERTS)
+    if not cfg.vision_enabled:
+        return {
+            f"{_EXPERTS}{expert}.{rest}": Slot(((path, (row, expert)),), spec.shape[2:])
+            for expert in range(cfg.num_experts)
+        }
+    parts, key = [path], name.removesuffix(".weight")
+    if name in _JOINED:
+        parts, key = [path, path.replace("gate_proj", "up_proj")], _JOINED[name]
+    experts, rows, columns = spec.shape[1], len(parts) * spec.shape[2], spec.shape[3]
+    shape = (experts, columns, rows) if transposed else (experts, rows, columns)
+    return {key: Slot(tuple((part, (row,)) for part in parts), shape, 1, transposed)}

@@ -3,12 +3,16 @@
 One place for every stage that starts from another model. Weights, config and tokenizer only: no optimizer state.
 """
 
+import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qwen3f.checkpoint import manifest
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.checkpoint.shards import param_shards, shards
 from qwen3f.config import ModelConfig
@@ -23,18 +27,22 @@ from qwen3f.train import workdir as W
 from sharding.layout import ONE_DEVICE, Layout
 from sharding.state import cut_params
 
-# May differ between a model and one that starts from it: how it is trained, and the rotary settings, which continued
-# training stretches on purpose.
-FREE_FIELDS = frozenset({
-    "gradient_checkpointing", "initializer_range", "embed_initializer_range", "attention_dropout",
-    "router_aux_loss_coef", "router_balance", "router_z_loss_coef", "moe_drop_tokens", "moe_capacity_factor",
-    "max_position_embeddings", "rope_theta", "rope_scaling",
-})  # fmt: skip
+# Of a model that starts from another one these may differ, which is then said: the same weights fit.
+CHANGEABLE = ("rope_theta", "rope_scaling", "max_position_embeddings", "rms_norm_eps")
+# And without a word: how it is trained.
+FREE_FIELDS = W.TRAINING_FIELDS | set(CHANGEABLE)
 
 
 # Parts that a model may have and the one it starts from not: they start fresh. A scalar head takes the place of the
 # vocabulary's.
-PARTS = ("scalar_head",)
+PARTS = ("scalar_head", "vision_enabled")
+
+
+_OF_VISION = frozenset(
+    name
+    for name in (field.name for field in dataclasses.fields(ModelConfig))
+    if name.startswith("vision_") or name in ("image_token_id", "video_token_id", "mrope_section")
+)
 
 
 class Source(NamedTuple):
@@ -149,6 +157,23 @@ def read_params(
     return {path: moved(path) for path in like if path in wanted}
 
 
+def weights_digest(source: str) -> str:
+    """Of the weights at `source`: hex of a hash of the sha256 of their files, which differ where the weights do.
+
+    A checkpoint's are those of its manifest, with the optimizer's; reading it compares them. A Hugging Face directory's
+    are read whole. Raises UserError as `locate` does, for a workdir without a checkpoint or one without a manifest.
+    """
+    directory, is_hf, step = locate(source)
+    if is_hf:
+        names = sorted(path.name for path in directory.glob("*.safetensors"))
+        found = {name: entry["sha256"] for name, entry in manifest.describe(directory, [hf.CONFIG, *names]).items()}
+    else:
+        with _checkpoints(directory) as checkpoints:
+            place = checkpoints.path(_step(checkpoints, step))
+        found = {name: digest for name, (_, digest) in manifest.entries(place).items()}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
 def read_tokenizer(source: str) -> Tokenizer:
     """The tokenizer kept at `source`. Raises UserError if there is none."""
     return load_tokenizer(tokenizer_path(source))
@@ -167,11 +192,11 @@ def tokenizer_path(source: str) -> Path:
     return directory / W.TOKENIZER
 
 
-def rotary_changes(source: str, cfg: ModelConfig) -> list[str]:
-    """'rope_theta: there -> here' for each rotary setting in which `cfg` departs from the model at `source`."""
+def changes(source: str, cfg: ModelConfig) -> list[str]:
+    """'rope_theta: there -> here' for each of CHANGEABLE in which `cfg` departs from the model at `source`."""
     there = read_model_config(source)
-    names = ("rope_theta", "rope_scaling")
-    return [f"{n}: {getattr(there, n)} -> {getattr(cfg, n)}" for n in names if getattr(there, n) != getattr(cfg, n)]
+    pairs = {name: (getattr(there, name), getattr(cfg, name)) for name in CHANGEABLE}
+    return [f"{name}: {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
 
 
 def _without_new_parts(cfg: ModelConfig, there: ModelConfig) -> ModelConfig:
@@ -193,7 +218,7 @@ def _meaningful(cfg: ModelConfig) -> dict[str, Any]:
     """The fields that shape `cfg`'s function or parameters: those of parts it doesn't have are left out."""
     values = {name: value for name, value in cfg.to_dict().items() if name not in FREE_FIELDS}
     if not cfg.vision_enabled:
-        values = {name: value for name, value in values.items() if not name.startswith("vision_")}
+        values = {name: value for name, value in values.items() if name not in _OF_VISION}
     if not cfg.dense_layers:
         del values["intermediate_size"]
     if not cfg.sparse_layers:

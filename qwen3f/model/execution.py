@@ -1,6 +1,10 @@
 """How a model runs; never what it computes."""
 
 import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
 
 from qwen3f.errors import UserError
 from qwen3f.model.moe import EXPERT_FORMS
@@ -55,6 +59,26 @@ class Execution:
     @property
     def fused(self) -> tuple[str, ...]:
         return _FASTEST[self.compile] if self.kernels == "auto" else self.kernels
+
+
+def refuse_vmap(execution: Execution, tensors: Iterable[Tensor]) -> None:
+    """Raises UserError where torch.func.vmap goes over `tensors`: only REFERENCE's formulas can be mapped."""
+    if torch.compiler.is_compiling() or execution.attention == "reference":
+        return
+    if any(_is_mapped(tensor) for tensor in tensors):
+        raise UserError(
+            "torch.func.vmap cannot go over the default kernels; give the model execution=model.REFERENCE, whose "
+            "formulas compose with torch.func's transforms"
+        )
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while isinstance(tensor, Tensor) and functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 EAGER = Execution()

@@ -1,4 +1,5 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) with YaRN scaling (Peng et al. 2023, arXiv:2309.00071).
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) with YaRN scaling (Peng et al. 2023, arXiv:2309.00071),
+and of tokens that have a place in time, height and width interleaved MRoPE (Qwen3-VL, arXiv:2511.21631, §2.1).
 
 B batch · T sequence · H heads · d head_dim
 """
@@ -44,16 +45,30 @@ def _yarn(inv_freq: Tensor, yarn: RopeScaling, theta: float, head_dim: int) -> t
     return inv_freq / yarn.factor * slow + inv_freq * (1 - slow), scale
 
 
-def rope_tables(cfg: ModelConfig, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [B, T, d/2] in `dtype`, for int64 positions [B, T].
+def rope_tables(cfg: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [B, T, d/2] in `dtype`, for int64 positions [B, T], or [B, 3, T] in time, height and width.
 
     Angles are computed in float32 (float64 for a float64 model) and cast at the end, as transformers does. Only half
     the table is kept: the two halves of a head turn by the same angles.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    inv_freq, scale = inverse_frequencies(cfg, wide, positions_BT.device)
-    angles = positions_BT[..., None].to(wide) * inv_freq
+    inv_freq, scale = inverse_frequencies(cfg, wide, positions.device)
+    if positions.dim() == 2:
+        place = positions[..., None]
+    else:
+        place = positions.transpose(1, 2)[..., pair_axes(cfg, positions.device)]
+    angles = place.to(wide) * inv_freq
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def pair_axes(cfg: ModelConfig, device: torch.device) -> Tensor:
+    """int64 [d/2], the axis that a rotary pair turns by: time, height and width (0, 1, 2) in turns, each of the last
+    two as often as mrope_section says."""
+    pair = torch.arange(cfg.head_dim // 2, device=device)
+    _, height, width = cfg.mrope_section
+    turns = pair % 3
+    taken = ((turns == 1) & (pair < 3 * height)) | ((turns == 2) & (pair < 3 * width))
+    return torch.where(taken, turns, 0)
 
 
 def apply_rope(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

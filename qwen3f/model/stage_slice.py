@@ -15,12 +15,22 @@ from torch.utils.checkpoint import checkpoint
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.model.attention import batch_mask
-from qwen3f.model.block import BlockFn, block_fn
+from qwen3f.model.block import block_fn
 from qwen3f.model.execution import Execution
 from qwen3f.model.moe import RouterStats
 from qwen3f.model.norm import rms_norm
 from qwen3f.model.rope import rope_tables
-from qwen3f.model.transformer import LayerInputs, layer_stacks, make_outer, positions_of, real_tokens, run_layers
+from qwen3f.model.transformer import (
+    LayerInputs,
+    enter,
+    layer_stacks,
+    make_outer,
+    make_sight,
+    positions_of,
+    real_tokens,
+    run_layers,
+)
+from qwen3f.skeletons import LayerFn
 from sharding import tensor
 from sharding.layout import Layout
 from sharding.pipeline.cut import Slices
@@ -49,16 +59,18 @@ def make_slice(
     kinds = {cfg.is_sparse(layer) for layer in slices.layers_of(number)}
     blocks = {sparse: _block(cfg, execution, sparse, layout, deferred) for sparse in kinds}
     whole = make_outer(cfg, layout)
+    see = make_sight(cfg, execution, layout) if number == 0 else None
 
     def run(
         outer: P.Params, layers: Layers, batch: Batch, x: Tensor | None, head: Head
     ) -> tuple[Any, RouterStats | None]:
-        outer = whole(outer)
+        outer, seen = whole(outer), None
         if number == 0:
             x = tensor.embedding(batch["tokens"], outer[P.EMBED], layout.axes.tp)
+            x, seen = enter(x, see(outer, batch))
         masks = [batch_mask(batch, execution.attention, cfg.head_dim, layout.axes.cp)] * cfg.num_hidden_layers
         inputs = LayerInputs(*rope_tables(cfg, positions_of(batch), x.dtype), masks, real_tokens(batch))
-        x, stats = run_layers(cfg, blocks, layers, x, inputs)
+        x, stats = run_layers(cfg, blocks, layers, x, inputs, inject=seen)
         if number < slices.count - 1:
             return x, stats
         return head(rms_norm(x, outer[P.FINAL_NORM], cfg.rms_norm_eps), outer), stats
@@ -66,7 +78,7 @@ def make_slice(
     return run
 
 
-def _block(cfg: ModelConfig, execution: Execution, sparse: bool, layout: Layout, deferred: Deferred | None) -> BlockFn:
+def _block(cfg: ModelConfig, execution: Execution, sparse: bool, layout: Layout, deferred: Deferred | None) -> LayerFn:
     """As block_fn; with its weights' gradients put off. Recomputation then stands around `deferred`."""
     if deferred is None:
         return block_fn(cfg, execution, sparse, layout)
@@ -101,8 +113,9 @@ def select_leaves(
 
 def _outer_paths(cfg: ModelConfig, slices: Slices, number: int) -> list[str]:
     """What the slice uses besides layers, on all ranks in the same order: they are gathered together."""
-    last = [P.FINAL_NORM, P.head_path(cfg)]
-    return [P.EMBED] * (number == 0) + last * (number == slices.count - 1)
+    tower = [path for path in P.abstract_params(cfg) if path.startswith(P.VISUAL)]
+    first, last = [P.EMBED, *tower], [P.FINAL_NORM, P.head_path(cfg)]
+    return first * (number == 0) + last * (number == slices.count - 1)
 
 
 def empty_hidden(

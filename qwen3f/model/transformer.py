@@ -1,4 +1,5 @@
-"""The language model as a pure function: tokens through embedding, blocks, final norm and head.
+"""The model as a pure function: tokens, and features of images in their places, through embedding, blocks, final norm
+and head.
 
 B batch · T sequence · D hidden · V vocabulary · L layers
 """
@@ -14,13 +15,18 @@ from torch import Tensor
 from qwen3f import params as P
 from qwen3f import rng
 from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
 from qwen3f.model.attention import AttentionMask, batch_mask
-from qwen3f.model.block import BlockFn, block_fn
-from qwen3f.model.execution import EAGER, Execution
+from qwen3f.model.block import block_fn
+from qwen3f.model.execution import EAGER, Execution, refuse_vmap
 from qwen3f.model.kv_cache import PagedLayer
 from qwen3f.model.moe import RouterStats
 from qwen3f.model.norm import rms_norm
 from qwen3f.model.rope import rope_tables
+from qwen3f.skeletons import LayerFn
+from qwen3f.vision.deepstack import Visual, inject, place_features, splice
+from qwen3f.vision.mrope import check_counts, position_ids, visual_index
+from qwen3f.vision.tower import make_tower
 from sharding.fsdp import GatherAhead, gather_ahead, make_gather
 from sharding.layout import ONE_DEVICE, Layout
 from sharding.tensor import embedding
@@ -54,12 +60,14 @@ def apply(
         as a tuple of its layers.
       batch: "tokens" int64 [B, T]; optional "positions" int64 [B, T] (default 0 … T−1) and "segments" int32 [B, T]
         (default: one document a row; 0 is padding) and "real" bool [B, T] (default: segments != 0), False for what
-        routers are not to count. Other keys are ignored.
+        routers are not to count. With a vision tower also "pixel_values" [B, P, values], "grids" [B, n, 3] and, made
+        if absent, "visual_index" [B, T] and "positions" [B, 3, T] (contracts.md). Other keys are ignored.
       dropout_stream: int64 scalar tensor; attention_dropout applies exactly when it is given.
-    Raises UserError for configurations that cannot run (a vision tower), IndexError (CPU) for a token beyond the
-    vocabulary.
+    Raises UserError for images without a tower, and for placeholders that are not as many as their features,
+    IndexError (CPU) for a token beyond the vocabulary.
     """
-    hidden, stats = make_forward(cfg, execution, dropout=dropout_stream is not None)(params, batch, dropout_stream)
+    run = make_forward(cfg, execution, dropout=dropout_stream is not None)
+    hidden, stats = run(params, with_places(batch, cfg), dropout_stream)
     return ModelOutput(F.linear(hidden, head_weight(cfg, params)), hidden, stats)
 
 
@@ -76,20 +84,55 @@ def make_forward(
     """
     if dropout and cfg.attention_dropout:
         execution = dataclasses.replace(execution, attention="reference")
-    body = make_body(cfg, execution, layout)
+    body, see = make_body(cfg, execution, layout), make_sight(cfg, execution, layout)
 
     def forward(
         params: P.Params, batch: Mapping[str, Tensor], dropout_stream: Tensor | None = None
     ) -> tuple[Tensor, RouterStats | None]:
+        visual = see(params, batch)
         masks = [batch_mask(batch, execution.backend, cfg.head_dim, layout.axes.cp)] * cfg.num_hidden_layers
         real = real_tokens(batch) if cfg.sparse_layers else None
-        return body(params, batch["tokens"], positions_of(batch), masks, real, dropout_stream)
+        return body(params, batch["tokens"], positions_of(batch), masks, real, dropout_stream, visual)
 
     return forward
 
 
+def make_sight(
+    cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVICE
+) -> Callable[[P.Params, Mapping[str, Tensor]], Visual | None]:
+    """see(params, batch) -> what the tower says of the batch's images, and where it goes; None without images.
+
+    The batch needs "visual_index" beside them (contracts.md). Params as for make_forward's function.
+    """
+    tower = make_tower(cfg, execution.attention, execution.compile, layout) if cfg.vision_enabled else None
+
+    def see(params: P.Params, batch: Mapping[str, Tensor]) -> Visual | None:
+        if "pixel_values" not in batch:
+            return None
+        if tower is None:
+            raise UserError("the batch has images, but the model no vision tower: model.vision_enabled is False")
+        if execution.invariant:
+            raise UserError("model.INVARIANT is for batches without images; use another execution")
+        features = tower(params, batch["pixel_values"], batch["grids"])
+        return place_features(features, batch["visual_index"], layout.axes.tp)
+
+    return see
+
+
+def with_places(batch: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """A batch of images with what it may lack: visual_index and the positions. Raises UserError as position_ids."""
+    if "pixel_values" not in batch:
+        return dict(batch)
+    tokens, grids = batch["tokens"], batch["grids"]
+    check_counts(tokens, grids, cfg)
+    made = {"visual_index": visual_index(tokens, cfg)}
+    if "positions" not in batch:
+        made["positions"] = position_ids(tokens, grids, cfg, batch.get("segments"))
+    return {**made, **batch}
+
+
 def positions_of(batch: Mapping[str, Tensor]) -> Tensor:
-    """int64 [B, T]; 0 … T−1 where the batch has none."""
+    """int64 [B, T] or [B, 3, T]; 0 … T−1 where the batch has none."""
     tokens = batch["tokens"]
     positions = batch.get("positions")
     return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape) if positions is None else positions
@@ -103,10 +146,11 @@ def real_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVICE) -> Forward:
-    """body(params, tokens [B, T], positions [B, T], masks, real, dropout_stream=None) -> as make_forward's function.
+    """body(params, tokens, positions, masks, real, dropout_stream=None, visual=None) -> as make_forward's function.
 
-    masks: what each layer's attention may see; an AttentionMask, or a PagedLayer that also holds
-    the layer's earlier keys and values (qwen3f.model.cached). real: bool [B, T] or None, as real_tokens gives it.
+    tokens: [B, T]. positions: [B, T] or [B, 3, T]. masks: what each layer's attention may see; an AttentionMask, or a
+    PagedLayer that also holds the layer's earlier keys and values (qwen3f.model.cached). real: bool [B, T] or None, as
+    real_tokens gives it. visual: as make_sight's function gives it.
     """
     ahead = _weights_ahead(cfg, execution, layout)
     kinds = {cfg.is_sparse(layer) for layer in range(cfg.num_hidden_layers)}
@@ -120,13 +164,25 @@ def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVIC
         masks: Sequence[AttentionMask | PagedLayer],
         real: Tensor | None = None,
         dropout_stream: Tensor | None = None,
+        visual: Visual | None = None,
     ) -> tuple[Tensor, RouterStats | None]:
-        x = embedding(tokens, params[P.EMBED], layout.axes.tp)
+        refuse_vmap(execution, (tokens, params[P.EMBED]))
+        x, seen = enter(embedding(tokens, params[P.EMBED], layout.axes.tp), visual)
         inputs = LayerInputs(*rope_tables(cfg, positions, x.dtype), masks, real, dropout_stream)
-        x, stats = run_layers(cfg, blocks, unstack_layers(params, stacks), x, inputs, ahead=ahead)
+        x, stats = run_layers(cfg, blocks, unstack_layers(params, stacks), x, inputs, ahead=ahead, inject=seen)
         return rms_norm(x, params[P.FINAL_NORM], cfg.rms_norm_eps), stats
 
     return body
+
+
+Inject = Callable[[int, Tensor], Tensor]
+
+
+def enter(x: Tensor, visual: Visual | None) -> tuple[Tensor, Inject | None]:
+    """(embedded tokens with features in their places, what run_layers is to inject)."""
+    if visual is None:
+        return x, None
+    return splice(x, visual), lambda layer, hidden: inject(hidden, visual, layer)
 
 
 class LayerInputs(NamedTuple):
@@ -145,13 +201,13 @@ class LayerInputs(NamedTuple):
 
 def run_layers(
     cfg: ModelConfig,
-    blocks: Mapping[bool, BlockFn],
+    blocks: Mapping[bool, LayerFn],
     layers: Mapping[int, P.Params],
     x: Tensor,
     inputs: LayerInputs,
     *,
     ahead: GatherAhead | None = None,
-    inject: Callable[[int, Tensor], Tensor] | None = None,
+    inject: Inject | None = None,
 ) -> tuple[Tensor, RouterStats | None]:
     """(hidden states after the last of `layers`, what their routers did): the body of a model, or of a slice of it.
 

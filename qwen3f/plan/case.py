@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from qwen3f.config import ModelConfig
 from qwen3f.model import EAGER, Execution
 from qwen3f.plan.hardware import Hardware
-from qwen3f.train import optimizer
+from qwen3f.train.hyper import ADAMW, AdamW
 from qwen3f.train.step import check_mesh
 from sharding import rules
 from sharding.axes import sizes_only
@@ -38,7 +38,7 @@ class Case:
     microbatches: int = 1
     automatic: bool = False
     compute: torch.dtype = torch.bfloat16
-    hyper: optimizer.AdamW = optimizer.ADAMW
+    hyper: AdamW = ADAMW
     fsdp: bool = True
     reduce: str = "compute"
     reshard: bool = True
@@ -118,7 +118,7 @@ class Case:
 def make_case(
     config: ConfigDict,
     cfg: ModelConfig,
-    hyper: optimizer.AdamW,
+    hyper: AdamW,
     execution: Execution,
     layout: Layout,
     compute: torch.dtype,

@@ -5,11 +5,10 @@ from ml_collections import ConfigDict
 
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from qwen3f.model import Execution
 from qwen3f.plan.case import Case, make_case
 from qwen3f.plan.hardware import TABLE, Hardware, parse_hardware, this_card
-from qwen3f.train import optimizer
-from qwen3f.train.choices import find_compile_mode, find_dtype, find_layout
+from qwen3f.train.choices import find_dtype, find_execution, find_layout
+from qwen3f.train.hyper import make_hyper
 from qwen3f.train.microbatches import check_evaluation, resolve
 
 
@@ -23,8 +22,8 @@ def from_config(config: ConfigDict) -> Case:
     layout = find_layout(config, None, compute)
     read = (
         cfg,
-        optimizer.make(**config.optimizer.to_dict()),
-        Execution(find_compile_mode(config.compile, cuda), config.attention),
+        make_hyper(**config.optimizer.to_dict()),
+        find_execution(config, cuda),
         layout,
         compute,
         find_hardware(config.hardware),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from qwen3f.errors import UserError
 from qwen3f.files import write_atomically
 from qwen3f.plan.config import from_config
 from qwen3f.plan.fit import smallest_changes
@@ -22,5 +23,10 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
     if setup.mesh.pp > 1:
         pictures["timeline.png"] = timeline_png(plan)
     for name, content in pictures.items():
-        write_atomically(path := workdir / "plan" / name, content)
+        try:
+            write_atomically(path := workdir / "plan" / name, content)
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir}: the pictures cannot be written there ({error.strerror or error}); choose another"
+            ) from error
         print(path)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from torch.distributed import TCPStore
 
@@ -30,15 +31,21 @@ def run_ranks(command: Sequence[str], world: int, environment: Mapping[str, str]
 
     0 when all ended with 0; 2 when one reported wrong input; after SIGTERM or SIGINT, which are passed on to the ranks,
     that of the first rank that failed. environment: the ranks', but for what torchrun sets. restarts: how often all
-    ranks are started again after one is lost. Raises TrainingError that names the first rank that ended otherwise, when
-    no restart is left; the others are ended then. If this process is killed, its ranks get SIGTERM.
+    ranks are started again after one is lost. Raises TrainingError when no restart is left, which names the first rank
+    that ended otherwise, or one that is stopped and kept that one waiting; all are ended then. If this process is
+    killed, its ranks get SIGTERM.
     """
     for attempt in range(restarts + 1):
-        code, failed = _run_once(command, world, environment, attempt)
+        code, failed, stopped = _run_once(command, world, environment, attempt)
         if failed is None or code == 2:
             return code
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         what = f"rank {failed} of {world} ended with {how}; the others were ended"
+        if stopped is not None:
+            what = (
+                f"rank {stopped} of {world} is stopped, by SIGSTOP or a debugger, and the others waited for it until "
+                f"rank {failed} ended with {how}; all were ended"
+            )
         if attempt < restarts:
             print(f"{what}; starting all again ({attempt + 1} of {restarts})", file=sys.stderr, flush=True)
     raise TrainingError(what)
@@ -55,8 +62,9 @@ def end_with_parent() -> None:
 
 def _run_once(
     command: Sequence[str], world: int, environment: Mapping[str, str], attempt: int
-) -> tuple[int, int | None]:
-    """(exit code, the rank that failed first); no rank if none failed, or if we were told to stop."""
+) -> tuple[int, int | None, int | None]:
+    """(exit code, the rank that failed first, one that is stopped, and so keeps the others waiting); no rank if none
+    failed, or if we were told to stop."""
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     common = {
         **environment,
@@ -80,13 +88,14 @@ def _run_once(
         try:
             failed = _first_failure(ranks)
             if failed is None:
-                return 0, None
+                return 0, None, None
             code = ranks[failed].returncode
+            stopped = next((rank for rank, process in enumerate(ranks) if _is_stopped(process)), None)
             _wait(ranks, _GRACE)
         finally:
             for process in ranks:
                 _kill(process)
-    return (code if code >= 0 else 128 - code, None) if told else (code, failed)
+    return (code if code >= 0 else 128 - code, None, None) if told else (code, failed, stopped)
 
 
 def _first_failure(ranks: Sequence[subprocess.Popen]) -> int | None:
@@ -99,6 +108,15 @@ def _first_failure(ranks: Sequence[subprocess.Popen]) -> int | None:
         if None not in codes:
             return None
         time.sleep(_POLL)
+
+
+def _is_stopped(process: subprocess.Popen) -> bool:
+    """Whether it runs, and is held by a signal (Linux, proc(5))."""
+    try:
+        state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return process.poll() is None and state in "Tt"
+    except (OSError, IndexError):  # it has just ended, or the system keeps no such file
+        return False
 
 
 def _kill(process: subprocess.Popen) -> None:

@@ -1,6 +1,6 @@
 """Pretraining: next-token prediction on packed text, with an attention that may look back less far at first."""
 
-import dataclasses
+import shlex
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from qwen3f.data.loader import Share
 from qwen3f.data.packing.concat import limit_context
 from qwen3f.errors import UserError
 from qwen3f.eval.heldout import HeldOut, evaluate
-from qwen3f.infer.generate import generate
+from qwen3f.infer.engine import Engine
+from qwen3f.infer.sampling import SamplingParams
 from qwen3f.params import Params
 from qwen3f.train.logger import Logger
 from qwen3f.train.microbatches import evaluation_parts
@@ -26,7 +27,7 @@ from qwen3f.train.stage import Batch, Evaluator, Interrupted, More, Run, Stage
 from qwen3f.train.state import TrainState
 from qwen3f.train.step import StepOptions, TrainStep
 from qwen3f.train.step import make_train_step as make_step
-from sharding.state import local_shards
+from sharding.state import local_shards, whole_params
 
 
 def make_train_step(cfg: ModelConfig, optimizer: AdamW, schedule: Schedule, **options: object) -> TrainStep:
@@ -64,12 +65,10 @@ def make(run: Run) -> Stage:
         if config.eval.compare_gzip and run.world.main:
             bits = gzip_bits_per_byte(corpus.sources.values())
             logger.write(f"gzip -9 on the same held-out text: {bits:.4f} bits a byte")
-        if run.world.size == 1:
-            _samples(setup, corpus, state, logger)
-        elif config.sample.tokens:
-            logger.write(
-                "no samples from a mesh; python launch.py --config experiments/generate.py reads its checkpoints"
-            )
+        if config.sample.tokens and config.sample.prompts:
+            params = whole_params(setup.model, state.params, setup.layout, setup.compute_dtype)
+            if run.world.main:
+                _samples(setup, corpus, params, number(state.step), logger)
 
     return Stage(
         tokenizer=corpus.tokenizer,
@@ -81,6 +80,22 @@ def make(run: Run) -> Stage:
         figures=corpus.train_metrics,
         lines=tuple(corpus.describe()),
         cross_documents=config.data.cross_documents,
+        next=_next(setup),
+    )
+
+
+def _next(setup: Setup) -> tuple[str, ...]:
+    """The stage of pretraining that comes after one like this, as far as its configuration tells; then chats."""
+    config = setup.config
+    prompt = shlex.quote(next(iter(config.sample.prompts), "The ")).replace("{", "{{").replace("}", "}}")
+    stages = () if config.data.length_mix else ("s3",) if config.init_from else ("s2",)
+    return (
+        f"--config experiments/generate.py --config.init_from={{workdir}} --config.chat=False --config.prompt={prompt}",
+        *(
+            f"--config experiments/pretrain_{s}.py:{{preset}} --config.init_from={{workdir}} --workdir {{workdir}}-{s}"
+            for s in stages
+        ),
+        "--config experiments/sft_cold_start.py:{preset} --config.init_from={workdir} --workdir {workdir}-sft",
     )
 
 
@@ -125,15 +140,14 @@ def _evaluator(run: Run, corpus: Corpus) -> Evaluator:
     return Evaluator(config.eval.every, lambda params: evaluate(step, params, corpus.heldout, options), say)
 
 
-def _samples(setup: Setup, corpus: Corpus, state: TrainState, logger: Logger) -> None:
-    """Continue each prompt and show it; the model runs as it trained, but uncompiled: each length is used once."""
-    options = setup.config.sample
-    params = {path: leaf.to(setup.compute_dtype) for path, leaf in state.params.items()}
-    cfg = dataclasses.replace(setup.model, gradient_checkpointing="none")
-    for index, prompt in enumerate(options.prompts if options.tokens else ()):
-        ids = corpus.tokenizer.encode(prompt)
-        tokens = torch.tensor([ids or [corpus.tokenizer.eos_id]], device=setup.device)
-        out = generate(cfg, params, tokens, max_new_tokens=options.tokens, temperature=options.temperature, seed=index)
-        text = corpus.tokenizer.decode(out[0].tolist())
-        logger.text(number(state.step), f"sample/{index}", text)
-        logger.write(f"--- sample {index}\n{text}")
+def _samples(setup: Setup, corpus: Corpus, params: Params, step: int, logger: Logger) -> None:
+    """Continue each prompt and show it. params: whole."""
+    options, tokenizer = setup.config.sample, corpus.tokenizer
+    prompts = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in options.prompts]
+    room = sum(len(ids) + options.tokens for ids in prompts) + 64 * len(prompts)
+    engine = Engine(setup.model, params, max_tokens=room, seed=setup.config.seed, tokenizer=tokenizer)
+    sampling = SamplingParams(temperature=options.temperature)
+    for one in engine.generate(prompts, sampling, max_new_tokens=options.tokens, stop_ids=()):
+        text = tokenizer.decode([*prompts[one.prompt_index], *one.ids])
+        logger.text(step, f"sample/{one.prompt_index}", text)
+        logger.write(f"--- sample {one.prompt_index}\n{text}")

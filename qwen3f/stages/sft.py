@@ -14,11 +14,13 @@ import torch
 
 from qwen3f.data.chat.corpus import ChatCorpus, ChatDataConfig, generated_problems, prepare_chats
 from qwen3f.data.chat.corpus import check as check_data
+from qwen3f.data.chat.kinds import check_thinking, find_kind
+from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.report import render_samples
-from qwen3f.data.loader import Share, build_batch
+from qwen3f.data.loader import Indexed, Share, build_batch
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
-from qwen3f.eval.answers import AnswerOptions, answer, judge, parse_modes
+from qwen3f.eval.answers import AnswerOptions, answer_on_ranks, judge, parse_modes
 from qwen3f.eval.heldout import batches_of_one_shape
 from qwen3f.params import Params
 from qwen3f.tasks.reasoning import ReasoningTask
@@ -30,6 +32,13 @@ from qwen3f.train.outputs import make_eval_step
 from qwen3f.train.restore import check_tokenizer, find_tokenizer
 from qwen3f.train.setup import Setup, at_least
 from qwen3f.train.stage import Evaluator, Interrupted, Run, Stage
+from sharding.state import whole_params
+
+_NEXT = (
+    '--config experiments/generate.py --config.init_from={workdir} --config.prompt="What is 17 + 25?"',
+    "--config experiments/rejection_sample.py --config.init_from={workdir} --config.out={workdir}-samples",
+    "--config experiments/sft_fusion.py:{preset} --config.init_from={workdir} --workdir {workdir}-fusion",
+)
 
 
 def check(setup: Setup) -> None:
@@ -41,6 +50,8 @@ def check(setup: Setup) -> None:
         at_least(config, key, 0)
     at_least(config, "eval.max_new_tokens", 1)
     parse_modes(config.eval.modes)
+    if config.chat_template:
+        find_kind(config.chat_template)
     if config.eval.task:
         open_task(config.eval.task, "--config.eval.task")
 
@@ -53,7 +64,9 @@ def make(run: Run) -> Stage:
             "fine-tuning needs the tokenizer that the model was pretrained with: write --config.init_from=W, or "
             "--config.data.tokenizer=PATH"
         )
-    tokenizer = load_tokenizer(place)
+    tokenizer = load_tokenizer(place, config.chat_template)
+    for mode in parse_modes(config.eval.modes) if _asks(run) else ():
+        check_thinking(kind_of(tokenizer), mode == "thinking")
     check_tokenizer(tokenizer, setup.model)
     corpus = prepare_chats(_data_config(setup), config.seq_len, tokenizer, run.progress)
     corpus.check_covers(config.steps * config.batch_size, config.seed)
@@ -63,8 +76,9 @@ def make(run: Run) -> Stage:
         objective=NEXT_TOKEN,
         evaluators={"val": _evaluator(run, corpus, tokenizer)},
         figures=corpus.train_metrics,
-        lines=(*corpus.describe(), *_unasked(run)),
+        lines=tuple(corpus.describe()),
         samples=_shown(setup, corpus, tokenizer),
+        next=_NEXT,
     )
 
 
@@ -74,14 +88,7 @@ def _data_config(setup: Setup) -> ChatDataConfig:
 
 
 def _asks(run: Run) -> bool:
-    return bool(run.setup.config.eval.task and run.setup.config.eval.questions) and run.world.size == 1
-
-
-def _unasked(run: Run) -> tuple[str, ...]:
-    config = run.setup.config
-    if _asks(run) or not (config.eval.task and config.eval.questions):
-        return ()
-    return (f"--config.eval.questions={config.eval.questions} are not asked: that needs one device, without a mesh",)
+    return bool(run.setup.config.eval.task and run.setup.config.eval.questions)
 
 
 def _shown(setup: Setup, corpus: ChatCorpus, tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -95,8 +102,8 @@ def _shown(setup: Setup, corpus: ChatCorpus, tokenizer: Tokenizer) -> tuple[str,
 
 
 def _evaluator(run: Run, corpus: ChatCorpus, tokenizer: Tokenizer) -> Evaluator:
-    """ "loss" on held-out answers, of several sources each; on one device also how questions are answered."""
-    config, evaluate, asks = run.setup.config, _make_loss(run, corpus), _asks(run)
+    """ "loss" on held-out answers, of several sources each; and how questions are answered."""
+    config, evaluate, asks = run.setup.config, make_heldout_loss(run, corpus.heldout), _asks(run)
     questions = _questions(run.setup) if asks else (None, ())
 
     def validate(params: Params) -> dict[str, float]:
@@ -111,7 +118,7 @@ def _evaluator(run: Run, corpus: ChatCorpus, tokenizer: Tokenizer) -> Evaluator:
     return Evaluator(config.eval.every, validate, say)
 
 
-def _make_loss(run: Run, corpus: ChatCorpus) -> Callable[[Params], dict[str, float]]:
+def make_heldout_loss(run: Run, heldout: Mapping[str, Indexed]) -> Callable[[Params], dict[str, float]]:
     """evaluate(params) -> {"loss": nats a supervised token of the held-out split, "loss/NAME": of each source}."""
     setup, config = run.setup, run.setup.config
     rows, axes = config.eval.batch_size, setup.layout.axes
@@ -126,7 +133,7 @@ def _make_loss(run: Run, corpus: ChatCorpus) -> Callable[[Params], dict[str, flo
 
     def evaluate(params: Params) -> dict[str, float]:
         sums = {}
-        for name, dataset in corpus.heldout.items():
+        for name, dataset in heldout.items():
             nats, weight = (torch.zeros((), dtype=torch.float64, device=setup.device) for _ in range(2))
             most = min(len(dataset), config.eval.max_rows or len(dataset))
             for batch in batches_of_one_shape((dataset[i] for i in range(most)), rows):
@@ -162,7 +169,7 @@ def _answered(
     """Exact match and form; of the first mode under their own names, of a second one with "_MODE" behind them."""
     setup, config = run.setup, run.setup.config
     cfg = dataclasses.replace(setup.model, gradient_checkpointing="none")
-    compute = {path: leaf.to(setup.compute_dtype) for path, leaf in params.items()}
+    compute = whole_params(setup.model, params, setup.layout, setup.compute_dtype)
     options = AnswerOptions(config.eval.max_new_tokens)
     prompts = [question.prompt for question in questions]
 
@@ -173,7 +180,7 @@ def _answered(
     values: dict[str, float] = {}
     for number, mode in enumerate(parse_modes(config.eval.modes)):
         thinking = mode == "thinking"
-        given = list(answer(cfg, compute, tokenizer, prompts, thinking, options, go_on))
+        given = answer_on_ranks(run.world, cfg, compute, tokenizer, prompts, thinking, options, go_on)
         for name, value in judge(task, questions, given, thinking).items():
             what, slash, group = name.partition("/")
             values[name if number == 0 else f"{what}_{mode}{slash}{group}"] = value

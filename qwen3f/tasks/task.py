@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from qwen3f.data.sources.documents import Split
 
@@ -15,11 +15,13 @@ class Question:
         prompt: what the user asks; complete in itself.
         gold: the right final answer, for the task's judge.
         group: what results are listed by, e.g. ("arithmetic", "difficulty 2").
+        images: pillow's, that stand before the prompt in the user's turn.
     """
 
     prompt: str
     gold: str
     group: tuple[str, ...] = ()
+    images: tuple[Any, ...] = ()
 
 
 class Task(Protocol):

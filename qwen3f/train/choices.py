@@ -6,6 +6,7 @@ import torch
 from ml_collections import ConfigDict
 
 from qwen3f.errors import UserError
+from qwen3f.model import INVARIANT, Execution
 from sharding.axes import sizes_only
 from sharding.layout import Layout, find_gather_dtype
 from sharding.mesh import hybrid, parse_mesh
@@ -41,6 +42,15 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 def find_compile_mode(mode: str, device: torch.device) -> str:
     """The mode that config.compile names; auto is block on CUDA, else off."""
     return mode if mode != "auto" else "block" if device.type == "cuda" else "off"
+
+
+def find_execution(config: ConfigDict, device: torch.device) -> Execution:
+    """How config.compile and config.attention say that the model runs; attention "invariant" is model.INVARIANT."""
+    if config.attention != "invariant":
+        return Execution(find_compile_mode(config.compile, device), config.attention)
+    if config.compile not in ("auto", "off"):
+        raise UserError(f"config.attention=invariant with config.compile={config.compile}: write compile=off")
+    return INVARIANT
 
 
 def find_layout(config: ConfigDict, devices: int | None, compute_dtype: torch.dtype) -> Layout:

@@ -3,7 +3,7 @@
 What a stage has beside them is in qwen3f/stages/configs.py.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 from qwen3f import presets
 
@@ -12,7 +12,7 @@ def run_config(preset: str, stage: str) -> ConfigDict:
     """Defaults for training `preset`; experiments change what differs. See qwen3f.train.setup for the rules."""
     config = ConfigDict()
     config.stage = stage  # a file of qwen3f/stages, or the import path of one's own
-    config.model = ConfigDict(presets.get(preset).to_dict())
+    config.model = _model(preset)
     config.mesh = ""  # axes and sizes, e.g. dp8,tp2,pp4; dp-1: as many as there are devices for; "": one device
     config.restarts = 0  # how often launch.py starts all its ranks again after one is lost, from the last checkpoint
     config.plan = False  # only say what the mesh would do: placements, memory, collectives, time; needs no device
@@ -31,7 +31,8 @@ def run_config(preset: str, stage: str) -> ConfigDict:
     config.device = "auto"  # cuda when there is one, else cpu
     config.dtype = "auto"  # of the forward and backward pass: bfloat16 on cuda, float32 on cpu; master weights: float32
     config.compile = "auto"  # off, block (one transformer block) or step (one graph); auto: block on cuda, off on cpu
-    config.attention = "auto"  # auto, sdpa, flash or reference
+    # auto, sdpa, flash or reference; invariant: a token gets the same bits in any batch, for RL (slow, uncompiled)
+    config.attention = "auto"
     config.seed = 0
     config.steps = 10_000
     config.batch_size = 64  # rows of a step, over all devices
@@ -47,8 +48,10 @@ def run_config(preset: str, stage: str) -> ConfigDict:
     config.watchdog = 0.0  # seconds a step, with its evaluation and save, may take before the run ends with all stacks
     config.collective_timeout = 600.0  # seconds that ranks on CUDA wait for another one in a collective
     config.log_every = 10
-    config.init_from = ""  # a workdir, its checkpoints/N or a Hugging Face directory: weights and tokenizer
-    config.resume = config_dict.placeholder(int)  # a step of this workdir to go on from; default: the last
+    # A workdir, its checkpoints/N or a Hugging Face directory: its model (config.model but for what the command line
+    # sets, see qwen3f/train/inherit.py), weights and tokenizer.
+    config.init_from = ""
+    config.resume = config_dict.placeholder(int)  # a step of this workdir to go back to, once; default: the last
     config.wandb = "off"  # off, offline or online
     config.data = _data()
     config.optimizer = _optimizer()
@@ -56,6 +59,21 @@ def run_config(preset: str, stage: str) -> ConfigDict:
     config.eval = _eval()
     config.checkpoint = _checkpoint()
     return config
+
+
+def _model(preset: str) -> ConfigDict:
+    """Of init_from's weights, where there are any, in place of the preset: see qwen3f/train/inherit.py."""
+    # tuples and placeholders: lists and None can't be set on the command line
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in presets.get(preset).to_dict().items()}
+    model = ConfigDict(values)
+    if model.rope_scaling is None:
+        model.rope_scaling = no_scaling()
+    return model
+
+
+def no_scaling() -> FieldReference:
+    """None, in whose place the command line may set {'rope_type': 'yarn', …}."""
+    return config_dict.placeholder(object)
 
 
 def _data() -> ConfigDict:
@@ -103,6 +121,11 @@ def _eval() -> ConfigDict:
     evaluation = ConfigDict()
     evaluation.every = 500  # steps; 0: only at the end
     evaluation.batch_size = 16
+    evaluation.benchmarks = ""  # asked too: reasoning, or of experiments/eval.py's; several with commas
+    evaluation.benchmark_root = ""  # of their local copies, as data.root in experiments/eval.py
+    evaluation.benchmark_questions = 128  # of each, at most, evenly from all
+    evaluation.benchmark_prompt = "raw"  # or chat
+    evaluation.benchmark_tokens = 0  # of an answer; 0: the benchmark's own number
     return evaluation
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from qwen3f.eval import hook as benchmarks
 from qwen3f.processes import ranks
 from qwen3f.train import loop
 from qwen3f.train.choices import find_device
+from qwen3f.train.cpu_cost import cpu_warning
 from qwen3f.train.setup import make_setup
 from qwen3f.train.stage import find_stage
 
@@ -27,8 +29,11 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True, **options: Any
     devices = ranks.all_devices(os.environ, device)
     setup = make_setup(config, devices)
     stage.check(setup)
+    benchmarks.check(setup)
     shape = setup.layout.axes.shape
     decision = ranks.decide(os.environ, shape.size, ranks.local_devices(device), device, sys.argv)
+    if decision.mode != "join" and (warning := cpu_warning(setup)):
+        print(warning, flush=True)  # an error that comes after it stays the one line of stderr
     if decision.mode == "single":
         loop.run(config, workdir, progress, **options)
     elif decision.mode == "start":

@@ -1,6 +1,8 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, a progress bar, and Weights & Biases on request."""
 
 import contextlib
+import functools
+import itertools
 import json
 import math
 import os
@@ -15,6 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qwen3f.errors import UserError
+from qwen3f.train.event_file import EventFile
+from qwen3f.train.patient_file import PatientFile
 
 WANDB_MODES = ("off", "offline", "online")
 BAR_FORMAT = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]"
@@ -59,6 +63,7 @@ class MetricLogger:
     run_config: the resolved configuration, JSON-like, shown by wandb.
     progress: whether to draw the bar on stderr.
 
+    A full disk ends no run here: lines and events wait until they can be written, which is said (`PatientFile`).
     Raises UserError for an unknown `wandb_mode`, wandb not installed or not logged in, or a metrics.jsonl in `workdir`
     that this class didn't write.
     """
@@ -83,11 +88,11 @@ class MetricLogger:
             self._wandb_run: Any = None
             if wandb is not None:
                 self._wandb_run = stack.enter_context(_wandb_run(wandb, workdir, wandb_mode, run_config))
-            _rewrite(path, [line for _, line in kept])
+            _cut(path, len(kept))
             self._last_step = kept[-1][0] if kept else -1
-            self._file = stack.enter_context(path.open("a", encoding="utf-8"))
-            self._tensorboard = stack.enter_context(_tensorboard_writer(workdir / "tensorboard", start_step))
             self._bar = stack.enter_context(_progress_bar(total_steps, start_step, progress))
+            self._file = stack.enter_context(PatientFile(path, self.write))
+            self._tensorboard = stack.enter_context(EventFile(workdir / "tensorboard", start_step, self.write))
             self._shown: dict[str, str] = {}
             self._open = stack.pop_all()
 
@@ -102,10 +107,12 @@ class MetricLogger:
             raise ValueError(f"step {step} is logged after step {self._last_step}: log each step once, in order")
         self._last_step = step
         values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step} | {name: _finite(value) for name, value in values.items()}) + "\n")
+        line = json.dumps({"step": step} | {name: _finite(value) for name, value in values.items()})
+        self._file.write(f"{line}\n".encode())
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
         if self._wandb_run is not None:
             self._wandb_run.log({"step": step} | values)
 
@@ -115,21 +122,25 @@ class MetricLogger:
             self._shown["loss"] = f"loss {loss:.4f}"
         if tokens_per_sec is not None:
             self._shown["speed"] = f"{_short(tokens_per_sec)} tokens/s"
-        self._bar.set_postfix_str(", ".join(self._shown.values()), refresh=False)
-        self._bar.update(step - self._bar.n)
+        with _console():
+            self._bar.set_postfix_str(", ".join(self._shown.values()), refresh=False)
+            self._bar.update(step - self._bar.n)
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Records a text, such as a sample, in TensorBoard, with its line breaks; the caller prints it."""
         # Four spaces make it preformatted: TensorBoard reads Markdown.
         self._tensorboard.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
+        self._tensorboard.flush()
 
     def image(self, step: int, tag: str, picture: Tensor) -> None:
         """Records a picture, uint8 [height, width, 3] on the CPU, in TensorBoard."""
-        self._tensorboard.add_image(tag, picture, step, dataformats="HWC")
+        self._tensorboard.add_image(tag, picture, step)
+        self._tensorboard.flush()
 
     def write(self, line: str) -> None:
         """Prints a line to stdout without breaking the bar."""
-        tqdm.write(line, file=sys.stdout)
+        with _console():
+            tqdm.write(line, file=sys.stdout)
 
     def close(self) -> None:
         """Flushes and closes all of it; more calls do nothing."""
@@ -149,38 +160,41 @@ def _lines_until(path: Path, start_step: int) -> list[tuple[int, str]]:
     """
     if not path.exists():
         return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no text that a run wrote ({error}): move it away") from error
     steps = [_step_of(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-    return [(step, line) for step, line in zip(steps, lines, strict=True) if start_step > 0 and step <= start_step]
+    return list(itertools.takewhile(lambda pair: 0 < start_step >= pair[0], zip(steps, lines, strict=True)))
 
 
-def _rewrite(path: Path, lines: list[str]) -> None:
-    """Replaces the file's content by `lines`, in one rename."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _cut(path: Path, lines: int) -> None:
+    """Leaves the first lines of the file, where it is: that needs no room on a disk that is full."""
+    if not path.exists():
+        return
+    content, end = path.read_bytes(), 0
+    for _ in range(lines):
+        end = content.index(b"\n", end) + 1
+    if end < len(content):
+        os.truncate(path, end)
 
 
 def _step_of(line: str, where: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f'{where} is not a JSON object with a "step": move the file away, or mend the line') from error
 
 
 @contextlib.contextmanager
-def _tensorboard_writer(directory: Path, start_step: int) -> Iterator[Any]:
-    from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a while, and few modules need it
-
-    # TensorBoard hides events from purge_step on that older event files in this directory hold.
-    writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else 0, flush_secs=10)
+def _console() -> Iterator[None]:
+    """Printing, of which a full disk behind stdout or stderr is no reason to end a run; a reader that left is."""
     try:
-        yield writer
-    finally:
-        writer.close()
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def _import_wandb(mode: str) -> ModuleType | None:
@@ -227,11 +241,12 @@ def _wandb_run(wandb: ModuleType, workdir: Path, mode: str, run_config: Mapping[
         run.finish(exit_code=exit_code)
 
 
-def _progress_bar(total_steps: int, start_step: int, progress: bool) -> tqdm:
-    return tqdm(
+@contextlib.contextmanager
+def _progress_bar(total_steps: int, start_step: int, progress: bool) -> Iterator[tqdm]:
+    make = functools.partial(
+        tqdm,
         total=total_steps,
         initial=start_step,
-        disable=not progress,
         file=sys.stderr,
         dynamic_ncols=True,
         bar_format=BAR_FORMAT,
@@ -239,6 +254,14 @@ def _progress_bar(total_steps: int, start_step: int, progress: bool) -> tqdm:
         mininterval=0.1 if sys.stderr.isatty() else 30.0,
         miniters=1,
     )
+    bar = make(disable=True)
+    with _console():
+        bar = make(disable=not progress)
+    try:
+        yield bar
+    finally:
+        with _console():
+            bar.close()
 
 
 def _finite(value: float) -> float | None:

@@ -14,6 +14,7 @@ from qwen3f.checkpoint.checkpointer import Checkpointer, CheckpointWriteError
 from qwen3f.config import ModelConfig
 from qwen3f.data.loader import Loader, LoaderOptions, Share
 from qwen3f.errors import UserError
+from qwen3f.eval import hook as benchmarks
 from qwen3f.interop import source
 from qwen3f.processes.world import ALONE, World
 from qwen3f.train import workdir as W
@@ -30,6 +31,7 @@ from qwen3f.train.lock import only_writer
 from qwen3f.train.logger import Logger, MetricLogger, SilentLogger
 from qwen3f.train.metrics import peak_flops, peak_source
 from qwen3f.train.microbatches import check_agreed, described
+from qwen3f.train.next_steps import next_steps
 from qwen3f.train.objective import Objective
 from qwen3f.train.readings import Readings, number
 from qwen3f.train.restore import Start, open_checkpoints, roll_back, starting_state
@@ -91,6 +93,7 @@ def run(
     check_agreed(world.gather(setup.microbatches))
     module = stage or find_stage(config.stage)
     module.check(setup)
+    benchmarks.check(setup)
     resolved = json.loads(config.to_json_best_effort())
     with (
         only_writer(workdir, world),
@@ -101,7 +104,8 @@ def run(
         if config.init_from and W.read_config(workdir) is None:
             source.check_same_model(config.init_from, setup.model)
         place = Run(setup, workdir, world, progress and world.main, lambda: bool(world.highest(bool(stop.name))))
-        made = world.first_on_host(lambda: module.make(place), UserError)
+        made = world.first_on_host(lambda: benchmarks.with_benchmarks(place, module.make(place)), UserError)
+        made = made.complete(made)
         session = Session(place, made, checkpoints, stop, resolved, progress, make_step)
         start = starting_state(setup, checkpoints, world)
         spikes = SpikeGuard(setup.spikes, start.meta.get("spikes", {}))
@@ -147,6 +151,8 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
             if step % config.log_every == 0 or last or step == first + 1:
                 finite.flush()
                 values = readings.read(step, metrics, state, batch)
+                for index, text in enumerate(stage.texts()):
+                    logger.text(step, f"text/{index}", text)
             if due or saving:
                 finite.flush()  # a state is judged and saved only once its update is known to be sound
             if due and not s.run.stopping():  # a signal leaves no time for it
@@ -175,6 +181,9 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
         logger.write(f"at step {first} of {config.steps}: nothing left to train; raise --config.steps to go on")
         evaluations.run(evaluations.due(first, True), first, state.params)
     stage.finish(state, logger)
+    s.checkpoints.wait()
+    for line in next_steps(s.workdir, s.setup.model, step, stage.next):
+        logger.write(line)
     return evaluations.values
 
 
@@ -214,6 +223,7 @@ def _open_logger(s: Session, start: int) -> Iterator[Logger]:
 
 def _open_feed(s: Session, start: Start) -> Feed:
     setup, config, position = s.setup, s.setup.config, number(start.state.position)
+    parts = 1 if s.stage.microbatch_rows else setup.microbatches * s.stage.updates  # else prepare makes the rows
     loader = Loader(
         s.stage.dataset,
         config.batch_size,
@@ -223,7 +233,7 @@ def _open_feed(s: Session, start: Start) -> Feed:
         setup.model.vocab_size,
         LoaderOptions(
             workers=config.data.workers,
-            share=Share(*setup.layout.axes.rows, setup.microbatches * s.stage.updates),
+            share=Share(*setup.layout.axes.rows, parts),
             state=start.meta.get("data"),
         ),
     )
@@ -235,7 +245,7 @@ def _watch(s: Session) -> contextlib.AbstractContextManager[Callable[[], None]]:
     return watchdog(s.setup.config.watchdog, who)
 
 
-def _keeper(s: Session, options: StepOptions) -> Callable[[int, Any], Path]:
+def _keeper(s: Session, options: StepOptions) -> Callable[[int, Any], str]:
     parts = options.microbatches * options.updates
     return lambda step, batch: keep_batch(s.workdir, step, batch, s.world, s.setup.layout.axes, parts)
 
@@ -275,9 +285,9 @@ def _announce(s: Session, start: int, logger: Logger) -> None:
     setup, cfg, shape = s.setup, s.setup.model, s.setup.layout.axes.shape
     dtype, peak = str(setup.compute_dtype).removeprefix("torch."), peak_flops(setup.device) * s.world.size
     logger.write(
-        f"model: {cfg.total_params_estimate():,} parameters, {cfg.num_hidden_layers} layers; {dtype} on "
-        f"{setup.device}, compile={setup.execution.compile}; MFU against {peak / 1e12:.4g} TFLOP/s "
-        f"({peak_source(setup.device)})"
+        f"model: {cfg.total_params_estimate():,} parameters, {cfg.num_hidden_layers} layers, rotary base "
+        f"{cfg.rope_theta:,.12g} over {cfg.max_position_embeddings:,} positions; {dtype} on {setup.device}, "
+        f"compile={setup.execution.compile}; MFU against {peak / 1e12:.4g} TFLOP/s ({peak_source(setup.device)})"
     )
     if shape.size > 1:
         logger.write(f"mesh: {shape}, {shape.size} ranks")

@@ -38,12 +38,16 @@ class Objective:
         head (ModelConfig.scalar_head).
       token: (numbers [B, T], batch) -> (costs [B, T], figures of the same shape). None: the number itself. Both count
         by loss_weights; where that is 0, and where nothing is predicted, they are left out and may be anything finite.
+        For a document that needs several sums, costs [C, B, T].
       document: (sums [B, S], rows) -> (costs [B, S], figures of the same shape), where sums[b, k − 1] is
-        Σ loss_weights · token over segment k of a row, and rows is the batch with its rows whole, also under cp. What
-        it gives for a segment that a row does not have is left out. None: the loss is linear in tokens.
+        Σ loss_weights · token over segment k of a row ([C, B, S] of several), and rows is the batch with its rows
+        whole, also under cp. What it gives for a segment that a row does not have is left out. None: the loss is linear
+        in tokens.
       count: batch -> this rank's part of the divisor, a scalar, from its whole rows. None: Σ loss_weights.
       reports: the figures' names, all of which token and document give; each becomes a metric of the step.
       entropy: token's batch has "entropy" [B, T], of the distribution at the batch's temperature, without a gradient.
+      num_ids: of log_probs: ids from here on have no probability, as for a sampler that never draws them (an embedding
+        may have rows that its tokenizer does not use); 0: all have.
     """
 
     output: Output = "nll"
@@ -52,6 +56,7 @@ class Objective:
     count: Callable[[Batch], Tensor] | None = None
     reports: tuple[str, ...] = ()
     entropy: bool = False
+    num_ids: int = 0
 
     def __post_init__(self) -> None:
         if self.output not in OUTPUTS:
@@ -99,18 +104,19 @@ def divisor(objective: Objective, batch: Batch) -> Tensor:
 def document_sums(values_BT: Tensor, segments_BT: Tensor, size: int) -> Tensor:
     """[B, size]: at k − 1 the sum over the places of segment k, 0 where there is none; padding (0) is left out.
 
-    A segment's places must lie side by side. Sums are made pairwise in one order, so they repeat bit for bit.
+    A segment's places must lie side by side. Sums are made pairwise in one order, so they repeat bit for bit. Of values
+    [C, B, T] of the same segments, [C, B, size].
     """
-    total, length, reach = values_BT, values_BT.shape[1], 1
+    total, length, reach = values_BT, values_BT.shape[-1], 1
     while reach < length:  # afterwards total[t] sums the last 2·reach places of t's segment, up to t
         same = segments_BT[:, reach:] == segments_BT[:, :-reach]
-        total = torch.cat((total[:, :reach], total[:, reach:] + torch.where(same, total[:, :-reach], 0)), 1)
+        total = torch.cat((total[..., :reach], total[..., reach:] + torch.where(same, total[..., :-reach], 0)), -1)
         reach *= 2
     ends = torch.ones_like(segments_BT, dtype=torch.bool)
     ends[:, :-1] = segments_BT[:, 1:] != segments_BT[:, :-1]
     place = torch.where(ends, segments_BT, 0).to(torch.int64)  # slot 0 takes what is no end, and padding
-    slots = values_BT.new_zeros(len(values_BT), size + 1)
-    return slots.scatter(1, place, torch.where(place > 0, total, 0))[:, 1:]
+    slots = values_BT.new_zeros(*values_BT.shape[:-1], size + 1)
+    return slots.scatter(-1, place.expand_as(total), torch.where(place > 0, total, 0))[..., 1:]
 
 
 def segments_of(batch: Batch) -> Tensor:
@@ -130,11 +136,13 @@ def make_numbers(
     output: Output,
     layout: Layout = ONE_DEVICE,
     entropy: bool = False,
+    num_ids: int = 0,
 ) -> Callable[[Tensor, P.Params, Batch], tuple[Tensor, Tensor | None]]:
     """numbers(hidden, outer parameters, batch) -> (what the model says of each token [B, T], entropy [B, T] or None).
 
     Of this rank's part of the sequence, the same on all ranks of tp; float32 (float64 for float64). A log-probability
     is 0 where nothing is predicted. The temperature divides the hidden states, in their dtype, before the head.
+    num_ids: as Objective's.
     """
     tp = layout.axes.tp
 
@@ -148,12 +156,12 @@ def make_numbers(
             hidden_ND = hidden_ND / batch["temperature"].flatten()[:, None].to(hidden_ND.dtype)
         targets_N = batch["targets"].flatten()
         if execution.invariant:
-            log_probs_N = invariant.token_log_probs(hidden_ND, head, targets_N)
+            log_probs_N = invariant.token_log_probs(hidden_ND, tensor.known_rows(head, tp, num_ids), targets_N)
         elif tp.size > 1:
-            log_probs_N = tensor.token_log_probs(hidden_ND, head, targets_N, tp)
+            log_probs_N = tensor.token_log_probs(hidden_ND, head, targets_N, tp, num_ids)
         else:
-            log_probs_N = cross_entropy.token_log_probs(hidden_ND, head, targets_N)
-        around = tensor.entropy(hidden_ND.detach(), head.detach(), tp).view(shape) if entropy else None
+            log_probs_N = cross_entropy.token_log_probs(hidden_ND, tensor.known_rows(head, tp, num_ids), targets_N)
+        around = tensor.entropy(hidden_ND.detach(), head.detach(), tp, num_ids).view(shape) if entropy else None
         return log_probs_N.view(shape), around
 
     return numbers
@@ -184,36 +192,42 @@ def make_head(
     check_model(cfg, objective)
     if objective.output == "nll":
         return _nll_head(cfg, execution, layout)
-    axes = layout.axes
-    numbers_of = make_numbers(cfg, execution, objective.output, layout, objective.entropy)
+    numbers_of = make_numbers(cfg, execution, objective.output, layout, objective.entropy, objective.num_ids)
 
     def head(hidden: Tensor, outer: P.Params, micro: MicroBatch, count: Tensor | float) -> tuple[Tensor, Figures]:
-        batch = micro.own
-        numbers, entropy = numbers_of(hidden, outer, batch)
-        counts = batch["loss_weights"] != 0
-        if objective.output == "log_probs":
-            counts = counts & predicted(batch)
-        weights = torch.where(counts, batch["loss_weights"].to(numbers.dtype), 0)
-        costs, figures = torch.where(counts, numbers, 0), {}
-        if objective.token is not None:
-            given = batch if entropy is None else {**batch, "entropy": entropy}
-            costs, figures = objective.token(costs, given)
-        costs, figures = (_weighted(x, counts, weights) for x in (costs, figures))
-        shares = {name: _share(x.sum(), axes.tp.size) for name, x in figures.items()}
-        if objective.document is None:
-            total = _share(costs.sum(), axes.tp.size)
-        else:  # every rank of cp and tp has the same sums
-            size, copies = micro.rows["tokens"].shape[1], axes.tp.size * axes.cp.size
-            sums = all_reduce(document_sums(costs, segments_of(batch), size), axes.cp)
-            costs, figures = objective.document(sums, micro.rows)
-            there = has_document(micro.rows)
-            total = _share(torch.where(there, costs, 0).sum(), copies)
-            shares |= {name: _share(torch.where(there, x, 0).sum(), copies) for name, x in figures.items()}
-        if shares.keys() != set(objective.reports):
-            raise ValueError(f"Objective.reports={objective.reports}, and its functions gave {sorted(shares)}")
-        return _divide(total, count), {name: _divide(shares[name].detach(), count) for name in objective.reports}
+        numbers, entropy = numbers_of(hidden, outer, micro.own)
+        own = micro.own if entropy is None else {**micro.own, "entropy": entropy}
+        return cost_shares(objective, numbers, MicroBatch(own, micro.rows), count, layout)
 
     return head
+
+
+def cost_shares(
+    objective: Objective, numbers: Tensor, micro: MicroBatch, count: Tensor | float, layout: Layout = ONE_DEVICE
+) -> tuple[Tensor, Figures]:
+    """What an objective other than nll makes of the numbers [B, T] of this rank's part of the rows; as HeadFn."""
+    batch, axes = micro.own, layout.axes
+    counts = batch["loss_weights"] != 0
+    if objective.output == "log_probs":
+        counts = counts & predicted(batch)
+    weights = torch.where(counts, batch["loss_weights"].to(numbers.dtype), 0)
+    costs, figures = torch.where(counts, numbers, 0), {}
+    if objective.token is not None:
+        costs, figures = objective.token(costs, batch)
+    costs, figures = (_weighted(x, counts, weights) for x in (costs, figures))
+    shares = {name: _share(x.sum(), axes.tp.size) for name, x in figures.items()}
+    if objective.document is None:
+        total = _share(costs.sum(), axes.tp.size)
+    else:  # every rank of cp and tp has the same sums
+        size, copies = micro.rows["tokens"].shape[1], axes.tp.size * axes.cp.size
+        sums = all_reduce(document_sums(costs, segments_of(batch), size), axes.cp)
+        costs, figures = objective.document(sums, micro.rows)
+        there = has_document(micro.rows)
+        total = _share(torch.where(there, costs, 0).sum(), copies)
+        shares |= {name: _share(torch.where(there, x, 0).sum(), copies) for name, x in figures.items()}
+    if shares.keys() != set(objective.reports):
+        raise ValueError(f"Objective.reports={objective.reports}, and its functions gave {sorted(shares)}")
+    return _divide(total, count), {name: _divide(shares[name].detach(), count) for name in objective.reports}
 
 
 def _nll_head(cfg: ModelConfig, execution: model.Execution, layout: Layout) -> HeadFn:

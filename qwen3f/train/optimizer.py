@@ -8,7 +8,6 @@ What a path's rate is multiplied by is said by patterns, of which the first that
 no moments, no decay, and no part in the norm.
 """
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -19,65 +18,10 @@ from torch import Tensor
 from qwen3f.errors import UserError
 from qwen3f.params import Params
 from qwen3f.train import muon
+from qwen3f.train.hyper import AdamW, Muon
 from sharding.axes import ONE, Axes
 from sharding.fsdp import sum_over_shards
 from sharding.rules import Placed
-
-
-@dataclasses.dataclass(frozen=True)
-class AdamW:
-    """b1, b2, eps as in the paper; weight_decay is decoupled and scaled by the learning rate; clip_norm 0: no clip.
-
-    rates: (pattern of whole paths, what the learning rate is multiplied by); the first that matches, 1 where none does.
-    """
-
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    rates: tuple[tuple[str, float], ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("b1", "b2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("eps", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0.0:
-                raise UserError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
-        for pattern, factor in self.rates:
-            if not 0.0 <= factor < float("inf"):
-                raise UserError(f"optimizer.rates: {pattern}={factor} must be a number from 0 on")
-
-    def rate(self, path: str) -> float:
-        """What the learning rate of this path is multiplied by; 0: it is frozen."""
-        return next((factor for pattern, factor in self.rates if re.fullmatch(pattern, path)), 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Muon(AdamW):
-    """Muon for what weight decay applies to (matrices and an untied head), AdamW with the fields above for the rest.
-
-    momentum, iterations: see qwen3f.train.muon. update_rms: root mean square of a Muon update, relative to the learning
-    rate; 0.2 is about AdamW's.
-    """
-
-    momentum: float = 0.95
-    update_rms: float = 0.2
-    iterations: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 <= self.momentum < 1.0:
-            raise UserError(f"optimizer.momentum must be in [0, 1), got {self.momentum}")
-        if self.update_rms <= 0.0 or self.iterations < 1:
-            raise UserError(
-                f"optimizer.update_rms={self.update_rms} and optimizer.iterations={self.iterations} must be positive"
-            )
-
-
-ADAMW = AdamW()
-KINDS: dict[str, type[AdamW]] = {"adamw": AdamW, "muon": Muon}
 
 
 class OptimizerState(NamedTuple):
@@ -107,36 +51,6 @@ class Scalars(NamedTuple):
     lr: Tensor
     scale: Tensor
     apply: Tensor
-
-
-def make(kind: str, **fields: float | str) -> AdamW:
-    """The hyperparameters of an optimizer by its name; fields that only another one has are left out.
-
-    rates: as parse_rates takes them.
-    """
-    if kind not in KINDS:
-        raise UserError(f"optimizer.kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
-    own = {field.name for field in dataclasses.fields(KINDS[kind])}
-    fields |= {"rates": parse_rates(fields["rates"])} if "rates" in fields else {}
-    return KINDS[kind](**{name: value for name, value in fields.items() if name in own})
-
-
-def parse_rates(text: str) -> tuple[tuple[str, float], ...]:
-    """`PATTERN=FACTOR,…` as AdamW.rates. Raises UserError for another form, or what is no regular expression."""
-    out = []
-    for piece in filter(None, (part.strip() for part in text.split(","))):
-        pattern, _, factor = piece.rpartition("=")
-        if not pattern:
-            raise UserError(f"--config.optimizer.rates: {piece!r} has no pattern; write PATTERN=FACTOR")
-        try:
-            re.compile(pattern)
-            out.append((pattern, float(factor)))
-        except (re.error, ValueError) as error:
-            raise UserError(
-                f"--config.optimizer.rates: {piece!r} is no pattern and factor ({error}); write e.g. "
-                r"--config.optimizer.rates='model\.embed_tokens\..*=0,.*norm.*=0.1'"
-            ) from error
-    return tuple(out)
 
 
 def check_rates(hyper: AdamW, paths: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ B rows of this rank · T sequence
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -72,7 +73,8 @@ def make_outputs(
     cfg: ModelConfig,
     execution: model.Execution = model.EAGER,
     layout: Layout = ONE_DEVICE,
-    output: Output = "log_probs",
+    output: Output | Literal["entropy"] = "log_probs",
+    num_ids: int = 0,
     *,
     microbatches: int = 1,
     compute_dtype: torch.dtype | None = None,
@@ -80,16 +82,18 @@ def make_outputs(
     """outputs(params, batch) -> [B, T], float32 (float64 for float64): what an Objective of that output is given.
 
     "log_probs": of the targets, at the batch's temperature, 0 where nothing is predicted; "nll" is their negative;
-    "scores": of the scalar head. Without gradients.
+    "scores": of the scalar head; "entropy": of the distribution at the batch's temperature. Without
+    gradients. num_ids: as Objective's.
 
     On a mesh params are DTensors and the batch is this rank's rows; the result is of the same rows, whole, on every
     rank of cp, tp and pp. microbatches: as for make_eval_step.
     """
     axes = layout.axes
-    numbers = make_numbers(cfg, execution, "scores" if output == "scores" else "log_probs", layout)
+    entropy = output == "entropy"
+    numbers = make_numbers(cfg, execution, "scores" if output == "scores" else "log_probs", layout, entropy, num_ids)
 
     def head(hidden: Tensor, outer: P.Params, micro: MicroBatch, shared: None = None) -> Tensor:
-        return numbers(hidden, outer, micro.own)[0]
+        return numbers(hidden, outer, micro.own)[int(entropy)]
 
     if axes.pp.size > 1:
         pipelined = make_pipelined_outputs(cfg, execution, layout, head)

@@ -69,15 +69,42 @@ def check_tokenizer(tokenizer: Tokenizer, cfg: ModelConfig) -> None:
 def starting_state(setup: Setup, checkpoints: Checkpointer, world: World = ALONE) -> Start:
     """The state to go on from: config.resume's or the last checkpoint, else init_from's weights, else fresh.
 
+    config.resume goes back once: when the last checkpoint is behind that step and was saved with it, the run is past
+    it, and the same command goes on from the last one.
+
     A damaged last checkpoint is named, and the one before it used. Checkpoints later than the one used are moved aside,
     never deleted. Raises DamagedCheckpoint if config.resume's, or every one, is damaged.
     """
-    steps = world.first(checkpoints.steps())  # on a network's file system others may see the last one late
-    if setup.config.resume is not None or steps:
+    # rank 0's: on a network's file system others may see the last one late
+    candidates = world.first(_candidates(checkpoints, setup.config.resume) if world.main else None)
+    if candidates:
         like = init_state(setup.model, 0, setup.optimizer, dtype=setup.master_dtype, **_place(setup, world))
-        candidates = steps[::-1] if setup.config.resume is None else [setup.config.resume]
         return _restored(checkpoints, like, candidates, setup.config.checkpoint.cast)
     return Start(_first_state(setup, world), {})
+
+
+def _candidates(checkpoints: Checkpointer, resume: int | None) -> list[int]:
+    """The steps to go on from, the best first; none for a new run."""
+    steps = checkpoints.steps()
+    if resume is None:
+        return steps[::-1]
+    last = next(filter(None, (_config(checkpoints, step) for step in steps[::-1] if step > resume)), {})
+    if last.get("resume") != resume:
+        return [resume]
+    print(
+        f"config.resume={resume}: the run has gone back there and is past it, so it goes on; to go back again, move "
+        f"the later checkpoints out of {checkpoints.directory}",
+        flush=True,
+    )
+    return [step for step in steps[::-1] if step >= resume]
+
+
+def _config(checkpoints: Checkpointer, step: int) -> dict[str, Any]:
+    """What a checkpoint was saved with; {} for a damaged one, which is named when it is tried."""
+    try:
+        return checkpoints.read_meta(step).get("config", {})
+    except DamagedCheckpoint:
+        return {}
 
 
 def roll_back(setup: Setup, checkpoints: Checkpointer, state: TrainState, world: World = ALONE) -> Start:
@@ -101,7 +128,7 @@ def _first_state(setup: Setup, world: World) -> TrainState:
     if not setup.config.init_from:
         return init_state(setup.model, seed, setup.optimizer, dtype=setup.master_dtype, **place)
     del place["device"]  # the parameters'
-    return from_params(setup.model, _weights(setup, world), seed, setup.optimizer, **place)
+    return from_params(setup.model, initial_weights(setup, world), seed, setup.optimizer, **place)
 
 
 def _place(setup: Setup, world: World) -> dict[str, Any]:
@@ -123,10 +150,10 @@ def _restored(checkpoints: Checkpointer, like: TrainState, candidates: list[int]
     raise AssertionError("unreachable: there is a candidate, which is returned or raises")
 
 
-def _weights(setup: Setup, world: World) -> Params:
+def initial_weights(setup: Setup, world: World) -> Params:
     """init_from's, as master weights, this rank's shards; what the model has more starts fresh.
 
-    Says which rotary settings the run changes, and what starts fresh.
+    Says what of the model the run changes (source.CHANGEABLE), and what starts fresh.
     """
     place = setup.config.init_from
     backend = setup.config.checkpoint.backend
@@ -137,6 +164,6 @@ def _weights(setup: Setup, world: World) -> Params:
             setup.model, setup.config.seed, setup.layout, fresh, device=setup.device, dtype=setup.master_dtype
         )
         params = {path: {**params, **made}[path] for path in P.abstract_params(setup.model)}
-    for change in source.rotary_changes(place, setup.model):
+    for change in source.changes(place, setup.model):
         print(f"config.init_from={place}: {change}", flush=True)
     return params

@@ -1,7 +1,6 @@
 """From a configuration to the checked, typed objects that any run is made of. Nothing is read but the config."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -12,9 +11,11 @@ from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.params import abstract_params
 from qwen3f.plan.hardware import parse_hardware, this_card
-from qwen3f.train import microbatches, optimizer
-from qwen3f.train.choices import find_compile_mode, find_device, find_dtype, find_layout
+from qwen3f.train import checks, microbatches, optimizer
+from qwen3f.train.checks import at_least
+from qwen3f.train.choices import find_device, find_dtype, find_execution, find_layout
 from qwen3f.train.guards.spikes import SpikePolicy
+from qwen3f.train.hyper import AdamW, make_hyper
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.step import StepOptions, check_mesh
 from sharding import rules
@@ -29,7 +30,7 @@ class Setup:
 
     config: ConfigDict
     model: ModelConfig
-    optimizer: optimizer.AdamW
+    optimizer: AdamW
     spikes: SpikePolicy
     execution: model.Execution
     device: torch.device
@@ -67,54 +68,13 @@ class Setup:
 
 def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
     """Raises UserError, naming key and value, for anything that cannot run. devices: for a mesh that fills them."""
-    for key in (
-        "steps",
-        "batch_size",
-        "seq_len",
-        "log_every",
-        "eval.batch_size",
-        "spike.window",
-        "collective_timeout",
-    ):
-        at_least(config, key, 1)
-    for key in (
-        "microbatches",
-        "eval.every",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "checkpoint.keep_every",
-        "checkpoint.keep_best",
-        "checkpoint.timeout",
-        "spike.threshold",
-        "spike.rollbacks",
-        "nonfinite_skips",
-        "restarts",
-        "watchdog",
-    ):
-        at_least(config, key, 0)
-    if config.microbatches and config.batch_size % config.microbatches:
-        raise UserError(
-            f"config.batch_size={config.batch_size} cannot be cut into config.microbatches={config.microbatches} equal "
-            "parts; make batch_size a multiple"
-        )
-    cfg = ModelConfig.from_dict(config.model.to_dict())
-    if config.seq_len > cfg.max_position_embeddings:
-        raise UserError(
-            f"config.seq_len={config.seq_len} exceeds config.model.max_position_embeddings="
-            f"{cfg.max_position_embeddings}; shorten the one or raise the other"
-        )
-    if config.checkpoint.on_failure not in ("stop", "go_on"):
-        raise UserError(f"config.checkpoint.on_failure={config.checkpoint.on_failure!r}: write stop or go_on")
-    if config.checkpoint.keep_best and config.checkpoint.best_metric.startswith("val_") and not config.eval.every:
-        raise UserError(
-            f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs config.checkpoint.best_metric="
-            f"{config.checkpoint.best_metric}, which config.eval.every=0 measures only at the end; write how many steps"
-        )
+    checks.check(config)
+    checks.check_length(config, cfg := ModelConfig.from_dict(config.model.to_dict()))
     device = find_device(config.device)
     compute_dtype = find_dtype(config.dtype, device)
     layout = find_layout(config, devices, compute_dtype)
-    execution = model.Execution(find_compile_mode(config.compile, device), config.attention)
-    hyper = optimizer.make(**config.optimizer.to_dict())
+    execution = find_execution(config, device)
+    hyper = make_hyper(**config.optimizer.to_dict())
     _check_recomputation(cfg, execution.compile)
     _check_graph(config, device, compute_dtype)
     asked = device.type == "cuda" and not config.microbatches
@@ -139,7 +99,7 @@ def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
 def _check_mesh(
     config: ConfigDict,
     cfg: ModelConfig,
-    hyper: optimizer.AdamW,
+    hyper: AdamW,
     execution: model.Execution,
     layout: Layout,
     parts: int,
@@ -154,15 +114,6 @@ def _check_mesh(
     microbatches.check_evaluation(config, parts, layout.axes)
     if shape.size > 1 and config.checkpoint.backend == "dcp":
         raise UserError("config.checkpoint.backend=dcp saves one device's state; write orbax for a mesh")
-
-
-def at_least(config: ConfigDict, key: str, low: int) -> None:
-    if (value := _get(config, key)) < low:
-        raise UserError(f"config.{key} must be at least {low}, got {value}")
-
-
-def _get(config: ConfigDict, key: str) -> Any:
-    return functools.reduce(lambda section, name: section[name], key.split("."), config)
 
 
 def _check_graph(config: ConfigDict, device: torch.device, compute_dtype: torch.dtype) -> None:
@@ -203,5 +154,5 @@ def find_schedule(config: ConfigDict, updates: int = 1) -> Schedule:
 def share_of_steps(config: ConfigDict, key: str, updates: int = 1) -> int:
     """What a key says as a share of the run, below 1, or as a number of steps, from 1 on; in updates."""
     at_least(config, key, 0)
-    value = _get(config, key)
+    value = checks.get(config, key)
     return int(value * config.steps * updates) if value < 1 else int(value * updates)

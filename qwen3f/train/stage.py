@@ -7,9 +7,9 @@ A stage is a module with two functions. `check(setup)` raises UserError for what
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from qwen3f.train.state import TrainState
 
 Batch = dict[str, Tensor]
 More = Callable[[], Batch]
+T = TypeVar("T")
 PACKAGE = "qwen3f.stages"
 
 
@@ -71,6 +72,10 @@ def nothing(*_: object) -> None:
     pass
 
 
+def unchanged(stage: T) -> T:
+    return stage
+
+
 def no_figures(batch: Batch) -> dict[str, float]:
     return {}
 
@@ -94,11 +99,15 @@ class Stage:
       save, load: what the stage must remember, JSON, in a checkpoint's meta; load is called before the first step of a
         run that goes on from one, and after going back to one.
       figures: a batch -> what to log of it.
+      texts: what to show in TensorBoard beside the figures.
       lines: what to print at the start.
       cross_documents: attention ignores document boundaries.
       samples: texts to show at the start, in the log and in TensorBoard.
       updates: of the optimizer in a step; see StepOptions.
       microbatch_rows: rows of a micro-batch on a rank, where prepare decides how many there are; see StepOptions.
+      complete: the stage -> the stage that runs, called once, by all ranks together: for what `make` cannot do, where a
+        host's first rank goes before the others and none can wait for another, such as to read weights on a mesh.
+      next: what launch.py can be given after a whole run, a line each; {workdir} and {preset} in them are filled in.
     """
 
     tokenizer: Tokenizer
@@ -110,11 +119,14 @@ class Stage:
     save: Callable[[], dict[str, Any]] = no_memory
     load: Callable[[dict[str, Any]], None] = nothing
     figures: Callable[[Batch], dict[str, float]] = no_figures
+    texts: Callable[[], Sequence[str]] = tuple
     lines: tuple[str, ...] = ()
     cross_documents: bool = False
     samples: tuple[str, ...] = ()
     updates: int = 1
     microbatch_rows: int = 0
+    complete: Callable[["Stage"], "Stage"] = unchanged
+    next: tuple[str, ...] = ()
 
 
 class StageModule(Protocol):

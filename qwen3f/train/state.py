@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.train import optimizer
+from qwen3f.train.hyper import ADAMW, AdamW
 from sharding.layout import ONE_DEVICE, Layout
 from sharding.state import as_dtensors, init_shards
 
@@ -31,7 +32,7 @@ class TrainState(NamedTuple):
 def init_state(
     cfg: ModelConfig,
     seed: int,
-    hyper: optimizer.AdamW = optimizer.ADAMW,
+    hyper: AdamW = ADAMW,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -53,7 +54,7 @@ def from_params(
     cfg: ModelConfig,
     params: P.Params,
     seed: int,
-    hyper: optimizer.AdamW = optimizer.ADAMW,
+    hyper: AdamW = ADAMW,
     *,
     layout: Layout = ONE_DEVICE,
     mesh: DeviceMesh | None = None,

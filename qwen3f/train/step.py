@@ -9,16 +9,19 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from kernels import cross_entropy
 from qwen3f import model, rng, tree
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.train import balance, losses, optimizer
+from qwen3f.train.hyper import AdamW, Muon
 from qwen3f.train.objective import Batch, MicroBatch, Objective
 from qwen3f.train.pipelined import make_pipelined_gradients
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.state import TrainState
 from qwen3f.transforms import grad_and_value, jit
+from sharding.axes import Axes
 from sharding.fsdp import sum_over, sum_replicated
 from sharding.layout import ONE_DEVICE, Layout
 from sharding.mesh import ROWS
@@ -52,7 +55,7 @@ class StepOptions:
         the step together; the new state and metrics are those of one device.
     """
 
-    optimizer: optimizer.AdamW
+    optimizer: AdamW
     schedule: Schedule
     microbatches: int = 1
     microbatch_rows: int = 0
@@ -86,8 +89,9 @@ def make_train_step(cfg: ModelConfig, objective: Objective, options: StepOptions
       A sparse model adds router_z_loss and what balance.load_metrics gives. With several updates: the means of theirs,
       the last lr, all tokens, finite if all are, and withheld, how many updates were not.
 
-    Raises UserError when the batch does not divide, for rates that match no parameter, and for what a mesh cannot do:
-    Muon, which needs whole matrices; attention_dropout; one graph with ep, whose splits the host must know.
+    Raises UserError when the batch does not divide or is no batch (`check_batch`), for rates that match no parameter,
+    and for what a mesh cannot do: Muon, which needs whole matrices; attention_dropout; one graph with ep, whose splits
+    the host must know.
     """
     check_mesh(cfg, options.optimizer, options.execution, options.layout)
     optimizer.check_rates(options.optimizer, P.abstract_params(cfg))
@@ -110,18 +114,40 @@ def make_train_step(cfg: ModelConfig, objective: Objective, options: StepOptions
             history.append(metrics)
         return state, history[0] if len(history) == 1 else _together(history)
 
-    if not whole_graph:
-        return on_shards(lambda state, batch: run(state, batch, wait))
-    graph = jit(lambda state, batch: run(state, batch, lambda: None), donate=options.donate)
+    graph = jit(lambda state, batch: run(state, batch, lambda: None), donate=options.donate) if whole_graph else None
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        check_batch(batch, cfg.vocab_size)
+        if graph is None:
+            return run(state, batch, wait)
         wait()
         return graph(state, batch)
 
     return on_shards(step)
 
 
-def check_mesh(cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execution, layout: Layout) -> None:
+def check_batch(batch: Batch, vocab_size: int) -> None:
+    """Raises UserError for a batch that lacks a key or has tensors of several shapes; on a CPU also for ids that the
+    vocabulary has not (a look at those on another device would wait for it)."""
+    shape = batch["tokens"].shape if "tokens" in batch else None
+    for key in ("tokens", "targets", "loss_weights"):
+        if key not in batch:
+            raise UserError(f"the batch has no {key!r} [B, T]; it has {', '.join(sorted(batch)) or 'nothing'}")
+        if batch[key].shape != shape:
+            raise UserError(f"the batch's {key!r} has shape {list(batch[key].shape)}, its 'tokens' {list(shape)}")
+    for key, low in (("tokens", 0), ("targets", cross_entropy.IGNORE)):
+        ids = batch[key]
+        if type(ids) is not Tensor or ids.device.type != "cpu" or not ids.numel():  # of ranks that are played, others
+            continue
+        least, most = int(ids.min()), int(ids.max())
+        if least < low or most >= vocab_size:
+            raise UserError(
+                f"the batch's {key!r} go from {least} to {most}; with model.vocab_size={vocab_size} they must lie in "
+                f"{low}..{vocab_size - 1}"
+            )
+
+
+def check_mesh(cfg: ModelConfig, hyper: AdamW, execution: model.Execution, layout: Layout) -> None:
     """UserError for what a mesh cannot do, as make_train_step lists it."""
     axes = layout.axes
     if axes.shape.size == 1:
@@ -131,7 +157,7 @@ def check_mesh(cfg: ModelConfig, hyper: optimizer.AdamW, execution: model.Execut
             f"config.compile=step with ep={axes.ep.size}, whose splits the host must know: write compile=block, or use "
             "dp for ep"
         )
-    if isinstance(hyper, optimizer.Muon):
+    if isinstance(hyper, Muon):
         raise UserError("optimizer.kind=muon needs whole matrices, which a mesh cuts; write optimizer.kind=adamw")
     if cfg.attention_dropout > 0:
         raise UserError("model.attention_dropout is not supported on a mesh; set it to 0 or train on one device")
@@ -224,6 +250,10 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
         lr = options.schedule(done)
         at = optimizer.Scalars(done, lr, scale, finite)
         params, opt = optimizer.update(hyper, rules, state.params, grads, state.opt, at)
+        if cfg.vision_enabled:
+            seen = _any_image(batch, axes)
+            params = _unless_idle(seen, state.params, params)
+            opt = optimizer.OptimizerState(*(_unless_idle(seen, *trees) for trees in zip(state.opt, opt)))
         tokens = sum_over(losses.batch_tokens(batch), axes, ROWS)
         step, position = state.step, state.position
         if examples is not None:  # data is consumed, even if the update was withheld
@@ -231,7 +261,6 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
         new = TrainState(step, params, opt, state.seed, state.tokens_seen + tokens, position)
         metrics = {
             "loss": terms.loss,
-            "aux_loss": terms.aux_loss,
             "grad_norm": norm,
             "grad_norm_clipped": norm * scale,
             "lr": lr,
@@ -240,10 +269,25 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
             **terms.figures,
         }
         if terms.load is not None:
-            metrics |= {"router_z_loss": terms.z_loss, **balance.load_metrics(terms.load)}
+            metrics |= {"aux_loss": terms.aux_loss, "router_z_loss": terms.z_loss, **balance.load_metrics(terms.load)}
         return new, metrics
 
     return update
+
+
+def _any_image(batch: Batch, axes: Axes) -> Tensor:
+    """bool scalar: whether a token of the update's batch, on any rank, is an image's."""
+    if "visual_index" not in batch:
+        return torch.zeros((), dtype=torch.bool, device=batch["tokens"].device)
+    return sum_over((batch["visual_index"] > 0).sum(), axes, ROWS) > 0
+
+
+def _unless_idle(seen: Tensor, old: P.Params, new: P.Params) -> P.Params:
+    """`new`, but the vision tower's as it was where no image was seen: zero gradients would let it decay."""
+    return {
+        path: torch.where(seen, leaf, old[path]) if path.startswith(P.VISUAL) and leaf is not old[path] else leaf
+        for path, leaf in new.items()
+    }
 
 
 def _together(history: list[Metrics]) -> Metrics:

@@ -18,18 +18,20 @@ from qwen3f.checkpoint import manifest
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.checkpoint.manifest import DamagedCheckpoint
 from qwen3f.config import ModelConfig
+from qwen3f.data.chat.recognise import kind_of, write_template
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.files import write_atomically
 from qwen3f.params import abstract_params
 from qwen3f.strict_json import read_object
-from qwen3f.train.optimizer import AdamW, parse_rates, trainable
+from qwen3f.train.hyper import AdamW, parse_rates
+from qwen3f.train.optimizer import trainable
 
 CONFIG, TOKENIZER, CHECKPOINTS, NONFINITE = "config.json", "tokenizer", "checkpoints", "nonfinite"
 
 
-# What a run's state does not depend on.
-_FREE = frozenset({
+# How a model is trained: its function and a run's state do not depend on it.
+TRAINING_FIELDS = frozenset({
     "gradient_checkpointing", "attention_dropout", "router_aux_loss_coef", "router_balance", "router_z_loss_coef",
     "moe_drop_tokens", "moe_capacity_factor", "initializer_range", "embed_initializer_range",
 })  # fmt: skip
@@ -56,8 +58,8 @@ def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
     """Raises UserError, naming what differs, if `workdir` belongs to a run whose state has another form or meaning.
 
     That is another stage, model or optimizer, by the last checkpoint that can be read, else by config.json, which must
-    agree with it; a tokenizer other than config.data.tokenizer; or one whose files are not those that the run began
-    with.
+    agree with it; a tokenizer other than config.data.tokenizer, or chats of another kind than config.chat_template; or
+    a tokenizer whose files are not those that the run began with.
     """
     there, meta = read_config(workdir), _last_meta(workdir)
     saved = meta.get("config") or there or config
@@ -79,6 +81,11 @@ def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
         raise UserError(
             f"--config.data.tokenizer={chosen} is not the tokenizer that the run in {workdir} began with, which {kept} "
             "holds; leave the flag out, or choose another --workdir"
+        )
+    if (kind := config.get("chat_template")) and kept.exists() and (has := kind_of(load_tokenizer(kept)).name) != kind:
+        raise UserError(
+            f"--config.chat_template={kind} is not the kind of chats that the run in {workdir} began with, which is "
+            f"{has}; leave the flag out, or choose another --workdir"
         )
 
 
@@ -129,6 +136,7 @@ def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> dict[str, manifest.En
         temporary = workdir / f".{TOKENIZER}.{uuid.uuid4().hex}"
         try:
             tokenizer.save(temporary)
+            write_template(tokenizer, temporary, always=False)
             temporary.rename(place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -160,7 +168,7 @@ def _last_meta(workdir: Path) -> dict[str, Any]:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Key -> its two values, of what another stage, model or optimizer would have otherwise."""
-    keys = [("model", key) for key in new["model"] if key not in _FREE] + [("optimizer", "kind")]
+    keys = [("model", key) for key in new["model"] if key not in TRAINING_FIELDS] + [("optimizer", "kind")]
     values = {f"{section}.{key}": (old.get(section, {}).get(key), new[section].get(key)) for section, key in keys}
     values["stage"] = old.get("stage"), new.get("stage")
     rates = [section.get("optimizer", {}).get("rates", "") for section in (old, new)]

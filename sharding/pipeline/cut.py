@@ -66,12 +66,14 @@ class Pipeline:
 def make_slices(cfg: ModelConfig, pipeline: Pipeline, ranks: int) -> "Slices":
     """Where the model's layers live; without a pipeline, of one rank, pipeline.layers is nothing to heed.
 
-    UserError for an empty stage, and unless all stages have the same number of dense layers and of sparse ones (padding
-    may be of any kind), so that stacks of both kinds are cut in equal blocks.
+    UserError for an empty stage, for DeepStack's taps beyond the first one, which has the tower, and unless all stages
+    have the same number of dense layers and of sparse ones (padding may be of any kind), so that stacks of both kinds
+    are cut in equal blocks.
     """
     each = pipeline.layers if ranks > 1 else 0
     stages = Slices(cfg.num_hidden_layers, ranks, pipeline.stages, pipeline.schedule == "zbv", each)
     _check_kinds(cfg, stages)
+    _check_taps(cfg, stages)
     return stages
 
 
@@ -189,6 +191,17 @@ def _check_kinds(cfg: ModelConfig, stages: Slices) -> None:
             )
 
 
+def _check_taps(cfg: ModelConfig, stages: Slices) -> None:
+    first, taps = len(stages.layers_of(0)), cfg.injected_taps
+    if taps > first:
+        fitting = (n for n in range(1, stages.ranks) if heights(stages.layers, n * stages.per_rank).start >= taps)
+        raise UserError(
+            f"model.vision_deepstack_layers has {taps} taps, which are added behind the first layers, but stage 0 of "
+            f"{stages.count}, which has the tower, holds {first}; write in config.mesh "
+            f"{nearest('pp', stages.ranks, fitting)}"
+        )
+
+
 def store(cfg: ModelConfig, params: P.Params, stages: Slices) -> P.Params:
     """Stacks in the model's order as all ranks store them: reordered, padding zero. Other parameters stay."""
     out = dict(params)
@@ -211,9 +224,9 @@ def restore(cfg: ModelConfig, params: P.Params, stages: Slices) -> P.Params:
 def _stacks(
     cfg: ModelConfig, params: P.Params, stages: Slices
 ) -> list[tuple[str, tuple[int | None, ...], dict[int, int]]]:
-    """(path, its layer_order, layer -> row in the model's order) of every stacked parameter among params."""
+    """(path, its layer_order, layer -> row in the model's order) of every parameter among params that pp cuts."""
     table = P.abstract_params(cfg)
-    kinds = {path: table[path].layers for path in params if table[path].layers is not None}
+    kinds = {path: table[path].layers for path in params if table[path].pipelined}
     return [(p, stages.layer_order(kind), {layer: i for i, layer in enumerate(kind)}) for p, kind in kinds.items()]
 
 

@@ -35,6 +35,21 @@ INTERLEAVED, ZBV = Pipeline("interleaved", 2), Pipeline("zbv", 2)
 MODELS = {
     "tied": config(num_hidden_layers=7, tie_word_embeddings=True),  # in four stages one row is padding
     "mixed": config(num_hidden_layers=8, decoder_sparse_step=2, **MOE),
+    "tower": config(
+        vision_enabled=True,
+        vision_hidden_size=16,
+        vision_num_hidden_layers=3,
+        vision_num_attention_heads=2,
+        vision_intermediate_size=24,
+        vision_patch_size=2,
+        vision_image_size=8,
+        vision_deepstack_layers=(1,),
+        mrope_section=(4, 2, 2),
+        image_token_id=1,
+        video_token_id=2,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+    ),
 }
 # Each opens what the ones before it wrote. Under dr2,tp2 and where key/value heads are too few leaves have replicas.
 MESHES = {
@@ -43,6 +58,8 @@ MESHES = {
         ("tied", "pp2", ZBV),
         ("tied", "pp2", Pipeline(layers=6)),
         ("mixed", "ep2", Pipeline()),
+        ("tower", "dp2", Pipeline()),
+        ("tower", "pp2", Pipeline()),
     ],
     4: [
         ("tied", "dp2,tp2", Pipeline()),

@@ -1,6 +1,7 @@
 """From a configuration to examples and held-out text, with the tokenizer and both caches reused."""
 
 import argparse
+import dataclasses
 import gzip
 import inspect
 
@@ -230,3 +231,14 @@ def test_a_mixture_of_two_sources(config, write_jsonl, tmp_path):
     assert alone.tokenizer.fingerprint != corpus.tokenizer.fingerprint
     with pytest.raises(UserError, match=r"data\.root is the directory of one source"):
         prepare(DataConfig(**{**vars(mixed), "root": str(tmp_path)}), 16, progress=False)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_are_not_read_are_said_each_time(config, tmp_path, streaming):
+    config, root = dataclasses.replace(config, streaming=streaming), tmp_path / "corpus"
+    for name in ("a.csv", "b.csv", "notes.md"):
+        (root / name).write_text("x")
+    line = f"data: {config.mixture}, files that are not read: 2 .csv, 1 .md"
+    assert line in prepare(config, 16, progress=False).describe()
+    (root / "notes.md").unlink()  # and the cache stays
+    assert line.replace(", 1 .md", "") in prepare(config, 16, progress=False).describe()

@@ -18,8 +18,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from qwen3f.data import hf_datasets
-from qwen3f.data.sources.adapters import row_stream
+from qwen3f.data.mixture import parse_weights
 from qwen3f.data.sources.adapters.registry import names
+from qwen3f.data.sources.registry import open_source
+from qwen3f.data.stream import torch_dataset
+from qwen3f.data.stream.dataset import StreamDataset
+from qwen3f.data.stream.parts import stream_part
 from qwen3f.errors import UserError
 from tests.data.sources.adapters.real_rows import ROWS, write
 
@@ -267,7 +271,7 @@ def as_worker(monkeypatch):
     """as_worker(n, count): iterate as in worker n of a DataLoader (a real one takes 5 s to stop after an error)."""
 
     def pretend(n, count):
-        monkeypatch.setattr(row_stream, "get_worker_info", lambda: SimpleNamespace(id=n, num_workers=count))
+        monkeypatch.setattr(torch_dataset, "get_worker_info", lambda: SimpleNamespace(id=n, num_workers=count))
 
     return pretend
 
@@ -309,8 +313,8 @@ def test_workers_pack_each_document_once(tmp_path, small_qwen, workers):
 
 def test_too_many_workers(many, small_qwen, as_worker):
     data = hf_datasets.load_sft_dataset("cold_start", small_qwen, 150, mixture=f"numinamath-cot@{many}")
-    as_worker(0, row_stream.MAX_WORKERS + 1)
-    with pytest.raises(UserError, match=f"num_workers is 65: give at most {row_stream.MAX_WORKERS}"):
+    as_worker(0, torch_dataset.MAX_WORKERS + 1)
+    with pytest.raises(UserError, match=f"num_workers is 65: give at most {torch_dataset.MAX_WORKERS}"):
         next(iter(data))
 
 
@@ -349,3 +353,47 @@ def test_memory_stays_flat(tmp_path, small_qwen):
     (few, few_windows), (many, many_windows) = peak("few"), peak("many")
     assert many_windows > 7 * few_windows
     assert many - few < 8 * 1024  # kB
+
+
+# -- one with what runs read -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cross, reset", [(False, True), (True, False)])
+def test_windows_are_those_of_a_streamed_run(tmp_path, small_qwen, cross, reset):
+    for name, texts in (("fineweb", 90), ("slimpajama", 50)):
+        write([{"text": f"{name} {n} " * (n % 7 + 1)} for n in range(texts)], tmp_path / name / "x.jsonl")
+    mixture = f"fineweb@{tmp_path}/fineweb=0.7,slimpajama@{tmp_path}/slimpajama=0.3"
+    options = {"mixture": mixture, "cross_documents": cross, "reset_positions": reset}
+    loaded = list(hf_datasets.load_pretrain_dataset(1, small_qwen, 16, **options))
+    sources = [open_source(part, holdout=0.0, streaming=True) for part, _ in parse_weights(mixture)]
+    run = StreamDataset(
+        tuple(map(stream_part, sources)),
+        (0.7, 0.3),
+        (1, 1),
+        small_qwen,
+        16,
+        cross_documents=cross,
+        reset_positions=reset,
+    )
+    examples = [make(index) for index, (make, _) in enumerate(run.examples(0))]
+    assert len(loaded) == len(examples) > 100
+    for ours, theirs in zip(loaded, examples):
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_left_out_is_counted_once(tmp_path, small_qwen, workers):
+    rows = [{"text": text} for text in ("one", None, "", "two", 7, "three")]
+    write(rows, tmp_path / "data" / "train.jsonl")
+    for name in ("test.jsonl", "README.md", ".hidden"):
+        (tmp_path / "data" / name).write_text("{}\n")
+    mixture = f"slimpajama@{tmp_path / 'data'}"
+    data = hf_datasets.load_pretrain_dataset(1, small_qwen, 4, mixture=mixture, on_bad_row="skip")
+    text = ""
+    for batch in DataLoader(data, num_workers=workers):
+        text += small_qwen.decode(batch["tokens"][0][batch["segments"][0] > 0])
+    assert sorted(text.replace("<|endoftext|>", "")) == sorted("onetwothree")  # workers take turns
+    assert data.counts == {"other_files": 3, "null_values": 1, "empty_texts": 1, "invalid_rows": 1}
+    with pytest.raises(UserError, match=r"train.jsonl:5 has a int under 'text'"):
+        list(hf_datasets.load_pretrain_dataset(1, small_qwen, 4, mixture=mixture))

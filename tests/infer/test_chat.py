@@ -13,7 +13,9 @@ import time
 
 import pytest
 
+from qwen3f.data.chat import kinds
 from qwen3f.data.chat.template import render
+from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.infer.chat import Chat, said
 from qwen3f.infer.text_generator import TextGenerator
 from qwen3f.infer.text_request import TextOptions, make_request
@@ -75,6 +77,22 @@ def test_thoughts_are_no_part_of_the_history(text, content, thought):
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
         f"{content}<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize("kind", [kinds.THINKING, kinds.INSTRUCT])
+def test_history_and_switches_of_kinds_that_do_not_ask(source, capsys, kind):
+    """Where the prompt opens the thought, an answer begins within it; where there are none, all of it is the answer."""
+    directory, cfg, p, _ = source
+    generator = TextGenerator(cfg, p, load_tokenizer(directory, kind.name))
+    chat, _ = talk(generator, ["/no_think", "a", "b"], OPTIONS.changed(thinking=None))
+    assert [message["content"] for message in chat.messages[::2]] == ["a", "b"]
+    assert "has no switches" in capsys.readouterr().err
+    for text, content, thought in (("hm\n</think>\n\nyes", "yes", "hm"), ("half a thou", "", "half a thou")):
+        message = said(text, kind)
+        if kind.always:
+            assert (message["content"], message["reasoning_content"]) == (content, thought)
+        else:
+            assert message == {"role": "assistant", "content": text}
 
 
 def test_the_cache_has_the_beginning_of_the_next_turn(source, monkeypatch):

@@ -108,6 +108,8 @@ def test_settings_override_the_recommendation_one_by_one():
         ("/no_think a /think", True, True),
         ("a", False, False),
         ("a /think", False, False),
+        ("a", None, True),
+        ("a /no_think", None, False),
     ],
 )
 def test_soft_switches_decide_only_where_thinking_is_allowed(source, text, thinking, thinks):
@@ -117,6 +119,21 @@ def test_soft_switches_decide_only_where_thinking_is_allowed(source, text, think
     ids = encode_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=thinks)
     assert list(asked.prompt) == ids
     assert asked.sampling == (THINKING if thinks else NON_THINKING)
+
+
+@pytest.mark.parametrize("kind", ["instruct-2507", "thinking-2507", "coder"])
+def test_a_kind_of_chats_that_does_not_ask_has_no_switches(source, kind):
+    directory, cfg, _, _ = source
+    tokenizer = load_tokenizer(directory, kind)
+    thinks = kind == "thinking-2507"
+    for text in ("a /think", "a /no_think"):
+        for thinking in (None, thinks):
+            asked = make_request(cfg, tokenizer, text, TextOptions(thinking=thinking, max_new_tokens=9))
+            messages = [{"role": "user", "content": text}]
+            assert list(asked.prompt) == encode_chat(tokenizer, messages, add_generation_prompt=True)
+            assert asked.sampling == (THINKING if thinks else NON_THINKING)
+        with pytest.raises(UserError, match=f"of the kind {kind}, which"):
+            make_request(cfg, tokenizer, text, TextOptions(thinking=not thinks, max_new_tokens=9))
 
 
 def test_a_system_message_is_the_options_where_the_chat_has_none(source):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 transformers.utils.logging.disable_progress_bar()
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-_SIZES = {
+SIZES = {
     "hidden_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -20,22 +20,22 @@ _SIZES = {
     "max_position_embeddings": 64,
     "initializer_range": 0.3,
 }
-_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 CASES = {
     "tied": {"tie_word_embeddings": True},
     "untied, bias": {"attention_bias": True, "rope_theta": 1e6},
     "one kv head, gelu": {"num_attention_heads": 5, "num_key_value_heads": 1, "hidden_act": "gelu"},
     "yarn": {"rope_scaling": YARN, "rope_theta": 1e6},
     "yarn, every key": {"rope_scaling": {**YARN, "truncate": False, "attention_factor": 1.2, "beta_fast": 20.0}},
-    "moe": {**_EXPERTS, "norm_topk_prob": True},
-    "moe, unnormalised, a dense layer": {**_EXPERTS, "mlp_only_layers": [1]},
-    "moe, every second layer": {**_EXPERTS, "decoder_sparse_step": 2, "num_hidden_layers": 4},
+    "moe": {**EXPERTS, "norm_topk_prob": True},
+    "moe, unnormalised, a dense layer": {**EXPERTS, "mlp_only_layers": [1]},
+    "moe, every second layer": {**EXPERTS, "decoder_sparse_step": 2, "num_hidden_layers": 4},
 }
 
 
 def hf_model(case, dtype=torch.float32):
     """transformers' model of one of CASES, random in every parameter."""
-    values = {**_SIZES, **CASES[case]}
+    values = {**SIZES, **CASES[case]}
     moe = "num_experts" in values
     kind = transformers.Qwen3MoeConfig if moe else transformers.Qwen3Config
     model = (transformers.Qwen3MoeForCausalLM if moe else transformers.Qwen3ForCausalLM)(kind(**values)).eval()

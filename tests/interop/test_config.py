@@ -70,7 +70,13 @@ def test_rotary_settings_read_as_transformers_reads_them(rope, tmp_path):
         ({"model_type": "qwen3_vl"}, "model_type is 'qwen3_vl'"),
         ({}, "model_type is None"),
         ({"model_type": ["qwen3"]}, "model_type is"),
-        ({**DENSE, "architectures": ["Qwen3ForSequenceClassification"]}, "architectures"),
+        ({**DENSE, "architectures": ["Qwen3ForTokenClassification"]}, "architectures"),
+        ({**DENSE, "architectures": ["Qwen3MoeForSequenceClassification"]}, "architectures"),
+        (
+            {**DENSE, "architectures": ["Qwen3ForSequenceClassification"]},
+            "id2label is .*only a classifier of one label",
+        ),
+        ({**DENSE, "architectures": ["Qwen3ForSequenceClassification"], "id2label": 3}, "id2label is 3"),
         ({**DENSE, "use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
         ({**DENSE, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*sliding_attention"),
         ({**DENSE, "quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
@@ -167,7 +173,6 @@ def test_ignored_keys_change_nothing():
     [
         ({"qk_norm": "l2"}, "qk_norm='l2'"),
         ({"qk_norm": "none"}, "qk_norm='none'"),
-        ({"vision_enabled": True}, "vision_enabled"),
         ({"moe_drop_tokens": True, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}, "drop_tok"),
     ],
 )

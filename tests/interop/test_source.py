@@ -101,10 +101,10 @@ def test_training_starts_from_a_hugging_face_directory(root, directory, tmp_path
 @pytest.mark.parametrize("place", ["w", "hf"])
 def test_another_model_is_refused_before_anything_is_read(place, root, trained, directory, tmp_path):
     config = configured(
-        root, init_from=str(root / place), **{"model.intermediate_size": 40, "model.rms_norm_eps": 1e-5}
+        root, init_from=str(root / place), **{"model.intermediate_size": 40, "model.hidden_act": "relu"}
     )
     config.data.mixture = "files@/no/such/directory"
-    with pytest.raises(UserError, match=r"intermediate_size is 48 there and 40 here, rms_norm_eps is 1e-06 there") as e:
+    with pytest.raises(UserError, match=r"intermediate_size is 48 there and 40 here, hidden_act is silu there") as e:
         run(config, tmp_path / "out", progress=False)
     assert "--config.model.intermediate_size=48" in str(e.value)
     assert not (tmp_path / "out").exists()

@@ -25,6 +25,16 @@ def window(length, keys, width):
     return key_ranges((hi - width).clamp(min=0)[None], hi[None], keys)
 
 
+def frames(length, sizes):
+    """As qwen3f.vision.tower.patch_inputs bounds them."""
+    place = torch.arange(length)
+    ends = torch.tensor(sizes).cumsum(0)
+    frame = torch.searchsorted(ends, place, right=True).clamp(max=len(sizes) - 1)
+    there = place < ends[-1]
+    lo = torch.where(there, ends[frame] - torch.tensor(sizes)[frame], place)
+    return key_ranges(lo[None], torch.where(there, ends[frame], place + 1)[None], length)
+
+
 # name: (B, H, K, T, S, d), mask
 CASES = {
     "causal": ((1, 2, 1, 70, 70, 16), {}),
@@ -39,6 +49,9 @@ CASES = {
     ),
     "nothing_seen": ((1, 1, 1, 20, 20, 16), {"ranges": ranges_from_cu_seqlens(torch.tensor([0, 0]), 20)}),
     "window": ((1, 2, 1, 50, 90, 16), {"ranges": window(50, 90, 37)}),
+    # of a vision tower: a patch sees its frame, patches of the room behind them see themselves
+    "frames_72": ((1, 2, 2, 60, 60, 72), {"ranges": frames(60, [24, 8, 20])}),
+    "frames_64": ((1, 1, 1, 40, 40, 64), {"ranges": frames(40, [16, 16])}),
     "wide_head": ((1, 1, 1, 40, 40, 256), {}),
 }
 

@@ -26,7 +26,7 @@ from qwen3f.plan.memory import leaves, state_bytes
 from qwen3f.plan.picture import mesh_png, timeline_png
 from qwen3f.plan.text import bytes_of, render
 from qwen3f.plan.traffic import members
-from qwen3f.train import optimizer
+from qwen3f.train.hyper import Muon, make_hyper
 from qwen3f.train.metrics import flops_per_token
 from qwen3f.train.state import init_state
 from sharding.mesh import parse_mesh
@@ -42,7 +42,7 @@ def setup(preset="debug", mesh="", batch=8, length=256, model=None, **options):
 
 @pytest.mark.parametrize("preset, kind", [("debug", "adamw"), ("debug_moe", "adamw"), ("nano", "muon")])
 def test_state_of_one_device_is_exact(preset, kind):
-    hyper, small = optimizer.make(kind), {"num_hidden_layers": 2, "vocab_size": 64}
+    hyper, small = make_hyper(kind), {"num_hidden_layers": 2, "vocab_size": 64}
     state = init_state(presets.get(preset).replace(**small), 0, hyper)
     there = [sum(x.nbytes for x in tree.values()) for tree in (state.params, state.opt.m, state.opt.v)]
     here = setup(preset, model=small, hyper=hyper)
@@ -267,7 +267,7 @@ def test_the_first_stage_of_large_resolves_on_its_mesh():
         ),
         ({"mesh": "pp2"}, "config.microbatches=1 leaves ranks of pp2 without work; write at least 2"),
         ({"mesh": "pp2", "microbatches": 3, "pipeline": Pipeline("interleaved", 2)}, "cut it into"),
-        ({"mesh": "dp2", "hyper": optimizer.Muon()}, "write optimizer.kind=adamw"),
+        ({"mesh": "dp2", "hyper": Muon()}, "write optimizer.kind=adamw"),
         ({"mesh": "dp2", "model": {"attention_dropout": 0.1}}, "set it to 0"),
         ({"preset": "debug_moe", "mesh": "ep2", "execution": Execution("step")}, "write compile=block"),
     ],

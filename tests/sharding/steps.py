@@ -8,7 +8,7 @@ import torch
 from qwen3f import presets, tree
 from qwen3f.stages.pretrain import make_train_step
 from qwen3f.train import state
-from qwen3f.train.optimizer import ADAMW, AdamW
+from qwen3f.train.hyper import ADAMW, AdamW
 from qwen3f.train.schedule import Schedule
 from sharding.fsdp import cut
 from sharding.layout import Layout

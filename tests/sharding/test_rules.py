@@ -33,9 +33,9 @@ def test_every_path_of_every_preset_has_a_row(name):
         assert set(dims) <= set(AXES)
         assert len(set(dims.values())) == len(dims), "two axes on one dim"
         assert all(dim < len(spec.shape) for dim in dims.values())
-        assert ("pp" in dims) == (spec.layers is not None)
+        assert ("pp" in dims) == spec.pipelined
         assert ("ep" in dims) == (".experts." in path)
-        assert placed[path].fsdp_dim == (1 if "pp" in dims else 0), "no copies: the first dimension, the stack's apart"
+        assert placed[path].fsdp_dim == (1 if spec.stack else 0), "no copies: the first dimension, the stack's apart"
 
 
 def test_a_path_without_a_row_is_an_error():

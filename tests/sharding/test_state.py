@@ -44,7 +44,7 @@ def test_a_mesh_starts_from_one_devices_values(changes, mesh):
 )
 def test_blocks_that_cannot_be_compiled_run_as_they_are(layout, compiled, monkeypatch):
     """compiled: of the kinds dense (False) and sparse (True) those that are."""
-    monkeypatch.setattr("qwen3f.model.block.compile_static", lambda fn: "compiled")
+    monkeypatch.setattr("qwen3f.skeletons.compile_static", lambda fn: "compiled")
     make = block_fn.__wrapped__  # not what is kept of it
     blocks = {sparse: make(config(**MOE), model.Execution("block"), sparse, layout) for sparse in (False, True)}
     assert {sparse for sparse, block in blocks.items() if block == "compiled"} == compiled

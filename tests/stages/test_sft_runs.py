@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import islice, pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,16 +124,18 @@ def test_both_modes_are_asked_of_held_out_questions(root, tmp_path, monkeypatch)
     golds = {question.prompt: question for question in islice(task.questions("heldout"), 30)}
     asked = []
 
-    def scripted(cfg, params, tokenizer, prompts, thinking, options, between):
+    def said(prompt, thinking):
+        box = rf"\boxed{{{golds[prompt].gold}}}"
+        return Answer(
+            f"<think>\nt\n</think>\n\n{box}" if thinking else box, thinking or "sequence" in golds[prompt].group
+        )
+
+    def scripted(world, cfg, params, tokenizer, prompts, thinking, options, between):
         asked.append((thinking, list(prompts)))
         assert options.temperature == 0
-        for prompt in prompts:
-            box = rf"\boxed{{{golds[prompt].gold}}}"
-            yield Answer(
-                f"<think>\nt\n</think>\n\n{box}" if thinking else box, thinking or "sequence" in golds[prompt].group
-            )
+        return [said(prompt, thinking) for prompt in prompts]
 
-    monkeypatch.setattr(sft, "answer", scripted)
+    monkeypatch.setattr(sft, "answer_on_ranks", scripted)
     values = loop.run(fusion(root, **{"eval.every": 0}), tmp_path, progress=False)
     assert [thinking for thinking, _ in asked] == [True, False]
     assert asked[0][1] == asked[1][1]
@@ -151,19 +152,6 @@ def test_both_modes_are_asked_of_held_out_questions(root, tmp_path, monkeypatch)
     }
 
 
-def test_questions_that_a_mesh_cannot_ask_are_said(root, tmp_path):
-    config = fusion(root)
-
-    def lines(ranks, **changes):
-        config.update_from_flattened_dict(changes)
-        world = SimpleNamespace(size=ranks)
-        return sft.make(Run(make_setup(config), tmp_path, world, False, lambda: False)).lines
-
-    assert not any("not asked" in line for line in lines(1))
-    assert lines(2)[-1].startswith("--config.eval.questions=30 are not asked: that needs one device")
-    assert not any("not asked" in line for line in lines(2, **{"eval.questions": 0}))
-
-
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 GOOD = {"messages": [user("q"), answer("a", "t")]}
@@ -177,8 +165,8 @@ ROWS = {
         r"Message 1 has arguments as text in tool call 0",
     ),
     "a thought elsewhere": (
-        [user("q"), {**answer("a"), "thinking": "t"}],
-        r"Message 1 has a thought under 'thinking': rename",
+        [user("q"), {**answer("a"), "thought": "t"}],
+        r"Message 1 has the key 'thought', .* rename it to reasoning_content",
     ),
 }
 
@@ -216,7 +204,7 @@ def change_template(place):
     "change, words",
     [
         (change_tokenizer, r"has no token <think>, which Qwen3's chats need: give --config\.data\.tokenizer"),
-        (change_template, r"The chat template in .*chat_template\.jinja is not Qwen3's"),
+        (change_template, r"The chat template in .*chat_template\.jinja is of no kind that is known"),
     ],
 )
 def test_tokenizers_that_cannot_write_chats(change, words, root, tmp_path):

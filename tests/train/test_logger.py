@@ -1,6 +1,9 @@
 """The logger: each step once in metrics.jsonl, TensorBoard, wandb and the bar, also after a resume."""
 
 import builtins
+import contextlib
+import errno
+import io
 import json
 import os
 import socket
@@ -10,9 +13,11 @@ import sys
 from collections import defaultdict
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qwen3f.errors import UserError
+from qwen3f.train import patient_file
 from qwen3f.train.logger import MetricLogger
 
 
@@ -107,6 +112,7 @@ def test_wandb_offline_writes_into_workdir_and_stays_off_the_network(tmp_path):
         }
         code = f"""
 from pathlib import Path
+from qwen3f.train import patient_file
 from qwen3f.train.logger import MetricLogger
 for start in (0, 1):
     with MetricLogger(Path({str(tmp_path / "w")!r}), total_steps=3, start_step=start, wandb_mode="offline",
@@ -205,12 +211,107 @@ def test_what_was_open_closes_when_the_rest_fails(tmp_path, monkeypatch):
     from qwen3f.train import logger as module
 
     def fail(*args):
-        raise OSError("no tensorboard")
+        raise ImportError("no tensorboard")
 
-    opened = []
-    monkeypatch.setattr(module, "_tensorboard_writer", fail)
-    open_file = module.Path.open
-    monkeypatch.setattr(module.Path, "open", lambda *a, **k: opened.append(open_file(*a, **k)) or opened[-1])
-    with pytest.raises(OSError, match="no tensorboard"):
-        make_logger(tmp_path)
-    assert [file.closed for file in opened] == [True, True]  # the rewritten file and the one to append to
+    monkeypatch.setattr(module, "EventFile", fail)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ImportError, match="no tensorboard"):
+        make_logger(tmp_path, start_step=1)
+    assert os.listdir("/proc/self/fd") == before
+
+
+@contextlib.contextmanager
+def full(monkeypatch, room, error=errno.ENOSPC):
+    """Every write and every new file fails from now on, once `room` bytes were written."""
+    left, write, opened = [room], os.write, os.open
+
+    def writing(file, content):
+        if left[0] == 0:
+            raise OSError(error, os.strerror(error))
+        taken = write(file, bytes(content)[: left[0]])
+        left[0] -= taken
+        return taken
+
+    def opening(path, flags, *more):
+        if left[0] == 0 and not os.path.exists(path):
+            raise OSError(error, os.strerror(error), str(path))
+        return opened(path, flags, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(patient_file.os, "write", writing)
+        patch.setattr(patient_file.os, "open", opening)
+        yield
+
+
+@pytest.mark.parametrize("room", [0, 1, 40, 200])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE])
+def test_what_a_full_disk_does_not_take_comes_when_there_is_room(tmp_path, monkeypatch, capsys, room, error):
+    with make_logger(tmp_path) as logger:
+        logger.log(1, {"loss": 1.0})
+        with full(monkeypatch, room, error):
+            logger.log(2, {"loss": 2.0})
+            logger.text(2, "sample", "a text")
+            logger.image(2, "load", torch.zeros(4, 4, 3, dtype=torch.uint8))
+            logger.log(3, {"loss": 3.0})
+            said = capsys.readouterr().out
+            assert f"metrics.jsonl cannot be written ({os.strerror(error)}); its lines wait until it can" in said
+            assert said.count("cannot be written") == 2  # of TensorBoard's too, each once
+            assert [line["step"] for line in lines(tmp_path)] in ([1], [1, 2])  # and no torn line
+        logger.log(4, {"loss": 4.0})
+        assert capsys.readouterr().out.count("is written again") == 2
+        assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(step, float(step)) for step in (1, 2, 3, 4)]
+    assert [event.step for event in events.Images("load")] == [2]
+    assert [event.step for event in events.Tensors("sample/text_summary")] == [2]
+
+
+def test_a_disk_that_stays_full_is_said_at_the_end(tmp_path, monkeypatch, capsys):
+    with full(monkeypatch, 0), make_logger(tmp_path) as logger:
+        for step in (1, 2, 3):
+            logger.log(step, {"loss": 1.0})
+    said = capsys.readouterr().out
+    assert "metrics.jsonl could not be written to the end; 3 of its records are lost" in said
+    assert "cannot be written" in said
+
+
+def test_going_back_needs_no_room(tmp_path, monkeypatch):
+    with make_logger(tmp_path) as logger:
+        for step in (1, 2, 3):
+            logger.log(step, {"loss": 1.0})
+    with full(monkeypatch, 0), make_logger(tmp_path, start_step=2):
+        assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_what_waits_has_a_limit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(patient_file, "_MOST", 25)
+    with patient_file.PatientFile(tmp_path / "log", print) as file:
+        with full(monkeypatch, 0):
+            for number in range(5):
+                file.write(b"record %d.\n" % number)
+                file.flush()
+        file.flush()
+        assert (tmp_path / "log").read_bytes() == b"record 0.\nrecord 1.\n"
+    assert "is written again; 3 of its records are lost" in capsys.readouterr().out
+
+
+def test_a_console_on_a_full_disk_ends_nothing_and_a_reader_that_left_does(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        error = errno.ENOSPC
+
+        def write(self, text):
+            raise OSError(self.error, os.strerror(self.error))
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Full())
+    with make_logger(tmp_path, progress=True, total_steps=3) as logger:
+        logger._bar.mininterval = 0
+        logger.write("a line")
+        logger.advance(1, loss=1.0)
+        logger.log(1, {"loss": 1.0})
+        Full.error = errno.EPIPE
+        with pytest.raises(BrokenPipeError):
+            logger.write("a line")
+        Full.error = errno.ENOSPC
+    assert [line["step"] for line in lines(tmp_path)] == [1]

@@ -8,7 +8,7 @@ from torch.torch_version import TorchVersion
 
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.errors import TrainingError, UserError
-from qwen3f.train import optimizer
+from qwen3f.train.hyper import Muon
 from qwen3f.train.loop import run
 from qwen3f.train.setup import make_setup
 from qwen3f.train.state import init_state
@@ -128,14 +128,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(make, tmp_pat
         ({"nonfinite_skips": -1}, "config.nonfinite_skips must be at least 0"),
         ({"context_warmup.length": 8, "data.cross_documents": True}, "config.context_warmup.length has no effect"),
         ({"context_warmup.length": 8, "context_warmup.steps": -1}, "config.context_warmup.steps must be at least 0"),
-        ({"optimizer.kind": "sgd"}, "optimizer.kind 'sgd'"),
+        ({"optimizer.kind": "sgd"}, "optimizer.kind='sgd'"),
         ({"mesh": "dp2"}, "2 devices"),
         ({"checkpoint.on_failure": "ignore"}, "config.checkpoint.on_failure"),
-        ({"device": "gpu"}, "not a device"),
+        ({"device": "gpu"}, "config.device='gpu'"),
         ({"dtype": "fp8"}, "config.dtype"),
-        ({"compile": "all"}, "compile mode 'all'"),
+        ({"compile": "all"}, "config.compile='all'"),
         ({"wandb": "on"}, "config.wandb"),
-        ({"schedule.warmup": 30}, "exceed the 20 steps"),
+        ({"schedule.warmup": 30}, "take more than config.steps=20"),
         ({"data.tokenizer": "/no/such.model"}, "/no/such.model"),
         ({"data.mixture": "fineweb"}, "fineweb"),
         ({"model.vocab_size": 100_000}, "ocabulary"),
@@ -180,7 +180,7 @@ def test_muon_after_a_short_context_resumes_exactly(make, tmp_path):
     def trained():
         run(config, tmp_path / "w", progress=False)
         with Checkpointer(tmp_path / "w" / "checkpoints", 0, 0) as checkpoints:
-            like = init_state(pretrain_model(config), 0, optimizer.Muon())
+            like = init_state(pretrain_model(config), 0, Muon())
             return checkpoints.restore(like, 8)[0]
 
     straight = trained()

@@ -5,10 +5,11 @@ import torch
 
 from qwen3f.errors import UserError
 from qwen3f.train import muon, optimizer
+from qwen3f.train.hyper import AdamW, Muon, make_hyper
 from tests.train.runs import run_updates
 
 SHAPES = {"square": (2, 6, 6), "tall": (2, 9, 6), "wide": (2, 6, 9), "long": (40, 6), "experts": (2, 3, 5, 8)}
-HYPER = optimizer.Muon(weight_decay=0.3, momentum=0.9, clip_norm=0.5)
+HYPER = Muon(weight_decay=0.3, momentum=0.9, clip_norm=0.5)
 DECAY = dict.fromkeys(SHAPES, True) | {"embed": False}
 RULES = optimizer.leaf_rules(HYPER, DECAY)
 
@@ -92,15 +93,15 @@ def test_withheld_update_changes_nothing():
 
 def test_hyperparameters_by_name():
     fields = {"b1": 0.8, "momentum": 0.5}
-    assert optimizer.make("adamw", **fields) == optimizer.AdamW(b1=0.8)
-    assert optimizer.make("muon", **fields) == optimizer.Muon(b1=0.8, momentum=0.5)
+    assert make_hyper("adamw", **fields) == AdamW(b1=0.8)
+    assert make_hyper("muon", **fields) == Muon(b1=0.8, momentum=0.5)
     for message, wrong in (
         ("kind", {"kind": "sgd"}),
         ("momentum", {"momentum": 1.0}),
         ("update_rms", {"update_rms": 0}),
     ):
         with pytest.raises(UserError, match=message):
-            optimizer.make(**{"kind": "muon", **wrong})
+            make_hyper(**{"kind": "muon", **wrong})
 
 
 def test_traced_as_one_graph_it_equals_eager():

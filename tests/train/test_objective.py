@@ -210,6 +210,25 @@ def test_outputs_are_log_probs_at_the_temperature_and_entropy_goes_to_the_token(
     assert (seen[0] + (log_p.exp() * log_p).sum(-1)).abs().max() <= 1e-12
 
 
+def test_ids_that_no_sampler_draws_have_no_probability():
+    """Against a softmax over the first 33 of 40 ids; their rows of the head get no gradient."""
+    cfg, batch = config(tie_word_embeddings=False), packed(vocab=33)
+    p = params.init_params(cfg, 0, dtype=torch.float64)
+    log_p = model.apply(cfg, p, batch, model.REFERENCE).logits[..., :33].log_softmax(-1)
+    of_target = log_p.gather(-1, batch["targets"].clamp(min=0)[..., None])[..., 0]
+    expected = torch.where(batch["targets"] == -100, 0, of_target)
+    assert (make_outputs(cfg, num_ids=33)(p, batch) - expected).abs().max() <= 1e-12
+    around = make_outputs(cfg, output="entropy", num_ids=33)(p, batch)
+    assert (around + (log_p.exp() * log_p).sum(-1)).abs().max() <= 1e-12
+    hyper = AdamW(weight_decay=0.0, clip_norm=0.0)
+    step = make_train_step(cfg, Objective("log_probs", num_ids=33), StepOptions(hyper, SCHEDULE))
+    new, found = step(state.from_params(cfg, p, 0), batch)
+    weights = batch["loss_weights"].double()
+    assert abs(found["loss"] - (expected * weights).sum() / weights.sum()) <= 1e-12
+    assert (new.opt.m["lm_head.weight"][33:] == 0).all()
+    assert (new.opt.m["lm_head.weight"][:33] != 0).any(1).all()
+
+
 @pytest.mark.parametrize(
     "wrong", [{"output": "logits"}, {"output": "nll", "reports": ("x",)}, {"output": "scores", "entropy": True}]
 )

@@ -5,6 +5,7 @@ import torch
 
 from qwen3f.errors import UserError
 from qwen3f.train import optimizer
+from qwen3f.train.hyper import AdamW
 from tests.train.runs import run_updates
 
 DECAY = {"w": True, "b": False}
@@ -29,7 +30,7 @@ def test_adamw_equals_torch(dtype, tolerance):
     start = {"w": torch.randn(7, 5, dtype=dtype), "b": torch.randn(5, dtype=dtype)}
     grads = [{k: torch.randn_like(v) * 10 ** (i % 3 - 1) for k, v in start.items()} for i in range(12)]
     lrs = [1e-2 * (i + 1) / 12 for i in range(12)]
-    hyper = optimizer.AdamW()
+    hyper = AdamW()
     ours, state = run_updates(hyper, DECAY, start, grads, lrs)
     theirs, opt = run_torch(hyper, start, grads, lrs)
     moments = list(opt.state.values())
@@ -45,7 +46,7 @@ def test_adamw_equals_torch(dtype, tolerance):
 def test_withheld_update_changes_nothing():
     start = {"w": torch.randn(3, 3), "b": torch.randn(3)}
     g = {k: torch.full_like(v, float("nan")) for k, v in start.items()}
-    hyper, decay = optimizer.AdamW(), {"w": True, "b": False}
+    hyper, decay = AdamW(), {"w": True, "b": False}
     p, state = optimizer.update(
         hyper, optimizer.leaf_rules(hyper, decay), start, g, optimizer.init(hyper, decay, start),
         optimizer.Scalars(torch.tensor(0), torch.tensor(0.1), torch.tensor(float("nan")), torch.tensor(False)),
@@ -64,6 +65,6 @@ def test_clip_factor():
 
 def test_wrong_hyperparameters_are_named():
     with pytest.raises(UserError, match="b2"):
-        optimizer.AdamW(b2=1.0)
+        AdamW(b2=1.0)
     with pytest.raises(UserError, match="clip_norm"):
-        optimizer.AdamW(clip_norm=-1.0)
+        AdamW(clip_norm=-1.0)

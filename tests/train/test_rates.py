@@ -5,9 +5,9 @@ import torch
 
 from qwen3f.errors import UserError
 from qwen3f.train import optimizer, state
+from qwen3f.train.hyper import AdamW, Muon, parse_rates
 from qwen3f.train.loop import run
 from qwen3f.train.objective import NEXT_TOKEN
-from qwen3f.train.optimizer import AdamW, Muon, parse_rates
 from qwen3f.train.step import StepOptions, make_train_step
 from tests.sharding.steps import SCHEDULE, batches, config, expected_on, on_local_world
 from tests.train.runs import run_updates

@@ -36,6 +36,8 @@ class Pairs:
 class NoText:
     """The tokenizer of ids that stand for nothing."""
 
+    chat_template = "hybrid"
+
     def save(self, place):
         place.mkdir()
 

@@ -6,22 +6,21 @@ A row is {"messages": [message, …]} with messages as in `template`, and may ha
     enable_thinking  how the prompts are rendered: false puts an empty thinking block at their end; see `samples`
     answer           the right final answer, for the judge of a task
 
-Stricter than the template: the turns take turns, every answer says something, a call's arguments are an object, and a
-thought stands under `reasoning_content` alone. What follows the last answer is left out.
+Stricter than the template: the turns take turns, every answer says something, and a call's arguments are an object. A
+thought is kept under `reasoning_content`, wherever the row has it. What follows the last answer is left out.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3f.data.chat.template import Message, check_messages, render, split_thought, without_switches
+from qwen3f.data.chat.template import THOUGHTS, Message, check_messages, render, split_thought, without_switches
 from qwen3f.data.sources.adapters.rows import Row, RowFault, check_text, list_of_dicts
 from qwen3f.errors import UserError
 
 COLUMNS = ("messages",)
 OPTIONAL_COLUMNS = ("tools", "enable_thinking", "answer")
 
-_OTHER_THOUGHTS = ("reasoning", "reasoning_text", "thinking", "thought", "thoughts")
 _BEFORE = {"user": ("system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 
 
@@ -52,7 +51,7 @@ class Conversation:
 
 def read_conversation(row: Row) -> Conversation:
     """The conversation of a row in the module's form. Raises RowFault, with file and row."""
-    messages = checked_messages(list_of_dicts(row, "messages"), row.name, tools := _tools(row))
+    messages = checked_messages(list_of_dicts(row, "messages"), row.name, tools := read_tools(row))
     enable_thinking = row.values.get("enable_thinking")
     if not isinstance(enable_thinking, bool | None):
         raise RowFault("invalid_rows", f"{row.name} has enable_thinking={enable_thinking!r}: write true or false.")
@@ -78,6 +77,7 @@ def checked_messages(
         check_messages(messages, tools)
     except UserError as error:
         raise RowFault("invalid_rows", f"{name}: {error}") from None
+    messages = [_with_one_thought(message) for message in messages]
     for number, message in enumerate(messages):
         fault = _order_fault(messages, number) or _content_fault(message)
         if fault:
@@ -90,7 +90,16 @@ def checked_messages(
     return tuple(messages[: last + 1])
 
 
-def _tools(row: Row) -> tuple[Mapping[str, Any], ...] | None:
+def _with_one_thought(message: Message) -> Message:
+    """The message with its thought under `reasoning_content`, if it has one under another key."""
+    others = [message[key] for key in THOUGHTS[1:] if message.get(key) is not None]
+    if not others:
+        return message
+    kept = {key: value for key, value in message.items() if key not in THOUGHTS}
+    return {**kept, "reasoning_content": others[0]}
+
+
+def read_tools(row: Row) -> tuple[Mapping[str, Any], ...] | None:
     tools = row.values.get("tools")
     if not isinstance(tools, list | None):
         raise RowFault("invalid_rows", f"{row.name} has tools of type {type(tools).__name__}: write a list of objects.")
@@ -115,9 +124,6 @@ def _order_fault(messages: Sequence[Message], number: int) -> tuple[str, str] | 
 def _content_fault(message: Message) -> tuple[str, str] | None:
     if message["role"] != "assistant":
         return None
-    for key in _OTHER_THOUGHTS:
-        if message.get(key):
-            return "misplaced_thoughts", f"has a thought under {key!r}: rename the key to reasoning_content."
     content = message["content"]
     if content.lstrip().startswith("<think>"):
         if "</think>" not in content:

@@ -4,24 +4,26 @@ The counterpart of `data.corpus` for supervised fine-tuning; caches, order, resu
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from qwen3f.data.cache.token_cache import TokenCache, build_or_open, cache_path
-from qwen3f.data.chat.qwen_template import check_chat_tokenizer
+from qwen3f.data.chat.recognise import check_chat_tokenizer
 from qwen3f.data.chat.report import PackingReport, packing_report
 from qwen3f.data.chat.samples import TURNS, Turns
-from qwen3f.data.chat.sources import ChatSource, open_chats
+from qwen3f.data.chat.sources import open_chats
 from qwen3f.data.corpus import cache_directory
 from qwen3f.data.mixture import CYCLE, Mixture, make_mixture, parse_caps, parse_weights, temper
 from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.data.packing.concat import check_seq_len
+from qwen3f.data.packing.pair_dataset import PairDataset
 from qwen3f.data.sources.adapters.rows import OnBadRow, check_policy
-from qwen3f.data.sources.documents import LimitedSource, Source, Split
+from qwen3f.data.sources.documents import LimitedSource, Source, Split, describe_other_files
 from qwen3f.data.sources.reasoning import DIFFICULTIES, KINDS, NUM_PROBLEMS, ReasoningSource
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
@@ -79,7 +81,7 @@ class ChatDataConfig:
 
 @dataclass(frozen=True)
 class ChatCorpus:
-    """Chats ready for training.
+    """Chats, or pairs of them, ready for training.
 
     Attributes:
         sources: name -> samples, by split.
@@ -90,13 +92,13 @@ class ChatCorpus:
     """
 
     sources: dict[str, Source]
-    train: BestFitDataset | Mixture
+    train: BestFitDataset | PairDataset | Mixture
     names: tuple[str, ...]
-    heldout: dict[str, BestFitDataset]
+    heldout: dict[str, BestFitDataset | PairDataset]
     report: tuple[PackingReport, ...]
 
     @property
-    def parts(self) -> tuple[BestFitDataset, ...]:
+    def parts(self) -> tuple[BestFitDataset | PairDataset, ...]:
         """The datasets of `names`."""
         return self.train.parts if isinstance(self.train, Mixture) else (self.train,)
 
@@ -134,7 +136,7 @@ class ChatCorpus:
                 "no sample that fits" if rows is None else f"{rows.cache.num_docs:,} samples in {len(rows):,} rows"
             )
             lines.append(f"data: {name}, {held_out} held out")
-        return lines
+        return [*lines, *describe_other_files(self.sources)]
 
 
 def prepare_chats(cfg: ChatDataConfig, seq_len: int, tokenizer: Tokenizer, progress: bool = True) -> ChatCorpus:
@@ -154,22 +156,58 @@ def prepare_chats(cfg: ChatDataConfig, seq_len: int, tokenizer: Tokenizer, progr
     """
     check(cfg)
     check_seq_len(seq_len)
-    check_chat_tokenizer(tokenizer)
+    kind = check_chat_tokenizer(tokenizer)
+    if cfg.switches and not kind.asks:
+        raise UserError(
+            f"--config.data.switches={cfg.switches} is for models that think when asked; the chat template of this "
+            f"one, of the kind {kind.name}, has no switches: write --config.data.switches=0."
+        )
+    options = {
+        "turns": cfg.turns,
+        "switches": cfg.switches,
+        "task": open_task(cfg.judge, "--config.data.judge") if cfg.judge else None,
+        "on_bad_row": cfg.on_bad_row,
+        "kind": kind,
+    }
+    problems = generated_problems(cfg)
+    recipe = Recipe(
+        open=lambda name: open_chats(name, cfg.root, problems, **options),
+        limit=LimitedSource,
+        pack=lambda source, split, cache: _pack(cfg, source, split, cache, tokenizer, seq_len),
+    )
+    return prepare_packed(cfg, recipe, tokenizer, progress)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What chats and pairs of them do differently.
+
+    open: the source that a mixture names. limit: the first so many samples of each split of a source. pack: the rows of
+    a split, from its token cache; None for a held-out split of which nothing fits.
+    """
+
+    open: Callable[[str], Source]
+    limit: Callable[[Any, int], Source]
+    pack: Callable[[Source, Split, TokenCache], BestFitDataset | PairDataset | None]
+
+
+def prepare_packed(cfg: Any, recipe: Recipe, tokenizer: Tokenizer, progress: bool) -> ChatCorpus:
+    """`prepare_chats` by a recipe. cfg: ChatDataConfig, or another with its mixture, limits and cache."""
     weights = dict(parse_weights(cfg.mixture))
     if cfg.root and len(weights) > 1:
         raise UserError("--config.data.root is the directory of one source: write NAME@DIR in the mixture instead.")
     caps = parse_caps(cfg.max_epochs, list(weights))
-    sources = _sources(cfg, list(weights))
+    sources = {name: recipe.open(name) for name in weights}
     cache_dir = cache_directory(cfg.cache)
 
-    def packed(split: Split, most: int) -> dict[str, BestFitDataset]:
+    def packed(split: Split, most: int) -> dict[str, BestFitDataset | PairDataset]:
         found = {}
         for name, source in sources.items():
-            limited = LimitedSource(source, most) if most else source
+            limited = recipe.limit(source, most) if most else source
             path = cache_path(limited, split, tokenizer, cache_dir)
             if path.exists() or _has_samples(limited, split):
                 cache = build_or_open(limited, split, tokenizer, cache_dir, cfg.num_threads, cfg.workers, progress)
-                if (rows := _pack(cfg, limited, split, cache, tokenizer, seq_len)) is not None:
+                if (rows := recipe.pack(limited, split, cache)) is not None:
                     found[name] = rows
         return found
 
@@ -220,16 +258,6 @@ def _chosen(key: str, written: str, known: tuple[str, ...]) -> tuple[str, ...]:
             f"--config.data.{key} is {written!r}: write different ones of {', '.join(known)}, with commas between."
         )
     return chosen
-
-
-def _sources(cfg: ChatDataConfig, names: list[str]) -> dict[str, ChatSource]:
-    options = {
-        "turns": cfg.turns,
-        "switches": cfg.switches,
-        "task": open_task(cfg.judge, "--config.data.judge") if cfg.judge else None,
-        "on_bad_row": cfg.on_bad_row,
-    }
-    return {name: open_chats(name, cfg.root, generated_problems(cfg), **options) for name in names}
 
 
 def _has_samples(source: Source, split: Split) -> bool:

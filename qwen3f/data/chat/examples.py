@@ -1,9 +1,11 @@
 """Chats as training examples: ids, and for each whether the model learns to write it.
 
 Trained is what the model itself writes in an answer: all behind "<|im_start|>assistant\\n" (thinking, answer and tool
-calls as `template.render` writes them) up to and with "<|im_end|>". Never trained are prompts, tool results, the turns'
-headers, and the line end behind <|im_end|>, since a model stops at <|im_end|>. An empty thinking block is trained
-exactly when the prompt does not hold it: without thinking (`enable_thinking=False`) it is the end of the prompt.
+calls as `template.render` writes them, in the kind of the tokenizer's template) up to and with "<|im_end|>". Never
+trained are prompts, tool results, the turns' headers, and the line end behind <|im_end|>, since a model stops at
+<|im_end|>. An empty thinking block is trained exactly when the prompt does not hold it: without thinking
+(`enable_thinking=False`) it is the end of the prompt. Where the prompt opens every thought (`kinds.THINKING`), its
+"<think>" is never trained.
 
 By default the last turn alone is trained, behind the history as inference renders it (without thoughts); so a
 conversation gives one sample for each answer. With `all_turns` one rendering trains all answers, each with its thinking
@@ -22,7 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen3f.data.chat.template import ANSWER_START, Message, segments
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind
+from qwen3f.data.chat.recognise import kind_of
+from qwen3f.data.chat.template import ANSWER_START, THINK, Message, segments
 from qwen3f.data.packing.concat import IGNORED_TARGET, Example
 from qwen3f.data.tokenizers.token_text import Segment
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
@@ -47,15 +51,15 @@ def chat_tokens(
         tools: descriptions of the functions that may be called.
         all_turns: train every answer instead of the last; a last message of another role is then allowed.
         enable_thinking: as the prompt is rendered. False: it ends with an empty thinking block, which is then not
-            trained; no trained answer may have a thought.
+            trained; no trained answer may have a thought. Without effect on kinds that have no thoughts.
 
     Raises:
         UserError: no answer at the end, or a thought where the prompt has switched thinking off; and as
-            `template.segments` and the tokenizer's `encode_segments`.
+            `template.segments`, `recognise.kind_of` and the tokenizer's `encode_segments`.
     """
     ids: list[int] = []
     trained: list[bool] = []
-    for run, is_trained in chat_runs(messages, tools, all_turns, enable_thinking):
+    for run, is_trained in chat_runs(messages, tools, all_turns, enable_thinking, kind_of(tokenizer)):
         piece = tokenizer.encode_segments(run)
         ids += piece
         trained += [is_trained] * len(piece)
@@ -63,10 +67,14 @@ def chat_tokens(
 
 
 def chat_runs(
-    messages: Sequence[Message], tools: Any = None, all_turns: bool = False, enable_thinking: bool = True
+    messages: Sequence[Message],
+    tools: Any = None,
+    all_turns: bool = False,
+    enable_thinking: bool = True,
+    kind: TemplateKind = HYBRID,
 ) -> list[tuple[list[Segment], bool]]:
     """The chat as runs of text, alternately not trained and trained, each to be encoded alone; see `chat_tokens`."""
-    parts = segments(messages, tools, keep_thinking=all_turns)
+    parts = segments(messages, tools, keep_thinking=all_turns, kind=kind)
     last = messages[-1]["role"]
     if last != "assistant" and not all_turns:
         raise UserError(
@@ -78,9 +86,12 @@ def chat_runs(
     done = 0
     for start in starts if all_turns else starts[-1:]:
         begin = start + 1
-        if not enable_thinking:
+        if kind.thinks and not enable_thinking:
             _check_empty_thought(parts[begin : begin + 3])
             begin += 3
+        elif kind.always:
+            _check_thought(parts[begin])
+            begin += 1
         end = next(i for i in range(begin, len(parts)) if parts[i] == Segment(f"{_TURN_END}\n", True))
         answer = [*parts[begin:end], Segment(_TURN_END, True)]
         runs += [(parts[done:begin], False), (answer, True)]
@@ -111,10 +122,14 @@ def chat_example(ids: Sequence[int], trained: Sequence[bool], seq_len: int, pad_
     }
 
 
+def _check_thought(part: Segment) -> None:
+    if part.text != THINK:
+        raise UserError("A prompt that holds a thinking block needs a user's turn before the answer: write one.")
+
+
 def _check_empty_thought(block: list[Segment]) -> None:
     """Raises UserError unless the parts are an empty thinking block, as the prompt holds it."""
-    if block[0].text != "<think>\n":
-        raise UserError("Without thinking the prompt needs a user's turn before the answer: write one.")
+    _check_thought(block[0])
     if block[1].text:
         raise UserError(
             "The answer has a thought, but thinking is switched off (enable_thinking=False): leave out the thought, or "

@@ -12,6 +12,7 @@ import torch
 from qwen3f.data.cache.token_cache import TokenStream
 from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.data.packing.concat import IGNORED_TARGET
+from qwen3f.data.packing.pair_dataset import PairDataset
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 
 OPEN, CLOSE = "⟦", "⟧"
@@ -35,6 +36,7 @@ class PackingReport:
         too_long: samples dropped for their length.
         shortened: samples cut at a turn's end.
         left_out: what the source left out while both splits were read, by reason.
+        policy: the key of config.data that says what becomes of what is too long.
     """
 
     name: str
@@ -47,6 +49,7 @@ class PackingReport:
     too_long: int
     shortened: int
     left_out: dict[str, int]
+    policy: str = "long_chats"
 
     @property
     def padding(self) -> float:
@@ -64,7 +67,7 @@ class PackingReport:
         if self.too_long:
             lines.append(
                 f"data: {self.name}, {self.too_long:,} of {self.samples:,} samples are longer than seq_len and dropped "
-                "(--config.data.long_chats)"
+                f"(--config.data.{self.policy})"
             )
         if self.shortened:
             lines.append(f"data: {self.name}, {self.shortened:,} samples are cut behind the last answer that fits")
@@ -74,7 +77,7 @@ class PackingReport:
         return lines
 
 
-def packing_report(name: str, part: BestFitDataset) -> PackingReport:
+def packing_report(name: str, part: BestFitDataset | PairDataset) -> PackingReport:
     """The report of a part; reads its trained bits once, an eighth of a byte a token."""
     rows, cache = part.rows, part.cache
     supervised = _supervised(cache, rows.document, rows.places)
@@ -89,6 +92,7 @@ def packing_report(name: str, part: BestFitDataset) -> PackingReport:
         too_long=rows.dropped,
         shortened=part.shortened,
         left_out=cache.left_out,
+        policy="long_pairs" if isinstance(part, PairDataset) else "long_chats",
     )
 
 

@@ -6,7 +6,9 @@ answers are all trained. See `examples.chat_tokens`.
 An answer without a thought must not teach a model to stop thinking unasked. So where the row does not say
 (`enable_thinking`), the prompt of an answer without a thought ends with an empty thinking block, which is not trained,
 unless a switch asks for no thought: after "/no_think" the model writes the empty block itself. With "all" turns this
-is so if no answer has a thought; else every block is trained, as in TRL.
+is so if no answer has a thought; else every block is trained, as in TRL. This is for the template of kind hybrid. With
+thinking-2507, which knows no switches, an answer without a thought has its empty block untrained too; with kinds that
+have no thoughts there is no block, and a thought is a fault.
 
 `switches` is the share of samples whose last user's turn says its mode, "/think" or "/no_think", where the conversation
 has no switch of its own; a quarter of them say the other one just before, since the last one wins (Qwen3 technical
@@ -22,6 +24,7 @@ import numpy as np
 
 from qwen3f.data.chat.conversation import Conversation
 from qwen3f.data.chat.examples import chat_runs
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.chat.template import Message, is_query, last_switch, segments, split_thought
 from qwen3f.data.sources.adapters.rows import RowFault
 from qwen3f.data.sources.documents import stable_hash
@@ -42,6 +45,7 @@ class Sample:
         messages: the turns; the last one is an answer.
         name: "file:row".
         tools: as for `examples.chat_tokens`, like all_turns and enable_thinking.
+        kind: of the chat template.
     """
 
     messages: tuple[Message, ...]
@@ -49,11 +53,13 @@ class Sample:
     tools: tuple[Mapping[str, Any], ...] | None = None
     all_turns: bool = False
     enable_thinking: bool = True
+    kind: TemplateKind = HYBRID
 
     @cached_property
     def text(self) -> str:
         """The chat as the model reads it."""
-        return "".join(part.text for part in segments(self.messages, self.tools, keep_thinking=self.all_turns))
+        parts = segments(self.messages, self.tools, keep_thinking=self.all_turns, kind=self.kind)
+        return "".join(part.text for part in parts)
 
     @staticmethod
     def tokenise(
@@ -61,7 +67,7 @@ class Sample:
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(ids uint32 [n], trained bool [n]) of each as `chat_tokens`, up to its last trained token, "<|im_end|>"."""
         # A last run, of the line end behind the last answer, is left out.
-        runs = [chat_runs(s.messages, s.tools, s.all_turns, s.enable_thinking)[:-1] for s in samples]
+        runs = [chat_runs(s.messages, s.tools, s.all_turns, s.enable_thinking, s.kind)[:-1] for s in samples]
         encoded = iter(tokenizer.encode_segments_batch([run for of_one in runs for run, _ in of_one], num_threads))
         all_ids, all_trained = [], []
         for of_one in runs:
@@ -71,34 +77,37 @@ class Sample:
         return all_ids, all_trained
 
 
-def make_samples(conversation: Conversation, turns: Turns = "last", switches: float = 0.0) -> list[Sample]:
+def make_samples(
+    conversation: Conversation, turns: Turns = "last", switches: float = 0.0, kind: TemplateKind = HYBRID
+) -> list[Sample]:
     """The samples of a conversation, in order.
 
     Args:
         conversation: checked by `conversation.checked_messages`.
         turns: "last" or "all".
-        switches: a share from 0 to 1; of "last" only.
+        switches: a share from 0 to 1; of "last" and the kind hybrid only.
+        kind: of the chat template.
 
     Raises:
-        RowFault: a thought where the row or a switch asks for none.
+        RowFault: a thought where the row or a switch asks for none, or the kind has none.
     """
     messages = conversation.messages
     if turns == "all":
-        thinks = any(map(_thought, messages))
+        thinks = any(map(thought_of, messages))
         for number in _answers(messages):
-            _check_mode(conversation, number)
-        enable = _enable_thinking(conversation, messages, thinks)
-        return [Sample(messages, conversation.name, conversation.tools, True, enable)]
-    return [_last_turn(conversation, number, switches) for number in _answers(messages)]
+            check_mode(conversation, number, kind)
+        enable = thinking_enabled(conversation, messages, thinks, kind)
+        return [Sample(messages, conversation.name, conversation.tools, True, enable, kind)]
+    return [_last_turn(conversation, number, switches, kind) for number in _answers(messages)]
 
 
-def _last_turn(conversation: Conversation, number: int, switches: float) -> Sample:
+def _last_turn(conversation: Conversation, number: int, switches: float, kind: TemplateKind) -> Sample:
     """The sample of the answer that is message `number`."""
     messages = conversation.messages[: number + 1]
-    _check_mode(conversation, number)
-    thinks = bool(_thought(messages[-1]))
-    enable = _enable_thinking(conversation, messages, thinks)
-    sample = Sample(messages, conversation.name, conversation.tools, False, enable)
+    check_mode(conversation, number, kind)
+    thinks = bool(thought_of(messages[-1]))
+    enable = thinking_enabled(conversation, messages, thinks, kind)
+    sample = Sample(messages, conversation.name, conversation.tools, False, enable, kind)
     if switches and conversation.enable_thinking is None and last_switch(messages[:-1]) is None:
         return _with_switch(sample, thinks, switches)
     return sample
@@ -121,20 +130,29 @@ def _chance(what: str, sample: Sample, share: float) -> bool:
     return stable_hash(f"{what} {sample.text}".encode()) < share * 2.0**64
 
 
-def _enable_thinking(conversation: Conversation, messages: tuple[Message, ...], thinks: bool) -> bool:
+def thinking_enabled(
+    conversation: Conversation, messages: tuple[Message, ...], thinks: bool, kind: TemplateKind
+) -> bool:
     if conversation.enable_thinking is not None:
         return conversation.enable_thinking
-    return thinks or last_switch(messages[:-1]) is False
+    return thinks or (kind.asks and last_switch(messages[:-1]) is False)
 
 
-def _check_mode(conversation: Conversation, number: int) -> None:
-    """Raises RowFault if message `number` has a thought that its prompt does not ask for."""
-    if not _thought(conversation.messages[number]):
+def check_mode(conversation: Conversation, number: int, kind: TemplateKind) -> None:
+    """Raises RowFault if message `number` has a thought that its prompt does not ask for, or the kind no place for."""
+    message, where = conversation.messages[number], f"{conversation.name}: Message {number} has a thought"
+    written = thought_of(message) or "<think>" in message["content"] or "</think>" in message["content"]
+    if not kind.thinks and written:
+        raise RowFault(
+            "misplaced_thoughts",
+            f"{where}, and the model's chat template, of the kind {kind.name}, has no place for one: leave the row "
+            f"out, or choose a template that has one, --config.chat_template={HYBRID.name}.",
+        )
+    if not thought_of(message):
         return
-    where = f"{conversation.name}: Message {number} has a thought"
     if conversation.enable_thinking is False:
         raise RowFault("misplaced_thoughts", f"{where}, but enable_thinking is false: leave one of them out.")
-    if last_switch(conversation.messages[:number]) is False:
+    if kind.asks and last_switch(conversation.messages[:number]) is False:
         raise RowFault("misplaced_thoughts", f"{where} after /no_think: leave one of them out, or write /think last.")
 
 
@@ -142,5 +160,5 @@ def _answers(messages: tuple[Message, ...]) -> Iterator[int]:
     return (i for i, message in enumerate(messages) if message["role"] == "assistant")
 
 
-def _thought(message: Message) -> str:
+def thought_of(message: Message) -> str:
     return split_thought(message)[0].strip("\n") if message["role"] == "assistant" else ""

@@ -2,7 +2,7 @@
 
     reasoning        generated problems; the worked solution is the thought, the conclusion the answer
     reasoning-plain  the same problems, answered by the conclusion alone
-    chats@DIR        rows as in `conversation`, in .jsonl (also .gz, .zst), .json, .parquet or .arrow files
+    chats@DIR        rows as in `conversation`, in .jsonl, .json (both also .gz, .zst), .parquet or .arrow
     openmathinstruct-2, numinamath-cot, ultrachat, openhermes-2.5    see `adapters/sft.py`; with @DIR a local copy
 
 All of them are split by the same hash of the question (`documents.HOLDOUT`), so a question is held out wherever it
@@ -23,19 +23,20 @@ from qwen3f.data.chat.conversation import (
     checked_messages,
     read_conversation,
 )
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.chat.samples import Sample, Turns, make_samples
 from qwen3f.data.sources.adapters import sft
 from qwen3f.data.sources.adapters.answers import last_boxed
-from qwen3f.data.sources.adapters.files import split_files
+from qwen3f.data.sources.adapters.files import left_out, split_files
 from qwen3f.data.sources.adapters.opening import raw_rows
 from qwen3f.data.sources.adapters.registry import HubDataset, names, parse_mixture
 from qwen3f.data.sources.adapters.rows import BadRow, LeftOut, OnBadRow, Row, RowFault
-from qwen3f.data.sources.documents import HOLDOUT, Split, is_heldout, stable_hash
+from qwen3f.data.sources.documents import HOLDOUT, Split, is_heldout, other_files, stable_hash
 from qwen3f.data.sources.reasoning import ReasoningSource, chat_messages
 from qwen3f.errors import UserError
 from qwen3f.tasks.task import Task
 
-_FORMAT = 1  # part of the fingerprint: raise it when the same rows would give other samples
+_FORMAT = 2  # part of the fingerprint: raise it when the same rows would give other samples
 
 GENERATED = {"reasoning": True, "reasoning-plain": False}
 """The generated sources, and whether their answers think."""
@@ -89,6 +90,10 @@ class FileRows:
         """As in `Rows`; the training rows of the data set, of which `ChatSource` holds some out."""
         return raw_rows(self.dataset, self.root, "", streaming=True)
 
+    def other_files(self) -> Counter[str]:
+        """As in `documents.OfFiles`."""
+        return left_out(self.dataset, self.root, self.dataset.split) if self.root else Counter()
+
     def fingerprint(self, split: Split) -> str:
         """As in `Rows`; by path, size and time of the files. The Hub says nothing cheap that would change."""
         if not self.root:
@@ -110,6 +115,7 @@ class ChatSource:
         turns, switches: see `make_samples`.
         task: keeps only conversations whose answer it judges right; None: all.
         on_bad_row: "error" or "skip".
+        kind: of the chat template.
     """
 
     name: str
@@ -119,6 +125,7 @@ class ChatSource:
     switches: float = 0.0
     task: Task | None = None
     on_bad_row: OnBadRow = "error"
+    kind: TemplateKind = HYBRID
 
     def documents(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Sample]:
         """Stream the samples of `split`; what is left out is counted by reason (`rows.REASONS`).
@@ -142,9 +149,13 @@ class ChatSource:
 
     def fingerprint(self, split: Split) -> str:
         """As in `Source`."""
-        settings = (self.turns, self.switches, self.task.name if self.task else None, self.on_bad_row)
+        settings = (self.turns, self.switches, self.task.name if self.task else None, self.on_bad_row, self.kind.name)
         parts = (_FORMAT, split, HOLDOUT, self.rows.fingerprint(split), settings)
         return f"{stable_hash(repr(parts).encode()):016x}"
+
+    def other_files(self) -> Counter[str]:
+        """As in `documents.OfFiles`."""
+        return other_files(self.rows)
 
     def _samples(self, row: Row | BadRow) -> tuple[Conversation, list[Sample]]:
         if isinstance(row, BadRow):
@@ -152,7 +163,7 @@ class ChatSource:
         conversation = self.read(row)
         if self.task is not None:
             _check_right(conversation, self.task)
-        return conversation, make_samples(conversation, self.turns, self.switches)
+        return conversation, make_samples(conversation, self.turns, self.switches, self.kind)
 
 
 def open_chats(name: str, root: str, problems: ReasoningSource, **options: object) -> ChatSource:
@@ -162,7 +173,7 @@ def open_chats(name: str, root: str, problems: ReasoningSource, **options: objec
         name: as in the mixture.
         root: directory of a source that does not name one.
         problems: what the generated sources read.
-        options: of `ChatSource`: turns, switches, task, on_bad_row.
+        options: of `ChatSource`: turns, switches, task, on_bad_row, kind.
 
     Raises:
         UserError: an unknown name, or a directory that is missing or holds no file.
@@ -185,10 +196,11 @@ def open_chats(name: str, root: str, problems: ReasoningSource, **options: objec
     (part,) = parse_mixture(name, root, "sft")
     rows = FileRows(part.dataset, part.root)
     rows.fingerprint("train")
-    return ChatSource(name, rows, partial(_read_dataset, part.dataset.name), **options)
+    return ChatSource(name, rows, partial(read_dataset, part.dataset.name), **options)
 
 
-def _read_dataset(dataset: str, row: Row) -> Conversation:
+def read_dataset(dataset: str, row: Row) -> Conversation:
+    """The conversation of a row of one of the SFT data sets. Raises RowFault, LeftOut."""
     messages = checked_messages(sft.ADAPTERS[dataset](row), row.name)
     judged = _JUDGED[dataset](row) if dataset in _JUDGED else None
     return Conversation(messages, row.name, judged=judged)

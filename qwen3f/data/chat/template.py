@@ -1,17 +1,20 @@
-"""Qwen3's chat format: a list of messages as the text, or the ids, that the model reads.
+"""Qwen3's chat formats: a list of messages as the text, or the ids, that the model reads.
 
 Messages are dicts as in the OpenAI and Hugging Face interfaces:
 
     {"role": "system" | "user" | "tool", "content": str}
     {"role": "assistant", "content": str, "reasoning_content": str, "tool_calls": [call, …]}   # the last two optional
 
-with a call {"name": str, "arguments": dict or JSON text}, alone or under the key "function". Other keys are ignored.
+with a call {"name": str, "arguments": dict or JSON text}, alone or under the key "function". A thought may also stand
+under "reasoning" or "thinking", as transformers reads it. Other keys that say something are a UserError, as no template
+writes them; but for ids: those of calls, and what a tool's turn has of its call, "tool_call_id" and "name".
 
-The text equals that of the template in Qwen3's tokenizer_config.json. What thinking it keeps: none of answers before
-the last user query; of those after it the last message's always, an earlier one's if it is not empty. (A rendered chat
-of many turns thus trains the thinking of its last answer only: for the others, render its beginnings one by one.)
-Deviations: what the template skips, reads as empty or stops at (unknown roles, missing or non-string content) is a
-UserError. A null content is too; write "" beside tool calls.
+The text equals that of the template published with the model, which is of one of several `kinds`. What thinking it
+keeps, where the kind has any: none of answers before the last user query; of those after it the last message's always,
+an earlier one's if it is not empty. (A rendered chat of many turns thus trains the thinking of its last answer only:
+for the others, render its beginnings one by one.)
+Deviations: what the template skips, reads as empty or stops at (unknown roles, missing or non-string content, thoughts
+where the kind has none) is a UserError. A null content is too; write "" beside tool calls.
 """
 
 import json
@@ -19,6 +22,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen3f.data.chat import xml_tools
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind, check_thinking
 from qwen3f.data.tokenizers.token_text import Segment
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
@@ -26,10 +31,21 @@ from qwen3f.errors import UserError
 Message = Mapping[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
+_KEYS = {
+    "system": ("role", "content"),
+    "user": ("role", "content"),
+    "assistant": ("role", "content", "reasoning_content", "thinking", "reasoning", "tool_calls"),
+    "tool": ("role", "content", "tool_call_id", "name"),
+}
+_CALL_KEYS = ("name", "arguments")
 ANSWER_START = "<|im_start|>assistant\n"
 """The header of an assistant's turn: what the model writes begins behind it."""
 NO_THINKING = "<think>\n\n</think>\n\n"
 """An empty thinking block: what an answer without thinking begins with."""
+THINK = "<think>\n"
+"""What a thought begins with."""
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a thought, the first that is there counts; as transformers 5.24 reads them."""
 
 _TOOLS_BEFORE = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -49,21 +65,24 @@ def render(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
-    enable_thinking: bool = True,
+    enable_thinking: bool | None = None,
+    kind: TemplateKind = HYBRID,
 ) -> str:
-    """The chat as text, equal to Qwen3's template.
+    """The chat as text, equal to the template of a kind.
 
     Args:
         messages: the turns in order, see the module's text.
         tools: JSON descriptions of the functions that may be called; they go into the system turn.
         add_generation_prompt: end with the beginning of an assistant turn.
         enable_thinking: False puts an empty thinking block after the generation prompt, so that the model answers at
-            once. It changes nothing else.
+            once. It changes nothing else. None: as the kind does by itself.
+        kind: of the template.
 
     Raises:
-        UserError: a message is malformed; the text names its index.
+        UserError: a message is malformed; the text names its index. A value of enable_thinking that the kind can't do.
     """
-    return "".join(segment.text for segment in segments(messages, tools, add_generation_prompt, enable_thinking))
+    parts = segments(messages, tools, add_generation_prompt, enable_thinking, kind=kind)
+    return "".join(part.text for part in parts)
 
 
 def encode_chat(
@@ -72,10 +91,10 @@ def encode_chat(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
-    enable_thinking: bool = True,
+    enable_thinking: bool | None = None,
     trust_content: bool = False,
 ) -> list[int]:
-    """Ids of the chat.
+    """Ids of the chat, in the format of the template beside the tokenizer; see `recognise.kind_of`.
 
     Special tokens are read in the format's own markup only: a user, a tool or an answer that writes "<|im_end|>" gets
     the ids of these ten characters and cannot forge a turn. Deviation: transformers' apply_chat_template reads them
@@ -87,9 +106,11 @@ def encode_chat(
         trust_content: read special tokens everywhere, as transformers does.
 
     Raises:
-        UserError: as `render` and `tokenizer.encode`.
+        UserError: as `render`, `recognise.kind_of` and `tokenizer.encode`.
     """
-    parts = segments(messages, tools, add_generation_prompt, enable_thinking)
+    from qwen3f.data.chat.recognise import kind_of  # it compares templates with what this module writes
+
+    parts = segments(messages, tools, add_generation_prompt, enable_thinking, kind=kind_of(tokenizer))
     return tokenizer.encode_segments((text, is_markup or trust_content) for text, is_markup in parts)
 
 
@@ -123,38 +144,53 @@ def segments(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
-    enable_thinking: bool = True,
+    enable_thinking: bool | None = None,
     keep_thinking: bool = False,
+    kind: TemplateKind = HYBRID,
 ) -> list[Segment]:
     """The parts of `render`'s text in order: the format's markup, and what messages, tools and calls brought along.
 
-    With keep_thinking every answer has its thinking block, empty ones too, wherever it stands: TRL's template for
-    training on all turns at once (`qwen3_training.jinja` of trl 1.16).
+    With keep_thinking every answer of a kind that thinks has its thinking block, empty ones too, wherever it stands:
+    TRL's template for training on all turns at once (`qwen3_training.jinja` of trl 1.16).
     """
     check_messages(messages, tools)
-    parts = _system_turn(messages, tools)
+    thinks = check_thinking(kind, enable_thinking)
+    if not kind.thinks:
+        _check_no_thoughts(messages, kind)
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    parts = xml_tools.system_turn(system, tools) if kind.xml else _system_turn(system, tools)
     last = len(messages) - 1
     last_query = max((i for i, message in enumerate(messages) if is_query(message)), default=last)
     for i, message in enumerate(messages):
         role = message["role"]
         if role == "user" or (role == "system" and i > 0):
             parts += [_markup(f"<|im_start|>{role}\n"), _content(message["content"]), _markup("<|im_end|>\n")]
-        elif role == "assistant":
+        elif role == "assistant" and kind.thinks:
             shown = i > last_query and (i == last or bool(split_thought(message)[0]))
-            parts += _assistant_turn(message, shown or keep_thinking)
+            parts += _assistant_turn(message, *split_thought(message), shown or keep_thinking)
+        elif role == "assistant" and kind.xml and message.get("tool_calls"):
+            content = xml_tools.answer(message["content"], message["tool_calls"])
+            parts += [_markup(ANSWER_START), *content, _markup("<|im_end|>\n")]
+        elif role == "assistant":
+            parts += _assistant_turn(message, "", message["content"], False)
         elif role == "tool":
             opens = i == 0 or messages[i - 1]["role"] != "tool"
             closes = i == last or messages[i + 1]["role"] != "tool"
+            if kind.xml:
+                # as published: a result that nothing but a system's turn stands before opens no turn
+                begun = i > (1 if system is not None else 0)
+                parts += xml_tools.response(message["content"], opens and begun, closes)
+                continue
             parts.append(_markup(("<|im_start|>user" if opens else "") + "\n<tool_response>\n"))
             parts.append(_content(message["content"]))
             parts.append(_markup("\n</tool_response>" + ("<|im_end|>\n" if closes else "")))
     if add_generation_prompt:
-        parts.append(_markup(ANSWER_START + ("" if enable_thinking else NO_THINKING)))
+        block = THINK if kind.always else NO_THINKING if kind.asks and not thinks else ""
+        parts.append(_markup(ANSWER_START + block))
     return parts
 
 
-def _system_turn(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Segment]:
-    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+def _system_turn(system: str | None, tools: Sequence[Mapping[str, Any]] | None) -> list[Segment]:
     start, end = _markup("<|im_start|>system\n"), _markup("<|im_end|>\n")
     if not tools:
         return [] if system is None else [start, _content(system), end]
@@ -170,10 +206,11 @@ def _system_turn(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
 def split_thought(message: Message) -> tuple[str, str]:
     """(thought, content) of an assistant's message, as the template takes them.
 
-    The thought is `reasoning_content`, or else what stands before a "</think>" in the content, with or without a
+    The thought is that of THOUGHTS, or else what stands before a "</think>" in the content, with or without a
     "<think>".
     """
-    content, reasoning = message["content"], message.get("reasoning_content")
+    content = message["content"]
+    reasoning = next((message[key] for key in THOUGHTS if message.get(key) is not None), None)
     if reasoning is None:
         reasoning = ""
         if "</think>" in content:
@@ -182,11 +219,10 @@ def split_thought(message: Message) -> tuple[str, str]:
     return reasoning, content
 
 
-def _assistant_turn(message: Message, shows_thinking: bool) -> list[Segment]:
-    reasoning, content = split_thought(message)
+def _assistant_turn(message: Message, reasoning: str, content: str, shows_thinking: bool) -> list[Segment]:
     parts = [_markup(ANSWER_START)]
     if shows_thinking:
-        parts += [_markup("<think>\n"), _content(reasoning.strip("\n")), _markup("\n</think>\n\n")]
+        parts += [_markup(THINK), _content(reasoning.strip("\n")), _markup("\n</think>\n\n")]
         parts.append(_content(content.lstrip("\n")))
     else:
         parts.append(_content(content))
@@ -233,9 +269,13 @@ def check_messages(messages: Sequence[Message], tools: Sequence[Mapping[str, Any
         if message.get("role") not in ROLES:
             raise UserError(f"Message {i} has the role {message.get('role')!r}: write one of {', '.join(ROLES)}.")
         _check_text(message, "content", f"Message {i}")
+        _check_keys(message, _KEYS[message["role"]], f"Message {i}")
         if message["role"] == "assistant":
-            if message.get("reasoning_content") is not None:
-                _check_text(message, "reasoning_content", f"Message {i}")
+            thoughts = [key for key in THOUGHTS if message.get(key) is not None]
+            for key in thoughts:
+                _check_text(message, key, f"Message {i}")
+            if len({message[key] for key in thoughts}) > 1:
+                raise UserError(f"Message {i} has two thoughts, {' and '.join(thoughts)}: leave one of them out.")
             _check_calls(message.get("tool_calls"), f"Message {i}")
     for n, tool in enumerate(tools or []):
         if not isinstance(tool, Mapping):
@@ -251,7 +291,29 @@ def _check_calls(calls: Any, where: str) -> None:
         if not isinstance(call, Mapping) or "arguments" not in call:
             raise UserError(f'{where}, tool call {n}: write {{"name": "…", "arguments": {{…}}}}.')
         _check_text(call, "name", f"{where}, tool call {n}")
+        _check_keys(call, (*_CALL_KEYS, "id", "type", "index"), f"{where}, tool call {n}")
+        _check_keys(entry, (*_CALL_KEYS, "function", "id", "type", "index"), f"{where}, tool call {n}")
         _check_json(call["arguments"], f"{where}, tool call {n}")
+
+
+def _check_no_thoughts(messages: Sequence[Message], kind: TemplateKind) -> None:
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and any(message.get(key) for key in THOUGHTS):
+            raise UserError(
+                f"Message {i} has a thought, and the model's chat template, of the kind {kind.name}, has no place for "
+                f"one: leave it out, or choose a template that has one, --config.chat_template={HYBRID.name}."
+            )
+
+
+def _check_keys(holder: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raises UserError for a key that says something and would be dropped."""
+    for key, value in holder.items():
+        if key not in known and not (value is None or value in ("", [], {}, ())):
+            hint = " or rename it to reasoning_content" if "though" in str(key) or "reason" in str(key) else ""
+            raise UserError(
+                f"{where} has the key {key!r}, which the chat template would drop (it has {', '.join(known)}): "
+                f"leave it out{hint}."
+            )
 
 
 def _check_text(holder: Mapping[str, Any], key: str, where: str) -> None:

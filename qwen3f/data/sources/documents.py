@@ -2,10 +2,10 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
-from typing import Literal, Protocol, TypeVar
+from itertools import chain, islice
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -55,6 +55,30 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class OfFiles(Protocol):
+    """A source that reads files, and may leave some out."""
+
+    def other_files(self) -> Counter[str]:
+        """How many files it leaves out, by what they are, such as ".md"."""
+        ...
+
+
+def other_files(source: object) -> Counter[str]:
+    """Files that a source leaves out, as they are now, by what they are."""
+    return source.other_files() if isinstance(source, OfFiles) else Counter()
+
+
+def describe_other_files(sources: Mapping[str, object]) -> list[str]:
+    """A line for each source, by name, that leaves files out."""
+    found = {name: other_files(source) for name, source in sources.items()}
+    return [
+        f"data: {name}, files that are not read: {', '.join(f'{n:,} {kind}' for kind, n in sorted(kinds.items()))}"
+        for name, kinds in found.items()
+        if kinds
+    ]
+
+
 @dataclass(frozen=True)
 class LimitedSource:
     """The first `most` documents of each split of a source."""
@@ -71,6 +95,10 @@ class LimitedSource:
         """As in `Source`."""
         return islice(self.source.documents(split, counts), self.most)
 
+    def other_files(self) -> Counter[str]:
+        """As in `OfFiles`."""
+        return other_files(self.source)
+
     def fingerprint(self, split: Split) -> str:
         """As in `Source`."""
         return f"{stable_hash(f'{self.source.fingerprint(split)} {self.most}'.encode()):016x}"
@@ -84,6 +112,48 @@ def stable_hash(content: bytes) -> int:
 def is_heldout(content: bytes, holdout: float) -> bool:
     """Whether the item identified by `content` belongs to the held-out split, a share `holdout` of all items."""
     return stable_hash(content) < holdout * 2.0**64
+
+
+_FEW, _FEW_CHARS = 1000, 2**26  # documents, of so many characters together, that are looked at for both splits
+
+
+def split_documents(documents: Iterable[Document], split: Split, holdout: float) -> Iterator[Document]:
+    """The documents of `split` by `is_heldout`.
+
+    Of so few that one of the splits would be empty, such as one long text, the last share `holdout` of all characters
+    is held out instead, cut at a line end where there is one. (Neither split then has text of the other; a name gets
+    "#1" and "#2" where its document was cut.)
+    """
+    first: list[Document] = []
+    kinds, chars = set(), 0
+    for document in (stream := iter(documents)):
+        first.append(document)
+        kinds.add(is_heldout(document.text.encode(), holdout))
+        chars += len(document.text)
+        if len(kinds) == 2 or len(first) >= _FEW or chars >= _FEW_CHARS:
+            break
+    else:
+        if holdout and chars:
+            yield from _by_position(first, split, round(chars * (1 - holdout)))
+            return
+    for document in chain(first, stream):
+        if is_heldout(document.text.encode(), holdout) == (split == "heldout"):
+            yield document
+
+
+def _by_position(documents: list[Document], split: Split, place: int) -> Iterator[Document]:
+    """What lies before character `place` of all the documents is the train split, the rest is held out."""
+    for document in documents:
+        cut = min(max(place, 0), len(document.text))
+        place -= len(document.text)
+        if 0 < cut < len(document.text):
+            cut = document.text.rfind("\n", 0, cut) + 1 or cut
+            parts = (document.text[:cut], f"{document.name}#1"), (document.text[cut:], f"{document.name}#2")
+        else:
+            parts = ((document.text[:cut], document.name), (document.text[cut:], document.name))
+        text, name = parts[split == "heldout"]
+        if text and not text.isspace():
+            yield Document(text, name)
 
 
 def distinct(

@@ -1,45 +1,60 @@
 """Image files from strangers, opened so that nothing but named decoders of pillow's sees them."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
 from qwen3f.errors import UserError
 from qwen3f.limits import PIXELS
+from qwen3f.vision.rgb import FORMATS, check_size, to_rgb
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""By content, whatever the file is called. Others are not tried: pillow opens EPS by starting Ghostscript."""
+Result = TypeVar("Result")
+_ORIENTATION = 0x0112  # EXIF's number of it; from 5 on height and width change places
 
 
 def read_image(path: Path) -> Image.Image:
-    """The image in RGB, of an animation the first frame.
+    """The image in RGB, upright and on white (qwen3f.vision.rgb), of an animation the first frame.
 
     Raises:
-        UserError: the file cannot be read, is of another format, has more pixels than `limits.PIXELS` (known before it
-            is decoded; above 178,956,970 pillow itself refuses), or is damaged.
+        UserError: the file cannot be read, is of another format than rgb.FORMATS, has more pixels than `limits.PIXELS`
+            (known before it is decoded; above 178,956,970 pillow itself refuses), or is damaged.
     """
+    return opened(path, to_rgb)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of what read_image gives, from the file's header alone. Raises UserError as read_image."""
+
+    def upright(image: Image.Image, name: str) -> tuple[int, int]:
+        check_size(image, name)
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        return image.size if turned else image.size[::-1]
+
+    return opened(path, upright)
+
+
+def opened(path: Path, use: Callable[[Image.Image, str], Result]) -> Result:
+    """use(the image, its header read; its name for errors). Raises UserError as read_image."""
+    name = f"the image {path}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours decides
             image = Image.open(path, formats=FORMATS)
         with image:
-            width, height = image.size
-            if width * height > PIXELS.value():
-                raise _too_large(path, f"{width:,} × {height:,}")
-            return image.convert("RGB")
+            return use(image, name)
     except UserError:
         raise
     except UnidentifiedImageError as error:
         raise UserError(
-            f"the image {path} cannot be read: it is no whole file of {', '.join(FORMATS)}; convert or copy it again."
+            f"{name} cannot be read: it is no whole file of {', '.join(FORMATS)}; convert or copy it again."
         ) from error
     except Image.DecompressionBombError as error:
-        raise _too_large(path, "more than pillow's") from error
-    except Exception as error:  # a decoder may meet anything in a damaged file
+        raise UserError(
+            f"{name} has more than pillow's pixels, {PIXELS.exceeded('pixels')}, or scale the image down"
+        ) from error
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"the image {path} cannot be read ({reason}): copy it again.") from error
-
-
-def _too_large(path: Path, pixels: str) -> UserError:
-    return UserError(f"the image {path} has {pixels} pixels, {PIXELS.exceeded('pixels')}, or scale the image down")
+        raise UserError(f"{name} cannot be read ({reason}): copy it again.") from error

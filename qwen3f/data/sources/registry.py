@@ -11,15 +11,16 @@ from qwen3f.data.sources.adapters.pretrain import is_text_dataset, open_dataset
 from qwen3f.data.sources.adapters.readers import read_file
 from qwen3f.data.sources.adapters.registry import names
 from qwen3f.data.sources.adapters.rows import BadRow, Columns, Row, RowFault, check_text
-from qwen3f.data.sources.documents import HOLDOUT, Document, Source, Split, is_heldout, stable_hash
+from qwen3f.data.sources.documents import HOLDOUT, Document, Source, Split, split_documents, stable_hash
 from qwen3f.data.sources.embedded import open_embedded
 from qwen3f.data.sources.reasoning import ReasoningSource
 from qwen3f.errors import UserError
 
 __all__ = ["Document", "FilesSource", "Source", "Split", "open_source"]
 
-_FORMAT = 2  # part of the fingerprint: raise it when the same files would give other documents
+_FORMAT = 3  # part of the fingerprint: raise it when the same files would give other documents
 _SUFFIXES = (*TEXT_SUFFIXES, *SUFFIXES)
+_NAMED = 3  # files of blanks alone that are named
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class FilesSource:
     Attributes:
         root: the directory; hidden files and directories (a leading dot) are not read.
         text_key: the key or column that holds the text; a text file is text itself.
-        holdout: share of the documents held out, chosen by a stable hash of the text, so equal texts stay together.
+        holdout: share of the documents held out, chosen by a stable hash of the text, so equal texts stay together. Of
+            so few documents that one of the splits would be empty, the last part of the text is held out instead.
     """
 
     name: str
@@ -38,26 +40,34 @@ class FilesSource:
     holdout: float
 
     def documents(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Document]:
-        """Stream the documents of `split`. Counted and left out: null and empty texts, empty files, other files.
+        """Stream the documents of `split`. Counted and left out: null, empty and blank texts, empty files.
 
         Raises:
             UserError: a file is broken (no UTF-8, invalid JSON, cut off), too large, or lacks the text key; the message
                 names the file and the row.
         """
-        counts = Counter() if counts is None else counts
-        paths, others = data_files(self.root, _SUFFIXES)
-        counts.update({f"other files ({kind})": count for kind, count in others.items()})
+        return split_documents(self._all(Counter() if counts is None else counts), split, self.holdout)
+
+    def _all(self, counts: Counter[str]) -> Iterator[Document]:
+        """Both splits together."""
         columns = Columns([self.text_key], advice="set --config.data.text_key to one of these")
-        for row in (row for path in paths for row in read_file(path, columns)):
+        blank: set[str] = set()
+        for row in (row for path in data_files(self.root, _SUFFIXES)[0] for row in read_file(path, columns)):
             if isinstance(row, BadRow):
                 if row.reason != "empty_shards":
                     raise UserError(row.message)
                 counts[row.reason] += 1
-            elif text := self._text(row):
-                if is_heldout(text.encode(), self.holdout) == (split == "heldout"):
-                    yield Document(text, row.name)
+            elif (text := self._text(row)) and not text.isspace():
+                yield Document(text, row.name)
+            elif text and Path(row.name).is_file() and len(blank) < _NAMED:
+                blank.add(row.name)
+                counts[f"file of blanks alone: {row.name}"] += 1
             else:
                 counts["empty_rows"] += 1
+
+    def other_files(self) -> Counter[str]:
+        """As in `OfFiles`."""
+        return data_files(self.root, _SUFFIXES)[1]
 
     def _text(self, row: Row) -> str | None:
         value = row.values[self.text_key]

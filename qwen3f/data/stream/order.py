@@ -1,7 +1,8 @@
-"""Documents of several parts in one order, shuffled in blocks, with a mark at each from which to go on.
+"""Several parts in one order: rows as they come, or documents shuffled in blocks, with a mark at each to go on from.
 
-The next document is of the part that has given the fewest characters for its weight, of equals the first. A part that
-ends begins again, until its cap of epochs; then it is dropped and the others go on in the ratio of their weights.
+The next item is of the part that has given the least for its weight (of documents characters), of equals the first. A
+part that ends begins again, until its cap of epochs; then it is dropped and the others go on in the ratio of their
+weights.
 
 The shuffle buffer is a block: it is filled, given out in an order that is a function of (seed, block), and filled
 again. So its state is where reading stood when the block began and how many documents of it are given: a few numbers,
@@ -11,15 +12,17 @@ found again one by one.)
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from qwen3f.data.sampler import example_index
 from qwen3f.data.sources.documents import Document
-from qwen3f.data.stream.parts import START, StreamPart
+from qwen3f.data.stream.parts import START, ItemsPart
 from qwen3f.errors import UserError
+
+Item = TypeVar("Item")
 
 MAX_BLOCK_CHARS = 2**25
 """A block ends when it holds this much text, so that books do not fill the memory."""
@@ -35,7 +38,7 @@ class Mark(NamedTuple):
 
 
 def ordered_documents(
-    parts: Sequence[StreamPart],
+    parts: Sequence[ItemsPart[Document]],
     weights: Sequence[float],
     *,
     seed: int,
@@ -60,7 +63,7 @@ def ordered_documents(
     Raises:
         UserError: a part has no document, or is broken.
     """
-    mixer = _Mixer(parts, weights, max_epochs, counts, start.block if start else None)
+    mixer = _Mixer(parts, weights, max_epochs, _characters, counts, start.block if start else None)
     taken = start.taken if start else 0
     number = start.block["number"] if start else 0
     while True:
@@ -75,54 +78,76 @@ def ordered_documents(
         taken, number = 0, number + 1
 
 
-def _fill(mixer: "_Mixer", most: int) -> list[Document]:
+def mixed(
+    parts: Sequence[ItemsPart[Item]], weights: Sequence[float], size: Callable[[Item], float], counts: Counter[str]
+) -> Iterator[tuple[int, Item]]:
+    """(number of the part, item) of every item once, in the order of `ordered_documents` without a shuffle.
+
+    Args:
+        parts: what to read.
+        weights: positive, one a part: the ratio of the sizes given, up to one item a part while all last.
+        size: of an item, at least 0.
+        counts: what was left out, by reason, is added here.
+    """
+    mixer = _Mixer(parts, weights, [1] * len(parts), size, counts, None)
+    while (found := mixer.next_item()) is not None:
+        yield found
+
+
+def _characters(document: Document) -> int:
+    return len(document.text)
+
+
+def _fill(mixer: "_Mixer[Document]", most: int) -> list[Document]:
     documents: list[Document] = []
     chars = 0
     while len(documents) < most and chars < MAX_BLOCK_CHARS:
-        document = mixer.next_document()
-        if document is None:
+        found = mixer.next_item()
+        if found is None:
             break
+        _, document = found
         documents.append(document)
         chars += len(document.text)
     return documents
 
 
-class _Mixer:
-    """Reads the parts in turn. Its state can be taken between two documents, and given to a new one."""
+class _Mixer(Generic[Item]):
+    """Reads the parts in turn. Its state can be taken between two items, and given to a new one."""
 
     def __init__(
         self,
-        parts: Sequence[StreamPart],
+        parts: Sequence[ItemsPart[Item]],
         weights: Sequence[float],
         max_epochs: Sequence[int | None],
+        size: Callable[[Item], float],
         counts: Counter[str],
         state: dict[str, Any] | None,
     ) -> None:
-        self._parts, self._weights, self._counts = parts, weights, counts
+        self._parts, self._weights, self._size, self._counts = parts, weights, size, counts
         self._caps = [math.inf if most is None else most for most in max_epochs]
         state = state or {"given": [0] * len(parts), "epochs": [0] * len(parts), "places": [START] * len(parts)}
         self._given, self._epochs = list(state["given"]), list(state["epochs"])
         self._places = [tuple(place) for place in state["places"]]
-        self._found = [place != START for place in self._places]  # whether this epoch has had a document
-        self._readers = [part.documents(place, counts) for part, place in zip(parts, self._places)]
+        self._found = [place != START for place in self._places]  # whether this epoch has had an item
+        self._readers = [part.items(place, counts) for part, place in zip(parts, self._places)]
 
     def snapshot(self) -> dict[str, Any]:
-        """By part: characters given, whole epochs, and where reading stands in this one."""
+        """By part: sizes given, whole epochs, and where reading stands in this one."""
         return {"given": list(self._given), "epochs": list(self._epochs), "places": list(map(list, self._places))}
 
-    def next_document(self) -> Document | None:
-        """None when every part has reached its cap."""
+    def next_item(self) -> tuple[int, Item] | None:
+        """The number of its part, and the item; None when every part has reached its cap."""
         while alive := [i for i, epochs in enumerate(self._epochs) if epochs < self._caps[i]]:
             i = min(alive, key=lambda n: self._given[n] / self._weights[n])
-            for document, behind in self._readers[i]:
+            for item, behind in self._readers[i]:
                 self._places[i] = behind
-                if document is not None:
+                if item is not None:
                     self._found[i] = True
-                    self._given[i] += len(document.text)
-                    return document
+                    self._given[i] += self._size(item)
+                    return i, item
             if not self._found[i]:
                 raise UserError(f"Empty corpus: {self._parts[i].name} has no document to train on: give more text.")
             self._epochs[i] += 1
             self._places[i], self._found[i] = START, False
-            self._readers[i] = self._parts[i].documents(START, self._counts)
+            self._readers[i] = self._parts[i].items(START, self._counts)
         return None

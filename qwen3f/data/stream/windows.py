@@ -6,7 +6,7 @@ incomplete window, padded, so that no token is lost.
 Legend: T = seq_len.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -76,13 +76,6 @@ def windows(
     if count > 1:
         last = held[-1]
         yield partial(make, *_read(held, count)), (last.mark, len(last.tokens))
-
-
-def pack_stream(documents: Iterable[Sequence[int]], seq_len: int, **options: Any) -> Iterator[Example]:
-    """The examples of `windows`, whose options these are; index int64 [] counts from 0."""
-    unmarked = ((np.asarray(document, np.int64), None) for document in documents)
-    for index, (make, _) in enumerate(windows(unmarked, seq_len, **options)):
-        yield make(index)
 
 
 def _read(held: list[_Held], count: int) -> tuple[np.ndarray, np.ndarray]:

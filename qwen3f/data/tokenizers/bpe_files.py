@@ -169,7 +169,7 @@ def _read_vocab_and_merges(vocab_file: Path, merges_file: Path) -> Vocabulary:
 
 def _read_tiktoken(path: Path) -> Vocabulary:
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(read_bounded(path).splitlines(), 1):
+    for number, line in enumerate(read_bounded(path).removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

@@ -48,9 +48,11 @@ class QwenTokenizer:
         pad_id: the same id; padding is masked by segments and weights, never by id.
         stop_ids: ids that end a chat answer: `<|im_end|>` and `<|endoftext|>`.
         pads_vocab: True: a model may have more rows of embeddings than there are ids (Qwen3's have 151,936), not fewer.
+        chat_template: see `tokenizer.Tokenizer`.
     """
 
     pads_vocab = True
+    chat_template = ""
 
     def __init__(self, vocabulary: Vocabulary, path: Path, form: tuple[Path, ...]) -> None:
         self.path = Path(path)

@@ -99,9 +99,11 @@ class SentencePieceTokenizer:
         pad_id: the same id, as in Qwen3's base models; padding is masked by segments and weights, never by id.
         stop_ids: ids that end a chat answer: `<|im_end|>` and `<|endoftext|>`.
         pads_vocab: False: a model has exactly `vocab_size` rows of embeddings.
+        chat_template: see `tokenizer.Tokenizer`.
     """
 
     pads_vocab = False
+    chat_template = ""
 
     def __init__(self, model: bytes, path: Path) -> None:
         self.path = Path(path)

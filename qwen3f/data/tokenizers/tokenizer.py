@@ -43,6 +43,7 @@ class Tokenizer(Protocol):
     pad_id: int
     stop_ids: tuple[int, ...]
     pads_vocab: bool
+    chat_template: str  # the kind that the user chose (data.chat.kinds); "": that of the file beside the tokenizer
 
     # The classes that match the protocol don't inherit from it, so Python never goes on to its __init__.
     def __new__(cls, backend: Literal["tiktoken", "sentencepiece"], path: str | Path | None = None) -> "Tokenizer":
@@ -69,18 +70,24 @@ class Tokenizer(Protocol):
     def export(self, directory: Path) -> None: ...
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, chat_template: str = "") -> Tokenizer:
     """Open the tokenizer at `path`, of either kind.
 
     Args:
         path: a sentencepiece .model file; a directory that holds a tokenizer.model, or else Qwen's tokenizer.json,
             vocab.json + merges.txt or qwen.tiktoken; or one of those files. (A tokenizer.json beside a tokenizer.model
             is the same tokenizer's form for transformers.)
+        chat_template: the kind of its chats, see `data.chat.kinds`; "" for that of the template beside it.
 
     Raises:
         UserError: there is none, or it is damaged or unsuited; the message names the file.
     """
-    path = Path(path)
+    tokenizer = _load(Path(path))
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def _load(path: Path) -> Tokenizer:
     if path.is_file() and path.suffix == ".model":
         return SentencePieceTokenizer.load(path)
     if (path / MODEL_FILE).is_file():
@@ -88,8 +95,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.exists() and bpe_files.find_form(path) is not None:
         return QwenTokenizer.load(path)
     raise UserError(
-        f"There is no tokenizer at {path}: give data.tokenizer the path of a SentencePiece .model file, or of a "
-        "directory with Qwen's tokenizer.json, with vocab.json and merges.txt, or with qwen.tiktoken."
+        f"There is no tokenizer at {path}: give --config.data.tokenizer the path of a SentencePiece .model file, or "
+        "of a directory with Qwen's tokenizer.json, with vocab.json and merges.txt, or with qwen.tiktoken."
     )
 
 

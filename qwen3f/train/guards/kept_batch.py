@@ -12,8 +12,11 @@ from qwen3f.train import workdir as W
 from sharding.axes import Axes
 
 
-def keep_batch(workdir: Path, step: int, batch: Mapping[str, Tensor], world: World, axes: Axes, parts: int) -> Path:
-    """Write a step's batch, as it was prepared, with the rows of all ranks in the batch's order; returns where.
+def keep_batch(workdir: Path, step: int, batch: Mapping[str, Tensor], world: World, axes: Axes, parts: int) -> str:
+    """Write a step's batch, as it was prepared, with the rows of all ranks in the batch's order.
+
+    Returns the words "kept in" and where; or, as a full disk is no reason to end a run that passes such steps over, why
+    it could not be kept.
 
     parts: micro-batches of a step, each of which the ranks share. All ranks call it together.
     """
@@ -22,11 +25,14 @@ def keep_batch(workdir: Path, step: int, batch: Mapping[str, Tensor], world: Wor
     first = all(axes[name].index == 0 for name in ("pp", "cp", "tp"))  # of the ranks with the same rows
     told = world.gather_bytes(bytes([rank]) + W.to_npz(own) if first else b"") if world.size > 1 else []
     if not world.main:
-        return workdir
+        return "kept"
     if ranks > 1:
         shares = {content[0]: dict(np.load(io.BytesIO(content[1:]))) for content in told if content}
         own = {key: _join([shares[r][key] for r in range(ranks)], parts) for key in own}
-    return W.keep_batch(workdir, step, own)
+    try:
+        return f"kept in {W.keep_batch(workdir, step, own)}"
+    except OSError as error:
+        return f"which could not be kept ({error})"
 
 
 def _join(shares: list[np.ndarray], parts: int) -> np.ndarray:

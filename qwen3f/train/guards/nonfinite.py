@@ -1,7 +1,6 @@
 """Noticing a loss that is not finite without making the host wait for the device."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,14 +22,14 @@ class FiniteCheck:
     """Reads each step's verdict while the next one runs. The step itself has withheld a bad update already.
 
     skips: how many bad steps are passed over before one ends the run. dump: called with (step, batch) of each bad step;
-    writes the batch somewhere and returns where. say: called with a line for each step passed over. judge:
-    called with (step, loss, first, rows) of each good one; may raise.
+    writes the batch somewhere and returns words that say where. say: called with a line for each step passed over.
+    judge: called with (step, loss, first, rows) of each good one; may raise.
     """
 
     def __init__(
         self,
         skips: int,
-        dump: Callable[[int, Mapping[str, Tensor]], Path],
+        dump: Callable[[int, Mapping[str, Tensor]], str],
         say: Callable[[str], None],
         judge: Callable[[int, float, int, int], None],
     ) -> None:
@@ -66,7 +65,7 @@ class FiniteCheck:
         last = pending.first + pending.rows - 1
         what = (
             f"step {pending.step} is not finite: loss {loss}, gradient norm {norm}, on examples {pending.first} to "
-            f"{last} of the data order, kept in {place}. Its update was withheld"
+            f"{last} of the data order, {place}. Its update was withheld"
         )
         if self._bad <= self._skips:
             self._say(f"{what}; {self._bad} of {self._skips} such steps passed over")

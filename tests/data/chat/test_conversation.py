@@ -2,7 +2,8 @@
 
 import pytest
 
-from qwen3f.data.chat.conversation import Conversation, read_conversation
+from qwen3f.data.chat.conversation import Conversation, checked_messages, read_conversation
+from qwen3f.data.chat.template import split_thought
 from qwen3f.data.sources.adapters.rows import Row, RowFault
 from tests.data.chat.conversations import CASES, TOOLS, answer, call, system, tool, user
 
@@ -74,8 +75,14 @@ def test_well_formed_conversations_are_kept(name):
         ([Q, answer("", calls=[call("f", '{"x": 1}')])], "invalid_rows", "has arguments as text in tool call 0: write"),
         ([Q, answer("", calls=[_F, call("f", [1])])], "invalid_rows", "has arguments as a list in tool call 1"),
         ([Q, answer("", calls=[call("f", None)])], "invalid_rows", "has arguments as a NoneType in tool call 0"),
-        ([Q, {**A, "reasoning": "t"}], "misplaced_thoughts", "1 has a thought under 'reasoning': rename the key"),
-        ([Q, {**A, "thinking": "t"}], "misplaced_thoughts", "under 'thinking': rename the key to reasoning_content"),
+        ([Q, {**A, "thought": "t"}], "invalid_rows", "1 has the key 'thought', which .* rename it to reasoning_c"),
+        ([Q, {**A, "reasoning": "t", "thinking": "u"}], "invalid_rows", "1 has two thoughts, thinking and reasoning"),
+        ([Q, {**A, "thinking": ["t"]}], "invalid_rows", "Message 1 has thinking of type list"),
+        ([{**Q, "reasoning": "t"}, A], "invalid_rows", "Message 0 has the key 'reasoning', which the chat templ"),
+        ([Q, {**A, "weight": 0}], "invalid_rows", "Message 1 has the key 'weight', which the chat template would drop"),
+        ([{**Q, "name": "Ann"}, A], "invalid_rows", "Message 0 has the key 'name', which"),
+        ([Q, {**A, "function_call": {"name": "f"}}], "invalid_rows", "Message 1 has the key 'function_call'"),
+        ([Q, answer("", calls=[{**_F, "result": 1}])], "invalid_rows", "1, tool call 0 has the key 'result', which"),
         ([Q, answer("<think>\nlong")], "misplaced_thoughts", "Message 1 begins with <think> and never ends it"),
         ([Q, answer("<think>t</think>a", "u")], "misplaced_thoughts", "has a thought in its content beside reason"),
         ([Q, answer("a", 3)], "invalid_rows", "Message 1 has reasoning_content of type int"),
@@ -107,3 +114,14 @@ def test_bad_columns_are_named(more, message):
     with pytest.raises(RowFault, match=message) as fault:
         _read([Q, A], **more)
     assert "chats.jsonl:7" in fault.value.message
+
+
+@pytest.mark.parametrize("key", ["reasoning", "thinking", "reasoning_content"])
+def test_a_thought_is_read_under_each_of_its_names(key):
+    """As transformers 5.24 reads it; what says nothing may stand beside it, and ids of calls."""
+    (_, read) = checked_messages([Q, {**A, key: "t", "refusal": None, "audio": {}, "reasoning_details": []}], "x:1")
+    assert split_thought(read) == ("t", A["content"])
+    assert set(read) & {"reasoning", "thinking", "reasoning_content"} == {"reasoning_content"}
+    result = {"role": "tool", "content": "1", "tool_call_id": "c", "name": "f"}
+    called = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}}
+    assert len(checked_messages([Q, answer("", calls=[called]), result, A], "x:1")) == 4

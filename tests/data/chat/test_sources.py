@@ -44,6 +44,14 @@ def test_chats_of_every_form_of_file(file, tmp_path):
     assert len(_both(_open(f"chats@{tmp_path}", turns="all"))) == 40
 
 
+def test_files_that_are_left_out_are_counted(tmp_path):
+    write(CHATS, tmp_path / "train.jsonl")
+    for name in ("test.jsonl", "more.jsonl", "notes.md", ".hidden"):
+        (tmp_path / name).write_text("{}\n")
+    assert _open(f"chats@{tmp_path}").other_files() == dict.fromkeys(("of test", "of no split", ".md", "hidden"), 1)
+    assert _open("reasoning").other_files() == {}
+
+
 def test_tools_and_modes_of_a_row(tmp_path):
     messages = [user("q"), answer("", "t", [call("f", {"x": 1})]), tool("1"), answer("a")]
     write(

@@ -43,12 +43,44 @@ def test_all_formats_in_path_order(tmp_path, write_jsonl, write_parquet):
         Document("two\n▁", f"{jsonl}:2"),
         Document("line\n\nend", str(text)),  # CR LF is a line end
     ]
-    counts = Counter()
-    _read(_open(tmp_path), counts=counts)
-    kinds = {".md": 2, ".csv": 1, "no suffix": 1, ".jsonl, no file": 1}
-    assert counts == {f"other files ({kind})": count for kind, count in kinds.items()}
+    others = {".md": 2, ".csv": 1, "no suffix": 1, ".jsonl, no file": 1, "hidden": 2}
+    assert _open(tmp_path).other_files() == others
     same = open_source("files", root=str(tmp_path / "corpus"), holdout=0.0)
     assert _read(same) == _read(_open(tmp_path))
+
+
+def test_linked_directories_are_read_once_and_circles_end(tmp_path):
+    root, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for directory in (root / "b", elsewhere / "deep"):
+        directory.mkdir(parents=True)
+    (root / "b" / "own.txt").write_text("own")
+    (elsewhere / "deep" / "there.txt").write_text("there")
+    (root / "a").symlink_to(elsewhere)
+    (root / "c").symlink_to(elsewhere / "deep")  # read below a already
+    (elsewhere / "back").symlink_to(root)
+    assert [d.text for d in _read(_open(tmp_path))] == ["there", "own"]
+    assert _open(tmp_path).other_files() == {"linked twice": 2}
+
+
+def test_a_directory_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "corpus" / "closed").mkdir(parents=True)
+    (tmp_path / "corpus" / "a.txt").write_text("a")
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match=r"corpus/closed cannot be read \(Permission denied\)"):
+        _open(tmp_path)
+
+
+def test_signatures_between_files_that_were_put_together(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "1"}\r\n' * 2)
+    assert [d.text for d in _read(_open(tmp_path))] == ["1", "1"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -62,13 +94,14 @@ def test_every_format_with_a_signature_and_either_line_end(signature, end, tmp_p
     text = f"a{end}b{end}"
     for name, content in (
         ("a.jsonl", lines), ("b.jsonl.gz", lines), ("c.jsonl.zst", lines), ("d.json", listed), ("e.json", lines),
-        ("f.txt", text), ("g.txt.gz", text), ("h.txt.zst", text),
+        ("f.txt", text), ("g.txt.gz", text), ("h.txt.zst", text), ("i.json.gz", listed), ("j.json.zst", lines),
     ):  # fmt: skip
         compression = {"gz": "gzip", "zst": "zstd"}.get(name.rpartition(".")[2])
         with pyarrow.output_stream(str(root / name), compression=compression) as sink:
             sink.write(signature + content.encode())
     documents = _read(_open(tmp_path))
-    assert [d.text for d in documents] == ["text 0", "text 1", "text 2"] * 5 + ["a\nb\n"] * 3
+    three = ["text 0", "text 1", "text 2"]
+    assert [d.text for d in documents] == three * 5 + ["a\nb\n"] * 3 + three * 2
     assert documents[3].name == f"{root / 'b.jsonl.gz'}:1"
     (root / "f.txt").write_bytes(signature + b"ab\xff")
     with pytest.raises(UserError, match=f"f.txt is not UTF-8 at byte {len(signature) + 2}: convert"):
@@ -86,10 +119,9 @@ def test_what_lies_beside_is_read_or_named(tmp_path, write_jsonl):
         writer.write_table(table)
     (root / "state.json").write_text("{}")  # what `datasets` writes beside the data
     (root / "notes.md").write_text("x")
-    counts = Counter()
-    texts = [d.text for d in _read(_open(tmp_path), counts=counts)]
+    texts = [d.text for d in _read(_open(tmp_path))]
     assert texts == ["one", "two", *(f"row {i}" for i in range(1000)), "arrow"]
-    assert counts == {"other files (.md)": 1}
+    assert _open(tmp_path).other_files() == {".md": 1}
 
 
 def test_large_text_file_is_cut_at_line_ends(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ class Listed:
     def fingerprint(self):
         return self.name
 
-    def documents(self, place, counts):
+    def items(self, place, counts):
         for n in range(place[1], len(self.texts)):
             text = self.texts[n]
             counts["empty_texts"] += text is None

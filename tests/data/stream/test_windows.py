@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3f.data.packing.concat import PackedDataset
-from qwen3f.data.stream.windows import pack_stream, windows
+from qwen3f.data.stream.windows import windows
 from qwen3f.errors import UserError
+
+
+def pack_stream(documents, seq_len, **options):
+    unmarked = ((np.asarray(document, np.int64), None) for document in documents)
+    for index, (make, _) in enumerate(windows(unmarked, seq_len, **options)):
+        yield make(index)
 
 
 def _documents(cache):

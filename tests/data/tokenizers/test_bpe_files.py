@@ -127,6 +127,31 @@ def test_damaged_tiktoken_files_are_named(change, message, tmp_path):
         QwenTokenizer.load(tmp_path)
 
 
+def as_some_editors_save(path):
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
+def test_a_signature_and_windows_line_ends_are_no_part_of_the_files(form, tmp_path):
+    if form == "vocab.json":
+        files = list(small_files(tmp_path).values())
+    else:
+        files = [tmp_path / form]
+        files[0].write_text(json.dumps(small_tokenizer_json(), indent=1))
+    plain = QwenTokenizer.load(tmp_path).encode("the 7 cats\r\n")
+    for path in files:
+        as_some_editors_save(path)
+    assert QwenTokenizer.load(tmp_path).encode("the 7 cats\r\n") == plain
+
+
+def test_a_signature_is_no_part_of_the_first_token_for_tiktoken(tmp_path):
+    lines = [base64.b64encode(bytes([value])) + b" %d\n" % value for value in range(256)]
+    (tmp_path / "qwen.tiktoken").write_bytes(b"".join(lines))
+    as_some_editors_save(tmp_path / "qwen.tiktoken")
+    with pytest.raises(UserError, match="has 256 tokens before the added ones"):  # all of them were read
+        QwenTokenizer.load(tmp_path)
+
+
 def test_merges_that_cannot_be_recovered_are_refused():
     single = [bytes([value]) for value in range(256)]
     assert recover_merges([*single, b"ab", b"abab"]) == [(b"a", b"b"), (b"ab", b"ab")]

@@ -97,7 +97,9 @@ def test_load_takes_files_and_directories_of_both(path_of, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "notes.txt").touch()
     for path in (tmp_path / "sub", tmp_path / "absent", tmp_path / "absent.model", tmp_path / "notes.txt"):
-        with pytest.raises(UserError, match=f"no tokenizer at {path}: give data.tokenizer the path of a SentencePiece"):
+        with pytest.raises(
+            UserError, match=f"no tokenizer at {path}: give --config.data.tokenizer the path of a SentencePiece"
+        ):
             load_tokenizer(path)
 
 

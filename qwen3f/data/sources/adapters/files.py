@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen3f.data.sources.adapters.registry import HubDataset
 from qwen3f.errors import UserError
 
-SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
+SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
 
 # Written beside the data by `save_to_disk`, by the Hub, and by rejection sampling.
@@ -27,6 +27,16 @@ def split_files(dataset: HubDataset, root: str, split: str) -> list[Path]:
     Raises:
         UserError: no such directory, no data file in it, or no file of that split though others are named.
     """
+    return _split(dataset, root, split)[0]
+
+
+def left_out(dataset: HubDataset, root: str, split: str) -> Counter[str]:
+    """How many files of the copy `split_files` leaves out, by what they are, such as ".md"."""
+    return _split(dataset, root, split)[1]
+
+
+def _split(dataset: HubDataset, root: str, split: str) -> tuple[list[Path], Counter[str]]:
+    """The files of the split, and what the others are."""
     base = Path(root).expanduser()
     if not base.is_dir():
         raise UserError(
@@ -35,33 +45,50 @@ def split_files(dataset: HubDataset, root: str, split: str) -> list[Path]:
         )
     folder = base / dataset.folder
     top = folder if dataset.folder and folder.is_dir() else base
-    files, _ = data_files(top, SUFFIXES)
+    files, others = data_files(top, SUFFIXES)
     if not files:
         raise UserError(f"No {', '.join(SUFFIXES)} file lies below {top}: put the files of {dataset.hub_id} there.")
     if dataset.files:
         pattern = dataset.files.rsplit("/", 1)[-1]
-        files = [path for path in files if fnmatch.fnmatch(path.name, pattern)] or files
+        matching = [path for path in files if fnmatch.fnmatch(path.name, pattern)] or files
+        others[f"besides {pattern}"] += len(files) - len(matching)
+        files = matching
     words = {path: _split_words(path.relative_to(top), split) for path in files}
     if not any(words.values()):
         if split == dataset.split:
-            return files
+            return files, +others
         raise UserError(f"No file below {top} names the split {split!r}: {dataset.name} there has one split only.")
     chosen = [path for path in files if split in words[path]]
     if not chosen:
         found = sorted(set().union(*words.values()))
         raise UserError(f"No file below {top} is of the split {split!r}; there are {', '.join(found)}.")
-    return chosen
+    others.update(f"of {', '.join(sorted(words[path])) or 'no split'}" for path in files if path not in set(chosen))
+    return chosen, +others
 
 
 def data_files(top: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], Counter[str]]:
     """The files below `top` with one of `suffixes`, by directory, then by name; and how many others there are, by kind.
 
-    Neither are hidden files (a leading dot), and what `datasets` and the Hub write beside the data. A kind is a suffix,
-    such as ".md".
+    A kind is a suffix, such as ".md"; or "hidden", of files and directories with a leading dot. What `datasets` and the
+    Hub write beside the data is neither. Links to directories are followed, but to one that was read already.
+
+    Raises:
+        UserError: a directory that cannot be listed.
     """
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"The directory {error.filename} cannot be read ({error.strerror}): mend it, or move it away.")
+
     found: list[Path] = []
     others: Counter[str] = Counter()
-    for directory, subdirectories, names in os.walk(top):
+    seen: set[str] = set()
+    for directory, subdirectories, names in os.walk(top, onerror=unreadable, followlinks=True):
+        if (real := os.path.realpath(directory)) in seen:  # links can go in circles
+            others["linked twice"] += 1
+            subdirectories.clear()
+            continue
+        seen.add(real)
+        others["hidden"] += sum(name.startswith(".") for name in (*subdirectories, *names))
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
         for name in sorted(names):
             path = Path(directory, name)
@@ -73,7 +100,7 @@ def data_files(top: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], Counte
                 found.append(path)
             else:
                 others[path.suffix.lower() or "no suffix"] += 1
-    return found, others
+    return found, +others
 
 
 def _split_words(path: Path, split: str) -> set[str]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from qwen3f.data.sources.adapters.rows import Row, RowFault, text_of
 from qwen3f.data.sources.adapters.sft import Chat, turns
-from qwen3f.data.sources.image_file import read_image
+from qwen3f.data.sources.image_file import image_size, read_image
 from qwen3f.errors import UserError
 
 PLACEHOLDER = "<image>"
@@ -30,6 +30,13 @@ class ImageFile:
 
     path: Path
     row: str
+
+    def size(self) -> tuple[int, int]:
+        """(height, width), from the file's header. Raises UserError naming the row."""
+        try:
+            return image_size(self.path)
+        except UserError as error:
+            raise UserError(f"{self.row}: {error}") from error
 
     def open(self) -> Image.Image:
         """The image in RGB. Raises UserError naming the row; see `read_image`."""
@@ -49,7 +56,7 @@ class ImageChat:
 
 def llava(row: Row, image_root: Path) -> ImageChat:
     """The chat of a row and its image below `image_root`. Raises RowFault, LeftOut."""
-    image = _inside(image_root, text_of(row, "image"), row.name)
+    image = image_inside(image_root, text_of(row, "image"), row.name)
     messages: Chat = turns(row, "conversations", "from", "value", _SPEAKERS)
     found = [message["content"].count(PLACEHOLDER) for message in messages if message["role"] == "user"]
     if sum(found) != 1:
@@ -59,7 +66,8 @@ def llava(row: Row, image_root: Path) -> ImageChat:
     return ImageChat(tuple(messages), image)
 
 
-def _inside(image_root: Path, relative: str, where: str) -> ImageFile:
+def image_inside(image_root: Path, relative: str, where: str) -> ImageFile:
+    """An image below the folder. Raises RowFault for one elsewhere, or that is not there."""
     folder = image_root.resolve()
     path = (folder / relative).resolve()
     if not path.is_relative_to(folder):

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3f.data.sources.adapters.files import SUFFIXES, data_files, split_files
+from qwen3f.data.sources.adapters.files import left_out, split_files
 from qwen3f.data.sources.adapters.opening import raw_rows
 from qwen3f.data.sources.adapters.registry import HubDataset, names, parse_mixture
-from qwen3f.data.sources.adapters.rows import BadRow, LeftOut, Row, RowFault, check_text
+from qwen3f.data.sources.adapters.rows import BadRow, LeftOut, OnBadRow, Row, RowFault, check_text
 from qwen3f.data.sources.documents import Document, Split, is_heldout, stable_hash
 from qwen3f.errors import UserError
 
@@ -57,14 +57,11 @@ class DatasetSource:
     holdout: float
 
     def documents(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Document]:
-        """Stream the documents of `split`. Counted and left out: null and empty texts, empty shards, other files.
+        """Stream the documents of `split`. Counted and left out: null and empty texts, empty shards.
 
         Raises:
             UserError: a file is broken or lacks the column; the message names the file and the row.
         """
-        if self.root and counts is not None:
-            _, others = data_files(Path(self.root).expanduser(), SUFFIXES)
-            counts.update({f"other files ({kind})": count for kind, count in others.items()})
         for row in raw_rows(self.dataset, self.root, "", streaming=True):
             try:
                 found = usable(row)
@@ -74,6 +71,10 @@ class DatasetSource:
                 continue
             if is_heldout(found.text.encode(), self.holdout) == (split == "heldout"):
                 yield found
+
+    def other_files(self) -> Counter[str]:
+        """As in `documents.OfFiles`."""
+        return left_out(self.dataset, self.root, self.dataset.split) if self.root else Counter()
 
     def fingerprint(self, split: Split) -> str:
         """Digest of every file's path, size and time, of the options, `split` and this format's version."""
@@ -115,18 +116,16 @@ def is_text_dataset(name: str) -> bool:
     return name in names("pretrain")
 
 
-def usable(row: Row | BadRow) -> Document:
+def usable(row: Row | BadRow, on_bad_row: OnBadRow = "error") -> Document:
     """The document of a row. Null texts and empty shards are left out, as in `sources.FilesSource`.
 
-    Raises LeftOut; UserError, with file and row, for what cannot be read.
+    Raises LeftOut; UserError, with file and row, for what cannot be read, or LeftOut with on_bad_row="skip".
     """
-    if not isinstance(row, Row):
-        if row.reason == "empty_shards":
-            raise LeftOut(row.reason)
-        raise UserError(row.message)
     try:
+        if not isinstance(row, Row):
+            raise RowFault(row.reason, row.message)
         return document(row)
     except RowFault as fault:
-        if fault.reason == "null_values":
+        if on_bad_row == "skip" or fault.reason in ("null_values", "empty_shards"):
             raise LeftOut(fault.reason) from None
         raise UserError(fault.message) from None

@@ -1,4 +1,4 @@
-"""Rows of one local file: parquet, arrow, JSON lines (also .gz, .zst), a JSON list, or text; a few at a time in memory.
+"""Rows of one local file: parquet, arrow, JSON lines, a JSON list, or text (these also .gz, .zst), a few at a time.
 
 Every reader yields `Row`s, and a `BadRow` for what it cannot read: a row, or the rest of a file that is cut off or
 larger than it may be (`qwen3f.limits`). A UTF-8 signature (BOM) at a file's beginning is no part of its content.
@@ -60,8 +60,8 @@ def _reader(path: Path) -> Callable[[Path, Columns], Rows]:
 
 def _read_json(path: Path, columns: Columns) -> Rows:
     """A .json file: one list of records, or records line by line."""
-    with path.open("rb") as file:
-        start = file.read(1024).removeprefix(_SIGNATURE).lstrip()
+    with _open_bytes(path)[0] as file:
+        start = file.read(1024).lstrip()
     return (_read_list if start.startswith(b"[") else _read_lines)(path, columns)
 
 
@@ -82,7 +82,7 @@ def _open_bytes(path: Path) -> tuple[BinaryIO, int]:
 
 def _parsed(line: bytes, name: str, columns: Columns) -> Row | BadRow:
     try:
-        return _record(json.loads(line.decode()), name, columns)
+        return _record(json.loads(line.removeprefix(_SIGNATURE).decode()), name, columns)  # of files put together
     except UnicodeDecodeError as error:
         return BadRow("invalid_rows", f"{name} is not UTF-8 at byte {error.start} of the line: convert the file.")
     except (ValueError, RecursionError) as error:
@@ -99,8 +99,8 @@ def _read_list(path: Path, columns: Columns) -> Rows:
     """A file that is one JSON list, record by record; after a fault the rest cannot be read."""
     number = 0
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, value in enumerate(_list_records(file), start=1):
+        with io.TextIOWrapper(_open_bytes(path)[0], encoding="utf-8") as file:
+            for number, value in enumerate(_list_records(file, Growth(path)), start=1):
                 yield _record(value, f"{path}:{number}", columns)
     except UnicodeDecodeError as error:
         yield BadRow("broken_files", f"{path}, after row {number}, is not UTF-8 ({error.reason}): convert the file.")
@@ -108,7 +108,7 @@ def _read_list(path: Path, columns: Columns) -> Rows:
         yield BadRow("broken_files", f"{path}:{number + 1} cannot be read ({error}): copy the file again.")
 
 
-def _list_records(file: TextIO) -> Iterator[object]:
+def _list_records(file: TextIO, growth: Growth) -> Iterator[object]:
     """The entries of a JSON list. Raises ValueError where it is malformed or cut off, TooLarge for a long record."""
     decoder, most = json.JSONDecoder(), limits.ROW_BYTES.value()
     text, place, before = "", 0, _LIST_START
@@ -130,6 +130,7 @@ def _list_records(file: TextIO) -> Iterator[object]:
             raise TooLarge(f"a record is malformed, or {limits.ROW_BYTES.exceeded('bytes')}")
         # At least as much again: a long record is tried few times, not once a chunk.
         more = file.read(max(_CHUNK_BYTES, len(text) - place))
+        growth.add(len(more))
         if not more:
             raise ValueError("the list is malformed here, or the file is cut off")
         text, place = text[place:] + more, 0

@@ -18,7 +18,10 @@ REASONS = (
     "null_values",
     "roles_out_of_order",
     "misplaced_thoughts",
-    # What a rule of the stage leaves out, counted always.
+    "different_prompts",
+    "bad_images",
+    # What a rule leaves out, counted always.
+    "other_files",
     "empty_texts",
     "too_long",
     "no_answer",

@@ -31,6 +31,7 @@ class Picture:
         question: a question that the image answers.
         answer: a word, an integer or the text shown.
         kind: one of KINDS.
+        index: its place in the sequence of its kind and seed.
         parameters: all that was drawn, the size included, as JSON: two pictures with the same have the same pixels.
     """
 
@@ -39,6 +40,7 @@ class Picture:
     question: str
     answer: str
     kind: str
+    index: int
     parameters: str
 
 
@@ -66,4 +68,4 @@ def picture(kind: str, seed: int, index: int, min_side: int = 64, max_side: int 
     width, height = draws.between(min_side, max_side), draws.between(min_side, max_side)
     sketch = _MAKERS[kind](draws, width, height)
     parameters = json.dumps({"kind": kind, **sketch.parameters}, sort_keys=True)
-    return Picture(sketch.image, sketch.caption, sketch.question, sketch.answer, kind, parameters)
+    return Picture(sketch.image, sketch.caption, sketch.question, sketch.answer, kind, index, parameters)

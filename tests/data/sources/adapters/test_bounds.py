@@ -62,6 +62,7 @@ BOMBS = {
     "blank.jsonl.gz": (gzipped(b" \n" * (3 * MiB // 4)), _GROWTH, False),
     "equal.jsonl.gz": (gzipped(b'{"text": "%s"}\n' % (b"a" * 200) * 20_000), _GROWTH, False),
     "list.json": (endless_record, "after row 1: a record is malformed, or over the limit of 2,097,152 bytes", False),
+    "equal.json.gz": (gzipped(b"[%s{}]" % (b'{"text": "%s"},' % (b"a" * 200) * 20_000)), _GROWTH, False),
     "giant.parquet": (parquet({"text": ["a" * 9 * MiB]}), _GROWTH, True),
     "nulls.parquet": (parquet({"text": pyarrow.nulls(2 * MiB, pyarrow.string())}), _GROWTH, True),
     "list.parquet": (parquet({"text": pyarrow.array([np.ones(MiB, int)])}), _GROWTH, True),

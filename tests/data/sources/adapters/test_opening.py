@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
+from qwen3f.data.sources.adapters.files import left_out
 from qwen3f.data.sources.adapters.opening import rows
-from qwen3f.data.sources.adapters.registry import find
+from qwen3f.data.sources.adapters.registry import DATASETS, find
 from qwen3f.errors import UserError
 from tests.data.sources.adapters.real_rows import ROWS, write
 
@@ -121,10 +122,14 @@ def test_splits_configurations_and_lists_of_files(tmp_path):
     assert _texts(f"proof-pile-2-arxiv@{tmp_path}/p") == ["arxiv train"]
     assert _texts(f"proof-pile-2-algebraic-stack@{tmp_path}/p", split="test") == ["algebraic-stack test"]
 
+    by_name = {dataset.name: dataset for dataset in DATASETS}
+    assert left_out(by_name["gsm8k"], f"{tmp_path}/g", "train") == {"of test": 1}
     llava = ROWS["llava-instruct-150k"]
     write(llava[:1], tmp_path / "l/llava_instruct_150k.json")
     write(llava, tmp_path / "l/detail_23k.json")
     assert len(list(rows(f"llava-instruct-150k@{tmp_path}/l"))) == 1
+    others = left_out(by_name["llava-instruct-150k"], f"{tmp_path}/l", "train")
+    assert others == {"besides llava_instruct_150k.json": 1}
 
     write(_docs(1), tmp_path / "one/part.jsonl")
     with pytest.raises(UserError, match="No file below .*one names the split 'test'"):

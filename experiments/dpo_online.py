@@ -1,0 +1,36 @@
+"""Online DPO: the model answers, a judge ranks its answers, and it learns from the best and the worst of each prompt.
+
+    python launch.py --config experiments/dpo_online.py:nano --config.init_from=W --workdir W2
+    python launch.py --config experiments/dpo_online.py:small --config.init_from=W \
+        --config.online.judge=reward_model --config.online.reward_model=W3
+
+The preset after the colon says the run (default small); the model is that of the weights in W. W3 is of
+experiments/reward_model.py. Prompts whose answers are all alike to the judge are left out and counted. Rates are ours.
+"""
+
+from ml_collections import ConfigDict
+
+from qwen3f.stages.configs import dpo_online_config
+
+PEAK_LR = {"nano": 1e-4, "debug": 3e-5, "debug_moe": 3e-5}
+
+
+def get_config(preset: str = "small") -> ConfigDict:
+    preset = preset or "small"
+    config = dpo_online_config(preset)
+    config.schedule.kind = "constant"
+    config.schedule.peak_lr = PEAK_LR.get(preset, 5e-7)
+    config.schedule.warmup = 0.05
+    config.seq_len = 4096
+    config.online.max_new_tokens = 1024
+    config.steps, config.batch_size = 500, 32
+    if preset in PEAK_LR:  # short answers to short problems
+        config.seq_len, config.online.max_new_tokens = 1024, 200
+        config.data.difficulties = "1"
+        config.data.kinds = "number_theory,sequence" if preset == "nano" else ""
+        config.steps, config.batch_size = (100, 16) if preset == "nano" else (300, 32)
+        config.eval.every = 25
+        config.checkpoint.every = 25
+    if preset == "large":
+        config.model.gradient_checkpointing = "full"
+    return config

@@ -1,0 +1,37 @@
+"""Reasoning by reinforcement: a model that thinks answers questions with known answers, and learns from being right.
+
+    python launch.py --config experiments/grpo.py:nano --config.init_from=W_SFT --workdir W
+    python launch.py --config experiments/grpo.py:qwen3-0.6b --config.init_from=DIR --config.tasks=gsm8k@DIR2
+
+The preset after the colon says the run (default small); the model is that of the weights in W_SFT. The tiny ones ask
+generated problems; the others GSM8K and MATH, from the Hub or from local copies. (On policy, centred advantages, clip
+0.2/0.28, no KL: what worked at 1.7B and below, see Qwen3 technical report, §4.2, for the stage; the rates are ours.)
+"""
+
+from ml_collections import ConfigDict
+
+from qwen3f.stages.configs import grpo_config
+
+PEAK_LR = {"nano": 2e-4, "debug": 5e-5, "debug_moe": 5e-5}
+
+
+def get_config(preset: str = "small") -> ConfigDict:
+    preset = preset or "small"
+    config = grpo_config(preset)
+    config.schedule.peak_lr = PEAK_LR.get(preset, 1e-6)
+    config.optimizer.weight_decay = 0.0
+    config.steps, config.batch_size, config.rollout.samples = 200, 32, 16
+    config.seq_len, config.rollout.max_new_tokens = 4096, 2048
+    config.eval.every, config.checkpoint.every, config.log_every = 20, 20, 1
+    config.eval.max_new_tokens = config.rollout.max_new_tokens
+    if preset in PEAK_LR:  # the generated problems, where a tiny model can learn to solve them
+        config.data.difficulties = "1"
+        config.data.kinds = "number_theory,sequence" if preset == "nano" else ""
+        config.seq_len, config.rollout.max_new_tokens, config.eval.max_new_tokens = 512, 200, 200
+        config.rollout.draws = 2
+        config.rollout.microbatch_rows = 8
+        if preset == "nano":
+            config.steps, config.batch_size, config.rollout.samples = 60, 8, 8
+    else:
+        config.tasks = "gsm8k=0.5,math=0.5"
+    return config

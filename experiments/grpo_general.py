@@ -1,0 +1,23 @@
+"""General reinforcement: several tasks at once, with rewards by rule for being right, for the form and for the length.
+
+    python launch.py --config experiments/grpo_general.py:nano --config.init_from=W --workdir W2
+    python launch.py --config experiments/grpo_general.py:qwen3-0.6b --config.init_from=DIR
+
+The preset after the colon says the run (default small); the model is that of the weights in W. Beside generated
+problems and code, which the sandbox judges, the larger presets ask GSM8K. (Qwen3 technical report, §4.4, names the
+kinds of rewards; the tasks and weights are ours.)
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import grpo
+
+
+def get_config(preset: str = "small") -> ConfigDict:
+    config = grpo.get_config(preset)
+    tiny = (preset or "small") in grpo.PEAK_LR
+    config.tasks = "reasoning=0.8,code=0.2" if tiny else "reasoning=0.3,code=0.3,gsm8k=0.4"
+    config.rewards = "correct=1,format=0.2,language=0.1,overlong=0.2"
+    config.advantages.combine = "normalize_then_sum"
+    config.rollout.mask_truncated = True
+    return config

@@ -1,0 +1,36 @@
+"""Vision-language training: chats with pictures, mixed with text.
+
+    python launch.py --config experiments/multimodal.py:nano_vl --workdir W
+    python launch.py --config experiments/multimodal.py:qwen3-vl-2b --config.init_from=DIR \
+        --config.data.mixture=visual-chats@DIR2=0.8,ultrachat@DIR3=0.2 --workdir W
+
+The preset after the colon is that of the model (default qwen3-vl-2b); without a tower in init_from, a fresh one is put
+on its language model. Parts are frozen, or given other rates, by patterns: mergers alone, as Qwen3-VL's first stage, is
+--config.optimizer.rates='model\\.visual\\.(merger|deepstack_merger_list)\\..*=1,.*=0'.
+"""
+
+from ml_collections import ConfigDict
+
+from qwen3f.stages.configs import multimodal_config
+
+SMALL = ("nano_vl", "debug_vl")
+
+
+def get_config(preset: str = "qwen3-vl-2b") -> ConfigDict:
+    preset = preset or "qwen3-vl-2b"
+    config = multimodal_config(preset)
+    config.schedule.kind = "cosine"
+    config.schedule.peak_lr = 1e-5
+    config.schedule.warmup = 0.03
+    config.optimizer.weight_decay = 0.0
+    config.seq_len = 8192
+    config.steps, config.batch_size = 2000, 32
+    if preset in SMALL:  # from scratch, on generated pictures in their own size, with descriptions beside questions
+        config.data.mixture = "images=0.5,captions=0.5"
+        config.data.min_pixels, config.data.max_pixels = 64 * 64, 128 * 128
+        config.seq_len, config.data.patches, config.data.images = 512, 1024, 8
+        config.schedule.peak_lr = 2e-3 if preset == "nano_vl" else 1e-3
+        config.steps, config.batch_size = 3000, 8
+    if preset == "seed_vl":
+        config.data.max_pixels = 672**2
+    return config

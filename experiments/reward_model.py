@@ -1,0 +1,36 @@
+"""A reward model: a model that answers, with a head that scores answers, learns which of two is better.
+
+    python launch.py --config experiments/reward_model.py:nano --config.init_from=W --workdir W2
+    python launch.py --config experiments/reward_model.py:small --config.init_from=W \
+        --config.data.mixture=ultrafeedback@DIR --config.reward_model.margin=0.5
+
+The preset after the colon says the run (default small); the model is that of the weights in W. Without a network:
+answers to generated problems, better by rule (right, in the asked form, short). --config.data.mixture=pairs@DIR reads
+pairs of one's own.
+"""
+
+from ml_collections import ConfigDict
+
+from qwen3f.stages.configs import reward_model_config
+
+PEAK_LR = {"nano": 1e-3, "debug": 3e-4, "debug_moe": 3e-4}
+
+
+def get_config(preset: str = "small") -> ConfigDict:
+    preset = preset or "small"
+    config = reward_model_config(preset)
+    config.reward_model.centre = 0.01
+    config.schedule.kind = "cosine"
+    config.schedule.peak_lr = PEAK_LR.get(preset, 1e-5)
+    config.schedule.warmup = 0.03
+    config.seq_len = 4096
+    config.steps, config.batch_size = 1000, 32
+    if preset in PEAK_LR:  # the generated problems
+        config.seq_len = 1024
+        config.data.difficulties = "1"
+        config.data.kinds = "number_theory,sequence" if preset == "nano" else ""
+        config.steps, config.batch_size = (600, 8) if preset == "nano" else (1500, 32)
+        config.eval.every = 200
+    if preset == "large":
+        config.model.gradient_checkpointing = "full"
+    return config

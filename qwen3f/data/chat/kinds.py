@@ -1,0 +1,64 @@
+"""The kinds of chat template that Qwen3's models have been published with.
+
+    hybrid         Qwen3: thinks unless enable_thinking=False puts an empty thinking block into the prompt
+    instruct-2507  Qwen3-…-Instruct-2507: no thoughts and no block
+    thinking-2507  Qwen3-…-Thinking-2507: the prompt opens the thought, which the model always goes on with
+    coder          Qwen3-Coder: no thoughts; tools and calls as XML, in a system turn of its own
+
+`recognise` says which one lies beside a tokenizer; `template` writes all of them.
+"""
+
+from dataclasses import dataclass
+
+from qwen3f.errors import UserError
+
+
+@dataclass(frozen=True)
+class TemplateKind:
+    """
+    Attributes:
+        name: as `--config.chat_template` names it.
+        thinks: answers may have a thought.
+        always: the prompt opens the thought, unasked.
+        xml: tools and calls are XML; else JSON.
+    """
+
+    name: str
+    thinks: bool = True
+    always: bool = False
+    xml: bool = False
+
+    @property
+    def asks(self) -> bool:
+        """Whether the prompt chooses between thinking and none: by enable_thinking, /think and /no_think."""
+        return self.thinks and not self.always
+
+
+HYBRID = TemplateKind("hybrid")
+INSTRUCT = TemplateKind("instruct-2507", thinks=False)
+THINKING = TemplateKind("thinking-2507", always=True)
+CODER = TemplateKind("coder", thinks=False, xml=True)
+KINDS = {kind.name: kind for kind in (HYBRID, INSTRUCT, THINKING, CODER)}
+
+
+def find_kind(name: str) -> TemplateKind:
+    """The kind of that name. Raises UserError, with the names, for another."""
+    if name not in KINDS:
+        raise UserError(f"--config.chat_template={name!r}: write one of {', '.join(KINDS)}.")
+    return KINDS[name]
+
+
+def check_thinking(kind: TemplateKind, enable_thinking: bool | None) -> bool:
+    """Whether the next answer thinks; None: as the template does by itself.
+
+    Raises UserError for thinking where the template has none, and for none where it always thinks.
+    """
+    if enable_thinking is None or kind.asks:
+        return kind.thinks if enable_thinking is None else enable_thinking
+    if enable_thinking != kind.thinks:
+        raise UserError(
+            f"The model's chat template is of the kind {kind.name}, which {'always' if kind.thinks else 'never'} "
+            f"thinks: leave enable_thinking={enable_thinking} out (flags: thinking, eval.modes), or choose a template "
+            f"that can, --config.chat_template={HYBRID.name}."
+        )
+    return enable_thinking

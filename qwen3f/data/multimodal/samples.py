@@ -1,0 +1,101 @@
+"""A chat with pictures as ids: each picture stands in the text as one character, and becomes its run of placeholders.
+
+In Qwen3-VL's chats a picture is <|vision_start|>, one <|image_pad|> a merged token, <|vision_end|>, where it stands in
+the turn. These ids come from the format's own markup alone: a user who types "<|image_pad|>" gets ordinary characters.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from qwen3f.config import ModelConfig
+from qwen3f.data.chat.examples import chat_runs
+from qwen3f.data.chat.samples import Sample
+from qwen3f.data.tokenizers.token_text import Segment
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
+from qwen3f.vision.preprocess import Grid, merged_tokens
+from qwen3f.vision.video import frame_text
+
+PICTURE = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Where a picture stands in a message's text; texts of strangers that hold it are refused."""
+
+_BEGIN, _PAD, _VIDEO, _END = "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"
+
+
+class Picture(Protocol):
+    """A picture that is read when it is needed. Both raise UserError with its name."""
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, cheaply."""
+        ...
+
+    def open(self) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class VisualSample:
+    """A chat to learn from.
+
+    Attributes:
+        chat: its messages hold PICTURE once for each picture, in order.
+        pictures: none for a chat of words.
+        group: what held-out results are listed by; "" for none.
+    """
+
+    chat: Sample
+    pictures: tuple[Picture, ...] = ()
+    group: str = ""
+
+
+def tokenise(
+    sample: VisualSample, grids: Sequence[Grid], tokenizer: Tokenizer, cfg: ModelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids uint32 [n], trained bool [n]) up to the last trained token, with placeholders. grids: of its pictures."""
+    chat, shown = sample.chat, iter([image_segments(merged_tokens(grid, cfg)) for grid in grids])
+    ids, trained = [], []
+    for run, is_trained in chat_runs(chat.messages, chat.tools, chat.all_turns, chat.enable_thinking)[:-1]:
+        piece = tokenizer.encode_segments([part for segment in run for part in expanded(segment, shown)])
+        ids += piece
+        trained += [is_trained] * len(piece)
+    if (left := len(list(shown))) > 0:
+        raise UserError(f"{chat.name} has {left} more pictures than places for them in its text")
+    return np.array(ids, np.uint32), np.array(trained)
+
+
+def image_segments(count: int) -> list[Segment]:
+    """What stands for an image of `count` merged tokens."""
+    return [Segment(_BEGIN + _PAD * count + _END, True)]
+
+
+def video_segments(times: Sequence[float], count: int) -> list[Segment]:
+    """What stands for a video: before each group of frames its time in words, then `count` merged tokens."""
+    group = Segment(_BEGIN + _VIDEO * count + _END, True)
+    return [part for seconds in times for part in (Segment(frame_text(seconds), False), group)]
+
+
+def expanded(segment: Segment, shown: Iterator[list[Segment]]) -> Iterator[Segment]:
+    """A part of a chat with what stands for each picture in the place of its PICTURE."""
+    first, *rest = segment.text.split(PICTURE)
+    yield Segment(first, segment.is_markup)
+    for text in rest:
+        yield from next(shown)
+        yield Segment(text, segment.is_markup)
+
+
+def check_tokenizer(tokenizer: Tokenizer, cfg: ModelConfig) -> None:
+    """Raises UserError unless the model's vision ids are the tokenizer's."""
+    names = {
+        "vision_start_token_id": _BEGIN,
+        "vision_end_token_id": _END,
+        "image_token_id": _PAD,
+        "video_token_id": _VIDEO,
+    }
+    for field, name in names.items():
+        if (found := tokenizer.special_id(name)) != getattr(cfg, field):
+            raise UserError(
+                f"the tokenizer's {name} is {found}, but --config.model.{field}={getattr(cfg, field)}; write {found}"
+            )

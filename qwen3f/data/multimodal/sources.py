@@ -1,0 +1,207 @@
+"""Sources of chats with pictures: generated ones, rows in local files, and chats of words beside them.
+
+    images                 generated pictures (data.sources.images), a question and its answer each
+    captions               the same pictures, described
+    llava-instruct-150k@DIR   DIR holds llava_instruct_150k.json and the images that it names
+    visual-chats@DIR       rows of messages in .jsonl and other files whose contents may be lists of parts,
+                           {"type": "text", "text": …} and {"type": "image", "image": path below DIR}
+    anything else          as data.chat.sources names it: chats of words
+
+What is held out is decided by the picture and the first question together; of generated ones by all that is drawn.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from qwen3f.data.chat.conversation import OPTIONAL_COLUMNS, Conversation, checked_messages
+from qwen3f.data.chat.samples import Turns, make_samples
+from qwen3f.data.chat.sources import open_chats
+from qwen3f.data.multimodal.samples import PICTURE, VisualSample
+from qwen3f.data.sources.adapters import multimodal
+from qwen3f.data.sources.adapters.opening import raw_rows
+from qwen3f.data.sources.adapters.registry import HubDataset, find
+from qwen3f.data.sources.adapters.rows import BadRow, LeftOut, OnBadRow, Row, RowFault, list_of_dicts
+from qwen3f.data.sources.documents import HOLDOUT, Split, is_heldout
+from qwen3f.data.sources.images import KINDS, NUM_PICTURES, picture, pictures
+from qwen3f.data.sources.reasoning import ReasoningSource
+from qwen3f.errors import UserError
+from qwen3f.tasks.visual import topic
+
+GENERATED = ("images", "captions")
+DESCRIBE = "Describe the picture."
+
+_CHATS = HubDataset("visual-chats", "visual-chats", "multimodal", ("messages",), OPTIONAL_COLUMNS)
+
+
+@dataclass(frozen=True)
+class DrawnPicture:
+    """A generated picture, drawn again when it is needed."""
+
+    kind: str
+    seed: int
+    index: int
+    sides: tuple[int, int]
+    pixels: tuple[int, int]  # height, width
+
+    def size(self) -> tuple[int, int]:
+        return self.pixels
+
+    def open(self) -> Image.Image:
+        return picture(self.kind, self.seed, self.index, *self.sides).image
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn for the generated sources: how many, between which sides in pixels, of which kinds."""
+
+    count: int = NUM_PICTURES
+    seed: int = 0
+    min_side: int = 64
+    max_side: int = 128
+    kinds: tuple[str, ...] = KINDS
+
+
+@dataclass(frozen=True)
+class GeneratedSource:
+    """name: one of GENERATED."""
+
+    name: str
+    drawing: Drawing
+
+    def samples(self, split: Split, counts: Counter[str]) -> Iterator[VisualSample]:
+        d = self.drawing
+        sides = (d.min_side, d.max_side)
+        for item in pictures(split, d.seed, d.count, HOLDOUT, d.kinds, *sides, counts):
+            asked, told = (item.question, item.answer) if self.name == "images" else (DESCRIBE, item.caption)
+            drawn = DrawnPicture(item.kind, d.seed, item.index, sides, item.image.size[::-1])
+            messages = ({"role": "user", "content": PICTURE + asked}, {"role": "assistant", "content": told})
+            conversation = Conversation(messages, f"{self.name}, {item.kind}:{item.index}")
+            (chat,) = make_samples(conversation)
+            yield VisualSample(chat, (drawn,), topic(item.question) if self.name == "images" else "")
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Rows of files: `read` gives a row's conversation, with PICTURE in its texts, and its pictures."""
+
+    name: str
+    dataset: HubDataset
+    root: str
+    read: Callable[[Row], tuple[Conversation, tuple[multimodal.ImageFile, ...]]]
+    turns: Turns
+    on_bad_row: OnBadRow
+
+    def samples(self, split: Split, counts: Counter[str]) -> Iterator[VisualSample]:
+        for row in raw_rows(self.dataset, self.root, "", streaming=True):
+            try:
+                if isinstance(row, BadRow):
+                    raise RowFault(row.reason, row.message)
+                conversation, files = self.read(row)
+                self._check(files)
+                chats = make_samples(conversation, self.turns)
+            except RowFault as fault:
+                if self.on_bad_row == "error":
+                    raise UserError(f"{fault.message} (--config.data.on_bad_row=skip leaves such rows out)") from None
+                counts[fault.reason] += 1
+            except LeftOut as left:
+                counts[left.reason] += 1
+            else:
+                seen = " ".join(file.path.name for file in files).encode()
+                if is_heldout(seen + conversation.question, HOLDOUT) == (split == "heldout"):
+                    for chat in chats:
+                        shown = sum(message["content"].count(PICTURE) for message in chat.messages)
+                        yield VisualSample(chat, files[:shown])
+
+    def _check(self, files: tuple[multimodal.ImageFile, ...]) -> None:
+        """A picture's header; where bad rows are skipped all of it, so that none is met while training."""
+        for file in files:
+            try:
+                file.size() if self.on_bad_row == "error" else file.open()
+            except UserError as error:
+                raise RowFault("bad_images", str(error)) from None
+
+
+@dataclass(frozen=True)
+class WordSource:
+    """Chats of words, of data.chat.sources."""
+
+    name: str
+    chats: Any
+
+    def samples(self, split: Split, counts: Counter[str]) -> Iterator[VisualSample]:
+        return (VisualSample(chat) for chat in self.chats.documents(split, counts))
+
+
+VisualSource = GeneratedSource | RowSource | WordSource
+
+
+def open_visual(
+    name: str, drawing: Drawing, problems: ReasoningSource, turns: Turns, on_bad_row: OnBadRow
+) -> VisualSource:
+    """The source that a mixture names; see the module's text. Raises UserError for an unknown name, or no directory."""
+    kind, _, directory = name.partition("@")
+    if name in GENERATED:
+        return GeneratedSource(name, drawing)
+    if kind in (_CHATS.name, multimodal.DEFAULT):
+        root = Path(directory).expanduser()
+        if not directory or not root.is_dir():
+            raise UserError(f"--config.data.mixture={name!r} names no directory that is there: write {kind}@DIR")
+        dataset = _CHATS if kind == _CHATS.name else find(kind, "multimodal")
+        read = partial(_read_chat if kind == _CHATS.name else _read_llava, root=root)
+        return RowSource(name, dataset, directory, read, turns, on_bad_row)
+    return WordSource(name, open_chats(name, "", problems, turns=turns, on_bad_row=on_bad_row))
+
+
+def _read_llava(row: Row, root: Path) -> tuple[Conversation, tuple[multimodal.ImageFile, ...]]:
+    chat = multimodal.llava(row, root)
+    messages = []
+    for message in chat.messages:
+        _refuse_picture_character(message["content"], row.name)
+        before, found, after = message["content"].partition(multimodal.PLACEHOLDER)
+        if found and message["role"] == "user":
+            message = {**message, "content": before + PICTURE + after.lstrip("\n")}
+        messages.append(message)
+    return Conversation(checked_messages(messages, row.name), row.name), (chat.image,)
+
+
+def _read_chat(row: Row, root: Path) -> tuple[Conversation, tuple[multimodal.ImageFile, ...]]:
+    messages, files = [], []
+    for message in list_of_dicts(row, "messages"):
+        content = message.get("content")
+        if isinstance(content, list):
+            text = "".join(_part(part, root, row.name, files) for part in content)
+            if PICTURE in text and message.get("role") != "user":
+                raise RowFault("invalid_rows", f"{row.name} has an image in a turn of {message.get('role')!r}")
+            message = {**message, "content": text}
+        else:
+            _refuse_picture_character(content, row.name)
+        messages.append(message)
+    conversation = Conversation(checked_messages(messages, row.name), row.name)
+    enable = row.values.get("enable_thinking")
+    shown = sum(message["content"].count(PICTURE) for message in conversation.messages)
+    return replace(conversation, enable_thinking=enable), tuple(files[:shown])
+
+
+def _part(part: Any, root: Path, where: str, files: list[multimodal.ImageFile]) -> str:
+    """A part's text; an image is added to files."""
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        _refuse_picture_character(part["text"], where)
+        return part["text"]
+    if isinstance(part, Mapping) and part.get("type") == "image" and isinstance(part.get("image"), str):
+        files.append(multimodal.image_inside(root, part["image"], where))
+        return PICTURE
+    raise RowFault(
+        "invalid_rows",
+        f'{where} has the part {part!r}: write {{"type": "text", "text": …}} or {{"type": "image", "image": PATH}}.',
+    )
+
+
+def _refuse_picture_character(text: object, where: str) -> None:
+    if isinstance(text, str) and PICTURE in text:
+        raise RowFault("invalid_rows", f"{where} holds U+FFFC, which stands for a picture here: remove it.")

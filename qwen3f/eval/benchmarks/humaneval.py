@@ -1,0 +1,80 @@
+"""HumanEval (Chen et al. 2021, arXiv:2107.03374): functions to be completed, judged by running their tests.
+
+Source: openai/openai_humaneval, split test (164 rows). Columns: task_id, prompt, canonical_solution, test, entry_point;
+no examples. Prompt: the function's head and docstring as they stand; an answer ends before the next class, function,
+comment, condition or print at a line's beginning. Metric: pass@k of n samples a problem by the unbiased formula,
+1 − C(n − c, k) / C(n, k) for c that pass (equation 1). Programs run in qwen3f.sandbox alone.
+
+As a chat it is asked for in words, and the answer's last block of code counts: a form of our own, since the harness's
+humaneval_instruct begins the answer itself, which leaves no room to think.
+"""
+
+import importlib
+import math
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from qwen3f.data.sources.adapters.rows import Row, text_of
+from qwen3f.errors import UserError
+from qwen3f.eval.benchmarks.benchmark import Benchmark, Generation, Item, Shots
+
+KS = (1, 10, 100)
+_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+def read(row: Row) -> Item:
+    prompt = text_of(row, "prompt")
+    gold = {"prompt": prompt, "test": text_of(row, "test"), "entry_point": text_of(row, "entry_point")}
+    words = "Write a solution to the following problem and make sure that it passes the tests:"
+    chat = f"{words}\n```python\n{prompt}\n```\n"
+    return Item(f"{row.name} ({row.values['task_id']})", prompt, gold, chat_prompt=chat)
+
+
+def from_chat(item: Item, answer: str) -> str:
+    """What stands behind the prompt to make a program: a new definition of its function, or the rest of its body."""
+    blocks = _BLOCK.findall(answer)
+    code = blocks[-1] if blocks else answer
+    return f"\n{code}" if re.search(rf"^def {re.escape(item.gold['entry_point'])}\b", code, re.MULTILINE) else code
+
+
+def score(item: Item, answers: Sequence[str]) -> dict[str, float]:
+    from qwen3f.sandbox import run_tests  # starts what isolates programs; nothing else here needs it
+
+    gold = item.gold
+
+    def passes(answer: str) -> bool:
+        return bool(run_tests(gold["prompt"] + answer, gold["test"], gold["entry_point"]).passed)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # each waits for a process of its own
+        passed = sum(threads.map(passes, answers))
+    return {f"pass@{k}": pass_at_k(len(answers), passed, k) for k in KS if k <= len(answers)}
+
+
+def ready() -> None:
+    """Raises UserError where there is no sandbox: a model's programs run nowhere else."""
+    try:
+        importlib.import_module("qwen3f.sandbox")
+    except ImportError as error:
+        raise UserError(f"humaneval runs programs in qwen3f.sandbox, which cannot be imported: {error}") from error
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """The chance that one of k, drawn from `samples` of which `passed` pass, passes; unbiased."""
+    if samples - passed < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / i for i in range(samples - passed + 1, samples + 1))
+
+
+HUMANEVAL = Benchmark(
+    name="humaneval",
+    hub_id="openai/openai_humaneval",
+    columns=("task_id", "prompt", "test", "entry_point"),
+    read=read,
+    metrics=("pass@1",),
+    shots=Shots(most=0),
+    generation=Generation(until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_new_tokens=1024, chat=from_chat),
+    score=score,
+    ready=ready,
+)

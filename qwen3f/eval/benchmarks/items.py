@@ -1,0 +1,135 @@
+"""A benchmark's questions, from a local copy, the Hub or a task, with the examples that stand before each."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+from qwen3f.data.sources.adapters.opening import raw_rows
+from qwen3f.data.sources.adapters.registry import HubDataset
+from qwen3f.data.sources.adapters.rows import BadRow, Row, RowFault
+from qwen3f.errors import UserError
+from qwen3f.eval.benchmarks.benchmark import Benchmark, Item, Shots
+
+SEED = 1234  # of the harness's draws
+
+Examples = tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A question with what stands before it. description: of the group. examples: (prompt, answer) pairs."""
+
+    item: Item
+    description: str
+    examples: Examples
+
+
+def place_of(benchmark: Benchmark, directory: str, root: str, alone: bool) -> str:
+    """Where a benchmark's local copy is; "" for the Hub.
+
+    directory: of name@DIR. root: of all local copies, each a subdirectory named as the benchmark; where one benchmark
+    is asked alone, also its own. Raises UserError for a root without it.
+    """
+    if directory or not root or benchmark.task:
+        return directory
+    own = Path(root, benchmark.name).expanduser()
+    if own.is_dir():
+        return str(own)
+    if alone:
+        return root
+    raise UserError(
+        f"--config.data.root={root} has no directory {benchmark.name}: put the files of {benchmark.hub_id} into {own}, "
+        f"or write {benchmark.name}@DIR"
+    )
+
+
+def load(benchmark: Benchmark, place: str, shots: int | None, most: int) -> list[Asked]:
+    """The questions, subject by subject in the order of the files.
+
+    place: as place_of gives it. shots: examples before each; None: the benchmark's own number. most: questions of each
+    subject, the first ones; 0: all.
+    Raises UserError for files that are missing or no copy of the data set, a row that cannot be used, too few examples
+    to draw from, and no questions.
+    """
+    groups = grouped(items(benchmark, place, benchmark.split))
+    if not groups:
+        raise UserError(
+            f"{benchmark.name} has no questions in {place or benchmark.hub_id}: put the whole data set there"
+        )
+    count = benchmark.shots.count if shots is None else shots
+    if count and benchmark.shots.most is not None and count > benchmark.shots.most:
+        raise UserError(
+            f"--config.shots={count}: {benchmark.name} has {benchmark.shots.most} examples at most; write that or less"
+        )
+    pools = _pools(benchmark, place, count)
+    out = []
+    for group, found in groups.items():
+        pool = pools.get(group, pools.get("", ()))
+        if count and count + benchmark.shots.spare > len(pool):
+            name = f"{benchmark.name}, {group}," if group else benchmark.name
+            raise UserError(
+                f"{name} has {len(pool)} examples in the split {benchmark.shots.split!r}, and --config.shots={count} "
+                f"needs {count + benchmark.shots.spare}; write fewer"
+            )
+        rand, said = Random(SEED), benchmark.description(group)
+        for item in found[: most or None]:
+            out.append(Asked(item, said, _draw(benchmark.shots, pool, item, count, rand)))
+    return out
+
+
+def _draw(shots: Shots, pool: Examples, item: Item, count: int, rand: Random) -> Examples:
+    """The examples before a question; the next question's depend on how often `rand` was asked."""
+    if shots.order == "first" or not count:
+        return pool[:count]
+    drawn = rand.sample(pool, count + shots.spare)
+    if shots.spare:
+        drawn = [example for example in drawn if example != item.example][:count]
+        if len(drawn) < count:
+            drawn = rand.sample([example for example in pool if example != item.example], count)
+    return tuple(drawn)
+
+
+def items(benchmark: Benchmark, place: str, split: str) -> Iterator[Item]:
+    """Of a split, in the files' order. Raises UserError."""
+    if benchmark.task:
+        for number, one in enumerate(benchmark.task.questions(split)):
+            values = {"prompt": one.prompt, "gold": one.gold, "group": one.group[0] if one.group else ""}
+            yield benchmark.read(Row(values, f"{benchmark.name}/{split}:{number + 1}"))
+        return
+    for config in benchmark.configs[:1] if place else benchmark.configs:
+        dataset = HubDataset(
+            name=benchmark.name,
+            hub_id=benchmark.hub_id,
+            use="eval",
+            columns=benchmark.columns,
+            split=benchmark.split,
+            config=config,
+            folder=benchmark.folder,
+        )
+        for row in raw_rows(dataset, place, split, True):
+            if isinstance(row, BadRow):
+                raise UserError(row.message)
+            try:
+                yield benchmark.read(row)
+            except RowFault as fault:
+                raise UserError(fault.message) from None
+
+
+def grouped(found: Iterator[Item]) -> Mapping[str, list[Item]]:
+    out: dict[str, list[Item]] = {}
+    for item in found:
+        out.setdefault(item.group, []).append(item)
+    return out
+
+
+def _pools(benchmark: Benchmark, place: str, count: int) -> Mapping[str, Examples]:
+    """Examples by group; under "" those of every group."""
+    shots = benchmark.shots
+    if shots.fixed or not count:
+        return {"": shots.fixed}
+    found = items(benchmark, place, shots.split)
+    if shots.order == "first" and not benchmark.description("x"):
+        found = islice(found, count)
+    return {group: tuple(item.example for item in some) for group, some in grouped(found).items()}

@@ -1,0 +1,147 @@
+r"""Final answers of MATH: found, normalised and compared as Minerva does (arXiv:2206.14858, appendix D).
+
+In the form that the harness 0.4.13 has (lm_eval/tasks/minerva_math/utils.py, version 3.1), with its repairs: unit words
+are taken out while blanks part them, \left keeps its "ft", commas go only between thousands.
+"""
+
+import contextlib
+import importlib.metadata
+import re
+import signal
+import threading
+from collections.abc import Iterator
+
+from qwen3f.errors import UserError
+
+SECONDS = 5  # for sympy to decide
+ANTLR = "4.11"  # the only one that sympy's LaTeX parser works with
+
+_FINAL = re.compile(r"Final Answer: The final answer is(.*?). I hope it is correct.")
+_NONE = "[invalidanswer]"
+_UNIT_WORDS = """square ways integers dollars mph inches ft hours km units sue points feet minutes digits cents degrees
+cm gm pounds meters meals edges students childrentickets multiples"""
+_UNITS = _UNIT_WORDS.split()
+# In Minerva's order, units among the rest; what stands for a unit here is its name.
+_REMOVED = [
+    *_UNITS[:10], r"\ldots", *_UNITS[10:],
+    r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}", r"\text{}",
+    r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots",
+]  # fmt: skip
+_REPLACED = (
+    ("an ", ""), ("a ", ""), (".$", "$"), (r"\$", ""), (r"\ ", ""), (" ", ""), ("mbox", "text"),
+    (r",\text{and}", ","), (r"\text{and}", ","), (r"\text{m}", r"\text{}"),
+)  # fmt: skip
+_SHORTHAND = (
+    (r"(.*?)(\$)(.*?)(\$)(.*)", r"$\3$"),
+    (r"(\\text\{)(.*?)(\})", r"\2"),
+    (r"(\\textbf\{)(.*?)(\})", r"\2"),
+    (r"(\\overline\{)(.*?)(\})", r"\2"),
+    (r"(\\boxed\{)(.*)(\})", r"\2"),
+    (r"(frac)([^{])(.)", r"frac{\2}{\3}"),
+    (r"(sqrt)(\[[^\]]*\])(\w)", r"\1\2{\3}"),
+    (r"(sqrt)(?!\[)([^{])", r"sqrt{\2}"),
+)
+
+
+def boxed(solution: str) -> str | None:
+    r"""What stands in the last \boxed{…}, else \fbox{…}; behind "\boxed " up to a dollar sign. None if nothing does.
+
+    The harness stops at \fbox{…}, which no solution of MATH has alone; here it counts.
+    """
+    if r"\boxed " in solution:
+        return solution.rpartition(r"\boxed ")[2].partition("$")[0]
+    start = solution.rfind(r"\boxed") if r"\boxed" in solution else solution.rfind(r"\fbox")
+    if start < 0:
+        return None
+    depth, opened = 0, 0
+    for place in range(start, len(solution)):
+        if solution[place] == "{":
+            depth, opened = depth + 1, opened or place + 1
+        elif solution[place] == "}":
+            depth -= 1
+            if depth == 0:
+                return solution[opened:place]
+    return None
+
+
+def final_answer(text: str) -> str:
+    """What the answer's closing sentence says, as it stands; a word that equals no answer if there is none."""
+    match = _FINAL.search(f"{text}I hope it is correct.")
+    return match[1].strip() if match else _NONE
+
+
+def normalised(answer: str) -> str:
+    answer = answer.rpartition("=")[2]
+    for unit in _UNITS:
+        answer = re.sub(rf"(?<!\\)\b{unit}\b", "", answer)
+    for before, after in _REPLACED:
+        answer = answer.replace(before, after)
+    for removed in _REMOVED:
+        answer = _outside_commands(answer, removed) if removed in _UNITS else answer.replace(removed, "")
+    for pattern, after in _SHORTHAND:
+        answer = re.sub(pattern, after, answer)
+    answer = answer.replace("$", "")
+    return answer.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+", answer) else answer
+
+
+def equal(given: str, gold: str) -> bool:
+    """Whether two normalised answers are the same text, or differ by what sympy simplifies to 0 within SECONDS."""
+    if given and given == gold:
+        return True
+    check_packages()
+    import sympy
+    from sympy.parsing.latex import parse_latex
+
+    try:
+        with time_limit(SECONDS):
+            return bool(sympy.simplify(parse_latex(given) - parse_latex(gold)) == 0)
+    except Exception:  # sympy raises whatever its parts do for text that is no formula: not equal, as in the harness
+        return False
+
+
+def verified(solution: str, answer: str) -> bool:
+    """Whether math_verify finds the solution's answer in `answer`."""
+    check_packages()
+    import math_verify
+
+    return bool(math_verify.verify(gold=math_verify.parse(solution), target=math_verify.parse(answer)))
+
+
+def check_packages() -> None:
+    """Raises UserError where what compares answers is missing, or sympy's parser would fail at every one."""
+    try:
+        importlib.metadata.version("math-verify")
+        found = importlib.metadata.version("antlr4-python3-runtime")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"math needs packages that are not installed; {_INSTALL}") from error
+    if not found.startswith(ANTLR):
+        raise UserError(
+            f"math needs antlr4-python3-runtime {ANTLR}, which sympy reads LaTeX by, not {found}; {_INSTALL}"
+        )
+
+
+_INSTALL = "write pip install 'math-verify==0.9.0' 'antlr4-python3-runtime==4.11.0'"
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError inside after so many seconds. In the main thread, which alone can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("answers of math are judged in the main thread, which can be interrupted")
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _outside_commands(answer: str, word: str) -> str:
+    """Without `word`, but where it is a part of a LaTeX command's name."""
+    parts = re.split(r"(\\[a-zA-Z]+)", answer)
+    return "".join(part if i % 2 else part.replace(word, "") for i, part in enumerate(parts))

@@ -1,0 +1,88 @@
+"""Two models on the same questions: python -m qwen3f.eval.compare A/results.json B/results.json
+
+Prints, for each metric that both have, B's mean less A's with its interval, McNemar's p, and which questions changed.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen3f.errors import UserError
+from qwen3f.eval.statistics import Paired, paired
+from qwen3f.limits import RESULTS_BYTES
+from qwen3f.strict_json import read_object
+
+SHOWN = 20  # questions that changed, of each kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """A metric of a benchmark: the comparison, and the numbers of questions that B answers better, and worse."""
+
+    all: Paired
+    better: tuple[int, ...]
+    worse: tuple[int, ...]
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[tuple[str, str], Compared]:
+    """(benchmark, metric) -> the comparison, of what both have.
+
+    a, b: as in results.json; their prompts and settings may differ. Only questions that both were asked count. Raises
+    UserError where there are none, and where the questions of one number have other right answers.
+    """
+    out: dict[tuple[str, str], Compared] = {}
+    for name in sorted(a["benchmarks"].keys() & b["benchmarks"].keys()):
+        first, second = ({r["number"]: r for r in x["benchmarks"][name]["samples"]} for x in (a, b))
+        both = sorted(first.keys() & second.keys())
+        for number in both:
+            if first[number]["gold"] != second[number]["gold"]:
+                raise UserError(
+                    f"question {number} of {name} is another one in B ({second[number]['name']}) than in A "
+                    f"({first[number]['name']}); compare runs on the same data"
+                )
+        have = [set(record[number]["metrics"]) for record in (first, second) for number in both]
+        for metric in sorted(set.intersection(*have)) if have else ():
+            values = [[record[n]["metrics"][metric] for n in both] for record in (first, second)]
+            better = tuple(n for n, x, y in zip(both, *values) if y > x)
+            worse = tuple(n for n, x, y in zip(both, *values) if y < x)
+            out[name, metric] = Compared(paired(*values), better, worse)
+    if not out:
+        raise UserError("the two results have no benchmark and question in common; compare others")
+    return out
+
+
+def described(found: Mapping[tuple[str, str], Compared]) -> str:
+    """Markdown: a row for each metric, then the questions that changed."""
+    lines = ["| benchmark | metric | B − A, points | 95% interval | better | worse | questions | p |"]
+    lines.append("|---|---|---:|---|---:|---:|---:|---:|")
+    changed = []
+    for (name, metric), compared in found.items():
+        one = compared.all
+        difference, low, high = (f"{100 * x:+.2f}" for x in (one.difference, one.low, one.high))
+        row = (name, metric, difference, f"{low} … {high}", one.better, one.worse, f"{one.n:,}", f"{one.p:.3g}")
+        lines.append(f"| {' | '.join(map(str, row))} |")
+        for word, numbers in (("better", compared.better), ("worse", compared.worse)):
+            if numbers:
+                more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
+                changed.append(f"- {name} {metric}, {word}: {', '.join(map(str, numbers[:SHOWN]))}{more}")
+    return "\n".join([*lines, "", *changed]) + "\n"
+
+
+def main(arguments: Sequence[str]) -> None:
+    if len(arguments) != 2:
+        raise UserError("write python -m qwen3f.eval.compare A/results.json B/results.json")
+    a, b = (read_object(Path(argument), RESULTS_BYTES) for argument in arguments)
+    for argument, results in zip(arguments, (a, b)):
+        if "benchmarks" not in results:
+            raise UserError(f"{argument} holds no results: name the results.json of an evaluation")
+    print(described(compare(a, b)), end="")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,38 @@
+"""How often a model's greedy answer is the held-out one, to the letter, without generating anything.
+
+A greedy decoder writes exactly the answer that is trained on iff each of its tokens is the most likely one behind what
+stands before it. So one pass over held-out rows says it of all their documents.
+
+B rows · T places · S = T documents a row at most
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3f import model
+from qwen3f.config import ModelConfig
+from qwen3f.params import Params
+from qwen3f.train.objective import document_sums
+
+ExactFn = Callable[[Params, Mapping[str, Tensor]], Tensor]
+
+
+def make_exact(cfg: ModelConfig, execution: model.Execution = model.EAGER) -> ExactFn:
+    """exact(params, batch) -> bool [B, S]: at k − 1 whether all trained tokens of segment k are the most likely ones.
+
+    On one device. True too for a segment that a row does not have, or in which nothing is trained.
+    """
+    cfg = cfg.replace(gradient_checkpointing="none")
+    forward = model.make_forward(cfg, execution)
+
+    @torch.no_grad()
+    def exact(params: Params, batch: Mapping[str, Tensor]) -> Tensor:
+        hidden, _ = forward(params, batch)
+        likely = F.linear(hidden, model.head_weight(cfg, params)).argmax(-1)
+        wrong = (likely != batch["targets"]) & (batch["loss_weights"] > 0)
+        return document_sums(wrong.float(), batch["segments"], wrong.shape[1]) == 0
+
+    return exact

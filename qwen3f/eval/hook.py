@@ -1,0 +1,121 @@
+"""Benchmarks while a stage trains: config.eval.benchmarks, asked whenever the stage's evaluations run.
+
+Beside the stage's own evaluators stands one named "bench", so that scores are logged as bench_NAME/METRIC. On a mesh
+each rank has the whole model for as long as it asks, in the compute dtype, and its share of the questions.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from qwen3f.errors import UserError
+from qwen3f.eval.benchmarks.benchmark import Benchmark
+from qwen3f.eval.benchmarks.items import Asked, load, place_of
+from qwen3f.eval.benchmarks.registry import parse_benchmarks
+from qwen3f.eval.evaluator import Evaluator
+from qwen3f.eval.measure import Record, Settings, estimates, measure
+from qwen3f.eval.prompts import template_of
+from qwen3f.params import Params
+from qwen3f.train import stage as S
+from qwen3f.train.setup import Setup, at_least
+from sharding.state import whole_params
+
+NAME = "bench"
+CHUNK = 64  # questions between two looks at whether the run is to stop
+
+
+class Exam(NamedTuple):
+    """A benchmark, the questions of it that are asked, and how."""
+
+    benchmark: Benchmark
+    questions: list[Asked]
+    settings: Settings
+
+
+def check(setup: Setup) -> None:
+    """Raises UserError for what of config.eval.benchmarks cannot run. Reads no data."""
+    config = setup.config
+    if not config.eval.benchmarks:
+        return
+    if setup.model.scalar_head:
+        raise UserError(f"--config.eval.benchmarks={config.eval.benchmarks}: a model of scores answers no questions; "
+                        "leave it out")  # fmt: skip
+    at_least(config, "eval.benchmark_questions", 1)
+    at_least(config, "eval.benchmark_tokens", 0)
+    for benchmark, _ in _named(config):
+        _settings(config).check(benchmark)
+
+
+def with_benchmarks(run: S.Run, stage: S.Stage) -> S.Stage:
+    """The stage with the evaluator of config.eval.benchmarks, whose questions are read here; itself without any.
+
+    Raises UserError as items.load and prompts.template_of do.
+    """
+    config = run.setup.config
+    if not config.eval.benchmarks:
+        return stage
+    named, settings = _named(config), _settings(config)
+    asked = []
+    for benchmark, directory in named:
+        place = place_of(benchmark, directory, config.eval.benchmark_root, len(named) == 1)
+        questions = _spread(load(benchmark, place, None, 0), config.eval.benchmark_questions)
+        # a model that always thinks does so here too; others answer at once
+        always = template_of(benchmark, settings.prompt, stage.tokenizer).always and benchmark.generation is not None
+        asked.append(Exam(benchmark, questions, dataclasses.replace(settings, thinking=always)))
+    evaluator = S.Evaluator(config.eval.every, _make(run, stage, asked), _say(asked))
+    return dataclasses.replace(stage, evaluators={**stage.evaluators, NAME: evaluator})
+
+
+def _named(config: ConfigDict) -> list[tuple[Benchmark, str]]:
+    return parse_benchmarks(config.eval.benchmarks, "--config.eval.benchmarks")
+
+
+def _settings(config: ConfigDict) -> Settings:
+    return Settings(prompt=config.eval.benchmark_prompt, max_new_tokens=config.eval.benchmark_tokens)
+
+
+def _spread(asked: Sequence[Asked], most: int) -> list[Asked]:
+    """At most so many, evenly from all, so that every subject has its share."""
+    count = min(most, len(asked))
+    return [asked[i * len(asked) // count] for i in range(count)]
+
+
+def _make(run: S.Run, stage: S.Stage, asked: Sequence[Exam]) -> Callable[[Params], dict[str, float]]:
+    setup = run.setup
+    cfg = setup.model.replace(gradient_checkpointing="none")
+    execution = dataclasses.replace(setup.execution, compile="off")  # batches differ in shape
+
+    world = run.world
+
+    def own(part: range) -> Sequence[int]:
+        return part[len(part) * world.rank // world.size : len(part) * (world.rank + 1) // world.size]
+
+    def ask(params: Params) -> dict[str, float]:
+        whole = whole_params(setup.model, params, setup.layout, setup.compute_dtype)
+        ev = Evaluator(cfg, whole, stage.tokenizer, execution=execution)
+        values: dict[str, float] = {}
+        for benchmark, questions, settings in asked:
+            found: list[Record] = []
+            for first in range(0, len(questions), CHUNK * world.size):
+                if run.stopping():
+                    raise S.Interrupted
+                part = range(first, min(first + CHUNK * world.size, len(questions)))
+                records = world.together(partial(measure, ev, benchmark, questions, settings, own(part)), UserError)
+                marks = [{"metrics": record["metrics"]} for record in records]
+                found += [mark for some in world.gather(marks) for mark in some]
+            values |= {f"{benchmark.name}/{metric}": one.value for metric, one in estimates(found).items()}
+        return values
+
+    return ask
+
+
+def _say(asked: Sequence[Exam]) -> Callable[[Mapping[str, float]], str]:
+    counts = {benchmark.name: len(questions) for benchmark, questions, _ in asked}
+
+    def say(values: Mapping[str, float]) -> str:
+        return ", ".join(f"{name} {100 * x:.1f}% of {counts[name.partition('/')[0]]}" for name, x in values.items())
+
+    return say

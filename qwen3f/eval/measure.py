@@ -1,0 +1,194 @@
+"""A benchmark's questions put to a model and scored, a record each."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwen3f.data.chat.recognise import opening
+from qwen3f.errors import UserError
+from qwen3f.eval.benchmarks.benchmark import Benchmark
+from qwen3f.eval.benchmarks.items import Asked
+from qwen3f.eval.evaluator import Evaluator
+from qwen3f.eval.generation import Sampling, cut, write
+from qwen3f.eval.prompts import FORMS, is_chat, prompts, template_of
+from qwen3f.eval.statistics import Estimate, estimate
+
+METRICS = ("harness", "official")
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the numbers, beside the model and the questions.
+
+    Attributes:
+        prompt: raw or chat. thinking: in chats, whether the model may think first; else an empty block is given.
+        shots, max_new_tokens: None and 0: the benchmark's own.
+        samples: answers to each question of a benchmark with programs. temperature, top_p, seed: of the draws.
+        metrics: harness, or official: by the authors' definition, where that is another.
+    """
+
+    prompt: str = "raw"
+    thinking: bool = False
+    shots: int | None = None
+    max_new_tokens: int = 0
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    metrics: str = "harness"
+
+    def check(self, benchmark: Benchmark, vision: bool = False) -> None:
+        """Raises UserError for what does not go together. vision: whether the model sees images."""
+        for key, allowed in (("prompt", FORMS), ("metrics", METRICS)):
+            if getattr(self, key) not in allowed:
+                raise UserError(f"--config.{key}={getattr(self, key)!r}: write {' or '.join(allowed)}")
+        for key, low in (("max_new_tokens", 0), ("samples", 1), ("temperature", 0)):
+            if getattr(self, key) < low:
+                raise UserError(f"--config.{key}={getattr(self, key)}: write at least {low}")
+        if self.shots is not None and self.shots < 0:
+            raise UserError(f"--config.shots={self.shots}: write at least 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--config.top_p={self.top_p}: write a share above 0, 1 at most")
+        if self.samples > 1 and not self.temperature:
+            raise UserError(f"--config.samples={self.samples} would all be the same: write --config.temperature=0.8")
+        if self.thinking and self.prompt == "raw" and not benchmark.task:
+            raise UserError("--config.thinking=True needs --config.prompt=chat")
+        if self.thinking and benchmark.generation is None:
+            raise UserError(
+                f"--config.thinking=True: {benchmark.name} scores choices right behind the prompt, where no thought "
+                "stands; write --config.thinking=False"
+            )
+        benchmark.ready()
+        if benchmark.vision and not vision:
+            raise UserError(f"{benchmark.name} asks about images, which this model sees none of; name another")
+
+    def tokens(self, benchmark: Benchmark) -> int:
+        """New tokens at most; 0 where choices are scored."""
+        if benchmark.generation is None:
+            return 0
+        return self.max_new_tokens or benchmark.generation.max_new_tokens
+
+
+def measure(
+    ev: Evaluator, benchmark: Benchmark, asked: Sequence[Asked], settings: Settings, numbers: Sequence[int]
+) -> list[Record]:
+    """A record of each of asked[numbers], plain JSON: {"number", "name", "group", "prompt", "gold", "metrics",
+    "truncated"}.
+
+    Of choices also "choices", "loglikelihoods", "alike"; of answers "outputs" as written (from a "<think>" at the
+    prompt's end on), "answers" as judged, "ended".
+    """
+    own = [asked[number] for number in numbers]
+    kind = template_of(benchmark, settings.prompt, ev.tokenizer)
+    read = [prompts(benchmark, one, settings.prompt, settings.thinking, kind) for one in own]
+    if benchmark.generation is None:
+        found = _choose(ev, benchmark, own, read, settings)
+    else:
+        found = _answer(ev, benchmark, own, read, settings, numbers)
+    return [
+        {
+            "number": number,
+            "name": one.item.name,
+            "group": one.item.group,
+            "prompt": texts[0] if len(texts) == 1 else list(texts),
+            "gold": one.item.gold,
+            **more,
+        }
+        for number, one, texts, more in zip(numbers, own, read, found)
+    ]
+
+
+def _choose(
+    ev: Evaluator,
+    benchmark: Benchmark,
+    asked: Sequence[Asked],
+    read: Sequence[tuple[str, ...]],
+    settings: Settings,
+) -> list[Record]:
+    questions = [
+        {
+            "context": texts[0] if len(texts) == 1 else list(texts),
+            "choices": one.item.choices,
+            "continuations": one.item.continuations or one.item.choices,
+            "answer": one.item.gold,
+            "delimiter": " " if settings.prompt == "raw" else "",
+        }
+        for one, texts in zip(asked, read)
+    ]
+    return [
+        {
+            "choices": list(one.item.choices),
+            "loglikelihoods": list(found.log_probs),
+            "metrics": {name: found.marks[name] for name in benchmark.metrics},
+            "truncated": found.truncated,
+            "alike": found.alike,
+        }
+        for one, found in zip(asked, ev.choices(questions))
+    ]
+
+
+def _answer(
+    ev: Evaluator,
+    benchmark: Benchmark,
+    asked: Sequence[Asked],
+    read: Sequence[tuple[str, ...]],
+    settings: Settings,
+    numbers: Sequence[int],
+) -> list[Record]:
+    how = benchmark.generation
+    sampling = Sampling(
+        settings.tokens(benchmark), settings.samples, settings.temperature, settings.top_p, settings.seed
+    )
+    score = benchmark.official if settings.metrics == "official" and benchmark.official else benchmark.score
+    as_chat = settings.prompt == "chat" and how.chat is not None
+    until, out = () if as_chat else how.until, []
+    ends = () if settings.thinking else until  # a thought may hold such texts
+    begun = opening(ev.tokenizer) if is_chat(benchmark, settings.prompt) else ""
+    for one, written in zip(asked, write(ev, [texts[0] for texts in read], sampling, numbers, ends)):
+        texts = [begun + w.text for w in written]
+        # a task's judge looks behind the thinking itself, as its rewards do
+        answers = [text if benchmark.task else cut(text, until, settings.thinking) or "" for text in texts]
+        if as_chat:
+            answers = [how.chat(one.item, text) for text in answers]
+        out.append(
+            {
+                "outputs": texts,
+                "answers": answers,
+                "metrics": dict(score(one.item, answers)),
+                "ended": [w.ended for w in written],
+                "truncated": written[0].truncated,
+            }
+        )
+    return out
+
+
+def estimates(records: Sequence[Record]) -> dict[str, Estimate]:
+    """Each metric over all records, which are at least one."""
+    return {name: estimate([record["metrics"][name] for record in records]) for name in records[0]["metrics"]}
+
+
+def summary(records: Sequence[Record]) -> dict[str, Any]:
+    """{"metrics", "groups": {group: metrics}, "questions", "truncated", "alike", "ended"}, plain JSON."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["group"], []).append(record)
+    counts = Counter()
+    for record in records:
+        counts["truncated"] += record["truncated"]
+        counts["alike"] += record.get("alike", False)
+        counts["answers"] += len(record.get("ended", ()))
+        counts["ended"] += sum(record.get("ended", ()))
+    by_group = {group: _plain(estimates(some)) for group, some in groups.items()} if len(groups) > 1 else {}
+    names = ("truncated", "alike", "answers", "ended")
+    return {
+        "metrics": _plain(estimates(records)),
+        "groups": by_group,
+        "questions": len(records),
+        **{name: counts[name] for name in names},
+    }
+
+
+def _plain(found: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
+    return {name: dataclasses.asdict(one) for name, one in found.items()}

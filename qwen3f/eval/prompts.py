@@ -1,0 +1,55 @@
+"""How a question is put to the model: as raw text, or in the chat format with thinking on or off."""
+
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind
+from qwen3f.data.chat.recognise import kind_of
+from qwen3f.data.chat.template import render
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.eval.benchmarks.benchmark import Benchmark
+from qwen3f.eval.benchmarks.items import Asked
+
+FORMS = ("raw", "chat")
+BETWEEN, BEFORE_ANSWER = "\n\n", " "
+
+
+def raw(asked: Asked, prompt: str) -> str:
+    """Description, examples with their answers, and the question, as the harness joins them."""
+    shots = "".join(f"{question}{BEFORE_ANSWER}{answer}{BETWEEN}" for question, answer in asked.examples)
+    return f"{asked.description}{shots}{prompt}"
+
+
+def chat(asked: Asked, prompt: str, thinking: bool | None, kind: TemplateKind) -> str:
+    """The description as system message, examples as turns, the question as the last one, up to the answer's start.
+
+    thinking: None: as the kind of chats does by itself.
+    """
+    messages = [{"role": "system", "content": asked.description}] if asked.description else []
+    for question, answer in asked.examples:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages.append({"role": "user", "content": prompt})
+    return render(messages, add_generation_prompt=True, enable_thinking=thinking, kind=kind)
+
+
+def is_chat(benchmark: Benchmark, form: str) -> bool:
+    """Whether its questions are asked in chats: as the form says, those of a task always."""
+    return form == "chat" or bool(benchmark.task)
+
+
+def template_of(benchmark: Benchmark, form: str, tokenizer: Tokenizer) -> TemplateKind:
+    """The kind of chats that its questions are asked in, if they are. Raises UserError as `kind_of`."""
+    return kind_of(tokenizer) if is_chat(benchmark, form) else HYBRID
+
+
+def prompts(
+    benchmark: Benchmark, asked: Asked, form: str, thinking: bool, kind: TemplateKind = HYBRID
+) -> tuple[str, ...]:
+    """What the model reads: one text, or of a question with a prompt for each choice so many.
+
+    Raises UserError for thinking, or none, that the kind of chats cannot do.
+    """
+    item = asked.item
+    given = (item.prompt,) if isinstance(item.prompt, str) else item.prompt
+    if not is_chat(benchmark, form):
+        return tuple(raw(asked, prompt) for prompt in given)
+    # choices stand where an answer begins, without an empty thinking block: the harness has it so
+    thinks = None if benchmark.generation is None else thinking
+    return tuple(chat(asked, item.chat_prompt or prompt, thinks, kind) for prompt in given)

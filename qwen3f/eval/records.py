@@ -1,0 +1,61 @@
+"""The records of an evaluation on disk, as they come, so that one that was cut off goes on with the next question.
+
+A file a benchmark: its first line says the settings, each other one is a question's record.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen3f.errors import UserError
+from qwen3f.eval.measure import Record
+from qwen3f.files import write_atomically
+
+FOLDER = "records"
+
+
+class Records:
+    """The file of one benchmark below an evaluation's directory.
+
+    done: what it holds, by number. Raises UserError for a file of other settings, and one that is none of ours.
+    """
+
+    def __init__(self, directory: Path, name: str, settings: Mapping[str, Any]) -> None:
+        self._path = directory / FOLDER / f"{name}.jsonl"
+        head = json.dumps(dict(settings), ensure_ascii=False)
+        if not self._path.exists():
+            write_atomically(self._path, f"{head}\n".encode())
+        lines = self._path.read_bytes().split(b"\n")
+        self._size = sum(len(line) + 1 for line in lines[:-1])  # behind that a line that was cut off
+        try:
+            there, *records = [json.loads(line) for line in lines[:-1]]
+            self.done: dict[int, Record] = {record["number"]: record for record in records}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self._path} is not what this program writes: remove it, or choose another --workdir"
+            ) from error
+        for key, value in json.loads(head).items():
+            if there.get(key) != value:
+                raise UserError(
+                    f"{self._path} holds answers by other settings: {key} was {there.get(key)!r} and is now {value!r}; "
+                    "choose another --workdir, or write what it was"
+                )
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Append records, on disk when this returns. Raises UserError where that fails."""
+        try:
+            with self._path.open("r+b") as file:
+                file.truncate(self._size)
+                file.seek(self._size)
+                for record in records:
+                    file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+                self._size = file.tell()
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror or error}): mend that; the same command then goes on"
+            ) from error
+        self.done |= {record["number"]: record for record in records}

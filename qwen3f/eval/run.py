@@ -1,0 +1,214 @@
+"""The stage eval: benchmarks asked of a model, on one device or on several that share out the questions."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from qwen3f import model
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind, check_thinking
+from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from qwen3f.errors import UserError
+from qwen3f.eval.benchmarks.benchmark import Benchmark
+from qwen3f.eval.benchmarks.items import Asked, load, place_of
+from qwen3f.eval.benchmarks.registry import parse_benchmarks
+from qwen3f.eval.evaluator import Evaluator
+from qwen3f.eval.measure import Settings, measure, summary
+from qwen3f.eval.prompts import is_chat, prompts, template_of
+from qwen3f.eval.records import Records
+from qwen3f.eval.report import table
+from qwen3f.files import write_atomically
+from qwen3f.interop import source
+from qwen3f.processes import ranks
+from qwen3f.processes.world import ALONE, World
+from qwen3f.train.choices import find_device, find_dtype
+from qwen3f.train.lock import only_writer
+from sharding.mesh import MeshShape, parse_mesh
+
+RESULTS, TABLE = "results.json", "results.md"
+_SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """A benchmark as it is asked. values: what its records depend on, plain JSON. kind: of the chats, if it has any."""
+
+    benchmark: Benchmark
+    asked: Sequence[Asked]
+    settings: Settings
+    values: Mapping[str, Any]
+    kind: TemplateKind = HYBRID
+
+
+def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
+    """Evaluate as `config` says, from where `workdir` stands; on a mesh as each of its ranks, or starting them.
+
+    Raises UserError, before any process starts, for what cannot run, and as ranks.decide.
+    """
+    check(config)
+    device = find_device(config.device).type
+    shape = find_mesh(config.mesh, ranks.all_devices(os.environ, device))
+    decision = ranks.decide(os.environ, shape.size, ranks.local_devices(device), device, sys.argv)
+    if decision.mode == "start":
+        if code := ranks.start(decision, sys.argv, restarts=0):
+            sys.exit(code)
+    elif decision.mode == "join":
+        with ranks.joined(decision, shape, timeout=config.collective_timeout) as world:
+            evaluate(config, workdir, progress, world)
+    else:
+        evaluate(config, workdir, progress)
+
+
+def check(config: ConfigDict) -> list[tuple[Benchmark, str]]:
+    """The benchmarks with their places. Raises UserError for what cannot run; reads the model's configuration alone."""
+    if not config.init_from:
+        raise UserError("--config.init_from is missing; write --config.init_from=W")
+    named = parse_benchmarks(config.benchmarks, "--config.benchmarks")
+    for key, low in (("limit", 0), ("batch_tokens", 0), ("chunk", 1)):
+        if config[key] < low:
+            raise UserError(f"--config.{key}={config[key]}: write at least {low}")
+    for benchmark, _ in named:
+        settings_of(config).check(benchmark)
+    return [(one, place_of(one, place, config.data.root, len(named) == 1)) for one, place in named]
+
+
+def settings_of(config: ConfigDict) -> Settings:
+    return Settings(**{name: config[name] for name in _SETTINGS})
+
+
+def find_mesh(text: str, devices: int) -> MeshShape:
+    """The mesh of config.mesh. Raises UserError for axes that share out something else than questions."""
+    shape = parse_mesh(text, devices)
+    if shape.size != shape.dp:
+        raise UserError(f"--config.mesh={text}: questions are shared out by dp alone, each rank has the whole model; "
+                        f"write dp{shape.size}")  # fmt: skip
+    return shape
+
+
+def evaluate(config: ConfigDict, workdir: Path, progress: bool = True, world: World = ALONE) -> dict[str, Any]:
+    """What results.json holds; on other ranks than 0 nothing. All ranks of `world` call this together; rank 0 writes.
+
+    The same command goes on where it stopped; a larger limit adds to what is there.
+    """
+    with only_writer(workdir, world):
+        exams, place = world.together(lambda: _exams(config), UserError)
+        files = world.together(lambda: _files(workdir, exams) if world.main else [], UserError)
+        done = world.first([sorted(file.done) for file in files])
+        ev: Evaluator | None = None
+        for number, exam in enumerate(exams):
+            there = set(done[number])
+            left = [i for i in range(len(exam.asked)) if i not in there]
+            if left and ev is None:  # where nothing is left to ask, no weights are read
+                ev = _open(config, place)
+            if left and ev is not None:
+                _ask(ev, exam, left, config.chunk, files[number] if files else None, (world, progress))
+        if not world.main:
+            return {}
+        dtype = find_dtype(config.dtype, find_device(config.device))
+        results = {"model": place, "dtype": str(dtype).removeprefix("torch."), "benchmarks": {}}
+        for exam, file in zip(exams, files):
+            records = [file.done[i] for i in range(len(exam.asked))]
+            found = {**summary(records), "settings": dict(exam.values) | {"limit": config.limit}}
+            results["benchmarks"][exam.benchmark.name] = {**found, "samples": records}
+        text = table(results)
+        write_atomically(workdir / RESULTS, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(workdir / TABLE, text.encode())
+        print(text, flush=True)
+        if ev is not None:
+            print(_work(ev), flush=True)
+        return results
+
+
+def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
+    """What is asked, and of which model."""
+    place, settings, exams = source.pinned(config.init_from), settings_of(config), []
+    dtype = str(find_dtype(config.dtype, find_device(config.device))).removeprefix("torch.")
+    named = check(config)
+    in_chats = any(is_chat(benchmark, settings.prompt) for benchmark, _ in named)
+    tokenizer = _tokenizer(config, place) if in_chats else None
+    for benchmark, where in named:
+        values = dataclasses.asdict(settings) | {
+            "shots": benchmark.shots.count if settings.shots is None else settings.shots,
+            "max_new_tokens": settings.tokens(benchmark),
+            "split": benchmark.split,
+            "source": str(Path(where).expanduser().resolve()) if where else benchmark.hub_id or benchmark.name,
+            "model": place,
+            "dtype": dtype,
+        }
+        if benchmark.task:
+            values |= {"prompt": "chat", "metrics": "the task"}
+        kind = HYBRID
+        if tokenizer and is_chat(benchmark, settings.prompt):
+            kind = template_of(benchmark, settings.prompt, tokenizer)
+            values |= {"chat_template": kind.name}
+            check_thinking(kind, settings.thinking if benchmark.generation else None)
+        asked = load(benchmark, where, config.shots, config.limit)
+        exams.append(Exam(benchmark, asked, settings, values, kind))
+    return exams, place
+
+
+def _files(workdir: Path, exams: Sequence[Exam]) -> list[Records]:
+    """The records on disk. Raises UserError where they are of other questions than those there are now."""
+    files = []
+    for exam in exams:
+        file = Records(workdir, exam.benchmark.name, exam.values)
+        for number, record in file.done.items():
+            if number >= len(exam.asked):
+                continue
+            texts = prompts(exam.benchmark, exam.asked[number], exam.settings.prompt, exam.settings.thinking, exam.kind)
+            if record["prompt"] != (texts[0] if len(texts) == 1 else list(texts)):
+                raise UserError(
+                    f"--workdir={workdir}: question {number} of {exam.benchmark.name}, {record['name']}, was another "
+                    "one; choose another --workdir, or put the data set back"
+                )
+        files.append(file)
+    return files
+
+
+def _tokenizer(config: ConfigDict, place: str) -> Tokenizer:
+    return load_tokenizer(source.tokenizer_path(place), config.chat_template)
+
+
+def _open(config: ConfigDict, place: str) -> Evaluator:
+    device = find_device(config.device)
+    cfg, tokenizer = source.read_model_config(place), _tokenizer(config, place)
+    params = source.read_params(place, cfg, device, find_dtype(config.dtype, device))
+    execution = model.Execution(attention=config.attention)
+    return Evaluator(cfg, params, tokenizer, batch_tokens=config.batch_tokens, execution=execution)
+
+
+def _ask(
+    ev: Evaluator, exam: Exam, left: Sequence[int], chunk: int, file: Records | None, shown: tuple[World, bool]
+) -> None:
+    """Ask the questions `left`, a chunk of each rank at a time; rank 0 keeps the records in `file`."""
+    world, progress = shown
+    total, bar_off = len(exam.asked), not (progress and world.main)
+    with tqdm(
+        desc=exam.benchmark.name, total=total, initial=total - len(left), file=sys.stderr, disable=bar_off
+    ) as bar:
+        for first in range(0, len(left), chunk * world.size):
+            part = left[first : first + chunk * world.size]
+            own = part[len(part) * world.rank // world.size : len(part) * (world.rank + 1) // world.size]
+            records = world.together(partial(measure, ev, exam.benchmark, exam.asked, exam.settings, own), UserError)
+            together = [record for some in world.gather(records) for record in some]
+            if file is not None:
+                file.add(together)
+            bar.update(len(part))
+
+
+def _work(ev: Evaluator) -> str:
+    """How many tokens of choices went through this rank's model, of those that there are."""
+    counts = ev.counts
+    if not counts["computed"]:
+        return f"batches of {ev.batch_tokens:,} tokens"
+    return (
+        f"batches of {ev.batch_tokens:,} tokens; {counts['computed']:,} tokens computed on this rank for choices that "
+        f"have {counts['asked']:,} with what they share, and {counts['padding']:,} of padding"
+    )

@@ -1,0 +1,98 @@
+"""A chat's prompt with images and video in the first user's turn, from files to ids and pixels."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+from qwen3f.config import ModelConfig
+from qwen3f.data.chat.recognise import kind_of
+from qwen3f.data.chat.template import segments
+from qwen3f.data.multimodal.samples import PICTURE, expanded, image_segments, video_segments
+from qwen3f.data.sources.image_file import opened, read_image
+from qwen3f.data.tokenizers.token_text import Segment
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
+from qwen3f.infer.pictures import Pictures
+from qwen3f.vision.preprocess import Grid, image_patches, merged_tokens
+from qwen3f.vision.rgb import to_rgb
+from qwen3f.vision.video import video_patches
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Of the frames in a video's directory, in the order of their names."""
+
+
+class Shown(NamedTuple):
+    """An image or a video: its patches and grid, and what stands for it in the text."""
+
+    patches: np.ndarray
+    grid: Grid
+    text: list[Segment]
+
+
+def read_images(paths: str, cfg: ModelConfig, min_pixels: int, max_pixels: int) -> list[Shown]:
+    """paths: with commas between. Raises UserError as read_image."""
+    found = []
+    for path in filter(None, map(str.strip, paths.split(","))):
+        patches, grid = image_patches(read_image(Path(path).expanduser()), cfg, min_pixels, max_pixels)
+        found.append(Shown(patches, grid, image_segments(merged_tokens(grid, cfg))))
+    return found
+
+
+def read_video(place: str, fps: float | None, cfg: ModelConfig) -> Shown:
+    """A directory of frames, taken at `fps`, or a GIF, whose own time is taken where fps is None.
+
+    Raises UserError: no frames, no rate, a frame that cannot be read.
+    """
+    path = Path(place).expanduser()
+    if path.is_dir():
+        names = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        frames = [read_image(name) for name in names]
+    else:
+        frames, own = opened(path, _gif_frames)
+        fps = own if fps is None else fps
+    if not frames:
+        raise UserError(f"the video {place} holds no frame: files ending in {', '.join(SUFFIXES)} are read")
+    if fps is None:
+        raise UserError(f"the video {place} does not say how fast it is: write --config.video_fps=FRAMES_A_SECOND")
+    patches, grid, times = video_patches(frames, fps, cfg)
+    return Shown(patches, grid, video_segments(times, merged_tokens(grid, cfg) // grid[0]))
+
+
+def encode_shown(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], shown: Sequence[Shown], *, thinking: bool | None
+) -> list[int]:
+    """Ids of the chat with all that is shown at the beginning of the first user's turn. A user's text that names a
+    special token is words."""
+    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    for message in messages:
+        if PICTURE in message["content"]:
+            raise UserError("the prompt holds U+FFFC, which stands for an image here; remove it")
+    turns = [dict(message) for message in messages]
+    turns[first]["content"] = PICTURE * len(shown) + turns[first]["content"]
+    kind = kind_of(tokenizer)
+    parts = segments(turns, None, add_generation_prompt=True, enable_thinking=thinking, kind=kind)
+    texts = iter([one.text for one in shown])
+    return tokenizer.encode_segments([piece for part in parts for piece in expanded(part, texts)])
+
+
+def pictures_of(shown: Sequence[Shown]) -> Pictures | None:
+    return Pictures.of([(one.patches, one.grid) for one in shown]) if shown else None
+
+
+def _gif_frames(image: Image.Image, name: str) -> tuple[list[Image.Image], float | None]:
+    """All frames, and how many a second where they say so."""
+    frames, seconds = [], 0.0
+    for frame in _frames(image):
+        frames.append(to_rgb(frame, name))
+        seconds += frame.info.get("duration", 0) / 1000
+    return frames, len(frames) / seconds if seconds > 0 else None
+
+
+def _frames(image: Image.Image) -> Iterator[Image.Image]:
+    for frame in ImageSequence.Iterator(image):
+        copy = frame.copy()
+        copy.info = dict(frame.info)
+        yield copy

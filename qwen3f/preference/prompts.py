@@ -1,0 +1,45 @@
+"""A task's questions as prompts of a model."""
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from qwen3f.data.chat.template import encode_chat
+from qwen3f.data.sources.reasoning import DIFFICULTIES, KINDS
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
+from qwen3f.tasks.reasoning import ReasoningTask
+from qwen3f.tasks.registry import open_task
+from qwen3f.tasks.task import Question, Task
+
+
+def task_of(name: str, flag: str, data: ConfigDict) -> Task:
+    """The task; that of generated problems with the kinds, difficulties and numbers of config.data. Raises UserError.
+
+    flag: what names the task on the command line.
+    """
+    task = open_task(name, flag)
+    if not isinstance(task, ReasoningTask):
+        return task
+    known = {"kinds": KINDS, "difficulties": tuple(map(str, DIFFICULTIES))}
+    chosen = {}
+    for key, all_ in known.items():
+        written = tuple(map(str.strip, data[key].split(","))) if data[key] else all_
+        if not set(written) <= set(all_):
+            raise UserError(f"--config.data.{key} is {data[key]!r}: write some of {', '.join(all_)}")
+        chosen[key] = written
+    return ReasoningTask(chosen["kinds"], tuple(map(int, chosen["difficulties"])), data.problem_seed, data.problems)
+
+
+def prompt_ids(tokenizer: Tokenizer, question: Question, thinking: bool) -> tuple[int, ...]:
+    """The question as a user's turn, up to where the model begins to write."""
+    turns = [{"role": "user", "content": question.prompt}]
+    return tuple(encode_chat(tokenizer, turns, add_generation_prompt=True, enable_thinking=thinking))
+
+
+def fitting(
+    tokenizer: Tokenizer, questions: Sequence[Question], thinking: bool, room: int
+) -> tuple[tuple[Question, ...], int]:
+    """(the questions whose prompts have at most `room` tokens, how many have more)."""
+    short = tuple(question for question in questions if len(prompt_ids(tokenizer, question, thinking)) <= room)
+    return short, len(questions) - len(short)

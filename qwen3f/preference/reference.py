@@ -1,0 +1,194 @@
+"""The reference's log-probabilities: from a file, which is made once, or from its weights beside the policy's.
+
+A file holds one number for each token of a token cache. Its name has a digest of what the numbers depend on: the tokens
+(and so data and tokenizer), the weights' files, the model, the dtype that they were computed in, and seq_len. Another
+of these is another file, so none is ever read for what it is not.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from qwen3f.config import ModelConfig
+from qwen3f.data.cache.column import Column, new_column
+from qwen3f.data.cache.token_cache import TokenCache
+from qwen3f.data.chat.corpus import ChatCorpus
+from qwen3f.data.packing.pair_dataset import PairDataset
+from qwen3f.data.sources.documents import stable_hash
+from qwen3f.errors import UserError
+from qwen3f.interop import source
+from qwen3f.params import Params
+from qwen3f.preference.corpus import with_parts
+from qwen3f.preference.passes import Values, evaluation_outputs, passes
+from qwen3f.train.objective import Batch
+from qwen3f.train.outputs import make_outputs
+from qwen3f.train.setup import Setup
+from qwen3f.train.stage import Run
+from sharding.state import as_dtensors
+
+REFERENCE_LOG_PROBS = ("cached", "live")
+_FORMAT = 1  # of the files; raise it when the same weights would give other numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The model that a policy is held to: what config.init_from named when the run began, or config.dpo.reference.
+
+    place: as in init_from, pinned to a step. digest: of its weights' files. cfg: the model.
+    """
+
+    place: str
+    digest: str
+    cfg: ModelConfig
+
+    def params(self, run: Run) -> Params:
+        """Its weights in the dtype of the forward pass, sharded as the policy's."""
+        setup = run.setup
+        backend = setup.config.checkpoint.backend
+        params = source.read_params(
+            self.place, self.cfg, setup.device, setup.compute_dtype, backend, setup.layout, run.world
+        )
+        return params if run.world.mesh is None else as_dtensors(params, self.cfg, setup.layout, run.world.mesh)
+
+
+def find_reference(run: Run) -> Reference:
+    """The reference of a run's configuration; the same on all ranks. Raises UserError as `source` does."""
+    config = run.setup.config
+    named = config.dpo.reference or config.init_from
+    pinned = run.world.together(lambda: _pinned(named) if run.world.main else None, UserError)
+    place, digest = run.world.first(pinned)
+    cfg = run.setup.model if not config.dpo.reference else source.read_model_config(place)
+    return Reference(place, digest, dataclasses.replace(cfg, gradient_checkpointing="none"))
+
+
+def _pinned(place: str) -> tuple[str, str]:
+    place = source.pinned(place)
+    return place, source.weights_digest(place)
+
+
+def check_reference(before: Mapping[str, Any], now: Mapping[str, str], config: ConfigDict) -> None:
+    """Raises UserError where a run goes on with another reference than it began with. before: from its checkpoint."""
+    if before.get("reference", now["reference"]) != now["reference"]:
+        place = config.dpo.reference or config.init_from
+        raise UserError(
+            f"{place} holds other weights than those of the reference that this run began with; name them by their "
+            "checkpoints/N in --config.dpo.reference, or choose another --workdir"
+        )
+
+
+def check_vocabulary(place: str, setup: Setup) -> None:
+    """Raises UserError unless the model at `place` predicts the ids of the run's."""
+    there = source.read_model_config(place)
+    if there.scalar_head or there.vocab_size != setup.model.vocab_size:
+        raise UserError(
+            f"--config.dpo.reference={place} has {'a scalar head' if there.scalar_head else there.vocab_size} and the "
+            f"policy a vocabulary of {setup.model.vocab_size}: name a model of text with the same one"
+        )
+
+
+def file_of(reference: Reference, cache: TokenCache, seq_len: int, dtype: torch.dtype) -> Path:
+    """Where the reference's log-probabilities of a cache's tokens are, or will be: beside it."""
+    known = (_FORMAT, cache.path.name, reference.digest, json.dumps(reference.cfg.to_dict()), seq_len, str(dtype))
+    return cache.path.with_name(f"reference-{stable_hash(repr(known).encode()):016x}.npy")
+
+
+def with_log_probs(run: Run, reference: Reference, corpus: ChatCorpus) -> tuple[ChatCorpus, list[str]]:
+    """(the corpus with ref_logprobs in its rows, what to print), from files. All ranks call it together.
+
+    Files that are missing are made first; only then are the weights read, once, and let go again.
+    """
+    seq_len, dtype = run.setup.config.seq_len, run.setup.compute_dtype
+    datasets = (*corpus.heldout.values(), *corpus.parts)
+    files = [file_of(reference, dataset.cache, seq_len, dtype) for dataset in datasets]
+    there = [all(on_ranks) for on_ranks in zip(*run.world.gather([file.exists() for file in files]))]
+    if not all(there):
+        params = reference.params(run)
+        outputs = evaluation_outputs(dataclasses.replace(run.setup, model=reference.cfg), "log_probs")
+        for dataset, file, found in zip(datasets, files, there):
+            if not found:
+                write = functools.partial(_write, file, _compute(run, dataset, params, outputs))
+                run.world.together(write if run.world.local_rank == 0 else lambda: None, UserError)
+    columns = {dataset.cache.path: Column(file, dataset.cache.num_tokens) for dataset, file in zip(datasets, files)}
+    lines = [
+        f"reference: {reference.place}, log-probabilities {'from' if found else 'written to'} {file}"
+        for file, found in zip(files, there)
+    ]
+
+    def change(dataset: PairDataset) -> PairDataset:
+        return dataclasses.replace(dataset, ref_logprobs=columns[dataset.cache.path])
+
+    return with_parts(corpus, change), lines
+
+
+def _compute(run: Run, dataset: PairDataset, params: Params, outputs: Values) -> np.ndarray:
+    """The log-probability of each token of a token cache that is in a row and predicted, else 0."""
+    found: np.ndarray | None = None
+    for rows, values in _numbered(run, dataset, params, outputs):
+        if run.stopping():
+            raise UserError("stopped while the reference's log-probabilities were computed; run again")
+        if found is None:
+            found = np.zeros(dataset.cache.num_tokens, values.numpy().dtype)
+        for row, of_row in zip(rows, values.numpy()):
+            begin = 0
+            for start, places in dataset.spans(row):
+                found[start + 1 : start + places + 1] = of_row[begin : begin + places]
+                begin += places
+    return found
+
+
+def _numbered(run: Run, dataset: PairDataset, params: Params, outputs: Values) -> Iterator[tuple[range, Tensor]]:
+    first = 0
+    for batch, values in passes(run, dataset, 0, lambda own: outputs(params, own)):
+        yield range(first, min(first + len(values), len(dataset))), values
+        first += len(batch["tokens"])
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    try:
+        with new_column(path, len(values), values.dtype) as column:
+            column[:] = values
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error}): make room, or write --config.dpo.reference_log_probs=live"
+        ) from error
+
+
+class Live:
+    """The reference's weights in memory, sharded as the policy's; any mesh."""
+
+    def __init__(self, run: Run, reference: Reference) -> None:
+        self._setup = dataclasses.replace(run.setup, model=reference.cfg)
+        self.cfg, self.params = reference.cfg, reference.params(run)
+        self._of_evaluation = evaluation_outputs(self._setup, "log_probs")
+        self._of_steps: dict[int, Values] = {}
+
+    def add_to(self, batch: Batch) -> dict[str, Tensor]:
+        """A step's batch with ref_logprobs; as many micro-batches as the step cuts it into."""
+        parts = len(batch["tokens"]) // microbatch_rows(self._setup)
+        if parts not in self._of_steps:
+            self._of_steps[parts] = make_outputs(
+                self.cfg,
+                self._setup.execution,
+                self._setup.layout,
+                "log_probs",
+                microbatches=parts,
+                compute_dtype=self._setup.compute_dtype,
+            )
+        return {**batch, "ref_logprobs": self._of_steps[parts](self.params, batch)}
+
+    def before(self, values: Values) -> Values:
+        """A function of batches that have ref_logprobs as one of batches of an evaluation, that have none."""
+        return lambda params, batch: values(params, {**batch, "ref_logprobs": self._of_evaluation(self.params, batch)})
+
+
+def microbatch_rows(setup: Setup) -> int:
+    """Rows of a micro-batch on a rank."""
+    return setup.config.batch_size // (setup.layout.axes.rows[1] * setup.microbatches)

@@ -1,0 +1,81 @@
+"""Answers of the model that is trained, on all ranks of a run: each writes its share with the whole weights."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from qwen3f import rng
+from qwen3f.config import ModelConfig
+from qwen3f.data.chat.recognise import opening
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import TrainingError, UserError
+from qwen3f.infer.engine import Engine
+from qwen3f.infer.sampling import SamplingParams
+from qwen3f.params import Params
+from qwen3f.preference.online_rows import Written
+from qwen3f.train.stage import Run
+from sharding.state import whole_params
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerOptions:
+    """max_new_tokens: an answer ends there, if not before. cache_tokens: room of the engine's cache, on a rank."""
+
+    max_new_tokens: int
+    cache_tokens: int
+
+
+class Sampler:
+    """Answers prompts on all ranks together, which all get all answers. One engine, made when it is first used."""
+
+    def __init__(self, run: Run, cfg: ModelConfig, tokenizer: Tokenizer, options: SamplerOptions) -> None:
+        self._run, self._tokenizer, self._options = run, tokenizer, options
+        self._cfg = dataclasses.replace(cfg, gradient_checkpointing="none")
+        self._engine: Engine | None = None
+
+    def answers(
+        self, params: Params, prompts: Sequence[Sequence[int]], count: int, temperature: float, *key: int | str
+    ) -> list[list[Written]]:
+        """`count` answers to each prompt, by prompt, of the policy at `params`, as the run's state has them.
+
+        Answer j to prompt i has a random stream of its own, of (key, i, j), whatever rank writes it. temperature: 0 for
+        the likeliest tokens. Raises UserError for a prompt that the engine cannot answer, TrainingError where the
+        model's logits are not finite.
+        """
+        world = self._run.world
+        setup = self._run.setup
+        engine = self._updated(whole_params(self._cfg, params, setup.layout, setup.compute_dtype))
+        jobs = range(len(prompts) * count)
+        own = jobs[world.rank :: world.size]
+
+        def write() -> list[tuple[list[int], str]]:
+            found = engine.generate(
+                [prompts[job // count] for job in own],
+                SamplingParams(temperature=temperature),
+                max_new_tokens=self._options.max_new_tokens,
+                streams=[rng.key(*key, job) for job in own],
+            )
+            return [(one.ids, one.finish_reason) for one in found]
+
+        told = world.gather(world.together(write, UserError))
+        written = [self._written(*told[job % world.size][job // world.size]) for job in jobs]
+        return [written[i * count : (i + 1) * count] for i in range(len(prompts))]
+
+    def _updated(self, params: Params) -> Engine:
+        if self._engine is None:
+            self._engine = Engine(
+                self._cfg,
+                params,
+                max_tokens=self._options.cache_tokens,
+                execution=self._run.setup.execution,
+                tokenizer=self._tokenizer,
+            )
+        else:
+            self._engine.update(params)
+        return self._engine
+
+    def _written(self, ids: list[int], reason: str) -> Written:
+        if reason.startswith("error"):
+            raise TrainingError(f"an answer could not be written: {reason}")
+        ended = reason == "stop"
+        text = opening(self._tokenizer) + self._tokenizer.decode(ids[:-1] if ended else ids)
+        return Written(tuple(ids), text, ended)

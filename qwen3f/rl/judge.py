@@ -1,0 +1,101 @@
+"""Judges completions by several rewards, in processes that can be killed; every failure is counted.
+
+    "correct=1,format=0.2,my_package.rewards:brevity=0.1"
+
+names three rewards with their weights; the last is any function (Sample) -> a number, or None for what it cannot judge.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from qwen3f.data.mixture import parse_weights
+from qwen3f.errors import UserError
+from qwen3f.processes.killable import Killable, Outcome
+from qwen3f.processes.killable_child import find
+from qwen3f.rl.rewards import REWARDS, Sample
+
+
+def parse_rewards(text: str) -> dict[str, float]:
+    """Name -> weight of config.rewards. Raises UserError for a reward that does not exist."""
+    weights = dict(parse_weights(text))
+    for name in weights:
+        if name in REWARDS:
+            continue
+        if ":" not in name:
+            raise UserError(
+                f"--config.rewards names {name!r}: write one of {', '.join(REWARDS)}, or a function as module:function"
+            )
+        try:
+            there = callable(find(name))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"--config.rewards names {name!r}, which cannot be imported: {error}") from error
+        if not there:
+            raise UserError(f"--config.rewards names {name!r}, which is no function")
+    return weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """
+    Attributes:
+      values: reward -> one number a sample, NaN where it could not be judged.
+      failures: "reward: why" -> of how many samples.
+    """
+
+    values: dict[str, list[float]]
+    failures: dict[str, int]
+
+
+class Judge:
+    """Judges samples by several rewards; a context manager.
+
+    weights: of `parse_rewards`. processes: at a time. deadline: seconds of one reward of one sample. environment: more
+    variables of the processes.
+    """
+
+    def __init__(
+        self, weights: dict[str, float], processes: int, deadline: float, environment: dict[str, str] | None = None
+    ) -> None:
+        self.names, self.weights = tuple(weights), tuple(weights.values())
+        self._killable = Killable(processes, deadline, environment)
+
+    def __call__(self, samples: Sequence[Sample]) -> Judged:
+        """Each reward of each sample, once. One that raises, hangs, or gives what is no number within ±BOUND is NaN,
+        and counted; so is one that says None."""
+        calls = [
+            ("qwen3f.rl.rewards:run_reward", {"name": name, "sample": dataclasses.asdict(sample)})
+            for name in self.names
+            for sample in samples
+        ]
+        outcomes = iter(self._killable.map(calls))
+        values: dict[str, list[float]] = {}
+        failures: Counter[str] = Counter()
+        for name in self.names:
+            values[name] = []
+            for _ in samples:
+                value, why = _read(next(outcomes))
+                values[name].append(value)
+                if why:
+                    failures[f"{name}: {why}"] += 1
+        return Judged(values, dict(failures))
+
+    def close(self) -> None:
+        self._killable.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _read(outcome: Outcome) -> tuple[float, str]:
+    if outcome.failure:
+        return math.nan, outcome.failure
+    if outcome.value is None:
+        return math.nan, "cannot be judged"
+    return outcome.value, ""

@@ -1,0 +1,96 @@
+"""What a policy-gradient loss is made of: a formula a function, pure, with its source.
+
+lr = log π − log π_old and r = exp(lr) of a token, or of a sequence (`sequence_ratio`); A its advantage. Results are
+costs to minimise, of the arguments' common shape. [B, T] tokens, or [B, S] documents.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Clip(NamedTuple):
+    """r counts from 1 − low to 1 + high; where A < 0 up to dual at most (0: no such bound)."""
+
+    low: float
+    high: float
+    dual: float = 0.0
+
+
+def clipped(ratio: Tensor, advantage: Tensor, clip: Clip) -> Tensor:
+    """−min(r · A, clip(r, 1 − low, 1 + high) · A).
+
+    PPO (Schulman et al. 2017, arXiv:1707.06347, equation 7); an upper bound of its own from DAPO (Yu et al. 2025,
+    arXiv:2503.14476, §3.1). dual: for A < 0 at most −dual · A (Ye et al. 2020, arXiv:1912.09729, equation 5), which a
+    first r that is capped gives too, as TRL's delta does.
+    """
+    bounded = ratio.clamp(1 - clip.low, 1 + clip.high) * advantage
+    if clip.dual:
+        ratio = ratio.clamp(max=clip.dual)
+    return -torch.minimum(ratio * advantage, bounded)
+
+
+def clipped_low(ratio: Tensor, advantage: Tensor, clip: Clip) -> Tensor:
+    """1 where the lower bound takes the gradient away, else 0."""
+    return ((ratio < 1 - clip.low) & (advantage < 0)).to(ratio.dtype)
+
+
+def clipped_high(ratio: Tensor, advantage: Tensor, clip: Clip) -> Tensor:
+    """1 where the upper bound takes the gradient away, else 0; where A < 0 that is the dual one."""
+    beyond = (ratio > 1 + clip.high) & (advantage > 0)
+    if clip.dual:
+        beyond = beyond | ((ratio > clip.dual) & (advantage < 0))
+    return beyond.to(ratio.dtype)
+
+
+def cispo(log_prob: Tensor, ratio: Tensor, advantage: Tensor, cap: float) -> Tensor:
+    """−sg(min(r, cap)) · A · log π (MiniMax-M1, arXiv:2506.13585, equations 4 and 5, without a lower bound).
+
+    cap is the weight's bound itself, not how far it may lie above 1 (ScaleRL, arXiv:2510.13786: 5). A cap below 1 would
+    scale every gradient.
+    """
+    return -ratio.clamp(max=cap).detach() * advantage * log_prob
+
+
+def sapo(ratio: Tensor, advantage: Tensor, temperature_pos: float, temperature_neg: float) -> Tensor:
+    """−(4/τ) · σ(τ(r − 1)) · A, with a τ for A > 0 and one for the rest (Gao et al. 2025, arXiv:2511.20347)."""
+    tau = torch.full_like(ratio, temperature_neg).masked_fill(advantage > 0, temperature_pos)
+    return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
+
+
+def sequence_ratio(log_ratio_sum: Tensor, length: Tensor) -> Tensor:
+    """exp(Σ lr / |y|): a document's ratio (GSPO, Zheng et al. 2025, arXiv:2507.18071, equation 7).
+
+    The sum is over the document's tokens that count, length their number; over the length, because a product grows with
+    it: 0.012 a token is a factor of 3.3 after 100.
+    """
+    return (log_ratio_sum / length.clamp(min=1)).exp()
+
+
+def gamma_weight(log_ratio_sum: Tensor, advantage: Tensor) -> Tensor:
+    """φ(w) = e^λ · w^k · e^(−λw), w = exp(Σ lr) of a sequence, without a gradient (VESPO, arXiv:2602.10693).
+
+    (k, λ) = (2, 3) for A ≥ 0, else (3, 2), and log w within [log 1e-8, 20], as in TRL.
+    """
+    log_w = log_ratio_sum.detach().clamp(math.log(1e-8), 20.0)
+    k, lam = (torch.full_like(log_w, b).masked_fill(advantage >= 0, a) for a, b in ((2.0, 3.0), (3.0, 2.0)))
+    return (lam + k * log_w - lam * log_w.exp()).exp()
+
+
+def kl_estimate(log_prob: Tensor, ref_log_prob: Tensor, kind: str) -> Tensor:
+    """An estimate of KL(π, π_ref) from one token (Schulman 2020, "Approximating KL divergence"), Δ = log π − log π_ref.
+
+    "k1": Δ. "k2": Δ²/2. "k3": e^(−Δ) + Δ − 1. As a loss each has its own gradient (Tang and Munos 2025,
+    arXiv:2506.09477): on policy k1's is 0 in expectation and k3's the forward KL's, unless they are multiplied by the
+    ratio; k2's is the reverse KL's.
+    """
+    delta = log_prob - ref_log_prob
+    if kind == "k1":
+        return delta
+    if kind == "k2":
+        return delta**2 / 2
+    if kind == "k3":
+        return torch.exp(-delta) + delta - 1
+    raise ValueError(f"kl={kind!r}: write k1, k2 or k3")

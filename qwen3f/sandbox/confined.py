@@ -1,0 +1,176 @@
+"""A process in a sandbox, as its parent holds it: messages with deadlines, and an end that leaves nothing."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from qwen3f.sandbox.tiers import Tier, find_python, readable, wrapper
+
+_HERE = Path(__file__).parent
+_CHILD = ("values", "confine", "child")  # files of this package, which need no other
+# The sandbox's files may not be readable in it: they go in by the pipe, as modules.
+_BOOT = """
+import json, sys, types
+for name, text in json.loads(sys.stdin.buffer.readline()):
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(text, name, "exec"), module.__dict__)
+module.main()
+"""
+_FIRST_USER, _USERS, _JOBS = 40_000, 19_200, 64  # below 65,536, where a container's map of users may end
+
+
+class ConfineError(RuntimeError):
+    """A sandboxed process ended, was late, or said what is no message."""
+
+
+class Late(ConfineError):
+    """It took longer than it may."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """
+    Attributes:
+      seconds: of both processes together, from when they are up. cpu: seconds of the processor, each.
+      memory: bytes of address space, each. message: bytes of what one says at a time.
+      processes: processes and threads of a job's user, where it is a user of its own.
+      start: seconds to come up.
+    """
+
+    seconds: float = 10.0
+    cpu: int = 5
+    memory: int = 512 << 20
+    message: int = 1 << 20
+    processes: int = 32
+    start: float = 30.0
+
+
+LIMITS = Limits()
+
+_lock, _free = threading.Lock(), queue.SimpleQueue[int]()
+_made = False
+
+
+@contextlib.contextmanager
+def user() -> Iterator[int]:
+    """A user that no other job of this process has; 0 where this process may not choose. Waits while all are taken."""
+    global _made
+    if os.geteuid():
+        yield 0
+        return
+    with _lock:
+        if not _made:
+            first = _FIRST_USER + os.getpid() * _JOBS % _USERS
+            for number in range(_JOBS):
+                _free.put(first + number)
+            _made = True
+    number = _free.get()
+    try:
+        yield number
+    finally:
+        _free.put(number)
+
+
+class Confined:
+    """A context manager. role: "code" or "tests"; see child.py, which gets `order`. number: its user, or 0.
+
+    Its first message, {"up": True}, comes from before any code that is judged."""
+
+    def __init__(self, tier: Tier, role: str, number: int, limits: Limits = LIMITS, **order: Any) -> None:
+        python = find_python()
+        drop = {"user": number, "group": number, "extra_groups": []} if number else {}
+        self._limits, self._rest = limits, b""
+        self._process = subprocess.Popen(
+            [*wrapper(tier, python), python.program, "-I", "-S", "-c", _BOOT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={},
+            cwd="/",
+            start_new_session=True,
+            **drop,
+        )
+        os.set_blocking(self._process.stdin.fileno(), False)
+        confine = {
+            "limits": {
+                "memory": limits.memory,
+                "cpu": limits.cpu,
+                "processes": limits.processes if number else 0,
+            },
+            "seconds": limits.start + limits.seconds,
+            "parent": 0 if tier == "bubblewrap" else os.getpid(),
+            "read": readable(python) if tier == "landlock" else [],
+            "filtered": tier != "none",
+        }
+        try:
+            self.send(
+                [(f"qwen3f.sandbox.{name}", _HERE.joinpath(f"{name}.py").read_text()) for name in _CHILD], limits.start
+            )
+            self.send({"role": role, "confine": confine, **order}, limits.start)
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, message: Any, seconds: float) -> None:
+        """Raises Late, or ConfineError if it has ended."""
+        data, until = memoryview(json.dumps(message).encode() + b"\n"), time.monotonic() + seconds
+        pipe = self._process.stdin.fileno()
+        try:
+            while data:
+                left = until - time.monotonic()
+                if left <= 0 or not select.select([], [pipe], [], left)[1]:
+                    raise Late(f"took longer than {seconds:.3g} s to read")
+                data = data[os.write(pipe, data) :]
+        except OSError as error:
+            raise ConfineError(f"it has ended ({self._process.poll()})") from error
+
+    def receive(self, seconds: float) -> dict[str, Any]:
+        """The next message. Raises Late, or ConfineError if it has ended or says something else."""
+        until, out = time.monotonic() + seconds, self._process.stdout.fileno()
+        while b"\n" not in self._rest:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([out], [], [], left)[0]:
+                raise Late(f"took longer than {seconds:.3g} s")
+            if not (more := os.read(out, 1 << 16)):
+                raise ConfineError("it ended without an answer")
+            self._rest += more
+            if len(self._rest) > self._limits.message:
+                raise ConfineError(f"it said more than {self._limits.message:,} bytes at once")
+        line, _, self._rest = self._rest.partition(b"\n")
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfineError(f"it said what is no message: {error}") from error
+        if not isinstance(message, dict):
+            raise ConfineError("it said what is no message")
+        if "unconfined" in message:
+            raise ConfineError(str(message["unconfined"]))
+        return message
+
+    def close(self) -> None:
+        """Ends it and all that it may have started: in a namespace of its own that dies with it; else it could start
+        nothing."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,188 @@
+"""Whether code passes its tests: judged by the parent, from plain values, with the code in a process of its own."""
+
+import dataclasses
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from qwen3f.sandbox.confined import LIMITS, Confined, ConfineError, Late, Limits, user
+from qwen3f.sandbox.tiers import Tier, find_tier
+from qwen3f.sandbox.values import pack, unpack
+
+WORKERS = max(1, os.cpu_count() or 1)
+_at_a_time = threading.BoundedSemaphore(WORKERS)  # more jobs would only steal each other's seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """
+    Attributes:
+      passed: every test was right.
+      reason: "passed"; "wrong": a test was not; "error": the code or a test raised; "late"; or "ended": a process died
+        or said what is no answer. detail: in words, for a log; parts of it are the code's own.
+      seconds: that it took, start included. tier: of the sandbox.
+    """
+
+    passed: bool
+    reason: str
+    detail: str = ""
+    seconds: float = 0.0
+    tier: Tier = "bubblewrap"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call of the entry point and what it must return. Lists and tuples are one, numbers equal by value; floats to
+    `relative`."""
+
+    arguments: Sequence[Any]
+    expected: Any
+    relative: float = 1e-9
+
+
+Tests = str | Sequence[Case]
+
+
+def run_tests(
+    code: str,
+    tests: Tests,
+    entry_point: str,
+    limits: Limits = LIMITS,
+    *,
+    setup: str = "",
+    tier: str = "",
+) -> Verdict:
+    """Runs `code` in a sandbox, calls its function `entry_point`, and judges what it returns.
+
+    Args:
+      code: Python text of a model. It never sees the tests.
+      tests: cases, which this process compares. Or a Python text of asserts, which runs in a sandbox of its own and
+        calls the function by its name or as `candidate`; if it defines check(candidate), that is called.
+      entry_point: the function's name.
+      setup: Python text for the tests to build on, such as helpers. What tests use and neither defines is called in
+        the code's process: its word is then the code's own.
+      tier: of tiers.TIERS; default: the best that works here.
+
+    As many at a time as there are processors; further calls wait. Raises UserError where there is no sandbox.
+    """
+    found = find_tier(tier)
+    with _at_a_time, user() as number:
+        begin = time.monotonic()
+        try:
+            with Confined(found, "code", number, limits, code=code) as child:
+                judge = _judge_text if isinstance(tests, str) else _judge_cases
+                verdict = judge(child, _Job(tests, entry_point, setup, found, number, limits))
+        except Late as error:
+            verdict = Verdict(False, "late", str(error))
+        except ConfineError as error:
+            verdict = Verdict(False, "ended", str(error))
+        return dataclasses.replace(verdict, seconds=time.monotonic() - begin, tier=found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    tests: Tests
+    entry_point: str
+    setup: str
+    tier: Tier
+    number: int
+    limits: Limits
+
+
+def _judge_cases(child: Confined, job: _Job) -> Verdict:
+    left = _begin(child, job)
+    if isinstance(left, Verdict):
+        return left
+    for case in job.tests:
+        call = {"name": job.entry_point, "arguments": pack(list(case.arguments)), "named": pack({})}
+        child.send(call, left())
+        answer = child.receive(left())
+        if "error" in answer:
+            return _raised(answer)
+        value = _value(answer)
+        if not same(value, case.expected, case.relative):
+            return Verdict(False, "wrong", f"{job.entry_point}{tuple(case.arguments)!r:.200} gave {value!r:.200}")
+    return Verdict(True, "passed")
+
+
+def _judge_text(child: Confined, job: _Job) -> Verdict:
+    order = {"tests": job.tests, "setup": job.setup, "entry_point": job.entry_point}
+    with Confined(job.tier, "tests", job.number, job.limits, **order) as tester:
+        tester.receive(job.limits.start)
+        left = _begin(child, job)
+        if isinstance(left, Verdict):
+            return left
+        while True:
+            message = tester.receive(left())
+            if "passed" in message:
+                if message["passed"] is True:
+                    return Verdict(True, "passed")
+                reason = "wrong" if message["error"] == "AssertionError" else "error"
+                return Verdict(False, reason, f"{message['error']}: {message['words']}")
+            child.send({key: message[key] for key in ("name", "arguments", "named")}, left())
+            answer = child.receive(left())
+            if "error" in answer:
+                answer = {key: str(answer.get(key, ""))[:300] for key in ("error", "words")}
+            else:
+                answer = {"value": pack(_value(answer))}
+            tester.send(answer, left())
+
+
+def _begin(child: Confined, job: _Job) -> Verdict | Callable[[], float]:
+    """Seconds that are left, as a function; or why the code does not run."""
+    child.receive(job.limits.start)
+    until = time.monotonic() + job.limits.seconds
+
+    def left() -> float:
+        return max(0.0, until - time.monotonic())
+
+    ready = child.receive(left())
+    return _raised(ready) if "error" in ready else left
+
+
+def _raised(answer: Mapping[str, Any]) -> Verdict:
+    return Verdict(False, "error", f"{answer['error']}: {answer.get('words', '')}"[:400])
+
+
+def _value(answer: Mapping[str, Any]) -> Any:
+    """The plain value of an answer. Raises ConfineError for what is none."""
+    try:
+        return unpack(answer["value"])
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ConfineError(f"its answer is no value: {error}") from error
+
+
+def same(value: Any, expected: Any, relative: float = 1e-9) -> bool:
+    """Whether two plain values are equal as JSON's are: a list and a tuple are one, True is not 1."""
+    if isinstance(value, bool) or isinstance(expected, bool):
+        return value is expected
+    if isinstance(value, int | float) and isinstance(expected, int | float):
+        try:
+            return value == expected or math.isclose(value, expected, rel_tol=relative)
+        except OverflowError:  # an integer beyond every float
+            return False
+    if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
+        return len(value) == len(expected) and all(same(a, b, relative) for a, b in zip(value, expected))
+    if isinstance(value, dict) and isinstance(expected, dict):
+        return value.keys() == expected.keys() and all(same(value[k], expected[k], relative) for k in expected)
+    return type(value) is type(expected) and value == expected
+
+
+def run_all(
+    jobs: Iterable[tuple[str, Tests, str]], limits: Limits = LIMITS, *, tier: str = "", workers: int = WORKERS
+) -> Iterator[Verdict]:
+    """run_tests of (code, tests, entry point), in order, several at a time. `jobs` is read no further ahead than twice
+    as many as run, so that a slow judge holds back who makes them."""
+    find_tier(tier)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: list[Future[Verdict]] = []
+        for job in jobs:
+            waiting.append(pool.submit(run_tests, *job, limits, tier=tier))
+            if len(waiting) >= 2 * workers:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()

@@ -1,0 +1,221 @@
+"""Online DPO: the policy answers prompts several times, a judge ranks the answers, and the best and the worst of each
+prompt are a pair to learn from (Guo et al. 2024, arXiv:2402.04792).
+
+The loss is that of `dpo`, held to a reference whose weights stay in memory. A prompt whose answers are all alike to the
+judge teaches nothing: it is left out and counted, and further prompts are asked until the step has pairs enough.
+
+R rows of a step over all ranks · T places of a row
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3f.data.loader import Share
+from qwen3f.data.packing.concat import IGNORED_TARGET, Example
+from qwen3f.data.sampler import example_index
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
+from qwen3f.preference.corpus import open_tokenizer
+from qwen3f.preference.judges import JUDGES, Judge, RewardModel, check_reward_model, rule_judge, task_judge
+from qwen3f.preference.online_rows import NewPair, best_and_worst, pack
+from qwen3f.preference.prompts import fitting, prompt_ids, task_of
+from qwen3f.preference.reference import Live, check_reference, check_vocabulary, find_reference, microbatch_rows
+from qwen3f.preference.sampling import Sampler, SamplerOptions
+from qwen3f.preference.wins import Asked, Wins, quality
+from qwen3f.stages.dpo import make_objective, read_hyper
+from qwen3f.tasks.task import Question, Task
+from qwen3f.train.objective import check_model
+from qwen3f.train.readings import number
+from qwen3f.train.setup import Setup, at_least
+from qwen3f.train.stage import Batch, More, Run, Stage
+from qwen3f.train.state import TrainState
+from sharding.pipeline.cut import Pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Questions as a Loader's dataset: an example stands for the question of its place; `prepare` makes the rows."""
+
+    questions: tuple[Question, ...]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def order(self, places: np.ndarray, seed: int) -> np.ndarray:
+        """The questions at `places` of the shuffled, endless order."""
+        return example_index(places, len(self), seed)
+
+    def __getitem__(self, i: int) -> Example:
+        nothing = np.zeros(1, np.int64)
+        return {"tokens": nothing, "targets": nothing + IGNORED_TARGET, "loss_weights": np.zeros(1, np.float32)}
+
+
+def check(setup: Setup) -> None:
+    """Raises UserError for what of online, dpo, data and eval cannot run."""
+    config = setup.config
+    check_model(setup.model, make_objective(read_hyper(config)))
+    _task(setup)
+    for key, low in (("samples", 2), ("max_new_tokens", 1), ("rounds", 1), ("cache_tokens", 0)):
+        at_least(config, f"online.{key}", low)
+    at_least(config, "eval.questions", 0)
+    if not config.online.temperature > 0:
+        raise UserError(
+            f"--config.online.temperature={config.online.temperature}: answers that differ need more than 0"
+        )
+    if not 0 < config.online.fill <= 1:
+        raise UserError(f"--config.online.fill={config.online.fill}: write a share of batch_size above 0, at most 1")
+    if config.online.judge not in JUDGES:
+        raise UserError(f"--config.online.judge={config.online.judge}: write one of {', '.join(JUDGES)}")
+    if config.online.judge == "reward_model":
+        check_reward_model(config.online.reward_model, setup, "--config.online.reward_model")
+    if config.dpo.reference:
+        check_vocabulary(config.dpo.reference, setup)
+    if 2 * config.online.max_new_tokens >= config.seq_len:
+        raise UserError(
+            f"--config.seq_len={config.seq_len} has no room for a prompt and two answers of "
+            f"--config.online.max_new_tokens={config.online.max_new_tokens}: raise the one or lower the other"
+        )
+
+
+def make(run: Run) -> Stage:
+    setup, config = run.setup, run.setup.config
+    if not (config.init_from or config.dpo.reference):
+        raise UserError("the policy is held to the model that it starts from: write --config.init_from=W")
+    tokenizer, task = open_tokenizer(run), _task(setup)
+    questions, long = fitting(tokenizer, tuple(task.questions("train")), config.online.thinking, _room(setup))
+    if not questions:
+        raise UserError(f"--config.online.task={task.name}: none of {long} prompts fits; raise --config.seq_len")
+    left_out = f"; {long:,} are too long and left out" if long else ""
+    return Stage(
+        tokenizer=tokenizer,
+        dataset=Prompts(questions),
+        objective=make_objective(read_hyper(config)),
+        lines=(f"data: {task.name}, {len(questions):,} prompts to answer{left_out}",),
+        microbatch_rows=microbatch_rows(setup),
+        complete=lambda stage: _complete(run, stage, tokenizer, task),
+    )
+
+
+def _complete(run: Run, stage: Stage, tokenizer: Tokenizer, task: Task) -> Stage:
+    """The stage with the weights that it holds beside the policy's."""
+    config, reference = run.setup.config, find_reference(run)
+    live, memory = Live(run, reference), {"reference": reference.digest}
+    options = SamplerOptions(config.online.max_new_tokens, config.online.cache_tokens)
+    rollouts = Rollouts(
+        run, stage.dataset, tokenizer, Sampler(run, run.setup.model, tokenizer, options), _judge(run, task), live
+    )
+    held_out = tuple(islice(task.questions("heldout"), config.eval.questions))
+    held_out, _ = fitting(tokenizer, held_out, config.online.thinking, _room(run.setup))
+    wins = Wins(run, tokenizer, Asked(task, held_out, config.online.thinking, options), lambda: (live.cfg, live.params))
+    return dataclasses.replace(
+        stage,
+        prepare=rollouts.prepare,
+        evaluators={"val": wins.evaluator()} if held_out else {},
+        figures=lambda batch: rollouts.figures,
+        lines=(*stage.lines, f"reference: {reference.place}, its weights beside the policy's"),
+        save=lambda: memory,
+        load=lambda before: check_reference(before, memory, config),
+    )
+
+
+def _judge(run: Run, task: Task) -> Judge:
+    config = run.setup.config.online
+    if config.judge == "reward_model":
+        return RewardModel(run, config.reward_model, "--config.online.reward_model").judge
+    if config.judge == "task":
+        return task_judge(task)
+    return rule_judge(lambda question, answer: quality(task, question, answer, config.thinking))
+
+
+def _task(setup: Setup) -> Task:
+    return task_of(setup.config.online.task, "--config.online.task", setup.config.data)
+
+
+def _room(setup: Setup) -> int:
+    """Tokens of the longest prompt that fits into a row twice, with two answers."""
+    return setup.config.seq_len // 2 - setup.config.online.max_new_tokens + 1
+
+
+class Rollouts:
+    """Prompts to rows of pairs. Every rank finds the same pairs and takes its share of the rows.
+
+    Attributes:
+      figures: of the last step: asked, its prompts; ties, the share of them that gave no pair; ended, the share of
+        answers that ended; answer_tokens, their mean length.
+    """
+
+    def __init__(
+        self, run: Run, prompts: Prompts, tokenizer: Tokenizer, sampler: Sampler, judge: Judge, live: Live
+    ) -> None:
+        self._run, self._prompts, self._tokenizer = run, prompts, tokenizer
+        self._sampler, self._judge, self._live = sampler, judge, live
+        self.figures: dict[str, float] = {}
+
+    def prepare(self, state: TrainState, batch: Batch, more: More) -> Batch:
+        """The step's rows, from the prompts of `batch` and of what `more` gives."""
+        config, pairs, seen = self._run.setup.config, [], Counter()
+        for round_ in range(config.online.rounds):
+            if round_:
+                batch = more()
+            pairs += self._answered(state, batch, round_, seen)
+            if len(pairs) >= config.online.fill * config.batch_size:
+                break
+        if not pairs:
+            raise UserError(
+                f"step {number(state.step) + 1}: the judge {config.online.judge} finds all answers to each of "
+                f"{seen['asked']} prompts alike; raise --config.online.samples or .temperature, or write another judge"
+            )
+        self.figures = {
+            "asked": float(seen["asked"]),
+            "ties": 1 - len(pairs) / seen["asked"],
+            "ended": seen["ended"] / seen["answers"],
+            "answer_tokens": seen["tokens"] / seen["answers"],
+        }
+        return self._live.add_to(self._rows(pairs))
+
+    def _answered(self, state: TrainState, batch: Batch, round_: int, seen: Counter[str]) -> list[NewPair]:
+        config = self._run.setup.config
+        places = np.array(sorted({place for own in self._run.world.gather(batch["index"].tolist()) for place in own}))
+        questions = [self._prompts.questions[i] for i in self._prompts.order(places, config.seed).tolist()]
+        prompts = [prompt_ids(self._tokenizer, question, config.online.thinking) for question in questions]
+        # A run that goes on writes what it would have written.
+        key = (config.seed, "online", number(state.step), round_)
+        answers = self._sampler.answers(state.params, prompts, config.online.samples, config.online.temperature, *key)
+        rewards = self._judge(questions, prompts, answers)
+        flat = [answer for own in answers for answer in own]
+        seen.update(asked=len(prompts), answers=len(flat), ended=sum(a.ended for a in flat))
+        seen.update(tokens=sum(len(a.ids) for a in flat))
+        found = []
+        for prompt, own, values in zip(prompts, answers, rewards, strict=True):
+            if chosen := best_and_worst(own, values):
+                found.append(NewPair(prompt, *(own[i].ids for i in chosen)))
+        return found
+
+    def _rows(self, pairs: Sequence[NewPair]) -> dict[str, Tensor]:
+        """This rank's rows: whole micro-batches, as many on all ranks, and as many as the pipeline can run."""
+        setup = self._run.setup
+        place, rows = setup.layout.axes.rows, microbatch_rows(setup)
+        batch = pack(pairs, setup.config.seq_len, place[1] * rows, self._tokenizer.pad_id)
+        parts = len(batch["tokens"]) // (place[1] * rows)
+        enough = _runnable(setup.layout.pipeline, setup.layout.axes.pp.size, parts)
+        if enough > parts:
+            batch = pack(pairs, setup.config.seq_len, place[1] * rows * enough, self._tokenizer.pad_id)
+        own = torch.from_numpy(Share(*place, enough).rows(len(batch["tokens"])))
+        return {key: x[own].to(setup.device) for key, x in batch.items()}
+
+
+def _runnable(pipeline: Pipeline, ranks: int, parts: int) -> int:
+    """The fewest micro-batches, `parts` or more, that the schedule can run."""
+    while ranks > 1:
+        try:
+            pipeline.check(ranks, parts)
+            break
+        except UserError:
+            parts += 1
+    return max(parts, ranks)

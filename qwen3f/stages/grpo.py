@@ -1,0 +1,331 @@
+"""Reinforcement learning with verifiable rewards: GRPO and its relatives (DeepSeekMath, arXiv:2402.03300).
+
+A step asks a batch of prompts, lets the policy answer each several times, judges the answers by rules, and trains on
+them with the advantage of each over its prompt's others. Losses: qwen3f/rl/policy.py. A batch: qwen3f/rl/prepare.py.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
+from qwen3f.data.chat.recognise import opening
+from qwen3f.data.mixture import parse_weights
+from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from qwen3f.errors import UserError
+from qwen3f.eval.answers import Answer, judge
+from qwen3f.params import Params
+from qwen3f.rl import prepare as R
+from qwen3f.rl.advantages import COMBINE, check_names
+from qwen3f.rl.correction import check_mode
+from qwen3f.rl.judge import Judge, parse_rewards
+from qwen3f.rl.policy import GRPO, make_objective, policy_loss
+from qwen3f.rl.questions import Questions, ask, encode, first_questions
+from qwen3f.rl.rollout import RolloutOptions, Sampler
+from qwen3f.rl.samples import write_samples
+from qwen3f.sandbox.tiers import VARIABLE, find_tier
+from qwen3f.tasks.code import CodeTask
+from qwen3f.tasks.reasoning import ReasoningTask
+from qwen3f.tasks.registry import open_task
+from qwen3f.tasks.task import Question, Task
+from qwen3f.train.metrics import flops_per_token, peak_flops
+from qwen3f.train.objective import check_model
+from qwen3f.train.outputs import make_outputs
+from qwen3f.train.readings import number
+from qwen3f.train.restore import check_tokenizer, find_tokenizer, initial_weights
+from qwen3f.train.setup import Setup, at_least
+from qwen3f.train.stage import Batch, Evaluator, Interrupted, More, Run, Stage
+from qwen3f.train.state import TrainState
+from sharding.state import whole_params
+
+__all__ = ["GRPO", "check", "make", "policy_loss"]
+
+SHOWN_REASONS = 3  # of rewards that failed, in a step's line
+
+
+def check(setup: Setup) -> None:
+    """Raises UserError for what cannot run."""
+    config, rollout = setup.config, setup.config.rollout
+    hyper = find_hyper(setup)
+    check_model(setup.model, make_objective(hyper))
+    check_names(config.advantages.baseline, config.advantages.scale)
+    if config.advantages.combine not in COMBINE:
+        raise UserError(f"--config.advantages.combine={config.advantages.combine}: write one of {', '.join(COMBINE)}")
+    for key in ("rollout.samples", "rollout.max_new_tokens", "rollout.rows", "rollout.microbatch_rows", "updates"):
+        at_least(config, key, 1)
+    for key in ("data.max_samples", "samples.keep", "samples.show", "eval.questions"):
+        at_least(config, key, 0)
+    for key in ("rollout.draws", "eval.max_new_tokens", "judge.processes"):
+        at_least(config, key, 1)
+    if not rollout.temperature > 0:
+        raise UserError(f"--config.rollout.temperature={rollout.temperature}: completions must differ; write e.g. 1.0")
+    if not 0 < rollout.top_entropy <= 1:
+        raise UserError(f"--config.rollout.top_entropy={rollout.top_entropy} must lie in (0, 1], 1 for all tokens")
+    check_mode(rollout.correction, rollout.correction_low, rollout.correction_high)
+    if hyper.loss == "vespo" and (rollout.correction != "none" or rollout.top_entropy < 1):
+        raise UserError("--config.grpo.loss=vespo is not linear in its advantages: write rollout.correction=none, "
+                        "top_entropy=1")  # fmt: skip
+    if rollout.old_logprobs not in ("auto", "trainer", "sampler"):
+        raise UserError(f"--config.rollout.old_logprobs={rollout.old_logprobs}: write auto, trainer or sampler")
+    if rollout.max_new_tokens >= config.seq_len:
+        raise UserError(
+            f"--config.rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in rows of seq_len="
+            f"{config.seq_len}; shorten the one or raise the other"
+        )
+    if not config.judge.deadline > 0:
+        raise UserError(f"--config.judge.deadline={config.judge.deadline}: write seconds that one reward may take")
+    parse_rewards(config.rewards)
+    tasks = find_tasks(setup)
+    if any(isinstance(task, CodeTask) for _, task, _ in tasks):
+        find_tier(config.sandbox)
+    if not config.init_from:
+        raise UserError(
+            "reinforcement learning needs a model that answers already: write --config.init_from=W, a workdir of "
+            "fine-tuning or a Hugging Face directory"
+        )
+
+
+def find_hyper(setup: Setup) -> GRPO:
+    """The loss that config.grpo describes. Raises UserError as GRPO does."""
+    fields = setup.config.grpo.to_dict()
+    fields["sapo_temperatures"] = tuple(fields["sapo_temperatures"])
+    return GRPO(**fields, longest=setup.config.rollout.max_new_tokens)
+
+
+def find_tasks(setup: Setup) -> list[tuple[str, Task, float]]:
+    """(name, task, weight) of config.tasks; `reasoning` with the kinds and difficulties of config.data."""
+    data, out = setup.config.data, []
+    for name, weight in parse_weights(setup.config.tasks):
+        task = open_task(name, "--config.tasks")
+        if isinstance(task, ReasoningTask):
+            fields = {key: data[key] for key in ("kinds", "difficulties", "problems", "problem_seed")}
+            source = generated_problems(ChatDataConfig(**fields))
+            task = ReasoningTask(source.kinds, source.difficulties, source.seed, source.num_problems)
+        out.append((name, task, weight))
+    return out
+
+
+def make(run: Run) -> Stage:
+    setup, config = run.setup, run.setup.config
+    tokenizer = load_tokenizer(find_tokenizer(setup, run.workdir), config.chat_template)
+    check_tokenizer(tokenizer, setup.model)
+    rollout = config.rollout
+    tasks = find_tasks(setup)
+    longest = min(config.seq_len, setup.model.max_position_embeddings) - rollout.max_new_tokens
+    questions = ask(tasks, tokenizer, rollout.thinking, longest, config.data.max_samples)
+    sampling = RolloutOptions(rollout.samples, rollout.max_new_tokens, rollout.temperature, rollout.rows, config.seed)
+    tools = R.Tools(
+        Sampler(setup.model, tokenizer, setup.execution, run.world, sampling),
+        Judge(parse_rewards(config.rewards), config.judge.processes, config.judge.deadline,
+              {VARIABLE: config.sandbox}),
+        tokenizer,
+        run.world,
+        setup.layout.axes,
+    )  # fmt: skip
+    steps = Steps(run, tools, questions, _options(setup, tokenizer))
+    hyper = find_hyper(setup)
+    return Stage(
+        tokenizer=tokenizer,
+        dataset=questions.order,
+        objective=make_objective(hyper, num_ids=tokenizer.vocab_size),
+        evaluators={"val": _evaluator(run, tools, tasks)} if config.eval.questions else {},
+        prepare=steps,
+        finish=lambda state, logger: tools.judge.close(),
+        figures=steps.figures,
+        texts=steps.texts,
+        lines=tuple(_lines(setup, hyper, questions)),
+        updates=config.updates,
+        microbatch_rows=rollout.microbatch_rows,
+    )
+
+
+def _options(setup: Setup, tokenizer: Tokenizer) -> R.Options:
+    config, rollout = setup.config, setup.config.rollout
+    return R.Options(
+        **config.advantages.to_dict(),
+        draws=rollout.draws,
+        mask_truncated=rollout.mask_truncated,
+        correction=rollout.correction,
+        low=rollout.correction_low,
+        high=rollout.correction_high,
+        top_entropy=rollout.top_entropy,
+        trust_sampler=rollout.old_logprobs == "sampler",
+        seq_len=config.seq_len,
+        rows=rollout.microbatch_rows,
+        updates=config.updates,
+        least_parts=setup.microbatches,
+        thinking=rollout.thinking,
+        begun=opening(tokenizer),
+    )
+
+
+def _lines(setup: Setup, hyper: GRPO, questions: Questions) -> list[str]:
+    config = setup.config
+    out = [f"questions: {len(questions.asked):,} to train on, of {config.tasks}; rewards: {config.rewards}"]
+    if questions.too_long:
+        out.append(f"{questions.too_long:,} questions were left out: their prompts leave no room for a completion")
+    if config.rollout.samples == 1 and config.advantages.scale != "batch":
+        out.append(
+            "--config.rollout.samples=1: a completion has no others to be compared with, so every advantage is 0"
+        )
+    if hyper.loss == "bnpo":
+        out.append("--config.grpo.loss=bnpo: over the whole update, where it is dapo")
+    return out
+
+
+class Steps:
+    """Stage.prepare, and what there is to log of the steps since the last reading."""
+
+    def __init__(self, run: Run, tools: R.Tools, questions: Questions, options: R.Options) -> None:
+        setup = run.setup
+        self._run, self._tools, self._questions, self._options = run, tools, questions, options
+        fields = self._fields = {
+            "compute_dtype": setup.compute_dtype,
+            "layout": setup.layout,
+            "num_ids": tools.tokenizer.vocab_size,
+        }
+        entropy = make_outputs(setup.model, setup.execution, output="entropy", **fields)
+        self._log_probs = R.LogProbs(
+            make_outputs(setup.model, setup.execution, **fields),
+            self._reference() if setup.config.grpo.kl_coef else None,
+            entropy if options.top_entropy < 1 else None,
+        )
+        self._history: list[dict[str, float]] = []
+        self._shown: list[str] = []
+        self._first = True
+        self._tokens, self._began, self._prepared = 0, 0.0, 0.0
+
+    def __call__(self, state: TrainState, batch: Batch, more: More) -> Batch:
+        """The step's batch. Raises UserError where nothing could be judged."""
+        setup, given = self._run.setup, 1
+        self._began = time.perf_counter()
+
+        def draw_more() -> Batch:
+            nonlocal given
+            given += 1
+            return more()
+
+        self._tools.sampler.update(whole_params(setup.model, state.params, setup.layout, setup.compute_dtype))
+        drawn = R.draw(batch, draw_more, self._questions.asked, self._tools, self._options)
+        temperature = setup.config.rollout.temperature
+        pad = self._tools.tokenizer.pad_id
+        rows = R.make_rows(drawn.trained, pad, setup.layout.axes, self._options, temperature)
+        rows = {key: value.to(setup.device) for key, value in rows.items()}
+        gaps = R.compare(rows, state.params, self._log_probs, self._tools, self._options)
+        if self._first:
+            self._agree(number(state.step) + 1, gaps)
+        step = number(state.step) + 1
+        self._record(step, drawn, gaps, rows)
+        consumed = torch.tensor(given * setup.config.batch_size, dtype=torch.int64, device=setup.device)
+        self._prepared = time.perf_counter()
+        return {**rows, "consumed": consumed}
+
+    def figures(self, batch: Batch) -> dict[str, float]:
+        """Means over the steps since the last time."""
+        now, history, self._history = time.perf_counter(), self._history, []
+        if not history:
+            return {}
+        setup = self._run.setup
+        names = {name: [one[name] for one in history if name in one] for one in history for name in one}
+        means = {name: sum(values) / len(values) for name, values in names.items()}
+        speed = self._tokens / (now - self._began)  # of the last step: what it trained on
+        flops = flops_per_token(setup.model, setup.config.seq_len)
+        peak = peak_flops(setup.device) * self._run.world.size
+        update = now - self._prepared
+        of_update = self._tokens / update
+        return {
+            **means,
+            "tokens_per_sec": speed,
+            "mfu": speed * flops / peak,
+            "update_seconds": update,
+            "update_tokens_per_sec": of_update,
+        }
+
+    def texts(self) -> list[str]:
+        return self._shown
+
+    def _record(self, step: int, drawn: R.Drawn, gaps: dict[str, float], rows: Batch) -> None:
+        config, world = self._run.setup.config, self._run.world
+        ranks = self._run.setup.layout.axes.rows[1]
+        real = world.gather((rows["segments"] != 0).sum().item())
+        self._tokens = sum(real) * ranks // world.size  # each row is on world.size / ranks ranks
+        padding = 1 - self._tokens / (rows["segments"].numel() * ranks)
+        self._history.append({**R.figures(drawn, self._tools.judge.weights), **gaps, "padding": padding})
+        if not world.main:
+            return
+        kept = R.lines(step, drawn)
+        write_samples(self._run.workdir, step, kept, config.samples.keep)
+        self._shown = [_shown(line) for line in kept[: config.samples.show]]
+        if drawn.failures:
+            worst = sorted(drawn.failures.items(), key=lambda pair: -pair[1])[:SHOWN_REASONS]
+            print(f"step {step}: rewards failed: " + "; ".join(f"{why} ({n} times)" for why, n in worst), flush=True)
+
+    def _agree(self, step: int, gaps: dict[str, float]) -> None:
+        """After a process's first comparison: say how near sampler and trainer are, and whose log-probs are the old
+        ones from here on."""
+        setup, self._first = self._run.setup, False
+        gap = gaps.get("sampler_gap")
+        if setup.config.rollout.old_logprobs == "auto" and setup.execution.invariant and gap == 0:
+            self._options = dataclasses.replace(self._options, trust_sampler=True)
+        whose = "sampler" if self._options.trust_sampler else "trainer"
+        if self._run.world.main:
+            same = "were not compared" if gap is None else f"agree {'bit for bit' if gap == 0 else f'to {gap:.3g}'}"
+            print(f"step {step}: log-probs of sampler and trainer {same}; old ones: the {whose}'s", flush=True)
+
+    def _reference(self) -> Callable[[Batch], Tensor]:
+        """Log-probs of the frozen policy that the run began with, from its weights; never the state's."""
+        run, setup = self._run, self._run.setup
+        outputs = make_outputs(setup.model, setup.execution, **self._fields)
+        weights = {k: p.to(setup.compute_dtype) for k, p in initial_weights(setup, run.world).items()}
+        return lambda rows: outputs(weights, rows)
+
+
+def _shown(line: Mapping[str, object]) -> str:
+    parts = ", ".join(f"{name} {value}" for name, value in line["rewards"].items())
+    return f"{line['prompt']}\n---\n{line['text']}\n--- {parts}; advantage {line['advantage']:.3f}"
+
+
+def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]]) -> Evaluator:
+    """ "accuracy" and "well_formed" of held-out answers; of several tasks also each as "accuracy/TASK"."""
+    setup, config = run.setup, run.setup.config
+    asked: list[tuple[str, Task, tuple[Question, ...]]] = [
+        (name, task, first_questions(task, "heldout", max(1, config.eval.questions // len(tasks))))
+        for name, task, _ in tasks
+    ]
+    thinking, begun = config.rollout.thinking, opening(tools.tokenizer)
+    ids = [encode(tools.tokenizer, q.prompt, thinking) for _, _, questions in asked for q in questions]
+
+    def validate(params: Params) -> dict[str, float]:
+        if run.stopping():
+            raise Interrupted
+        tools.sampler.update(whole_params(setup.model, params, setup.layout, setup.compute_dtype))
+        given = tools.sampler.answers(ids, config.eval.temperature, config.eval.max_new_tokens)
+        texts = [begun + tools.tokenizer.decode(list(one.ids[:-1] if one.ended else one.ids)) for one in given]
+        answers = [Answer(text, one.ended) for text, one in zip(texts, given)]
+        return run.world.first(_marks(asked, answers, thinking) if run.world.main else None)
+
+    def say(values: Mapping[str, float]) -> str:
+        return "held-out " + ", ".join(f"{name} {100 * value:.1f}%" for name, value in values.items())
+
+    return Evaluator(config.eval.every, validate, say)
+
+
+def _marks(
+    asked: list[tuple[str, Task, tuple[Question, ...]]], answers: list[Answer], thinking: bool
+) -> dict[str, float]:
+    sums, place, each = dict[str, list[float]](), 0, dict[str, float]()
+    for name, task, questions in asked:
+        found = judge(task, questions, answers[place : place + len(questions)], thinking)
+        place += len(questions)
+        for key, value in found.items():
+            what, _, group = key.partition("/")
+            if not group:
+                sums.setdefault(key, []).append(value)
+            if len(asked) > 1 and not group:
+                each[f"{what}/{name.partition('@')[0]}"] = value
+            elif group and len(asked) == 1:
+                each[key] = value
+    return {name: sum(values) / len(values) for name, values in sums.items()} | each

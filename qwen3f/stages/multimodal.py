@@ -1,0 +1,145 @@
+"""Training on chats with pictures: next-token prediction of what the assistant writes, with text mixed in.
+
+Qwen3-VL (arXiv:2511.21631, §3) trains its mergers alone first, then everything. Which parts learn, and how fast, is
+config.optimizer.rates (qwen3f.train.optimizer): patterns of paths, such as TOWER and ALIGNER below.
+"""
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+
+from qwen3f.data.corpus import cache_directory
+from qwen3f.data.multimodal.dataset import VisualCorpus, VisualDataConfig, VisualDataset, prepare_visual
+from qwen3f.data.multimodal.dataset import check as check_data
+from qwen3f.data.multimodal.tokenizer import trained_tokenizer
+from qwen3f.data.tokenizers.tokenizer import load_tokenizer
+from qwen3f.eval.exact import make_exact
+from qwen3f.eval.heldout import batches_of_one_shape
+from qwen3f.params import Params
+from qwen3f.stages.sft import make_heldout_loss
+from qwen3f.train.objective import NEXT_TOKEN, check_model
+from qwen3f.train.restore import check_tokenizer, find_tokenizer
+from qwen3f.train.setup import Setup, at_least
+from qwen3f.train.stage import Evaluator, Interrupted, Run, Stage
+
+# The parts of a model for config.optimizer.rates: what sees, what makes tokens of it (DeepStack's mergers too).
+TOWER = r"model\.visual\.(patch_embed|pos_embed|blocks|deepstack_fusion_list)\..*"
+ALIGNER = r"model\.visual\.(merger|deepstack_merger_list)\..*"
+
+
+def check(setup: Setup) -> None:
+    """Raises UserError for what of data and eval cannot run."""
+    check_model(setup.model, NEXT_TOKEN)
+    check_data(_data_config(setup), setup.config.seq_len, setup.model)
+    at_least(setup.config, "eval.max_rows", 0)
+
+
+def make(run: Run) -> Stage:
+    setup, config = run.setup, run.setup.config
+    data, place = _data_config(setup), find_tokenizer(setup, run.workdir)
+    if place:
+        tokenizer = load_tokenizer(place)
+    else:
+        tokenizer = trained_tokenizer(data, setup.model.vocab_size, cache_directory(config.data.cache))
+    check_tokenizer(tokenizer, setup.model)
+    corpus = prepare_visual(data, config.seq_len, tokenizer, setup.model)
+    return Stage(
+        tokenizer=tokenizer,
+        dataset=corpus.train,
+        objective=NEXT_TOKEN,
+        evaluators={"val": _evaluator(run, corpus)},
+        figures=_figures,
+        lines=tuple(corpus.describe()),
+    )
+
+
+def _data_config(setup: Setup) -> VisualDataConfig:
+    fields = {field.name for field in dataclasses.fields(VisualDataConfig)}
+    return VisualDataConfig(**{key: value for key, value in setup.config.data.items() if key in fields})
+
+
+def _figures(batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """What to log of a batch: the shares of its places that are padding, supervised and pictures', and of its patches
+    that are used."""
+    patches = batch["grids"].prod(-1).sum(1).float() / batch["pixel_values"].shape[1]
+    return {
+        "padding": (batch["segments"] == 0).float().mean().item(),
+        "supervised": (batch["loss_weights"] > 0).float().mean().item(),
+        "visual": (batch["visual_index"] > 0).float().mean().item(),
+        "patches": patches.mean().item(),
+    }
+
+
+def _evaluator(run: Run, corpus: VisualCorpus) -> Evaluator:
+    """ "loss" on held-out answers by source; on one device also "exact", the share of answers that greedy decoding
+    gives to the letter, by topic, and "blind", the same with the pictures of other rows."""
+    evaluate = make_heldout_loss(run, corpus.heldout)
+    asks = run.world.size == 1 and corpus.heldout
+    answered = _make_answered(run, corpus) if asks else lambda params: {}
+
+    def validate(params: Params) -> dict[str, float]:
+        return {**evaluate(params), **answered(params)}
+
+    def say(values: Mapping[str, float]) -> str:
+        parts = [f"held-out loss {values['loss']:.4f}"] if "loss" in values else []
+        parts += [f"{name} {100 * values[name]:.1f}%" for name in values if name.partition("/")[0] != "loss"]
+        return ", ".join(parts)
+
+    return Evaluator(run.setup.config.eval.every, validate, say)
+
+
+def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], dict[str, float]]:
+    """answered(params) -> {"exact", "exact/TOPIC", "blind", "majority": …} over the held-out rows that have topics."""
+    setup, config = run.setup, run.setup.config
+    exact = make_exact(setup.model, setup.execution)
+    rows = config.eval.batch_size
+
+    def marks(dataset: VisualDataset, params: Params, blind: bool) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = defaultdict(list)
+        most = min(len(dataset), config.eval.max_rows or len(dataset))
+        for number, batch in enumerate(batches_of_one_shape((dataset[i] for i in range(most)), rows)):
+            if run.stopping():
+                raise Interrupted
+            if blind:
+                batch = _with_other_pictures(batch)
+            right = exact(params, {key: x.to(setup.device) for key, x in batch.items()}).tolist()
+            for i in range(number * rows, min((number + 1) * rows, most)):
+                for segment, chat in enumerate(dataset.members(i)):
+                    found[chat.group].append(float(right[i - number * rows][segment]))
+        return found
+
+    def answered(params: Params) -> dict[str, float]:
+        compute = {path: leaf.to(setup.compute_dtype) for path, leaf in params.items()}
+        values = {}
+        for dataset in corpus.heldout.values():
+            if any(chat.group for chat in dataset.documents):
+                seen, blind = (marks(dataset, compute, how) for how in (False, True))
+                values |= {"exact": _mean(seen), "blind": _mean(blind), "majority": _majority(dataset)}
+                values |= {f"exact/{topic}": sum(marks) / len(marks) for topic, marks in sorted(seen.items())}
+        return values
+
+    return answered
+
+
+def _with_other_pictures(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same questions about other pictures of the same sizes' places: patches are turned round over all rows."""
+    used = torch.arange(batch["pixel_values"].shape[1]) < batch["grids"].prod(-1).sum(1)[:, None]
+    patches = batch["pixel_values"][used]
+    shuffled = batch["pixel_values"].clone()
+    shuffled[used] = patches.roll(len(patches) // 2 + 1, 0)
+    return {**batch, "pixel_values": shuffled}
+
+
+def _mean(marks: Mapping[str, list[float]]) -> float:
+    every = [mark for found in marks.values() for mark in found]
+    return sum(every) / max(1, len(every))
+
+
+def _majority(dataset: VisualDataset) -> float:
+    """What always giving a topic's most frequent answer would reach."""
+    answers: dict[str, Counter[bytes]] = defaultdict(Counter)
+    for chat in dataset.documents:
+        answers[chat.group][chat.ids[chat.trained].tobytes()] += 1
+    return sum(max(found.values()) for found in answers.values()) / len(dataset.documents)

@@ -1,0 +1,61 @@
+r"""Whether two final answers are the same mathematics: by text, else by math-verify in a process with a deadline.
+
+math-verify's own limits are signals, which work in no thread and end no C code: "9^{9^9}" would run for ever. So its
+process is killed. Nothing of an answer is ever evaluated as Python.
+"""
+
+import os
+import re
+
+from qwen3f.data.sources.adapters.answers import after_hashes, last_boxed
+from qwen3f.processes.killable import Outcome, shared
+from qwen3f.processes.killable_child import INSIDE
+from qwen3f.tasks.answer_text import after_thinking, normalised
+
+DEADLINE = 5.0  # seconds of a judgement
+READ = 4_000  # characters of an answer, its last ones, that are looked at
+LONGEST = 500  # of a final answer; a longer one is wrong
+
+_ANNOUNCED = re.compile(r"\b(?:answer|result)\s*(?:is|=|:)\s*(.+)$", re.IGNORECASE)
+_workers = shared(1, DEADLINE)
+
+
+def final_answer(text: str) -> str | None:
+    r"""What the last \boxed{…} holds, else what follows the last "####", else the last line; behind the thinking only.
+
+    Of a last line "… the answer is 5." it is what follows the announcement. None without an answer, or one that is too
+    long to be one.
+    """
+    answer = after_thinking(text)
+    if answer is None:
+        return None
+    answer = answer[-READ:]
+    found = last_boxed(answer)
+    if found is None:
+        found = after_hashes(answer)
+    if found is None:
+        found = next((line.strip() for line in reversed(answer.splitlines()) if line.strip()), None)
+        if found and (announced := _ANNOUNCED.search(found)):
+            found = announced[1]
+        found = found and found.rstrip(". ").strip("* ")
+    return found if found and len(found) <= LONGEST else None
+
+
+def judge(answer_text: str, gold: str) -> Outcome:
+    """math_reward's result, and why it failed."""
+    answer = final_answer(answer_text)
+    if answer is None or not gold.strip():
+        return Outcome(0.0 if gold.strip() else None)
+    if normalised(answer) == normalised(gold):
+        return Outcome(1.0)
+    if os.environ.get(INSIDE):  # here it is a process with a deadline already
+        from qwen3f.tasks.verifier import same_mathematics
+
+        return Outcome(same_mathematics(answer, gold))
+    return _workers().call("qwen3f.tasks.verifier:same_mathematics", answer=answer, gold=gold)
+
+
+def math_reward(answer_text: str, gold: str) -> float | None:
+    """1.0 if the final answer of what a model wrote is right, 0.0 if it is wrong or missing, None if that cannot be
+    told: gold is no mathematics, or the comparison failed or took longer than DEADLINE."""
+    return judge(answer_text, gold).value

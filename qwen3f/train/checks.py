@@ -1,0 +1,210 @@
+"""What of a configuration can be refused by itself: words, numbers and places. Imports no torch, so that is at once.
+
+`cli.run_stage` asks before it imports a stage, `setup.make_setup` again for whoever calls that.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qwen3f.config import ModelConfig
+from qwen3f.data.chat.kinds import KINDS as CHAT_TEMPLATES
+from qwen3f.errors import UserError
+from qwen3f.train.hyper import KINDS as OPTIMIZERS
+from qwen3f.train.hyper import make_hyper
+from sharding.mesh import hybrid, nearest, parse_mesh
+
+# What each key may be; tests hold it against the modules that use the words.
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float64"),
+    "compile": ("auto", "off", "block", "step"),
+    "attention": ("auto", "reference", "sdpa", "flash", "invariant"),
+    "wandb": ("off", "offline", "online"),
+    "chat_template": ("", *CHAT_TEMPLATES),
+    "fsdp.reduce": ("compute", "float32"),
+    "pipeline.schedule": ("1f1b", "interleaved", "zero_bubble", "zbv"),
+    "optimizer.kind": tuple(OPTIMIZERS),
+    "schedule.kind": ("cosine", "wsd", "constant"),
+    "schedule.decay_shape": ("linear", "cosine"),
+    "checkpoint.on_failure": ("stop", "go_on"),
+    "checkpoint.backend": ("orbax", "dcp"),
+    "checkpoint.best_mode": ("min", "max"),
+    "data.packing": ("concat", "best_fit"),
+    "data.long_documents": ("cut", "drop"),
+    "data.turns": ("last", "all"),
+    "data.long_chats": ("drop", "cut_end", "error"),
+    "data.on_bad_row": ("error", "skip"),
+}
+POSITIVE = (
+    "steps", "batch_size", "seq_len", "log_every", "eval.batch_size", "spike.window", "collective_timeout",
+    "data.num_threads", "data.problems", "data.max_heldout", "eval.max_new_tokens", "max_new_tokens", "samples",
+    "eval.benchmark_questions", "online.max_new_tokens", "online.rounds", "updates", "rollout.samples",
+    "rollout.max_new_tokens", "rollout.rows", "rollout.microbatch_rows", "rollout.draws", "judge.processes",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "microbatches", "seed", "eval.every", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
+    "checkpoint.keep_best", "checkpoint.timeout", "spike.threshold", "spike.rollbacks", "nonfinite_skips", "restarts",
+    "watchdog", "resume", "schedule.peak_lr", "schedule.warmup", "schedule.decay", "pipeline.layers", "fsdp.shard_size",
+    "data.workers", "data.max_samples", "data.shuffle_buffer", "data.temperature", "sample.tokens",
+    "sample.temperature", "eval.max_docs", "eval.max_rows", "eval.questions", "show_samples", "context_warmup.length",
+    "temperature", "questions", "keep", "eval.cache_tokens", "online.cache_tokens", "eval.benchmark_tokens",
+    "samples.keep", "samples.show",
+)  # fmt: skip
+SHARES = ("schedule.min_ratio", "data.holdout", "data.switches")  # from 0 to 1
+PLACES = ("init_from", "out", "path")  # of tools, that have to be given
+_OPTIONAL = {"generate": ("out",)}
+_LARGEST = 2**63
+
+
+def check(config: ConfigDict, workdir: Path | None = None) -> None:
+    """Raises UserError, naming key and value, for what no run or tool can do.
+
+    workdir: of the run; None: places are not looked at. Where one has begun, init_from need not be there any more.
+    """
+    values = dict(_values(config))
+    for key, value in values.items():
+        _check_number(key, value)
+    for key, allowed in CHOICES.items():
+        if values.get(key, allowed[0]) not in allowed:
+            words = ", ".join(word for word in allowed if word)
+            raise UserError(f"config.{key}={values[key]!r} is unknown; use one of {words}")
+    if "device" in values and values["device"].partition(":")[0] not in ("auto", "cpu", "cuda"):
+        raise UserError(f"config.device={values['device']!r}: write auto, cpu or cuda")
+    if "model" not in config:
+        for key in PLACES:
+            if not values.get(key, " ") and key not in _OPTIONAL.get(config.stage, ()):
+                raise UserError(f"config.{key} is missing; write --config.{key}=DIR")
+    looked = workdir is not None and not (workdir / "config.json").is_file()
+    if looked and (place := values.get("init_from")) and not _is_there(place):
+        raise UserError(
+            f"config.init_from={place}: there is no {place}; give a workdir, its checkpoints/N, or a Hugging Face "
+            "directory"
+        )
+    if "model" in config:
+        _check_run(config)
+
+
+def check_workdir(workdir: Path) -> None:
+    """Raises UserError unless a run could write in `workdir`; makes nothing. What is there may still refuse."""
+    try:
+        workdir.lstat() if "\0" in str(workdir) else None  # which exists() takes for a name that is free
+        if workdir.is_symlink() and not workdir.exists():
+            raise UserError(
+                f"--workdir={workdir} is a link to {workdir.readlink()}, which is not there; choose another"
+            )
+        place = next(place for place in (workdir, *workdir.absolute().parents) if place.exists() or place.is_symlink())
+        if not place.is_dir():
+            raise UserError(f"--workdir={workdir} cannot be a directory: {place} is a file; choose another")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(f"--workdir={workdir} cannot be written: {place} is read-only; choose another")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"--workdir={str(workdir)[:80]!r} cannot be written ({getattr(error, 'strerror', None) or error}); choose "
+            "another"
+        ) from error
+
+
+def at_least(config: ConfigDict, key: str, low: int) -> None:
+    """Raises UserError for a key, such as "eval.every", whose value is less."""
+    if not (value := get(config, key)) >= low:
+        raise UserError(f"config.{key} must be at least {low}, got {value}")
+
+
+def check_length(config: ConfigDict, cfg: ModelConfig) -> None:
+    """Raises UserError for rows that the model has no positions for."""
+    if config.seq_len > cfg.max_position_embeddings:
+        raise UserError(
+            f"config.seq_len={config.seq_len} exceeds config.model.max_position_embeddings="
+            f"{cfg.max_position_embeddings}; shorten the one or raise the other"
+        )
+
+
+def get(config: ConfigDict, key: str) -> Any:
+    """The value of a key with dots."""
+    return functools.reduce(lambda section, name: section[name], key.split("."), config)
+
+
+def _check_run(config: ConfigDict) -> None:
+    if config.microbatches and config.batch_size % config.microbatches:
+        raise UserError(
+            f"config.batch_size={config.batch_size} cannot be cut into config.microbatches={config.microbatches} equal "
+            "parts; make batch_size a multiple"
+        )
+    if config.checkpoint.keep_best and config.checkpoint.best_metric.startswith("val_") and not config.eval.every:
+        raise UserError(
+            f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs config.checkpoint.best_metric="
+            f"{config.checkpoint.best_metric}, which config.eval.every=0 measures only at the end; write how many steps"
+        )
+    warmup, decay = (_steps(config, key) for key in ("schedule.warmup", "schedule.decay"))
+    if warmup + (decay if config.schedule.kind == "wsd" else 0) > config.steps:
+        what = "and config.schedule.decay " if config.schedule.kind == "wsd" else ""
+        raise UserError(
+            f"config.schedule.warmup={config.schedule.warmup:g} {what}take more than config.steps={config.steps}; "
+            "write shares of the steps below 1, or fewer steps"
+        )
+    make_hyper(**config.optimizer.to_dict())
+    shape = None
+    if "-1" not in config.mesh:  # which the number of devices fills
+        shape = hybrid(parse_mesh(config.mesh), config.fsdp.shard_size, config.fsdp.enabled)
+    if config.init_from:  # the model is another
+        return
+    check_length(config, cfg := ModelConfig.from_dict(config.model.to_dict()))
+    if shape is not None:
+        _check_tp(config, cfg, shape.tp)
+
+
+def _check_tp(config: ConfigDict, cfg: ModelConfig, tp: int) -> None:
+    if not _divides(cfg, tp):
+        sizes = [n for n in range(1, cfg.num_attention_heads + 1) if _divides(cfg, n)]
+        raise UserError(
+            f"config.mesh={config.mesh}: tp={tp} does not divide the model's {cfg.num_attention_heads} heads of "
+            f"queries, {cfg.num_key_value_heads} of keys, widths and vocabulary; write in config.mesh "
+            f"{nearest('tp', tp, sizes)} (tp may be {', '.join(map(str, sizes))})"
+        )
+
+
+def _divides(cfg: ModelConfig, tp: int) -> bool:
+    widths = [cfg.num_attention_heads, cfg.vocab_size]
+    widths += [cfg.intermediate_size] if cfg.dense_layers else []
+    widths += [cfg.moe_intermediate_size] if cfg.sparse_layers else []
+    keys = cfg.num_key_value_heads
+    return all(width % tp == 0 for width in widths) and (keys % tp == 0 or tp % keys == 0)
+
+
+def _check_number(key: str, value: Any) -> None:
+    if type(value) not in (int, float):
+        return
+    if not math.isfinite(value) or abs(value) >= _LARGEST:
+        raise UserError(f"config.{key}={value}: write a finite number below 2^63")
+    low = 1 if key in POSITIVE else 0 if key in NOT_NEGATIVE or key in SHARES else -math.inf
+    if value < low:
+        raise UserError(f"config.{key} must be at least {low}, got {value}")
+    if key in SHARES and value > 1:
+        raise UserError(f"config.{key} must be a share from 0 to 1, got {value}")
+
+
+def _steps(config: ConfigDict, key: str) -> int:
+    value = get(config, key)
+    return int(value * config.steps) if value < 1 else int(value)
+
+
+def _is_there(place: str) -> bool:
+    try:
+        return Path(place).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL in it, no such user
+        return False
+
+
+def _values(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _values(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

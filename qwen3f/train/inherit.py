@@ -1,0 +1,56 @@
+"""The model of a run that starts from weights: theirs, but for what the user wrote on the command line.
+
+A preset then says the run alone (steps, rates, lengths). What it says of the model, such as a rotary base, would be
+read wrongly into weights that were trained with another one.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+from qwen3f.interop import source
+from qwen3f.train import workdir as W
+
+
+def inherit_model(config: ConfigDict, workdir: Path, chosen: Collection[str] = ()) -> ConfigDict:
+    """`config` with the model of config.init_from; as it is where that is empty.
+
+    chosen: keys that the user has set, "model.rope_theta"; these stay, and so does how the model is trained
+      (workdir.TRAINING_FIELDS) and what it may have more than the weights (source.PARTS, a tower).
+    With config.abf (stage 3) a lower rotary base and a shorter context are raised to config.model's, and a rope_scaling
+    there is kept.
+    Raises UserError as source.read_model_config; a run of `workdir` that goes on needs init_from no more.
+    """
+    if not config.init_from:
+        return config
+    theirs = _read(config.init_from, workdir)
+    kept = {key.split(".")[1] for key in chosen if key.startswith("model.")} | W.TRAINING_FIELDS | set(source.PARTS)
+    if not theirs.vision_enabled:
+        kept |= {name for name in config.model if name.startswith("vision_")}
+    ours = config.model.to_dict()
+    values = {name: value for name, value in theirs.to_dict().items() if name not in kept}
+    if config.get("abf", False):
+        values = {name: _raised(name, value, ours[name]) for name, value in values.items()}
+    out = config.copy_and_resolve_references()
+    with out.unlocked(), out.ignore_type():
+        out.model = ConfigDict({**ours, **values})
+    return out
+
+
+def _raised(name: str, theirs: Any, ours: Any) -> Any:
+    if name in ("rope_theta", "max_position_embeddings"):
+        return max(theirs, ours)
+    return ours if name == "rope_scaling" and ours is not None else theirs
+
+
+def _read(place: str, workdir: Path) -> ModelConfig:
+    try:
+        return source.read_model_config(place)
+    except UserError:
+        if (there := W.read_config(workdir)) is None:
+            raise
+        return ModelConfig.from_dict(there["model"])

@@ -1,0 +1,34 @@
+"""What a run that has ended says: where things are, and which commands go on from there."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwen3f import presets
+from qwen3f.config import ModelConfig
+from qwen3f.interop.source import FREE_FIELDS
+from qwen3f.train import workdir as W
+
+
+def next_steps(workdir: Path, cfg: ModelConfig, step: int, commands: Sequence[str]) -> list[str]:
+    """Lines to print. step: of the last checkpoint. commands: as Stage.next."""
+    there = [f"{W.CHECKPOINTS}/{step}", "metrics.jsonl", "tensorboard", W.CONFIG, W.TOKENIZER]
+    launcher = sys.argv[0] if Path(sys.argv[0]).name == "launch.py" else "launch.py"
+    fill = {"workdir": shlex.quote(str(workdir)), "preset": find_preset(cfg)}
+    return [
+        f"done at step {step}; in {workdir}: {', '.join(there)}",
+        "what next:",
+        *(f"  python {shlex.quote(launcher)} {command.format(**fill)}" for command in commands),
+        f"  tensorboard --logdir {shlex.quote(str(workdir / 'tensorboard'))}",
+    ]
+
+
+def find_preset(cfg: ModelConfig) -> str:
+    """The preset with the sizes of `cfg`, or the word PRESET where there is none."""
+    sizes = _sizes(cfg)
+    return next((name for name in presets.PRESETS if _sizes(presets.get(name)) == sizes), "PRESET")
+
+
+def _sizes(cfg: ModelConfig) -> dict[str, object]:
+    return {name: value for name, value in cfg.to_dict().items() if name not in FREE_FIELDS}

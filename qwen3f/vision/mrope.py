@@ -1,0 +1,119 @@
+"""Where each token of a row with images stands: in time, height and width, and which merged feature it is.
+
+Qwen3-VL's rules (transformers, Qwen3VLModel.get_rope_index): a word moves all three axes on by one; the tokens of a
+frame share the time they begin at and spread over height and width from there; what follows goes on behind the longer
+of the two. A video is a sequence of frames with words between them.
+
+Deviation from transformers: images that touch, without a word between them, are one after the other (there, an error).
+
+B rows · T sequence · n images or groups of frames of a row · K merged features of a row
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+
+
+class Places(NamedTuple):
+    """Of items that are the 1st, 2nd, … of a row's frames, one frame after the other.
+
+    image, start: which of the row's grids, and the item it begins with. frame: of that grid. local: place within the
+    frame. height, width: of the frame. there: whether the row has as many.
+    """
+
+    image: Tensor
+    start: Tensor
+    frame: Tensor
+    local: Tensor
+    height: Tensor
+    width: Tensor
+    there: Tensor
+
+
+def places_of(items_BK: Tensor, grids_Bn3: Tensor) -> Places:
+    """Where items number items[b, k], from 0, of row b lie in its grids; [B, K] each. Static shapes, no host sync.
+
+    grids: t, h, w of each image in items; those of no items (zeros) are none. Items beyond the last are in a frame of
+    1 × 1, not `there`.
+    """
+    sizes_Bn = grids_Bn3.to(torch.int64).prod(-1)
+    ends_Bn = sizes_Bn.cumsum(1)
+    total_B1 = ends_Bn[:, -1:]
+    there = (items_BK >= 0) & (items_BK < total_B1)
+    inside = torch.where(there, items_BK, 0).contiguous()
+    image = torch.searchsorted(ends_Bn, inside, right=True).clamp(max=grids_Bn3.shape[1] - 1)
+    start = (ends_Bn - sizes_Bn).gather(1, image)
+    height, width = (
+        torch.where(there, grids_Bn3[..., axis].to(torch.int64).gather(1, image), 1).clamp(min=1) for axis in (1, 2)
+    )
+    frame = (inside - start) // (height * width)
+    local = (inside - start) % (height * width)
+    return Places(image, start, frame, local, height, width, there)
+
+
+def merged_grids(grids_Bn3: Tensor, cfg: ModelConfig) -> Tensor:
+    """Grids in merged tokens, from grids in patches."""
+    side = cfg.vision_merger_spatial_factor
+    return torch.stack((grids_Bn3[..., 0], grids_Bn3[..., 1] // side, grids_Bn3[..., 2] // side), -1)
+
+
+def is_visual(tokens_BT: Tensor, cfg: ModelConfig) -> Tensor:
+    """bool [B, T]: the placeholders that features take the place of."""
+    return (tokens_BT == cfg.image_token_id) | (tokens_BT == cfg.video_token_id)
+
+
+def visual_index(tokens_BT: Tensor, cfg: ModelConfig) -> Tensor:
+    """int32 [B, T]: 0 for a word, else 1 + the number of the row's merged feature that takes this place."""
+    visual = is_visual(tokens_BT, cfg)
+    return torch.where(visual, visual.cumsum(1), 0).to(torch.int32)
+
+
+def position_ids(tokens_BT: Tensor, grids_Bn3: Tensor, cfg: ModelConfig, segments_BT: Tensor | None = None) -> Tensor:
+    """int64 [B, 3, T]: positions in time, height and width.
+
+    Args:
+      tokens: int64; placeholders stand in the order of grids, as many as merged features.
+      grids: t, h, w in patches of each image or video, in the order they come in a row; zero rows are none.
+      segments: document numbers; positions restart where they change. None: one document a row.
+    Raises UserError, naming the row, where the placeholders are not as many as the features.
+    """
+    check_counts(tokens_BT, grids_Bn3, cfg)
+    length = tokens_BT.shape[1]
+    visual = is_visual(tokens_BT, cfg)
+    at = places_of(visual.cumsum(1) - 1, merged_grids(grids_Bn3, cfg))
+    last = at.local == at.height * at.width - 1
+    # What the tokens after this one are moved on by: a whole frame counts once, with its last token.
+    steps = torch.where(visual, torch.where(last, torch.maximum(at.height, at.width), 0), 1)
+    before = steps.cumsum(1) - steps
+    if segments_BT is not None:
+        new = torch.ones_like(visual)
+        new[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+        start = torch.where(new, torch.arange(length, device=tokens_BT.device), 0).cummax(1).values
+        before = before - before.gather(1, start)
+    row, column = at.local // at.width, at.local % at.width
+    spread = torch.stack((torch.zeros_like(row), row, column), 1)
+    return before[:, None] + torch.where(visual[:, None], spread, 0)
+
+
+def next_position(positions_B3T: Tensor) -> Tensor:
+    """int64 [B]: where the token behind a row stands, on all axes."""
+    return positions_B3T.amax((1, 2)) + 1
+
+
+def check_counts(tokens_BT: Tensor, grids_Bn3: Tensor, cfg: ModelConfig) -> None:
+    """Raises UserError unless each row has as many placeholders as merged features, and grids can be merged."""
+    side = cfg.vision_merger_spatial_factor
+    if (grids_Bn3 < 0).any() or (grids_Bn3[..., 1:] % side).any():
+        raise UserError(f"grids must be numbers of patches, height and width multiples of {side}: {grids_Bn3.tolist()}")
+    found = is_visual(tokens_BT, cfg).sum(1).tolist()
+    given = merged_grids(grids_Bn3, cfg).to(torch.int64).prod(-1).sum(1).tolist()
+    for row, (tokens, features) in enumerate(zip(found, given)):
+        if tokens != features:
+            raise UserError(
+                f"row {row} has {tokens} placeholders (<|image_pad|>, <|video_pad|>) for {features} features of its "
+                "images; write as many, and refuse those that a user has typed"
+            )

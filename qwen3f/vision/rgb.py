@@ -1,0 +1,61 @@
+"""Pictures of any kind as RGB, by one rule whether they come from a file or as pillow's objects.
+
+What turns a picture upright (EXIF) is applied; what is transparent stands on white; 16 bits are scaled to 8.
+transformers does the first for files alone and the second for objects alone, and lets 16 bits saturate.
+"""
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from qwen3f.errors import UserError
+from qwen3f.limits import PIXELS
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""By content, whatever a file is called. Others are not tried: pillow opens EPS by starting Ghostscript."""
+
+_WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_WHITE = (255, 255, 255, 255)
+
+
+def check_size(image: Image.Image, name: str) -> None:
+    """Raises UserError for more pixels than limits.PIXELS, which is known before anything is decoded, and for none."""
+    width, height = image.size
+    if width * height > PIXELS.value():
+        raise UserError(f"{name} has {width:,} × {height:,} pixels, {PIXELS.exceeded('pixels')}, or scale it down")
+    if width * height == 0:
+        raise UserError(f"{name} has {width} × {height} pixels: there is nothing to see; leave it out")
+
+
+def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    """The picture upright, on white, in RGB; of an animation the frame it stands at.
+
+    A greyscale of 16 bits (modes I;16 and I, values up to 65,535) keeps its levels: 257 of them make one of 8 bits.
+
+    Raises UserError, which calls it `name`: too many pixels, none, a format that is not one of FORMATS, values that
+    have no known range (mode F, or I beyond 16 bits), damaged data.
+    """
+    if image.format is not None and image.format not in FORMATS:
+        raise UserError(f"{name} is a {image.format}; only {', '.join(FORMATS)} are decoded: convert it")
+    check_size(image, name)
+    if image.mode == "F":
+        raise UserError(f"{name} has floating-point pixels (mode F) of an unknown range: convert it to 8 or 16 bits")
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode not in _WIDE_MODES:
+            return _on_white(image)
+    except Exception as error:  # a decoder may meet anything in a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name} cannot be read ({reason}): copy it again.") from error
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65_535:
+        raise UserError(f"{name} has values from {values.min()} to {values.max()} (mode I): convert it to 8 or 16 bits")
+    levels = (values.astype(np.uint32) + 128) // 257
+    return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if {"A", "a"} & {*image.getbands()} or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,0 +1,96 @@
+"""Video as frames: which are looked at, when they were shown, and their patches (Qwen3-VL's rules).
+
+A video is a list of pictures and the rate they were taken at; time is told to the model in words, before each group of
+frames. Deviation from transformers: without a rate it is an error here, where it takes 24 frames a second.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+from qwen3f.vision.preprocess import Grid, check_limits, check_ratio, flat_patches, token_side
+from qwen3f.vision.rgb import to_rgb
+
+MIN_PIXELS, MAX_PIXELS = 4096, 25_165_824
+"""Of a whole video, height · width · frames, as Qwen3-VL's released preprocessors have them."""
+
+MIN_FRAMES, MAX_FRAMES = 4, 768
+
+
+def sample_frames(count: int, source_fps: float, fps: float = 2.0) -> list[int]:
+    """The numbers of the frames to look at, of `count` taken at source_fps, so that there are `fps` a second.
+
+    Evenly spread from the first to the last; at least MIN_FRAMES where there are as many, at most MAX_FRAMES. Raises
+    UserError for no frames and for rates that are not positive.
+    """
+    if count < 1:
+        raise UserError("a video without frames cannot be read")
+    for name, rate in (("the video's own rate", source_fps), ("the rate to look at it", fps)):
+        if not 0 < rate < math.inf:
+            raise UserError(f"{name} is {rate} frames a second; give a positive number")
+    wanted = min(max(int(count / source_fps * fps), MIN_FRAMES), MAX_FRAMES, count)
+    return np.linspace(0, count - 1, wanted).round().astype(int).tolist()
+
+
+def timestamps(indices: Sequence[int], source_fps: float, group: int) -> list[float]:
+    """Seconds of each group of frames: the mean of its first and last. An incomplete one repeats the last frame."""
+    full = [*indices, *[indices[-1]] * (-len(indices) % group)]
+    times = [index / source_fps for index in full]
+    return [(times[i] + times[i + group - 1]) / 2 for i in range(0, len(times), group)]
+
+
+def fit_size(
+    frames: int, height: int, width: int, factor: int, group: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """(height, width) of every frame, as preprocess.fit_size but for a whole video: transformers' rule for Qwen3-VL.
+
+    group: frames of a patch. Sides below `factor` are first scaled up to it.
+    """
+    check_limits(factor, min_pixels, max_pixels)
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    check_ratio(height, width)
+    high, wide = round(height / factor) * factor, round(width / factor) * factor
+    total = round(frames / group) * group * high * wide
+    if total > max_pixels:
+        shrink = math.sqrt(frames * height * width / max_pixels)
+        return tuple(max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    if total < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * height * width))
+        return tuple(math.ceil(side * grow / factor) * factor for side in (height, width))
+    return high, wide
+
+
+def video_patches(
+    frames: Sequence[Image.Image],
+    source_fps: float,
+    cfg: ModelConfig,
+    fps: float = 2.0,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[np.ndarray, Grid, list[float]]:
+    """(patches float32 [t·h·w, C·T·p·p], grid (t, h, w), seconds of each of the t groups of frames).
+
+    frames: all of the video; those of sample_frames are decoded. A frame of another size than the first is scaled to
+    the same. Raises UserError as sample_frames and image_patches.
+    """
+    indices = sample_frames(len(frames), source_fps, fps)
+    group = cfg.vision_temporal_patch_size
+    pictures = [to_rgb(frames[index]) for index in indices]
+    first = pictures[0]
+    count = max(len(pictures), group)
+    size = fit_size(count, first.height, first.width, token_side(cfg), group, min_pixels, max_pixels)
+    resized = [np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)) for picture in pictures]
+    resized += [resized[-1]] * (-len(resized) % group)
+    patches, grid = flat_patches(np.stack(resized), cfg)
+    return patches, grid, timestamps(indices, source_fps, group)
+
+
+def frame_text(seconds: float) -> str:
+    """What stands before a group of frames."""
+    return f"<{seconds:.1f} seconds>"

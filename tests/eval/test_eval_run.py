@@ -1,0 +1,408 @@
+"""The stage eval: files, resuming by sample, ranks, the errors before anything runs; and benchmarks while training."""
+
+import importlib.metadata
+import json
+import shutil
+import sys
+
+import pytest
+
+from experiments.eval import get_config
+from qwen3f.data.chat.template import render
+from qwen3f.errors import UserError
+from qwen3f.eval import Evaluator, hook, run
+from qwen3f.eval.benchmarks import registry
+from qwen3f.eval.benchmarks.items import load, place_of
+from qwen3f.eval.benchmarks.tasks import task_benchmark
+from qwen3f.eval.measure import Settings, measure
+from qwen3f.eval.records import Records
+from qwen3f.processes.world import World, open_world
+from qwen3f.stages.configs import pretrain_config
+from qwen3f.tasks.reasoning import ReasoningTask
+from qwen3f.train import loop
+from sharding.mesh import parse_mesh
+from tests.data.chat.references import REFERENCES
+from tests.eval import benchmark_rows, tiny_model
+from tests.sharding.worlds import run_processes
+from tests.train.runs import metrics
+
+NAMES = "mmlu,gsm8k,arc_challenge,hellaswag,winogrande,triviaqa"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("eval")
+    tiny_model.export(root / "hf")
+    benchmark_rows.write(root / "rows")
+    return root
+
+
+def configure(place, **changes):
+    config = get_config()
+    config.update(init_from=str(place / "hf"), benchmarks=NAMES, max_new_tokens=6, device="cpu")
+    config.data.root = str(place / "rows")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    return run.evaluate(configure(place), tmp_path_factory.mktemp("whole") / "e", progress=False)
+
+
+def same(a, b):
+    """Everything but rounding: two results of the same questions."""
+    assert a["benchmarks"].keys() == b["benchmarks"].keys()
+    for name in a["benchmarks"]:
+        for one, other in zip(a["benchmarks"][name]["samples"], b["benchmarks"][name]["samples"], strict=True):
+            one, other = dict(one), dict(other)
+            logs = [x.pop("loglikelihoods", []) for x in (one, other)]
+            assert logs[0] == pytest.approx(logs[1], rel=1e-6)
+            assert one == other
+        assert a["benchmarks"][name]["metrics"] == b["benchmarks"][name]["metrics"]
+
+
+def test_results_hold_every_question_and_the_settings_that_decide(place, whole, tmp_path, capsys):
+    out = run.evaluate(configure(place, limit=2, shots=2, benchmarks="mmlu,gsm8k"), tmp_path / "e", progress=False)
+    assert json.loads((tmp_path / "e" / "results.json").read_text()) == out
+    mmlu = out["benchmarks"]["mmlu"]
+    assert (mmlu["questions"], set(mmlu["groups"])) == (4, set(benchmark_rows.SUBJECTS))
+    assert mmlu["settings"]["shots"] == 2 < whole["benchmarks"]["mmlu"]["settings"]["shots"] == 5
+    sample = mmlu["samples"][0]
+    assert sample["prompt"].count("Answer:") == 3
+    assert len(sample["loglikelihoods"]) == 4
+    text = (tmp_path / "e" / "results.md").read_text()
+    assert "| mmlu | acc | " in text
+    assert "- mmlu: 2 shots, raw prompt, test of " in text
+    assert "the first 2 questions of each subject" in text
+    assert "at most 6 new tokens, greedy, " in text
+    printed = capsys.readouterr().out
+    assert text in printed
+    assert "tokens computed on this rank" in printed
+
+
+def test_a_run_that_was_cut_off_goes_on_by_sample(place, whole, tmp_path, monkeypatch):
+    """Broken off after five writes, with half a line behind them; every question is asked once."""
+    config, asked, writes = configure(place, chunk=1), [], []
+    measure, add = run.measure, Records.add
+
+    def counted(ev, benchmark, questions, settings, numbers):
+        asked.extend((benchmark.name, number) for number in numbers)
+        return measure(ev, benchmark, questions, settings, numbers)
+
+    def broken(self, records):
+        if len(writes) == 10:
+            with self._path.open("ab") as file:
+                file.write(b'{"number": 3, "na')
+            raise KeyboardInterrupt
+        add(self, records)
+        writes.append(records)
+
+    monkeypatch.setattr(run, "measure", counted)
+    monkeypatch.setattr(Records, "add", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run.evaluate(config, tmp_path / "e", progress=False)
+    assert not (tmp_path / "e" / "results.json").exists()
+    monkeypatch.setattr(Records, "add", add)
+    asked.pop()  # computed, but not written
+    found = run.evaluate(config, tmp_path / "e", progress=False)
+    assert len(asked) == len(set(asked)) == sum(x["questions"] for x in whole["benchmarks"].values())
+    same(found, whole)
+    again = len(asked)
+    same(run.evaluate(config, tmp_path / "e", progress=False), whole)
+    assert len(asked) == again
+
+
+def test_a_larger_limit_adds_to_what_is_there(place, whole, tmp_path):
+    for limit in (1, 3, 0):
+        found = run.evaluate(configure(place, limit=limit, benchmarks="gsm8k"), tmp_path / "e", progress=False)
+        assert found["benchmarks"]["gsm8k"]["questions"] == (limit or 6)
+    same(found, {"benchmarks": {"gsm8k": whole["benchmarks"]["gsm8k"]}})
+
+
+def rank_of(rank, place, workdir):
+    import torch.distributed as dist
+
+    world = World(rank, 2, rank, group=dist.group.WORLD)
+    return run.evaluate(configure(place, chunk=2, benchmarks="mmlu,gsm8k,winogrande"), workdir, False, world)
+
+
+def test_two_ranks_find_what_one_finds(place, whole, tmp_path):
+    first, second = run_processes(rank_of, 2, place, tmp_path / "e")
+    assert second == {}
+    same(first, {"benchmarks": {name: whole["benchmarks"][name] for name in first["benchmarks"]}})
+    assert len(first["benchmarks"]) == 3
+
+
+def test_a_batch_size_changes_nothing(place, whole, tmp_path):
+    same(run.evaluate(configure(place, batch_tokens=700, chunk=3), tmp_path / "e", progress=False), whole)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"init_from": ""}, "--config.init_from is missing"),
+    ({"init_from": "nowhere"}, "nowhere"),
+    ({"benchmarks": ""}, "--config.benchmarks is empty; write one or more of mmlu"),
+    ({"benchmarks": "gsm8"}, "no benchmark 'gsm8'; did you mean gsm8k?"),
+    ({"benchmarks": "gsm8k,mmlu,gsm8k"}, "names gsm8k twice"),
+    ({"benchmarks": "gsm8k@"}, "names no directory after the @; write gsm8k@DIR"),
+    ({"benchmarks": "gsm8k@nowhere"}, "There is no directory nowhere for gsm8k"),
+    ({"benchmarks": "docvqa@x"}, "docvqa asks about images"),
+    ({"prompt": "raw", "thinking": True}, "--config.thinking=True needs --config.prompt=chat"),
+    ({"prompt": "chat", "thinking": True}, "mmlu scores choices right behind the prompt"),
+    ({"prompt": "spoken"}, "--config.prompt='spoken': write raw or chat"),
+    ({"shots": 6}, "mmlu, abstract_algebra, has 5 examples in the split 'dev', and --config.shots=6 needs 6"),
+    ({"shots": -1}, "--config.shots=-1: write at least 0"),
+    ({"benchmarks": "math", "shots": 5}, "--config.shots=5: math has 4 examples at most"),
+    ({"benchmarks": "gsm8k", "max_new_tokens": 4096}, "leaves no room for a prompt in the model's 4096 positions"),
+    ({"samples": 4}, "would all be the same: write --config.temperature"),
+    ({"mesh": "tp2"}, "--config.mesh=tp2: questions are shared out by dp alone"),
+    ({"limit": -1}, "--config.limit=-1: write at least 0"),
+    ({"metrics": "mine"}, "--config.metrics='mine': write harness or official"),
+])  # fmt: skip
+def test_what_cannot_run_is_one_line(place, tmp_path, changes, words, monkeypatch):
+    monkeypatch.setattr("qwen3f.processes.ranks.local_devices", lambda device: 8)
+    with pytest.raises(UserError) as caught:
+        run.run(configure(place, **changes), tmp_path / "e", progress=False)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "e" / "results.json").exists()
+
+
+def test_a_data_set_that_is_not_there_says_where_to_put_it(place, tmp_path, monkeypatch):
+    words = "has no directory mmlu: put the files of cais/mmlu into .*mmlu, or write mmlu@DIR"
+    with pytest.raises(UserError, match=words):
+        run.run(configure(place, **{"data.root": str(tmp_path), "benchmarks": "mmlu,gsm8k"}), tmp_path / "e")
+
+    def offline(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("qwen3f.data.sources.adapters.hub._load", offline)
+    with pytest.raises(UserError, match="cannot be read from the Hub.*write gsm8k@DIR, or --config.data.root=DIR"):
+        run.run(configure(place, **{"data.root": "", "benchmarks": "gsm8k"}), tmp_path / "e")
+
+
+@pytest.mark.parametrize("version, words", [("4.13.2", "not 4.13.2; write pip install"), (None, "not installed")])
+def test_what_a_score_needs_is_asked_for_before_anything_is_computed(place, tmp_path, version, words, monkeypatch):
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    with pytest.raises(UserError, match=words):
+        run.run(configure(place, benchmarks="math"), tmp_path / "e", progress=False)
+    monkeypatch.setitem(sys.modules, "qwen3f.sandbox", None)
+    with pytest.raises(UserError, match="humaneval runs programs in qwen3f.sandbox, which cannot be imported"):
+        run.run(configure(place, benchmarks="humaneval"), tmp_path / "e", progress=False)
+
+
+@pytest.mark.parametrize("settings", [{"shots": 1}, {"prompt": "chat"}, {"init_from": "moved"}, {"dtype": "float64"}])
+def test_records_of_other_settings_are_not_mixed(place, tmp_path, settings):
+    run.evaluate(configure(place, benchmarks="arc_challenge", limit=1), tmp_path / "e", progress=False)
+    if "init_from" in settings:
+        tiny_model.export(tmp_path / "moved")
+        settings = {"init_from": str(tmp_path / "moved")}
+    with pytest.raises(UserError, match="holds answers by other settings"):
+        run.evaluate(configure(place, benchmarks="arc_challenge", **settings), tmp_path / "e", progress=False)
+
+
+def test_records_of_other_questions_are_not_mixed(place, tmp_path):
+    files = tmp_path / "arc"
+    files.mkdir()
+    original = benchmark_rows.SPLITS["arc_challenge"]["test"]
+    write(files / "test.jsonl", original)
+    config = configure(place, benchmarks=f"arc_challenge@{files}")
+    run.evaluate(config, tmp_path / "e", progress=False)
+    write(files / "test.jsonl", original[::-1])
+    with pytest.raises(UserError, match="question 0 of arc_challenge, .*, was another one"):
+        run.evaluate(config, tmp_path / "e", progress=False)
+    (tmp_path / "e" / "records" / "arc_challenge.jsonl").write_text("[]\n{}\n")
+    with pytest.raises(UserError, match="is not what this program writes"):
+        run.evaluate(config, tmp_path / "e", progress=False)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+BAD_ROWS = {
+    "mmlu": [
+        ("answer", 4),
+        ("answer", "x"),
+        ("answer", None),
+        ("answer", True),
+        ("choices", ["a", "b"]),
+        ("subject", ""),
+    ],
+    "gsm8k": [("question", None), ("answer", 5)],
+    "arc_challenge": [("answerKey", "Z"), ("choices", {"text": ["a"], "label": ["A"]}), ("choices", "a")],
+    "hellaswag": [("label", ""), ("label", "4"), ("endings", []), ("ctx_b", None)],
+    "winogrande": [("answer", "3"), ("answer", ""), ("sentence", "no gap"), ("option1", None)],
+    "triviaqa": [("answer", {"value": "x"}), ("answer", {"aliases": []}), ("question", "")],
+    "math": [("solution", "no box"), ("problem", None), ("type", None)],
+    "humaneval": [("entry_point", None), ("test", "")],
+}
+
+
+@pytest.mark.parametrize("name, column, value", [(n, c, v) for n, pairs in BAD_ROWS.items() for c, v in pairs])
+def test_a_bad_row_is_named_by_file_and_row(name, column, value, tmp_path):
+    split = "validation" if "validation" in benchmark_rows.SPLITS[name] else "test"
+    rows = [dict(row) for row in benchmark_rows.SPLITS[name][split][:3]]
+    rows[1][column] = value
+    write(tmp_path / f"{split}.jsonl", rows)
+    ((benchmark, _),) = registry.parse_benchmarks(name, "--config.benchmarks")
+    with pytest.raises(UserError, match=rf"{split}.jsonl:2 .*{column.split('.')[0][:6]}|{split}.jsonl:2 has"):
+        load(benchmark, str(tmp_path), 0, 0)
+    del rows[1][column]
+    write(tmp_path / f"{split}.jsonl", rows)
+    with pytest.raises(UserError, match=rf"{split}.jsonl:2 has no column '{column}'"):
+        load(benchmark, str(tmp_path), 0, 0)
+    write(tmp_path / f"{split}.jsonl", [])
+    with pytest.raises(UserError, match="holds no row"):
+        load(benchmark, str(tmp_path), 0, 0)
+
+
+def test_one_benchmark_may_lie_in_the_root_itself(tmp_path):
+    ((benchmark, _),) = registry.parse_benchmarks("gsm8k", "x")
+    assert place_of(benchmark, "", str(tmp_path), alone=True) == str(tmp_path)
+    (tmp_path / "gsm8k").mkdir()
+    assert place_of(benchmark, "", str(tmp_path), alone=True) == str(tmp_path / "gsm8k")
+    assert place_of(benchmark, "there", str(tmp_path), alone=True) == "there"
+
+
+# -- while training ----------------------------------------------------------------------------------------------------
+
+
+def training(place, **changes):
+    c = pretrain_config("nano")
+    c.model.update({key: getattr(tiny_model.CFG, key) for key in
+                    ("hidden_size", "intermediate_size", "head_dim", "num_hidden_layers", "vocab_size")})  # fmt: skip
+    c.init_from, c.device = str(place / "hf"), "cpu"
+    c.data.update(mixture=f"files@{place / 'text'}", holdout=0.3, num_threads=1, cache=str(place / "cache"))
+    c.data.tokenizer = str(place / "hf")
+    c.update(steps=4, batch_size=2, seq_len=32, log_every=1)
+    c.eval.update(every=2, benchmarks="winogrande,gsm8k", benchmark_root=str(place / "rows"))
+    c.eval.update(benchmark_questions=6, benchmark_tokens=4)
+    c.checkpoint.every = 2
+    c.sample.tokens = 0
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+@pytest.fixture(scope="module")
+def trained(place, tmp_path_factory):
+    """(what was found last, the workdir) of a run on one device."""
+    (place / "text").mkdir()
+    for i in range(30):
+        (place / "text" / f"{i}.txt").write_text(f"document {i} with some words of its own, {i * i}. " * 4)
+    workdir = tmp_path_factory.mktemp("trained") / "w"
+    return loop.run(training(place), workdir, progress=False), workdir
+
+
+def test_benchmarks_are_asked_while_a_stage_trains(trained):
+    found, workdir = trained
+    assert {"bench_winogrande/acc", "bench_gsm8k/exact_match_flexible", "val_loss"} <= found.keys()
+    rows = metrics(workdir)
+    assert [row["step"] for row in rows if "bench_winogrande/acc" in row] == [2, 4]
+
+
+def test_a_checkpoint_is_evaluated_alone_with_the_same_score(trained, place, tmp_path):
+    workdir = trained[1]
+    for step in (2, 4):
+        config = configure(place, benchmarks="winogrande", init_from=str(workdir / "checkpoints" / str(step)))
+        alone = run.evaluate(config, tmp_path / str(step), progress=False)["benchmarks"]["winogrande"]
+        (logged,) = (row["bench_winogrande/acc"] for row in metrics(workdir) if row["step"] == step)
+        assert alone["metrics"]["acc"]["value"] == logged
+        assert alone["settings"]["model"] == str(workdir / "checkpoints" / str(step))
+
+
+def of_rank(rank, config, workdir):
+    return loop.run(config, workdir, False, open_world(parse_mesh(config.mesh), "cpu", rank))
+
+
+@pytest.mark.parametrize("mesh", ["tp2", pytest.param("dp2", marks=pytest.mark.nightly)])
+def test_ranks_share_the_questions_of_a_stage(mesh, trained, place, tmp_path):
+    """In float32 the ranks' sums differ by rounding, and no answer here is that close."""
+    both = run_processes(of_rank, 2, training(place, mesh=mesh), tmp_path / "w")
+    for found in both:
+        assert {k: v for k, v in found.items() if "bench" in k} == {k: v for k, v in trained[0].items() if "bench" in k}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"eval.benchmarks": "winogrand"}, "--config.eval.benchmarks: there is no benchmark 'winogrand'"),
+    ({"eval.benchmark_questions": 0}, "eval.benchmark_questions must be at least 1"),
+    ({"eval.benchmark_prompt": "x"}, "prompt='x'"),
+    ({"model.scalar_head": True, "stage": "pretrain"}, "a model of scores answers no questions"),
+])  # fmt: skip
+def test_what_a_stage_cannot_ask_is_said_before_it_starts(place, changes, words):
+    from qwen3f.train.setup import make_setup
+
+    with pytest.raises(UserError, match=words):
+        hook.check(make_setup(training(place, **changes)))
+
+
+def test_a_task_is_asked_in_chats_and_judged_by_itself(tmp_path):
+    """Right answers count, one that is still thinking does not; the prompt is the chat template's."""
+    benchmark = task_benchmark(ReasoningTask(num_problems=600))
+    asked = load(benchmark, "", None, 0)
+    questions = list(ReasoningTask(num_problems=600).questions("heldout"))
+    assert [one.item.gold for one in asked] == [one.gold for group in dict.fromkeys(q.group[0] for q in questions)
+                                                for one in questions if one.group[0] == group]  # fmt: skip
+    texts = [f"<think>\nso\n</think>\n\n\\boxed{{{one.item.gold}}}" for one in asked]
+    assert [benchmark.score(one.item, [text])["accuracy"] for one, text in zip(asked, texts)] == [1.0] * len(asked)
+    assert benchmark.score(asked[0].item, ["<think>\nnever ends"]) == {"accuracy": 0.0}
+    ev = Evaluator(tiny_model.CFG, tiny_model.weights(), tiny_model.tokenizer(tmp_path))
+    (record,) = measure(ev, benchmark, asked, Settings(max_new_tokens=4, thinking=True), [1])
+    assert record["prompt"] == render(
+        [{"role": "user", "content": asked[1].item.prompt}], add_generation_prompt=True, enable_thinking=True
+    )
+
+
+@pytest.mark.parametrize("kind", ["instruct-2507", "thinking-2507"])
+def test_a_model_is_asked_in_its_own_kind_of_chats(place, tmp_path, kind):
+    """Which goes into the settings; what it cannot do is said; the thought that a prompt opens is an answer's."""
+    shutil.copytree(place / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text(REFERENCES[kind])
+    thinks = kind == "thinking-2507"
+    changes = {"init_from": str(tmp_path / "hf"), "benchmarks": "gsm8k", "prompt": "chat", "shots": 0, "limit": 2}
+    with pytest.raises(UserError, match=f"{kind}, which {'always' if thinks else 'never'} thinks"):
+        run.evaluate(configure(place, thinking=not thinks, **changes), tmp_path / "no", progress=False)
+    config = configure(place, thinking=thinks, **changes)
+    found = run.evaluate(config, tmp_path / "e", progress=False)["benchmarks"]["gsm8k"]
+    assert found["settings"]["chat_template"] == kind
+    for one in found["samples"]:
+        assert one["prompt"].endswith("<|im_start|>assistant\n" + "<think>\n" * thinks)
+        assert all(text.startswith("<think>\n") == thinks for text in one["outputs"])
+    run.evaluate(config, tmp_path / "e", progress=False)
+    config.chat_template = "hybrid"
+    with pytest.raises(UserError, match="chat_template"):
+        run.evaluate(config, tmp_path / "e", progress=False)
+
+
+def test_benchmarks_of_a_run_are_asked_in_its_model_s_kind_of_chats(place, trained, tmp_path):
+    directory = tmp_path / "hf"
+    shutil.copytree(place / "hf", directory)
+    (directory / "chat_template.jinja").write_text(REFERENCES["thinking-2507"])
+    config = training(place, steps=1, init_from=str(directory), **{"eval.benchmark_prompt": "chat"})
+    config.data.tokenizer = str(directory)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hook, "measure", lambda *given: seen.extend(measure(*given)) or measure(*given))
+        loop.run(config, tmp_path / "w", progress=False)
+    assert any("outputs" in record for record in seen)
+    assert all(record["prompt"].endswith("<think>\n") for record in seen if "outputs" in record)
+
+
+def test_questions_are_spread_over_all_subjects():
+    assert hook._spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert hook._spread([1, 2], 4) == [1, 2]
+
+
+def test_samples_of_a_question_differ_and_do_not_depend_on_company(place, tmp_path):
+    config = configure(place, benchmarks="gsm8k", samples=3, temperature=1.0, limit=4)
+    first = run.evaluate(config, tmp_path / "a", progress=False)["benchmarks"]["gsm8k"]["samples"]
+    outputs = [one["outputs"] for one in first]
+    assert all(len(set(texts)) > 1 for texts in outputs)
+    config.update(chunk=1, batch_tokens=600)
+    second = run.evaluate(config, tmp_path / "b", progress=False)["benchmarks"]["gsm8k"]["samples"]
+    assert [one["outputs"] for one in second] == outputs

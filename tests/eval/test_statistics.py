@@ -1,0 +1,85 @@
+"""Intervals against scipy and by simulation; McNemar against scipy; pass@k against its expectation."""
+
+import random
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from qwen3f.errors import UserError
+from qwen3f.eval.benchmarks.humaneval import pass_at_k
+from qwen3f.eval.compare import compare, described
+from qwen3f.eval.statistics import bootstrap, estimate, mcnemar, paired, wilson
+
+
+@pytest.mark.parametrize("successes, n", [(0, 5), (5, 5), (1, 7), (81, 263), (700, 1000)])
+def test_wilson_is_scipys(successes, n):
+    theirs = scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
+    assert wilson(successes, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def test_right_and_wrong_get_wilson_and_other_values_the_bootstrap():
+    assert (estimate([1.0, 0.0, 1.0]).low, estimate([1.0, 0.0, 1.0]).high) == wilson(2, 3)
+    values = [0.0, 1 / 3, 2 / 3, 1.0] * 25
+    found = estimate(values)
+    assert found.value == pytest.approx(0.5)
+    # of a mean of 100: close to the normal interval; 2,000 resamples move its ends by some 3% of its width
+    half = 1.96 * np.std(values) / 10
+    assert (found.low, found.high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.1 * half)
+    assert bootstrap(values) == bootstrap(values[::-1])
+
+
+@pytest.mark.parametrize("better, worse", [(0, 0), (3, 0), (10, 4), (7, 7), (40, 61)])
+def test_mcnemar_is_the_exact_binomial_test(better, worse):
+    expected = scipy.stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
+    assert mcnemar(better, worse) == pytest.approx(expected, rel=1e-12)
+
+
+def test_paired_intervals_hold_the_true_difference_as_often_as_they_say():
+    """600 draws: 95% ± 3 standard errors of 0.9 points. The models share questions that both find easy."""
+    rand, hits = np.random.default_rng(0), 0
+    for _ in range(600):
+        easy = rand.random(150) < 0.5
+        a, b = (np.where(easy, rand.random(150) < 0.9, rand.random(150) < p).astype(float) for p in (0.3, 0.4))
+        found = paired(a.tolist(), b.tolist())
+        hits += found.low <= 0.05 <= found.high
+        assert found.difference == pytest.approx(b.mean() - a.mean())
+    assert 0.923 <= hits / 600 <= 0.985
+
+
+@pytest.mark.parametrize("n, c, k", [(10, 3, 1), (10, 3, 5), (20, 1, 10), (5, 0, 2), (5, 5, 1), (6, 4, 3)])
+def test_pass_at_k_is_the_chance_by_simulation(n, c, k):
+    """40,000 draws without replacement: 5 standard errors."""
+    rand = random.Random(f"{n} {c} {k}")
+    hits = sum(any(i < c for i in rand.sample(range(n), k)) for _ in range(40_000)) / 40_000
+    assert pass_at_k(n, c, k) == pytest.approx(hits, abs=5 * 0.5 / 200)
+
+
+def test_pass_at_k_is_unbiased():
+    """Its mean over binomial counts is 1 − (1 − p)^k, exactly."""
+    n, k, p = 12, 5, 0.3
+    counts = scipy.stats.binom(n, p).pmf(np.arange(n + 1))
+    assert sum(w * pass_at_k(n, c, k) for c, w in enumerate(counts)) == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
+
+
+def results(marks, gold=0):
+    samples = [{"number": i, "name": f"r{i}", "gold": gold, "metrics": {"acc": float(x)}} for i, x in marks.items()]
+    return {"benchmarks": {"arc_challenge": {"samples": samples}}}
+
+
+def test_two_results_are_compared_question_by_question():
+    a, b = results({0: 0, 1: 1, 2: 0, 3: 1}), results({4: 1, 3: 1, 2: 1, 1: 0, 0: 1})
+    found = compare(a, b)["arc_challenge", "acc"]
+    assert (found.better, found.worse, found.all.n, found.all.difference) == ((0, 2), (1,), 4, 0.25)
+    text = described(compare(a, b))
+    assert "| arc_challenge | acc | +25.00 |" in text
+    assert "- arc_challenge acc, better: 0, 2\n- arc_challenge acc, worse: 1\n" in text
+
+
+@pytest.mark.parametrize(
+    "b, words",
+    [(results({0: 1}, gold=1), "question 0 of arc_challenge is another one"), (results({9: 1}), "in common")],
+)
+def test_results_of_other_questions_are_refused(b, words):
+    with pytest.raises(UserError, match=words):
+        compare(results({0: 0, 1: 1}), b)

@@ -1,0 +1,115 @@
+"""Calls in processes that can be killed: results, failures, deadlines, and nothing that is left behind."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from qwen3f.processes.killable import Killable
+
+HERE = "tests.processes.test_killable"
+
+
+def double(x):
+    return 2 * x
+
+
+def here():
+    return os.getpid()
+
+
+def fails():
+    raise ValueError("no")
+
+
+def hangs():
+    while True:
+        time.sleep(1)
+
+
+def dies():
+    os._exit(3)
+
+
+def no_json():
+    return object()
+
+
+def long():
+    return "x" * (2 << 20)
+
+
+def starts_a_child():
+    if (pid := os.fork()) == 0:
+        time.sleep(600)
+    return pid
+
+
+@pytest.fixture(scope="module")
+def killable():
+    with Killable(2, 2.0) as found:
+        yield found
+
+
+def test_results_in_order(killable):
+    calls = [(f"{HERE}:double", {"x": n}) for n in range(20)]
+    assert [outcome.value for outcome in killable.map(calls)] == [2 * n for n in range(20)]
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("fails", "ValueError: no"),
+        ("hangs", "took longer than 2 s"),
+        ("dies", "its process ended: exit code 3"),
+        ("no_json", "its result is no JSON"),
+        ("long", "more than 1,048,576 bytes"),
+        ("missing", "AttributeError"),
+    ],
+)
+def test_a_failure_costs_its_own_call_alone(name, words, killable):
+    outcomes = killable.map([(f"{HERE}:{name}", {}), (f"{HERE}:double", {"x": 4})])
+    assert outcomes[0].value is None
+    assert words in outcomes[0].failure
+    assert outcomes[1].value == 8
+    assert killable.call(f"{HERE}:double", x=1).value == 2
+
+
+def test_a_call_that_fails_keeps_its_process():
+    with Killable(1, 10.0) as one:
+        first = one.call(f"{HERE}:here").value
+        assert one.call(f"{HERE}:fails").failure
+        assert one.call(f"{HERE}:here").value == first
+
+
+def test_what_a_killed_process_had_started_ends_with_it():
+    with Killable(1, 2.0) as one:
+        child = one.call(f"{HERE}:starts_a_child").value
+        assert one.call(f"{HERE}:hangs").failure
+    deadline = time.monotonic() + 20
+    while _lives(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _lives(child)
+
+
+def _lives(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_threads_share_it(killable):
+    found = []
+
+    def one(n):
+        found.append(killable.call(f"{HERE}:double", x=n).value)
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [0, 2, 4, 6, 8, 10]

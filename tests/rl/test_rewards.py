@@ -1,0 +1,149 @@
+"""Rewards: what they give, and that one which fails is counted, costs its own sample, and ends."""
+
+import math
+import threading
+
+import pytest
+
+from qwen3f.errors import UserError
+from qwen3f.rl.judge import Judge, parse_rewards
+from qwen3f.rl.rewards import REWARDS, Sample, math_reward
+from qwen3f.tasks.equivalence import final_answer, judge
+
+BAD = "tests.rl.toy_rewards"
+
+
+def sample(text, gold="5", **more):
+    fields = {"task": "reasoning", "prompt": "How many?", "ended": True, "thinking": True, "tokens": 10, "longest": 100}
+    return Sample(gold=gold, text=text, **(fields | more))
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (r"\boxed{3} or \boxed{4}", "4"),
+        (r"<think>\boxed{3}</think>it is 4", "it is 4"),
+        ("<think>\\boxed{3}", None),
+        ("<think>#### 3</think>\nso\n#### 1,234", "1234"),
+        ("Long talk.\nThe answer is **7**.", "7"),
+        ("a\n\nfinal answer: $x+1$.\n\n", "$x+1$"),
+        ("12", "12"),
+        ("", None),
+        ("<think>7</think>  ", None),
+        ("\\boxed{" + "1" * 600 + "}", None),
+    ],
+)
+def test_the_final_answer(text, expected):
+    assert final_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    "answer, gold, expected",
+    [
+        (r"\boxed{\frac{1}{2}}", "0.5", 1.0),
+        (r"\boxed{0.50}", r"\frac12", 1.0),
+        (r"\boxed{x+1}", "1+x", 1.0),
+        (r"\boxed{1,000}", "1000", 1.0),
+        (r"\boxed{\{2,1\}}", r"\{1,2\}", 1.0),
+        (r"\boxed{(2,1)}", "(1,2)", 0.0),
+        (r"\boxed{6}", "5", 0.0),
+        ("I do not know", "5", 0.0),
+        ("", "5", 0.0),
+        (r"\boxed{}", "5", 0.0),
+        (r"\boxed{5}", "", None),
+        (r"\boxed{1; import os}", "1", 0.0),
+        (r"\boxed{__import__('os')._exit(0)}", "1", 0.0),
+    ],
+)
+def test_math_reward(answer, gold, expected):
+    assert math_reward(answer, gold) == expected
+
+
+def test_an_answer_that_would_compute_for_ever_is_not_judged_and_the_next_one_is(monkeypatch):
+    """9^9^9 in sympy ends with the machine: the process is killed at its deadline (verl PR 5839 hung)."""
+    monkeypatch.setattr("qwen3f.tasks.equivalence._workers", _short)
+    outcome = judge(r"\boxed{9^{9^9}}", "5")
+    assert outcome.value is None
+    assert outcome.failure.startswith("took longer than")
+    assert math_reward(r"\boxed{\frac{10}{2}}", "5") == 1.0
+
+
+def _short(made=[]):  # noqa: B006 (one for the module)
+    from qwen3f.processes.killable import Killable
+
+    if not made:
+        made.append(Killable(1, 3.0))
+    return made[0]
+
+
+def test_an_answer_of_a_megabyte_is_wrong_at_once():
+    assert math_reward("1" * 1_000_000, "5") == 0.0
+    assert math_reward("\\boxed{" * 150_000, "5") == 0.0
+    assert math_reward("x " * 500_000 + r"\boxed{5}", "5") == 1.0
+
+
+def test_math_reward_works_in_a_thread():
+    """verl PR 5635: math-verify's signals raise in a thread, and every reward was 0 without a word."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(math_reward(r"\boxed{\frac{2}{4}}", "0.5")))
+    thread.start()
+    thread.join()
+    assert found == [1.0]
+
+
+def test_rewards_by_rule():
+    good = sample("<think>\n2+3\n</think>\n\n\\boxed{5}")
+    assert REWARDS["correct"](good) == REWARDS["format"](good) == 1.0
+    cut = sample(good.text, ended=False)
+    assert REWARDS["correct"](cut) == REWARDS["math"](cut) == REWARDS["format"](cut) == 0.0
+    plain = sample("\\boxed{5}", thinking=False)
+    assert (REWARDS["format"](plain), REWARDS["format"](sample("\\boxed{5}"))) == (1.0, 0.0)
+    assert REWARDS["length"](good) == -0.1
+    assert [REWARDS["overlong"](sample("x", tokens=n)) for n in (75, 80, 100)] == [0.0, -0.2, -1.0]
+    assert REWARDS["language"](sample("five пять")) == 0.5
+    assert REWARDS["language"](sample("\\boxed{5}", prompt="多少？")) == 0.0
+    assert REWARDS["language"](sample("5 5")) == 1.0
+
+
+def test_failures_are_counted_and_nothing_waits_for_them():
+    """Each reward once a sample, in order (NeMo PR 3058: two after an exception)."""
+    good, bad = sample("abc"), sample("raise")
+    names = [f"{BAD}:{n}" for n in ("raises", "hangs", "dies", "says_nothing", "nan", "text", "huge")]
+    with Judge(dict.fromkeys([f"{BAD}:fine", f"{BAD}:sometimes", f"{BAD}:shouts", *names], 1.0), 2, 1.5) as judge_all:
+        found = judge_all([good, bad])
+    assert found.values[f"{BAD}:fine"] == [3.0, 5.0]
+    assert found.values[f"{BAD}:sometimes"][0] == 1.0
+    assert math.isnan(found.values[f"{BAD}:sometimes"][1])
+    assert found.values[f"{BAD}:shouts"] == [0.5, 0.5]
+    for name in names:
+        assert all(map(math.isnan, found.values[name])), name
+    said = {name.partition(": ")[0]: (name.partition(": ")[2], count) for name, count in found.failures.items()}
+    assert said.pop(f"{BAD}:sometimes") == ("RuntimeError: on this one", 1)
+    words = {
+        "raises": "KeyError: 'gold'",
+        "hangs": "took longer than 1.5 s",
+        "dies": "its process ended: exit code 0",
+        "says_nothing": "cannot be judged",
+        "nan": "it gave nan",
+        "text": "it gave '1.0', which is no number",
+        "huge": "it gave 1000000000.0, which is not within",
+    }
+    assert said.keys() == {f"{BAD}:{name}" for name in words}
+    for name, part in words.items():
+        why, count = said[f"{BAD}:{name}"]
+        assert part in why
+        assert count == 2
+
+
+def test_rewards_are_named_with_weights():
+    assert parse_rewards("correct=1,format=0.2") == {"correct": 1.0, "format": 0.2}
+    assert parse_rewards(f"{BAD}:fine") == {f"{BAD}:fine": 1.0}
+    for text, words in (
+        ("corect", "names 'corect': write one of correct"),
+        (f"{BAD}:missing", "cannot be imported"),
+        ("no.such:module", "cannot be imported"),
+        (f"{BAD}:number", "is no function"),
+        ("correct=0", "positive"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parse_rewards(text)

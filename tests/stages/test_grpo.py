@@ -1,0 +1,86 @@
+"""GRPO as runs: meshes, micro-batches and packing change no number; a killed run goes on with the same samples."""
+
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from qwen3f.processes.world import open_world
+from qwen3f.train import loop
+from sharding.mesh import parse_mesh
+from tests.sharding.worlds import run_processes
+from tests.stages import toy_rl
+from tests.train.runs import metrics
+
+NUMBERS = ("loss", "aux_loss", "grad_norm", "tokens_seen", "ratio_gap", "clip_low", "clip_high", "moved", "entropy",
+           "kl", "reward", "truncated", "completion_tokens", "groups_wasted", "sampler_kl", "val_accuracy")  # fmt: skip
+TWO = {"dp2": "dense", "tp2": "dense", "cp2": "dense", "pp2": "dense", "ep2": "moe"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    place = tmp_path_factory.mktemp("grpo")
+    toy_rl.write_data(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def alone(root):
+    """kind -> what one device learned. KL and a document's ratio are in it, and two updates a step."""
+    found = {}
+    for kind in ("dense", "moe"):
+        loop.run(hard(root, kind), root / "alone" / kind, progress=False)
+        found[kind] = learned(root / "alone" / kind)
+    return found
+
+
+def hard(root, kind="dense", **changes):
+    """What is hardest to keep equal: two updates of two micro-batches, KL to a reference, a sum over documents."""
+    parts = {
+        "grpo.loss": "grpo",
+        "grpo.kl_coef": 0.1,
+        "updates": 2,
+        "steps": 2,
+        "rollout.samples": 3,
+        "checkpoint.every": 0,
+    }
+    return toy_rl.make_config(root, kind, **(parts | changes))
+
+
+def learned(workdir):
+    return [[line[name] for name in NUMBERS if name in line] for line in metrics(workdir)]
+
+
+def same(got, expected, what):
+    """To 1e-10: float64, and only sums are in another order."""
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-10, abs=1e-10), what
+
+
+def samples(workdir):
+    return {path.name: path.read_text() for path in (workdir / "samples").glob("*.jsonl")}
+
+
+# -- one denominator ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"microbatches": 1}, {"rollout.microbatch_rows": 2}, {"seq_len": 256}], ids=str)
+def test_any_cut_into_micro_batches_and_any_packing(changes, root, alone, tmp_path):
+    loop.run(hard(root, **changes), tmp_path, progress=False)
+    same(learned(tmp_path), alone["dense"], changes)
+    assert samples(tmp_path) == samples(root / "alone" / "dense")
+
+
+def on_ranks(rank, meshes, root, folder):
+    for mesh, kind in meshes.items():
+        config = hard(Path(root), kind, mesh=mesh)
+        loop.run(ConfigDict(config), Path(folder) / mesh, False, open_world(parse_mesh(mesh), "cpu", rank))
+
+
+@pytest.mark.parametrize("meshes, ranks", [(TWO, 2)], ids=["two"])
+def test_every_mesh(meshes, ranks, root, alone, tmp_path):
+    run_processes(on_ranks, ranks, meshes, str(root), str(tmp_path))
+    for mesh, kind in meshes.items():
+        same(learned(tmp_path / mesh), alone[kind], mesh)
+        assert samples(tmp_path / mesh) == samples(root / "alone" / kind), mesh

@@ -1,0 +1,117 @@
+"""The multimodal stage from its configuration: it learns, what is frozen stays, a run goes on where it stopped."""
+
+import numpy as np
+import pytest
+import torch
+
+from qwen3f import params as P
+from qwen3f.checkpoint.checkpointer import Checkpointer
+from qwen3f.data.corpus import cache_directory
+from qwen3f.data.multimodal.tokenizer import trained_tokenizer
+from qwen3f.errors import UserError
+from qwen3f.interop import hf
+from qwen3f.interop.source import read_model_config, read_params
+from qwen3f.stages import multimodal
+from qwen3f.stages.configs import multimodal_config
+from qwen3f.stages.multimodal import ALIGNER, TOWER
+from qwen3f.train import loop
+from qwen3f.train.setup import make_setup
+
+
+@pytest.fixture
+def make(tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp() / "cache"
+
+    def config(**changes):
+        c = multimodal_config("nano_vl")
+        c.device = "cpu"
+        c.data.cache = str(cache)
+        c.data.update(
+            pictures=300, min_pixels=64 * 64, max_pixels=64 * 64, patches=256, images=4, picture_kinds="shapes"
+        )
+        c.model.update(num_hidden_layers=2, hidden_size=32, intermediate_size=48, head_dim=16, vocab_size=384)
+        c.model.update(mrope_section=(4, 2, 2), vision_hidden_size=32, vision_num_attention_heads=2)
+        c.model.update(vision_num_hidden_layers=2, vision_intermediate_size=48, vision_deepstack_layers=(0,))
+        c.update(steps=6, batch_size=4, seq_len=128, log_every=3)
+        c.schedule.update(peak_lr=1e-2, warmup=0.1)
+        c.eval.update(every=0, batch_size=4, max_rows=8)
+        c.checkpoint.update(every=3, keep=0)
+        c.update_from_flattened_dict(changes)
+        return c
+
+    return config
+
+
+def at(config, workdir, step):
+    cfg = read_model_config(str(workdir))
+    return read_params(f"{workdir}/checkpoints/{step}", cfg, "cpu", torch.float32)
+
+
+def test_it_learns_and_measures_answers(make, tmp_path, capsys):
+    loop.run(make(steps=12), tmp_path / "w", progress=False)
+    said = capsys.readouterr().out
+    assert "held-out loss" in said
+    assert "exact" in said
+    assert "blind" in said
+    assert "pictures in" in said
+
+
+def test_what_is_frozen_keeps_its_bits(make, tmp_path):
+    """Mergers alone first, as Qwen3-VL does."""
+    loop.run(make(**{"optimizer.rates": f"{ALIGNER}=1,.*=0"}), tmp_path / "w", progress=False)
+    config = make()
+    before = P.init_params(make_setup(config).model, config.seed)
+    after = at(config, tmp_path / "w", 6)
+    moved = {path for path, leaf in after.items() if not torch.equal(leaf, before[path])}
+    assert moved
+    assert all(path.startswith((P.MERGER, P.TAP_MERGERS)) for path in moved)
+    meta = Checkpointer(tmp_path / "w" / "checkpoints", every=0, keep=0)
+    assert meta.latest() == 6
+
+
+def test_patterns_name_all_of_the_tower():
+    import re
+
+    from qwen3f import presets
+
+    for name in ("nano_vl", "seed_vl"):
+        for path in P.abstract_params(presets.get(name)):
+            parts = [pattern for pattern in (TOWER, ALIGNER) if re.fullmatch(pattern, path)]
+            assert len(parts) == path.startswith(P.VISUAL), path
+
+
+def test_a_run_goes_on_where_it_stopped(make, tmp_path):
+    loop.run(make(), tmp_path / "whole", progress=False)
+    loop.run(make(), tmp_path / "parts", progress=False)
+    loop.run(make(resume=3), tmp_path / "parts", progress=False)
+    whole, parts = (at(make(), tmp_path / name, 6) for name in ("whole", "parts"))
+    assert all(torch.equal(leaf, parts[path]) for path, leaf in whole.items())
+
+
+def test_a_tower_is_put_on_a_language_model(make, tmp_path, capsys):
+    config = make(steps=1)
+    setup = make_setup(config)
+    data = multimodal._data_config(setup)
+    tokenizer = trained_tokenizer(data, setup.model.vocab_size, cache_directory(config.data.cache))
+    text = setup.model.replace(vision_enabled=False)
+    hf.save_pretrained(tmp_path / "text", text, P.init_params(text, 5), tokenizer)
+    loop.run(make(steps=1, init_from=str(tmp_path / "text")), tmp_path / "w", progress=False)
+    assert "has no model.visual.patch_embed.proj.weight" in capsys.readouterr().out
+    after = at(config, tmp_path / "w", 1)
+    assert (after[P.EMBED] - P.init_params(text, 5)[P.EMBED]).abs().max() < 0.05  # one step away
+    assert any(path.startswith(P.VISUAL) for path in after)
+
+
+def test_what_cannot_run_is_said_before(make):
+    with pytest.raises(UserError, match="vision_enabled=True"):
+        multimodal.check(make_setup(make(**{"model.vision_enabled": False})))
+    with pytest.raises(UserError, match="data.patches=3"):
+        multimodal.check(make_setup(make(**{"data.patches": 3})))
+
+
+def test_blind_runs_see_other_pictures_in_the_same_places():
+    batch = {"pixel_values": torch.arange(24.0).view(2, 6, 2), "grids": torch.tensor([[[1, 2, 2]], [[1, 1, 2]]])}
+    got = multimodal._with_other_pictures(batch)["pixel_values"]
+    assert sorted(got.flatten().tolist()) == list(range(24))
+    assert torch.equal(got[0, 4:], batch["pixel_values"][0, 4:])
+    assert not np.array_equal(got[0, :4], batch["pixel_values"][0, :4])

@@ -1,0 +1,41 @@
+"""A batch that went wrong: kept, or said that it could not be."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from qwen3f.processes.world import ALONE
+from qwen3f.train import workdir as W
+from qwen3f.train.guards.kept_batch import keep_batch
+from qwen3f.train.guards.nonfinite import FiniteCheck
+from sharding.axes import ONE
+
+BATCH = {"tokens": torch.arange(6).reshape(2, 3)}
+BAD = {"finite": torch.tensor(False), "loss": torch.tensor(float("nan")), "grad_norm": torch.tensor(1.0)}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_step_is_passed_over_on_a_full_disk_too(tmp_path, monkeypatch, full):
+    if full:
+
+        def fail(path, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        monkeypatch.setattr(W, "write_atomically", fail)
+    said = []
+    check = FiniteCheck(
+        1, lambda step, batch: keep_batch(tmp_path, step, batch, ALONE, ONE, 1), said.append, lambda *args: None
+    )
+    check(7, BAD, BATCH, 0, 2)
+    check.flush()
+    [line] = said
+    assert "1 of 1 such steps passed over" in line
+    if full:
+        assert "which could not be kept ([Errno 28] No space left on device" in line
+    else:
+        assert f"kept in {tmp_path}/nonfinite/step-7.npz" in line
+        with np.load(tmp_path / "nonfinite" / "step-7.npz") as kept:
+            assert np.array_equal(kept["tokens"], BATCH["tokens"])

@@ -1,0 +1,140 @@
+"""Answers to prompts with images: what the engine writes is what the model says without a cache, however prompts are
+cut into chunks and pages, and whoever is answered beside."""
+
+import random
+
+import pytest
+import torch
+
+from qwen3f import model
+from qwen3f.errors import UserError
+from qwen3f.infer.engine import Engine, EngineOptions
+from qwen3f.infer.pictures import Pictures, vision_ids
+from qwen3f.infer.sampling import SamplingParams
+from tests.vision.hf_vl import IMAGE, MOE, from_hf, hf_model, our_batch, row, their_arguments, vl_config
+
+NEW = 6
+
+
+def make(**changes):
+    cfg = vl_config(**changes)
+    hf = hf_model(cfg, dtype=torch.float64)
+    return cfg, from_hf(cfg, {name: leaf.detach() for name, leaf in hf.named_parameters()}), hf
+
+
+def prompts(cfg, kinds):
+    """(rows, their batch, a Pictures or None for each); each ends with words."""
+    rows = [row(random.Random(number), kind) for number, kind in enumerate(kinds)]
+    batch = our_batch(cfg, rows, torch.float64)
+    found = []
+    for number, r in enumerate(rows):
+        grids = [grid for _, grid in r.seen]
+        count = sum(t * h * w for t, h, w in grids)
+        found.append(Pictures(batch["pixel_values"][number, :count], torch.tensor(grids)) if grids else None)
+    return rows, batch, found
+
+
+@torch.no_grad()
+def greedy(cfg, p, prompt, pictures):
+    """By the whole model for every token; vision ids are never chosen."""
+    tokens = list(prompt)
+    for _ in range(NEW):
+        batch = {"tokens": torch.tensor([tokens])}
+        if pictures is not None:
+            batch |= {"pixel_values": pictures.pixels[None], "grids": pictures.grids[None]}
+        logits = model.apply(cfg, p, batch).logits[0, -1]
+        logits[list(vision_ids(cfg))] = -torch.inf
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+def answers(engine, rows, pictures):
+    asked = [engine.request(r.tokens, NEW, pictures=seen) for r, seen in zip(rows, pictures)]
+    done = engine.submit(asked)
+    engine.run(done)
+    return [one.tokens[len(r.tokens) :] for one, r in zip(done, rows)]
+
+
+# cut: chunks that begin and end within images, pages of four tokens, and so few that rows lose theirs and begin again
+WAYS = {"whole": ({}, EngineOptions()), "cut": ({"max_tokens": 60}, EngineOptions(rows=3, chunk=5, page_size=4))}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("changes", [{}, MOE, {"vision_deepstack_mode": "vit_fuse"}], ids=["dense", "moe", "vit_fuse"])
+def test_the_engine_equals_the_model_without_a_cache(changes, way):
+    room, options = WAYS[way]
+    cfg = vl_config(**changes)
+    if "vision_deepstack_mode" in changes:
+        from qwen3f.params import init_params
+
+        p = init_params(cfg.replace(initializer_range=0.3), 0, dtype=torch.float64)
+    else:
+        cfg, p, _ = make(**changes)
+    rows, _, pictures = prompts(cfg, ["tit", "t", "it", "iit", "tit"])
+    expected = [greedy(cfg, p, r.tokens, seen) for r, seen in zip(rows, pictures)]
+    assert answers(Engine(cfg, p, options=options, **room), rows, pictures) == expected
+
+
+def test_greedy_decoding_equals_transformers_with_its_cache():
+    cfg, p, hf = make()
+    rows, batch, pictures = prompts(cfg, ["tit", "titt", "vt"])
+    banned = [[token] for token in vision_ids(cfg)]
+    got = answers(Engine(cfg, p), rows, pictures)
+    for number, (r, answer) in enumerate(zip(rows, got)):
+        hf.model.rope_deltas = None
+        arguments = their_arguments(r, batch, number) | {"use_cache": True}
+        out = hf.generate(**arguments, max_new_tokens=NEW, do_sample=False, bad_words_ids=banned, pad_token_id=0)
+        assert out[0, len(r.tokens) :].tolist() == answer
+
+
+def test_pages_are_shared_by_the_same_pixels_alone():
+    """The same words with other pixels must not find the pages of the first; with the same they do."""
+    cfg, p, _ = make()
+    rows, _, (pictures, _) = prompts(cfg, ["titt", "t"])
+    other = Pictures(pictures.pixels.roll(1, 0) + 1, pictures.grids)
+    engine = Engine(cfg, p, options=EngineOptions(page_size=2))
+    looks = []
+    tower = engine._device._sight._tower
+    engine._device._sight._tower = lambda *args: looks.append(1) or tower(*args)
+    for seen, count in ((pictures, 1), (other, 2), (pictures, 2)):
+        assert answers(engine, rows[:1], [seen]) == [greedy(cfg, p, rows[0].tokens, seen)]
+        assert len(looks) == count  # the third finds the first one's pages
+
+
+def test_new_weights_look_again():
+    cfg, p, _ = make()
+    rows, _, pictures = prompts(cfg, ["tit"])
+    engine = Engine(cfg, p)
+    answers(engine, rows, pictures)
+    new = {path: leaf * 1.1 for path, leaf in p.items()}
+    engine.update(new)
+    assert answers(engine, rows, pictures) == [greedy(cfg, new, rows[0].tokens, pictures[0])]
+
+
+def test_vision_ids_are_never_drawn():
+    cfg, p, _ = make(tie_word_embeddings=True)
+    engine = Engine(cfg, p, seed=3)
+    out = engine.generate([[1, 2, 3]] * 40, SamplingParams(temperature=30.0), max_new_tokens=30)
+    drawn = {token for one in out for token in one.ids}
+    assert len(drawn) > 80
+    assert not drawn & set(vision_ids(cfg))
+
+
+def test_prompts_that_cannot_be_answered():
+    cfg, p, _ = make()
+    rows, _, (pictures,) = prompts(cfg, ["tit"])
+    engine = Engine(cfg, p)
+    for prompt, seen, words in (
+        ([1, IMAGE, 2], None, "row 0 has 1 placeholders .* for 0 features"),
+        ([*rows[0].tokens[:-4], IMAGE], pictures, "placeholders"),
+        ([1, 2], pictures, "row 0 has 0 placeholders"),
+        ([IMAGE], Pictures(torch.zeros(4, 24), torch.tensor([[1, 2, 2]])), "ends within an image"),
+        ([IMAGE, 1], Pictures(torch.zeros(5, 24), torch.tensor([[1, 2, 2]])), "5 patches are given"),
+    ):
+        with pytest.raises(UserError, match=words):
+            engine.submit([engine.request(prompt, 3, pictures=seen)])
+    text = cfg.replace(vision_enabled=False)
+    from qwen3f.params import init_params
+
+    with pytest.raises(UserError, match="no vision tower"):
+        Engine(text, init_params(text, 0)).request([1, 2], 3, pictures=pictures)

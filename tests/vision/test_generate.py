@@ -1,0 +1,114 @@
+"""The stage generate with images and video: ids as Qwen3-VL's processor writes them, and answers of the model."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments.generate import get_config
+from qwen3f import model, params, presets
+from qwen3f.data.tokenizers.sentencepiece_tokenizer import train_sentencepiece
+from qwen3f.errors import UserError
+from qwen3f.infer.pictures import vision_ids
+from qwen3f.infer.prompts import encode_shown, pictures_of, read_images, read_video
+from qwen3f.infer.run import run
+
+LIMITS = (32 * 32, 96 * 96)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """(a workdir-like Hugging Face directory of nano_vl cut down, its config and parameters, tokenizer)."""
+    from qwen3f.interop import hf
+
+    place = tmp_path_factory.mktemp("generate")
+    texts = [f"What is in picture {i}? A red circle, {i} times.\n" for i in range(60)]
+    tokenizer = train_sentencepiece(texts, 340, place / "t.model")
+    cfg = presets.get("nano_vl").replace(vocab_size=340, num_hidden_layers=2, vision_num_hidden_layers=2)
+    p = params.init_params(cfg, 1)
+    hf.save_pretrained(place / "hf", cfg, p, tokenizer)
+    return str(place / "hf"), cfg, p, tokenizer
+
+
+def picture(place, size, seed=0):
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(place)
+    return str(place)
+
+
+def configure(source, **changes):
+    config = get_config()
+    config.update(init_from=source[0], prompt="What is it?", max_new_tokens=5, device="cpu", thinking=False)
+    config.update(temperature=0.0, top_k=0, top_p=1.0, presence_penalty=0.0, min_pixels=LIMITS[0], max_pixels=LIMITS[1])
+    config.update(changes)
+    return config
+
+
+@torch.no_grad()
+def test_an_answer_is_the_models(source, tmp_path, capsys):
+    _, cfg, p, tokenizer = source
+    images = ",".join(picture(tmp_path / f"{i}.png", size, i) for i, size in enumerate([(64, 48), (32, 80)]))
+    run(configure(source, images=images), tmp_path)
+    got = capsys.readouterr().out
+    shown = read_images(images, cfg, *LIMITS)
+    ids = encode_shown(tokenizer, [{"role": "user", "content": "What is it?"}], shown, thinking=False)
+    seen = pictures_of(shown)
+    prompt = len(ids)
+    for _ in range(5):
+        batch = {"tokens": torch.tensor([ids]), "pixel_values": seen.pixels[None], "grids": seen.grids[None]}
+        logits = model.apply(cfg, p, batch).logits[0, -1, : tokenizer.vocab_size]
+        logits[list(vision_ids(cfg))] = -torch.inf
+        ids.append(int(logits.argmax()))
+        if ids[-1] in tokenizer.stop_ids:
+            break
+    assert got == tokenizer.decode([i for i in ids[prompt:] if i not in tokenizer.stop_ids]) + "\n"
+
+
+def test_ids_are_those_of_the_template(source, tmp_path):
+    """<|vision_start|> pads <|vision_end|> at the beginning of the user's turn; what a user types stays words."""
+    _, cfg, _, tokenizer = source
+    shown = read_images(picture(tmp_path / "a.png", (64, 48)), cfg, *LIMITS)
+    asked = [{"role": "user", "content": "<|image_pad|>?"}]
+    ids = encode_shown(tokenizer, asked, shown, thinking=True)
+    markup = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 12 + "<|vision_end|>"
+    start = tokenizer.encode(markup, allow_special=True)
+    assert ids[: len(start)] == start
+    assert ids.count(cfg.image_token_id) == 12
+    with pytest.raises(UserError, match=r"U\+FFFC"):
+        encode_shown(tokenizer, [{"role": "user", "content": "\ufffc"}], shown, thinking=True)
+
+
+def test_a_video_of_frames_or_a_gif(source, tmp_path):
+    cfg = source[1]
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for i in range(5):
+        picture(folder / f"{i:03d}.png", (32, 48), i)
+    shown = read_video(str(folder), 2.0, cfg)
+    assert shown.grid == (5, 6, 4)
+    words = "".join(part.text for part in shown.text)
+    assert words.startswith("<0.0 seconds><|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|><0.5 seconds>")
+    frames = [Image.open(file) for file in sorted(folder.iterdir())]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=500)
+    gif = read_video(str(tmp_path / "x.gif"), None, cfg)
+    assert gif.grid == shown.grid
+    assert [part.text for part in gif.text] == [part.text for part in shown.text]
+    for place in (str(folder), str(tmp_path / "x.gif")):
+        run(configure(source, video=place, video_fps=2.0), tmp_path)
+
+
+def test_what_cannot_be_shown(source, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}')
+    one = picture(tmp_path / "a.png", (64, 48))
+    for changes, words in (
+        ({"images": str(tmp_path / "none.png")}, "none.png cannot be read"),
+        ({"images": one, "chat": False}, "config.chat=True"),
+        (
+            {"images": one, "prompt": "", "input": str(tmp_path / "rows.jsonl")},
+            "config.images .* not with config.input",
+        ),
+        ({"video": str(tmp_path / "empty"), "video_fps": 2.0}, "holds no frame"),
+        ({"video": one}, "does not say how fast"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(configure(source, **changes), tmp_path)

@@ -1,0 +1,179 @@
+"""Qwen3-VL and Qwen3-VL-MoE directories there and back against transformers: every tensor bit for bit.
+
+transformers reads what we wrote and gives its own logits again, bit for bit. That ours are theirs is in
+test_against_transformers.py.
+"""
+
+import json
+import random
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from qwen3f import params as P
+from qwen3f import presets
+from qwen3f.errors import UserError
+from qwen3f.interop import hf, keys, vision_config
+from qwen3f.interop.source import check_same_model
+from tests.interop.models import edit_config, same_bits, tensors
+from tests.vision.hf_vl import MOE, from_hf, hf_model, our_batch, row, their_arguments, vl_config
+
+CASES = {"dense": {}, "tied, bias": {"tie_word_embeddings": True, "attention_bias": True}, "moe": MOE}
+CASES |= {"moe, a dense layer, tied": {**MOE, "mlp_only_layers": (1,), "tie_word_embeddings": True}}
+
+
+def released(directory):
+    """Rewrite a directory as released ones are: experts transposed, the config's old keys."""
+    path = directory / "model.safetensors"
+    held = {k: v.transpose(1, 2).contiguous() if ".mlp.experts." in k else v for k, v in load_file(path).items()}
+    save_file(held, path, {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    rope = config["text_config"].pop("rope_parameters")
+    config["text_config"]["rope_theta"] = rope.pop("rope_theta")
+    config["text_config"]["rope_scaling"] = {**rope, "mrope_interleaved": True}
+    config["text_config"]["num_experts"] = config["text_config"].pop("num_local_experts", 0) or ...
+    config["vision_config"]["model_type"] = config["model_type"]
+    config["vision_config"].pop("rope_parameters")
+    config["text_config"] = {k: v for k, v in config["text_config"].items() if v is not ...}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def in_memory(cfg, theirs, p):
+    """What was read is what transformers holds."""
+    held = from_hf(cfg, {name: leaf.detach() for name, leaf in theirs.named_parameters()})
+    assert all(same_bits(leaf, held[path]) for path, leaf in p.items())
+    assert p.keys() == held.keys()
+
+
+@pytest.mark.parametrize("form", ["transformers 5", "released"])
+@pytest.mark.parametrize("case", CASES)
+def test_from_transformers_and_back(case, form, tmp_path):
+    cfg = vl_config(**CASES[case])
+    theirs = hf_model(cfg)
+    theirs.save_pretrained(tmp_path / "theirs")
+    if form == "released":
+        released(tmp_path / "theirs")
+    got, p = hf.load_pretrained(tmp_path / "theirs")
+    assert got.replace(initializer_range=0.02) == cfg.replace(rms_norm_eps=got.rms_norm_eps)
+    assert keys.count(cfg) == len(keys.slots(cfg))
+    in_memory(cfg, theirs, p)
+    r = row(random.Random(0), "titv")
+    batch = our_batch(cfg, [r], torch.float32)
+    with torch.no_grad():
+        expected = theirs(**their_arguments(r, batch, 0)).logits
+        hf.save_pretrained(tmp_path / "ours", got, p, max_shard_bytes=30_000)
+        again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+        again.config.text_config._experts_implementation = "eager"
+        assert torch.equal(again(**their_arguments(r, batch, 0)).logits, expected)
+    assert hf.load_pretrained(tmp_path / "ours")[0] == got
+    if form == "released":
+        before, after = tensors(tmp_path / "theirs"), tensors(tmp_path / "ours")
+        assert before.keys() == after.keys()
+        assert all(same_bits(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("width", [24, 48])
+@pytest.mark.parametrize("form", ["transformers 5", "released"])
+def test_square_experts_are_told_by_the_tensor_that_is_not(width, form, tmp_path):
+    """2 · 24 or 48 is the hidden size: one tensor of a layer is square. transformers 5 misreads the released form."""
+    cfg = vl_config(**{**MOE, "moe_intermediate_size": width})
+    theirs = hf_model(cfg)
+    theirs.save_pretrained(tmp_path)
+    if form == "released":
+        released(tmp_path)
+    got, p = hf.load_pretrained(tmp_path)
+    in_memory(cfg, theirs, p)
+    with pytest.raises(UserError, match="square matrices"):
+        hf.save_pretrained(tmp_path / "ours", got, p)
+
+
+def test_layers_in_both_layouts_are_refused(tmp_path):
+    hf_model(vl_config(**MOE)).save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    key = "model.language_model.layers.1.mlp.experts.down_proj"
+    held[key] = held[key].transpose(1, 2).contiguous()
+    save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="layers.1.mlp.experts.down_proj has shape"):
+        hf.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b", "qwen3-vl-30b-a3b"])
+def test_presets_are_models_of_transformers(name):
+    """Names and shapes of the released sizes, from transformers' modules on the meta device."""
+    cfg = presets.get(name)
+    values = vision_config.to_hf(cfg, torch.bfloat16)
+    kind = "Moe" if cfg.num_experts else ""
+    with torch.device("meta"):
+        config = getattr(transformers, f"Qwen3VL{kind}Config")(**values)
+        theirs = getattr(transformers, f"Qwen3VL{kind}ForConditionalGeneration")(config)
+    ours = {key: slot.shape for key, slot in keys.slots(cfg, transposed=False).items()}
+    shapes = {key: tuple(leaf.shape) for key, leaf in theirs.named_parameters()}
+    assert ours == shapes
+    assert sum(leaf.numel() for leaf in theirs.parameters()) == cfg.total_params_estimate()
+    assert vision_config.from_hf(values, "x") == cfg
+
+
+def nested(directory, part, **changes):
+    config = json.loads((directory / "config.json").read_text())
+    values = {**config[part], **changes}
+    edit_config(directory, **{part: {key: value for key, value in values.items() if value is not ...}})
+
+
+@pytest.mark.parametrize(
+    "part, changes, words",
+    [
+        ("vision_config", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("vision_config", {"out_hidden_size": 47}, "out_hidden_size is 47"),
+        ("vision_config", {"num_position_embeddings": 26}, "num_position_embeddings is 26"),
+        ("vision_config", {"rope_parameters": {"rope_theta": 5e5}}, "rope_parameters is"),
+        ("vision_config", {"window_size": 112}, "the key 'window_size' is not known"),
+        ("vision_config", {"deepstack_visual_indexes": [2, 0]}, r"vision_deepstack_layers \(\[2, 0\]\) must rise"),
+        ("vision_config", {"depth": "4"}, "depth is '4'; it must be an integer"),
+        ("text_config", {"rope_parameters": {"mrope_section": [4, 2, 1]}}, "mrope_section"),
+        ("text_config", {"rope_parameters": {"mrope_interleaved": False}}, "mrope_interleaved is false"),
+        ("text_config", {"rope_scaling": {"mrope_section": [2, 4, 2]}}, "two different mrope_sections"),
+        ("text_config", {"sliding": 3}, "the key 'sliding' is not known"),
+        ("text_config", {"model_type": "qwen2"}, "text_config.model_type is 'qwen2'"),
+    ],
+)
+def test_what_cannot_be_read_is_named(part, changes, words, tmp_path):
+    hf_model(vl_config()).config.save_pretrained(tmp_path)
+    assert hf.read_config(tmp_path).vision_enabled
+    nested(tmp_path, part, **changes)
+    with pytest.raises(UserError, match=words):
+        hf.read_config(tmp_path)
+
+
+def test_top_level_is_checked(tmp_path):
+    hf_model(vl_config()).config.save_pretrained(tmp_path)
+    for changes, words in (
+        ({"vision_config": None}, "vision_config is None"),
+        ({"architectures": ["Qwen3VLModel"]}, "architectures is"),
+        ({"image_token_id": 97}, "image_token_id .97. must be below"),
+    ):
+        before = (tmp_path / "config.json").read_text()
+        edit_config(tmp_path, **changes)
+        with pytest.raises(UserError, match=words):
+            hf.read_config(tmp_path)
+        (tmp_path / "config.json").write_text(before)
+
+
+@pytest.mark.parametrize("changes", [{"vision_merger": "pool_linear"}, {"vision_deepstack_mode": "vit_fuse"}])
+def test_what_hugging_face_cannot_hold_is_named(changes, tmp_path):
+    cfg = vl_config(**changes)
+    with pytest.raises(UserError, match=f"model.{next(iter(changes))}="):
+        hf.save_pretrained(tmp_path / "x", cfg, P.init_params(cfg, 0))
+
+
+def test_a_tower_may_be_put_on_a_language_model(tmp_path):
+    """A model with a tower starts from one without; not from one with another tower."""
+    cfg = vl_config()
+    text = cfg.replace(vision_enabled=False)
+    hf.save_pretrained(tmp_path / "text", text, P.init_params(text, 0))
+    check_same_model(str(tmp_path / "text"), cfg)
+    hf.save_pretrained(tmp_path / "vl", cfg, P.init_params(cfg, 0))
+    check_same_model(str(tmp_path / "vl"), cfg)
+    with pytest.raises(UserError, match="vision_num_hidden_layers"):
+        check_same_model(str(tmp_path / "vl"), cfg.replace(vision_num_hidden_layers=5))

@@ -1,0 +1,86 @@
+"""Frames, times and sizes of video by transformers' rules, whose own class needs torchvision."""
+
+import ast
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+from qwen3f.vision.preprocess import image_patches
+from qwen3f.vision.video import MAX_PIXELS, MIN_PIXELS, fit_size, frame_text, sample_frames, timestamps, video_patches
+
+CFG = ModelConfig(vision_enabled=True, vocab_size=151936)
+FOLDER = Path(importlib.util.find_spec("transformers").origin).parent / "models" / "qwen3_vl"
+
+
+def their_function(file, name):
+    """A function of transformers' source, without importing its module."""
+    for node in ast.walk(ast.parse((FOLDER / file).read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            scope = {"math": math, "np": np}
+            for argument in [*node.args.args, node]:
+                argument.annotation = argument.returns = None
+            exec(compile(ast.Module([node], []), file, "exec"), scope)
+            return scope[name]
+    raise AssertionError(name)
+
+
+SIZES = their_function("video_processing_qwen3_vl.py", "smart_resize")
+TIMES = their_function("processing_qwen3_vl.py", "_calculate_timestamps")
+FRAMES = their_function("video_processing_qwen3_vl.py", "sample_frames")
+
+
+class Meta:
+    min_frames, max_frames, fps = 4, 768, 2
+
+    def __init__(self, count, fps):
+        self.total_num_frames, self.fps = count, fps
+
+
+@given(st.integers(1, 5000), st.floats(0.5, 120), st.floats(0.1, 30))
+def test_frames_and_times_are_transformers(count, source_fps, fps):
+    got = sample_frames(count, source_fps, fps)
+    assert got == FRAMES(Meta(0, 0), Meta(count, source_fps), fps=fps).tolist()
+    assert timestamps(got, source_fps, 2) == TIMES(None, list(got), source_fps, 2)
+
+
+@given(st.integers(2, 768), st.integers(1, 3000), st.integers(1, 3000))
+def test_sizes_are_transformers(frames, height, width):
+    if height < 32 or width < 32:
+        scale = max(32 / height, 32 / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) <= 200 * min(height, width):
+        limits = {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}
+        assert fit_size(frames, height, width, 32, 2, **limits) == SIZES(frames, height, width, 2, 32, **limits)
+
+
+def test_a_frame_is_the_image_it_is_and_an_odd_count_repeats_the_last():
+    frames = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 96, 3), dtype=np.uint8)) for i in range(5)]
+    patches, grid, times = video_patches(frames, 2.0, CFG)
+    assert (grid, times) == ((3, 4, 6), [0.25, 1.25, 2.0])
+    each = [image_patches(frame, CFG, 1)[0].reshape(24, 3, 2, 256)[:, :, 0] for frame in frames]
+    each.append(each[-1])
+    got = patches.reshape(3, 24, 3, 2, 256)
+    for number, expected in enumerate(each):
+        assert np.array_equal(got[number // 2, :, :, number % 2], expected)
+
+
+def test_time_in_words_is_cut_as_python_cuts_it():
+    assert [frame_text(t) for t in (0.25, 0.75, 11.0)] == ["<0.2 seconds>", "<0.8 seconds>", "<11.0 seconds>"]
+
+
+def test_bad_videos():
+    with pytest.raises(UserError, match="without frames"):
+        video_patches([], 24, CFG)
+    for rate in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(UserError, match="frames a second; give a positive"):
+            sample_frames(5, rate)
+    with pytest.raises(UserError, match="narrower"):
+        video_patches([Image.new("RGB", (20_000, 90))], 1.0, CFG)
