@@ -1,4 +1,5 @@
-"""README's Python runs as it is written, in a directory that holds what it names: DIR, a model; DATA, data sets."""
+"""README's Python runs as it is written, in a directory that holds what it names: DIR, a model; VL, one that sees;
+a.png; DATA, data sets."""
 
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 
 from qwen3f import params as P
 from qwen3f import presets
@@ -36,6 +38,9 @@ def place(tmp_path, monkeypatch):
     tokenizer = Tokenizer(backend="tiktoken", path="files")
     cfg = presets.get("nano").replace(vocab_size=tokenizer.vocab_size, num_hidden_layers=1)
     hf.save_pretrained("DIR", cfg, P.init_params(cfg, 0), tokenizer)
+    vl = presets.get("nano_vl").replace(num_hidden_layers=2)
+    hf.save_pretrained("VL", vl, P.init_params(vl, 0))
+    Image.new("RGB", (64, 48), "red").save("a.png")
     for name, rows in (("web", "fineweb"), ("pajama", "slimpajama")):
         real_rows.write(real_rows.ROWS[rows], tmp_path / "DATA" / name / "rows.jsonl")
     for name in ("openmathinstruct-2", "numinamath-cot", "gsm8k", "math"):

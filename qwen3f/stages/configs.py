@@ -254,6 +254,7 @@ def _grpo() -> ConfigDict:
 
 def multimodal_config(preset: str) -> ConfigDict:
     config = run_config(preset, "multimodal")
+    _chat_template(config)
     _pictures(config.data)
     config.eval.max_rows = 256  # held-out rows of each source for the loss and for answers; 0: all
     return config

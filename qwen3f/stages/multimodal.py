@@ -40,7 +40,7 @@ def make(run: Run) -> Stage:
     setup, config = run.setup, run.setup.config
     data, place = _data_config(setup), find_tokenizer(setup, run.workdir)
     if place:
-        tokenizer = load_tokenizer(place)
+        tokenizer = load_tokenizer(place, config.chat_template)
     else:
         tokenizer = trained_tokenizer(data, setup.model.vocab_size, cache_directory(config.data.cache))
     check_tokenizer(tokenizer, setup.model)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from qwen3f.config import ModelConfig
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind
+from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.mixture import CYCLE, Mixture, make_mixture, parse_weights
 from qwen3f.data.multimodal.packing import Needs, pack
 from qwen3f.data.multimodal.samples import Picture, VisualSample, check_tokenizer, tokenise
@@ -170,7 +172,7 @@ def prepare_visual(data: VisualDataConfig, seq_len: int, tokenizer: Tokenizer, c
     room = Needs(seq_len, data.patches, data.images)
 
     def packed(name: str, split: Split, most: int) -> VisualDataset | None:
-        source = open_source(name, data)
+        source = open_source(name, data, kind_of(tokenizer))
         counts: Counter[str] = Counter()
         found = (_document(sample, tokenizer, cfg, data, counts) for sample in source.samples(split, counts))
         documents = list(islice((document for document in found if document is not None), most or None))
@@ -202,10 +204,10 @@ def prepare_visual(data: VisualDataConfig, seq_len: int, tokenizer: Tokenizer, c
     return VisualCorpus(dataset, tuple(train), {name: rows for name, rows in heldout.items() if rows})
 
 
-def open_source(name: str, data: VisualDataConfig) -> VisualSource:
+def open_source(name: str, data: VisualDataConfig, kind: TemplateKind = HYBRID) -> VisualSource:
     """As multimodal.sources.open_visual."""
     problems = ReasoningSource(num_problems=data.problems)
-    return open_visual(name, drawing(data), problems, data.turns, data.on_bad_row)
+    return open_visual(name, drawing(data), problems, data.turns, data.on_bad_row, kind)
 
 
 def drawing(data: VisualDataConfig) -> Drawing:

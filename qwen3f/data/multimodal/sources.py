@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from qwen3f.data.chat.conversation import OPTIONAL_COLUMNS, Conversation, checked_messages
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.chat.samples import Turns, make_samples
 from qwen3f.data.chat.sources import open_chats
 from qwen3f.data.multimodal.samples import PICTURE, VisualSample
@@ -69,10 +70,11 @@ class Drawing:
 
 @dataclass(frozen=True)
 class GeneratedSource:
-    """name: one of GENERATED."""
+    """name: one of GENERATED. kind: of the chat template."""
 
     name: str
     drawing: Drawing
+    kind: TemplateKind = HYBRID
 
     def samples(self, split: Split, counts: Counter[str]) -> Iterator[VisualSample]:
         d = self.drawing
@@ -82,13 +84,16 @@ class GeneratedSource:
             drawn = DrawnPicture(item.kind, d.seed, item.index, sides, item.image.size[::-1])
             messages = ({"role": "user", "content": PICTURE + asked}, {"role": "assistant", "content": told})
             conversation = Conversation(messages, f"{self.name}, {item.kind}:{item.index}")
-            (chat,) = make_samples(conversation)
+            (chat,) = make_samples(conversation, kind=self.kind)
             yield VisualSample(chat, (drawn,), topic(item.question) if self.name == "images" else "")
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """Rows of files: `read` gives a row's conversation, with PICTURE in its texts, and its pictures."""
+    """Rows of files: `read` gives a row's conversation, with PICTURE in its texts, and its pictures.
+
+    kind: of the chat template.
+    """
 
     name: str
     dataset: HubDataset
@@ -96,6 +101,7 @@ class RowSource:
     read: Callable[[Row], tuple[Conversation, tuple[multimodal.ImageFile, ...]]]
     turns: Turns
     on_bad_row: OnBadRow
+    kind: TemplateKind = HYBRID
 
     def samples(self, split: Split, counts: Counter[str]) -> Iterator[VisualSample]:
         for row in raw_rows(self.dataset, self.root, "", streaming=True):
@@ -104,7 +110,7 @@ class RowSource:
                     raise RowFault(row.reason, row.message)
                 conversation, files = self.read(row)
                 self._check(files)
-                chats = make_samples(conversation, self.turns)
+                chats = make_samples(conversation, self.turns, kind=self.kind)
             except RowFault as fault:
                 if self.on_bad_row == "error":
                     raise UserError(f"{fault.message} (--config.data.on_bad_row=skip leaves such rows out)") from None
@@ -142,20 +148,28 @@ VisualSource = GeneratedSource | RowSource | WordSource
 
 
 def open_visual(
-    name: str, drawing: Drawing, problems: ReasoningSource, turns: Turns, on_bad_row: OnBadRow
+    name: str,
+    drawing: Drawing,
+    problems: ReasoningSource,
+    turns: Turns,
+    on_bad_row: OnBadRow,
+    kind: TemplateKind = HYBRID,
 ) -> VisualSource:
-    """The source that a mixture names; see the module's text. Raises UserError for an unknown name, or no directory."""
-    kind, _, directory = name.partition("@")
+    """The source that a mixture names; see the module's text. kind: of the model's chat template.
+
+    Raises UserError for an unknown name, or no directory.
+    """
+    rows, _, directory = name.partition("@")
     if name in GENERATED:
-        return GeneratedSource(name, drawing)
-    if kind in (_CHATS.name, multimodal.DEFAULT):
+        return GeneratedSource(name, drawing, kind)
+    if rows in (_CHATS.name, multimodal.DEFAULT):
         root = Path(directory).expanduser()
         if not directory or not root.is_dir():
-            raise UserError(f"--config.data.mixture={name!r} names no directory that is there: write {kind}@DIR")
-        dataset = _CHATS if kind == _CHATS.name else find(kind, "multimodal")
-        read = partial(_read_chat if kind == _CHATS.name else _read_llava, root=root)
-        return RowSource(name, dataset, directory, read, turns, on_bad_row)
-    return WordSource(name, open_chats(name, "", problems, turns=turns, on_bad_row=on_bad_row))
+            raise UserError(f"--config.data.mixture={name!r} names no directory that is there: write {rows}@DIR")
+        dataset = _CHATS if rows == _CHATS.name else find(rows, "multimodal")
+        read = partial(_read_chat if rows == _CHATS.name else _read_llava, root=root)
+        return RowSource(name, dataset, directory, read, turns, on_bad_row, kind)
+    return WordSource(name, open_chats(name, "", problems, turns=turns, on_bad_row=on_bad_row, kind=kind))
 
 
 def _read_llava(row: Row, root: Path) -> tuple[Conversation, tuple[multimodal.ImageFile, ...]]:
