@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3f.data.chat.template import encode_chat
+from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.generate import generate
 from qwen3f.infer.request import Request, Row
