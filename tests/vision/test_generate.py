@@ -8,6 +8,7 @@ from PIL import Image
 from experiments.generate import get_config
 from qwen3f import model, params, presets
 from qwen3f.data.tokenizers.sentencepiece_tokenizer import train_sentencepiece
+from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.pictures import vision_ids
 from qwen3f.infer.prompts import encode_shown, pictures_of, read_images, read_video
@@ -75,6 +76,28 @@ def test_ids_are_those_of_the_template(source, tmp_path):
     assert ids.count(cfg.image_token_id) == 12
     with pytest.raises(UserError, match=r"U\+FFFC"):
         encode_shown(tokenizer, [{"role": "user", "content": "\ufffc"}], shown, thinking=True)
+
+
+def test_ids_are_of_the_models_kind_of_chats(source, tmp_path):
+    directory, cfg, _, _ = source
+    tokenizer = load_tokenizer(directory, "instruct-2507")
+    shown = read_images(picture(tmp_path / "a.png", (64, 48)), cfg, *LIMITS)
+    asked = [{"role": "user", "content": "x"}]
+    ids = encode_shown(tokenizer, asked, shown, thinking=False)
+    end = tokenizer.encode("<|im_start|>assistant\n", allow_special=True)
+    assert ids[-len(end) :] == end  # no thinking block
+    with pytest.raises(UserError, match="never thinks"):
+        encode_shown(tokenizer, asked, shown, thinking=True)
+
+
+def test_answers_to_other_pictures_or_in_another_kind_of_chats_need_another_file(source, tmp_path):
+    one, two = (picture(tmp_path / f"{i}.png", (64, 48), i) for i in range(2))
+    options = {"images": one, "out": str(tmp_path / "out.jsonl")}
+    run(configure(source, **options), tmp_path)
+    assert run(configure(source, **options), tmp_path).done == 1
+    for changes in ({"images": two}, {"images": ""}, {"chat_template": "coder"}, {"min_pixels": 32 * 64}):
+        with pytest.raises(UserError, match="holds for row 0 another answer"):
+            run(configure(source, **{**options, **changes}), tmp_path)
 
 
 def test_a_video_of_frames_or_a_gif(source, tmp_path):
