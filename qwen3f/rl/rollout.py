@@ -6,6 +6,7 @@ prompt's completions it is): never on the batch, the mesh, or how often a run wa
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from qwen3f import model
 from qwen3f.config import ModelConfig
@@ -29,13 +30,15 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutOptions:
-    """samples: of a prompt. max_new_tokens, temperature: of each. rows: at a time on a rank. seed: of all."""
+    """samples: of a prompt. max_new_tokens, temperature: of each. rows: at a time on a rank. seed: of all.
+    cache_tokens: room of the engine's cache, on a rank; 0: what a device has free."""
 
     samples: int
     max_new_tokens: int
     temperature: float
     rows: int
     seed: int
+    cache_tokens: int = 0
 
 
 class Sampler:
@@ -56,6 +59,7 @@ class Sampler:
         self._engine = Engine(
             self._cfg,
             params,
+            max_tokens=self.options.cache_tokens,
             seed=self.options.seed,
             execution=self._execution,
             tokenizer=self._tokenizer,
@@ -80,14 +84,18 @@ class Sampler:
     ) -> list[list[Rollout]]:
         rank, ranks = self._world.rank, self._world.size
         mine = range(rank, len(prompts), ranks)
-        given = self._engine.generate(
-            [prompts[i] for i in mine],
-            sampling,
-            max_new_tokens=max_new_tokens,
-            n=len(names[0]),
-            streams=[name for i in mine for name in names[i]],
-        )
-        told = [[one.ids, one.logprobs, one.finish_reason] for one in given]
+
+        def complete() -> list[list[Any]]:
+            given = self._engine.generate(
+                [prompts[i] for i in mine],
+                sampling,
+                max_new_tokens=max_new_tokens,
+                n=len(names[0]),
+                streams=[name for i in mine for name in names[i]],
+            )
+            return [[one.ids, one.logprobs, one.finish_reason] for one in given]
+
+        told = self._world.together(complete, UserError)  # what one rank refuses, all do
         groups: list[list[Rollout]] = [[] for _ in prompts]
         for other, rollouts in enumerate(self._world.gather(told)):
             of_prompts = [i for i in range(other, len(prompts), ranks) for _ in names[i]]
