@@ -6,13 +6,13 @@ prompt's completions it is): never on the batch, the mesh, or how often a run wa
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.engine import Engine, EngineOptions
+from qwen3f.infer.on_ranks import generate_on_ranks
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.params import Params
 from qwen3f.processes.world import World
@@ -82,25 +82,7 @@ class Sampler:
     def _shared(
         self, prompts: Sequence[Sequence[int]], names: list[list[int]], sampling: SamplingParams, max_new_tokens: int
     ) -> list[list[Rollout]]:
-        rank, ranks = self._world.rank, self._world.size
-        mine = range(rank, len(prompts), ranks)
-
-        def complete() -> list[list[Any]]:
-            given = self._engine.generate(
-                [prompts[i] for i in mine],
-                sampling,
-                max_new_tokens=max_new_tokens,
-                n=len(names[0]),
-                streams=[name for i in mine for name in names[i]],
-            )
-            return [[one.ids, one.logprobs, one.finish_reason] for one in given]
-
-        told = self._world.together(complete, UserError)  # what one rank refuses, all do
-        groups: list[list[Rollout]] = [[] for _ in prompts]
-        for other, rollouts in enumerate(self._world.gather(told)):
-            of_prompts = [i for i in range(other, len(prompts), ranks) for _ in names[i]]
-            for i, (ids, logprobs, reason) in zip(of_prompts, rollouts, strict=True):
-                if reason.startswith("error"):
-                    raise UserError(f"a rollout failed: {reason.removeprefix('error: ')}")
-                groups[i].append(Rollout(tuple(ids), tuple(logprobs), reason == "stop"))
-        return groups
+        told = generate_on_ranks(self._world, self._engine, prompts, names, sampling, max_new_tokens)
+        if failed := next((one for group in told for one in group if one.finish_reason.startswith("error")), None):
+            raise UserError(f"a rollout failed: {failed.finish_reason.removeprefix('error: ')}")
+        return [[Rollout(tuple(x.ids), tuple(x.logprobs), x.finish_reason == "stop") for x in group] for group in told]
