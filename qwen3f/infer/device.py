@@ -99,6 +99,8 @@ class Device:
         # the fused pass turns a token by its place alone
         fits = fused.fits(cfg, params[P.EMBED].dtype) and not cfg.vision_enabled
         self._fused = self.overlaps and not execution.invariant and fits
+        if self._fused and not (16 <= self.page_size <= 256 and self.page_size & (self.page_size - 1) == 0):
+            raise UserError(f"EngineOptions.page_size={self.page_size}: on a GPU write a power of two from 16 to 256")
         self._rows, self._execution = rows, execution
 
     def _room(self) -> int:

@@ -7,6 +7,7 @@ is dropped.
 """
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,11 +35,17 @@ class EngineOptions:
       chunk: tokens of a prefill pass, padding included.
       page_size: tokens of a page. 0: on a GPU 64; on a CPU the longest request, so that a row is one page and attention
         reads the cache where it lies.
+    Raises UserError for a number that is too small.
     """
 
     rows: int = 256
     chunk: int = 4096
     page_size: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("chunk", 1), ("page_size", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"EngineOptions.{name} must be at least {least}, got {getattr(self, name)}")
 
 
 DEFAULT = EngineOptions()
@@ -76,6 +83,8 @@ class Engine:
                 "model.scalar_head=True makes a score of each token, not text; name a model with a vocabulary"
             )
         self.cfg, self.tokenizer, self.seed = cfg, tokenizer, seed
+        if max_tokens < 0:
+            raise UserError(f"max_tokens must be a number of tokens, or 0 for what fits, got {max_tokens}")
         num_ids = num_ids or (min(tokenizer.vocab_size, cfg.vocab_size) if tokenizer else cfg.vocab_size)
         if not 1 <= num_ids <= cfg.vocab_size:
             raise UserError(f"num_ids must lie in 1..vocab_size ({cfg.vocab_size}), got {num_ids}; see the tokenizer")
@@ -106,6 +115,8 @@ class Engine:
           request: further fields of Request, the same for all. stop_ids are the tokenizer's by default.
         Raises UserError, before anything is computed, for a request that cannot run.
         """
+        if n < 1:
+            raise UserError(f"n must be at least 1 answer to a prompt, got {n}")
         ways = sampling if isinstance(sampling, Sequence) else [sampling] * len(prompts)
         lengths = max_new_tokens if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
         names = range(len(prompts) * n) if streams is None else streams
@@ -127,7 +138,11 @@ class Engine:
         """
         if "stop_ids" not in fields and self.tokenizer is not None:
             fields["stop_ids"] = tuple(self.tokenizer.stop_ids)
-        asked = Request(tuple(prompt), max_new_tokens, **fields)
+        try:
+            ids = tuple(map(operator.index, prompt))
+        except TypeError:
+            raise UserError("a prompt holds what is no token id; give integers, as a tokenizer's encode does") from None
+        asked = Request(ids, max_new_tokens, **fields)
         check_request(asked, self.cfg, self.tokenizer)
         return asked
 

@@ -7,8 +7,9 @@ from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.recognise import opening
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
-from qwen3f.errors import TrainingError, UserError
+from qwen3f.errors import TrainingError
 from qwen3f.infer.engine import Engine
+from qwen3f.infer.on_ranks import generate_on_ranks
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.params import Params
 from qwen3f.preference.online_rows import Written
@@ -41,24 +42,12 @@ class Sampler:
         the likeliest tokens. Raises UserError for a prompt that the engine cannot answer, TrainingError where the
         model's logits are not finite.
         """
-        world = self._run.world
         setup = self._run.setup
         engine = self._updated(whole_params(self._cfg, params, setup.layout, setup.compute_dtype))
-        jobs = range(len(prompts) * count)
-        own = jobs[world.rank :: world.size]
-
-        def write() -> list[tuple[list[int], str]]:
-            found = engine.generate(
-                [prompts[job // count] for job in own],
-                SamplingParams(temperature=temperature),
-                max_new_tokens=self._options.max_new_tokens,
-                streams=[rng.key(*key, job) for job in own],
-            )
-            return [(one.ids, one.finish_reason) for one in found]
-
-        told = world.gather(world.together(write, UserError))
-        written = [self._written(*told[job % world.size][job // world.size]) for job in jobs]
-        return [written[i * count : (i + 1) * count] for i in range(len(prompts))]
+        streams = [[rng.key(*key, i * count + j) for j in range(count)] for i in range(len(prompts))]
+        sampling = SamplingParams(temperature=temperature)
+        told = generate_on_ranks(self._run.world, engine, prompts, streams, sampling, self._options.max_new_tokens)
+        return [[self._written(one.ids, one.finish_reason) for one in group] for group in told]
 
     def _updated(self, params: Params) -> Engine:
         if self._engine is None:

@@ -12,6 +12,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.engine import Engine, EngineOptions
+from qwen3f.infer.on_ranks import generate_on_ranks
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.params import Params
 from qwen3f.processes.world import World
@@ -29,13 +30,15 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutOptions:
-    """samples: of a prompt. max_new_tokens, temperature: of each. rows: at a time on a rank. seed: of all."""
+    """samples: of a prompt. max_new_tokens, temperature: of each. rows: at a time on a rank. seed: of all.
+    cache_tokens: room of the engine's cache, on a rank; 0: what a device has free."""
 
     samples: int
     max_new_tokens: int
     temperature: float
     rows: int
     seed: int
+    cache_tokens: int = 0
 
 
 class Sampler:
@@ -56,6 +59,7 @@ class Sampler:
         self._engine = Engine(
             self._cfg,
             params,
+            max_tokens=self.options.cache_tokens,
             seed=self.options.seed,
             execution=self._execution,
             tokenizer=self._tokenizer,
@@ -78,21 +82,7 @@ class Sampler:
     def _shared(
         self, prompts: Sequence[Sequence[int]], names: list[list[int]], sampling: SamplingParams, max_new_tokens: int
     ) -> list[list[Rollout]]:
-        rank, ranks = self._world.rank, self._world.size
-        mine = range(rank, len(prompts), ranks)
-        given = self._engine.generate(
-            [prompts[i] for i in mine],
-            sampling,
-            max_new_tokens=max_new_tokens,
-            n=len(names[0]),
-            streams=[name for i in mine for name in names[i]],
-        )
-        told = [[one.ids, one.logprobs, one.finish_reason] for one in given]
-        groups: list[list[Rollout]] = [[] for _ in prompts]
-        for other, rollouts in enumerate(self._world.gather(told)):
-            of_prompts = [i for i in range(other, len(prompts), ranks) for _ in names[i]]
-            for i, (ids, logprobs, reason) in zip(of_prompts, rollouts, strict=True):
-                if reason.startswith("error"):
-                    raise UserError(f"a rollout failed: {reason.removeprefix('error: ')}")
-                groups[i].append(Rollout(tuple(ids), tuple(logprobs), reason == "stop"))
-        return groups
+        told = generate_on_ranks(self._world, self._engine, prompts, names, sampling, max_new_tokens)
+        if failed := next((one for group in told for one in group if one.finish_reason.startswith("error")), None):
+            raise UserError(f"a rollout failed: {failed.finish_reason.removeprefix('error: ')}")
+        return [[Rollout(tuple(x.ids), tuple(x.logprobs), x.finish_reason == "stop") for x in group] for group in told]

@@ -224,6 +224,7 @@ def _rollout() -> ConfigDict:
     rollout.temperature = 1.0  # trained at, too
     rollout.thinking = True
     rollout.rows = 256  # completions at a time on a rank
+    rollout.cache_tokens = 131_072  # room for keys and values while sampling, on a rank; 0: what a device has free
     rollout.microbatch_rows = 1  # rows of seq_len in a micro-batch on a rank
     rollout.draws = 1  # batches of prompts that a step may draw to replace groups without a difference; 1: keep those
     rollout.mask_truncated = False  # completions that did not end count in no loss

@@ -56,7 +56,7 @@ def check(setup: Setup) -> None:
         raise UserError(f"--config.advantages.combine={config.advantages.combine}: write one of {', '.join(COMBINE)}")
     for key in ("rollout.samples", "rollout.max_new_tokens", "rollout.rows", "rollout.microbatch_rows", "updates"):
         at_least(config, key, 1)
-    for key in ("data.max_samples", "samples.keep", "samples.show", "eval.questions"):
+    for key in ("data.max_samples", "samples.keep", "samples.show", "eval.questions", "rollout.cache_tokens"):
         at_least(config, key, 0)
     for key in ("rollout.draws", "eval.max_new_tokens", "judge.processes"):
         at_least(config, key, 1)
@@ -116,7 +116,9 @@ def make(run: Run) -> Stage:
     tasks = find_tasks(setup)
     longest = min(config.seq_len, setup.model.max_position_embeddings) - rollout.max_new_tokens
     questions = ask(tasks, tokenizer, rollout.thinking, longest, config.data.max_samples)
-    sampling = RolloutOptions(rollout.samples, rollout.max_new_tokens, rollout.temperature, rollout.rows, config.seed)
+    sampling = RolloutOptions(
+        rollout.samples, rollout.max_new_tokens, rollout.temperature, rollout.rows, config.seed, rollout.cache_tokens
+    )
     tools = R.Tools(
         Sampler(setup.model, tokenizer, setup.execution, run.world, sampling),
         Judge(parse_rewards(config.rewards), config.judge.processes, config.judge.deadline,

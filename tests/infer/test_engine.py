@@ -212,6 +212,8 @@ def test_cancelled_rows_end_and_give_their_room_back():
         ({"stop_ids": (97,)}, r"stop_ids: \[97\] must be token ids"),
         ({"stop_texts": ("x",)}, "stop_texts need the tokenizer"),
         ({"budget": ThinkingBudget(1, 99, (99,))}, r"budget: \[99\] must be token ids"),
+        ({"prompts": [[1.5]]}, "a prompt holds what is no token id"),
+        ({"n": 0}, "n must be at least 1 answer to a prompt, got 0"),
         ({"sampling": [GREEDY, GREEDY]}, "sampling has 2 values for 1 prompts"),
         ({"streams": [1, 2]}, "streams has 2 values for 1 prompts with 1 answers each"),
     ],
@@ -223,6 +225,19 @@ def test_bad_requests_are_named_before_anything_is_computed(change, words):
     with pytest.raises(UserError, match=words):
         engine.generate(asked.pop("prompts"), asked.pop("sampling"), **asked)
     assert engine.generate([[1, 2]], max_new_tokens=2)[0].finish_reason == "length"  # it works on
+
+
+def test_options_that_cannot_work_are_named():
+    cfg, p = build()
+    for option in ("rows", "chunk"):
+        with pytest.raises(UserError, match=f"EngineOptions.{option} must be at least 1, got 0"):
+            EngineOptions(**{option: 0})
+    with pytest.raises(UserError, match=r"EngineOptions\.page_size must be at least 0, got -1"):
+        EngineOptions(page_size=-1)
+    with pytest.raises(UserError, match="max_tokens must be a number of tokens"):
+        Engine(cfg, p, max_tokens=-5)
+    assert Engine(cfg, p).generate([], max_new_tokens=3) == []
+    assert Engine(cfg, p).generate(torch.tensor([[1, 2]]), max_new_tokens=3)[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("more", [{}, {"qk_norm": "none"}], ids=["", "no qk_norm"])

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from qwen3f import params, presets
+from qwen3f.errors import UserError
 from qwen3f.eval.answers import AnswerOptions, answer, answer_on_ranks
+from qwen3f.model import EAGER
 from qwen3f.processes.world import open_world
+from qwen3f.rl.rollout import RolloutOptions, Sampler
 from sharding.layout import Layout
 from sharding.mesh import parse_mesh
 from sharding.pipeline.cut import Pipeline
@@ -30,6 +33,11 @@ def on_ranks(rank, folder):
         got = whole_params(cfg, placed, layout, torch.float64)
         assert all(torch.equal(got[path], whole[path]) for path in whole)
         given = answer_on_ranks(world, cfg, got, tokenizer, PROMPTS, True, OPTIONS)
+        sampler = Sampler(cfg, tokenizer, EAGER, world, RolloutOptions(2, 4, 1.0, 8, 0))
+        sampler.update(got)
+        assert [len(group) for group in sampler([[5, 6], [7], [8, 9]], [0, 1, 2])] == [2, 2, 2]
+        with pytest.raises(UserError, match="a prompt is empty"):  # that of one rank ends no other's wait
+            sampler([[5, 6], []], [3, 4])
         (folder / f"{mesh}-{rank}.json").write_text(json.dumps([one.text for one in given]))
 
 
