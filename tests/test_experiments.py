@@ -14,6 +14,7 @@ from qwen3f import cli, presets, stages
 from qwen3f.errors import UserError
 from qwen3f.plan import run as plan_run
 from qwen3f.plan.config import from_config
+from qwen3f.train import checks
 from qwen3f.train.setup import make_setup
 from qwen3f.train.stage import find_stage
 
@@ -65,6 +66,15 @@ def golden(experiment):
 
 def as_text(config):
     return json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True) + "\n"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_what_an_experiment_says_by_itself_passes_the_checks_without_torch(experiment):
+    config = resolve(experiment)
+    for key in checks.PLACES:
+        if key in config:
+            config[key] = "DIR"
+    checks.check(config)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -58,6 +58,7 @@ NOT_NEGATIVE = (
 SHARES = ("schedule.min_ratio", "data.holdout", "data.switches")  # from 0 to 1
 PLACES = ("init_from", "out", "path")  # of tools, that have to be given
 _OPTIONAL = {"generate": ("out",)}
+_ZERO = {"eval": ("max_new_tokens",)}  # POSITIVE ones of which 0 means something in a stage
 _LARGEST = 2**63
 
 
@@ -68,7 +69,8 @@ def check(config: ConfigDict, workdir: Path | None = None) -> None:
     """
     values = dict(_values(config))
     for key, value in values.items():
-        _check_number(key, value)
+        if value or key not in _ZERO.get(config.stage, ()):
+            _check_number(key, value)
     for key, allowed in CHOICES.items():
         if values.get(key, allowed[0]) not in allowed:
             words = ", ".join(word for word in allowed if word)
