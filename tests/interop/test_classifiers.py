@@ -24,8 +24,8 @@ def classifier(case):
     moe = "num_experts" in values
     kind = transformers.Qwen3MoeConfig if moe else transformers.Qwen3Config
     of = transformers.Qwen3MoeForSequenceClassification if moe else transformers.Qwen3ForSequenceClassification
-    model = of(kind(**values)).eval()
     torch.manual_seed(1)
+    model = of(kind(**values)).eval()
     with torch.no_grad():
         for leaf in model.parameters():
             leaf.add_(0.1 * torch.randn_like(leaf))
