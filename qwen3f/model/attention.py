@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import flash_attention, flash_decode, key_ranges
+from kernels import document_attention, flash_attention, flash_decode, key_ranges
+from kernels.document_attention import Run
 from kernels.key_ranges import KeyRanges
 from kernels.qk_norm_rope import qk_norm_rope
 from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.model import invariant
+from qwen3f.model.execution import Execution
 from qwen3f.model.kv_cache import PagedLayer, dense_allowed, extend
 from qwen3f.model.norm import L2Norm, RMSNorm
 from qwen3f.model.rope import apply_rope
@@ -39,20 +41,22 @@ class AttentionMask(NamedTuple):
 
     allowed: bool [B, 1, T, T], True where attention is allowed (for torch's attention and the formula).
     ranges: the same as the run of keys that each query sees (for kernels.flash_attention).
+    documents: the same as lengths (for kernels.document_attention).
     ring: the same for every step of ring attention, where the sequence is cut over cp (for sharding.ring).
     """
 
     allowed: Tensor | None = None
     ranges: KeyRanges | None = None
     ring: RingRanges | None = None
+    documents: tuple[Run, ...] | None = None
 
 
-def make_mask(segments_BT: Tensor | None, backend: str, head_dim: int) -> AttentionMask:
+def make_mask(segments_BT: Tensor | None, backend: str, head_dim: int, compiled: bool = False) -> AttentionMask:
     """The mask in the form that `backend` takes. None segments: plain causal attention.
 
-    "auto" picks by measurement (README, kernels): on a GPU packed documents go to our flash attention, which leaves out
-    what lies between them; everything else, also heads of a size that it does not take, to torch's
-    scaled_dot_product_attention (cuDNN's, on a GPU).
+    "auto" picks by measurement (kernels/README.md): on a GPU packed documents go to our flash attention, which leaves
+    out what lies between them; everything else, also heads of a size that it does not take, to torch's
+    scaled_dot_product_attention (cuDNN's, on a GPU); on a CPU document by document, unless blocks are compiled.
     """
     if backend not in (*BACKENDS, "invariant"):
         raise UserError(f"attention backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
@@ -61,6 +65,8 @@ def make_mask(segments_BT: Tensor | None, backend: str, head_dim: int) -> Attent
     ranges = key_ranges.ranges_from_segments(segments_BT)
     if backend == "invariant" or _takes_flash(backend, segments_BT, head_dim):
         return AttentionMask(ranges=ranges)
+    if backend == "auto" and not compiled and document_attention.can(segments_BT):
+        return AttentionMask(documents=document_attention.runs_of(ranges.lo))
     return AttentionMask(allowed=key_ranges.dense_mask(ranges))
 
 
@@ -68,11 +74,11 @@ def _takes_flash(backend: str, x: Tensor, head_dim: int) -> bool:
     return backend == "flash" or (backend == "auto" and x.is_cuda and flash_attention.fits(head_dim))
 
 
-def batch_mask(batch: Mapping[str, Tensor], backend: str, head_dim: int, cp: Axis) -> AttentionMask:
+def batch_mask(batch: Mapping[str, Tensor], execution: Execution, head_dim: int, cp: Axis) -> AttentionMask:
     """The mask of a batch; under cp, of this rank's part of it, as sharding.sequence_split.split_sequence cuts it."""
     if cp.size > 1:
         return AttentionMask(ring=ring_ranges(batch["starts"], cp))
-    return make_mask(batch.get("segments"), backend, head_dim)
+    return make_mask(batch.get("segments"), execution.backend, head_dim, execution.compile != "off")
 
 
 def attend(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: AttentionMask, backend: str = "auto") -> Tensor:
@@ -87,6 +93,8 @@ def attend(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: AttentionMask, 
         # CPU's fused kernel takes equal head counts only; with enable_gqa torch falls back to the unfused one.
         k_BKTd, v_BKTd = (_repeat_heads(x, q_BHTd.shape[1]) for x in (k_BKTd, v_BKTd))
         grouped = False
+    if mask.documents is not None:
+        return document_attention.attend(q_BHTd, k_BKTd, v_BKTd, mask.documents, causal=True)
     return F.scaled_dot_product_attention(
         q_BHTd, k_BKTd, v_BKTd, attn_mask=mask.allowed, is_causal=mask.allowed is None, enable_gqa=grouped
     )

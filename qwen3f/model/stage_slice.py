@@ -68,7 +68,7 @@ def make_slice(
         if number == 0:
             x = tensor.embedding(batch["tokens"], outer[P.EMBED], layout.axes.tp)
             x, seen = enter(x, see(outer, batch))
-        masks = [batch_mask(batch, execution.attention, cfg.head_dim, layout.axes.cp)] * cfg.num_hidden_layers
+        masks = [batch_mask(batch, execution, cfg.head_dim, layout.axes.cp)] * cfg.num_hidden_layers
         inputs = LayerInputs(*rope_tables(cfg, positions_of(batch), x.dtype), masks, real_tokens(batch))
         x, stats = run_layers(cfg, blocks, layers, x, inputs, inject=seen)
         if number < slices.count - 1:

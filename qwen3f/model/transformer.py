@@ -90,7 +90,7 @@ def make_forward(
         params: P.Params, batch: Mapping[str, Tensor], dropout_stream: Tensor | None = None
     ) -> tuple[Tensor, RouterStats | None]:
         visual = see(params, batch)
-        masks = [batch_mask(batch, execution.backend, cfg.head_dim, layout.axes.cp)] * cfg.num_hidden_layers
+        masks = [batch_mask(batch, execution, cfg.head_dim, layout.axes.cp)] * cfg.num_hidden_layers
         real = real_tokens(batch) if cfg.sparse_layers else None
         return body(params, batch["tokens"], positions_of(batch), masks, real, dropout_stream, visual)
 

@@ -60,7 +60,7 @@ def make_tower(cfg: ModelConfig, attention: str, compile: str, layout: Layout = 
     def tower(params: P.Params, pixels_BPV: Tensor, grids_Bn3: Tensor) -> Features:
         dtype = params[P.PATCH_EMBED + "weight"].dtype
         pixels_BPV = fill_up(pixels_BPV, axes, cfg.vision_merger_spatial_factor**2)
-        inputs = patch_inputs(cfg, grids_Bn3, pixels_BPV.shape[1], dtype, attention, axes)
+        inputs = patch_inputs(cfg, grids_Bn3, pixels_BPV.shape[1], dtype, attention, axes, compile != "off")
         x = embed(cfg, params, own_patches(pixels_BPV, axes), inputs.places)
         blocks = _rows(params, P.VISUAL_BLOCKS)
         fusions, mergers = _rows(params, P.TAP_FUSIONS), _rows(params, P.TAP_MERGERS)
@@ -81,9 +81,16 @@ def make_tower(cfg: ModelConfig, attention: str, compile: str, layout: Layout = 
 
 
 def patch_inputs(
-    cfg: ModelConfig, grids_Bn3: Tensor, count: int, dtype: torch.dtype, attention: str, axes: Axes = ONE
+    cfg: ModelConfig,
+    grids_Bn3: Tensor,
+    count: int,
+    dtype: torch.dtype,
+    attention: str,
+    axes: Axes = ONE,
+    compiled: bool = False,
 ) -> PatchInputs:
-    """This rank's part, for rows with room for `count` patches; dtype: that of the tower."""
+    """This rank's part, for rows with room for `count` patches; dtype: that of the tower. compiled: whether blocks
+    are."""
     place = torch.arange(count, device=grids_Bn3.device).expand(len(grids_Bn3), count)
     at = places_of(place, grids_Bn3)
     side = cfg.vision_merger_spatial_factor
@@ -100,7 +107,7 @@ def patch_inputs(
     head_dim = cfg.vision_hidden_size // cfg.vision_num_attention_heads
     return PatchInputs(
         *rotary_tables(cfg, row, column, dtype),
-        frame_mask(start, end, count, attention, head_dim),
+        frame_mask(start, end, count, attention, head_dim, compiled),
         patch_places(row, column, height, width, cfg.vision_grid_side),
     )
 

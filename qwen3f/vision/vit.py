@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import flash_attention
+from kernels import document_attention, flash_attention
+from kernels.document_attention import Run
 from kernels.key_ranges import KeyRanges, dense_mask, key_ranges
 from qwen3f.config import ModelConfig
 from qwen3f.vision.patch_split import all_patches
@@ -22,22 +23,26 @@ THETA = 1e4  # rotary base
 
 
 class FrameMask(NamedTuple):
-    """What a patch may see, in the form that its attention takes; one of the two is set.
+    """What a patch may see, in the form that its attention takes; one of the three is set.
 
-    ranges: for kernels.flash_attention. allowed: bool [B, 1, P, patches of all ranks].
+    ranges: for kernels.flash_attention. allowed: bool [B, 1, P, patches of all ranks]. frames: patches of the
+    frames, for kernels.document_attention.
     """
 
     ranges: KeyRanges | None = None
     allowed: Tensor | None = None
+    frames: tuple[Run, ...] | None = None
 
 
-def frame_mask(starts_BP: Tensor, ends_BP: Tensor, keys: int, backend: str, head_dim: int) -> FrameMask:
+def frame_mask(starts_BP: Tensor, ends_BP: Tensor, keys: int, backend: str, head_dim: int, compiled: bool) -> FrameMask:
     """starts, ends: of each patch's frame; of padding itself alone, so that it is never an empty row. keys: patches of
-    the row on all ranks."""
+    the row on all ranks. compiled: whether blocks are."""
     ranges = key_ranges(starts_BP, ends_BP, keys)
     on_gpu = starts_BP.is_cuda and flash_attention.fits(head_dim)
     if backend == "flash" or (backend == "auto" and on_gpu):
         return FrameMask(ranges=ranges)
+    if backend == "auto" and not compiled and keys == starts_BP.shape[1] and document_attention.can(starts_BP):
+        return FrameMask(frames=document_attention.runs_of(ranges.lo))
     return FrameMask(allowed=dense_mask(ranges))
 
 
@@ -45,6 +50,8 @@ def attend(q_BHPd: Tensor, k_BHPd: Tensor, v_BHPd: Tensor, mask: FrameMask, back
     """softmax(q kᵀ/√d) v over the patches of the same frame, [B, H, P, d]."""
     if mask.ranges is not None:
         return flash_attention.flash_attention(q_BHPd, k_BHPd, v_BHPd, ranges=mask.ranges)[0]
+    if mask.frames is not None:
+        return document_attention.attend(q_BHPd, k_BHPd, v_BHPd, mask.frames, causal=False)
     odd = torch.compiler.is_compiling() and q_BHPd.dtype == torch.float64 and not q_BHPd.is_cuda
     if backend != "reference" and not odd:  # torch 2.11 compiles CPU's kernel for float64 with a wrong dtype inside
         return F.scaled_dot_product_attention(q_BHPd, k_BHPd, v_BHPd, attn_mask=mask.allowed)

@@ -49,7 +49,7 @@ CASES = {
 }
 PRECISIONS = pytest.mark.parametrize(
     "dtype, logit_tolerance, grad_tolerance",
-    [(torch.float32, 2e-5, 1e-5), (torch.float64, 1e-12, 1e-12)],
+    [(torch.float32, 2e-5, 2e-5), (torch.float64, 1e-12, 1e-12)],
     ids=["fp32", "float64"],
 )
 
@@ -73,23 +73,32 @@ def test_logits_and_gradients(case, dtype, logit_tolerance, grad_tolerance):
     cfg, rand = vl_config(**changes), random.Random(case)
     rows = [row(rand, kind, cfg.vision_merger_spatial_factor) for kind in kinds]
     batch = our_batch(cfg, rows, dtype)
-    weights = torch.randn(*batch["tokens"].shape, cfg.vocab_size, generator=torch.Generator().manual_seed(3)).to(dtype)
+    weights = torch.randn(*batch["tokens"].shape, cfg.vocab_size, generator=torch.Generator().manual_seed(3))
     weights = torch.where((batch["segments"] != 0)[..., None], weights, 0)
-    with precision(dtype):
-        hf = hf_model(cfg, dtype=dtype)
-        expected = [hf(**their_arguments(r, batch, index)).logits[0] for index, r in enumerate(rows)]
-        sum((logits * weights[i, : len(logits)]).sum() for i, logits in enumerate(expected)).backward()
+    hf, expected, theirs = logits_and_gradients_of_transformers(cfg, rows, weights, dtype)
     p = our_params(cfg, hf)
     got = model.apply(cfg, p, batch).logits
     assert got.dtype == dtype
     assert 5 < max(logits.abs().max() for logits in expected) < 40
-    for ours, theirs in zip(got, expected):
-        assert (ours[: len(theirs)] - theirs).abs().max() <= logit_tolerance
-    grads, _ = grad_and_value(lambda p: (model.apply(cfg, p, batch).logits * weights).sum())(p)
-    theirs = from_hf(cfg, {name: leaf.grad for name, leaf in hf.named_parameters()})
+    for ours, hers in zip(got, expected):
+        assert (ours[: len(hers)] - hers).abs().max() <= logit_tolerance
+    if dtype == torch.float32:
+        # Float32 is measured from float64's values: transformers' own float32 is up to 1.8e-5 away from them ("no
+        # taps", a bias of values), so that two float32 gradients say little of each other below that.
+        _, _, theirs = logits_and_gradients_of_transformers(cfg, rows, weights, torch.float64)
+    grads, _ = grad_and_value(lambda p: (model.apply(cfg, p, batch).logits * weights.to(dtype)).sum())(p)
     for path, grad in grads.items():
         for ours, hers in zip(layers_of(cfg, path, grad), layers_of(cfg, path, theirs[path]), strict=True):
             assert (ours - hers).norm() <= grad_tolerance * hers.norm(), path
+
+
+def logits_and_gradients_of_transformers(cfg, rows, weights, dtype):
+    batch = our_batch(cfg, rows, dtype)
+    with precision(dtype):
+        hf = hf_model(cfg, dtype=dtype)
+        logits = [hf(**their_arguments(r, batch, index)).logits[0] for index, r in enumerate(rows)]
+        sum((row * weights[i, : len(row)].to(dtype)).sum() for i, row in enumerate(logits)).backward()
+    return hf, logits, from_hf(cfg, {name: leaf.grad for name, leaf in hf.named_parameters()})
 
 
 @PRECISIONS
