@@ -13,7 +13,7 @@ from qwen3f.tasks.task import Question
 _TOPICS = [
     (r"How many shapes are there", "count all"),
     (r"How many \w+ shapes", "count colour"),
-    (r"How many (circle|square|triangle)s", "count shape"),
+    (r"How many (circle|square|triangle|diamond|ring)s", "count shape"),
     (r"Which colour has the (shape|largest|smallest)", "colour"),
     (r"Which shape", "shape"),
     (r"Which bar is the (tallest|shortest)", "tallest bar"),

@@ -13,9 +13,9 @@ What is held out is decided by the picture and the first question together; of g
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -28,8 +28,8 @@ from qwen3f.data.sources.adapters import multimodal
 from qwen3f.data.sources.adapters.opening import raw_rows
 from qwen3f.data.sources.adapters.registry import HubDataset, find
 from qwen3f.data.sources.adapters.rows import BadRow, LeftOut, OnBadRow, Row, RowFault, list_of_dicts
-from qwen3f.data.sources.documents import HOLDOUT, Split, is_heldout
-from qwen3f.data.sources.images import KINDS, NUM_PICTURES, picture, pictures
+from qwen3f.data.sources.documents import HOLDOUT, Split, distinct, is_heldout
+from qwen3f.data.sources.images import KINDS, NUM_PICTURES, REPEATED, every_picture, picture
 from qwen3f.data.sources.reasoning import ReasoningSource
 from qwen3f.errors import UserError
 from qwen3f.tasks.visual import topic
@@ -77,15 +77,35 @@ class GeneratedSource:
     kind: TemplateKind = HYBRID
 
     def samples(self, split: Split, counts: Counter[str]) -> Iterator[VisualSample]:
-        d = self.drawing
-        sides = (d.min_side, d.max_side)
-        for item in pictures(split, d.seed, d.count, HOLDOUT, d.kinds, *sides, counts):
-            asked, told = (item.question, item.answer) if self.name == "images" else (DESCRIBE, item.caption)
-            drawn = DrawnPicture(item.kind, d.seed, item.index, sides, item.image.size[::-1])
-            messages = ({"role": "user", "content": PICTURE + asked}, {"role": "assistant", "content": told})
-            conversation = Conversation(messages, f"{self.name}, {item.kind}:{item.index}")
+        for item in distinct(_told(self.drawing), lambda told: told.content, split, HOLDOUT, counts, REPEATED):
+            asked, answer = (item.question, item.answer) if self.name == "images" else (DESCRIBE, item.caption)
+            messages = ({"role": "user", "content": PICTURE + asked}, {"role": "assistant", "content": answer})
+            conversation = Conversation(messages, f"{self.name}, {item.picture.kind}:{item.picture.index}")
             (chat,) = make_samples(conversation, kind=self.kind)
-            yield VisualSample(chat, (drawn,), topic(item.question) if self.name == "images" else "")
+            yield VisualSample(chat, (item.picture,), topic(item.question) if self.name == "images" else "")
+
+
+class _Told(NamedTuple):
+    """A generated picture in words. content: all that is drawn."""
+
+    picture: DrawnPicture
+    caption: str
+    question: str
+    answer: str
+    content: bytes
+
+
+@lru_cache(maxsize=1)
+def _told(d: Drawing) -> tuple[_Told, ...]:
+    """Of both splits, with repetitions: several sources and splits need them, and all are drawn once."""
+    sides = (d.min_side, d.max_side)
+    return tuple(
+        _Told(
+            DrawnPicture(item.kind, d.seed, item.index, sides, item.image.size[::-1]),
+            *(item.caption, item.question, item.answer, item.parameters.encode()),
+        )
+        for item in every_picture(d.seed, d.count, d.kinds, *sides)
+    )
 
 
 @dataclass(frozen=True)

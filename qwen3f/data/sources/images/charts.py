@@ -20,7 +20,8 @@ def _text_size(width: int, height: int) -> int:
 def bar(draws: Draws, width: int, height: int) -> Sketch:
     """Bars of different values, with the value above each and a label below."""
     size = _text_size(width, height)
-    count = draws.between(2, min(len(LABELS), width // (2 * size)))  # numbers of two digits do not touch
+    # Numbers of two digits do not touch; four bars at least, so that no label is the answer too often.
+    count = draws.between(4, max(4, min(len(LABELS), width // (2 * size))))
     values = draws.sample(range(1, _BAR_VALUES + 1), count)
     colour = draws.choice(tuple(COLOURS))
     background = draws.choice(tuple(BACKGROUNDS))

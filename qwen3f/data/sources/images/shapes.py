@@ -1,38 +1,48 @@
-"""Coloured circles, squares and triangles that never touch: count them, or find one by its size or place."""
+"""Coloured shapes that never touch: count them, or find one by its place.
+
+What is asked is drawn first and the picture then made for it, so that a count is 1 to 5 and each as frequent.
+"""
 
 import math
 from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
 
 from PIL import ImageDraw
 
 from qwen3f.data.sources.images.canvas import BACKGROUNDS, COLOURS, Sketch, blank, plural
 from qwen3f.data.sources.random_choices import Draws
 
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("circle", "square", "triangle", "diamond", "ring")
+
+MOST = 5
+"""Shapes that are counted; others may lie beside them."""
 
 _CELL = 20  # least side of a shape's cell in pixels
+_CLEAR = 3  # pixels by which the shape furthest to the left, or highest, is ahead of the next
+
+
+class Item(NamedTuple):
+    """A shape of a colour whose centre is at x, y; it reaches `radius` pixels from there."""
+
+    shape: str
+    colour: str
+    x: int
+    y: int
+    radius: int
 
 
 def make(draws: Draws, width: int, height: int) -> Sketch:
     """One to nine shapes, each inside its own cell of a grid with at least one pixel of background around it."""
-    columns, rows = min(3, width // _CELL), min(3, height // _CELL)
-    cells = draws.sample([(c, r) for c in range(columns) for r in range(rows)], draws.between(1, columns * rows))
+    grid = min(3, width // _CELL), min(3, height // _CELL)
     background = draws.choice(tuple(BACKGROUNDS))
     colours = draws.sample(tuple(COLOURS), 3)  # few colours, so that counting takes more than a look
-    items = []
-    cell = min(width // columns, height // rows)
-    for column, row in cells:
-        radius = draws.between(4, cell // 2 - 2)
-        # The centre keeps radius + 1 pixels away from the cell's edges.
-        x = column * (width // columns) + draws.between(radius + 1, width // columns - radius - 2)
-        y = row * (height // rows) + draws.between(radius + 1, height // rows - radius - 2)
-        items.append((draws.choice(SHAPES), draws.choice(colours), x, y, radius))
+    question, answer, items = draws.choice(_FORMS)(draws, colours, grid, (width, height))
 
     image, draw = blank(width, height, background)
-    for shape, colour, x, y, radius in items:
-        _draw(draw, shape, COLOURS[colour], x, y, radius)
-    question, answer = _question(draws, items)
-    counted = Counter((colour, shape) for shape, colour, *_ in items)
+    for item in items:
+        _draw(draw, item, BACKGROUNDS[background])
+    counted = Counter((item.colour, item.shape) for item in items)
     parts = [plural(n, f"{colour} {shape}") for (colour, shape), n in sorted(counted.items())]
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
     caption = f"{listed} on a {background} background."
@@ -40,53 +50,89 @@ def make(draws: Draws, width: int, height: int) -> Sketch:
     return Sketch(image, caption, question, answer, parameters)
 
 
-def _draw(draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], x: int, y: int, radius: int) -> None:
+def _draw(draw: ImageDraw.ImageDraw, item: Item, behind: tuple[int, int, int]) -> None:
+    shape, colour, x, y, radius = *item[:1], COLOURS[item.colour], *item[2:]
     box = (x - radius, y - radius, x + radius, y + radius)
-    if shape == "circle":
-        draw.ellipse(box, fill=colour)
-    elif shape == "square":
+    if shape == "square":
         side = math.ceil(radius * 0.85)  # so that its area is near the circle's
         draw.rectangle((x - side, y - side, x + side, y + side), fill=colour)
-    else:
+    elif shape == "triangle":
         draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=colour)
+    elif shape == "diamond":
+        draw.polygon([(x, y - radius), (x - radius, y), (x, y + radius), (x + radius, y)], fill=colour)
+    else:
+        draw.ellipse(box, fill=colour)
+    if shape == "ring":
+        hole = radius // 2
+        draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=behind)
 
 
-def _question(draws: Draws, items: list[tuple[str, str, int, int, int]]) -> tuple[str, str]:
-    forms = [_count_all, _count_colour, _count_shape]
-    if len(items) > 1:
-        # Only where the extreme is clear: the next one is at least 3 pixels away.
-        lefts = sorted(x for _, _, x, _, _ in items)
-        tops = sorted(y for _, _, _, y, _ in items)
-        if lefts[1] - lefts[0] >= 3:
-            forms.append(_leftmost)
-        if tops[1] - tops[0] >= 3:
-            forms.append(_topmost)
-    return draws.choice(forms)(draws, items)
+Grid = tuple[int, int]  # columns and rows of cells
+Asked = tuple[str, str, list[Item]]  # question, answer, what is drawn
 
 
-def _count_all(draws: Draws, items: list[tuple[str, str, int, int, int]]) -> tuple[str, str]:
-    return "How many shapes are there?", str(len(items))
+def _placed(draws: Draws, looks: list[tuple[str, str]], grid: Grid, size: tuple[int, int]) -> list[Item]:
+    """Shapes of these kinds and colours in cells that differ."""
+    (columns, rows), (wide, high) = grid, (size[0] // grid[0], size[1] // grid[1])
+    cells = draws.sample([(c, r) for c in range(columns) for r in range(rows)], len(looks))
+    items = []
+    for (shape, colour), (column, row) in zip(looks, cells, strict=True):
+        largest = min(wide, high) // 2 - 2
+        radius = draws.between(min(6, largest), largest)
+        # The centre keeps radius + 1 pixels away from the cell's edges.
+        x = column * wide + draws.between(radius + 1, wide - radius - 2)
+        y = row * high + draws.between(radius + 1, high - radius - 2)
+        items.append(Item(shape, colour, x, y, radius))
+    return items
 
 
-def _count_colour(draws: Draws, items: list[tuple[str, str, int, int, int]]) -> tuple[str, str]:
-    colour = draws.choice([item[1] for item in items])
-    return f"How many {colour} shapes are there?", str(sum(item[1] == colour for item in items))
+def _looks(draws: Draws, count: int, shapes: tuple[str, ...], colours: list[str]) -> list[tuple[str, str]]:
+    return [(draws.choice(shapes), draws.choice(colours)) for _ in range(count)]
 
 
-def _count_shape(draws: Draws, items: list[tuple[str, str, int, int, int]]) -> tuple[str, str]:
-    shape = draws.choice(SHAPES)
-    return f"How many {shape}s are there?", str(sum(item[0] == shape for item in items))
+def _counts(draws: Draws, grid: Grid) -> tuple[int, int]:
+    """How many there are of what is asked, and of others."""
+    room = grid[0] * grid[1]
+    count = draws.between(1, min(MOST, room))
+    return count, draws.between(0, min(3, room - count))
 
 
-def _leftmost(draws: Draws, items: list[tuple[str, str, int, int, int]]) -> tuple[str, str]:
-    shape, colour, *_ = min(items, key=lambda item: item[2])
+def _count_all(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
+    count, _ = _counts(draws, grid)
+    return "How many shapes are there?", str(count), _placed(draws, _looks(draws, count, SHAPES, colours), grid, size)
+
+
+def _count_colour(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
+    count, more = _counts(draws, grid)
+    looks = _looks(draws, count, SHAPES, colours[:1]) + _looks(draws, more, SHAPES, colours[1:])
+    return f"How many {colours[0]} shapes are there?", str(count), _placed(draws, looks, grid, size)
+
+
+def _count_shape(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
+    count, more = _counts(draws, grid)
+    shape, *others = draws.shuffled(SHAPES)
+    looks = _looks(draws, count, (shape,), colours) + _looks(draws, more, tuple(others), colours)
+    return f"How many {shape}s are there?", str(count), _placed(draws, looks, grid, size)
+
+
+def _extreme(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
+    """The one furthest to the left or highest; where that is not clear, other places are drawn."""
+    axis, where = draws.choice((("x", "furthest to the left"), ("y", "highest")))
+    looks = _looks(draws, draws.between(2, min(MOST, grid[0] * grid[1])), SHAPES, colours)
+    while True:
+        items = _placed(draws, looks, grid, size)
+        first, second, *_ = sorted(items, key=lambda item: getattr(item, axis))
+        if getattr(second, axis) - getattr(first, axis) >= _CLEAR:
+            break
     if draws.chance(1, 2):
-        return "Which colour has the shape whose centre is furthest to the left?", colour
-    return "Which shape has its centre furthest to the left?", shape
+        return f"Which colour has the shape whose centre is {where}?", first.colour, items
+    return f"Which shape has its centre {where}?", first.shape, items
 
 
-def _topmost(draws: Draws, items: list[tuple[str, str, int, int, int]]) -> tuple[str, str]:
-    shape, colour, *_ = min(items, key=lambda item: item[3])
-    if draws.chance(1, 2):
-        return "Which colour has the shape whose centre is highest?", colour
-    return "Which shape has its centre highest?", shape
+_FORMS: tuple[Callable[[Draws, list[str], Grid, tuple[int, int]], Asked], ...] = (
+    _count_all,
+    _count_colour,
+    _count_shape,
+    _extreme,
+    _extreme,
+)

@@ -7,13 +7,16 @@ from PIL import Image
 
 
 class Blob(NamedTuple):
-    """A connected region (by edges and corners) of one colour: its pixels and its box (right and bottom included)."""
+    """A connected region (by edges and corners) of one colour: its pixels, its box (right and bottom included), and
+    how many of the pixels lie in the box's first and last row."""
 
     area: int
     left: int
     top: int
     right: int
     bottom: int
+    first: int
+    last: int
 
     @property
     def filled(self) -> float:
@@ -34,7 +37,8 @@ def blobs(image: Image.Image, colour: tuple[int, int, int]) -> list[Blob]:
             left -= near
             front += near
         xs, ys = zip(*region)
-        found.append(Blob(len(region), min(xs), min(ys), max(xs), max(ys)))
+        edges = ys.count(min(ys)), ys.count(max(ys))
+        found.append(Blob(len(region), min(xs), min(ys), max(xs), max(ys), *edges))
     return sorted(found, key=lambda blob: (blob.left, blob.top))
 
 
