@@ -1,4 +1,4 @@
-"""The engine's speed: python -m qwen3f.infer.bench [--cases decode,workload,peers] [--model qwen3-0.6b]
+"""The engine's speed: python -m qwen3f.infer.bench [--cases first,decode,workload,profile,peers] [--model qwen3-0.6b]
 
 On a GPU: random weights in bfloat16 at a released model's shape, since speed does not ask what is said. A rate's bound
 is a step that reads all weights and the cache once at BANDWIDTH, or computes the products at FLOPS, the longer of both.
@@ -6,10 +6,12 @@ Peers: transformers' generate with a static cache (compiled), and its continuous
 """
 
 import argparse
+import os
 import random
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -112,8 +114,20 @@ def profile(cfg: ModelConfig, params: P.Params, batch: int, context: int) -> Non
     engine.cancel(rows)
 
 
+def first(cfg: ModelConfig, params: P.Params) -> None:
+    """Seconds from the start of this process, imports and random weights included, to a first token and to 32 more."""
+    engine = Engine(cfg, params, max_tokens=4096)
+    for new in (1, 32):
+        engine.generate([list(range(100, 228))], DRAWN, max_new_tokens=new)
+        torch.cuda.synchronize()
+        started = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+        age = float(Path("/proc/uptime").read_text().split()[0]) - started
+        print(f"first: {new} token(s) after {age:.1f} s of this process", flush=True)
+
+
 def peers(cfg: ModelConfig, cases: list[tuple[int, int]]) -> None:
-    """transformers' generate with a static cache, its forward pass compiled: tokens/s, prefill not counted."""
+    """transformers' generate with a static cache, its forward pass compiled, prefill not counted: tokens/s; and its
+    continuous batching over paged SDPA, prefill counted."""
     import transformers
 
     from qwen3f.interop.config import to_hf
@@ -141,11 +155,27 @@ def peers(cfg: ModelConfig, cases: list[tuple[int, int]]) -> None:
             f"transformers {transformers.__version__}, static cache: B{batch} context {context}: {rate:,.0f} tokens/s",
             flush=True,
         )
+    for batch, context in cases:
+        prompts = [[(7 * row + at) % 10_000 for at in range(context)] for row in range(batch)]
+        settings = transformers.GenerationConfig(
+            max_new_tokens=128, min_new_tokens=128, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        hf.generate_batch(prompts, settings)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        found = hf.generate_batch(prompts, settings)
+        seconds_taken = time.perf_counter() - start
+        total = sum(len(one.generated_tokens) for one in found.values())
+        print(
+            f"transformers {transformers.__version__}, continuous batching ({hf.config._attn_implementation}): "
+            f"B{batch} context {context} + 128: {total:,} tokens, {total / seconds_taken:,.0f} tokens/s",
+            flush=True,
+        )
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", default="decode,workload", help="of decode, workload, profile, peers")
+    parser.add_argument("--cases", default="decode,workload", help="of first, decode, workload, profile, peers")
     parser.add_argument("--model", default="qwen3-0.6b", help="a preset")
     parser.add_argument("--layers", type=int, default=0, help="cut the model to so many layers")
     parser.add_argument("--batches", default="1x128,64x128,64x1024,256x128", help="batch x context, several")
@@ -156,6 +186,7 @@ def main(arguments: list[str]) -> None:
     cases = [tuple(map(int, pair.split("x"))) for pair in asked.batches.split(",")]
     params = P.init_params(cfg, 0, dtype=torch.bfloat16, device="cuda")
     todo: dict[str, Callable[[], None]] = {
+        "first": lambda: first(cfg, params),
         "decode": lambda: table(cfg, params, cases),
         "workload": lambda: run_workload(cfg, params),
         "profile": lambda: [profile(cfg, params, *case) for case in cases],
