@@ -2,7 +2,7 @@
 
     python launch.py --config experiments/demo.py
 
-Under ten minutes, tokenizer included. The README shows the curve that it reached.
+Under ten minutes, tokenizer included. experiments/README.md shows the curve that it reached.
 """
 
 from ml_collections import ConfigDict

@@ -33,7 +33,7 @@ def get_config(preset: str = "small") -> ConfigDict:
 def _solve_generated_problems(config: ConfigDict, preset: str) -> None:
     """What a tiny model can learn in minutes: nano two kinds on two CPU cores, debug all kinds on a GPU, from scratch.
 
-    The README shows what they reach.
+    qwen3f/tasks/README.md shows what they reach.
     """
     config.seq_len = 512
     if preset == "nano":

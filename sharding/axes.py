@@ -16,7 +16,7 @@ from sharding.mesh import AXES, DATA, FSDP, ROWS, MeshShape
 # what sums of tokens and of rows go over; and the same for experts, which ep cuts already.
 _JOINT = (DATA, FSDP, ROWS, ("dr", "dp", "cp"), ("dp", "cp"))
 
-_TP_CTAS = 64  # NCCL's own limit; measured on two H200s: README
+_TP_CTAS = 64  # NCCL's own limit; measured on two H200s: 227.6 ms a step by NCCL's own choice, 220.6 by this
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from qwen3f.plan.config import from_config
 from qwen3f.train import checks
 from qwen3f.train.setup import make_setup
 from qwen3f.train.stage import find_stage
+from tests.pages import PAGES, launches, name_of
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPERIMENTS = (
@@ -106,8 +107,8 @@ def test_stage_lengths_and_rotary_bases():
 
 
 def written():
-    """(where, arguments) of each command in README.md and the experiments' docstrings."""
-    for path in (Path("README.md"), *sorted(Path("experiments").glob("*.py"))):
+    """(where, arguments) of each command in the experiments' docstrings; those of pages are in test_readme.py."""
+    for path in sorted(Path("experiments").glob("*.py")):
         text = re.sub(r"\\\n\s*", "", path.read_text())  # commands of several lines
         for line in re.findall(r"python (launch\.py --config experiments/.*)", text):
             yield path.name, shlex.split(line.replace("[", "").replace("]", ""), comments=True)
@@ -120,7 +121,7 @@ def test_commands_that_are_written_down_have_known_keys(where, arguments):
 
 def test_every_experiment_says_its_command():
     names = {path.name for path in Path("experiments").glob("*.py")}
-    assert {where for where, _ in written()} == names | {"README.md"}
+    assert {where for where, _ in written()} == names
     for name in names:
         assert any(where == name and f"experiments/{name}" in arguments[2] for where, arguments in written()), name
 
@@ -188,14 +189,12 @@ def test_every_preset_ends_with_a_plan_or_an_error_that_leads_to_one(experiment,
 
 
 def commands():
-    """(where, experiment, flags) of each command with a mesh in README.md and the experiments' docstrings."""
-    for path in (Path("README.md"), *Path("experiments").glob("*.py")):
-        for line in re.findall(
-            r"python launch\.py (--config experiments/pretrain.*--config\.mesh=.*)", path.read_text()
-        ):
-            words = shlex.split(line, comments=True)
-            flags = [word.removeprefix("--config.").split("=") for word in words if word.startswith("--config.")]
-            yield path.name, words[1].removeprefix("experiments/").replace(".py", ""), dict(flags)
+    """(where, experiment, flags) of each pretraining command with a mesh in a page or an experiment's docstring."""
+    of_pages = ((name_of(page), words) for page in PAGES for words in launches(page))
+    for where, words in (*of_pages, *written()):
+        flags = dict(re.findall(r"^--config\.(\w+)=(.*)", "\n".join(words), re.MULTILINE))
+        if "pretrain" in words[2] and "mesh" in flags:
+            yield where, words[2].removeprefix("experiments/").replace(".py", ""), flags
 
 
 @pytest.mark.parametrize("where, experiment, flags", commands())

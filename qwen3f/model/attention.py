@@ -54,7 +54,7 @@ class AttentionMask(NamedTuple):
 def make_mask(segments_BT: Tensor | None, backend: str, head_dim: int, compiled: bool = False) -> AttentionMask:
     """The mask in the form that `backend` takes. None segments: plain causal attention.
 
-    "auto" picks by measurement (kernels/README.md): on a GPU packed documents go to our flash attention, which leaves
+    "auto" picks by measurement (kernels/bench): on a GPU packed documents go to our flash attention, which leaves
     out what lies between them; everything else, also heads of a size that it does not take, to torch's
     scaled_dot_product_attention (cuDNN's, on a GPU); on a CPU document by document, unless blocks are compiled.
     """

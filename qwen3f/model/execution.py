@@ -12,8 +12,8 @@ from qwen3f.model.moe import EXPERT_FORMS
 COMPILE_MODES = ("off", "block", "step")
 FUSED = ("norm", "rotation", "swiglu")  # norms with their residual; norm and rotation of queries and keys; SwiGLU
 
-# The faster by measurement on an H100 (README): torch.compile fuses the formulas with what stands around them; without
-# it every kernel wins. On a CPU the formulas run in any case.
+# The faster by measurement on an H100 (kernels/bench): torch.compile fuses the formulas with what stands around them;
+# without it every kernel wins. On a CPU the formulas run in any case.
 _FASTEST = {"off": FUSED, "block": FUSED, "step": FUSED}
 
 

@@ -20,7 +20,7 @@ from sharding import rules
 from sharding.mesh import AXES
 
 # Of a card's memory, what a step may fill by this model. The rest is CUDA's, NCCL's and the gaps between blocks, and
-# what measured peaks were above the model's (README: up to 4%).
+# what measured peaks were above the model's (tests/plan/test_plan_measured.py: up to 4%).
 FILLED = 0.95
 
 

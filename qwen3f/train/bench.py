@@ -2,7 +2,7 @@
 
 An argument is a case, `key=value` words (the fields of Case); all run one after another, on as many GPUs of this host
 as the largest mesh has. Random tokens; float32 master weights under a bfloat16 forward and backward pass, the donated
-fused update: what `launch.py` trains with. A line a case: milliseconds a step, tokens/s and MFU (as the README defines
+fused update: what `launch.py` trains with. A line a case: milliseconds a step, tokens/s and MFU (as README.md has
 it) of each GPU, peak memory, how long communication takes and how much of it nothing hides, the share of a step in
 which the GPU had nothing to do, and what the plan predicts. Without a mesh, or with a smaller one, other GPUs do the
 same: what one GPU does, all do at once.

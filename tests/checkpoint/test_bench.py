@@ -1,4 +1,4 @@
-"""The benchmark's cases run and say what they took; the figures themselves are in the README."""
+"""The benchmark's cases run and say what they took; the figures themselves are in qwen3f/checkpoint/README.md."""
 
 import re
 

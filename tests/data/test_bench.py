@@ -1,4 +1,4 @@
-"""The benchmark's parts run and print a figure each; the figures themselves are in the README."""
+"""The benchmark's parts run and print a figure each; the figures themselves are in qwen3f/data/README.md."""
 
 import re
 

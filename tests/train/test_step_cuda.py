@@ -1,6 +1,6 @@
 """The step on a GPU: bf16 against fp32, kernels and compile modes against the formula, memory, and no host syncs.
 
-python -m pytest tests/train/test_step_cuda.py -n 0 -m gpu -s      # -s shows the figures that the README quotes
+python -m pytest tests/train/test_step_cuda.py -n 0 -m gpu -s      # -s shows figures
 """
 
 import functools
