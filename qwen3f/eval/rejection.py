@@ -33,7 +33,6 @@ from qwen3f.interop import source
 from qwen3f.interop.history import never_saw_chats, pretrained_only
 from qwen3f.strict_json import read_object
 from qwen3f.tasks.answer_text import is_well_formed
-from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.tasks.registry import open_task
 from qwen3f.tasks.task import Question, Task
 from qwen3f.train.choices import find_device, find_dtype
@@ -162,12 +161,9 @@ def _check(config: ConfigDict) -> Task:
         SamplingParams(temperature=config.temperature)
     except UserError as error:
         raise UserError(f"--config.temperature: {error}") from None
-    task, data = open_task(config.task, "--config.task"), ChatDataConfig(**{key: config.data[key] for key in _DATA})
+    data = ChatDataConfig(**{key: config.data[key] for key in _DATA})
     check_data(data)
-    if isinstance(task, ReasoningTask):
-        found = generated_problems(data)
-        task = ReasoningTask(found.kinds, found.difficulties, found.seed, found.num_problems)
-    return task
+    return open_task(config.task, "--config.task", generated_problems(data))
 
 
 def _check_lengths(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer, questions: Sequence[Question]) -> None:
