@@ -26,7 +26,7 @@ from qwen3f.data.chat.recognise import check_chat_tokenizer
 from qwen3f.data.chat.template import encode_chat, split_thought
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
-from qwen3f.eval.answers import Answer, AnswerOptions, answer
+from qwen3f.eval.answers import Answer, AnswerOptions, answers_of, make_engine
 from qwen3f.files import write_atomically
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.interop import source
@@ -107,8 +107,10 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, A
             params = source.read_params(place, cfg, device, dtype)
             options = AnswerOptions(config.max_new_tokens, config.temperature, config.seed, 0, config.batch_size)
 
+            engine = make_engine(cfg, params, tokenizer, options)
+
             def ask(prompts: Sequence[str], first: int) -> Iterator[Answer]:
-                return answer(cfg, params, tokenizer, prompts, True, dataclasses.replace(options, first=first))
+                return answers_of(engine, prompts, True, dataclasses.replace(options, first=first))
 
             _sample(config, task, questions, ask, done, out, progress)
         print("\n".join(_describe(config, done)), flush=True)

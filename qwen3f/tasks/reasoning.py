@@ -1,4 +1,4 @@
-r"""The tasks `reasoning` and `procedures`: generated problems, by kind and difficulty, judged by the answer in \boxed{…}."""
+r"""The tasks `reasoning` and `procedures`: generated problems, whose answer in \boxed{…} is judged."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -14,6 +14,7 @@ ARMS = ("grpo", "more_sft", "rejection")
 FORMS = ("base", "start", "sft", "grpo", "sample")  # of configurations, to which single keys may be set
 BASE = {"nano": "demo.py", "debug": "pretrain_s1.py:debug"}
 TASK = "procedures"
+GENTLER = 0.3  # of the cold start's rate, for fine-tuning that goes on from there
 ENDLESS = 1_000_000  # steps of a run that its time ends
 
 
@@ -126,8 +127,6 @@ def start_config(trial: Trial, base: str, seed: int) -> ConfigDict:
     """The cold start on few worked solutions."""
     config = _sft(trial, base, seed)
     config.steps = trial.start_steps
-    config.schedule.kind, config.schedule.min_ratio = "wsd", 0.1
-    config.schedule.decay = 0.5
     return _changed(config, trial, "start")
 
 
@@ -135,6 +134,7 @@ def more_sft_config(trial: Trial, start: str, seed: int) -> ConfigDict:
     """The same solutions for as long as the arms have; its best checkpoint by held-out accuracy stays."""
     config = _sft(trial, start, seed + 1000)
     config.steps, config.schedule.kind = ENDLESS, "constant"
+    config.schedule.peak_lr *= GENTLER
     config.eval.every = config.checkpoint.every = 50
     config.checkpoint.keep_best = 1
     return _changed(config, trial, "sft")
@@ -145,7 +145,7 @@ def round_config(trial: Trial, weights: str, chats: str, seed: int) -> ConfigDic
     config = _sft(trial, weights, seed)
     config.data.mixture = f"chats@{chats}=0.8,{TASK}=0.2"
     config.steps = trial.round_steps
-    config.schedule.kind = "cosine"
+    config.schedule.peak_lr *= GENTLER
     return _changed(config, trial, "sft")
 
 
@@ -159,7 +159,12 @@ def grpo_config(trial: Trial, start: str, seed: int) -> ConfigDict:
     config.schedule.warmup = 5
     config.seq_len, config.rollout.max_new_tokens, config.eval.max_new_tokens = 256, 128, 128
     config.eval.every, config.checkpoint.every = 20, 0
+    config.eval.questions = 100
     config.samples.keep = 5
+    if trial.preset == "debug":
+        config.rollout.rows, config.rollout.microbatch_rows, config.rollout.cache_tokens = 1024, 64, 262_144
+    else:
+        config.batch_size, config.rollout.samples = 16, 8
     return _changed(config, trial, "grpo")
 
 
@@ -172,7 +177,7 @@ def sample_config(trial: Trial, weights: str, out: str, seed: int, first: int) -
     _questions(config, trial)
     config.data.problem_seed = first
     config.max_new_tokens, config.temperature = 128, 1.0
-    config.batch_size = 256
+    config.batch_size = 256 if trial.preset == "nano" else 1024
     return _changed(config, trial, "sample")
 
 
@@ -183,9 +188,7 @@ def _sft(trial: Trial, weights: str, seed: int) -> ConfigDict:
     _questions(config, trial)
     config.data.max_samples, config.data.max_heldout = trial.solutions, 200
     config.data.problems = max(2 * trial.solutions, 4000)
-    config.optimizer.kind, config.optimizer.weight_decay = "adamw", 0.1
-    config.schedule.peak_lr = 1e-3
-    config.seq_len, config.batch_size = 256, 8
+    config.seq_len, config.batch_size = 256, 8 if trial.preset == "nano" else 16
     config.eval.every, config.eval.questions, config.eval.max_new_tokens = 0, 200, 128
     config.show_samples = 1
     return config

@@ -1,7 +1,7 @@
 """Digits: sorting numbers, long addition and long multiplication, written out column by column.
 
 Numbers that are computed with are written with blanks between their digits, as a model has to find single ones. The
-working can be made from the question alone (`working`); each kind has more than 10⁶ different questions of a difficulty.
+working can be made from the question alone (`working`). Of each kind and difficulty there are more than 10⁶ questions.
 """
 
 import re

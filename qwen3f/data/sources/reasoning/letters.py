@@ -25,11 +25,11 @@ _STEPS: dict[str, Callable[[str, int], str]] = {
     "sort": lambda row, n: "".join(sorted(row)),
 }
 _EASY = ("reverse", "shift by #", "rotate by #", "swap pairs", "drop letter #", "double letter #")
-_SIZES = ((5, 2), (6, 3), (7, 3), (8, 4), (10, 5))  # letters and steps by difficulty
+_SIZES = ((5, 1), (5, 2), (6, 3), (8, 4), (10, 5))  # letters and steps by difficulty
 
 
 def make(draws: Draws, difficulty: int) -> Draft:
-    """5 letters and 2 steps up to 10 letters and 5 steps, of which from difficulty 3 on some sort."""
+    """5 letters and a step up to 10 letters and 5 steps, of which from difficulty 3 on some sort."""
     length, count = _SIZES[difficulty - 1]
     names = _EASY if difficulty <= 2 else tuple(_STEPS)
     row = " ".join(draws.choice(_ALPHABET) for _ in range(length))

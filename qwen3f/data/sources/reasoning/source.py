@@ -1,4 +1,4 @@
-"""The sources `reasoning` and `procedures`: generated problems in two splits, as text, as chats and as questions with answers.
+"""The sources `reasoning` and `procedures`: generated problems in two splits, as text, as chats and as questions.
 
 The split is decided by a hash of the question alone, so a question is in one split whatever its kind, difficulty, seed
 or index, as long as `holdout` is the same; and what is held out at a small share is held out at any larger one. All
@@ -48,7 +48,7 @@ class ReasoningSource:
             raise UserError("A reasoning source without kinds or difficulties has no problem: give at least one.")
 
     def family(self, name: str) -> Self:
-        """Of these problems those of a family, under its name. Raises UserError if there is no kind of it among them."""
+        """Of these problems those of a family, under its name. Raises UserError if none of its kinds is among them."""
         own = tuple(kind for kind in self.kinds if kind in FAMILIES[name])
         if not own:
             raise UserError(
