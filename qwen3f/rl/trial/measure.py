@@ -17,7 +17,6 @@ from qwen3f.tasks.working import right_working
 from qwen3f.train.choices import find_device, find_dtype
 
 TEST_SEED = 1_000_003  # of problems that no stage draws
-NEW_TOKENS = 128
 
 
 def test_questions(trial: Trial) -> tuple[Question, ...]:
@@ -40,7 +39,7 @@ def measure(trial: Trial, weights: str) -> dict[str, Any]:
     prompts = [question.prompt for question in questions]
     out: dict[str, Any] = {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        options = AnswerOptions(NEW_TOKENS, temperature, seed=TEST_SEED, batch_size=256)
+        options = AnswerOptions(trial.new_tokens, temperature, seed=TEST_SEED, batch_size=256)
         given = list(answer(cfg, params, tokenizer, prompts, True, options))
         right = [float(a.ended and task.judge(a.text, q.gold) == 1.0) for q, a in zip(questions, given)]
         worked = [mark * right_working(q.prompt, a.text) for mark, q, a in zip(right, questions, given)]

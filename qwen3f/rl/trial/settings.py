@@ -15,6 +15,7 @@ FORMS = ("base", "start", "sft", "grpo", "sample")  # of configurations, to whic
 BASE = {"nano": "demo.py", "debug": "pretrain_s1.py:debug"}
 TASK = "procedures"
 GENTLER = 0.3  # of the cold start's rate, for fine-tuning that goes on from there
+ROW = 384  # tokens of a row
 ENDLESS = 1_000_000  # steps of a run that its time ends
 
 
@@ -27,6 +28,7 @@ class Trial:
       base_seconds: of pretraining, at most. minutes: of each arm, from the start of its process to its last step.
       kinds, difficulties: of the questions. solutions: worked ones that the cold start and more_sft have.
       questions: that GRPO and rejection sampling may ask, both splits together. tests: fresh questions at the end.
+      new_tokens: where an answer is cut off, everywhere.
       start_steps: of the cold start. round_questions, round_steps: of a round of rejection sampling.
       together: run the arms (of all seeds) at the same time, else one after the other.
       changes: keys of single configurations, as ("grpo", "schedule.peak_lr", 3e-4); the command line writes
@@ -45,6 +47,7 @@ class Trial:
     solutions: int = 500
     questions: int = 16_000
     tests: int = 500
+    new_tokens: int = 128
     start_steps: int = 150
     round_questions: int = 500
     round_steps: int = 60
@@ -157,7 +160,8 @@ def grpo_config(trial: Trial, start: str, seed: int) -> ConfigDict:
     _questions(config, trial)
     config.steps, config.schedule.kind = ENDLESS, "constant"
     config.schedule.warmup = 5
-    config.seq_len, config.rollout.max_new_tokens, config.eval.max_new_tokens = 256, 128, 128
+    config.seq_len = ROW
+    config.rollout.max_new_tokens = config.eval.max_new_tokens = trial.new_tokens
     config.eval.every, config.checkpoint.every = 20, 0
     config.eval.questions = 100
     config.samples.keep = 5
@@ -176,7 +180,7 @@ def sample_config(trial: Trial, weights: str, out: str, seed: int, first: int) -
     config.questions, config.samples, config.keep = trial.round_questions, 4, 2
     _questions(config, trial)
     config.data.problem_seed = first
-    config.max_new_tokens, config.temperature = 128, 1.0
+    config.max_new_tokens, config.temperature = trial.new_tokens, 1.0
     config.batch_size = 256 if trial.preset == "nano" else 1024
     return _changed(config, trial, "sample")
 
@@ -188,8 +192,8 @@ def _sft(trial: Trial, weights: str, seed: int) -> ConfigDict:
     _questions(config, trial)
     config.data.max_samples, config.data.max_heldout = trial.solutions, 200
     config.data.problems = max(2 * trial.solutions, 4000)
-    config.seq_len, config.batch_size = 256, 8 if trial.preset == "nano" else 16
-    config.eval.every, config.eval.questions, config.eval.max_new_tokens = 0, 200, 128
+    config.seq_len, config.batch_size = ROW, 8 if trial.preset == "nano" else 16
+    config.eval.every, config.eval.questions, config.eval.max_new_tokens = 0, 200, trial.new_tokens
     config.show_samples = 1
     return config
 
