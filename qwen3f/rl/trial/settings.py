@@ -16,6 +16,7 @@ BASE = {"nano": "demo.py", "debug": "pretrain_s1.py:debug"}
 TASK = "procedures"
 GENTLER = 0.3  # of the cold start's rate, for fine-tuning that goes on from there
 ROW = 384  # tokens of a row
+WARMUP = 5  # steps of a run without an end
 ENDLESS = 1_000_000  # steps of a run that its time ends
 
 
@@ -138,6 +139,7 @@ def more_sft_config(trial: Trial, start: str, seed: int) -> ConfigDict:
     config = _sft(trial, start, seed + 1000)
     config.steps, config.schedule.kind = ENDLESS, "constant"
     config.schedule.peak_lr *= GENTLER
+    config.schedule.warmup = WARMUP
     config.eval.every = config.checkpoint.every = 50
     config.checkpoint.keep_best = 1
     return _changed(config, trial, "sft")
@@ -148,6 +150,7 @@ def round_config(trial: Trial, weights: str, chats: str, seed: int) -> ConfigDic
     config = _sft(trial, weights, seed)
     config.data.mixture = f"chats@{chats}=0.8,{TASK}=0.2"
     config.steps = trial.round_steps
+    config.eval.questions, config.eval.max_rows = 0, 16  # its time is for learning
     config.schedule.peak_lr *= GENTLER
     return _changed(config, trial, "sft")
 
@@ -159,7 +162,7 @@ def grpo_config(trial: Trial, start: str, seed: int) -> ConfigDict:
     config.tasks = TASK
     _questions(config, trial)
     config.steps, config.schedule.kind = ENDLESS, "constant"
-    config.schedule.warmup = 5
+    config.schedule.warmup = WARMUP
     config.seq_len = ROW
     config.rollout.max_new_tokens = config.eval.max_new_tokens = trial.new_tokens
     config.eval.every, config.checkpoint.every = 20, 0
