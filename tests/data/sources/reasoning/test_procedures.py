@@ -76,8 +76,8 @@ def test_the_judge_accepts_the_answer_and_no_other(item, random):
     place = random.randrange(len(parts))
     others = [
         parts[:place] + parts[place + 1 :],
-        parts[:place] + [parts[place]] + parts[place:],
-        parts[:place] + [random.choice([x for x in "abc123" if x != parts[place]])] + parts[place + 1 :],
+        [*parts[:place], parts[place], *parts[place:]],
+        [*parts[:place], random.choice([x for x in "abc123" if x != parts[place]]), *parts[place + 1 :]],
         ["".join(parts)],
     ]
     for other in others:
