@@ -56,6 +56,18 @@ def parse_modes(text: str) -> tuple[str, ...]:
     return modes
 
 
+def make_engine(cfg: ModelConfig, params: Params, tokenizer: Tokenizer, options: AnswerOptions) -> Engine:
+    """What `answers_of` asks."""
+    return Engine(
+        cfg,
+        params,
+        seed=options.seed,
+        execution=options.execution,
+        tokenizer=tokenizer,
+        options=EngineOptions(rows=options.batch_size),
+    )
+
+
 def answer(
     cfg: ModelConfig,
     params: Params,
@@ -65,22 +77,27 @@ def answer(
     options: AnswerOptions,
     between: Callable[[], None] = lambda: None,
 ) -> Iterator[Answer]:
+    """`answers_of` an engine for these prompts alone."""
+    return answers_of(make_engine(cfg, params, tokenizer, options), prompts, thinking, options, between)
+
+
+def answers_of(
+    engine: Engine,
+    prompts: Sequence[str],
+    thinking: bool,
+    options: AnswerOptions,
+    between: Callable[[], None] = lambda: None,
+) -> Iterator[Answer]:
     """What the model answers to each prompt, a user's turn; in order.
 
-    thinking: as enable_thinking, which puts an empty block into the prompt where it is False. between: called before
-    each pass of the engine; may raise. Raises UserError for a mode that the tokenizer's chat template has not.
+    engine: of `make_engine`. thinking: as enable_thinking, which puts an empty block into the prompt where it is False.
+    between: called before each pass of the engine; may raise. Raises UserError for a mode that the tokenizer's chat
+    template has not.
     """
+    tokenizer = engine.tokenizer
     opened = opening(tokenizer)
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     ids = [encode_chat(tokenizer, t, add_generation_prompt=True, enable_thinking=thinking) for t in turns]
-    engine = Engine(
-        cfg,
-        params,
-        seed=options.seed,
-        execution=options.execution,
-        tokenizer=tokenizer,
-        options=EngineOptions(rows=options.batch_size),
-    )
     sampling = SamplingParams(temperature=options.temperature)
     requests = (
         engine.request(

@@ -26,14 +26,13 @@ from qwen3f.data.chat.recognise import check_chat_tokenizer
 from qwen3f.data.chat.template import encode_chat, split_thought
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
-from qwen3f.eval.answers import Answer, AnswerOptions, answer
+from qwen3f.eval.answers import Answer, AnswerOptions, answers_of, make_engine
 from qwen3f.files import write_atomically
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.interop import source
 from qwen3f.interop.history import never_saw_chats, pretrained_only
 from qwen3f.strict_json import read_object
 from qwen3f.tasks.answer_text import is_well_formed
-from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.tasks.registry import open_task
 from qwen3f.tasks.task import Question, Task
 from qwen3f.train.choices import find_device, find_dtype
@@ -108,8 +107,10 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, A
             params = source.read_params(place, cfg, device, dtype)
             options = AnswerOptions(config.max_new_tokens, config.temperature, config.seed, 0, config.batch_size)
 
+            engine = make_engine(cfg, params, tokenizer, options)
+
             def ask(prompts: Sequence[str], first: int) -> Iterator[Answer]:
-                return answer(cfg, params, tokenizer, prompts, True, dataclasses.replace(options, first=first))
+                return answers_of(engine, prompts, True, dataclasses.replace(options, first=first))
 
             _sample(config, task, questions, ask, done, out, progress)
         print("\n".join(_describe(config, done)), flush=True)
@@ -162,12 +163,9 @@ def _check(config: ConfigDict) -> Task:
         SamplingParams(temperature=config.temperature)
     except UserError as error:
         raise UserError(f"--config.temperature: {error}") from None
-    task, data = open_task(config.task, "--config.task"), ChatDataConfig(**{key: config.data[key] for key in _DATA})
+    data = ChatDataConfig(**{key: config.data[key] for key in _DATA})
     check_data(data)
-    if isinstance(task, ReasoningTask):
-        found = generated_problems(data)
-        task = ReasoningTask(found.kinds, found.difficulties, found.seed, found.num_problems)
-    return task
+    return open_task(config.task, "--config.task", generated_problems(data))
 
 
 def _check_lengths(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer, questions: Sequence[Question]) -> None:

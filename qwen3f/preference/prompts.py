@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.chat.template import encode_chat
-from qwen3f.data.sources.reasoning import DIFFICULTIES, KINDS
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
-from qwen3f.errors import UserError
-from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.tasks.registry import open_task
 from qwen3f.tasks.task import Question, Task
 
@@ -18,17 +16,8 @@ def task_of(name: str, flag: str, data: ConfigDict) -> Task:
 
     flag: what names the task on the command line.
     """
-    task = open_task(name, flag)
-    if not isinstance(task, ReasoningTask):
-        return task
-    known = {"kinds": KINDS, "difficulties": tuple(map(str, DIFFICULTIES))}
-    chosen = {}
-    for key, all_ in known.items():
-        written = tuple(map(str.strip, data[key].split(","))) if data[key] else all_
-        if not set(written) <= set(all_):
-            raise UserError(f"--config.data.{key} is {data[key]!r}: write some of {', '.join(all_)}")
-        chosen[key] = written
-    return ReasoningTask(chosen["kinds"], tuple(map(int, chosen["difficulties"])), data.problem_seed, data.problems)
+    fields = {key: data[key] for key in ("kinds", "difficulties", "problems", "problem_seed")}
+    return open_task(name, flag, generated_problems(ChatDataConfig(**fields)))
 
 
 def prompt_ids(tokenizer: Tokenizer, question: Question, thinking: bool) -> tuple[int, ...]:

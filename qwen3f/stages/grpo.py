@@ -28,7 +28,6 @@ from qwen3f.rl.rollout import RolloutOptions, Sampler
 from qwen3f.rl.samples import write_samples
 from qwen3f.sandbox.tiers import VARIABLE, find_tier
 from qwen3f.tasks.code import CodeTask
-from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.tasks.registry import open_task
 from qwen3f.tasks.task import Question, Task
 from qwen3f.train.metrics import flops_per_token, peak_flops
@@ -96,16 +95,12 @@ def find_hyper(setup: Setup) -> GRPO:
 
 
 def find_tasks(setup: Setup) -> list[tuple[str, Task, float]]:
-    """(name, task, weight) of config.tasks; `reasoning` with the kinds and difficulties of config.data."""
-    data, out = setup.config.data, []
-    for name, weight in parse_weights(setup.config.tasks):
-        task = open_task(name, "--config.tasks")
-        if isinstance(task, ReasoningTask):
-            fields = {key: data[key] for key in ("kinds", "difficulties", "problems", "problem_seed")}
-            source = generated_problems(ChatDataConfig(**fields))
-            task = ReasoningTask(source.kinds, source.difficulties, source.seed, source.num_problems)
-        out.append((name, task, weight))
-    return out
+    """(name, task, weight) of config.tasks; generated problems of the kinds and difficulties of config.data."""
+    data = setup.config.data
+    fields = {key: data[key] for key in ("kinds", "difficulties", "problems", "problem_seed")}
+    problems = generated_problems(ChatDataConfig(**fields))
+    weights = parse_weights(setup.config.tasks)
+    return [(name, open_task(name, "--config.tasks", problems), weight) for name, weight in weights]
 
 
 def make(run: Run) -> Stage:

@@ -18,12 +18,12 @@ from qwen3f.data.chat.kinds import check_thinking, find_kind
 from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.report import render_samples
 from qwen3f.data.loader import Indexed, Share, build_batch
+from qwen3f.data.sources.reasoning import ReasoningSource
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import AnswerOptions, answer_on_ranks, judge, parse_modes
 from qwen3f.eval.heldout import batches_of_one_shape
 from qwen3f.params import Params
-from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.tasks.registry import open_task
 from qwen3f.tasks.task import Question, Task
 from qwen3f.train.microbatches import evaluation_parts
@@ -153,10 +153,9 @@ def make_heldout_loss(run: Run, heldout: Mapping[str, Indexed]) -> Callable[[Par
 
 def _questions(setup: Setup) -> tuple[Task, tuple[Question, ...]]:
     """The task, and the first held-out questions of the kinds and difficulties that are trained on."""
-    task = open_task(setup.config.eval.task, "--config.eval.task")
-    if isinstance(task, ReasoningTask):
-        problems = generated_problems(_data_config(setup))
-        task = dataclasses.replace(task, kinds=problems.kinds, difficulties=problems.difficulties)
+    trained, default = generated_problems(_data_config(setup)), ReasoningSource()
+    asked = dataclasses.replace(trained, seed=default.seed, num_problems=default.num_problems)
+    task = open_task(setup.config.eval.task, "--config.eval.task", asked)
     questions = tuple(islice(task.questions("heldout"), setup.config.eval.questions))
     if not questions:
         raise UserError(f"--config.eval.task={task.name} has no held-out question; write --config.eval.questions=0")

@@ -1,4 +1,4 @@
-r"""The task `reasoning`: generated problems, by kind and difficulty, judged by the answer in \boxed{…}."""
+r"""The tasks `reasoning` and `procedures`: generated problems, whose answer in \boxed{…} is judged."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +38,11 @@ class ReasoningTask:
     def source(self) -> ReasoningSource:
         """The problems with their worked solutions."""
         return ReasoningSource(
-            seed=self.seed, num_problems=self.num_problems, kinds=self.kinds, difficulties=self.difficulties
+            seed=self.seed,
+            num_problems=self.num_problems,
+            kinds=self.kinds,
+            difficulties=self.difficulties,
+            name=self.name,
         )
 
     def judge(self, answer_text: str, gold: str) -> float:

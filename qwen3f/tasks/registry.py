@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from qwen3f.data.sources.reasoning import FAMILIES, ReasoningSource
 from qwen3f.errors import UserError
 from qwen3f.tasks.code import CodeTask
 from qwen3f.tasks.reasoning import ReasoningTask
@@ -9,19 +10,23 @@ from qwen3f.tasks.task import Task
 from qwen3f.tasks.visual import VisualTask
 from qwen3f.tasks.word_problems import WordProblems
 
-_TASKS: dict[str, Callable[[], Task]] = {"reasoning": ReasoningTask, "code": CodeTask, "visual": VisualTask}
+_TASKS: dict[str, Callable[[], Task]] = {"code": CodeTask, "visual": VisualTask}
 _DATA_SETS = ("gsm8k", "math")  # which may have a directory behind them
 
 
-def open_task(name: str, flag: str) -> Task:
-    """The task of a name, with its default settings. Raises UserError for an unknown one.
+def open_task(name: str, flag: str, problems: ReasoningSource | None = None) -> Task:
+    """The task of a name. Raises UserError for an unknown one.
 
     name: of a data set also with its local copy, gsm8k@DIR. flag: what names it on the command line, for the message.
+    problems: of all families, from which a task of generated problems has its own; without them it asks the default's.
     """
+    if name in FAMILIES:
+        own = (problems or ReasoningSource(kinds=FAMILIES[name])).family(name)
+        return ReasoningTask(own.kinds, own.difficulties, own.seed, own.num_problems, name)
     short, at, root = name.partition("@")
     if short in _DATA_SETS and bool(at) == bool(root):
         return WordProblems(short, root)
     if name not in _TASKS:
-        known = (*_TASKS, *_DATA_SETS, *(f"{data_set}@DIR" for data_set in _DATA_SETS))
+        known = (*FAMILIES, *_TASKS, *_DATA_SETS, *(f"{data_set}@DIR" for data_set in _DATA_SETS))
         raise UserError(f"{flag}={name}: there is no such task; write one of {', '.join(known)}.")
     return _TASKS[name]()

@@ -93,7 +93,7 @@ def scripted(monkeypatch):
     asked, with their random streams."""
     asked = []
 
-    def answer(cfg, params, tokenizer, prompts, thinking, options):
+    def answers_of(engine, prompts, thinking, options):
         assert thinking
         for row, prompt in enumerate(prompts):
             stream = options.first + row
@@ -102,7 +102,7 @@ def scripted(monkeypatch):
             right = question % 2 == 0 or number == 0
             yield said(f"thought é {number}", rf"\boxed{{{GOLDS[prompt] if right else 'no'}}}")
 
-    monkeypatch.setattr(rejection, "answer", answer)
+    monkeypatch.setattr(rejection, "answers_of", answers_of)
     return asked
 
 
@@ -154,20 +154,20 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_files(configure, scripted, t
     asked = list(scripted)
     shutil.rmtree(tmp_path / "out")
     scripted.clear()
-    through = rejection.answer
+    through = rejection.answers_of
 
-    def dies(cfg, params, tokenizer, prompts, thinking, options):
+    def dies(engine, prompts, thinking, options):
         if options.first == 12:
             raise Killed
-        return through(cfg, params, tokenizer, prompts, thinking, options)
+        return through(engine, prompts, thinking, options)
 
-    monkeypatch.setattr(rejection, "answer", dies)
+    monkeypatch.setattr(rejection, "answers_of", dies)
     with pytest.raises(Killed):
         run(configure(), tmp_path, progress=False)
     assert scripted == asked[:12]
     with (tmp_path / "out" / SAMPLES).open("ab") as file:
         file.write(b'{"messages": [{"ro')
-    monkeypatch.setattr(rejection, "answer", through)
+    monkeypatch.setattr(rejection, "answers_of", through)
     run(configure(), tmp_path, progress=False)
     assert scripted == asked
     assert contents(tmp_path / "out") == whole

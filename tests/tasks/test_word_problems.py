@@ -41,7 +41,7 @@ def test_answers_are_compared_as_mathematics(root):
 def test_names_and_places_that_are_not_there(root):
     for name in ("gsm8k@", "gsm", "reasoning@DIR"):
         with pytest.raises(
-            UserError, match=rf"--config\.tasks={name}: there is no such task; write one of reasoning, code"
+            UserError, match=rf"--config\.tasks={name}: there is no such task; write one of reasoning, procedures, code"
         ):
             open_task(name, "--config.tasks")
     with pytest.raises(UserError, match="nowhere"):

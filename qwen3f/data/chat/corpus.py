@@ -24,7 +24,7 @@ from qwen3f.data.packing.concat import check_seq_len
 from qwen3f.data.packing.pair_dataset import PairDataset
 from qwen3f.data.sources.adapters.rows import OnBadRow, check_policy
 from qwen3f.data.sources.documents import LimitedSource, Source, Split, describe_other_files
-from qwen3f.data.sources.reasoning import DIFFICULTIES, KINDS, NUM_PROBLEMS, ReasoningSource
+from qwen3f.data.sources.reasoning import DIFFICULTIES, FAMILIES, NUM_PROBLEMS, ReasoningSource
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.tasks.registry import open_task
@@ -245,8 +245,11 @@ def check(cfg: ChatDataConfig) -> None:
 
 
 def generated_problems(cfg: ChatDataConfig) -> ReasoningSource:
-    """The problems that the generated sources read. Raises UserError for an unknown kind or difficulty."""
-    kinds = _chosen("kinds", cfg.kinds, KINDS)
+    """The problems of all families, of which each source and task reads its own (`ReasoningSource.family`).
+
+    Raises UserError for an unknown kind or difficulty.
+    """
+    kinds = _chosen("kinds", cfg.kinds, tuple(kind for family in FAMILIES.values() for kind in family))
     difficulties = tuple(map(int, _chosen("difficulties", cfg.difficulties, tuple(map(str, DIFFICULTIES)))))
     return ReasoningSource(seed=cfg.problem_seed, num_problems=cfg.problems, kinds=kinds, difficulties=difficulties)
 

@@ -1,8 +1,8 @@
 """Sources of chats: generated problems, rows of messages in local files, and the SFT data sets by name.
 
-    reasoning        generated problems; the worked solution is the thought, the conclusion the answer
-    reasoning-plain  the same problems, answered by the conclusion alone
-    chats@DIR        rows as in `conversation`, in .jsonl, .json (both also .gz, .zst), .parquet or .arrow
+    reasoning, procedures    generated problems; the worked solution is the thought, the conclusion the answer
+    reasoning-plain, procedures-plain    the same problems, answered by the conclusion alone
+    chats@DIR    rows as in `conversation`, in .jsonl, .json (both also .gz, .zst), .parquet or .arrow
     openmathinstruct-2, numinamath-cot, ultrachat, openhermes-2.5    see `adapters/sft.py`; with @DIR a local copy
 
 All of them are split by the same hash of the question (`documents.HOLDOUT`), so a question is held out wherever it
@@ -32,14 +32,14 @@ from qwen3f.data.sources.adapters.opening import raw_rows
 from qwen3f.data.sources.adapters.registry import HubDataset, names, parse_mixture
 from qwen3f.data.sources.adapters.rows import BadRow, LeftOut, OnBadRow, Row, RowFault
 from qwen3f.data.sources.documents import HOLDOUT, Split, is_heldout, other_files, stable_hash
-from qwen3f.data.sources.reasoning import ReasoningSource, chat_messages
+from qwen3f.data.sources.reasoning import FAMILIES, ReasoningSource, chat_messages
 from qwen3f.errors import UserError
 from qwen3f.tasks.task import Task
 
 _FORMAT = 2  # part of the fingerprint: raise it when the same rows would give other samples
 
-GENERATED = {"reasoning": True, "reasoning-plain": False}
-"""The generated sources, and whether their answers think."""
+GENERATED = {f"{family}{plain}": (family, not plain) for family in FAMILIES for plain in ("", "-plain")}
+"""The generated sources: whose problems they are, and whether their answers think."""
 
 _CHATS = HubDataset("chats", "chats", "sft", COLUMNS, OPTIONAL_COLUMNS)
 # Of these the worked solution is judged against the data set's answer: the content repeats the answer anyway.
@@ -180,7 +180,8 @@ def open_chats(name: str, root: str, problems: ReasoningSource, **options: objec
     """
     kind, at, directory = name.partition("@")
     if kind in GENERATED and not at:
-        return ChatSource(name, GeneratedRows(problems, GENERATED[kind]), read_conversation, **options)
+        family, thinking = GENERATED[kind]
+        return ChatSource(name, GeneratedRows(problems.family(family), thinking), read_conversation, **options)
     if kind == "chats":
         if bool(root) == bool(directory):
             raise UserError(

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from qwen3f.data.chat.sources import GENERATED, open_chats
+from qwen3f.data.chat.sources import open_chats
 from qwen3f.data.chat.template import split_thought
 from qwen3f.data.sources.adapters.registry import names
 from qwen3f.data.sources.documents import HOLDOUT, is_heldout
@@ -71,7 +71,7 @@ def test_a_question_is_held_out_wherever_it_stands(tmp_path):
     """Generated, in a file, with a switch: the same split; which is the task's."""
     heldout = {question.prompt for question in ReasoningTask(num_problems=300).questions("heldout")}
     train = {question.prompt for question in ReasoningTask(num_problems=300).questions("train")}
-    for name in GENERATED:
+    for name in ("reasoning", "reasoning-plain"):
         assert {s.messages[0]["content"] for s in _open(name).documents("heldout")} == heldout
         assert {s.messages[0]["content"] for s in _open(name).documents("train")} == train
     rows = [{"messages": [user(f"{question} /no_think"), answer("a")]} for question in sorted(heldout | train)]

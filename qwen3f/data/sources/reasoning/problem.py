@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qwen3f.data.sources.random_choices import Draws
-from qwen3f.data.sources.reasoning import algebra, arithmetic, logic, number_theory, sequences, stories
+from qwen3f.data.sources.reasoning import algebra, arithmetic, digits, letters, logic, number_theory, sequences, stories
 from qwen3f.data.sources.reasoning.draft import Draft
 from qwen3f.errors import UserError
 
@@ -15,10 +15,20 @@ _MAKERS: dict[str, Callable[[Draws, int], Draft]] = {
     "logic": logic.make,
     "word_problem": stories.make,
     "sequence": sequences.make,
+    "letters": letters.make,
+    "sorting": digits.make_sorting,
+    "addition": digits.make_addition,
+    "multiplication": digits.make_multiplication,
 }
 
-KINDS = tuple(_MAKERS)
-"""All kinds of problems."""
+KINDS = ("arithmetic", "algebra", "number_theory", "logic", "word_problem", "sequence")
+"""The kinds of the family `reasoning`."""
+
+PROCEDURES = ("letters", "sorting", "addition", "multiplication")
+"""The kinds of the family `procedures`: steps that are easy one by one, and an answer that nobody guesses."""
+
+FAMILIES = {"reasoning": KINDS, "procedures": PROCEDURES}
+"""Family -> its kinds. A family is the name of a source and of a task."""
 
 DIFFICULTIES = (1, 2, 3, 4, 5)
 """All difficulties; a higher one takes more steps."""
@@ -31,8 +41,9 @@ class Problem:
     Attributes:
         question: the text of the question; complete in itself.
         solution: lines of a derivation (`draft.py` says how they are written), then "The answer is \boxed{…}."
-        answer: what the box holds: an integer, a fraction a/b in lowest terms with b > 1, or a word.
-        kind: one of KINDS.
+        answer: what the box holds: an integer, a fraction a/b in lowest terms with b > 1, or a word; of procedures a
+            row of letters or numbers with blanks between.
+        kind: one of FAMILIES.
         difficulty: one of DIFFICULTIES.
     """
 
@@ -53,7 +64,7 @@ def problem(kind: str, difficulty: int, seed: int, index: int) -> Problem:
         UserError: unknown kind or difficulty.
     """
     if kind not in _MAKERS:
-        raise UserError(f"Unknown kind of problem {kind!r}; there are {', '.join(KINDS)}: write one of these.")
+        raise UserError(f"Unknown kind of problem {kind!r}; there are {', '.join(_MAKERS)}: write one of these.")
     if difficulty not in DIFFICULTIES:
         raise UserError(f"There is no difficulty {difficulty!r} of {kind} problems: write a number from 1 to 5.")
     question, steps, answer = _MAKERS[kind](Draws("reasoning", kind, difficulty, seed, index), difficulty)

@@ -1,4 +1,4 @@
-"""The `reasoning` source: generated problems in two splits, as text, as chats and as questions with answers.
+"""The sources `reasoning` and `procedures`: generated problems in two splits, as text, as chats and as questions.
 
 The split is decided by a hash of the question alone, so a question is in one split whatever its kind, difficulty, seed
 or index, as long as `holdout` is the same; and what is held out at a small share is held out at any larger one. All
@@ -8,10 +8,11 @@ A question that comes again is dropped, so a split holds each of its questions o
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from qwen3f.data.sources.documents import HOLDOUT, Document, Split, distinct, stable_hash
-from qwen3f.data.sources.reasoning.problem import DIFFICULTIES, KINDS, Problem, problem
+from qwen3f.data.sources.reasoning.problem import DIFFICULTIES, FAMILIES, KINDS, Problem, problem
 from qwen3f.errors import UserError
 
 NUM_PROBLEMS = 32_768
@@ -31,7 +32,7 @@ class ReasoningSource:
         holdout: share of the questions held out, in [0, 1).
         seed: other seeds give other problems.
         num_problems: problems generated, both splits together and before repetitions are dropped.
-        kinds: kinds to generate, see `problem.KINDS`.
+        kinds: kinds to generate, see `problem.FAMILIES`.
         difficulties: difficulties to generate, see `problem.DIFFICULTIES`.
     """
 
@@ -45,6 +46,16 @@ class ReasoningSource:
     def __post_init__(self) -> None:
         if not self.kinds or not self.difficulties:
             raise UserError("A reasoning source without kinds or difficulties has no problem: give at least one.")
+
+    def family(self, name: str) -> Self:
+        """Of these problems those of a family, under its name. Raises UserError if none of its kinds is among them."""
+        own = tuple(kind for kind in self.kinds if kind in FAMILIES[name])
+        if not own:
+            raise UserError(
+                f"--config.data.kinds={','.join(self.kinds)} has no kind of {name}: write some of "
+                f"{', '.join(FAMILIES[name])}"
+            )
+        return replace(self, kinds=own, name=name)
 
     def problems(self, split: Split, counts: Counter[str] | None = None) -> Iterator[Problem]:
         """Stream the problems of `split`; repetitions within it are counted as `repeated_questions` and left out.

@@ -1,0 +1,1 @@
+"""Whether reinforcement teaches a tiny model anything that its controls do not learn in the same time."""

@@ -1,0 +1,138 @@
+"""A trial: its arms run through the project's stages from one start, end by steps or by time, and are asked alike."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from qwen3f.errors import UserError
+from qwen3f.eval import rejection
+from qwen3f.rl.trial import arm
+from qwen3f.rl.trial.measure import test_questions as fresh_questions
+from qwen3f.rl.trial.settings import Trial, grpo_config, more_sft_config, parse, sample_config, start_config
+from qwen3f.rl.trial.table import table
+from tests.eval import tiny_model
+from tests.eval.test_rejection import said
+
+WORDS = (
+    *("device=cpu", "minutes=10", "tests=4", "new_tokens=6", "start_steps=2", "solutions=20", "questions=60"),
+    *(
+        "round_questions=3",
+        "round_steps=2",
+        "grpo.steps=2",
+        "grpo.schedule.warmup=1",
+        "grpo.batch_size=2",
+        "grpo.rollout.samples=2",
+    ),
+    *(
+        "grpo.eval.questions=2",
+        "grpo.eval.every=1",
+        "sft.steps=4",
+        "sft.schedule.warmup=1",
+        "sft.eval.every=2",
+        "sft.checkpoint.every=2",
+    ),
+    *("sft.eval.questions=2", "sft.eval.max_rows=4", "start.eval.questions=2", "start.eval.max_rows=4"),
+    *("grpo.checkpoint.asynchronous=False", "start.optimizer.kind=adamw", "sft.optimizer.kind=adamw"),
+)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A directory with a start in it."""
+    place = tmp_path_factory.mktemp("trial")
+    os.environ.setdefault("XDG_CACHE_HOME", str(place / "cache"))
+    arm.main("start", place / "start-0", tiny_model.export(place / "base"), 0, parse(WORDS), time.time())
+    return place
+
+
+def result(place):
+    return json.loads((place / "result.json").read_text())
+
+
+def test_arms_end_with_what_they_are_worth(begun):
+    trial, start = parse(WORDS), str(begun / "start-0" / "w")
+    for name in ("grpo", "more_sft"):
+        arm.main(name, begun / f"{name}-0", start, 0, trial, time.time())
+    found = [result(begun / f"{name}-0") for name in ("start", "grpo", "more_sft")]
+    for one in found:
+        for way in ("greedy", "sampled"):
+            assert len(one[way]["marks"]) == one[way]["right"]["n"] == 4
+            assert 0 <= one[way]["right_working"]["value"] <= one[way]["right"]["value"] <= 1
+    assert [step for step, _ in found[1]["curve"]] == [1, 2]
+    assert [step for step, _ in found[2]["curve"]] == [2, 4]
+    assert found[2]["weights"].endswith(("checkpoints/2", "checkpoints/4"))
+    lines = table({"results": found})
+    assert len(lines) == 1 + 3 + 4
+    assert lines[-1].startswith("grpo over start, sampled: +0.0 (")
+
+
+def test_rounds_go_on_from_each_others_weights_until_the_time_is_out(begun, monkeypatch):
+    """Right answers by a script: a model with random weights has none."""
+    asked = []
+
+    def answers_of(engine, prompts, thinking, options):
+        asked.append(tuple(dict.fromkeys(prompts)))
+        golds = {q.prompt: q.gold for q in rejection._check(configs[-1]).questions("train")}
+        yield from (said("a thought", rf"\boxed{{{golds[prompt]}}}") for prompt in prompts)
+
+    configs = []
+    real = rejection.run
+    monkeypatch.setattr(rejection, "run", lambda config, *rest: configs.append(config) or real(config, *rest))
+    monkeypatch.setattr(rejection, "answers_of", answers_of)
+    limits = iter([0.0, 0.0, 0.0, 0.0, 1e12])  # the clock of `reject`: two rounds, and out
+    monkeypatch.setattr(arm, "time", type("Clock", (), {"time": staticmethod(lambda: next(limits, 1e12))}))
+    monkeypatch.setattr(arm, "run", lambda config, workdir, until: arm.cli.run_stage(config, workdir, False))
+    start = str(begun / "start-0" / "w")
+    weights, rounds = arm.reject(parse(WORDS), begun / "rejection-0", start, 0, 1.0)
+    assert weights.endswith("round-1")
+    assert [one["right"] for one in rounds] == [12, 12][: len(rounds)]
+    assert configs[0].init_from == start
+    assert all(set(a).isdisjoint(b) for i, a in enumerate(asked) for b in asked[:i])
+    assert dict(configs[0].data)["kinds"] == "letters"
+
+
+def test_a_stage_is_stopped_in_time_and_other_signals_keep_their_meaning(begun):
+    trial = dataclasses.replace(parse(WORDS), changes=(("sft", "eval.questions", 0),))
+    before, began = signal.getsignal(signal.SIGTERM), time.time()
+    config = more_sft_config(trial, str(begun / "start-0" / "w"), 0)
+    arm.run(config, begun / "stopped", began + 4)
+    assert time.time() - began < 60
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert any((begun / "stopped" / "checkpoints").iterdir())
+
+
+def test_all_arms_have_the_same_questions_and_start():
+    trial = parse(("kinds=sorting,addition", "difficulties=2", "questions=300", "seeds=3,4"))
+    assert trial.seeds == (3, 4)
+    trained = start_config(trial, "W", 0), more_sft_config(trial, "W", 0)
+    assert all((c.data.mixture, c.data.max_samples, c.data.problem_seed) == ("procedures", 500, 0) for c in trained)
+    for config in (*trained, grpo_config(trial, "W", 0), sample_config(trial, "W", "D", 0, 1)):
+        assert (config.init_from, config.data.kinds, config.data.difficulties) == ("W", "sorting,addition", "2")
+    prompts = [question.prompt for question in fresh_questions(trial)]
+    assert len(prompts) == len(set(prompts)) == trial.tests
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["preset=small"], "preset=small: write nano or debug"),
+        (["minutes=long"], "minutes=long: 'long' is no float"),
+        (["minutes=0"], "minutes=0.0: write a number above 0"),
+        (["colour=red"], "'colour=red': write key=value; keys are preset"),
+        (["together=yes"], "together=yes: write True or False"),
+        (["arms=grpo,dpo"], "arms=grpo,dpo: write grpo or more_sft or rejection"),
+        (["seeds="], "seeds= is empty"),
+    ],
+)
+def test_what_cannot_be_is_said(words, message):
+    with pytest.raises(UserError, match=message):
+        parse(words)
+
+
+def test_a_key_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="grpo.schedule.peek_lr: there is no such key"):
+        grpo_config(Trial(changes=(("grpo", "schedule.peek_lr", 1.0),)), "W", 0)
