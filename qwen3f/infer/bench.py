@@ -118,7 +118,7 @@ def peers(cfg: ModelConfig, cases: list[tuple[int, int]]) -> None:
 
     from qwen3f.interop.config import to_hf
 
-    hf_config = transformers.AutoConfig.for_model(**to_hf(cfg))
+    hf_config = transformers.AutoConfig.for_model(**to_hf(cfg, torch.bfloat16))
     with torch.device("cuda"):
         hf = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16).eval()
     for batch, context in cases:
