@@ -104,7 +104,7 @@ class Report:
         """None is left out."""
         row = {key: value for key, value in figures.items() if value is not None}
         self.rows.append(row)
-        print(json.dumps(row), flush=True)
+        print(json.dumps(row, ensure_ascii=False), flush=True)
         return row
 
     def peer(self, names: dict[str, str], package: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
