@@ -20,6 +20,7 @@ import torch
 from qwen3f import model, presets
 from qwen3f import params as P
 from qwen3f.bench.report import Report, clock, compute_dtype, device_of, peak_gib, reset_peak, synchronize
+from qwen3f.bench.step_time import step_time
 from qwen3f.bench.transformers_model import copied
 from qwen3f.bench.vocabulary import transformers_tokenizer, write_tokenizer
 from qwen3f.config import ModelConfig
@@ -27,11 +28,7 @@ from qwen3f.stages.dpo import DPO, make_objective
 from qwen3f.train.choices import find_compile_mode
 from qwen3f.train.metrics import flops_per_token, peak_flops
 from qwen3f.train.objective import NEXT_TOKEN, Batch, Objective
-from qwen3f.train.optimizer import AdamW
 from qwen3f.train.outputs import make_outputs
-from qwen3f.train.schedule import Schedule
-from qwen3f.train.state import init_state
-from qwen3f.train.step import StepOptions, make_train_step
 
 
 def pair_rows(rows: int, length: int, document: int, prompt: int, vocabulary: int) -> Batch:
@@ -62,7 +59,8 @@ def pairs_of(batch: Batch, document: int, prompt: int) -> list[dict[str, list[in
     out = []
     for tokens, targets, segments in zip(batch["tokens"], batch["targets"], batch["segments"]):
         count = int(segments.max())
-        ids = torch.cat((tokens[: count * document].view(count, -1), targets[: count * document].view(count, -1)[:, -1:]), 1)
+        inputs, next_ids = (x[: count * document].view(count, -1) for x in (tokens, targets))
+        ids = torch.cat((inputs, next_ids[:, -1:]), 1)
         for chosen, rejected in ids.view(-1, 2, document + 1).tolist():
             out.append(
                 {"prompt_ids": chosen[:prompt], "chosen_ids": chosen[prompt:], "rejected_ids": rejected[prompt:]}
@@ -70,24 +68,8 @@ def pairs_of(batch: Batch, document: int, prompt: int) -> list[dict[str, list[in
     return out
 
 
-def measure_ours(cfg: ModelConfig, batch: Batch, objective: Objective, device: torch.device) -> dict[str, Any]:
-    hyper = AdamW()
-    options = StepOptions(
-        hyper,
-        Schedule("constant", 1e-6, 100),
-        compute_dtype=compute_dtype(device),
-        execution=model.Execution(find_compile_mode("auto", device)),
-        donate=True,
-    )
-    train_step = make_train_step(cfg, objective, options)
-    reset_peak(device)
-    state = init_state(cfg, 0, hyper, device=device)
-
-    def run() -> None:
-        nonlocal state
-        state, _ = train_step(state, batch)
-
-    return _figures(cfg, batch, clock(run, device, 10 if device.type == "cuda" else 2, warm=3), 1.0, peak_gib(device))
+def measure_ours(cfg: ModelConfig, batch: Batch, objective: Objective) -> dict[str, Any]:
+    return _figures(cfg, batch, *step_time(cfg, objective, batch))
 
 
 def measure_reference(cfg: ModelConfig, batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -96,10 +78,10 @@ def measure_reference(cfg: ModelConfig, batch: Batch, device: torch.device) -> d
     reset_peak(device)
     params = P.init_params(cfg, 0, device=device, dtype=compute_dtype(device))
     seconds = clock(lambda: outputs(params, batch), device, 10 if device.type == "cuda" else 2, warm=2)
-    return _figures(cfg, batch, seconds, 1 / 3, peak_gib(device))
+    return _figures(cfg, batch, seconds, peak_gib(device), 1 / 3)
 
 
-def _figures(cfg: ModelConfig, batch: Batch, seconds: float, share: float, peak: float | None) -> dict[str, Any]:
+def _figures(cfg: ModelConfig, batch: Batch, seconds: float, peak: float | None, share: float = 1.0) -> dict[str, Any]:
     """share: of a training step's FLOPs. MFU counts attention within documents alone."""
     tokens = int((batch["segments"] > 0).sum())
     document = int(batch["positions"].max()) + 1
@@ -147,7 +129,7 @@ def measure_trl(cfg: ModelConfig, batch: Batch, asked: argparse.Namespace, place
         callbacks=[Clock()],
     )
     trainer.train()
-    return _figures(cfg, batch, (ends[-1] - ends[1]) / (len(ends) - 2), 1.0, peak_gib(device))
+    return _figures(cfg, batch, (ends[-1] - ends[1]) / (len(ends) - 2), peak_gib(device))
 
 
 def main(arguments: list[str]) -> int:
@@ -171,9 +153,9 @@ def main(arguments: list[str]) -> int:
     for name in asked.cases.split(","):
         who = {"sft": "qwen3f SFT", "dpo": "qwen3f DPO", "reference": "qwen3f reference pass", "trl": "TRL DPO"}[name]
         if name == "sft":
-            found = report.add(case=case, who=who, **measure_ours(cfg, batch, NEXT_TOKEN, device))
+            found = report.add(case=case, who=who, **measure_ours(cfg, batch, NEXT_TOKEN))
         elif name == "dpo":
-            found = report.add(case=case, who=who, **measure_ours(cfg, with_reference, make_objective(DPO()), device))
+            found = report.add(case=case, who=who, **measure_ours(cfg, with_reference, make_objective(DPO())))
         elif name == "reference":
             found = report.add(case=case, who=who, **measure_reference(cfg, batch, device))
         else:

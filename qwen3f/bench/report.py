@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 
+PEERS = ("transformers", "trl", "lm_eval")
+
+
 def version_of(package: str) -> str:
     """ "" if it is not installed."""
     try:
@@ -95,9 +98,10 @@ class Report:
     def __init__(self, title: str, device: torch.device) -> None:
         self.rows: list[dict[str, Any]] = []
         self.failed = False
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        versions = ", ".join(f"{name} {version_of(name) or 'not installed'}" for name in ("transformers", "trl", "lm_eval"))
-        self._title = f"{title}: {card}, torch {torch.__version__}, {versions}"
+        on_gpu = device.type == "cuda"
+        where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+        versions = [f"{name} {version_of(name) or 'not installed'}" for name in PEERS]
+        self._title = f"{title}: {where}, torch {torch.__version__}, {', '.join(versions)}"
         print(self._title, flush=True)
 
     def add(self, **figures: Any) -> dict[str, Any]:

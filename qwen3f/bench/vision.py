@@ -26,14 +26,11 @@ from qwen3f import model, presets
 from qwen3f import params as P
 from qwen3f.bench import vision_peers as peers
 from qwen3f.bench.report import Report, clock, compute_dtype, device_of, peak_gib, reset_peak
+from qwen3f.bench.step_time import step_time
 from qwen3f.config import ModelConfig
 from qwen3f.train.choices import find_compile_mode
 from qwen3f.train.metrics import flops_per_token, peak_flops
 from qwen3f.train.objective import NEXT_TOKEN
-from qwen3f.train.optimizer import AdamW
-from qwen3f.train.schedule import Schedule
-from qwen3f.train.state import init_state
-from qwen3f.train.step import StepOptions, make_train_step
 from qwen3f.vision.deepstack import Features
 from qwen3f.vision.preprocess import Grid, image_patches
 from qwen3f.vision.tower import make_tower
@@ -146,23 +143,7 @@ def step(report: Report, name: str, case: str, sizes: tuple[int, int, int], devi
     cfg = presets.get(name).replace(max_position_embeddings=max(tokens, presets.get(name).max_position_embeddings))
     grids = grids_of(case, min(patches, (tokens - 1) * cfg.vision_merger_spatial_factor**2), cfg)
     batch = {key: x.to(device) for key, x in picture_batch(cfg, grids, rows, tokens, patches).items()}
-    hyper = AdamW()
-    options = StepOptions(
-        hyper,
-        Schedule("constant", 3e-4, 100),
-        compute_dtype=compute_dtype(device),
-        execution=model.Execution(find_compile_mode("auto", device)),
-        donate=True,
-    )
-    train_step = make_train_step(cfg, NEXT_TOKEN, options)
-    reset_peak(device)
-    state = init_state(cfg, 0, hyper, device=device)
-
-    def run() -> None:
-        nonlocal state
-        state, _ = train_step(state, batch)
-
-    seconds = clock(run, device, 5 if device.type == "cuda" else 1)
+    seconds, peak = step_time(cfg, NEXT_TOKEN, batch, repeats=5)
     work = rows * (tokens * flops_per_token(cfg.replace(vision_enabled=False), tokens) + 3 * flops(cfg, grids))
     report.add(
         tower=name,
@@ -172,7 +153,7 @@ def step(report: Report, name: str, case: str, sizes: tuple[int, int, int], devi
         tokens_s=rows * tokens / seconds,
         train_images_s=rows * len(grids) / seconds,
         train_mfu=work / seconds / peak_flops(device),
-        peak_gib=peak_gib(device),
+        peak_gib=peak,
     )
 
 
@@ -232,7 +213,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="towers,step,pixels", help="of towers, step, pixels")
     parser.add_argument("--towers", default="qwen3-vl-2b,qwen3-vl-8b", help="presets whose tower runs")
-    parser.add_argument("--sizes", default="256,512,256-1024", help="sides of images in pixels; LOW-HIGH for mixed ones")
+    parser.add_argument("--sizes", default="256,512,256-1024", help="sides of images in pixels, LOW-HIGH: mixed")
     parser.add_argument("--patches", type=int, default=65_536, help="of a case together")
     parser.add_argument("--model", default="qwen3-vl-2b", help="of the training step")
     parser.add_argument("--step", default="2x4096x8192", help="rows x tokens x patches of a row")

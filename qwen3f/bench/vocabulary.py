@@ -1,6 +1,6 @@
 """A tokenizer of any size, made on the spot, that both this project and transformers read: no model's files are needed.
 
-Its merges are all pairs of bytes, then all pairs with a third byte, so text takes a token for two or three bytes.
+Its merges are all pairs of bytes, then all pairs with a third byte, so English takes about a token for two letters.
 """
 
 import itertools
@@ -14,6 +14,7 @@ from qwen3f.errors import UserError
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VISIBLE = ("<think>", "</think>")
+_COMMON = b" etaoinshrdlcumwfgypbvkABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # first, so that their pairs come first too
 _QWEN3 = 151_669  # ids of the released tokenizer
 
 
@@ -23,10 +24,7 @@ def write_tokenizer(place: Path, vocab_size: int) -> QwenTokenizer:
         raise UserError(f"a vocabulary of {vocab_size} has no room for the bytes and merges; use 300 or more")
     names = SPECIAL + VISIBLE
     size = min(vocab_size, _QWEN3) - len(names)
-    order = [value for value in range(256) if chr(value).isprintable()] + [
-        value for value in range(256) if not chr(value).isprintable()
-    ]
-    single = [bytes([value]) for value in order]
+    single = [bytes([value]) for value in dict.fromkeys([*_COMMON, *range(256)])]
     pairs = [(a, b) for a, b in itertools.product(single, single)]
     triples = ((a + b, c) for (a, b), c in itertools.product(pairs, single))
     merges = list(itertools.islice(itertools.chain(pairs, triples), size - 256))
