@@ -214,7 +214,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cases", default="towers,step,pixels", help="of towers, step, pixels")
     parser.add_argument("--towers", default="qwen3-vl-2b,qwen3-vl-8b", help="presets whose tower runs")
     parser.add_argument("--sizes", default="256,512,256-1024", help="sides of images in pixels, LOW-HIGH: mixed")
-    parser.add_argument("--patches", type=int, default=65_536, help="of a case together")
+    parser.add_argument("--patches", type=int, default=32_768, help="of a case together")
     parser.add_argument("--model", default="qwen3-vl-2b", help="of the training step")
     parser.add_argument("--step", default="2x4096x8192", help="rows x tokens x patches of a row")
     parser.add_argument("--step_size", default="512", help="sides of the step's images")

@@ -16,6 +16,8 @@ from qwen3f.interop.vision_config import to_hf
 from qwen3f.vision.merger import make_merger
 from qwen3f.vision.preprocess import MAX_PIXELS, MIN_PIXELS, Grid
 
+VARLEN = "flash_varlen"  # transformers packs frames for an attention that has "flash" in its name
+
 
 class Passes(NamedTuple):
     """forward: without gradients. train: and backward, to all parameters."""
@@ -63,10 +65,9 @@ def transformers_passes(cfg: ModelConfig, grids: list[Grid], device: torch.devic
     with torch.device(device):
         module = Qwen3VLVisionModel._from_config(config, attn_implementation="sdpa", dtype=compute_dtype(device))
     if attention == "varlen":
-        # set behind its checks: they ask for the package flash-attn, which this attention does not need
         for part in module.modules():
             if hasattr(part, "config"):
-                part.config._attn_implementation = "flash_attention_2"
+                part.config._attn_implementation = VARLEN
         for block in module.blocks:
             block.compile(dynamic=False)
     pixels = random_pixels(cfg, sum(t * h * w for t, h, w in grids), device, compute_dtype(device))
@@ -80,16 +81,18 @@ def transformers_passes(cfg: ModelConfig, grids: list[Grid], device: torch.devic
 
 
 def register_varlen() -> None:
-    """torch's FlashAttention-2 over packed frames under the name of the package that is not everywhere."""
+    """torch's FlashAttention-2 over packed frames."""
     from torch.nn.attention.varlen import varlen_attn
     from transformers import AttentionInterface
 
-    def varlen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Any:
+    def varlen(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, **packed: Any
+    ) -> tuple[Tensor, None]:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        ends, longest = more["cu_seq_lens_q"].to(torch.int32), int(more["max_length_q"])
-        return varlen_attn(q, k, v, ends, ends, longest, longest, scale=more.get("scaling"))[None], None
+        ends, longest = packed["cu_seq_lens_q"], packed["max_length_q"]
+        return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling)[None], None
 
-    AttentionInterface.register("flash_attention_2", varlen)
+    AttentionInterface.register(VARLEN, varlen)
 
 
 def pil_processor(cfg: ModelConfig, image: Any) -> Callable[[], Any]:
