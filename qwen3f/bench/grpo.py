@@ -53,7 +53,7 @@ def make_config(asked: argparse.Namespace, tokenizer: Path) -> Any:
     return config
 
 
-def measure_ours(setup: Setup, place: Path, steps: int) -> dict[str, Any]:
+def measure_ours(setup: Setup, place: Path, steps: int, idle: bool) -> dict[str, Any]:
     run = Run(setup, place, ALONE, False, lambda: False)
     stage = grpo.make(run)
     options = setup.step_options(stage.updates, microbatch_rows=stage.microbatch_rows, donate=True)
@@ -83,7 +83,7 @@ def measure_ours(setup: Setup, place: Path, steps: int) -> dict[str, Any]:
             one_step()
         print(f"ours: {steps} steps in {time.perf_counter() - first:.1f} s", flush=True)
         timed, peak = history[1:], peak_gib(setup.device)
-        busy = busy_share(one_step, setup.device)
+        busy = busy_share(one_step, setup.device) if idle else None
     stage.finish(state, None)
     of = {name: statistics.median(one[name] for one in timed) for name in timed[0]}
     completions = setup.config.batch_size * setup.config.rollout.samples
@@ -181,6 +181,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=4, help="of our micro-batch")
     parser.add_argument("--judges", type=int, default=4, help="our reward processes")
     parser.add_argument("--steps", type=int, default=3, help="ours that are timed")
+    parser.add_argument("--no_idle", action="store_true", help="do not profile a step for the GPU's idle share")
     parser.add_argument("--trl_rows", type=int, default=16, help="completions of TRL's micro-batch")
     parser.add_argument("--trl_steps", type=int, default=1, help="TRL's that are timed")
     parser.add_argument("--device", default="auto")
@@ -193,7 +194,7 @@ def main(arguments: list[str]) -> int:
         write_tokenizer(place / "tokenizer", presets.get(asked.preset).vocab_size)
         setup = make_setup(make_config(asked, place / "tokenizer"))
         if "ours" in asked.cases.split(","):
-            report.add(**names, who="qwen3f", **measure_ours(setup, place, asked.steps))
+            report.add(**names, who="qwen3f", **measure_ours(setup, place, asked.steps, not asked.no_idle))
         reset_peak(device)
         if "trl" in asked.cases.split(","):
             report.peer({**names, "who": "TRL"}, "trl", lambda: measure_trl(setup, place, asked))

@@ -10,18 +10,16 @@ there. At few layers the head is over half of the FLOPs.
 """
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen3f import presets
-from qwen3f.bench.report import Report, clock, compute_dtype, device_of, peak_gib, reset_peak
+from qwen3f.bench.report import Report, clock, compute_dtype, cudnn_first, device_of, peak_gib, reset_peak
 from qwen3f.bench.step_time import step_time
 from qwen3f.config import ModelConfig
 from qwen3f.interop.config import to_hf
@@ -65,7 +63,7 @@ def measure_transformers(cfg: ModelConfig, batch: Batch, pure: bool) -> dict[str
     update = make_update(list(module.parameters()), pure)
 
     def run() -> None:
-        with attention(device):
+        with cudnn_first(device):
             hidden = module.model(input_ids=batch["tokens"], use_cache=False).last_hidden_state
             loss = loss_of(hidden.flatten(0, 1), module.lm_head.weight, batch["targets"].flatten())
         loss.backward()
@@ -103,16 +101,6 @@ def make_update(parameters: list[torch.nn.Parameter], pure: bool) -> Callable[[]
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), targets)
-
-
-@contextlib.contextmanager
-def attention(device: torch.device) -> Iterator[None]:
-    """cuDNN's first, the fastest on Hopper for plain causal rows."""
-    if device.type != "cuda":
-        yield
-        return
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        yield
 
 
 def main(arguments: list[str]) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3f.bench.report import compute_dtype
+from qwen3f.bench.report import compute_dtype, cudnn_first
 from qwen3f.config import ModelConfig
 from qwen3f.interop.vision_config import to_hf
 from qwen3f.vision.merger import make_merger
@@ -74,7 +74,8 @@ def transformers_passes(cfg: ModelConfig, grids: list[Grid], device: torch.devic
     shapes = torch.tensor(grids, device=device)
 
     def forward() -> list[Tensor]:
-        found = module(pixels, shapes)
+        with cudnn_first(device):
+            found = module(pixels, shapes)
         return [found.pooler_output, *found.deepstack_features]
 
     return make_passes(forward, list(module.parameters()))
@@ -168,4 +169,9 @@ def batched_passes(cfg: ModelConfig, grids: list[Grid], device: torch.device) ->
             part.compile(dynamic=False)
     pixels = random_pixels(cfg, len(grids) * count, device, dtype).unflatten(0, (len(grids), count))
     cos, sin = angles.cos(), angles.sin()
-    return make_passes(lambda: tower(pixels, positions, cos, sin), [*tower.parameters(), positions])
+
+    def forward() -> list[Tensor]:
+        with cudnn_first(device):
+            return tower(pixels, positions, cos, sin)
+
+    return make_passes(forward, [*tower.parameters(), positions])
