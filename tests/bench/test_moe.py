@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from qwen3f import presets
 from qwen3f.bench import moe
 
 
@@ -26,8 +27,12 @@ def test_the_update_is_adamw(pure):
     assert all(torch.equal(leaf, other) for leaf, other in zip(ours, theirs))
 
 
-def test_both_sides_run(capsys):
-    assert moe.main(["--device=cpu", "--preset=debug_moe", "--layers=1", "--rows=1", "--seq_len=16"]) == 0
+def test_both_sides_run(capsys, monkeypatch):
+    small = presets.get("nano").replace(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, vocab_size=300, tie_word_embeddings=False
+    )
+    monkeypatch.setattr(presets, "get", lambda _: small)
+    assert moe.main(["--device=cpu", "--preset=small", "--layers=1", "--rows=1", "--seq_len=16"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [row["who"] for row in rows] == ["qwen3f", "transformers"] * 2
     assert all(row["tokens_s"] > 0 for row in rows)
