@@ -1,8 +1,7 @@
 """Evaluation beside lm_eval's Hugging Face backend on the same requests: python -m qwen3f.bench.evaluation
 
 choices   questions as MMLU has them: --subjects, each with a prefix of five solved questions, four choices of one
-          letter. Of MMLU's 14,042 a sample of --questions: with fewer a subject, a prefix serves fewer, so ours is the
-          slower a question for it.
+          letter. A sample of whole subjects: 246 questions each, as MMLU's 57 have on average.
 answers   --prompts, greedy, --new tokens each.
 
 Random weights at a released model's shape (in bfloat16 on a GPU) and a vocabulary made on the spot, the same for both;
@@ -198,8 +197,8 @@ def main(arguments: list[str]) -> int:
     sizes = {"type": lambda text: [int(part) for part in text.split(",")]}
     parser.add_argument("--cases", default="choices,answers", help="of choices, answers")
     parser.add_argument("--preset", default="qwen3-0.6b")
-    parser.add_argument("--subjects", type=int, default=57)
-    parser.add_argument("--questions", type=int, default=1710, help="of all subjects together; MMLU has 14042")
+    parser.add_argument("--subjects", type=int, default=7, help="MMLU has 57")
+    parser.add_argument("--questions", type=int, default=1722, help="of all subjects together; MMLU has 14042")
     parser.add_argument("--letters", type=int, default=160, help="of a question at most, and of a prompt")
     parser.add_argument("--peer_batches", default=[16, 32, 64], help="sequences at a time, tried", **sizes)
     parser.add_argument("--prompts", type=int, default=256)

@@ -50,7 +50,7 @@ def test_pairs_are_the_rows():
 def test_ours_runs(capsys):
     assert dpo.main([*ARGUMENTS.split(), "--cases=sft,dpo,reference"]) == 0
     out = capsys.readouterr().out
-    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith('{"')]
     assert [row["who"] for row in rows] == ["qwen3f SFT", "qwen3f DPO", "qwen3f reference pass"]
     assert all(row["tokens_s"] > 0 for row in rows)
     assert "DPO over SFT, tokens/s: " in out

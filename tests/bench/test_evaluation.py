@@ -25,7 +25,7 @@ def test_both_sides_agree(capsys, monkeypatch):
     """Where lm_eval is installed; else its rows say that it is not."""
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
     assert evaluation.main([*ARGUMENTS.split(), "--answer_batches=2"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"')]
     assert [row["who"] for row in rows] == ["qwen3f", "lm_eval HFLM"] * 2
     ours, theirs, our_answers, their_answers = rows
     assert ours["questions_s"] > 0

@@ -10,7 +10,7 @@ ARGUMENTS = "--device=cpu --preset=nano --prompts=2 --samples=2 --new=4 --seq_le
 
 
 def rows(capsys):
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"')]
 
 
 def test_ours_runs(capsys):

@@ -33,6 +33,6 @@ def test_both_sides_run(capsys, monkeypatch):
     )
     monkeypatch.setattr(presets, "get", lambda _: small)
     assert moe.main(["--device=cpu", "--preset=small", "--layers=1", "--rows=1", "--seq_len=16"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"')]
     assert [row["who"] for row in rows] == ["qwen3f", "transformers"] * 2
     assert all(row["tokens_s"] > 0 for row in rows)

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 def printed(capsys):
     out = capsys.readouterr().out
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")], out
+    return [json.loads(line) for line in out.splitlines() if line.startswith('{"')], out
 
 
 def missing():

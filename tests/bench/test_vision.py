@@ -58,7 +58,7 @@ def test_transformers_varlen_is_its_sdpa(monkeypatch):
 def test_every_side_runs(capsys):
     arguments = "--device=cpu --towers=nano_vl --sizes=64,32-96 --patches=64 --model=nano_vl --step=2x64x64 --pixels=64"
     assert vision.main([*arguments.split(), "--step_size=64", "--seconds=0.01"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"')]
     assert [row["who"] for row in rows] == [
         "qwen3f", "transformers", "batched sdpa", "qwen3f", "transformers", "qwen3f", "qwen3f", "transformers pil"
     ]  # fmt: skip
