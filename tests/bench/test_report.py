@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from qwen3f.bench.report import Report, busy_share, clock, peak_gib
+from qwen3f.bench.report import Report, busy_microseconds, busy_share, clock, peak_gib
 
 CPU = torch.device("cpu")
 
@@ -56,3 +56,10 @@ def test_a_clock_counts_calls():
 def test_what_a_cpu_cannot_say_is_left_out():
     assert peak_gib(CPU) is None
     assert busy_share(lambda: None, CPU) is None
+
+
+def test_busy_is_the_union_of_what_the_gpu_did():
+    spans = [("kernel", 10.0, 5.0), ("gpu_memcpy", 12.0, 5.0), ("kernel", 30.0, 1.0), ("kernel", 30.25, 0.5)]
+    others = [{"cat": "cpu_op", "ts": 0.0, "dur": 100.0}, {"ph": "M", "name": "process_name"}]
+    events = [*others, *({"cat": cat, "ts": ts, "dur": dur} for cat, ts, dur in reversed(spans))]
+    assert busy_microseconds(events) == 8.0
