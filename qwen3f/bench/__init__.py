@@ -1,0 +1,1 @@
+"""Whole stages on one GPU, each beside its peer in the same run: python -m qwen3f.bench.NAME."""
