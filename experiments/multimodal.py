@@ -34,8 +34,8 @@ def get_config(preset: str = "qwen3-vl-2b") -> ConfigDict:
     if preset == "nano_vl":  # shapes and bars that two CPU cores learn in minutes
         config.data.picture_kinds, config.data.pictures = "shapes,bar", 24_576
         config.model.vocab_size = 512  # there are not more pieces in their words
-        config.data.min_side, config.data.max_side = 64, 80
-        config.data.patches, config.data.images = 896, 11
+        config.data.min_side, config.data.max_side = 72, 96
+        config.data.patches, config.data.images = 1024, 9
         config.schedule.peak_lr = 2e-3
         config.steps, config.batch_size = 1400, 4
     if preset == "seed_vl":

@@ -117,7 +117,7 @@ def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], dict[st
             if any(chat.group for chat in dataset.documents):
                 seen, blind = (marks(dataset, compute, how) for how in (False, True))
                 values |= {"exact": _mean(seen), "blind": _mean(blind), "majority": _majority(dataset)}
-                values |= {f"exact/{topic}": sum(marks) / len(marks) for topic, marks in sorted(seen.items())}
+                values |= {f"exact/{topic}": sum(found) / len(found) for topic, found in sorted(seen.items())}
         return values
 
     return answered
