@@ -8,9 +8,9 @@
 The preset after the colon is a row of the tables below (default nano): nano runs on two CPU cores within half an hour,
 debug and debug_moe on a GPU, nano_vl learns to see. P gets a directory a stage, pipeline.json, which says what ran
 from what, and report.html. The same command again goes on where it stopped. A stage's own keys are set by
---config.set.STAGE.KEY, those of the questions that every checkpoint is asked by --config.set.measure.KEY. --config.stages
-runs stages alone, again where they are done; --config.skip leaves some out. Results of changed settings are never
-reused: the command stops and says what to write.
+--config.set.STAGE.KEY, those of the questions that every checkpoint is asked by --config.set.measure.KEY.
+--config.stages runs stages alone, again where they are done; --config.skip leaves some out. Results of changed settings
+are never reused: the command stops and says what to write.
 """
 
 import difflib
@@ -62,11 +62,13 @@ NANO: dict[str, Row] = {
         **_MUON, **_often(20), "steps": 40, "schedule.peak_lr": 3e-3, "eval.max_docs": 16, "eval.batch_size": 4,
         "sample.tokens": 32,
     }),
-    "sft_cold_start": ("sft_cold_start.py:nano", 360, {**_often(250, 64), "steps": 1000}),
-    "grpo": ("grpo.py:nano", 210, {**_often(10, 64), "steps": 30}),
-    "sft_fusion": ("sft_fusion.py:nano", 150, {**_often(100, 64), "steps": 300}),
+    "sft_cold_start": ("sft_cold_start.py:nano", 360, {**_often(275, 64), "steps": 1100}),
+    "grpo": ("grpo.py:nano", 210, {**_often(10, 64), "steps": 40}),
+    "sft_fusion": ("sft_fusion.py:nano", 150, {**_often(100, 64), "steps": 300, "data.problems": 16_384}),
     "grpo_general": ("grpo_general.py:nano", 120, {**_often(5, 64), "steps": 10}),
-    "dpo": ("dpo.py:nano", 100, {**_often(40, 32), "steps": 80}),
+    "dpo": ("dpo.py:nano", 100, {
+        **_often(20, 64), "steps": 40, "data.problems": 8192, "data.max_samples": 500, "data.max_heldout": 100,
+    }),
     "evaluation": ("eval.py", 60, {"benchmarks": "reasoning", "limit": 200, "max_new_tokens": 200, **_EASY}),
 }  # fmt: skip
 _NANO_ASKED = {"benchmarks": "reasoning", "limit": 64, "max_new_tokens": 200, **_EASY}  # 64 of each kind
@@ -79,7 +81,8 @@ DEBUG: dict[str, Row] = {
         **_GPU_TEXT, **_often(250), "steps": 500, "data.mixture": "embedded=0.5,reasoning=0.5",
     }),
     "pretrain_s2": ("pretrain_s2.py:{}", 60, {
-        **_GPU_TEXT, **_often(250), "steps": 300, "schedule.peak_lr": 1e-3, "data.mixture": "embedded=0.2,reasoning=0.8",
+        **_GPU_TEXT, **_often(250), "steps": 300, "schedule.peak_lr": 1e-3,
+        "data.mixture": "embedded=0.2,reasoning=0.8",
     }),
     "pretrain_s3": ("pretrain_s3.py:{}", 40, {
         **_often(25), "batch_size": 4, "seq_len": 8192, "model.max_position_embeddings": 8192, "steps": 50,
@@ -89,7 +92,9 @@ DEBUG: dict[str, Row] = {
     "grpo": ("grpo.py:{}", 90, {**_often(20, 256), **_GPU_PROBLEMS, "steps": 40}),
     "sft_fusion": ("sft_fusion.py:{}", 40, {**_often(100, 256), **_GPU_PROBLEMS, "steps": 100}),
     "grpo_general": ("grpo_general.py:{}", 45, {**_often(10, 256), **_GPU_PROBLEMS, "steps": 15}),
-    "dpo": ("dpo.py:{}", 30, {**_often(50, 128), "steps": 50}),
+    "dpo": ("dpo.py:{}", 30, {
+        **_often(50, 128), "steps": 50, "data.problems": 16_384, "data.max_samples": 2000, "data.max_heldout": 200,
+    }),
     "evaluation": ("eval.py", 20, {
         "benchmarks": "reasoning", "limit": 200, "max_new_tokens": 300, "data.difficulties": "1,2",
     }),

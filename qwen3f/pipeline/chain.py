@@ -23,7 +23,7 @@ CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 # Keys that say how and where a stage runs. Its weights do not depend on them.
 NEUTRAL = frozenset({
     "device", "mesh", "hardware", "plan", "restarts", "watchdog", "collective_timeout", "wandb", "init_from", "resume",
-    "log_every", "show_samples", "data.cache", "data.workers", "data.num_threads", "batch_tokens", "chunk", "report",
+    "log_every", "show_samples", "eval.every", "data.cache", "data.workers", "data.num_threads", "batch_tokens", "chunk", "report",
 })  # fmt: skip
 _KINDS = {"eval": "evaluation", "generate": "pictures"}  # of config.stage; any other one trains
 
@@ -171,7 +171,7 @@ def inputs_of(step: Step, record: Record) -> str:
 
     The stage it starts from must be done.
     """
-    values = {key: value for key, value in usage.flat(step.config) if not _is_neutral(key)}
+    values = {key: value for key, value in usage.flat(step.config) if not is_neutral(key)}
     parts: list[Any] = [step.stage.experiment, values]
     if step.source:
         before = record.stage(step.source)
@@ -206,7 +206,7 @@ def checkpoint_of(done: StageRecord) -> str | None:
     return f"{done.workdir}/{CHECKPOINTS}/{done.steps}" if done.steps else None
 
 
-def _is_neutral(key: str) -> bool:
+def is_neutral(key: str) -> bool:
     return key in NEUTRAL or key.startswith("checkpoint.")
 
 

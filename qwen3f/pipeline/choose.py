@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen3f.errors import UserError
-from qwen3f.pipeline.chain import CHECKPOINTS, Step, check_start, inputs_of
+from qwen3f.pipeline.chain import CHECKPOINTS, Step, check_start, inputs_of, is_neutral
 from qwen3f.pipeline.record import Record
 
 
@@ -101,7 +101,7 @@ def _why(step: Step, record: Record) -> str:
     changes = [
         f"{key}: {before.get(key, 'its default')} -> {now.get(key, 'its default')}"
         for key in sorted(before | now)
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and not is_neutral(key)
     ]
     if changes:
         return f"with other settings ({', '.join(changes)})"

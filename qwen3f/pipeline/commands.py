@@ -11,6 +11,7 @@ from qwen3f.pipeline.chain import Step, flags_of
 from qwen3f.pipeline.stages import differing
 
 EVAL = "experiments/eval.py"
+LAUNCHER = usage.ROOT / "launch.py"
 
 
 def training(step: Step, init_from: str, workdir: Path, progress: bool) -> list[str]:
@@ -39,5 +40,12 @@ def showing(step: Step, init_from: str, picture: Path, prompt: str, out: Path) -
 
 def _launch(experiment: str, flags: list[str], workdir: Path, progress: bool) -> list[str]:
     quiet = [] if progress else ["--noprogress"]
-    launcher = [sys.executable, str(usage.ROOT / "launch.py")]
-    return [*launcher, "--config", str(usage.ROOT / experiment), *flags, f"--workdir={workdir}", *quiet]
+    return [
+        sys.executable,
+        str(LAUNCHER),
+        "--config",
+        str(usage.ROOT / experiment),
+        *flags,
+        f"--workdir={workdir}",
+        *quiet,
+    ]

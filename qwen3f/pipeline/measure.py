@@ -25,13 +25,12 @@ def logged(step: Step, workdir: Path) -> dict[str, Measure]:
     last: dict[str, float] = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         last |= json.loads(line)
+    if "val_loss" in names and not any(key.startswith("val_loss/") for key in last):  # of one source
+        source = step.config.data.mixture.partition("@")[0].partition("=")[0]
+        last = {f"val_loss/{source}": value for key, value in last.items() if key == "val_loss"}
     for key, value in last.items():
-        if key.partition("/")[0] in names and "/" in key and key.startswith("val_loss"):
+        if key.startswith("val_loss/") if "val_loss" in names else key in names:
             found[key] = _of(value)
-        elif key in names and key != "val_loss":
-            found[key] = _of(value)
-    if "val_loss" in names and not found and "val_loss" in last:  # of one source
-        found[f"val_loss/{step.config.data.mixture.partition('@')[0].partition('=')[0]}"] = _of(last["val_loss"])
     return found
 
 

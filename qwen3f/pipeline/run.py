@@ -232,7 +232,8 @@ class Pipeline:
 
             write_report(self.directory)
         except (ImportError, OSError, UserError) as error:
-            print(f"no report: {error}", flush=True)
+            if not self._reported:
+                print(f"no report: {error}", flush=True)
         self._reported, self._report_took = time.monotonic(), time.monotonic() - begin
 
     def _end(self, ran: Sequence[str]) -> None:
