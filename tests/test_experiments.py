@@ -51,6 +51,11 @@ EXPERIMENTS = (
     "export_hf",
     "generate",
     "inspect",
+    "pipeline",
+    "pipeline:debug",
+    "pipeline:debug_moe",
+    "pipeline:nano_vl",
+    "pipeline:large",
     "rejection_sample",
 )
 

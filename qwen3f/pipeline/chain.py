@@ -23,7 +23,8 @@ CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 # Keys that say how and where a stage runs. Its weights do not depend on them.
 NEUTRAL = frozenset({
     "device", "mesh", "hardware", "plan", "restarts", "watchdog", "collective_timeout", "wandb", "init_from", "resume",
-    "log_every", "show_samples", "eval.every", "data.cache", "data.workers", "data.num_threads", "batch_tokens", "chunk", "report",
+    "log_every", "show_samples", "eval.every", "data.cache", "data.workers", "data.num_threads", "batch_tokens",
+    "chunk", "report",
 })  # fmt: skip
 _KINDS = {"eval": "evaluation", "generate": "pictures"}  # of config.stage; any other one trains
 

@@ -40,7 +40,8 @@ def trouble(tmp_path, monkeypatch):
 
 def test_each_stage_starts_from_the_one_before_and_all_is_recorded(whole):
     found = toy.read(whole)
-    assert found["preset"] == "nano" and found["seed"] == 0
+    assert found["preset"] == "nano"
+    assert found["seed"] == 0
     assert found["budget_s"] == sum(one["budget_s"] for one in found["stages"])
     assert [one["name"] for one in found["stages"]] == list(toy.NAMES)
     for number, one in enumerate(found["stages"]):
@@ -49,7 +50,9 @@ def test_each_stage_starts_from_the_one_before_and_all_is_recorded(whole):
         assert one["workdir"] == f"{number + 1:02d}_{one['name']}"
         assert one["from"] == (before["name"] if before else None)
         assert one["init_from"] == (f"{before['workdir']}/checkpoints/3" if before else None)
-        assert len(one["inputs"]) == 64 and one["started"] > 1.7e9 and one["seconds"] > 0
+        assert len(one["inputs"]) == 64
+        assert one["started"] > 1.7e9
+        assert one["seconds"] > 0
         assert one["steps"] == (3 if one["name"] != "evaluation" else 0)
         assert one["commit"] == found["commit"]
     assert toy.stage(found, "grpo")["overrides"]["steps"] == 3
@@ -63,14 +66,16 @@ def test_text_stages_are_measured_by_their_loss_and_the_others_by_the_same_quest
     assert keys["pretrain_s3"] == losses | answers  # what the cold start begins with
     assert all(keys[name] == answers for name in toy.NAMES[3:])
     one = toy.stage(found, "grpo")["measures"]["reasoning_thinking"]
-    assert set(one) == {"value", "low", "high", "n"} and one["n"] == 128
+    assert set(one) == {"value", "low", "high", "n"}
+    assert one["n"] == 128
 
 
 def test_the_same_command_again_runs_nothing_and_says_so(whole, capsys):
     before = toy.read(whole)
     assert toy.go(whole) == before
     out = capsys.readouterr().out
-    assert "nothing left to run" in out and "training" not in out
+    assert "nothing left to run" in out
+    assert "training" not in out
 
 
 def test_the_end_has_a_table_and_the_next_commands(tmp_path, capfd):
@@ -82,7 +87,8 @@ def test_the_end_has_a_table_and_the_next_commands(tmp_path, capfd):
     assert any(line.startswith("sft_cold_start") and "% (" in line for line in lines[head:])
     assert any(line.startswith("grpo ") and "skipped" in line for line in lines[head:])
     assert f"--config.init_from={tmp_path}/P/04_sft_cold_start/checkpoints/3" in out
-    assert "generate.py" in out and "--config.prompt=" in out
+    assert "generate.py" in out
+    assert "--config.prompt=" in out
 
 
 KILLED = ("pretrain_s1", "grpo", "evaluation")  # of each kind; the others nightly
@@ -113,7 +119,8 @@ def test_a_kill_while_questions_are_asked_trains_nothing_again(whole, tmp_path, 
     trouble.unlink()
     toy.go(tmp_path / "P")
     out = capfd.readouterr().out
-    assert "training 06_sft_fusion" in out and "training 05_grpo" not in out
+    assert "training 06_sft_fusion" in out
+    assert "training 05_grpo" not in out
     assert toy.numbers(tmp_path / "P") == toy.numbers(whole)
 
 
@@ -130,7 +137,8 @@ def test_a_signal_reaches_the_stage_and_the_same_command_goes_on(number, whole, 
     if number == signal.SIGTERM:  # what the stage gets; it ends after its step, with a checkpoint
         assert (tmp_path / "P" / "04_sft_cold_start" / "checkpoints" / "2").exists()
     one = toy.stage(toy.read(tmp_path / "P"), "sft_cold_start")
-    assert one["status"] == "waiting" and name in one["error"]
+    assert one["status"] == "waiting"
+    assert name in one["error"]
     trouble.unlink()
     toy.go(tmp_path / "P")
     assert toy.numbers(tmp_path / "P") == toy.numbers(whole)
@@ -150,10 +158,12 @@ def test_a_stage_that_fails_ends_the_pipeline_in_one_line_and_the_same_command_g
     trouble.write_text(f"grpo {action}")
     with pytest.raises(kind) as caught:
         toy.go(tmp_path / "P")
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert "error:" not in capfd.readouterr().err  # it is said once, by whoever catches this
     found = toy.read(tmp_path / "P")
-    assert toy.stage(found, "grpo")["status"] == "failed" and toy.stage(found, "sft_fusion")["status"] == "waiting"
+    assert toy.stage(found, "grpo")["status"] == "failed"
+    assert toy.stage(found, "sft_fusion")["status"] == "waiting"
     assert toy.stage(found, "grpo")["error"] in str(caught.value)
     trouble.unlink()
     toy.go(tmp_path / "P")
