@@ -19,19 +19,16 @@ _LOGGED = {"pretrain": ("val_loss",), "multimodal": ("val_exact", "val_blind", "
 
 def logged(step: Step, workdir: Path) -> dict[str, Measure]:
     """Of the last evaluation in metrics.jsonl. Losses by source, "val_loss/embedded": only those can be compared."""
-    names, found = _LOGGED.get(step.config.stage, ()), dict[str, Measure]()
-    if not names:
-        return found
-    last: dict[str, float] = {}
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    names, last = _LOGGED.get(step.config.stage, ()), dict[str, float]()
+    for line in (workdir / "metrics.jsonl").read_text().splitlines() if names else ():
         last |= json.loads(line)
-    if "val_loss" in names and not any(key.startswith("val_loss/") for key in last):  # of one source
-        source = step.config.data.mixture.partition("@")[0].partition("=")[0]
-        last = {f"val_loss/{source}": value for key, value in last.items() if key == "val_loss"}
-    for key, value in last.items():
-        if key.startswith("val_loss/") if "val_loss" in names else key in names:
-            found[key] = _of(value)
-    return found
+    if "val_loss" not in names:
+        return {name: _of(last[name]) for name in names if name in last}
+    losses = {key: value for key, value in last.items() if key.startswith("val_loss/")}
+    if not losses and "val_loss" in last:  # of one source
+        losses = {f"val_loss/{step.config.data.mixture}": last["val_loss"]}
+    short = {key: key.partition("@")[0] for key in losses}  # without a directory, where that names it
+    return {short[key] if list(short.values()).count(short[key]) == 1 else key: _of(x) for key, x in losses.items()}
 
 
 def answered(place: Path, mode: str) -> dict[str, Measure]:

@@ -68,7 +68,7 @@ def wait_for(path, process):
 
 
 if __name__ == "__main__":
-    commands.LAUNCHER = HERE / "fake_launch.py"
+    commands.LAUNCHER = HERE / (sys.argv[3] if sys.argv[3:] else "fake_launch.py")
     try:
         go(Path(sys.argv[1]), **json.loads(sys.argv[2]))
     except Exception as error:
