@@ -1,17 +1,18 @@
 """Which curves a stage has, as plain values: what is drawn together, its caption, and how it is thinned out."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from qwen3f.report import names
+from qwen3f.report import marks, names
 from qwen3f.report.data import Run
 from qwen3f.report.metrics_file import Series
 from qwen3f.report.words import figure
 
-MOST_POINTS = 200  # of a curve
+MOST_POINTS = 300  # of a curve
 MOST_LINES = 4  # of a chart, which differ in their dashes
 
 
@@ -40,8 +41,8 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """names: drawn together where they are logged. stages: in which; () for all. labels: what the curves are called there;
-    by default what Meaning.title says. part: of the page, quality or cost."""
+    """names: drawn together where they are logged. labels: what the curves are called there; by default what
+    Meaning.title says. stages: in which; () for all. part: of the page, quality or cost."""
 
     title: str
     names: tuple[str, ...]
@@ -50,6 +51,7 @@ class Plan:
     part: str = "quality"
 
 
+_EVALUATED = ("val_", "answers_", "bench_")  # how names of evaluations begin
 RANKING = ("dpo", "reward_model")
 CHARTS = (
     Plan("Reward", ("reward",), stages=("grpo",)),
@@ -109,10 +111,11 @@ def _chart(run: Run, plan: Plan) -> Chart | None:
     labels = dict(zip(plan.names, plan.labels, strict=bool(plan.labels))) if plan.labels else {}
     for name in _matching(plan.names, logged):
         meaning, series = names.find(name, run.kind), logged[name]
-        if meaning is None or not any(series.values) or len(lines) == MOST_LINES:
+        idle = not any(series.values) and not name.startswith((*_EVALUATED, "reward"))
+        if meaning is None or not series.values or idle or len(lines) == MOST_LINES:
             continue
         label = labels.get(name) or _mode(run, name) or meaning.title
-        lines.append(_line(name.partition("/")[2] or label, name, series))
+        lines.append(_line(run, name.partition("/")[2] or label, name, series))
         shown.append((name, meaning, series))
     if not lines:
         return None
@@ -132,18 +135,21 @@ def _matching(patterns: tuple[str, ...], logged: Mapping[str, Any]) -> list[str]
 
 def _mode(run: Run, name: str) -> str:
     """How the questions behind a name without a mode were asked, where another was asked otherwise."""
-    first, _, others = str((run.config.get("eval") or {}).get("modes", "")).partition(",")
-    if others and name.startswith("val_"):
-        return "thinking" if first == "thinking" else "at once"
+    asked = marks.first_mode(run)
+    other = {"thinking": "plain", "plain": "thinking"}.get(asked)
+    if other and f"{name}_{other}" in run.metrics.series:
+        return "thinking" if asked == "thinking" else "at once"
     return ""
 
 
-def _line(label: str, name: str, series: Series) -> Line:
-    evaluated = name.startswith(("val_", "answers_", "bench_"))
+def _line(run: Run, label: str, name: str, series: Series) -> Line:
+    evaluated = name.startswith(_EVALUATED)
     x, y = np.array(series.steps, dtype=float), np.array(series.values)
     if len(x) <= MOST_POINTS:
-        return Line(label, tuple(x.tolist()), tuple(y.tolist()), dots=evaluated and len(x) <= 40)
-    parts = np.array_split(np.arange(len(x)), MOST_POINTS)
+        bounds = marks.band(run, name) if evaluated else None
+        low, high = (tuple(bounds[0]), tuple(bounds[1])) if bounds else ((), ())
+        return Line(label, tuple(x.tolist()), tuple(y.tolist()), low, high, dots=evaluated and len(x) <= 40)
+    parts = np.array_split(np.arange(len(x)), math.ceil(len(x) / math.ceil(len(x) / MOST_POINTS)))
     means, low, high = ([f(y[part]) for part in parts] for f in (np.mean, np.min, np.max))
     middle = [x[part].mean() for part in parts]
     return Line(label, *(tuple(float(v) for v in values) for values in (middle, means, low, high)))
@@ -152,14 +158,17 @@ def _line(label: str, name: str, series: Series) -> Line:
 def _caption(run: Run, shown: list[tuple[str, names.Meaning, Series]], lines: list[Line]) -> str:
     """Meaning of each curve, and from where to where it went."""
     parts = []
-    for (name, meaning, series), line in zip(shown, lines):
+    for (_, meaning, series), line in zip(shown, lines):
         better = f" {meaning.better.capitalize()} is better." if meaning.better else ""
         unit = f", in {meaning.unit}" if meaning.unit not in ("", "share") else ""
         label = f"{line.label[:1].upper()}{line.label[1:]}: " if line.label else ""
-        said = meaning.meaning.removesuffix(".") if label or unit else meaning.meaning.removesuffix(".")
+        said = meaning.meaning.removesuffix(".")
         parts.append(f"{label}{said}{unit}.{better} {_course(meaning, series)}")
-    if any(line.low for line in lines):
-        parts.append(thinned(run, max(len(series.steps) for _, _, series in shown)))
+    if (most := max(len(series.steps) for _, _, series in shown)) > MOST_POINTS:
+        parts.append(thinned(run, most))
+    elif any(line.low for line in lines):
+        counts = [found[2] for name, _, _ in shown if (found := marks.band(run, name))]
+        parts.append(f"The band is the 95% interval of {max(counts):,} questions.")
     return " ".join(parts)
 
 
@@ -173,7 +182,10 @@ def _course(meaning: names.Meaning, series: Series) -> str:
 
 def thinned(run: Run, values: int) -> str:
     """How a curve is shown that has more values than points."""
-    text = f"Each point is the mean of about {values / MOST_POINTS:.0f} logged values; the band spans the lowest and the highest"
+    text = (
+        f"Each point is the mean of {math.ceil(values / MOST_POINTS)} logged values; the band spans the lowest and the "
+        "highest"
+    )
     if run.metrics.parsed < run.metrics.lines:
         text += f" of the {run.metrics.parsed:,} of {run.metrics.lines:,} lines that were read"
     return text + "."

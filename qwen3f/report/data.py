@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from qwen3f.eval.statistics import Estimate
 from qwen3f.report.metrics_file import NO_METRICS, Metrics
 
 
@@ -37,7 +38,8 @@ class Run:
     Attributes:
       config: config.json, {} where there is none. record: run.json, likewise.
       answers: of evaluations, in order. samples: of the first and the last step that are kept.
-      pictures: title -> PNG, of a plan. problems: what could not be read, a sentence each.
+      pictures: title -> PNG, of a plan. results: of an evaluation, (what; its value with interval). counts: of a
+        rejection sampling. problems: what could not be read, a sentence each.
     """
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -46,6 +48,8 @@ class Run:
     answers: tuple[Texts, ...] = ()
     samples: tuple[Texts, ...] = ()
     pictures: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    results: tuple[tuple[str, Measure], ...] = ()
+    counts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
     @property
@@ -57,13 +61,17 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """before, after: measures by name, of what it started from and of what it ends with; before_step: in a single run
-    the step at which they were first taken. status: as pipeline.json's, "" in a single run."""
+    the step at which they were first taken. differences: after less before, where both are of the same questions.
+    asked: what its model answered to the pipeline's questions, lines as of answers/. status: as pipeline.json's, "" in
+    a single run."""
 
     name: str
     purpose: str
     run: Run
     before: Mapping[str, Measure] = dataclasses.field(default_factory=dict)
     after: Mapping[str, Measure] = dataclasses.field(default_factory=dict)
+    differences: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)
+    asked: tuple[Mapping[str, Any], ...] = ()
     before_step: int = 0
     origin: str = ""
     workdir: str = ""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qwen3f.report import names
+from qwen3f.report import names, words
 from qwen3f.report.charts import Chart, Line
 from qwen3f.report.data import Run
 from qwen3f.report.words import duration, figure
@@ -47,6 +47,18 @@ def groups(run: Run) -> Table | None:
                 (meaning.title, figure(series.values[0], meaning.unit), figure(series.values[-1], meaning.unit))
             )
     return Table(("held out", "first", "last"), tuple(rows)) if rows else None
+
+
+def results(run: Run) -> Table | None:
+    """Of an evaluation."""
+    rows = tuple((name, words.interval(one, "share"), f"{one.n:,}") for name, one in run.results)
+    return Table(("benchmark, metric", "95% interval", "questions"), rows) if rows else None
+
+
+def counts(run: Run) -> Table | None:
+    """Of a rejection sampling: how many were asked, right, wrong, not ended, repeated."""
+    rows = tuple((str(name), f"{value:,}") for name, value in run.counts.items() if isinstance(value, int))
+    return Table(("what", "number"), rows) if rows else None
 
 
 def data_lines(run: Run) -> list[str]:
@@ -185,7 +197,7 @@ def _shape(sizes: object) -> str:
 
 
 def experts(run: Run) -> Chart | None:
-    """The load of each layer's experts relative to an even share: lowest, mean of all, highest; with the rest in words."""
+    """The load of each layer's experts relative to an even share: fullest, middle, emptiest; and it in words."""
     told = run.record.get("expert_load")
     shares = told.get("shares") if isinstance(told, dict) else None
     if not (isinstance(shares, list) and shares and all(isinstance(layer, list) and layer for layer in shares)):
@@ -198,7 +210,7 @@ def experts(run: Run) -> Chart | None:
     caption = (
         f"At step {told.get('step', 0):,} the busiest expert, number {place} of sparse layer {busiest}, gets "
         f"{max(loads[busiest]):.2f} times an even share; {idle:,} of {count:,} experts get less than a tenth of one. "
-        "Each curve is, layer by layer, the load of one place in the order from the fullest to the emptiest expert; 1 is even."
+        "Curves are, layer by layer, the fullest, the middle and the emptiest expert's load; 1 is even."
     )
     layers = tuple(float(i) for i in range(len(loads)))
     ranked = [sorted(layer, reverse=True) for layer in loads]

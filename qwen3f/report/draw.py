@@ -9,6 +9,7 @@ import functools
 import hashlib
 import html
 import io
+import itertools
 import logging
 import re
 
@@ -94,21 +95,24 @@ def plot(axes: Axes, chart: Chart, theme: Theme, named: bool = True) -> None:
             line.x, line.y, color=colour, linestyle=DASHES[number % len(DASHES)], linewidth=1.6,
             marker=marker, markersize=4, solid_capstyle="round",
         )  # fmt: skip
-    low, high = bounds(chart.lines)
-    axes.set_ylim(low, high)
-    if chart.unit == "share" and high > 0.985:
-        axes.set_ylim(low, max(1.0, high))
+    axes.set_ylim(*bounds(chart.lines, chart.unit))
+    axes.annotate("" if not named else chart.axis, (0, 0), xycoords="axes fraction", xytext=(-8, -9), ha="right",
+                  textcoords="offset points", va="center", color=theme.ink, fontsize=FONT)  # fmt: skip
     if named:
         _name(axes, chart.lines, theme)
 
 
-def bounds(lines: tuple[Line, ...]) -> tuple[float, float]:
-    """Of y: all means, and of the bands what is not far out."""
+def bounds(lines: tuple[Line, ...], unit: str) -> tuple[float, float]:
+    """Of y: all means, and of the bands what is not far out. A share's lie between 0 and 1 if its values do."""
     means = np.concatenate([line.y for line in lines])
     edges = np.concatenate([(*line.low, *line.high) for line in lines if line.low] or [means])
     low, high = min(means.min(), np.quantile(edges, 0.02)), max(means.max(), np.quantile(edges, 0.98))
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    return low - (room if low < 0 or low > room else low), high + room
+    out = low - (room if low < 0 or low > room else low), high + room
+    if unit == "share" and low >= 0 and high <= 1:
+        top = min(out[1], 1.01)
+        return min(out[0], top - 0.05), top
+    return out
 
 
 def style(axes: Axes, unit: str, theme: Theme) -> None:
@@ -162,7 +166,7 @@ def apart(places: list[float], gap: float, highest: float) -> list[float]:
     """The places moved up or down as little as leaves `gap` between them."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     out = list(places)
-    for before, after in zip(order, order[1:]):
+    for before, after in itertools.pairwise(order):
         out[after] = max(out[after], out[before] + gap)
     limit = highest
     for i in reversed(order):

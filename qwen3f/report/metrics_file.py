@@ -26,8 +26,8 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """series: by name, in the order in which they came. lines: of the file; parsed: of them; broken: no JSON object with a
-    step."""
+    """series: by name, in the order in which they came. lines: of the file; parsed: of them; broken: of these what is
+    no JSON object with a step."""
 
     series: dict[str, Series]
     lines: int = 0

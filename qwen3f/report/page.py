@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from qwen3f.report import charts, details, draw, names, overview, texts, words
-from qwen3f.report.data import Measure, Report, Run, Stage
+from qwen3f.report.data import Report, Run, Stage
 
 TEMPLATES = Path(__file__).parent / "templates"
 _DONE = {"done": "done", "running": "running", "waiting": "waiting", "failed": "failed", "skipped": "skipped",
@@ -34,10 +34,17 @@ def render(report: Report) -> str:
 
 @functools.cache
 def _environment() -> Environment:
-    return Environment(
+    made = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    made.filters["breakable"] = _breakable
+    return made
+
+
+def _breakable(text: str) -> Markup:
+    """A name that may go on in the next line behind an underscore or a slash."""
+    return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(text))))
 
 
 def _lead(report: Report) -> str:
@@ -45,13 +52,18 @@ def _lead(report: Report) -> str:
         done = sum(stage.status == "done" for stage in report.stages)
         return (
             f"A language model of the Qwen3 family, trained in {len(report.stages)} stages, each going on from the "
-            f"weights of one before; {done} of them are done. This page says what each stage taught it and what it cost."
+            f"weights of one before; {done} of them are done. This page says what each stage taught it, and what "
+            "that cost."
         )
     [stage] = report.stages
     count, total = stage.run.record.get("parameters"), stage.run.config.get("steps")
     size = f" of {count:,} parameters" if isinstance(count, int) else ""
-    far = f"after step {stage.steps:,}" + (f" of {total:,}" if isinstance(total, int) else "")
-    return f"A language model of the Qwen3 family{size} in training, {far}. This page says what it learnt and what that cost."
+    if stage.run.results:
+        return "An evaluation of a language model of the Qwen3 family."
+    far = f"trained for {stage.steps:,} steps"
+    if isinstance(total, int) and stage.steps < total:
+        far = f"in training, {stage.steps:,} of {total:,} steps done"
+    return f"A language model of the Qwen3 family{size}, {far}. This page says what it learnt, and what that cost."
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
@@ -78,8 +90,8 @@ def _overviews(report: Report) -> list[dict[str, Any]]:
         counts = {m.n for _, _, m in rows if m and m.n}
         asked = f" {max(counts):,} questions, the same ones for all stages." if counts else ""
         caption = (
-            f"{meaning.meaning}{asked} A row a stage: the hollow dot is the model it started from, the filled one the model "
-            "it ends with, the bar its 95% interval."
+            f"{meaning.meaning}{asked} A row a stage: the hollow dot is the model it started from, the filled one the "
+            "model it ends with, the bar its 95% interval."
         )
         out.append({"title": title, "svg": Markup(overview.dots(title, rows)), "caption": caption})
     return out
@@ -96,7 +108,7 @@ def _stage(report: Report, stage: Stage, place: int) -> dict[str, Any]:
         "id": f"stage-{place + 1}",
         "number": place + 1,
         "name": stage.name,
-        "purpose": stage.purpose,
+        "purpose": _sentence(stage.purpose),
         "status": _DONE.get(stage.status, stage.status),
         "error": stage.error,
         "origin": _origin(stage),
@@ -108,7 +120,7 @@ def _stage(report: Report, stage: Stage, place: int) -> dict[str, Any]:
         "before_words": f"step {stage.before_step:,}" if stage.before_step else "before",
         "quality": [_figure(chart) for chart in charts.charts_of(run, "quality")] + ([experts] if experts else []),
         "cost": [_figure(chart) for chart in charts.charts_of(run, "cost")],
-        "exchanges": texts.exchanges(run),
+        "exchanges": texts.exchanges(run) + _of_pipeline(report, stage),
         "rollouts": texts.rollouts(run),
         "data": details.data_lines(run),
         "lost": details.lost_lines(run),
@@ -120,6 +132,17 @@ def _stage(report: Report, stage: Stage, place: int) -> dict[str, Any]:
     }
 
 
+def _of_pipeline(report: Report, stage: Stage) -> list[texts.Exchange]:
+    """The questions that all stages' models are asked, answered before and after this one."""
+    before = next((one for one in report.stages if one.name == stage.origin), None)
+    trained = before if before and stage.before else None
+    return texts.of_stages((trained.name, trained.asked) if trained else None, (stage.name, stage.asked))
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".") if text else ""
+
+
 def _figure(chart: charts.Chart) -> dict[str, Any]:
     return {"title": chart.title, "svg": Markup(draw.svg(chart)), "caption": chart.caption}
 
@@ -129,7 +152,7 @@ def _data_uri(png: bytes) -> str:
 
 
 def _origin(stage: Stage) -> str:
-    return f"from {stage.origin}" if stage.origin else "from nothing"
+    return f"from {'/'.join(Path(stage.origin).parts[-3:])}" if stage.origin else "from nothing"
 
 
 def _results(stage: Stage) -> list[dict[str, str]]:
@@ -137,7 +160,8 @@ def _results(stage: Stage) -> list[dict[str, str]]:
     for name, after in stage.after.items():
         meaning = names.find(name, stage.run.kind) or names.Meaning(name, "")
         before = stage.before.get(name)
-        kind, sentence = words.change(before, after, meaning) if before else ("none", "")
+        paired = stage.differences.get(name)
+        kind, sentence = words.change(before, after, meaning, paired) if before else ("none", "")
         out.append({
             "title": meaning.title,
             "before": words.interval(before, meaning.unit) if before else "",
@@ -170,11 +194,11 @@ def _verdict(report: Report, stage: Stage) -> str:
 
 def _change(stage: Stage, name: str) -> str:
     meaning = names.find(name, stage.run.kind) or names.Meaning(name, "")
-    return words.change(stage.before[name], stage.after[name], meaning)[0]
+    return words.change(stage.before[name], stage.after[name], meaning, stage.differences.get(name))[0]
 
 
 def _has_intervals(stage: Stage, name: str) -> bool:
-    return stage.before[name].has_interval and stage.after[name].has_interval
+    return name in stage.differences or (stage.before[name].has_interval and stage.after[name].has_interval)
 
 
 def _title(stage: Stage, name: str) -> str:
@@ -186,6 +210,8 @@ def _tables(stage: Stage) -> list[tuple[str, details.Table]]:
     run = stage.run
     changed = tuple((f"--config.{key}", str(value), "") for key, value in stage.overrides.items())
     found = {
+        "Benchmarks": details.results(run),
+        "Answers sampled": details.counts(run),
         "Results by kind of question": details.groups(run),
         "Every logged number": details.every_number(run) if run.metrics.series else None,
         "What the pipeline sets": details.Table(("key", "value", ""), changed) if changed else None,
@@ -200,7 +226,10 @@ def _read(run: Run) -> str:
     """How much of metrics.jsonl the curves are of."""
     metrics = run.metrics
     if not metrics.lines:
-        return "Nothing has been logged yet."
+        return "" if run.results or run.counts else "Nothing has been logged yet."
     if metrics.parsed < metrics.lines:
-        return f"Curves are of {metrics.parsed:,} of the {metrics.lines:,} lines of metrics.jsonl, taken evenly, with evaluations."
+        return (
+            f"Curves are of {metrics.parsed:,} of the {metrics.lines:,} lines of metrics.jsonl, taken evenly, with "
+            "evaluations."
+        )
     return f"Curves are of all {metrics.lines:,} lines of metrics.jsonl."

@@ -1,5 +1,6 @@
 """From a directory to a Report: a pipeline's, or a single run's. What is missing or broken is said, never fatal."""
 
+import dataclasses
 import datetime
 import json
 import math
@@ -8,10 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen3f.errors import UserError
-from qwen3f.eval.statistics import estimate
 from qwen3f.files import read_bounded
+from qwen3f.report.asked import read_asked, read_pictures, results_table
 from qwen3f.report.data import Measure, Report, Run, Stage, Texts
-from qwen3f.report.metrics_file import NO_METRICS, Metrics, read_metrics
+from qwen3f.report.marks import difference_in_run, difference_of_stages, measure
+from qwen3f.report.metrics_file import NO_METRICS, read_metrics
 from qwen3f.report.names import purpose_of
 from qwen3f.strict_json import read_object
 
@@ -48,7 +50,9 @@ def read_run(workdir: Path) -> Run:
         return tried(name, lambda: read_object(workdir / name), {}) if (workdir / name).exists() else {}
 
     config, record = there("config.json"), there("run.json")
-    if not config:
+    results = tuple((name, _measure(one)) for name, one in results_table(workdir))
+    counts = there("rejection_summary.json").get("counts")
+    if not (config or results or counts):
         problems.append("There is no config.json, so the configuration is not shown.")
     metrics = tried("metrics.jsonl", lambda: read_metrics(workdir / "metrics.jsonl"), NO_METRICS)
     if metrics.broken:
@@ -67,7 +71,10 @@ def read_run(workdir: Path) -> Run:
         path = workdir / "plan" / name
         if path.is_file() and path.stat().st_size <= _MOST_PICTURE:
             pictures[title] = tried(name, path.read_bytes, b"")
-    return Run(config, record, metrics, tuple(answers), tuple(samples), pictures, tuple(problems))
+    return Run(
+        config, record, metrics, tuple(answers), tuple(samples), pictures, results,
+        counts if isinstance(counts, dict) else {}, tuple(problems),
+    )  # fmt: skip
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -103,12 +110,16 @@ def _single(workdir: Path) -> Stage:
     ]
     first, last = (min(s[0] for s in evaluated), max(s[-1] for s in evaluated)) if evaluated else (0, 0)
     sessions = _sessions(run.record)
+    before, after = _measures(run, first) if first < last else {}, _measures(run, last)
     return Stage(
         name=run.kind or workdir.absolute().name,
         purpose=purpose_of(run.config),
         run=run,
-        before=_measures(run, first) if first < last else {},
-        after=_measures(run, last),
+        before=before,
+        after=after,
+        differences={
+            name: found for name in before.keys() & after.keys() if (found := difference_in_run(run, name, first, last))
+        },
         before_step=first if first < last else 0,
         origin=str(run.config.get("init_from") or ""),
         workdir=workdir.absolute().name,
@@ -122,40 +133,15 @@ def _sessions(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
-_SHARES = ("val_accuracy", "val_accuracy_plain", "val_accuracy_thinking", "answers_accuracy")
-_NUMBERS = ("val_exact", "answers_wins", "val_wins", "val_loss", "val_bpb")
+_MEASURES = (
+    "val_accuracy", "val_accuracy_plain", "val_accuracy_thinking", "answers_accuracy", "val_exact", "answers_wins",
+    "val_wins", "val_loss", "val_bpb",
+)  # fmt: skip
 
 
 def _measures(run: Run, step: int) -> dict[str, Measure]:
-    """What the evaluation at `step` found; shares of kept marks with an interval."""
-    found = {}
-    for name in (*_SHARES, *_NUMBERS):
-        series = run.metrics.at(name)
-        if step in series.steps:
-            found[name] = _interval(run, name, step) or Measure(series.values[series.steps.index(step)])
-    return found
-
-
-def marks(run: Run, name: str, step: int) -> list[float]:
-    """How the questions behind `name` were marked at a step, in order; [] where that is not kept."""
-    if name not in _SHARES:
-        return []
-    evaluation, _, rest = name.partition("_")
-    modes = str((run.config.get("eval") or {}).get("modes", "")).replace(" ", "").split(",")
-    mode = rest.removeprefix("accuracy").removeprefix("_") or modes[0]
-    lines = [line for texts in run.answers if texts.step == step for line in texts.lines]
-    own = [line for line in lines if line.get("evaluation") == evaluation and mode in ("", line.get("mode"))]
-    return [float(line["mark"]) for line in own if isinstance(line.get("mark"), int | float)]
-
-
-def _interval(run: Run, name: str, step: int) -> Measure | None:
-    """None unless the marks that are kept are those that the logged value is of."""
-    series, found = run.metrics.at(name), marks(run, name, step)
-    value = series.values[series.steps.index(step)]
-    if not found or not math.isclose(math.fsum(found) / len(found), value, abs_tol=1e-6):
-        return None
-    one = estimate(found)
-    return Measure(one.value, one.low, one.high, one.n)
+    """What the evaluation at `step` found."""
+    return {name: measure(run, name, step) for name in _MEASURES if step in run.metrics.at(name).steps}
 
 
 # -- a pipeline --------------------------------------------------------------------------------------------------------
@@ -165,9 +151,11 @@ def _pipeline(workdir: Path, told: Mapping[str, Any], now: str) -> Report:
     listed = told.get("stages")
     stages = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     measured = {str(one.get("name")): _told(one.get("measures")) for one in stages}
+    read = [_stage(workdir, one, measured) for one in stages]
+    by_name = {stage.name: stage for stage in read}
     return Report(
         title=workdir.absolute().name,
-        stages=tuple(_stage(workdir, one, measured) for one in stages),
+        stages=tuple(_compared(stage, by_name.get(stage.origin)) for stage in read),
         pipeline=True,
         preset=str(told.get("preset") or ""),
         seed=str(told.get("seed", "")),
@@ -184,11 +172,13 @@ def _stage(workdir: Path, told: Mapping[str, Any], measured: Mapping[str, Mappin
     run = read_run(place) if inside else Run()
     origin = str(told.get("from") or "")
     overrides = told.get("overrides")
+    trains = not (run.results or run.counts) or bool(run.metrics.lines)  # an evaluation changes nothing
     return Stage(
         name=str(told.get("name") or "?"),
         purpose=str(told.get("purpose") or purpose_of(run.config)),
         run=run,
-        before=measured.get(origin, {}),
+        before=measured.get(origin, {}) if trains else {},
+        asked=(*read_asked(place), *read_pictures(place)) if inside else (),
         after=_told(told.get("measures")),
         origin=origin,
         workdir=str(told.get("workdir") or ""),
@@ -201,13 +191,24 @@ def _stage(workdir: Path, told: Mapping[str, Any], measured: Mapping[str, Mappin
     )
 
 
+def _compared(stage: Stage, origin: Stage | None) -> Stage:
+    """With the differences of what both were asked."""
+    found = {name: difference_of_stages(origin, stage, name) for name in stage.after} if origin else {}
+    return dataclasses.replace(stage, differences={name: one for name, one in found.items() if one})
+
+
 def _told(measures: object) -> dict[str, Measure]:
-    found = {}
-    for name, one in measures.items() if isinstance(measures, dict) else ():
-        if isinstance(one, dict) and math.isfinite(value := number(one.get("value"), math.nan)):
-            bounds = (number(one.get(key), math.nan) for key in ("low", "high"))
-            found[str(name)] = Measure(value, *bounds, int(number(one.get("n"), 0.0)))
-    return found
+    found = {
+        str(name): _measure(one)
+        for name, one in (measures.items() if isinstance(measures, dict) else ())
+        if isinstance(one, dict)
+    }
+    return {name: one for name, one in found.items() if math.isfinite(one.value)}
+
+
+def _measure(told: Mapping[str, Any]) -> Measure:
+    value, low, high = (number(told.get(key), math.nan) for key in ("value", "low", "high"))
+    return Measure(value, low, high, int(number(told.get("n"), 0.0)))
 
 
 def number(value: object, otherwise: float) -> float:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qwen3f.report.data import Run, Texts
+from qwen3f.report.data import Run
 from qwen3f.report.words import figure
 
 MOST_TEXT = 1500  # characters of a prompt or an answer
@@ -15,7 +15,8 @@ _MODES = {"thinking": "thinking first", "plain": "answering at once"}
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """when: of which step. thought, text: what was written, apart. mark: right, wrong, or "" where nobody judged."""
+    """when: of which step or stage. thought, text: what was written, apart. mark: right, wrong, a reward, or "" where
+    nobody judged. note: what else is to say."""
 
     when: str
     thought: str
@@ -41,19 +42,36 @@ def exchanges(run: Run) -> list[Exchange]:
         return []
     first, last = run.answers[0], run.answers[-1]
     out = []
-    for (evaluation, mode), lines in _by_mode(last).items():
-        before = {line.get("prompt"): line for line in _by_mode(first).get((evaluation, mode), ())}
+    for (evaluation, mode), lines in _by_mode(last.lines).items():
+        before = {line.get("prompt"): line for line in _by_mode(first.lines).get((evaluation, mode), ())}
         for line in _choice(lines):
-            replies = [_reply(line, last.step)]
+            replies = [_reply(line, f"step {last.step:,}")]
             if first.step < last.step and line.get("prompt") in before:
-                replies.insert(0, _reply(before[line["prompt"]], first.step))
+                replies.insert(0, _reply(before[line["prompt"]], f"step {first.step:,}"))
             out.append(_exchange(line, _MODES.get(mode, mode), replies))
     return out
 
 
-def _by_mode(texts: Texts) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+Asked = tuple[str, Sequence[Mapping[str, Any]]]  # a stage's name, and what its model answered
+
+
+def of_stages(before: Asked | None, after: Asked) -> list[Exchange]:
+    """A few of a pipeline's questions in each mode, answered by the model of the stage before and by this one's."""
+    name, lines = after
+    out = []
+    for (evaluation, mode), own in _by_mode(lines).items():
+        old = {line.get("prompt"): line for line in _by_mode(before[1]).get((evaluation, mode), ())} if before else {}
+        for line in _choice(own):
+            replies = [_reply(line, f"after {name}")]
+            if before and line["prompt"] in old:
+                replies.insert(0, _reply(old[line["prompt"]], f"after {before[0]}"))
+            out.append(_exchange(line, _MODES.get(mode, mode), replies))
+    return out
+
+
+def _by_mode(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for line in texts.lines:
+    for line in lines:
         if isinstance(line.get("text"), str) and isinstance(line.get("prompt"), str):
             found.setdefault((str(line.get("evaluation", "")), str(line.get("mode", ""))), []).append(line)
     return found
@@ -69,8 +87,8 @@ def _choice(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def rollouts(run: Run) -> list[Exchange]:
-    """Of reinforcement learning: a question of the first step that is kept and one of the last, each with the best and the
-    worst of its answers."""
+    """Of reinforcement learning: a question of the first step that is kept and one of the last, each with the best and
+    the worst of its answers."""
     out = []
     for texts in run.samples:
         groups: dict[Any, list[Mapping[str, Any]]] = {}
@@ -82,7 +100,7 @@ def rollouts(run: Run) -> list[Exchange]:
             best, worst = _best(group), _worst(group)
             chosen = [best] if best is worst or _reward(best) == _reward(worst) else [best, worst]
             how = "thinking first" if best.get("thinking") else "answering at once"
-            replies = [_reply(line, texts.step, "reward") for line in chosen]
+            replies = [_reply(line, f"step {texts.step:,}", "reward") for line in chosen]
             out.append(_exchange(best, f"step {texts.step:,}, one of {len(group)} tries; {how}", replies))
     return out
 
@@ -115,14 +133,14 @@ def _is_png(picture: object) -> bool:
 _BASE64 = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=")
 
 
-def _reply(line: Mapping[str, Any], step: int, judged: str = "mark") -> Reply:
+def _reply(line: Mapping[str, Any], when: str, judged: str = "mark") -> Reply:
     thought, text = apart(line["text"])
     mark = line.get(judged)
     said = ""
     if isinstance(mark, int | float) and not isinstance(mark, bool):
         said = f"reward {figure(float(mark))}" if judged == "reward" else "right" if mark == 1 else "wrong"
     note = "" if line.get("ended", True) else "cut off at the limit"
-    return Reply(f"step {step:,}", _cut(thought), _cut(text), said, note)
+    return Reply(when, _cut(thought), _cut(text), said, note)
 
 
 def apart(text: str) -> tuple[str, str]:

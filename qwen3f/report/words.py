@@ -38,7 +38,7 @@ def interval(measure: Measure, unit: str = "") -> str:
 def duration(seconds: float) -> str:
     """3 h 12 min, 5 min 20 s, 41 s"""
     if seconds <= 0:
-        return "—"
+        return "time not known"
     whole = max(1, round(seconds))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     if hours:
@@ -46,18 +46,23 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def change(before: Measure, after: Measure, meaning: Meaning) -> tuple[str, str]:
-    """(gain, loss or none, a sentence). none also where it cannot be told; with intervals by that of the difference."""
+def change(before: Measure, after: Measure, meaning: Meaning, paired: Estimate | None = None) -> tuple[str, str]:
+    """(gain, loss or none, a sentence). none also where it cannot be told; with intervals by that of the difference.
+
+    paired: the difference, where both are of the same questions; else that of two samples.
+    """
     delta = after.value - before.value
-    if not (before.has_interval and after.has_interval):
+    if not (paired or (before.has_interval and after.has_interval)):
+        if meaning.unit == "share":
+            return "none", f"{_amount(delta, meaning)}; without an interval"
         if not meaning.better or delta == 0:
             return "none", "unchanged" if delta == 0 else ""
         good = (delta > 0) == (meaning.better == "higher")
         return ("gain" if good else "loss"), f"{_amount(delta, meaning)}, {'better' if good else 'worse'}"
-    found = difference(_estimate(before), _estimate(after))
+    found = paired or difference(_estimate(before), _estimate(after))
     bounds = f"({_points(found.low, meaning)} to {_points(found.high, meaning)})"
     if found.low <= 0 <= found.high:
-        return "none", f"no gain that {after.n:,} questions can show: {_amount(delta, meaning)} {bounds}"
+        return "none", f"no gain that {found.n:,} questions can show: {_amount(delta, meaning)} {bounds}"
     good = (delta > 0) == (meaning.better != "lower")
     return ("gain" if good else "loss"), f"{'a gain' if good else 'a loss'}: {_amount(delta, meaning)} {bounds}"
 

@@ -79,12 +79,14 @@ def _evaluator(run: Run, corpus: VisualCorpus, tokenizer: Tokenizer) -> Evaluato
     gives to the letter, by topic, and "blind", the same with the pictures of other rows."""
     evaluate = make_heldout_loss(run, corpus.heldout)
     asks = run.world.size == 1 and corpus.heldout
-    answered = _make_answered(run, corpus) if asks else lambda params: {}
+    answered = _make_answered(run, corpus) if asks else lambda params: ({}, [])
     lines: list[dict[str, Any]] = []
 
     def validate(params: Params) -> dict[str, float]:
-        lines[:] = _in_own_words(run, corpus, tokenizer, params) if asks else []
-        return {**evaluate(params), **answered(params)}
+        own_words = _in_own_words(run, corpus, tokenizer, params) if asks else []
+        values, marked = answered(params)
+        lines[:] = own_words + marked
+        return {**evaluate(params), **values}
 
     def say(values: Mapping[str, float]) -> str:
         parts = [f"held-out loss {values['loss']:.4f}"] if "loss" in values else []
@@ -104,8 +106,9 @@ def _in_own_words(run: Run, corpus: VisualCorpus, tokenizer: Tokenizer, params: 
     return lines
 
 
-def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], dict[str, float]]:
-    """answered(params) -> {"exact", "exact/TOPIC", "blind", "majority": …} over the held-out rows that have topics."""
+def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], tuple[dict[str, float], list[dict[str, Any]]]]:
+    """answered(params) -> {"exact", "exact/TOPIC", "blind", "majority": …} over the held-out rows that have topics, and
+    the marks behind "exact" as logger.answers takes them."""
     setup, config = run.setup, run.setup.config
     exact = make_exact(setup.model, setup.execution)
     rows = config.eval.batch_size
@@ -124,15 +127,17 @@ def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], dict[st
                     found[chat.group].append(float(right[i - number * rows][segment]))
         return found
 
-    def answered(params: Params) -> dict[str, float]:
+    def answered(params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
         compute = {path: leaf.to(setup.compute_dtype) for path, leaf in params.items()}
-        values = {}
+        values, lines = {}, []
         for dataset in corpus.heldout.values():
             if any(chat.group for chat in dataset.documents):
                 seen, blind = (marks(dataset, compute, how) for how in (False, True))
                 values |= {"exact": _mean(seen), "blind": _mean(blind), "majority": _majority(dataset)}
                 values |= {f"exact/{topic}": sum(marks) / len(marks) for topic, marks in sorted(seen.items())}
-        return values
+                every = (mark for found in seen.values() for mark in found)
+                lines += [{"mode": "exact", "number": i, "mark": mark} for i, mark in enumerate(every)]
+        return values, lines
 
     return answered
 
