@@ -6,7 +6,6 @@ page's font. Curves differ by dashes and labels, so that colour only helps.
 
 import dataclasses
 import functools
-import hashlib
 import html
 import io
 import itertools
@@ -30,6 +29,7 @@ POINT = 72  # units an inch
 FONT = 11
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _STEPS = (1, 2, 2.5, 5, 10)  # between numbers on an axis
+ID = "\N{SECTION SIGN}"
 MARKERS = ("o", "s", "^", "D")
 RC = {
     "svg.fonttype": "none",
@@ -66,7 +66,7 @@ def svg(chart: Chart) -> str:
         labels = [line.label for line in chart.lines if line.label]
         right = 8 + (6.2 * max(map(len, labels)) if labels else 4)
         left = 50
-        axes = figure.add_axes((left / WIDTH, 26 / HEIGHT, (WIDTH - left - right) / WIDTH, (HEIGHT - 26 - 12) / HEIGHT))
+        axes = figure.add_axes((left / WIDTH, 28 / HEIGHT, (WIDTH - left - right) / WIDTH, (HEIGHT - 28 - 12) / HEIGHT))
         plot(axes, chart, STAND_INS)
         return as_svg(figure, _alternative(chart))
 
@@ -77,14 +77,19 @@ def _alternative(chart: Chart) -> str:
     return f"{chart.title} by {chart.axis}" + (f": {names}" if names else "")
 
 
+def named(text: str, name: str) -> str:
+    """An SVG of `as_svg` whose ids are this page's own."""
+    return text.replace(ID, f"{name}-")
+
+
 def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width / POINT, height / POINT), dpi=POINT)
     figure.patch.set_alpha(0)
     return figure
 
 
-def plot(axes: Axes, chart: Chart, theme: Theme, named: bool = True) -> None:
-    """Curves; named: with their names at their ends."""
+def plot(axes: Axes, chart: Chart, theme: Theme, labels: bool = True) -> None:
+    """Curves; labels: with their names at their ends, and what x counts."""
     style(axes, chart.unit, theme)
     for number, line in enumerate(chart.lines):
         colour = theme.lines[number % len(theme.lines)]
@@ -96,9 +101,9 @@ def plot(axes: Axes, chart: Chart, theme: Theme, named: bool = True) -> None:
             marker=marker, markersize=4, solid_capstyle="round",
         )  # fmt: skip
     axes.set_ylim(*bounds(chart.lines, chart.unit))
-    axes.annotate("" if not named else chart.axis, (0, 0), xycoords="axes fraction", xytext=(-8, -9), ha="right",
+    axes.annotate(chart.axis if labels else "", (0, 0), xycoords="axes fraction", xytext=(-8, -13), ha="right",
                   textcoords="offset points", va="center", color=theme.ink, fontsize=FONT)  # fmt: skip
-    if named:
+    if labels:
         _name(axes, chart.lines, theme)
 
 
@@ -176,7 +181,7 @@ def apart(places: list[float], gap: float, highest: float) -> list[float]:
 
 
 def as_svg(figure: Figure, title: str) -> str:
-    """The figure without what a page does not need; ids are unique to it."""
+    """The figure without what a page does not need. Its ids begin with ID, for which `named` puts a name."""
     out = io.StringIO()
     FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = out.getvalue()
@@ -188,12 +193,12 @@ def as_svg(figure: Figure, title: str) -> str:
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
     text = re.sub(r"(\d+\.\d)\d{3,}", r"\1", text)
     text = re.sub(r"\n\s*", "\n", text)
-    mark = "c" + hashlib.sha256(f"{title}\n{text}".encode()).hexdigest()[:8]
-    text = re.sub(r'\bid="', f'id="{mark}', text)
-    text = re.sub(r"(xlink:href=\"#|url\(#)", rf"\g<1>{mark}", text)
+    used = set(re.findall(r"(?:xlink:href=\"#|url\(#)([^\")]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda found: f' id="{ID}{found[1]}"' if found[1] in used else "", text)
+    text = re.sub(r"(xlink:href=\"#|url\(#)", rf"\g<1>{ID}", text)
     [box] = re.findall(r'viewBox="[^"]*"', text)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" '
-        f'aria-labelledby="{mark}t"><title id="{mark}t">{html.escape(title)}</title>'
+        f'aria-labelledby="{ID}t"><title id="{ID}t">{html.escape(title)}</title>'
     )
     return head + text[text.index(">") + 1 :]

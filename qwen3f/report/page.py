@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ _DONE = {"done": "done", "running": "running", "waiting": "waiting", "failed": "
 
 def render(report: Report) -> str:
     page = _environment().get_template("report.html.j2")
+    numbers = itertools.count(1)
     stages = [_stage(report, stage, place) for place, stage in enumerate(report.stages)]
     return page.render(
         report=report,
@@ -27,6 +29,7 @@ def render(report: Report) -> str:
         facts=_facts(report),
         overviews=_overviews(report),
         stages=stages,
+        figure_id=lambda svg: Markup(draw.named(svg, f"figure{next(numbers)}")),
         style=Markup((TEMPLATES / "style.css").read_text()),
         problems=report.problems,
     )
@@ -93,7 +96,7 @@ def _overviews(report: Report) -> list[dict[str, Any]]:
             f"{meaning.meaning}{asked} A row a stage: the hollow dot is the model it started from, the filled one the "
             "model it ends with, the bar its 95% interval."
         )
-        out.append({"title": title, "svg": Markup(overview.dots(title, rows)), "caption": caption})
+        out.append({"title": title, "svg": overview.dots(title, rows), "caption": caption})
     return out
 
 
@@ -144,7 +147,7 @@ def _sentence(text: str) -> str:
 
 
 def _figure(chart: charts.Chart) -> dict[str, Any]:
-    return {"title": chart.title, "svg": Markup(draw.svg(chart)), "caption": chart.caption}
+    return {"title": chart.title, "svg": draw.svg(chart), "caption": chart.caption}
 
 
 def _data_uri(png: bytes) -> str:
@@ -152,7 +155,10 @@ def _data_uri(png: bytes) -> str:
 
 
 def _origin(stage: Stage) -> str:
-    return f"from {'/'.join(Path(stage.origin).parts[-3:])}" if stage.origin else "from nothing"
+    if not stage.origin:
+        return "from nothing"
+    *_, place, folder, last = ("", "", *Path(stage.origin).parts)
+    return f"from {place}, step {last}" if folder == "checkpoints" else f"from {last}"
 
 
 def _results(stage: Stage) -> list[dict[str, str]]:

@@ -38,7 +38,7 @@ def write_picture(workdir: Path, out: Path) -> Path:
 
 def svg(report: Report, stages: list[Stage]) -> str:
     with mpl.rc_context(draw.RC):
-        text = draw.as_svg(_figure(report, stages, draw.STAND_INS), _title(report))
+        text = draw.named(draw.as_svg(_figure(report, stages, draw.STAND_INS), _title(report)), "picture")
     text = text.replace("currentColor", "var(--ink)").replace("<svg ", f'<svg width="{_WIDTH}" ', 1)
     light, dark = (_variables(theme, paper) for theme, paper in zip((_LIGHT, _DARK), _PAPERS))
     style = f"<style>svg{{{light}}}@media (prefers-color-scheme: dark){{svg{{{dark}}}}}</style>"
@@ -78,15 +78,22 @@ def _figure(report: Report, stages: list[Stage], theme: draw.Theme) -> draw.Figu
         if chart is None:
             continue
         axes = figure.add_axes(box)
-        draw.plot(axes, chart, theme, named=False)
+        draw.plot(axes, chart, theme, labels=False)
         axes.xaxis.set_major_locator(draw.MaxNLocator(2, integer=True))
+        axes.yaxis.set_major_locator(draw.MaxNLocator(3))
         axes.set_title(_said(stage, chart.title, bool(measures)), color=theme.ink, fontsize=draw.FONT, loc="left")
-    figure.text(_LEFT / _WIDTH, 6 / height, "steps of each stage", color=theme.ink, fontsize=draw.FONT - 1)
+    said = "steps of each stage; solid: training, dashed: held out"
+    figure.text(_LEFT / _WIDTH, 6 / height, said, color=theme.ink, fontsize=draw.FONT - 1)
     return figure
 
 
 def _said(stage: Stage, what: str, named_above: bool) -> str:
     return what if named_above else f"{stage.name}: {what.lower()}"
+
+
+def _broken(name: str, room: float) -> str:
+    """A name that does not fit goes on in a second line, behind its first underscore."""
+    return name if 7 * len(name) < room else name.replace("_", "_\n", 1)
 
 
 def _accuracies(
@@ -98,7 +105,7 @@ def _accuracies(
     axes = figure.add_axes(box)
     draw.style(axes, "share", theme)
     axes.set_xlim(-0.5 + (_GAP / 2) / room, len(stages) - 0.5 + (_GAP / 2) / room)
-    axes.set_xticks(range(len(stages)), [stage.name for stage in stages])
+    axes.set_xticks(range(len(stages)), [_broken(stage.name, room) for stage in stages])
     highest = 0.05
     for number, name in enumerate(measures):
         shift = (number - (len(measures) - 1) / 2) * 0.16
