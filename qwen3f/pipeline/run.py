@@ -59,7 +59,7 @@ class Pipeline:
         self.config, self.steps, self.directory = config, steps, directory
         self.signals, self.progress, self.now = signals, progress, ""
         self.record = _opened(config, steps, directory)
-        self._reported, self._report_took = 0.0, 0.0
+        self._reported, self._report_took, self._unreported = time.monotonic(), 0.0, False
 
     def all(self) -> None:
         asked = chain.parse_names(self.config.stages, [step.name for step in self.steps], "--config.stages")
@@ -226,14 +226,17 @@ class Pipeline:
         record.write(self.directory, self.record)
 
     def _report(self) -> None:
+        if not self.config.report:
+            return
         begin = time.monotonic()
         try:
-            from qwen3f.report.write import write_report
+            from qwen3f.report.write import write_report  # matplotlib takes a while to import
 
             write_report(self.directory)
-        except (ImportError, OSError, UserError) as error:
-            if not self._reported:
-                print(f"no report: {error}", flush=True)
+        except Exception as error:  # whatever is wrong with a report, the stages go on
+            if not self._unreported:
+                print(f"the report cannot be written ({type(error).__name__}: {error}); the stages go on", flush=True)
+            self._unreported = True
         self._reported, self._report_took = time.monotonic(), time.monotonic() - begin
 
     def _end(self, ran: Sequence[str]) -> None:

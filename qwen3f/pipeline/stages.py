@@ -52,6 +52,7 @@ def pipeline_config(
     config.device = "auto"  # of every stage: auto, cpu or cuda
     config.plan = False  # only say what the mesh would do in each stage; needs no device
     config.hardware = "auto"  # the card that a plan is for
+    config.report = True  # keep report.html, of all stages, written anew as they go; each stage's own is set below
     # The stages' own keys: --config.set.grpo.steps=10, as --config.steps=10 of that experiment alone.
     config.set = ConfigDict({stage.name: resolved(stage.experiment, overrides) for stage, overrides in stages})
     config.set[MEASURE] = resolved("experiments/eval.py", measure)

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qwen3f import usage
 from qwen3f.pipeline.chain import Step, checkpoint_of
 from qwen3f.pipeline.record import Record, StageRecord
 
@@ -69,7 +70,7 @@ def next_commands(steps: Sequence[Step], record: Record, directory: Path) -> lis
     last: StageRecord = trained[-1]
     place = shlex.quote(str(directory / checkpoint_of(last)))
     stage = next(step for step in steps if step.name == last.name).config.stage
-    generate = f"  python launch.py --config experiments/generate.py --config.init_from={place}"
+    generate = f"  python {shlex.quote(usage.launcher())} --config experiments/generate.py --config.init_from={place}"
     if stage == "multimodal":
         return ["what next:", f'{generate} --config.images=a.png --config.prompt="What is in the picture?"']
     if stage == "pretrain":

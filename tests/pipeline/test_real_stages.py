@@ -40,7 +40,7 @@ _OWN = {
 
 def changes(corpus, cache):
     """Of the pipeline, for toy.make_config."""
-    out = {"set__measure__limit": 2, "set__measure__max_new_tokens": 4, "device": "cpu"}
+    out = {"report": True, "set__measure__limit": 2, "set__measure__max_new_tokens": 4, "device": "cpu"}
     out |= {"set__evaluation__limit": 3, "set__evaluation__max_new_tokens": 4}
     for name, own in _OWN.items():
         values = _ALL | own | {"data__cache": str(cache)}
@@ -109,6 +109,9 @@ def test_the_whole_chain_trains_and_measures_every_stage(whole):
     assert toy.stage(found, "dpo")["measures"]["reasoning_plain"]["n"] == 4
     assert toy.stage(found, "evaluation")["measures"]["reasoning_thinking"]["n"] == 6
     assert "what next:" in said
+    assert f"report: {place / 'report.html'}" in said
+    page = (place / "report.html").read_text()
+    assert all(name in page for name in toy.NAMES)
 
 
 def test_all_stages_have_the_first_one_s_tokenizer_with_the_chats_tokens(whole):

@@ -17,7 +17,7 @@ NAMES = (*TRAINED, "evaluation")
 
 def make_config(**changes):
     config = cli.load_experiment(str(ROOT / "experiments" / "pipeline.py:nano"))
-    steps = {f"set.{name}.steps": 3 for name in TRAINED}
+    steps = {f"set.{name}.steps": 3 for name in TRAINED} | {"report": False}
     config.update_from_flattened_dict(steps | {key.replace("__", "."): value for key, value in changes.items()})
     return config
 
