@@ -69,7 +69,7 @@ NANO: dict[str, Row] = {
     "dpo": ("dpo.py:nano", 100, {
         **_often(20, 64), "steps": 40, "data.problems": 8192, "data.max_samples": 500, "data.max_heldout": 100,
     }),
-    "evaluation": ("eval.py", 60, {"benchmarks": "reasoning", "limit": 200, "max_new_tokens": 200, **_EASY}),
+    "evaluation": ("eval.py", 60, {"benchmarks": "reasoning", "limit": 170, "max_new_tokens": 200, **_EASY}),
 }  # fmt: skip
 _NANO_ASKED = {"benchmarks": "reasoning", "limit": 64, "max_new_tokens": 200, **_EASY}  # 64 of each kind
 

@@ -45,6 +45,7 @@ def serve(path):
 
     import qwen3f.eval.run
     import qwen3f.infer.run
+    import qwen3f.report.write
     import qwen3f.train.launch  # noqa: F401
     from qwen3f import stages
     from qwen3f.checkpoint import orbax

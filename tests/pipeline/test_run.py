@@ -15,6 +15,8 @@ from qwen3f.pipeline import commands, record
 from qwen3f.train import lock
 from tests.pipeline import toy
 
+BRIEF = "pretrain_s2,pretrain_s3,grpo_general,dpo"  # stages that are left out
+
 
 @pytest.fixture(autouse=True)
 def launcher(monkeypatch):
@@ -27,6 +29,16 @@ def whole(tmp_path_factory):
     place, before = tmp_path_factory.mktemp("whole") / "P", commands.LAUNCHER
     commands.LAUNCHER = toy.HERE / "fake_launch.py"
     toy.go(place)
+    commands.LAUNCHER = before
+    return place
+
+
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory):
+    """Likewise with half of the stages."""
+    place, before = tmp_path_factory.mktemp("brief") / "P", commands.LAUNCHER
+    commands.LAUNCHER = toy.HERE / "fake_launch.py"
+    toy.go(place, skip=BRIEF)
     commands.LAUNCHER = before
     return place
 
@@ -110,24 +122,24 @@ def test_a_pipeline_that_is_killed_in_any_stage_ends_with_the_same_numbers(name,
     assert not list((tmp_path / "P").glob("*.old-*"))
 
 
-def test_a_kill_while_questions_are_asked_trains_nothing_again(whole, tmp_path, trouble, capfd):
+def test_a_kill_while_questions_are_asked_trains_nothing_again(brief, tmp_path, trouble, capfd):
     trouble.write_text("grpo hang-asking")
-    process = toy.start(tmp_path / "P")
+    process = toy.start(tmp_path / "P", skip=BRIEF)
     toy.wait_for(Path(f"{trouble}.reached"), process)
     process.kill()
     process.communicate()
     trouble.unlink()
-    toy.go(tmp_path / "P")
+    toy.go(tmp_path / "P", skip=BRIEF)
     out = capfd.readouterr().out
     assert "training 06_sft_fusion" in out
     assert "training 05_grpo" not in out
-    assert toy.numbers(tmp_path / "P") == toy.numbers(whole)
+    assert toy.numbers(tmp_path / "P") == toy.numbers(brief)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_stage_and_the_same_command_goes_on(number, whole, tmp_path, trouble):
+def test_a_signal_reaches_the_stage_and_the_same_command_goes_on(number, brief, tmp_path, trouble):
     trouble.write_text("sft_cold_start hang")
-    process = toy.start(tmp_path / "P")
+    process = toy.start(tmp_path / "P", skip=BRIEF)
     toy.wait_for(Path(f"{trouble}.reached"), process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -140,8 +152,8 @@ def test_a_signal_reaches_the_stage_and_the_same_command_goes_on(number, whole, 
     assert one["status"] == "waiting"
     assert name in one["error"]
     trouble.unlink()
-    toy.go(tmp_path / "P")
-    assert toy.numbers(tmp_path / "P") == toy.numbers(whole)
+    toy.go(tmp_path / "P", skip=BRIEF)
+    assert toy.numbers(tmp_path / "P") == toy.numbers(brief)
 
 
 @pytest.mark.parametrize(
@@ -153,11 +165,11 @@ def test_a_signal_reaches_the_stage_and_the_same_command_goes_on(number, whole, 
     ],
 )
 def test_a_stage_that_fails_ends_the_pipeline_in_one_line_and_the_same_command_goes_on(
-    action, kind, words, whole, tmp_path, trouble, capfd
+    action, kind, words, brief, tmp_path, trouble, capfd
 ):
     trouble.write_text(f"grpo {action}")
     with pytest.raises(kind) as caught:
-        toy.go(tmp_path / "P")
+        toy.go(tmp_path / "P", skip=BRIEF)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "error:" not in capfd.readouterr().err  # it is said once, by whoever catches this
@@ -166,11 +178,11 @@ def test_a_stage_that_fails_ends_the_pipeline_in_one_line_and_the_same_command_g
     assert toy.stage(found, "sft_fusion")["status"] == "waiting"
     assert toy.stage(found, "grpo")["error"] in str(caught.value)
     trouble.unlink()
-    toy.go(tmp_path / "P")
-    assert toy.numbers(tmp_path / "P") == toy.numbers(whole)
+    toy.go(tmp_path / "P", skip=BRIEF)
+    assert toy.numbers(tmp_path / "P") == toy.numbers(brief)
 
 
-def test_on_a_full_disk_the_record_stays_valid_and_the_same_command_goes_on(whole, tmp_path, trouble, monkeypatch):
+def test_on_a_full_disk_the_record_stays_valid_and_the_same_command_goes_on(brief, tmp_path, trouble, monkeypatch):
     """The stage fails for want of room, and then the record cannot be written either."""
     trouble.write_text("grpo disk")
     write = record.write_atomically
@@ -182,20 +194,20 @@ def test_on_a_full_disk_the_record_stays_valid_and_the_same_command_goes_on(whol
 
     monkeypatch.setattr(record, "write_atomically", full)
     with pytest.raises(TrainingError, match="No space left on device: make room"):
-        toy.go(tmp_path / "P")
+        toy.go(tmp_path / "P", skip=BRIEF)
     assert toy.stage(toy.read(tmp_path / "P"), "grpo")["status"] == "running"
     trouble.unlink()
     Path(f"{trouble}.reached").unlink()
-    toy.go(tmp_path / "P")
-    assert toy.numbers(tmp_path / "P") == toy.numbers(whole)
+    toy.go(tmp_path / "P", skip=BRIEF)
+    assert toy.numbers(tmp_path / "P") == toy.numbers(brief)
 
 
 def test_one_pipeline_at_a_time_writes_there(tmp_path, trouble):
     trouble.write_text("pretrain_s1 hang")
-    process = toy.start(tmp_path / "P")
+    process = toy.start(tmp_path / "P", skip=BRIEF)
     toy.wait_for(Path(f"{trouble}.reached"), process)
     with pytest.raises(UserError, match="is in use"):
-        toy.go(tmp_path / "P")
+        toy.go(tmp_path / "P", skip=BRIEF)
     process.kill()
     process.communicate()
 
@@ -220,14 +232,14 @@ def test_a_stage_that_a_killed_pipeline_left_is_waited_for(tmp_path, capfd):
 def test_what_a_stage_says_comes_through(tmp_path, trouble, capfd):
     trouble.write_text("pretrain_s1 disk")
     with pytest.raises(TrainingError):
-        toy.go(tmp_path / "P")
+        toy.go(tmp_path / "P", skip=BRIEF)
     found = capfd.readouterr()
     assert "training 01_pretrain_s1" in found.out
     assert found.err == "a bar 50%\rlog line\n"
 
 
 def test_questions_that_changed_are_asked_again_and_nothing_is_trained(tmp_path, capfd):
-    short = "pretrain_s2,pretrain_s3,grpo,sft_fusion,grpo_general,dpo"
+    short = ",".join((*toy.NAMES[1:3], *toy.NAMES[4:]))
     toy.go(tmp_path / "P", skip=short)
     capfd.readouterr()
     found = toy.go(tmp_path / "P", skip=short, set__measure__limit=10)
