@@ -66,8 +66,8 @@ NANO: dict[str, Row] = {
     "grpo": ("grpo.py:nano", 210, {**_often(10, 64), "steps": 40}),
     "sft_fusion": ("sft_fusion.py:nano", 150, {**_often(100, 64), "steps": 300, "data.problems": 16_384}),
     "grpo_general": ("grpo_general.py:nano", 120, {**_often(5, 64), "steps": 10}),
-    "dpo": ("dpo.py:nano", 100, {
-        **_often(20, 64), "steps": 40, "data.problems": 8192, "data.max_samples": 500, "data.max_heldout": 100,
+    "dpo": ("dpo.py:nano", 110, {
+        **_often(25, 64), "steps": 25, "data.problems": 8192, "data.max_samples": 300, "data.max_heldout": 100,
     }),
     "evaluation": ("eval.py", 60, {"benchmarks": "reasoning", "limit": 170, "max_new_tokens": 200, **_EASY}),
 }  # fmt: skip
@@ -107,7 +107,7 @@ NANO_VL: dict[str, Row] = {
         **_TEXT, **_TO_ZERO, **_often(250), "steps": 500, "schedule.peak_lr": 3e-2,
         "data.mixture": "embedded=0.5,reasoning=0.5", "model.vocab_size": 2048, "model.initializer_range": 0.03,
     }),
-    "multimodal": ("multimodal.py:nano_vl", 900, {**_often(250), "steps": 1000, "eval.max_rows": 32}),
+    "multimodal": ("multimodal.py:nano_vl", 900, {**_often(150), "steps": 450, "eval.max_rows": 16}),
     "pictures": ("generate.py", 60, {
         "max_new_tokens": 64, "temperature": 0.0, "thinking": False, "min_pixels": 64 * 64, "max_pixels": 128 * 128,
     }),
