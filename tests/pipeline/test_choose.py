@@ -12,15 +12,6 @@ from tests.pipeline import toy
 LATER = "sft_cold_start,grpo,sft_fusion,grpo_general,dpo,evaluation"
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    place, before = tmp_path_factory.mktemp("whole") / "P", commands.LAUNCHER
-    commands.LAUNCHER = toy.HERE / "fake_launch.py"
-    toy.go(place)
-    commands.LAUNCHER = before
-    return place
-
-
 @pytest.fixture
 def done(whole, tmp_path, monkeypatch):
     """A copy of a pipeline that is done."""

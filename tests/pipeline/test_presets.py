@@ -1,5 +1,8 @@
 """The presets of experiments/pipeline.py: what they say, their budgets, and what a mesh would do in each stage."""
 
+import subprocess
+import sys
+
 import pytest
 
 from experiments import pipeline
@@ -71,6 +74,20 @@ def test_a_flag_of_a_stage_that_is_misspelt_names_the_nearest():
     ):
         with pytest.raises(UserError, match=rf"unknown key --config.{flag}; did you mean config.{meant}\?"):
             cli._check_overrides(["launch.py", "--config", "experiments/pipeline.py:nano", f"--config.{flag}=3"])
+
+
+def test_launch_py_refuses_in_one_line_and_makes_nothing(tmp_path):
+    command = [sys.executable, "launch.py", "--config", "experiments/pipeline.py:nano", f"--workdir={tmp_path}/P"]
+    for flag, words in (
+        ("--config.stages=grop", "error: --config.stages=grop: there is no stage 'grop'; did you mean grpo?\n"),
+        ("--config.set.grpo.steps=0", "error: --config.set.grpo.steps must be at least 1, got 0\n"),
+        ("--config.stages=grpo", "error: --config.stages: grpo starts from sft_cold_start, which has not run; write "),
+    ):
+        done = subprocess.run([*command, flag], cwd=toy.ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith(words)
+        assert done.stderr.count("\n") == 1
+        assert not (tmp_path / "P").exists()
 
 
 def test_a_mesh_is_planned_for_what_can_be_and_the_others_say_why(tmp_path, capfd):

@@ -71,7 +71,7 @@ def start(server, directory, settings):
 
 
 @pytest.fixture(scope="module")
-def whole(server, settings, tmp_path_factory):
+def real(server, settings, tmp_path_factory):
     """(directory, what was said) of a chain that nothing disturbed."""
     place = tmp_path_factory.mktemp("whole") / "P"
     process = start(server, place, settings)
@@ -93,8 +93,7 @@ def assert_same(directory, wanted, names):
     assert all(torch.equal(leaf, params[1][path]) for path, leaf in params[0].items())
 
 
-def test_the_whole_chain_trains_and_measures_every_stage(whole):
-    place, said = whole
+def every_stage_trains_and_is_measured(place, said):
     found = toy.read(place)
     assert set(toy.statuses(found).values()) == {"done"}
     for one in found["stages"]:
@@ -114,16 +113,14 @@ def test_the_whole_chain_trains_and_measures_every_stage(whole):
     assert all(name in page for name in toy.NAMES)
 
 
-def test_all_stages_have_the_first_one_s_tokenizer_with_the_chats_tokens(whole):
-    place, _ = whole
+def all_have_the_first_one_s_tokenizer_with_the_chats_tokens(place):
     tokenizers = [source.read_tokenizer(str(path)) for path in sorted(place.glob("0[1-8]_*"))]
     assert len({one.fingerprint for one in tokenizers}) == 1
     for text in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"):
         assert tokenizers[0].encode(text, allow_special=True) == [tokenizers[0].special_id(text)]
 
 
-def test_all_checkpoints_are_asked_the_same_questions_which_no_stage_trains(whole):
-    place, _ = whole
+def all_checkpoints_are_asked_the_same_questions_which_no_stage_trains(place):
     asked = set()
     for path in place.glob("*/measures/*/results.json"):
         found = json.loads(path.read_text())["benchmarks"]["reasoning"]
@@ -154,17 +151,28 @@ def begun(directory, name):
     return places and (any(places[0].glob("checkpoints/1")) or any(places[0].glob("*/records")))
 
 
-def test_a_kill_in_a_real_stage_changes_nothing(whole, server, settings, tmp_path):
-    names = toy.NAMES[:4]
-    kill_and_go_on("sft_cold_start", server, settings | {"stages": ",".join(names)}, tmp_path / "P")
-    assert_same(tmp_path / "P", whole[0], names)
+def a_kill_changes_nothing(place, server, settings, directory):
+    start = place / "03_pretrain_s3" / "checkpoints" / str(STEPS)
+    alone = {"skip": "pretrain_s1,pretrain_s2,pretrain_s3", "set__sft_cold_start__init_from": str(start)}
+    alone |= {"stages": "sft_cold_start"}
+    kill_and_go_on("sft_cold_start", server, settings | alone, directory)
+    assert_same(directory, place, ("sft_cold_start",))
+
+
+def test_a_chain_of_real_stages(real, server, settings, tmp_path):
+    """One test, as workers that share tests out would each train the chain."""
+    place, said = real
+    every_stage_trains_and_is_measured(place, said)
+    all_have_the_first_one_s_tokenizer_with_the_chats_tokens(place)
+    all_checkpoints_are_asked_the_same_questions_which_no_stage_trains(place)
+    a_kill_changes_nothing(place, server, settings, tmp_path / "P")
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", toy.NAMES)
-def test_a_kill_in_each_real_stage_changes_nothing(name, whole, server, settings, tmp_path):
+def test_a_kill_in_each_real_stage_changes_nothing(name, real, server, settings, tmp_path):
     kill_and_go_on(name, server, settings, tmp_path / "P")
-    assert_same(tmp_path / "P", whole[0], toy.NAMES)
+    assert_same(tmp_path / "P", real[0], toy.NAMES)
 
 
 def test_the_real_launcher_is_launch_py():

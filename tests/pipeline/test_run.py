@@ -24,22 +24,12 @@ def launcher(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A pipeline that ran undisturbed."""
-    place, before = tmp_path_factory.mktemp("whole") / "P", commands.LAUNCHER
-    commands.LAUNCHER = toy.HERE / "fake_launch.py"
-    toy.go(place)
-    commands.LAUNCHER = before
-    return place
-
-
-@pytest.fixture(scope="module")
 def brief(tmp_path_factory):
-    """Likewise with half of the stages."""
-    place, before = tmp_path_factory.mktemp("brief") / "P", commands.LAUNCHER
-    commands.LAUNCHER = toy.HERE / "fake_launch.py"
-    toy.go(place, skip=BRIEF)
-    commands.LAUNCHER = before
+    """As `whole`, with half of the stages."""
+    place = tmp_path_factory.mktemp("brief") / "P"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "LAUNCHER", toy.HERE / "fake_launch.py")
+        toy.go(place, skip=BRIEF)
     return place
 
 
