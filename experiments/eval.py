@@ -21,6 +21,10 @@ def get_config() -> ConfigDict:
     config.benchmarks = ""
     config.data = ConfigDict()
     config.data.root = ""  # of the local copies
+    config.data.kinds = ""  # of generated problems, arithmetic,logic; "": all
+    config.data.difficulties = ""  # of generated problems, 1,2; "": all
+    config.data.problems = 32_768  # that are generated, both splits together
+    config.data.problem_seed = 0
     config.limit = 0  # questions of each subject, the first ones; 0: all
     config.shots = config_dict.placeholder(int)  # examples before each question; default: the benchmark's own number
     config.prompt = "raw"  # or chat

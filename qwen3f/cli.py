@@ -24,6 +24,7 @@ TOOLS = {
     "export_hf": "qwen3f.interop.export",
     "generate": "qwen3f.infer.run",
     "inspect": "qwen3f.checkpoint.inspect",
+    "pipeline": "qwen3f.pipeline.run",
     "rejection_sample": "qwen3f.eval.rejection",
 }
 TRAIN = "qwen3f.train.launch"
@@ -81,7 +82,7 @@ def run_stage(config: ConfigDict, workdir: Path, progress: bool, chosen: Collect
         checks.check_workdir(workdir)
     checks.check(config, workdir)
     # imports torch: once what can be checked without it is known to be right
-    stage = importlib.import_module(PLAN if config.get("plan") else TOOLS.get(config.stage, TRAIN))
+    stage = importlib.import_module(TOOLS.get(config.stage) or (PLAN if config.get("plan") else TRAIN))
     if config.stage not in TOOLS:
         config = importlib.import_module(INHERIT).inherit_model(config, workdir, chosen)
     stage.run(config, workdir, progress)

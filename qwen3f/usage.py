@@ -1,6 +1,7 @@
 """What launch.py says of itself: experiments, presets, the keys that are used most. Imports no torch."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,11 @@ def of_experiment(name: str, config: ConfigDict) -> str:
     return "\n".join(
         [_description(Path(name.partition(":")[0])), "", "keys, with their values:", *(f"  {k}" for k in sorted(keys))]
     )
+
+
+def launcher() -> str:
+    """How the user has written launch.py, for commands that are printed."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "launch.py" else "launch.py"
 
 
 def flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:

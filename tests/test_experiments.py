@@ -12,6 +12,8 @@ import pytest
 
 from qwen3f import cli, presets, stages
 from qwen3f.errors import UserError
+from qwen3f.pipeline.commands import EVAL
+from qwen3f.pipeline.stages import MEASURE, differing
 from qwen3f.plan import run as plan_run
 from qwen3f.plan.config import from_config
 from qwen3f.train import checks
@@ -52,6 +54,11 @@ EXPERIMENTS = (
     "export_hf",
     "generate",
     "inspect",
+    "pipeline",
+    "pipeline:debug",
+    "pipeline:debug_moe",
+    "pipeline:nano_vl",
+    "pipeline:large",
     "rejection_sample",
 )
 
@@ -66,7 +73,12 @@ def golden(experiment):
 
 
 def as_text(config):
-    return json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True) + "\n"
+    """Of a pipeline's stages what differs from their experiments, which have files of their own."""
+    values = json.loads(config.to_json_best_effort())
+    if config.stage == "pipeline":
+        files = {stage.name: stage.experiment for stage in config.chain} | {MEASURE: EVAL}
+        values["set"] = {name: differing(one, files[name]) for name, one in config.set.items()}
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from qwen3f import model
 from qwen3f.config import ModelConfig
@@ -18,6 +19,7 @@ from qwen3f.tasks.answer_text import is_well_formed
 from qwen3f.tasks.task import Question, Task
 
 MODES = ("thinking", "plain")
+KEPT_TEXTS = 6  # answers of an evaluation that are kept with their text, for the report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,17 +141,54 @@ def answer_on_ranks(
     return [Answer(*shares[number % world.size][number // world.size]) for number in range(len(prompts))]
 
 
-def judge(task: Task, questions: Sequence[Question], answers: Sequence[Answer], thinking: bool) -> dict[str, float]:
-    """{"accuracy": exact match, "accuracy/GROUP": of each part of Question.group, "well_formed": share}.
+@dataclasses.dataclass(frozen=True)
+class Marked:
+    """An answer judged. mark: 1.0 right, 0.0 wrong, None if the task cannot tell. formed: it has the asked form."""
 
-    An answer that did not end counts as wrong and not well formed; what the task cannot judge is left out.
-    """
+    question: Question
+    answer: Answer
+    mark: float | None
+    formed: bool
+
+
+def mark(task: Task, questions: Sequence[Question], answers: Sequence[Answer], thinking: bool) -> list[Marked]:
+    """An answer that did not end counts as wrong and not well formed."""
+    return [
+        Marked(
+            question,
+            given,
+            task.judge(given.text, question.gold) if given.ended else 0.0,
+            given.ended and is_well_formed(given.text, thinking, block_in_prompt=not thinking),
+        )
+        for question, given in zip(questions, answers, strict=True)
+    ]
+
+
+def shares(marked: Sequence[Marked]) -> dict[str, float]:
+    """{"accuracy": exact match, "accuracy/GROUP": of each part of Question.group, "well_formed": share}; what the task
+    cannot judge is left out."""
     marks: dict[str, list[float]] = defaultdict(list)
-    formed = []
-    for question, given in zip(questions, answers, strict=True):
-        formed.append(given.ended and is_well_formed(given.text, thinking, block_in_prompt=not thinking))
-        mark = task.judge(given.text, question.gold) if given.ended else 0.0
-        for name in ("accuracy", *(f"accuracy/{part}" for part in question.group)) if mark is not None else ():
-            marks[name].append(mark)
+    for one in marked:
+        for name in ("accuracy", *(f"accuracy/{part}" for part in one.question.group)) if one.mark is not None else ():
+            marks[name].append(one.mark)
     values = {name: sum(found) / len(found) for name, found in sorted(marks.items())}
-    return {**values, "well_formed": sum(formed) / max(1, len(formed))}
+    return {**values, "well_formed": sum(one.formed for one in marked) / max(1, len(marked))}
+
+
+def judge(task: Task, questions: Sequence[Question], answers: Sequence[Answer], thinking: bool) -> dict[str, float]:
+    """The `shares` of answers that are right and well formed."""
+    return shares(mark(task, questions, answers, thinking))
+
+
+def kept(marked: Sequence[Marked], mode: str, texts: int = KEPT_TEXTS) -> list[dict[str, Any]]:
+    """A line each for logger.answers: how all were marked, and of the first `texts` what was asked and answered.
+
+    mode: one of MODES.
+    """
+    lines = []
+    for number, one in enumerate(marked):
+        line = {"mode": mode, "number": number, "mark": one.mark, "formed": one.formed, "ended": one.answer.ended}
+        if number < texts:
+            line |= {"prompt": one.question.prompt, "gold": one.question.gold, "text": one.answer.text}
+        lines.append(line)
+    return lines

@@ -13,12 +13,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from qwen3f import model
+from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.chat.kinds import HYBRID, TemplateKind, check_thinking
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark
 from qwen3f.eval.benchmarks.items import Asked, load, place_of
 from qwen3f.eval.benchmarks.registry import parse_benchmarks
+from qwen3f.eval.benchmarks.tasks import task_benchmark
 from qwen3f.eval.evaluator import Evaluator
 from qwen3f.eval.measure import Settings, measure, summary
 from qwen3f.eval.prompts import is_chat, prompts, template_of
@@ -28,12 +30,14 @@ from qwen3f.files import write_atomically
 from qwen3f.interop import source
 from qwen3f.processes import ranks
 from qwen3f.processes.world import ALONE, World
+from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.train.choices import find_device, find_dtype
 from qwen3f.train.lock import only_writer
 from sharding.mesh import MeshShape, parse_mesh
 
 RESULTS, TABLE = "results.json", "results.md"
 _SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+_PROBLEMS = ("kinds", "difficulties", "problems", "problem_seed")  # of config.data: which generated ones are asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +74,29 @@ def check(config: ConfigDict) -> list[tuple[Benchmark, str]]:
     """The benchmarks with their places. Raises UserError for what cannot run; reads the model's configuration alone."""
     if not config.init_from:
         raise UserError("--config.init_from is missing; write --config.init_from=W")
-    named = parse_benchmarks(config.benchmarks, "--config.benchmarks")
+    named = [
+        (_narrowed(benchmark, config), place)
+        for benchmark, place in parse_benchmarks(config.benchmarks, "--config.benchmarks")
+    ]
     for key, low in (("limit", 0), ("batch_tokens", 0), ("chunk", 1)):
         if config[key] < low:
             raise UserError(f"--config.{key}={config[key]}: write at least {low}")
     for benchmark, _ in named:
         settings_of(config).check(benchmark)
     return [(one, place_of(one, place, config.data.root, len(named) == 1)) for one, place in named]
+
+
+def _narrowed(benchmark: Benchmark, config: ConfigDict) -> Benchmark:
+    """Generated problems of the kinds and difficulties that config.data names; any other benchmark as it is.
+
+    Raises UserError for unknown ones.
+    """
+    if not isinstance(benchmark.task, ReasoningTask):
+        return benchmark
+    problems = generated_problems(ChatDataConfig(**{key: config.data[key] for key in _PROBLEMS}))
+    return task_benchmark(
+        ReasoningTask(problems.kinds, problems.difficulties, problems.seed, problems.num_problems, benchmark.name)
+    )
 
 
 def settings_of(config: ConfigDict) -> Settings:
@@ -143,7 +163,7 @@ def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
             "dtype": dtype,
         }
         if benchmark.task:
-            values |= {"prompt": "chat", "metrics": "the task"}
+            values |= {"prompt": "chat", "metrics": "the task", **{key: config.data[key] for key in _PROBLEMS}}
         kind = HYBRID
         if tokenizer and is_chat(benchmark, settings.prompt):
             kind = template_of(benchmark, settings.prompt, tokenizer)

@@ -44,6 +44,18 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def difference(before: Estimate, after: Estimate) -> Estimate:
+    """after less before, of two samples whose intervals are known; n is the smaller one's.
+
+    Newcombe's (1998, doi:10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I, method 10), which Zou and
+    Donner (2008, doi:10.1002/sim.3095) put for any intervals. Of the same questions it is wider than `paired`.
+    """
+    value = after.value - before.value
+    low = value - math.hypot(after.value - after.low, before.high - before.value)
+    high = value + math.hypot(after.high - after.value, before.value - before.low)
+    return Estimate(value, low, high, min(before.n, after.n))
+
+
 @dataclasses.dataclass(frozen=True)
 class Paired:
     """B against A on the same n questions.

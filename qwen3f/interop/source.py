@@ -38,7 +38,7 @@ FREE_FIELDS = W.TRAINING_FIELDS | set(CHANGEABLE)
 PARTS = ("scalar_head", "vision_enabled")
 
 
-_OF_VISION = frozenset(
+OF_VISION = frozenset(
     name
     for name in (field.name for field in dataclasses.fields(ModelConfig))
     if name.startswith("vision_") or name in ("image_token_id", "video_token_id", "mrope_section")
@@ -218,7 +218,7 @@ def _meaningful(cfg: ModelConfig) -> dict[str, Any]:
     """The fields that shape `cfg`'s function or parameters: those of parts it doesn't have are left out."""
     values = {name: value for name, value in cfg.to_dict().items() if name not in FREE_FIELDS}
     if not cfg.vision_enabled:
-        values = {name: value for name, value in values.items() if name not in _OF_VISION}
+        values = {name: value for name, value in values.items() if name not in OF_VISION}
     if not cfg.dense_layers:
         del values["intermediate_size"]
     if not cfg.sparse_layers:

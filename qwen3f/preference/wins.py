@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from qwen3f.config import ModelConfig
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.eval.answers import KEPT_TEXTS
 from qwen3f.params import Params
 from qwen3f.preference.online_rows import Written
 from qwen3f.preference.prompts import prompt_ids
@@ -52,15 +54,18 @@ class Wins:
         self._run, self._tokenizer, self._asked, self._reference = run, tokenizer, asked, reference
         self._prompts = [prompt_ids(tokenizer, question, asked.thinking) for question in asked.questions]
         self._of_reference: list[Quality] = []
+        self._lines: list[dict[str, Any]] = []
 
     def evaluator(self) -> Evaluator:
         """wins: `win_rate` over the reference. accuracy, well_formed: shares. tokens: of an answer."""
-        return Evaluator(self._run.setup.config.eval.every, self._evaluate, _say)
+        return Evaluator(self._run.setup.config.eval.every, self._evaluate, _say, lambda: self._lines)
 
     def _evaluate(self, params: Params) -> dict[str, float]:
         if not self._of_reference:
-            self._of_reference = self._qualities(*self._reference())
-        own = self._qualities(self._run.setup.model, params)
+            self._of_reference = self._qualities(self._answers(*self._reference()))
+        answers = self._answers(self._run.setup.model, params)
+        own = self._qualities(answers)
+        self._lines = [self._line(*one) for one in zip(range(len(own)), self._asked.questions, answers, own)]
         right, formed, shortness = (sum(values) / len(own) for values in zip(*own))
         return {
             "wins": win_rate(own, self._of_reference),
@@ -69,14 +74,24 @@ class Wins:
             "tokens": -shortness,
         }
 
-    def _qualities(self, cfg: ModelConfig, params: Params) -> list[Quality]:
+    def _answers(self, cfg: ModelConfig, params: Params) -> list[Written]:
         if self._run.stopping():
             raise Interrupted
         sampler = Sampler(self._run, cfg, self._tokenizer, self._asked.options)
-        answers = sampler.answers(params, self._prompts, 1, 0.0, "heldout")
+        return [own[0] for own in sampler.answers(params, self._prompts, 1, 0.0, "heldout")]
+
+    def _qualities(self, answers: Sequence[Written]) -> list[Quality]:
         asked = self._asked
         pairs = zip(asked.questions, answers, strict=True)
-        return [quality(asked.task, question, own[0], asked.thinking) for question, own in pairs]
+        return [quality(asked.task, question, own, asked.thinking) for question, own in pairs]
+
+    def _line(self, number: int, question: Question, answer: Written, found: Quality) -> dict[str, Any]:
+        """As eval.answers.kept has them."""
+        mode = "thinking" if self._asked.thinking else "plain"
+        line = {"mode": mode, "number": number, "mark": found[0], "formed": found[1], "ended": answer.ended}
+        if number < KEPT_TEXTS:
+            line |= {"prompt": question.prompt, "gold": question.gold, "text": answer.text}
+        return line
 
 
 def _say(values: dict[str, float]) -> str:

@@ -7,6 +7,7 @@ them with the advantage of each over its prompt's others. Losses: qwen3f/rl/poli
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from qwen3f.data.chat.recognise import opening
 from qwen3f.data.mixture import parse_weights
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
-from qwen3f.eval.answers import Answer, judge
+from qwen3f.eval.answers import Answer, kept, mark, shares
 from qwen3f.params import Params
 from qwen3f.rl import prepare as R
 from qwen3f.rl.advantages import COMBINE, check_names
@@ -293,6 +294,7 @@ def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]]) -
         for name, task, _ in tasks
     ]
     thinking, begun = config.rollout.thinking, opening(tools.tokenizer)
+    lines: list[dict[str, Any]] = []
     ids = [encode(tools.tokenizer, q.prompt, thinking) for _, _, questions in asked for q in questions]
 
     def validate(params: Params) -> dict[str, float]:
@@ -302,22 +304,26 @@ def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]]) -
         given = tools.sampler.answers(ids, config.eval.temperature, config.eval.max_new_tokens)
         texts = [begun + tools.tokenizer.decode(list(one.ids[:-1] if one.ended else one.ids)) for one in given]
         answers = [Answer(text, one.ended) for text, one in zip(texts, given)]
-        return run.world.first(_marks(asked, answers, thinking) if run.world.main else None)
+        found, lines[:] = _marks(asked, answers, thinking) if run.world.main else ({}, [])
+        return run.world.first(found if run.world.main else None)
 
     def say(values: Mapping[str, float]) -> str:
         return "held-out " + ", ".join(f"{name} {100 * value:.1f}%" for name, value in values.items())
 
-    return Evaluator(config.eval.every, validate, say)
+    return Evaluator(config.eval.every, validate, say, lambda: lines)
 
 
 def _marks(
     asked: list[tuple[str, Task, tuple[Question, ...]]], answers: list[Answer], thinking: bool
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """What is logged, and the answers as logger.answers takes them."""
     sums, place, each = dict[str, list[float]](), 0, dict[str, float]()
+    lines: list[dict[str, Any]] = []
     for name, task, questions in asked:
-        found = judge(task, questions, answers[place : place + len(questions)], thinking)
+        marked = mark(task, questions, answers[place : place + len(questions)], thinking)
         place += len(questions)
-        for key, value in found.items():
+        lines += kept(marked, "thinking" if thinking else "plain")
+        for key, value in shares(marked).items():
             what, _, group = key.partition("/")
             if not group:
                 sums.setdefault(key, []).append(value)
@@ -325,4 +331,4 @@ def _marks(
                 each[f"{what}/{name.partition('@')[0]}"] = value
             elif group and len(asked) == 1:
                 each[key] = value
-    return {name: sum(values) / len(values) for name, values in sums.items()} | each
+    return {name: sum(values) / len(values) for name, values in sums.items()} | each, lines

@@ -7,6 +7,7 @@ config.optimizer.rates (qwen3f.train.optimizer): patterns of paths, such as TOWE
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -14,9 +15,10 @@ from qwen3f.data.corpus import cache_directory
 from qwen3f.data.multimodal.dataset import VisualCorpus, VisualDataConfig, VisualDataset, prepare_visual
 from qwen3f.data.multimodal.dataset import check as check_data
 from qwen3f.data.multimodal.tokenizer import trained_tokenizer
-from qwen3f.data.tokenizers.tokenizer import load_tokenizer
+from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.eval.exact import make_exact
 from qwen3f.eval.heldout import batches_of_one_shape
+from qwen3f.eval.picture_answers import answer_chosen, chosen
 from qwen3f.params import Params
 from qwen3f.stages.sft import make_heldout_loss
 from qwen3f.train.objective import NEXT_TOKEN, check_model
@@ -49,7 +51,7 @@ def make(run: Run) -> Stage:
         tokenizer=tokenizer,
         dataset=corpus.train,
         objective=NEXT_TOKEN,
-        evaluators={"val": _evaluator(run, corpus)},
+        evaluators={"val": _evaluator(run, corpus, tokenizer)},
         figures=_figures,
         lines=tuple(corpus.describe()),
     )
@@ -72,26 +74,41 @@ def _figures(batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
     }
 
 
-def _evaluator(run: Run, corpus: VisualCorpus) -> Evaluator:
+def _evaluator(run: Run, corpus: VisualCorpus, tokenizer: Tokenizer) -> Evaluator:
     """ "loss" on held-out answers by source; on one device also "exact", the share of answers that greedy decoding
     gives to the letter, by topic, and "blind", the same with the pictures of other rows."""
     evaluate = make_heldout_loss(run, corpus.heldout)
     asks = run.world.size == 1 and corpus.heldout
-    answered = _make_answered(run, corpus) if asks else lambda params: {}
+    answered = _make_answered(run, corpus) if asks else lambda params: ({}, [])
+    lines: list[dict[str, Any]] = []
 
     def validate(params: Params) -> dict[str, float]:
-        return {**evaluate(params), **answered(params)}
+        own_words = _in_own_words(run, corpus, tokenizer, params) if asks else []
+        values, marked = answered(params)
+        lines[:] = own_words + marked
+        return {**evaluate(params), **values}
 
     def say(values: Mapping[str, float]) -> str:
         parts = [f"held-out loss {values['loss']:.4f}"] if "loss" in values else []
         parts += [f"{name} {100 * values[name]:.1f}%" for name in values if name.partition("/")[0] != "loss"]
         return ", ".join(parts)
 
-    return Evaluator(run.setup.config.eval.every, validate, say)
+    return Evaluator(run.setup.config.eval.every, validate, say, lambda: lines)
 
 
-def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], dict[str, float]]:
-    """answered(params) -> {"exact", "exact/TOPIC", "blind", "majority": …} over the held-out rows that have topics."""
+def _in_own_words(run: Run, corpus: VisualCorpus, tokenizer: Tokenizer, params: Params) -> list[dict[str, Any]]:
+    """A few held-out questions with their pictures and what the model answers, for the report."""
+    setup, lines = run.setup, []
+    compute = {path: leaf.to(setup.compute_dtype) for path, leaf in params.items()}
+    for dataset in corpus.heldout.values():
+        if documents := chosen(dataset):
+            lines += answer_chosen(setup.model, compute, tokenizer, dataset, documents, setup.execution)
+    return lines
+
+
+def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], tuple[dict[str, float], list[dict[str, Any]]]]:
+    """answered(params) -> {"exact", "exact/TOPIC", "blind", "majority": …} over the held-out rows that have topics, and
+    the marks behind "exact" as logger.answers takes them."""
     setup, config = run.setup, run.setup.config
     exact = make_exact(setup.model, setup.execution)
     rows = config.eval.batch_size
@@ -110,15 +127,17 @@ def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], dict[st
                     found[chat.group].append(float(right[i - number * rows][segment]))
         return found
 
-    def answered(params: Params) -> dict[str, float]:
+    def answered(params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
         compute = {path: leaf.to(setup.compute_dtype) for path, leaf in params.items()}
-        values = {}
+        values, lines = {}, []
         for dataset in corpus.heldout.values():
             if any(chat.group for chat in dataset.documents):
                 seen, blind = (marks(dataset, compute, how) for how in (False, True))
                 values |= {"exact": _mean(seen), "blind": _mean(blind), "majority": _majority(dataset)}
                 values |= {f"exact/{topic}": sum(found) / len(found) for topic, found in sorted(seen.items())}
-        return values
+                every = (one for found in seen.values() for one in found)
+                lines += [{"mode": "exact", "number": i, "mark": one} for i, one in enumerate(every)]
+        return values, lines
 
     return answered
 

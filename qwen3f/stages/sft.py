@@ -8,6 +8,7 @@ over micro-batches and ranks.
 import dataclasses
 from collections.abc import Callable, Mapping
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from qwen3f.data.loader import Indexed, Share, build_batch
 from qwen3f.data.sources.reasoning import ReasoningSource
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
-from qwen3f.eval.answers import AnswerOptions, answer_on_ranks, judge, parse_modes
+from qwen3f.eval.answers import AnswerOptions, answer_on_ranks, kept, mark, parse_modes, shares
 from qwen3f.eval.heldout import batches_of_one_shape
 from qwen3f.params import Params
 from qwen3f.tasks.registry import open_task
@@ -105,17 +106,21 @@ def _evaluator(run: Run, corpus: ChatCorpus, tokenizer: Tokenizer) -> Evaluator:
     """ "loss" on held-out answers, of several sources each; and how questions are answered."""
     config, evaluate, asks = run.setup.config, make_heldout_loss(run, corpus.heldout), _asks(run)
     questions = _questions(run.setup) if asks else (None, ())
+    answers: list[dict[str, Any]] = []
 
     def validate(params: Params) -> dict[str, float]:
         values = evaluate(params)
-        return {**values, **_answered(run, tokenizer, params, *questions)} if asks else values
+        if not asks:
+            return values
+        answered, answers[:] = _answered(run, tokenizer, params, *questions)
+        return {**values, **answered}
 
     def say(values: Mapping[str, float]) -> str:
         parts = [f"held-out loss {values['loss']:.4f}"] if "loss" in values else []
         parts += [f"{name} {100 * values[name]:.1f}%" for name in values if name.partition("/")[0] != "loss"]
         return ", ".join(parts)
 
-    return Evaluator(config.eval.every, validate, say)
+    return Evaluator(config.eval.every, validate, say, lambda: answers)
 
 
 def make_heldout_loss(run: Run, heldout: Mapping[str, Indexed]) -> Callable[[Params], dict[str, float]]:
@@ -164,8 +169,9 @@ def _questions(setup: Setup) -> tuple[Task, tuple[Question, ...]]:
 
 def _answered(
     run: Run, tokenizer: Tokenizer, params: Params, task: Task | None, questions: tuple[Question, ...]
-) -> dict[str, float]:
-    """Exact match and form; of the first mode under their own names, of a second one with "_MODE" behind them."""
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Exact match and form; of the first mode under their own names, of a second one with "_MODE" behind them. And the
+    answers, as logger.answers takes them."""
     setup, config = run.setup, run.setup.config
     cfg = dataclasses.replace(setup.model, gradient_checkpointing="none")
     compute = whole_params(setup.model, params, setup.layout, setup.compute_dtype)
@@ -177,10 +183,13 @@ def _answered(
             raise Interrupted
 
     values: dict[str, float] = {}
+    lines: list[dict[str, Any]] = []
     for number, mode in enumerate(parse_modes(config.eval.modes)):
         thinking = mode == "thinking"
         given = answer_on_ranks(run.world, cfg, compute, tokenizer, prompts, thinking, options, go_on)
-        for name, value in judge(task, questions, given, thinking).items():
+        marked = mark(task, questions, given, thinking)
+        lines += kept(marked, mode)
+        for name, value in shares(marked).items():
             what, slash, group = name.partition("/")
             values[name if number == 0 else f"{what}_{mode}{slash}{group}"] = value
-    return values
+    return values, lines

@@ -53,6 +53,7 @@ def run_config(preset: str, stage: str) -> ConfigDict:
     config.init_from = ""
     config.resume = config_dict.placeholder(int)  # a step of this workdir to go back to, once; default: the last
     config.wandb = "off"  # off, offline or online
+    config.report = True  # keep report.html in the workdir, written anew at evaluations and at the end
     config.data = _data()
     config.optimizer = _optimizer()
     config.schedule = _schedule()

@@ -1,6 +1,7 @@
 """The stage's evaluators, each in its turn."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from qwen3f.params import Params
 from qwen3f.train.logger import Logger
@@ -21,6 +22,7 @@ class Evaluations:
     def run(self, names: list[str], step: int, params: Params) -> dict[str, float]:
         """What they find; of one that was asked to stop, and of those after it, nothing."""
         found: dict[str, float] = {}
+        answers: list[dict[str, Any]] = []
         for name in names:
             try:
                 values = self._evaluators[name].run(params)
@@ -29,5 +31,8 @@ class Evaluations:
                 break
             self._logger.write(f"step {step}: {self._evaluators[name].say(values)}")
             found |= {f"{name}_{key}": value for key, value in values.items()}
+            answers += [{"evaluation": name, **answer} for answer in self._evaluators[name].answers()]
+        if answers:
+            self._logger.answers(step, answers)
         self.values |= found
         return found

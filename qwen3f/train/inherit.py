@@ -30,7 +30,7 @@ def inherit_model(config: ConfigDict, workdir: Path, chosen: Collection[str] = (
     theirs = _read(config.init_from, workdir)
     kept = {key.split(".")[1] for key in chosen if key.startswith("model.")} | W.TRAINING_FIELDS | set(source.PARTS)
     if not theirs.vision_enabled:
-        kept |= {name for name in config.model if name.startswith("vision_")}
+        kept |= source.OF_VISION
     ours = config.model.to_dict()
     values = {name: value for name, value in theirs.to_dict().items() if name not in kept}
     if config.get("abf", False):

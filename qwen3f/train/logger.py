@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qwen3f.errors import UserError
+from qwen3f.train.answers_folder import AnswersFolder
 from qwen3f.train.event_file import EventFile
 from qwen3f.train.patient_file import PatientFile
 
@@ -31,6 +32,7 @@ class Logger(Protocol):
     def advance(self, step: int, loss: float | None = None, tokens_per_sec: float | None = None) -> None: ...
     def text(self, step: int, tag: str, text: str) -> None: ...
     def image(self, step: int, tag: str, picture: Tensor) -> None: ...
+    def answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None: ...
     def write(self, line: str) -> None: ...
 
 
@@ -47,6 +49,9 @@ class SilentLogger:
         pass
 
     def image(self, step: int, tag: str, picture: Tensor) -> None:
+        pass
+
+    def answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
         pass
 
     def write(self, line: str) -> None:
@@ -93,6 +98,7 @@ class MetricLogger:
             self._bar = stack.enter_context(_progress_bar(total_steps, start_step, progress))
             self._file = stack.enter_context(PatientFile(path, self.write))
             self._tensorboard = stack.enter_context(EventFile(workdir / "tensorboard", start_step, self.write))
+            self._answers = AnswersFolder(workdir, start_step, self.write)
             self._shown: dict[str, str] = {}
             self._open = stack.pop_all()
 
@@ -136,6 +142,10 @@ class MetricLogger:
         """Records a picture, uint8 [height, width, 3] on the CPU, in TensorBoard."""
         self._tensorboard.add_image(tag, picture, step)
         self._tensorboard.flush()
+
+    def answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps what an evaluation asked and was answered, in answers/; see AnswersFolder."""
+        self._answers.write(step, answers)
 
     def write(self, line: str) -> None:
         """Prints a line to stdout without breaking the bar."""

@@ -34,6 +34,7 @@ from qwen3f.train.microbatches import check_agreed, described
 from qwen3f.train.next_steps import next_steps
 from qwen3f.train.objective import Objective
 from qwen3f.train.readings import Readings, number
+from qwen3f.train.reporting import Reporting
 from qwen3f.train.restore import Start, open_checkpoints, roll_back, starting_state
 from qwen3f.train.saving import Saver
 from qwen3f.train.setup import Setup, make_setup
@@ -134,6 +135,7 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
     evaluations = Evaluations(stage.evaluators, logger)
     readings = Readings(s.setup, first, s.world.size, stage.objective.reports, stage.figures)
     _announce(s, first, logger)
+    reporting = Reporting(s.run, stage, first, logger.write)
     s.checkpoints.prepare(start.state)
     state, step, stopped = start.state, first, False
     with _open_feed(s, start) as feed, _watch(s) as alive, short_pauses() as settle:
@@ -163,6 +165,8 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
                 settle()
             if values:
                 logger.log(step, values)
+            if due:
+                reporting.evaluated(step, metrics)
             logger.advance(step, values.get("loss"), values.get("tokens_per_sec"))
             if saving:
                 save(step, state, values, last)
@@ -174,6 +178,7 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
             finite.flush()
             if step > first and save.saved != step:
                 save(step, state, {}, True)
+            reporting.ended(step)
             asked = [name for name in s.world.gather(s.stop.name) if name]
             logger.write(f"{asked[0]}: stopped after step {step}; the same command goes on from there")
             return evaluations.values
@@ -182,7 +187,7 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
         evaluations.run(evaluations.due(first, True), first, state.params)
     stage.finish(state, logger)
     s.checkpoints.wait()
-    for line in next_steps(s.workdir, s.setup.model, step, stage.next):
+    for line in (*next_steps(s.workdir, s.setup.model, step, stage.next), *reporting.ended(step)):
         logger.write(line)
     return evaluations.values
 

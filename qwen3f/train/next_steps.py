@@ -1,11 +1,10 @@
 """What a run that has ended says: where things are, and which commands go on from there."""
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen3f import presets
+from qwen3f import presets, usage
 from qwen3f.config import ModelConfig
 from qwen3f.interop.source import FREE_FIELDS
 from qwen3f.train import workdir as W
@@ -14,12 +13,11 @@ from qwen3f.train import workdir as W
 def next_steps(workdir: Path, cfg: ModelConfig, step: int, commands: Sequence[str]) -> list[str]:
     """Lines to print. step: of the last checkpoint. commands: as Stage.next."""
     there = [f"{W.CHECKPOINTS}/{step}", "metrics.jsonl", "tensorboard", W.CONFIG, W.TOKENIZER]
-    launcher = sys.argv[0] if Path(sys.argv[0]).name == "launch.py" else "launch.py"
     fill = {"workdir": shlex.quote(str(workdir)), "preset": find_preset(cfg)}
     return [
         f"done at step {step}; in {workdir}: {', '.join(there)}",
         "what next:",
-        *(f"  python {shlex.quote(launcher)} {command.format(**fill)}" for command in commands),
+        *(f"  python {shlex.quote(usage.launcher())} {command.format(**fill)}" for command in commands),
         f"  tensorboard --logdir {shlex.quote(str(workdir / 'tensorboard'))}",
     ]
 

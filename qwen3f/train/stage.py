@@ -57,11 +57,13 @@ def shown(values: Mapping[str, float]) -> str:
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
     """every: steps between two runs; 0: only at the end. run: parameters -> {name: value}, on all ranks together.
-    say: what to print of the values."""
+    say: what to print of the values. answers: of the last run, what was asked and answered, as logger.answers takes
+    it; none of an evaluation that asks nothing."""
 
     every: int
     run: Callable[[Params], dict[str, float]]
     say: Callable[[Mapping[str, float]], str] = shown
+    answers: Callable[[], Sequence[Mapping[str, Any]]] = tuple
 
 
 def keep(state: TrainState, batch: Batch, more: More) -> Batch:

@@ -62,6 +62,22 @@ def same(a, b):
         assert a["benchmarks"][name]["metrics"] == b["benchmarks"][name]["metrics"]
 
 
+def test_generated_problems_are_asked_of_the_kinds_and_difficulties_that_are_named(place, tmp_path):
+    changes = {"benchmarks": "reasoning", "limit": 2, "data.difficulties": "1", "data.problems": 2000}
+    config = configure(place, **changes | {"data.kinds": "sequence,number_theory"})
+    found = run.evaluate(config, tmp_path / "e", progress=False)["benchmarks"]["reasoning"]
+    task = ReasoningTask(kinds=("sequence", "number_theory"), difficulties=(1,), num_problems=2000)
+    questions = list(task.questions("heldout"))
+    assert set(found["groups"]) == {"sequence", "number_theory"}
+    for record in found["samples"]:
+        (same,) = (one for one in questions if one.prompt in record["prompt"])
+        assert (record["gold"], record["group"]) == (same.gold, same.group[0])
+    with pytest.raises(UserError, match="kinds was 'sequence,number_theory' and is now 'sequence'"):
+        run.evaluate(configure(place, **changes | {"data.kinds": "sequence"}), tmp_path / "e", progress=False)
+    with pytest.raises(UserError, match="--config.data.kinds is 'sequences': write different ones of"):
+        run.check(configure(place, **changes | {"data.kinds": "sequences"}))
+
+
 def test_results_hold_every_question_and_the_settings_that_decide(place, whole, tmp_path, capsys):
     out = run.evaluate(configure(place, limit=2, shots=2, benchmarks="mmlu,gsm8k"), tmp_path / "e", progress=False)
     assert json.loads((tmp_path / "e" / "results.json").read_text()) == out

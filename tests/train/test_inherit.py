@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from qwen3f import cli, params
+from qwen3f import cli, params, presets
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.interop import hf, source
@@ -76,6 +76,16 @@ def test_stage_3_raises_base_and_context_and_lowers_neither(directory, theta, wa
 def test_without_weights_the_preset_stays(tmp_path):
     config = cli.load_experiment("experiments/pretrain_s3.py:nano")
     assert inherit_model(config, tmp_path, ()) is config
+
+
+def test_a_text_model_gets_the_preset_s_tower_with_all_that_belongs_to_it(directory):
+    """Also the rotary sections, which have to fit the head's width, and the ids of pictures' tokens."""
+    theirs = THEIRS.replace(head_dim=64)
+    hf.save_pretrained(directory / "wide", theirs, params.init_params(theirs, 0))
+    found, wanted = inherited("multimodal.py:nano_vl", directory / "wide"), presets.get("nano_vl")
+    assert (found.hidden_size, found.rope_theta) == (theirs.hidden_size, theirs.rope_theta)
+    for name in source.OF_VISION:
+        assert getattr(found, name) == getattr(wanted, name)
 
 
 def test_from_a_workdir_through_all_three_stages(make, tmp_path, capsys):

@@ -1,0 +1,141 @@
+"""The whole way to a model that reasons, in one command: S1, S2, S3, cold start, RL, fusion, general RL, evaluation.
+
+    python launch.py --config experiments/pipeline.py:nano --workdir P
+    python launch.py --config experiments/pipeline.py:nano --config.set.grpo.steps=10 --workdir P
+    python launch.py --config experiments/pipeline.py:nano --config.stages=sft_cold_start,grpo --workdir P
+    python launch.py --config experiments/pipeline.py:large --config.mesh=dp8,tp2,pp4 --config.plan=True
+
+The preset after the colon is a row of the tables below (default nano): nano runs on two CPU cores within half an hour,
+debug and debug_moe on a GPU, nano_vl learns to see. P gets a directory a stage, pipeline.json, which says what ran
+from what, and report.html. The same command again goes on where it stopped. A stage's own keys are set by
+--config.set.STAGE.KEY, those of the questions that every checkpoint is asked by --config.set.measure.KEY.
+--config.stages runs stages alone, again where they are done; --config.skip leaves some out. Results of changed settings
+are never reused: the command stops and says what to write.
+"""
+
+import difflib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qwen3f.errors import UserError
+from qwen3f.pipeline.stages import PipelineStage, pipeline_config
+
+Row = tuple[str, int, dict[str, Any]]  # experiment, budget in seconds with the measures after it, overrides
+
+PURPOSES = {
+    "pretrain_s1": "learns to write from general text",
+    "pretrain_s2": "reads more reasoning",
+    "pretrain_s3": "learns to use a long context",
+    "multimodal": "learns to see",
+    "sft_cold_start": "learns to think before it answers",
+    "grpo": "learns from being right or wrong",
+    "sft_fusion": "learns to answer at once where it is asked to",
+    "grpo_general": "is rewarded for right answers in good form, on several tasks",
+    "dpo": "learns which of two answers is better",
+    "evaluation": "answers more held-out questions",
+    "pictures": "is asked about held-out pictures",
+}
+
+_MUON = {"optimizer.kind": "muon", "optimizer.update_rms": 0.2 / 3, "optimizer.weight_decay": 0.07}
+_TO_ZERO = {"schedule.kind": "wsd", "schedule.warmup": 0.03, "schedule.decay": 0.8, "schedule.min_ratio": 0.0}
+_EASY = {"data.kinds": "number_theory,sequence", "data.difficulties": "1"}  # what nano trains
+
+
+def _often(steps: int, questions: int = 0) -> dict[str, Any]:
+    """Evaluations and checkpoints every so many steps. questions: of a stage's own evaluations."""
+    return {"eval.every": steps, "checkpoint.every": steps, **({"eval.questions": questions} if questions else {})}
+
+
+_TEXT = {"batch_size": 8, "seq_len": 256, "eval.max_docs": 16, "sample.tokens": 32, **_MUON}
+
+# On two CPU cores.
+NANO: dict[str, Row] = {
+    "pretrain_s1": ("pretrain_s1.py:nano", 300, {
+        **_TEXT, **_TO_ZERO, **_often(250), "steps": 1000, "schedule.peak_lr": 3e-2, "context_warmup.length": 128,
+        "data.mixture": "embedded=0.5,reasoning=0.5", "model.vocab_size": 2048, "model.initializer_range": 0.03,
+    }),
+    "pretrain_s2": ("pretrain_s2.py:nano", 230, {
+        **_TEXT, **_often(250), "steps": 750, "schedule.peak_lr": 1e-2, "data.mixture": "embedded=0.2,reasoning=0.8",
+    }),
+    "pretrain_s3": ("pretrain_s3.py:nano", 120, {
+        **_MUON, **_often(20), "steps": 40, "schedule.peak_lr": 3e-3, "eval.max_docs": 16, "eval.batch_size": 4,
+        "sample.tokens": 32,
+    }),
+    "sft_cold_start": ("sft_cold_start.py:nano", 360, {**_often(275, 64), "steps": 1100}),
+    "grpo": ("grpo.py:nano", 210, {**_often(10, 64), "steps": 40}),
+    "sft_fusion": ("sft_fusion.py:nano", 150, {**_often(100, 64), "steps": 300, "data.problems": 16_384}),
+    "grpo_general": ("grpo_general.py:nano", 120, {**_often(5, 64), "steps": 10}),
+    "dpo": ("dpo.py:nano", 110, {
+        **_often(25, 64), "steps": 25, "data.problems": 8192, "data.max_samples": 300, "data.max_heldout": 100,
+    }),
+    "evaluation": ("eval.py", 60, {"benchmarks": "reasoning", "limit": 170, "max_new_tokens": 200, **_EASY}),
+}  # fmt: skip
+_NANO_ASKED = {"benchmarks": "reasoning", "limit": 64, "max_new_tokens": 200, **_EASY}  # 64 of each kind
+
+# 25M parameters on one GPU.
+_GPU_TEXT = {"batch_size": 32, "seq_len": 1024, "eval.max_docs": 64, "sample.tokens": 32}
+_GPU_PROBLEMS = {"data.difficulties": "1,2", "data.problems": 600_000}
+DEBUG: dict[str, Row] = {
+    "pretrain_s1": ("pretrain_s1.py:{}", 90, {
+        **_GPU_TEXT, **_often(250), "steps": 500, "data.mixture": "embedded=0.5,reasoning=0.5",
+    }),
+    "pretrain_s2": ("pretrain_s2.py:{}", 60, {
+        **_GPU_TEXT, **_often(250), "steps": 300, "schedule.peak_lr": 1e-3,
+        "data.mixture": "embedded=0.2,reasoning=0.8",
+    }),
+    "pretrain_s3": ("pretrain_s3.py:{}", 40, {
+        **_often(25), "batch_size": 4, "seq_len": 8192, "model.max_position_embeddings": 8192, "steps": 50,
+        "eval.max_docs": 64, "eval.batch_size": 4, "sample.tokens": 32,
+    }),
+    "sft_cold_start": ("sft_cold_start.py:{}", 120, {**_often(250, 256), **_GPU_PROBLEMS, "steps": 750}),
+    "grpo": ("grpo.py:{}", 90, {**_often(20, 256), **_GPU_PROBLEMS, "steps": 40}),
+    "sft_fusion": ("sft_fusion.py:{}", 40, {**_often(100, 256), **_GPU_PROBLEMS, "steps": 100}),
+    "grpo_general": ("grpo_general.py:{}", 45, {**_often(10, 256), **_GPU_PROBLEMS, "steps": 15}),
+    "dpo": ("dpo.py:{}", 30, {
+        **_often(50, 128), "steps": 50, "data.problems": 16_384, "data.max_samples": 2000, "data.max_heldout": 200,
+    }),
+    "evaluation": ("eval.py", 20, {
+        "benchmarks": "reasoning", "limit": 200, "max_new_tokens": 300, "data.difficulties": "1,2",
+    }),
+}  # fmt: skip
+_DEBUG_ASKED = {"benchmarks": "reasoning", "limit": 64, "max_new_tokens": 300, "data.difficulties": "1,2"}
+
+# A text model gets a tower, and sees; on two CPU cores.
+NANO_VL: dict[str, Row] = {
+    "pretrain_s1": ("pretrain_s1.py:nano", 200, {
+        **_TEXT, **_TO_ZERO, **_often(250), "steps": 500, "schedule.peak_lr": 3e-2,
+        "data.mixture": "embedded=0.5,reasoning=0.5", "model.vocab_size": 2048, "model.initializer_range": 0.03,
+    }),
+    "multimodal": ("multimodal.py:nano_vl", 900, {**_often(150), "steps": 450, "eval.max_rows": 16}),
+    "pictures": ("generate.py", 60, {
+        "max_new_tokens": 64, "temperature": 0.0, "thinking": False, "min_pixels": 64 * 64, "max_pixels": 128 * 128,
+    }),
+}  # fmt: skip
+
+# The experiments as they are: 235B parameters need data and devices of one's own.
+LARGE: dict[str, Row] = {
+    name: (f"{name}.py:large", 0, {}) for name in (*PURPOSES,) if name not in ("multimodal", "evaluation", "pictures")
+} | {"evaluation": ("eval.py", 0, {"benchmarks": "gsm8k,math,mmlu", "prompt": "chat"})}
+
+PRESETS: dict[str, tuple[dict[str, Row], dict[str, Any]]] = {
+    "nano": (NANO, _NANO_ASKED),
+    "debug": (DEBUG, _DEBUG_ASKED),
+    "debug_moe": (DEBUG, _DEBUG_ASKED),
+    "nano_vl": (NANO_VL, {}),
+    "large": (LARGE, {"benchmarks": "gsm8k", "limit": 200, "prompt": "chat"}),
+}
+
+
+def get_config(preset: str = "nano") -> ConfigDict:
+    preset = preset or "nano"
+    if preset not in PRESETS:
+        close = difflib.get_close_matches(preset, PRESETS, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"presets: {', '.join(PRESETS)}"
+        raise UserError(f"pipeline: unknown preset '{preset}'; {hint}")
+    rows, asked = PRESETS[preset]
+    stages = [
+        (PipelineStage(name, PURPOSES[name], f"experiments/{file.format(preset)}", seconds), overrides)
+        for name, (file, seconds, overrides) in rows.items()
+    ]
+    return pipeline_config(preset, stages, asked)

@@ -1,0 +1,91 @@
+"""A few held-out questions about pictures, answered in the model's own words, for the report: with the pictures."""
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from qwen3f.config import ModelConfig
+from qwen3f.data.multimodal.dataset import Document, VisualDataset
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.eval.answers import KEPT_TEXTS
+from qwen3f.infer.engine import Engine, completion
+from qwen3f.infer.pictures import Pictures
+from qwen3f.model import EAGER, Execution
+from qwen3f.params import Params
+from qwen3f.vision.preprocess import image_patches
+
+_USER = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
+_PICTURE = re.compile(r"<\|vision_start\|>.*?<\|vision_end\|>", re.DOTALL)
+_SIDE = 256  # pixels of a kept picture, at most
+
+
+def chosen(dataset: VisualDataset, most: int = KEPT_TEXTS) -> list[Document]:
+    """The first held-out chat with a picture of each topic."""
+    first: dict[str, Document] = {}
+    for document in dataset.documents:
+        if document.group and document.pictures and document.trained.any():
+            first.setdefault(document.group, document)
+    return list(first.values())[:most]
+
+
+def answer_chosen(
+    cfg: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    dataset: VisualDataset,
+    documents: Sequence[Document],
+    execution: Execution = EAGER,
+) -> list[dict[str, Any]]:
+    """A line each for logger.answers, greedily answered, as long as the right answer and a few tokens. On one device.
+
+    params: in the compute dtype. Raises UserError for a picture that cannot be read any more.
+    """
+    engine = Engine(
+        cfg.replace(gradient_checkpointing="none"), params, execution=execution, tokenizer=tokenizer, max_tokens=4096
+    )
+    lines = []
+    for number, document in enumerate(documents):
+        start = int(document.trained.argmax())
+        images = [file.open() for file in document.pictures]
+        seen = Pictures.of([image_patches(image, cfg, *dataset.limits) for image in images])
+        gold = _words(tokenizer, document.ids[start:][document.trained[start:]].tolist())
+        room = min(2 * int(document.trained.sum()) + 8, cfg.max_position_embeddings - start)
+        request = engine.request(document.ids[:start].tolist(), room, pictures=seen, stream=number)
+        [row] = engine.submit([request])
+        engine.run([row])
+        text = _words(tokenizer, completion(row).ids)
+        lines.append(
+            {
+                "mode": "plain",
+                "group": document.group,
+                "prompt": _question(tokenizer.decode(document.ids[:start].tolist())),
+                "gold": gold,
+                "text": text,
+                "mark": float(text == gold),
+                "ended": row.finish_reason == "stop",
+                "pictures": [_png(image) for image in images],
+            }
+        )
+    return lines
+
+
+def _words(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special=True).strip()
+
+
+def _question(prompt: str) -> str:
+    """The last user's turn, without what stands for pictures."""
+    turns = _USER.findall(prompt)
+    return _PICTURE.sub("", turns[-1] if turns else prompt).strip()
+
+
+def _png(image: Image.Image) -> str:
+    """As a data URI."""
+    small, out = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((_SIDE, _SIDE))
+    small.save(out, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -1,0 +1,33 @@
+"""A few held-out pictures with a question each, for a model that sees."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from qwen3f.tasks.visual import VisualTask
+
+COUNT = 3
+QUESTIONS = "questions.json"
+
+
+def draw(folder: Path) -> Iterator[tuple[Path, str]]:
+    """(picture's file, question) of the first held-out ones of the task `visual`; writes them to `folder`, and what is
+    asked with the right answers to questions.json."""
+    found = list(islice(VisualTask().questions("heldout"), COUNT))
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, question in enumerate(found):
+        path = folder / "pictures" / f"{number}.png"
+        question.images[0].save(path)
+        rows.append({"picture": f"pictures/{number}.png", "prompt": question.prompt, "gold": question.gold})
+    (folder / QUESTIONS).write_text(json.dumps(rows, indent=1) + "\n")
+    for row in rows:
+        yield folder / row["picture"], row["prompt"]
+
+
+def said(folder: Path) -> Iterator[str]:
+    """A line for each: question, what the model said, the right answer. The answer to question N is in N.jsonl."""
+    for number, row in enumerate(json.loads((folder / QUESTIONS).read_text())):
+        answer = json.loads((folder / f"{number}.jsonl").read_text().splitlines()[-1])
+        yield f"{row['picture']}: {row['prompt']} {answer['answer']!r}, right is {row['gold']!r}"

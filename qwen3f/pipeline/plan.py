@@ -1,0 +1,63 @@
+"""`--config.plan=True`: what a mesh would do in each stage that can be planned, and why the others cannot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+from qwen3f.pipeline import commands
+from qwen3f.pipeline.chain import Step, in_pipeline
+from qwen3f.pipeline.process import Signals
+
+_SAMPLES = ("grpo", "dpo_online")  # stages in which every rank writes answers, with the whole model
+
+
+def run(config: ConfigDict, steps: Sequence[Step], directory: Path) -> None:
+    """Prints a plan a stage, each made by a process of its own; pictures go to DIRECTORY/plan.
+
+    Raises UserError, at the end, if no stage could be planned.
+    """
+    from qwen3f.plan.config import find_hardware  # imports torch
+
+    hardware, planned, refused = find_hardware(config.hardware), list[str](), dict[str, str]()
+    with Signals().caught() as signals:
+        for step in steps:
+            if step.skipped:
+                continue
+            print(f"--- {step.number} {step.name}: {step.stage.purpose}", flush=True)
+            why = _not_planned(step, hardware.memory, hardware.name)
+            if not why:
+                mesh = step.config.mesh or config.mesh
+                place = directory / "plan" / step.workdir
+                code, error = signals.run(commands.planning(step, mesh, config.hardware, place))
+                if signals.name:
+                    return
+                why = in_pipeline(error, step.name, step.config) or f"exit code {code}" if code else ""
+            if why:
+                refused[step.name] = why
+                print(f"not planned: {why}", flush=True)
+            else:
+                planned.append(step.name)
+    if not planned:
+        name, why = next(iter(refused.items()))
+        raise UserError(f"no stage can be planned; {name}: {why}")
+    print(f"planned: {', '.join(planned)}" + (f"; not: {', '.join(refused)}" if refused else ""), flush=True)
+
+
+def _not_planned(step: Step, memory: float, card: str) -> str:
+    """Why a stage has no plan; "" if it has. memory: of a card, bytes."""
+    if step.kind != "training":
+        return "it trains nothing: each device answers its share of the questions, with the whole model"
+    if step.config.stage not in _SAMPLES:
+        return ""
+    cfg = ModelConfig.from_dict(step.config.model.to_dict())
+    need = 2 * cfg.total_params_estimate()
+    if need <= memory:
+        return ""
+    return (
+        f"each rank answers with the whole model, {need / 2**30:,.0f} GiB in bfloat16, and a {card} has "
+        f"{memory / 2**30:.0f}; a model of at most {memory / 2e9:.0f} billion parameters fits, or --config.skip="
+        f"{step.name}"
+    )

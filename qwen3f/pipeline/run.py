@@ -1,0 +1,291 @@
+"""Runs the stages of a pipeline one after the other, from where its directory stands."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from qwen3f.errors import TrainingError, UserError
+from qwen3f.pipeline import chain, commands, measure, pictures, plan, record, table
+from qwen3f.pipeline.chain import Step
+from qwen3f.pipeline.choose import Standing, choose, survey
+from qwen3f.pipeline.process import Signals
+from qwen3f.pipeline.record import Record
+from qwen3f.pipeline.stages import MEASURE
+from qwen3f.train import checks, lock
+
+_EVERY = 30.0  # seconds between two writes of the record while a stage runs
+_SHARE = 0.02  # of the time, at most, that goes into a report while a stage runs
+_PATIENCE = 120.0  # seconds that a stage of a pipeline that was killed gets to save and end
+
+
+class Stopped(Exception):
+    """A signal asked for the end."""
+
+
+def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
+    """Run what is not done, or what config.stages names; with config.plan only say what a mesh would do.
+
+    SIGTERM and SIGINT end the stage that runs after its step, with a checkpoint; the same command then goes on. Raises
+    UserError, before any stage starts and with nothing moved, for what cannot run; TrainingError for a stage that
+    failed.
+    """
+    steps = chain.steps_of(config)
+    if config.plan:
+        plan.run(config, steps, workdir)
+        return
+    checks.check_workdir(workdir)
+    with Signals().caught() as signals, lock.held(workdir):
+        run_ = Pipeline(config, steps, workdir, signals, progress)
+        try:
+            run_.all()
+        except Stopped:
+            names = [step.name for step in steps if run_.record.stage(step.name).status == "waiting"]
+            at = f" before {names[0]}" if names else ""
+            at = f" in {run_.now}" if run_.now else at
+            print(f"{signals.name}: stopped{at}; the same command goes on from there", flush=True)
+
+
+class Pipeline:
+    """A pipeline on its way. record: as pipeline.json has it. now: the stage that runs."""
+
+    def __init__(
+        self, config: ConfigDict, steps: Sequence[Step], directory: Path, signals: Signals, progress: bool
+    ) -> None:
+        self.config, self.steps, self.directory = config, steps, directory
+        self.signals, self.progress, self.now = signals, progress, ""
+        self.record = _opened(config, steps, directory)
+        self._reported, self._report_took, self._unreported = time.monotonic(), 0.0, False
+
+    def all(self) -> None:
+        asked = chain.parse_names(self.config.stages, [step.name for step in self.steps], "--config.stages")
+        left = choose(self.steps, self.record, self.directory, asked)
+        self._keep(left=left if asked else (), commit=record.commit())
+        by_name = {step.name: step for step in self.steps}
+        for number, name in enumerate(left):
+            self._one(by_name[name], left[number + 1 :] if asked else ())
+        self._ask_again()
+        self._end(left)
+
+    # -- one stage -----------------------------------------------------------------------------------------------------
+
+    def _one(self, step: Step, left: tuple[str, ...]) -> None:
+        standing = self._standing(step)
+        self._make_place(step, standing)
+        source = self.record.stage(step.source) if step.source else None
+        init_from = chain.checkpoint_of(source) if source else None
+        before = self.record.stage(step.name)
+        self.now = step.name
+        self._keep_stage(
+            step,
+            status="running",
+            error="",
+            inputs=standing.inputs,
+            init_from=init_from or step.config.get("init_from") or None,
+            start=step.source or None,
+            overrides=json.loads(json.dumps(step.overrides)),
+            started=before.started if before.seconds else time.time(),
+            commit=self.record.commit,
+        )
+        said = f"--- {step.number} of {len(self.steps)}: {step.name}, {step.stage.purpose}"
+        print(f"{said} (in {self.directory / step.workdir})", flush=True)
+        place = str(self.directory / init_from) if init_from else step.config.get("init_from", "")
+        if step.kind == "training":
+            self._train(step, place)
+            found = measure.logged(step, self.directory / step.workdir)
+            if step.asks:
+                found |= self._ask(step, place=str(step.checkpoint(self.directory)))
+        elif step.kind == "evaluation":
+            found = self._ask(step, place)
+        else:
+            found = self._show(step, place)
+        self.now = ""
+        said = "; ".join(f"{name} {table.say(name, one)}" for name, one in found.items())
+        steps = step.config.steps if step.kind == "training" else 0
+        weights = chain.digest(step.checkpoint(self.directory)) if steps else ""
+        self._keep_stage(step, status="done", measures=found, steps=steps, weights=weights)
+        self._keep(left=left)
+        print(f"{step.name}: {said or 'done'}", flush=True)
+        self._report()
+
+    def _make_place(self, step: Step, standing: Standing) -> None:
+        """Of results by other inputs, or that are to be made anew, the directory is moved aside; of a killed run we
+        wait for the end."""
+        there, place = self.record.stage(step.name), self.directory / step.workdir
+        _wait_until_free(place)
+        anew = there.status in ("done", "stale") or there.inputs != standing.inputs
+        if anew and place.exists():
+            aside = next(p for n in range(1, 10_000) if not (p := place.with_name(f"{place.name}.old-{n}")).exists())
+            place.rename(aside)
+            print(f"{place} moved aside, to {aside.name}", flush=True)
+        if anew:
+            self._keep_stage(step, status="waiting", seconds=0.0, steps=0, weights="", measures={}, inputs="")
+
+    def _train(self, step: Step, init_from: str) -> None:
+        if step.trained(self.directory):  # and stopped in its measures
+            return
+        self._run(step, commands.training(step, init_from, self.directory / step.workdir, self.progress))
+        if not step.trained(self.directory):
+            self._fail(step, f"it ended without {step.checkpoint(self.directory)}")
+
+    def _ask(self, step: Step, place: str) -> dict[str, measure.Measure]:
+        """The shared questions, or an evaluation's own, in both modes."""
+        config, folder = step.config, self.directory / step.workdir
+        if step.kind == "training":
+            config, folder = self._questions(), folder / measure.FOLDER
+            measure.clear_other(folder, measure.settings_of(config))
+        found = {}
+        for mode in measure.MODES:
+            self._run(step, commands.asking(config, place, mode, folder / mode), quiet=True)
+            found |= measure.answered(folder / mode, mode)
+        return found
+
+    def _questions(self) -> ConfigDict:
+        config = self.config.set[MEASURE].copy_and_resolve_references()
+        with config.unlocked():
+            config.device = self.config.device
+        return config
+
+    def _show(self, step: Step, place: str) -> dict[str, measure.Measure]:
+        folder = self.directory / step.workdir
+        for number, (picture, prompt) in enumerate(pictures.draw(folder)):
+            self._run(step, commands.showing(step, place, picture, prompt, folder / f"{number}.jsonl"), quiet=True)
+        for line in pictures.said(folder):
+            print(line, flush=True)
+        return {}
+
+    def _ask_again(self) -> None:
+        """Where the shared questions have changed since, they are asked of every checkpoint."""
+        settings = json.dumps(measure.settings_of(self._questions()), sort_keys=True, default=str)
+        for step in self.steps:
+            there = self.record.stage(step.name)
+            path = self.directory / step.workdir / measure.FOLDER / "settings.json"
+            if not step.asks or there.status != "done" or (path.is_file() and path.read_text() == settings):
+                continue
+            self.now = step.name
+            found = self._ask(step, str(step.checkpoint(self.directory)))
+            self.now = ""
+            self._keep_stage(step, measures={**there.measures, **found}, status="done")
+
+    def _run(self, step: Step, command: Sequence[str], quiet: bool = False) -> None:
+        """Raises Stopped after a signal, TrainingError where the command failed; the record says so."""
+        begin, before = time.monotonic(), self.record.stage(step.name).seconds
+
+        def seconds() -> float:
+            return before + time.monotonic() - begin
+
+        code, error = (0, "") if self.signals.name else self.signals.run(command, self._meanwhile(step, seconds), quiet)
+        if self.signals.name:
+            self._keep_stage(step, status="waiting", error=f"stopped by {self.signals.name}", seconds=seconds())
+            raise Stopped
+        if code:
+            error = chain.in_pipeline(error, step.name, step.config)
+            self._fail(step, error or f"it ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}", code)
+        self._keep_stage(step, seconds=seconds())
+
+    def _fail(self, step: Step, error: str, code: int = 1) -> None:
+        with contextlib.suppress(OSError):  # a full disk is what it may have failed of; its own words count more
+            self._keep_stage(step, status="failed", error=error)
+        words = f"stage {step.name} failed: {error} (the same command goes on from there)"
+        raise UserError(words) if code == 2 else TrainingError(words)
+
+    def _meanwhile(self, step: Step, seconds: Callable[[], float]) -> Callable[[], None]:
+        last = time.monotonic()
+
+        def tick() -> None:
+            nonlocal last
+            if time.monotonic() - last < _EVERY:
+                return
+            last = time.monotonic()
+            with contextlib.suppress(OSError):  # the stage says it better
+                self._keep_stage(step, seconds=seconds())
+            if time.monotonic() - self._reported > self._report_took / _SHARE:
+                self._report()
+
+        return tick
+
+    # -- what is kept and said -----------------------------------------------------------------------------------------
+
+    def _standing(self, step: Step) -> Standing:
+        return survey(self.steps, self.record)[step.name]
+
+    def _keep_stage(self, step: Step, **changes: object) -> None:
+        self.record = self.record.with_stage(step.name, **changes)
+        self._keep()
+
+    def _keep(self, **changes: object) -> None:
+        """The record on disk, with what has become stale, or sound again, marked so."""
+        self.record = dataclasses.replace(self.record, **changes)
+        for name, found in survey(self.steps, self.record).items():
+            if found.state != "open":
+                self.record = self.record.with_stage(name, status=found.state)
+        record.write(self.directory, self.record)
+
+    def _report(self) -> None:
+        if not self.config.report:
+            return
+        begin = time.monotonic()
+        try:
+            from qwen3f.report.write import write_report  # matplotlib takes a while to import
+
+            write_report(self.directory)
+        except Exception as error:  # whatever is wrong with a report, the stages go on
+            if not self._unreported:
+                print(f"the report cannot be written ({type(error).__name__}: {error}); the stages go on", flush=True)
+            self._unreported = True
+        self._reported, self._report_took = time.monotonic(), time.monotonic() - begin
+
+    def _end(self, ran: Sequence[str]) -> None:
+        if not ran:
+            print("nothing left to run; --config.stages=NAME,… runs stages again", flush=True)
+        stale = [one.name for one in self.record.stages if one.status == "stale"]
+        out = [*table.lines(self.record), *table.over_budget(self.record)]
+        if stale:
+            out.append(f"stale: {', '.join(stale)}; write --config.stages={','.join(stale)} to run them again")
+        if (self.directory / "report.html").is_file():
+            out.append(f"report: {self.directory / 'report.html'}")
+        print("\n".join([*out, *table.next_commands(self.steps, self.record, self.directory)]), flush=True)
+
+
+def _opened(config: ConfigDict, steps: Sequence[Step], directory: Path) -> Record:
+    """The record of `directory`, with the stages as they are set now. Raises UserError for another pipeline's."""
+    fresh = tuple(step.fresh_record() for step in steps)
+    there = record.read(directory)
+    if there is None:
+        if (directory / "config.json").exists():
+            raise UserError(f"--workdir={directory} is a single run's; choose another for the pipeline")
+        return Record(config.preset, config.seed, fresh)
+    if there.preset != config.preset or [one.name for one in there.stages] != [step.name for step in steps]:
+        raise UserError(
+            f"--workdir={directory} holds the pipeline {there.preset!r}"
+            f"{' with other stages' if there.preset == config.preset else ''}, not {config.preset!r}; choose another"
+        )
+    stages = []
+    for one, step in zip(there.stages, steps):
+        changes = {"purpose": step.stage.purpose, "budget_s": step.stage.seconds or None}
+        if step.skipped:
+            changes["status"] = "skipped"
+        elif one.status == "skipped":
+            changes["status"] = "stale" if one.steps or one.measures else "waiting"
+        stages.append(one.replace(**changes))
+    return Record(config.preset, config.seed, tuple(stages), there.left, there.commit)
+
+
+def _wait_until_free(place: Path) -> None:
+    """Raises UserError where another process writes there for longer than a killed pipeline's stage takes to end."""
+    until, said = time.monotonic() + _PATIENCE, False
+    while place.exists():
+        try:
+            with lock.held(place):
+                return
+        except UserError:
+            if time.monotonic() > until:
+                raise
+            if not said:
+                print(f"{place} is still written to, by a stage whose pipeline is gone: waiting for it", flush=True)
+            said = True
+            time.sleep(0.5)

@@ -1,0 +1,101 @@
+"""Questions that were asked of a finished model: results.json of evaluations, and held-out pictures of a pipeline."""
+
+import base64
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3f.errors import UserError
+from qwen3f.files import read_bounded
+from qwen3f.strict_json import read_object
+
+RESULTS, QUESTIONS, MEASURES = "results.json", "questions.json", "measures"
+MODES = ("thinking", "plain")
+_USER = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
+_MOST_PICTURE = 2**17  # bytes of one
+
+
+def read_asked(workdir: Path) -> tuple[Mapping[str, Any], ...]:
+    """A line an answer, as answers/ has them; of every mode below the workdir or its measures/. What cannot be read is
+    left out: the numbers are in pipeline.json too."""
+    lines: list[Mapping[str, Any]] = []
+    for folder in (workdir, workdir / MEASURES):
+        for mode in MODES:
+            if (folder / mode / RESULTS).is_file():
+                lines += _of_results(folder / mode / RESULTS, mode)
+    return tuple(lines)
+
+
+def read_pictures(workdir: Path) -> tuple[Mapping[str, Any], ...]:
+    """Likewise, of pictures and what a model said about them."""
+    return tuple(_of_pictures(workdir)) if (workdir / QUESTIONS).is_file() else ()
+
+
+def results_table(workdir: Path) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    """(benchmark, metric and mode; {"value", "low", "high", "n"}) of an evaluation's workdir."""
+    rows = []
+    for place, mode in ((workdir, ""), *((workdir / mode, mode) for mode in MODES)):
+        if (place / RESULTS).is_file():
+            for name, found in _benchmarks(place / RESULTS):
+                metrics = found.get("metrics")
+                for metric, one in metrics.items() if isinstance(metrics, dict) else ():
+                    if isinstance(one, dict):
+                        rows.append((", ".join(filter(None, (str(name), str(metric), mode))), one))
+    return tuple(rows)
+
+
+def _benchmarks(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    try:
+        found = read_object(path).get("benchmarks")
+    except (UserError, OSError):
+        return []
+    pairs = found.items() if isinstance(found, dict) else ()
+    return [(str(name), one) for name, one in pairs if isinstance(one, dict)]
+
+
+def _of_results(path: Path, mode: str) -> Iterator[Mapping[str, Any]]:
+    for name, found in _benchmarks(path):
+        samples = found.get("samples")
+        for one in samples if isinstance(samples, list) else ():
+            outputs, metrics = (one.get("outputs"), one.get("metrics")) if isinstance(one, dict) else (None, None)
+            if not (isinstance(outputs, list) and outputs and isinstance(metrics, dict)):
+                continue
+            ended = one.get("ended")
+            yield {
+                "evaluation": name,
+                "mode": mode,
+                "number": one.get("number"),
+                "prompt": _question(str(one.get("prompt", ""))),
+                "gold": str(one.get("gold", "")),
+                "text": str(outputs[0]),
+                "mark": next(iter(metrics.values()), None),
+                "ended": bool(ended[0]) if isinstance(ended, list) and ended else True,
+            }
+
+
+def _question(prompt: str) -> str:
+    turns = _USER.findall(prompt)
+    return turns[-1] if turns else prompt
+
+
+def _of_pictures(workdir: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        rows = json.loads(read_bounded(workdir / QUESTIONS))
+    except (OSError, UserError, ValueError):
+        return
+    for number, row in enumerate(rows if isinstance(rows, list) else ()):
+        try:
+            picture = (workdir / row["picture"]).resolve()
+            inside = picture.is_relative_to(workdir.resolve()) and picture.suffix == ".png"
+            if not inside or picture.stat().st_size > _MOST_PICTURE:
+                continue
+            said = json.loads(read_bounded(workdir / f"{number}.jsonl").decode(errors="replace").splitlines()[-1])
+            text = str(said["answer"])
+            uri = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+            right = " ".join(text.split()).rstrip(".").lower() == " ".join(str(row["gold"]).split()).rstrip(".").lower()
+            yield {"evaluation": "pictures", "mode": "plain", "number": number, "prompt": str(row["prompt"]),
+                   "gold": str(row["gold"]), "text": text, "mark": float(right), "pictures": [uri]}  # fmt: skip
+        except (OSError, UserError, ValueError, KeyError, TypeError, IndexError):
+            continue

@@ -1,0 +1,125 @@
+"""metrics.jsonl as series, whatever state it is in: being written, cut off, of a million lines, with NaN in it."""
+
+import dataclasses
+import json
+import math
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MOST_LINES = 5000  # that are parsed evenly from all, and as many again of those with evaluations
+_BLOCK = 2**24
+_EVALUATED = (b'"val_', b'"answers_', b'"bench_')  # the names that evaluations begin with in the stages here
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """A metric's finite values, by step. missing: lines in which it was no finite number."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+    missing: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """series: by name, in the order in which they came. lines: of the file; parsed: of them; broken: of these what is
+    no JSON object with a step."""
+
+    series: dict[str, Series]
+    lines: int = 0
+    parsed: int = 0
+    broken: int = 0
+
+    @property
+    def last_step(self) -> int:
+        return max((series.steps[-1] for series in self.series.values() if series.steps), default=0)
+
+    def at(self, name: str) -> Series:
+        return self.series.get(name, Series((), ()))
+
+
+NO_METRICS = Metrics({})
+
+
+def read_metrics(path: Path, most: int = MOST_LINES) -> Metrics:
+    """What can be read; a last line without an end is being written, and left out. Raises OSError."""
+    if not path.exists() or not path.stat().st_size:
+        return NO_METRICS
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        ends = _line_ends(content)
+        chosen = _chosen(content, ends, most)
+        lines = [content[(ends[i - 1] + 1 if i else 0) : ends[i]] for i in chosen]
+    return _series(lines, len(ends))
+
+
+def _line_ends(content: mmap.mmap) -> np.ndarray:
+    parts = []
+    for start in range(0, len(content), _BLOCK):
+        block = np.frombuffer(content[start : start + _BLOCK], np.uint8)
+        parts.append(np.flatnonzero(block == ord("\n")) + start)
+    return np.concatenate(parts)
+
+
+def _chosen(content: mmap.mmap, ends: np.ndarray, most: int) -> list[int]:
+    """Numbers of the lines to parse: all, or the first, the last and others evenly, and likewise of evaluations."""
+    if len(ends) <= most:
+        return list(range(len(ends)))
+    evaluated = np.array(sorted(set(_lines_with(content, ends))), dtype=np.int64)
+    return sorted({*_evenly(np.arange(len(ends)), most), *_evenly(evaluated, most)})
+
+
+def _evenly(numbers: np.ndarray, most: int) -> list[int]:
+    if len(numbers) <= most:
+        return numbers.tolist()
+    return numbers[np.linspace(0, len(numbers) - 1, most).round().astype(np.int64)].tolist()
+
+
+def _lines_with(content: mmap.mmap, ends: np.ndarray) -> Iterator[int]:
+    for needle in _EVALUATED:
+        place = content.find(needle)
+        while place >= 0:
+            number = int(np.searchsorted(ends, place))
+            if number == len(ends):
+                break
+            yield number
+            place = content.find(needle, int(ends[number]))
+
+
+def _series(lines: list[bytes], count: int) -> Metrics:
+    steps: dict[str, list[int]] = {}
+    values: dict[str, list[float]] = {}
+    missing: dict[str, int] = {}
+    broken = 0
+    for line in lines:
+        found = _object(line)
+        if found is None:
+            broken += 1
+            continue
+        step = found.pop("step")
+        for name, value in found.items():
+            if isinstance(value, str | bool | list | dict):
+                continue
+            own_steps, own_values = steps.setdefault(name, []), values.setdefault(name, [])
+            while own_steps and own_steps[-1] >= step:  # a run that went back says it anew
+                own_steps.pop(), own_values.pop()
+            if value is None or not math.isfinite(value):
+                missing[name] = missing.get(name, 0) + 1
+            else:
+                own_steps.append(step)
+                own_values.append(float(value))
+    series = {name: Series(tuple(steps[name]), tuple(values[name]), missing.get(name, 0)) for name in steps}
+    return Metrics(series, count, len(lines), broken)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+        if isinstance(found, dict) and type(found.get("step")) is int:
+            return {str(name): value for name, value in found.items()}
+    except (ValueError, RecursionError):
+        pass
+    return None

@@ -1,0 +1,241 @@
+"""A Report as HTML: one file, no script, nothing from elsewhere. Whatever a run wrote is text here, never markup."""
+
+import base64
+import functools
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from qwen3f.report import charts, details, draw, names, overview, texts, words
+from qwen3f.report.data import Report, Run, Stage
+
+TEMPLATES = Path(__file__).parent / "templates"
+_DONE = {"done": "done", "running": "running", "waiting": "waiting", "failed": "failed", "skipped": "skipped",
+         "stale": "stale: an earlier stage has changed since"}  # fmt: skip
+
+
+def render(report: Report) -> str:
+    page = _environment().get_template("report.html.j2")
+    numbers = itertools.count(1)
+    stages = [_stage(report, stage, place) for place, stage in enumerate(report.stages)]
+    return page.render(
+        report=report,
+        title=report.title,
+        lead=_lead(report),
+        facts=_facts(report),
+        overviews=_overviews(report),
+        stages=stages,
+        figure_id=lambda svg: Markup(draw.named(svg, f"figure{next(numbers)}")),
+        style=Markup((TEMPLATES / "style.css").read_text()),
+        problems=report.problems,
+    )
+
+
+@functools.cache
+def _environment() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters["breakable"] = _breakable
+    return made
+
+
+def _breakable(text: str) -> Markup:
+    """A name that may go on in the next line behind an underscore or a slash."""
+    return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(text))))
+
+
+def _lead(report: Report) -> str:
+    if report.pipeline:
+        done = sum(stage.status == "done" for stage in report.stages)
+        return (
+            f"A language model of the Qwen3 family, trained in {len(report.stages)} stages, each going on from the "
+            f"weights of one before; {done} of them are done. This page says what each stage taught it, and what "
+            "that cost."
+        )
+    [stage] = report.stages
+    count, total = stage.run.record.get("parameters"), stage.run.config.get("steps")
+    size = f" of {count:,} parameters" if isinstance(count, int) else ""
+    if stage.run.results:
+        return "An evaluation of a language model of the Qwen3 family."
+    far = f"trained for {stage.steps:,} steps"
+    if isinstance(total, int) and stage.steps < total:
+        far = f"in training, {stage.steps:,} of {total:,} steps done"
+    return f"A language model of the Qwen3 family{size}, {far}. This page says what it learnt, and what that cost."
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    seconds = sum(stage.seconds for stage in report.stages)
+    budget = f" of {words.duration(report.budget_s)} planned" if report.budget_s else ""
+    found = {
+        "preset": report.preset,
+        "seed": report.seed,
+        "code": report.commit,
+        "time so far": f"{words.duration(seconds)}{budget}" if seconds else "",
+        "written": report.written,
+    }
+    return [(name, value) for name, value in found.items() if value]
+
+
+def _overviews(report: Report) -> list[dict[str, Any]]:
+    if not report.pipeline:
+        return []
+    out = []
+    for name in overview.measured(report):
+        meaning = names.find(name)
+        rows = overview.rows_of(report, name)
+        title = meaning.title[:1].upper() + meaning.title[1:]
+        counts = {m.n for _, _, m in rows if m and m.n}
+        asked = f" {max(counts):,} questions, the same ones for all stages." if counts else ""
+        caption = (
+            f"{meaning.meaning}{asked} A row a stage: the hollow dot is the model it started from, the filled one the "
+            "model it ends with, the bar its 95% interval."
+        )
+        out.append({"title": title, "svg": overview.dots(title, rows), "caption": caption})
+    return out
+
+
+# -- a stage -----------------------------------------------------------------------------------------------------------
+
+
+def _stage(report: Report, stage: Stage, place: int) -> dict[str, Any]:
+    run = stage.run
+    found = details.experts(run)
+    experts = _figure(found) if found else None
+    return {
+        "id": f"stage-{place + 1}",
+        "number": place + 1,
+        "name": stage.name,
+        "purpose": _sentence(stage.purpose),
+        "status": _DONE.get(stage.status, stage.status),
+        "error": stage.error,
+        "origin": _origin(stage),
+        "steps": f"{stage.steps:,} steps" if stage.steps else "no step yet",
+        "time": words.duration(stage.seconds),
+        "experiment": stage.experiment,
+        "results": _results(stage),
+        "verdict": _verdict(report, stage),
+        "before_words": f"step {stage.before_step:,}" if stage.before_step else "before",
+        "quality": [_figure(chart) for chart in charts.charts_of(run, "quality")] + ([experts] if experts else []),
+        "cost": [_figure(chart) for chart in charts.charts_of(run, "cost")],
+        "exchanges": texts.exchanges(run) + _of_pipeline(report, stage),
+        "rollouts": texts.rollouts(run),
+        "data": details.data_lines(run),
+        "lost": details.lost_lines(run),
+        "mesh": details.mesh(run),
+        "pictures": [(title, _data_uri(png)) for title, png in run.pictures.items() if png],
+        "tables": _tables(stage),
+        "problems": run.problems,
+        "read": _read(run),
+    }
+
+
+def _of_pipeline(report: Report, stage: Stage) -> list[texts.Exchange]:
+    """The questions that all stages' models are asked, answered before and after this one."""
+    before = next((one for one in report.stages if one.name == stage.origin), None)
+    trained = before if before and stage.before else None
+    return texts.of_stages((trained.name, trained.asked) if trained else None, (stage.name, stage.asked))
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".") if text else ""
+
+
+def _figure(chart: charts.Chart) -> dict[str, Any]:
+    return {"title": chart.title, "svg": draw.svg(chart), "caption": chart.caption}
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _origin(stage: Stage) -> str:
+    if not stage.origin:
+        return "from nothing"
+    *_, place, folder, last = ("", "", *Path(stage.origin).parts)
+    return f"from {place}, step {last}" if folder == "checkpoints" else f"from {last}"
+
+
+def _results(stage: Stage) -> list[dict[str, str]]:
+    out = []
+    for name, after in stage.after.items():
+        meaning = names.find(name, stage.run.kind) or names.Meaning(name, "")
+        before = stage.before.get(name)
+        paired = stage.differences.get(name)
+        kind, sentence = words.change(before, after, meaning, paired) if before else ("none", "")
+        out.append({
+            "title": meaning.title,
+            "before": words.interval(before, meaning.unit) if before else "",
+            "after": words.interval(after, meaning.unit),
+            "kind": kind,
+            "sentence": sentence,
+        })  # fmt: skip
+    return out
+
+
+def _verdict(report: Report, stage: Stage) -> str:
+    """In a sentence what the stage brought, or that it brought nothing that can be seen."""
+    changes = {name: _change(stage, name) for name in stage.after.keys() & stage.before.keys()}
+    if not changes:
+        return ""
+    sized = [name for name in changes if _has_intervals(stage, name)]
+    told = sized or list(changes)
+    gains, losses = (
+        [_title(stage, n) for n in stage.after if n in told and changes[n] == what] for what in ("gain", "loss")
+    )
+    since = f"since step {stage.before_step:,}" if stage.before_step else "by this stage"
+    if gains and not losses:
+        return f"Better {since}: {', '.join(gains)}."
+    if losses and not gains:
+        return f"Worse {since}: {', '.join(losses)}."
+    if gains:
+        return f"Better {since}: {', '.join(gains)}. Worse: {', '.join(losses)}."
+    return f"No gain {since} that this number of questions can show: the interval of the difference includes zero."
+
+
+def _change(stage: Stage, name: str) -> str:
+    meaning = names.find(name, stage.run.kind) or names.Meaning(name, "")
+    return words.change(stage.before[name], stage.after[name], meaning, stage.differences.get(name))[0]
+
+
+def _has_intervals(stage: Stage, name: str) -> bool:
+    return name in stage.differences or (stage.before[name].has_interval and stage.after[name].has_interval)
+
+
+def _title(stage: Stage, name: str) -> str:
+    meaning = names.find(name, stage.run.kind)
+    return meaning.title if meaning else name
+
+
+def _tables(stage: Stage) -> list[tuple[str, details.Table]]:
+    run = stage.run
+    changed = tuple((f"--config.{key}", str(value), "") for key, value in stage.overrides.items())
+    found = {
+        "Benchmarks": details.results(run),
+        "Answers sampled": details.counts(run),
+        "Results by kind of question": details.groups(run),
+        "Every logged number": details.every_number(run) if run.metrics.series else None,
+        "What the pipeline sets": details.Table(("key", "value", ""), changed) if changed else None,
+        "Configuration": details.changed_keys(run),
+        "Mesh and placement of parameters": details.placement(run),
+        "Machine, versions, time": details.machine(run),
+    }
+    return [(title, table) for title, table in found.items() if table and table.rows]
+
+
+def _read(run: Run) -> str:
+    """How much of metrics.jsonl the curves are of."""
+    metrics = run.metrics
+    if not metrics.lines:
+        return "" if run.results or run.counts else "Nothing has been logged yet."
+    if metrics.parsed < metrics.lines:
+        return (
+            f"Curves are of {metrics.parsed:,} of the {metrics.lines:,} lines of metrics.jsonl, taken evenly, with "
+            "evaluations."
+        )
+    return f"Curves are of all {metrics.lines:,} lines of metrics.jsonl."

@@ -1,0 +1,156 @@
+"""Which of a run's questions and answers are shown: the same ones of its first and its last evaluation, or step."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qwen3f.report.data import Run
+from qwen3f.report.words import figure
+
+MOST_TEXT = 1500  # characters of a prompt or an answer
+QUESTIONS = 3
+_OPEN, _CLOSE = "<think>", "</think>"
+_MODES = {"thinking": "thinking first", "plain": "answering at once"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """when: of which step or stage. thought, text: what was written, apart. mark: right, wrong, a reward, or "" where
+    nobody judged. note: what else is to say."""
+
+    when: str
+    thought: str
+    text: str
+    mark: str
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """A question, and what was answered to it at one or several times. pictures: PNG as data URIs."""
+
+    question: str
+    gold: str
+    how: str
+    replies: tuple[Reply, ...]
+    pictures: tuple[str, ...] = ()
+
+
+def exchanges(run: Run) -> list[Exchange]:
+    """Of evaluations: a few questions of each mode, answered at the first and at the last one."""
+    if not run.answers:
+        return []
+    first, last = run.answers[0], run.answers[-1]
+    out = []
+    for (evaluation, mode), lines in _by_mode(last.lines).items():
+        before = {line.get("prompt"): line for line in _by_mode(first.lines).get((evaluation, mode), ())}
+        for line in _choice(lines):
+            replies = [_reply(line, f"step {last.step:,}")]
+            if first.step < last.step and line.get("prompt") in before:
+                replies.insert(0, _reply(before[line["prompt"]], f"step {first.step:,}"))
+            out.append(_exchange(line, _MODES.get(mode, mode), replies))
+    return out
+
+
+Asked = tuple[str, Sequence[Mapping[str, Any]]]  # a stage's name, and what its model answered
+
+
+def of_stages(before: Asked | None, after: Asked) -> list[Exchange]:
+    """A few of a pipeline's questions in each mode, answered by the model of the stage before and by this one's."""
+    name, lines = after
+    out = []
+    for (evaluation, mode), own in _by_mode(lines).items():
+        old = {line.get("prompt"): line for line in _by_mode(before[1]).get((evaluation, mode), ())} if before else {}
+        for line in _choice(own):
+            replies = [_reply(line, f"after {name}")]
+            if before and line["prompt"] in old:
+                replies.insert(0, _reply(old[line["prompt"]], f"after {before[0]}"))
+            out.append(_exchange(line, _MODES.get(mode, mode), replies))
+    return out
+
+
+def _by_mode(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        if isinstance(line.get("text"), str) and isinstance(line.get("prompt"), str):
+            found.setdefault((str(line.get("evaluation", "")), str(line.get("mode", ""))), []).append(line)
+    return found
+
+
+def _choice(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A right answer and a wrong one where there are both, then the first others: none is chosen for its beauty."""
+    picked: list[Mapping[str, Any]] = []
+    for wanted in (1.0, 0.0):
+        picked += [line for line in lines if line.get("mark") == wanted][:1]
+    picked += [line for line in lines if line not in picked]
+    return picked[:QUESTIONS]
+
+
+def rollouts(run: Run) -> list[Exchange]:
+    """Of reinforcement learning: a question of the first step that is kept and one of the last, each with the best and
+    the worst of its answers."""
+    out = []
+    for texts in run.samples:
+        groups: dict[Any, list[Mapping[str, Any]]] = {}
+        for line in texts.lines:
+            if isinstance(line.get("text"), str) and isinstance(line.get("prompt"), str):
+                groups.setdefault(str(line.get("place")), []).append(line)
+        if groups:
+            group = max(groups.values(), key=lambda lines: _reward(_best(lines)) - _reward(_worst(lines)))
+            best, worst = _best(group), _worst(group)
+            chosen = [best] if best is worst or _reward(best) == _reward(worst) else [best, worst]
+            how = "thinking first" if best.get("thinking") else "answering at once"
+            replies = [_reply(line, f"step {texts.step:,}", "reward") for line in chosen]
+            out.append(_exchange(best, f"step {texts.step:,}, one of {len(group)} tries; {how}", replies))
+    return out
+
+
+def _reward(line: Mapping[str, Any]) -> float:
+    value = line.get("reward")
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+
+
+def _best(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return max(lines, key=_reward)
+
+
+def _worst(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return min(lines, key=_reward)
+
+
+def _exchange(line: Mapping[str, Any], how: str, replies: Sequence[Reply]) -> Exchange:
+    pictures = line.get("pictures")
+    safe = [p for p in pictures if _is_png(p)] if isinstance(pictures, list) else []
+    return Exchange(_cut(line["prompt"]), _cut(str(line.get("gold") or "")), how, tuple(replies), tuple(safe))
+
+
+def _is_png(picture: object) -> bool:
+    """Only what the run itself writes: no address of any other place."""
+    head = "data:image/png;base64,"
+    return isinstance(picture, str) and picture.startswith(head) and set(picture[len(head) :]) <= _BASE64
+
+
+_BASE64 = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=")
+
+
+def _reply(line: Mapping[str, Any], when: str, judged: str = "mark") -> Reply:
+    thought, text = apart(line["text"])
+    mark = line.get(judged)
+    said = ""
+    if isinstance(mark, int | float) and not isinstance(mark, bool):
+        said = f"reward {figure(float(mark))}" if judged == "reward" else "right" if mark == 1 else "wrong"
+    note = "" if line.get("ended", True) else "cut off at the limit"
+    return Reply(when, _cut(thought), _cut(text), said, note)
+
+
+def apart(text: str) -> tuple[str, str]:
+    """(thought, answer). A thought that does not end takes all; an empty one is none."""
+    if _OPEN not in text:
+        return "", text.strip()
+    head, _, rest = text.partition(_OPEN)
+    thought, _, answer = rest.partition(_CLOSE)
+    return thought.strip(), f"{head.strip()}\n{answer.strip()}".strip()
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]} … ({len(text) - MOST_TEXT:,} characters more)"

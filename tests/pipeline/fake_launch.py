@@ -1,0 +1,89 @@
+"""Stands for launch.py where a pipeline is tested: trains a number in a moment, and fails where it is told to.
+
+Its weights are a hash of the steps, the settings and the weights that it starts from; so equal numbers mean that the
+same was done. TROUBLE, a file that the environment names, says "STAGE ACTION" with an action of `act`.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+STOP = []
+
+
+def main():
+    experiment, flags = (
+        Path(sys.argv[2].partition(":")[0]).stem,
+        dict(a.split("=", 1) for a in sys.argv[3:] if "=" in a),
+    )
+    workdir = Path(flags["--workdir"])
+    if experiment == "eval":
+        return evaluate(flags, workdir)
+    signal.signal(signal.SIGTERM, lambda *_: STOP.append(1))
+    print(f"training {workdir.name}", flush=True)
+    steps, checkpoints = int(flags["--config.steps"]), workdir / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    first = max((int(path.name) for path in checkpoints.iterdir()), default=0)
+    start = flags.get("--config.init_from", "")
+    weights = json.loads((Path(start) / "manifest.json").read_text())["weights"] if start else "0"
+    settings = sorted(
+        key + value for key, value in flags.items() if key.startswith("--config.") and key != "--config.init_from"
+    )
+    if first:
+        weights = json.loads((checkpoints / str(first) / "manifest.json").read_text())["weights"]
+    for step in range(first + 1, steps + 1):
+        trouble(workdir, step)
+        weights = hashlib.sha256(f"{weights} {settings} {step}".encode()).hexdigest()
+        (checkpoints / str(step)).mkdir()
+        (checkpoints / str(step) / "manifest.json").write_text(json.dumps({"weights": weights}))
+        if STOP:
+            print(f"stopped after step {step}")
+            return
+    value = int(weights[:4], 16) / 65536
+    line = {"step": steps, "val_loss": value, "val_loss/embedded": value, "val_loss/reasoning": value / 2}
+    (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def evaluate(flags, workdir):
+    trouble(workdir.parents[1] if workdir.parent.name == "measures" else workdir.parent, 99)
+    weights = json.loads((Path(flags["--config.init_from"]) / "manifest.json").read_text())["weights"]
+    right = int(weights[:2], 16) if flags["--config.thinking"] == "True" else int(weights[2:3], 16)
+    metric = {
+        "value": right / 256,
+        "low": right / 300,
+        "high": min(1, right / 200),
+        "n": 2 * int(flags["--config.limit"]),
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    results = {"benchmarks": {"reasoning": {"metrics": {"accuracy": metric}}}}
+    (workdir / "results.json").write_text(json.dumps(results))
+
+
+def trouble(workdir, step):
+    """Does what the file says, for the stage that it names, at step 2 or (its action ends in "-asking") in measures."""
+    path = Path(os.environ.get("TROUBLE", "/nowhere"))
+    stage, _, action = path.read_text().partition(" ") if path.is_file() else ("", "", "")
+    wanted = 99 if action.endswith("-asking") else 2
+    if not stage or not workdir.name.endswith(f"_{stage}") or step != wanted:
+        return
+    Path(f"{path}.reached").write_text(str(os.getpid()))
+    action = action.removesuffix("-asking")
+    if action == "wrong":
+        print("error: config.batch_size=3 cannot be used; write --config.batch_size=4", file=sys.stderr)
+        sys.exit(2)
+    if action == "disk":
+        print("a bar 50%\rlog line", file=sys.stderr)
+        print("error: No space left on device: make room; the same command goes on", file=sys.stderr)
+        sys.exit(1)
+    if action == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    while action == "hang" and not STOP:
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The nano pipeline with a launcher that trains numbers, and what its tests look at."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from qwen3f import cli
+from qwen3f.pipeline import commands, run
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+TRAINED = ("pretrain_s1", "pretrain_s2", "pretrain_s3", "sft_cold_start", "grpo", "sft_fusion", "grpo_general", "dpo")
+NAMES = (*TRAINED, "evaluation")
+
+
+def make_config(**changes):
+    config = cli.load_experiment(str(ROOT / "experiments" / "pipeline.py:nano"))
+    steps = {f"set.{name}.steps": 3 for name in TRAINED} | {"report": False}
+    config.update_from_flattened_dict(steps | {key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+def go(directory, **changes):
+    """Runs it here; returns pipeline.json."""
+    run.run(make_config(**changes), directory, progress=False)
+    return read(directory)
+
+
+def read(directory):
+    return json.loads((directory / "pipeline.json").read_text())
+
+
+def stage(record, name):
+    return next(one for one in record["stages"] if one["name"] == name)
+
+
+def statuses(record):
+    return {one["name"]: one["status"] for one in record["stages"]}
+
+
+def numbers(directory):
+    """What has to be the same however a pipeline came to its end: every stage's weights and measures."""
+    record = read(directory)
+    weights = {
+        one["name"]: (directory / one["workdir"] / "checkpoints" / str(one["steps"]) / "manifest.json").read_text()
+        for one in record["stages"]
+        if one["steps"]
+    }
+    return weights, {one["name"]: one["measures"] for one in record["stages"]}
+
+
+def start(directory, **changes):
+    """The pipeline as a process of its own."""
+    command = [sys.executable, "-m", "tests.pipeline.toy", str(directory), json.dumps(changes)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+
+
+def wait_for(path, process):
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    commands.LAUNCHER = HERE / (sys.argv[3] if sys.argv[3:] else "fake_launch.py")
+    try:
+        go(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    except Exception as error:
+        sys.exit(cli.report(error, 1))
