@@ -116,7 +116,7 @@ def _stage(report: Report, stage: Stage, place: int) -> dict[str, Any]:
         "error": stage.error,
         "origin": _origin(stage),
         "steps": f"{stage.steps:,} steps" if stage.steps else "no step yet",
-        "time": words.duration(stage.seconds),
+        "time": "not run yet" if stage.status == "waiting" and not stage.seconds else words.duration(stage.seconds),
         "experiment": stage.experiment,
         "results": _results(stage),
         "verdict": _verdict(report, stage),
