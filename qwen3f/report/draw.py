@@ -9,20 +9,16 @@ import functools
 import html
 import io
 import itertools
-import logging
 import re
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from qwen3f.report.charts import Chart, Line
-
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of fonts that it lacks, which the page does not use
-
-import matplotlib as mpl  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator  # noqa: E402
 
 WIDTH, HEIGHT = 360, 200  # units of the picture, which are CSS pixels on a phone
 POINT = 72  # units an inch
