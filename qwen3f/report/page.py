@@ -46,8 +46,8 @@ def _environment() -> Environment:
 
 
 def _breakable(text: str) -> Markup:
-    """A name that may go on in the next line behind an underscore or a slash."""
-    return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(text))))
+    """A name that may go on in the next line behind an underscore, a dot or a slash."""
+    return Markup(re.sub(r"([_/]|\.(?=\w))", r"\1<wbr>", str(escape(text))))
 
 
 def _lead(report: Report) -> str:
@@ -214,13 +214,13 @@ def _title(stage: Stage, name: str) -> str:
 
 def _tables(stage: Stage) -> list[tuple[str, details.Table]]:
     run = stage.run
-    changed = tuple((f"--config.{key}", str(value), "") for key, value in stage.overrides.items())
+    changed = tuple((f"--config.{key}", str(value)) for key, value in stage.overrides.items())
     found = {
         "Benchmarks": details.results(run),
         "Answers sampled": details.counts(run),
         "Results by kind of question": details.groups(run),
         "Every logged number": details.every_number(run) if run.metrics.series else None,
-        "What the pipeline sets": details.Table(("key", "value", ""), changed) if changed else None,
+        "What the pipeline sets": details.Table(("key", "value"), changed) if changed else None,
         "Configuration": details.changed_keys(run),
         "Mesh and placement of parameters": details.placement(run),
         "Machine, versions, time": details.machine(run),
