@@ -109,7 +109,7 @@ def bounds(lines: tuple[Line, ...], unit: str) -> tuple[float, float]:
     edges = np.concatenate([(*line.low, *line.high) for line in lines if line.low] or [means])
     low, high = min(means.min(), np.quantile(edges, 0.02)), max(means.max(), np.quantile(edges, 0.98))
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    out = low - (room if low < 0 or low > room else low), high + room
+    out = low - (room if low < 0 or low > room else low + room / 2), high + room
     if unit == "share" and low >= 0 and high <= 1:
         top = min(out[1], 1.01)
         return min(out[0], top - 0.05), top

@@ -115,8 +115,9 @@ def _stage(report: Report, stage: Stage, place: int) -> dict[str, Any]:
         "status": _DONE.get(stage.status, stage.status),
         "error": stage.error,
         "origin": _origin(stage),
-        "steps": f"{stage.steps:,} steps" if stage.steps else "no step yet",
-        "time": "not run yet" if stage.status == "waiting" and not stage.seconds else words.duration(stage.seconds),
+        "steps": f"{stage.steps:,} steps" if stage.steps else "",
+        "meta": _meta(stage),
+        "time": _time(stage),
         "experiment": stage.experiment,
         "results": _results(stage),
         "verdict": _verdict(report, stage),
@@ -140,6 +141,17 @@ def _of_pipeline(report: Report, stage: Stage) -> list[texts.Exchange]:
     before = next((one for one in report.stages if one.name == stage.origin), None)
     trained = before if before and stage.before else None
     return texts.of_stages((trained.name, trained.asked) if trained else None, (stage.name, stage.asked))
+
+
+def _time(stage: Stage) -> str:
+    return "not run yet" if stage.status == "waiting" and not stage.seconds else words.duration(stage.seconds)
+
+
+def _meta(stage: Stage) -> str:
+    """Where it came from, how long it was, by which experiment, how it stands."""
+    steps = f"{stage.steps:,} steps in " if stage.steps else ""
+    parts = (_origin(stage), f"{steps}{_time(stage)}", stage.experiment, _DONE.get(stage.status, stage.status))
+    return "; ".join(filter(None, parts))
 
 
 def _sentence(text: str) -> str:
