@@ -27,7 +27,9 @@ def _is_share(name: str) -> bool:
 
 
 def rows_of(report: Report, name: str) -> tuple[Row, ...]:
-    return tuple((stage.name, stage.before.get(name), stage.after.get(name)) for stage in report.stages)
+    """Of the stages that train: an evaluation asks questions of its own."""
+    stages = [stage for stage in report.stages if not stage.run.results]
+    return tuple((stage.name, stage.before.get(name), stage.after.get(name)) for stage in stages)
 
 
 @functools.lru_cache(maxsize=64)

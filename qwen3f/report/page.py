@@ -91,7 +91,7 @@ def _overviews(report: Report) -> list[dict[str, Any]]:
         rows = overview.rows_of(report, name)
         title = meaning.title[:1].upper() + meaning.title[1:]
         counts = {m.n for _, _, m in rows if m and m.n}
-        asked = f" {max(counts):,} questions, the same ones for all stages." if counts else ""
+        asked = f" {min(counts):,} questions." if len(counts) == 1 else ""
         caption = (
             f"{meaning.meaning}{asked} A row a stage: the hollow dot is the model it started from, the filled one the "
             "model it ends with, the bar its 95% interval."

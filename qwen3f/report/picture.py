@@ -121,7 +121,7 @@ def _accuracies(
             highest = max(highest, m.value)
     axes.set_ylim(0, min(1.02, highest * 1.1))
     counts = {m.n for stage in stages for name, m in stage.after.items() if name in measures and m.n}
-    asked = f"{max(counts):,} held-out problems" if counts else "held-out problems"
+    asked = f"{min(counts):,} held-out problems" if len(counts) == 1 else "held-out problems"
     said = f"Share of {asked} that are answered right after each stage; bars: 95% intervals"
     figure.text(_LEFT / _WIDTH, 1 - 18 / height, said, color=theme.ink, fontsize=draw.FONT + 1)
     axes.legend(loc="upper left", frameon=False, labelcolor=theme.ink, fontsize=draw.FONT, ncols=len(measures),
