@@ -24,6 +24,7 @@ ARROWS = {
     "qwen3f.data": (of_qwen3f("train model stages"), ()),
     "qwen3f.train": (of_qwen3f("stages rl"), ()),
     "qwen3f.rl": (of_qwen3f("stages"), ()),
+    "qwen3f.report": (of_qwen3f("train model infer data interop checkpoint processes plan rl vision"), ()),
     "qwen3f.tasks": (of_qwen3f("rl stages train model infer"), ()),
     "qwen3f.sandbox": (("qwen3f", "sharding"), (*BASE, "qwen3f.sandbox")),
     "qwen3f": (("experiments", "launch"), ()),

@@ -116,7 +116,7 @@ def test_contract_command_trains_on_the_embedded_corpus(tmp_path):
     assert f"done at step 30; in {tmp_path / 'w'}: checkpoints/30, metrics.jsonl" in done.stdout
     assert f"--config.init_from={tmp_path / 'w'} --config.chat=False" in done.stdout.partition("what next:")[2]
     assert sorted(p.name for p in (tmp_path / "w").iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "tensorboard", "tokenizer",
+        "checkpoints", "config.json", "metrics.jsonl", "report.html", "run.json", "tensorboard", "tokenizer",
     ]  # fmt: skip
 
     again = launch(*command, "--noprogress")

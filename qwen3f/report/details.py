@@ -14,23 +14,26 @@ from qwen3f.report.words import duration, figure
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """rows: of texts; the first cell of each names its row. wrap: columns whose words may break."""
+    """rows: of texts; the first cell of each names its row, below which stands the row's own text of `said`. note: for
+    all of it."""
 
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    said: tuple[str, ...] = ()
 
 
 def every_number(run: Run) -> Table:
     """All that was logged, known or not."""
-    rows = []
+    rows, texts = [], []
     for name, series in run.metrics.series.items():
         meaning = names.find(name, run.kind)
         unit = meaning.unit if meaning else ""
         cells = [figure(x, unit) for x in _ends(series.values)] if series.values else ["no finite number"] * 4
         said = f"{meaning.title}: {meaning.meaning}" if meaning else "not described here"
-        rows.append((name, *cells, said[:1].upper() + said[1:]))
-    return Table(("name", "first", "last", "lowest", "highest", "what it is"), tuple(rows))
+        rows.append((name, *cells))
+        texts.append(said[:1].upper() + said[1:])
+    return Table(("name", "first", "last", "lowest", "highest"), tuple(rows), said=tuple(texts))
 
 
 def _ends(values: Sequence[float]) -> tuple[float, ...]:

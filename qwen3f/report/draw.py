@@ -9,20 +9,16 @@ import functools
 import html
 import io
 import itertools
-import logging
 import re
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from qwen3f.report.charts import Chart, Line
-
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of fonts that it lacks, which the page does not use
-
-import matplotlib as mpl  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator  # noqa: E402
 
 WIDTH, HEIGHT = 360, 200  # units of the picture, which are CSS pixels on a phone
 POINT = 72  # units an inch
@@ -113,7 +109,7 @@ def bounds(lines: tuple[Line, ...], unit: str) -> tuple[float, float]:
     edges = np.concatenate([(*line.low, *line.high) for line in lines if line.low] or [means])
     low, high = min(means.min(), np.quantile(edges, 0.02)), max(means.max(), np.quantile(edges, 0.98))
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    out = low - (room if low < 0 or low > room else low), high + room
+    out = low - (room if low < 0 or low > room else low + room / 2), high + room
     if unit == "share" and low >= 0 and high <= 1:
         top = min(out[1], 1.01)
         return min(out[0], top - 0.05), top

@@ -27,7 +27,9 @@ def _is_share(name: str) -> bool:
 
 
 def rows_of(report: Report, name: str) -> tuple[Row, ...]:
-    return tuple((stage.name, stage.before.get(name), stage.after.get(name)) for stage in report.stages)
+    """Of the stages that train: an evaluation asks questions of its own."""
+    stages = [stage for stage in report.stages if not stage.run.results]
+    return tuple((stage.name, stage.before.get(name), stage.after.get(name)) for stage in stages)
 
 
 @functools.lru_cache(maxsize=64)
@@ -44,7 +46,8 @@ def dots(title: str, rows: tuple[Row, ...]) -> str:
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x", color=draw.STAND_INS.grid, linewidth=0.8)
         highest = max((m.high if m.has_interval else m.value for _, *both in rows for m in both if m), default=1.0)
-        axes.set_xlim(0, min(1.0, max(0.05, 1.08 * highest)))
+        end = min(1.0, max(0.05, 1.08 * highest))
+        axes.set_xlim(-0.03 * end, end)
         axes.xaxis.set_major_locator(draw.MaxNLocator(4))
         axes.xaxis.set_major_formatter(draw.FuncFormatter(draw.percent))
         axes.set_ylim(len(rows) - 0.4, -0.6)

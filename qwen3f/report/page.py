@@ -46,8 +46,8 @@ def _environment() -> Environment:
 
 
 def _breakable(text: str) -> Markup:
-    """A name that may go on in the next line behind an underscore or a slash."""
-    return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(text))))
+    """A name that may go on in the next line behind an underscore, a dot or a slash."""
+    return Markup(re.sub(r"([_/]|\.(?=\w))", r"\1<wbr>", str(escape(text))))
 
 
 def _lead(report: Report) -> str:
@@ -91,7 +91,7 @@ def _overviews(report: Report) -> list[dict[str, Any]]:
         rows = overview.rows_of(report, name)
         title = meaning.title[:1].upper() + meaning.title[1:]
         counts = {m.n for _, _, m in rows if m and m.n}
-        asked = f" {max(counts):,} questions, the same ones for all stages." if counts else ""
+        asked = f" {min(counts):,} questions." if len(counts) == 1 else ""
         caption = (
             f"{meaning.meaning}{asked} A row a stage: the hollow dot is the model it started from, the filled one the "
             "model it ends with, the bar its 95% interval."
@@ -115,8 +115,9 @@ def _stage(report: Report, stage: Stage, place: int) -> dict[str, Any]:
         "status": _DONE.get(stage.status, stage.status),
         "error": stage.error,
         "origin": _origin(stage),
-        "steps": f"{stage.steps:,} steps" if stage.steps else "no step yet",
-        "time": words.duration(stage.seconds),
+        "steps": f"{stage.steps:,} steps" if stage.steps else "",
+        "meta": _meta(stage),
+        "time": _time(stage),
         "experiment": stage.experiment,
         "results": _results(stage),
         "verdict": _verdict(report, stage),
@@ -140,6 +141,17 @@ def _of_pipeline(report: Report, stage: Stage) -> list[texts.Exchange]:
     before = next((one for one in report.stages if one.name == stage.origin), None)
     trained = before if before and stage.before else None
     return texts.of_stages((trained.name, trained.asked) if trained else None, (stage.name, stage.asked))
+
+
+def _time(stage: Stage) -> str:
+    return "not run yet" if stage.status == "waiting" and not stage.seconds else words.duration(stage.seconds)
+
+
+def _meta(stage: Stage) -> str:
+    """Where it came from, how long it was, by which experiment, how it stands."""
+    steps = f"{stage.steps:,} steps in " if stage.steps else ""
+    parts = (_origin(stage), f"{steps}{_time(stage)}", stage.experiment, _DONE.get(stage.status, stage.status))
+    return "; ".join(filter(None, parts))
 
 
 def _sentence(text: str) -> str:
@@ -214,13 +226,13 @@ def _title(stage: Stage, name: str) -> str:
 
 def _tables(stage: Stage) -> list[tuple[str, details.Table]]:
     run = stage.run
-    changed = tuple((f"--config.{key}", str(value), "") for key, value in stage.overrides.items())
+    changed = tuple((f"--config.{key}", str(value)) for key, value in stage.overrides.items())
     found = {
         "Benchmarks": details.results(run),
         "Answers sampled": details.counts(run),
         "Results by kind of question": details.groups(run),
         "Every logged number": details.every_number(run) if run.metrics.series else None,
-        "What the pipeline sets": details.Table(("key", "value", ""), changed) if changed else None,
+        "What the pipeline sets": details.Table(("key", "value"), changed) if changed else None,
         "Configuration": details.changed_keys(run),
         "Mesh and placement of parameters": details.placement(run),
         "Machine, versions, time": details.machine(run),

@@ -19,7 +19,7 @@ from qwen3f.report.read import read
 _LIGHT = draw.Theme("#1c2128", "#d5d9de", ("#0b57b7", "#b3470b", "#17734f", "#7b3fa8"))
 _DARK = draw.Theme("#e4e8ec", "#3a424b", ("#86b7ff", "#ffa066", "#5fcf9f", "#cf9bf5"))
 _PAPERS = ("#ffffff", "#14171b")
-_WIDTH, _ABOVE, _BELOW = 900, 190, 130
+_WIDTH, _ABOVE, _BELOW = 900, 214, 130
 _LEFT, _RIGHT, _GAP = 48, 14, 40  # beside the columns, and between them
 _SCALE = 2  # of a PNG
 
@@ -101,7 +101,7 @@ def _accuracies(
 ) -> None:
     """A dot a stage and measure, with its interval; the measures' names at the right end of their dots."""
     room, height = size
-    box = (_LEFT / _WIDTH, (_BELOW + 60) / height, (_WIDTH - _LEFT - _RIGHT) / _WIDTH, (_ABOVE - 40) / height)
+    box = (_LEFT / _WIDTH, (_BELOW + 60) / height, (_WIDTH - _LEFT - _RIGHT) / _WIDTH, (_ABOVE - 64) / height)
     axes = figure.add_axes(box)
     draw.style(axes, "share", theme)
     axes.set_xlim(-0.5 + (_GAP / 2) / room, len(stages) - 0.5 + (_GAP / 2) / room)
@@ -120,5 +120,9 @@ def _accuracies(
                 highest = max(highest, m.high)
             highest = max(highest, m.value)
     axes.set_ylim(0, min(1.02, highest * 1.1))
+    counts = {m.n for stage in stages for name, m in stage.after.items() if name in measures and m.n}
+    asked = f"{min(counts):,} held-out problems" if len(counts) == 1 else "held-out problems"
+    said = f"Share of {asked} that are answered right after each stage; bars: 95% intervals"
+    figure.text(_LEFT / _WIDTH, 1 - 18 / height, said, color=theme.ink, fontsize=draw.FONT + 1)
     axes.legend(loc="upper left", frameon=False, labelcolor=theme.ink, fontsize=draw.FONT, ncols=len(measures),
                 borderaxespad=0, bbox_to_anchor=(0, 1.22), handlelength=3)  # fmt: skip

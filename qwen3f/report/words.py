@@ -1,6 +1,7 @@
 """Numbers and changes in words, so that nobody has to read a curve to know what happened."""
 
 import math
+import re
 
 from qwen3f.eval.statistics import Estimate, difference
 from qwen3f.report.data import Measure
@@ -22,7 +23,7 @@ def figure(value: float, unit: str = "") -> str:
     elif abs(value) >= 0.001:
         text = f"{value:.4g}"
     else:
-        text = f"{value:.2e}"
+        text = re.sub(r"e-0*", f"e{MINUS}", f"{value:.3g}")
     return text.replace("-", MINUS, 1) if text.startswith("-") else text
 
 

@@ -49,7 +49,9 @@ class RunRecord:
         if expert_load is not None:
             shares = [[round(share, _DIGITS) for share in layer] for layer in expert_load.tolist()]
             self._load = {"expert_load": {"step": step, "shares": shares}}
-        record = {**self._facts, **self._load, "sessions": [*self._before, self._session]}
+        went = step > self._session["start"] or not self._before
+        sessions = [*self._before, *([self._session] if went else [])]
+        record = {**self._facts, **self._load, "sessions": sessions}
         try:
             write_atomically(self._path, (json.dumps(record) + "\n").encode(errors="replace"))
         except OSError as error:

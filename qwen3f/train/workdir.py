@@ -1,4 +1,5 @@
-"""A run's directory: config.json, tokenizer/, metrics.jsonl, tensorboard/, checkpoints/, nonfinite/.
+"""A run's directory: config.json, tokenizer/, metrics.jsonl, tensorboard/, checkpoints/, nonfinite/; for the report
+run.json (run_record), answers/ (answers_folder) and report.html itself.
 
 Nothing that a run wrote is overwritten without a copy; a directory of another model or tokenizer is refused. What the
 checkpoints say of both, which their manifests guard, counts more than the files beside them.

@@ -9,7 +9,7 @@ import scipy.stats
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.humaneval import pass_at_k
 from qwen3f.eval.compare import compare, described
-from qwen3f.eval.statistics import bootstrap, estimate, mcnemar, paired, wilson
+from qwen3f.eval.statistics import Estimate, bootstrap, difference, estimate, mcnemar, paired, wilson
 
 
 @pytest.mark.parametrize("successes, n", [(0, 5), (5, 5), (1, 7), (81, 263), (700, 1000)])
@@ -83,3 +83,11 @@ def test_two_results_are_compared_question_by_question():
 def test_results_of_other_questions_are_refused(b, words):
     with pytest.raises(UserError, match=words):
         compare(results({0: 0, 1: 1}), b)
+
+
+def test_difference_of_two_shares_is_newcombes():
+    """Newcombe (1998), table II, (a): 56/70 − 48/80 by his method 10."""
+    before, after = (Estimate(k / n, *wilson(k, n), n) for k, n in ((48, 80), (56, 70)))
+    found = difference(before, after)
+    assert (found.value, found.n) == (pytest.approx(0.2), 70)
+    assert (found.low, found.high) == (pytest.approx(0.0524, abs=5e-5), pytest.approx(0.3339, abs=5e-5))

@@ -61,6 +61,15 @@ def test_of_a_million_lines_some_are_read_evenly_with_every_evaluation_and_both_
     assert max(b - a for a, b in pairwise(steps)) <= 202
 
 
+def test_an_evaluation_that_lies_across_two_blocks_is_found(path, monkeypatch):
+    monkeypatch.setattr(F, "_BLOCK", 64)
+    lines = [
+        b'{"step": %d, "loss": 1.5%s}\n' % (s, b', "val_loss": 2.0' if s % 50 == 0 else b"") for s in range(1, 1001)
+    ]
+    found = read(path, b"".join(lines), most=100)
+    assert found.series["val_loss"].steps == tuple(range(50, 1001, 50))
+
+
 def test_so_many_evaluations_are_thinned_out_too(path):
     lines = [b'{"step": %d, "val_loss": 1.5}\n' % step for step in range(1, 3001)]
     found = read(path, b"".join(lines), most=100)

@@ -1,6 +1,9 @@
 """The picture for a README: it stands by itself, in both schemes."""
 
 import io
+import os
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -50,6 +53,13 @@ def test_what_cannot_be_drawn_is_one_line(pipeline, tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     assert command.main([str(tmp_path), f"--picture={tmp_path / 'x.svg'}"]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path} has no stage with metrics yet; there is nothing to draw\n"
+
+
+def test_without_a_place_for_its_caches_nothing_is_said(pipeline, tmp_path):
+    environment = {**os.environ, "MPLCONFIGDIR": "/proc/nowhere", "HOME": "/proc/nowhere"}
+    command = [sys.executable, "-m", "qwen3f.report", str(pipeline)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"{pipeline / 'report.html'}\n", "")
 
 
 def test_the_command_writes_the_report(pipeline, capsys):

@@ -49,7 +49,7 @@ def test_a_loss_is_better_when_it_is_lower():
 
 @pytest.mark.parametrize("value, unit, text", [
     (0.4125, "share", "41.2%"), (1234567.0, "", "1,234,567"), (1234.5, "", "1,234"), (-2.5, "", "−2.5"),
-    (2e-5, "", "2.00e-05"), (0.0, "", "0"), (math.inf, "", "no number"),
+    (2e-5, "", "2e−5"), (0.0, "", "0"), (-1.234e-7, "", "−1.23e−7"), (math.inf, "", "no number"),
 ])  # fmt: skip
 def test_figures(value, unit, text):
     assert words.figure(value, unit) == text

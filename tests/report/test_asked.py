@@ -1,0 +1,91 @@
+"""What a pipeline asked of its stages' models: shown before and after, and compared question by question."""
+
+import json
+
+import pytest
+
+from qwen3f.report import texts
+from qwen3f.report.page import render
+from qwen3f.report.read import read
+from tests.report.places import write_pipeline, write_run
+
+
+def record(number, right, text="text"):
+    prompt = f"<|im_start|>user\nQuestion {number}?<|im_end|>\n<|im_start|>assistant\n"
+    return {"number": number, "prompt": prompt, "gold": "7", "outputs": [f"<think>\nhm\n</think>\n\n{text}"],
+            "metrics": {"accuracy": float(right)}, "ended": [True]}  # fmt: skip
+
+
+def results(place, marks, text="text"):
+    place.mkdir(parents=True)
+    n = len(marks)
+    metrics = {"accuracy": {"value": sum(marks) / n, "low": 0.0, "high": 1.0, "n": n}}
+    samples = [record(i, mark, text) for i, mark in enumerate(marks)]
+    found = {"benchmarks": {"reasoning": {"metrics": metrics, "samples": samples}}}
+    (place / "results.json").write_text(json.dumps(found))
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("one", "two")]
+    results(runs[0] / "measures" / "thinking", [0] * 40, "before words")
+    results(runs[1] / "measures" / "thinking", [1] * 12 + [0] * 28, "after words")
+    (tmp_path / "P").mkdir()
+    return write_pipeline(tmp_path / "P", runs)
+
+
+def test_the_same_questions_are_compared_one_by_one(pipeline):
+    one, two = read(pipeline).stages
+    assert not one.differences
+    found = two.differences["reasoning_thinking"]
+    assert (found.value, found.n) == (pytest.approx(0.3), 40)
+    assert found.low > 0
+
+
+def test_other_questions_are_not(pipeline):
+    path = pipeline / "02_two" / "measures" / "thinking" / "results.json"
+    path.write_text(path.read_text().replace("Question 3?", "Question 99?"))
+    assert not read(pipeline).stages[1].differences
+
+
+def test_a_right_answer_and_a_wrong_one_are_shown_as_both_models_gave_them(pipeline):
+    one, two = read(pipeline).stages
+    shown = texts.of_stages((one.name, one.asked), (two.name, two.asked))
+    assert [reply.mark for exchange in shown for reply in exchange.replies][:4] == ["wrong", "right", "wrong", "wrong"]
+    assert (shown[0].question, shown[0].gold) == ("Question 0?", "7")
+    first, then = shown[0].replies
+    assert (first.when, first.thought, first.text) == ("after one", "hm", "before words")
+    assert (then.when, then.text) == ("after two", "after words")
+
+
+def test_an_evaluation_is_a_stage_without_before(pipeline):
+    results(pipeline / "03_eval" / "thinking", [1, 0], "said")
+    told = json.loads((pipeline / "pipeline.json").read_text())
+    stage = {"name": "evaluation", "workdir": "03_eval", "from": "two", "status": "done", "seconds": 9.0,
+             "measures": {"reasoning_thinking": {"value": 0.5, "low": 0.1, "high": 0.9, "n": 2}}}  # fmt: skip
+    (pipeline / "pipeline.json").write_text(json.dumps(told | {"stages": [*told["stages"], stage]}))
+    last = read(pipeline).stages[-1]
+    assert (last.before, last.run.results[0][0]) == ({}, "reasoning, accuracy, thinking")
+    text = render(read(pipeline))
+    assert "Benchmarks" in text
+    assert "from two; 9 s; done" in text
+
+
+def test_pictures_that_were_asked_about_are_shown(pipeline):
+    place = pipeline / "02_two"
+    (place / "pictures").mkdir()
+    (place / "pictures" / "0.png").write_bytes(b"\x89PNG")
+    rows = [{"picture": "pictures/0.png", "prompt": "How many?", "gold": "3"},
+            {"picture": "../../etc/passwd", "prompt": "x", "gold": "y"}]  # fmt: skip
+    (place / "questions.json").write_text(json.dumps(rows))
+    (place / "0.jsonl").write_text(json.dumps({"answer": "3."}) + "\n")
+    (place / "1.jsonl").write_text(json.dumps({"answer": "3."}) + "\n")
+    found = [line for line in read(pipeline).stages[1].asked if line["evaluation"] == "pictures"]
+    assert [(line["prompt"], line["mark"]) for line in found] == [("How many?", 1.0)]
+    assert 'src="data:image/png;base64,iVBORw=="' in render(read(pipeline))
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '{"benchmarks": 3}', '{"benchmarks": {"a": {"samples": [1, {}]}}}'])
+def test_results_that_are_broken_are_left_out(pipeline, broken):
+    (pipeline / "02_two" / "measures" / "thinking" / "results.json").write_text(broken)
+    assert read(pipeline).stages[1].asked == ()
