@@ -13,7 +13,7 @@ The ids are the same for every text, not only nearly:
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ _SPACE = "\u2581"
 _PLAIN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 
 
-def write_tokenizer_json(model: Model, path: Path, special_ids: Mapping[str, int], directory: Path) -> None:
+def write_tokenizer_json(
+    model: Model, path: Path, special_ids: Mapping[str, int], as_text: Collection[str], directory: Path
+) -> None:
     """Write tokenizer.json and tokenizer_config.json, which transformers loads as a PreTrainedTokenizerFast.
 
     Special tokens are read in text, as transformers does with any model's, unless `split_special_tokens=True`.
@@ -34,13 +36,14 @@ def write_tokenizer_json(model: Model, path: Path, special_ids: Mapping[str, int
     Args:
         model: of the file `path`, which errors name.
         special_ids: id by name, `<|endoftext|>` among them.
+        as_text: those that stay in a text without special tokens.
 
     Raises:
         UserError: the model works in a way that tokenizer.json cannot express.
     """
-    content = tokenizer_json(model, path, special_ids)
+    content = tokenizer_json(model, path, special_ids, as_text)
     config = {
-        "additional_special_tokens": [name for name in special_ids if name != "<|endoftext|>"],
+        "additional_special_tokens": [name for name in special_ids if name not in ("<|endoftext|>", *as_text)],
         "bos_token": None,
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|endoftext|>",
@@ -53,7 +56,9 @@ def write_tokenizer_json(model: Model, path: Path, special_ids: Mapping[str, int
     write_atomically(directory / TOKENIZER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def tokenizer_json(model: Model, path: Path, special_ids: Mapping[str, int]) -> dict[str, Any]:
+def tokenizer_json(
+    model: Model, path: Path, special_ids: Mapping[str, int], as_text: Collection[str]
+) -> dict[str, Any]:
     """The content of tokenizer.json. Args and errors as `write_tokenizer_json`."""
     vocab = {_spell(piece.text): i for i, piece in enumerate(model.pieces)}
     symbols = {text: i for text, i in vocab.items() if model.pieces[i].kind == USER_DEFINED}
@@ -70,7 +75,8 @@ def tokenizer_json(model: Model, path: Path, special_ids: Mapping[str, int]) -> 
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": added[i], **_PLAIN, "special": added[i] in special_ids} for i in sorted(added)
+            {"id": i, "content": added[i], **_PLAIN, "special": added[i] in special_ids and added[i] not in as_text}
+            for i in sorted(added)
         ],
         "normalizer": None,
         "pre_tokenizer": None,

@@ -39,6 +39,10 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
+AS_TEXT = ("<think>", "</think>")
+"""Of them, what stays when special tokens are left out of a text: an answer is judged by where its thought ends. So do
+Qwen's own files."""
+
 MODEL_FILE = "tokenizer.model"
 """What Hugging Face directories, and workdirs here, call the file."""
 
@@ -115,7 +119,7 @@ class SentencePieceTokenizer:
             raise UserError(f"{path} is not a SentencePiece model: give data.tokenizer a .model file.") from error
         self.vocab_size = self._processor.get_piece_size()
         self._special_ids = self._find_specials()
-        self._hidden = frozenset(self._special_ids.values())
+        self._hidden = frozenset(i for name, i in self._special_ids.items() if name not in AS_TEXT)
         self._byte_ids, self._piece_bytes = self._build_tables()
         self.eos_id = self._special_ids["<|endoftext|>"]
         self.pad_id = self.eos_id
@@ -215,7 +219,7 @@ class SentencePieceTokenizer:
 
         Args:
             ids: token ids.
-            skip_special: leave out SPECIAL_TOKENS instead of writing their names.
+            skip_special: leave out SPECIAL_TOKENS, but for AS_TEXT, instead of writing their names.
 
         Raises:
             UserError: an id outside [0, vocab_size).
@@ -240,7 +244,7 @@ class SentencePieceTokenizer:
         Raises:
             UserError: a model trained elsewhere that has no such form; see `sentencepiece_export`.
         """
-        write_tokenizer_json(read_model(self._model), self.path, self._special_ids, Path(directory))
+        write_tokenizer_json(read_model(self._model), self.path, self._special_ids, AS_TEXT, Path(directory))
         self.save(directory)
 
 

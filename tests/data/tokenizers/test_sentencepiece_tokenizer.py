@@ -49,6 +49,8 @@ def test_special_ids(tokenizer):
     assert tokenizer.eos_id == tokenizer.pad_id == ids[0]
     text = "<|im_start|>hi<|im_end|>"
     assert tokenizer.decode(tokenizer.encode(text, allow_special=True), skip_special=True) == "hi"
+    thought = "<think>\nhm\n</think>\n\n4"
+    assert tokenizer.decode(tokenizer.encode(thought, allow_special=True), skip_special=True) == thought
     with pytest.raises(UserError, match=r"'<\|nope\|>' is no special token: choose one of <\|endoftext\|>"):
         tokenizer.special_id("<|nope|>")
 
