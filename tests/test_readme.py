@@ -33,7 +33,6 @@ BLOCKS = {f"{name_of(page)}:{i}": block for page in PAGES for i, block in enumer
 ON_A_MESH = {name: block for name, block in BLOCKS.items() if "init_process_group" in block}
 ALONE = {name: block for name, block in BLOCKS.items() if name not in ON_A_MESH}
 OWN = {"mine/focal.py", "qwen3f/tasks/parity.py"}  # what a page tells its reader to write
-AWAITED = {"experiments/pipeline.py"}  # named by pages, and not there yet
 
 pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
@@ -179,14 +178,6 @@ def found(page, name):
     return next((place / name for place in places(page) if (place / name).exists()), None)
 
 
-def awaited(name):
-    return any(path.endswith(name.partition(":")[0]) for path in AWAITED)
-
-
-def test_what_is_awaited_is_not_there():
-    assert [name for name in AWAITED if (ROOT / name).exists()] == []
-
-
 @pages
 def test_links_lead_somewhere(page):
     wrong = [link for link in links(page) if not link.startswith("http") and not (page.parent / link).exists()]
@@ -199,9 +190,9 @@ def test_every_file_that_is_named_exists(page):
     files = {
         name for span in code for name in re.findall(r"^[\w/.-]+\.(?:py|md|sh|txt)(?=$|:)|^[\w.-]+/(?:[\w-]+/)*$", span)
     }
-    of_runs = {"checkpoints/", "tokenizer/", "nonfinite/", "samples/", "state/", "meta/", "results.md"}
+    of_runs = {"checkpoints/", "tokenizer/", "nonfinite/", "samples/", "answers/", "state/", "meta/", "results.md"}
     named = {name for name in files - OWN - of_runs if not re.search(r"(^|[/_])[A-Z]+([./]|$)", name)}  # NAME.py
-    assert sorted(name for name in named if found(page, name) is None and not awaited(name)) == []
+    assert sorted(name for name in named if found(page, name) is None) == []
 
 
 @pages
@@ -248,7 +239,7 @@ def test_every_key_that_is_named_exists(page, known):
 @pages
 def test_every_experiment_and_preset_that_is_named_exists(page):
     for span in spans(prose(page)):
-        if (name := re.fullmatch(r"(?:experiments/)?(\w+)\.py:([a-z][\w.,-]*)", span)) and not awaited(span):
+        if name := re.fullmatch(r"(?:experiments/)?(\w+)\.py:([a-z][\w.,-]*)", span):
             cli.load_experiment(f"experiments/{name[1]}.py:{name[2]}")
 
 
@@ -257,7 +248,7 @@ def test_every_command_that_is_written_down_is_one(page):
     """Of launch.py: keys and kinds of values; of modules: that they are there, and a bench's cases."""
     for words in commands(page):
         if words[0] == "launch.py" and "--config" in words:
-            if words[2] not in OWN and words[2] != "experiments/X.py:PRESET" and not awaited(words[2]):
+            if words[2] not in OWN and words[2] != "experiments/X.py:PRESET":
                 cli._check_overrides(words)
         elif words[:2] == ["python", "-m"]:
             assert importlib.util.find_spec(words[2].rstrip(".")), words
