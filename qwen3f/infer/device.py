@@ -198,14 +198,14 @@ class Device:
             first, last = min(numbers), max(numbers)
             if last - first < 2 * len(rows):
                 places, table, count = [number - first for number in numbers], first, last - first + 1
-        if table is None:
-            table = self._table(rows)
         known = {} if before is None else {row.number: place for row, place in zip(before.rows, before.places)}
         numbers = np.zeros((len(Inputs._fields), count), np.int64)
         numbers[4] = -1
         numbers[:, places] = np.array([self._place(row, known) for row in rows]).T
         if self._fused:
-            return self._replay(rows, numbers)
+            return self._replay(rows, numbers)  # it has a table of its own; making one here would wait for the card
+        if table is None:
+            table = self._table(rows)
         inputs = Inputs(*torch.from_numpy(numbers).to(self.device))
         none = inputs.tokens.new_zeros(1)
         hidden, self._cache = self._decode(
