@@ -36,8 +36,11 @@ def get_config(preset: str = "qwen3-vl-2b") -> ConfigDict:
         config.model.vocab_size = 512  # there are not more pieces in their words
         config.data.min_side, config.data.max_side = 72, 96
         config.data.patches, config.data.images = 1024, 9
-        config.schedule.peak_lr = 2e-3
-        config.steps, config.batch_size = 1400, 4
+        # after 600 steps Muon answered 29% of held-out questions, AdamW at 2e-3 26%
+        config.optimizer.kind, config.optimizer.update_rms = "muon", 0.2 / 3
+        config.schedule.kind, config.schedule.decay, config.schedule.min_ratio = "wsd", 0.7, 0.0
+        config.schedule.peak_lr = 1e-2
+        config.steps, config.batch_size = 1000, 4
     if preset == "seed_vl":
         config.data.max_pixels = 672**2
     return config

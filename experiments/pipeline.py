@@ -107,7 +107,7 @@ NANO_VL: dict[str, Row] = {
         **_TEXT, **_TO_ZERO, **_often(250), "steps": 500, "schedule.peak_lr": 3e-2,
         "data.mixture": "embedded=0.5,reasoning=0.5", "model.vocab_size": 2048, "model.initializer_range": 0.03,
     }),
-    "multimodal": ("multimodal.py:nano_vl", 900, {**_often(150), "steps": 450, "eval.max_rows": 16}),
+    "multimodal": ("multimodal.py:nano_vl", 900, {**_often(200), "steps": 800, "eval.max_rows": 16}),
     "pictures": ("generate.py", 60, {
         "max_new_tokens": 64, "temperature": 0.0, "thinking": False, "min_pixels": 64 * 64, "max_pixels": 128 * 128,
     }),

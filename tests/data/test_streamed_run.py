@@ -58,3 +58,17 @@ def test_a_stream_that_ends_too_early_leaves_what_was_trained(config, tmp_path):
     assert last % 6  # no step at which a checkpoint was due
     run(config(last, **options), tmp_path / "straight", progress=False)
     assert_same_bits(*(final_state(config(last), tmp_path / name, last) for name in ("run", "straight")))
+
+
+def test_one_long_text_is_streamed_with_its_last_part_held_out(config, tmp_path):
+    (tmp_path / "text").mkdir()
+    lines = [f"the cat sat on mat {number}" for number in range(900)]
+    (tmp_path / "text/book.txt").write_text("\n".join(lines) + "\n")
+    asked = config(6, streaming=True, holdout=0.1)
+    asked.data.mixture, asked.eval.every = f"files@{tmp_path / 'text'}", 6
+    run(asked, tmp_path / "run", progress=False)
+    assert metrics(tmp_path / "run")[-1]["val_loss"] > 0
+    plain = config(6, holdout=0.1)
+    plain.data.mixture, plain.eval.every = asked.data.mixture, 6
+    run(plain, tmp_path / "cached", progress=False)
+    assert metrics(tmp_path / "cached")[-1]["val_loss"] > 0
