@@ -18,7 +18,8 @@ from tests.eval import tiny_model
 from tests.eval.test_rejection import said
 
 WORDS = (
-    *("device=cpu", "minutes=10", "tests=4", "new_tokens=6", "start_steps=2", "solutions=20", "questions=60"),
+    *("device=cpu", "minutes=10", "tests=4", "new_tokens=6", "solutions=20", "questions=60", "start_every=2"),
+    *("start_steps=4", "start_rates=2", "start.schedule.warmup=1", "start.checkpoint.asynchronous=False"),
     *(
         "round_questions=3",
         "round_steps=2",
@@ -32,8 +33,6 @@ WORDS = (
         "grpo.eval.every=1",
         "sft.steps=4",
         "sft.schedule.warmup=1",
-        "sft.eval.every=2",
-        "sft.checkpoint.every=2",
     ),
     *("sft.eval.questions=2", "sft.eval.max_rows=4", "start.eval.questions=2", "start.eval.max_rows=4"),
     *("grpo.checkpoint.asynchronous=False", "start.optimizer.kind=adamw", "sft.optimizer.kind=adamw"),
@@ -54,7 +53,7 @@ def result(place):
 
 
 def test_arms_end_with_what_they_are_worth(begun):
-    trial, start = parse(WORDS), str(begun / "start-0" / "w")
+    trial, start = parse(WORDS), result(begun / "start-0")["weights"]
     for name in ("grpo", "more_sft"):
         arm.main(name, begun / f"{name}-0", start, 0, trial, time.time())
     found = [result(begun / f"{name}-0") for name in ("start", "grpo", "more_sft")]
@@ -85,9 +84,9 @@ def test_rounds_go_on_from_each_others_weights_until_the_time_is_out(begun, monk
     monkeypatch.setattr(rejection, "answers_of", answers_of)
     limits = iter([0.0, 0.0, 0.0, 0.0, 1e12])  # the clock of `reject`: two rounds, and out
     monkeypatch.setattr(arm, "time", type("Clock", (), {"time": staticmethod(lambda: next(limits, 1e12))}))
-    monkeypatch.setattr(arm, "run", lambda config, workdir, until: arm.cli.run_stage(config, workdir, False))
-    start = str(begun / "start-0" / "w")
-    weights, rounds = arm.reject(parse(WORDS), begun / "rejection-0", start, 0, 1.0)
+    monkeypatch.setattr(arm, "run", lambda config, workdir, over: arm.cli.run_stage(config, workdir, False))
+    start = str(begun / "start-0" / "rate-0")
+    weights, rounds, curves = arm.reject(parse(WORDS), begun / "rejection-0", start, 0, 1.0)
     assert weights.endswith("round-1")
     assert [one["right"] for one in rounds] == [12, 12][: len(rounds)]
     assert configs[0].init_from == start
@@ -98,8 +97,8 @@ def test_rounds_go_on_from_each_others_weights_until_the_time_is_out(begun, monk
 def test_a_stage_is_stopped_in_time_and_other_signals_keep_their_meaning(begun):
     trial = dataclasses.replace(parse(WORDS), changes=(("sft", "eval.questions", 0),))
     before, began = signal.getsignal(signal.SIGTERM), time.time()
-    config = more_sft_config(trial, str(begun / "start-0" / "w"), 0)
-    arm.run(config, begun / "stopped", began + 4)
+    config = more_sft_config(trial, result(begun / "start-0")["weights"], 0)
+    arm.run(config, begun / "stopped", arm.after(began + 4))
     assert time.time() - began < 60
     assert signal.getsignal(signal.SIGTERM) is before
     assert any((begun / "stopped" / "checkpoints").iterdir())

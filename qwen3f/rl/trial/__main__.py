@@ -40,7 +40,8 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     _run([("start", str(place), base, seed) for seed, place in starts.items()], words, trial.together)
     started = time.time()
     places = {(arm, seed): out / f"{arm}-{seed}" for seed in trial.seeds for arm in trial.arms}
-    jobs = [(arm, str(place), str(starts[seed] / "w"), seed) for (arm, seed), place in places.items()]
+    begun = {seed: json.loads((place / "result.json").read_text())["weights"] for seed, place in starts.items()}
+    jobs = [(arm, str(place), begun[seed], seed) for (arm, seed), place in places.items()]
     _run(jobs, words, trial.together)
     results = [json.loads((place / "result.json").read_text()) for place in (*starts.values(), *places.values())]
     seconds = {"base": based - began, "starts": started - based, "arms": time.time() - started}
