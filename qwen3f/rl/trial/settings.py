@@ -15,7 +15,7 @@ FORMS = ("base", "start", "sft", "grpo", "sample")  # of configurations, to whic
 BASE = {"nano": "demo.py", "debug": "pretrain_s1.py:debug"}
 TASK = "procedures"
 GENTLER = 0.3  # of the cold start's rate, for fine-tuning that goes on from there
-ROW = 384  # tokens of a row
+ROW = 448  # tokens of a row: three worked sortings of five numbers
 WARMUP = 5  # steps of a run without an end
 ENDLESS = 1_000_000  # steps of a run that its time ends
 
@@ -40,7 +40,8 @@ class Trial:
         before. start_every, patience: steps between two evaluations, and how many of them without a better one end a
         rate.
       round_questions, round_steps: of a round of rejection sampling.
-      together: run the arms (of all seeds) at the same time, else one after the other.
+      together: run the arms (of all seeds) at the same time, else one after the other. arms: which of them; arms= makes
+        and measures the cold starts alone.
       changes: keys of single configurations, as ("grpo", "schedule.peak_lr", 3e-4); the command line writes
         grpo.schedule.peak_lr=3e-4.
     """
@@ -70,7 +71,7 @@ class Trial:
 
     def __post_init__(self) -> None:
         for name, chosen, known in (("preset", (self.preset,), tuple(BASE)), ("arms", self.arms, ARMS)):
-            if not chosen or not set(chosen) <= set(known):
+            if not set(chosen) <= set(known):
                 raise UserError(f"{name}={','.join(chosen)}: write {' or '.join(known)}")
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
@@ -195,10 +196,16 @@ def grpo_config(trial: Trial, start: str, seed: int) -> ConfigDict:
     config.eval.every, config.checkpoint.every = 20, 0
     config.eval.questions = 100
     config.samples.keep = 5
+    config.rewards = "correct=0.5,places=0.5"
+    config.rollout.draws = 1
+    config.rollout.old_logprobs = "sampler"  # one update of what was just sampled: the ratio is 1 up to rounding
     if trial.preset == "debug":
+        config.batch_size, config.rollout.samples = 64, 16
         config.rollout.rows, config.rollout.microbatch_rows, config.rollout.cache_tokens = 1024, 64, 262_144
     else:
         config.batch_size, config.rollout.samples = 16, 8
+        config.rollout.microbatch_rows = 4
+        config.schedule.peak_lr = 1e-4
     return _changed(config, trial, "grpo")
 
 
