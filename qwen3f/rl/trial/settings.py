@@ -198,13 +198,13 @@ def grpo_config(trial: Trial, start: str, seed: int) -> ConfigDict:
     config.samples.keep = 5
     config.rewards = "correct=0.5,places=0.5"
     config.rollout.draws = 1
-    config.rollout.old_logprobs = "sampler"  # one update of what was just sampled: the ratio is 1 up to rounding
     if trial.preset == "debug":
         config.batch_size, config.rollout.samples = 64, 16
         config.rollout.rows, config.rollout.microbatch_rows, config.rollout.cache_tokens = 1024, 64, 262_144
     else:
         config.batch_size, config.rollout.samples = 16, 8
         config.rollout.microbatch_rows = 4
+        config.rollout.old_logprobs = "sampler"  # in float32, one update of what was just sampled: the ratio is 1
         config.schedule.peak_lr = 1e-4
     return _changed(config, trial, "grpo")
 
