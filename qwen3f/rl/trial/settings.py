@@ -184,7 +184,8 @@ def _watch(config: ConfigDict, every: int) -> None:
 
 
 def grpo_config(trial: Trial, start: str, seed: int) -> ConfigDict:
-    """Reinforcement: many questions, answers only."""
+    """Reinforcement: many questions, answers only. An answer that is right in part counts in part, so that fewer groups
+    are all alike."""
     config = _load("grpo.py", trial, "grpo")
     config.init_from, config.seed = start, seed
     config.tasks = TASK
@@ -200,12 +201,11 @@ def grpo_config(trial: Trial, start: str, seed: int) -> ConfigDict:
     config.rollout.draws = 1
     if trial.preset == "debug":
         config.batch_size, config.rollout.samples = 64, 16
-        config.rollout.rows, config.rollout.microbatch_rows, config.rollout.cache_tokens = 1024, 64, 262_144
+        config.rollout.rows, config.rollout.microbatch_rows, config.rollout.cache_tokens = 1024, 64, 1024 * ROW
     else:
         config.batch_size, config.rollout.samples = 16, 8
         config.rollout.microbatch_rows = 4
         config.rollout.old_logprobs = "sampler"  # in float32, one update of what was just sampled: the ratio is 1
-        config.schedule.peak_lr = 1e-4
     return _changed(config, trial, "grpo")
 
 
