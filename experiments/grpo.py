@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from qwen3f.stages.configs import grpo_config
 
-# nano: from fine-tuning by Muon, AdamW at 2e-4 and above unlearns (qwen3f/rl/README.md).
+# nano: from fine-tuning by Muon, AdamW at 2e-4 and above unlearns (qwen3f/rl/trial/README.md).
 PEAK_LR = {"nano": 1e-4, "debug": 5e-5, "debug_moe": 5e-5}
 
 

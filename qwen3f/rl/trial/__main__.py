@@ -1,23 +1,14 @@
-r"""Does reinforcement teach a tiny model what its controls do not learn? python -m qwen3f.rl.trial key=value …
+"""Does reinforcement teach a tiny model what its controls do not learn? python -m qwen3f.rl.trial key=value …
 
-    python -m qwen3f.rl.trial kinds=sorting start_steps=230 minutes=2.5 out=runs/trial
-    OMP_NUM_THREADS=4 python -m qwen3f.rl.trial kinds=sorting seeds=0,1,2 base_seconds=110 start_steps=230 \
-        minutes=2.5 tests=300 device=cpu together=True out=runs/nano
-    python -m qwen3f.rl.trial preset=debug kinds=sorting difficulties=1,2,3 new_tokens=240 seeds=0,1,2 \
-        base_seconds=100 start_steps=250 start_every=25 round_questions=2000 round_steps=100 minutes=3 \
-        device=cuda together=True grpo.schedule.peak_lr=1e-4 grpo.eval.every=10 out=runs/debug
-
-The first is for two cores, the second for ten or more, the third for a GPU with as many cores; the last two are made to
-end within nine minutes.
+    python -m qwen3f.rl.trial kinds=sorting base_seconds=60 start_steps=230 minutes=2.5 out=runs/trial
 
 A base is pretrained on other texts, once for all seeds. From it each seed makes a cold start on few worked solutions:
 fine-tuned at one rate after the other until its held-out accuracy no longer grows, of which the best checkpoint counts.
 From that same checkpoint three arms run for the same number of minutes: GRPO on many questions of which only the
 answers are known, of which the last weights count; more fine-tuning on the same solutions, and rounds of rejection
 sampling on the same questions, of which the checkpoint with the best held-out accuracy counts, the cold start's among
-them. All are then asked fresh held-out questions, greedily and at temperature 1. arms= makes and measures the cold
-starts alone, to find questions that leave something to learn. What is measured: out/trial.json, and a table. Keys:
-qwen3f/rl/trial/settings.py.
+them. All are then asked fresh held-out questions, greedily and at temperature 1. What is measured: out/trial.json, and
+a table. Keys: qwen3f/rl/trial/settings.py; commands for larger machines: qwen3f/rl/trial/README.md.
 """
 
 import json
