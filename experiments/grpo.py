@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from qwen3f.stages.configs import grpo_config
 
-PEAK_LR = {"nano": 2e-4, "debug": 5e-5, "debug_moe": 5e-5}
+# nano: from fine-tuning by Muon, AdamW at 2e-4 and above unlearns (qwen3f/rl/trial/README.md).
+PEAK_LR = {"nano": 1e-4, "debug": 5e-5, "debug_moe": 5e-5}
 
 
 def get_config(preset: str = "small") -> ConfigDict:

@@ -121,7 +121,7 @@ class PagePool:
                 found = self._common(self._contents[page], tokens, at, most)
                 if found > length:
                     best, length = page, found
-                    if length == self.size:
+                    if length == min(self.size, most - at):  # no other page holds more: of many answers to one prompt
                         break
             if length < self.size:
                 return Match(tuple(pages), best, at + length)

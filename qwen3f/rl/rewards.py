@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen3f.processes.killable_child import find
-from qwen3f.tasks.answer_text import is_well_formed
+from qwen3f.tasks.answer_text import boxed_answer, is_well_formed, normalised
 from qwen3f.tasks.equivalence import math_reward
 from qwen3f.tasks.registry import open_task
 
@@ -48,6 +48,14 @@ def correct(sample: Sample) -> float | None:
 def mathematics(sample: Sample) -> float | None:
     """Whether the final answer means the same as gold, whatever the task; 0 for a completion that did not end."""
     return math_reward(sample.text, sample.gold) if sample.ended else 0.0
+
+
+def places(sample: Sample) -> float:
+    """The share of gold's parts, which blanks separate, that the final answer has in their place; 0 for a completion
+    that did not end. Something to learn from where answers are seldom right as a whole: of five numbers, four."""
+    answer = boxed_answer(sample.text) if sample.ended else None
+    given, wanted = (answer or "").split(), normalised(sample.gold).split()
+    return sum(a == b for a, b in zip(given, wanted)) / max(len(given), len(wanted), 1)
 
 
 def form(sample: Sample) -> float:
@@ -87,6 +95,7 @@ def _script(letter: str) -> str:
 REWARDS: dict[str, Callable[[Sample], float | None]] = {
     "correct": correct,
     "math": mathematics,
+    "places": places,
     "format": form,
     "length": length,
     "overlong": overlong,

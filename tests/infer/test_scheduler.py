@@ -9,7 +9,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3f.infer.pages import PagePool
+from qwen3f.infer.pages import ROOT, PagePool
 from qwen3f.infer.request import Request, Row
 from qwen3f.infer.scheduler import Limits, Scheduler
 
@@ -129,6 +129,19 @@ def test_answers_to_one_prompt_share_its_prefill():
     while machine.step(lambda row: False):
         pass
     assert machine.computed == (len(prompt) - 1) + 8 * 3  # the prompt once, and each answer's own passes
+
+
+def test_a_prompt_that_a_page_holds_whole_is_looked_for_no_further(monkeypatch):
+    pool, prompt = PagePool(8, 16), list(range(10))
+    pages = [pool.take() for _ in range(8)]
+    for page in pages:
+        pool.describe(page, ROOT, Row(Request(tuple(prompt), 4), page), 0)
+        pool._contents[page].owner.cached = len(prompt)
+    compared, real = [], pool._common
+    monkeypatch.setattr(pool, "_common", lambda content, *rest: compared.append(content) or real(content, *rest))
+    found = pool.match(prompt, len(prompt) - 1)
+    assert (found.pages, found.partial, found.tokens) == ((), pages[0], 9)
+    assert len(compared) == 1
 
 
 def test_a_row_that_begins_as_an_earlier_one_computes_only_the_rest():

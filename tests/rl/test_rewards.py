@@ -98,6 +98,9 @@ def test_rewards_by_rule():
     assert REWARDS["correct"](cut) == REWARDS["math"](cut) == REWARDS["format"](cut) == 0.0
     plain = sample("\\boxed{5}", thinking=False)
     assert (REWARDS["format"](plain), REWARDS["format"](sample("\\boxed{5}"))) == (1.0, 0.0)
+    parts = [sample(f"\\boxed{{{text}}}", "10 20 30 40") for text in ("10 20 40 30", "10 20 30 40 50", "20 30 40", "")]
+    assert [REWARDS["places"](one) for one in (*parts, sample("10 20", "10 20"))] == [0.5, 0.8, 0.0, 0.0, 0.0]
+    assert (REWARDS["places"](good), REWARDS["places"](cut)) == (1.0, 0.0)
     assert REWARDS["length"](good) == -0.1
     assert [REWARDS["overlong"](sample("x", tokens=n)) for n in (75, 80, 100)] == [0.0, -0.2, -1.0]
     assert REWARDS["language"](sample("five пять")) == 0.5

@@ -18,7 +18,8 @@ from tests.eval import tiny_model
 from tests.eval.test_rejection import said
 
 WORDS = (
-    *("device=cpu", "minutes=10", "tests=4", "new_tokens=6", "start_steps=2", "solutions=20", "questions=60"),
+    *("device=cpu", "minutes=10", "tests=4", "new_tokens=6", "solutions=20", "questions=60", "start_every=2"),
+    *("start_steps=4", "start_rates=2", "start.schedule.warmup=1", "start.checkpoint.asynchronous=False"),
     *(
         "round_questions=3",
         "round_steps=2",
@@ -32,8 +33,6 @@ WORDS = (
         "grpo.eval.every=1",
         "sft.steps=4",
         "sft.schedule.warmup=1",
-        "sft.eval.every=2",
-        "sft.checkpoint.every=2",
     ),
     *("sft.eval.questions=2", "sft.eval.max_rows=4", "start.eval.questions=2", "start.eval.max_rows=4"),
     *("grpo.checkpoint.asynchronous=False", "start.optimizer.kind=adamw", "sft.optimizer.kind=adamw"),
@@ -54,7 +53,7 @@ def result(place):
 
 
 def test_arms_end_with_what_they_are_worth(begun):
-    trial, start = parse(WORDS), str(begun / "start-0" / "w")
+    trial, start = parse(WORDS), result(begun / "start-0")["weights"]
     for name in ("grpo", "more_sft"):
         arm.main(name, begun / f"{name}-0", start, 0, trial, time.time())
     found = [result(begun / f"{name}-0") for name in ("start", "grpo", "more_sft")]
@@ -62,9 +61,10 @@ def test_arms_end_with_what_they_are_worth(begun):
         for way in ("greedy", "sampled"):
             assert len(one[way]["marks"]) == one[way]["right"]["n"] == 4
             assert 0 <= one[way]["right_working"]["value"] <= one[way]["right"]["value"] <= 1
+    assert [[step for step, _ in curve] for curve in found[0]["curves"]] == [[2, 4], [2, 4]]
     assert [step for step, _ in found[1]["curve"]] == [1, 2]
     assert [step for step, _ in found[2]["curve"]] == [2, 4]
-    assert found[2]["weights"].endswith(("checkpoints/2", "checkpoints/4"))
+    assert found[2]["weights"] == start  # random weights are right nowhere: of equals the first
     lines = table({"results": found})
     assert len(lines) == 1 + 3 + 4
     assert lines[-1].startswith("grpo over start, sampled: +0.0 (")
@@ -85,21 +85,62 @@ def test_rounds_go_on_from_each_others_weights_until_the_time_is_out(begun, monk
     monkeypatch.setattr(rejection, "answers_of", answers_of)
     limits = iter([0.0, 0.0, 0.0, 0.0, 1e12])  # the clock of `reject`: two rounds, and out
     monkeypatch.setattr(arm, "time", type("Clock", (), {"time": staticmethod(lambda: next(limits, 1e12))}))
-    monkeypatch.setattr(arm, "run", lambda config, workdir, until: arm.cli.run_stage(config, workdir, False))
-    start = str(begun / "start-0" / "w")
-    weights, rounds = arm.reject(parse(WORDS), begun / "rejection-0", start, 0, 1.0)
-    assert weights.endswith("round-1")
+    monkeypatch.setattr(arm, "run", lambda config, workdir, over: arm.cli.run_stage(config, workdir, False))
+    start = result(begun / "start-0")["weights"]
+    weights, rounds, curves = arm.reject(parse(WORDS), begun / "rejection-0", start, 0, 1.0)
+    assert weights == start  # as above
+    assert [[step for step, _ in curve] for curve in curves] == [[2, 4]]  # the time was out in the second
     assert [one["right"] for one in rounds] == [12, 12][: len(rounds)]
     assert configs[0].init_from == start
     assert all(set(a).isdisjoint(b) for i, a in enumerate(asked) for b in asked[:i])
     assert dict(configs[0].data)["kinds"] == "letters"
 
 
+def written(values, workdir, config):
+    """What a stage leaves: held-out accuracy at each evaluation, and the best checkpoint."""
+    workdir.mkdir()
+    every, best = config.eval.every, max(range(len(values)), key=lambda i: values[i])
+    lines = [{"step": (i + 1) * every, "val_accuracy": value} for i, value in enumerate(values)]
+    (workdir / arm.METRICS).write_text("".join(json.dumps(line) + "\n" for line in ({"step": 1}, *lines)))
+    for step in {(best + 1) * every, len(values) * every}:
+        (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "chosen"),
+    [
+        (([0.1, 0.4, 0.3], [0.5, 0.4]), "rate-1/checkpoints/50"),
+        (([0.1, 0.4, 0.3], [0.4, 0.2]), "rate-0/checkpoints/100"),
+    ],
+)
+def test_a_cold_start_goes_on_from_its_best_checkpoint_at_a_lower_rate(tmp_path, monkeypatch, accuracies, chosen):
+    configs = []
+
+    def run(config, workdir, over):
+        configs.append(config)
+        assert not over()
+        written(accuracies[len(configs) - 1], workdir, config)
+
+    monkeypatch.setattr(arm, "run", run)
+    weights, curves = arm.plateau(parse(("start_every=50",)), tmp_path, "BASE", 0)
+    assert weights == str(tmp_path / chosen)
+    assert [[value for _, value in curve] for curve in curves] == list(accuracies)
+    assert [config.init_from for config in configs] == ["BASE", str(tmp_path / "rate-0" / "checkpoints" / "100")]
+    assert configs[1].schedule.peak_lr == pytest.approx(0.3 * configs[0].schedule.peak_lr)
+    assert {place.name for place in tmp_path.glob("rate-*") if (place / "checkpoints").exists()} == {chosen[:6]}
+
+
+def test_a_plateau_is_evaluations_without_a_better_one():
+    rising = [(step, value) for step, value in enumerate([0.0, 0.0, 0.3, 0.2, 0.3])]
+    assert [arm.flat(rising[:count], 2) for count in range(6)] == [False, False, False, False, False, True]
+    assert not arm.flat(rising, 3)
+
+
 def test_a_stage_is_stopped_in_time_and_other_signals_keep_their_meaning(begun):
     trial = dataclasses.replace(parse(WORDS), changes=(("sft", "eval.questions", 0),))
     before, began = signal.getsignal(signal.SIGTERM), time.time()
-    config = more_sft_config(trial, str(begun / "start-0" / "w"), 0)
-    arm.run(config, begun / "stopped", began + 4)
+    config = more_sft_config(trial, result(begun / "start-0")["weights"], 0)
+    arm.run(config, begun / "stopped", arm.after(began + 4))
     assert time.time() - began < 60
     assert signal.getsignal(signal.SIGTERM) is before
     assert any((begun / "stopped" / "checkpoints").iterdir())
@@ -108,7 +149,7 @@ def test_a_stage_is_stopped_in_time_and_other_signals_keep_their_meaning(begun):
 def test_all_arms_have_the_same_questions_and_start():
     trial = parse(("kinds=sorting,addition", "difficulties=2", "questions=300", "seeds=3,4"))
     assert trial.seeds == (3, 4)
-    trained = start_config(trial, "W", 0), more_sft_config(trial, "W", 0)
+    trained = start_config(trial, "W", 0, 0), more_sft_config(trial, "W", 0)
     assert all((c.data.mixture, c.data.max_samples, c.data.problem_seed) == ("procedures", 500, 0) for c in trained)
     for config in (*trained, grpo_config(trial, "W", 0), sample_config(trial, "W", "D", 0, 1)):
         assert (config.init_from, config.data.kinds, config.data.difficulties) == ("W", "sorting,addition", "2")
@@ -122,6 +163,7 @@ def test_all_arms_have_the_same_questions_and_start():
         (["preset=small"], "preset=small: write nano or debug"),
         (["minutes=long"], "minutes=long: 'long' is no float"),
         (["minutes=0"], "minutes=0.0: write a number above 0"),
+        (["patience=0"], "patience=0: write a number above 0"),
         (["colour=red"], "'colour=red': write key=value; keys are preset"),
         (["together=yes"], "together=yes: write True or False"),
         (["arms=grpo,dpo"], "arms=grpo,dpo: write grpo or more_sft or rejection"),
@@ -131,6 +173,10 @@ def test_all_arms_have_the_same_questions_and_start():
 def test_what_cannot_be_is_said(words, message):
     with pytest.raises(UserError, match=message):
         parse(words)
+
+
+def test_without_arms_there_are_cold_starts_alone():
+    assert parse(("arms=",)).arms == ()
 
 
 def test_a_key_that_is_not_there_is_named():

@@ -1,13 +1,14 @@
 """Does reinforcement teach a tiny model what its controls do not learn? python -m qwen3f.rl.trial key=value …
 
-    python -m qwen3f.rl.trial preset=nano seeds=0 minutes=3 out=runs/trial
-    python -m qwen3f.rl.trial preset=debug device=cuda seeds=0,1,2 minutes=3.5 together=True out=runs/trial
+    python -m qwen3f.rl.trial kinds=sorting base_seconds=60 start_steps=230 minutes=2.5 out=runs/trial
 
-A base is pretrained on other texts, once for all seeds. From it each seed makes a cold start on few worked solutions,
-and from that same checkpoint three arms run for the same number of minutes: GRPO on many questions of which only the
-answers are known; more fine-tuning on the same solutions, of which the checkpoint with the best held-out accuracy
-counts; and rounds of rejection sampling on the same questions. All are then asked fresh held-out questions, greedily
-and at temperature 1. Keys: qwen3f/rl/trial/settings.py. What is measured: out/trial.json, and a table.
+A base is pretrained on other texts, once for all seeds. From it each seed makes a cold start on few worked solutions:
+fine-tuned at one rate after the other until its held-out accuracy no longer grows, of which the best checkpoint counts.
+From that same checkpoint three arms run for the same number of minutes: GRPO on many questions of which only the
+answers are known, of which the last weights count; more fine-tuning on the same solutions, and rounds of rejection
+sampling on the same questions, of which the checkpoint with the best held-out accuracy counts, the cold start's among
+them. All are then asked fresh held-out questions, greedily and at temperature 1. What is measured: out/trial.json, and
+a table. Keys: qwen3f/rl/trial/settings.py; commands for larger machines: qwen3f/rl/trial/README.md.
 """
 
 import json
@@ -40,7 +41,8 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     _run([("start", str(place), base, seed) for seed, place in starts.items()], words, trial.together)
     started = time.time()
     places = {(arm, seed): out / f"{arm}-{seed}" for seed in trial.seeds for arm in trial.arms}
-    jobs = [(arm, str(place), str(starts[seed] / "w"), seed) for (arm, seed), place in places.items()]
+    begun = {seed: json.loads((place / "result.json").read_text())["weights"] for seed, place in starts.items()}
+    jobs = [(arm, str(place), begun[seed], seed) for (arm, seed), place in places.items()]
     _run(jobs, words, trial.together)
     results = [json.loads((place / "result.json").read_text()) for place in (*starts.values(), *places.values())]
     seconds = {"base": based - began, "starts": started - based, "arms": time.time() - started}
@@ -51,8 +53,11 @@ def main(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _run(jobs: Sequence[Job], words: Sequence[str], together: bool) -> None:
-    """Each in its process, its output in DIRECTORY/log. Raises TrainingError for one that fails."""
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if together else {}
+    """Each in its process, its output in DIRECTORY/log; together each with one thread, so that all have the same.
+
+    Raises TrainingError for one that fails.
+    """
+    threads = {"OMP_NUM_THREADS": "1"} if together else {}
     running: list[tuple[Job, subprocess.Popen[bytes]]] = []
     for job in jobs:
         form, place, start, seed = job

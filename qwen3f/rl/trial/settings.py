@@ -15,9 +15,15 @@ FORMS = ("base", "start", "sft", "grpo", "sample")  # of configurations, to whic
 BASE = {"nano": "demo.py", "debug": "pretrain_s1.py:debug"}
 TASK = "procedures"
 GENTLER = 0.3  # of the cold start's rate, for fine-tuning that goes on from there
-ROW = 384  # tokens of a row
+ROW = 448  # tokens of a row: three worked sortings of five numbers
 WARMUP = 5  # steps of a run without an end
 ENDLESS = 1_000_000  # steps of a run that its time ends
+
+
+_POSITIVE = (
+    *("base_seconds", "minutes", "solutions", "questions", "tests", "start_steps", "start_rates", "start_every"),
+    *("patience", "round_questions", "round_steps"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +36,12 @@ class Trial:
       kinds, difficulties: of the questions. solutions: worked ones that the cold start and more_sft have.
       questions: that GRPO and rejection sampling may ask, both splits together. tests: fresh questions at the end.
       new_tokens: where an answer is cut off, everywhere.
-      start_steps: of the cold start. round_questions, round_steps: of a round of rejection sampling.
-      together: run the arms (of all seeds) at the same time, else one after the other.
+      start_steps: of the cold start at each of its rates, at most. start_rates: how many, each GENTLER times the one
+        before. start_every, patience: steps between two evaluations, and how many of them without a better one end a
+        rate.
+      round_questions, round_steps: of a round of rejection sampling.
+      together: run the arms (of all seeds) at the same time, else one after the other. arms: which of them; arms= makes
+        and measures the cold starts alone.
       changes: keys of single configurations, as ("grpo", "schedule.peak_lr", 3e-4); the command line writes
         grpo.schedule.peak_lr=3e-4.
     """
@@ -49,7 +59,10 @@ class Trial:
     questions: int = 16_000
     tests: int = 500
     new_tokens: int = 128
-    start_steps: int = 150
+    start_steps: int = 1000
+    start_rates: int = 2
+    start_every: int = 50
+    patience: int = 3
     round_questions: int = 500
     round_steps: int = 60
     together: bool = False
@@ -58,9 +71,9 @@ class Trial:
 
     def __post_init__(self) -> None:
         for name, chosen, known in (("preset", (self.preset,), tuple(BASE)), ("arms", self.arms, ARMS)):
-            if not chosen or not set(chosen) <= set(known):
+            if not set(chosen) <= set(known):
                 raise UserError(f"{name}={','.join(chosen)}: write {' or '.join(known)}")
-        for name in ("base_seconds", "minutes", "solutions", "questions", "tests", "start_steps", "round_questions"):
+        for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)}: write a number above 0")
         if not self.seeds:
@@ -127,36 +140,52 @@ def base_config(trial: Trial) -> ConfigDict:
     return _changed(config, trial, "base")
 
 
-def start_config(trial: Trial, base: str, seed: int) -> ConfigDict:
-    """The cold start on few worked solutions."""
-    config = _sft(trial, base, seed)
+def start_config(trial: Trial, weights: str, seed: int, number: int) -> ConfigDict:
+    """The cold start on few worked solutions, at its rate of that number."""
+    config = _sft(trial, weights, seed + 100 * number)
     config.steps = trial.start_steps
+    _hold(config, GENTLER**number)
+    _watch(config, trial.start_every)
     return _changed(config, trial, "start")
 
 
 def more_sft_config(trial: Trial, start: str, seed: int) -> ConfigDict:
     """The same solutions for as long as the arms have; its best checkpoint by held-out accuracy stays."""
     config = _sft(trial, start, seed + 1000)
-    config.steps, config.schedule.kind = ENDLESS, "constant"
-    config.schedule.peak_lr *= GENTLER
-    config.schedule.warmup = WARMUP
-    config.eval.every = config.checkpoint.every = 50
-    config.checkpoint.keep_best = 1
+    config.steps = ENDLESS
+    _hold(config, GENTLER)
+    _watch(config, trial.start_every)
     return _changed(config, trial, "sft")
 
 
 def round_config(trial: Trial, weights: str, chats: str, seed: int) -> ConfigDict:
-    """Fine-tuning on what a round of rejection sampling kept, beside the worked solutions."""
+    """Fine-tuning on what a round of rejection sampling kept, beside the worked solutions, at a rate that falls to 0 as
+    the cold start's experiment has it."""
     config = _sft(trial, weights, seed)
     config.data.mixture = f"chats@{chats}=0.8,{TASK}=0.2"
     config.steps = trial.round_steps
-    config.eval.questions, config.eval.max_rows = 0, 16  # its time is for learning
     config.schedule.peak_lr *= GENTLER
+    _watch(config, trial.round_steps)
     return _changed(config, trial, "sft")
 
 
+def _hold(config: ConfigDict, share: float) -> None:
+    """A constant rate, that share of the experiment's: a run that may end at any step has no time to fall."""
+    config.schedule.kind, config.schedule.warmup = "constant", WARMUP
+    config.schedule.peak_lr *= share
+
+
+def _watch(config: ConfigDict, every: int) -> None:
+    """Held-out questions and checkpoints each so many steps; the best one stays."""
+    config.eval.every = config.checkpoint.every = every
+    config.eval.max_rows = 16  # the time is for learning
+    config.checkpoint.keep, config.checkpoint.keep_best = 1, 1
+    config.checkpoint.best_metric, config.checkpoint.best_mode = "val_accuracy", "max"
+
+
 def grpo_config(trial: Trial, start: str, seed: int) -> ConfigDict:
-    """Reinforcement: many questions, answers only."""
+    """Reinforcement: many questions, answers only. An answer that is right in part counts in part, so that fewer groups
+    are all alike."""
     config = _load("grpo.py", trial, "grpo")
     config.init_from, config.seed = start, seed
     config.tasks = TASK
@@ -168,10 +197,15 @@ def grpo_config(trial: Trial, start: str, seed: int) -> ConfigDict:
     config.eval.every, config.checkpoint.every = 20, 0
     config.eval.questions = 100
     config.samples.keep = 5
+    config.rewards = "correct=0.5,places=0.5"
+    config.rollout.draws = 1
     if trial.preset == "debug":
-        config.rollout.rows, config.rollout.microbatch_rows, config.rollout.cache_tokens = 1024, 64, 262_144
+        config.batch_size, config.rollout.samples = 64, 16
+        config.rollout.rows, config.rollout.microbatch_rows, config.rollout.cache_tokens = 1024, 64, 1024 * ROW
     else:
         config.batch_size, config.rollout.samples = 16, 8
+        config.rollout.microbatch_rows = 4
+        config.rollout.old_logprobs = "sampler"  # in float32, one update of what was just sampled: the ratio is 1
     return _changed(config, trial, "grpo")
 
 
