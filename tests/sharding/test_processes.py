@@ -84,7 +84,10 @@ def compiled_pipeline(rank, mesh):
     for mode in ("off", "block"):
         block_fn.cache_clear()
         current = init_state(cfg, 0, layout=layout, mesh=device_mesh)
-        execution = {"layout": layout, "execution": model.Execution(compile=mode), "compute_dtype": torch.bfloat16}
+        how = model.Execution(
+            compile=mode, attention="sdpa"
+        )  # "auto" takes the documents of a CPU one by one, uncompiled
+        execution = {"layout": layout, "execution": how, "compute_dtype": torch.bfloat16}
         step = make_train_step(cfg, AdamW(), SCHEDULE, microbatches=2, **execution)
         for batch in batches(STEPS):
             current, metrics = step(current, share(batch, shape, rank, 2))
