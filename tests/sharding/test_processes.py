@@ -84,9 +84,7 @@ def compiled_pipeline(rank, mesh):
     for mode in ("off", "block"):
         block_fn.cache_clear()
         current = init_state(cfg, 0, layout=layout, mesh=device_mesh)
-        how = model.Execution(
-            compile=mode, attention="sdpa"
-        )  # "auto" takes the documents of a CPU one by one, uncompiled
+        how = model.Execution(compile=mode, attention="sdpa")  # "auto" parts documents where it is uncompiled
         execution = {"layout": layout, "execution": how, "compute_dtype": torch.bfloat16}
         step = make_train_step(cfg, AdamW(), SCHEDULE, microbatches=2, **execution)
         for batch in batches(STEPS):
