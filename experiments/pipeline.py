@@ -51,11 +51,11 @@ _TEXT = {"batch_size": 8, "seq_len": 256, "eval.max_docs": 16, "sample.tokens": 
 
 # On two CPU cores.
 NANO: dict[str, Row] = {
-    "pretrain_s1": ("pretrain_s1.py:nano", 300, {
+    "pretrain_s1": ("pretrain_s1.py:nano", 330, {
         **_TEXT, **_TO_ZERO, **_often(250), "steps": 1000, "schedule.peak_lr": 3e-2, "context_warmup.length": 128,
         "data.mixture": "embedded=0.5,reasoning=0.5", "model.vocab_size": 2048, "model.initializer_range": 0.03,
     }),
-    "pretrain_s2": ("pretrain_s2.py:nano", 230, {
+    "pretrain_s2": ("pretrain_s2.py:nano", 210, {
         **_TEXT, **_often(250), "steps": 750, "schedule.peak_lr": 1e-2, "data.mixture": "embedded=0.2,reasoning=0.8",
     }),
     "pretrain_s3": ("pretrain_s3.py:nano", 120, {
