@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.stage = "eval"
     config.init_from = ""
     # mmlu, gsm8k, math, humaneval, arc_challenge, hellaswag, winogrande, triviaqa; vqav2, textvqa, docvqa, chartqa;
-    # reasoning, which is generated. Several with commas; each with @DIR for a local copy.
+    # reasoning and procedures, which are generated. Several with commas; each with @DIR for a local copy.
     config.benchmarks = ""
     config.data = ConfigDict()
     config.data.root = ""  # of the local copies

@@ -165,7 +165,7 @@ def _check(config: ConfigDict) -> Task:
         raise UserError(f"--config.temperature: {error}") from None
     data = ChatDataConfig(**{key: config.data[key] for key in _DATA})
     check_data(data)
-    return open_task(config.task, "--config.task", generated_problems(data))
+    return open_task(config.task, "--config.task", generated_problems(data, [config.task]))
 
 
 def _check_lengths(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer, questions: Sequence[Question]) -> None:

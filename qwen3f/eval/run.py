@@ -15,6 +15,7 @@ from tqdm import tqdm
 from qwen3f import model
 from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.chat.kinds import HYBRID, TemplateKind, check_thinking
+from qwen3f.data.sources.reasoning import FAMILIES, ReasoningSource
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark
@@ -30,7 +31,7 @@ from qwen3f.files import write_atomically
 from qwen3f.interop import source
 from qwen3f.processes import ranks
 from qwen3f.processes.world import ALONE, World
-from qwen3f.tasks.reasoning import ReasoningTask
+from qwen3f.tasks.registry import open_task
 from qwen3f.train.choices import find_device, find_dtype
 from qwen3f.train.lock import only_writer
 from sharding.mesh import MeshShape, parse_mesh
@@ -74,10 +75,10 @@ def check(config: ConfigDict) -> list[tuple[Benchmark, str]]:
     """The benchmarks with their places. Raises UserError for what cannot run; reads the model's configuration alone."""
     if not config.init_from:
         raise UserError("--config.init_from is missing; write --config.init_from=W")
-    named = [
-        (_narrowed(benchmark, config), place)
-        for benchmark, place in parse_benchmarks(config.benchmarks, "--config.benchmarks")
-    ]
+    parsed = parse_benchmarks(config.benchmarks, "--config.benchmarks")
+    data = ChatDataConfig(**{key: config.data[key] for key in _PROBLEMS})
+    problems = generated_problems(data, [benchmark.name for benchmark, _ in parsed])
+    named = [(_narrowed(benchmark, problems), place) for benchmark, place in parsed]
     for key, low in (("limit", 0), ("batch_tokens", 0), ("chunk", 1)):
         if config[key] < low:
             raise UserError(f"--config.{key}={config[key]}: write at least {low}")
@@ -86,17 +87,12 @@ def check(config: ConfigDict) -> list[tuple[Benchmark, str]]:
     return [(one, place_of(one, place, config.data.root, len(named) == 1)) for one, place in named]
 
 
-def _narrowed(benchmark: Benchmark, config: ConfigDict) -> Benchmark:
-    """Generated problems of the kinds and difficulties that config.data names; any other benchmark as it is.
-
-    Raises UserError for unknown ones.
-    """
-    if not isinstance(benchmark.task, ReasoningTask):
+def _narrowed(benchmark: Benchmark, problems: ReasoningSource) -> Benchmark:
+    """Generated problems of the kinds and difficulties of `problems`; any other benchmark as it is. Raises UserError
+    if none of the kinds is the benchmark's."""
+    if benchmark.name not in FAMILIES:
         return benchmark
-    problems = generated_problems(ChatDataConfig(**{key: config.data[key] for key in _PROBLEMS}))
-    return task_benchmark(
-        ReasoningTask(problems.kinds, problems.difficulties, problems.seed, problems.num_problems, benchmark.name)
-    )
+    return task_benchmark(open_task(benchmark.name, "--config.benchmarks", problems))
 
 
 def settings_of(config: ConfigDict) -> Settings:

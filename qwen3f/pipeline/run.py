@@ -5,6 +5,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -17,6 +18,7 @@ from qwen3f.pipeline.process import Signals
 from qwen3f.pipeline.record import Record
 from qwen3f.pipeline.stages import MEASURE
 from qwen3f.train import checks, lock
+from qwen3f.train.reporting import ReportWriter
 
 _EVERY = 30.0  # seconds between two writes of the record while a stage runs
 _SHARE = 0.02  # of the time, at most, that goes into a report while a stage runs
@@ -59,7 +61,7 @@ class Pipeline:
         self.config, self.steps, self.directory = config, steps, directory
         self.signals, self.progress, self.now = signals, progress, ""
         self.record = _opened(config, steps, directory)
-        self._reported, self._report_took, self._unreported = time.monotonic(), 0.0, False
+        self._writer = ReportWriter(directory, _SHARE, partial(print, flush=True))
 
     def all(self) -> None:
         asked = chain.parse_names(self.config.stages, [step.name for step in self.steps], "--config.stages")
@@ -203,7 +205,7 @@ class Pipeline:
             last = time.monotonic()
             with contextlib.suppress(OSError):  # the stage says it better
                 self._keep_stage(step, seconds=seconds())
-            if time.monotonic() - self._reported > self._report_took / _SHARE:
+            if self._writer.due:
                 self._report()
 
         return tick
@@ -226,18 +228,8 @@ class Pipeline:
         record.write(self.directory, self.record)
 
     def _report(self) -> None:
-        if not self.config.report:
-            return
-        begin = time.monotonic()
-        try:
-            from qwen3f.report.write import write_report  # matplotlib takes a while to import
-
-            write_report(self.directory)
-        except Exception as error:  # whatever is wrong with a report, the stages go on
-            if not self._unreported:
-                print(f"the report cannot be written ({type(error).__name__}: {error}); the stages go on", flush=True)
-            self._unreported = True
-        self._reported, self._report_took = time.monotonic(), time.monotonic() - begin
+        if self.config.report:
+            self._writer.write()
 
     def _end(self, ran: Sequence[str]) -> None:
         if not ran:

@@ -17,7 +17,7 @@ def task_of(name: str, flag: str, data: ConfigDict) -> Task:
     flag: what names the task on the command line.
     """
     fields = {key: data[key] for key in ("kinds", "difficulties", "problems", "problem_seed")}
-    return open_task(name, flag, generated_problems(ChatDataConfig(**fields)))
+    return open_task(name, flag, generated_problems(ChatDataConfig(**fields), [name]))
 
 
 def prompt_ids(tokenizer: Tokenizer, question: Question, thinking: bool) -> tuple[int, ...]:

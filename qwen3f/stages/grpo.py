@@ -99,8 +99,8 @@ def find_tasks(setup: Setup) -> list[tuple[str, Task, float]]:
     """(name, task, weight) of config.tasks; generated problems of the kinds and difficulties of config.data."""
     data = setup.config.data
     fields = {key: data[key] for key in ("kinds", "difficulties", "problems", "problem_seed")}
-    problems = generated_problems(ChatDataConfig(**fields))
     weights = parse_weights(setup.config.tasks)
+    problems = generated_problems(ChatDataConfig(**fields), [name for name, _ in weights])
     return [(name, open_task(name, "--config.tasks", problems), weight) for name, weight in weights]
 
 

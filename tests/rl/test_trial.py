@@ -168,6 +168,8 @@ def test_all_arms_have_the_same_questions_and_start():
         (["together=yes"], "together=yes: write True or False"),
         (["arms=grpo,dpo"], "arms=grpo,dpo: write grpo or more_sft or rejection"),
         (["seeds="], "seeds= is empty"),
+        (["kinds=sorting,logic"], "kinds=sorting,logic: write letters or sorting or"),
+        (["difficulties=6"], "difficulties=6: write 1 or 2"),
     ],
 )
 def test_what_cannot_be_is_said(words, message):

@@ -4,7 +4,7 @@ The counterpart of `data.corpus` for supervised fine-tuning; caches, order, resu
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -244,12 +244,19 @@ def check(cfg: ChatDataConfig) -> None:
         open_task(cfg.judge, "--config.data.judge")
 
 
-def generated_problems(cfg: ChatDataConfig) -> ReasoningSource:
+def generated_problems(cfg: ChatDataConfig, readers: Iterable[str] = ()) -> ReasoningSource:
     """The problems of all families, of which each source and task reads its own (`ReasoningSource.family`).
 
-    Raises UserError for an unknown kind or difficulty.
+    readers: names of all that read them, where that is known. Raises UserError for an unknown kind or difficulty, and
+    for a kind that none of the readers has.
     """
     kinds = _chosen("kinds", cfg.kinds, tuple(kind for family in FAMILIES.values() for kind in family))
+    read = [kind for name in readers for kind in FAMILIES.get(name, ())]
+    if cfg.kinds and read and (unread := [kind for kind in kinds if kind not in read]):
+        raise UserError(
+            f"--config.data.kinds={cfg.kinds} has {', '.join(unread)}, which nothing here reads; write some of "
+            f"{', '.join(read)}."
+        )
     difficulties = tuple(map(int, _chosen("difficulties", cfg.difficulties, tuple(map(str, DIFFICULTIES)))))
     return ReasoningSource(seed=cfg.problem_seed, num_problems=cfg.problems, kinds=kinds, difficulties=difficulties)
 

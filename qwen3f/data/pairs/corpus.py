@@ -75,7 +75,7 @@ def prepare_pairs(cfg: PairDataConfig, layout: PairLayout, tokenizer: Tokenizer,
     """
     check(cfg)
     check_seq_len(layout.seq_len)
-    problems = generated_problems(cfg).family("reasoning")
+    problems = generated_problems(cfg, ["reasoning"]).family("reasoning")
     template = check_chat_tokenizer(tokenizer)
     recipe = Recipe(
         open=lambda name: open_pairs(name, cfg.root, problems, cfg.on_bad_row, template),
@@ -93,7 +93,7 @@ def check(cfg: PairDataConfig) -> None:
     for key, lowest in (("problems", 1), ("max_samples", 0), ("max_heldout", 1), ("num_threads", 1), ("workers", 0)):
         if getattr(cfg, key) < lowest:
             raise UserError(f"--config.data.{key} is {getattr(cfg, key)}: give {lowest} or more.")
-    generated_problems(cfg).family("reasoning")
+    generated_problems(cfg, ["reasoning"]).family("reasoning")
 
 
 def _pack(

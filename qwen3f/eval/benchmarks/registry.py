@@ -2,6 +2,7 @@
 
 import difflib
 
+from qwen3f.data.sources.reasoning import FAMILIES
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.arc import ARC_CHALLENGE
 from qwen3f.eval.benchmarks.benchmark import Benchmark
@@ -22,7 +23,7 @@ from qwen3f.tasks.registry import open_task
 TEXT = (MMLU, GSM8K, MATH, HUMANEVAL, ARC_CHALLENGE, HELLASWAG, WINOGRANDE, TRIVIAQA)
 VISION = (VQAV2, TEXTVQA, DOCVQA, CHARTQA)
 _NAMED = {one.name: one for one in (*TEXT, *VISION)}
-_TASKS = ("reasoning",)  # of qwen3f.tasks, which need no files
+_TASKS = tuple(FAMILIES)
 
 
 def parse_benchmarks(text: str, flag: str) -> list[tuple[Benchmark, str]]:

@@ -79,8 +79,6 @@ def _run(jobs: Sequence[Job], words: Sequence[str], together: bool) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except TrainingError as error:
+    except (UserError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UserError) else 1)

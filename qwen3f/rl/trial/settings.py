@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from qwen3f import cli, presets, usage
-from qwen3f.data.sources.reasoning import PROCEDURES
+from qwen3f.data.sources.reasoning import DIFFICULTIES, PROCEDURES
 from qwen3f.errors import UserError
 
 ARMS = ("grpo", "more_sft", "rejection")
@@ -70,7 +70,12 @@ class Trial:
     changes: tuple[tuple[str, str, object], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, chosen, known in (("preset", (self.preset,), tuple(BASE)), ("arms", self.arms, ARMS)):
+        for name, chosen, known in (
+            ("preset", (self.preset,), tuple(BASE)),
+            ("arms", self.arms, ARMS),
+            ("kinds", self.kinds.split(","), PROCEDURES),
+            ("difficulties", self.difficulties.split(","), tuple(map(str, DIFFICULTIES))),
+        ):
             if not set(chosen) <= set(known):
                 raise UserError(f"{name}={','.join(chosen)}: write {' or '.join(known)}")
         for name in _POSITIVE:
@@ -236,7 +241,7 @@ def _sft(trial: Trial, weights: str, seed: int) -> ConfigDict:
 
 
 def _questions(config: ConfigDict, trial: Trial) -> None:
-    config.data.kinds = trial.kinds or ",".join(PROCEDURES)
+    config.data.kinds = trial.kinds
     config.data.difficulties = trial.difficulties
     config.data.problems = trial.questions
 
