@@ -19,6 +19,7 @@ Same input, same bits, on one device and version. N tokens · D hidden · V voca
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import softmax_gradient
@@ -28,6 +29,7 @@ IGNORE = softmax_gradient.IGNORE
 _CHUNK_BYTES = 640 << 20  # logits alive at once on a GPU: 2,048 tokens of 151,936 bfloat16
 _CHUNK_LOGITS_CPU = 1 << 21  # on a CPU: 8 MiB, which stay in its cache (54 ms instead of 65 at V 4,096, N 2,048)
 _MIN_CHUNK = 128  # tokens; below, products are too thin to be fast
+_ROW_BYTES = 16  # a row of logits is a multiple; else cuBLAS needs 3 to 8 times as long (H100, 151,669 columns)
 
 
 def reference(
@@ -113,9 +115,9 @@ def lse_and_mean_logit(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Te
 
     Their difference is the entropy of softmax, in nats. A chunk of tokens at a time, as all else here.
     """
-    parts = []
+    parts, whole = [], _whole(weight_VD)
     for hidden in hidden_ND.split(_chunk_size(weight_VD)):
-        logits = _widen(hidden @ weight_VD.t())
+        logits = _widen((hidden @ whole.t())[:, : len(weight_VD)])
         lse = logits.logsumexp(-1)
         parts.append((lse, ((logits - lse[:, None]).exp() * logits).sum(-1)))
     lse_N, mean_N = (torch.cat(x) for x in zip(*parts))
@@ -187,8 +189,11 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
 @torch.library.custom_op("qwen3f::lse_and_target", mutates_args=())
 def _lse_and_target_op(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
     statistics = softmax_gradient.statistics if runs_triton(hidden, weight) else _statistics
-    size = _chunk_size(weight)
-    parts = [statistics(h @ weight.t(), t, vocab_start) for h, t in zip(hidden.split(size), targets.split(size))]
+    size, whole = _chunk_size(weight), _whole(weight)
+    parts = [
+        statistics((h @ whole.t())[:, : len(weight)], t, vocab_start)
+        for h, t in zip(hidden.split(size), targets.split(size))
+    ]
     lse, target = (torch.cat(x) for x in zip(*parts))
     return lse, target
 
@@ -248,20 +253,33 @@ def _gradients(
     chunks = [slice(i, min(i + size, len(hidden))) for i in range(0, max(len(hidden), 1), size)]
     if not runs_triton(hidden, weight):
         return _gradients_formula(hidden, weight, softmax, chunks)
-    buffer = hidden.new_empty(min(size, len(hidden)), len(weight))
+    whole = _whole(weight)
+    buffer = hidden.new_empty(min(size, len(hidden)), len(whole))
     d_hidden = hidden.new_empty(hidden.shape)
     widen = float32_sum and weight.is_cuda and weight.dtype != torch.float32
-    d_weight = weight.new_empty(weight.shape, dtype=torch.float32 if widen else weight.dtype)
+    d_weight = weight.new_empty(whole.shape, dtype=torch.float32 if widen else weight.dtype)
     wide = {"out_dtype": torch.float32} if widen else {}
     for rows in chunks:
         h = hidden[rows]
-        d_logits = softmax(torch.mm(h, weight.t(), out=buffer[: len(h)]), rows)
-        torch.mm(d_logits, weight, out=d_hidden[rows])
+        d_logits = torch.mm(h, whole.t(), out=buffer[: len(h)])
+        softmax(d_logits[:, : len(weight)], rows)  # in place, as kernels do
+        d_logits[:, len(weight) :] = 0  # where hidden is not finite they are not 0 by themselves
+        torch.mm(d_logits, whole, out=d_hidden[rows])
         if rows.start == 0:
             torch.mm(d_logits.t(), h, **wide, out=d_weight)
         else:
             torch.addmm(d_weight, d_logits.t(), h, **wide, out=d_weight)
-    return d_hidden, d_weight.to(weight.dtype)
+    return d_hidden, d_weight[: len(weight)].to(weight.dtype)
+
+
+def _whole(weight_VD: Tensor) -> Tensor:
+    """The weight, with rows of zeros behind it where a row of logits would not be aligned: V may be odd.
+
+    Nobody reads their logits.
+    """
+    together = _ROW_BYTES // weight_VD.itemsize
+    missing = -len(weight_VD) % together
+    return F.pad(weight_VD, (0, 0, 0, missing)) if missing and runs_triton(weight_VD) else weight_VD
 
 
 def _gradients_formula(

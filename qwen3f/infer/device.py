@@ -101,7 +101,7 @@ class Device:
         self._fused = self.overlaps and not execution.invariant and fits
         if self._fused and not (16 <= self.page_size <= 256 and self.page_size & (self.page_size - 1) == 0):
             raise UserError(f"EngineOptions.page_size={self.page_size}: on a GPU write a power of two from 16 to 256")
-        self._rows, self._execution = rows, execution
+        self._rows, self._execution, self._expected = rows, execution, 0
 
     def _room(self) -> int:
         memory = GPU_SHARE * torch.cuda.mem_get_info(self.device)[0] if self.overlaps else CPU_CACHE
@@ -123,6 +123,7 @@ class Device:
         Where a row is a page there is one more: a row can copy what it shares with one that has ended. Their number
         then grows by doubling, since what there is must be copied.
         """
+        self._expected = rows
         size = self._own_size(longest) if self._own_pages else self.page_size
         most = max(1, self.max_tokens // size)
         count = most if not self._own_pages else min(most, rows + 1)
@@ -237,6 +238,7 @@ class Device:
         """The same by a CUDA graph. What its sampler does not know is drawn again, from the logits that it leaves."""
         if self._graphs is None:
             self._graphs = DecodeGraphs(self.cfg, self._params, self._cache, self._execution, self.num_ids, self._rows)
+        self._graphs.expect(self._expected)
         ways = [row.request.sampling for row in rows]
         chances = np.array([[1 / way.temperature if way.temperature > COLD else 0.0 for way in ways]] * 2)
         chances[0] = uniform(streams_at(*torch.from_numpy(numbers[[3, 1]] + [[0], [1]])))

@@ -1,7 +1,8 @@
 """CUDA graphs of the fused decoding pass: one for each size of batch and of table, over the same buffers.
 
 A launch constant of a kernel follows from shapes alone, so a graph is keyed by its shapes: places B, and pages P of the
-table. Both are rounded up, and what is idle writes to page 0.
+table. Both are rounded up, and what is idle writes to page 0. To capture a graph, and to compile its kernels, takes as
+long as hundreds of passes: a pass that fits a larger graph takes that, until its own size has been asked for WORTH times.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from qwen3f.model.rope import rope_tables
 
 SMALL = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # places; above multiples of 32
 LEAST_WIDTH = 4
+WORTH = 64  # passes of a size that a larger graph runs before the size has its own
 
 
 @dataclasses.dataclass
@@ -49,7 +51,13 @@ class DecodeGraphs:
         device = cache.keys[0].device
         self.last = torch.zeros(_places(rows), dtype=torch.int64, device=device)  # ids that the pass before has drawn
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._asked: dict[tuple[int, int], int] = {}  # passes of each size that has no graph
+        self._expected = 0
         self._pool = None
+
+    def expect(self, rows: int) -> None:
+        """As many rows will soon be computed at a time: a graph that must be captured has places for them."""
+        self._expected = rows
 
     def run(self, numbers: np.ndarray, chances: np.ndarray, pages: Sequence[Sequence[int]]) -> Result:
         """One pass. Its result is overwritten by the next one; `last` has its ids.
@@ -57,10 +65,7 @@ class DecodeGraphs:
         numbers: int64 [2, B], tokens and positions as in Places. chances: float64 [2, B], uniform and inv_temperature.
         pages: of each row.
         """
-        count, width = _places(numbers.shape[1]), _width(max(map(len, pages)))
-        if (count, width) not in self._graphs:
-            self._graphs[count, width] = self._capture(count, width)
-        graph = self._graphs[count, width]
+        graph = self._fitting(_places(numbers.shape[1]), _width(max(map(len, pages))))
         host = torch.zeros(graph.numbers.shape, dtype=torch.int64, pin_memory=True)
         filled = host.numpy()[:, : numbers.shape[1]]
         filled[:2], filled[2:] = numbers, chances.view(np.int64)
@@ -78,11 +83,25 @@ class DecodeGraphs:
         """Other weights. They are copied into those that the graphs read; these belong to the caller the first time."""
         if not self._own:
             self._graphs.clear()
+            self._asked.clear()
             self.params = {path: _each(torch.clone, leaf) for path, leaf in params.items()}
             self._own = True
             return
         for path, leaf in params.items():
             _each(Tensor.copy_, self.params[path], leaf)
+
+    def _fitting(self, count: int, width: int) -> "_Graph":
+        """The graph of that size, or a larger one while the size is rare."""
+        if (count, width) in self._graphs:
+            return self._graphs[count, width]
+        larger = [size for size in self._graphs if size[0] >= count and size[1] >= width]
+        self._asked[count, width] = self._asked.get((count, width), 0) + 1
+        if larger and self._asked[count, width] <= WORTH:
+            return self._graphs[min(larger)]
+        if not larger:
+            count = max(count, _places(self._expected))
+        self._graphs[count, width] = self._capture(count, width)
+        return self._graphs[count, width]
 
     def _capture(self, count: int, width: int) -> "_Graph":
         device = self.last.device

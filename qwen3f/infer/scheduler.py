@@ -159,18 +159,20 @@ class Scheduler:
         self.pool.describe(row.pages[place], parent, row, place * self.pool.size)
 
     def _chunks(self) -> list[Chunk]:
+        """The row that came first, and others with about as much to prefill: a pass is as wide as its widest chunk."""
+        counts = [(min(len(row.tokens) - 1 - row.cached, self.limits.chunk), row) for row in self.active]
+        counts = [(count, row) for count, row in counts if count > 0]
+        if not counts:
+            return []
+        first, others = counts[0], counts[1:]
+        others.sort(key=lambda pair: (pair[0] > first[0], abs(pair[0] - first[0])))  # what is narrower adds no padding
         chunks: list[Chunk] = []
         widest = 0
-        for row in self.active:
-            missing = len(row.tokens) - 1 - row.cached
-            if missing <= 0:
-                continue
-            count = min(missing, self.limits.chunk)
-            width = max(widest, count)
-            if chunks and width * (len(chunks) + 1) > self.limits.chunk:
+        for count, row in (first, *others):
+            widest = max(widest, count)
+            if chunks and widest * (len(chunks) + 1) > self.limits.chunk:
                 break
             chunks.append(Chunk(row, row.cached, count))
-            widest = width
         return chunks
 
     def _make_room(self, row: Row, preempted: list[Row]) -> bool:
