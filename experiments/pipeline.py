@@ -75,7 +75,9 @@ _NANO_ASKED = {"benchmarks": "reasoning", "limit": 64, "max_new_tokens": 200, **
 
 # 25M parameters on one GPU.
 _GPU_TEXT = {"batch_size": 32, "seq_len": 1024, "eval.max_docs": 64, "sample.tokens": 32}
-_GPU_PROBLEMS = {"data.difficulties": "1,2", "data.problems": 600_000}
+_GPU_PROBLEMS = {"data.difficulties": "1,2", "data.problems": 160_000}
+_GPU_ASKED = {"data.difficulties": "1,2", "data.problems": 20_000}  # questions alone, a few hundred a step
+_EAGER = {"compile": "off"}  # compiling would take longer than it saves
 DEBUG: dict[str, Row] = {
     "pretrain_s1": ("pretrain_s1.py:{}", 90, {
         **_GPU_TEXT, **_often(250), "steps": 500, "data.mixture": "embedded=0.5,reasoning=0.5",
@@ -86,14 +88,15 @@ DEBUG: dict[str, Row] = {
     }),
     "pretrain_s3": ("pretrain_s3.py:{}", 40, {
         **_often(25), "batch_size": 4, "seq_len": 8192, "model.max_position_embeddings": 8192, "steps": 50,
-        "eval.max_docs": 64, "eval.batch_size": 4, "sample.tokens": 32,
+        "eval.max_docs": 64, "eval.batch_size": 4, "sample.tokens": 32, **_EAGER,
     }),
     "sft_cold_start": ("sft_cold_start.py:{}", 120, {**_often(250, 256), **_GPU_PROBLEMS, "steps": 750}),
-    "grpo": ("grpo.py:{}", 90, {**_often(20, 256), **_GPU_PROBLEMS, "steps": 40}),
-    "sft_fusion": ("sft_fusion.py:{}", 40, {**_often(100, 256), **_GPU_PROBLEMS, "steps": 100}),
-    "grpo_general": ("grpo_general.py:{}", 45, {**_often(10, 256), **_GPU_PROBLEMS, "steps": 15}),
+    "grpo": ("grpo.py:{}", 90, {**_often(20, 256), **_GPU_ASKED, **_EAGER, "steps": 40}),
+    "sft_fusion": ("sft_fusion.py:{}", 40, {**_often(100, 256), **_GPU_ASKED, **_EAGER, "steps": 100}),
+    "grpo_general": ("grpo_general.py:{}", 45, {**_often(10, 256), **_GPU_ASKED, **_EAGER, "steps": 15}),
     "dpo": ("dpo.py:{}", 30, {
         **_often(50, 128), "steps": 50, "data.problems": 16_384, "data.max_samples": 2000, "data.max_heldout": 200,
+        **_EAGER,
     }),
     "evaluation": ("eval.py", 20, {
         "benchmarks": "reasoning", "limit": 200, "max_new_tokens": 300, "data.difficulties": "1,2",

@@ -35,8 +35,8 @@ from qwen3f.infer.sight import Sight
 from qwen3f.infer.thinking import forced_token
 from qwen3f.model.kv_cache import bytes_of_token, copy_pages, grow_cache, init_cache
 
-CPU_CACHE = 2 << 30  # bytes, where max_tokens is 0
-GPU_SHARE = 0.85  # of the free memory, likewise
+CPU_CACHE = 2 << 30  # bytes at most, where max_tokens is 0
+GPU_LEAST, GPU_SHARE = 2 << 30, 0.85  # bytes at least, and a share of the free memory at most, likewise
 GPU_PAGE = 64
 COLD = 1e-4  # temperatures up to it are not the graph's: logits over them may be infinite in float32
 CPU_ROUNDING = 64  # pages of a CPU are a multiple of it
@@ -95,6 +95,9 @@ class Device:
         self._own_pages = not page_size and not self.overlaps  # each row has one page of its own
         self.page_size = page_size or (GPU_PAGE if self.overlaps else CPU_ROUNDING)
         self.max_tokens = max_tokens or self._room()
+        # pages that a cache has at first, where nothing says how large it is to be; it grows by being made anew
+        few = max(1, GPU_LEAST // bytes_of_token(cfg, self._params) // GPU_PAGE)
+        self._least = 0 if max_tokens or self._own_pages else few
         self._cache, self._graphs = None, None
         # the fused pass turns a token by its place alone
         fits = fused.fits(cfg, params[P.EMBED].dtype) and not cfg.vision_enabled
@@ -107,15 +110,27 @@ class Device:
         memory = GPU_SHARE * torch.cuda.mem_get_info(self.device)[0] if self.overlaps else CPU_CACHE
         return int(memory) // bytes_of_token(self.cfg, self._params)
 
-    def outgrown(self, longest: int) -> bool:
-        """Whether a row of that length needs longer pages than max_tokens allows for as many as there are."""
-        if self._cache is None or not self._own_pages or self._own_size(longest) == self.page_size:
+    def outgrown(self, rows: int, longest: int) -> bool:
+        """Whether so many rows of that length need another cache: longer pages than max_tokens allows for as many as
+        there are, or more of them."""
+        if self._cache is None:
+            return False
+        if not self._own_pages:
+            return self._pages(rows, longest) > self._cache.pages - 1
+        if self._own_size(longest) == self.page_size:
             return False
         return (self._cache.pages - 1) * self._own_size(longest) > self.max_tokens
 
     def drop_cache(self) -> None:
         """Give up what pages hold, and their memory; `make_room` makes new ones."""
-        self._cache = None
+        if self._least:
+            self._least = max(self._least, 2 * (self._cache.pages - 1))
+        self._cache, self._graphs = None, None  # graphs read the cache where it lies
+
+    def _pages(self, rows: int, longest: int) -> int:
+        """That a cache of pages which rows share should have."""
+        most = max(1, self.max_tokens // self.page_size)
+        return min(most, max(self._least, rows * -(-longest // self.page_size))) if self._least else most
 
     def make_room(self, rows: int, longest: int) -> tuple[int, int]:
         """(pages, page size) once there is room for so many rows of that length, as far as max_tokens allows.
@@ -126,7 +141,7 @@ class Device:
         self._expected = rows
         size = self._own_size(longest) if self._own_pages else self.page_size
         most = max(1, self.max_tokens // size)
-        count = most if not self._own_pages else min(most, rows + 1)
+        count = min(most, rows + 1) if self._own_pages else self._pages(rows, longest)
         if self._cache is None:
             self._cache = init_cache(self.cfg, self._params, count, size)
         elif count > self._cache.pages - 1 or size > self.page_size:

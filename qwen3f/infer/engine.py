@@ -56,8 +56,8 @@ class Engine:
 
     Args:
       cfg, params: as for qwen3f.model.apply; the dtype of params is that of the computation and of the cache.
-      max_tokens: room of the cache, in tokens of all rows together. 0: on a GPU what 85% of its free memory holds, on a
-        CPU what 2 GiB do.
+      max_tokens: room of the cache, in tokens of all rows together. 0: what requests need; at most what 85% of a GPU's
+        free memory holds, and on a CPU 2 GiB.
       seed: of the random streams.
       execution: how the model runs; its `compile` has no effect.
       tokenizer: where stop texts are asked for; its stop ids are the default, and ids that it lacks are never drawn.
@@ -158,10 +158,10 @@ class Engine:
             rows.append(Row(asked, self._number, stream_of(seed, asked.stream), places))
             self._number += 1
         longest = max((len(row.request.prompt) + row.request.max_new_tokens for row in rows), default=0)
-        if self._device.outgrown(longest):
+        open_rows = min(len(rows) + len(self._scheduler.active) + len(self._scheduler.waiting), self._rows)
+        if self._device.outgrown(open_rows, longest):
             self._start_over()
-        open_rows = len(rows) + len(self._scheduler.active) + len(self._scheduler.waiting)
-        count, size = self._device.make_room(min(open_rows, self._rows), longest)
+        count, size = self._device.make_room(open_rows, longest)
         self._pool.grow(count, size)
         if longest > count * size:
             raise UserError(

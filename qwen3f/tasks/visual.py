@@ -14,7 +14,7 @@ _TOPICS = [
     (r"How many shapes are there", "count all"),
     (r"How many \w+ shapes", "count colour"),
     (r"How many (circle|square|triangle|diamond|ring)s", "count shape"),
-    (r"Which colour has the (shape|largest|smallest)", "colour"),
+    (r"Which colour has the", "colour"),
     (r"Which shape", "shape"),
     (r"Which bar is the (tallest|shortest)", "tallest bar"),
     (r"What is the value of bar", "read a bar"),

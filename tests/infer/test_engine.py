@@ -10,6 +10,7 @@ import torch
 
 from qwen3f import model, params
 from qwen3f.errors import UserError
+from qwen3f.infer import device
 from qwen3f.infer.engine import Engine, EngineOptions
 from qwen3f.infer.sampling import GREEDY, SamplingParams
 from qwen3f.infer.thinking import ThinkingBudget
@@ -266,3 +267,24 @@ def test_a_longer_request_keeps_the_cache_as_small_as_was_asked():
     for row, one in zip(rows, expected):
         assert row.tokens[len(row.request.prompt) :] == one.ids
     assert rows[-1].tokens[: len(rows[0].tokens)] == rows[0].tokens
+
+
+def test_a_shared_cache_grows_with_what_is_asked(monkeypatch):
+    """Without max_tokens it is as large as requests need; rows under way go on in the new one."""
+    monkeypatch.setattr(device, "GPU_LEAST", 1 << 19)
+    cfg, p = build()
+    prompts = random_prompts(12, cfg)
+    expected = [Engine(cfg, p).generate([a], SAMPLED, max_new_tokens=20, streams=[i])[0] for i, a in enumerate(prompts)]
+    engine = Engine(cfg, p, options=EngineOptions(page_size=16))
+    rows, pages = [], []
+    for number in range(0, 12, 4):
+        asked = prompts[number : number + 4]
+        rows += engine.submit(
+            [engine.request(a, 20, sampling=SAMPLED, stream=number + i) for i, a in enumerate(asked)]
+        )
+        pages.append(engine._pool.count)
+        for _ in range(5):
+            engine.step()
+    engine.run(rows)
+    assert [row.tokens[len(row.request.prompt) :] for row in rows] == [one.ids for one in expected]
+    assert pages[0] < pages[-1] < 200

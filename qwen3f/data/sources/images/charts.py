@@ -19,10 +19,12 @@ def _text_size(width: int, height: int) -> int:
 
 def bar(draws: Draws, width: int, height: int) -> Sketch:
     """Bars of different values, with the value above each and a label below."""
-    size = _text_size(width, height)
-    # Numbers of two digits do not touch; four bars at least, so that no label is the answer too often.
-    count = draws.between(4, max(4, min(len(LABELS), width // (2 * size))))
-    values = draws.sample(range(1, _BAR_VALUES + 1), count)
+    # Four bars at least, so that no label is the answer too often.
+    count = draws.between(4, max(4, min(len(LABELS), width // 18)))
+    # Numbers of two digits do not touch, and a level is at least 2 pixels high.
+    size = min(16, max(9, min(height // 5, width // count * 3 // 4)))
+    levels = min(_BAR_VALUES, (height - 2 * size - 8) // 2)
+    values = draws.sample(range(1, levels + 1), count)
     colour = draws.choice(tuple(COLOURS))
     background = draws.choice(tuple(BACKGROUNDS))
     image, draw = blank(width, height, background)

@@ -1,4 +1,4 @@
-"""Coloured shapes that never touch: count them, or find one by its place.
+"""Coloured shapes that never touch: count them, or find one by its place, its colour or its kind.
 
 What is asked is drawn first and the picture then made for it, so that a count is 1 to 5 and each as frequent.
 """
@@ -72,13 +72,15 @@ Asked = tuple[str, str, list[Item]]  # question, answer, what is drawn
 
 
 def _placed(draws: Draws, looks: list[tuple[str, str]], grid: Grid, size: tuple[int, int]) -> list[Item]:
-    """Shapes of these kinds and colours in cells that differ."""
+    """Shapes of these kinds and colours in cells that differ: few of them may lie in a coarser grid, and be larger."""
+    if len(looks) <= 4 and min(grid) > 2 and draws.chance(1, 2):
+        grid = 2, 2
     (columns, rows), (wide, high) = grid, (size[0] // grid[0], size[1] // grid[1])
     cells = draws.sample([(c, r) for c in range(columns) for r in range(rows)], len(looks))
     items = []
     for (shape, colour), (column, row) in zip(looks, cells, strict=True):
         largest = min(wide, high) // 2 - 2
-        radius = draws.between(min(6, largest), largest)
+        radius = draws.between(max(min(6, largest), 2 * largest // 3), largest)
         # The centre keeps radius + 1 pixels away from the cell's edges.
         x = column * wide + draws.between(radius + 1, wide - radius - 2)
         y = row * high + draws.between(radius + 1, high - radius - 2)
@@ -129,10 +131,22 @@ def _extreme(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]
     return f"Which shape has its centre {where}?", first.shape, items
 
 
+def _named(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
+    """The only one of a colour, or of a kind."""
+    shape, *others = draws.shuffled(SHAPES)
+    more = draws.between(0, min(MOST, grid[0] * grid[1]) - 1)
+    looks = [(shape, colours[0])]
+    if draws.chance(1, 2):
+        looks += _looks(draws, more, SHAPES, colours[1:])
+        return f"Which shape is the {colours[0]} one?", shape, _placed(draws, looks, grid, size)
+    looks += _looks(draws, more, tuple(others), colours)
+    return f"Which colour has the {shape}?", colours[0], _placed(draws, looks, grid, size)
+
+
 _FORMS: tuple[Callable[[Draws, list[str], Grid, tuple[int, int]], Asked], ...] = (
     _count_all,
     _count_colour,
     _count_shape,
     _extreme,
-    _extreme,
+    _named,
 )
