@@ -2,7 +2,7 @@
 
 A launch constant of a kernel follows from shapes alone, so a graph is keyed by its shapes: places B, and pages P of the
 table. Both are rounded up, and what is idle writes to page 0. To capture a graph, and to compile its kernels, takes as
-long as hundreds of passes: a pass that fits a larger graph takes that, until its own size has been asked for WORTH times.
+long as hundreds of passes: a pass that fits a larger graph takes that, until its own size has come WORTH times.
 """
 
 import dataclasses

@@ -3,6 +3,7 @@
     "correct=1,format=0.2,my_package.rewards:brevity=0.1"
 
 names three rewards with their weights; the last is any function (Sample) -> a number, or None for what it cannot judge.
+A fourth name, reward_model, is what a model says (qwen3f.preference.judges.RewardModel): no process here can hold it.
 """
 
 import dataclasses
@@ -18,16 +19,19 @@ from qwen3f.processes.killable import Killable, Outcome
 from qwen3f.processes.killable_child import find
 from qwen3f.rl.rewards import REWARDS, Sample
 
+MODEL = "reward_model"
+
 
 def parse_rewards(text: str) -> dict[str, float]:
     """Name -> weight of config.rewards. Raises UserError for a reward that does not exist."""
     weights = dict(parse_weights(text))
     for name in weights:
-        if name in REWARDS:
+        if name in REWARDS or name == MODEL:
             continue
         if ":" not in name:
             raise UserError(
-                f"--config.rewards names {name!r}: write one of {', '.join(REWARDS)}, or a function as module:function"
+                f"--config.rewards names {name!r}: write one of {', '.join((*REWARDS, MODEL))}, or a function as "
+                "module:function"
             )
         try:
             there = callable(find(name))

@@ -20,7 +20,7 @@ from qwen3f.params import EMBED, Params
 from qwen3f.processes.world import World
 from qwen3f.rl.advantages import combine_rewards, tells_nothing
 from qwen3f.rl.correction import entropy_threshold, high_entropy, importance_weights, sampler_kl
-from qwen3f.rl.judge import Judge, Judged
+from qwen3f.rl.judge import MODEL, Judge, Judged
 from qwen3f.rl.packing import Document, own_rows, pack_updates
 from qwen3f.rl.questions import Asked
 from qwen3f.rl.rewards import Sample
@@ -108,7 +108,7 @@ def draw(batch: Batch, more: More, asked: Sequence[Asked], tools: "Tools", optio
         seconds[0] += sampled - began
         seconds[1] += time.perf_counter() - sampled
         groups += fresh
-        _advantages(groups, tools.judge.weights, options)
+        _advantages(groups, tools.weights, options)
         kept = [group for group in groups if not tells_nothing(group.total[None]).item()]
         if len(kept) >= wanted or draws >= options.draws:
             break
@@ -118,14 +118,28 @@ def draw(batch: Batch, more: More, asked: Sequence[Asked], tools: "Tools", optio
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelReward:
+    """scores: of documents of ids, a prompt with its completion; all ranks give the same and get all."""
+
+    weight: float
+    scores: Callable[[Sequence[Sequence[int]]], list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Tools:
-    """What effects go through: the policy's sampler, the judge of this rank's share, and the ranks."""
+    """What effects go through: the policy's sampler, the judge of this rank's share, the ranks, and a reward model."""
 
     sampler: Sampler
     judge: Judge
     tokenizer: Tokenizer
     world: World
     axes: Axes
+    model: ModelReward | None = None
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the rewards, in the order of Group.rewards."""
+        return (*self.judge.weights, *((self.model.weight,) if self.model else ()))
 
 
 def _asked(batch: Batch, asked: Sequence[Asked], world: World) -> list[Group]:
@@ -157,7 +171,7 @@ def _seen(asked: Asked, rollout: Rollout, tools: Tools, options: Options) -> Sam
 
 
 def _judge(groups: list[Group], tools: Tools) -> dict[str, int]:
-    """Rewards of each completion, once; why some have none. Each rank judges its share."""
+    """Rewards of each completion, once; why some have none. Each rank judges its share; a model's is last."""
     samples = [sample for group in groups for sample in group.samples]
     mine = range(tools.world.rank, len(samples), tools.world.size)
     found = tools.judge([samples[i] for i in mine])
@@ -169,6 +183,8 @@ def _judge(groups: list[Group], tools: Tools) -> dict[str, int]:
             values[name][rank :: tools.world.size] = theirs[name]
         for reason, count in why.items():
             failures[reason] = failures.get(reason, 0) + count
+    if tools.model is not None:
+        values[MODEL] = tools.model.scores([[*g.asked.ids, *one.ids] for g in groups for one in g.rollouts])
     _check_some(Judged(values, failures), len(samples))
     place = 0
     for group in groups:

@@ -184,7 +184,8 @@ def grpo_config(preset: str) -> ConfigDict:
     config = run_config(preset, "grpo")
     _chat_template(config)
     config.tasks = "reasoning"  # reasoning, code, gsm8k[@DIR], math[@DIR]; several with weights: reasoning=0.7,code=0.3
-    config.rewards = "correct=1"  # by name with weights (qwen3f/rl/rewards.py), or module:function
+    # by name with weights: of qwen3f/rl/rewards.py, module:function, or reward_model, which judge.reward_model names
+    config.rewards = "correct=1"
     config.sandbox = "auto"  # for code: auto, bubblewrap, landlock; none: without one (qwen3f/sandbox/tiers.py)
     config.batch_size = 16  # prompts of a step
     config.updates = 1  # of the optimizer for a step's completions, which are cut into so many parts
@@ -203,6 +204,7 @@ def grpo_config(preset: str) -> ConfigDict:
     config.grpo = _grpo()
     config.judge = ConfigDict()
     config.judge.processes = 2  # that judge, on each rank
+    config.judge.reward_model = ""  # a workdir, its checkpoints/N or a Hugging Face directory
     config.judge.deadline = 20.0  # seconds of one reward of one completion, before it counts as failed
     config.samples = ConfigDict()
     config.samples.keep = 200  # steps whose completions stay in samples/; 0: all

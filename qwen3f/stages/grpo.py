@@ -19,10 +19,11 @@ from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import Answer, kept, mark, shares
 from qwen3f.params import Params
+from qwen3f.preference.judges import RewardModel, check_reward_model
 from qwen3f.rl import prepare as R
 from qwen3f.rl.advantages import COMBINE, check_names
 from qwen3f.rl.correction import check_mode
-from qwen3f.rl.judge import Judge, parse_rewards
+from qwen3f.rl.judge import MODEL, Judge, parse_rewards
 from qwen3f.rl.policy import GRPO, make_objective, policy_loss
 from qwen3f.rl.questions import Questions, ask, encode, first_questions
 from qwen3f.rl.rollout import RolloutOptions, Sampler
@@ -43,6 +44,7 @@ from sharding.state import whole_params
 
 __all__ = ["GRPO", "check", "make", "policy_loss"]
 
+MODEL_FLAG = "--config.judge.reward_model"
 SHOWN_REASONS = 3  # of rewards that failed, in a step's line
 
 
@@ -77,7 +79,7 @@ def check(setup: Setup) -> None:
         )
     if not config.judge.deadline > 0:
         raise UserError(f"--config.judge.deadline={config.judge.deadline}: write seconds that one reward may take")
-    parse_rewards(config.rewards)
+    _check_rewards(setup)
     tasks = find_tasks(setup)
     if any(isinstance(task, CodeTask) for _, task, _ in tasks):
         find_tier(config.sandbox)
@@ -85,6 +87,17 @@ def check(setup: Setup) -> None:
         raise UserError(
             "reinforcement learning needs a model that answers already: write --config.init_from=W, a workdir of "
             "fine-tuning or a Hugging Face directory"
+        )
+
+
+def _check_rewards(setup: Setup) -> None:
+    config = setup.config
+    if MODEL in parse_rewards(config.rewards):
+        check_reward_model(config.judge.reward_model, setup, MODEL_FLAG)
+    elif config.judge.reward_model:
+        raise UserError(
+            f"{MODEL_FLAG}={config.judge.reward_model}: no reward asks it; write --config.rewards=…,{MODEL}=1, or "
+            "leave it out"
         )
 
 
@@ -115,16 +128,23 @@ def make(run: Run) -> Stage:
     sampling = RolloutOptions(
         rollout.samples, rollout.max_new_tokens, rollout.temperature, rollout.rows, config.seed, rollout.cache_tokens
     )
+    by_rule = parse_rewards(config.rewards)
+    of_model = by_rule.pop(MODEL, None)
     tools = R.Tools(
         Sampler(setup.model, tokenizer, setup.execution, run.world, sampling),
-        Judge(parse_rewards(config.rewards), config.judge.processes, config.judge.deadline,
-              {VARIABLE: config.sandbox}),
+        Judge(by_rule, config.judge.processes, config.judge.deadline, {VARIABLE: config.sandbox}),
         tokenizer,
         run.world,
         setup.layout.axes,
     )  # fmt: skip
     steps = Steps(run, tools, questions, _options(setup, tokenizer))
     hyper = find_hyper(setup)
+
+    def complete(stage: Stage) -> Stage:
+        if of_model is not None:
+            steps.ask_model(R.ModelReward(of_model, RewardModel(run, config.judge.reward_model, MODEL_FLAG).scores))
+        return stage
+
     return Stage(
         tokenizer=tokenizer,
         dataset=questions.order,
@@ -137,6 +157,7 @@ def make(run: Run) -> Stage:
         lines=tuple(_lines(setup, hyper, questions)),
         updates=config.updates,
         microbatch_rows=rollout.microbatch_rows,
+        complete=complete,
     )
 
 
@@ -221,6 +242,10 @@ class Steps:
         self._prepared = time.perf_counter()
         return {**rows, "consumed": consumed}
 
+    def ask_model(self, model: R.ModelReward) -> None:
+        """Its scores are a reward from here on."""
+        self._tools = dataclasses.replace(self._tools, model=model)
+
     def figures(self, batch: Batch) -> dict[str, float]:
         """Means over the steps since the last time."""
         now, history, self._history = time.perf_counter(), self._history, []
@@ -251,7 +276,7 @@ class Steps:
         real = world.gather((rows["segments"] != 0).sum().item())
         self._tokens = sum(real) * ranks // world.size  # each row is on world.size / ranks ranks
         padding = 1 - self._tokens / (rows["segments"].numel() * ranks)
-        self._history.append({**R.figures(drawn, self._tools.judge.weights), **gaps, "padding": padding})
+        self._history.append({**R.figures(drawn, self._tools.weights), **gaps, "padding": padding})
         if not world.main:
             return
         kept = R.lines(step, drawn)

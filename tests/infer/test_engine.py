@@ -279,9 +279,7 @@ def test_a_shared_cache_grows_with_what_is_asked(monkeypatch):
     rows, pages = [], []
     for number in range(0, 12, 4):
         asked = prompts[number : number + 4]
-        rows += engine.submit(
-            [engine.request(a, 20, sampling=SAMPLED, stream=number + i) for i, a in enumerate(asked)]
-        )
+        rows += engine.submit([engine.request(a, 20, sampling=SAMPLED, stream=number + i) for i, a in enumerate(asked)])
         pages.append(engine._pool.count)
         for _ in range(5):
             engine.step()

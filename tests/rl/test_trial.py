@@ -134,6 +134,7 @@ def test_a_plateau_is_evaluations_without_a_better_one():
     rising = [(step, value) for step, value in enumerate([0.0, 0.0, 0.3, 0.2, 0.3])]
     assert [arm.flat(rising[:count], 2) for count in range(6)] == [False, False, False, False, False, True]
     assert not arm.flat(rising, 3)
+    assert not arm.flat([(step, 0.0) for step in range(9)], 2)  # nothing learned yet
 
 
 def test_a_stage_is_stopped_in_time_and_other_signals_keep_their_meaning(begun):

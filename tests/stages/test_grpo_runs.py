@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from qwen3f import cli
 from qwen3f.errors import UserError
+from qwen3f.preference.judges import RewardModel
 from qwen3f.rl import prepare as R
 from qwen3f.rl.judge import Judge
 from qwen3f.rl.rollout import Sampler
@@ -17,6 +19,7 @@ from qwen3f.train.saving import Saver
 from qwen3f.train.setup import make_setup
 from qwen3f.train.step import make_train_step
 from tests.data.sources.adapters.real_rows import write
+from tests.model.hf_params import Widen
 from tests.stages import toy_chats, toy_rl
 from tests.train.runs import assert_same_bits, final_state, metrics
 
@@ -219,6 +222,8 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
         ({"judge.deadline": 0.0}, "judge.deadline=0.0"),
         ({"grpo.loss": "vespo", "rollout.correction": "token_mask"}, "vespo is not linear"),
         ({"tasks": "code", "sandbox": "jail"}, "sandbox=jail: write auto"),
+        ({"rewards": "correct,reward_model"}, "none is named; write --config.judge.reward_model=W"),
+        ({"judge.reward_model": "W"}, "judge.reward_model=W: no reward asks it"),
         ({"data.kinds": "poems"}, "data.kinds is 'poems'"),
         ({"model.scalar_head": True}, "scalar_head=True does not go with a stage"),
     ],
@@ -257,6 +262,27 @@ def test_a_step_that_nothing_can_judge_ends_the_run_with_what_was_trained(root, 
     with pytest.raises(UserError, match=r"none of 12 completions could be judged.*KeyError: 'gold' \(12 times\)"):
         loop.run(config, tmp_path, progress=False)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["1"]
+
+
+def test_a_reward_models_scores_are_a_reward(root, tmp_path, monkeypatch):
+    """Those of transformers for prompt and completion, with their weight, beside the rules'; 1e-10 in float64."""
+    asked, scores = [], RewardModel.scores
+    monkeypatch.setattr(
+        RewardModel, "scores", lambda model, documents: asked.extend(documents) or scores(model, documents)
+    )
+    rewards = "tests.rl.toy_rewards:small_letters=1,reward_model=0.5"
+    config = small(root, steps=1, rewards=rewards, **{"judge.reward_model": str(root / "reward"), "rollout.draws": 1})
+    loop.run(config, tmp_path, progress=False)
+    lines = [json.loads(x) for x in samples(tmp_path)["step-00000001.jsonl"].splitlines()]
+    with Widen(), torch.no_grad():
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(root / "reward", dtype=torch.float64)
+        expected = [theirs(torch.tensor([ids])).logits.item() for ids in asked]
+    assert [line["rewards"]["reward_model"] for line in lines] == pytest.approx(expected, rel=1e-10)
+    for line in lines:
+        by_rule, of_model = line["rewards"]["tests.rl.toy_rewards:small_letters"], line["rewards"]["reward_model"]
+        assert line["reward"] == pytest.approx(by_rule + 0.5 * of_model, rel=1e-10)
+    (said,) = metrics(tmp_path)
+    assert said["reward/reward_model"] == pytest.approx(sum(expected) / len(expected), rel=1e-10)
 
 
 def test_rewards_that_fail_now_and_then_are_said_and_the_run_goes_on(root, tmp_path, capsys):

@@ -9,7 +9,7 @@ SMALL = toy_chats.SMALL  # of 300 ids, of which the tokenizer has 266
 
 
 def write_data(root):
-    for kind, more in (("dense", {}), ("moe", MOE)):
+    for kind, more in (("dense", {}), ("moe", MOE), ("reward", {"scalar_head": True})):
         toy_chats.write_weights(root / kind, SMALL | more)
 
 

@@ -111,9 +111,10 @@ def at_plateau(workdir: Path, patience: int) -> Callable[[], bool]:
 
 
 def flat(measured: Curve, patience: int) -> bool:
-    """Whether none of the last `patience` values is above all before them."""
+    """Whether none of the last `patience` values is above all before them; never while all are 0, before a model has
+    its first answer right."""
     values = [value for _, value in measured]
-    return len(values) > patience and max(values[-patience:]) <= max(values[:-patience])
+    return len(values) > patience and max(values) > 0 and max(values[-patience:]) <= max(values[:-patience])
 
 
 def reject(

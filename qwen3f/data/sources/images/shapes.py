@@ -33,7 +33,7 @@ class Item(NamedTuple):
 
 
 def make(draws: Draws, width: int, height: int) -> Sketch:
-    """One to nine shapes, each inside its own cell of a grid with at least one pixel of background around it."""
+    """One to seven shapes, each inside its own cell of a grid with at least one pixel of background around it."""
     grid = min(3, width // _CELL), min(3, height // _CELL)
     background = draws.choice(tuple(BACKGROUNDS))
     colours = draws.sample(tuple(COLOURS), 3)  # few colours, so that counting takes more than a look
@@ -72,8 +72,8 @@ Asked = tuple[str, str, list[Item]]  # question, answer, what is drawn
 
 
 def _placed(draws: Draws, looks: list[tuple[str, str]], grid: Grid, size: tuple[int, int]) -> list[Item]:
-    """Shapes of these kinds and colours in cells that differ: few of them may lie in a coarser grid, and be larger."""
-    if len(looks) <= 4 and min(grid) > 2 and draws.chance(1, 2):
+    """Shapes of these kinds and colours in cells that differ; few of them lie in a coarser grid, and are larger."""
+    if len(looks) <= 4 and min(grid) > 2:
         grid = 2, 2
     (columns, rows), (wide, high) = grid, (size[0] // grid[0], size[1] // grid[1])
     cells = draws.sample([(c, r) for c in range(columns) for r in range(rows)], len(looks))
@@ -96,7 +96,7 @@ def _counts(draws: Draws, grid: Grid) -> tuple[int, int]:
     """How many there are of what is asked, and of others."""
     room = grid[0] * grid[1]
     count = draws.between(1, min(MOST, room))
-    return count, draws.between(0, min(3, room - count))
+    return count, draws.between(0, min(2, room - count))
 
 
 def _count_all(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
@@ -120,7 +120,7 @@ def _count_shape(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, 
 def _extreme(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
     """The one furthest to the left or highest; where that is not clear, other places are drawn."""
     axis, where = draws.choice((("x", "furthest to the left"), ("y", "highest")))
-    looks = _looks(draws, draws.between(2, min(MOST, grid[0] * grid[1])), SHAPES, colours)
+    looks = _looks(draws, draws.between(2, min(4, grid[0] * grid[1])), SHAPES, colours)
     while True:
         items = _placed(draws, looks, grid, size)
         first, second, *_ = sorted(items, key=lambda item: getattr(item, axis))
@@ -134,7 +134,7 @@ def _extreme(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]
 def _named(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
     """The only one of a colour, or of a kind."""
     shape, *others = draws.shuffled(SHAPES)
-    more = draws.between(0, min(MOST, grid[0] * grid[1]) - 1)
+    more = draws.between(0, min(4, grid[0] * grid[1]) - 1)
     looks = [(shape, colours[0])]
     if draws.chance(1, 2):
         looks += _looks(draws, more, SHAPES, colours[1:])
