@@ -4,6 +4,8 @@ Greedy answers are compared token by token in fp32: the best two logits are at l
 case, and two orders of summation differ by 1e-5.
 """
 
+import random
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from qwen3f.errors import UserError
 from qwen3f.infer.generate import generate, stream
 from qwen3f.infer.sampling import NON_THINKING
 from qwen3f.infer.thinking import ThinkingBudget
-from tests.model.hf_params import from_hf, hf_model, small_config
+from tests.model.hf_params import Widen, from_hf, hf_model, small_config
 
 NEW = 64
 CASES = {
@@ -52,6 +54,43 @@ def test_greedy_equals_transformers_and_no_cache(case):
         grown = torch.cat([grown, model.apply(cfg, p, {"tokens": grown}).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(got, grown)
     assert len(set(got[0, -NEW:].tolist())) > 5  # not one token over and over
+
+
+def drawn(number):
+    """A configuration of sizes and kinds drawn by its number: dense or of experts, tied or not, with YaRN or without."""
+    chance = random.Random(number)
+    kv = chance.choice((1, 2, 3))
+    changes = {
+        "hidden_size": 8 * chance.randint(3, 9),
+        "num_hidden_layers": chance.randint(1, 4),
+        "num_key_value_heads": kv,
+        "num_attention_heads": kv * chance.choice((1, 2, 4)),
+        "head_dim": chance.choice((8, 16, 24)),
+        "intermediate_size": chance.randint(30, 90),
+        "vocab_size": chance.randint(50, 200),
+        "tie_word_embeddings": chance.random() < 0.5,
+        "rope_theta": chance.choice((1e3, 1e4, 1e6)),
+    }
+    if chance.random() < 0.4:
+        scaling = {"factor": chance.choice((2.0, 4.0)), "original_max_position_embeddings": 32}
+        changes["rope_scaling"] = {"rope_type": "yarn", **scaling}
+    if chance.random() < 0.5:
+        experts = chance.randint(3, 8)
+        changes |= {"num_experts": experts, "num_experts_per_tok": chance.randint(1, experts)}
+        changes |= {"moe_intermediate_size": chance.randint(8, 40), "norm_topk_prob": chance.random() < 0.5}
+    return changes
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_greedy_equals_transformers_for_random_models(number):
+    """float64 on both sides, so that no order of summation decides."""
+    cfg = small_config(**{**drawn(number), "max_position_embeddings": 128})
+    hf = hf_model(cfg, number, torch.float64)
+    p = from_hf(cfg, {name: leaf.detach() for name, leaf in hf.named_parameters()})
+    tokens = torch.randint(2, cfg.vocab_size, (3, 7), generator=torch.Generator().manual_seed(number))
+    with Widen():
+        expected = hf_generate(hf, tokens, torch.ones_like(tokens))
+    assert torch.equal(generate(cfg, p, tokens, max_new_tokens=NEW), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
