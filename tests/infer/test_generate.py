@@ -57,7 +57,7 @@ def test_greedy_equals_transformers_and_no_cache(case):
 
 
 def drawn(number):
-    """A configuration of sizes and kinds drawn by its number: dense or of experts, tied or not, with YaRN or without."""
+    """Sizes and kinds of a model, drawn by its number: dense or of experts, tied or not, with YaRN or without."""
     chance = random.Random(number)
     kv = chance.choice((1, 2, 3))
     changes = {
