@@ -74,10 +74,10 @@ NANO: dict[str, Row] = {
 _NANO_ASKED = {"benchmarks": "reasoning", "limit": 64, "max_new_tokens": 200, **_EASY}  # 64 of each kind
 
 # 25M parameters on one GPU.
-_GPU_TEXT = {"batch_size": 32, "seq_len": 1024, "eval.max_docs": 64, "sample.tokens": 32}
+_EAGER = {"compile": "off"}  # compiling would take longer than it saves
+_GPU_TEXT = {**_EAGER, "batch_size": 32, "seq_len": 1024, "eval.max_docs": 64, "sample.tokens": 32}
 _GPU_PROBLEMS = {"data.difficulties": "1,2", "data.problems": 160_000}
 _GPU_ASKED = {"data.difficulties": "1,2", "data.problems": 20_000}  # questions alone, a few hundred a step
-_EAGER = {"compile": "off"}  # compiling would take longer than it saves
 DEBUG: dict[str, Row] = {
     "pretrain_s1": ("pretrain_s1.py:{}", 90, {
         **_GPU_TEXT, **_often(250), "steps": 500, "data.mixture": "embedded=0.5,reasoning=0.5",
@@ -90,7 +90,7 @@ DEBUG: dict[str, Row] = {
         **_often(25), "batch_size": 4, "seq_len": 8192, "model.max_position_embeddings": 8192, "steps": 50,
         "eval.max_docs": 64, "eval.batch_size": 4, "sample.tokens": 32, **_EAGER,
     }),
-    "sft_cold_start": ("sft_cold_start.py:{}", 120, {**_often(250, 256), **_GPU_PROBLEMS, "steps": 750}),
+    "sft_cold_start": ("sft_cold_start.py:{}", 120, {**_often(250, 256), **_GPU_PROBLEMS, **_EAGER, "steps": 750}),
     "grpo": ("grpo.py:{}", 90, {**_often(20, 256), **_GPU_ASKED, **_EAGER, "steps": 40}),
     "sft_fusion": ("sft_fusion.py:{}", 40, {**_often(100, 256), **_GPU_ASKED, **_EAGER, "steps": 100}),
     "grpo_general": ("grpo_general.py:{}", 45, {**_often(10, 256), **_GPU_ASKED, **_EAGER, "steps": 15}),
