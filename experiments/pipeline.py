@@ -109,8 +109,9 @@ NANO_VL: dict[str, Row] = {
     "pretrain_s1": ("pretrain_s1.py:nano", 200, {
         **_TEXT, **_TO_ZERO, **_often(250), "steps": 500, "schedule.peak_lr": 3e-2,
         "data.mixture": "embedded=0.5,reasoning=0.5", "model.vocab_size": 2048, "model.initializer_range": 0.03,
+        "model.num_attention_heads": 4, "model.num_key_value_heads": 4, "model.head_dim": 32,  # as multimodal's
     }),
-    "multimodal": ("multimodal.py:nano_vl", 900, {**_often(200), "steps": 800, "eval.max_rows": 16}),
+    "multimodal": ("multimodal.py:nano_vl", 900, {**_often(200), "eval.max_rows": 16}),
     "pictures": ("generate.py", 60, {
         "max_new_tokens": 64, "temperature": 0.0, "thinking": False, "min_pixels": 64 * 64, "max_pixels": 128 * 128,
     }),

@@ -18,7 +18,6 @@ _TOPICS = [
     (r"Which shape", "shape"),
     (r"Which bar is the (tallest|shortest)", "tallest bar"),
     (r"What is the value of bar", "read a bar"),
-    (r"What is the (difference|sum)", "compute from bars"),
     (r"At which point|How many times does the line|Does the line", "line"),
     (r"How many slices|All shares", "pie"),
     (r"Which colour is the text", "colour of text"),

@@ -33,12 +33,21 @@ def inherit_model(config: ConfigDict, workdir: Path, chosen: Collection[str] = (
         kept |= source.OF_VISION
     ours = config.model.to_dict()
     values = {name: value for name, value in theirs.to_dict().items() if name not in kept}
+    gets_tower = ours["vision_enabled"] and not theirs.vision_enabled
+    if gets_tower and theirs.head_dim != ours["head_dim"] and "model.mrope_section" not in chosen:
+        values["mrope_section"] = _sections(theirs.head_dim)
     if config.get("abf", False):
         values = {name: _raised(name, value, ours[name]) for name, value in values.items()}
     out = config.copy_and_resolve_references()
     with out.unlocked(), out.ignore_type():
         out.model = ConfigDict({**ours, **values})
     return out
+
+
+def _sections(head_dim: int) -> tuple[int, int, int]:
+    """Rotary pairs by time, height and width in Qwen3-VL's proportions: 24, 20 and 20 of 64."""
+    of_side = head_dim // 2 * 5 // 16
+    return head_dim // 2 - 2 * of_side, of_side, of_side
 
 
 def _raised(name: str, theirs: Any, ours: Any) -> Any:

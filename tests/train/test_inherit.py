@@ -84,8 +84,16 @@ def test_a_text_model_gets_the_preset_s_tower_with_all_that_belongs_to_it(direct
     hf.save_pretrained(directory / "wide", theirs, params.init_params(theirs, 0))
     found, wanted = inherited("multimodal.py:nano_vl", directory / "wide"), presets.get("nano_vl")
     assert (found.hidden_size, found.rope_theta) == (theirs.hidden_size, theirs.rope_theta)
-    for name in source.OF_VISION:
+    for name in source.OF_VISION - {
+        "mrope_section",
+        "vision_patch_size",
+        "vision_image_size",
+        "vision_deepstack_layers",
+    }:
         assert getattr(found, name) == getattr(wanted, name)
+    assert (found.mrope_section, found.vision_patch_size, found.vision_deepstack_layers) == ((12, 10, 10), 16, (1,))
+    changed = inherited("multimodal.py:nano_vl", directory / "wide", {"model.mrope_section": (16, 8, 8)})
+    assert changed.mrope_section == (16, 8, 8)
 
 
 def test_from_a_workdir_through_all_three_stages(make, tmp_path, capsys):

@@ -30,10 +30,12 @@ def trained_tokenizer(data: VisualDataConfig, vocab_size: int, cache_dir: Path) 
             f"no tokenizer for {', '.join(files)}: write --config.init_from=W for a model's own, or "
             "--config.data.tokenizer=PATH"
         )
-    key = (dataclasses.astuple(data), SAMPLES, sentencepiece.__version__, sorted(TRAINER_OPTIONS.items()))
+    key = ("roles", dataclasses.astuple(data), SAMPLES, sentencepiece.__version__, sorted(TRAINER_OPTIONS.items()))
     path = cache_dir / f"tokenizer-visual-{vocab_size}-{stable_hash(repr(key).encode()):016x}.model"
     if path.exists():
         return load_tokenizer(str(path))
     samples = (islice(open_source(name, data).samples("train", Counter()), SAMPLES) for name in names)
-    texts = (message["content"].replace(PICTURE, "") for sample in chain(*samples) for message in sample.chat.messages)
+    messages = (message for sample in chain(*samples) for message in sample.chat.messages)
+    # with the roles, which a chat's tokens have too
+    texts = (f"{message['role']}\n{message['content'].replace(PICTURE, '')}" for message in messages)
     return train_sentencepiece(texts, vocab_size, path)

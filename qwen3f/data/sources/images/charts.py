@@ -40,19 +40,12 @@ def bar(draws: Draws, width: int, height: int) -> Sketch:
     draw.line((0, floor, width, floor), fill=INK)
 
     names = LABELS[:count]
-    first, second = draws.sample(range(count), 2)
-    question, answer = draws.choice(
-        (
-            ("Which bar is the tallest?", names[values.index(max(values))]),
-            ("Which bar is the shortest?", names[values.index(min(values))]),
-            (f"What is the value of bar {names[first]}?", str(values[first])),
-            (
-                f"What is the difference between the values of bars {names[first]} and {names[second]}?",
-                str(abs(values[first] - values[second])),
-            ),
-            ("What is the sum of all values?", str(sum(values))),
-        )
-    )
+    read = draws.below(count)
+    if draws.chance(1, 2):
+        question, answer = f"What is the value of bar {names[read]}?", str(values[read])
+    else:
+        most, kind = draws.choice(((max, "tallest"), (min, "shortest")))
+        question, answer = f"Which bar is the {kind}?", names[values.index(most(values))]
     facts = ", ".join(f"{name} is {value}" for name, value in zip(names, values, strict=True))
     parameters = {"size": (width, height), "background": background, "colour": colour, "values": values}
     return Sketch(image, f"A bar chart in {colour}: {facts}.", question, answer, parameters)
