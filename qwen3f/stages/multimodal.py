@@ -76,7 +76,8 @@ def _figures(batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 def _evaluator(run: Run, corpus: VisualCorpus, tokenizer: Tokenizer) -> Evaluator:
     """ "loss" on held-out answers by source; on one device also "exact", the share of answers that greedy decoding
-    gives to the letter, by topic, and "blind", the same with the pictures of other rows."""
+    gives to the letter, "blind", the same with the pictures of other rows, and "majority", what a topic's commonest
+    answer reaches; each of all questions and by topic."""
     evaluate = make_heldout_loss(run, corpus.heldout)
     asks = run.world.size == 1 and corpus.heldout
     answered = _make_answered(run, corpus) if asks else lambda params: ({}, [])
@@ -90,7 +91,11 @@ def _evaluator(run: Run, corpus: VisualCorpus, tokenizer: Tokenizer) -> Evaluato
 
     def say(values: Mapping[str, float]) -> str:
         parts = [f"held-out loss {values['loss']:.4f}"] if "loss" in values else []
-        parts += [f"{name} {100 * values[name]:.1f}%" for name in values if name.partition("/")[0] != "loss"]
+        parts += [f"{name} {100 * values[name]:.1f}%" for name in ("exact", "blind", "majority") if name in values]
+        for name in (name for name in values if name.startswith("exact/")):
+            topic = name.removeprefix("exact/")
+            three = (100 * values[f"{which}/{topic}"] for which in ("exact", "blind", "majority"))
+            parts.append("{} {:.1f}% ({:.1f}%, {:.1f}%)".format(topic, *three))
         return ", ".join(parts)
 
     return Evaluator(run.setup.config.eval.every, validate, say, lambda: lines)
@@ -107,8 +112,8 @@ def _in_own_words(run: Run, corpus: VisualCorpus, tokenizer: Tokenizer, params: 
 
 
 def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], tuple[dict[str, float], list[dict[str, Any]]]]:
-    """answered(params) -> {"exact", "exact/TOPIC", "blind", "majority": …} over the held-out rows that have topics, and
-    the marks behind "exact" as logger.answers takes them."""
+    """answered(params) -> {"exact", "exact/TOPIC", "blind", …} over the held-out rows that have topics, and the marks
+    behind "exact" as logger.answers takes them."""
     setup, config = run.setup, run.setup.config
     exact = make_exact(setup.model, setup.execution)
     rows = config.eval.batch_size
@@ -133,8 +138,9 @@ def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], tuple[d
         for dataset in corpus.heldout.values():
             if any(chat.group for chat in dataset.documents):
                 seen, blind = (marks(dataset, compute, how) for how in (False, True))
-                values |= {"exact": _mean(seen), "blind": _mean(blind), "majority": _majority(dataset)}
-                values |= {f"exact/{topic}": sum(found) / len(found) for topic, found in sorted(seen.items())}
+                for name, found in (("exact", seen), ("blind", blind), ("majority", _majority(dataset))):
+                    values[name] = _mean(found)
+                    values |= {f"{name}/{topic}": sum(of) / len(of) for topic, of in sorted(found.items())}
                 every = (one for found in seen.values() for one in found)
                 lines += [{"mode": "exact", "number": i, "mark": one} for i, one in enumerate(every)]
         return values, lines
@@ -156,9 +162,12 @@ def _mean(marks: Mapping[str, list[float]]) -> float:
     return sum(every) / max(1, len(every))
 
 
-def _majority(dataset: VisualDataset) -> float:
-    """What always giving a topic's most frequent answer would reach."""
+def _majority(dataset: VisualDataset) -> dict[str, list[float]]:
+    """By topic, for each of its questions: whether the topic's most frequent answer is right."""
     answers: dict[str, Counter[bytes]] = defaultdict(Counter)
     for chat in dataset.documents:
         answers[chat.group][chat.ids[chat.trained].tobytes()] += 1
-    return sum(max(found.values()) for found in answers.values()) / len(dataset.documents)
+    return {
+        topic: [1.0] * (most := max(found.values())) + [0.0] * (found.total() - most)
+        for topic, found in answers.items()
+    }
