@@ -43,7 +43,7 @@ def get_config(preset: str = "qwen3-vl-2b") -> ConfigDict:
         config.optimizer.kind, config.optimizer.update_rms = "muon", 0.2 / 3
         config.schedule.kind, config.schedule.decay, config.schedule.min_ratio = "wsd", 0.7, 0.0
         config.schedule.peak_lr = 1e-2
-        config.steps, config.batch_size = 560, 8
+        config.steps, config.batch_size = 500, 8
         config.eval.every, config.checkpoint.every = 0, 250  # held-out answers at the end alone
     if preset == "seed_vl":
         config.data.max_pixels = 672**2
