@@ -164,3 +164,12 @@ def test_the_youngest_loses_its_pages_and_comes_back():
         order.append((len(first.pages), len(second.pages)))
     assert machine.ended == [first, second]
     assert (3, 0) in order
+
+
+def test_a_prefill_pass_takes_the_first_row_and_others_about_as_long():
+    machine = Machine(pages=200, size=4, rows=8, chunk=64, lag=0)
+    rows = [machine.add([7 + number] * length, 1) for number, length in enumerate((20, 5, 31, 19, 6))]
+    first = machine.scheduler.plan()
+    assert [rows.index(chunk.row) for chunk in first.chunks] == [0, 3, 4]  # the 30 tokens of row 2 would widen the pass
+    machine.scheduler.advance(first)
+    assert [rows.index(chunk.row) for chunk in machine.scheduler.plan().chunks] == [1, 2]
