@@ -94,8 +94,8 @@ def _evaluator(run: Run, corpus: VisualCorpus, tokenizer: Tokenizer) -> Evaluato
         parts += [f"{name} {100 * values[name]:.1f}%" for name in ("exact", "blind", "majority") if name in values]
         for name in (name for name in values if name.startswith("exact/")):
             topic = name.removeprefix("exact/")
-            three = (100 * values[f"{which}/{topic}"] for which in ("exact", "blind", "majority"))
-            parts.append("{} {:.1f}% ({:.1f}%, {:.1f}%)".format(topic, *three))
+            right, *guessed = (100 * values[f"{which}/{topic}"] for which in ("exact", "blind", "majority"))
+            parts.append("{} {:.1f}% (blind {:.1f}%, majority {:.1f}%)".format(topic, right, *guessed))
         return ", ".join(parts)
 
     return Evaluator(run.setup.config.eval.every, validate, say, lambda: lines)
