@@ -81,7 +81,7 @@ def drawn(number):
     return changes
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", [*range(6), *(pytest.param(n, marks=pytest.mark.nightly) for n in range(6, 20))])
 def test_greedy_equals_transformers_for_random_models(number):
     """float64 on both sides, so that no order of summation decides."""
     cfg = small_config(**{**drawn(number), "max_position_embeddings": 128})
