@@ -82,7 +82,10 @@ def launch(workdir, mesh, kind, **more):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
 
 
-@pytest.mark.parametrize("mesh", ["", "dp2", *(pytest.param(m, marks=pytest.mark.nightly) for m in [*TWO, *FOUR][1:])])
+OTHERS = ["", *[*TWO, *FOUR][1:]]
+
+
+@pytest.mark.parametrize("mesh", ["dp2", *(pytest.param(mesh, marks=pytest.mark.nightly) for mesh in OTHERS)])
 def test_by_launch_it_survives_a_kill_and_goes_on_bit_for_bit(mesh, tmp_path, alone):
     """All its processes are killed somewhere behind step 2; the same command then reaches the same end."""
     kind = {**TWO, **FOUR}.get(mesh, "dense")
