@@ -74,7 +74,7 @@ NANO: dict[str, Row] = {
 _NANO_ASKED = {"benchmarks": "reasoning", "limit": 64, "max_new_tokens": 200, **_EASY}  # 64 of each kind
 
 # 25M parameters on one GPU.
-_EAGER = {"compile": "off"}  # compiling would take longer than it saves
+_EAGER = {"compile": "off"}  # runs of a minute or two; whether compiling pays in them is not measured
 _GPU_TEXT = {**_EAGER, "batch_size": 32, "seq_len": 1024, "eval.max_docs": 64, "sample.tokens": 32}
 _GPU_PROBLEMS = {"data.difficulties": "1,2", "data.problems": 160_000}
 _GPU_ASKED = {"data.difficulties": "1,2", "data.problems": 20_000}  # questions alone, a few hundred a step

@@ -29,7 +29,7 @@ IGNORE = softmax_gradient.IGNORE
 _CHUNK_BYTES = 640 << 20  # logits alive at once on a GPU: 2,048 tokens of 151,936 bfloat16
 _CHUNK_LOGITS_CPU = 1 << 21  # on a CPU: 8 MiB, which stay in its cache (54 ms instead of 65 at V 4,096, N 2,048)
 _MIN_CHUNK = 128  # tokens; below, products are too thin to be fast
-_ROW_BYTES = 16  # a row of logits is a multiple; else cuBLAS needs 3 to 8 times as long (H100, 151,669 columns)
+_ROW_BYTES = 16  # a row of logits is a multiple; else cuBLAS needs 5 to 8 times as long (H100, 151,669 columns)
 
 
 def reference(
@@ -245,7 +245,8 @@ _lse_and_target_op.register_autograd(_lse_and_target_backward, setup_context=_ke
 def _gradients(
     hidden: Tensor, weight: Tensor, softmax: Callable[[Tensor, slice], Tensor], float32_sum: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(d_hidden, d_weight), where softmax(logits, rows) gives the gradient in a chunk's logits; it may overwrite them.
+    """(d_hidden, d_weight), where softmax(logits, rows) gives the gradient in a chunk's logits; it may overwrite them,
+    and a kernel does.
 
     At least one chunk, be it empty.
     """
@@ -273,7 +274,7 @@ def _gradients(
 
 
 def _whole(weight_VD: Tensor) -> Tensor:
-    """The weight, with rows of zeros behind it where a row of logits would not be aligned: V may be odd.
+    """The weight, or where a row of logits would not be aligned, as V may be odd, a copy with rows of zeros behind it.
 
     Nobody reads their logits.
     """

@@ -253,11 +253,10 @@ class Device:
         """The same by a CUDA graph. What its sampler does not know is drawn again, from the logits that it leaves."""
         if self._graphs is None:
             self._graphs = DecodeGraphs(self.cfg, self._params, self._cache, self._execution, self.num_ids, self._rows)
-        self._graphs.expect(self._expected)
         ways = [row.request.sampling for row in rows]
         chances = np.array([[1 / way.temperature if way.temperature > COLD else 0.0 for way in ways]] * 2)
         chances[0] = uniform(streams_at(*torch.from_numpy(numbers[[3, 1]] + [[0], [1]])))
-        result = self._graphs.run(numbers[:2], chances, [row.pages for row in rows])
+        result = self._graphs.run(numbers[:2], chances, [row.pages for row in rows], self._expected)
         count, packed = len(rows), result.packed
         special = [i for i, way in enumerate(ways) if not is_plain(way)]
         if special or (numbers[4] >= 0).any():

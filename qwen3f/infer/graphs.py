@@ -1,8 +1,9 @@
 """CUDA graphs of the fused decoding pass: one for each size of batch and of table, over the same buffers.
 
 A launch constant of a kernel follows from shapes alone, so a graph is keyed by its shapes: places B, and pages P of the
-table. Both are rounded up, and what is idle writes to page 0. To capture a graph, and to compile its kernels, takes as
-long as hundreds of passes: a pass that fits a larger graph takes that, until its own size has come WORTH times.
+table. Both are rounded up, and what is idle writes to page 0. To capture a graph takes as long as tens of passes, and
+as thousands where its kernels must be compiled: a pass that fits a larger graph takes that, until its own size has come
+WORTH times.
 """
 
 import dataclasses
@@ -52,20 +53,15 @@ class DecodeGraphs:
         self.last = torch.zeros(_places(rows), dtype=torch.int64, device=device)  # ids that the pass before has drawn
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._asked: dict[tuple[int, int], int] = {}  # passes of each size that has no graph
-        self._expected = 0
         self._pool = None
 
-    def expect(self, rows: int) -> None:
-        """As many rows will soon be computed at a time: a graph that must be captured has places for them."""
-        self._expected = rows
-
-    def run(self, numbers: np.ndarray, chances: np.ndarray, pages: Sequence[Sequence[int]]) -> Result:
+    def run(self, numbers: np.ndarray, chances: np.ndarray, pages: Sequence[Sequence[int]], expected: int) -> Result:
         """One pass. Its result is overwritten by the next one; `last` has its ids.
 
         numbers: int64 [2, B], tokens and positions as in Places. chances: float64 [2, B], uniform and inv_temperature.
-        pages: of each row.
+        pages: of each row. expected: rows that will soon be computed at a time; a first graph has places for them.
         """
-        graph = self._fitting(_places(numbers.shape[1]), _width(max(map(len, pages))))
+        graph = self._fitting(_places(numbers.shape[1]), _width(max(map(len, pages))), _places(expected))
         host = torch.zeros(graph.numbers.shape, dtype=torch.int64, pin_memory=True)
         filled = host.numpy()[:, : numbers.shape[1]]
         filled[:2], filled[2:] = numbers, chances.view(np.int64)
@@ -90,7 +86,7 @@ class DecodeGraphs:
         for path, leaf in params.items():
             _each(Tensor.copy_, self.params[path], leaf)
 
-    def _fitting(self, count: int, width: int) -> "_Graph":
+    def _fitting(self, count: int, width: int, expected: int) -> "_Graph":
         """The graph of that size, or a larger one while the size is rare."""
         if (count, width) in self._graphs:
             return self._graphs[count, width]
@@ -99,7 +95,7 @@ class DecodeGraphs:
         if larger and self._asked[count, width] <= WORTH:
             return self._graphs[min(larger)]
         if not larger:
-            count = max(count, _places(self._expected))
+            count = max(count, expected)
         self._graphs[count, width] = self._capture(count, width)
         return self._graphs[count, width]
 

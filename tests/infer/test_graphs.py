@@ -7,7 +7,7 @@ class Sizes(DecodeGraphs):
     """Graphs that are only their sizes."""
 
     def __init__(self):
-        self._graphs, self._asked, self._expected = {}, {}, 0
+        self._graphs, self._asked = {}, {}
 
     def _capture(self, count, width):
         return count, width
@@ -15,16 +15,15 @@ class Sizes(DecodeGraphs):
 
 def test_the_first_graph_has_places_for_all_rows_that_wait():
     graphs = Sizes()
-    graphs.expect(100)
-    assert graphs._fitting(8, 4) == (128, 4)
-    assert graphs._fitting(128, 8) == (128, 8)  # a wider table fits no graph that is there
+    assert graphs._fitting(8, 4, 128) == (128, 4)
+    assert graphs._fitting(128, 8, 128) == (128, 8)  # a wider table fits no graph that is there
 
 
 def test_a_rare_size_runs_in_the_smallest_graph_that_holds_it():
     graphs = Sizes()
     for count, width in ((256, 16), (64, 16), (32, 4)):
         graphs._graphs[count, width] = (count, width)
-    assert {graphs._fitting(24, 8) for _ in range(WORTH)} == {(64, 16)}
-    assert graphs._fitting(24, 8) == (24, 8)  # it has come often enough for a graph of its own
-    assert graphs._fitting(16, 8) == (24, 8)
-    assert graphs._fitting(64, 16) == (64, 16)
+    assert {graphs._fitting(24, 8, 32) for _ in range(WORTH)} == {(64, 16)}
+    assert graphs._fitting(24, 8, 32) == (24, 8)  # it has come often enough for a graph of its own
+    assert graphs._fitting(16, 8, 32) == (24, 8)
+    assert graphs._fitting(64, 16, 64) == (64, 16)
