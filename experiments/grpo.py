@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from qwen3f.stages.configs import grpo_config
 
-# nano: from fine-tuning by Muon, AdamW at 2e-4 and above unlearns (qwen3f/rl/trial/README.md).
-PEAK_LR = {"nano": 1e-4, "debug": 5e-5, "debug_moe": 5e-5}
+# From fine-tuning by Muon, AdamW at 2e-4 and above unlearns (qwen3f/rl/trial/README.md).
+PEAK_LR = {"nano": 1e-4, "debug": 1e-4, "debug_moe": 1e-4}
 
 
 def get_config(preset: str = "small") -> ConfigDict:
@@ -29,10 +29,12 @@ def get_config(preset: str = "small") -> ConfigDict:
         config.data.difficulties = "1"
         config.data.kinds = "number_theory,sequence" if preset == "nano" else ""
         config.seq_len, config.rollout.max_new_tokens, config.eval.max_new_tokens = 512, 200, 200
-        config.rollout.draws = 2
-        config.rollout.microbatch_rows = 8
         if preset == "nano":
             config.steps, config.batch_size, config.rollout.samples = 60, 8, 8
+            config.rollout.draws, config.rollout.microbatch_rows = 2, 8
+        else:  # all of a step's answers at the same time: 1,024
+            config.batch_size, config.rollout.rows, config.rollout.microbatch_rows = 64, 1024, 64
+            config.rollout.cache_tokens = 1024 * config.seq_len
     else:
         config.tasks = "gsm8k=0.5,math=0.5"
     return config

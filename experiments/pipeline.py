@@ -76,33 +76,40 @@ _NANO_ASKED = {"benchmarks": "reasoning", "limit": 64, "max_new_tokens": 200, **
 # 25M parameters on one GPU.
 _EAGER = {"compile": "off"}  # runs of a minute or two; whether compiling pays in them is not measured
 _GPU_TEXT = {**_EAGER, "batch_size": 32, "seq_len": 1024, "eval.max_docs": 64, "sample.tokens": 32}
-_GPU_PROBLEMS = {"data.difficulties": "1,2", "data.problems": 160_000}
-_GPU_ASKED = {"data.difficulties": "1,2", "data.problems": 20_000}  # questions alone, a few hundred a step
+_GPU_TOKENS = 300  # of an answer, which the hardest problems need
+_GPU_CHATS = {**_EAGER, "data.difficulties": "1,2,3", "eval.max_new_tokens": _GPU_TOKENS}
+_GPU_ASKED = {**_GPU_CHATS, "data.problems": 20_000, "rollout.max_new_tokens": _GPU_TOKENS}  # a few hundred a step
 DEBUG: dict[str, Row] = {
     "pretrain_s1": ("pretrain_s1.py:{}", 90, {
-        **_GPU_TEXT, **_often(250), "steps": 500, "data.mixture": "embedded=0.5,reasoning=0.5",
+        **_GPU_TEXT, **_often(200), "steps": 400, "data.mixture": "embedded=0.5,reasoning=0.5",
     }),
-    "pretrain_s2": ("pretrain_s2.py:{}", 60, {
-        **_GPU_TEXT, **_often(250), "steps": 300, "schedule.peak_lr": 1e-3,
+    "pretrain_s2": ("pretrain_s2.py:{}", 45, {
+        **_GPU_TEXT, **_often(250), "steps": 250, "schedule.peak_lr": 1e-3,
         "data.mixture": "embedded=0.2,reasoning=0.8",
     }),
-    "pretrain_s3": ("pretrain_s3.py:{}", 40, {
-        **_often(25), "batch_size": 4, "seq_len": 8192, "model.max_position_embeddings": 8192, "steps": 50,
+    "pretrain_s3": ("pretrain_s3.py:{}", 55, {
+        **_often(50), "batch_size": 4, "seq_len": 8192, "model.max_position_embeddings": 8192, "steps": 50,
         "eval.max_docs": 64, "eval.batch_size": 4, "sample.tokens": 32, **_EAGER,
     }),
-    "sft_cold_start": ("sft_cold_start.py:{}", 120, {**_often(250, 256), **_GPU_PROBLEMS, **_EAGER, "steps": 750}),
-    "grpo": ("grpo.py:{}", 90, {**_often(20, 256), **_GPU_ASKED, **_EAGER, "steps": 40}),
-    "sft_fusion": ("sft_fusion.py:{}", 40, {**_often(100, 256), **_GPU_ASKED, **_EAGER, "steps": 100}),
-    "grpo_general": ("grpo_general.py:{}", 45, {**_often(10, 256), **_GPU_ASKED, **_EAGER, "steps": 15}),
-    "dpo": ("dpo.py:{}", 30, {
+    "sft_cold_start": ("sft_cold_start.py:{}", 120, {
+        **_often(300, 256), **_GPU_CHATS, "data.problems": 100_000, "steps": 600,
+    }),
+    "grpo": ("grpo.py:{}", 90, {**_often(20, 256), **_GPU_ASKED, "steps": 40}),
+    "sft_fusion": ("sft_fusion.py:{}", 40, {
+        **_often(100, 256), **_GPU_CHATS, "data.problems": 20_000, "steps": 100,
+    }),
+    "grpo_general": ("grpo_general.py:{}", 40, {**_often(15, 256), **_GPU_ASKED, "steps": 15}),
+    "dpo": ("dpo.py:{}", 35, {
         **_often(50, 128), "steps": 50, "data.problems": 16_384, "data.max_samples": 2000, "data.max_heldout": 200,
         **_EAGER,
     }),
-    "evaluation": ("eval.py", 20, {
-        "benchmarks": "reasoning", "limit": 200, "max_new_tokens": 300, "data.difficulties": "1,2",
+    "evaluation": ("eval.py", 25, {
+        "benchmarks": "reasoning", "limit": 200, "max_new_tokens": _GPU_TOKENS, "data.difficulties": "1,2,3",
     }),
 }  # fmt: skip
-_DEBUG_ASKED = {"benchmarks": "reasoning", "limit": 64, "max_new_tokens": 300, "data.difficulties": "1,2"}
+_DEBUG_ASKED = {
+    "benchmarks": "reasoning", "limit": 64, "max_new_tokens": _GPU_TOKENS, "data.difficulties": "1,2,3",
+}  # fmt: skip
 
 # A text model gets a tower, and sees; on two CPU cores.
 NANO_VL: dict[str, Row] = {

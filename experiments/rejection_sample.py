@@ -1,13 +1,20 @@
-"""Questions of a task's training split answered by a model; the right answers become chats to fine-tune on.
+"""Questions of a task's training split answered by a model; the right answers become chats to fine-tune on, or the
+best and the worst one a pair for DPO.
 
     python launch.py --config experiments/rejection_sample.py --config.init_from=W2 --config.out=DIR \
         --config.data.kinds=number_theory,sequence --config.data.difficulties=1
     python launch.py --config experiments/sft_fusion.py:nano --config.init_from=W2 --workdir W3 \
         --config.data.mixture=chats@DIR=0.7,reasoning-plain=0.3
 
+    python launch.py --config experiments/rejection_sample.py --config.init_from=W2 --config.out=DIR \
+        --config.rows=pairs --config.samples=8 --config.temperature=1.0
+    python launch.py --config experiments/dpo.py:nano --config.init_from=W2 --workdir W4 \
+        --config.data.mixture=pairs@DIR
+
 W2 is a workdir, its checkpoints/N or a Hugging Face directory of a model that thinks. DIR gets samples.jsonl, rows of
-messages with the thought under reasoning_content, and rejection_summary.json with the settings and counts. The same
-command again goes on where it stopped; a larger --config.questions adds to what is there. The workdir is not used.
+messages (of a pair: chosen and rejected ones) with the thought under reasoning_content, and rejection_summary.json with
+the settings and counts. The same command again goes on where it stopped; a larger --config.questions adds to what is
+there. The workdir is not used.
 """
 
 from ml_collections import ConfigDict
@@ -21,8 +28,9 @@ def get_config() -> ConfigDict:
     config.out = ""  # a directory of its own
     config.task = "reasoning"  # whose questions are asked, and which judges the answers
     config.questions = 1000  # so many of the training split, the first ones; 0: all
+    config.rows = "chats"  # what is kept: chats, right answers; or pairs, a question's best and worst answer
     config.samples = 4  # answers to each question
-    config.keep = 2  # right answers kept of each question, at most, the first ones that differ; 0: all
+    config.keep = 2  # right answers kept of each question, at most, the first ones that differ; 0: all; of chats alone
     config.data = ConfigDict()  # which questions; as in fine-tuning
     config.data.kinds = ""  # of generated problems, arithmetic,logic; "": all
     config.data.difficulties = ""  # of generated problems, 1,2; "": all

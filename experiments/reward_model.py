@@ -29,7 +29,8 @@ def get_config(preset: str = "small") -> ConfigDict:
         config.seq_len = 1024
         config.data.difficulties = "1"
         config.data.kinds = "number_theory,sequence" if preset == "nano" else ""
-        config.steps, config.batch_size = (600, 8) if preset == "nano" else (1500, 32)
+        config.data.mixture = "right-or-wrong=0.8,boxed-or-not=0.1,short-or-padded=0.1"  # the first is the hard one
+        config.steps, config.batch_size = (400, 8) if preset == "nano" else (1500, 32)
         config.eval.every = 200
     if preset == "large":
         config.model.gradient_checkpointing = "full"

@@ -1,8 +1,8 @@
-"""Rejection sampling: several answers to each question, of which the right ones become chats to fine-tune on.
+"""Rejection sampling: several answers to each question, of which the right ones become chats to fine-tune on, or the
+best and the worst a pair for DPO.
 
-A row is {"messages": […], "answer": the right final answer}, as `data.chat.conversation` reads it, with the thought
-under reasoning_content. Question i's answer k has the random stream i · samples + k, so a run that was cut off goes on
-with the answers that it would have had.
+What a row is: see `own_answers`. Question i's answer k has the random stream i · samples + k, so a run that was cut off
+goes on with the answers that it would have had.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,16 +24,16 @@ from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.chat.corpus import check as check_data
 from qwen3f.data.chat.kinds import check_thinking
 from qwen3f.data.chat.recognise import check_chat_tokenizer
-from qwen3f.data.chat.template import encode_chat, split_thought
+from qwen3f.data.chat.template import encode_chat
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import Answer, AnswerOptions, answers_of, make_engine
+from qwen3f.eval.own_answers import CHOOSERS, COUNTS, Chosen
 from qwen3f.files import write_atomically
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.interop import source
 from qwen3f.interop.history import never_saw_chats, pretrained_only
 from qwen3f.strict_json import read_object
-from qwen3f.tasks.answer_text import is_well_formed
 from qwen3f.tasks.registry import open_task
 from qwen3f.tasks.task import Question, Task
 from qwen3f.train.choices import find_device, find_dtype
@@ -40,13 +41,6 @@ from qwen3f.train.lock import NAME as LOCK
 from qwen3f.train.lock import held
 
 SAMPLES, SUMMARY = "samples.jsonl", "rejection_summary.json"
-
-COUNTS = (
-    "questions", "solved", "asked",
-    "right", "wrong", "not_ended", "unjudged",
-    "kept", "repeated", "surplus", "malformed",
-)  # fmt: skip
-"""What is counted; see `choose`."""
 
 _FREE = ("stage", "out", "questions", "batch_size", "device")  # may change when a run goes on
 _DATA = ("kinds", "difficulties", "problems", "problem_seed")
@@ -59,7 +53,7 @@ class Progress:
     Attributes:
       settings: that the samples depend on.
       bytes: of samples.jsonl that belong to it; what stands behind was cut off.
-      counts: as `choose` gives them, over all questions. groups: the same by each part of Question.group.
+      counts: as a chooser gives them, over all questions. groups: the same by each part of Question.group.
     """
 
     settings: dict[str, Any]
@@ -112,43 +106,9 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, A
             def ask(prompts: Sequence[str], first: int) -> Iterator[Answer]:
                 return answers_of(engine, prompts, True, dataclasses.replace(options, first=first))
 
-            _sample(config, task, questions, ask, done, out, progress)
+            _sample(config, questions, partial(CHOOSERS[config.rows], task, config.keep), ask, done, out, progress)
         print("\n".join(_describe(config, done)), flush=True)
     return done.summary()
-
-
-def choose(
-    task: Task, question: Question, answers: Sequence[Answer], keep: int
-) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The chats of a question's answers that are right, well formed and differ; and what became of all of them.
-
-    keep: chats at most, the first ones; 0: all. Answers that differ in blanks alone are the same.
-    Counts: questions (1), solved (1 if a chat is kept); asked = right + wrong + not_ended + unjudged; right = kept +
-    repeated + surplus (beyond `keep`) + malformed (without a thought, or with more than one).
-    """
-    counts, chats, seen = Counter(questions=1, asked=len(answers)), [], set()
-    for given in answers:
-        verdict = task.judge(given.text, question.gold) if given.ended else 0.0
-        if verdict != 1.0:
-            counts["not_ended" if not given.ended else "unjudged" if verdict is None else "wrong"] += 1
-            continue
-        counts["right"] += 1
-        if not is_well_formed(given.text, thinking=True):
-            counts["malformed"] += 1
-            continue
-        thought, content = split_thought({"content": given.text})
-        words = tuple(f"{thought} </think> {content}".split())
-        if words in seen:
-            counts["repeated"] += 1
-        elif keep and len(chats) == keep:
-            counts["surplus"] += 1
-        else:
-            user = {"role": "user", "content": question.prompt}
-            written = {"role": "assistant", "reasoning_content": thought, "content": content}
-            chats.append({"messages": [user, written], "answer": question.gold})
-        seen.add(words)
-    counts["kept"], counts["solved"] = len(chats), int(bool(chats))
-    return chats, counts
 
 
 def _check(config: ConfigDict) -> Task:
@@ -156,6 +116,8 @@ def _check(config: ConfigDict) -> Task:
     for key in ("init_from", "out"):
         if not config[key]:
             raise UserError(f"--config.{key} is missing; write --config.{key}=DIR")
+    if config.rows not in CHOOSERS:
+        raise UserError(f"--config.rows={config.rows}: write {' or '.join(CHOOSERS)}")
     for key, low in (("questions", 0), ("samples", 1), ("keep", 0), ("max_new_tokens", 1), ("batch_size", 1)):
         if config[key] < low:
             raise UserError(f"--config.{key} must be at least {low}, got {config[key]}")
@@ -214,8 +176,8 @@ def _progress(out: Path, settings: dict[str, Any]) -> Progress:
 
 def _sample(
     config: ConfigDict,
-    task: Task,
     questions: Sequence[Question],
+    chooser: Callable[[Question, Sequence[Answer]], Chosen],
     ask: Callable[[Sequence[str], int], Iterator[Answer]],
     done: Progress,
     out: Path,
@@ -223,7 +185,8 @@ def _sample(
 ) -> None:
     """Ask what is left; `done` and the files grow by about a batch of answers at a time.
 
-    ask: prompts, and the random stream of the first one, -> their answers.
+    chooser: a question and its answers -> rows and counts. ask: prompts, and the random stream of the first one, ->
+    their answers.
     """
     each, count = config.samples, max(1, config.batch_size // config.samples)
     try:
@@ -239,8 +202,8 @@ def _sample(
                 part = questions[first : first + count]
                 answers = ask([question.prompt for question in part for _ in range(each)], first * each)
                 for question in part:
-                    chats, counts = choose(task, question, list(islice(answers, each)), config.keep)
-                    _append(file, chats)
+                    rows, counts = chooser(question, list(islice(answers, each)))
+                    _append(file, rows)
                     done.add(question, counts)
                     bar.update(each)
                 file.flush()
@@ -255,9 +218,9 @@ def _sample(
         ) from error
 
 
-def _append(file: BinaryIO, chats: Sequence[dict[str, Any]]) -> None:
-    for chat in chats:
-        file.write((json.dumps(chat, ensure_ascii=False) + "\n").encode())
+def _append(file: BinaryIO, rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def _describe(config: ConfigDict, done: Progress) -> list[str]:
@@ -265,11 +228,15 @@ def _describe(config: ConfigDict, done: Progress) -> list[str]:
     lines = [
         f"{n['asked']:,} answers to {n['questions']:,} questions: {n['right']:,} right, {n['wrong']:,} wrong, "
         f"{n['not_ended']:,} not ended, {n['unjudged']:,} not to be judged",
-        f"of the right ones {n['kept']:,} kept, to {n['solved']:,} questions; {n['repeated']:,} repeated, "
+        f"{n['kept']:,} pairs of a better and a worse answer; to {n['questions'] - n['solved']:,} questions all "
+        f"answers are of equal worth; {n['malformed']:,} answers without the form of one"
+        if config.rows == "pairs"
+        else f"of the right ones {n['kept']:,} kept, to {n['solved']:,} questions; {n['repeated']:,} repeated, "
         f"{n['surplus']:,} beyond --config.keep={config.keep}, {n['malformed']:,} without the form of an answer",
     ]
     for name, found in sorted(done.groups.items()):
         share = found["right"] / max(1, found["asked"])
         lines.append(f"{name}: {share:.1%} of {found['asked']:,} right, {found['kept']:,} kept")
-    use = f"fine-tune on it by --config.data.mixture=chats@{config.out}" if n["kept"] else "nothing to fine-tune on"
+    what = "experiments/dpo.py trains" if config.rows == "pairs" else "fine-tune"
+    use = f"{what} on it by --config.data.mixture={config.rows}@{config.out}" if n["kept"] else "nothing to train on"
     return [*lines, f"{samples}: {use}"]

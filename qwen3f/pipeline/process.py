@@ -1,4 +1,4 @@
-"""A command as a process of its own: signals are passed on, its error line is kept, and it ends with this process."""
+"""Commands as processes of their own: signals are passed on, an error line is kept, and they end with this process."""
 
 import contextlib
 import ctypes
@@ -18,11 +18,11 @@ _PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 class Signals:
-    """SIGTERM and SIGINT while a pipeline runs: kept, and passed on to the process that runs now, each once."""
+    """SIGTERM and SIGINT while a pipeline runs: kept, and passed on to the processes that run now, each once."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self._process: subprocess.Popen | None = None
+        self._processes: list[subprocess.Popen] = []
         self._numbers: list[int] = []
 
     @property
@@ -40,45 +40,72 @@ class Signals:
                 signal.signal(number, handler)
 
     def run(
-        self, command: Sequence[str], meanwhile: Callable[[], None] = lambda: None, quiet: bool = False
+        self, *commands: Sequence[str], meanwhile: Callable[[], None] = lambda: None, quiet: bool = False
     ) -> tuple[int, str]:
-        """(exit code, the last line "error: …" of its stderr without that word, or ""); a signal that ended it is a
-        negative code.
+        """Run commands at the same time; the first one that fails ends the others.
 
-        meanwhile: called some times a second. What the command prints goes where ours goes (quiet: its stdout nowhere),
-        but for its error line, which is the caller's to say. If this process is killed, the command gets SIGTERM.
+        Returns (exit code, the last line "error: …" of its stderr without that word, or "") of the first that failed;
+        (0, "") if none did. A signal that ended it is a negative code.
+
+        meanwhile: called some times a second. What a command prints goes where ours goes (quiet: its stdout nowhere),
+        but for its error line, which is the caller's to say. If this process is killed, the commands get SIGTERM.
         """
-        with subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL if quiet else None,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C in a terminal reaches us alone, and the command once, from us
-            preexec_fn=_end_with_parent,
-        ) as process:
-            self._process = process
-            for number in self._numbers:  # which came before it was started
-                process.send_signal(number)
-            errors: list[str] = []
-            reader = threading.Thread(target=_pass_on, args=(process.stderr, errors), daemon=True)
-            reader.start()
-            try:
-                while process.poll() is None:
-                    meanwhile()
-                    time.sleep(_POLL)
-            finally:
-                if process.poll() is None:  # meanwhile() raised
+        errors: list[list[str]] = [[] for _ in commands]
+        readers = []
+        try:
+            for command, lines in zip(commands, errors):
+                process = _start(command, quiet, _share(len(commands)))
+                self._processes.append(process)
+                for number in self._numbers:  # which came before it was started
+                    process.send_signal(number)
+                readers.append(threading.Thread(target=_pass_on, args=(process.stderr, lines), daemon=True))
+                readers[-1].start()
+            while not (failed := [n for n, process in enumerate(self._processes) if process.poll()]):
+                if all(process.poll() == 0 for process in self._processes):
+                    break
+                meanwhile()
+                time.sleep(_POLL)
+        finally:
+            for process in self._processes:  # of a command that failed, the others; of meanwhile() that raised, all
+                if process.poll() is None:
                     process.terminate()
-                    process.wait()
+            for process in self._processes:
+                process.wait()
+            for reader in readers:
                 reader.join(_DRAIN)
-                self._process = None
-        return process.returncode, errors[-1] if errors else ""
+            processes, self._processes = self._processes, []
+            for process in processes:
+                process.stderr.close()
+        if not failed:
+            return 0, ""
+        lines = errors[failed[0]]
+        return processes[failed[0]].returncode, lines[-1] if lines else ""
 
     def _handle(self, number: int, frame: object) -> None:
         self.names.append(signal.Signals(number).name)
         self._numbers.append(number)
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+def _start(command: Sequence[str], quiet: bool, environment: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL if quiet else None,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C in a terminal reaches us alone, and the command once, from us
+        preexec_fn=_end_with_parent,
+        env=os.environ | environment,
+    )
+
+
+def _share(commands: int) -> dict[str, str]:
+    """Each of several commands gets its part of the cores, unless the user has set how many threads there are."""
+    if commands == 1 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // commands))}
 
 
 _LIBC = ctypes.CDLL(None)

@@ -135,16 +135,13 @@ class Pipeline:
             self._fail(step, f"it ended without {step.checkpoint(self.directory)}")
 
     def _ask(self, step: Step, place: str) -> dict[str, measure.Measure]:
-        """The shared questions, or an evaluation's own, in both modes."""
+        """The shared questions, or an evaluation's own, in both modes at the same time."""
         config, folder = step.config, self.directory / step.workdir
         if step.kind == "training":
             config, folder = self._questions(), folder / measure.FOLDER
             measure.clear_other(folder, measure.settings_of(config))
-        found = {}
-        for mode in measure.MODES:
-            self._run(step, commands.asking(config, place, mode, folder / mode), quiet=True)
-            found |= measure.answered(folder / mode, mode)
-        return found
+        self._run(step, *(commands.asking(config, place, mode, folder / mode) for mode in measure.MODES), quiet=True)
+        return {key: found for mode in measure.MODES for key, found in measure.answered(folder / mode, mode).items()}
 
     def _questions(self) -> ConfigDict:
         config = self.config.set[MEASURE].copy_and_resolve_references()
@@ -173,14 +170,16 @@ class Pipeline:
             self.now = ""
             self._keep_stage(step, measures={**there.measures, **found}, status="done")
 
-    def _run(self, step: Step, command: Sequence[str], quiet: bool = False) -> None:
-        """Raises Stopped after a signal, TrainingError where the command failed; the record says so."""
+    def _run(self, step: Step, *together: Sequence[str], quiet: bool = False) -> None:
+        """Raises Stopped after a signal, TrainingError where a command failed; the record says so."""
         begin, before = time.monotonic(), self.record.stage(step.name).seconds
 
         def seconds() -> float:
             return before + time.monotonic() - begin
 
-        code, error = (0, "") if self.signals.name else self.signals.run(command, self._meanwhile(step, seconds), quiet)
+        code, error = 0, ""
+        if not self.signals.name:
+            code, error = self.signals.run(*together, meanwhile=self._meanwhile(step, seconds), quiet=quiet)
         if self.signals.name:
             self._keep_stage(step, status="waiting", error=f"stopped by {self.signals.name}", seconds=seconds())
             raise Stopped

@@ -8,11 +8,13 @@ import pytest
 
 from experiments.rejection_sample import get_config
 from qwen3f.data.chat.sources import open_chats
+from qwen3f.data.pairs.sources import open_pairs
 from qwen3f.data.sources.reasoning import ReasoningSource
 from qwen3f.errors import UserError
 from qwen3f.eval import rejection
 from qwen3f.eval.answers import Answer
-from qwen3f.eval.rejection import SAMPLES, SUMMARY, choose, run
+from qwen3f.eval.own_answers import best_and_worst, right_chats
+from qwen3f.eval.rejection import SAMPLES, SUMMARY, run
 from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.tasks.task import Question
 from qwen3f.train.lock import held
@@ -39,7 +41,7 @@ GIVEN = [
 
 
 def test_what_becomes_of_each_answer():
-    chats, counts = choose(ReasoningTask(), QUESTION, GIVEN, keep=2)
+    chats, counts = right_chats(ReasoningTask(), 2, QUESTION, GIVEN)
     assert [chat["messages"] for chat in chats] == [
         [
             {"role": "user", "content": "2 + 2?"},
@@ -51,17 +53,38 @@ def test_what_becomes_of_each_answer():
     assert +counts == Counter(
         questions=1, solved=1, asked=9, right=7, wrong=1, not_ended=1, kept=2, repeated=2, surplus=1, malformed=2
     )
-    chats, counts = choose(ReasoningTask(), QUESTION, GIVEN, keep=0)
+    chats, counts = right_chats(ReasoningTask(), 0, QUESTION, GIVEN)
     assert (len(chats), counts["surplus"], counts["repeated"]) == (3, 0, 2)
-    chats, counts = choose(ReasoningTask(), QUESTION, GIVEN[1:3], keep=0)
+    chats, counts = right_chats(ReasoningTask(), 0, QUESTION, GIVEN[1:3])
     assert (chats, counts["solved"], counts["asked"]) == ([], 0, 2)
 
     class Undecided(ReasoningTask):
         def judge(self, answer_text, gold):
             return None
 
-    chats, counts = choose(Undecided(), QUESTION, GIVEN[:3], keep=0)
+    chats, counts = right_chats(Undecided(), 0, QUESTION, GIVEN[:3])
     assert (chats, counts["unjudged"], counts["not_ended"]) == ([], 2, 1)
+
+
+def test_the_best_and_the_worst_answer_are_a_pair():
+    (pair,), counts = best_and_worst(ReasoningTask(), 0, QUESTION, GIVEN)
+    turns = [pair[side][1] for side in ("chosen", "rejected")]
+    assert [(turn["reasoning_content"], turn["content"]) for turn in turns] == [
+        ("one", r"\boxed{4}"),  # of the shortest right ones the first; an empty thought is not well formed
+        ("one", r"\boxed{5}"),
+    ]
+    assert all(pair[side][0] == {"role": "user", "content": "2 + 2?"} for side in pair)
+    assert (counts["kept"], counts["solved"], counts["malformed"], counts["asked"]) == (1, 1, 2, 9)
+
+    (pair,), _ = best_and_worst(ReasoningTask(), 0, QUESTION, [said("one"), said("longer")])
+    assert [pair[side][1]["reasoning_content"] for side in ("chosen", "rejected")] == ["one", "longer"]
+    for alike in (
+        [said("one"), said("one")],
+        [said("one", ended=False), said("two")],
+        [Answer(r"\boxed{4}", True)],
+        [],
+    ):
+        assert best_and_worst(ReasoningTask(), 0, QUESTION, alike)[0] == []
 
 
 # -- whole runs: a model with random weights, whose answers a script replaces ------------------------------------------
@@ -136,6 +159,20 @@ def test_right_answers_become_chats_that_fine_tuning_reads(configure, scripted, 
     assert not heldout & {prompt for prompt, _ in scripted}
 
 
+def test_pairs_are_what_dpo_reads(configure, scripted, tmp_path, capsys):
+    summary = run(configure(rows="pairs"), tmp_path / "unused", progress=False)
+    assert summary["counts"]["kept"] == 3  # every other question has a wrong answer; lengths are equal
+    assert (
+        f"experiments/dpo.py trains on it by --config.data.mixture=pairs@{tmp_path / 'out'}" in capsys.readouterr().out
+    )
+    source = open_pairs(f"pairs@{tmp_path / 'out'}", "", ReasoningSource())
+    better, worse = list(source.documents("train"))[:2]
+    assert better.messages[0] == worse.messages[0]
+    assert better.messages[1]["content"] != worse.messages[1]["content"]
+    with pytest.raises(UserError, match=r"--config.rows was 'pairs', and is now 'chats'; choose another --config.out"):
+        run(configure(), tmp_path, progress=False)
+
+
 def keeps(stream):
     """Whether the script's answer is among the two that are kept."""
     question, number = divmod(stream, 3)
@@ -192,7 +229,7 @@ def test_with_the_model_itself(configure, tmp_path, capsys):
     counts = summary["counts"]
     assert (counts["asked"], counts["wrong"] + counts["not_ended"], counts["kept"]) == (6, 6, 0)
     assert (tmp_path / "out" / SAMPLES).read_bytes() == b""
-    assert "samples.jsonl: nothing to fine-tune on" in capsys.readouterr().out
+    assert "samples.jsonl: nothing to train on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -201,6 +238,7 @@ def test_with_the_model_itself(configure, tmp_path, capsys):
         ({"init_from": ""}, "--config.init_from is missing; write --config.init_from=DIR"),
         ({"init_from": "/no/such"}, "config.init_from=/no/such: there is no"),
         ({"out": ""}, "--config.out is missing"),
+        ({"rows": "pears"}, "--config.rows=pears: write chats or pairs"),
         ({"samples": 0}, "--config.samples must be at least 1, got 0"),
         ({"keep": -1}, "--config.keep must be at least 0"),
         ({"temperature": -1.0}, "--config.temperature: temperature must be 0"),

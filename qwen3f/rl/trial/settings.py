@@ -204,10 +204,7 @@ def grpo_config(trial: Trial, start: str, seed: int) -> ConfigDict:
     config.samples.keep = 5
     config.rewards = "correct=0.5,places=0.5"
     config.rollout.draws = 1
-    if trial.preset == "debug":
-        config.batch_size, config.rollout.samples = 64, 16
-        config.rollout.rows, config.rollout.microbatch_rows, config.rollout.cache_tokens = 1024, 64, 1024 * ROW
-    else:
+    if trial.preset == "nano":
         config.batch_size, config.rollout.samples = 16, 8
         config.rollout.microbatch_rows = 4
         config.rollout.old_logprobs = "sampler"  # in float32, one update of what was just sampled: the ratio is 1
