@@ -30,8 +30,8 @@ def get_config(preset: str = "small") -> ConfigDict:
         config.data.difficulties = "1"
         config.data.kinds = "number_theory,sequence" if preset == "nano" else ""
         config.data.mixture = "right-or-wrong=0.8,boxed-or-not=0.1,short-or-padded=0.1"  # the first is the hard one
-        config.steps, config.batch_size = (400, 8) if preset == "nano" else (1500, 32)
-        config.eval.every = 200
+        config.steps, config.batch_size = (300, 8) if preset == "nano" else (1500, 32)
+        config.eval.every = 100
     if preset == "large":
         config.model.gradient_checkpointing = "full"
     return config
