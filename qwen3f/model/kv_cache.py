@@ -98,9 +98,13 @@ def copy_pages(cache: KVCache, pairs: Sequence[tuple[int, int]]) -> KVCache:
 
 
 def paged_layers(cache: KVCache, batch: Mapping[str, Tensor], table: Tensor | int, span: int) -> list[PagedLayer]:
-    """What each layer gets for a batch with "slots" and "positions" [B, T]; padding sees one position, not none."""
+    """What each layer gets for a batch with "slots" and "positions" [B, T].
+
+    Padding sees what the token before it sees, or one position: never none, and never fewer, since a kernel may tell
+    from a tile's last token how far all of its tokens see (kernels.key_ranges).
+    """
     real = batch["slots"] >= cache.page_size
-    seen = torch.where(real, batch["positions"] + 1, 1).to(torch.int32)
+    seen = torch.where(real, batch["positions"] + 1, 1).cummax(1).values.to(torch.int32)
     return [PagedLayer(k, v, batch["slots"], seen, table, span) for k, v in zip(cache.keys, cache.values)]
 
 

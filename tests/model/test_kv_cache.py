@@ -7,6 +7,7 @@ token takes other matrix kernels); on logits of about ±10 that is 2e-5 and 1e-1
 import pytest
 import torch
 
+from kernels import backend
 from qwen3f import model, params
 from qwen3f.model.kv_cache import copy_pages, grow_cache
 from tests.model.hf_params import from_hf, hf_model, small_config
@@ -88,6 +89,35 @@ def test_padding_is_written_to_page_0_and_never_read():
     assert all(x.isfinite().all() for x in (*cache.keys, *cache.values))
 
 
+def unequal_chunks(p, cfg, device, execution, dtype=torch.float32):
+    """By norm, how far the hidden states of three prompts in one pass are from each prompt's alone; the shorter ones
+    are padded, and the pass is so wide that it takes the kernel of a training pass (over 128 query rows)."""
+    counts, width = (70, 66, 3), 70
+    tokens = torch.randint(0, cfg.vocab_size, (3, width), generator=torch.Generator().manual_seed(3))
+    expected = model.make_forward(cfg)(p, {"tokens": tokens})[0]
+    place = torch.arange(width).expand(3, -1)
+    real = place < torch.tensor(counts)[:, None]
+    table = torch.arange(1, 28).view(3, 9)
+    batch = {
+        "tokens": torch.where(real, tokens, 5),
+        "positions": torch.where(real, place, 0),
+        "slots": torch.where(real, slots_of(place, table), 3),
+    }
+    p = {path: leaf.to(device, dtype) for path, leaf in p.items()}
+    cache = model.init_cache(cfg, p, 27, PAGE)
+    batch = {key: x.to(device) for key, x in batch.items()}
+    forward = model.make_cached_forward(cfg, execution)
+    got = forward(p, cache, batch, table=table.to(device), span=width)[0].to("cpu", torch.float64)
+    return ((got - expected)[real].norm() / expected[real].norm()).item()
+
+
+def test_chunks_of_unequal_length_by_the_kernels():
+    """Padding at a tile's end must not hide keys from the tile's tokens; fp32 rounding only."""
+    cfg, p, _ = build(head_dim=16)
+    with backend.interpreted():
+        assert unequal_chunks(p, cfg, "cpu", model.Execution(attention="flash")) <= 1e-6
+
+
 def test_rows_of_one_page_need_no_gather():
     """An int for a table says the same as the pages that it stands for."""
     cfg, p, tokens = build()
@@ -153,6 +183,13 @@ def test_compiled_decoding_writes_into_the_cache_it_is_given():
         hidden, after = compiled(p, cache, batch, table=TABLE, span=8)
         assert (hidden - expected[:, column : column + 1]).abs().max() <= 1e-5
         assert after.keys[0].data_ptr() == cache.keys[0].data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 0.03)], ids=["fp32", "bf16"])
+def test_chunks_of_unequal_length_on_cuda(dtype, tolerance):
+    cfg, p, _ = build(head_dim=16)
+    assert unequal_chunks(p, cfg, "cuda", model.EAGER, dtype) <= tolerance
 
 
 @pytest.mark.gpu
