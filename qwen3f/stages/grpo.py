@@ -5,6 +5,7 @@ them with the advantage of each over its prompt's others. Losses: qwen3f/rl/poli
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,6 +46,7 @@ from sharding.state import whole_params
 __all__ = ["GRPO", "check", "make", "policy_loss"]
 
 MODEL_FLAG = "--config.judge.reward_model"
+APART = 2e-3  # KL between sampler and trainer that rounding does not reach: a wrong pass of one of them
 SHOWN_REASONS = 3  # of rewards that failed, in a step's line
 
 
@@ -237,6 +239,10 @@ class Steps:
         if self._first:
             self._agree(number(state.step) + 1, gaps)
         step = number(state.step) + 1
+        if gaps.get("sampler_kl", 0.0) > APART and self._run.world.main:
+            kl, gap = gaps["sampler_kl"], gaps["sampler_gap"]
+            words = f"sampler and trainer disagree: KL {kl:.2g} (bf16 has about 1e-4), {gap:.3g} at the worst token"
+            print(f"step {step}: {words}; the answers are not all the policy's", file=sys.stderr, flush=True)
         self._record(step, drawn, gaps, rows)
         consumed = torch.tensor(given * setup.config.batch_size, dtype=torch.int64, device=setup.device)
         self._prepared = time.perf_counter()

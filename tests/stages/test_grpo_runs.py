@@ -136,6 +136,22 @@ def test_on_policy_the_first_ratio_is_exactly_one(whole):
     assert all(line["sampler_gap"] < 1e-5 for line in metrics(whole))
 
 
+def test_a_sampler_that_is_not_the_trainer_is_said(root, tmp_path, monkeypatch, capsys):
+    """Its weights are others: in one step alone a line says so."""
+    given = Sampler.update
+
+    def update(self, params):
+        given(self, {key: 3 * leaf if "embed" in key else leaf for key, leaf in params.items()} if not seen else params)
+        seen.append(params)
+
+    seen = []
+    monkeypatch.setattr(Sampler, "update", update)
+    loop.run(small(root), tmp_path, progress=False)
+    said = [line for line in capsys.readouterr().err.splitlines() if "sampler and trainer disagree" in line]
+    assert len(said) == 1
+    assert said[0].startswith("step 1: ")
+
+
 def test_where_the_engine_is_the_trainer_bit_for_bit_its_log_probs_are_the_old_ones(root, tmp_path, capsys):
     """Of model.INVARIANT, in float32: the ratio is 1 with them, and no pass is made for others after the first step."""
     found, size = {}, 266  # the tokenizer's
