@@ -78,28 +78,31 @@ _EAGER = {"compile": "off"}  # runs of a minute or two; whether compiling pays i
 _GPU_TEXT = {**_EAGER, "batch_size": 32, "seq_len": 1024, "eval.max_docs": 64, "sample.tokens": 32}
 _GPU_TOKENS = 300  # of an answer, which the hardest problems need
 _GPU_CHATS = {**_EAGER, "data.difficulties": "1,2,3", "eval.max_new_tokens": _GPU_TOKENS}
-_GPU_ASKED = {**_GPU_CHATS, "data.problems": 20_000, "rollout.max_new_tokens": _GPU_TOKENS}  # a few hundred a step
+# 64 questions a step
+_GPU_ASKED = {
+    **_GPU_CHATS, "data.problems": 10_000, "rollout.max_new_tokens": _GPU_TOKENS, "judge.processes": 8,
+}  # fmt: skip
 DEBUG: dict[str, Row] = {
-    "pretrain_s1": ("pretrain_s1.py:{}", 90, {
-        **_GPU_TEXT, **_often(200), "steps": 400, "data.mixture": "embedded=0.5,reasoning=0.5",
+    "pretrain_s1": ("pretrain_s1.py:{}", 75, {
+        **_GPU_TEXT, **_often(150), "steps": 300, "data.mixture": "embedded=0.5,reasoning=0.5",
     }),
-    "pretrain_s2": ("pretrain_s2.py:{}", 45, {
+    "pretrain_s2": ("pretrain_s2.py:{}", 40, {
         **_GPU_TEXT, **_often(250), "steps": 250, "schedule.peak_lr": 1e-3,
         "data.mixture": "embedded=0.2,reasoning=0.8",
     }),
-    "pretrain_s3": ("pretrain_s3.py:{}", 55, {
+    "pretrain_s3": ("pretrain_s3.py:{}", 45, {
         **_often(50), "batch_size": 4, "seq_len": 8192, "model.max_position_embeddings": 8192, "steps": 50,
         "eval.max_docs": 64, "eval.batch_size": 4, "sample.tokens": 32, **_EAGER,
     }),
-    "sft_cold_start": ("sft_cold_start.py:{}", 120, {
-        **_often(300, 256), **_GPU_CHATS, "data.problems": 100_000, "steps": 600,
+    "sft_cold_start": ("sft_cold_start.py:{}", 105, {
+        **_often(300, 256), **_GPU_CHATS, "data.problems": 60_000, "steps": 600,
     }),
-    "grpo": ("grpo.py:{}", 90, {**_often(20, 256), **_GPU_ASKED, "steps": 40}),
-    "sft_fusion": ("sft_fusion.py:{}", 40, {
-        **_often(100, 256), **_GPU_CHATS, "data.problems": 20_000, "steps": 100,
+    "grpo": ("grpo.py:{}", 90, {**_often(15, 256), **_GPU_ASKED, "steps": 30}),
+    "sft_fusion": ("sft_fusion.py:{}", 45, {
+        **_often(100, 256), **_GPU_CHATS, "data.problems": 10_000, "steps": 100,
     }),
-    "grpo_general": ("grpo_general.py:{}", 40, {**_often(15, 256), **_GPU_ASKED, "steps": 15}),
-    "dpo": ("dpo.py:{}", 35, {
+    "grpo_general": ("grpo_general.py:{}", 65, {**_often(15, 256), **_GPU_ASKED, "steps": 15}),
+    "dpo": ("dpo.py:{}", 45, {
         **_often(50, 128), "steps": 50, "data.problems": 16_384, "data.max_samples": 2000, "data.max_heldout": 200,
         **_EAGER,
     }),
