@@ -59,4 +59,6 @@ def get_config() -> ConfigDict:
     )
     config.dtype = "auto"  # auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 or float64
     config.device = "auto"  # auto, cpu or cuda
+    config.mesh = ""  # tp2 cuts the model over two devices; empty: one
+    config.collective_timeout = 600.0  # seconds that ranks on CUDA wait for another one in a collective
     return config
