@@ -4,6 +4,13 @@ Log-probabilities of answers are kept in float32: to 1e-6 in float64, and to 2e-
 few roundings of 2e-6. Those of the passes themselves are compared in float64, to 1e-10.
 """
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -23,6 +30,9 @@ from sharding.state import cut_params
 from tests.infer.test_engine import FILTERED, SAMPLED, build, random_prompts
 from tests.infer.test_fused import build as build_fused
 from tests.sharding.worlds import run_processes
+from tests.vision.hf_vl import vl_config
+from tests.vision.test_engine import answers as pictured_answers
+from tests.vision.test_engine import prompts as pictured_prompts
 
 DTYPES = {"float64": torch.float64, "fp32": torch.float32}
 MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "mlp_only_layers": (1,)}
@@ -87,6 +97,7 @@ def of_rank(rank):
     found["smallest"] = tensor_parallel.smallest(7 - rank, tp, torch.device("cpu"))
     found["passes"] = passes(tp)
     found["not finite"] = not_finite(tp)
+    found["pictures"] = with_pictures(tp)
     found["fused"] = {case: fused_pass(tp, *case) for case in FUSED_CASES}
     return found
 
@@ -111,6 +122,15 @@ def not_finite(tp):
     engine = Engine(cfg, shards(cfg, whole, tp), options=EngineOptions(tp=tp))
     found = engine.generate([[5, 48, 7], [5, 6, 8], [9, 10]], max_new_tokens=5)
     return [(one.ids, one.finish_reason) for one in found]
+
+
+def with_pictures(tp):
+    """Every rank has the whole tower; chunks begin and end within images."""
+    cfg = vl_config(vocab_size=98)
+    whole = params.init_params(cfg.replace(initializer_range=0.3), 0, dtype=torch.float64)
+    rows, _, pictures = pictured_prompts(cfg, ["tit", "t", "it"])
+    options = EngineOptions(rows=3, chunk=5, page_size=4, tp=tp)
+    return pictured_answers(Engine(cfg, shards(cfg, whole, tp), max_tokens=60, options=options), rows, pictures)
 
 
 FUSED = {
@@ -198,6 +218,10 @@ def test_one_rows_nan_is_its_own(two):
     assert two[0]["not finite"] == two[1]["not finite"] == expected
 
 
+def test_prompts_with_images_are_answered_as_on_one_device(two):
+    assert two[0]["pictures"] == two[1]["pictures"] == with_pictures(ONE.tp)
+
+
 @pytest.mark.parametrize("case, how", FUSED_CASES)
 def test_the_fused_pass_equals_that_of_one_device(two, case, how):
     """Kernels in Triton's interpreter, float32, against one device's formulas, and these in float64."""
@@ -238,3 +262,17 @@ def test_sizes_that_do_not_divide_are_named(changes, size, words):
     cfg, whole = build(**changes)
     with pytest.raises(UserError, match=words):
         Engine(cfg, whole, options=EngineOptions(tp=Axis("tp", size)))
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_two_gpus_answer_as_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    command = [sys.executable, "-m", "tests.infer.tensor_parallel_cases"]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True)
+    try:
+        assert process.wait(timeout=570) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # ranks that hang keep their GPUs
+            os.killpg(process.pid, signal.SIGKILL)
