@@ -154,6 +154,12 @@ def test_bad_configurations_are_named(configure, tmp_path, capsys, changes, word
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_chat_over_several_devices_is_refused(configure, tmp_path, monkeypatch):
+    monkeypatch.setattr("qwen3f.infer.run._stdin_is_given", lambda: True)
+    with pytest.raises(UserError, match=r"config\.mesh=tp2: a chat over stdin runs on one device; leave out config.mesh"):
+        run(configure(mesh="tp2"), tmp_path)
+
+
 def test_an_answer_that_is_no_number_or_does_not_fit_is_an_error(source, answers, tmp_path):
     _, cfg, p, tokenizer = source
     place = tmp_path / "nan"
