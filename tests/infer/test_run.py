@@ -156,7 +156,7 @@ def test_bad_configurations_are_named(configure, tmp_path, capsys, changes, word
 
 def test_a_chat_over_several_devices_is_refused(configure, tmp_path, monkeypatch):
     monkeypatch.setattr("qwen3f.infer.run._stdin_is_given", lambda: True)
-    with pytest.raises(UserError, match=r"config\.mesh=tp2: a chat over stdin runs on one device; leave out config.mesh"):
+    with pytest.raises(UserError, match=r"config\.mesh=tp2: a chat over stdin runs on one device; leave out"):
         run(configure(mesh="tp2"), tmp_path)
 
 
