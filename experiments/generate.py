@@ -8,7 +8,8 @@
 DIR is a Hugging Face directory (Qwen3 or Qwen3-VL, dense or MoE), a workdir or its checkpoints/N. Answers come out on
 stdout as they are written. Nothing is written, there or in a workdir, unless --config.out names a file. A model that
 has only been pretrained continues text: --config.chat=False. A model with a vision tower is asked about
---config.images=a.png,b.jpg and --config.video=DIR, by --config.prompt or --config.prompts.
+--config.images=a.png,b.jpg and --config.video=DIR, by --config.prompt or --config.prompts. --config.mesh=tp2 cuts a
+model over two devices.
 
 The second is a chat: a question a line, from the terminal or a pipe. /think and /no_think as Qwen3 has them, /reset,
 /quit or the end of the input; Ctrl-C stops an answer and keeps what was said.
@@ -59,4 +60,6 @@ def get_config() -> ConfigDict:
     )
     config.dtype = "auto"  # auto (bfloat16 on cuda, float32 on cpu), float32, bfloat16 or float64
     config.device = "auto"  # auto, cpu or cuda
+    config.mesh = ""  # tp2 cuts the model over two devices; empty: one
+    config.collective_timeout = 600.0  # seconds that ranks on CUDA wait for another one in a collective
     return config

@@ -130,17 +130,25 @@ def _first(possible, fits, index, none):
 @triton.jit
 def _choose_kernel(
     logits_ptr, top_ptr, total_ptr, place_ptr, inv_temperature_ptr, uniform_ptr, id_ptr, logprob_ptr, finite_ptr,
-    V, num_ids, blocks, BN: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
+    V, num_ids, blocks, stride, shard,
+    SHARDS: tl.constexpr, BN: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row: the tile, then the id within it. The sums are float64, so that a small id's share is not rounded off."""
+    """One row: the tile, then the id within it. The sums are float64, so that a small id's share is not rounded off.
+
+    Of a vocabulary that is cut into SHARDS (kernels.head_shards), V, num_ids, blocks, logits and places are one
+    shard's; the tiles' sums are all shards', `stride` numbers apart. 0 is written where not `shard` has the id.
+    """
     dependent_launch.wait(PDL)
     row = tl.program_id(0)
     scale = _scale(inv_temperature_ptr, row, row + 1)
     block = tl.arange(0, PADDED)
     at = row.to(tl.int64) * blocks + block
-    tops = tl.load(top_ptr + at, mask=block < blocks, other=float("-inf"))
-    totals = tl.load(total_ptr + at, mask=block < blocks, other=0.0)
-    places = tl.load(place_ptr + at, mask=block < blocks, other=0)
+    if SHARDS > 1:
+        at += (block // blocks).to(tl.int64) * (stride - blocks)
+    known = block < SHARDS * blocks
+    tops = tl.load(top_ptr + at, mask=known, other=float("-inf"))
+    totals = tl.load(total_ptr + at, mask=known, other=0.0)
+    places = tl.load(place_ptr + at, mask=known, other=0)
     top = tl.max(tops, axis=0)
     top = tl.where(top == float("-inf"), 0.0, top)  # no logit is finite
     weights = totals * tl.exp(tops - top)
@@ -154,20 +162,30 @@ def _choose_kernel(
     block_top = tl.sum(tl.where(block == drawn_block, tops, 0.0), axis=0)
     rest = rest / tl.exp(block_top - top).to(tl.float64)
     inner = tl.arange(0, BN)
-    n = drawn_block * BN + inner
+    own_block = drawn_block % blocks if SHARDS > 1 else drawn_block
+    n = own_block * BN + inner
     logits_ptr += row.to(tl.int64) * V
     tempered = tl.load(logits_ptr + n, mask=n < num_ids, other=float("-inf")) * scale
     probs = tl.exp(tempered - block_top)
-    drawn = drawn_block * BN + _first(probs > 0, tl.cumsum(probs.to(tl.float64), axis=0) > rest, inner, BN)
+    drawn = own_block * BN + _first(probs > 0, tl.cumsum(probs.to(tl.float64), axis=0) > rest, inner, BN)
 
     best_block = tl.min(tl.where(tops == top, block, PADDED), axis=0)
-    best = tl.sum(tl.where(block == best_block, places, 0), axis=0)
-    chosen = tl.where(tl.load(inv_temperature_ptr + row) == 0, best, drawn)
+    best = tl.sum(tl.where(block == best_block, places, 0), axis=0).to(tl.int32)
+    greedy = tl.load(inv_temperature_ptr + row) == 0
+    chosen = tl.where(greedy, best, drawn)
     chosen = tl.minimum(tl.maximum(chosen, 0), num_ids - 1)  # whatever a row that is not finite led to
-    logprob = tl.load(logits_ptr + chosen) * scale - top - tl.log(total)
+    finite = tl.min(places, axis=0) >= 0
+    if SHARDS > 1:
+        mine = tl.where(greedy, best_block, drawn_block) // blocks == shard
+        logprob = tl.load(logits_ptr + chosen, mask=mine, other=0.0) * scale - top - tl.log(total)
+        chosen = tl.where(mine, chosen + shard * V, 0)
+        logprob = tl.where(mine, logprob, 0.0)
+        finite = finite & mine
+    else:
+        logprob = tl.load(logits_ptr + chosen) * scale - top - tl.log(total)
     tl.store(id_ptr + row, chosen.to(tl.int64))
     tl.store(logprob_ptr + row, logprob)
-    tl.store(finite_ptr + row, (tl.min(places, axis=0) >= 0).to(tl.int8))
+    tl.store(finite_ptr + row, finite.to(tl.int8))
 
 
 @torch.library.custom_op("qwen3f::head_sample", mutates_args=())
@@ -191,7 +209,7 @@ def _op(
         )  # fmt: skip
         _choose_kernel[(B,)](
             logits, tops, totals, places, inv_temperature, uniform, ids, logprob, finite.view(torch.int8), V, num_ids,
-            blocks, BN=cut.outputs, PADDED=padded, PDL=dependent_launch.on(x),
+            blocks, 0, 0, SHARDS=1, BN=cut.outputs, PADDED=padded, PDL=dependent_launch.on(x),
             num_warps=max(4, min(16, padded // _WARP_TILES)), launch_pdl=dependent_launch.on(x),
         )  # fmt: skip
     return ids, logprob, logits, finite

@@ -25,7 +25,8 @@ class Axis:
 
     name: "dp", or "dp_cp" for a joint axis. index: this rank's place, from 0; under LocalTensorMode a SymInt that
     stands for all ranks', so compute with it, but don't branch on it. group: the process group's name, as torch's
-    functional collectives take it; None when size is 1.
+    functional collectives take it; None when size is 1. whole: of tp, for generation, which has no gradients: between
+    blocks every rank has the hidden states of all tokens, not a part of them (sharding.tensor).
     """
 
     name: str
@@ -33,6 +34,7 @@ class Axis:
     # no part of the key: SymInts have no hash, and the axes' sizes and groups already tell ranks and meshes apart
     index: int = dataclasses.field(default=0, compare=False)
     group: str | None = None
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

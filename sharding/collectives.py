@@ -14,12 +14,15 @@ collectives in the same order.
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from sharding.axes import Axis
 
 Context = torch.autograd.function.FunctionCtx
 _ops = torch.ops._c10d_functional
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
 
 
 def gather(x: Tensor, axis: Axis, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -109,6 +112,22 @@ def gather_now(x: Tensor, size: int, group: str) -> Tensor:
 def start_reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
     """As reduce_scatter along dimension 0, but not yet here: to be read only after `wait`. It has no gradient."""
     return _ops.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
+
+
+def sum_now(x: Tensor, axis: Axis) -> Tensor:
+    """x, which now holds the sum over ranks; no gradient. On a GPU on the current stream alone: for CUDA graphs."""
+    if axis.size > 1:
+        dist.all_reduce(x, group=_resolve_process_group(axis.group))
+    return x
+
+
+def stack_now(x: Tensor, axis: Axis) -> Tensor:
+    """[ranks, …]: x of each rank; no gradient. Streams as sum_now."""
+    if axis.size == 1:
+        return x[None]
+    out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    _all_gather(out, x.contiguous(), group=_resolve_process_group(axis.group))
+    return out.unflatten(0, (axis.size, -1))
 
 
 def wait(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Column-parallel products (q, k, v, gate, up) see the whole sequence and make thi
 row-parallel ones (o, down) make a part of the sum over all. Between blocks the residual stream is cut (Korthikanti et
 al. 2022, arXiv:2205.05198): gathered before the first, summed and cut again after the second. It is cut along the
 tokens of all rows together, as one row, so that neither takes a copy. Embedding, head and loss are cut along the
-vocabulary.
+vocabulary. For generation (Axis.whole) the stream is not cut: nothing is gathered, sums are summed for all ranks.
 
 B batch · T sequence · N = B·T tokens (n: this rank's part) · D hidden · V vocabulary (v: this rank's) · C columns of a
 layer (this rank's) · S ranks of tp
@@ -18,18 +18,20 @@ from torch import Tensor, nn
 
 from kernels import cross_entropy
 from sharding.axes import Axis
-from sharding.collectives import gather, gather_now, reduce_scatter, start_reduce_scatter, wait
+from sharding.collectives import all_reduce, gather, gather_now, reduce_scatter, start_reduce_scatter, wait
 
 Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
 
 def all_tokens(x_1nD: Tensor, tp: Axis) -> Tensor:
     """[1, N, D] for a column-parallel product; the gradients of all ranks' columns add up. Without tp, x itself."""
-    return x_1nD if tp.size == 1 else gather(x_1nD.squeeze(0), tp, 0).unsqueeze(0)
+    return x_1nD if tp.size == 1 or tp.whole else gather(x_1nD.squeeze(0), tp, 0).unsqueeze(0)
 
 
 def own_tokens(x_BTD: Tensor, tp: Axis) -> Tensor:
-    """[1, n, D]: this rank's tokens of the sum over ranks. Without tp, x itself."""
+    """[1, n, D]: this rank's tokens of the sum over ranks; where tp is whole [B, T, D]. Without tp, x itself."""
+    if tp.whole:
+        return all_reduce(x_BTD, tp)
     return x_BTD if tp.size == 1 else reduce_scatter(x_BTD.flatten(0, 1), tp, 0).unsqueeze(0)
 
 
@@ -60,7 +62,7 @@ def column_parallel(x_1nD: Tensor, layers: Sequence[Layer], tp: Axis) -> list[Te
     Compiled, the gradients of the weights are computed while those of x are summed over ranks. Not otherwise: schedules
     that put off the weights' gradients (sharding.pipeline.deferred_grads) want to see F.linear.
     """
-    if tp.size > 1 and torch.compiler.is_compiling():
+    if tp.size > 1 and not tp.whole and torch.compiler.is_compiling():
         weights, biases = zip(*layers)
         columns = _ColumnParallel.apply(x_1nD.squeeze(0), tp.size, tp.group, len(layers), *weights, *biases)
         return [y_NC.unsqueeze(0) for y_NC in columns]
@@ -97,7 +99,7 @@ class _ColumnParallel(torch.autograd.Function):
 
 
 def embedding(tokens_BT: Tensor, weight_vD: Tensor, tp: Axis) -> Tensor:
-    """Rows of the embedding, [B, T, D]; with tp own_tokens, [1, n, D]. A token beyond the vocabulary is F.embedding's
+    """Rows of the embedding, [B, T, D]; with tp own_tokens of it. A token beyond the vocabulary is F.embedding's
     error, as on one device."""
     if tp.size == 1:
         return F.embedding(tokens_BT, weight_vD)
@@ -106,7 +108,7 @@ def embedding(tokens_BT: Tensor, weight_vD: Tensor, tp: Axis) -> Tensor:
     here = (local_BT >= 0) & (local_BT < size)
     outside = (tokens_BT < 0) | (tokens_BT >= size * tp.size)
     rows_BTD = F.embedding(torch.where(here, local_BT, torch.where(outside, size, 0)), weight_vD)
-    return own_tokens(rows_BTD * here[..., None], tp)
+    return own_tokens(torch.where(here[..., None], rows_BTD, 0), tp)  # not a product: one row may be NaN
 
 
 def linear_cross_entropy(

@@ -3,9 +3,12 @@
 On a GPU: random weights in bfloat16 at a released model's shape, since speed does not ask what is said. A rate's bound
 is a step that reads all weights and the cache once at BANDWIDTH, or computes the products at FLOPS, the longer of both.
 Peers: transformers' generate with a static cache (compiled), and its continuous batching.
+--tp 2 cuts the model over so many GPUs; the bound is then that of all of them. --device cpu, with a small model, shows
+that the wiring works, not a speed.
 """
 
 import argparse
+import gc
 import os
 import random
 import sys
@@ -18,15 +21,21 @@ import torch
 from qwen3f import params as P
 from qwen3f import presets
 from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
 from qwen3f.infer.engine import Engine, EngineOptions
 from qwen3f.infer.sampling import SamplingParams
+from qwen3f.infer.tensor_parallel import check, generation_layout
+from qwen3f.processes import ranks
+from sharding.axes import ONE, Axis
+from sharding.mesh import MeshShape
+from sharding.state import init_shards
 
 BANDWIDTH, FLOPS = 3.0e12, 700e12  # of an H100: bytes/s of a large copy, and bfloat16 products as cuBLAS reaches them
 DRAWN = SamplingParams(temperature=0.6)
 
 
-def bound(cfg: ModelConfig, params: P.Params, batch: int, context: int) -> float:
-    """tokens/s of decoding that the card's memory or arithmetic allows."""
+def bound(cfg: ModelConfig, params: P.Params, batch: int, context: int, tp: Axis) -> float:
+    """tokens/s of decoding that the memory or arithmetic of a card, which holds params, allows."""
     head = 0 if cfg.tie_word_embeddings else params[P.EMBED].numel()  # an embedding of its own is hardly read
     weights = sum(leaf.numel() for leaf in params.values()) - head
     active = weights
@@ -37,9 +46,14 @@ def bound(cfg: ModelConfig, params: P.Params, batch: int, context: int) -> float
             weights - experts * (1 - read),
             weights - experts * (1 - cfg.num_experts_per_tok / cfg.num_experts),
         )
-    cache = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * 2 * context * batch
+    cache = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * 2 * context * batch // tp.size
     seconds = max(2 * weights / BANDWIDTH, 2 * active * batch / FLOPS) + cache / BANDWIDTH
     return batch / seconds
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def decode_rate(engine: Engine, vocabulary: int, batch: int, context: int, new: int = 256) -> float:
@@ -49,12 +63,12 @@ def decode_rate(engine: Engine, vocabulary: int, batch: int, context: int, new: 
     rows = engine.submit([engine.request(prompt, new, sampling=DRAWN) for prompt in prompts])
     while min(row.answered for row in rows) < 16:
         engine.step()
-    torch.cuda.synchronize()
+    synchronize()
     start, before = time.perf_counter(), sum(row.answered for row in rows)
     end = min(new - 4, 16 + (64 if context <= new else new - 32))
     while min(row.answered for row in rows) < end:
         engine.step()
-    torch.cuda.synchronize()
+    synchronize()
     rate = (sum(row.answered for row in rows) - before) / (time.perf_counter() - start)
     engine.cancel(rows)
     return rate
@@ -67,24 +81,26 @@ def workload(count: int = 256) -> tuple[list[list[int]], list[int]]:
     return prompts, [chance.randint(100, 1024) for _ in range(count)]
 
 
-def table(cfg: ModelConfig, params: P.Params, cases: list[tuple[int, int]]) -> None:
-    engine = Engine(cfg, params, max_tokens=cases_room(cases))
+def table(cfg: ModelConfig, params: P.Params, cases: list[tuple[int, int]], tp: Axis) -> None:
+    engine = Engine(cfg, params, max_tokens=cases_room(cases), options=EngineOptions(tp=tp))
     print("| batch | context | tokens/s | of the bound |\n|---|---|---|---|")
     for batch, context in cases:
         rate = decode_rate(engine, cfg.vocab_size, batch, context)
-        print(f"| {batch} | {context} | {rate:,.0f} | {rate / bound(cfg, params, batch, context):.2f} |", flush=True)
+        print(
+            f"| {batch} | {context} | {rate:,.0f} | {rate / bound(cfg, params, batch, context, tp):.2f} |", flush=True
+        )
 
 
 def cases_room(cases: list[tuple[int, int]]) -> int:
     return max(batch * (context + 384) for batch, context in cases)
 
 
-def run_workload(cfg: ModelConfig, params: P.Params) -> None:
+def run_workload(cfg: ModelConfig, params: P.Params, tp: Axis) -> None:
     prompts, lengths = workload()
-    engine = Engine(cfg, params, max_tokens=600_000, options=EngineOptions(chunk=8192))
+    engine = Engine(cfg, params, max_tokens=600_000, options=EngineOptions(chunk=8192, tp=tp))
     engine.generate(prompts[:256], DRAWN, max_new_tokens=[8] * 256)  # captures graphs
     engine.update(params)
-    torch.cuda.synchronize()
+    synchronize()
     start = time.perf_counter()
     found = engine.generate(prompts, DRAWN, max_new_tokens=lengths)
     seconds = time.perf_counter() - start
@@ -92,18 +108,18 @@ def run_workload(cfg: ModelConfig, params: P.Params) -> None:
     print(f"public workload: {total:,} tokens in {seconds:.2f} s, {total / seconds:,.0f} tokens/s", flush=True)
 
 
-def profile(cfg: ModelConfig, params: P.Params, batch: int, context: int) -> None:
+def profile(cfg: ModelConfig, params: P.Params, batch: int, context: int, tp: Axis) -> None:
     """Kernels of a decoding pass, and the share of the time that the card is idle."""
-    engine = Engine(cfg, params, max_tokens=batch * (context + 384))
+    engine = Engine(cfg, params, max_tokens=batch * (context + 384), options=EngineOptions(tp=tp))
     rows = engine.submit([engine.request([1 + row] * context, 200, sampling=DRAWN) for row in range(batch)])
     while min(row.answered for row in rows) < 16:
         engine.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         for _ in range(16):
             engine.step()
-        torch.cuda.synchronize()
+        synchronize()
         wall = (time.perf_counter() - start) / 16 * 1e6
     kernels = [event for event in trace.key_averages() if event.self_device_time_total > 0]
     busy = sum(event.self_device_time_total for event in kernels) / 16
@@ -114,12 +130,12 @@ def profile(cfg: ModelConfig, params: P.Params, batch: int, context: int) -> Non
     engine.cancel(rows)
 
 
-def first(cfg: ModelConfig, params: P.Params) -> None:
+def first(cfg: ModelConfig, params: P.Params, tp: Axis) -> None:
     """Seconds from the start of this process, imports and random weights included, to a first token and to 32 more."""
-    engine = Engine(cfg, params, max_tokens=4096)
+    engine = Engine(cfg, params, max_tokens=4096, options=EngineOptions(tp=tp))
     for new in (1, 32):
         engine.generate([list(range(100, 228))], DRAWN, max_new_tokens=new)
-        torch.cuda.synchronize()
+        synchronize()
         started = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
         age = float(Path("/proc/uptime").read_text().split()[0]) - started
         print(f"first: {new} token(s) after {age:.1f} s of this process", flush=True)
@@ -173,29 +189,63 @@ def peers(cfg: ModelConfig, cases: list[tuple[int, int]]) -> None:
         )
 
 
-def main(arguments: list[str]) -> None:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default="decode,workload", help="of first, decode, workload, profile, peers")
     parser.add_argument("--model", default="qwen3-0.6b", help="a preset")
     parser.add_argument("--layers", type=int, default=0, help="cut the model to so many layers")
     parser.add_argument("--batches", default="1x128,64x128,64x1024,256x128", help="batch x context, several")
-    asked = parser.parse_args(arguments)
+    parser.add_argument("--tp", type=int, default=1, help="devices that the model is cut over")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    return parser.parse_args(arguments)
+
+
+def model_of(asked: argparse.Namespace) -> ModelConfig:
     cfg = presets.get(asked.model)
-    if asked.layers:
-        cfg = cfg.replace(num_hidden_layers=asked.layers)
+    return cfg.replace(num_hidden_layers=asked.layers) if asked.layers else cfg
+
+
+def run_cases(asked: argparse.Namespace, tp: Axis) -> None:
+    """On each of the ranks of tp."""
+    cfg = model_of(asked)
     cases = [tuple(map(int, pair.split("x"))) for pair in asked.batches.split(",")]
-    params = P.init_params(cfg, 0, dtype=torch.bfloat16, device="cuda")
+    dtype = torch.bfloat16 if asked.device == "cuda" else torch.float32
+    params = init_shards(cfg, 0, generation_layout(cfg, tp), dtype=dtype, device=asked.device)
     todo: dict[str, Callable[[], None]] = {
-        "first": lambda: first(cfg, params),
-        "decode": lambda: table(cfg, params, cases),
-        "workload": lambda: run_workload(cfg, params),
-        "profile": lambda: [profile(cfg, params, *case) for case in cases],
+        "first": lambda: first(cfg, params, tp),
+        "decode": lambda: table(cfg, params, cases, tp),
+        "workload": lambda: run_workload(cfg, params, tp),
+        "profile": lambda: [profile(cfg, params, *case, tp) for case in cases],
         "peers": lambda: peers(cfg, cases),
     }
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {asked.model}, {cfg.num_hidden_layers} layers")
+    where = torch.cuda.get_device_name() if asked.device == "cuda" else "CPU"
+    where += f", tp{tp.size}" if tp.size > 1 else ""
+    print(f"{where}, torch {torch.__version__}, {asked.model}, {cfg.num_hidden_layers} layers", flush=True)
     for case in asked.cases.split(","):
         todo[case]()
 
 
+def main(arguments: list[str]) -> int:
+    asked = parse(arguments)
+    check(model_of(asked), asked.tp)
+    if asked.tp > 1 and "peers" in asked.cases:
+        raise UserError("--cases=peers runs on one device; leave out --tp")
+    command = ["-m", "qwen3f.infer.bench", *arguments]
+    decision = ranks.decide(os.environ, asked.tp, ranks.local_devices(asked.device), asked.device, command)
+    if decision.mode == "start":
+        return ranks.start(decision, command)
+    if decision.mode == "single":
+        run_cases(asked, ONE.tp)
+        return 0
+    with ranks.joined(decision, MeshShape(tp=asked.tp), timeout=300) as world:
+        run_cases(asked, world.axes.tp)
+        gc.collect()  # NCCL ends only once no CUDA graph is left that it is part of
+    return 0
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -32,8 +32,10 @@ from qwen3f.infer.request import Row
 from qwen3f.infer.sampling import SamplingParams, streams_at, uniform
 from qwen3f.infer.scheduler import Chunk, Plan
 from qwen3f.infer.sight import Sight
+from qwen3f.infer.tensor_parallel import agreed, generation_layout, smallest, whole_logits
 from qwen3f.infer.thinking import forced_token
 from qwen3f.model.kv_cache import bytes_of_token, copy_pages, grow_cache, init_cache
+from sharding.axes import ONE, Axis
 
 CPU_CACHE = 2 << 30  # bytes at most, where max_tokens is 0
 GPU_LEAST, GPU_SHARE = 2 << 30, 0.85  # bytes at least, and a share of the free memory at most, likewise
@@ -69,7 +71,7 @@ class Pending:
 
 
 class Device:
-    """Runs plans. Holds what lies on the device: parameters and cache.
+    """Runs plans. Holds what lies on the device: parameters and cache, over tp this rank's part of both.
 
     overlaps: whether a pass may be launched before the one before is read.
     """
@@ -83,13 +85,14 @@ class Device:
         page_size: int,
         max_tokens: int,
         rows: int,
+        tp: Axis = ONE.tp,
     ) -> None:
-        execution = dataclasses.replace(execution, compile="off")
-        self.cfg, self.num_ids = cfg, num_ids
+        execution, layout = dataclasses.replace(execution, compile="off"), generation_layout(cfg, tp)
+        self.cfg, self.num_ids, self._tp = cfg, num_ids, tp
         self._params = unstacked(cfg, params)
         self.device = params[P.EMBED].device
         self.overlaps = self.device.type == "cuda"
-        self._prefill, self._decode = make_prefill(cfg, execution), make_decode(cfg, execution)
+        self._prefill, self._decode = (make(cfg, execution, layout) for make in (make_prefill, make_decode))
         self._banned = tuple(i for i in pictures.vision_ids(cfg) if i < num_ids)
         self._sight = Sight(cfg, execution) if cfg.vision_enabled else None
         self._own_pages = not page_size and not self.overlaps  # each row has one page of its own
@@ -108,7 +111,7 @@ class Device:
 
     def _room(self) -> int:
         memory = GPU_SHARE * torch.cuda.mem_get_info(self.device)[0] if self.overlaps else CPU_CACHE
-        return int(memory) // bytes_of_token(self.cfg, self._params)
+        return smallest(int(memory) // bytes_of_token(self.cfg, self._params), self._tp, self.device)
 
     def outgrown(self, rows: int, longest: int) -> bool:
         """Whether so many rows of that length need another cache: longer pages than max_tokens allows for as many as
@@ -233,7 +236,7 @@ class Device:
             span=self._span(1 + max(row.cached for row in rows)),
         )
         head = model.head_weight(self.cfg, self._params)
-        logits = logits_of(hidden, head, self._execution)
+        logits = whole_logits(logits_of(hidden, head, self._execution), self._tp)
         drawn = draw(logits, inputs, self._choices(rows, places), self.num_ids, self._banned)
         forced = (numbers[4] >= 0).any()
         if forced:
@@ -242,7 +245,7 @@ class Device:
             temperature = torch.ones(count)
             temperature[places] = torch.tensor([row.request.sampling.temperature or 1.0 for row in rows])
             drawn = as_training(drawn, hidden, head, temperature.to(self.device))
-        return Pending(list(rows), places, drawn)
+        return Pending(list(rows), places, agreed(drawn, self._tp))
 
     def _exact(self, rows: Sequence[Row], forced: bool) -> bool:
         """Whether log-probabilities are to be the training step's: where nothing but a temperature acts."""
@@ -252,7 +255,8 @@ class Device:
     def _replay(self, rows: Sequence[Row], numbers: np.ndarray) -> Pending:
         """The same by a CUDA graph. What its sampler does not know is drawn again, from the logits that it leaves."""
         if self._graphs is None:
-            self._graphs = DecodeGraphs(self.cfg, self._params, self._cache, self._execution, self.num_ids, self._rows)
+            model_and_cache = self.cfg, self._params, self._cache
+            self._graphs = DecodeGraphs(*model_and_cache, self._execution, self.num_ids, self._rows, self._tp)
         ways = [row.request.sampling for row in rows]
         chances = np.array([[1 / way.temperature if way.temperature > COLD else 0.0 for way in ways]] * 2)
         chances[0] = uniform(streams_at(*torch.from_numpy(numbers[[3, 1]] + [[0], [1]])))
@@ -262,13 +266,14 @@ class Device:
         if special or (numbers[4] >= 0).any():
             inputs = Inputs(*torch.from_numpy(numbers).to(self.device))
             drawn = Drawn(result.ids[:count], result.log_probs[:count], result.finite[:count])
+            logits = whole_logits(result.logits[:count], self._tp)
             if special:
-                again = draw(result.logits[:count], inputs, self._choices(rows, range(count), special), self.num_ids)
+                again = draw(logits, inputs, self._choices(rows, range(count), special), self.num_ids)
                 which = torch.zeros(count, dtype=torch.bool)
                 which[special] = True
                 which = which.to(self.device)
                 drawn = Drawn(*(torch.where(which, new, old) for new, old in zip(again, drawn)))
-            drawn = force(drawn, result.logits[:count], inputs.forced)
+            drawn = agreed(force(drawn, logits, inputs.forced), self._tp)
             self._graphs.last[:count] = drawn.ids
             packed = fused.pack(*drawn)
         host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True).copy_(packed, non_blocking=True)

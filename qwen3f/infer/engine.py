@@ -24,6 +24,7 @@ from qwen3f.infer.request import Completion, Request, Row
 from qwen3f.infer.sampling import GREEDY, SamplingParams, stream_of
 from qwen3f.infer.scheduler import Limits, Scheduler
 from qwen3f.infer.thinking import still_thinks
+from sharding.axes import ONE, Axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +36,15 @@ class EngineOptions:
       chunk: tokens of a prefill pass, padding included.
       page_size: tokens of a page. 0: on a GPU 64; on a CPU the longest request, so that a row is one page and attention
         reads the cache where it lies.
+      tp: ranks that share the model, as World.axes.tp: params are this rank's shards (sharding.state.cut_params, or
+        source.read_params on a mesh), and all ranks call the same methods with the same arguments in the same order.
     Raises UserError for a number that is too small.
     """
 
     rows: int = 256
     chunk: int = 4096
     page_size: int = 0
+    tp: Axis = ONE.tp
 
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("chunk", 1), ("page_size", 0)):
@@ -63,7 +67,8 @@ class Engine:
       tokenizer: where stop texts are asked for; its stop ids are the default, and ids that it lacks are never drawn.
       num_ids: ids from here on are never drawn (Qwen3's embedding has rows that its tokenizer doesn't use). 0: the
         tokenizer's number, or without one the vocabulary's.
-    Raises UserError for a model without a vocabulary, and for a cache that is too small for anything.
+    Raises UserError for a model without a vocabulary, or one that tp does not divide, and for a cache that is too small
+    for anything.
     """
 
     def __init__(
@@ -88,7 +93,8 @@ class Engine:
         num_ids = num_ids or (min(tokenizer.vocab_size, cfg.vocab_size) if tokenizer else cfg.vocab_size)
         if not 1 <= num_ids <= cfg.vocab_size:
             raise UserError(f"num_ids must lie in 1..vocab_size ({cfg.vocab_size}), got {num_ids}; see the tokenizer")
-        self._device = Device(cfg, params, execution, num_ids, options.page_size, max_tokens, options.rows)
+        room = options.page_size, max_tokens, options.rows
+        self._device = Device(cfg, params, execution, num_ids, *room, options.tp)
         self._pool = PagePool(0, self._device.page_size)
         self._scheduler = Scheduler(self._pool, Limits(options.rows, options.chunk))
         self._rows = options.rows

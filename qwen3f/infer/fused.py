@@ -3,7 +3,10 @@
 Five launches a dense layer: norm and products for q, k and v; norm, rotation, cache write and attention; product and
 residual; norm and SwiGLU; product and residual. Rounding differs from the blocks that train (kernels.row_product).
 
-B rows · D hidden · V vocabulary · P pages of a row
+Cut over tp, a rank has some of the heads and of the MLP's columns; both products with a residual then give a part of a
+sum over ranks, to which rank 0 alone adds the residual.
+
+B rows · D hidden · V vocabulary (v: this rank's) · P pages of a row
 """
 
 import functools
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.head_sample import head_sample
+from kernels.head_shards import choose, head_shard
 from kernels.linear_residual import linear_residual
 from kernels.norm_linear import norm_linear
 from kernels.norm_swiglu import norm_swiglu
@@ -27,6 +31,8 @@ from qwen3f.model.kv_cache import KVCache
 from qwen3f.model.moe import SparseMLP
 from qwen3f.model.norm import rms_norm
 from qwen3f.model.transformer import layer_stacks, unstack_layers
+from sharding.axes import ONE, Axis
+from sharding.collectives import stack_now, sum_now
 
 
 class Places(NamedTuple):
@@ -48,7 +54,7 @@ class Places(NamedTuple):
 
 
 class Result(NamedTuple):
-    """ids int64 [B], log_probs float32 [B], logits float32 [B, V], finite bool [B]; see kernels.head_sample.
+    """ids int64 [B], log_probs float32 [B], logits float32 [B, V] ([B, v]), finite bool [B]; see kernels.head_sample.
 
     packed: float64 [3, B], ids, log_probs and finite in one, for the host.
     """
@@ -80,10 +86,11 @@ def fits(cfg: ModelConfig, dtype: torch.dtype) -> bool:
     )
 
 
-def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int) -> FusedDecode:
+def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int, tp: Axis = ONE.tp) -> FusedDecode:
     """decode(params, cache, places, last, angles) -> (result, the cache with the new tokens in it).
 
-    last: ids that the pass before has drawn. angles: rope_tables of positions 0, 1, …, each [positions, d/2].
+    last: ids that the pass before has drawn. angles: rope_tables of positions 0, 1, …, each [positions, d/2]. tp: its
+    ranks call this together, each with its shards; the result is the same on all but for logits, of a rank's ids.
     """
     cfg = cfg.replace(moe_drop_tokens=False)
     stacks = layer_stacks(cfg)
@@ -94,44 +101,81 @@ def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int
     def decode(
         params: P.Params, cache: KVCache, places: Places, last: Tensor, angles: tuple[Tensor, Tensor]
     ) -> tuple[Result, KVCache]:
-        x_BD = F.embedding(fed(places.tokens, last), params[P.EMBED])
+        x_BD = _embed(fed(places.tokens, last), params[P.EMBED], tp)
         cos, sin = (table[places.positions] for table in angles)
         lengths_B = places.positions.to(torch.int32)
         real_B = places.table[:, 0] > 0 if cfg.sparse_layers else None
+        add = _adder(x_BD, tp)
         for number, layer in unstack_layers(params, stacks).items():
             attend = functools.partial(
                 paged_attention, eps=cfg.rms_norm_eps, cos_BF=cos, sin_BF=sin, k_pages=cache.keys[number],
                 v_pages=cache.values[number], table_BP=places.table, lengths_B=lengths_B,
             )  # fmt: skip
-            x_BD = _attention(cfg, layer, x_BD, attend)
-            x_BD = _experts(cfg, experts, layer, x_BD, real_B) if cfg.is_sparse(number) else _mlp(cfg, layer, x_BD)
-        head = model.head_weight(cfg, params), num_ids, places.inv_temperature, places.uniform
-        ids_B, log_probs_B, logits_BV, finite_B = head_sample(x_BD, params[P.FINAL_NORM], cfg.rms_norm_eps, *head)
-        return Result(ids_B, log_probs_B, logits_BV, finite_B, pack(ids_B, log_probs_B, finite_B)), cache
+            x_BD = _attention(cfg, layer, x_BD, attend, add)
+            sparse = cfg.is_sparse(number)
+            x_BD = _experts(cfg, experts, layer, x_BD, real_B, tp) if sparse else _mlp(cfg, layer, x_BD, add)
+        return _chosen(cfg, params, x_BD, places, num_ids, tp), cache
 
     return decode
 
 
-def _attention(cfg: ModelConfig, layer: P.Params, x_BD: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+def _adder(like_BD: Tensor, tp: Axis) -> Callable[..., Tensor]:
+    """linear_residual(h, weight, x), of h and weight that are cut over tp."""
+    if tp.size == 1:
+        return linear_residual
+    blank_BD = torch.zeros_like(like_BD)
+
+    def add(h: Tensor, weight: Tensor, x_BD: Tensor) -> Tensor:
+        return sum_now(linear_residual(h, weight, x_BD if tp.index == 0 else blank_BD), tp)
+
+    return add
+
+
+def _embed(ids_B: Tensor, weight_vD: Tensor, tp: Axis) -> Tensor:
+    if tp.size == 1:
+        return F.embedding(ids_B, weight_vD)
+    own_B = ids_B - tp.index * len(weight_vD)
+    here_B = (own_B >= 0) & (own_B < len(weight_vD))
+    rows_BD = F.embedding(torch.where(here_B, own_B, 0), weight_vD)
+    return sum_now(torch.where(here_B[:, None], rows_BD, 0), tp)
+
+
+def _chosen(cfg: ModelConfig, params: P.Params, x_BD: Tensor, places: Places, num_ids: int, tp: Axis) -> Result:
+    """From the last layer's hidden states to a token a row."""
+    head, norm = model.head_weight(cfg, params), (params[P.FINAL_NORM], cfg.rms_norm_eps)
+    if tp.size == 1:
+        asked = head, num_ids, places.inv_temperature, places.uniform
+        ids_B, log_probs_B, logits_BV, finite_B = head_sample(x_BD, *norm, *asked)
+        return Result(ids_B, log_probs_B, logits_BV, finite_B, pack(ids_B, log_probs_B, finite_B))
+    own_ids = min(max(num_ids - tp.index * len(head), 0), len(head))
+    logits_Bv, sums = head_shard(x_BD, *norm, head, own_ids, places.inv_temperature)
+    drawn = choose(logits_Bv, stack_now(sums, tp), own_ids, places.inv_temperature, places.uniform, tp.index)
+    packed = sum_now(pack(*drawn), tp)
+    return Result(packed[0].long(), packed[1].to(logits_Bv.dtype), logits_Bv, packed[2] > 0, packed)
+
+
+def _attention(
+    cfg: ModelConfig, layer: P.Params, x_BD: Tensor, attend: Callable[..., Tensor], add: Callable[..., Tensor]
+) -> Tensor:
     names = [f"self_attn.{part}_proj" for part in "qkv"]
     weights = tuple(layer[f"{name}.weight"] for name in names)
     biases = tuple(layer[f"{name}.bias"] for name in names) if cfg.attention_bias else None
     qkv = norm_linear(x_BD, layer["input_layernorm.weight"], cfg.rms_norm_eps, weights, biases)
     out = attend(qkv, layer.get("self_attn.q_norm.weight"), layer.get("self_attn.k_norm.weight"))
-    x_BD = linear_residual(out, layer["self_attn.o_proj.weight"], x_BD)
+    x_BD = add(out, layer["self_attn.o_proj.weight"], x_BD)
     return x_BD + layer["self_attn.o_proj.bias"] if cfg.attention_bias else x_BD
 
 
-def _mlp(cfg: ModelConfig, layer: P.Params, x_BD: Tensor) -> Tensor:
+def _mlp(cfg: ModelConfig, layer: P.Params, x_BD: Tensor, add: Callable[..., Tensor]) -> Tensor:
     norm, weights = (
         layer["post_attention_layernorm.weight"],
         (layer[f"mlp.{part}_proj.weight"] for part in ("gate", "up")),
     )
-    return linear_residual(norm_swiglu(x_BD, norm, cfg.rms_norm_eps, *weights), layer["mlp.down_proj.weight"], x_BD)
+    return add(norm_swiglu(x_BD, norm, cfg.rms_norm_eps, *weights), layer["mlp.down_proj.weight"], x_BD)
 
 
-def _experts(cfg: ModelConfig, skeleton: nn.Module, layer: P.Params, x_BD: Tensor, real_B: Tensor) -> Tensor:
+def _experts(cfg: ModelConfig, skeleton: nn.Module, layer: P.Params, x_BD: Tensor, real_B: Tensor, tp: Axis) -> Tensor:
     h_BD = rms_norm(x_BD, layer["post_attention_layernorm.weight"], cfg.rms_norm_eps)
     weights = {path.removeprefix("mlp."): leaf for path, leaf in layer.items() if path.startswith("mlp.")}
     y_B1D, _ = torch.func.functional_call(skeleton, weights, (h_BD[:, None], real_B[:, None]), strict=True)
-    return x_BD + y_B1D[:, 0]
+    return x_BD + sum_now(y_B1D[:, 0].contiguous(), tp)

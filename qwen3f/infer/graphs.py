@@ -19,6 +19,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.infer.fused import Places, Result, make_fused_decode
 from qwen3f.model.kv_cache import KVCache
 from qwen3f.model.rope import rope_tables
+from sharding.axes import ONE, Axis
 
 SMALL = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # places; above multiples of 32
 LEAST_WIDTH = 4
@@ -40,13 +41,23 @@ class _Graph:
 class DecodeGraphs:
     """Runs decoding passes for parameters and a cache that stay where they are.
 
-    rows: places at most.
+    rows: places at most. tp: its ranks capture and run the same graphs in the same order; which ones follows from
+    `run`'s arguments.
     """
 
     def __init__(
-        self, cfg: ModelConfig, params: P.Params, cache: KVCache, execution: model.Execution, num_ids: int, rows: int
+        self,
+        cfg: ModelConfig,
+        params: P.Params,
+        cache: KVCache,
+        execution: model.Execution,
+        num_ids: int,
+        rows: int,
+        tp: Axis = ONE.tp,
     ) -> None:
-        self._decode = make_fused_decode(cfg, execution, num_ids)
+        self._decode = make_fused_decode(cfg, execution, num_ids, tp)
+        # Over ranks NCCL's own threads talk to the card meanwhile, which would end a capture that watches all threads
+        self._watched = "global" if tp.size == 1 else "thread_local"
         self._cfg, self.params, self._cache = cfg, params, cache
         self._own = False  # whether params are this object's copy
         device = cache.keys[0].device
@@ -114,14 +125,14 @@ class DecodeGraphs:
             self.last[:count] = result.ids
             return result
 
-        kept = self.last.clone()  # an idle pass compiles the kernels; it draws for nobody
+        kept = self.last.clone()  # an idle pass compiles the kernels and wakes NCCL; it draws for nobody
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             work()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=self._watched):
             result = work()
         self._pool = self._pool or graph.pool()
         self.last.copy_(kept)

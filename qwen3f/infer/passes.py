@@ -20,6 +20,7 @@ from qwen3f.infer.sampling import SamplingParams, log_prob, sample, streams_at
 from qwen3f.model import invariant
 from qwen3f.model.kv_cache import KVCache
 from qwen3f.vision.deepstack import Features
+from sharding.layout import ONE_DEVICE, Layout
 
 
 class Inputs(NamedTuple):
@@ -63,10 +64,10 @@ Prefill = Callable[..., KVCache]
 Decode = Callable[..., tuple[Tensor, KVCache]]
 
 
-def make_prefill(cfg: ModelConfig, execution: model.Execution) -> Prefill:
+def make_prefill(cfg: ModelConfig, execution: model.Execution, layout: Layout = ONE_DEVICE) -> Prefill:
     """prefill(params, cache, batch, *, table, span, features) -> the cache with the chunks in it; batch and features as
     in model.cached."""
-    forward = model.make_cached_forward(cfg, execution)
+    forward = model.make_cached_forward(cfg, execution, layout)
 
     def prefill(
         params: P.Params,
@@ -82,9 +83,9 @@ def make_prefill(cfg: ModelConfig, execution: model.Execution) -> Prefill:
     return prefill
 
 
-def make_decode(cfg: ModelConfig, execution: model.Execution) -> Decode:
+def make_decode(cfg: ModelConfig, execution: model.Execution, layout: Layout = ONE_DEVICE) -> Decode:
     """decode(params, cache, inputs, last, *, table, span) -> (hidden [B, D], cache). last: ids of the pass before."""
-    forward = model.make_cached_forward(cfg, execution)
+    forward = model.make_cached_forward(cfg, execution, layout)
 
     @torch.no_grad()
     def decode(

@@ -1,12 +1,14 @@
 """The stage generate: questions from the configuration, from a file or from a chat; answers on stdout or in a file."""
 
+import contextlib
 import dataclasses
+import gc
 import json
 import os
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -16,6 +18,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.data.multimodal.samples import check_tokenizer
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
+from qwen3f.infer import tensor_parallel
 from qwen3f.infer.batch_file import AnswerFile, Ask, BadRow, prompt_asks, read_asks, survey
 from qwen3f.infer.chat import run_chat
 from qwen3f.infer.engine import EngineOptions
@@ -25,7 +28,10 @@ from qwen3f.infer.text_generator import Answer, TextGenerator, raise_error
 from qwen3f.infer.text_request import FIELDS, TextOptions, check_kind, make_request
 from qwen3f.interop import source
 from qwen3f.interop.history import never_saw_chats, pretrained_only
+from qwen3f.processes import ranks
+from qwen3f.processes.world import ALONE, World
 from qwen3f.train.choices import find_device, find_dtype
+from sharding.mesh import MeshShape, parse_mesh
 
 ON_BAD_ROW = ("error", "skip")
 
@@ -65,14 +71,47 @@ class Summary:
 def run(config: ConfigDict, workdir: Path, progress: bool = True) -> Summary | None:
     """Answer config.prompt, each of config.prompts or each row of config.input, and say on stderr how fast.
 
-    Without any of these: a chat over stdin. The workdir is not used. Raises UserError, before any token is made, for
-    keys that are missing or do not go together, for rows that are malformed, and as qwen3f.interop.source does; for a
-    row that is too long when it is its turn, after those before it. Ctrl-C ends the process with code 130.
+    Without any of these: a chat over stdin. The workdir is not used. With config.mesh=tpN the model is cut over N
+    devices: as one of the ranks, or starting them. Raises UserError, before any token is made or any process starts,
+    for keys that are missing or do not go together, for rows that are malformed, and as qwen3f.interop.source and
+    ranks.decide do; for a row that is too long when it is its turn, after those before it. Ctrl-C ends the process with
+    code 130.
     """
+    _check(config)
+    device = find_device(config.device).type
+    shape = _find_mesh(config, ranks.all_devices(os.environ, device))
+    decision = ranks.decide(os.environ, shape.size, ranks.local_devices(device), device, sys.argv)
+    if decision.mode == "single":
+        return answer_all(config, progress)
+    tensor_parallel.check(source.read_model_config(config.init_from), shape.tp)
+    if decision.mode == "start":
+        if code := ranks.start(decision, sys.argv):
+            sys.exit(code)
+        return None
+    with ranks.joined(decision, shape, timeout=config.collective_timeout) as world:
+        summary = answer_all(config, progress, world)
+        gc.collect()  # NCCL ends only once no CUDA graph is left that it is part of
+        return summary
+
+
+def _find_mesh(config: ConfigDict, devices: int) -> MeshShape:
+    shape = parse_mesh(config.mesh, devices)
+    if shape.size != shape.tp:
+        raise UserError(f"config.mesh={config.mesh}: generation cuts a model over tp alone; write tp{shape.size}")
+    if shape.size > 1 and _is_chat(config):
+        raise UserError(
+            f"config.mesh={config.mesh}: a chat over stdin runs on one device; leave out config.mesh, or give "
+            '--config.prompt="…" or --config.input=FILE'
+        )
+    return shape
+
+
+def answer_all(config: ConfigDict, progress: bool = True, world: World = ALONE) -> Summary | None:
+    """As `run`, on the devices of `world`, whose ranks all call this together; rank 0 writes."""
     options = _check(config)
     device = find_device(config.device)
     dtype = find_dtype(config.dtype, device)
-    place = source.pinned(config.init_from)
+    place = world.first(world.together(lambda: source.pinned(config.init_from), UserError))
     cfg = source.read_model_config(place)
     tokenizer = load_tokenizer(source.tokenizer_path(place), config.chat_template)
     _check_kind(tokenizer, options)
@@ -82,33 +121,58 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> Summary | N
     if not config.input:
         for ask in _asks(config, options):
             _request(cfg, tokenizer, ask, shown)
-    if config.chat and never_saw_chats(place):
+    if config.chat and never_saw_chats(place) and world.main:
         hint = f"{pretrained_only(config.init_from)}; to have it go on with a text write --config.chat=False"
         print(hint, file=sys.stderr, flush=True)
 
     def generator() -> TextGenerator:
-        params = source.read_params(place, cfg, device, dtype)
-        return TextGenerator(
-            cfg, params, tokenizer, max_tokens=config.max_tokens, options=EngineOptions(rows=config.batch_size)
-        )
+        tp = world.axes.tp
+        layout = tensor_parallel.generation_layout(cfg, tp)
+        params = source.read_params(place, cfg, device, dtype, layout=layout, world=world)
+        engine = EngineOptions(rows=config.batch_size, tp=tp)
+        return TextGenerator(cfg, params, tokenizer, max_tokens=config.max_tokens, options=engine)
 
     try:
         if _is_chat(config):
             return run_chat(generator(), options)
         if config.out:
-            with AnswerFile(Path(config.out), _model_name(config, place), rows) as file:
-                if not all(file.has(ask) for ask in _asks(config, options)):
-                    asks = (ask for ask in _asks(config, options) if not file.has(ask))
+            with _answer_file(config, place, rows, world) as file:
+                done = _answered(world, file, options, config)
+                if not all(done(ask) for ask in _asks(config, options)):
+                    asks = (ask for ask in _asks(config, options) if not done(ask))
                     _write(_passes(config, generator(), asks, summary, shown), file, rows, progress)
-                summary.done = file.count
+                summary.done = file.count if file else 0
         else:
             asks = _asks(config, options)
             _print(_passes(config, generator(), asks, summary, shown), several=rows > 1)
     except KeyboardInterrupt:
-        print("stopped" + ("; the same command goes on" if config.out else ""), file=sys.stderr, flush=True)
+        if world.main:
+            print("stopped" + ("; the same command goes on" if config.out else ""), file=sys.stderr, flush=True)
         raise SystemExit(130) from None
-    print(summary.text(), file=sys.stderr, flush=True)
+    if world.main:
+        print(summary.text(), file=sys.stderr, flush=True)
     return summary
+
+
+@contextlib.contextmanager
+def _answer_file(config: ConfigDict, place: str, rows: int, world: World) -> Iterator[AnswerFile | None]:
+    """The file of the answers on rank 0, None on others; its errors are raised by all."""
+    with contextlib.ExitStack() as stack:
+        file = AnswerFile(Path(config.out), _model_name(config, place), rows) if world.main else None
+        world.together(lambda: stack.enter_context(file) if file else None, UserError)
+        yield file
+
+
+def _answered(world: World, file: AnswerFile | None, options: TextOptions, config: ConfigDict) -> Callable[[Ask], bool]:
+    """Whether a row has its answer in the file, which rank 0 reads."""
+    if world.size == 1:
+        return file.has
+
+    def numbers() -> list[int]:
+        return [ask.number for ask in _asks(config, options) if file.has(ask)] if file else []
+
+    known = set(world.first(world.together(numbers, UserError)))
+    return lambda ask: ask.number in known
 
 
 def _is_chat(config: ConfigDict) -> bool:
@@ -249,12 +313,13 @@ def _passes(
     summary.end = time.perf_counter()
 
 
-def _write(passes: Iterator[list[tuple[Ask, Answer]]], file: AnswerFile, rows: int, progress: bool) -> None:
-    """Answers into the file, in the order in which they end."""
-    with tqdm(desc="answers", total=rows, initial=file.count, file=sys.stderr, disable=not progress) as bar:
+def _write(passes: Iterator[list[tuple[Ask, Answer]]], file: AnswerFile | None, rows: int, progress: bool) -> None:
+    """Answers into the file, in the order in which they end; without one they are only made."""
+    start, hidden = (file.count, not progress) if file else (0, True)
+    with tqdm(desc="answers", total=rows, initial=start, file=sys.stderr, disable=hidden) as bar:
         for pairs in passes:
             for ask, answer in pairs:
-                if answer.finish_reason:
+                if answer.finish_reason and file:
                     answer.read()
                     file.write(ask, answer)
                     bar.update()

@@ -52,7 +52,7 @@ def place_features(features: Features, visual_index_BT: Tensor, tp: Axis) -> Vis
     first = torch.arange(batch, device=visual_index_BT.device)[:, None] * each
     there = visual_index_BT > 0
     rows = torch.where(there, visual_index_BT.to(torch.int64) - 1 + first, 0)
-    if tp.size > 1:
+    if tp.size > 1 and not tp.whole:
         there, rows = (shard(x.flatten(), tp, 0)[None] for x in (there, rows))
     return Visual(features, there[..., None], rows)
 

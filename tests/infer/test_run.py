@@ -143,6 +143,8 @@ def test_thinking_ends_at_the_budget(source, answers):
         ({"max_tokens": -1}, "config.max_tokens must be at least 0"),
         ({"on_bad_row": "stop"}, "config.on_bad_row='stop': write error or skip"),
         ({"dtype": "int8"}, "config.dtype='int8'"),
+        ({"mesh": "dp2"}, "config.mesh=dp2: generation cuts a model over tp alone; write tp2"),
+        ({"mesh": "tp4"}, r"tp=4 does not divide the model's 2 key/value heads.*; write tp1 or tp2 in config\.mesh"),
     ],
 )
 def test_bad_configurations_are_named(configure, tmp_path, capsys, changes, words):
@@ -150,6 +152,12 @@ def test_bad_configurations_are_named(configure, tmp_path, capsys, changes, word
         run(configure(**{"prompt": "What is é7?", **changes}), tmp_path)
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_chat_over_several_devices_is_refused(configure, tmp_path, monkeypatch):
+    monkeypatch.setattr("qwen3f.infer.run._stdin_is_given", lambda: True)
+    with pytest.raises(UserError, match=r"config\.mesh=tp2: a chat over stdin runs on one device; leave out"):
+        run(configure(mesh="tp2"), tmp_path)
 
 
 def test_an_answer_that_is_no_number_or_does_not_fit_is_an_error(source, answers, tmp_path):
@@ -176,3 +184,24 @@ def test_the_contract_command(source, answers, tmp_path):
     assert done.stdout == answers(max_new_tokens=9)[0].out
     assert "new tokens: the first after" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_cut_over_two_ranks_answers_the_same(source, answers, tmp_path):
+    """Several prompts into a file, of which one is answered already; ranks are started, and rank 0 alone writes."""
+    prompts, out = ("What is é7?", "T", "The answer to question 12 is"), tmp_path / "out.jsonl"
+    options = {"prompt": "", "chat": False, "max_new_tokens": 9, "temperature": 0.8, "out": str(out)}
+    answers(**options, prompts=prompts)
+    expected = {json.loads(line)["row"]: line for line in out.read_text().splitlines()}
+    out.write_text(expected[1] + "\n")
+    root = os.getcwd()
+    command = [
+        sys.executable, f"{root}/launch.py", "--config", f"{root}/experiments/generate.py", "--config.device=cpu",
+        f"--config.init_from={source[0]}", f"--config.prompts={prompts!r}", "--config.chat=False",
+        "--config.max_new_tokens=9", "--config.temperature=0.8", f"--config.out={out}", "--config.mesh=tp2",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = out.read_text().splitlines()
+    assert {json.loads(line)["row"]: line for line in lines} == expected
+    assert len(lines) == 3
+    assert done.stderr.count("new tokens: the first after") == 1

@@ -1,0 +1,122 @@
+"""kernels.head_sample for a vocabulary that is cut over ranks: each has the logits of its ids, all find the same token.
+
+The first half gives this rank's logits, and of each tile the greatest, the sum of exponentials and the place. These
+sums, a fiftieth of the logits, are exchanged between the halves. The second half finds the tile from all ranks' sums;
+the rank that has it finds the id, and the others give 0, so that a sum over ranks tells all.
+
+B rows · D hidden · v ids of a rank · t tiles of a rank · S ranks
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import rmsnorm, row_product
+from kernels.backend import runs_triton, triton
+from kernels.head_sample import _WARP_TILES, _choose_kernel, _logits_kernel
+
+
+def head_shard(
+    x_BD: Tensor, norm_D: Tensor, eps: float, head_vD: Tensor, num_ids: int, inv_temperature_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(logits float32 [B, v], sums float32 [3, B, t]) of this rank's ids; arguments as head_sample's.
+
+    num_ids: of this rank's ids those that can be drawn, 0 … v. sums: of each tile the greatest tempered logit, the sum
+    of exponentials less that, and the greatest's place, −1 where a logit is not finite. Float64 runs the formula, with
+    one tile.
+    """
+    row_product.check(x_BD, {"norm": (norm_D, x_BD.shape[-1])}, {"head": head_vD})
+    if not 0 <= num_ids <= len(head_vD):
+        raise ValueError(f"num_ids must be 0 … {len(head_vD)}, got {num_ids}")
+    wide = torch.promote_types(x_BD.dtype, torch.float32)
+    if not runs_triton(x_BD) or not len(x_BD):
+        return _formula(x_BD, norm_D, eps, head_vD, num_ids, inv_temperature_B)
+    (B, D), v = x_BD.shape, len(head_vD)
+    cut = row_product.config(B, v)
+    tiles = triton.cdiv(v, cut.outputs)
+    logits, sums = x_BD.new_empty(B, v, dtype=wide), x_BD.new_empty(3, B, tiles, dtype=wide)
+    with torch.cuda.device_of(x_BD):
+        _logits_kernel[(triton.cdiv(B, cut.rows) * tiles,)](
+            row_product.normed(x_BD, norm_D, eps, cut), norm_D, head_vD, inv_temperature_B, logits, *sums, B, D, v,
+            num_ids, eps, HAS_NORM=cut.norms,
+            **row_product.options(x_BD, cut),
+        )  # fmt: skip
+    return logits, sums
+
+
+def choose(
+    logits_Bv: Tensor, sums_S3Bt: Tensor, num_ids: int, inv_temperature_B: Tensor, uniform_B: Tensor, shard: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids int64 [B], logprob [B], finite bool [B]) as head_sample has them, on the rank that has the id; 0 elsewhere.
+
+    sums: of all ranks in their order. num_ids: as in head_shard. shard: this rank's number. Of a row that is not finite
+    the ranks' ids add up to one below the vocabulary's.
+    """
+    (B, v), (S, _, _, tiles) = logits_Bv.shape, sums_S3Bt.shape
+    if not runs_triton(logits_Bv) or not B:
+        return _choose_formula(logits_Bv, sums_S3Bt, num_ids, inv_temperature_B, uniform_B, shard)
+    ids = logits_Bv.new_empty(B, dtype=torch.int64)
+    logprob, finite = torch.empty_like(ids, dtype=logits_Bv.dtype), torch.empty_like(ids, dtype=torch.bool)
+    padded = triton.next_power_of_2(S * tiles)
+    with torch.cuda.device_of(logits_Bv):
+        _choose_kernel[(B,)](
+            logits_Bv, *sums_S3Bt.unbind(1), inv_temperature_B, uniform_B, ids, logprob, finite.view(torch.int8), v,
+            num_ids, tiles, sums_S3Bt.stride(0), shard, SHARDS=S, BN=row_product.config(B, v).outputs, PADDED=padded,
+            PDL=False, num_warps=max(4, min(16, padded // _WARP_TILES)),
+        )  # fmt: skip
+    return ids, logprob, finite
+
+
+def _formula(
+    x_BD: Tensor, norm_D: Tensor, eps: float, head_vD: Tensor, num_ids: int, inv_temperature_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x_BD.dtype, torch.float32)
+    logits = F.linear(rmsnorm.reference(x_BD, norm_D, eps).to(wide), head_vD.to(wide))
+    real = torch.arange(len(head_vD), device=x_BD.device) < num_ids
+    good = real & logits.isfinite()
+    tempered = (logits * _scale(inv_temperature_B).to(wide)).masked_fill(~good, float("-inf"))
+    top_B, place_B = tempered.max(-1)
+    total_B = (tempered - _finite(top_B)[:, None]).exp().sum(-1)
+    wrong_B = (real & ~good).any(-1)
+    return logits, torch.stack([top_B, total_B, torch.where(wrong_B, -1, place_B).to(wide)])[..., None]
+
+
+def _choose_formula(
+    logits_Bv: Tensor, sums_S3Bt: Tensor, num_ids: int, inv_temperature_B: Tensor, uniform_B: Tensor, shard: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    tops_SB, totals_SB, places_SB = sums_S3Bt.squeeze(-1).unbind(1)
+    S, greedy_B = len(tops_SB), inv_temperature_B == 0
+    top_B = _finite(tops_SB.amax(0))
+    weights_SB = totals_SB.double() * (tops_SB - top_B).double().exp()
+    sums_SB = weights_SB.cumsum(0)
+    target_B = uniform_B.double() * sums_SB[-1]
+    drawn_B = _first(weights_SB > 0, sums_SB > target_B)
+    rest_B = target_B - torch.where(torch.arange(S, device=top_B.device)[:, None] < drawn_B, weights_SB, 0).sum(0)
+    own_B = _finite(tops_SB[shard])
+    tempered_Bv = logits_Bv * _scale(inv_temperature_B).to(logits_Bv.dtype)
+    real_v = torch.arange(logits_Bv.shape[1], device=top_B.device) < num_ids
+    probs_Bv = torch.where(real_v, tempered_Bv - own_B[:, None], float("-inf")).exp()
+    inner_Bv = probs_Bv.cumsum(-1, dtype=torch.float64) * (own_B - top_B).double().exp()[:, None]
+    inner_B = _first(probs_Bv.t() > 0, inner_Bv.t() > rest_B)
+    best_B = tops_SB.argmax(0)
+    mine_B = torch.where(greedy_B, best_B, drawn_B) == shard
+    ids_B = torch.where(greedy_B, places_SB[shard].long().clamp(min=0), inner_B)
+    logprob_B = tempered_Bv.gather(1, ids_B[:, None])[:, 0] - top_B - sums_SB[-1].log().to(top_B.dtype)
+    finite_B = (places_SB >= 0).all(0) & mine_B
+    return torch.where(mine_B, ids_B + shard * logits_Bv.shape[1], 0), torch.where(mine_B, logprob_B, 0), finite_B
+
+
+def _first(possible: Tensor, fits: Tensor) -> Tensor:
+    """Along dimension 0 the first place that is possible and fits; if none fits (sums round) the last possible one."""
+    places = torch.arange(len(possible), device=possible.device)[:, None]
+    first = torch.where(possible & fits, places, len(possible)).amin(0)
+    return torch.minimum(first, torch.where(possible, places, 0).amax(0))
+
+
+def _scale(inv_temperature_B: Tensor) -> Tensor:
+    return torch.where(inv_temperature_B == 0, 1.0, inv_temperature_B)[:, None]
+
+
+def _finite(top_B: Tensor) -> Tensor:
+    """0 for a shard without a finite logit."""
+    return torch.where(top_B == float("-inf"), 0.0, top_B)
