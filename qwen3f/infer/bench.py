@@ -30,7 +30,8 @@ from sharding.axes import ONE, Axis
 from sharding.mesh import MeshShape
 from sharding.state import init_shards
 
-BANDWIDTH, FLOPS = 3.0e12, 700e12  # of an H100: bytes/s of a large copy, and bfloat16 products as cuBLAS reaches them
+BANDWIDTH = {"H200": 4.3e12, "H100": 3.0e12}  # bytes/s of a large copy; another card's bound is the H100's
+FLOPS = 700e12  # bfloat16 products as cuBLAS reaches them on either
 DRAWN = SamplingParams(temperature=0.6)
 
 
@@ -46,8 +47,10 @@ def bound(cfg: ModelConfig, params: P.Params, batch: int, context: int, tp: Axis
             weights - experts * (1 - read),
             weights - experts * (1 - cfg.num_experts_per_tok / cfg.num_experts),
         )
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    bandwidth = next((rate for card, rate in BANDWIDTH.items() if card in name), BANDWIDTH["H100"])
     cache = 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * 2 * context * batch // tp.size
-    seconds = max(2 * weights / BANDWIDTH, 2 * active * batch / FLOPS) + cache / BANDWIDTH
+    seconds = max(2 * weights / bandwidth, 2 * active * batch / FLOPS) + cache / bandwidth
     return batch / seconds
 
 
