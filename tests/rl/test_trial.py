@@ -165,6 +165,8 @@ def test_all_arms_have_the_same_questions_and_start():
         (["minutes=long"], "minutes=long: 'long' is no float"),
         (["minutes=0"], "minutes=0.0: write a number above 0"),
         (["patience=0"], "patience=0: write a number above 0"),
+        (["start_steps=5"], "start_steps=5: write more than the 5 steps of warmup"),
+        (["start.schedule.peek_lr=1"], "start.schedule.peek_lr: there is no such key"),
         (["colour=red"], "'colour=red': write key=value; keys are preset"),
         (["together=yes"], "together=yes: write True or False"),
         (["arms=grpo,dpo"], "arms=grpo,dpo: write grpo or more_sft or rejection"),

@@ -101,7 +101,9 @@ def parse(words: Sequence[str]) -> Trial:
             changes.append((form, key, _literal(text)))
         else:
             given[name] = _value(word, text, fields[name].default)
-    return Trial(**given, changes=tuple(changes))
+    trial = Trial(**given, changes=tuple(changes))
+    start_config(trial, "W", trial.seeds[0], 0)  # what it refuses is said before anything is trained
+    return trial
 
 
 def _value(word: str, text: str, default: object) -> object:
@@ -151,7 +153,10 @@ def start_config(trial: Trial, weights: str, seed: int, number: int) -> ConfigDi
     config.steps = trial.start_steps
     _hold(config, GENTLER**number)
     _watch(config, trial.start_every)
-    return _changed(config, trial, "start")
+    config = _changed(config, trial, "start")
+    if config.steps <= config.schedule.warmup:
+        raise UserError(f"start_steps={config.steps}: write more than the {config.schedule.warmup:g} steps of warmup")
+    return config
 
 
 def more_sft_config(trial: Trial, start: str, seed: int) -> ConfigDict:
