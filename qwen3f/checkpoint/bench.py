@@ -5,7 +5,8 @@
 The state is of a preset's parameters and AdamW's two moments, float32, on the CPU. Each case runs in a process of its
 own, which says its seconds by the clock, those of its processors, and the most memory that it took above the state's.
 Cases: write and read whole; and with Orbax's handler, whose arrays lie on 4 devices of one process, on 2 when read.
-Ours reads the half that one of two ranks has. DIR needs room for two states.
+Ours reads the half that one of two ranks has, and stall is what a save holds up: the second copy of a state that lies
+on the GPU, if there is one, into the host's memory. DIR needs room for two states.
 """
 
 import os
@@ -26,6 +27,7 @@ from qwen3f import params as P
 from qwen3f import presets
 from qwen3f.checkpoint import orbax
 from qwen3f.checkpoint.shards import Shard, whole
+from qwen3f.checkpoint.snapshot import Snapshot
 from qwen3f.checkpoint.tree import Name, Part, nest, spec_of
 
 _PRESET = flags.DEFINE_string("preset", "debug", "Whose parameters and moments the state has.")
@@ -33,7 +35,16 @@ _LAYERS = flags.DEFINE_integer("layers", 0, "Instead of the preset's.")
 _DIR = flags.DEFINE_string("dir", None, "A new directory on the disk to measure.", required=True)
 _CASE = flags.DEFINE_string("case", "", "One case alone, in this process.")
 
-CASES = ("ours_write", "ours_read", "ours_read_half", "orbax_write", "orbax_read", "orbax_write_4", "orbax_read_2")
+CASES = (
+    "ours_stall",
+    "ours_write",
+    "ours_read",
+    "ours_read_half",
+    "orbax_write",
+    "orbax_read",
+    "orbax_write_4",
+    "orbax_read_2",
+)
 _FIELDS = ("params", "m", "v")
 
 
@@ -57,7 +68,7 @@ def main(argv: list[str]) -> None:
 def measure(case: str, place: Path, table: Mapping[str, P.ParamSpec]) -> str:
     """Run one case and say what it took. table: of the parameters."""
     backend, what, *devices = case.split("_")
-    device = "meta" if what == "read" else "cpu"
+    device = {"read": "meta", "stall": "cuda" if torch.cuda.is_available() else "cpu"}.get(what, "cpu")
     state = {(field, path): _filled(spec.shape, device) for field in _FIELDS for path, spec in table.items()}
     size = sum(4 * leaf.numel() for leaf in state.values())
     before = time.perf_counter()
@@ -78,11 +89,16 @@ def _peak() -> int:
 
 
 def _filled(shape: tuple[int, ...], device: str) -> torch.Tensor:
-    return torch.randn(shape) if device == "cpu" else torch.empty(shape, device=device)
+    return torch.empty(shape, device=device) if device == "meta" else torch.randn(shape, device=device)
 
 
 def _ours(what: str, devices: list[str], place: Path, state: dict[Name, torch.Tensor]) -> Callable[[], Any]:
     directory = place / "ours"
+    if what == "stall":
+        snapshot = Snapshot()
+        _copy(snapshot, state)  # as the first save, which touches the memory
+        snapshot.finish()
+        return lambda: _copy(snapshot, state)
     orbax.load(what == "write")
     if what == "write":
         directory.mkdir()
@@ -91,6 +107,14 @@ def _ours(what: str, devices: list[str], place: Path, state: dict[Name, torch.Te
     shard = _half if devices else lambda shape: whole(shape)
     wanted = {name: Part(spec_of(leaf), shard(leaf.shape)) for name, leaf in state.items()}
     return lambda: orbax.read(directory, wanted)
+
+
+def _copy(snapshot: Snapshot, state: dict[Name, torch.Tensor]) -> None:
+    """As a save does it, and what writes into the state next waits for it."""
+    snapshot.begin(state)
+    snapshot.join()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _half(shape: torch.Size) -> Shard:
