@@ -181,7 +181,7 @@ def test_selective_recomputation_keeps_the_experts_products():
     assert count("full") == (4, 4, 2)
 
 
-@pytest.mark.parametrize("mode", ["block", "step"])
+@pytest.mark.parametrize("mode", [pytest.param("block", marks=pytest.mark.nightly), "step"])
 def test_compiled_models_equal_eager(mode, monkeypatch):
     """The whole of it as full graphs of eager kernels, for time; inductor's: test_compiled_layer_equals_eager."""
     counter = CompileCounterWithBackend("aot_eager")

@@ -29,7 +29,7 @@ def test_reward_model_then_dpo_then_online_dpo(start, tmp_path, capsys):
     line = run("reward_model", start, tmp_path / "R", tmp_path / "cache")
     said = capsys.readouterr().out
     assert f"config.init_from={start} has no score.weight; it starts fresh" in said
-    assert "right-or-wrong (40.00% of the rows)" in said
+    assert "right-or-wrong (80.00% of the rows)" in said
     kinds = ("right-or-wrong", "boxed-or-not", "short-or-padded")
     values = {f"val_{name}" for name in ("loss", "accuracy", "margin", "calibration")}
     of_sources = {f"{name}/{kind}" for name in values for kind in kinds}

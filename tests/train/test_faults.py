@@ -113,7 +113,7 @@ def in_compilation(patch, moment):
     [
         (in_evaluation, 2, [2]),  # an evaluation after step 2 and no checkpoint; what is left of it is not waited for
         (in_writing, 4, [3, 4]),  # the checkpoint of step 3, while step 4 runs
-        (in_compilation, 1, [1]),
+        pytest.param(in_compilation, 1, [1], marks=pytest.mark.nightly),
     ],
 )
 def test_a_signal_while_something_else_goes_on(place, stopped, saved, make, tmp_path, capsys, monkeypatch):
