@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from qwen3f.stages.configs import grpo_config
 
-# From fine-tuning by Muon, AdamW at 2e-4 and above unlearns (qwen3f/rl/trial/README.md).
+# nano: from fine-tuning by Muon, AdamW at 2e-4 and above unlearns (qwen3f/rl/trial/README.md). debug: the trial's rate.
 PEAK_LR = {"nano": 1e-4, "debug": 1e-4, "debug_moe": 1e-4}
 
 

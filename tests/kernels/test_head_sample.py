@@ -134,20 +134,25 @@ def hand_made(logits, num_ids, inverse, uniform):
     return x, torch.ones(hidden), 1e-30, head, num_ids, torch.tensor(inverse), torch.tensor(uniform)
 
 
-@pytest.mark.parametrize("interpret", [False, True])
-def test_ends_of_the_distribution(interpret):
-    """Uniforms of 0 and just below 1 never choose an id of probability 0, nor one past num_ids."""
+def ends_of_a_distribution():
+    """(arguments, ids): three possible ids of 60 and padding; uniforms of 0, just below 1 and 1."""
     logits = torch.full((5, 80), -1e4)
     logits[:, [7, 40, 50]] = 1.0
     logits[:, 60:] = 1e4  # padding
     below = 1 - 2**-24
-    arguments = hand_made(logits, 60, [1.0, 1.0, 1.0, 0.0, 1.0], [0.0, below, 0.5, 0.9, 1.0])
+    return hand_made(logits, 60, [1.0, 1.0, 1.0, 0.0, 1.0], [0.0, below, 0.5, 0.9, 1.0]), [7, 50, 40, 7, 50]
+
+
+@pytest.mark.parametrize("interpret", [False, True])
+def test_ends_of_the_distribution(interpret):
+    """Uniforms of 0 and just below 1 never choose an id of probability 0, nor one past num_ids."""
+    arguments, expected = ends_of_a_distribution()
     if interpret:
         with backend.interpreted():
             ids, logprob, *_ = head_sample(*arguments)
     else:
         ids, logprob, *_ = head_sample(*arguments)
-    assert ids.tolist() == [7, 50, 40, 7, 50]
+    assert ids.tolist() == expected
     torch.testing.assert_close(logprob, torch.full((5,), 1 / 3).log(), rtol=0, atol=2e-6)
 
 

@@ -12,7 +12,7 @@ from kernels import backend
 from kernels.head_sample import head_sample
 from kernels.head_shards import choose, head_shard
 from tests.kernels.gpu_cases import in_dtypes
-from tests.kernels.test_head_sample import case, hand_made
+from tests.kernels.test_head_sample import case, ends_of_a_distribution
 
 
 def by_shards(x, norm, eps, head, num_ids, inverse, uniform, shards):
@@ -56,12 +56,8 @@ def test_shards_choose_what_the_whole_head_chooses(sizes, how):
 @pytest.mark.parametrize("interpret", [False, True])
 def test_ends_of_the_distribution(interpret):
     """The first and the last possible id, in the first and the last shard; equal logits in two shards."""
-    logits = torch.full((5, 80), -1e4)
-    logits[:, [7, 40, 50]] = 1.0
-    logits[:, 60:] = 1e4  # padding
-    below = 1 - 2**-24
-    arguments = hand_made(logits, 60, [1.0, 1.0, 1.0, 0.0, 1.0], [0.0, below, 0.5, 0.9, 1.0])
-    assert check(arguments, 2, interpret, 2e-6)[0].tolist() == [7, 50, 40, 7, 50]
+    arguments, expected = ends_of_a_distribution()
+    assert check(arguments, 2, interpret, 2e-6)[0].tolist() == expected
 
 
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:divide by zero")  # of numpy, in the interpreter
