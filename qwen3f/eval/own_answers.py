@@ -50,7 +50,7 @@ def right_chats(task: Task, keep: int, question: Question, answers: Sequence[Ans
     return chats, counts
 
 
-def best_and_worst(task: Task, keep: int, question: Question, answers: Sequence[Answer]) -> Chosen:
+def ranked_pair(task: Task, keep: int, question: Question, answers: Sequence[Answer]) -> Chosen:
     """The best and the worst of a question's answers as a pair, where one is better: right, or as right and shorter.
 
     Only answers that ended, have their form and can be judged are looked at; lengths are in characters. Of equals the
@@ -77,7 +77,7 @@ def best_and_worst(task: Task, keep: int, question: Question, answers: Sequence[
 
 CHOOSERS: dict[str, Callable[[Task, int, Question, Sequence[Answer]], Chosen]] = {
     "chats": right_chats,
-    "pairs": best_and_worst,
+    "pairs": ranked_pair,
 }
 
 

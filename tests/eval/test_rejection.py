@@ -13,7 +13,7 @@ from qwen3f.data.sources.reasoning import ReasoningSource
 from qwen3f.errors import UserError
 from qwen3f.eval import rejection
 from qwen3f.eval.answers import Answer
-from qwen3f.eval.own_answers import best_and_worst, right_chats
+from qwen3f.eval.own_answers import ranked_pair, right_chats
 from qwen3f.eval.rejection import SAMPLES, SUMMARY, run
 from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.tasks.task import Question
@@ -67,7 +67,7 @@ def test_what_becomes_of_each_answer():
 
 
 def test_the_best_and_the_worst_answer_are_a_pair():
-    (pair,), counts = best_and_worst(ReasoningTask(), 0, QUESTION, GIVEN)
+    (pair,), counts = ranked_pair(ReasoningTask(), 0, QUESTION, GIVEN)
     turns = [pair[side][1] for side in ("chosen", "rejected")]
     assert [(turn["reasoning_content"], turn["content"]) for turn in turns] == [
         ("one", r"\boxed{4}"),  # of the shortest right ones the first; an empty thought is not well formed
@@ -76,7 +76,7 @@ def test_the_best_and_the_worst_answer_are_a_pair():
     assert all(pair[side][0] == {"role": "user", "content": "2 + 2?"} for side in pair)
     assert (counts["kept"], counts["solved"], counts["malformed"], counts["asked"]) == (1, 1, 2, 9)
 
-    (pair,), _ = best_and_worst(ReasoningTask(), 0, QUESTION, [said("one"), said("longer")])
+    (pair,), _ = ranked_pair(ReasoningTask(), 0, QUESTION, [said("one"), said("longer")])
     assert [pair[side][1]["reasoning_content"] for side in ("chosen", "rejected")] == ["one", "longer"]
     for alike in (
         [said("one"), said("one")],
@@ -84,7 +84,7 @@ def test_the_best_and_the_worst_answer_are_a_pair():
         [Answer(r"\boxed{4}", True)],
         [],
     ):
-        assert best_and_worst(ReasoningTask(), 0, QUESTION, alike)[0] == []
+        assert ranked_pair(ReasoningTask(), 0, QUESTION, alike)[0] == []
 
 
 # -- whole runs: a model with random weights, whose answers a script replaces ------------------------------------------
