@@ -78,6 +78,8 @@ _EAGER = {"compile": "off"}  # runs of a minute or two; whether compiling pays i
 _GPU_TEXT = {**_EAGER, "batch_size": 32, "seq_len": 1024, "eval.max_docs": 64, "sample.tokens": 32}
 _GPU_TOKENS = 300  # of an answer, which the hardest problems need
 _GPU_CHATS = {**_EAGER, "data.difficulties": "1,2,3", "eval.max_new_tokens": _GPU_TOKENS}
+# Sorting is what reinforcement teaches: few worked solutions of it, many questions, and a place that is right counts.
+_KINDS = "arithmetic,algebra,number_theory,logic,word_problem,sequence,sorting"
 # 64 questions a step
 _GPU_ASKED = {
     **_GPU_CHATS, "data.problems": 10_000, "rollout.max_new_tokens": _GPU_TOKENS, "judge.processes": 8,
@@ -86,32 +88,42 @@ DEBUG: dict[str, Row] = {
     "pretrain_s1": ("pretrain_s1.py:{}", 75, {
         **_GPU_TEXT, **_often(150), "steps": 300, "data.mixture": "embedded=0.5,reasoning=0.5",
     }),
-    "pretrain_s2": ("pretrain_s2.py:{}", 40, {
+    "pretrain_s2": ("pretrain_s2.py:{}", 30, {
         **_GPU_TEXT, **_often(250), "steps": 250, "schedule.peak_lr": 1e-3,
         "data.mixture": "embedded=0.2,reasoning=0.8",
     }),
-    "pretrain_s3": ("pretrain_s3.py:{}", 45, {
+    "pretrain_s3": ("pretrain_s3.py:{}", 25, {
         **_often(50), "batch_size": 4, "seq_len": 8192, "model.max_position_embeddings": 8192, "steps": 50,
         "eval.max_docs": 64, "eval.batch_size": 4, "sample.tokens": 32, **_EAGER,
     }),
-    "sft_cold_start": ("sft_cold_start.py:{}", 105, {
-        **_often(300, 256), **_GPU_CHATS, "data.problems": 60_000, "steps": 600,
+    "sft_cold_start": ("sft_cold_start.py:{}", 85, {
+        **_often(200, 256), **_GPU_CHATS, "data.problems": 30_000, "data.kinds": _KINDS, "steps": 400,
+        "data.mixture": "reasoning=0.94,procedures=0.06",
     }),
-    "grpo": ("grpo.py:{}", 90, {**_often(15, 256), **_GPU_ASKED, "steps": 30}),
-    "sft_fusion": ("sft_fusion.py:{}", 45, {
-        **_often(100, 256), **_GPU_CHATS, "data.problems": 10_000, "steps": 100,
+    "grpo": ("grpo.py:{}", 110, {
+        **_often(20, 256), **_GPU_ASKED, "data.kinds": "sorting", "tasks": "procedures", "steps": 40,
+        "rewards": "correct=0.5,places=0.5",
     }),
-    "grpo_general": ("grpo_general.py:{}", 65, {**_often(15, 256), **_GPU_ASKED, "steps": 15}),
-    "dpo": ("dpo.py:{}", 45, {
+    "sft_fusion": ("sft_fusion.py:{}", 55, {
+        **_often(100, 256), **_GPU_CHATS, "data.problems": 10_000, "data.kinds": _KINDS, "steps": 100,
+        "data.mixture": "reasoning=0.6,reasoning-plain=0.3,procedures=0.1",
+    }),
+    "grpo_general": ("grpo_general.py:{}", 65, {
+        **_often(15, 256), **_GPU_ASKED, "data.kinds": _KINDS, "tasks": "reasoning=0.5,procedures=0.5", "steps": 15,
+        "schedule.peak_lr": 3e-5,
+    }),
+    "dpo": ("dpo.py:{}", 35, {
         **_often(50, 128), "steps": 50, "data.problems": 16_384, "data.max_samples": 2000, "data.max_heldout": 200,
         **_EAGER,
     }),
-    "evaluation": ("eval.py", 25, {
-        "benchmarks": "reasoning", "limit": 200, "max_new_tokens": _GPU_TOKENS, "data.difficulties": "1,2,3",
+    "evaluation": ("eval.py", 40, {
+        "benchmarks": "reasoning,procedures", "limit": 200, "max_new_tokens": _GPU_TOKENS, "data.kinds": _KINDS,
+        "data.difficulties": "1,2,3",
     }),
 }  # fmt: skip
 _DEBUG_ASKED = {
-    "benchmarks": "reasoning", "limit": 64, "max_new_tokens": _GPU_TOKENS, "data.difficulties": "1,2,3",
+    "benchmarks": "reasoning,procedures", "limit": 128, "max_new_tokens": _GPU_TOKENS, "data.kinds": _KINDS,
+    "data.difficulties": "1,2,3",
 }  # fmt: skip
 
 # A text model gets a tower, and sees; on two CPU cores.
@@ -152,4 +164,4 @@ def get_config(preset: str = "nano") -> ConfigDict:
         (PipelineStage(name, PURPOSES[name], f"experiments/{file.format(preset)}", seconds), overrides)
         for name, (file, seconds, overrides) in rows.items()
     ]
-    return pipeline_config(preset, stages, asked)
+    return pipeline_config(preset, stages, asked, overlap=rows is DEBUG)

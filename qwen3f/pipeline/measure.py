@@ -13,6 +13,7 @@ from qwen3f.pipeline.chain import Step
 Measure = dict[str, float | None]
 FOLDER = "measures"  # in a stage's workdir
 MODES = ("thinking", "plain")
+_SETTINGS = "settings.json"  # beside the answers
 # Logged by evaluations of a stage: those that say what it is for.
 _LOGGED = {"pretrain": ("val_loss",), "multimodal": ("val_exact", "val_blind", "val_majority")}
 
@@ -31,19 +32,30 @@ def logged(step: Step, workdir: Path) -> dict[str, Measure]:
     return {short[key] if list(short.values()).count(short[key]) == 1 else key: _of(x) for key, x in losses.items()}
 
 
-def answered(place: Path, mode: str) -> dict[str, Measure]:
-    """Of an evaluation's results.json: "reasoning_thinking" for the benchmark reasoning, by its first metric."""
-    results = json.loads((place / "results.json").read_text())
-    return {
-        f"{name}_{mode}": {key: next(iter(one["metrics"].values()))[key] for key in ("value", "low", "high", "n")}
-        for name, one in results["benchmarks"].items()
-    }
+def answered(folder: Path) -> dict[str, Measure]:
+    """Of both modes' results.json: "reasoning_thinking" for the benchmark reasoning, by its first metric. Raises
+    FileNotFoundError where one is not there yet."""
+    out = {}
+    for mode in MODES:
+        results = json.loads((folder / mode / "results.json").read_text())
+        for name, one in results["benchmarks"].items():
+            metric = next(iter(one["metrics"].values()))
+            out[f"{name}_{mode}"] = {key: metric[key] for key in ("value", "low", "high", "n")}
+    return out
+
+
+def is_answered(folder: Path, settings: Mapping[str, Any], known: Mapping[str, Measure]) -> bool:
+    """Whether the answers in `folder` are to today's questions, and among the measures that are known."""
+    try:
+        return (folder / _SETTINGS).read_text() == _text(settings) and answered(folder).items() <= known.items()
+    except FileNotFoundError:
+        return False
 
 
 def clear_other(folder: Path, settings: Mapping[str, Any]) -> None:
     """Remove answers that were given to other questions or by other rules than `settings`; keep settings beside
     them."""
-    path, text = folder / "settings.json", json.dumps(dict(settings), sort_keys=True, default=str)
+    path, text = folder / _SETTINGS, _text(settings)
     if folder.is_dir() and (not path.is_file() or path.read_text() != text):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +64,10 @@ def clear_other(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def settings_of(config: Any) -> dict[str, Any]:
     return {key: value for key, value in usage.flat(config) if key not in ("device", "init_from")}
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    return json.dumps(dict(settings), sort_keys=True, default=str)
 
 
 def _of(value: float) -> Measure:

@@ -9,7 +9,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.pipeline import commands
 from qwen3f.pipeline.chain import Step, in_pipeline
-from qwen3f.pipeline.process import Signals
+from qwen3f.pipeline.process import Command, Signals
 
 _SAMPLES = ("grpo", "dpo_online")  # stages in which every rank writes answers, with the whole model
 
@@ -31,10 +31,11 @@ def run(config: ConfigDict, steps: Sequence[Step], directory: Path) -> None:
             if not why:
                 mesh = step.config.mesh or config.mesh
                 place = directory / "plan" / step.workdir
-                code, error = signals.run(commands.planning(step, mesh, config.hardware, place))
+                failure = signals.run(Command(commands.planning(step, mesh, config.hardware, place)))
                 if signals.name:
                     return
-                why = in_pipeline(error, step.name, step.config) or f"exit code {code}" if code else ""
+                if failure:
+                    why = in_pipeline(failure.error, step.name, step.config) or f"exit code {failure.code}"
             if why:
                 refused[step.name] = why
                 print(f"not planned: {why}", flush=True)

@@ -9,12 +9,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 _POLL = 0.1  # seconds
 _DRAIN = 5.0  # seconds that what the command left behind may hold its stderr open
 _MARK = b"error: "
 _PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
+
+
+class Command(NamedTuple):
+    """quiet: its stdout goes nowhere, else where ours goes."""
+
+    words: Sequence[str]
+    quiet: bool = False
+
+
+class Failure(NamedTuple):
+    """command: its number among those that ran. code: its exit code; negative, the signal that ended it. error: the
+    last line "error: …" of its stderr, without that word; "" if there was none."""
+
+    command: int
+    code: int
+    error: str
 
 
 class Signals:
@@ -39,22 +55,17 @@ class Signals:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def run(
-        self, *commands: Sequence[str], meanwhile: Callable[[], None] = lambda: None, quiet: bool = False
-    ) -> tuple[int, str]:
-        """Run commands at the same time; the first one that fails ends the others.
+    def run(self, *commands: Command, meanwhile: Callable[[], None] = lambda: None) -> Failure | None:
+        """Run commands at the same time; the first one that fails ends the others, and is returned.
 
-        Returns (exit code, the last line "error: …" of its stderr without that word, or "") of the first that failed;
-        (0, "") if none did. A signal that ended it is a negative code.
-
-        meanwhile: called some times a second. What a command prints goes where ours goes (quiet: its stdout nowhere),
-        but for its error line, which is the caller's to say. If this process is killed, the commands get SIGTERM.
+        meanwhile: called some times a second. What a command writes to stderr goes where ours goes, but for its error
+        line, which is the caller's to say. If this process is killed, the commands get SIGTERM.
         """
         errors: list[list[str]] = [[] for _ in commands]
         readers = []
         try:
             for command, lines in zip(commands, errors):
-                process = _start(command, quiet, _share(len(commands)))
+                process = _start(command, _share(len(commands)))
                 self._processes.append(process)
                 for number in self._numbers:  # which came before it was started
                     process.send_signal(number)
@@ -77,9 +88,9 @@ class Signals:
             for process in processes:
                 process.stderr.close()
         if not failed:
-            return 0, ""
+            return None
         lines = errors[failed[0]]
-        return processes[failed[0]].returncode, lines[-1] if lines else ""
+        return Failure(failed[0], processes[failed[0]].returncode, lines[-1] if lines else "")
 
     def _handle(self, number: int, frame: object) -> None:
         self.names.append(signal.Signals(number).name)
@@ -89,11 +100,11 @@ class Signals:
                 process.send_signal(number)
 
 
-def _start(command: Sequence[str], quiet: bool, environment: dict[str, str]) -> subprocess.Popen:
+def _start(command: Command, environment: dict[str, str]) -> subprocess.Popen:
     return subprocess.Popen(
-        command,
+        command.words,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL if quiet else None,
+        stdout=subprocess.DEVNULL if command.quiet else None,
         stderr=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C in a terminal reaches us alone, and the command once, from us
         preexec_fn=_end_with_parent,

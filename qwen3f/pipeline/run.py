@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -14,7 +15,7 @@ from qwen3f.errors import TrainingError, UserError
 from qwen3f.pipeline import chain, commands, measure, pictures, plan, record, table
 from qwen3f.pipeline.chain import Step
 from qwen3f.pipeline.choose import Standing, choose, survey
-from qwen3f.pipeline.process import Signals
+from qwen3f.pipeline.process import Command, Signals
 from qwen3f.pipeline.record import Record
 from qwen3f.pipeline.stages import MEASURE
 from qwen3f.train import checks, lock
@@ -23,6 +24,14 @@ from qwen3f.train.reporting import ReportWriter
 _EVERY = 30.0  # seconds between two writes of the record while a stage runs
 _SHARE = 0.02  # of the time, at most, that goes into a report while a stage runs
 _PATIENCE = 120.0  # seconds that a stage of a pipeline that was killed gets to save and end
+
+
+class Task(NamedTuple):
+    """A command, and the part of config.set whose keys its errors name."""
+
+    command: Command
+    name: str
+    config: ConfigDict
 
 
 class Stopped(Exception):
@@ -70,7 +79,7 @@ class Pipeline:
         by_name = {step.name: step for step in self.steps}
         for number, name in enumerate(left):
             self._one(by_name[name], left[number + 1 :] if asked else ())
-        self._ask_again()
+        self._ask_of(self._unasked())
         self._end(left)
 
     # -- one stage -----------------------------------------------------------------------------------------------------
@@ -96,23 +105,29 @@ class Pipeline:
         said = f"--- {step.number} of {len(self.steps)}: {step.name}, {step.stage.purpose}"
         print(f"{said} (in {self.directory / step.workdir})", flush=True)
         place = str(self.directory / init_from) if init_from else step.config.get("init_from", "")
-        if step.kind == "training":
-            self._train(step, place)
-            found = measure.logged(step, self.directory / step.workdir)
-            if step.asks:
-                found |= self._ask(step, place=str(step.checkpoint(self.directory)))
-        elif step.kind == "evaluation":
-            found = self._ask(step, place)
-        else:
-            found = self._show(step, place)
+        found = self._work(step, place)
         self.now = ""
-        said = "; ".join(f"{name} {table.say(name, one)}" for name, one in found.items())
         steps = step.config.steps if step.kind == "training" else 0
         weights = chain.digest(step.checkpoint(self.directory)) if steps else ""
         self._keep_stage(step, status="done", measures=found, steps=steps, weights=weights)
         self._keep(left=left)
-        print(f"{step.name}: {said or 'done'}", flush=True)
+        _say(step, found)
         self._report()
+
+    def _work(self, step: Step, place: str) -> dict[str, measure.Measure]:
+        """The stage itself, and its measures but for shared questions that the next stage is to run beside."""
+        if step.kind == "pictures":
+            return self._show(step, place)
+        if step.kind == "evaluation":
+            folder = self.directory / step.workdir
+            self._run_beside(step, _both_modes(step.name, step.config, place, folder))
+            return measure.answered(folder)
+        self._train(step, place)
+        found = measure.logged(step, self.directory / step.workdir)
+        if step.asks and not self.config.overlap:
+            self._run(step, self._asking(step))
+            found |= measure.answered(self.directory / step.workdir / measure.FOLDER)
+        return found
 
     def _make_place(self, step: Step, standing: Standing) -> None:
         """Of results by other inputs, or that are to be made anew, the directory is moved aside; of a killed run we
@@ -130,18 +145,10 @@ class Pipeline:
     def _train(self, step: Step, init_from: str) -> None:
         if step.trained(self.directory):  # and stopped in its measures
             return
-        self._run(step, commands.training(step, init_from, self.directory / step.workdir, self.progress))
+        command = commands.training(step, init_from, self.directory / step.workdir, self.progress)
+        self._run_beside(step, [Task(Command(command), step.name, step.config)])
         if not step.trained(self.directory):
             self._fail(step, f"it ended without {step.checkpoint(self.directory)}")
-
-    def _ask(self, step: Step, place: str) -> dict[str, measure.Measure]:
-        """The shared questions, or an evaluation's own, in both modes at the same time."""
-        config, folder = step.config, self.directory / step.workdir
-        if step.kind == "training":
-            config, folder = self._questions(), folder / measure.FOLDER
-            measure.clear_other(folder, measure.settings_of(config))
-        self._run(step, *(commands.asking(config, place, mode, folder / mode) for mode in measure.MODES), quiet=True)
-        return {key: found for mode in measure.MODES for key, found in measure.answered(folder / mode, mode).items()}
 
     def _questions(self) -> ConfigDict:
         config = self.config.set[MEASURE].copy_and_resolve_references()
@@ -152,39 +159,64 @@ class Pipeline:
     def _show(self, step: Step, place: str) -> dict[str, measure.Measure]:
         folder = self.directory / step.workdir
         for number, (picture, prompt) in enumerate(pictures.draw(folder)):
-            self._run(step, commands.showing(step, place, picture, prompt, folder / f"{number}.jsonl"), quiet=True)
+            command = commands.showing(step, place, picture, prompt, folder / f"{number}.jsonl")
+            self._run(step, [Task(Command(command, quiet=True), step.name, step.config)])
         for line in pictures.said(folder):
             print(line, flush=True)
         return {}
 
-    def _ask_again(self) -> None:
-        """Where the shared questions have changed since, they are asked of every checkpoint."""
-        settings = json.dumps(measure.settings_of(self._questions()), sort_keys=True, default=str)
-        for step in self.steps:
-            there = self.record.stage(step.name)
-            path = self.directory / step.workdir / measure.FOLDER / "settings.json"
-            if not step.asks or there.status != "done" or (path.is_file() and path.read_text() == settings):
-                continue
-            self.now = step.name
-            found = self._ask(step, str(step.checkpoint(self.directory)))
-            self.now = ""
-            self._keep_stage(step, measures={**there.measures, **found}, status="done")
+    def _asking(self, step: Step) -> list[Task]:
+        """The shared questions to that stage's checkpoint."""
+        config, folder = self._questions(), self.directory / step.workdir / measure.FOLDER
+        measure.clear_other(folder, measure.settings_of(config))
+        return _both_modes(MEASURE, config, str(step.checkpoint(self.directory)), folder)
 
-    def _run(self, step: Step, *together: Sequence[str], quiet: bool = False) -> None:
-        """Raises Stopped after a signal, TrainingError where a command failed; the record says so."""
+    def _unasked(self) -> list[Step]:
+        """Stages that are done, whose checkpoints have not been asked the shared questions as they are now."""
+        settings, out = measure.settings_of(self._questions()), []
+        for step in self.steps:
+            folder, there = self.directory / step.workdir / measure.FOLDER, self.record.stage(step.name)
+            if step.asks and there.status == "done" and not measure.is_answered(folder, settings, there.measures):
+                out.append(step)
+        return out
+
+    def _ask_of(self, steps: Sequence[Step]) -> None:
+        """One after the other, after all stages."""
+        for step in steps:
+            self.now = step.name
+            self._run(step, self._asking(step))
+            self._take(step)
+            self._keep_stage(step, status="done")
+        self.now = ""
+
+    def _take(self, step: Step) -> None:
+        found = measure.answered(self.directory / step.workdir / measure.FOLDER)
+        self._keep_stage(step, measures={**self.record.stage(step.name).measures, **found})
+        _say(step, found)
+
+    def _run_beside(self, step: Step, tasks: Sequence[Task]) -> None:
+        """With config.overlap, the checkpoints before it are asked the shared questions at the same time."""
+        others = self._unasked() if self.config.overlap else []
+        self._run(step, [*tasks, *(task for other in others for task in self._asking(other))])
+        for other in others:
+            self._take(other)
+
+    def _run(self, step: Step, tasks: Sequence[Task]) -> None:
+        """At the same time. Raises Stopped after a signal, TrainingError where a command failed; the record says so."""
         begin, before = time.monotonic(), self.record.stage(step.name).seconds
 
         def seconds() -> float:
             return before + time.monotonic() - begin
 
-        code, error = 0, ""
+        failure = None
         if not self.signals.name:
-            code, error = self.signals.run(*together, meanwhile=self._meanwhile(step, seconds), quiet=quiet)
+            failure = self.signals.run(*(task.command for task in tasks), meanwhile=self._meanwhile(step, seconds))
         if self.signals.name:
             self._keep_stage(step, status="waiting", error=f"stopped by {self.signals.name}", seconds=seconds())
             raise Stopped
-        if code:
-            error = chain.in_pipeline(error, step.name, step.config)
+        if failure:
+            code, failed = failure.code, tasks[failure.command]
+            error = chain.in_pipeline(failure.error, failed.name, failed.config)
             self._fail(step, error or f"it ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}", code)
         self._keep_stage(step, seconds=seconds())
 
@@ -240,6 +272,19 @@ class Pipeline:
         if (self.directory / "report.html").is_file():
             out.append(f"report: {self.directory / 'report.html'}")
         print("\n".join([*out, *table.next_commands(self.steps, self.record, self.directory)]), flush=True)
+
+
+def _both_modes(name: str, config: ConfigDict, place: str, folder: Path) -> list[Task]:
+    """config's questions to the weights in `place`. name: of config in config.set."""
+    return [
+        Task(Command(commands.asking(config, place, mode, folder / mode), quiet=True), name, config)
+        for mode in measure.MODES
+    ]
+
+
+def _say(step: Step, found: Mapping[str, measure.Measure]) -> None:
+    said = "; ".join(f"{name} {table.say(name, one)}" for name, one in found.items())
+    print(f"{step.name}: {said or 'done'}", flush=True)
 
 
 def _opened(config: ConfigDict, steps: Sequence[Step], directory: Path) -> Record:

@@ -33,7 +33,7 @@ Overrides = Mapping[str, Any]  # key with dots -> value
 
 
 def pipeline_config(
-    preset: str, stages: Sequence[tuple[PipelineStage, Overrides]], measure: Overrides, seed: int = 0
+    preset: str, stages: Sequence[tuple[PipelineStage, Overrides]], measure: Overrides, *, overlap: bool = False
 ) -> ConfigDict:
     """The configuration of a pipeline. config.set holds each stage's own, its overrides applied.
 
@@ -47,11 +47,12 @@ def pipeline_config(
     # what came from it is stale. "": all that are not done yet. skip: leave these out, what follows starts before them.
     config.stages = ""
     config.skip = ""
-    config.seed = seed  # of every stage that does not set its own
+    config.seed = 0  # of every stage that does not set its own
     config.mesh = ""  # of every training stage; questions are asked on one device
     config.device = "auto"  # of every stage: auto, cpu or cuda
     config.plan = False  # only say what the mesh would do in each stage; needs no device
     config.hardware = "auto"  # the card that a plan is for
+    config.overlap = overlap  # ask a checkpoint's questions while the next stage runs, where a device has room for both
     config.report = True  # keep report.html, of all stages, written anew as they go; each stage's own is set below
     # The stages' own keys: --config.set.grpo.steps=10, as --config.steps=10 of that experiment alone.
     config.set = ConfigDict({stage.name: resolved(stage.experiment, overrides) for stage, overrides in stages})

@@ -132,6 +132,20 @@ def test_on_cuda_new_weights_budgets_and_callbacks():
     assert seen == list(zip(one.ids, one.logprobs))
 
 
+@pytest.mark.gpu
+def test_on_cuda_weights_change_while_a_result_of_a_graph_is_held():
+    """What is left in a graph's memory keeps that memory from being handed out as a new one."""
+    cfg, p = build(**CASES["moe, every second layer"])
+    p = {path: leaf.cuda() for path, leaf in p.items()}
+    engine = Engine(cfg, p, max_tokens=4096)
+    before = engine.generate(random_prompts(5, cfg), max_new_tokens=8)
+    held = [graph.result for graph in engine._device._graphs._graphs.values()]
+    assert held
+    engine.update(p)
+    after = engine.generate(random_prompts(5, cfg), max_new_tokens=8)
+    assert [one.ids for one in after] == [one.ids for one in before]
+
+
 def test_log_prob_is_that_of_the_row():
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([1, 0, 8, 3])

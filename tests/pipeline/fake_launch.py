@@ -73,7 +73,8 @@ def trouble(workdir, step):
     Path(f"{path}.reached").write_text(str(os.getpid()))
     action = action.removesuffix("-asking")
     if action == "wrong":
-        print("error: config.batch_size=3 cannot be used; write --config.batch_size=4", file=sys.stderr)
+        key = "limit" if wanted == 99 else "batch_size"
+        print(f"error: config.{key}=3 cannot be used; write --config.{key}=4", file=sys.stderr)
         sys.exit(2)
     if action == "disk":
         print("a bar 50%\rlog line", file=sys.stderr)

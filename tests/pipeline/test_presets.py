@@ -42,12 +42,14 @@ def test_nano_asks_what_it_trains():
             assert config.set[name].data[key] == config.set.measure.data[key] == config.set.evaluation.data[key]
 
 
-def test_the_questions_that_are_asked_exist():
+@pytest.mark.parametrize("preset", ["nano", "debug"])
+def test_the_questions_that_are_asked_exist(preset):
     """As many held-out ones of each kind as the limit says."""
-    config = config_of("nano")
+    config = config_of(preset)
     for place in (config.set.measure, config.set.evaluation):
         kinds = tuple(place.data.kinds.split(","))
-        task = ReasoningTask(kinds=kinds, difficulties=(1,), num_problems=place.data.problems)
+        difficulties = tuple(map(int, place.data.difficulties.split(",")))
+        task = ReasoningTask(kinds=kinds, difficulties=difficulties, num_problems=place.data.problems)
         groups = [question.group[0] for question in task.questions("heldout")]
         assert all(groups.count(kind) >= place.limit for kind in kinds)
 

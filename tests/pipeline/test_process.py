@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-from qwen3f.pipeline.process import Signals
+from qwen3f.pipeline.process import Command, Signals
 
 WAITS = "import time; time.sleep(60)"
 FAILS = "import sys, time; time.sleep(0.3); sys.exit('error: it is broken')"
@@ -23,13 +23,13 @@ open(sys.argv[1], "w").write(str(len(came)))
 
 
 def python(text, *words):
-    return [sys.executable, "-c", text, *map(str, words)]
+    return Command([sys.executable, "-c", text, *map(str, words)])
 
 
 def test_the_first_command_that_fails_ends_the_others():
     began = time.monotonic()
     with Signals().caught() as signals:
-        assert signals.run(python(WAITS), python(FAILS), python(WAITS), quiet=True) == (1, "it is broken")
+        assert signals.run(python(WAITS), python(FAILS), python(WAITS)) == (1, 1, "it is broken")
     assert time.monotonic() - began < 30
 
 
@@ -41,7 +41,7 @@ def test_a_signal_reaches_every_command_once(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with Signals().caught() as signals:
-        assert signals.run(*(python(COUNTS, place) for place in places), meanwhile=stop_once_both_wait) == (0, "")
+        assert signals.run(*(python(COUNTS, place) for place in places), meanwhile=stop_once_both_wait) is None
     assert signals.name == "SIGTERM"
     assert [place.read_text() for place in places] == ["1", "1"]
 

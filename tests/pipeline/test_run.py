@@ -126,6 +126,36 @@ def test_a_kill_while_questions_are_asked_trains_nothing_again(brief, tmp_path, 
     assert toy.numbers(tmp_path / "P") == toy.numbers(brief)
 
 
+def test_questions_asked_beside_the_next_stage_have_the_same_answers(brief, tmp_path, trouble, capfd):
+    trouble.write_text("sft_cold_start hang-asking")
+    process = toy.start(tmp_path / "P", skip=BRIEF, overlap=True)
+    toy.wait_for(Path(f"{trouble}.reached"), process)
+    toy.wait_for(tmp_path / "P" / "05_grpo" / "checkpoints" / "3", process)  # which did not wait for the answers
+    process.kill()
+    process.communicate()
+    found = toy.read(tmp_path / "P")
+    assert toy.stage(found, "sft_cold_start")["status"] == "done"
+    assert not toy.stage(found, "sft_cold_start")["measures"]
+    trouble.unlink()
+    toy.go(tmp_path / "P", skip=BRIEF, overlap=True)
+    assert toy.numbers(tmp_path / "P") == toy.numbers(brief)
+    capfd.readouterr()
+    toy.go(tmp_path / "P", skip=BRIEF, overlap=True)
+    assert "reasoning_thinking" not in capfd.readouterr().out.partition("stage ")[0]  # nothing is asked twice
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_questions_that_fail_beside_a_stage_are_named_and_asked_again(last, brief, tmp_path, trouble):
+    trouble.write_text(f"{'sft_fusion' if last else 'sft_cold_start'} wrong-asking")
+    with pytest.raises(UserError, match="write --config.set.measure.limit=4"):
+        toy.go(tmp_path / "P", skip=BRIEF, overlap=True)
+    failed = "evaluation" if last else "grpo"  # the stage that ran with them
+    assert toy.stage(toy.read(tmp_path / "P"), failed)["status"] == "failed"
+    trouble.unlink()
+    toy.go(tmp_path / "P", skip=BRIEF, overlap=True)
+    assert toy.numbers(tmp_path / "P") == toy.numbers(brief)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_stage_and_the_same_command_goes_on(number, brief, tmp_path, trouble):
     trouble.write_text("sft_cold_start hang")
