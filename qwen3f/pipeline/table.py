@@ -6,11 +6,10 @@ from pathlib import Path
 
 from qwen3f import usage
 from qwen3f.pipeline.chain import Step, checkpoint_of
+from qwen3f.pipeline.measure import MODES
 from qwen3f.pipeline.record import Record, StageRecord
 
 _WORDS = {
-    "reasoning_thinking": "right, thinking",
-    "reasoning_plain": "right, plain",
     "val_exact": "pictures right",
     "val_blind": "with other pictures",
     "val_majority": "commonest answer",
@@ -32,8 +31,7 @@ def lines(record: Record) -> list[str]:
             rows.append((name, stage.status, "", "", ""))
             continue
         for measure, after in stage.measures.items():
-            word = _WORDS.get(measure, measure.replace("val_loss/", "held-out loss, "))
-            rows.append((name, word, say(measure, before.get(measure)), say(measure, after), took))
+            rows.append((name, _word(measure), say(measure, before.get(measure)), say(measure, after), took))
             name = took = ""
         if name:
             rows.append((name, "", "", "", took))
@@ -42,6 +40,13 @@ def lines(record: Record) -> list[str]:
     total = duration(sum(stage.seconds for stage in record.stages))
     budget = f" of a budget of {duration(record.budget_s)}" if record.budget_s else ""
     return [text[0], "  ".join("-" * width for width in widths), *text[1:], f"all stages: {total}{budget}"]
+
+
+def _word(measure: str) -> str:
+    benchmark, _, mode = measure.rpartition("_")
+    if mode in MODES:
+        return f"{benchmark} right, {mode}"
+    return _WORDS.get(measure, measure.replace("val_loss/", "held-out loss, "))
 
 
 def over_budget(record: Record) -> list[str]:

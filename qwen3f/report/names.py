@@ -36,8 +36,10 @@ def find(name: str, stage: str = "") -> Meaning | None:
     mode = ""
     if (known := _known(base, stage)) is None:
         base, _, mode = base.rpartition("_")
-        if mode not in MODES or (known := _known(base, stage)) is None:
+        if mode not in MODES:
             return None
+        if (known := _known(base, stage)) is None:  # a benchmark, whatever its name
+            known = dataclasses.replace(METRICS["answered"], title=f"{METRICS['answered'].title}, {base}")
     title = ", ".join(filter(None, (known.title, MODES.get(mode), group)))
     return dataclasses.replace(known, title=title)
 

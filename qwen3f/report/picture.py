@@ -112,8 +112,9 @@ def _accuracies(
         found = [(place + shift, stage.after[name]) for place, stage in enumerate(stages) if name in stage.after]
         colour, marker = theme.lines[number], draw.MARKERS[number]
         meaning = names.find(name)
+        label = meaning.title.removeprefix(f"{names.METRICS['answered'].title}, ") if meaning else name
         axes.plot([x for x, _ in found], [m.value for _, m in found], linestyle=draw.DASHES[number], color=colour,
-                  linewidth=1, marker=marker, markersize=6, label=meaning.title if meaning else name)  # fmt: skip
+                  linewidth=1, marker=marker, markersize=6, label=label)  # fmt: skip
         for x, m in found:
             if m.has_interval:
                 axes.plot([x, x], [m.low, m.high], color=colour, linewidth=2.5, alpha=0.5)

@@ -26,7 +26,7 @@ def test_the_svg_has_both_schemes_its_own_paper_and_every_stage(pipeline, tmp_pa
     text = write_picture(pipeline, tmp_path / "x.svg").read_text()
     root = ET.fromstring(text)
     words = " ".join(filter(None, (part.strip() for part in root.itertext())))
-    assert all(name in words for name in ("s1", "sft", "rl", "right answers, thinking first", "Loss"))
+    assert all(name in words for name in ("s1", "sft", "rl", "reasoning, thinking first", "Loss"))
     assert "prefers-color-scheme: dark" in text
     assert "currentColor" not in text
     assert "\N{SECTION SIGN}" not in text

@@ -57,7 +57,7 @@ def tokenise(
     """(ids uint32 [n], trained bool [n]) up to the last trained token, with placeholders. grids: of its pictures."""
     chat, shown = sample.chat, iter([image_segments(merged_tokens(grid, cfg)) for grid in grids])
     ids, trained = [], []
-    for run, is_trained in chat_runs(chat.messages, chat.tools, chat.all_turns, chat.enable_thinking)[:-1]:
+    for run, is_trained in chat_runs(chat.messages, chat.tools, chat.all_turns, chat.enable_thinking, chat.kind)[:-1]:
         piece = tokenizer.encode_segments([part for segment in run for part in expanded(segment, shown)])
         ids += piece
         trained += [is_trained] * len(piece)

@@ -1,6 +1,7 @@
 """Chats with pictures as rows: what is trained, where pictures are, what is refused, and that no picture is cut."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from PIL import Image
 
 from qwen3f import presets
+from qwen3f.data.chat.kinds import KINDS
 from qwen3f.data.loader import Loader
 from qwen3f.data.multimodal.dataset import VisualDataConfig, open_source, prepare_visual
-from qwen3f.data.multimodal.samples import PICTURE
+from qwen3f.data.multimodal.samples import PICTURE, tokenise
 from qwen3f.data.multimodal.tokenizer import trained_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.tasks.registry import open_task
@@ -98,6 +100,38 @@ def test_answers_alone_are_trained_and_pixels_are_the_pictures(tokenizer):
             asked = next(q for q in task.questions("train") if q.gold == answer.removesuffix("<|im_end|>"))
             assert task.judge(asked.gold, asked.gold) == 1.0
         assert not row["pixel_values"][done:].any()
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_sample_has_the_form_of_its_chat_template(kind, tokenizer):
+    if kind.always:
+        pytest.skip("an answer of this kind has a thought, which generated pictures have not")
+    sample = next(open_source("images", settings(), kind).samples("train", Counter()))
+    ids, _ = tokenise(sample, [(1, 4, 4)], tokenizer, CFG)
+    written = tokenizer.decode([int(one) for one in ids if one != CFG.image_token_id])
+    marks = "<|vision_start|><|vision_end|>"
+    assert written == sample.chat.text.replace(PICTURE, marks).removesuffix("\n")
+    assert ("<think>" in written) == kind.thinks
+
+
+def test_several_questions_about_a_picture_are_one_chat_and_all_answers_are_trained(tokenizer):
+    data = settings(picture_questions=4, picture_kinds="shapes,bar")
+    one, more = (
+        prepare_visual(settings(picture_kinds="shapes,bar"), SEQ_LEN, tokenizer, CFG),
+        prepare_visual(data, SEQ_LEN, tokenizer, CFG),
+    )
+    ends = []
+    for document in more.train.documents:
+        trained = document.ids[document.trained]
+        ends.append(int((trained == tokenizer.stop_ids[0]).sum()))
+        assert len(document.pictures) == 1
+    assert set(ends) <= {1, 2, 3, 4}
+    assert max(ends) == 4
+    assert len(more.train.documents) == len(one.train.documents)
+    for a, b in zip(one.heldout["images"].documents, more.heldout["images"].documents, strict=True):
+        assert np.array_equal(a.ids, b.ids)  # of a held-out picture its own question alone
+    with pytest.raises(UserError, match="--config.data.picture_questions=0"):
+        prepare_visual(settings(picture_questions=0), SEQ_LEN, tokenizer, CFG)
 
 
 def test_the_splits_share_no_picture(tokenizer):
