@@ -35,16 +35,15 @@ def get_config(preset: str = "qwen3-vl-2b") -> ConfigDict:
         config.chat_template = "instruct-2507"  # no empty thought in each answer
         config.data.picture_kinds, config.data.pictures = "shapes,bar", 24_576
         config.data.min_side = config.data.max_side = 96
-        config.data.picture_questions = 4  # answers are what is learnt from, and a picture costs more than a question
-        config.data.patches, config.data.images = 9 * 36, 9
+        config.data.patches, config.data.images = 18 * 36, 18
         config.data.mixture = "images=0.6,captions=0.4"
         config.model.update(vocab_size=576, num_attention_heads=4, num_key_value_heads=4, head_dim=32)  # a token a word
         config.model.update(mrope_section=(6, 5, 5), vision_patch_size=16, vision_image_size=96)
         config.optimizer.kind, config.optimizer.update_rms = "muon", 0.2 / 3
         config.schedule.kind, config.schedule.decay, config.schedule.min_ratio = "wsd", 0.7, 0.0
         config.schedule.peak_lr = 1e-2
-        config.steps, config.batch_size = 600, 8
-        config.eval.every, config.checkpoint.every = 0, 300  # held-out answers at the end alone
+        config.steps, config.batch_size = 540, 8
+        config.eval.every, config.checkpoint.every = 0, 270  # held-out answers at the end alone
     if preset == "seed_vl":
         config.data.max_pixels = 672**2
     return config

@@ -273,7 +273,6 @@ def _pictures(data: ConfigDict) -> None:
     data.min_side = 64  # pixels of their sides
     data.max_side = 128
     data.picture_kinds = ""  # shapes,bar,line,pie,text; "": all
-    data.picture_questions = 1  # about a generated picture to train on, at most; held-out ones are asked one
     data.problems = 4_096  # of generated problems, where the mixture has them
     data.min_pixels = 65_536  # pictures are scaled to lie between
     data.max_pixels = 16_777_216

@@ -39,7 +39,6 @@ class VisualDataConfig:
     Attributes:
         mixture: sources of multimodal.sources with weights, which share out rows.
         pictures, picture_seed, min_side, max_side, picture_kinds: of the generated ones.
-        picture_questions: about a generated picture to train on, at most, in one chat.
         problems: of the generated problems, where the mixture has them.
         min_pixels, max_pixels: pictures are scaled to lie between.
         patches, images: room of a row for patches and for pictures.
@@ -53,7 +52,6 @@ class VisualDataConfig:
     min_side: int = 64
     max_side: int = 128
     picture_kinds: str = ""
-    picture_questions: int = 1
     problems: int = 4_096
     min_pixels: int = 65_536
     max_pixels: int = 16_777_216
@@ -217,10 +215,7 @@ def drawing(data: VisualDataConfig) -> Drawing:
     kinds = tuple(map(str.strip, data.picture_kinds.split(","))) if data.picture_kinds else KINDS
     if not set(kinds) <= set(KINDS):
         raise UserError(f"--config.data.picture_kinds={data.picture_kinds!r}: write some of {', '.join(KINDS)}")
-    if data.picture_questions < 1:
-        raise UserError(f"--config.data.picture_questions={data.picture_questions}: write 1 or more")
-    sides = (data.min_side, data.max_side)
-    return Drawing(data.pictures, data.picture_seed, *sides, kinds, data.picture_questions)
+    return Drawing(data.pictures, data.picture_seed, data.min_side, data.max_side, kinds)
 
 
 def check(data: VisualDataConfig, seq_len: int, cfg: ModelConfig) -> None:

@@ -36,7 +36,6 @@ from qwen3f.tasks.visual import topic
 
 GENERATED = ("images", "captions")
 DESCRIBE = "Describe the picture."
-_ROLES = ("user", "assistant")
 
 _CHATS = HubDataset("visual-chats", "visual-chats", "multimodal", ("messages",), OPTIONAL_COLUMNS)
 
@@ -60,17 +59,13 @@ class DrawnPicture:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn for the generated sources: how many, between which sides in pixels, of which kinds.
-
-    questions: about a picture to train on, at most, in one chat. A held-out picture is asked its own one.
-    """
+    """What is drawn for the generated sources: how many, between which sides in pixels, of which kinds."""
 
     count: int = NUM_PICTURES
     seed: int = 0
     min_side: int = 64
     max_side: int = 128
     kinds: tuple[str, ...] = KINDS
-    questions: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,14 +78,10 @@ class GeneratedSource:
 
     def samples(self, split: Split, counts: Counter[str]) -> Iterator[VisualSample]:
         for item in distinct(_told(self.drawing), lambda told: told.content, split, HOLDOUT, counts, REPEATED):
-            told = [(DESCRIBE, item.caption)]
-            if self.name == "images":
-                others = item.others[: self.drawing.questions - 1] if split == "train" else ()
-                told = [(item.question, item.answer), *others]
-            messages = [{"role": role, "content": text} for turn in told for role, text in zip(_ROLES, turn)]
-            messages[0]["content"] = PICTURE + messages[0]["content"]
-            conversation = Conversation(tuple(messages), f"{self.name}, {item.picture.kind}:{item.picture.index}")
-            (chat,) = make_samples(conversation, "all" if len(told) > 1 else "last", kind=self.kind)
+            asked, answer = (item.question, item.answer) if self.name == "images" else (DESCRIBE, item.caption)
+            messages = ({"role": "user", "content": PICTURE + asked}, {"role": "assistant", "content": answer})
+            conversation = Conversation(messages, f"{self.name}, {item.picture.kind}:{item.picture.index}")
+            (chat,) = make_samples(conversation, kind=self.kind)
             yield VisualSample(chat, (item.picture,), topic(item.question) if self.name == "images" else "")
 
 
@@ -101,7 +92,6 @@ class _Told(NamedTuple):
     caption: str
     question: str
     answer: str
-    others: tuple[tuple[str, str], ...]
     content: bytes
 
 
@@ -112,7 +102,7 @@ def _told(d: Drawing) -> tuple[_Told, ...]:
     return tuple(
         _Told(
             DrawnPicture(item.kind, d.seed, item.index, sides, item.image.size[::-1]),
-            *(item.caption, item.question, item.answer, item.others, item.parameters.encode()),
+            *(item.caption, item.question, item.answer, item.parameters.encode()),
         )
         for item in every_picture(d.seed, d.count, d.kinds, *sides)
     )

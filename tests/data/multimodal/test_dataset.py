@@ -114,26 +114,6 @@ def test_a_sample_has_the_form_of_its_chat_template(kind, tokenizer):
     assert ("<think>" in written) == kind.thinks
 
 
-def test_several_questions_about_a_picture_are_one_chat_and_all_answers_are_trained(tokenizer):
-    data = settings(picture_questions=4, picture_kinds="shapes,bar")
-    one, more = (
-        prepare_visual(settings(picture_kinds="shapes,bar"), SEQ_LEN, tokenizer, CFG),
-        prepare_visual(data, SEQ_LEN, tokenizer, CFG),
-    )
-    ends = []
-    for document in more.train.documents:
-        trained = document.ids[document.trained]
-        ends.append(int((trained == tokenizer.stop_ids[0]).sum()))
-        assert len(document.pictures) == 1
-    assert set(ends) <= {1, 2, 3, 4}
-    assert max(ends) == 4
-    assert len(more.train.documents) == len(one.train.documents)
-    for a, b in zip(one.heldout["images"].documents, more.heldout["images"].documents, strict=True):
-        assert np.array_equal(a.ids, b.ids)  # of a held-out picture its own question alone
-    with pytest.raises(UserError, match="--config.data.picture_questions=0"):
-        prepare_visual(settings(picture_questions=0), SEQ_LEN, tokenizer, CFG)
-
-
 def test_the_splits_share_no_picture(tokenizer):
     corpus = prepare_visual(settings(mixture="images", pictures=400), SEQ_LEN, tokenizer, CFG)
     seen, held = (

@@ -38,7 +38,6 @@ class Sketch(NamedTuple):
         question: about the image.
         answer: a word, an integer or a short text.
         parameters: everything that was drawn, enough to tell any two images apart and to work the answer out.
-        others: what else can be asked about it, with the answers.
     """
 
     image: Image.Image
@@ -46,7 +45,6 @@ class Sketch(NamedTuple):
     question: str
     answer: str
     parameters: dict[str, object]
-    others: tuple[tuple[str, str], ...] = ()
 
 
 def blank(width: int, height: int, background: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:

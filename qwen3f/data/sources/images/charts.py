@@ -11,7 +11,6 @@ LABELS = "ABCDEFGH"
 _BAR_VALUES = 20
 _PIE_PARTS = 20  # equal parts of a pie; a share is a number of them
 _PART_DEGREES = 360 // _PIE_PARTS
-_ENDS = ((max, "tallest"), (min, "shortest"))
 
 
 def _text_size(width: int, height: int) -> int:
@@ -42,13 +41,14 @@ def bar(draws: Draws, width: int, height: int) -> Sketch:
 
     names = LABELS[:count]
     read = draws.below(count)
-    values_of = [(f"What is the value of bar {name}?", str(value)) for name, value in zip(names, values)]
-    ends = [(f"Which bar is the {kind}?", names[values.index(of(values))]) for of, kind in _ENDS]
-    question, answer = values_of[read] if draws.chance(1, 2) else draws.choice(ends)
+    if draws.chance(1, 2):
+        question, answer = f"What is the value of bar {names[read]}?", str(values[read])
+    else:
+        most, kind = draws.choice(((max, "tallest"), (min, "shortest")))
+        question, answer = f"Which bar is the {kind}?", names[values.index(most(values))]
     facts = ", ".join(f"{name} is {value}" for name, value in zip(names, values, strict=True))
     parameters = {"size": (width, height), "background": background, "colour": colour, "values": values}
-    others = tuple(pair for pair in (*values_of, *ends) if pair[0] != question)
-    return Sketch(image, f"A bar chart in {colour}: {facts}.", question, answer, parameters, others)
+    return Sketch(image, f"A bar chart in {colour}: {facts}.", question, answer, parameters)
 
 
 def line(draws: Draws, width: int, height: int) -> Sketch:

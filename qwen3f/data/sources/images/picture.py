@@ -33,7 +33,6 @@ class Picture:
         kind: one of KINDS.
         index: its place in the sequence of its kind and seed.
         parameters: all that was drawn, the size included, as JSON: two pictures with the same have the same pixels.
-        others: what else can be asked about it, with the answers, in an order of its own; none for some kinds.
     """
 
     image: Image.Image
@@ -43,7 +42,6 @@ class Picture:
     kind: str
     index: int
     parameters: str
-    others: tuple[tuple[str, str], ...] = ()
 
 
 def picture(kind: str, seed: int, index: int, min_side: int = 64, max_side: int = 256) -> Picture:
@@ -70,5 +68,4 @@ def picture(kind: str, seed: int, index: int, min_side: int = 64, max_side: int 
     width, height = draws.between(min_side, max_side), draws.between(min_side, max_side)
     sketch = _MAKERS[kind](draws, width, height)
     parameters = json.dumps({"kind": kind, **sketch.parameters}, sort_keys=True)
-    others = tuple(Draws("others", kind, seed, index).shuffled(sketch.others))
-    return Picture(sketch.image, sketch.caption, sketch.question, sketch.answer, kind, index, parameters, others)
+    return Picture(sketch.image, sketch.caption, sketch.question, sketch.answer, kind, index, parameters)

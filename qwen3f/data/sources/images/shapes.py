@@ -21,10 +21,6 @@ MOST = 5
 _CELL = 20  # least side of a shape's cell in pixels
 _CLEAR = 3  # pixels by which the shape furthest to the left, or highest, is ahead of the next
 
-_ALL, _OF_COLOUR, _OF_SHAPE = "How many shapes are there?", "How many {} shapes are there?", "How many {}s are there?"
-_END, _NAME = "Which colour has the shape whose centre is {}?", "Which shape is the {} one?"
-_ENDS = (("x", "furthest to the left"), ("y", "highest"))
-
 
 class Item(NamedTuple):
     """A shape of a colour whose centre is at x, y; it reaches `radius` pixels from there."""
@@ -51,8 +47,7 @@ def make(draws: Draws, width: int, height: int) -> Sketch:
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
     caption = f"{listed} on a {background} background."
     parameters = {"size": (width, height), "background": background, "items": sorted(items)}
-    others = tuple(pair for pair in _everything(items) if pair[0] != question)
-    return Sketch(image, caption, question, answer, parameters, others)
+    return Sketch(image, caption, question, answer, parameters)
 
 
 def _draw(draw: ImageDraw.ImageDraw, item: Item, behind: tuple[int, int, int]) -> None:
@@ -106,46 +101,31 @@ def _counts(draws: Draws, grid: Grid) -> tuple[int, int]:
 
 def _count_all(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
     count, _ = _counts(draws, grid)
-    return _ALL, str(count), _placed(draws, _looks(draws, count, SHAPES, colours), grid, size)
+    return "How many shapes are there?", str(count), _placed(draws, _looks(draws, count, SHAPES, colours), grid, size)
 
 
 def _count_colour(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
     count, more = _counts(draws, grid)
     looks = _looks(draws, count, SHAPES, colours[:1]) + _looks(draws, more, SHAPES, colours[1:])
-    return _OF_COLOUR.format(colours[0]), str(count), _placed(draws, looks, grid, size)
+    return f"How many {colours[0]} shapes are there?", str(count), _placed(draws, looks, grid, size)
 
 
 def _count_shape(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
     count, more = _counts(draws, grid)
     shape, *others = draws.shuffled(SHAPES)
     looks = _looks(draws, count, (shape,), colours) + _looks(draws, more, tuple(others), colours)
-    return _OF_SHAPE.format(shape), str(count), _placed(draws, looks, grid, size)
+    return f"How many {shape}s are there?", str(count), _placed(draws, looks, grid, size)
 
 
 def _extreme(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
     """The one furthest to the left or highest; where that is not clear, other places are drawn."""
-    axis, where = draws.choice(_ENDS)
+    axis, where = draws.choice((("x", "furthest to the left"), ("y", "highest")))
     looks = _looks(draws, draws.between(2, min(4, grid[0] * grid[1])), SHAPES, colours)
     while True:
         items = _placed(draws, looks, grid, size)
         first, second, *_ = sorted(items, key=lambda item: getattr(item, axis))
         if getattr(second, axis) - getattr(first, axis) >= _CLEAR:
-            return _END.format(where), first.colour, items
-
-
-def _everything(items: list[Item]) -> list[tuple[str, str]]:
-    """All that can be asked, with the answers; but for counts of 1 of a kind, which would be too many of the counts."""
-    out = [(_ALL, str(len(items)))] if len(items) <= MOST else []
-    colours = sorted(Counter(item.colour for item in items).items())
-    out += [(_OF_COLOUR.format(colour), str(n)) for colour, n in colours if 1 < n <= MOST]
-    counted = sorted(Counter(item.shape for item in items).items())
-    out += [(_OF_SHAPE.format(shape), str(n)) for shape, n in counted if 1 < n <= MOST]
-    for axis, where in _ENDS if len(items) > 1 else ():
-        first, second, *_ = sorted(items, key=lambda item: getattr(item, axis))
-        if getattr(second, axis) - getattr(first, axis) >= _CLEAR:
-            out.append((_END.format(where), first.colour))
-    alone = {item.colour: item.shape for item in sorted(items)}
-    return out + [(_NAME.format(colour), alone[colour]) for colour, n in colours if n == 1]
+            return f"Which colour has the shape whose centre is {where}?", first.colour, items
 
 
 def _named(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
@@ -153,7 +133,7 @@ def _named(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) 
     shape = draws.choice(SHAPES)
     more = draws.between(0, min(4, grid[0] * grid[1]) - 1)
     looks = [(shape, colours[0]), *_looks(draws, more, SHAPES, colours[1:])]
-    return _NAME.format(colours[0]), shape, _placed(draws, looks, grid, size)
+    return f"Which shape is the {colours[0]} one?", shape, _placed(draws, looks, grid, size)
 
 
 _FORMS: tuple[Callable[[Draws, list[str], Grid, tuple[int, int]], Asked], ...] = (
