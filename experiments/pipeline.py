@@ -93,7 +93,7 @@ DEBUG: dict[str, Row] = {
     "pretrain_s1": ("pretrain_s1.py:{}", 75, {
         **_GPU_TEXT, **_often(150), "steps": 300, "data.mixture": "embedded=0.5,reasoning=0.5",
     }),
-    "pretrain_s2": ("pretrain_s2.py:{}", 30, {
+    "pretrain_s2": ("pretrain_s2.py:{}", 40, {
         **_GPU_TEXT, **_often(250), "steps": 250, "schedule.peak_lr": 1e-3,
         "data.mixture": "embedded=0.2,reasoning=0.8",
     }),

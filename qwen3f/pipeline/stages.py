@@ -19,8 +19,8 @@ class PipelineStage:
         name: what --config.stages and --config.set name it.
         purpose: what it is for, a plain sentence for tables and the report.
         experiment: "experiments/X.py[:preset]".
-        seconds: its budget, measures of its checkpoint included; 0: none. A budget ends nothing; what exceeded its own
-            is said at the end.
+        seconds: its budget, measures of its checkpoint included (with config.overlap of those before it); 0: none. A
+            budget ends nothing; what exceeded its own is said at the end.
     """
 
     name: str

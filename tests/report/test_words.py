@@ -76,3 +76,11 @@ def test_every_line_of_the_table_of_names_is_whole():
         assert meaning.title, name
         assert meaning.meaning.endswith("."), name
         assert meaning.better in ("higher", "lower", ""), name
+
+
+def test_a_benchmark_is_named_beside_its_mode_whatever_it_is():
+    for benchmark in ("reasoning", "gsm8k"):
+        found = names.find(f"{benchmark}_thinking")
+        assert found.title == f"right answers, {benchmark}, thinking first"
+        assert (found.unit, found.better) == ("share", "higher")
+    assert names.find("never_heard_of") is None
