@@ -47,9 +47,9 @@ def _often(steps: int, questions: int = 0) -> dict[str, Any]:
     return {"eval.every": steps, "checkpoint.every": steps, **({"eval.questions": questions} if questions else {})}
 
 
-# Where few rewards differ, AdamW's first steps at 1e-4 unlearn; qwen3f/pipeline/README.md has what was tried.
+# At 1e-4 AdamW's first steps unlearned in debug; qwen3f/pipeline/README.md has what was tried.
 _GENTLE = {"schedule.peak_lr": 3e-5}
-# The better answer is learnt as well: by the difference alone, right answers become fewer.
+# The better answer is learnt as well: by the difference alone, right answers became fewer in debug.
 _LEARN = {"dpo.sft_weight": 1.0}
 _TEXT = {"batch_size": 8, "seq_len": 256, "eval.max_docs": 16, "sample.tokens": 32, **_MUON}
 

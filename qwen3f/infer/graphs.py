@@ -91,7 +91,7 @@ class DecodeGraphs:
         if not self._own:
             self._graphs.clear()
             self._asked.clear()
-            self._pool = None  # it ended with its last graph, and whoever holds a result keeps it from beginning anew
+            self._pool = None  # ends with its graphs; torch refuses it to others while a tensor in it is held
             self.params = {path: _each(torch.clone, leaf) for path, leaf in params.items()}
             self._own = True
             return

@@ -45,10 +45,11 @@ def answered(folder: Path) -> dict[str, Measure]:
 
 
 def is_answered(folder: Path, settings: Mapping[str, Any], known: Mapping[str, Measure]) -> bool:
-    """Whether the answers in `folder` are to today's questions, and among the measures that are known."""
+    """Whether the answers in `folder` are to today's questions, and among the measures that are known. Files that are
+    missing or damaged hold no answers."""
     try:
         return (folder / _SETTINGS).read_text() == _text(settings) and answered(folder).items() <= known.items()
-    except FileNotFoundError:
+    except (OSError, ValueError, LookupError, TypeError):
         return False
 
 

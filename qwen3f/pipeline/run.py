@@ -186,7 +186,6 @@ class Pipeline:
             self.now = step.name
             self._run(step, self._asking(step))
             self._take(step)
-            self._keep_stage(step, status="done")
         self.now = ""
 
     def _take(self, step: Step) -> None:
@@ -212,7 +211,7 @@ class Pipeline:
         if not self.signals.name:
             failure = self.signals.run(*(task.command for task in tasks), meanwhile=self._meanwhile(step, seconds))
         if self.signals.name:
-            self._keep_stage(step, status="waiting", error=f"stopped by {self.signals.name}", seconds=seconds())
+            self._end_stage(step, status="waiting", error=f"stopped by {self.signals.name}", seconds=seconds())
             raise Stopped
         if failure:
             code, failed = failure.code, tasks[failure.command]
@@ -222,7 +221,7 @@ class Pipeline:
 
     def _fail(self, step: Step, error: str, code: int = 1) -> None:
         with contextlib.suppress(OSError):  # a full disk is what it may have failed of; its own words count more
-            self._keep_stage(step, status="failed", error=error)
+            self._end_stage(step, status="failed", error=error)
         words = f"stage {step.name} failed: {error} (the same command goes on from there)"
         raise UserError(words) if code == 2 else TrainingError(words)
 
@@ -249,6 +248,11 @@ class Pipeline:
     def _keep_stage(self, step: Step, **changes: object) -> None:
         self.record = self.record.with_stage(step.name, **changes)
         self._keep()
+
+    def _end_stage(self, step: Step, **changes: object) -> None:
+        """A stage that ended before its time. One that is done stays so: only questions to its checkpoint ended."""
+        if self.record.stage(step.name).status != "done":
+            self._keep_stage(step, **changes)
 
     def _keep(self, **changes: object) -> None:
         """The record on disk, with what has become stale, or sound again, marked so."""

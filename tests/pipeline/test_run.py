@@ -267,6 +267,31 @@ def test_questions_that_changed_are_asked_again_and_nothing_is_trained(tmp_path,
     assert "training" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("action", ["hang", "wrong"])
+def test_stages_stay_done_where_questions_that_changed_are_stopped_or_fail(action, tmp_path, trouble):
+    short = ",".join((*toy.NAMES[1:3], *toy.NAMES[6:8]))
+    toy.go(tmp_path / "P", skip=short)
+    trouble.write_text(f"sft_cold_start {action}-asking")
+    process = toy.start(tmp_path / "P", skip=short, set__measure__limit=10)
+    toy.wait_for(Path(f"{trouble}.reached"), process)
+    if action == "hang":
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert set(toy.statuses(toy.read(tmp_path / "P")).values()) == {"done", "skipped"}
+    trouble.unlink()
+    found = toy.go(tmp_path / "P", skip=short, set__measure__limit=10)
+    assert toy.stage(found, "sft_cold_start")["measures"]["reasoning_plain"]["n"] == 20
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"benchmarks": {"reasoning": {}}}'])
+def test_answers_that_are_damaged_are_asked_again(content, tmp_path):
+    short = ",".join((*toy.NAMES[1:3], *toy.NAMES[4:]))
+    before = toy.go(tmp_path / "P", skip=short)
+    (tmp_path / "P" / "04_sft_cold_start" / "measures" / "plain" / "results.json").write_text(content)
+    after = toy.go(tmp_path / "P", skip=short)
+    assert toy.stage(after, "sft_cold_start")["measures"] == toy.stage(before, "sft_cold_start")["measures"]
+
+
 def test_the_record_is_json_that_other_programs_read(whole):
     content = (whole / "pipeline.json").read_text()
     assert json.loads(content)["stages"][3]["from"] == "pretrain_s3"

@@ -102,10 +102,8 @@ def test_answers_alone_are_trained_and_pixels_are_the_pictures(tokenizer):
         assert not row["pixel_values"][done:].any()
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if not kind.always])  # those need a thought
 def test_a_sample_has_the_form_of_its_chat_template(kind, tokenizer):
-    if kind.always:
-        pytest.skip("an answer of this kind has a thought, which generated pictures have not")
     sample = next(open_source("images", settings(), kind).samples("train", Counter()))
     ids, _ = tokenise(sample, [(1, 4, 4)], tokenizer, CFG)
     written = tokenizer.decode([int(one) for one in ids if one != CFG.image_token_id])
