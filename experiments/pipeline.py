@@ -90,10 +90,10 @@ _GPU_ASKED = {
     **_GPU_CHATS, "data.problems": 10_000, "rollout.max_new_tokens": _GPU_TOKENS, "judge.processes": 8,
 }  # fmt: skip
 DEBUG: dict[str, Row] = {
-    "pretrain_s1": ("pretrain_s1.py:{}", 75, {
+    "pretrain_s1": ("pretrain_s1.py:{}", 65, {
         **_GPU_TEXT, **_often(150), "steps": 300, "data.mixture": "embedded=0.5,reasoning=0.5",
     }),
-    "pretrain_s2": ("pretrain_s2.py:{}", 40, {
+    "pretrain_s2": ("pretrain_s2.py:{}", 35, {
         **_GPU_TEXT, **_often(250), "steps": 250, "schedule.peak_lr": 1e-3,
         "data.mixture": "embedded=0.2,reasoning=0.8",
     }),
@@ -101,25 +101,25 @@ DEBUG: dict[str, Row] = {
         **_often(50), "batch_size": 4, "seq_len": 8192, "model.max_position_embeddings": 8192, "steps": 50,
         "eval.max_docs": 64, "eval.batch_size": 4, "sample.tokens": 32, **_EAGER,
     }),
-    "sft_cold_start": ("sft_cold_start.py:{}", 85, {
-        **_often(200, 256), **_GPU_CHATS, "data.problems": 30_000, "data.kinds": _KINDS, "steps": 400,
-        "data.mixture": "reasoning=0.94,procedures=0.06",
+    "sft_cold_start": ("sft_cold_start.py:{}", 100, {
+        **_often(200, 256), **_GPU_CHATS, "data.problems": 30_000, "data.kinds": _KINDS, "steps": 600,
+        "data.mixture": "reasoning=0.975,procedures=0.025",
     }),
-    "grpo": ("grpo.py:{}", 110, {
+    "grpo": ("grpo.py:{}", 100, {
         **_often(20, 256), **_GPU_ASKED, "data.kinds": "sorting", "tasks": "procedures", "steps": 40,
         "rewards": "correct=0.5,places=0.5", "schedule.peak_lr": 5e-5,
     }),
     "sft_fusion": ("sft_fusion.py:{}", 55, {
         **_often(100, 256), **_GPU_CHATS, "data.problems": 10_000, "data.kinds": _KINDS, "steps": 100,
-        "data.mixture": "reasoning=0.6,reasoning-plain=0.3,procedures=0.1",
+        "data.mixture": "reasoning=0.65,reasoning-plain=0.3,procedures=0.05",
     }),
-    "grpo_general": ("grpo_general.py:{}", 65, {
-        **_often(15, 256), **_GPU_ASKED, "data.kinds": _KINDS, "tasks": "reasoning=0.5,procedures=0.5", "steps": 15,
+    "grpo_general": ("grpo_general.py:{}", 85, {
+        **_often(25, 256), **_GPU_ASKED, "data.kinds": _KINDS, "tasks": "reasoning=0.5,procedures=0.5", "steps": 25,
         **_GENTLE,
     }),
     "dpo": ("dpo.py:{}", 35, {
         **_often(50, 128), "steps": 50, "data.problems": 16_384, "data.max_samples": 2000, "data.max_heldout": 200,
-        **_EAGER, **_LEARN,
+        "data.difficulties": "1,2,3", **_EAGER, **_LEARN,
     }),
     "evaluation": ("eval.py", 40, {
         "benchmarks": "reasoning,procedures", "limit": 200, "max_new_tokens": _GPU_TOKENS, "data.kinds": _KINDS,
@@ -127,7 +127,7 @@ DEBUG: dict[str, Row] = {
     }),
 }  # fmt: skip
 _DEBUG_ASKED = {
-    "benchmarks": "reasoning,procedures", "limit": 128, "max_new_tokens": _GPU_TOKENS, "data.kinds": _KINDS,
+    "benchmarks": "reasoning,procedures", "limit": 200, "max_new_tokens": _GPU_TOKENS, "data.kinds": _KINDS,
     "data.difficulties": "1,2,3",
 }  # fmt: skip
 
