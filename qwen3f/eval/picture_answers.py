@@ -21,6 +21,7 @@ from qwen3f.vision.preprocess import image_patches
 _USER = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 _PICTURE = re.compile(r"<\|vision_start\|>.*?<\|vision_end\|>", re.DOTALL)
 _SIDE = 256  # pixels of a kept picture, at most
+_CACHE, _PAGE = 4096, 64  # tokens: of the engine's cache at least, and what it is a multiple of
 
 
 def chosen(dataset: VisualDataset, most: int = KEPT_TEXTS) -> list[Document]:
@@ -44,16 +45,24 @@ def answer_chosen(
 
     params: in the compute dtype. Raises UserError for a picture that cannot be read any more.
     """
+    starts = [int(document.trained.argmax()) for document in documents]
+    rooms = [
+        min(2 * int(document.trained.sum()) + 8, cfg.max_position_embeddings - start)
+        for document, start in zip(documents, starts)
+    ]
+    longest = max(map(sum, zip(starts, rooms)), default=0)
     engine = Engine(
-        cfg.replace(gradient_checkpointing="none"), params, execution=execution, tokenizer=tokenizer, max_tokens=4096
+        cfg.replace(gradient_checkpointing="none"),
+        params,
+        execution=execution,
+        tokenizer=tokenizer,
+        max_tokens=max(_CACHE, -(-longest // _PAGE) * _PAGE),
     )
     lines = []
-    for number, document in enumerate(documents):
-        start = int(document.trained.argmax())
+    for number, (document, start, room) in enumerate(zip(documents, starts, rooms)):
         images = [file.open() for file in document.pictures]
         seen = Pictures.of([image_patches(image, cfg, *dataset.limits) for image in images])
         gold = _words(tokenizer, document.ids[start:][document.trained[start:]].tolist())
-        room = min(2 * int(document.trained.sum()) + 8, cfg.max_position_embeddings - start)
         request = engine.request(document.ids[:start].tolist(), room, pictures=seen, stream=number)
         [row] = engine.submit([request])
         engine.run([row])

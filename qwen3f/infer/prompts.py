@@ -1,11 +1,11 @@
 """A chat's prompt with images and video in the first user's turn, from files to ids and pixels."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image
 
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.recognise import kind_of
@@ -16,8 +16,8 @@ from qwen3f.data.tokenizers.token_text import Segment
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.pictures import Pictures
+from qwen3f.vision.gif import gif_frames
 from qwen3f.vision.preprocess import Grid, image_patches, merged_tokens
-from qwen3f.vision.rgb import to_rgb
 from qwen3f.vision.video import video_patches
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -47,12 +47,13 @@ def read_video(place: str, fps: float | None, cfg: ModelConfig) -> Shown:
     Raises UserError: no frames, no rate, a frame that cannot be read.
     """
     path = Path(place).expanduser()
-    if path.is_dir():
-        names = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        frames = [read_image(name) for name in names]
-    else:
-        frames, own = opened(path, _gif_frames)
-        fps = own if fps is None else fps
+    if not path.is_dir():
+        return opened(path, lambda image, name: _shown_video(*gif_frames(image, name, fps), place, cfg))
+    names = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    return _shown_video([read_image(name) for name in names], fps, place, cfg)
+
+
+def _shown_video(frames: Sequence[Image.Image], fps: float | None, place: str, cfg: ModelConfig) -> Shown:
     if not frames:
         raise UserError(f"the video {place} holds no frame: files ending in {', '.join(SUFFIXES)} are read")
     if fps is None:
@@ -80,19 +81,3 @@ def encode_shown(
 
 def pictures_of(shown: Sequence[Shown]) -> Pictures | None:
     return Pictures.of([(one.patches, one.grid) for one in shown]) if shown else None
-
-
-def _gif_frames(image: Image.Image, name: str) -> tuple[list[Image.Image], float | None]:
-    """All frames, and how many a second where they say so."""
-    frames, seconds = [], 0.0
-    for frame in _frames(image):
-        frames.append(to_rgb(frame, name))
-        seconds += frame.info.get("duration", 0) / 1000
-    return frames, len(frames) / seconds if seconds > 0 else None
-
-
-def _frames(image: Image.Image) -> Iterator[Image.Image]:
-    for frame in ImageSequence.Iterator(image):
-        copy = frame.copy()
-        copy.info = dict(frame.info)
-        yield copy

@@ -25,7 +25,7 @@ from qwen3f.model.norm import rms_norm
 from qwen3f.model.rope import rope_tables
 from qwen3f.skeletons import LayerFn
 from qwen3f.vision.deepstack import Visual, inject, place_features, splice
-from qwen3f.vision.mrope import check_counts, position_ids, visual_index
+from qwen3f.vision.mrope import check_counts, check_patches, position_ids, visual_index
 from qwen3f.vision.tower import make_tower
 from sharding.fsdp import GatherAhead, gather_ahead, make_gather
 from sharding.layout import ONE_DEVICE, Layout
@@ -120,11 +120,15 @@ def make_sight(
 
 
 def with_places(batch: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """A batch of images with what it may lack: visual_index and the positions. Raises UserError as position_ids."""
+    """A batch of images with what it may lack: visual_index and the positions.
+
+    Raises UserError as position_ids, and for a row with fewer patches than its grids name.
+    """
     if "pixel_values" not in batch:
         return dict(batch)
     tokens, grids = batch["tokens"], batch["grids"]
     check_counts(tokens, grids, cfg)
+    check_patches(grids, batch["pixel_values"])
     made = {"visual_index": visual_index(tokens, cfg)}
     if "positions" not in batch:
         made["positions"] = position_ids(tokens, grids, cfg, batch.get("segments"))

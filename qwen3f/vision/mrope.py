@@ -7,6 +7,7 @@ of the two. A video is a sequence of frames with words between them.
 Deviation from transformers: images that touch, without a word between them, are one after the other (there, an error).
 
 B rows · T sequence · n images or groups of frames of a row · K merged features of a row
+P patches of a row · V values of a patch
 """
 
 from typing import NamedTuple
@@ -102,6 +103,16 @@ def position_ids(tokens_BT: Tensor, grids_Bn3: Tensor, cfg: ModelConfig, segment
 def next_position(positions_B3T: Tensor) -> Tensor:
     """int64 [B]: where the token behind a row stands, on all axes."""
     return positions_B3T.amax((1, 2)) + 1
+
+
+def check_patches(grids_Bn3: Tensor, pixels_BPV: Tensor) -> None:
+    """Raises UserError unless each row has room for the patches that its grids name: it would see the next row's."""
+    for row, patches in enumerate(grids_Bn3.to(torch.int64).prod(-1).sum(1).tolist()):
+        if patches > pixels_BPV.shape[1]:
+            raise UserError(
+                f"row {row} has {patches} patches by its grids, and pixel_values {pixels_BPV.shape[1]} a row; give all "
+                "of them, rows filled up with zeros to the same number"
+            )
 
 
 def check_counts(tokens_BT: Tensor, grids_Bn3: Tensor, cfg: ModelConfig) -> None:

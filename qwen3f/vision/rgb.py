@@ -13,8 +13,15 @@ from qwen3f.limits import PIXELS
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """By content, whatever a file is called. Others are not tried: pillow opens EPS by starting Ghostscript."""
 
+_KNOWN = (*FORMATS, "MPO")  # a JPEG with further pictures behind the first, as phones write it; the first is taken
 _WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _WHITE = (255, 255, 255, 255)
+# A PNG's transparent colour is in the file's own levels, and pillow's pixels are in 8 bits.
+_KEYS_IN_8_BITS = {
+    "L;2": lambda key: 85 * key,
+    "L;4": lambda key: 17 * key,
+    "RGB;16B": lambda key: tuple(level >> 8 for level in key),
+}
 
 
 def check_size(image: Image.Image, name: str) -> None:
@@ -34,14 +41,17 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     Raises UserError, which calls it `name`: too many pixels, none, a format that is not one of FORMATS, values that
     have no known range (mode F, or I beyond 16 bits), damaged data.
     """
-    if image.format is not None and image.format not in FORMATS:
+    if image.format is not None and image.format not in _KNOWN:
         raise UserError(f"{name} is a {image.format}; only {', '.join(FORMATS)} are decoded: convert it")
     check_size(image, name)
     if image.mode == "F":
         raise UserError(f"{name} has floating-point pixels (mode F) of an unknown range: convert it to 8 or 16 bits")
+    levels_of_file = image.tile[0][3] if getattr(image, "tile", None) else ""
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
+        if levels_of_file in _KEYS_IN_8_BITS and "transparency" in image.info:
+            image.info["transparency"] = _KEYS_IN_8_BITS[levels_of_file](image.info["transparency"])
         if image.mode not in _WIDE_MODES:
             return _on_white(image)
     except Exception as error:  # a decoder may meet anything in a damaged file
@@ -50,7 +60,7 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65_535:
         raise UserError(f"{name} has values from {values.min()} to {values.max()} (mode I): convert it to 8 or 16 bits")
-    levels = (values.astype(np.uint32) + 128) // 257
+    levels = np.where(values == image.info.get("transparency"), 255, (values.astype(np.uint32) + 128) // 257)
     return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
 
 

@@ -81,11 +81,13 @@ def video_patches(
     """
     indices = sample_frames(len(frames), source_fps, fps)
     group = cfg.vision_temporal_patch_size
-    pictures = [to_rgb(frames[index]) for index in indices]
-    first = pictures[0]
-    count = max(len(pictures), group)
-    size = fit_size(count, first.height, first.width, token_side(cfg), group, min_pixels, max_pixels)
-    resized = [np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)) for picture in pictures]
+    count, size = max(len(indices), group), None
+    resized = []
+    for index in indices:  # one after the other: a whole video in its own size may be large
+        picture = to_rgb(frames[index])
+        if size is None:
+            size = fit_size(count, picture.height, picture.width, token_side(cfg), group, min_pixels, max_pixels)
+        resized.append(np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC)))
     resized += [resized[-1]] * (-len(resized) % group)
     patches, grid = flat_patches(np.stack(resized), cfg)
     return patches, grid, timestamps(indices, source_fps, group)

@@ -13,6 +13,8 @@ from qwen3f.errors import UserError
 from qwen3f.infer.pictures import vision_ids
 from qwen3f.infer.prompts import encode_shown, pictures_of, read_images, read_video
 from qwen3f.infer.run import run
+from qwen3f.vision import gif
+from qwen3f.vision.gif import gif_frames
 
 LIMITS = (32 * 32, 96 * 96)
 
@@ -117,6 +119,27 @@ def test_a_video_of_frames_or_a_gif(source, tmp_path):
     assert [part.text for part in gif.text] == [part.text for part in shown.text]
     for place in (str(folder), str(tmp_path / "x.gif")):
         run(configure(source, video=place, video_fps=2.0), tmp_path)
+
+
+def test_a_gifs_frames_stand_at_their_own_times(source, tmp_path):
+    frames = [Image.new("RGB", (32, 48), (60 * i, 0, 0)) for i in range(4)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=[500, 500, 500, 2500])
+    seen = Image.open(tmp_path / "x.gif")
+    held, fps = gif_frames(seen, "x")
+    assert (len(held), fps) == (8, 2.0)
+    assert [round(held[tick].getpixel((1, 1))[0] / 60) for tick in range(8)] == [0, 1, 2, 3, 3, 3, 3, 3]
+    text = read_video(str(tmp_path / "x.gif"), None, source[1]).text
+    assert [part.text for part in text][::2] == [f"<{second / 2:.1f} seconds>" for second in range(8)]
+    assert len(gif_frames(seen, "x", fps=3.0)[0]) == 4
+
+
+def test_of_a_long_gif_only_what_is_looked_at_is_decoded(source, tmp_path, monkeypatch):
+    frames = [Image.new("RGB", (32, 48), (i, 0, 0)) for i in range(100)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=20)
+    decoded = []
+    monkeypatch.setattr(gif, "to_rgb", lambda image, name: decoded.append(1) or image.convert("RGB"))
+    read_video(str(tmp_path / "x.gif"), None, source[1])
+    assert len(decoded) == 4
 
 
 def test_what_cannot_be_shown(source, tmp_path):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
+from qwen3f import model, params, presets
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.model.rope import rope_tables
-from qwen3f.vision.mrope import next_position, position_ids, visual_index
+from qwen3f.vision.mrope import check_patches, next_position, position_ids, visual_index
 
 IMAGE, VIDEO, BEGIN, END = 90, 91, 92, 93
 IDS = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), (90, 91, 92, 93)))
@@ -111,6 +112,19 @@ def test_counts_are_checked_row_by_row():
         position_ids(tokens[:, :1], torch.zeros(2, 1, 3, dtype=torch.int64), CFG)
     with pytest.raises(UserError, match="multiples of 2"):
         position_ids(torch.tensor([[IMAGE]]), torch.tensor([[[1, 2, 3]]]), CFG)
+
+
+def test_a_row_has_the_patches_that_its_grids_name():
+    """Else it would see the next row's."""
+    check_patches(torch.tensor([[[1, 4, 4]], [[0, 0, 0]]]), torch.zeros(2, 16, 5))
+    with pytest.raises(UserError, match="row 1 has 32 patches by its grids, and pixel_values 16 a row"):
+        check_patches(torch.tensor([[[1, 4, 4]], [[1, 4, 8]]]), torch.zeros(2, 16, 5))
+    cfg = presets.get("nano_vl")
+    tokens = torch.full((2, 24), cfg.image_token_id)
+    tokens[:, 8:] = 300
+    batch = {"tokens": tokens, "pixel_values": torch.zeros(2, 16, cfg.vision_patch_values)}
+    with pytest.raises(UserError, match="row 0 has 32 patches"):
+        model.apply(cfg, params.init_params(cfg, seed=0), {**batch, "grids": torch.tensor([[[1, 4, 8]]] * 2)})
 
 
 @pytest.mark.parametrize("head_dim, section", [(128, (24, 20, 20)), (16, (4, 2, 2)), (16, (2, 3, 3)), (24, (4, 4, 4))])

@@ -21,7 +21,7 @@ from qwen3f.vision.preprocess import Grid, merged_tokens
 from qwen3f.vision.video import frame_text
 
 PICTURE = "\N{OBJECT REPLACEMENT CHARACTER}"
-"""Where a picture stands in a message's text; texts of strangers that hold it are refused."""
+"""Where a picture stands in the text of a chat with pictures; there, strangers' texts that hold it are refused."""
 
 _BEGIN, _PAD, _VIDEO, _END = "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"
 
@@ -42,7 +42,7 @@ class VisualSample:
 
     Attributes:
         chat: its messages hold PICTURE once for each picture, in order.
-        pictures: none for a chat of words.
+        pictures: none for a chat of words, in which PICTURE is a character like others.
         group: what held-out results are listed by; "" for none.
     """
 
@@ -58,7 +58,8 @@ def tokenise(
     chat, shown = sample.chat, iter([image_segments(merged_tokens(grid, cfg)) for grid in grids])
     ids, trained = [], []
     for run, is_trained in chat_runs(chat.messages, chat.tools, chat.all_turns, chat.enable_thinking, chat.kind)[:-1]:
-        piece = tokenizer.encode_segments([part for segment in run for part in expanded(segment, shown)])
+        parts = [part for segment in run for part in expanded(segment, shown)] if grids else list(run)
+        piece = tokenizer.encode_segments(parts)
         ids += piece
         trained += [is_trained] * len(piece)
     if (left := len(list(shown))) > 0:

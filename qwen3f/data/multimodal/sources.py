@@ -11,15 +11,15 @@ What is held out is decided by the picture and the first question together; of g
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from qwen3f.data.chat.conversation import OPTIONAL_COLUMNS, Conversation, checked_messages
+from qwen3f.data.chat.conversation import OPTIONAL_COLUMNS, Conversation, checked_messages, read_conversation
 from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.chat.samples import Turns, make_samples
 from qwen3f.data.chat.sources import open_chats
@@ -196,11 +196,11 @@ def _read_llava(row: Row, root: Path) -> tuple[Conversation, tuple[multimodal.Im
     chat = multimodal.llava(row, root)
     messages = []
     for message in chat.messages:
-        _refuse_picture_character(message["content"], row.name)
         before, found, after = message["content"].partition(multimodal.PLACEHOLDER)
         if found and message["role"] == "user":
             message = {**message, "content": before + PICTURE + after.lstrip("\n")}
         messages.append(message)
+    _check_places(messages, (chat.image,), row.name)
     return Conversation(checked_messages(messages, row.name), row.name), (chat.image,)
 
 
@@ -213,19 +213,16 @@ def _read_chat(row: Row, root: Path) -> tuple[Conversation, tuple[multimodal.Ima
             if PICTURE in text and message.get("role") != "user":
                 raise RowFault("invalid_rows", f"{row.name} has an image in a turn of {message.get('role')!r}")
             message = {**message, "content": text}
-        else:
-            _refuse_picture_character(content, row.name)
         messages.append(message)
-    conversation = Conversation(checked_messages(messages, row.name), row.name)
-    enable = row.values.get("enable_thinking")
+    _check_places([messages, row.values.get("tools")], files, row.name)
+    conversation = read_conversation(Row({**row.values, "messages": messages}, row.name))
     shown = sum(message["content"].count(PICTURE) for message in conversation.messages)
-    return replace(conversation, enable_thinking=enable), tuple(files[:shown])
+    return conversation, tuple(files[:shown])
 
 
 def _part(part: Any, root: Path, where: str, files: list[multimodal.ImageFile]) -> str:
     """A part's text; an image is added to files."""
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        _refuse_picture_character(part["text"], where)
         return part["text"]
     if isinstance(part, Mapping) and part.get("type") == "image" and isinstance(part.get("image"), str):
         files.append(multimodal.image_inside(root, part["image"], where))
@@ -236,6 +233,15 @@ def _part(part: Any, root: Path, where: str, files: list[multimodal.ImageFile]) 
     )
 
 
-def _refuse_picture_character(text: object, where: str) -> None:
-    if isinstance(text, str) and PICTURE in text:
+def _check_places(told: object, files: Sequence[multimodal.ImageFile], where: str) -> None:
+    """Raises RowFault where PICTURE stands in a text, a thought or a call as well, and not for files alone."""
+    if _count_pictures(told) != len(files):
         raise RowFault("invalid_rows", f"{where} holds U+FFFC, which stands for a picture here: remove it.")
+
+
+def _count_pictures(told: object) -> int:
+    if isinstance(told, str):
+        return told.count(PICTURE)
+    if isinstance(told, Mapping):
+        return sum(_count_pictures(part) for pair in told.items() for part in pair)
+    return sum(map(_count_pictures, told)) if isinstance(told, list | tuple) else 0

@@ -12,7 +12,8 @@ from qwen3f.limits import PIXELS
 from qwen3f.vision.rgb import FORMATS, check_size, to_rgb
 
 Result = TypeVar("Result")
-_ORIENTATION = 0x0112  # EXIF's number of it; from 5 on height and width change places
+_ORIENTATION = 0x0112  # EXIF's number of it
+_ON_ITS_SIDE = (5, 6, 7, 8)  # height and width change places; other values mean nothing
 
 
 def read_image(path: Path) -> Image.Image:
@@ -30,7 +31,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
     def upright(image: Image.Image, name: str) -> tuple[int, int]:
         check_size(image, name)
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
         return image.size if turned else image.size[::-1]
 
     return opened(path, upright)

@@ -35,9 +35,11 @@ def tokenizer(tmp_path_factory):
 
 
 def chats(folder, rows, **images):
+    """rows: messages, or whole rows."""
     for name, image in images.items():
         image.save(folder / f"{name}.png")
-    (folder / "x.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    whole = [row if isinstance(row, dict) else {"messages": row} for row in rows]
+    (folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
     return f"visual-chats@{folder}"
 
 
@@ -158,7 +160,13 @@ def test_placeholders_that_a_user_types_are_words(tokenizer, tmp_path):
     "row, words",
     [
         (chat(text(f"a {PICTURE} b")), "U\\+FFFC"),
+        ([*chat(text("a"))[:1], {"role": "assistant", "content": "b", "reasoning_content": PICTURE}], "U\\+FFFC"),
+        ({"messages": chat(text("a")), "tools": [{"name": "f", "description": PICTURE}]}, "U\\+FFFC"),
+        ({"messages": chat(text("a")), "enable_thinking": "no"}, "enable_thinking='no': write true or false"),
+        ({"messages": chat(text("a")), "enable_thinking": 0}, "enable_thinking=0: write true or false"),
         (chat(text("a"), {"type": "image", "image": "../x.png"}), "outside the folder"),
+        (chat(text("a"), {"type": "image", "image": "data:image/png;base64," + "A" * 9000}), "A…', which is no path"),
+        (chat(text("a"), {"type": "image", "image": "a\0b.png"}), "a.x00b.png', which is no"),
         (chat(text("a"), {"type": "image", "image": "none.png"}), "which is not in"),
         (chat(text("a"), {"type": "video", "video": "v.mp4"}), 'write {"type": "text"'),
         (chat(text("a"), image("broken")), "broken.png cannot be read"),
@@ -176,6 +184,41 @@ def test_bad_rows_are_named_or_counted(row, words, tokenizer, tmp_path):
     corpus = prepare_visual(settings(mixture=name, on_bad_row="skip"), SEQ_LEN, tokenizer, CFG)
     assert sum(corpus.train.left_out.values()) == 1
     assert len(all_documents(corpus, name)) == 40
+
+
+def test_in_a_chat_of_words_the_pictures_character_is_one_like_others(tokenizer, tmp_path):
+    answer = {"role": "assistant", "content": "b"}
+    chats(tmp_path, [[{"role": "user", "content": f"see {PICTURE} {n}"}, answer] for n in range(30)])
+    name = f"chats@{tmp_path}"
+    corpus = prepare_visual(settings(mixture=name), SEQ_LEN, tokenizer, CFG)
+    documents = all_documents(corpus, name)
+    assert len(documents) == 30
+    for document in documents:
+        assert not document.pictures
+        assert f"see {PICTURE} " in tokenizer.decode(document.ids.tolist())
+
+
+def test_tools_of_a_row_are_in_its_prompt(tokenizer, tmp_path):
+    called = {"role": "assistant", "content": "", "tool_calls": [{"name": "zoom", "arguments": {"to": 2}}]}
+    tools = [{"type": "function", "function": {"name": "zoom", "description": "closer", "parameters": {}}}]
+    rows = [{"messages": [*chat(text(f"q {n}"), image("one"))[:1], called], "tools": tools} for n in range(30)]
+    name = chats(tmp_path, rows, one=noise(64, 64))
+    corpus = prepare_visual(settings(mixture=name), 2 * SEQ_LEN, tokenizer, CFG)
+    for document in all_documents(corpus, name):
+        assert '"description": "closer"' in tokenizer.decode(document.ids.tolist())
+
+
+@pytest.mark.parametrize("orientation", [0, 3, 6, 9, 65535])
+def test_a_picture_has_the_size_that_preparing_read(orientation, tokenizer, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(96, 64).save(tmp_path / "one.jpg", exif=exif)
+    part = {"type": "image", "image": "one.jpg"}
+    name = chats(tmp_path, [chat(text(f"q {n}"), part) for n in range(30)])
+    corpus = prepare_visual(settings(mixture=name), SEQ_LEN, tokenizer, CFG)
+    turned = (1, 12, 8) if orientation == 6 else (1, 8, 12)
+    assert {document.grids for document in all_documents(corpus, name)} == {(turned,)}
+    assert corpus.train[0]["grids"][0].tolist() == list(turned)
 
 
 def test_a_truncated_picture_is_skipped_before_training_begins(tokenizer, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, features
 
 from qwen3f.data.sources.adapters.multimodal import ImageFile
-from qwen3f.data.sources.image_file import FORMATS, read_image
+from qwen3f.data.sources.image_file import FORMATS, image_size, read_image
 from qwen3f.errors import UserError
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10 10 rectfill\nshowpage\n"
@@ -55,6 +55,38 @@ def test_the_named_formats_are_read_whatever_the_suffix(kind, tmp_path):
     image = read_image(tmp_path / "x.jpg")
     assert (image.mode, image.size) == ("RGB", (5, 4))
     assert all(abs(a - b) <= 5 for a, b in zip(image.getpixel((2, 2)), (200, 10, 10)))  # JPEG rounds
+
+
+def test_of_a_jpeg_with_further_pictures_the_first_is_read(tmp_path):
+    first, second = (Image.new("RGB", (40, 24), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[second])
+    red = read_image(tmp_path / "x.jpg").getpixel((2, 2))
+    assert red[0] > 250
+    assert max(red[1:]) < 5
+    assert image_size(tmp_path / "x.jpg") == (24, 40)
+
+
+GREY, RGB = 0, 2  # a PNG's kinds of colour
+
+
+@pytest.mark.parametrize(
+    "depth, kind, row, clear, others",
+    [
+        (1, GREY, bytes([0b01000000]), struct.pack(">H", 1), [(0, 0, 0), None]),
+        (2, GREY, bytes([0b00011011]), struct.pack(">H", 1), [(0, 0, 0), None, (170, 170, 170), (255, 255, 255)]),
+        (4, GREY, bytes([0x1F]), struct.pack(">H", 1), [None, (255, 255, 255)]),
+        (8, GREY, bytes([10, 20]), struct.pack(">H", 10), [None, (20, 20, 20)]),
+        (16, GREY, struct.pack(">2H", 1000, 2570), struct.pack(">H", 1000), [None, (10, 10, 10)]),
+        (8, RGB, bytes([1, 2, 3, 9, 8, 7]), struct.pack(">3H", 1, 2, 3), [None, (9, 8, 7)]),
+        (16, RGB, struct.pack(">6H", 1, 2, 3, 60000, 0, 0), struct.pack(">3H", 60000, 0, 0), [(0, 0, 0), None]),
+    ],
+)
+def test_a_pngs_transparent_colour_is_white_at_any_depth(depth, kind, row, clear, others, tmp_path):
+    header = struct.pack(">IIBBBBB", len(others), 1, depth, kind, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"tRNS", clear) + chunk(b"IDAT", zlib.compress(b"\0" + row))
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b""))
+    image = read_image(tmp_path / "x.png")
+    assert [image.getpixel((x, 0)) for x in range(len(others))] == [pixel or (255, 255, 255) for pixel in others]
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.eps"])

@@ -21,6 +21,7 @@ from qwen3f.errors import UserError
 PLACEHOLDER = "<image>"
 DEFAULT = "llava-instruct-150k"
 
+_NAME = 80  # characters of a file's name that an error shows
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
@@ -69,13 +70,18 @@ def llava(row: Row, image_root: Path) -> ImageChat:
 def image_inside(image_root: Path, relative: str, where: str) -> ImageFile:
     """An image below the folder. Raises RowFault for one elsewhere, or that is not there."""
     folder = image_root.resolve()
-    path = (folder / relative).resolve()
-    if not path.is_relative_to(folder):
-        raise RowFault("invalid_rows", f"{where} names the image {relative!r}, outside the folder {image_root}.")
-    if not path.is_file():
+    name = repr(relative if len(relative) <= _NAME else relative[:_NAME] + "…")
+    try:
+        path = (folder / relative).resolve()
+        inside, there = path.is_relative_to(folder), path.is_file()
+    except (OSError, ValueError) as error:  # a name that no file can have: data URIs, NUL
         raise RowFault(
-            "invalid_rows", f"{where} names the image {relative!r}, which is not in {image_root}: copy it there."
-        )
+            "invalid_rows", f"{where} names the image {name}, which is no path ({error.args[-1]}): write a file's path."
+        ) from None
+    if not inside:
+        raise RowFault("invalid_rows", f"{where} names the image {name}, outside the folder {image_root}.")
+    if not there:
+        raise RowFault("invalid_rows", f"{where} names the image {name}, which is not in {image_root}: copy it there.")
     return ImageFile(path, where)
 
 
