@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -54,9 +55,14 @@ class RopeScaling:
         for key in ("factor", "original_max_position_embeddings"):
             if values.get(key) is None:
                 raise UserError(f"rope_scaling: '{key}' is missing; YaRN needs factor and the context length before it")
-        scaling = cls(**values)
-        _check_types("rope_scaling", scaling)
-        return scaling
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        _check_types("rope_scaling", self)
+        for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value <= sys.float_info.max:  # JSON's integers may be longer
+                raise UserError(f"rope_scaling.{key} is {value}; it must be finite and above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +310,8 @@ def _validate(cfg: ModelConfig) -> None:
         )
     if cfg.head_dim % 2:
         raise UserError(f"model.head_dim must be even for rotary embeddings, got {cfg.head_dim}")
+    if cfg.rope_scaling is not None and cfg.rope_theta <= 1:
+        raise UserError(f"model.rope_theta must be above 1 where model.rope_scaling is set, got {cfg.rope_theta}")
     if not 0.0 <= cfg.attention_dropout < 1.0:
         raise UserError(f"model.attention_dropout must be in [0, 1), got {cfg.attention_dropout}")
     if cfg.num_experts and not 1 <= cfg.num_experts_per_tok <= cfg.num_experts:

@@ -17,9 +17,11 @@ def read_object(path: Path, most: Limit = FILE_BYTES) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise UserError(f"{path} has the key '{twice}' twice; remove one of the two")
+            seen: set[str] = set()
+            for key, _ in pairs:
+                if key in seen:
+                    raise UserError(f"{path} has the key '{key}' twice; remove one of the two")
+                seen.add(key)
         return values
 
     try:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from qwen3f import params, presets
-from qwen3f.config import ModelConfig
+from qwen3f.config import ModelConfig, RopeScaling
 from qwen3f.errors import UserError
 
 # Exact counts of Hugging Face's models (built on the meta device), and the seed's sizes where they can be reached.
@@ -93,6 +93,26 @@ def test_booleans_of_config_files_are_understood():
 def test_wrong_values_are_named(values, words):
     with pytest.raises(UserError, match=words):
         ModelConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "key", ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"]
+)
+@pytest.mark.parametrize("value", [0, -2, pytest.param(10**400, id="1e400"), math.nan, math.inf])
+def test_numbers_of_yarn_are_finite_and_positive(key, value):
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
+    words = rf"rope_scaling.{key} is .*; it must be "
+    for make in (RopeScaling.from_dict, lambda values: RopeScaling(**values)):
+        with pytest.raises(UserError, match=words):
+            make({**yarn, key: value})
+    with pytest.raises(UserError, match=words):
+        ModelConfig.from_dict({"rope_scaling": {**yarn, key: value}})
+
+
+def test_yarn_needs_a_rotary_base_above_1():
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
+    with pytest.raises(UserError, match="model.rope_theta must be above 1 where model.rope_scaling is set"):
+        presets.get("nano").replace(rope_theta=1.0, rope_scaling=RopeScaling.from_dict(yarn))
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])

@@ -167,8 +167,8 @@ class Checkpointer:
     def wait(self) -> None:
         """Returns when the last save is on disk and what it replaces is gone.
 
-        Raises CheckpointWriteError, once, if the write failed or an old checkpoint could not be deleted; StuckWrite,
-        each time, while the write does not end in `timeout`.
+        Raises CheckpointWriteError, once, if the write failed, as commit.OldCheckpointStays if an old checkpoint could
+        not be deleted; StuckWrite, each time, while the write does not end in `timeout`.
         """
         if self._prepared is not None:
             self._prepared.ended()  # did it fail, `save` meets the same error

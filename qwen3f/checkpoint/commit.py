@@ -31,6 +31,10 @@ class CheckpointWriteError(TrainingError):
     """A checkpoint could not be written (disk full, directory gone, …); those written before it are untouched."""
 
 
+class OldCheckpointStays(CheckpointWriteError):
+    """A checkpoint is written and whole, but one that it replaces could not be deleted."""
+
+
 class Backend(Protocol):
     """The functions of orbax.py and dcp.py."""
 
@@ -140,21 +144,25 @@ def commit(
 def delete_expired(directory: Path, step: int, retention: Retention, world: World) -> None:
     """Delete what the retention gives up, after `step` was written: rank 0 does. All ranks together.
 
-    Raises, on all ranks alike, CheckpointWriteError where it can't be deleted.
+    Raises, on all ranks alike, OldCheckpointStays: for whatever goes wrong, since the new one is there.
     """
 
     def delete() -> None:
-        for old in retention.expired({there: _metrics(directory / str(there)) for there in steps(directory)}):
-            place = directory / str(old)
-            try:
+        what = f"what config.checkpoint.keep gives up in {directory}"
+        try:
+            known = {there: _metrics(directory / str(there)) for there in steps(directory)}
+            for old in retention.expired({there: values or {} for there, values in known.items()}):
+                if known[old] is None and retention.best:  # it may be among the best: the next save looks again
+                    continue
+                place = directory / str(old)
+                what = f"{place}, which config.checkpoint.keep gives up,"
                 _remove(place.rename(place.with_name(f"{old}{DELETED}")))
-            except OSError as error:
-                raise CheckpointWriteError(
-                    f"the checkpoint of step {step} is written, but {place}, which config.checkpoint.keep gives "
-                    f"up, could not be deleted: {error}"
-                ) from error
+        except Exception as error:  # a rank that left here alone would leave the others waiting
+            raise OldCheckpointStays(
+                f"the checkpoint of step {step} is written, but {what} could not be deleted: {error}"
+            ) from error
 
-    world.together(lambda: delete() if world.main else None, CheckpointWriteError)
+    world.together(lambda: delete() if world.main else None, OldCheckpointStays)
 
 
 def move_aside(directory: Path, after: int) -> Path | None:
@@ -165,11 +173,11 @@ def move_aside(directory: Path, after: int) -> Path | None:
 
     Raises CheckpointWriteError. What was moved before stays so: the latest are moved first.
     """
-    later = [step for step in steps(directory) if step > after]
-    if not later:
-        return None
-    real = directory.resolve()
     try:
+        later = [step for step in steps(directory) if step > after]
+        if not later:
+            return None
+        real = directory.resolve()
         for place in (directory, real, real / directory.name):
             numbered = (place.with_name(f"{directory.name}.aside{count}") for count in itertools.count(1))
             aside = next(path for path in numbered if not path.exists())
@@ -207,12 +215,14 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _metrics(checkpoint: Path) -> dict[str, float]:
-    """What it was saved with. Of a damaged one nothing is known: it can't be among the best."""
+def _metrics(checkpoint: Path) -> dict[str, float] | None:
+    """What it was saved with. Of a damaged one nothing is known: it can't be among the best. None: the disk failed."""
     try:
         return manifest.metrics(checkpoint)
     except DamagedCheckpoint:
         return {}
+    except OSError:
+        return None
 
 
 def _is_checkpoint(path: Path) -> bool:

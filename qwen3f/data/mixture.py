@@ -122,7 +122,7 @@ def make_mixture(
         weights: positive and finite, as parse_weights gives them.
         max_epochs: of each dataset, None for no limit; a fraction of an epoch is rounded down to examples.
 
-    Raises UserError for a weight too small for a single place of a cycle, or a cap that leaves no example.
+    Raises UserError for a weight of less than a whole place of a cycle, or a cap that leaves no example.
     """
     caps = []
     for part, epochs in zip(parts, max_epochs or [None] * len(parts)):
@@ -130,8 +130,8 @@ def make_mixture(
         if caps[-1] == 0:
             raise UserError(f"data.max_epochs={epochs} leaves none of {len(part)} examples: raise it.")
     mixture = Mixture(tuple(parts), tuple(map(float, weights)), tuple(caps))
-    if not all(mixture.slots):
-        small = weights[int(np.argmin(mixture.slots))]
+    # Less than a whole place may be rounded up now, and down to none when the rest is shared anew.
+    if (small := min(weights)) / sum(weights) < 1 / CYCLE:
         raise UserError(f"data.mixture has the weight {small} of {sum(weights)}: give at least 1/{CYCLE} of the sum.")
     return mixture
 

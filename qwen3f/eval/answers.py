@@ -107,15 +107,19 @@ def answers_of(
         )
         for number, prompt in enumerate(ids)
     )
-    for row in engine.submit(requests):
-        while not row.finish_reason:
-            between()
-            engine.step()
-        given = completion(row)
-        if given.finish_reason.startswith("error"):
-            raise UserError(given.finish_reason.removeprefix("error: "))
-        ended = given.finish_reason == "stop"
-        yield Answer(opened + tokenizer.decode(given.ids[:-1] if ended else given.ids), ended)
+    rows = engine.submit(requests)
+    try:
+        for row in rows:
+            while not row.finish_reason:
+                between()
+                engine.step()
+            given = completion(row)
+            if given.finish_reason.startswith("error"):
+                raise UserError(given.finish_reason.removeprefix("error: "))
+            ended = given.finish_reason == "stop"
+            yield Answer(opened + tokenizer.decode(given.ids[:-1] if ended else given.ids), ended)
+    finally:
+        engine.cancel(rows)  # where the caller stopped: the engine may answer others
 
 
 def answer_on_ranks(

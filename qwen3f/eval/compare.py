@@ -15,6 +15,8 @@ from qwen3f.limits import RESULTS_BYTES
 from qwen3f.strict_json import read_object
 
 SHOWN = 20  # questions that changed, of each kind
+_QUESTION = ("group", "question", "gold")
+_SAMPLE = (*_QUESTION, "number", "name", "metrics")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +31,16 @@ class Compared:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[tuple[str, str], Compared]:
     """(benchmark, metric) -> the comparison, of what both have.
 
-    a, b: as in results.json; their prompts and settings may differ. Only questions that both were asked count. Raises
-    UserError where there are none, and where the questions of one number have other right answers.
+    a, b: as in results.json; their examples, form and settings may differ. Questions are paired by their number in the
+    whole benchmark, and only those that both were asked count. Raises UserError where there are none, and where one
+    number is of two questions: with another group, text or right answer.
     """
     out: dict[tuple[str, str], Compared] = {}
     for name in sorted(a["benchmarks"].keys() & b["benchmarks"].keys()):
         first, second = ({r["number"]: r for r in x["benchmarks"][name]["samples"]} for x in (a, b))
         both = sorted(first.keys() & second.keys())
         for number in both:
-            if first[number]["gold"] != second[number]["gold"]:
+            if any(first[number][key] != second[number][key] for key in _QUESTION):
                 raise UserError(
                     f"question {number} of {name} is another one in B ({second[number]['name']}) than in A "
                     f"({first[number]['name']}); compare runs on the same data"
@@ -73,11 +76,19 @@ def described(found: Mapping[tuple[str, str], Compared]) -> str:
 def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 2:
         raise UserError("write python -m qwen3f.eval.compare A/results.json B/results.json")
-    a, b = (read_object(Path(argument), RESULTS_BYTES) for argument in arguments)
-    for argument, results in zip(arguments, (a, b)):
-        if "benchmarks" not in results:
-            raise UserError(f"{argument} holds no results: name the results.json of an evaluation")
+    a, b = (_read(argument) for argument in arguments)
     print(described(compare(a, b)), end="")
+
+
+def _read(argument: str) -> dict[str, Any]:
+    results = read_object(Path(argument), RESULTS_BYTES)
+    try:
+        whole = all(record.keys() >= set(_SAMPLE) for x in results["benchmarks"].values() for record in x["samples"])
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{argument} holds no results as they are written here: name the results.json of an evaluation")
+    return results
 
 
 if __name__ == "__main__":

@@ -199,9 +199,8 @@ class Evaluator:
         return len(context) + len(continuation) > self.cfg.max_position_embeddings + 1
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if any("<|" in text or "think>" in text for text in texts):  # special tokens, which batches don't know
-            return [self.tokenizer.encode(text, allow_special=True) for text in texts]
-        return [ids.tolist() for ids in self.tokenizer.encode_batch(list(texts), num_threads=os.cpu_count() or 1)]
+        trusted = [[(text, True)] for text in texts]  # names of special tokens are read in each, as the harness does
+        return [ids.tolist() for ids in self.tokenizer.encode_segments_batch(trusted, num_threads=os.cpu_count() or 1)]
 
 
 def choice_pairs(question: Mapping[str, Any], where: str) -> list[tuple[str, str]]:

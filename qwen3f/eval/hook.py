@@ -90,7 +90,7 @@ def _make(run: S.Run, stage: S.Stage, asked: Sequence[Exam]) -> Callable[[Params
 
     world = run.world
 
-    def own(part: range) -> Sequence[int]:
+    def own(part: Sequence[Asked]) -> Sequence[Asked]:
         return part[len(part) * world.rank // world.size : len(part) * (world.rank + 1) // world.size]
 
     def ask(params: Params) -> dict[str, float]:
@@ -102,8 +102,8 @@ def _make(run: S.Run, stage: S.Stage, asked: Sequence[Exam]) -> Callable[[Params
             for first in range(0, len(questions), CHUNK * world.size):
                 if run.stopping():
                     raise S.Interrupted
-                part = range(first, min(first + CHUNK * world.size, len(questions)))
-                records = world.together(partial(measure, ev, benchmark, questions, settings, own(part)), UserError)
+                part = questions[first : first + CHUNK * world.size]
+                records = world.together(partial(measure, ev, benchmark, own(part), settings), UserError)
                 marks = [{"metrics": record["metrics"]} for record in records]
                 found += [mark for some in world.gather(marks) for mark in some]
             values |= {f"{benchmark.name}/{metric}": one.value for metric, one in estimates(found).items()}

@@ -1,10 +1,12 @@
 """A benchmark's questions put to a model and scored, a record each."""
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen3f.data.chat.kinds import TemplateKind
 from qwen3f.data.chat.recognise import opening
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark
@@ -71,73 +73,68 @@ class Settings:
         return self.max_new_tokens or benchmark.generation.max_new_tokens
 
 
-def measure(
-    ev: Evaluator, benchmark: Benchmark, asked: Sequence[Asked], settings: Settings, numbers: Sequence[int]
-) -> list[Record]:
-    """A record of each of asked[numbers], plain JSON: {"number", "name", "group", "prompt", "gold", "metrics",
-    "truncated"}.
+def question(benchmark: Benchmark, asked: Asked, settings: Settings, kind: TemplateKind) -> Record:
+    """What a record says of its question, plain JSON: {"number", "name", "group", "question", "prompt", "gold"}; where
+    choices are scored also "choices" and "continuations".
 
-    Of choices also "choices", "loglikelihoods", "alike"; of answers "outputs" as written (from a "<think>" at the
-    prompt's end on), "answers" as judged, "ended".
+    "question" is the item's own prompt, whatever the form and the examples before it; "prompt" what the model reads.
+    kind: of its chats. Raises UserError as `prompts`.
     """
-    own = [asked[number] for number in numbers]
-    kind = template_of(benchmark, settings.prompt, ev.tokenizer)
-    read = [prompts(benchmark, one, settings.prompt, settings.thinking, kind) for one in own]
+    item, read = asked.item, prompts(benchmark, asked, settings.prompt, settings.thinking, kind)
+    said = {
+        "number": asked.number,
+        "name": item.name,
+        "group": item.group,
+        "question": item.prompt,
+        "prompt": read[0] if len(read) == 1 else read,
+        "gold": item.gold,
+    }
     if benchmark.generation is None:
-        found = _choose(ev, benchmark, own, read, settings)
+        said |= {"choices": item.choices, "continuations": item.continuations or item.choices}
+    return json.loads(json.dumps(said))  # lists for tuples, as a file has them
+
+
+def measure(ev: Evaluator, benchmark: Benchmark, asked: Sequence[Asked], settings: Settings) -> list[Record]:
+    """A record of each, plain JSON: what `question` says, "metrics", "truncated".
+
+    Of choices also "loglikelihoods", "alike"; of answers "outputs" as written (from a "<think>" at the prompt's end
+    on), "answers" as judged, "ended".
+    """
+    kind = template_of(benchmark, settings.prompt, ev.tokenizer)
+    said = [question(benchmark, one, settings, kind) for one in asked]
+    if benchmark.generation is None:
+        found = _choose(ev, benchmark, said, settings)
     else:
-        found = _answer(ev, benchmark, own, read, settings, numbers)
-    return [
-        {
-            "number": number,
-            "name": one.item.name,
-            "group": one.item.group,
-            "prompt": texts[0] if len(texts) == 1 else list(texts),
-            "gold": one.item.gold,
-            **more,
-        }
-        for number, one, texts, more in zip(numbers, own, read, found)
-    ]
+        found = _answer(ev, benchmark, asked, said, settings)
+    return [{**one, **more} for one, more in zip(said, found)]
 
 
-def _choose(
-    ev: Evaluator,
-    benchmark: Benchmark,
-    asked: Sequence[Asked],
-    read: Sequence[tuple[str, ...]],
-    settings: Settings,
-) -> list[Record]:
+def _choose(ev: Evaluator, benchmark: Benchmark, said: Sequence[Record], settings: Settings) -> list[Record]:
     questions = [
         {
-            "context": texts[0] if len(texts) == 1 else list(texts),
-            "choices": one.item.choices,
-            "continuations": one.item.continuations or one.item.choices,
-            "answer": one.item.gold,
+            "context": one["prompt"],
+            "choices": one["choices"],
+            "continuations": one["continuations"],
+            "answer": one["gold"],
             "delimiter": " " if settings.prompt == "raw" else "",
         }
-        for one, texts in zip(asked, read)
+        for one in said
     ]
     return [
         {
-            "choices": list(one.item.choices),
             "loglikelihoods": list(found.log_probs),
             "metrics": {name: found.marks[name] for name in benchmark.metrics},
             "truncated": found.truncated,
             "alike": found.alike,
         }
-        for one, found in zip(asked, ev.choices(questions))
+        for found in ev.choices(questions)
     ]
 
 
 def _answer(
-    ev: Evaluator,
-    benchmark: Benchmark,
-    asked: Sequence[Asked],
-    read: Sequence[tuple[str, ...]],
-    settings: Settings,
-    numbers: Sequence[int],
+    ev: Evaluator, benchmark: Benchmark, asked: Sequence[Asked], said: Sequence[Record], settings: Settings
 ) -> list[Record]:
-    how = benchmark.generation
+    how, numbers = benchmark.generation, [one.number for one in asked]
     sampling = Sampling(
         settings.tokens(benchmark), settings.samples, settings.temperature, settings.top_p, settings.seed
     )
@@ -146,17 +143,19 @@ def _answer(
     until, out = () if as_chat else how.until, []
     ends = () if settings.thinking else until  # a thought may hold such texts
     begun = opening(ev.tokenizer) if is_chat(benchmark, settings.prompt) else ""
-    for one, written in zip(asked, write(ev, [texts[0] for texts in read], sampling, numbers, ends)):
+    for one, written in zip(asked, write(ev, [each["prompt"] for each in said], sampling, numbers, ends)):
         texts = [begun + w.text for w in written]
         # a task's judge looks behind the thinking itself, as its rewards do
         answers = [text if benchmark.task else cut(text, until, settings.thinking) or "" for text in texts]
         if as_chat:
             answers = [how.chat(one.item, text) for text in answers]
+        # an answer to a task that did not end is wrong, as in the stages; the field's harness judges what is there
+        unfinished = benchmark.task is not None and not written[0].ended
         out.append(
             {
                 "outputs": texts,
                 "answers": answers,
-                "metrics": dict(score(one.item, answers)),
+                "metrics": dict.fromkeys(benchmark.metrics, 0.0) if unfinished else dict(score(one.item, answers)),
                 "ended": [w.ended for w in written],
                 "truncated": written[0].truncated,
             }

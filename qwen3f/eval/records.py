@@ -40,7 +40,7 @@ class Records:
             if there.get(key) != value:
                 raise UserError(
                     f"{self._path} holds answers by other settings: {key} was {there.get(key)!r} and is now {value!r}; "
-                    "choose another --workdir, or write what it was"
+                    "choose another --workdir, or set it back"
                 )
 
     def add(self, records: Sequence[Record]) -> None:

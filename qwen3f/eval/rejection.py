@@ -44,6 +44,7 @@ SAMPLES, SUMMARY = "samples.jsonl", "rejection_summary.json"
 
 _FREE = ("stage", "out", "questions", "batch_size", "device")  # may change when a run goes on
 _DATA = ("kinds", "difficulties", "problems", "problem_seed")
+_DIGITS = 16  # of the weights' fingerprint, kept and shown
 
 
 @dataclasses.dataclass
@@ -96,7 +97,9 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, A
     chosen = {f"data.{key}": value for key, value in config.data.items()} | config.to_dict()
     settings = {key: value for key, value in chosen.items() if key not in (*_FREE, "data")}
     with held(out, "--config.out"):
-        done = _progress(out, {**settings, "init_from": place})
+        # another model may have been written to the same place since
+        weights = source.weights_digest(place)[:_DIGITS]
+        done = _progress(out, {**settings, "init_from": place, "weights": weights})
         if done.counts["questions"] < len(questions):
             params = source.read_params(place, cfg, device, dtype)
             options = AnswerOptions(config.max_new_tokens, config.temperature, config.seed, 0, config.batch_size)
@@ -165,9 +168,10 @@ def _progress(out: Path, settings: dict[str, Any]) -> Progress:
         ) from error
     if differing:
         key = differing[0]
+        name = key if key == "weights" else f"--config.{key}"
         raise UserError(
-            f"--config.out={out} holds samples by other settings: --config.{key} was {done.settings.get(key)!r}, and "
-            f"is now {settings[key]!r}; choose another --config.out, or write what it was"
+            f"--config.out={out} holds samples by other settings: {name} was {done.settings.get(key)!r}, and is now "
+            f"{settings[key]!r}; choose another --config.out, or set it back"
         )
     if done.bytes > (samples.stat().st_size if samples.exists() else 0):
         raise UserError(f"{samples} is shorter than {path} says: put it back, or choose another --config.out")

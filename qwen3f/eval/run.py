@@ -23,8 +23,8 @@ from qwen3f.eval.benchmarks.items import Asked, load, place_of
 from qwen3f.eval.benchmarks.registry import parse_benchmarks
 from qwen3f.eval.benchmarks.tasks import task_benchmark
 from qwen3f.eval.evaluator import Evaluator
-from qwen3f.eval.measure import Settings, measure, summary
-from qwen3f.eval.prompts import is_chat, prompts, template_of
+from qwen3f.eval.measure import Settings, measure, question, summary
+from qwen3f.eval.prompts import is_chat, template_of
 from qwen3f.eval.records import Records
 from qwen3f.eval.report import table
 from qwen3f.files import write_atomically
@@ -37,7 +37,9 @@ from qwen3f.train.lock import only_writer
 from sharding.mesh import MeshShape, parse_mesh
 
 RESULTS, TABLE = "results.json", "results.md"
+_DIGITS = 16  # of a fingerprint, kept and shown
 _SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+_QUESTION = ("group", "question", "prompt", "gold", "choices", "continuations")  # what a score depends on
 _PROBLEMS = ("kinds", "difficulties", "problems", "problem_seed")  # of config.data: which generated ones are asked
 
 
@@ -115,13 +117,13 @@ def evaluate(config: ConfigDict, workdir: Path, progress: bool = True, world: Wo
     """
     with only_writer(workdir, world):
         exams, place = world.together(lambda: _exams(config), UserError)
-        files = world.together(lambda: _files(workdir, exams) if world.main else [], UserError)
+        files = world.together(lambda: _files(config, workdir, exams, place) if world.main else [], UserError)
         done = world.first([sorted(file.done) for file in files])
         ev: Evaluator | None = None
         for number, exam in enumerate(exams):
             there = set(done[number])
-            left = [i for i in range(len(exam.asked)) if i not in there]
-            if left and ev is None:  # where nothing is left to ask, no weights are read
+            left = [one for one in exam.asked if one.number not in there]
+            if left and ev is None:  # where nothing is left to ask, no model is built
                 ev = _open(config, place)
             if left and ev is not None:
                 _ask(ev, exam, left, config.chunk, files[number] if files else None, (world, progress))
@@ -130,7 +132,7 @@ def evaluate(config: ConfigDict, workdir: Path, progress: bool = True, world: Wo
         dtype = find_dtype(config.dtype, find_device(config.device))
         results = {"model": place, "dtype": str(dtype).removeprefix("torch."), "benchmarks": {}}
         for exam, file in zip(exams, files):
-            records = [file.done[i] for i in range(len(exam.asked))]
+            records = [file.done[one.number] for one in exam.asked]
             found = {**summary(records), "settings": dict(exam.values) | {"limit": config.limit}}
             results["benchmarks"][exam.benchmark.name] = {**found, "samples": records}
         text = table(results)
@@ -170,20 +172,24 @@ def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
     return exams, place
 
 
-def _files(workdir: Path, exams: Sequence[Exam]) -> list[Records]:
-    """The records on disk. Raises UserError where they are of other questions than those there are now."""
+def _files(config: ConfigDict, workdir: Path, exams: Sequence[Exam], place: str) -> list[Records]:
+    """The records on disk. Raises UserError where they are of another model, or of other questions or right answers,
+    than there are now: a directory may have got other files since."""
+    model_of = {
+        "weights": source.weights_digest(place)[:_DIGITS],
+        "tokenizer": _tokenizer(config, place).fingerprint[:_DIGITS],
+    }
     files = []
     for exam in exams:
-        file = Records(workdir, exam.benchmark.name, exam.values)
-        for number, record in file.done.items():
-            if number >= len(exam.asked):
-                continue
-            texts = prompts(exam.benchmark, exam.asked[number], exam.settings.prompt, exam.settings.thinking, exam.kind)
-            if record["prompt"] != (texts[0] if len(texts) == 1 else list(texts)):
-                raise UserError(
-                    f"--workdir={workdir}: question {number} of {exam.benchmark.name}, {record['name']}, was another "
-                    "one; choose another --workdir, or put the data set back"
-                )
+        file = Records(workdir, exam.benchmark.name, {**exam.values, **model_of})
+        for one in exam.asked:
+            if record := file.done.get(one.number):
+                now = question(exam.benchmark, one, exam.settings, exam.kind)
+                if changed := [key for key in _QUESTION if record.get(key) != now.get(key)]:
+                    raise UserError(
+                        f"--workdir={workdir}: question {one.number} of {exam.benchmark.name}, {record['name']}, was "
+                        f"another one, by its {changed[0]}; choose another --workdir, or put the data set back"
+                    )
         files.append(file)
     return files
 
@@ -201,7 +207,7 @@ def _open(config: ConfigDict, place: str) -> Evaluator:
 
 
 def _ask(
-    ev: Evaluator, exam: Exam, left: Sequence[int], chunk: int, file: Records | None, shown: tuple[World, bool]
+    ev: Evaluator, exam: Exam, left: Sequence[Asked], chunk: int, file: Records | None, shown: tuple[World, bool]
 ) -> None:
     """Ask the questions `left`, a chunk of each rank at a time; rank 0 keeps the records in `file`."""
     world, progress = shown
@@ -212,7 +218,7 @@ def _ask(
         for first in range(0, len(left), chunk * world.size):
             part = left[first : first + chunk * world.size]
             own = part[len(part) * world.rank // world.size : len(part) * (world.rank + 1) // world.size]
-            records = world.together(partial(measure, ev, exam.benchmark, exam.asked, exam.settings, own), UserError)
+            records = world.together(partial(measure, ev, exam.benchmark, own, exam.settings), UserError)
             together = [record for some in world.gather(records) for record in some]
             if file is not None:
                 file.add(together)

@@ -6,7 +6,8 @@ its answer gets too. A line of the answers:
     {"row": 0, "hash": "…", "id": …, "answer": "…", "finish_reason": "stop", "prompt_tokens": 9, "tokens": 31}
 
 row: the question's number from 0; answers stand in the order in which they ended. hash: of the row, of how it is
-answered, and of the model; by it a later run knows what is done.
+answered, and of the model; by it a later run knows what is done. A row whose finish_reason begins with "error" is not:
+a later run asks it again, and its new line takes the place of the old one.
 """
 
 import contextlib
@@ -15,10 +16,11 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qwen3f.data.chat.template import check_messages
 from qwen3f.data.tokenizers.token_text import check_encodable
@@ -103,7 +105,7 @@ def _read_ask(text: bytes, number: int, place: str, options: TextOptions) -> Ask
     known = ("prompt", "messages", "id", *FIELDS)
     if unknown := [name for name in row if name not in known]:
         raise UserError(f"the field {unknown[0]!r} is unknown; write one of {', '.join(known)}")
-    own = {name: tuple(x) if isinstance(x := row[name], list) else x for name in FIELDS if name in row}
+    own = {name: row[name] for name in FIELDS if name in row}
     options = options.changed(**own) if own else options
     content = _content(row, options)
     check_encodable(json.dumps([content, row.get("id")], ensure_ascii=False))
@@ -126,7 +128,8 @@ class AnswerFile:
     """The answers, which grow; see the module's text. A context manager: nobody else writes meanwhile.
 
     Args:
-      path: made if it is not there. What a run that was killed left of a last line is cut off.
+      path: made if it is not there. What a run that was killed left of a last line is cut off. The first answer that is
+        written takes the lines of rows that failed away.
       model: names the model, for hashes.
       rows: number of questions.
 
@@ -136,22 +139,30 @@ class AnswerFile:
     def __init__(self, path: Path, model: str, rows: int) -> None:
         self.path, self.model, self.count = path, model, 0
         self._done = array("Q", bytes(8 * rows))  # the hash of each row that is answered
+        self._failed = False  # whether there are lines of rows that failed
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "AnswerFile":
         with self._stack as stack:
             try:
-                self._file = stack.enter_context(self.path.open("a+b"))
+                # no buffer, which `close` would have to write
+                self._file = stack.enter_context(self.path.open("a+b", buffering=0))
             except OSError as error:
                 raise UserError(f"config.out={self.path} cannot be opened ({error.strerror}); name a file") from error
-            self._lock()
+            if not self._file.seekable():
+                raise UserError(f"config.out={self.path} is a pipe or a terminal; name a file")
+            self._lock(self._file)
             self._read()
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        os.fsync(self._file.fileno())
-        self._stack.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with self._stack:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            if kind is None:
+                raise self._unwritten(error) from error
 
     def has(self, ask: Ask) -> bool:
         """Whether the row is answered. Raises UserError if another one is, or the same in another way."""
@@ -173,33 +184,54 @@ class AnswerFile:
             "prompt_tokens": answer.prompt_tokens,
             "tokens": answer.tokens,
         }
+        text = memoryview((json.dumps(line, ensure_ascii=False) + "\n").encode())
         try:
-            self._file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-            self._file.flush()
+            if self._failed:
+                self._drop_failed()
+            while text:
+                text = text[self._file.write(text) :]
         except OSError as error:
-            raise UserError(
-                f"config.out={self.path} cannot be written ({error.strerror}): mend that; the same command then goes on"
-            ) from error
+            raise self._unwritten(error) from error
 
-    def _lock(self) -> None:
+    def _drop_failed(self) -> None:
+        """Put a file without the lines of rows that failed in this one's place, where one of both is at any time."""
+        path = self.path.resolve()
+        fresh = path.with_name(path.name + ".new")
         try:
-            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with path.open("rb") as lines, fresh.open("wb") as kept:
+                shutil.copymode(path, fresh)
+                kept.writelines(line for line in lines if not _failed(json.loads(line)))
+                kept.flush()
+                os.fsync(kept.fileno())
+            file = self._stack.enter_context(fresh.open("a+b", buffering=0))
+            self._lock(file)
+            fresh.replace(path)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
+        self._file, self._failed = file, False
+
+    def _lock(self, file: BinaryIO) -> None:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"config.out={self.path}: another process writes there; wait for it") from error
+            raise self._taken() from error
         except OSError:  # a file system without locks
             pass
 
     def _read(self) -> None:
-        self._file.seek(0)
         end = 0
-        for number, text in enumerate(iter(self._file.readline, b""), 1):
-            if not text.endswith(b"\n"):
-                if text[: len(_START)] != _START[: len(text)]:
-                    raise self._foreign(number)
-                self._file.truncate(end)
-                return
-            end += len(text)
-            self._note(text, number)
+        with self.path.open("rb") as lines:
+            if not os.path.samestat(os.fstat(lines.fileno()), os.fstat(self._file.fileno())):
+                raise self._taken()  # who holds the lock has just put another file there
+            for number, text in enumerate(lines, 1):
+                if not text.endswith(b"\n"):
+                    if text[: len(_START)] != _START[: len(text)]:
+                        raise self._foreign(number)
+                    self._file.truncate(end)
+                    return
+                end += len(text)
+                self._note(text, number)
 
     def _note(self, text: bytes, number: int) -> None:
         try:
@@ -214,13 +246,28 @@ class AnswerFile:
                 f"config.out={self.path}, line {number} answers row {row}, and there are {len(self._done)} rows; "
                 "choose another config.out"
             )
+        if _failed(line):
+            self._failed = True
+            return
         self.count += not self._done[row]
         self._done[row] = digest
+
+    def _taken(self) -> UserError:
+        return UserError(f"config.out={self.path}: another process writes there; wait for it")
+
+    def _unwritten(self, error: OSError) -> UserError:
+        return UserError(
+            f"config.out={self.path} cannot be written ({error.strerror}): mend that; the same command then goes on"
+        )
 
     def _foreign(self, number: int) -> UserError:
         return UserError(
             f"config.out={self.path}, line {number} is no answer that this program has written; choose another file"
         )
+
+
+def _failed(line: dict[str, Any]) -> bool:
+    return str(line.get("finish_reason")).startswith("error")
 
 
 def survey(asks: Iterator[Ask | BadRow], on_bad_row: str) -> tuple[int, int]:

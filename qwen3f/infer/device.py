@@ -34,7 +34,7 @@ from qwen3f.infer.scheduler import Chunk, Plan
 from qwen3f.infer.sight import Sight
 from qwen3f.infer.tensor_parallel import agreed, generation_layout, smallest, whole_logits
 from qwen3f.infer.thinking import forced_token
-from qwen3f.model.kv_cache import bytes_of_token, copy_pages, grow_cache, init_cache
+from qwen3f.model.kv_cache import bytes_of_token, copy_pages, erase_pages, grow_cache, init_cache
 from sharding.axes import ONE, Axis
 
 CPU_CACHE = 2 << 30  # bytes at most, where max_tokens is 0
@@ -113,6 +113,13 @@ class Device:
         memory = GPU_SHARE * torch.cuda.mem_get_info(self.device)[0] if self.overlaps else CPU_CACHE
         return smallest(int(memory) // bytes_of_token(self.cfg, self._params), self._tp, self.device)
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a row can ever have."""
+        if self._own_pages:
+            return _rounded(self.max_tokens)
+        return max(1, self.max_tokens // self.page_size) * self.page_size
+
     def outgrown(self, rows: int, longest: int) -> bool:
         """Whether so many rows of that length need another cache: longer pages than max_tokens allows for as many as
         there are, or more of them."""
@@ -124,10 +131,19 @@ class Device:
             return False
         return (self._cache.pages - 1) * self._own_size(longest) > self.max_tokens
 
+    def wasteful(self, rows: int, longest: int) -> bool:
+        """Whether pages are so long, for what is asked now, that shorter ones would serve twice as many of the rows."""
+        if self._cache is None or not self._own_pages:
+            return False
+        now, then = (min(rows, max(1, self.max_tokens // size)) for size in (self.page_size, _rounded(longest)))
+        return 2 * now <= then
+
     def drop_cache(self) -> None:
         """Give up what pages hold, and their memory; `make_room` makes new ones."""
         if self._least:
             self._least = max(self._least, 2 * (self._cache.pages - 1))
+        if self._own_pages:
+            self.page_size = CPU_ROUNDING
         self._cache, self._graphs = None, None  # graphs read the cache where it lies
 
     def _pages(self, rows: int, longest: int) -> int:
@@ -156,17 +172,23 @@ class Device:
 
     def _own_size(self, longest: int) -> int:
         """Of a page that holds a row of that length."""
-        return max(self.page_size, -(-min(longest, self.max_tokens) // CPU_ROUNDING) * CPU_ROUNDING)
+        return max(self.page_size, _rounded(min(longest, self.max_tokens)))
 
     def update(self, params: P.Params) -> None:
         fresh = unstacked(self.cfg, params)
         for path, leaf in self._params.items():
-            old, new = (x[0] if isinstance(x, tuple) else x for x in (leaf, fresh[path]))
-            if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
+            olds, news = (x if isinstance(x, tuple) else (x,) for x in (leaf, fresh.get(path, ())))
+            if len(news) != len(olds):
                 raise UserError(
-                    f"update: {path} is {new.dtype} {list(new.shape)} on {new.device}, the engine has {old.dtype} "
-                    f"{list(old.shape)} on {old.device}; make a new engine for another model"
+                    f"update: {path} has {len(news)} tensors, the engine {len(olds)}; make a new engine for another "
+                    "model"
                 )
+            for old, new in zip(olds, news):
+                if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
+                    raise UserError(
+                        f"update: {path} is {new.dtype} {list(new.shape)} on {new.device}, the engine has {old.dtype} "
+                        f"{list(old.shape)} on {old.device}; make a new engine for another model"
+                    )
         if self._graphs is not None:
             self._graphs.update(fresh)
             fresh = self._graphs.params
@@ -174,13 +196,18 @@ class Device:
 
     def erase(self, pages: Sequence[int]) -> None:
         """Zeros in place of what is not finite: even what is masked takes part in a product, with probability 0."""
-        for x in (*self._cache.keys, *self._cache.values):
-            x[list(pages)] = 0
+        if pages:
+            erase_pages(self._cache, pages)
+
+    def erase_all(self) -> None:
+        if self._cache is not None:
+            erase_pages(self._cache)
 
     def launch(self, plan: Plan, before: Pending | None) -> Pending:
         """Start the plan's passes, which follow on `before`."""
         if plan.copies:
             self._cache = copy_pages(self._cache, plan.copies)
+        self.erase(plan.erase)  # after the copies, which may still read there
         if plan.chunks:
             self._launch_prefill(plan.chunks)
         if not plan.decode:
@@ -243,7 +270,7 @@ class Device:
             drawn = force(drawn, logits, inputs.forced)
         if self._exact(rows, forced):
             temperature = torch.ones(count)
-            temperature[places] = torch.tensor([row.request.sampling.temperature or 1.0 for row in rows])
+            temperature[places] = torch.tensor([float(row.request.sampling.temperature or 1) for row in rows])
             drawn = as_training(drawn, hidden, head, temperature.to(self.device))
         return Pending(list(rows), places, agreed(drawn, self._tp))
 
@@ -294,14 +321,11 @@ class Device:
         ):
             return rows[0].pages[0]
         most = max(len(row.pages) for row in rows)
-        return torch.tensor([row.pages + [0] * (most - len(row.pages)) for row in rows], device=self.device)
+        # filled up with a page of the row's own: page 0 has what any row's padding wrote, which may not be finite
+        return torch.tensor([row.pages + row.pages[-1:] * (most - len(row.pages)) for row in rows], device=self.device)
 
     def _span(self, longest: int) -> int:
-        return (
-            min(-(-longest // CPU_ROUNDING) * CPU_ROUNDING, max(longest, self.page_size))
-            if self._own_pages
-            else longest
-        )
+        return min(_rounded(longest), max(longest, self.page_size)) if self._own_pages else longest
 
     def _choices(self, rows: Sequence[Row], places: Sequence[int], only: Sequence[int] | None = None) -> list[Choice]:
         """How rows choose, by groups that choose alike; of the rows with numbers `only`, or of all."""
@@ -319,6 +343,11 @@ class Device:
             own = None if whole else torch.tensor([places[i] for i in members], device=self.device)
             choices.append(Choice(sampling, own, seen))
         return choices
+
+
+def _rounded(tokens: int) -> int:
+    """A number of tokens as a CPU's page has it."""
+    return -(-tokens // CPU_ROUNDING) * CPU_ROUNDING
 
 
 def unstacked(cfg: ModelConfig, params: P.Params) -> P.Params:

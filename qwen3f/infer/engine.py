@@ -6,9 +6,11 @@ read, so that the card never waits for the host; a row that has ended is noticed
 is dropped.
 """
 
+import contextlib
 import dataclasses
 import operator
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from qwen3f import model
@@ -99,6 +101,8 @@ class Engine:
         self._scheduler = Scheduler(self._pool, Limits(options.rows, options.chunk))
         self._rows = options.rows
         self._pending: Pending | None = None
+        self._open: dict[int, Row] = {}  # rows that have not ended, by number
+        self._calls: deque[tuple[Row, int, float]] = deque()  # of on_token, to be made between two passes
         self._decoders: dict[int, tuple[StreamDecoder, str]] = {}
         self._number = 0
 
@@ -119,7 +123,8 @@ class Engine:
           sampling, max_new_tokens: one for all, or one for each prompt.
           streams: of each answer, its random stream's name (Request.stream); default 0, 1, 2, …
           request: further fields of Request, the same for all. stop_ids are the tokenizer's by default.
-        Raises UserError, before anything is computed, for a request that cannot run.
+        Raises UserError, before anything is computed, for a request that cannot run. Whatever else ends it early, as
+        Ctrl-C does, leaves the engine as if nothing had been asked.
         """
         if n < 1:
             raise UserError(f"n must be at least 1 answer to a prompt, got {n}")
@@ -134,7 +139,11 @@ class Engine:
             for i in range(len(prompts) * n)
         ]
         rows = self.submit(requests)
-        self.run(rows)
+        try:
+            self.run(rows)
+        except BaseException:
+            self._abandon(rows)
+            raise
         return [completion(row, i // n, i % n) for i, row in enumerate(rows)]
 
     def request(self, prompt: Sequence[int], max_new_tokens: int, **fields: Any) -> Request:
@@ -163,39 +172,54 @@ class Engine:
             seed = self.seed if asked.seed is None else asked.seed
             rows.append(Row(asked, self._number, stream_of(seed, asked.stream), places))
             self._number += 1
-        longest = max((len(row.request.prompt) + row.request.max_new_tokens for row in rows), default=0)
-        open_rows = min(len(rows) + len(self._scheduler.active) + len(self._scheduler.waiting), self._rows)
-        if self._device.outgrown(open_rows, longest):
-            self._start_over()
-        count, size = self._device.make_room(open_rows, longest)
-        self._pool.grow(count, size)
-        if longest > count * size:
-            raise UserError(
-                f"a request of {longest} tokens, its answer included, does not fit the cache of {count * size}; raise "
-                "max_tokens or shorten it"
-            )
+        self._make_room(rows)
         for row in rows:
             if row.request.max_new_tokens:
+                self._open[row.number] = row
                 self._scheduler.add(row)
             else:
                 row.finish_reason = "length"
         return rows
 
+    def _make_room(self, rows: Sequence[Row]) -> None:
+        longest = _longest(rows)
+        if longest > (most := self._device.longest):
+            raise UserError(
+                f"a request of {longest} tokens, its answer included, does not fit the cache of {most}; raise "
+                "max_tokens or shorten it"
+            )
+        count = min(len(rows) + len(self._open), self._rows)
+        if self._device.outgrown(count, longest) or (
+            count > self._pool.count and self._device.wasteful(count, _longest([*rows, *self._open.values()]))
+        ):
+            self._start_over()
+            longest = _longest([*rows, *self._open.values()])
+        self._pool.grow(*self._device.make_room(count, longest))
+
     def step(self) -> bool:
-        """Compute what is next; False if there was nothing left to do."""
+        """Compute what is next; False if there was nothing left to do.
+
+        After an error, or Ctrl-C, no row has lost a token: another call goes on. Raises what an on_token raises.
+        """
+        with self._whole():
+            found = self._compute()
+        self._call()
+        return found
+
+    def _compute(self) -> bool:
         under_way = self._pending is not None
         if self._must_know():
             self._collect()
         plan = self._scheduler.plan()
         before, self._pending = self._pending, None
-        if plan.copies or plan.chunks or plan.decode:
+        if plan:
             self._pending = self._device.launch(plan, before)
             self._scheduler.advance(plan)
         if before is not None:
             self._hand_out(before)
         if self._pending is not None and not self._device.overlaps:
             self._collect()
-        return under_way or bool(plan.copies or plan.chunks or plan.decode)
+        return under_way or bool(plan)
 
     def run(self, rows: Sequence[Row]) -> None:
         """Compute until these rows have ended."""
@@ -205,7 +229,14 @@ class Engine:
 
     def cancel(self, rows: Iterable[Row]) -> None:
         """End rows that have not ended, with finish_reason "cancelled"."""
-        self._collect()
+        try:
+            self._settle()
+        finally:
+            self._abandon(list(rows))
+
+    def _abandon(self, rows: Sequence[Row]) -> None:
+        numbers = {row.number for row in rows}
+        self._calls = deque(call for call in self._calls if call[0].number not in numbers)
         for row in rows:
             if not row.finish_reason:
                 self._end(row, "cancelled")
@@ -215,16 +246,16 @@ class Engine:
 
         What pages hold is forgotten; answers on their way go on under the new weights, from the tokens that they have.
         """
-        self._collect()
-        for row in (*self._scheduler.active, *self._scheduler.waiting):
+        self._settle()
+        for row in self._open.values():
             row.features = None
-        self._scheduler.restart()
+        self._device.erase(self._scheduler.restart())
         self._pool.clear()
         self._device.update(params)
 
     def _start_over(self) -> None:
         """A new, empty cache; rows wait again, and go on from the tokens that they have."""
-        self._collect()
+        self._settle()
         self._scheduler.restart()
         self._device.drop_cache()
         self._pool = self._scheduler.pool = PagePool(0, self._device.page_size)
@@ -237,6 +268,40 @@ class Engine:
             for row in self._pending.rows
         )
 
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What stops a pass half-way leaves nothing half done: all rows wait again, with the tokens that they have."""
+        try:
+            yield
+        except BaseException:
+            self._pending = None
+            self._pool = PagePool(self._pool.count, self._pool.size)
+            self._scheduler = Scheduler(self._pool, self._scheduler.limits)
+            self._open = {number: row for number, row in self._open.items() if not row.finish_reason}
+            for row in self._open.values():
+                row.pages, row.cached, row.launched = [], 0, row.answered
+                self._scheduler.add(row)
+            self._device.erase_all()
+            raise
+
+    def _settle(self) -> None:
+        """Read the pass on its way."""
+        with self._whole():
+            self._collect()
+        self._call()
+
+    def _call(self) -> None:
+        """Make the calls of on_token that are due: all of them, then raise what the first one raised that failed."""
+        failure = None
+        while self._calls:
+            try:
+                row, token, log_prob = self._calls.popleft()
+                row.request.on_token(token, log_prob)
+            except BaseException as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
     def _collect(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -246,14 +311,16 @@ class Engine:
         for row, (token, log_prob, finite) in zip(pending.rows, pending.read()):
             if row.finish_reason:
                 continue
+            row.checked = finite
             if not finite:
-                self._fail(row)
+                number = row.answered + 1
+                self._end(row, f"error: the model's logits are not finite at new token {number}; check its weights")
                 continue
             row.tokens.append(token)
             row.logprobs.append(log_prob)
             row.thinks = row.thinks and still_thinks(row.request.budget, row.answered - 1, token)
             if row.request.on_token is not None:
-                row.request.on_token(token, log_prob)
+                self._calls.append((row, token, log_prob))
             if token in row.request.stop_ids or self._completes_stop_text(row, token):
                 self._end(row, "stop")
             elif row.answered >= row.request.max_new_tokens:
@@ -267,17 +334,15 @@ class Engine:
         self._decoders[row.number] = (decoder, text)
         return any(stop in text for stop in row.request.stop_texts)
 
-    def _fail(self, row: Row) -> None:
-        pages = [page for page in row.pages if self._pool.users(page) == 1]
-        for page in pages:
-            self._pool.forget(page)
-        self._device.erase(pages)
-        self._end(row, f"error: the model's logits are not finite at new token {row.answered + 1}; check its weights")
-
     def _end(self, row: Row, reason: str) -> None:
         row.finish_reason = reason
+        self._open.pop(row.number, None)
         self._decoders.pop(row.number, None)
-        self._scheduler.finish(row)
+        self._device.erase(self._scheduler.finish(row))
+
+
+def _longest(rows: Iterable[Row]) -> int:
+    return max((len(row.request.prompt) + row.request.max_new_tokens for row in rows), default=0)
 
 
 def completion(row: Row, prompt_index: int = 0, sample_index: int = 0) -> Completion:

@@ -96,6 +96,11 @@ def stream(
     lengths = _per_row("prompt_lengths", asked.prompt_lengths, batch, [columns] * batch)
     if any(length > columns for length in lengths):
         raise UserError(f"prompt_lengths: {max(lengths)} is more than the {columns} columns of tokens")
+    if len(asked.pictures) not in (0, batch):
+        raise UserError(
+            f"pictures has {len(asked.pictures)} entries for {batch} rows; give one for each, None where a row has no "
+            "images, or leave it out"
+        )
     streams = _per_row("request_ids", asked.request_ids, batch, range(batch))
     most = -(-(columns + max_new_tokens) // CPU_ROUNDING) * CPU_ROUNDING
     engine = Engine(

@@ -81,6 +81,7 @@ class DecodeGraphs:
             table = torch.zeros(graph.table.shape, dtype=torch.int32, pin_memory=True)
             for row, own in zip(table.numpy(), pages):
                 row[: len(own)] = own
+            graph.pages = []  # unknown, should the copy be interrupted
             graph.table.copy_(table, non_blocking=True)
             graph.pages = [list(own) for own in pages]
         graph.graph.replay()

@@ -3,13 +3,16 @@
 A page holds the keys and values of `size` successive tokens of a row. Rows that begin with the same tokens share their
 full pages; of a page that two rows share in part, the second one gets a copy. A page that nobody uses any more keeps
 what it holds, for a later row with the same beginning, until its room is needed: the least recently used goes first.
+
+Only what is known to be finite is shared: of a row that has drawn a token from it. A row that is to fail would take
+others with it.
 """
 
 import dataclasses
 import heapq
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 ROOT = 0
@@ -17,10 +20,12 @@ ROOT = 0
 
 
 class Owner(Protocol):
-    """A row whose keys lie in a page. tokens: all of it. cached: how many of them have their keys in pages."""
+    """A row whose keys lie in a page. tokens: all of it. cached: how many of them have their keys in pages. checked:
+    whether these are known to be finite."""
 
     tokens: list[int]
     cached: int
+    checked: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +45,25 @@ class Match:
 
 @dataclasses.dataclass
 class _Content:
-    """Tokens start … of `owner`, while it has the page; what was left of them (`tokens`) when it gave the page back."""
+    """Tokens start … of `owner`, while it has the page; what was left of them (`tokens`) when it gave the page back.
+
+    vouched: whether these keys and values are finite, of which the owner otherwise tells.
+    """
 
     parent: int
     owner: Owner | None
     start: int
+    vouched: bool = False
     tokens: list[int] = dataclasses.field(default_factory=list)
 
     def held(self, size: int) -> list[int]:
         if self.owner is None:
             return self.tokens
         return self.owner.tokens[self.start : min(self.start + size, self.owner.cached)]
+
+    @property
+    def finite(self) -> bool:
+        return self.vouched or (self.owner is not None and self.owner.checked)
 
 
 class PagePool:
@@ -112,7 +125,7 @@ class PagePool:
             self._children.setdefault(parent, {})[page] = None
 
     def match(self, tokens: Sequence[int], most: int) -> Match:
-        """The longest beginning of `tokens`, at most `most` of them, that pages hold."""
+        """The longest beginning of `tokens`, at most `most` of them, that pages hold and that is known to be finite."""
         pages: list[int] = []
         parent, at = ROOT, 0
         while True:
@@ -160,7 +173,24 @@ class PagePool:
     def users(self, page: int) -> int:
         return self._users[page]
 
+    def vouch(self, pages: Iterable[int]) -> None:
+        """Tell that what these pages hold now is finite."""
+        for page in pages:
+            if page in self._contents:
+                self._contents[page].vouched = True
+
+    def forget_doubtful(self, pages: Iterable[int]) -> list[int]:
+        """Forget those of a row's pages that it has alone and that nobody vouched for. Returns them, to be erased."""
+        contents = self._contents
+        alone = (page for page in pages if self._users[page] == 1)
+        doubtful = [page for page in alone if page not in contents or not contents[page].vouched]
+        for page in doubtful:
+            self.forget(page)
+        return doubtful
+
     def _common(self, content: _Content, tokens: Sequence[int], at: int, most: int) -> int:
+        if not content.finite:
+            return 0
         held = content.held(self.size)[: max(0, most - at)]
         return common_length(held, tokens[at : at + len(held)])
 

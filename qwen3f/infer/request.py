@@ -23,7 +23,8 @@ class Request:
       stop_texts: the answer ends with the token that completes one of these texts; needs the engine's tokenizer.
       budget: a limit on thinking.
       pictures: images and videos, whose placeholders the prompt holds, as many as merged features.
-      on_token: called with (token id, log-probability) as they come.
+      on_token: called with (token id, log-probability) as they come, between two passes; it may cancel rows. What it
+        raises ends the call that computes, once the pass's other tokens have been handed out.
     """
 
     prompt: tuple[int, ...]
@@ -65,7 +66,9 @@ class Row:
     prompt's tokens stand, of a model with a vision tower; None: one behind the other. features: what the tower says of
     its pictures, once it has been asked.
     tokens: prompt and answer so far, as far as known to the host. cached: tokens whose keys lie in pages, or will when
-    what has been launched is done. launched: tokens of the answer that have been launched.
+    what has been launched is done. launched: tokens of the answer that have been launched. checked: whether a token has
+    been drawn from the pages that it has; then all that it has written there is finite. waits_for: a row that is to be
+    checked first, since this one begins like it.
     """
 
     def __init__(self, request: Request, number: int, stream: int = 0, places: Places | None = None) -> None:
@@ -76,6 +79,8 @@ class Row:
         self.pages: list[int] = []
         self.cached = 0
         self.launched = 0
+        self.checked = False
+        self.waits_for: Row | None = None
         self.thinks = request.budget is not None
         self.finish_reason = ""
 

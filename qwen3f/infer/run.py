@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
+import itertools
 import json
 import os
 import stat
@@ -38,7 +40,10 @@ ON_BAD_ROW = ("error", "skip")
 
 @dataclasses.dataclass
 class Summary:
-    """What a run did: rows answered, of these failed; bad rows; done: rows that a run before had answered."""
+    """What a run did: rows answered, of these failed; bad rows; done: rows that a run before had answered.
+
+    Rows that failed in a file are asked again by the next run.
+    """
 
     answered: int = 0
     failed: int = 0
@@ -57,7 +62,8 @@ class Summary:
         self.prompt_tokens += answer.prompt_tokens
 
     def text(self) -> str:
-        counts = {"answered before": self.done, "bad rows left out": self.bad, "failed": self.failed}
+        failed = "failed, which the same command asks again"
+        counts = {"answered before": self.done, "bad rows left out": self.bad, failed: self.failed}
         rest = "".join(f"; {count} {name}" for name, count in counts.items() if count)
         if not self.tokens:
             return f"{self.tokens} new tokens{rest}"
@@ -117,9 +123,11 @@ def answer_all(config: ConfigDict, progress: bool = True, world: World = ALONE) 
     _check_kind(tokenizer, options)
     shown = _shown(config, cfg, tokenizer)
     summary = Summary()
-    rows, summary.bad = survey(_rows(config, options), config.on_bad_row)
+    count = world.together(lambda: survey(_rows(config, options), config.on_bad_row), UserError)
+    rows, summary.bad = world.first(count)
+    asks = functools.partial(_asks, config, options, rows)
     if not config.input:
-        for ask in _asks(config, options):
+        for ask in asks():
             _request(cfg, tokenizer, ask, shown)
     if config.chat and never_saw_chats(place) and world.main:
         hint = f"{pretrained_only(config.init_from)}; to have it go on with a text write --config.chat=False"
@@ -137,14 +145,13 @@ def answer_all(config: ConfigDict, progress: bool = True, world: World = ALONE) 
             return run_chat(generator(), options)
         if config.out:
             with _answer_file(config, place, rows, world) as file:
-                done = _answered(world, file, options, config)
-                if not all(done(ask) for ask in _asks(config, options)):
-                    asks = (ask for ask in _asks(config, options) if not done(ask))
-                    _write(_passes(config, generator(), asks, summary, shown), file, rows, progress)
+                done = _answered(world, file, asks)
+                if not all(done(ask) for ask in asks()):
+                    left = (ask for ask in asks() if not done(ask))
+                    _write(_passes(config, generator(), left, summary, shown), file, rows, progress)
                 summary.done = file.count if file else 0
         else:
-            asks = _asks(config, options)
-            _print(_passes(config, generator(), asks, summary, shown), several=rows > 1)
+            _print(_passes(config, generator(), asks(), summary, shown), several=rows > 1)
     except KeyboardInterrupt:
         if world.main:
             print("stopped" + ("; the same command goes on" if config.out else ""), file=sys.stderr, flush=True)
@@ -163,13 +170,13 @@ def _answer_file(config: ConfigDict, place: str, rows: int, world: World) -> Ite
         yield file
 
 
-def _answered(world: World, file: AnswerFile | None, options: TextOptions, config: ConfigDict) -> Callable[[Ask], bool]:
+def _answered(world: World, file: AnswerFile | None, asks: Callable[[], Iterator[Ask]]) -> Callable[[Ask], bool]:
     """Whether a row has its answer in the file, which rank 0 reads."""
     if world.size == 1:
         return file.has
 
     def numbers() -> list[int]:
-        return [ask.number for ask in _asks(config, options) if file.has(ask)] if file else []
+        return [ask.number for ask in asks() if file.has(ask)] if file else []
 
     known = set(world.first(world.together(numbers, UserError)))
     return lambda ask: ask.number in known
@@ -264,9 +271,9 @@ def _stdin_is_given() -> bool:
         return False
 
 
-def _asks(config: ConfigDict, options: TextOptions) -> Iterator[Ask]:
-    """The rows that can be asked, from the first one."""
-    return (ask for ask in _rows(config, options) if not isinstance(ask, BadRow))
+def _asks(config: ConfigDict, options: TextOptions, rows: int) -> Iterator[Ask]:
+    """Those of the first `rows` rows that can be asked. Others may be appended meanwhile: they are the next run's."""
+    return (ask for ask in itertools.islice(_rows(config, options), rows) if not isinstance(ask, BadRow))
 
 
 def _rows(config: ConfigDict, options: TextOptions) -> Iterator[Ask | BadRow]:

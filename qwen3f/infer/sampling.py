@@ -38,9 +38,9 @@ class SamplingParams:
     presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not (is_finite(self.temperature) and self.temperature >= 0):
             raise UserError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
-        if self.top_k != int(self.top_k) or self.top_k < 0:
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
             raise UserError(f"top_k must be a whole number of tokens, 0 for all, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must lie in (0, 1], 1 for all tokens, got {self.top_p}")
@@ -48,6 +48,14 @@ class SamplingParams:
             raise UserError(f"min_p must lie in [0, 1], 0 for all tokens, got {self.min_p}")
         if not -2 <= self.presence_penalty <= 2:
             raise UserError(f"presence_penalty must lie in [-2, 2], 0 for none, got {self.presence_penalty}")
+
+
+def is_finite(value: float) -> bool:
+    """Whether a float can hold the number; a whole number may be too large."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 GREEDY = SamplingParams()
@@ -100,7 +108,7 @@ def temper(logits_BV: Tensor, temperature: float) -> Tensor:
     """Logits over the temperature, the largest of a row 0: so no temperature, however small, makes it infinite."""
     logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
-    return shifted_BV if temperature == 1 else shifted_BV / max(temperature, torch.finfo(shifted_BV.dtype).tiny)
+    return shifted_BV if temperature == 1 else shifted_BV / max(float(temperature), torch.finfo(shifted_BV.dtype).tiny)
 
 
 def filter_logits(logits_BV: Tensor, params: SamplingParams) -> Tensor:

@@ -6,11 +6,12 @@ which gives the first new token: so n answers to one prompt share its prefill, e
 
 import dataclasses
 from collections import deque
+from collections.abc import Sequence
 
-from qwen3f.infer.pages import ROOT, Match, PagePool, common_length
+from qwen3f.infer.pages import ROOT, Match, PagePool
 from qwen3f.infer.request import Row
 
-WORTH_WAITING = 16  # tokens that a row could share with one that is still being prefilled
+WORTH_WAITING = 16  # tokens that a row could share with one that has drawn no token yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +36,21 @@ class Plan:
     """What to compute, in this order.
 
     Attributes:
-      copies: pages to copy, (from, to).
+      copies: pages to copy, (from, to, tokens): so many tokens of the page.
+      erase: pages to set to 0, since they may hold what is not finite.
       chunks: one prefill pass, a row of the batch each.
       decode: rows that take their next token.
       preempted: rows that have lost their pages and wait again.
     """
 
-    copies: list[tuple[int, int]]
+    copies: list[tuple[int, int, int]]
+    erase: list[int]
     chunks: list[Chunk]
     decode: list[Row]
     preempted: list[Row]
+
+    def __bool__(self) -> bool:
+        return bool(self.copies or self.erase or self.chunks or self.decode)
 
 
 class Scheduler:
@@ -58,18 +64,24 @@ class Scheduler:
     def add(self, row: Row) -> None:
         self.waiting.append(row)
 
-    def finish(self, row: Row) -> None:
-        """Give back what the row has. Its pages stay to be found by rows with the same beginning."""
-        if row in self.active:
-            self.active.remove(row)
-            self._release(row)
-        else:
-            self.waiting.remove(row)
+    def finish(self, row: Row) -> list[int]:
+        """Give back what the row has. Its pages stay to be found by rows with the same beginning.
 
-    def restart(self) -> None:
-        """Take their pages from all rows; they wait again, in their order, and go on from the tokens that they have."""
-        for row in sorted(self.active, key=lambda row: row.number, reverse=True):
-            self._preempt(row, [])
+        Returns pages to erase, before the next plan: of a row from which no token has been drawn they are forgotten.
+        """
+        if row not in self.active:
+            self.waiting.remove(row)
+            return []
+        self.active.remove(row)
+        return self._release(row)
+
+    def restart(self) -> list[int]:
+        """Take their pages from all rows; they wait again, in their order, and go on from the tokens that they have.
+
+        Returns pages to erase, as `finish`.
+        """
+        rows = sorted(self.active, key=lambda row: row.number, reverse=True)
+        return [page for row in rows for page in self._preempt(row)]
 
     def plan(self) -> Plan:
         """What to compute now; nothing for decoding where no row is ready. Empty when no row is left."""
@@ -77,19 +89,21 @@ class Scheduler:
         chunks = self._chunks()
         busy = {chunk.row.number for chunk in chunks}
         preempted: list[Row] = []
+        erase: list[int] = []
         decode = []
         for row in list(self.active):
             ready = row.cached == len(row.request.prompt) - 1 + row.launched and row.number not in busy
             waits = row.launched >= row.request.max_new_tokens  # for its last token
             if not ready or waits or (preempted and row in preempted):
                 continue
-            if row.cached < len(row.pages) * self.pool.size or self._make_room(row, preempted):
+            if row.cached < len(row.pages) * self.pool.size or self._make_room(row, preempted, erase):
                 decode.append(row)
         if not preempted:
-            return Plan(copies, chunks, decode, preempted)
+            return Plan(copies, erase, chunks, decode, preempted)
         gone = {row.number for row in preempted}
         return Plan(
             copies,
+            erase,
             [chunk for chunk in chunks if chunk.row.number not in gone],
             [row for row in decode if row.number not in gone],
             preempted,
@@ -103,36 +117,39 @@ class Scheduler:
             row.cached += 1
             row.launched += 1
 
-    def _admit(self) -> list[tuple[int, int]]:
-        copies: list[tuple[int, int]] = []
+    def _admit(self) -> list[tuple[int, int, int]]:
+        copies: list[tuple[int, int, int]] = []
         held: list[Row] = []
-        prefilling = [row for row in self.active if row.cached < len(row.tokens) - 1]
+        unchecked = [row for row in self.active if not row.checked]
         while self.waiting and len(self.active) < self.limits.rows and len(held) < self.limits.rows:
             row = self.waiting.popleft()
-            if row.launched > row.answered:  # preempted while its token was on the way
+            on_the_way = row.launched > row.answered  # preempted while its token was
+            if on_the_way or (row.waits_for is not None and row.waits_for.pages and not row.waits_for.checked):
                 held.append(row)
                 continue
             found = self.pool.match(row.tokens, len(row.tokens) - 1)
-            if any(_better_later(row, found.tokens, other) for other in prefilling):
+            row.waits_for = _awaited(row, found.tokens, unchecked)
+            if row.waits_for is not None:
                 held.append(row)
                 continue
             if not self._allocate(row, found, copies):
                 self.waiting.appendleft(row)
                 break
             self.active.append(row)
-            if row.cached < len(row.tokens) - 1:
-                prefilling.append(row)
+            unchecked.append(row)
         self.waiting.extendleft(reversed(held))
         return copies
 
-    def _allocate(self, row: Row, found: Match, copies: list[tuple[int, int]]) -> bool:
+    def _allocate(self, row: Row, found: Match, copies: list[tuple[int, int, int]]) -> bool:
         size = self.pool.size
         for page in found.pages:
             self.pool.share(page)
         if found.partial is not None:
             self.pool.share(found.partial)  # so that it is not taken before it is copied
         needed = -(-len(row.tokens) // size) - len(found.pages)
-        growing = sum(_length(other) > len(other.pages) * size for other in self.active)
+        growing = len(self.active)  # at most; counted only where it decides
+        if self.pool.available < needed + growing:
+            growing = sum(_length(other) > len(other.pages) * size for other in self.active)
         partial = found.partial
         enough = self.pool.available >= needed + growing
         if not enough and partial is not None:  # it may itself be the page that is missing
@@ -145,9 +162,9 @@ class Scheduler:
             return False
         own = [self.pool.take() for _ in range(needed)]
         row.pages = [*found.pages, *own]
-        row.cached = len(found.pages) * size
+        row.cached, row.checked = len(found.pages) * size, False
         if partial is not None:
-            copies.append((partial, own[0]))
+            copies.append((partial, own[0], found.tokens - row.cached))
             self.pool.release(partial)
             row.cached = found.tokens
         for place in range(len(found.pages), len(row.pages)):
@@ -175,27 +192,34 @@ class Scheduler:
             chunks.append(Chunk(row, row.cached, count))
         return chunks
 
-    def _make_room(self, row: Row, preempted: list[Row]) -> bool:
+    def _make_room(self, row: Row, preempted: list[Row], erase: list[int]) -> bool:
         """A page for the row's next token; others that came later, or the row itself, lose theirs if there is none."""
         while not self.pool.available:
             last = max(self.active, key=lambda other: other.number)
-            self._preempt(last, preempted)
+            erase += self._preempt(last)
+            preempted.append(last)
             if last is row:
                 return False
         row.pages.append(self.pool.take())
         self._describe(row, len(row.pages) - 1)
         return True
 
-    def _preempt(self, row: Row, preempted: list[Row]) -> None:
+    def _preempt(self, row: Row) -> list[int]:
         self.active.remove(row)
-        self._release(row)
-        preempted.append(row)
         self.waiting.appendleft(row)
+        return self._release(row)
 
-    def _release(self, row: Row) -> None:
+    def _release(self, row: Row) -> list[int]:
+        """Returns the pages of which nobody knows whether they are finite: of a row that has drawn nothing."""
+        doubtful: list[int] = []
+        if row.checked:
+            self.pool.vouch(row.pages)
+        else:
+            doubtful = self.pool.forget_doubtful(row.pages)
         for page in reversed(row.pages):
             self.pool.release(page, row)
         row.pages, row.cached = [], 0
+        return doubtful
 
 
 def _length(row: Row) -> int:
@@ -203,9 +227,12 @@ def _length(row: Row) -> int:
     return len(row.request.prompt) + row.request.max_new_tokens - 1
 
 
-def _better_later(row: Row, held: int, other: Row) -> bool:
-    """Whether `other`, once it is prefilled, holds much more of the row than the `held` tokens that pages hold now."""
-    most = min(len(other.tokens), len(row.tokens)) - 1
-    return (
-        most >= held + WORTH_WAITING and common_length(other.tokens[:most], row.tokens[:most]) >= held + WORTH_WAITING
-    )
+def _awaited(row: Row, held: int, unchecked: Sequence[Row]) -> Row | None:
+    """One that, once it has drawn a token, offers much more of the row than the `held` tokens of pages now."""
+    enough = held + WORTH_WAITING
+    if len(row.tokens) <= enough:
+        return None
+    for other in reversed(unchecked):  # of the answers to one prompt the first was admitted just now
+        if len(other.tokens) > enough and other.tokens[:enough] == row.tokens[:enough]:
+            return other
+    return None

@@ -122,7 +122,7 @@ class TextGenerator:
         """After each pass the answers under way, in the order of the requests, and those that the pass has ended.
 
         Requests are taken when there is room for them, twice as many as are computed at a time. If taking one raises,
-        that is passed on when the answers under way have ended. Leaving early ends all.
+        that is passed on when the answers under way have ended. Leaving early, or any other error, ends all.
         """
         coming, failure = iter(requests), None
         under_way: list[Answer] = []
@@ -142,7 +142,7 @@ class TextGenerator:
                 self._engine.step()
                 yield list(under_way)
                 under_way = [answer for answer in under_way if not answer.finish_reason]
-        except GeneratorExit:
+        except BaseException:
             self.cancel(under_way)
             raise
         if failure is not None:

@@ -1,7 +1,6 @@
 """What is asked in words as a request to the engine: the chat format, how tokens are chosen, the longest answer."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from qwen3f.errors import UserError
 from qwen3f.infer.engine import check_request
 from qwen3f.infer.prompts import Shown, encode_shown, pictures_of
 from qwen3f.infer.request import Request
-from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams
+from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams, is_finite
 from qwen3f.infer.thinking import CLOSING, ThinkingBudget
 
 Content = str | Sequence[Message]
@@ -40,7 +39,7 @@ class TextOptions:
       max_new_tokens: the answer ends there, if not before.
       temperature … presence_penalty: None is what Qwen3 recommends for the mode, and greedy without chat.
       seed: of the random stream.
-      stop: the answer ends before the first of these texts, wherever tokens are cut.
+      stop: the answer ends before the first of these texts, wherever tokens are cut; a list becomes a tuple.
     Raises UserError, which begins with a field's name, for a value that is none.
     """
 
@@ -58,6 +57,8 @@ class TextOptions:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, list):
+            object.__setattr__(self, "stop", tuple(self.stop))
         _check_kinds(self)
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
@@ -191,7 +192,7 @@ def _check_kinds(options: TextOptions) -> None:
             continue
         kind = _KINDS[field.name]
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = number and math.isfinite(value) if kind is float else isinstance(value, kind)
+        fits = number and is_finite(value) if kind is float else isinstance(value, kind)
         if not fits or (kind is int and isinstance(value, bool)):
             raise UserError(f"{field.name} must be {kinds[kind]}, got {value!r}")
 

@@ -4,6 +4,7 @@ Defaults of omitted keys: transformers 5.23, Qwen3Config and Qwen3MoeConfig. Wha
 """
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -273,13 +274,18 @@ def typed(value: Any, default: Any, key: str, where: str) -> Any:
     if isinstance(default, tuple):
         fits, kind = isinstance(value, (list, tuple)) and all(type(v) is int for v in value), "a list of integers"
     elif isinstance(default, float):
-        fits, kind = type(value) in (int, float), "a number"
+        fits, kind = _is_number(value), "a finite number"
     else:
         wanted = int if default is None else type(default)
         fits, kind = type(value) is wanted, {int: "an integer", bool: "true or false", str: "a string"}[wanted]
     if not fits:
         raise UserError(f"{where}: {key} is {value!r}; it must be {kind}")
     return value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold: JSON's integers may be longer."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _rope(values: Mapping[str, Any], default: float) -> tuple[float, RopeScaling | None]:
@@ -302,8 +308,8 @@ def _rope(values: Mapping[str, Any], default: float) -> tuple[float, RopeScaling
         scalings[key] = RopeScaling.from_dict(inner)
     bases = {key: base for key, base in bases.items() if base is not None}
     for key, base in bases.items():
-        if type(base) not in (int, float):
-            raise UserError(f"{key} is {base!r}; it must be a number")
+        if not _is_number(base):
+            raise UserError(f"{key} is {base!r}; it must be a finite number")
     for found, what in ((bases, "base"), (scalings, "scaling")):
         if len(set(found.values())) > 1:
             both = " and ".join(f"{key}={value}" for key, value in found.items())

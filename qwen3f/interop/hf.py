@@ -95,7 +95,8 @@ def save_pretrained(
 ) -> None:
     """Write config.json, generation_config.json, weights and tokenizer so that transformers loads them.
 
-    directory: must not exist or be empty; appears by one rename when everything is written.
+    directory: must not exist or be empty, or be a link to an empty one; appears by one rename when everything is
+      written.
     tokenizer: its files are written beside the weights, its end and padding tokens into the configs. AutoTokenizer
       gives the same ids. The chat template is the tokenizer's own; without one that of its kind (data.chat.kinds).
     dtype: of the stored weights; None keeps each parameter's.
@@ -104,8 +105,8 @@ def save_pretrained(
     Raises UserError, leaving nothing behind, for a directory in use, a model that Hugging Face can't express,
     parameters that are not the config's, and a disk that fails.
     """
-    directory = Path(directory).absolute()
-    check_writable(directory)
+    check_writable(Path(directory))
+    directory = Path(directory).resolve()  # a rename would not follow a link
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
     check_params(cfg, params)
@@ -135,10 +136,15 @@ def save_pretrained(
 
 
 def check_writable(directory: Path) -> None:
-    """Raises UserError unless `directory` is free to be written: absent, or an empty directory."""
+    """Raises UserError unless `directory` is free to be written: absent, or an empty directory and no mount point."""
     if directory.is_dir():
         if any(directory.iterdir()):
             raise UserError(f"{directory} is not empty, and nothing is overwritten; choose another directory")
+        if directory.resolve().is_mount():
+            raise UserError(
+                f"{directory} is a mount point, which no finished directory can replace; choose one inside it, such as "
+                f"{directory / 'model'}"
+            )
     elif directory.exists() or directory.is_symlink():
         raise UserError(f"{directory} is not a directory; choose another one")
 

@@ -65,11 +65,17 @@ def read_directory(directory: Path) -> dict[str, StoredTensor]:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[Any]:
-    """A safetensors file, memory-mapped. Raises UserError if it is missing or broken."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; copy or download it")
+    """A safetensors file, memory-mapped. Raises UserError if it is missing, broken, or cannot be opened."""
     try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+        if not path.is_file():
+            raise UserError(f"there is no file {path}; copy or download it")
+        opened = safetensors.safe_open(path, framework="pt", device="cpu")
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened ({error.strerror or error}); copy or download it again") from error
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
+    try:
+        with opened as file:
             yield file
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error

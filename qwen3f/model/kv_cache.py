@@ -83,18 +83,30 @@ def grow_cache(cache: KVCache, pages: int, page_size: int) -> KVCache:
     return KVCache(tuple(grown[: len(cache.keys)]), tuple(grown[len(cache.keys) :]))
 
 
-def copy_pages(cache: KVCache, pairs: Sequence[tuple[int, int]]) -> KVCache:
-    """Copies pages (from, to), one after the other."""
-    groups: list[list[tuple[int, int]]] = [[]]
-    for pair in pairs:  # what one copy writes may be what a later one reads
-        if any(pair[0] == written for _, written in groups[-1]):
+def copy_pages(cache: KVCache, copies: Sequence[tuple[int, int, int]]) -> KVCache:
+    """Copies pages (from, to, tokens), one after the other: the first `tokens` of a page, with zeros behind them.
+
+    Zeros, since what stands there belongs to another row, and may not be finite.
+    """
+    groups: list[list[tuple[int, int, int]]] = [[]]
+    for copy in copies:  # what one copy writes may be what a later one reads
+        if any(copy[0] == written for _, written, _ in groups[-1]):
             groups.append([])
-        groups[-1].append(pair)
+        groups[-1].append(copy)
+    device = cache.keys[0].device
     for group in filter(None, groups):
-        source, target = (torch.tensor(side, device=cache.keys[0].device) for side in zip(*group))
+        source, target, tokens = (torch.tensor(side, device=device) for side in zip(*group))
+        kept = (torch.arange(cache.page_size, device=device) < tokens[:, None])[:, None, :, None]
         for x in (*cache.keys, *cache.values):
-            x[target] = x[source]
+            x[target] = x[source].where(kept, 0)
     return cache
+
+
+def erase_pages(cache: KVCache, pages: Sequence[int] | None = None) -> None:
+    """Zeros in pages, or in all of them."""
+    which = slice(None) if pages is None else torch.tensor(pages, device=cache.keys[0].device)
+    for x in (*cache.keys, *cache.values):
+        x[which] = 0
 
 
 def paged_layers(cache: KVCache, batch: Mapping[str, Tensor], table: Tensor | int, span: int) -> list[PagedLayer]:

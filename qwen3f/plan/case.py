@@ -18,7 +18,6 @@ from sharding.pipeline.cut import Pipeline, Slices, make_slices
 from sharding.pipeline.schedule import check
 
 ONE_F_ONE_B = Pipeline()
-MASTER = 4  # bytes of a float32: master weights, moments, summed gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +72,11 @@ class Case:
     @property
     def itemsize(self) -> int:
         return self.compute.itemsize
+
+    @property
+    def master(self) -> int:
+        """Bytes of an element of master weights, moments and summed gradients."""
+        return torch.promote_types(self.compute, torch.float32).itemsize
 
     @property
     def rows(self) -> int:

@@ -13,14 +13,16 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 
+import torch
 from ml_collections import ConfigDict
 
 from qwen3f.errors import UserError
-from qwen3f.plan.case import MASTER, Case
+from qwen3f.plan.case import Case
 from qwen3f.plan.config import from_config
 from qwen3f.plan.hardware import TABLE, Hardware
 from qwen3f.plan.make import make
-from qwen3f.plan.memory import leaves, peak, room
+from qwen3f.plan.memory import leaves, peak, room, state_bytes
+from sharding.mesh import MeshShape
 
 Values = tuple[tuple[str, object], ...]  # (key of the configuration, value)
 
@@ -60,12 +62,18 @@ def smallest_changes(config: ConfigDict) -> tuple[Change, ...]:
         if (change := _fitting(config, values)) is not None:
             return (change,)
     own = from_config(config)
-    fewest = own.model.total_params_estimate() * 3 * MASTER / room(own.hardware)  # devices, for the state alone
+    fewest = _state(own) / room(own.hardware)  # devices, for the state alone
     factors = [factor for factor in _FACTORS if factor * own.mesh.size >= fewest]
     more = (_fastest(config, factor, own.hardware.node, values) for factor in factors for values in settings)
     cards = (_fitting(config, (*card, *values)) for values in settings for card in _cards(config, own.hardware))
     found = [next((change for change in changes if change is not None), None) for changes in (more, cards)]
     return tuple(change for change in found if change is not None)
+
+
+def _state(own: Case) -> float:
+    """Bytes of the whole state, once: the fewest that another dtype leaves of it."""
+    alone = dataclasses.replace(own, mesh=MeshShape())
+    return sum(state_bytes(alone, leaves(alone))) * torch.float32.itemsize / own.master
 
 
 def _fitting(config: ConfigDict, values: Values) -> Change | None:

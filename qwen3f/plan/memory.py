@@ -13,7 +13,7 @@ import torch
 from kernels import cross_entropy
 from qwen3f import params as P
 from qwen3f.plan import schedule
-from qwen3f.plan.case import MASTER, Case
+from qwen3f.plan.case import Case
 from qwen3f.plan.hardware import Hardware
 from qwen3f.train import optimizer
 from sharding import rules
@@ -30,6 +30,7 @@ class Leaf:
 
     gathered: elements of one layer of it (of all of it, when it is not stacked) once FSDP has gathered it. itemsize:
     bytes of an element as the step differentiates by it: of the compute dtype, or of a master weight that FSDP gathers.
+    trained: whether it has a gradient and moments.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Leaf:
     stacked: bool
     gathered: int
     itemsize: int
+    trained: bool
 
     @property
     def elements(self) -> int:
@@ -54,8 +56,9 @@ class Leaf:
 def leaves(setup: Case) -> tuple[Leaf, ...]:
     """Every parameter, in the order of the forward pass. UserError of sharding.rules for what does not divide."""
     placed = rules.place(setup.model, setup.mesh, setup.fsdp)
-    out = []
-    for path, spec in P.abstract_params(setup.model).items():
+    specs, out = P.abstract_params(setup.model), []
+    trained = optimizer.trainable(setup.hyper, specs)
+    for path, spec in specs.items():
         where = placed[path]
         cuts = tuple((axis, where.cuts[axis]) for axis in AXES if axis in where.cuts)
         local = rules.local_shape(spec, where, setup.mesh, setup.cut)
@@ -71,7 +74,8 @@ def leaves(setup: Case) -> tuple[Leaf, ...]:
                 replicated=rules.replicated_axes(where, setup.mesh),
                 stacked=stacked,
                 gathered=whole,
-                itemsize=MASTER if where.fsdp and setup.reduce == "float32" else setup.itemsize,
+                itemsize=setup.master if where.fsdp and setup.reduce == "float32" else setup.itemsize,
+                trained=path in trained,
             )
         )
     return tuple(out)
@@ -80,11 +84,11 @@ def leaves(setup: Case) -> tuple[Leaf, ...]:
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes of one rank. parameters and optimizer: the state between steps, exact. copy: parameters in the compute
-    dtype. gathered: layers that FSDP has whole at once. gradients: of one micro-batch, all leaves. sums: float32 sums
-    over micro-batches, with the gradients of the one before. buffers: what the pipeline receives into. activations:
-    (kind, bytes) of all layers and micro-batches in flight. loss: logits of a chunk and the head's gradients. working:
-    of a layer that is being recomputed or differentiated, of gradients being stacked or summed. peak: the most at any
-    time of a step; at: which time that is.
+    dtype. gathered: layers that FSDP has whole at once. gradients: of one micro-batch, what is trained. sums: float32
+    sums over micro-batches, with the gradients of the one before. buffers: what the pipeline receives into.
+    activations: (kind, bytes) of all layers and micro-batches in flight. loss: logits of a chunk and the head's
+    gradients. working: of a layer that is being recomputed or differentiated, of gradients being stacked or summed.
+    peak: the most at any time of a step; at: which time that is.
     """
 
     parameters: int
@@ -103,10 +107,9 @@ class Memory:
 
 def state_bytes(setup: Case, table: tuple[Leaf, ...]) -> tuple[int, int]:
     """(parameters, moments) of one rank, as qwen3f.train.state.init_state makes them."""
-    elements = sum(leaf.elements for leaf in table)
     by_muon = optimizer.by_muon(setup.hyper, P.decays(setup.model))
-    second = sum(leaf.elements for leaf in table if leaf.path not in by_muon)
-    return MASTER * elements, MASTER * (elements + second)
+    moments = sum(leaf.elements * (1 if leaf.path in by_muon else 2) for leaf in table if leaf.trained)
+    return setup.master * sum(leaf.elements for leaf in table), setup.master * moments
 
 
 def layer_activations(setup: Case, sparse: bool, policy: str) -> dict[str, int]:
@@ -158,13 +161,14 @@ def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> M
     own, cfg, size = setup.cut.slices_of(rank), setup.model, setup.itemsize
     first, last, piped = 0 in own, setup.cut.count - 1 in own, setup.mesh.pp > 1
     parameters, moments = state_bytes(setup, table)
-    copy = sum(leaf.elements * leaf.itemsize for leaf in table if leaf.itemsize != MASTER)
+    copy = sum(leaf.elements * leaf.itemsize for leaf in table if leaf.itemsize != setup.master)
+    trained = [leaf for leaf in table if leaf.trained]
     # Gradients of the layers are stacked when all are there; a pipeline, or a further micro-batch, adds them to float32
     # sums. A pipeline does so layer by layer; without one, those of the micro-batch before live until the next ones.
-    gradients = 0 if piped else sum(leaf.elements * leaf.itemsize for leaf in table)
-    sums = sum(leaf.elements for leaf in table) * MASTER if piped or setup.microbatches > 1 else 0
+    gradients = 0 if piped else sum(leaf.elements * leaf.itemsize for leaf in trained)
+    sums = sum(leaf.elements for leaf in trained) * setup.master if piped or setup.microbatches > 1 else 0
     before = gradients if setup.microbatches > 1 else 0
-    largest = 0 if piped else max(leaf.elements * leaf.itemsize for leaf in table)  # a stack beside its layers
+    largest = 0 if piped else max(leaf.elements * leaf.itemsize for leaf in trained)  # a stack beside its layers
     ends = (stage > 0 for stage in own), (stage < setup.cut.count - 1 for stage in own)
     buffers = sum(map(sum, ends)) * setup.microbatches * setup.tokens_tp * cfg.hidden_size * size
     longest = max((setup.cut.layers_of(stage) for stage in own), key=len)
@@ -174,10 +178,12 @@ def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> M
     layer = _layer_at_work(setup, table)
     # the embedding's gradient comes last, twice where it is tied; then, if so summed, widened with what was gathered
     # beside it
-    ending = (2 if cfg.tie_word_embeddings else 1) * setup.vocabulary * cfg.hidden_size * size if first else 0
-    wide = [leaf for leaf in table if leaf.itemsize > size and not leaf.stacked]
+    made = _differentiated(table)
+    table_size = setup.vocabulary * cfg.hidden_size * size if any(leaf.path == P.EMBED for leaf in made) else 0
+    ending = (2 if cfg.tie_word_embeddings else 1) * table_size if first else 0
+    wide = [leaf for leaf in made if leaf.itemsize > size and not leaf.stacked]
     ending += sum(leaf.gathered * leaf.itemsize for leaf in wide) if first else 0
-    summing = _summing(table)
+    summing = _summing(setup, trained)
 
     state, kept = parameters + moments + copy + sums + buffers, sum(activations.values())
     peaks = {
@@ -232,16 +238,22 @@ def _layer_at_work(setup: Case, table: tuple[Leaf, ...]) -> int:
         for policy in ("none", setup.model.gradient_checkpointing)
     )
     piped = setup.mesh.pp > 1  # there all of a layer's gradients come and go; else `gradients` counts those not cut
-    cut = [leaf for leaf in table if leaf.stacked and (leaf.fsdp or piped)]
+    cut = [leaf for leaf in _differentiated(table) if leaf.stacked and (leaf.fsdp or piped)]
     return whole - kept + whole // 2 + sum(leaf.gathered * (setup.itemsize + leaf.itemsize) for leaf in cut)
 
 
-def _summing(table: tuple[Leaf, ...]) -> int:
+def _differentiated(table: tuple[Leaf, ...]) -> list[Leaf]:
+    """The leaves for which the backward pass makes a gradient: those trained, and those that FSDP gathers with one."""
+    bundles = {(leaf.stacked, leaf.fsdp) for leaf in table if leaf.trained and leaf.fsdp}
+    return [leaf for leaf in table if leaf.trained or (leaf.stacked, leaf.fsdp) in bundles]
+
+
+def _summing(setup: Case, trained: Sequence[Leaf]) -> int:
     """Gradients that are summed over ranks, widened to float32, and the largest set of them joined."""
     sets: Counter[tuple[str, ...]] = Counter()
-    for leaf in table:
+    for leaf in trained:
         sets[leaf.replicated] += leaf.elements if leaf.replicated else 0
-    return (sets.total() + max(sets.values(), default=0)) * MASTER
+    return (sets.total() + max(sets.values(), default=0)) * setup.master
 
 
 def _loss_bytes(setup: Case) -> int:
@@ -250,5 +262,5 @@ def _loss_bytes(setup: Case) -> int:
     chunk = cross_entropy._CHUNK_BYTES // (setup.vocabulary * size)
     chunk = min(1 << (max(chunk, 1).bit_length() - 1), setup.tokens)
     # over a whole vocabulary the gradient is summed over chunks in float32 and rounded at the end
-    gradient = size + (MASTER if setup.mesh.tp == 1 and size != MASTER else 0)
+    gradient = size + (setup.master if setup.mesh.tp == 1 and size != setup.master else 0)
     return chunk * setup.vocabulary * size + setup.vocabulary * hidden * gradient + 2 * setup.tokens * hidden * size

@@ -11,11 +11,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import torch
-
 from qwen3f import params as P
 from qwen3f.model.transformer import gathers_ahead
-from qwen3f.plan.case import MASTER, Case
+from qwen3f.plan.case import Case
 from qwen3f.plan.hardware import Hardware
 from qwen3f.plan.memory import Leaf
 from sharding.mesh import AXES, DATA, ROWS, MeshShape
@@ -138,7 +136,8 @@ def _fsdp(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
             if again and where == "layer":
                 out.append(Collective(f"weights of {what}, again", "gather", *on, f"{where} backward", *rest))
             size = times * sum(leaf.gathered * leaf.itemsize for leaf in bundle)
-            of_gradients = (parts * times, size, overlaps)
+            calls = parts * times if any(leaf.trained for leaf in bundle) else 0
+            of_gradients = (calls, size, overlaps)
             out.append(Collective(f"gradients of {what}", "reduce_scatter", *on, f"{where} backward", *of_gradients))
     return out
 
@@ -169,7 +168,7 @@ def _loss(setup: Case) -> list[Collective]:
     """The embedding's partial sums, the sequence before the head, and two numbers a token and shard of the loss."""
     m, tp = setup.microbatches, (("tp",), setup.mesh.tp)
     stream = m * setup.tokens * setup.model.hidden_size * setup.itemsize
-    numbers = m * 2 * setup.tokens * MASTER
+    numbers = m * 2 * setup.tokens * setup.master
     return [
         Collective("embedding", "reduce_scatter", *tp, "first forward", m, stream),
         Collective("embedding's gradient", "gather", *tp, "first backward", m, stream),
@@ -231,16 +230,16 @@ def _once(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
     """Sums that a step ends or begins with: gradients of what is replicated, the leaves of the same axes together, in
     float32; the norm's squares; and loss, weights and counts.
     """
-    mesh, wide = setup.mesh, torch.promote_types(setup.compute, torch.float32).itemsize
+    mesh, wide, trained = setup.mesh, setup.master, [leaf for leaf in table if leaf.trained]
     sizes: dict[str, list[tuple[tuple[str, ...], int]]] = {
         "gradients of replicated leaves": [],
         "squares of gradients": [],
     }
-    for axes in {leaf.replicated for leaf in table if leaf.replicated}:
-        size = sum(leaf.elements for leaf in table if leaf.replicated == axes) * wide
+    for axes in {leaf.replicated for leaf in trained if leaf.replicated}:
+        size = sum(leaf.elements for leaf in trained if leaf.replicated == axes) * wide
         sizes["gradients of replicated leaves"] += [(over, size) for over in _one_by_one(axes)]
-    for axes in {tuple(axis for axis in AXES if axis in dict(leaf.cuts)) for leaf in table}:
-        sizes["squares of gradients"] += [(over, MASTER) for over in _one_by_one(axes)]
+    for axes in {tuple(axis for axis in AXES if axis in dict(leaf.cuts)) for leaf in trained}:
+        sizes["squares of gradients"] += [(over, wide) for over in _one_by_one(axes)]
     everyone = tuple(axis for axis in AXES if getattr(mesh, axis) > 1)
     data = _one_by_one(tuple(axis for axis in everyone if axis in DATA))
     sizes["losses"] = [(over, 3 * wide) for over in _one_by_one(everyone)]

@@ -9,7 +9,7 @@ N tokens of a rank's micro-batch · R rows of its experts · D hidden · H, K he
 import dataclasses
 from collections.abc import Sequence
 
-from qwen3f.plan.case import MASTER, Case
+from qwen3f.plan.case import Case
 from qwen3f.plan.hardware import Hardware
 from qwen3f.plan.memory import Leaf
 
@@ -105,13 +105,15 @@ def update(setup: Case, table: Sequence[Leaf]) -> Work:
 
     Muon's products are not counted: it is charged as AdamW is.
     """
-    total = 0.0
+    total, master = 0.0, setup.master
     for leaf in table:
         size = leaf.itemsize
-        cast = MASTER + size if size != MASTER else 0
+        total += leaf.elements * (master + size if size != master else 0)
+        if not leaf.trained:
+            continue
         if setup.microbatches == 1:
             gradients = 2 * size + 2 * size  # stacked; read for the norm and by the update
         else:
-            gradients = setup.microbatches * (2 * MASTER + size) + 2 * MASTER
-        total += leaf.elements * (cast + gradients + 6 * MASTER)
+            gradients = setup.microbatches * (2 * master + size) + 2 * master
+        total += leaf.elements * (gradients + 6 * master)
     return Work(bytes=total)

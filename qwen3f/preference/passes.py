@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from qwen3f.data.chat.heldout import measured_rows
 from qwen3f.data.loader import Share
 from qwen3f.data.packing.pair_dataset import PairDataset
 from qwen3f.eval.heldout import batches_of_one_shape
@@ -48,12 +49,12 @@ def log_ratios(outputs: Values) -> Values:
 def passes(
     run: Run, dataset: PairDataset, most: int, values: Callable[[Batch], Tensor]
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """(a batch of R rows, what `values` says of its own rows, joined: [R, …]), both on the CPU, of the first rows.
+    """(a batch of R rows, what `values` says of its own rows, joined: [R, …]), both on the CPU, of `measured_rows`.
 
-    The batch is filled up with rows of padding. All ranks iterate together. most: rows; 0 for all.
+    The batch is filled up with rows of padding. All ranks iterate together. most: rows; 0 for all, in their order.
     """
-    count = min(len(dataset), most or len(dataset))
-    for batch in batches_of_one_shape((dataset[i] for i in range(count)), run.setup.config.eval.batch_size):
+    rows = (dataset[i] for i in measured_rows(dataset, most))
+    for batch in batches_of_one_shape(rows, run.setup.config.eval.batch_size):
         yield batch, joined_rows(run, batch, values)
 
 

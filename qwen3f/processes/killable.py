@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import queue
 import select
@@ -36,24 +37,25 @@ class Outcome:
 class Killable:
     """Worker processes that call "module:function" of this Python; a context manager. Threads may share it.
 
-    count: processes, started when they are first needed. deadline: seconds of a call. environment: more variables.
+    count: processes, started when they are first needed. deadline: seconds of a call, once its process is up and has
+    loaded the function's module and further `modules`.
     """
 
-    def __init__(self, count: int, deadline: float, environment: dict[str, str] | None = None) -> None:
-        self.deadline, self._environment = deadline, environment or {}
+    def __init__(self, count: int, deadline: float) -> None:
+        self.deadline = deadline
         self._free: queue.LifoQueue[_Child | None] = queue.LifoQueue()
         for _ in range(count):
             self._free.put(None)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="killable")
         self._lock, self._children = threading.Lock(), set[_Child]()
 
-    def call(self, function: str, **arguments: Any) -> Outcome:
+    def call(self, function: str, modules: Sequence[str] = (), /, **arguments: Any) -> Outcome:
         """The function's result. Waits for a free process; a call that fails or is late costs only itself."""
         child = self._free.get()
         try:
             if child is None or not child.alive():
                 child = self._started()
-            outcome, sound = child.call(function, arguments, self.deadline)
+            outcome, sound = child.call(function, modules, arguments, self.deadline)
             if not sound:
                 self._end(child)
                 child = None
@@ -61,9 +63,9 @@ class Killable:
         finally:
             self._free.put(child)
 
-    def map(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> list[Outcome]:
+    def map(self, calls: Sequence[tuple[str, dict[str, Any]]], modules: Sequence[str] = ()) -> list[Outcome]:
         """The outcomes of (function, arguments), in order; as many at a time as there are processes."""
-        return list(self._threads.map(lambda call: self.call(call[0], **call[1]), calls))
+        return list(self._threads.map(lambda call: self.call(call[0], modules, **call[1]), calls))
 
     def close(self) -> None:
         """Ends the processes; more calls do nothing."""
@@ -80,7 +82,7 @@ class Killable:
         self.close()
 
     def _started(self) -> "_Child":
-        child = _Child(self._environment)
+        child = _Child()
         with self._lock:
             self._children.add(child)
         return child
@@ -92,12 +94,12 @@ class Killable:
 
 
 class _Child:
-    def __init__(self, environment: dict[str, str]) -> None:
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "qwen3f.processes.killable_child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,  # so that what it starts can be ended with it
         )
         self._rest = b""
@@ -105,13 +107,15 @@ class _Child:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def call(self, function: str, arguments: dict[str, Any], deadline: float) -> tuple[Outcome, bool]:
+    def call(
+        self, function: str, modules: Sequence[str], arguments: dict[str, Any], deadline: float
+    ) -> tuple[Outcome, bool]:
         """(outcome, whether the process may be used again)."""
-        line = json.dumps([function, arguments]).encode() + b"\n"
+        line = json.dumps([function, list(modules), arguments]).encode() + b"\n"
         try:
             self._process.stdin.write(line)
             self._process.stdin.flush()
-            self._line(time.monotonic() + START_SECONDS)  # it has imported the function
+            self._line(time.monotonic() + START_SECONDS)  # it has imported what it needs
             found = json.loads(self._line(time.monotonic() + deadline))
         except TimeoutError:
             return Outcome(failure=f"took longer than {deadline:g} s"), False
@@ -125,7 +129,7 @@ class _Child:
         out = self._process.stdout
         while b"\n" not in self._rest:
             left = until - time.monotonic()
-            if left <= 0 or not select.select([out], [], [], left)[0]:
+            if left <= 0 or not _ready(out.fileno(), left):
                 raise TimeoutError
             if not (more := os.read(out.fileno(), 1 << 16)):
                 raise OSError(f"exit code {self._process.wait()}")
@@ -142,6 +146,14 @@ class _Child:
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):  # what was not yet written
                 pipe.close()
+
+
+def _ready(descriptor: int, seconds: float) -> bool:
+    """Whether there is something to read, or the end, within `seconds`. By poll: select takes no descriptor from 1,024
+    on."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(math.ceil(1000 * seconds)))
 
 
 def shared(count: int, deadline: float) -> Callable[[], Killable]:

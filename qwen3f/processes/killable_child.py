@@ -6,7 +6,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 INSIDE = "QWEN3F_KILLABLE"  # set in such a process: whoever would start one for a call need not
@@ -19,6 +19,14 @@ def find(name: str) -> Any:
     return getattr(importlib.import_module(module), function)
 
 
+def _load(name: str, modules: Sequence[str]) -> Callable[..., Any]:
+    """`find`, with what the function may need in memory. What is not there fails where it is needed."""
+    for module in modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    return find(name)
+
+
 def main() -> None:
     os.environ[INSIDE] = "1"
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -27,8 +35,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a function prints is no answer
     for line in sys.stdin:
-        name, arguments = json.loads(line)
-        ready = _outcome(find, name)
+        name, modules, arguments = json.loads(line)
+        ready = _outcome(_load, name, modules)
         print(file=answers, flush=True)  # from here on the deadline counts
         found = ready if "failure" in ready else _outcome(ready["value"], **arguments)
         try:

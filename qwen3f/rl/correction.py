@@ -6,6 +6,8 @@ advantage before the step, which then needs to know nothing of it. (vespo's is n
 [B, T] tokens
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,12 @@ def per_token(of_documents_BS: Tensor, segments_BT: Tensor) -> Tensor:
 def entropy_threshold(entropies: Tensor, share: float) -> float:
     """The entropy that `share` of the tokens reach (Wang et al. 2025, arXiv:2506.01939: 0.2); entropies: of all tokens
     that count, of all ranks, in any order. −∞ for none."""
-    return torch.quantile(entropies.double(), 1 - share).item() if entropies.numel() else -torch.inf
+    if not entropies.numel():
+        return -torch.inf
+    ordered = entropies.double().flatten().sort().values  # torch.quantile takes 2**24 numbers at most
+    place = (1 - share) * (ordered.numel() - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return torch.lerp(low, high, place - math.floor(place)).item()
 
 
 def high_entropy(entropy_BT: Tensor, counts_BT: Tensor, threshold: float) -> Tensor:

@@ -17,7 +17,7 @@ from qwen3f.data.mixture import parse_weights
 from qwen3f.errors import UserError
 from qwen3f.processes.killable import Killable, Outcome
 from qwen3f.processes.killable_child import find
-from qwen3f.rl.rewards import REWARDS, Sample
+from qwen3f.rl.rewards import REWARDS, Sample, modules_for
 
 MODEL = "reward_model"
 
@@ -57,15 +57,12 @@ class Judged:
 class Judge:
     """Judges samples by several rewards; a context manager.
 
-    weights: of `parse_rewards`. processes: at a time. deadline: seconds of one reward of one sample. environment: more
-    variables of the processes.
+    weights: of `parse_rewards`. processes: at a time. deadline: seconds of one reward of one sample.
     """
 
-    def __init__(
-        self, weights: dict[str, float], processes: int, deadline: float, environment: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, weights: dict[str, float], processes: int, deadline: float) -> None:
         self.names, self.weights = tuple(weights), tuple(weights.values())
-        self._killable = Killable(processes, deadline, environment)
+        self._killable = Killable(processes, deadline)
 
     def __call__(self, samples: Sequence[Sample]) -> Judged:
         """Each reward of each sample, once. One that raises, hangs, or gives what is no number within ±BOUND is NaN,
@@ -75,7 +72,8 @@ class Judge:
             for name in self.names
             for sample in samples
         ]
-        outcomes = iter(self._killable.map(calls))
+        tasks = {sample.task for sample in samples}
+        outcomes = iter(self._killable.map(calls, modules_for(self.names, tasks)))
         values: dict[str, list[float]] = {}
         failures: Counter[str] = Counter()
         for name in self.names:

@@ -5,15 +5,17 @@ Imports no torch: the processes that judge have nothing else to load.
 
 import dataclasses
 import math
+import numbers
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from qwen3f.processes.killable_child import find
 from qwen3f.tasks.answer_text import boxed_answer, is_well_formed, normalised
 from qwen3f.tasks.equivalence import math_reward
 from qwen3f.tasks.registry import open_task
+from qwen3f.tasks.word_problems import WordProblems
 
 BOUND = 1000.0  # of a reward; beyond it is a mistake, and would drown all others
 OVERLONG_SHARE = 0.25  # of the longest completion, over which `overlong` falls
@@ -103,13 +105,22 @@ REWARDS: dict[str, Callable[[Sample], float | None]] = {
 }
 
 
+def modules_for(names: Iterable[str], tasks: Iterable[str]) -> tuple[str, ...]:
+    """What takes long to load and these rewards need for samples of these tasks: no part of a sample's deadline."""
+    names = set(names)
+    asks = names & {"math"} or (
+        "correct" in names and any(isinstance(open_task(task, "--config.tasks"), WordProblems) for task in tasks)
+    )
+    return ("qwen3f.tasks.verifier",) if asks else ()
+
+
 def run_reward(name: str, sample: dict[str, Any]) -> float | None:
     """One reward of one sample, as the processes call it. Raises ValueError for what is no reward."""
     reward = REWARDS.get(name) or find(name)
     value = reward(Sample(**sample))
     if value is None:
         return None
-    if isinstance(value, str) or not isinstance(value, int | float):
+    if not isinstance(value, numbers.Real):  # numpy's are
         raise ValueError(f"it gave {value!r:.80}, which is no number")
     if not math.isfinite(value) or abs(value) > BOUND:
         raise ValueError(f"it gave {value}, which is not within ±{BOUND:g}")

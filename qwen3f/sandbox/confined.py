@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import queue
 import select
@@ -82,6 +83,13 @@ def user() -> Iterator[int]:
         _free.put(number)
 
 
+def _ready(descriptor: int, event: int, seconds: float) -> bool:
+    """Whether an event, or the end, comes within `seconds`. By poll: select takes no descriptor from 1,024 on."""
+    poll = select.poll()
+    poll.register(descriptor, event)
+    return bool(poll.poll(math.ceil(1000 * seconds)))
+
+
 class Confined:
     """A context manager. role: "code" or "tests"; see child.py, which gets `order`. number: its user, or 0.
 
@@ -129,7 +137,7 @@ class Confined:
         try:
             while data:
                 left = until - time.monotonic()
-                if left <= 0 or not select.select([], [pipe], [], left)[1]:
+                if left <= 0 or not _ready(pipe, select.POLLOUT, left):
                     raise Late(f"took longer than {seconds:.3g} s to read")
                 data = data[os.write(pipe, data) :]
         except OSError as error:
@@ -140,7 +148,7 @@ class Confined:
         until, out = time.monotonic() + seconds, self._process.stdout.fileno()
         while b"\n" not in self._rest:
             left = until - time.monotonic()
-            if left <= 0 or not select.select([out], [], [], left)[0]:
+            if left <= 0 or not _ready(out, select.POLLIN, left):
                 raise Late(f"took longer than {seconds:.3g} s")
             if not (more := os.read(out, 1 << 16)):
                 raise ConfineError("it ended without an answer")
@@ -154,8 +162,8 @@ class Confined:
             raise ConfineError(f"it said what is no message: {error}") from error
         if not isinstance(message, dict):
             raise ConfineError("it said what is no message")
-        if "unconfined" in message:
-            raise ConfineError(str(message["unconfined"]))
+        if isinstance(why := message.get("unconfined"), str):
+            raise ConfineError(why[:300])
         return message
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Whether code passes its tests: judged by the parent, from plain values, with the code in a process of its own."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -103,9 +104,11 @@ def _judge_cases(child: Confined, job: _Job) -> Verdict:
         answer = child.receive(left())
         if "error" in answer:
             return _raised(answer)
-        value = _value(answer)
+        with _answered():
+            value = unpack(answer["value"])
         if not same(value, case.expected, case.relative):
-            return Verdict(False, "wrong", f"{job.entry_point}{tuple(case.arguments)!r:.200} gave {value!r:.200}")
+            detail = f"{job.entry_point}{_shown(tuple(case.arguments))} gave {_shown(value)}"
+            return Verdict(False, "wrong", detail)
     return Verdict(True, "passed")
 
 
@@ -118,17 +121,19 @@ def _judge_text(child: Confined, job: _Job) -> Verdict:
             return left
         while True:
             message = tester.receive(left())
+            if message.get("passed") is True:
+                return Verdict(True, "passed")
             if "passed" in message:
-                if message["passed"] is True:
-                    return Verdict(True, "passed")
-                reason = "wrong" if message["error"] == "AssertionError" else "error"
-                return Verdict(False, reason, f"{message['error']}: {message['words']}")
-            child.send({key: message[key] for key in ("name", "arguments", "named")}, left())
+                reason = "wrong" if message.get("error") == "AssertionError" else "error"
+                return dataclasses.replace(_raised(message), reason=reason)
+            child.send({key: message.get(key) for key in ("name", "arguments", "named")}, left())
             answer = child.receive(left())
             if "error" in answer:
-                answer = {key: str(answer.get(key, ""))[:300] for key in ("error", "words")}
+                error, words = _said(answer)
+                answer = {"error": error, "words": words}
             else:
-                answer = {"value": pack(_value(answer))}
+                with _answered():
+                    answer = {"value": pack(unpack(answer["value"]))}
             tester.send(answer, left())
 
 
@@ -145,15 +150,33 @@ def _begin(child: Confined, job: _Job) -> Verdict | Callable[[], float]:
 
 
 def _raised(answer: Mapping[str, Any]) -> Verdict:
-    return Verdict(False, "error", f"{answer['error']}: {answer.get('words', '')}"[:400])
+    error, words = _said(answer)
+    return Verdict(False, "error", f"{error}: {words}")
 
 
-def _value(answer: Mapping[str, Any]) -> Any:
-    """The plain value of an answer. Raises ConfineError for what is none."""
+def _said(answer: Mapping[str, Any]) -> tuple[str, str]:
+    """An exception's name and words. Raises ConfineError for what are none."""
+    found = answer.get("error"), answer.get("words", "")
+    if not all(isinstance(text, str) for text in found):
+        raise ConfineError("it said what is no exception")
+    return found[0][:100], found[1][:300]
+
+
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    """Reads an answer within it. Raises ConfineError for one that is no value, whatever that led to: the code can write
+    to the pipe itself."""
     try:
-        return unpack(answer["value"])
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        yield
+    except Exception as error:
         raise ConfineError(f"its answer is no value: {error}") from error
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:200]
+    except ValueError:  # an integer has more digits than may be written
+        return f"a {type(value).__name__} with a very long integer"
 
 
 def same(value: Any, expected: Any, relative: float = 1e-9) -> bool:
@@ -161,6 +184,8 @@ def same(value: Any, expected: Any, relative: float = 1e-9) -> bool:
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(value, int | float) and isinstance(expected, int | float):
+        if isinstance(value, int) and isinstance(expected, int):
+            return value == expected
         try:
             return value == expected or math.isclose(value, expected, rel_tol=relative)
         except OverflowError:  # an integer beyond every float

@@ -6,6 +6,7 @@ B  "landlock": for containers that deny namespaces. The process takes away its o
 C  neither works: nothing is run, unless the tier "none" is named, which has limits alone.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -13,6 +14,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -98,6 +100,19 @@ def find_tier(wanted: str = "") -> Tier:
     if reason := why_not(wanted):
         raise UserError(f"--config.sandbox={wanted} does not work here: {reason}")
     return wanted
+
+
+@contextlib.contextmanager
+def preferred(tier: str) -> Iterator[None]:
+    """Within it `tier` is what is wanted where nobody names one, here and in processes that are started."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = tier
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 @functools.cache

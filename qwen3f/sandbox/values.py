@@ -6,9 +6,12 @@ both sides of the pipe: the standard library alone, any Python from 3.8 on.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 DEPTH = 50
+COLLISIONS = 500  # keys of a message that share a hash with another of their set: each is compared with all of those
+_LARGE = 1 << 64  # from here on an integer travels as hex, which no limit of decimal digits holds for
 
 
 def pack(value: Any, depth: int = DEPTH) -> Any:
@@ -17,8 +20,10 @@ def pack(value: Any, depth: int = DEPTH) -> Any:
     if depth < 0:
         raise TypeError("a value that is nested too deeply")
     kind = type(value)
-    if value is None or kind in (bool, int, str):
+    if value is None or kind in (bool, str):
         return value
+    if kind is int:
+        return value if -_LARGE < value < _LARGE else {"i": hex(value)}
     if kind is float:
         return value if value - value == 0 else {"f": repr(value)}
     if kind is list:
@@ -37,23 +42,55 @@ def pack(value: Any, depth: int = DEPTH) -> Any:
 
 
 def unpack(found: Any) -> Any:
-    """The inverse of pack, of what json.loads gives. Raises ValueError or TypeError for anything else."""
-    if found is None or type(found) in (bool, int, float, str):
-        return found
-    if type(found) is list:
-        return [unpack(x) for x in found]
-    if type(found) is not dict or len(found) != 1:
+    """The inverse of pack, of what json.loads gives. Raises ValueError or TypeError for anything else, for values that
+    are nested deeper than DEPTH, and for sets and dicts whose keys share hashes: made so, they take minutes."""
+    return _Message().unpack(found, DEPTH)
+
+
+class _Message:
+    """One of them, with how many of its keys share a hash with another of their set."""
+
+    def __init__(self) -> None:
+        self._shared = 0
+
+    def unpack(self, found: Any, depth: int) -> Any:
+        if depth < 0:
+            raise ValueError("a value that is nested too deeply")
+        if found is None or type(found) in (bool, int, float, str):
+            return found
+        if type(found) is list:
+            return [self.unpack(x, depth - 1) for x in found]
+        if type(found) is not dict or len(found) != 1:
+            raise ValueError("no packed value")
+        ((tag, inner),) = found.items()
+        if tag == "f" and inner in ("nan", "inf", "-inf"):
+            return float(inner)
+        if tag == "i":
+            return int(inner, 16)
+        if tag == "b":
+            return bytes.fromhex(inner)
+        if type(inner) is not list:
+            raise ValueError("no packed value")
+        if tag == "d":
+            keys = self._keys([self.unpack(key, depth - 1) for key, _ in inner])
+            return dict(zip(keys, [self.unpack(value, depth - 1) for _, value in inner]))
+        if tag == "c":
+            return self._complex(inner)
+        parts = [self.unpack(x, depth - 1) for x in inner]
+        if tag == "t":
+            return tuple(parts)
+        if tag in ("s", "z"):
+            return (set if tag == "s" else frozenset)(self._keys(parts))
         raise ValueError("no packed value")
-    ((tag, inner),) = found.items()
-    if tag == "f" and inner in ("nan", "inf", "-inf"):
-        return float(inner)
-    if tag == "b":
-        return bytes.fromhex(inner)
-    if type(inner) is not list:
-        raise ValueError("no packed value")
-    if tag == "d":
-        return {unpack(key): unpack(value) for key, value in inner}
-    make = {"t": tuple, "s": set, "z": frozenset, "c": lambda parts: complex(*parts)}.get(tag)
-    if make is None:
-        raise ValueError("no packed value")
-    return make([unpack(x) for x in inner])
+
+    def _complex(self, inner: list[Any]) -> complex:
+        parts = [self.unpack(x, 0) for x in inner]
+        if [type(x) for x in parts] != [float, float]:
+            raise ValueError("no packed value")
+        return complex(*parts)
+
+    def _keys(self, keys: list[Any]) -> list[Any]:
+        self._shared += sum(count - 1 for count in Counter(map(hash, keys)).values())
+        if self._shared > COLLISIONS:
+            raise ValueError("a set or dict whose keys share their hashes")
+        return keys

@@ -29,7 +29,7 @@ from qwen3f.rl.policy import GRPO, make_objective, policy_loss
 from qwen3f.rl.questions import Questions, ask, encode, first_questions
 from qwen3f.rl.rollout import RolloutOptions, Sampler
 from qwen3f.rl.samples import write_samples
-from qwen3f.sandbox.tiers import VARIABLE, find_tier
+from qwen3f.sandbox.tiers import find_tier, preferred
 from qwen3f.tasks.code import CodeTask
 from qwen3f.tasks.registry import open_task
 from qwen3f.tasks.task import Question, Task
@@ -74,6 +74,12 @@ def check(setup: Setup) -> None:
                         "top_entropy=1")  # fmt: skip
     if rollout.old_logprobs not in ("auto", "trainer", "sampler"):
         raise UserError(f"--config.rollout.old_logprobs={rollout.old_logprobs}: write auto, trainer or sampler")
+    if rollout.old_logprobs == "sampler" and rollout.correction != "none":
+        raise UserError(
+            f"--config.rollout.old_logprobs=sampler and --config.rollout.correction={rollout.correction} would count "
+            "the ratio of trainer and sampler twice; write --config.rollout.old_logprobs=trainer, or "
+            "--config.rollout.correction=none"
+        )
     if rollout.max_new_tokens >= config.seq_len:
         raise UserError(
             f"--config.rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in rows of seq_len="
@@ -134,7 +140,7 @@ def make(run: Run) -> Stage:
     of_model = by_rule.pop(MODEL, None)
     tools = R.Tools(
         Sampler(setup.model, tokenizer, setup.execution, run.world, sampling),
-        Judge(by_rule, config.judge.processes, config.judge.deadline, {VARIABLE: config.sandbox}),
+        Judge(by_rule, config.judge.processes, config.judge.deadline),
         tokenizer,
         run.world,
         setup.layout.axes,
@@ -230,7 +236,8 @@ class Steps:
             return more()
 
         self._tools.sampler.update(whole_params(setup.model, state.params, setup.layout, setup.compute_dtype))
-        drawn = R.draw(batch, draw_more, self._questions.asked, self._tools, self._options)
+        with preferred(setup.config.sandbox):
+            drawn = R.draw(batch, draw_more, self._questions.asked, self._tools, self._options)
         temperature = setup.config.rollout.temperature
         pad = self._tools.tokenizer.pad_id
         rows = R.make_rows(drawn.trained, pad, setup.layout.axes, self._options, temperature)
@@ -297,7 +304,8 @@ class Steps:
         ones from here on."""
         setup, self._first = self._run.setup, False
         gap = gaps.get("sampler_gap")
-        if setup.config.rollout.old_logprobs == "auto" and setup.execution.invariant and gap == 0:
+        corrected = self._options.correction != "none"  # which has their ratio already
+        if setup.config.rollout.old_logprobs == "auto" and setup.execution.invariant and gap == 0 and not corrected:
             self._options = dataclasses.replace(self._options, trust_sampler=True)
         whose = "sampler" if self._options.trust_sampler else "trainer"
         if self._run.world.main:
@@ -335,7 +343,8 @@ def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]]) -
         given = tools.sampler.answers(ids, config.eval.temperature, config.eval.max_new_tokens)
         texts = [begun + tools.tokenizer.decode(list(one.ids[:-1] if one.ended else one.ids)) for one in given]
         answers = [Answer(text, one.ended) for text, one in zip(texts, given)]
-        found, lines[:] = _marks(asked, answers, thinking) if run.world.main else ({}, [])
+        with preferred(config.sandbox):
+            found, lines[:] = _marks(asked, answers, thinking) if run.world.main else ({}, [])
         return run.world.first(found if run.world.main else None)
 
     def say(values: Mapping[str, float]) -> str:

@@ -6,13 +6,14 @@ config.optimizer.rates (qwen3f.train.optimizer): patterns of paths, such as TOWE
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
+from qwen3f.data.chat.heldout import measured_rows
 from qwen3f.data.corpus import cache_directory
-from qwen3f.data.multimodal.dataset import VisualCorpus, VisualDataConfig, VisualDataset, prepare_visual
+from qwen3f.data.multimodal.dataset import Document, VisualCorpus, VisualDataConfig, VisualDataset, prepare_visual
 from qwen3f.data.multimodal.dataset import check as check_data
 from qwen3f.data.multimodal.tokenizer import trained_tokenizer
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -120,16 +121,16 @@ def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], tuple[d
 
     def marks(dataset: VisualDataset, params: Params, blind: bool) -> dict[str, list[float]]:
         found: dict[str, list[float]] = defaultdict(list)
-        most = min(len(dataset), config.eval.max_rows or len(dataset))
-        for number, batch in enumerate(batches_of_one_shape((dataset[i] for i in range(most)), rows)):
+        measured = measured_rows(dataset, config.eval.max_rows)
+        for number, batch in enumerate(batches_of_one_shape((dataset[i] for i in measured), rows)):
             if run.stopping():
                 raise Interrupted
             if blind:
                 batch = _with_other_pictures(batch)
             right = exact(params, {key: x.to(setup.device) for key, x in batch.items()}).tolist()
-            for i in range(number * rows, min((number + 1) * rows, most)):
+            for of_row, i in zip(right, measured[number * rows :]):
                 for segment, chat in enumerate(dataset.members(i)):
-                    found[chat.group].append(float(right[i - number * rows][segment]))
+                    found[chat.group].append(float(of_row[segment]))
         return found
 
     def answered(params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -138,7 +139,8 @@ def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], tuple[d
         for dataset in corpus.heldout.values():
             if any(chat.group for chat in dataset.documents):
                 seen, blind = (marks(dataset, compute, how) for how in (False, True))
-                for name, found in (("exact", seen), ("blind", blind), ("majority", _majority(dataset))):
+                measured = (chat for i in measured_rows(dataset, config.eval.max_rows) for chat in dataset.members(i))
+                for name, found in (("exact", seen), ("blind", blind), ("majority", _majority(measured))):
                     values[name] = _mean(found)
                     values |= {f"{name}/{topic}": sum(of) / len(of) for topic, of in sorted(found.items())}
                 every = (one for found in seen.values() for one in found)
@@ -162,10 +164,10 @@ def _mean(marks: Mapping[str, list[float]]) -> float:
     return sum(every) / max(1, len(every))
 
 
-def _majority(dataset: VisualDataset) -> dict[str, list[float]]:
+def _majority(chats: Iterable[Document]) -> dict[str, list[float]]:
     """By topic, for each of its questions: whether the topic's most frequent answer is right."""
     answers: dict[str, Counter[bytes]] = defaultdict(Counter)
-    for chat in dataset.documents:
+    for chat in chats:
         answers[chat.group][chat.ids[chat.trained].tobytes()] += 1
     return {
         topic: [1.0] * (most := max(found.values())) + [0.0] * (found.total() - most)

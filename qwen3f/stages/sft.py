@@ -15,6 +15,7 @@ import torch
 
 from qwen3f.data.chat.corpus import ChatCorpus, ChatDataConfig, generated_problems, prepare_chats
 from qwen3f.data.chat.corpus import check as check_data
+from qwen3f.data.chat.heldout import measured_rows
 from qwen3f.data.chat.kinds import check_thinking, find_kind
 from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.report import render_samples
@@ -140,8 +141,8 @@ def make_heldout_loss(run: Run, heldout: Mapping[str, Indexed]) -> Callable[[Par
         sums = {}
         for name, dataset in heldout.items():
             nats, weight = (torch.zeros((), dtype=torch.float64, device=setup.device) for _ in range(2))
-            most = min(len(dataset), config.eval.max_rows or len(dataset))
-            for batch in batches_of_one_shape((dataset[i] for i in range(most)), rows):
+            measured = measured_rows(dataset, config.eval.max_rows)
+            for batch in batches_of_one_shape((dataset[i] for i in measured), rows):
                 if run.stopping():
                     raise Interrupted
                 found = eval_step(params, {key: x[own].to(setup.device) for key, x in batch.items()})

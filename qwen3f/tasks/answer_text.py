@@ -2,13 +2,15 @@ r"""The parts of what a model writes: thinking, answer, the final answer in \box
 
 import re
 
-from qwen3f.data.sources.adapters.answers import last_boxed
+from qwen3f.data.sources.adapters.answers import last_boxed, without_thousands
+
+READ = 4_000  # characters of an answer, its last ones, that are looked at
+LONGEST = 500  # of a final answer; a longer one is wrong
 
 _THINK, _END = "<think>", "</think>"
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(\d+)\}")
+_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", re.ASCII)
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
-_NUMBER = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"([+-]?)0*(0|[1-9]\d*)", re.ASCII)
 
 
 def after_thinking(text: str) -> str | None:
@@ -23,26 +25,29 @@ def after_thinking(text: str) -> str | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""What the last \boxed{…} of the answer holds, normalised; None without an answer or a box in it."""
+    r"""What the last \boxed{…} of the answer holds, normalised; None without an answer or a box in it, or if it holds
+    more than a final answer has."""
     answer = after_thinking(text)
-    box = None if answer is None else last_boxed(answer)
-    return None if box is None else normalised(box)
+    box = None if answer is None else last_boxed(answer[-READ:])
+    return None if box is None or len(box) > LONGEST else normalised(box)
 
 
 def normalised(answer: str) -> str:
     r"""A final answer in one way of writing, to be compared by equality.
 
-    Left out are blanks, dollar signs, a full stop, \text{…} around words, "x =" before a value, commas between
-    thousands, plus signs and leading zeros of integers; \frac{a}{b} becomes a/b, a minus sign "-", letters small.
-    Nothing is computed: 2/4 is not 1/2.
+    Left out are blanks, dollar signs, a full stop, \text{…} around words, "x =" before a value, commas between the
+    thousands of a number, plus signs and leading zeros of an integer; \frac{a}{b} becomes a/b if it is all there is, so
+    that 1\frac{4}{5} is not 14/5; a minus sign "-", letters small, digits ASCII. Nothing is computed: 2/4 is not 1/2.
     """
     text = answer.replace("\u2212", "-").replace("$", "").replace("\\!", "").replace("\\,", "")
     text = _TEXT.sub(r"\1", text).strip().rstrip(".").strip()
-    text = _FRACTION.sub(r"\1\2/\3", re.sub(r"\s+", " ", text))
-    text = re.sub(r"^[A-Za-z]\s*=\s*", "", text)
-    text = _THOUSANDS.sub("", re.sub(r"\s*([/+*=-])\s*", r"\1", text))
-    if _NUMBER.fullmatch(text):
-        return str(int(text))
+    text = re.sub(r"^[A-Za-z]\s*=\s*", "", re.sub(r"\s+", " ", text))
+    text = text if text.isascii() else re.sub(r"\d", lambda digit: str(int(digit[0])), text)
+    text = without_thousands(re.sub(r"\s*([/+*=-])\s*", r"\1", text))
+    if fraction := _FRACTION.fullmatch(text):
+        return "{}{}/{}".format(*fraction.groups())
+    if number := _NUMBER.fullmatch(text):
+        return number[2] if number[2] == "0" else number[1].replace("+", "") + number[2]
     return text.lower()
 
 

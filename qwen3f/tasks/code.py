@@ -6,7 +6,6 @@ what the steps give. A problem whose tests have few different answers is left ou
 
 import json
 import random
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,14 +14,13 @@ from qwen3f.data.sources.documents import HOLDOUT, Split, distinct
 from qwen3f.sandbox.confined import LIMITS, Limits
 from qwen3f.sandbox.run import Case, run_tests
 from qwen3f.tasks.answer_text import after_thinking
+from qwen3f.tasks.fences import python_blocks
 from qwen3f.tasks.task import Question
 
 NUM_PROBLEMS = 8_192
 CASES = 8
 DIFFERENT = 5  # answers among them, at least
 LONGEST_CODE = 20_000  # characters; a longer answer is wrong
-
-_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 class Step(NamedTuple):
@@ -108,7 +106,7 @@ def code_of(answer_text: str) -> str | None:
     answer = after_thinking(answer_text)
     if answer is None or len(answer) > LONGEST_CODE:
         return None
-    blocks = _BLOCK.findall(answer)
+    blocks = python_blocks(answer)
     return (blocks[-1] if blocks else answer).strip() or None
 
 

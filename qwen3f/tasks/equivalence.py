@@ -10,11 +10,9 @@ import re
 from qwen3f.data.sources.adapters.answers import after_hashes, last_boxed
 from qwen3f.processes.killable import Outcome, shared
 from qwen3f.processes.killable_child import INSIDE
-from qwen3f.tasks.answer_text import after_thinking, normalised
+from qwen3f.tasks.answer_text import LONGEST, READ, after_thinking, normalised
 
 DEADLINE = 5.0  # seconds of a judgement
-READ = 4_000  # characters of an answer, its last ones, that are looked at
-LONGEST = 500  # of a final answer; a longer one is wrong
 
 _ANNOUNCED = re.compile(r"\b(?:answer|result)\s*(?:is|=|:)\s*(.+)$", re.IGNORECASE)
 _workers = shared(1, DEADLINE)

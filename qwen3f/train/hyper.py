@@ -5,6 +5,8 @@ import re
 
 from qwen3f.errors import UserError
 
+LEAST_EPS = 2.0**-126  # float32's smallest normal number; a smaller one may count as 0
+
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
@@ -24,9 +26,14 @@ class AdamW:
         for name in ("b1", "b2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("eps", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0.0:
-                raise UserError(f"optimizer.{name} must not be negative, got {getattr(self, name)}")
+        if not LEAST_EPS <= self.eps < float("inf"):
+            raise UserError(
+                f"optimizer.eps must be at least {LEAST_EPS:.3g}, got {self.eps}: where a gradient is 0, as in rows of "
+                "the embedding that no batch has had, the update would be 0/0; write e.g. --config.optimizer.eps=1e-8"
+            )
+        for name in ("weight_decay", "clip_norm"):
+            if not getattr(self, name) >= 0.0:
+                raise UserError(f"optimizer.{name} must be a number from 0 on, got {getattr(self, name)}")
         for pattern, factor in self.rates:
             if not 0.0 <= factor < float("inf"):
                 raise UserError(f"optimizer.rates: {pattern}={factor} must be a number from 0 on")
@@ -52,7 +59,7 @@ class Muon(AdamW):
         super().__post_init__()
         if not 0.0 <= self.momentum < 1.0:
             raise UserError(f"optimizer.momentum must be in [0, 1), got {self.momentum}")
-        if self.update_rms <= 0.0 or self.iterations < 1:
+        if not 0.0 < self.update_rms < float("inf") or self.iterations < 1:
             raise UserError(
                 f"optimizer.update_rms={self.update_rms} and optimizer.iterations={self.iterations} must be positive"
             )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from ml_collections import ConfigDict
 
-from qwen3f.checkpoint.checkpointer import Checkpointer, CheckpointWriteError
+from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.config import ModelConfig
 from qwen3f.data.loader import Loader, LoaderOptions, Share
 from qwen3f.errors import UserError
@@ -142,7 +142,7 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
         finite = FiniteCheck(config.nonfinite_skips, _keeper(s, options), logger.write, spikes.judge)
         save = Saver(s.checkpoints, config.checkpoint.on_failure, _meta(s, spikes, feed, tokenizer), logger)
         for step in range(first + 1, config.steps + 1):
-            batch = _next(s, feed, state, step - 1, first, finite, save)
+            batch = _next(feed, state, step - 1, first, finite, save)
             if batch is None:
                 step, stopped = step - 1, True
                 break
@@ -176,8 +176,9 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
         stopped = stopped or (step > first and s.run.stopping())
         if stopped:
             finite.flush()
-            if step > first and save.saved != step:
-                save(step, state, {}, True)
+            if step > first:
+                save.keep(step, state)
+            save.finish()
             reporting.ended(step)
             asked = [name for name in s.world.gather(s.stop.name) if name]
             logger.write(f"{asked[0]}: stopped after step {step}; the same command goes on from there")
@@ -186,23 +187,22 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
         logger.write(f"at step {first} of {config.steps}: nothing left to train; raise --config.steps to go on")
         evaluations.run(evaluations.due(first, True), first, state.params)
     stage.finish(state, logger)
-    s.checkpoints.wait()
+    save.finish()
     for line in (*next_steps(s.workdir, s.setup.model, step, stage.next), *reporting.ended(step)):
         logger.write(line)
     return evaluations.values
 
 
 def _next(
-    s: Session, feed: Feed, state: Any, done: int, first: int, finite: FiniteCheck, save: Saver
+    feed: Feed, state: Any, done: int, first: int, finite: FiniteCheck, save: Saver
 ) -> dict[str, torch.Tensor] | None:
     """The next step's batch; where the data ends or cannot be read, what was trained so far is not lost."""
     try:
         return feed.next(state)
     except UserError:
         finite.flush()
-        s.checkpoints.wait()
-        if done > max(first, s.world.first(s.checkpoints.latest()) or 0):
-            save(done, state, {}, True)
+        if done > first:
+            save.keep(done, state)
         raise
 
 
@@ -272,10 +272,7 @@ def _behind_spike(
 
     A stream's state stays the checkpoint's: the loader passes over what lies between.
     """
-    try:
-        s.checkpoints.wait()
-    except CheckpointWriteError as error:
-        Saver(s.checkpoints, s.setup.config.checkpoint.on_failure, dict, logger).failed(error)
+    Saver(s.checkpoints, s.setup.config.checkpoint.on_failure, dict, logger).wait()
     before, meta = roll_back(s.setup, s.checkpoints, start.state, s.world)
     first = number(before.position)
     guard = guard.rolled_back(spike, meta.get("spikes", {}), first)

@@ -1,5 +1,6 @@
 """A checkpoint that can't be written, or not in time: it is said, and nothing that was there is harmed."""
 
+import errno
 import resource
 import shutil
 import subprocess
@@ -10,7 +11,10 @@ import time
 import pytest
 import torch
 
+from qwen3f.checkpoint import manifest
 from qwen3f.checkpoint.checkpointer import Checkpointer, CheckpointWriteError
+from qwen3f.checkpoint.commit import OldCheckpointStays
+from qwen3f.checkpoint.retention import Retention
 
 
 @pytest.mark.parametrize("at", ["save", "wait", "close", "exit"])
@@ -113,3 +117,60 @@ def test_an_old_checkpoint_that_stays_is_no_reason_to_lose_the_new_one(tmp_path,
     with Checkpointer(tmp_path, every=1, keep=1) as c:
         c.save(3, state, {})
     assert [path.name for path in tmp_path.iterdir()] == ["3"]  # the next start deletes what was left
+
+
+@pytest.mark.parametrize("best", [0, 1])
+def test_an_old_checkpoint_that_the_disk_fails_to_read_holds_nothing_up(tmp_path, monkeypatch, best):
+    """It is deleted, unless it may be among the best: then it stays until it can be read."""
+    state, real = {"w": torch.ones(3)}, manifest.metrics
+
+    def failing(directory):
+        if directory.name == "1":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(directory)
+
+    with Checkpointer(tmp_path, every=1, keep=Retention(1, best=best)) as c:
+        c.save(1, state, {}, {"val_loss": 1.0})
+        c.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(manifest, "metrics", failing)
+            for step in (2, 3):
+                c.save(step, state, {}, {"val_loss": float(step)})
+                c.wait()
+        assert c.steps() == ([1, 2, 3] if best else [3])
+        c.save(4, state, {}, {"val_loss": 0.0 if best == 0 else 4.0})
+        c.wait()
+        assert c.steps() == ([1, 4] if best else [4])
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), OverflowError("too large")])
+def test_whatever_keeps_old_checkpoints_from_being_deleted_is_told_with_the_new_one_whole(tmp_path, monkeypatch, error):
+    def failing(self, saved):
+        raise error
+
+    state = {"w": torch.ones(3)}
+    with Checkpointer(tmp_path, every=1, keep=1) as c:
+        c.save(1, state, {})
+        c.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(Retention, "expired", failing)
+            c.save(2, state, {})
+            with pytest.raises(
+                OldCheckpointStays, match=f"of step 2 is written, but .* could not be deleted: .*{error.args[-1]}"
+            ):
+                c.wait()
+        assert c.steps() == [1, 2]
+        c.save(3, state, {})
+    assert c.steps() == [3]
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_moved_aside(tmp_path, monkeypatch):
+    def failing(directory):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Checkpointer(tmp_path / "checkpoints", every=1, keep=0) as c:
+        c.save(1, {"w": torch.ones(3)}, {})
+        c.wait()
+        monkeypatch.setattr("qwen3f.checkpoint.commit.steps", failing)
+        with pytest.raises(CheckpointWriteError, match="after step 0 could not be moved .*Input/output error"):
+            c.set_aside(0)

@@ -17,7 +17,9 @@ from qwen3f import params as P
 from qwen3f import tree
 from qwen3f.checkpoint import zarr
 from qwen3f.checkpoint.checkpointer import Checkpointer, CheckpointWriteError, StuckWrite
+from qwen3f.checkpoint.commit import OldCheckpointStays
 from qwen3f.checkpoint.manifest import DamagedCheckpoint
+from qwen3f.checkpoint.retention import Retention
 from qwen3f.checkpoint.shards import param_shards, shards
 from qwen3f.errors import UserError
 from qwen3f.interop import hf, source
@@ -157,7 +159,9 @@ def on_two(rank, folder):
 
 def on_four(rank, folder):
     to_and_fro(rank, 4, folder)
-    return {fn.__name__: fn(rank, folder / fn.__name__) for fn in (full_disk, unshared, stuck, damage, disagree)}
+    return {
+        fn.__name__: fn(rank, folder / fn.__name__) for fn in (full_disk, undeleted, unshared, stuck, damage, disagree)
+    }
 
 
 def error_of(kind, work):
@@ -187,6 +191,25 @@ def full_disk(rank, folder):
         checkpoints.wait()
         assert checkpoints.steps() == [1, 2]
         assert_same(local_shards(checkpoints.restore(mine, 2)[0]), local_shards(mine))
+    return said
+
+
+class FailingRetention(Retention):
+    def expired(self, saved):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def undeleted(rank, folder):
+    """Rank 0, which deletes for all, fails at it."""
+    _, _, checkpoints, mine = open_on(folder, "tied", "dp4", Pipeline(), rank, timeout=60.0)
+    with checkpoints:
+        checkpoints.retention = FailingRetention(1)
+        checkpoints.save(1, mine, {})
+        said = error_of(OldCheckpointStays, checkpoints.wait)
+        checkpoints.retention = Retention(1)
+        checkpoints.save(2, mine, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [2]
     return said
 
 
@@ -338,6 +361,12 @@ def test_what_fails_on_one_rank_fails_on_all_and_the_next_save_works(folder):
     assert "division by zero" in memory
     assert "rank 3 does not see" in (unshared := said_by_all(folder, "unshared"))
     assert "a file system that all hosts share" in unshared
+
+
+def test_what_cannot_be_deleted_is_told_on_all_and_the_next_save_works(folder):
+    said = said_by_all(folder, "undeleted")
+    assert "the checkpoint of step 1 is written, but" in said
+    assert os.strerror(errno.EIO) in said
 
 
 def test_a_write_that_hangs_on_one_rank_is_stuck_on_all(folder):

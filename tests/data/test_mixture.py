@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen3f.data import mixture as module
@@ -80,6 +80,9 @@ def test_a_weight_too_small_for_a_cycle():
     with pytest.raises(UserError, match=r"has the weight 1e-05 of .*at least 1/10000"):
         mixture((3, 3), (1, 1e-5))
 
+    with pytest.raises(UserError, match=r"has the weight 1e\+308 of inf"):
+        mixture((3, 3), (1e308, 1e308))
+
 
 def test_parsing(tmp_path):
     assert parse_weights("embedded") == [("embedded", 1.0)]
@@ -147,6 +150,27 @@ def test_a_capped_source_is_dropped_and_the_rest_go_on_for_ever():
         assert (after >= 1200).sum() == 3333
         assert (after >= 700).all()
     assert (mixed.order(np.arange(1900, 2300), 5) == order[1900:2300]).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    small=st.lists(st.floats(1e-5, 1e-3), min_size=1, max_size=4),
+    large=st.lists(st.floats(0.1, 1), min_size=1, max_size=3),
+    data=st.data(),
+)
+@example(small=[0.4], large=[3000.3, 6999.3], data=None)  # 0.4 of a place, rounded up at first and down later
+def test_whoever_is_dropped_every_other_source_keeps_a_place(small, large, data):
+    weights = [*small, *large]
+    made = [Part(name=n, length=3) for n in range(len(weights))]
+    caps = [1] * len(weights) if data is None else [data.draw(st.sampled_from([None, 1, 2])) for _ in weights]
+    if min(weights) / sum(weights) < 1 / CYCLE:
+        with pytest.raises(UserError, match=f"has the weight {min(weights)} of .*at least 1/10000"):
+            make_mixture(made, weights, max_epochs=caps)
+        return
+    mixed = make_mixture(made, weights, max_epochs=caps)
+    phases, _ = module._phases(mixed.weights, mixed.caps, 0)
+    alive = [sum(slots > 0 for slots in phase.slots) for phase in phases]
+    assert alive == [len(weights) - n for n in range(len(phases))]
 
 
 def mixed_start(mixed, seed):

@@ -72,7 +72,7 @@ def asked(name, place, shots):
 
 def check(benchmark, questions, groups, evaluator, settings):
     """Every recorded document, in the order of the groups."""
-    records = measure(evaluator, benchmark, questions, settings, range(len(questions)))
+    records = measure(evaluator, benchmark, questions, settings)
     recorded = [one for documents in groups.values() for one in documents]
     assert len(records) == len(recorded)
     for ours, theirs in zip(records, recorded):

@@ -9,7 +9,7 @@ from qwen3f import params, presets
 from qwen3f.data.chat.template import encode_chat
 from qwen3f.errors import UserError
 from qwen3f.eval import answers
-from qwen3f.eval.answers import Answer, AnswerOptions, answer, judge, parse_modes
+from qwen3f.eval.answers import Answer, AnswerOptions, answer, answers_of, judge, make_engine, parse_modes
 from qwen3f.infer.request import Row
 from qwen3f.tasks.reasoning import ReasoningTask
 from qwen3f.tasks.task import Question
@@ -126,6 +126,23 @@ def test_the_size_of_a_batch_changes_no_answer(small, temperature):
     assert (texts(seed=3) == whole) == (texts(first=5) == whole) == (temperature == 0)
     tail = list(answer(cfg, p, tokenizer, prompts[3:], True, dataclasses.replace(options, first=3)))
     assert tail == whole[3:]
+
+
+def test_a_caller_who_stops_leaves_nothing_in_an_engine_of_others(small):
+    cfg, p, tokenizer = small
+    options = AnswerOptions(12, batch_size=2)
+    engine = make_engine(cfg, p, tokenizer, options)
+    passes = []
+
+    def stop():
+        passes.append(1)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(answers_of(engine, ["a", "b", "c"], True, options, stop))
+    assert not engine.step()
+    assert list(answers_of(engine, ["a"], True, options)) == list(answer(cfg, p, tokenizer, ["a"], True, options))
 
 
 def test_modes():

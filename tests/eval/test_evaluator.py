@@ -1,5 +1,6 @@
 """Evaluator: against the model's plain forward pass, whatever is shared and batched; choices; perplexity; bad input."""
 
+import json
 import math
 import random
 
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 
 from qwen3f import model, params
 from qwen3f.data.packing.concat import IGNORED_TARGET
+from qwen3f.data.tokenizers.qwen_tokenizer import QwenTokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval import Evaluator
 from qwen3f.eval.evaluator import windows
 from qwen3f.eval.prefix_tree import Scored, build, walk
 from qwen3f.eval.scoring import Scorer
 from tests.eval import tiny_model
-from tests.stages.toy_chats import MOE
+from tests.stages.toy_chats import MOE, small_tokenizer_json
 
 CFG = tiny_model.CFG.replace(max_position_embeddings=128)
 DOUBLE = tiny_model.weights(torch.float64)
@@ -136,6 +138,21 @@ def test_a_few_shot_prefix_is_computed_once_a_subject(tokenizer):
     # a choice is two ids here, a blank and a letter: four rows of one more token a question
     assert ev.counts["computed"] <= prefixes + own + 4 * len(questions)
     assert ev.counts["asked"] > 20 * ev.counts["computed"]
+
+
+def test_special_tokens_are_read_in_each_text_whatever_its_company(tmp_path):
+    """With a token that is named otherwise than those of chats, as Qwen3's <tool_call> is."""
+    made = small_tokenizer_json()
+    made["added_tokens"][-1]["content"] = "<tool_call>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made))
+    named = QwenTokenizer.load(tmp_path)
+    ev = Evaluator(CFG, DOUBLE, named)
+    one, chat, plain_text = ("Say <tool_call> now", " yes"), ("a <|im_end|> b", "c"), ("no more", " than text")
+    together = ev.encode_pairs([chat, one, plain_text, one])
+    assert together == [ev.encode_pairs([pair])[0] for pair in (chat, one, plain_text, one)]
+    assert together[1] == (named.encode(one[0], allow_special=True), named.encode(one[1]))
+    assert named.special_id("<tool_call>") in together[1][0]
+    assert ev.loglikelihood([chat, one])[1] == pytest.approx(ev.loglikelihood([one])[0], abs=1e-9)
 
 
 QUESTIONS = [

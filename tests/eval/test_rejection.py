@@ -281,6 +281,17 @@ def test_directories_of_something_else_stay_as_they_are(configure, scripted, tmp
     refused("samples.jsonl is shorter than .* says")
 
 
+def test_samples_of_a_model_that_was_written_over_are_not_mixed(configure, scripted, weights, tmp_path):
+    place = tmp_path / "hf"
+    shutil.copytree(weights, place)
+    run(configure(init_from=str(place)), tmp_path, progress=False)
+    run(configure(init_from=str(place)), tmp_path, progress=False)
+    shutil.rmtree(place)
+    toy_chats.write_weights(place, {**toy_chats.SMALL, "head_dim": 2 * toy_chats.SMALL["head_dim"]})
+    with pytest.raises(UserError, match="samples by other settings: weights was '.*', and is now '.*'; choose another"):
+        run(configure(init_from=str(place)), tmp_path, progress=False)
+
+
 def test_a_tokenizer_without_the_chats_tokens(configure, weights, tmp_path):
     place = tmp_path / "hf"
     shutil.copytree(weights, place)

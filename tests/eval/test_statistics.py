@@ -8,7 +8,7 @@ import scipy.stats
 
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.humaneval import pass_at_k
-from qwen3f.eval.compare import compare, described
+from qwen3f.eval.compare import compare, described, main
 from qwen3f.eval.statistics import Estimate, bootstrap, difference, estimate, mcnemar, paired, wilson
 
 
@@ -62,8 +62,9 @@ def test_pass_at_k_is_unbiased():
     assert sum(w * pass_at_k(n, c, k) for c, w in enumerate(counts)) == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
 
 
-def results(marks, gold=0):
-    samples = [{"number": i, "name": f"r{i}", "gold": gold, "metrics": {"acc": float(x)}} for i, x in marks.items()]
+def results(marks, **changes):
+    said = {"group": "", "question": "why?", "gold": 0} | changes
+    samples = [{"number": i, "name": f"r{i}", **said, "metrics": {"acc": float(x)}} for i, x in marks.items()]
     return {"benchmarks": {"arc_challenge": {"samples": samples}}}
 
 
@@ -78,11 +79,22 @@ def test_two_results_are_compared_question_by_question():
 
 @pytest.mark.parametrize(
     "b, words",
-    [(results({0: 1}, gold=1), "question 0 of arc_challenge is another one"), (results({9: 1}), "in common")],
-)
+    [
+        *((results({0: 1}, **{key: "x"}), "question 0 of arc_challenge is another one")
+          for key in ("gold", "group", "question")),
+        (results({9: 1}), "in common"),
+    ],
+)  # fmt: skip
 def test_results_of_other_questions_are_refused(b, words):
     with pytest.raises(UserError, match=words):
         compare(results({0: 0, 1: 1}), b)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"benchmarks": 1}', '{"benchmarks": {"x": {"samples": [{"number": 0}]}}}'])
+def test_a_file_of_something_else_is_named(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match="a.json holds no results .*: name the results.json of an evaluation"):
+        main([str(tmp_path / "a.json")] * 2)
 
 
 def test_difference_of_two_shares_is_newcombes():

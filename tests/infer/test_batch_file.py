@@ -1,7 +1,12 @@
 """Batch files: every row is answered once and as alone, however often the run stops; what is wrong is named."""
 
+import fcntl
+import io
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -145,6 +150,9 @@ BAD = [
     ('{"prompt": "a", "temprature": 1}', "the field 'temprature' is unknown"),
     ('{"prompt": "a", "temperature": -1}', "temperature must be 0"),
     ('{"prompt": "a", "temperature": NaN}', "temperature must be a number"),
+    (f'{{"prompt": "a", "temperature": 1{"0" * 400}}}', "temperature must be a number"),
+    ('{"prompt": "a", "top_k": 5.0}', "top_k must be a whole number"),
+    ('{"prompt": "a", "seed": [1]}', "seed must be a whole number"),
     ('{"prompt": "a", "seed": 1.5}', "seed must be a whole number"),
     ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens must be at least 1"),
     ('{"prompt": "a", "stop": "x"}', "stop must be a list of texts"),
@@ -232,6 +240,129 @@ def test_a_row_that_fails_is_written_and_the_others_go_on(source, answer, tmp_pa
     assert lines[1]["answer"] == ""
     assert [reasons[0], reasons[2], summary.failed] == ["length", "length", 1]
     assert "; 1 failed" in capsys.readouterr().err
+
+
+def test_rows_that_failed_are_asked_again(answer, tmp_path, capsys):
+    """With more room; the others' lines stay as they are, and each row has one."""
+    out = tmp_path / "out.jsonl"
+    rows = [ROWS[0], {"prompt": "What? " * 9, "max_new_tokens": 100}, ROWS[1], {"prompt": "é", "max_new_tokens": 120}]
+    write(tmp_path / "in.jsonl", rows)
+    summary, first = answer(max_tokens=64)
+    assert [line["finish_reason"][:5] for line in first] == ["lengt", "error", "lengt", "error"]
+    assert "; 2 failed, which the same command asks again" in capsys.readouterr().err
+    out.chmod(0o640)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(out)
+    summary, lines = answer(out=str(link))
+    assert (summary.answered, summary.done, summary.failed) == (2, 2, 0)
+    assert (lines[0], lines[2]) == (first[0], first[2])
+    assert all(line["finish_reason"] in ("length", "stop") and line["tokens"] for line in lines)
+    assert (out.stat().st_mode & 0o777, link.is_symlink()) == (0o640, True)
+    assert not out.with_name("out.jsonl.new").exists()
+    whole = out.read_bytes()
+    assert answer()[0].done == 4
+    assert out.read_bytes() == whole
+
+
+def test_lines_of_failed_rows_stay_until_there_is_an_answer(answer, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    write(tmp_path / "in.jsonl", [ROWS[0], {"prompt": "What?", "max_new_tokens": 120}])
+    answer(max_tokens=64)
+    before = out.read_bytes()
+    with pytest.raises(UserError, match="holds for row 0 another answer"):
+        answer(seed=1)
+    assert out.read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr("qwen3f.infer.batch_file.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(
+            UserError, match=r"config\.out=.*out\.jsonl cannot be written \(full\): mend that; the same"
+        ):
+            answer()
+    assert out.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert answer()[0].failed == 0
+
+
+def test_a_file_that_another_process_has_just_replaced_is_an_error(answer, tmp_path, monkeypatch):
+    """Between its being opened and its being locked."""
+    out, lock = tmp_path / "out.jsonl", fcntl.flock
+    write(tmp_path / "in.jsonl", ROWS[:1])
+    answer()
+
+    def late(*arguments):
+        out.rename(tmp_path / "old.jsonl")
+        out.write_bytes((tmp_path / "old.jsonl").read_bytes())
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="another process writes there"):
+        answer()
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from experiments.generate import get_config
+from qwen3f.errors import UserError
+from qwen3f.infer.run import run
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+config = get_config()
+config.init_from, config.input, config.out = sys.argv[1:]
+config.update({"max_new_tokens": 8, "device": "cpu"})
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
+try:
+    run(config, Path("unused"), progress=False)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_named_and_the_same_command_goes_on(source, answer, tmp_path):
+    file, out = write(tmp_path / "in.jsonl", [{"prompt": "a"}] * 5), tmp_path / "out.jsonl"
+    command = [sys.executable, "-c", FULL, source[0], file, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cannot be written (File too large): mend that; the same command then goes on" in done.stdout
+    assert out.stat().st_size == 300
+    complete = out.read_bytes().count(b"\n")
+    summary, lines = answer(max_new_tokens=8)
+    assert (summary.done, summary.answered, len(lines)) == (complete, 5 - complete, 5)
+
+
+def test_a_line_is_written_whole_however_little_is_taken_at_a_time(answer, tmp_path, monkeypatch):
+    write(tmp_path / "in.jsonl", ROWS[:4])
+    _, whole = answer()
+    (tmp_path / "out.jsonl").unlink()
+
+    class Slow(io.FileIO):
+        def write(self, text):
+            return super().write(text[:7])
+
+    enter = AnswerFile.__enter__
+
+    def slow(self):
+        enter(self)
+        self._file = Slow(os.dup(self._file.fileno()), "a")
+        return self
+
+    monkeypatch.setattr(AnswerFile, "__enter__", slow)
+    assert answer()[1] == whole
+
+
+def test_rows_that_are_appended_meanwhile_are_the_next_runs(answer, tmp_path, monkeypatch):
+    file = tmp_path / "in.jsonl"
+    write(file, ROWS[:3])
+    put = AnswerFile.write
+
+    def late(self, ask, given):
+        write(file, ROWS[:6])
+        put(self, ask, given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerFile, "write", late)
+        assert answer(batch_size=1)[0].answered == 3
+    summary, lines = answer()
+    assert (summary.done, summary.answered, len(lines)) == (3, 3, 6)
 
 
 def test_answers_of_a_file_come_to_stdout_in_its_order(source, configure, tmp_path, capsys):

@@ -120,8 +120,20 @@ def test_new_weights_leave_nothing_of_the_old_ones():
     after = engine.generate(prompts, max_new_tokens=8)
     assert [one.ids for one in after] == [one.ids for one in Engine(cfg, other).generate(prompts, max_new_tokens=8)]
     assert [one.ids for one in after] != [one.ids for one in before]
-    with pytest.raises(UserError, match=r"update: model\.embed_tokens\.weight is torch\.float32"):
-        engine.update({path: leaf.float() for path, leaf in p.items()})
+    expected = [one.ids for one in after]
+    first = params.LAYERS + "self_attn.q_proj.weight"
+    for wrong, words in (
+        ({path: leaf.float() for path, leaf in p.items()}, r"update: model\.embed_tokens\.weight is torch\.float32"),
+        ({**p, first: p[first][:1]}, r"update: .*q_proj\.weight has 1 tensors, the engine 3; make a new engine"),
+        (
+            {**p, first: (*p[first][:2], p[first][2, :-1])},
+            r"update: .*q_proj\.weight is torch\.float64 \[\d+, \d+\] on cpu",
+        ),
+        ({path: leaf for path, leaf in p.items() if path != first}, r"q_proj\.weight has 0 tensors, the engine 3"),
+    ):
+        with pytest.raises(UserError, match=words):
+            engine.update(wrong)
+        assert [one.ids for one in engine.generate(prompts, max_new_tokens=8)] == expected
 
 
 def test_new_weights_while_answers_are_on_their_way():
@@ -267,6 +279,39 @@ def test_a_longer_request_keeps_the_cache_as_small_as_was_asked():
     for row, one in zip(rows, expected):
         assert row.tokens[len(row.request.prompt) :] == one.ids
     assert rows[-1].tokens[: len(rows[0].tokens)] == rows[0].tokens
+
+
+def passes_of_32(engine, monkeypatch):
+    """How many passes 32 short prompts take; their answers."""
+    launched, launch = [], engine._device.launch
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._device, "launch", lambda *plan: launched.append(None) or launch(*plan))
+        found = engine.generate([[i + 1, 2] for i in range(32)], max_new_tokens=8)
+    return len(launched), [one.ids for one in found]
+
+
+def test_a_long_request_makes_later_short_ones_no_slower(monkeypatch):
+    """One page a row, in a cache for 32 rows or for one that is as long: answered, refused, or still on its way."""
+    cfg, p = build(num_hidden_layers=1)
+    engine = Engine(cfg, p, max_tokens=2048)
+    expected = passes_of_32(engine, monkeypatch)
+    assert expected[0] == 9
+    with pytest.raises(UserError, match="does not fit the cache of 2048"):
+        engine.generate([[1]], max_new_tokens=10**6)
+    assert passes_of_32(engine, monkeypatch) == expected
+    engine.generate([[1]], max_new_tokens=2000, stop_ids=tuple(range(97)))
+    assert engine._pool.size == 2048
+    assert passes_of_32(engine, monkeypatch) == expected
+    rows = engine.submit([engine.request([3, 4, 5], 600)])
+    for _ in range(9):
+        engine.step()
+    passes, found = passes_of_32(engine, monkeypatch)
+    assert engine._pool.size == 640  # three rows at a time beside the long one
+    assert found == expected[1]
+    assert passes > 9
+    engine.cancel(rows)
+    assert passes_of_32(engine, monkeypatch) == expected
+    engine._pool.check()
 
 
 def test_a_shared_cache_grows_with_what_is_asked(monkeypatch):

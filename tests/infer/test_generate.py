@@ -199,6 +199,7 @@ def test_streaming_yields_what_generate_returns():
         ({"prompt_lengths": [3, 10, 2]}, "10 is more than the 9 columns"),
         ({"prompt_lengths": [3, 3]}, "one number for each of the 3 rows"),
         ({"request_ids": [1]}, "one number for each of the 3 rows"),
+        ({"pictures": [None]}, "pictures has 1 entries for 3 rows; give one for each"),
         (
             {"tokens": torch.zeros(1, 129, dtype=torch.int64)},
             "129 tokens and the model's max_position_embeddings is 128",

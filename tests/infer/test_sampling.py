@@ -149,6 +149,10 @@ def test_every_temperature_gives_a_token(seed, temperature, scale):
     assert drawn.max() < 9
 
 
+def test_a_temperature_may_be_a_large_whole_number():
+    assert set(sample(torch.zeros(1, 2), SamplingParams(10**300), keys(1), NOTHING).tolist()) <= {0, 1}
+
+
 def test_recommended_settings():
     assert dataclasses.astuple(THINKING) == (0.6, 20, 0.95, 0.0, 0.0)
     assert dataclasses.astuple(NON_THINKING) == (0.7, 20, 0.8, 0.0, 1.5)
@@ -162,6 +166,10 @@ def test_recommended_settings():
         ({"temperature": float("inf")}, "temperature must be 0"),
         ({"top_k": -1}, "top_k must be a whole number"),
         ({"top_k": 2.5}, "top_k must be a whole number"),
+        ({"top_k": 5.0}, "top_k must be a whole number"),
+        ({"top_k": True}, "top_k must be a whole number"),
+        ({"top_k": float("inf")}, "top_k must be a whole number"),
+        ({"temperature": 10**400}, "temperature must be 0"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p must lie in \(0, 1\]"),
         ({"min_p": -0.1}, r"min_p must lie in \[0, 1\]"),

@@ -2,6 +2,9 @@
 
 The device here keeps, for each place of each page, the tokens whose keys lie there: a key is a function of all tokens
 up to its own. A page that is lost, shared wrongly or copied too late shows as a key that does not fit its row.
+
+What a pass computes of a row with the token BAD is not finite, and so is what is computed from a page where anything is
+not: masked slots take part. A healthy row must never have such a page.
 """
 
 import random
@@ -14,6 +17,7 @@ from qwen3f.infer.request import Request, Row
 from qwen3f.infer.scheduler import Limits, Scheduler
 
 VOCABULARY = 3  # few, so that rows begin alike
+BAD = -1
 
 
 class Machine:
@@ -24,6 +28,7 @@ class Machine:
         self.scheduler = Scheduler(self.pool, Limits(rows, chunk))
         self.size, self.rows, self.chunk, self.lag = size, rows, chunk, lag
         self.keys = {}  # (page, place) -> the tokens up to it
+        self.broken = set()  # (page, place) of what is not finite
         self.pending, self.ended, self.number = [], [], 0
         self.computed = 0
 
@@ -40,10 +45,12 @@ class Machine:
         used = [row.pages for row in self.scheduler.active]
         counts = {page: sum(page in pages for pages in used) for pages in used for page in pages}
         assert all(self.pool.users(page) == count for page, count in counts.items())
-        for source, target in plan.copies:
-            for place in range(self.size):
-                if (source, place) in self.keys:
-                    self.keys[target, place] = self.keys[source, place]
+        for source, target, count in plan.copies:
+            self.erase([target])
+            for place in range(count):
+                self.keys[target, place] = self.keys[source, place]
+                assert (source, place) not in self.broken
+        self.erase(plan.erase)
         assert sum(1 for _ in plan.chunks) * max((c.count for c in plan.chunks), default=0) <= self.chunk
         for chunk in plan.chunks:
             self.write(chunk.row, chunk.start, chunk.count, chunk.row.tokens)
@@ -59,7 +66,22 @@ class Machine:
             progress = self.hand_out(self.pending.pop(0), stops) or progress
         return progress
 
+    def erase(self, pages):
+        for at in [(page, place) for page in pages for place in range(self.size)]:
+            self.keys.pop(at, None)
+            self.broken.discard(at)
+
+    def cancel(self, row):
+        row.finish_reason = "cancelled"
+        self.erase(self.scheduler.finish(row))
+
+    def restart(self):
+        self.erase(self.scheduler.restart())
+        self.pool.clear()
+
     def write(self, row, start, count, tokens):
+        broken = BAD in tokens[: start + count]
+        assert broken or not any(page in row.pages for page, _ in self.broken)
         for at in range(count):
             place = start + at
             page = row.pages[place // self.size]
@@ -69,6 +91,7 @@ class Machine:
                     assert _fits(held, tokens[: before + 1]), (row.number, before)
             assert self.pool.users(page) == 1  # nobody else sees what is written
             self.keys[page, place % self.size] = tokens[: place + 1]
+            self.broken |= {(page, place % self.size)} if broken else set()
             self.computed += 1
 
     def hand_out(self, launched, stops):
@@ -76,11 +99,17 @@ class Machine:
             if row.finish_reason:
                 continue
             assert number == row.answered
+            row.checked = BAD not in row.tokens
+            if not row.checked:
+                row.finish_reason = "failed"
+                self.erase(self.scheduler.finish(row))
+                self.ended.append(row)
+                continue
             token = (row.number + 7 * number) % VOCABULARY
             row.tokens.append(token)
             if stops(row) or row.answered == row.request.max_new_tokens:
                 row.finish_reason = "done"
-                self.scheduler.finish(row)
+                self.erase(self.scheduler.finish(row))
                 self.ended.append(row)
         return bool(launched)
 
@@ -103,15 +132,24 @@ def test_every_request_ends_and_no_page_is_lost_or_shared_wrongly(data):
         new = chance.randint(1, max(1, min(12, pages * size - length)))
         if length + new <= pages * size:
             waiting.append(([chance.randrange(VOCABULARY) for _ in range(length)], new))
+            if chance.random() < 0.2:
+                waiting[-1][0][chance.randrange(length)] = BAD
     added = []
     for _ in range(20_000):
         if waiting and chance.random() < 0.5:
             prompt, new = waiting.pop()
             added += [machine.add(prompt, new) for _ in range(chance.randint(1, 3))]
         if chance.random() < 0.01:
-            machine.step(lambda row: False)
-            machine.scheduler.restart()
-            machine.pool.clear()
+            while machine.pending:
+                machine.hand_out(machine.pending.pop(0), lambda row: False)
+            machine.restart()
+        if chance.random() < 0.05 and (left := [row for row in added if not row.finish_reason]):
+            row = chance.choice(left)
+            while machine.pending:
+                machine.hand_out(machine.pending.pop(0), lambda row: False)
+            if not row.finish_reason:
+                machine.cancel(row)
+                machine.ended.append(row)
         progress = machine.step(lambda row: chance.random() < 0.1)
         if not progress and not waiting:
             break
@@ -136,12 +174,24 @@ def test_a_prompt_that_a_page_holds_whole_is_looked_for_no_further(monkeypatch):
     pages = [pool.take() for _ in range(8)]
     for page in pages:
         pool.describe(page, ROOT, Row(Request(tuple(prompt), 4), page), 0)
-        pool._contents[page].owner.cached = len(prompt)
+        pool._contents[page].owner.cached, pool._contents[page].owner.checked = len(prompt), True
     compared, real = [], pool._common
     monkeypatch.setattr(pool, "_common", lambda content, *rest: compared.append(content) or real(content, *rest))
     found = pool.match(prompt, len(prompt) - 1)
     assert (found.pages, found.partial, found.tokens) == ((), pages[0], 9)
     assert len(compared) == 1
+
+
+def test_a_row_shares_its_pages_once_it_has_drawn_a_token():
+    """Those that would gain little don't wait for it."""
+    machine = Machine(pages=40, size=4, rows=16, chunk=64, lag=0)
+    first, same, near = machine.add([0, 1, 2] * 7, 3), machine.add([0, 1, 2] * 7, 3), machine.add([0, 1, 2, 5], 3)
+    machine.step(lambda row: False)
+    assert (first.cached, same.pages, near.cached) == (20, [], 3)
+    machine.step(lambda row: False)
+    assert (first.answered, same.pages) == (1, [])
+    machine.step(lambda row: False)
+    assert same.pages[:5] == first.pages[:5]
 
 
 def test_a_row_that_begins_as_an_earlier_one_computes_only_the_rest():

@@ -50,6 +50,26 @@ def test_a_stream_that_is_left_early_ends_its_answer(generator):
     assert not generator._engine.step()
 
 
+def test_an_interrupted_answer_ends(source, monkeypatch):
+    """Ctrl-C in a notebook's cell: the next one is as if nothing had been asked."""
+    _, cfg, p, tokenizer = source
+    gen = TextGenerator(cfg, p, tokenizer)
+    expected = gen.generate("What?", max_new_tokens=20)
+    launch, passes = gen._engine._device.launch, []
+
+    def interrupted(*plan):
+        passes.append(None)
+        if len(passes) == 5:
+            raise KeyboardInterrupt
+        return launch(*plan)
+
+    monkeypatch.setattr(gen._engine._device, "launch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gen.generate("Hello", max_new_tokens=200)
+    assert not gen._engine.step()
+    assert gen.generate("What?", max_new_tokens=20) == expected
+
+
 class Bytes:
     """Id i is byte i."""
 
@@ -99,6 +119,10 @@ def test_settings_override_the_recommendation_one_by_one():
     options = options.changed(thinking=False, min_p=0.1)
     assert choose_sampling(options, False) == SamplingParams(0.0, 20, 0.8, 0.1, 1.5)
     assert choose_sampling(options.changed(chat=False, temperature=None), False) == SamplingParams(min_p=0.1)
+
+
+def test_stop_texts_may_be_a_list():
+    assert TextOptions().changed(stop=["###"]) == TextOptions(stop=["###"]) == TextOptions(stop=("###",))
 
 
 @pytest.mark.parametrize(
@@ -166,6 +190,12 @@ def test_a_system_message_is_the_options_where_the_chat_has_none(source):
         ("a", {"temperatur": 1.0}, "temperatur is unknown; write one of chat, system"),
         ("a", {"temperature": "hot"}, "temperature must be a number, got 'hot'"),
         ("a", {"temperature": float("nan")}, "temperature must be a number"),
+        ("a", {"temperature": 10**400}, "temperature must be a number"),
+        ("a", {"top_p": 10**400}, "top_p must be a number"),
+        ("a", {"min_p": -(10**400)}, "min_p must be a number"),
+        ("a", {"presence_penalty": 10**400}, "presence_penalty must be a number"),
+        ("a", {"top_k": 5.0}, "top_k must be a whole number"),
+        ("a", {"stop": ["a", 3]}, "stop must be texts that are not empty"),
         ("a", {"max_new_tokens": True}, "max_new_tokens must be a whole number"),
         ("a", {"thinking": 1}, "thinking must be true or false"),
         ("a", {"seed": 2**64}, "seed must be a number of 64 bits"),

@@ -4,6 +4,7 @@ import json
 import os
 import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +140,10 @@ SHARDS = {
     "stored twice": (store(EMBED, LAST), f"{EMBED} is stored twice, in .*{MANY} and {LAST}"),
     "stored elsewhere": (store(NORM, MANY), f"{MANY} stores {NORM}, which .* puts in {LAST}"),
     "no map": (write("model.safetensors.index.json", b"{}"), "no weight_map"),
+    "endless name": (
+        put("model.layers.0.x", "x" * 300 + ".safetensors"),
+        "x.safetensors cannot be opened .*name too long",
+    ),
     "a shard is gone": (lambda d: (d / MANY).unlink(), f"there is no file .*{MANY}"),
 }
 
@@ -243,17 +248,43 @@ def test_nothing_is_written_for_a_wrong_model(cfg, change, words, model, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_to_an_empty_directory_is_filled(model, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    hf.save_pretrained(tmp_path / "link", CFG, model)
+    assert (tmp_path / "link").is_symlink()
+    assert hf.load_pretrained(tmp_path / "real")[1].keys() == model.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_path_with_two_dots_means_the_place_that_it_names(model, tmp_path):
+    hf.save_pretrained(tmp_path / "nothing" / ".." / "out", CFG, model)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_mount_point_is_refused_before_weights_are_written(model, tmp_path, monkeypatch):
+    """No rename can put a directory in its place."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    monkeypatch.setattr(writer, "write_file", None)
+    for name in ("out", "link"):
+        with pytest.raises(UserError, match=f"{name} is a mount point.* such as .*{name}/model"):
+            hf.save_pretrained(tmp_path / name, CFG, model)
+
+
 def test_nothing_is_overwritten(model, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "empty").mkdir()
-    for name in ("full", "file"):
+    (tmp_path / "nowhere").symlink_to("gone")
+    for name in ("full", "file", "nowhere"):
         with pytest.raises(UserError, match=name):
             hf.save_pretrained(tmp_path / name, CFG, model)
     assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "mine"
     hf.save_pretrained(tmp_path / "empty", CFG, model)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full", "nowhere"]
     assert (tmp_path / "empty").stat().st_mode == (tmp_path / "full").stat().st_mode  # readable by whom the umask lets
 
 

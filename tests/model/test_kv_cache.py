@@ -9,7 +9,7 @@ import torch
 
 from kernels import backend
 from qwen3f import model, params
-from qwen3f.model.kv_cache import copy_pages, grow_cache
+from qwen3f.model.kv_cache import copy_pages, erase_pages, grow_cache
 from tests.model.hf_params import from_hf, hf_model, small_config
 
 MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
@@ -141,10 +141,29 @@ def test_a_grown_cache_and_copied_pages_hold_the_same():
         assert torch.equal(new[:13, :, :PAGE], old)
         assert not new[13:].any()
     before = [x.clone() for x in cache.keys + cache.values]
-    copy_pages(cache, [(3, 13 - 12), (1, 2), (9, 4), (9, 5)])  # page 2 gets what page 1 got
+    copy_pages(cache, [(3, 1, PAGE), (1, 2, PAGE), (9, 4, PAGE), (9, 5, PAGE)])  # page 2 gets what page 1 got
     for old, new in zip(before, cache.keys + cache.values):
         assert torch.equal(new[[1, 2, 4, 5]], old[[3, 3, 9, 9]])
         assert torch.equal(new[6:], old[6:])
+
+
+def test_of_a_page_that_is_copied_in_part_nothing_else_is_read():
+    """What stands behind the tokens may be no number; the target has zeros there."""
+    cfg, p, tokens = build()
+    _, cache = in_pieces(cfg, p, tokens, [LENGTH])
+    for x in cache.keys + cache.values:
+        x[3, :, 5:] = torch.nan
+        x[9, :, 2:] = torch.nan
+    before = [x.clone() for x in cache.keys + cache.values]
+    copy_pages(cache, [(3, 1, 5), (9, 4, 2), (1, 2, 3)])
+    for old, new in zip(before, cache.keys + cache.values):
+        for source, target, count in ((3, 1, 5), (9, 4, 2), (3, 2, 3)):
+            assert torch.equal(new[target, :, :count], old[source, :, :count])
+            assert not new[target, :, count:].any()
+    erase_pages(cache, [3, 9])
+    assert all(x[1:].isfinite().all() and not x[[3, 9]].any() and x[1].any() for x in cache.keys + cache.values)
+    erase_pages(cache)
+    assert not any(x.any() for x in cache.keys + cache.values)
 
 
 def test_a_tensor_parallel_shard_needs_its_heads_only():

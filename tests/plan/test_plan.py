@@ -49,6 +49,36 @@ def test_state_of_one_device_is_exact(preset, kind):
     assert state_bytes(here, leaves(here)) == (there[0], there[1] + there[2])
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("rates", ["", r"model\.layers\..*=0", r"model\.embed_tokens\..*=0,.*norm.*=0.1"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_state_of_frozen_leaves_and_of_any_dtype_is_exact(kind, rates, dtype):
+    hyper, small = make_hyper(kind, rates=rates), {"num_hidden_layers": 2, "vocab_size": 64}
+    master = torch.promote_types(dtype, torch.float32)
+    state = init_state(presets.get("debug").replace(**small), 0, hyper, dtype=master, device="meta")
+    there = [sum(x.nbytes for x in tree.values()) for tree in (state.params, state.opt.m, state.opt.v)]
+    here = setup(model=small, hyper=hyper, compute=dtype)
+    memory = make(here).memory[0]
+    assert (memory.parameters, memory.optimizer) == (there[0], there[1] + there[2])
+    assert memory.copy == (sum(x.numel() * 2 for x in state.params.values()) if dtype is torch.bfloat16 else 0)
+    assert memory.gradients == sum(x.numel() * dtype.itemsize for x in state.opt.m.values())
+    summed = make(setup(model=small, hyper=hyper, compute=dtype, microbatches=2)).memory[0]
+    assert summed.sums == sum(x.nbytes for x in state.opt.m.values()) + memory.gradients
+
+
+def test_frozen_layers_leave_room():
+    """What is left of the peak is smaller by moments and gradients, and nothing is summed over ranks for them."""
+    for mesh in ("", "dr2", "dp2", "pp2"):
+        options = {"preset": "qwen3-0.6b", "mesh": mesh, "microbatches": 2, "model": {"gradient_checkpointing": "full"}}
+        whole = make(setup(**options))
+        frozen = make(setup(**options, hyper=make_hyper("adamw", rates=r"model\.layers\..*=0")))
+        for a, b in zip(whole.memory, frozen.memory, strict=True):
+            elements = sum(leaf.elements for leaf in whole.leaves if leaf.stacked)
+            assert a.optimizer - b.optimizer == 8 * elements
+            assert a.peak - b.peak >= a.optimizer - b.optimizer + 4 * elements
+        assert frozen.time.step < whole.time.step
+
+
 # -- placements and work over a mesh -----------------------------------------------------------------------------------
 
 MESHES = ("dp2", "dr2", "tp2", "cp2", "ep2", "pp2", "dp3,cp2", "dp2,tp2,pp2", "dp2,ep2,cp2,tp2,pp2", "pp3", "dp4,tp4")

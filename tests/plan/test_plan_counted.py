@@ -22,6 +22,7 @@ from qwen3f.plan.hardware import TABLE
 from qwen3f.plan.make import make
 from qwen3f.stages.pretrain import make_train_step
 from qwen3f.train import losses
+from qwen3f.train.hyper import parse_rates
 from qwen3f.train.objective import NEXT_TOKEN, MicroBatch
 from qwen3f.train.optimizer import AdamW
 from qwen3f.train.pipelined import make_pipelined_gradients
@@ -78,7 +79,7 @@ def axes_and_names(device_mesh):
     return axes, names | {axis.group: tuple(axis.name.split("_")) for axis in axes.joint}
 
 
-def counted(cfg, mesh, layout_options, microbatches):
+def counted(cfg, mesh, layout_options, microbatches, hyper):
     shape = parse_mesh(mesh)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shape.size)
     try:
@@ -86,12 +87,12 @@ def counted(cfg, mesh, layout_options, microbatches):
         axes, names = axes_and_names(device_mesh)
         options = {"reduce": "compute"} | layout_options
         layout = Layout(axes, gather_dtype=find_gather_dtype(options.pop("reduce"), torch.bfloat16), **options)
-        state, placed = init_state(cfg, 0), layout.place(cfg)
+        state, placed = init_state(cfg, 0, hyper), layout.place(cfg)
         params, *moments = (cut(tree, placed, axes) for tree in (state.params, *state.opt))
         state = as_dtensors(state._replace(params=params, opt=type(state.opt)(*moments)), cfg, layout, device_mesh)
         schedule = Schedule("constant", 1e-3, 100)
         step = make_train_step(
-            cfg, AdamW(), schedule, microbatches=microbatches, compute_dtype=torch.bfloat16, layout=layout
+            cfg, hyper, schedule, microbatches=microbatches, compute_dtype=torch.bfloat16, layout=layout
         )
         batch = random_batch(ROWS // axes.rows[1], LENGTH, cfg.vocab_size)
         with Counted(names) as mode:
@@ -102,8 +103,9 @@ def counted(cfg, mesh, layout_options, microbatches):
     return {key: tuple(line) for key, line in mode.seen.items()}, (held[0], sum(held[1:]))
 
 
-def planned(cfg, mesh, layout_options, microbatches):
-    at = Case(cfg, parse_mesh(mesh), ROWS, LENGTH, TABLE["h100"], microbatches=microbatches, **layout_options)
+def planned(cfg, mesh, layout_options, microbatches, hyper):
+    options = {"microbatches": microbatches, "hyper": hyper, **layout_options}
+    at = Case(cfg, parse_mesh(mesh), ROWS, LENGTH, TABLE["h100"], **options)
     plan, lines = make(at), collections.defaultdict(lambda: [0, 0])
     for collective in plan.collectives:
         op = "all_to_all" if collective.op == "shift" else collective.op  # how sharding.collectives makes a shift
@@ -141,7 +143,15 @@ def planned(cfg, mesh, layout_options, microbatches):
 def test_a_step_makes_the_collectives_that_were_planned(preset, mesh, policy, microbatches, layout):
     """Equal to the last call and byte; and so is what the rank holds of parameters and moments."""
     cfg = presets.get(preset).replace(**SMALL, gradient_checkpointing=policy)
-    assert counted(cfg, mesh, layout, microbatches) == planned(cfg, mesh, layout, microbatches)
+    assert counted(cfg, mesh, layout, microbatches, AdamW()) == planned(cfg, mesh, layout, microbatches, AdamW())
+
+
+@pytest.mark.parametrize("mesh, fsdp", [("dp2", True), ("dr2,dp2,tp2", True), ("dp4", False)])
+@pytest.mark.parametrize("rates", [r".*\.[qo]_proj\..*=0,.*norm.*=0", r"model\.layers\..*=0"])
+def test_what_is_frozen_is_not_summed(mesh, fsdp, rates):
+    """What FSDP gathers together with something trained is scattered with it; the rest of the frozen is not."""
+    cfg, hyper = presets.get("debug").replace(**SMALL), AdamW(rates=parse_rates(rates))
+    assert counted(cfg, mesh, {"fsdp": fsdp}, 2, hyper) == planned(cfg, mesh, {"fsdp": fsdp}, 2, hyper)
 
 
 PIPELINES = {

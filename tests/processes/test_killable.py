@@ -1,6 +1,7 @@
 """Calls in processes that can be killed: results, failures, deadlines, and nothing that is left behind."""
 
 import os
+import sys
 import threading
 import time
 
@@ -38,6 +39,10 @@ def no_json():
 
 def long():
     return "x" * (2 << 20)
+
+
+def loaded():
+    return "tests.processes.slow_to_load" in sys.modules
 
 
 def starts_a_child():
@@ -81,6 +86,13 @@ def test_a_call_that_fails_keeps_its_process():
         first = one.call(f"{HERE}:here").value
         assert one.call(f"{HERE}:fails").failure
         assert one.call(f"{HERE}:here").value == first
+
+
+def test_what_is_loaded_first_is_no_part_of_the_deadline():
+    with Killable(1, 1.0) as one:
+        assert not one.call(f"{HERE}:loaded").value
+        assert one.call(f"{HERE}:loaded", ["tests.processes.slow_to_load"]).value
+        assert one.map([(f"{HERE}:double", {"x": 2})], ["tests.processes.slow_to_load", "no.such"])[0].value == 4
 
 
 def test_what_a_killed_process_had_started_ends_with_it():

@@ -71,6 +71,17 @@ def test_the_highest_entropies_are_kept():
     assert high_entropy(entropy, counts, entropy_threshold(entropy[counts], 1.0))[0].sum() == 9
 
 
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=30), st.floats(0.01, 1.0))
+def test_the_threshold_is_the_quantile(values, share):
+    entropies = torch.tensor(values, dtype=torch.float64)
+    assert entropy_threshold(entropies, share) == torch.quantile(entropies, 1 - share).item()
+
+
+def test_more_tokens_have_a_threshold_than_torchs_quantile_takes():
+    entropies = torch.arange(2**24 + 1, dtype=torch.float32)
+    assert entropy_threshold(entropies, 0.25) == 0.75 * 2**24
+
+
 def test_the_samplers_kl_is_never_negative():
     gap = torch.linspace(-1, 1, 11, dtype=torch.float64)
     assert (sampler_kl(gap) >= 0).all()

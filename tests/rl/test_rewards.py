@@ -53,6 +53,24 @@ def test_the_final_answer(text, expected):
         (r"\boxed{5}", "", None),
         (r"\boxed{1; import os}", "1", 0.0),
         (r"\boxed{__import__('os')._exit(0)}", "1", 0.0),
+        (r"\boxed{14/5}", r"1\frac{4}{5}", 0.0),
+        (r"\boxed{1\frac{4}{5}}", r"\frac{14}{5}", 0.0),
+        (r"\boxed{9/5}", r"1\frac{4}{5}", 1.0),
+        (r"\boxed{1\frac{4}{5}}", "9/5", 1.0),
+        (r"\boxed{-1\frac{4}{5}}", "-1.8", 1.0),
+        (r"\boxed{2\frac12}", r"\frac52", 1.0),
+        (r"\boxed{\frac{21}{2}}", r"2\frac12", 0.0),
+        (r"\boxed{x\frac{1}{2}}", "x/2", 1.0),
+        (r"\boxed{\frac{1}{2}^2}", "0.25", 1.0),
+        (r"\boxed{\frac{3}{2}^2}", "3/4", 0.0),
+        (r"\boxed{(\frac{1}{2}, 3)}", "(1/2,3)", 1.0),
+        (r"\boxed{(1,200)}", "(1200)", 0.0),
+        (r"\boxed{(1200)}", "(1,200)", 0.0),
+        (r"\boxed{1,2,300}", "1,2300", 0.0),
+        ("#### (1,200)", "(1200)", 0.0),
+        ("#### 1,200", "1200", 1.0),
+        (r"\boxed{\$1,200}", "1200", 1.0),
+        (r"\boxed{5}", "5" * 5000, None),
     ],
 )
 def test_math_reward(answer, gold, expected):
@@ -112,9 +130,11 @@ def test_failures_are_counted_and_nothing_waits_for_them():
     """Each reward once a sample, in order (NeMo PR 3058: two after an exception)."""
     good, bad = sample("abc"), sample("raise")
     names = [f"{BAD}:{n}" for n in ("raises", "hangs", "dies", "says_nothing", "nan", "text", "huge")]
-    with Judge(dict.fromkeys([f"{BAD}:fine", f"{BAD}:sometimes", f"{BAD}:shouts", *names], 1.0), 2, 1.5) as judge_all:
+    fine = [f"{BAD}:{n}" for n in ("fine", "of_numpy", "sometimes", "shouts")]
+    with Judge(dict.fromkeys([*fine, *names], 1.0), 2, 1.5) as judge_all:
         found = judge_all([good, bad])
     assert found.values[f"{BAD}:fine"] == [3.0, 5.0]
+    assert found.values[f"{BAD}:of_numpy"] == [2.0, 0.5]
     assert found.values[f"{BAD}:sometimes"][0] == 1.0
     assert math.isnan(found.values[f"{BAD}:sometimes"][1])
     assert found.values[f"{BAD}:shouts"] == [0.5, 0.5]
@@ -136,6 +156,15 @@ def test_failures_are_counted_and_nothing_waits_for_them():
         why, count = said[f"{BAD}:{name}"]
         assert part in why
         assert count == 2
+
+
+def test_math_verify_is_loaded_before_the_deadline_where_it_is_asked():
+    """And not where it is not: it takes a second."""
+    told = []
+    for asked, task in (("math", "reasoning"), ("correct", "gsm8k"), ("correct", "reasoning"), ("format", "gsm8k")):
+        with Judge({f"{BAD}:verifier_is_loaded": 1.0, asked: 1.0}, 1, 20.0) as judge_all:
+            told += judge_all([sample("x", task=task)]).values[f"{BAD}:verifier_is_loaded"]
+    assert told == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_rewards_are_named_with_weights():

@@ -2,9 +2,13 @@
 
 import math
 import os
+import sys
 import time
 
+import numpy as np
+
 from qwen3f.rl.rewards import Sample
+from qwen3f.sandbox.tiers import find_tier
 
 
 def small_letters(sample: Sample) -> float:
@@ -14,6 +18,10 @@ def small_letters(sample: Sample) -> float:
 
 def fine(sample: Sample) -> float:
     return float(len(sample.text))
+
+
+def of_numpy(sample: Sample) -> np.floating | np.integer:
+    return np.float32(0.5) if "raise" in sample.text else np.int64(2)
 
 
 def sometimes(sample: Sample) -> float:
@@ -55,6 +63,15 @@ def shouts(sample: Sample) -> float:
     print('{"value": 1000}', flush=True)
     os.write(1, b'{"value": 1000}\n')
     return 0.5
+
+
+def unconfined(sample: Sample) -> float:
+    """Whether code would be run without a sandbox here."""
+    return float(find_tier() == "none")
+
+
+def verifier_is_loaded(sample: Sample) -> float:
+    return float("qwen3f.tasks.verifier" in sys.modules)
 
 
 number = 3

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import transformers
 
 from qwen3f import cli
 from qwen3f.errors import UserError
+from qwen3f.eval.answers import mark
 from qwen3f.preference.judges import RewardModel
 from qwen3f.rl import prepare as R
 from qwen3f.rl.judge import Judge
 from qwen3f.rl.rollout import Sampler
+from qwen3f.sandbox import tiers
 from qwen3f.stages import grpo
 from qwen3f.train import loop
 from qwen3f.train.saving import Saver
@@ -171,6 +174,34 @@ def test_where_the_engine_is_the_trainer_bit_for_bit_its_log_probs_are_the_old_o
     assert [line["loss"] for line in found["auto"]] == [line["loss"] for line in found["trainer"]]
 
 
+def test_where_the_ratio_is_in_the_advantages_it_is_in_no_old_log_probs(root, tmp_path, capsys):
+    """auto takes the trainer's with a correction, which would count a later difference a second time."""
+    toy_chats.write_weights(root / "corrected", toy_chats.SMALL | {"vocab_size": 266})
+    config = small(root, "corrected", steps=1, dtype="float32", attention="invariant", microbatches=1)
+    config.update_from_flattened_dict({"rollout.correction": "token_truncate", "model.vocab_size": 266})
+    loop.run(config, tmp_path, progress=False)
+    assert "agree bit for bit; old ones: the trainer's" in capsys.readouterr().out
+
+
+def test_the_sandbox_that_is_named_holds_for_rewards_and_evaluation(root, tmp_path, monkeypatch):
+    seen = []
+
+    def mark_and_see(*arguments):
+        seen.append(tiers.find_tier())
+        return mark(*arguments)
+
+    monkeypatch.setattr(tiers, "why_not", lambda tier: "" if tier == "none" else "not here")
+    monkeypatch.setattr(grpo, "mark", mark_and_see)
+    monkeypatch.delenv(tiers.VARIABLE, raising=False)
+    changes = {"tasks": "code", "sandbox": "none", "seq_len": 512, "eval.every": 1, "rollout.samples": 2}
+    config = small(root, steps=1, rewards="tests.rl.toy_rewards:unconfined", **changes)
+    loop.run(config, tmp_path, progress=False)
+    assert seen
+    assert set(seen) == {"none"}
+    assert metrics(tmp_path)[0]["reward"] == 1.0
+    assert tiers.VARIABLE not in os.environ
+
+
 def test_it_learns_what_the_reward_asks_for(root, tmp_path):
     """Random weights, a reward for small letters alone: in 16 steps they are much more frequent."""
     config = toy_rl.make_config(root, steps=16, dtype="float32", rewards="tests.rl.toy_rewards:small_letters")
@@ -233,6 +264,11 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
         ({"rollout.correction": "tis"}, "rollout.correction=tis"),
         ({"rollout.top_entropy": 0.0}, "top_entropy=0.0"),
         ({"rollout.old_logprobs": "engine"}, "write auto, trainer or sampler"),
+        (
+            {"rollout.old_logprobs": "sampler", "rollout.correction": "token_truncate"},
+            r"rollout.old_logprobs=sampler and --config.rollout.correction=token_truncate .* write "
+            r"--config.rollout.old_logprobs=trainer, or --config.rollout.correction=none",
+        ),
         ({"advantages.scale": "std"}, "scale='std'"),
         ({"advantages.combine": "sum"}, "advantages.combine=sum"),
         ({"judge.deadline": 0.0}, "judge.deadline=0.0"),

@@ -32,6 +32,11 @@ def test_the_answer_stands_behind_the_thinking(text, answer):
         (r"<think>\boxed{2}", None),
         ("2", None),
         (r"\boxed{}", None),
+        (r"\boxed{" + "1" * 5000 + "}", None),  # longer than any answer, and than the digits that int takes
+        (r"\boxed{" + "1" * 501 + "}", None),
+        (r"\boxed{" + "0" * 499 + "1}", "1"),
+        ("x " * 3000 + r"\boxed{7}", "7"),
+        (r"\boxed{7}" + " x" * 3000, None),  # too far from the end
     ],
 )
 def test_the_last_box_of_the_answer(text, boxed):
@@ -41,9 +46,12 @@ def test_the_last_box_of_the_answer(text, boxed):
 @pytest.mark.parametrize(
     "written, same",
     [
-        ("7", ["+7", "007", " 7. ", "$7$", "x = 7", "X=7"]),
+        ("7", ["+7", "007", " 7. ", "$7$", "x = 7", "X=7", "\u0667", "\uff17"]),
         ("-7", ["\u22127", "- 7", "-07"]),
+        ("0", ["-0", "+0", "000"]),
         ("1234567", ["1,234,567", " 1,234,567."]),
+        ("-1234.5", ["-1,234.5"]),
+        ("9" * 5000, ["+" + "9" * 5000, "00" + "9" * 5000]),
         ("3/4", [r"\frac{3}{4}", r"\dfrac{3}{4}", "3 / 4"]),
         ("-3/4", [r"-\frac{3}{4}", r"\frac{-3}{4}", "\u22123/4"]),
         ("ada", ["Ada", r"\text{Ada}", "ADA."]),
@@ -56,7 +64,30 @@ def test_one_way_of_writing(written, same):
 
 
 @pytest.mark.parametrize(
-    "a, b", [("1/2", "2/4"), ("1", "1.0"), ("12", "1 2"), ("1,23", "123"), ("a", "b"), ("7", "-7"), ("", "0")]
+    "a, b",
+    [
+        ("1/2", "2/4"),
+        ("1", "1.0"),
+        ("12", "1 2"),
+        ("1,23", "123"),
+        ("a", "b"),
+        ("7", "-7"),
+        ("", "0"),
+        ("\u00b2", "2"),
+        ("(1,200)", "(1200)"),
+        ("1,200, 3", "1200,3"),
+        ("1,2,300", "1,2300"),
+        ("1,200,30", "1200,30"),
+        ("{1,200}", "{1200}"),
+        ("0,123", "123"),
+        (r"1\frac{4}{5}", "14/5"),
+        (r"1\frac{4}{5}", r"\frac{14}{5}"),
+        (r"\frac{1}{2}3", "1/23"),
+        (r"2^\frac{1}{2}", "2^1/2"),
+        (r"\frac{3}{2}^2", "3/2^2"),
+        (r"3/\frac{1}{2}", "3/1/2"),
+        (r"x\frac{1}{2}", "x1/2"),
+    ],
 )
 def test_what_is_not_equal(a, b):
     assert normalised(a) != normalised(b)

@@ -1,12 +1,14 @@
 """Generated programming problems: worked answers are right, others are not, and questions stay in their split."""
 
 import json
+import time
 from itertools import islice
 
 import pytest
 
 from qwen3f.sandbox.tiers import why_not
 from qwen3f.tasks.code import CodeTask, code_of
+from qwen3f.tasks.fences import python_blocks
 from qwen3f.tasks.registry import open_task
 
 RUNS = pytest.mark.skipif(
@@ -50,6 +52,61 @@ def test_questions_are_distinct_and_split_by_their_text():
     assert len(set(prompts)) == len(prompts) > 800
     assert 0.02 < len(heldout) / len(prompts) < 0.09
     assert all(len({json.dumps(case[1]) for case in json.loads(q.gold)["cases"]}) >= 5 for q in train)
+
+
+CODE = "def solve(xs):\n    return xs"
+PYTHON = f"```python\n{CODE}\n```"
+ANSWERS = {
+    "a text before": f"For example:\n```text\n[1, 2]\n```\nSo:\n{PYTHON}",
+    "bash before and after": f"```bash\npip list\n```\n{PYTHON}\nRun it:\n```bash\npython solve.py\n```",
+    "json after": f"{PYTHON}\nThe tests:\n```json\n[1]\n```\nDone.",
+    "python3 and words": f"```python3\n{CODE}\n```\nThis returns the list.",
+    "a name behind the tag": f"``` Python title=solve.py\n{CODE}\n```",
+    "CRLF": PYTHON.replace("\n", "\r\n") + "\r\nDone.\r\n",
+    "no tag": f"```\n{CODE}\n```",
+    "no block": CODE,
+    "four marks": f"````python\n{CODE}\n````",
+    "a fence behind other text": f"Here: ```python\n{CODE} ```\nDone.",
+    "in a list": "1. So:\n   " + PYTHON.replace("\n", "\n   "),
+    "the question's words": f"I answer in a ```python block.\n{PYTHON}",
+    "code within a line": f"A call is ```solve([1])```\n{PYTHON}",
+}
+
+
+def as_python(code):
+    return code.replace("\r\n", "\n").strip()
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_the_last_block_of_python_is_the_code_however_it_is_fenced(answer):
+    assert as_python(code_of(answer)) == CODE
+
+
+def test_fences_within_a_line_of_code_are_text():
+    code = "TICKS = '```python'  # three\nx = f('```')"
+    assert code_of(f"```python\n{code}\n```") == code
+
+
+def test_a_block_that_does_not_end_counts_where_that_is_asked_for():
+    text = f"```python\na\n```\n```python\n{CODE}"
+    assert code_of(text) == "a"
+    assert python_blocks(text) == ["a\n"]
+    assert python_blocks(text, unclosed=True) == ["a\n", CODE]
+    assert code_of(f"```python\n{CODE}") == f"```python\n{CODE}"
+
+
+@pytest.mark.parametrize("part", ["`", "```", "``` ", "```a", "```\n ", " \n", "a`", "```a b"])
+def test_no_text_takes_long(part):
+    begun = time.perf_counter()
+    for text in (part * 100_000, "```" + part * 100_000, "```python\n" + part * 100_000 + "`"):
+        python_blocks(text, unclosed=True)
+    assert time.perf_counter() - begun < 10
+
+
+@RUNS
+def test_code_between_other_lines_ends_is_run():
+    gold = json.dumps({"entry_point": "solve", "cases": [[[[1, 2]], [1, 2]]]})
+    assert CodeTask().judge(ANSWERS["CRLF"], gold) == 1.0
 
 
 def test_the_code_of_an_answer():

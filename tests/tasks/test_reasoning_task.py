@@ -25,6 +25,16 @@ def test_worked_solutions_and_plain_answers_are_right():
         assert task.judge("", item.answer) == 0.0
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["\\boxed{" + "1" * 4301 + "}", "\\boxed{" * 28_000, "\\boxed{" + "0" * 9_000 + "5}", "\\boxed{5" + "}" * 99_999],
+    ids=["digits", "boxes", "zeros", "braces"],
+)
+def test_any_answer_is_right_or_wrong(answer):
+    assert ReasoningTask().judge(f"<think>a</think>{answer}", "6") == 0.0
+    assert ReasoningTask().judge(f"{answer} so \\boxed{{6}}", "6") == 1.0
+
+
 def test_questions_by_kind_and_difficulty():
     task = ReasoningTask(kinds=("algebra", "sequence"), difficulties=(1, 2), num_problems=2000)
     found = {split: list(task.questions(split)) for split in ("train", "heldout")}

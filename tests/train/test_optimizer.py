@@ -5,7 +5,7 @@ import torch
 
 from qwen3f.errors import UserError
 from qwen3f.train import optimizer
-from qwen3f.train.hyper import AdamW
+from qwen3f.train.hyper import LEAST_EPS, AdamW, Muon
 from tests.train.runs import run_updates
 
 DECAY = {"w": True, "b": False}
@@ -68,3 +68,23 @@ def test_wrong_hyperparameters_are_named():
         AdamW(b2=1.0)
     with pytest.raises(UserError, match="clip_norm"):
         AdamW(clip_norm=-1.0)
+    with pytest.raises(UserError, match="weight_decay must be a number"):
+        AdamW(weight_decay=float("nan"))
+    with pytest.raises(UserError, match="update_rms"):
+        Muon(update_rms=float("nan"))
+
+
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+@pytest.mark.parametrize("eps", [0.0, -1e-8, 1e-46, float("nan"), float("inf")])
+def test_an_eps_that_divides_by_zero_is_refused(kind, eps):
+    """Of rows of the embedding that no batch has had, gradient and moments are 0."""
+    with pytest.raises(UserError, match=r"optimizer\.eps must be .*--config\.optimizer\.eps=1e-8"):
+        kind(eps=eps)
+
+
+def test_the_smallest_eps_leaves_what_had_no_gradient():
+    start = {"w": torch.zeros(2, 2), "b": torch.zeros(2)}
+    grads = [{"w": torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "b": torch.zeros(2)}]
+    params, _ = run_updates(AdamW(eps=LEAST_EPS), DECAY, start, grads, [1e-2])
+    assert all(torch.isfinite(x).all() for x in params.values())
+    assert params["w"][0, 0] == params["b"][0] == 0.0

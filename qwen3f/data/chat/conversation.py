@@ -6,15 +6,24 @@ A row is {"messages": [message, …]} with messages as in `template`, and may ha
     enable_thinking  how the prompts are rendered: false puts an empty thinking block at their end; see `samples`
     answer           the right final answer, for the judge of a task
 
-Stricter than the template: the turns take turns, every answer says something, and a call's arguments are an object. A
-thought is kept under `reasoning_content`, wherever the row has it. What follows the last answer is left out.
+Stricter than the template: the turns take turns, the first user's turn is a question, every answer says something, and
+a call's arguments are an object. A thought is kept under `reasoning_content`, wherever the row has it; one of blanks
+alone is none. What follows the last answer is left out.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3f.data.chat.template import THOUGHTS, Message, check_messages, render, split_thought, without_switches
+from qwen3f.data.chat.template import (
+    THOUGHTS,
+    Message,
+    check_messages,
+    is_query,
+    render,
+    split_thought,
+    without_switches,
+)
 from qwen3f.data.sources.adapters.rows import Row, RowFault, check_text, list_of_dicts
 from qwen3f.errors import UserError
 
@@ -77,16 +86,19 @@ def checked_messages(
         check_messages(messages, tools)
     except UserError as error:
         raise RowFault("invalid_rows", f"{name}: {error}") from None
-    messages = [_with_one_thought(message) for message in messages]
+    messages = [_without_blank_thought(_with_one_thought(message)) for message in messages]
     for number, message in enumerate(messages):
-        fault = _order_fault(messages, number) or _content_fault(message)
+        fault = _order_fault(messages, number) or _content_fault(message) or _question_fault(messages, number)
         if fault:
             reason, text = fault
             raise RowFault(reason, f"{name}: Message {number} {text}")
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
         raise RowFault("unanswered", f"{name} has no assistant's turn: write the answer that is to be learnt.")
-    check_text(render(messages, tools=tools), name, "messages")  # for lone surrogates
+    for number, message in enumerate(messages):
+        for text in split_thought(message) if message["role"] == "assistant" else ():  # not all thoughts are rendered
+            check_text(text, f"{name}: Message {number}", "messages", may_be_empty=True)
+    check_text(render(messages, tools=tools), name, "messages")  # for lone surrogates in tools and calls
     return tuple(messages[: last + 1])
 
 
@@ -97,6 +109,18 @@ def _with_one_thought(message: Message) -> Message:
         return message
     kept = {key: value for key, value in message.items() if key not in THOUGHTS}
     return {**kept, "reasoning_content": others[0]}
+
+
+def _without_blank_thought(message: Message) -> Message:
+    """The message with an empty thought, if its thought is of blanks: a template would write them as one."""
+    if message["role"] != "assistant":
+        return message
+    thought, content = split_thought(message)
+    if thought.strip() or not thought.strip("\n"):
+        return message
+    if message.get("reasoning_content") is None:  # it stands in the content, with line ends of other systems
+        content = content.lstrip()
+    return {**message, "reasoning_content": "", "content": content}
 
 
 def read_tools(row: Row) -> tuple[Mapping[str, Any], ...] | None:
@@ -119,6 +143,14 @@ def _order_fault(messages: Sequence[Message], number: int) -> tuple[str, str] | 
     if role == "tool" and before["role"] == "assistant" and not before.get("tool_calls"):
         return "roles_out_of_order", "is a tool's result, but the answer before calls none: write its tool_calls."
     return None
+
+
+def _question_fault(messages: Sequence[Message], number: int) -> tuple[str, str] | None:
+    """Of the first user's turn: behind no question the template writes no thinking block."""
+    message, before = messages[number], messages[number - 1] if number else None
+    if message["role"] != "user" or is_query(message) or (before and before["role"] != "system"):
+        return None
+    return "invalid_rows", "is a tool's result within <tool_response>: begin with a question."
 
 
 def _content_fault(message: Message) -> tuple[str, str] | None:

@@ -11,8 +11,9 @@ thinking-2507, which knows no switches, an answer without a thought has its empt
 have no thoughts there is no block, and a thought is a fault.
 
 `switches` is the share of samples whose last user's turn says its mode, "/think" or "/no_think", where the conversation
-has no switch of its own; a quarter of them say the other one just before, since the last one wins (Qwen3 technical
-report, §4.3: thinking data have /think or nothing, the rest /no_think). Which samples follows from their text alone.
+has no switch of its own and all answers behind that turn are of one mode; a quarter of them say the other one just
+before, since the last one wins (Qwen3 technical report, §4.3: thinking data have /think or nothing, the rest
+/no_think). Which samples follows from their text alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -118,6 +119,8 @@ def _with_switch(sample: Sample, thinks: bool, share: float) -> Sample:
     content = sample.messages[query]["content"]
     if not is_query(sample.messages[query]) or not _chance("switch", sample, share):
         return sample
+    if any(bool(thought_of(sample.messages[i])) != thinks for i in _answers(sample.messages) if i > query):
+        return sample  # its calls stand behind the switch and would not do what it says
     both = _chance("both", sample, _BOTH)
     written = [_SWITCHES[not thinks]] * both + [_SWITCHES[thinks]]
     asked = {**sample.messages[query], "content": " ".join([content, *written])}
@@ -161,4 +164,4 @@ def _answers(messages: tuple[Message, ...]) -> Iterator[int]:
 
 
 def thought_of(message: Message) -> str:
-    return split_thought(message)[0].strip("\n") if message["role"] == "assistant" else ""
+    return split_thought(message)[0].strip() if message["role"] == "assistant" else ""

@@ -58,6 +58,10 @@ _TOOLS_AFTER = (
 )
 # A switch stands alone: "/think." is one; "src/think", "/think/x" and "/thinking" are not. Chinese has no space before.
 _SWITCH = re.compile(r"(?<![A-Za-z0-9_/.~-])/(no_)?think(?![A-Za-z0-9_/-]|\.[A-Za-z0-9])")
+# With the blank that was put beside it: a space sooner than a tab, the line end only if the line is its own.
+_SWITCH_AND_BLANK = re.compile(
+    r" {0}|(?<!\S){0} |[^\S\r\n]{0}(?! )|\r?\n{0}(?=\r?\n|\Z)|{0}".replace("{0}", _SWITCH.pattern)
+)
 
 
 def render(
@@ -136,8 +140,8 @@ def last_switch(messages: Sequence[Message]) -> bool | None:
 
 
 def without_switches(content: str) -> str:
-    """A user's text without its soft switches and the blanks around it."""
-    return _SWITCH.sub("", content).strip()
+    """A user's text without its soft switches, each with a blank beside it, and without the blanks around it."""
+    return _SWITCH_AND_BLANK.sub("", content).strip()
 
 
 def segments(

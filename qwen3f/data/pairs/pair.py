@@ -4,17 +4,20 @@ A row is {"chosen": [message, …], "rejected": [message, …]} with messages as
 turns before the last answer, and may have
 
     tools, enable_thinking   as in `chat.conversation`
-    margin                   a positive number: how much better the first is; 1 where there is none
+    margin                   a positive number, of float32's: how much better the first is; 1 where there is none
 
 Both answers have the same prompt, to the id: it is encoded apart from them. Where either has a thought, or a switch
 asks for none, the model writes the thinking block of both itself; else the prompt ends with an empty one.
 """
 
-import math
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from qwen3f.data.chat import xml_tools
 from qwen3f.data.chat.conversation import Conversation, checked_messages, read_tools
 from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.chat.samples import Sample, check_mode, thinking_enabled, thought_of
@@ -24,6 +27,8 @@ from qwen3f.data.sources.adapters.rows import LeftOut, Row, RowFault, list_of_di
 
 COLUMNS = ("chosen", "rejected")
 OPTIONAL_COLUMNS = ("tools", "enable_thinking", "margin")
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,10 @@ def read_pair(row: Row, template: TemplateKind = HYBRID) -> Pair:
         raise RowFault("invalid_rows", f"{row.name} has enable_thinking={enable_thinking!r}: write true or false.")
     margin = row.values.get("margin")
     margin = 1.0 if margin is None else margin
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < math.inf:
-        raise RowFault("invalid_rows", f"{row.name} has margin={margin!r}: write a positive number.")
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin <= _LARGEST:
+        raise RowFault(
+            "invalid_rows", f"{row.name} has margin={margin!r}: write a positive number of at most {_LARGEST:.1e}."
+        )
     chats = [list_of_dicts(row, column) for column in COLUMNS]
     options = {"tools": tools, "enable_thinking": enable_thinking, "margin": float(margin), "template": template}
     return make_pair(*chats, row.name, **options)
@@ -90,22 +97,42 @@ def make_pair(
             raise RowFault("invalid_rows", f"{name}, {side}, goes on behind the last answer: end with that.")
         both.append(Conversation(checked, f"{name}, {side}", tools, enable_thinking))
     better, worse = both
-    if better.messages[:-1] != worse.messages[:-1]:
+    *prompt, chosen_answer = (_written(message, template) for message in better.messages)
+    *other_prompt, rejected_answer = (_written(message, template) for message in worse.messages)
+    if prompt != other_prompt:
         raise RowFault(
             "different_prompts",
             f"{name}: the turns before the last answer differ between chosen and rejected: write the same ones.",
         )
-    if _written(better.messages[-1]) == _written(worse.messages[-1]):
+    if _stripped(*chosen_answer) == _stripped(*rejected_answer):
         raise LeftOut("ties")
     last = len(better.messages) - 1
     for one in both:
-        check_mode(one, last, template)
+        for number, message in enumerate(one.messages):
+            if message["role"] == "assistant" and (number == last or not template.thinks):
+                check_mode(one, number, template)
     thinks = any(bool(thought_of(one.messages[last])) for one in both)
     enabled = thinking_enabled(better, better.messages, thinks, template)
     samples = (Sample(one.messages, one.name, tools, False, enabled, template) for one in both)
     return Pair(*samples, margin, better.question)
 
 
-def _written(answer: Message) -> tuple[Any, ...]:
-    """What of an answer the model writes."""
-    return (*map(str.strip, split_thought(answer)), answer.get("tool_calls") or [])
+def _written(message: Message, template: TemplateKind) -> tuple[str, ...]:
+    """What of a message the template writes: role, thought, content and calls, but not their ids."""
+    role, content = message["role"], message["content"]
+    if role != "assistant":
+        return role, content
+    calls = message.get("tool_calls") or []
+    if template.xml:
+        written = [part.text for part in xml_tools.answer("", calls)]
+    else:
+        functions = [entry.get("function") or entry for entry in calls]
+        written = [
+            text for call in functions for text in (call["name"], json.dumps(call["arguments"], ensure_ascii=False))
+        ]
+    return role, *split_thought(message), *written
+
+
+def _stripped(role: str, thought: str, content: str, *calls: str) -> tuple[str, ...]:
+    """What `_written` says of an answer, without the blanks around its thought and its content."""
+    return role, thought.strip(), content.strip(), *calls

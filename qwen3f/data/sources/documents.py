@@ -121,8 +121,8 @@ def split_documents(documents: Iterable[Document], split: Split, holdout: float)
     """The documents of `split` by `is_heldout`.
 
     Of so few that one of the splits would be empty, such as one long text, the last share `holdout` of all characters
-    is held out instead, cut at a line end where there is one. (Neither split then has text of the other; a name gets
-    "#1" and "#2" where its document was cut.)
+    is held out instead, cut at a line end where there is one. (A text that is there twice is then taken once, so that
+    neither split has a text of the other; a name gets "#1" and "#2" where its document was cut.)
     """
     first: list[Document] = []
     kinds, chars = set(), 0
@@ -134,7 +134,10 @@ def split_documents(documents: Iterable[Document], split: Split, holdout: float)
             break
     else:
         if holdout and chars:
-            yield from _by_position(first, split, round(chars * (1 - holdout)))
+            once: dict[str, Document] = {}
+            for document in first:
+                once.setdefault(document.text, document)
+            yield from _by_position([*once.values()], split, round(sum(map(len, once)) * (1 - holdout)))
             return
     for document in chain(first, stream):
         if is_heldout(document.text.encode(), holdout) == (split == "heldout"):

@@ -18,7 +18,7 @@ from qwen3f.errors import UserError
 
 __all__ = ["Document", "FilesSource", "Source", "Split", "open_source"]
 
-_FORMAT = 3  # part of the fingerprint: raise it when the same files would give other documents
+_FORMAT = 4  # part of the fingerprint: raise it when the same files would give other documents
 _SUFFIXES = (*TEXT_SUFFIXES, *SUFFIXES)
 _NAMED = 3  # files of blanks alone that are named
 

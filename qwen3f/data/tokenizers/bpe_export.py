@@ -1,13 +1,14 @@
 """A byte-level BPE vocabulary written for Hugging Face: vocab.json, merges.txt and tokenizer_config.json.
 
 For tokenizers that were read from qwen.tiktoken, which transformers cannot read. It has no merges: they are recovered
-from the order of the tokens.
+from the order of the tokens. The config alone is for vocab.json and merges.txt without a list of added tokens.
 """
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from qwen3f.data.tokenizers.bpe_files import MERGES, TOKENIZER_CONFIG, VOCAB, Vocabulary, to_text
 from qwen3f.errors import UserError
@@ -25,12 +26,22 @@ def write_vocabulary(vocabulary: Vocabulary, directory: Path) -> None:
     vocab = {to_text(token): i for i, token in enumerate(vocabulary.tokens)}
     pairs = recover_merges(vocabulary.tokens)
     merges = ["#version: 0.2", *(f"{to_text(left)} {to_text(right)}" for left, right in pairs), ""]
+    write_atomically(directory / VOCAB, json.dumps(vocab, ensure_ascii=False).encode())
+    write_atomically(directory / MERGES, "\n".join(merges).encode())
+    write_config(vocabulary, directory, None)
+
+
+def write_config(vocabulary: Vocabulary, directory: Path, own: Mapping[str, Any] | None) -> None:
+    """Write tokenizer_config.json with the added tokens, which stand nowhere else beside vocab.json and merges.txt.
+
+    Args:
+        own: what the file holds besides; None: what Qwen's own holds.
+    """
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    config = {
-        "added_tokens_decoder": {
-            str(token.id): {"content": name, **plain, "special": token.special}
-            for name, token in vocabulary.added.items()
-        },
+    added = {
+        str(token.id): {"content": name, **plain, "special": token.special} for name, token in vocabulary.added.items()
+    }
+    qwens = {
         "bos_token": None,
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>",
@@ -40,8 +51,7 @@ def write_vocabulary(vocabulary: Vocabulary, directory: Path) -> None:
         "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
     }
-    write_atomically(directory / VOCAB, json.dumps(vocab, ensure_ascii=False).encode())
-    write_atomically(directory / MERGES, "\n".join(merges).encode())
+    config = {**(qwens if own is None else own), "added_tokens_decoder": added}
     write_atomically(directory / TOKENIZER_CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 

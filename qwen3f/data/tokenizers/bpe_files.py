@@ -58,6 +58,16 @@ _VISIBLE = (
     "<think>",
     "</think>",
 )
+_WORKINGS: Mapping[str, tuple[Any, ...]] = {
+    "model": ("BPE",),
+    "normalizer": ("NFC",),
+    "pre_tokenizers": (["Split", "ByteLevel"],),
+    "pattern": (PATTERN,),
+    "behavior": ("Isolated",),
+    "post_processor": (None, "ByteLevel"),  # ByteLevel's moves offsets only
+}
+"""What `_workings` may find; of every other key, what is off."""
+
 _NEEDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -126,27 +136,40 @@ def read_vocabulary(form: tuple[Path, ...]) -> Vocabulary:
 def _read_tokenizer_json(path: Path) -> Vocabulary:
     content = read_object(path)
     try:
-        model, steps = content["model"], content["pre_tokenizer"]["pretokenizers"]
-        normalizer, pattern = content["normalizer"]["type"], steps[0]["pattern"]["Regex"]
-        kinds = [step["type"] for step in steps]
-        vocab, listed = model["vocab"], content["added_tokens"]
-        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-    except (KeyError, TypeError, IndexError) as error:
+        found = _workings(content)
+        vocab, listed = content["model"]["vocab"], content["added_tokens"]
+        pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in content["model"]["merges"]]
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
             f"{path} is not Qwen's tokenizer.json ({error!r}): copy or download it again, or give a SentencePiece "
             ".model file."
         ) from error
-    found = [model.get("type"), normalizer, kinds, pattern]
-    expected = ["BPE", "NFC", ["Split", "ByteLevel"], PATTERN]
-    options = {key: model.get(key) for key in ("unk_token", "dropout", "byte_fallback", "ignore_merges")}
-    if found != expected or any(options.values()):
-        raise UserError(
-            f"{path} works otherwise than Qwen's tokenizer (model, normalizer, pre-tokenizers and pattern {found}, "
-            f"options {options}): give the tokenizer of a Qwen3 model."
-        )
+    if odd := {key: value for key, value in found.items() if value not in _WORKINGS.get(key, (None, False, ""))}:
+        raise UserError(f"{path} works otherwise than Qwen's tokenizer ({odd}): give the tokenizer of a Qwen3 model.")
     tokens = _tokens_by_id(path, vocab)
     _check_merges(path, tokens, pairs)
     return _complete(path, tokens, _added(path, listed))
+
+
+def _workings(content: dict[str, Any]) -> dict[str, Any]:
+    """What of a tokenizer.json decides the ids beside its vocabulary; compare `_WORKINGS`.
+
+    Raises KeyError, TypeError, IndexError or AttributeError for a file of another form.
+    """
+    model, steps, post = content["model"], content["pre_tokenizer"]["pretokenizers"], content.get("post_processor")
+    options = ("unk_token", "dropout", "byte_fallback", "ignore_merges", "continuing_subword_prefix")
+    return {
+        "model": model.get("type"),
+        **{key: model.get(key) for key in (*options, "end_of_word_suffix")},
+        "normalizer": content["normalizer"]["type"],
+        "pre_tokenizers": [step["type"] for step in steps],
+        "pattern": steps[0]["pattern"]["Regex"],
+        "behavior": steps[0].get("behavior"),
+        # Both are on where a file does not say.
+        "add_prefix_space": steps[-1].get("add_prefix_space", True),
+        "use_regex": steps[-1].get("use_regex", True),
+        "post_processor": None if post is None else post["type"],
+    }
 
 
 def _read_vocab_and_merges(vocab_file: Path, merges_file: Path) -> Vocabulary:

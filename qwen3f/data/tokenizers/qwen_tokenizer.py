@@ -20,13 +20,14 @@ import regex
 import tiktoken
 
 from qwen3f.data.tokenizers import bpe_files
-from qwen3f.data.tokenizers.bpe_export import write_vocabulary
+from qwen3f.data.tokenizers.bpe_export import write_config, write_vocabulary
 from qwen3f.data.tokenizers.bpe_files import Vocabulary
 from qwen3f.data.tokenizers.fast_bpe import encode_texts
 from qwen3f.data.tokenizers.nfc import nfc
 from qwen3f.data.tokenizers.piece_table import PieceTable
 from qwen3f.data.tokenizers.token_text import check_encodable, encode_segments, encode_segments_batch, special_pattern
 from qwen3f.errors import UserError
+from qwen3f.strict_json import read_object
 
 # Files that say nothing about how text is tokenised but belong to a Hugging Face directory.
 _COMPANIONS = (bpe_files.TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -177,7 +178,9 @@ class QwenTokenizer:
         """Write the files of a Hugging Face tokenizer into `directory`, from which `load` gives an equal one.
 
         The files it was loaded from are copied, with what else of a tokenizer lies beside them. qwen.tiktoken, which
-        transformers cannot read, is written as vocab.json, merges.txt and tokenizer_config.json instead.
+        transformers cannot read, is written as vocab.json, merges.txt and tokenizer_config.json instead. Where no file
+        lists the added tokens, the copied tokenizer_config.json does. The directory that it was loaded from stays as it
+        is.
 
         Raises:
             UserError: a file it was loaded from is gone.
@@ -196,6 +199,11 @@ class QwenTokenizer:
                 raise UserError(f"The tokenizer's file {source / name} is gone: it was there when it was loaded.")
             if not (directory / name).exists() or not (source / name).samefile(directory / name):
                 shutil.copyfile(source / name, directory / name)
+        if len(self._form) == 2 and not directory.samefile(source):
+            config = source / bpe_files.TOKENIZER_CONFIG
+            own = read_object(config) if config.is_file() else None
+            if own is None or own.get("added_tokens_decoder") is None:
+                write_config(self._vocabulary, directory, own)
 
     def export(self, directory: Path) -> None:
         """`save`: its files are what transformers reads."""

@@ -127,9 +127,10 @@ def integer(row: Row, column: str, count: int) -> int:
     value = row.values[column]
     try:
         key = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         key = -1
-    if isinstance(value, bool) or not 0 <= key < count:
+    whole = isinstance(value, str) or key == value  # int() cuts 1.9 to 1
+    if isinstance(value, bool) or not whole or not 0 <= key < count:
         raise RowFault(
             "invalid_rows",
             f"{row.name} has {value!r} under {column!r}: write the answer's place, 0 to {count - 1}.",

@@ -5,7 +5,7 @@ no examples. Prompt: the function's head and docstring as they stand; an answer 
 comment, condition or print at a line's beginning. Metric: pass@k of n samples a problem by the unbiased formula,
 1 − C(n − c, k) / C(n, k) for c that pass (equation 1). Programs run in qwen3f.sandbox alone.
 
-As a chat it is asked for in words, and the answer's last block of code counts: a form of our own, since the harness's
+As a chat it is asked for in words, and the answer's last block of Python counts: a form of our own, since the harness's
 humaneval_instruct begins the answer itself, which leaves no room to think.
 """
 
@@ -19,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from qwen3f.data.sources.adapters.rows import Row, text_of
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark, Generation, Item, Shots
+from qwen3f.tasks.fences import python_blocks
 
 KS = (1, 10, 100)
-_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 def read(row: Row) -> Item:
@@ -34,7 +34,7 @@ def read(row: Row) -> Item:
 
 def from_chat(item: Item, answer: str) -> str:
     """What stands behind the prompt to make a program: a new definition of its function, or the rest of its body."""
-    blocks = _BLOCK.findall(answer)
+    blocks = python_blocks(answer, unclosed=True)  # one that max_new_tokens cut off may yet pass
     code = blocks[-1] if blocks else answer
     return f"\n{code}" if re.search(rf"^def {re.escape(item.gold['entry_point'])}\b", code, re.MULTILINE) else code
 

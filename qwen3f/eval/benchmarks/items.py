@@ -10,7 +10,7 @@ from qwen3f.data.sources.adapters.opening import raw_rows
 from qwen3f.data.sources.adapters.registry import HubDataset
 from qwen3f.data.sources.adapters.rows import BadRow, Row, RowFault
 from qwen3f.errors import UserError
-from qwen3f.eval.benchmarks.benchmark import Benchmark, Item, Shots
+from qwen3f.eval.benchmarks.benchmark import Benchmark, Item
 
 SEED = 1234  # of the harness's draws
 
@@ -19,8 +19,14 @@ Examples = tuple[tuple[str, str], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A question with what stands before it. description: of the group. examples: (prompt, answer) pairs."""
+    """A question with what stands before it.
 
+    Attributes:
+        number: its place in the whole benchmark, group by group from 0, however few of them are asked.
+        description: of the group. examples: (prompt, answer) pairs.
+    """
+
+    number: int
     item: Item
     description: str
     examples: Examples
@@ -64,7 +70,7 @@ def load(benchmark: Benchmark, place: str, shots: int | None, most: int) -> list
             f"--config.shots={count}: {benchmark.name} has {benchmark.shots.most} examples at most; write that or less"
         )
     pools = _pools(benchmark, place, count)
-    out = []
+    out, first = [], 0
     for group, found in groups.items():
         pool = pools.get(group, pools.get("", ()))
         if count and count + benchmark.shots.spare > len(pool):
@@ -74,20 +80,31 @@ def load(benchmark: Benchmark, place: str, shots: int | None, most: int) -> list
                 f"needs {count + benchmark.shots.spare}; write fewer"
             )
         rand, said = Random(SEED), benchmark.description(group)
-        for item in found[: most or None]:
-            out.append(Asked(item, said, _draw(benchmark.shots, pool, item, count, rand)))
+        for number, item in enumerate(found[: most or None], first):
+            out.append(Asked(number, item, said, _draw(benchmark, pool, item, count, rand)))
+        first += len(found)
     return out
 
 
-def _draw(shots: Shots, pool: Examples, item: Item, count: int, rand: Random) -> Examples:
-    """The examples before a question; the next question's depend on how often `rand` was asked."""
+def _draw(benchmark: Benchmark, pool: Examples, item: Item, count: int, rand: Random) -> Examples:
+    """The examples before a question; the next question's depend on how often `rand` was asked.
+
+    Raises UserError where too few are left without the question itself.
+    """
+    shots = benchmark.shots
     if shots.order == "first" or not count:
         return pool[:count]
     drawn = rand.sample(pool, count + shots.spare)
     if shots.spare:
         drawn = [example for example in drawn if example != item.example][:count]
         if len(drawn) < count:
-            drawn = rand.sample([example for example in pool if example != item.example], count)
+            others = [example for example in pool if example != item.example]
+            if len(others) < count:
+                raise UserError(
+                    f"{benchmark.name} has {len(others)} examples in the split {shots.split!r} beside the question "
+                    f"{item.name} itself, and --config.shots={count} needs {count}; write fewer"
+                )
+            drawn = rand.sample(others, count)
     return tuple(drawn)
 
 

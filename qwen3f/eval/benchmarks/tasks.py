@@ -7,7 +7,7 @@ from qwen3f.tasks.task import Task
 
 
 def task_benchmark(task: Task) -> Benchmark:
-    """Metric: accuracy. An answer that the task cannot judge counts as wrong."""
+    """Metric: accuracy. An answer that the task cannot judge counts as wrong; so does one that did not end."""
 
     def score(item: Item, answers: Sequence[str]) -> dict[str, float]:
         return {"accuracy": float(task.judge(answers[0], item.gold) or 0.0)}

@@ -1,14 +1,20 @@
 """What of a row cannot be learnt from is refused with file, row and mend; the rest is kept up to its last answer."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qwen3f.data.chat.conversation import Conversation, checked_messages, read_conversation
+from qwen3f.data.chat.examples import chat_runs
+from qwen3f.data.chat.kinds import HYBRID, THINKING
+from qwen3f.data.chat.samples import make_samples, thought_of
 from qwen3f.data.chat.template import split_thought
 from qwen3f.data.sources.adapters.rows import Row, RowFault
 from tests.data.chat.conversations import CASES, TOOLS, answer, call, system, tool, user
 
 Q, A = user("q"), answer("a")
 _F = call("f", {"x": 1})
+_RESULT = user("<tool_response>\n1\n</tool_response>")
 
 
 def _read(messages, **more):
@@ -36,8 +42,62 @@ def test_a_question_is_known_with_and_without_switches():
         assert _read([system("s"), user(content), A]).question == b"What is 2+2?"
 
 
+WORDS = st.sampled_from(["Is", "2+2?", "(a", "x.", "src/think", "你好", "def f():"])
+BLANKS = st.sampled_from([" ", "  ", "\n", "\n\n", "\r\n", "\t", ", ", "\n    "])
+SWITCHES = st.sampled_from(["/think", "/no_think", "/no_think /think"])
+
+
+@given(st.lists(st.tuples(WORDS, BLANKS), min_size=1, max_size=6), st.data(), SWITCHES)
+def test_a_question_is_known_with_a_switch_at_any_border_of_its_words(pairs, data, switch):
+    number, behind = data.draw(st.integers(0, len(pairs) - 1)), data.draw(st.booleans())
+    asked = [word + blank for word, blank in pairs]
+    word, blank = pairs[number]
+    with_switch = f"{word} {switch}{blank}" if behind else f"{switch} {word}{blank}"
+    said = "".join([*asked[:number], with_switch, *asked[number + 1 :]])
+    assert _read([user(said), A]).question == "".join(asked).strip().encode()
+
+
 @pytest.mark.parametrize(
-    "name", sorted(set(CASES) - {"arguments as text", "empty answer", "no question, blank line first"})
+    "said, question",
+    [
+        ("a\n/think\nb", "a\nb"),
+        ("a\r\n/think\r\nb", "a\r\nb"),
+        ("a\n/think\n/no_think\nb", "a\nb"),
+        ("你好/no_think吗", "你好吗"),
+        ("Why?/think And how?", "Why? And how?"),
+        ("a  b\n\n\nc", "a  b\n\n\nc"),
+    ],
+)
+def test_one_blank_goes_with_a_switch(said, question):
+    assert _read([user(said), A]).question == question.encode()
+
+
+@pytest.mark.parametrize(
+    "written, content",
+    [
+        (answer("a", " "), "a"),
+        (answer("  a", "\r\n"), "  a"),
+        (answer("<think>\r\n\r\n</think>\r\n\r\na"), "a"),
+        (answer("<think> \t</think>  a"), "a"),
+        ({**A, "thinking": "\t"}, "a"),
+    ],
+)
+def test_a_thought_of_blanks_is_none(written, content):
+    for messages in ([Q, written], [Q, written, Q, A], [user("q /no_think"), written]):
+        found = _read(messages).messages[1]
+        assert found == answer(content, "")
+        assert not thought_of(found)
+    for kind in (HYBRID, THINKING):
+        (sample,) = make_samples(_read([Q, written]), kind=kind)
+        assert not sample.enable_thinking
+        runs = chat_runs(sample.messages, None, False, sample.enable_thinking, kind)
+        (trained,) = ["".join(part.text for part in run) for run, is_trained in runs if is_trained]
+        assert trained == f"{content}<|im_end|>".lstrip("\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(set(CASES) - {"arguments as text", "empty answer", "no question, blank line first", "thought of blanks"}),
 )
 def test_well_formed_conversations_are_kept(name):
     case = CASES[name]
@@ -87,6 +147,12 @@ def test_well_formed_conversations_are_kept(name):
         ([Q, answer("<think>t</think>a", "u")], "misplaced_thoughts", "has a thought in its content beside reason"),
         ([Q, answer("a", 3)], "invalid_rows", "Message 1 has reasoning_content of type int"),
         ([Q, answer("\ud800")], "invalid_rows", "holds the lone surrogate U\\+D800"),
+        ([Q, answer("a", "t\ud800"), Q, A], "invalid_rows", "Message 1 holds the lone surrogate U\\+D800"),
+        ([Q, {**A, "thinking": "\udfff"}, Q, A], "invalid_rows", "Message 1 holds the lone surrogate U\\+DFFF"),
+        ([Q, answer("<think>\udfff</think>a"), Q, A], "invalid_rows", "Message 1 holds the lone surrogate"),
+        ([Q, answer("", calls=[call("f", {"\ud800": 1})]), tool("1"), A], "invalid_rows", "the lone surrogate U"),
+        ([_RESULT, A], "invalid_rows", "Message 0 is a tool's result within <tool_response>: begin with a question"),
+        ([system("s"), _RESULT, answer("a", "t"), Q, A], "invalid_rows", "Message 1 is a tool's result within"),
         ("q", "invalid_rows", "holds no list of records under 'messages'"),
         (["q"], "invalid_rows", "holds no list of records under 'messages'"),
         (None, "null_values", "has null under 'messages'"),

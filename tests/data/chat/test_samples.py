@@ -129,3 +129,18 @@ def test_switches_leave_alone_what_has_its_own_or_a_mode():
         assert list(sample.messages) == messages
     (sample,) = make_samples(_of(user("q"), answer("", "t", [call("f", {})])), switches=1.0)
     assert sample.messages[0]["content"].startswith("q /")
+
+
+@pytest.mark.parametrize("thought, last", [("t", None), (None, "t")])
+def test_switches_leave_alone_answers_beside_a_call_of_the_other_mode(thought, last):
+    """The call stands in sight behind the switch, which would ask for what it does not do."""
+    asked = (user("q"), answer("", thought, [call("f", {})]), tool("1"))
+    called, answered = make_samples(_of(*asked, answer("a", last)), switches=1.0)
+    assert last_switch(called.messages[:-1]) is bool(thought)
+    assert answered.messages == (*asked, answer("a", last))
+    assert answered.enable_thinking is bool(last)
+    again = make_samples(_of(*asked, answer("a", last), user("r"), answer("b", last)), switches=1.0)[-1]
+    assert last_switch(again.messages[:-1]) is bool(last)  # calls before the question do not count
+    for mode in (None, "t"):
+        same = make_samples(_of(user("q"), answer("", mode, [call("f", {})]), tool("1"), answer("a", mode)), switches=1)
+        assert [last_switch(sample.messages[:-1]) for sample in same] == [bool(mode)] * 2

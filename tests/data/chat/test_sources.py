@@ -1,10 +1,13 @@
 """Sources of chats: every form of file, the data sets by name, one split for a question, the judge, and counts."""
 
+import json
 import shutil
 from collections import Counter
 
 import pytest
 
+from qwen3f.data.chat.kinds import INSTRUCT, THINKING
+from qwen3f.data.chat.samples import Sample
 from qwen3f.data.chat.sources import open_chats
 from qwen3f.data.chat.template import split_thought
 from qwen3f.data.sources.adapters.registry import names
@@ -79,6 +82,40 @@ def test_a_question_is_held_out_wherever_it_stands(tmp_path):
     found = {s.messages[0]["content"] for s in _open(f"chats@{tmp_path}").documents("heldout")}
     assert found == {f"{question} /no_think" for question in heldout}
     assert len(heldout) > 5
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+def test_a_question_with_a_switch_among_its_words_is_in_the_split_of_the_question(at, tmp_path):
+    asked = [f"Question {n}: what is it?" for n in range(400)]
+    switched = [" ".join([*words[:at], "/no_think", *words[at:]]) for words in map(str.split, asked)]
+    found = []
+    for name, questions in (("plain", asked), ("switched", switched)):
+        write([{"messages": [user(question), answer("a")]} for question in questions], tmp_path / name / "x.jsonl")
+        held = _open(f"chats@{tmp_path / name}").documents("heldout")
+        found.append([sample.name.rpartition(":")[2] for sample in held])
+    assert found[0] == found[1]
+    assert len(found[0]) > 5
+
+
+@pytest.mark.parametrize("options", [{}, {"turns": "all"}, {"switches": 0.5}, {"kind": INSTRUCT}, {"kind": THINKING}])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("q"), answer("a", "t\ud800"), user("r"), answer("b")],
+        [user("<tool_response>1</tool_response>"), answer("a")],
+        [user("<tool_response>1</tool_response>"), answer("a"), user("q"), answer("b")],
+    ],
+)
+def test_rows_that_cannot_be_written_are_skipped_with_the_other_bad_ones(messages, options, tmp_path, tokenizer):
+    plain = [{"messages": [user(f"q{n}"), answer("a")]} for n in range(5)]
+    lines = [json.dumps(row) for row in (*plain, {"messages": messages})]  # escapes half a surrogate pair
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    counts = Counter()
+    found = _both(_open(f"chats@{tmp_path}", on_bad_row="skip", **options), counts)
+    assert len(Sample.tokenise(found, tokenizer, 1)[0]) == 5
+    assert counts == {"invalid_rows": 2}  # once a split
+    with pytest.raises(UserError, match="x.jsonl:6"):
+        _both(_open(f"chats@{tmp_path}", **options))
 
 
 def test_generated_problems_think_or_answer_at_once():

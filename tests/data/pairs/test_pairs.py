@@ -2,11 +2,14 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from qwen3f.data.chat.examples import chat_tokens
 from qwen3f.data.chat.kinds import KINDS
+from qwen3f.data.chat.report import render_samples
 from qwen3f.data.chat.template import encode_chat, split_thought
+from qwen3f.data.loader import build_batch
 from qwen3f.data.pairs.corpus import PairDataConfig, PairLayout, prepare_pairs
 from qwen3f.data.pairs.generated import GENERATED
 from qwen3f.data.pairs.sources import open_pairs
@@ -76,6 +79,8 @@ def test_both_answers_of_a_pair_have_the_ids_of_one_prompt(better, worse, tmp_pa
         ({**GOOD, "chosen": [*GOOD["chosen"], user("?")]}, "invalid_rows", "goes on behind the last answer"),
         ({**GOOD, "margin": 0}, "invalid_rows", "margin=0: write a positive number"),
         ({**GOOD, "margin": "much"}, "invalid_rows", "margin='much'"),
+        ({**GOOD, "margin": 10**400}, "invalid_rows", "write a positive number of at most 3.4e\\+38"),
+        ({**GOOD, "margin": 1e39}, "invalid_rows", "margin=1e\\+39: write a positive number of at most"),
         ({**GOOD, "enable_thinking": "no"}, "invalid_rows", "enable_thinking='no': write true or false"),
         ({"chosen": GOOD["chosen"]}, "missing_columns", "has no column 'rejected'"),
         ({**GOOD, "rejected": None}, "null_values", "has null under 'rejected'"),
@@ -111,6 +116,77 @@ def test_pairs_are_of_the_model_s_kind_of_chats(tmp_path):
                 both(source)
     prints = {opened([plain], tmp_path, template=kind).fingerprint("train") for kind in KINDS.values()}
     assert len(prints) == len(KINDS)
+
+
+def called(arguments, id="c1", thought=None):
+    return answer("", thought, [{"id": id, "function": {"name": "f", "arguments": arguments}}])
+
+
+def test_a_thought_before_the_last_answer_is_a_fault_where_there_is_no_place_for_one(tmp_path):
+    for thinks in (answer("x", "t"), answer("<think>t</think>x")):
+        row = {side: [user("h"), thinks, *GOOD[side]] for side in GOOD}
+        for kind in KINDS.values():
+            counts = Counter()
+            found = both(opened([GOOD, row], tmp_path, template=kind, on_bad_row="skip"), counts)
+            assert all(sample.text for pair in found for sample in pair)
+            assert counts == ({} if kind.thinks else {"misplaced_thoughts": 2})
+            if not kind.thinks:
+                with pytest.raises(UserError, match=r"x.jsonl:2, chosen: Message 1 has a thought, .* has no place for"):
+                    both(opened([GOOD, row], tmp_path, template=kind))
+
+
+def test_equal_is_what_the_template_writes(tmp_path):
+    """Not the ids of calls; but 1, 1.0 and true are other words, and so are arguments in another order."""
+    tie = {"chosen": [user("q"), called({"x": 1}, "c1")], "rejected": [user("q"), called({"x": 1}, "c2")]}
+    counts = Counter()
+    assert not both(opened([tie], tmp_path), counts)
+    assert counts == {"ties": 2}
+    numbers = [{"x": 1, "y": 2}, {"x": 1.0, "y": 2}, {"x": True, "y": 2}, {"y": 2, "x": 1}]
+    for one in numbers:
+        for other in numbers:
+            row = {"chosen": [user("q"), called(one)], "rejected": [user("q"), called(other)]}
+            assert bool(both(opened([row], tmp_path))) == (one is not other)
+            asked = [
+                [user("q"), called(arguments, id), {"role": "tool", "content": "1", "tool_call_id": id}]
+                for arguments, id in ((one, "a"), (other, "b"))
+            ]
+            row = {side: [*turns, GOOD[side][1]] for side, turns in zip(GOOD, asked)}
+            if one is other:
+                (pair,) = both(opened([row], tmp_path))
+                assert pair.chosen.text.removesuffix("a<|im_end|>\n") == pair.rejected.text.removesuffix(
+                    "b<|im_end|>\n"
+                )
+            else:
+                with pytest.raises(UserError, match="differ between chosen and rejected"):
+                    both(opened([row], tmp_path))
+    texts = {"chosen": [user("q"), called({"x": "1"})], "rejected": [user("q"), called({"x": 1})]}
+    blank = {"chosen": [user("q"), called({"x": "1"})], "rejected": [user("q"), called({"x": " 1"})]}
+    for kind in KINDS.values():  # as XML both are 1
+        assert bool(both(opened([texts], tmp_path, template=kind))) != kind.xml
+        assert both(opened([blank], tmp_path, template=kind))
+
+
+def test_prompts_are_equal_wherever_their_thoughts_stand(tmp_path):
+    turns = [[user("h"), thinks, user("q")] for thinks in (answer("x", "t"), answer("<think>\nt\n</think>\n\nx"))]
+    assert (
+        len(both(opened([{"chosen": [*turns[0], answer("a")], "rejected": [*turns[1], answer("b")]}], tmp_path))) == 1
+    )
+    other = [user("h"), answer("x", "u"), user("q")]
+    with pytest.raises(UserError, match="differ between chosen and rejected"):
+        both(opened([{"chosen": [*turns[0], answer("a")], "rejected": [*other, answer("b")]}], tmp_path))
+
+
+def test_scored_pairs_are_reported_and_shown_by_their_last_places(tmp_path):
+    rows = [{side: [user(f"q{n}"), *GOOD[side][1:]] for side in GOOD} for n in range(40)]
+    for scored in (True, False):
+        corpus = prepared(tmp_path, rows, PairLayout(100, scored))
+        (report,), (part,) = corpus.report, corpus.parts
+        assert report.supervised == sum(int((part[i]["loss_weights"] > 0).sum()) for i in range(len(part)))
+        assert (report.supervised == report.packed) == scored
+        batch = build_batch(corpus.train, 0, np.arange(2), 0, 266)
+        shown = render_samples(batch, small_tokenizer(tmp_path / "tok"), 4)
+        written = {True: "⟦<|im_end|>⟧", False: "<|im_end|>⟧"}[scored]
+        assert all(text.count("⟦") == 1 and text.endswith(written) for text in shown)
 
 
 def test_equal_answers_are_left_out_and_counted(tmp_path):

@@ -33,6 +33,16 @@ def test_the_last_part_of_a_few_documents_is_held_out(count, holdout):
     assert heldout[0].text.startswith(("def", "    return"))
 
 
+@pytest.mark.parametrize("copies", [1, 5])
+def test_no_text_of_a_few_documents_is_in_both_splits(copies):
+    texts = [text for text in (f"text number {n}\n" * 3 for n in range(40)) if not is_heldout(text.encode(), 0.05)][:6]
+    documents = [Document(text, f"x:{n}") for n, text in enumerate([*texts, *texts[:copies]])]
+    train, heldout = splits(documents, 0.05)
+    assert heldout
+    assert train[:5] == documents[:5]
+    assert "".join(document.text for document in (*train, *heldout)) == "".join(texts)
+
+
 def test_many_documents_are_split_by_their_hash_alone():
     documents = [Document(f"text {n}", f"x:{n}") for n in range(3000)]
     train, heldout = splits(documents, 0.05)

@@ -108,6 +108,29 @@ def test_every_format_with_a_signature_and_either_line_end(signature, end, tmp_p
         _read(_open(tmp_path))
 
 
+@pytest.mark.parametrize("first", ['[{"text": "a"}, {"text": "b"}]', "[]"])
+@pytest.mark.parametrize(
+    "rest", ['\n[{"text": "lost"}]', '{"text": "lost', "]", pytest.param(" " * 3 * 2**20 + "x", id="far")]
+)
+def test_what_follows_a_list_is_not_lost(first, rest, tmp_path):
+    (tmp_path / "all.json").write_text(first + rest)
+    with pytest.raises(UserError, match=r"all.json:\d cannot be read \(more follows the end of the list\)"):
+        list(open_source(f"files@{tmp_path}").documents("train"))
+    (tmp_path / "all.json").write_text('[{"text": "a"}, {"text": "b"}]' + " \r\n" * 2**20)
+    texts = [d.text for split in ("train", "heldout") for d in open_source(f"files@{tmp_path}").documents(split)]
+    assert sorted(texts) == ["a", "b"]
+
+
+def test_upper_case_suffixes_are_decompressed_too(tmp_path):
+    line = json.dumps({"text": "row"}).encode()
+    (tmp_path / "A.JSONL.GZ").write_bytes(gzip.compress(line))
+    (tmp_path / "B.JSON.Gz").write_bytes(gzip.compress(b"[%s]" % line))
+    (tmp_path / "C.TXT.ZST").write_bytes(pyarrow.compress(b"text", "zstd", asbytes=True))
+    (tmp_path / "D.TXT").write_text("plain")
+    texts = [document.text for document in open_source(f"files@{tmp_path}", holdout=0.0).documents("train")]
+    assert texts == ["row", "row", "text", "plain"]
+
+
 def test_what_lies_beside_is_read_or_named(tmp_path, write_jsonl):
     """`a.jsonl`, `b.jsonl.gz` and `c.json` are read; a file that is not is named with its kind."""
     write_jsonl([{"text": "one"}], "a.jsonl")

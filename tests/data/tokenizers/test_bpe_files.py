@@ -33,6 +33,16 @@ def test_older_files_write_merges_as_text(small_qwen, tmp_path):
     assert QwenTokenizer.load(tmp_path).fingerprint == small_qwen.fingerprint
 
 
+def test_a_file_needs_no_post_processor(small_qwen, tmp_path):
+    content = small_tokenizer_json() | {"post_processor": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert QwenTokenizer.load(tmp_path).fingerprint == small_qwen.fingerprint
+
+
+def _steps(content: dict) -> list[dict]:
+    return content["pre_tokenizer"]["pretokenizers"]
+
+
 def _swap(vocab: dict, one: str, other: str) -> None:
     vocab[one], vocab[other] = vocab[other], vocab[one]
 
@@ -47,6 +57,13 @@ def _swap(vocab: dict, one: str, other: str) -> None:
         (lambda c: c["model"].update(type="Unigram"), "works otherwise"),
         (lambda c: c["model"].update(byte_fallback=True), "works otherwise .*'byte_fallback': True"),
         (lambda c: c["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+"), "works otherwise"),
+        (lambda c: c["model"].update(end_of_word_suffix="</w>"), "works otherwise .*'end_of_word_suffix': '</w>'"),
+        (lambda c: _steps(c)[0].update(behavior="Removed"), "works otherwise .*'behavior': 'Removed'"),
+        (lambda c: _steps(c)[1].update(add_prefix_space=True), "works otherwise .*'add_prefix_space': True"),
+        (lambda c: _steps(c)[1].pop("add_prefix_space"), "works otherwise .*'add_prefix_space': True"),
+        (lambda c: _steps(c)[1].pop("use_regex"), "works otherwise .*'use_regex': True"),
+        (lambda c: c.update(post_processor={"type": "TemplateProcessing"}), "works otherwise .*'TemplateProcessing'"),
+        (lambda c: c.update(post_processor=3), "is not Qwen's tokenizer.json"),
         (lambda c: c["model"].update(vocab=["a"]), "does not map tokens to integer ids"),
         (lambda c: c["model"]["vocab"].update({"the": 9}), "does not give each id from 0 to 260 once"),
         (lambda c: c["model"]["vocab"].update({"中": 261}), "token '中', which GPT-2's byte alphabet cannot spell"),

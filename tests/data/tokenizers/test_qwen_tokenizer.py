@@ -260,3 +260,49 @@ def test_saving_copies_what_belongs_to_it_and_may_go_to_its_own_place(small_qwen
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json is gone"):
         loaded.save(tmp_path / "late")
+
+
+def test_files_that_transformers_saved_again_are_read(qwen, qwen_files, tmp_path):
+    AutoTokenizer.from_pretrained(qwen_files).save_pretrained(tmp_path)
+    assert QwenTokenizer.load(tmp_path / "tokenizer.json").fingerprint == qwen.fingerprint
+
+
+@pytest.mark.parametrize("config", [None, {}, {"added_tokens_decoder": None, "model_max_length": 7}])
+def test_added_tokens_that_no_file_lists_are_saved(config, qwen, qwen_files, tmp_path):
+    """transformers would read <|im_start|> as plain text."""
+    kind = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).symlink_to(qwen_files / name)
+    own = tmp_path / "in" / "tokenizer_config.json"
+    if config is not None:
+        own.write_text(json.dumps(kind | config))
+    loaded = QwenTokenizer.load(tmp_path / "in")
+    loaded.export(tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs(_SAMPLE)["input_ids"] == qwen.encode(_SAMPLE, allow_special=True)
+    assert {name: theirs.convert_tokens_to_ids(name) for name in SPECIALS} == SPECIALS
+    assert len(theirs) == 151_669
+    _assert_same(QwenTokenizer.load(tmp_path / "out"), qwen)
+    if config is not None:
+        saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+        listed = saved.pop("added_tokens_decoder")
+        assert len(listed) == 26
+        assert saved == kind | {key: value for key, value in config.items() if key != "added_tokens_decoder"}
+
+
+def test_the_files_that_it_was_loaded_from_stay_as_they_are(qwen_files, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "in" / name).symlink_to(qwen_files / name)
+    own = tmp_path / "in" / "tokenizer_config.json"
+    own.write_text("{}")
+    loaded = QwenTokenizer.load(tmp_path / "in")
+    (tmp_path / "out" / own.name).symlink_to(own)
+    loaded.save(tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / own.name).read_text())["added_tokens_decoder"]) == 26
+    (tmp_path / "link").symlink_to("in")
+    for place in ("in", "link"):  # its own place
+        loaded.save(tmp_path / place)
+        assert own.read_text() == "{}"

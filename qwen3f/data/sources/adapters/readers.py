@@ -24,6 +24,7 @@ TEXT_PART_BYTES = 2**20
 """A text file is one document; a larger one is cut at line ends into documents of about this size."""
 
 _CHUNK_BYTES = 2**20
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _SIGNATURE = b"\xef\xbb\xbf"
 _LIST_START, _LIST_COMMA, _LIST_END = re.compile(r"\s*\[\s*"), re.compile(r"\s*,\s*"), re.compile(r"\s*\]")
 
@@ -74,8 +75,9 @@ def _read_lines(path: Path, columns: Columns) -> Rows:
 
 def _open_bytes(path: Path) -> tuple[BinaryIO, int]:
     """The content, behind its signature if it has one; and how long that is."""
-    # pyarrow decompresses by the suffix, .gz or .zst, and says when a file is cut off.
-    file = io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"), _CHUNK_BYTES)
+    # pyarrow says when a compressed file is cut off; by itself it knows suffixes in small letters alone.
+    stream = pyarrow.input_stream(str(path), compression=_COMPRESSIONS.get(path.suffix.lower()))
+    file = io.BufferedReader(stream, _CHUNK_BYTES)
     signed = file.peek(len(_SIGNATURE)).startswith(_SIGNATURE)
     return file, len(file.read(len(_SIGNATURE) if signed else 0))
 
@@ -105,19 +107,24 @@ def _read_list(path: Path, columns: Columns) -> Rows:
     except UnicodeDecodeError as error:
         yield BadRow("broken_files", f"{path}, after row {number}, is not UTF-8 ({error.reason}): convert the file.")
     except (ValueError, RecursionError) as error:
-        yield BadRow("broken_files", f"{path}:{number + 1} cannot be read ({error}): copy the file again.")
+        yield BadRow(
+            "broken_files", f"{path}:{number + 1} cannot be read ({error}): copy the file again, or write one list."
+        )
 
 
 def _list_records(file: TextIO, growth: Growth) -> Iterator[object]:
-    """The entries of a JSON list. Raises ValueError where it is malformed or cut off, TooLarge for a long record."""
+    """The entries of a JSON list, which is all of the file.
+
+    Raises ValueError where it is malformed or cut off, or when more follows; TooLarge for a long record.
+    """
     decoder, most = json.JSONDecoder(), limits.ROW_BYTES.value()
     text, place, before = "", 0, _LIST_START
     while True:
-        if before is not _LIST_START and _LIST_END.match(text, place):
-            return
+        if before is not _LIST_START and (end := _LIST_END.match(text, place)):
+            return _check_end(text[end.end() :], file, growth)
         if separator := before.match(text, place):
-            if _LIST_END.match(text, separator.end()) and before is _LIST_START:
-                return
+            if before is _LIST_START and (end := _LIST_END.match(text, separator.end())):
+                return _check_end(text[end.end() :], file, growth)
             try:
                 value, place = decoder.raw_decode(text, separator.end())
             except json.JSONDecodeError:
@@ -134,6 +141,15 @@ def _list_records(file: TextIO, growth: Growth) -> Iterator[object]:
         if not more:
             raise ValueError("the list is malformed here, or the file is cut off")
         text, place = text[place:] + more, 0
+
+
+def _check_end(rest: str, file: TextIO, growth: Growth) -> None:
+    """Raises ValueError unless `rest` and what follows in the file are white space."""
+    while not rest or rest.isspace():
+        if not (rest := file.read(_CHUNK_BYTES)):
+            return
+        growth.add(len(rest))
+    raise ValueError("more follows the end of the list")
 
 
 def _read_text(path: Path, columns: Columns) -> Rows:

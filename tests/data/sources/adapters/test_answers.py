@@ -1,5 +1,8 @@
 """Final answers: cases a person would read the same way, and boxes of random balanced content."""
 
+import re
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +49,33 @@ def test_any_balanced_content_comes_back(content, after):
     assert last_boxed(rf"\boxed{{0}} text $\boxed{{{content}}}$" + after) == (content.strip() or None)
 
 
+PARTS = ("\\", "{", "}", "\\boxed{", "\\boxed ", "\\fbox", "a", " ")
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=12).map("".join))
+def test_braces_are_found_as_by_counting_from_each_box(text):
+    assert last_boxed(text) == _counted(text)
+
+
+def _counted(text):
+    for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(?=\{)", text))):
+        depth, place = 0, box.end()
+        while place < len(text):
+            depth += (text[place] == "{") - (text[place] == "}")
+            if depth == 0:
+                return text[box.end() + 1 : place].strip() or None
+            place += 2 if text[place] == "\\" else 1
+    bare = re.findall(r"\\(?:boxed|fbox)\s+([^\s$\\{}]+)", text)
+    return bare[-1] if bare else None
+
+
+def test_boxes_that_never_close_take_no_time():
+    begin = time.process_time()
+    assert last_boxed("\\boxed{" * 100_000) is None
+    assert last_boxed("\\boxed{5}" + "\\boxed{" * 100_000) == "5"
+    assert time.process_time() - begin < 10  # minutes, if each were followed to the end
+
+
 @pytest.mark.parametrize(
     "solution, answer",
     [
@@ -55,6 +85,11 @@ def test_any_balanced_content_comes_back(content, after):
         ("#### -3,000.5 \nmore", "-3000.5"),
         ("#### 1,2", "1,2"),
         ("#### $70,000", "$70000"),
+        ("#### 12,500%", "12500%"),
+        ("#### (1,200)", "(1,200)"),
+        ("#### 1,200, 300", "1,200, 300"),
+        ("#### 1,2,300", "1,2,300"),
+        ("#### 0,123", "0,123"),
         ("####", None),
         ("none", None),
     ],
