@@ -32,7 +32,7 @@ class PackingReport:
         rows: of T places each.
         places: rows · T.
         tokens: places with an input.
-        supervised: places whose target is trained.
+        supervised: places whose target is trained, or of a scalar head whose score counts.
         too_long: samples dropped for their length.
         shortened: samples cut at a turn's end.
         left_out: what the source left out while both splits were read, by reason.
@@ -80,7 +80,8 @@ class PackingReport:
 def packing_report(name: str, part: BestFitDataset | PairDataset) -> PackingReport:
     """The report of a part; reads its trained bits once, an eighth of a byte a token."""
     rows, cache = part.rows, part.cache
-    supervised = _supervised(cache, rows.document, rows.places)
+    scored = isinstance(part, PairDataset) and part.scored  # one place of each document counts
+    supervised = len(rows.document) if scored else _supervised(cache, rows.document, rows.places)
     return PackingReport(
         name=name,
         samples=cache.num_docs,
@@ -132,11 +133,14 @@ _KEYS = ("tokens", "targets", "loss_weights", "segments")
 
 
 def _samples(row: dict[str, torch.Tensor]) -> Iterator[tuple[list[int], list[bool]]]:
-    """(ids, trained) of each sample of a row; its last target too, if it is trained."""
+    """(ids, trained) of each sample of a row; its last target too, if it is trained. Where nothing is predicted, the
+    ids whose own places count."""
     for segment in range(1, int(row["segments"].max()) + 1):
         places = torch.nonzero(row["segments"] == segment).flatten()
         targets, weights = row["targets"][places].tolist(), row["loss_weights"][places].tolist()
-        ids, trained = row["tokens"][places].tolist(), [False, *(weight > 0 for weight in weights)]
+        ids, trained = row["tokens"][places].tolist(), [weight > 0 for weight in weights]
+        if any(target != IGNORED_TARGET for target in targets):
+            trained = [False, *trained]
         if targets[-1] != IGNORED_TARGET:
             ids.append(targets[-1])
         yield ids, trained[: len(ids)]
