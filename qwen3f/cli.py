@@ -53,12 +53,15 @@ def parse_flags(argv: list[str]) -> list[str]:
     """
     try:
         argv = usage.locate(argv)
+        names = usage.given(argv)
+        if len(names) > 1:
+            raise UserError(f"--config is given {len(names)} times, {' and '.join(names)}; write one of them")
         if usage.asked(argv):
-            name = usage.experiment_of(argv)
+            name = "".join(names)
             print(usage.of_experiment(name, load_experiment(name)) if name else usage.overview())
             sys.exit(0)
         _check_overrides(argv)
-        return flags.FLAGS(argv)
+        return _parsed(argv)
     except flags.UnrecognizedFlagError as error:
         known = [flag for flag in flags.FLAGS if len(flag) > 1]
         problem: Exception = UserError(f"unknown flag --{error.flagname}; {hint(error.flagname, known)}")
@@ -71,7 +74,7 @@ def run_stage(config: ConfigDict, workdir: Path, progress: bool, chosen: Collect
     """Run the stage that `config.stage` names, or with config.plan the plan. Raises UserError for an unknown one.
 
     chosen: keys that the user has set, such as "model.rope_theta": of the model the only ones that count beside weights
-      to start from; see qwen3f.train.inherit.
+      to start from, see qwen3f.train.inherit; of a pipeline's stages those that the whole pipeline's leave alone.
     """
     known = [*stages.names(), *TOOLS]
     if config.stage not in known and "." not in config.stage:  # with a dot: the import path of one's own
@@ -85,7 +88,10 @@ def run_stage(config: ConfigDict, workdir: Path, progress: bool, chosen: Collect
     stage = importlib.import_module(TOOLS.get(config.stage) or (PLAN if config.get("plan") else TRAIN))
     if config.stage not in TOOLS:
         config = importlib.import_module(INHERIT).inherit_model(config, workdir, chosen)
-    stage.run(config, workdir, progress)
+    if config.stage == "pipeline":
+        stage.run(config, workdir, progress, chosen)
+    else:
+        stage.run(config, workdir, progress)
 
 
 def full_disk(error: OSError) -> TrainingError | None:
@@ -106,14 +112,20 @@ def report(error: Exception, code: int, config: ConfigDict | None = None) -> int
     return code
 
 
+def _parsed(argv: list[str]) -> list[str]:
+    """What is left once absl has taken the flags. Its errors, and UserError for those of ml_collections."""
+    try:
+        return flags.FLAGS(argv)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def _check_overrides(argv: list[str]) -> None:
     """Every --config.key must exist in the experiment. ml_collections says so too, but by a traceback."""
-    experiment, overrides = None, []
+    experiment, overrides = next(iter(usage.given(argv)), None), []
     for i, argument in enumerate(argv[1:], 1):
         flag, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and flag == "config":
-            experiment = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
-        elif argument.startswith(("--config.", "-config.")):
+        if argument.startswith(("--config.", "-config.")):
             apart = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("-") else None
             overrides.append((flag, value if equals else apart))
     if experiment is None:
@@ -124,15 +136,34 @@ def _check_overrides(argv: list[str]) -> None:
         if name not in known:
             raise UserError(f"unknown key --{name}; {hint(name, sorted(known))}")
         *sections, last = name.removeprefix("config.").split(".")
-        kind = functools.reduce(lambda section, key: section[key], sections, config).get_type(last)
+        section = functools.reduce(lambda section, key: section[key], sections, config)
         if value is not None:
-            check_value(name, value, kind)
+            check_value(name, value, section.get_type(last))
+            _check_fixed(name, value, section[last])
+
+
+def _check_fixed(name: str, value: str, there: object) -> None:
+    """Raises UserError for what an experiment is by itself: its stage, and what no text stands for.
+
+    there: the key's value in the experiment.
+    """
+    if not usage.can_be_written(there):
+        raise UserError(f"--{name} is the experiment's own; did you mean --config.stages, or --config.skip?")
+    if name.rpartition(".")[2] != "stage" or value == there or ("." in value and there not in TOOLS):
+        return  # with a dot: the import path of a stage of one's own
+    if there == "pipeline":
+        raise UserError(f"--{name}={value}: this experiment is a pipeline; did you mean --config.stages={value}?")
+    raise UserError(
+        f"--{name}={value}: the keys are those of {there!r}; give an experiment of {value!r}, or leave it out"
+    )
 
 
 def load_experiment(experiment: str) -> ConfigDict:
     """The configuration of `experiments/X.py[:argument]`, as its get_config returns it."""
     file, colon, argument = experiment.partition(":")
-    if not Path(file).is_file():
+    if not file:
+        raise UserError("--config names no file; write e.g. --config experiments/demo.py")
+    if not usage.is_file(file):
         there = sorted(str(p) for p in Path("experiments").glob("*.py")) or list(usage.experiments())
         raise UserError(f"--config: there is no file '{file}'; {hint(file, there)}")
     spec = importlib.util.spec_from_file_location("experiment", file)

@@ -2,7 +2,7 @@
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -39,7 +39,7 @@ def locate(argv: list[str]) -> list[str]:
     out = list(argv)
     for i, before, name in _experiments(argv):
         file, colon, argument = name.partition(":")
-        if file and not Path(file).exists() and (ROOT / file).is_file():
+        if file and not exists(file) and is_file(ROOT / file):
             out[i] = f"{before}{ROOT / file}{colon}{argument}"
     return out
 
@@ -49,9 +49,9 @@ def asked(argv: list[str]) -> bool:
     return any(argument.startswith("-") and argument.lstrip("-") in _HELP for argument in argv[1:])
 
 
-def experiment_of(argv: list[str]) -> str:
-    """What the command line gives as --config; "" if nothing."""
-    return next((name for _, _, name in _experiments(argv)), "")
+def given(argv: list[str]) -> list[str]:
+    """What the command line gives as --config, however often."""
+    return [name for _, _, name in _experiments(argv)]
 
 
 def experiments() -> dict[str, str]:
@@ -85,15 +85,31 @@ def overview() -> str:
 
 def of_experiment(name: str, config: ConfigDict) -> str:
     """The text of --config NAME --help: the experiment's own words, and its keys with their values."""
-    keys = {f"--config.{key}={value!r}" for key, value in flat(config)}
-    return "\n".join(
-        [_description(Path(name.partition(":")[0])), "", "keys, with their values:", *(f"  {k}" for k in sorted(keys))]
-    )
+    keys = sorted(f"--config.{key}={value!r}" for key, value in flat(config) if can_be_written(value))
+    lines = [_description(Path(name.partition(":")[0])), ""]
+    if "chain" in config:
+        lines += ["stages, in order:", *_table({stage.name: stage.purpose for stage in config.chain}), ""]
+    return "\n".join([*lines, "keys, with their values:", *(f"  {key}" for key in keys)])
+
+
+def can_be_written(value: object) -> bool:
+    """Whether a key with this value can be set on the command line."""
+    return not isinstance(value, tuple) or all(isinstance(one, str | int | float) for one in value)
 
 
 def launcher() -> str:
     """How the user has written launch.py, for commands that are printed."""
     return sys.argv[0] if Path(sys.argv[0]).name == "launch.py" else "launch.py"
+
+
+def is_file(path: str | Path) -> bool:
+    """Of whatever the user wrote: what cannot be a path, as a name that is too long, is no file."""
+    return _looked_at(Path.is_file, path)
+
+
+def exists(path: str | Path) -> bool:
+    """Likewise."""
+    return _looked_at(Path.exists, path)
 
 
 def flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -105,6 +121,13 @@ def flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield f"{prefix}{key}", value
 
 
+def _looked_at(look: Callable[[Path], bool], path: str | Path) -> bool:
+    try:
+        return look(Path(path))
+    except (OSError, ValueError):
+        return False
+
+
 def _experiments(argv: list[str]) -> Iterator[tuple[int, str, str]]:
     """(place in argv, what stands before the name there, name) of each --config."""
     for i, argument in enumerate(argv[1:], 1):
@@ -112,8 +135,8 @@ def _experiments(argv: list[str]) -> Iterator[tuple[int, str, str]]:
         if flag in ("--config", "-config"):
             if equals:
                 yield i, f"{flag}=", value
-            elif i + 1 < len(argv):
-                yield i + 1, "", argv[i + 1]
+            else:
+                yield i + 1, "", argv[i + 1] if i + 1 < len(argv) else ""
 
 
 def _description(path: Path) -> str:

@@ -43,11 +43,30 @@ def launch(*arguments):
         (("--config=experiments/demoo.py",), "did you mean experiments/demo.py?"),
         (("--config=experiments/demo.py:big",), "takes no ':big'"),
         (("--config=experiments/pretrain_s1.py:nan",), "did you mean 'nano'?"),
+        (("--config=",), "--config names no file; write e.g. --config experiments/demo.py"),
+        (("--config",), "--config names no file"),
+        (("--config", "x" * 300), "there is no file 'xxxx"),
+        (("--config", "experiments/pipeline.py", "--config.stage=grpo"), "did you mean --config.stages=grpo?"),
+        (
+            ("--config", "experiments/pipeline.py", "--config.chain=3"),
+            "did you mean --config.stages, or --config.skip?",
+        ),
+        (("--config", "experiments/pipeline.py", "--config.set.grpo.stage=dpo"), "the keys are those of 'grpo'"),
+        (
+            ("--config", "experiments/demo.py", "--config.stage", "eval"),
+            "give an experiment of 'eval', or leave it out",
+        ),
+        (("--config", "experiments/eval.py", "--config.stage=a.stage"), "the keys are those of 'eval'"),
     ],
 )
 def test_command_lines_are_checked_before_anything_runs(arguments, words):
     with pytest.raises(UserError, match=words.replace("?", r"\?").replace(".", r"\.")):
         cli._check_overrides(["launch.py", *arguments])
+
+
+def test_a_stage_of_one_s_own_may_be_written():
+    cli._check_overrides(["launch.py", "--config", "experiments/demo.py", "--config.stage=my.module"])
+    cli._check_overrides(["launch.py", "--config", "experiments/demo.py", "--config.stage=pretrain"])
 
 
 def test_hints_are_short_and_name_keys_of_ours():
@@ -75,6 +94,12 @@ def test_keys_are_named_as_flags():
         (("--config", "experiments/demo.py", "--config.steps=many"), "write a whole number"),
         (("--config", "experiments/demo.py", "--confg.steps=3"), "unknown flag --confg.steps"),
         (("--config", "experiments/demo.py", "--config.data.mixture=files@/no/such/dir"), "/no/such/dir"),
+        (
+            ("--config", "experiments/pipeline.py", "--config=experiments/demo.py"),
+            "--config is given 2 times, experiments/pipeline.py and experiments/demo.py; write one of them",
+        ),
+        (("--config", "x" * 300, "--help"), "there is no file 'xxxx"),
+        (("--config", "experiments/demo.py", "--noconfig.report=1"), "does not take an argument"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(tmp_path, arguments, words):

@@ -1,12 +1,14 @@
 """Help, and experiments that are found from anywhere."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from qwen3f import presets, usage
+from experiments import pipeline
+from qwen3f import cli, presets, usage
 from qwen3f.stages.configs import pretrain_config
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,17 @@ def test_help_of_an_experiment_has_its_words_and_keys_and_runs_nothing(tmp_path)
     assert "did you mean" in wrong.stderr
 
 
+@pytest.mark.parametrize("preset", pipeline.PRESETS)
+def test_help_of_a_pipeline_names_its_stages_and_the_keys_that_can_be_written(preset):
+    name = f"{ROOT}/experiments/pipeline.py:{preset}"
+    text = usage.of_experiment(name, config := cli.load_experiment(name))
+    for stage in config.chain:
+        assert re.search(rf"^  {stage.name} +{re.escape(stage.purpose)}$", text, re.MULTILINE)
+    assert "--config.stages=''" in text
+    assert "--config.chain" not in text
+    assert "PipelineStage(" not in text
+
+
 @pytest.mark.parametrize(
     "given, wanted",
     [
@@ -63,6 +76,7 @@ def test_help_of_an_experiment_has_its_words_and_keys_and_runs_nothing(tmp_path)
         (["--config", "experiments/none.py"], ["--config", "experiments/none.py"]),
         (["--config.prompt", "experiments/demo.py"], ["--config.prompt", "experiments/demo.py"]),
         (["--config"], ["--config"]),
+        (["--config", "x" * 300], ["--config", "x" * 300]),
     ],
 )
 def test_experiments_are_found_beside_launch_py(given, wanted, tmp_path, monkeypatch):

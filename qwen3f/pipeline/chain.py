@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,8 @@ class Step:
 
     Attributes:
         number: from 1, skipped ones counted. config: of its experiment, complete.
-        overrides: in what that differs from the experiment.
+        overrides: in what that differs from the experiment, and what of its model the user has set.
+        insisted: of these the keys whose values are the experiment's own.
         source: the stage whose checkpoint it starts from; "" for the first, and one with an init_from of its own.
         asks: whether the shared questions are put to its checkpoint.
     """
@@ -44,6 +45,7 @@ class Step:
     stage: PipelineStage
     config: ConfigDict
     overrides: dict[str, Any]
+    insisted: tuple[str, ...]
     source: str
     skipped: bool
     asks: bool
@@ -80,11 +82,14 @@ class Step:
         )
 
 
-def steps_of(config: ConfigDict) -> tuple[Step, ...]:
-    """The chain. Raises UserError for config.skip and for what of a stage's settings cannot run; imports no torch."""
+def steps_of(config: ConfigDict, chosen: Collection[str] = ()) -> tuple[Step, ...]:
+    """The chain. Raises UserError for config.skip and for what of a stage's settings cannot run; imports no torch.
+
+    chosen: keys that the user has set, such as "set.grpo.seed".
+    """
     names = [stage.name for stage in config.chain]
     skipped = set(parse_names(config.skip, names, "--config.skip"))
-    configs = {stage.name: _config(config, stage) for stage in config.chain}
+    configs = {stage.name: _config(config, stage, chosen) for stage in config.chain}
     asking = [name for name in names if name not in skipped]
     out, source = [], ""
     for number, stage in enumerate(config.chain, 1):
@@ -99,12 +104,15 @@ def steps_of(config: ConfigDict) -> tuple[Step, ...]:
             _check(stage.name, one)
         after = asking[asking.index(stage.name) + 1 :] if not skip else []
         kind = _KINDS.get(one.stage, "training")
+        overrides = {k: v for k, v in differing(one, stage.experiment).items() if k not in ("init_from", "plan")}
+        insisted = _insisted(stage.name, one, chosen, overrides)
         out.append(
             Step(
                 number=number,
                 stage=stage,
                 config=one,
-                overrides={k: v for k, v in differing(one, stage.experiment).items() if k not in ("init_from", "plan")},
+                overrides={**overrides, **{key: checks.get(one, key) for key in insisted}},
+                insisted=insisted,
                 source=start,
                 skipped=skip,
                 asks=kind == "training" and bool(config.set[MEASURE].benchmarks) and _asks(one, after, configs),
@@ -120,15 +128,32 @@ def _asks(one: ConfigDict, after: Sequence[str], configs: dict[str, ConfigDict])
     return one.stage != "pretrain" or not after or configs[after[0]].stage != "pretrain"
 
 
-def _config(config: ConfigDict, stage: PipelineStage) -> ConfigDict:
+def _insisted(name: str, one: ConfigDict, chosen: Collection[str], overrides: Collection[str]) -> tuple[str, ...]:
+    """Keys of the model that the user has set as the experiment has them: beside weights to start from, only what is
+    written on a stage's command line counts."""
+    own = sorted(key for key in own_keys(name, chosen) if key.startswith("model.") and key not in overrides)
+    return tuple(key for key in own if checks.get(one, key) is not None)
+
+
+def _config(config: ConfigDict, stage: PipelineStage, chosen: Collection[str]) -> ConfigDict:
     """The stage's own settings, with those of the whole pipeline where it has none."""
     one = config.set[stage.name].copy_and_resolve_references()
-    before = differing(one, stage.experiment)
     shared = {"seed": config.seed, "device": config.device}
     shared |= {"mesh": config.mesh, "hardware": config.hardware} if one.stage not in _KINDS else {}
-    with one.unlocked():
-        one.update({key: value for key, value in shared.items() if key in one and key not in before})
+    share(one, shared, {*differing(one, stage.experiment), *own_keys(stage.name, chosen)})
     return one
+
+
+def share(one: ConfigDict, shared: dict[str, Any], own: Collection[str]) -> None:
+    """Gives a configuration the pipeline's values of the keys that it has, but for its `own`."""
+    with one.unlocked():
+        one.update({key: value for key, value in shared.items() if key in one and key not in own})
+
+
+def own_keys(name: str, chosen: Collection[str]) -> set[str]:
+    """ "steps" for "set.grpo.steps" of the stage grpo: what the user has set of it, its default too."""
+    start = f"set.{name}."
+    return {key.removeprefix(start) for key in chosen if key.startswith(start)}
 
 
 def _check(name: str, one: ConfigDict) -> None:
@@ -179,19 +204,9 @@ def inputs_of(step: Step, record: Record) -> str:
         parts += [before.inputs, before.weights]
     else:
         parts.append(step.config.init_from)
+    if step.insisted and (step.source or step.config.init_from):
+        parts.append(step.insisted)
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def check_start(step: Step, record: Record, directory: Path) -> None:
-    """Raises UserError unless the checkpoint that the stage starts from is the one its stage ended with."""
-    before = record.stage(step.source)
-    place = directory / checkpoint_of(before)
-    if digest(place) != before.weights:
-        what = "has changed since" if place.exists() else "is gone"
-        raise UserError(
-            f"{step.name} starts from {place}, which {what}: write --config.stages={before.name},{step.name} to train "
-            f"both again, or put it back"
-        )
 
 
 def digest(checkpoint: Path) -> str:
@@ -200,6 +215,17 @@ def digest(checkpoint: Path) -> str:
         return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
     except OSError:
         return ""
+
+
+def lost(there: StageRecord, directory: Path) -> str:
+    """What has become of the checkpoint that a stage ended with: "is gone", "has changed since", or "" if it is there.
+
+    Of a stage that trains nothing: "".
+    """
+    place = checkpoint_of(there)
+    if place is None or digest(directory / place) == there.weights:
+        return ""
+    return "has changed since" if (directory / place).exists() else "is gone"
 
 
 def checkpoint_of(done: StageRecord) -> str | None:

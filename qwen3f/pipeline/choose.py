@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from qwen3f.errors import UserError
-from qwen3f.pipeline.chain import CHECKPOINTS, Step, check_start, inputs_of, is_neutral
+from qwen3f.pipeline.chain import CHECKPOINTS, Step, checkpoint_of, in_pipeline, inputs_of, is_neutral, lost
 from qwen3f.pipeline.record import Record
+from qwen3f.train import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,34 +37,46 @@ def survey(steps: Sequence[Step], record: Record) -> dict[str, Standing]:
 def choose(steps: Sequence[Step], record: Record, directory: Path, asked: Sequence[str]) -> tuple[str, ...]:
     """The stages to run, in order. asked: those of --config.stages, in order; none: all that are not done.
 
-    A command with --config.stages that was stopped goes on with those that are left (record.left). Raises UserError
-    for a stage without its inputs, and without --config.stages for results that are stale.
+    The same --config.stages again go on with those that are left, see Record. Raises UserError for a stage without its
+    inputs, and without --config.stages for results that are stale.
     """
     standing = survey(steps, record)
     if asked:
         if skipped := [step.name for step in steps if step.skipped and step.name in asked]:
             raise UserError(f"--config.stages names {skipped[0]}, which --config.skip leaves out; take it out of one")
-        left = record.left if record.left and tuple(asked[-len(record.left) :]) == record.left else tuple(asked)
-        _check_inputs(steps, standing, left)
-        _check_starts(steps, record, directory, left)
-        return left
-    for step in steps:
-        if step.name not in standing:
-            continue
-        found, there = standing[step.name], record.stage(step.name)
-        if found.state == "stale" or (found.inputs and begun_otherwise(step, record, found.inputs, directory)):
-            later = [name for name in list(standing)[list(standing).index(step.name) :]]
-            again = [name for name in later if standing[name].state == "stale" or name == step.name]
-            again += [name for name in later if standing[name].state == "open" and name != step.name]
-            names = ",".join(name for name in standing if name in again)
-            raise UserError(
-                f"{step.name} {'ran' if found.state == 'stale' else 'began'} {_why(step, record)}, so what is in "
-                f"{directory / there.workdir}, and what came from it, is stale: write --config.stages={names} to run "
-                "that again (the old directories are moved aside), or put back what was changed"
-            )
-    left = tuple(name for name, found in standing.items() if found.state == "open")
+        left = _left(standing, record, directory, tuple(asked))
+        _check_inputs(steps, standing, record, directory, left)
+    else:
+        _check_sound(steps, standing, record, directory)
+        left = tuple(name for name, found in standing.items() if found.state == "open")
     _check_starts(steps, record, directory, left)
+    for step in steps:
+        if step.name in left and step.config.get("init_from"):
+            _check_own_start(step, goes_on(step, record, standing[step.name]), directory)
     return left
+
+
+def check_kept(
+    steps: Sequence[Step], record: Record, directory: Path, needed: Collection[str], left: Collection[str] = ()
+) -> None:
+    """Raises UserError unless each stage that is needed has the checkpoint that it ended with.
+
+    left: stages that are still to run; they and what comes from them are not looked at.
+    """
+    changing = set(left) | _after(steps, left)
+    gone = [name for name in needed if name not in changing and lost(record.stage(name), directory)]
+    if gone:
+        there = record.stage(gone[0])
+        raise UserError(
+            f"{directory / checkpoint_of(there)}, which {gone[0]} ended with, {lost(there, directory)}: write "
+            f"--config.stages={','.join(_again(steps, record, directory, gone))} to train it again, or put it back"
+        )
+
+
+def goes_on(step: Step, record: Record, standing: Standing) -> bool:
+    """Whether a stage goes on in its directory; else that is moved aside, and the stage begins anew."""
+    there = record.stage(step.name)
+    return there.status not in ("done", "stale") and there.inputs == standing.inputs
 
 
 def begun_otherwise(step: Step, record: Record, inputs: str, directory: Path) -> bool:
@@ -73,7 +86,34 @@ def begun_otherwise(step: Step, record: Record, inputs: str, directory: Path) ->
     return bool(there.inputs) and there.inputs != inputs and began
 
 
-def _check_inputs(steps: Sequence[Step], standing: dict[str, Standing], left: Sequence[str]) -> None:
+def _left(standing: dict[str, Standing], record: Record, directory: Path, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """What of `asked` is to run. Where the same was asked before, and what of it has run is sound, only the rest."""
+    ran = asked[: len(asked) - len(record.left)]
+    if asked != record.asked or asked != ran + record.left:
+        return asked
+    sound = all(standing[name].state == "done" and not lost(record.stage(name), directory) for name in ran)
+    return record.left if sound else asked
+
+
+def _check_sound(steps: Sequence[Step], standing: dict[str, Standing], record: Record, directory: Path) -> None:
+    """Raises UserError for results that are stale, and for a stage that began otherwise than it would go on."""
+    for step in steps:
+        if step.name not in standing:
+            continue
+        found, there = standing[step.name], record.stage(step.name)
+        if found.state == "stale" or (found.inputs and begun_otherwise(step, record, found.inputs, directory)):
+            undone = [name for name, one in standing.items() if one.state != "done"]
+            names = ",".join(_again(steps, record, directory, undone))
+            raise UserError(
+                f"{step.name} {'ran' if found.state == 'stale' else 'began'} {_why(step, record)}, so what is in "
+                f"{directory / there.workdir}, and what came from it, is stale: write --config.stages={names} to run "
+                "that again (the old directories are moved aside), or put back what was changed"
+            )
+
+
+def _check_inputs(
+    steps: Sequence[Step], standing: dict[str, Standing], record: Record, directory: Path, left: Sequence[str]
+) -> None:
     by_name, changing = {step.name: step for step in steps}, set[str]()
     for name in standing:
         source = by_name[name].source
@@ -82,7 +122,7 @@ def _check_inputs(steps: Sequence[Step], standing: dict[str, Standing], left: Se
                 before = "has not run" if standing[source].state == "open" else "would be stale by then"
                 raise UserError(
                     f"--config.stages: {name} starts from {source}, which {before}; write --config.stages="
-                    f"{','.join(n for n in standing if n in left or n == source)}, or --config.skip={source}"
+                    f"{','.join(_again(steps, record, directory, [source, *left]))}, or --config.skip={source}"
                 )
             changing.add(name)
         elif source in changing:
@@ -90,9 +130,53 @@ def _check_inputs(steps: Sequence[Step], standing: dict[str, Standing], left: Se
 
 
 def _check_starts(steps: Sequence[Step], record: Record, directory: Path, left: Sequence[str]) -> None:
+    """Raises UserError unless the checkpoints that stages start from are those that the stages before ended with."""
     for step in steps:
         if step.name in left and step.source and step.source not in left:
-            check_start(step, record, directory)
+            there = record.stage(step.source)
+            if what := lost(there, directory):
+                names = ",".join(_again(steps, record, directory, [step.source, *left]))
+                raise UserError(
+                    f"{step.name} starts from {directory / checkpoint_of(there)}, which {what}: write "
+                    f"--config.stages={names} to train from there again, or put it back"
+                )
+
+
+def _check_own_start(step: Step, goes_on: bool, directory: Path) -> None:
+    """Raises UserError for an init_from of the stage's own that is not there, or holds no weights. A run that has begun
+    needs it no more."""
+    if goes_on and (directory / step.workdir / "config.json").is_file():
+        return
+    from qwen3f.interop import source  # imports torch
+
+    try:
+        checks.check(step.config, directory / step.workdir / "new")  # where no run has begun
+        source.pinned(step.config.init_from)
+    except UserError as error:
+        raise UserError(in_pipeline(str(error), step.name, step.config)) from error
+
+
+def _again(steps: Sequence[Step], record: Record, directory: Path, names: Collection[str]) -> list[str]:
+    """`names`, with those before and between them that have to run for --config.stages to take them; in order."""
+    again, standing = set(names), survey(steps, record)
+    for step in reversed(steps):
+        source = step.source if step.name in again else ""
+        if source and (standing[source].state != "done" or lost(record.stage(source), directory)):
+            again.add(source)
+    between, before = _after(steps, again), set(again)
+    for step in reversed(steps):
+        if step.name in before and step.source:
+            before.add(step.source)
+    return [step.name for step in steps if step.name in again | (between & before)]
+
+
+def _after(steps: Sequence[Step], names: Collection[str]) -> set[str]:
+    """What comes from stages, straight or by others."""
+    out = set[str]()
+    for step in steps:
+        if step.source in names or step.source in out:
+            out.add(step.name)
+    return out
 
 
 def _why(step: Step, record: Record) -> str:

@@ -19,10 +19,9 @@ def training(step: Step, init_from: str, workdir: Path, progress: bool) -> list[
     return _launch(step.stage.experiment, [*flags_of(step.overrides), *more], workdir, progress)
 
 
-def planning(step: Step, mesh: str, hardware: str, workdir: Path) -> list[str]:
-    own = {key: value for key, value in step.overrides.items() if key not in ("mesh", "hardware", "device")}
-    flags = [*flags_of(own), f"--config.mesh={mesh}", f"--config.hardware={hardware}", "--config.plan=True"]
-    return _launch(step.stage.experiment, flags, workdir, True)
+def planning(step: Step, workdir: Path) -> list[str]:
+    own = {key: value for key, value in step.overrides.items() if key != "device"}
+    return _launch(step.stage.experiment, [*flags_of(own), "--config.plan=True"], workdir, True)
 
 
 def asking(config: ConfigDict, init_from: str, mode: str, workdir: Path) -> list[str]:

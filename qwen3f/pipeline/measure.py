@@ -1,28 +1,38 @@
 """What a stage's checkpoint can do: the held-out loss that it logged, and the shared questions, asked by
 experiments/eval.py in a process of its own."""
 
+import contextlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from qwen3f import usage
+from qwen3f.errors import UserError
 from qwen3f.pipeline.chain import Step
 
 Measure = dict[str, float | None]
 FOLDER = "measures"  # in a stage's workdir
 MODES = ("thinking", "plain")
 _SETTINGS = "settings.json"  # beside the answers
+_RECORDS = "records"  # of qwen3f.eval.records, in a mode's folder
 # Logged by evaluations of a stage: those that say what it is for.
 _LOGGED = {"pretrain": ("val_loss",), "multimodal": ("val_exact", "val_blind", "val_majority")}
 
 
 def logged(step: Step, workdir: Path) -> dict[str, Measure]:
-    """Of the last evaluation in metrics.jsonl. Losses by source, "val_loss/embedded": only those can be compared."""
-    names, last = _LOGGED.get(step.config.stage, ()), dict[str, float]()
-    for line in (workdir / "metrics.jsonl").read_text().splitlines() if names else ():
-        last |= json.loads(line)
+    """Of the last evaluation in metrics.jsonl. Losses by source, "val_loss/embedded": only those can be compared.
+
+    value: None for what was no finite number.
+    """
+    names, last = _LOGGED.get(step.config.stage, ()), dict[str, float | None]()
+    for line in (workdir / "metrics.jsonl").read_text().split("\n") if names else ():
+        with contextlib.suppress(ValueError, TypeError):  # a killed process may have left half a line
+            last |= json.loads(line)
     if "val_loss" not in names:
         return {name: _of(last[name]) for name in names if name in last}
     losses = {key: value for key, value in last.items() if key.startswith("val_loss/")}
@@ -35,22 +45,25 @@ def logged(step: Step, workdir: Path) -> dict[str, Measure]:
 def answered(folder: Path) -> dict[str, Measure]:
     """Of both modes' results.json: "reasoning_thinking" for the benchmark reasoning, by its first metric. Raises
     FileNotFoundError where one is not there yet."""
-    out = {}
-    for mode in MODES:
-        results = json.loads((folder / mode / "results.json").read_text())
-        for name, one in results["benchmarks"].items():
-            metric = next(iter(one["metrics"].values()))
-            out[f"{name}_{mode}"] = {key: metric[key] for key in ("value", "low", "high", "n")}
-    return out
+    return {f"{name}_{mode}": one for mode in MODES for name, one in _answers(folder / mode).items()}
+
+
+def has_answers(folder: Path) -> bool:
+    """Whether a mode's folder has answers to all that is asked, in a file that can be read."""
+    try:
+        return bool(_answers(folder))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def is_answered(folder: Path, settings: Mapping[str, Any], known: Mapping[str, Measure]) -> bool:
     """Whether the answers in `folder` are to today's questions, and among the measures that are known. Files that are
     missing or damaged hold no answers."""
     try:
-        return (folder / _SETTINGS).read_text() == _text(settings) and answered(folder).items() <= known.items()
-    except (OSError, ValueError, LookupError, TypeError):
+        asked = (folder / _SETTINGS).read_text() == _text(settings)
+    except (OSError, ValueError):
         return False
+    return asked and all(has_answers(folder / mode) for mode in MODES) and answered(folder).items() <= known.items()
 
 
 def clear_other(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -63,6 +76,31 @@ def clear_other(folder: Path, settings: Mapping[str, Any]) -> None:
     path.write_text(text)
 
 
+def clear_unfit(folder: Path, config: ConfigDict, place: str) -> None:
+    """Remove the records of a mode that was stopped where they could not be gone on with: the checkpoint lay at another
+    place, since the pipeline's directory was renamed, or was another; or the device had another dtype.
+
+    config: of experiments/eval.py. place: of the weights.
+    """
+    heads = [_head(path) for path in (folder / _RECORDS).glob("*.jsonl")]
+    if not heads:
+        return
+    from qwen3f.interop import source  # imports torch
+    from qwen3f.train.choices import find_device, find_dtype
+
+    try:
+        dtype = str(find_dtype(config.dtype, find_device(config.device))).removeprefix("torch.")
+        model = source.pinned(place)
+        weights = source.weights_digest(place) if any("weights" in head for head in heads) else ""
+    except UserError:  # whoever asks says it
+        return
+    for head in heads:
+        same_weights = weights.startswith(str(head.get("weights", "")))
+        if head.get("model") != model or head.get("dtype") != dtype or not same_weights:
+            shutil.rmtree(folder / _RECORDS)
+            return
+
+
 def settings_of(config: Any) -> dict[str, Any]:
     return {key: value for key, value in usage.flat(config) if key not in ("device", "init_from")}
 
@@ -71,5 +109,29 @@ def _text(settings: Mapping[str, Any]) -> str:
     return json.dumps(dict(settings), sort_keys=True, default=str)
 
 
-def _of(value: float) -> Measure:
-    return {"value": value, "low": None, "high": None, "n": None}
+def _answers(folder: Path) -> dict[str, Measure]:
+    """Of one mode, by benchmark."""
+    out = {}
+    for name, one in json.loads((folder / "results.json").read_text())["benchmarks"].items():
+        metric = next(iter(one["metrics"].values()), {})
+        out[name] = {key: _finite(metric[key]) for key in ("value", "low", "high", "n")}
+    return out
+
+
+def _head(path: Path) -> dict[str, Any]:
+    """The first line of a file of records, which says what they depend on; {} if there is none."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.readline())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _of(value: float | None) -> Measure:
+    return {"value": _finite(value), "low": None, "high": None, "n": None}
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no other numbers."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None

@@ -27,7 +27,20 @@ def draw(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def said(folder: Path) -> Iterator[str]:
-    """A line for each: question, what the model said, the right answer. The answer to question N is in N.jsonl."""
+    """A line for each: question, what the model said, the right answer."""
     for number, row in enumerate(json.loads((folder / QUESTIONS).read_text())):
-        answer = json.loads((folder / f"{number}.jsonl").read_text().splitlines()[-1])
-        yield f"{row['picture']}: {row['prompt']} {answer['answer']!r}, right is {row['gold']!r}"
+        yield f"{row['picture']}: {row['prompt']} {answer(folder, number)!r}, right is {row['gold']!r}"
+
+
+def place_of(folder: Path, number: int) -> Path:
+    """Of the answer to a question."""
+    return folder / f"{number}.jsonl"
+
+
+def answer(folder: Path, number: int) -> str | None:
+    """What the model said to a question; None where there is no whole answer."""
+    try:
+        lines = place_of(folder, number).read_bytes().strip(b"\n").split(b"\n")  # no other end: a text may hold U+2028
+        return str(json.loads(lines[-1])["answer"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

@@ -21,17 +21,16 @@ def run(config: ConfigDict, steps: Sequence[Step], directory: Path) -> None:
     """
     from qwen3f.plan.config import find_hardware  # imports torch
 
-    hardware, planned, refused = find_hardware(config.hardware), list[str](), dict[str, str]()
+    find_hardware(config.hardware)  # refused at once, not stage by stage
+    planned, refused = list[str](), dict[str, str]()
     with Signals().caught() as signals:
         for step in steps:
             if step.skipped:
                 continue
             print(f"--- {step.number} {step.name}: {step.stage.purpose}", flush=True)
-            why = _not_planned(step, hardware.memory, hardware.name)
+            why = _not_planned(step)
             if not why:
-                mesh = step.config.mesh or config.mesh
-                place = directory / "plan" / step.workdir
-                failure = signals.run(Command(commands.planning(step, mesh, config.hardware, place)))
+                failure = signals.run(Command(commands.planning(step, directory / "plan" / step.workdir)))
                 if signals.name:
                     return
                 if failure:
@@ -47,18 +46,24 @@ def run(config: ConfigDict, steps: Sequence[Step], directory: Path) -> None:
     print(f"planned: {', '.join(planned)}" + (f"; not: {', '.join(refused)}" if refused else ""), flush=True)
 
 
-def _not_planned(step: Step, memory: float, card: str) -> str:
-    """Why a stage has no plan; "" if it has. memory: of a card, bytes."""
+def _not_planned(step: Step) -> str:
+    """Why a stage has no plan; "" if it has."""
+    from qwen3f.plan.config import find_hardware
+
     if step.kind != "training":
         return "it trains nothing: each device answers its share of the questions, with the whole model"
     if step.config.stage not in _SAMPLES:
         return ""
     cfg = ModelConfig.from_dict(step.config.model.to_dict())
     need = 2 * cfg.total_params_estimate()
-    if need <= memory:
+    try:
+        card = find_hardware(step.config.hardware)
+    except UserError as error:
+        return in_pipeline(str(error), step.name, step.config)
+    if need <= card.memory:
         return ""
     return (
-        f"each rank answers with the whole model, {need / 2**30:,.0f} GiB in bfloat16, and a {card} has "
-        f"{memory / 2**30:.0f}; a model of at most {memory / 2e9:.0f} billion parameters fits, or --config.skip="
-        f"{step.name}"
+        f"each rank answers with the whole model, {need / 2**30:,.0f} GiB in bfloat16, and a {card.name} has "
+        f"{card.memory / 2**30:.0f}; a model of at most {card.memory / 2e9:.0f} billion parameters fits, or "
+        f"--config.skip={step.name}"
     )

@@ -56,11 +56,17 @@ class StageRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The whole pipeline. left: what a command with --config.stages has still to run, in order; () without one."""
+    """The whole pipeline.
+
+    Attributes:
+        asked: the --config.stages of the command that runs or was stopped; () without them, and once it has ended, the
+            questions after its stages included. left: of these what is still to run, in order.
+    """
 
     preset: str
     seed: int
     stages: tuple[StageRecord, ...]
+    asked: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     commit: str = ""
 
@@ -84,7 +90,7 @@ def write(directory: Path, record: Record) -> None:
         values = dataclasses.asdict(stage)
         values["seconds"] = round(stage.seconds, 1)
         stages.append({("from" if key == "start" else key): value for key, value in values.items()})
-    content = {**head, "left": list(record.left), "stages": stages}
+    content = {**head, "asked": list(record.asked), "left": list(record.left), "stages": stages}
     write_atomically(directory / NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -101,7 +107,8 @@ def read(directory: Path) -> Record | None:
         records = tuple(StageRecord(**values) for values in stages)
         if unknown := {one.status for one in records} - set(STATUSES):
             raise UserError(f"there is no status {unknown.pop()!r}")
-        return Record(content["preset"], content["seed"], records, tuple(content["left"]), content["commit"])
+        asked, left = tuple(content.get("asked", ())), tuple(content["left"])
+        return Record(content["preset"], content["seed"], records, asked, left, content["commit"])
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not what a pipeline writes ({error!r}): put it back, or choose another --workdir"

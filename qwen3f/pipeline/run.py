@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from qwen3f.errors import TrainingError, UserError
 from qwen3f.pipeline import chain, commands, measure, pictures, plan, record, table
 from qwen3f.pipeline.chain import Step
-from qwen3f.pipeline.choose import Standing, choose, survey
+from qwen3f.pipeline.choose import Standing, check_kept, choose, goes_on, survey
 from qwen3f.pipeline.process import Command, Signals
 from qwen3f.pipeline.record import Record
-from qwen3f.pipeline.stages import MEASURE
+from qwen3f.pipeline.stages import MEASURE, differing
 from qwen3f.train import checks, lock
 from qwen3f.train.reporting import ReportWriter
 
@@ -38,20 +38,23 @@ class Stopped(Exception):
     """A signal asked for the end."""
 
 
-def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
+def run(config: ConfigDict, workdir: Path, progress: bool = True, chosen: Collection[str] = ()) -> None:
     """Run what is not done, or what config.stages names; with config.plan only say what a mesh would do.
+
+    chosen: keys that the user has set, such as "set.grpo.seed": a stage keeps these, also where they are its
+      experiment's own, and gets the pipeline's seed, mesh, device and hardware for the others.
 
     SIGTERM and SIGINT end the stage that runs after its step, with a checkpoint; the same command then goes on. Raises
     UserError, before any stage starts and with nothing moved, for what cannot run; TrainingError for a stage that
     failed.
     """
-    steps = chain.steps_of(config)
+    steps = chain.steps_of(config, chosen)
     if config.plan:
         plan.run(config, steps, workdir)
         return
     checks.check_workdir(workdir)
     with Signals().caught() as signals, lock.held(workdir):
-        run_ = Pipeline(config, steps, workdir, signals, progress)
+        run_ = Pipeline(config, _questions(config, chosen), steps, workdir, signals, progress)
         try:
             run_.all()
         except Stopped:
@@ -59,15 +62,29 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
             at = f" before {names[0]}" if names else ""
             at = f" in {run_.now}" if run_.now else at
             print(f"{signals.name}: stopped{at}; the same command goes on from there", flush=True)
+        except PermissionError as error:
+            raise UserError(
+                f"--workdir={workdir}: {error.filename} in it cannot be changed ({error.strerror}); make all of it "
+                "writable, the same command then goes on"
+            ) from error
 
 
 class Pipeline:
-    """A pipeline on its way. record: as pipeline.json has it. now: the stage that runs."""
+    """A pipeline on its way.
+
+    questions: of experiments/eval.py, for the shared ones. record: as pipeline.json has it. now: the stage that runs.
+    """
 
     def __init__(
-        self, config: ConfigDict, steps: Sequence[Step], directory: Path, signals: Signals, progress: bool
+        self,
+        config: ConfigDict,
+        questions: ConfigDict,
+        steps: Sequence[Step],
+        directory: Path,
+        signals: Signals,
+        progress: bool,
     ) -> None:
-        self.config, self.steps, self.directory = config, steps, directory
+        self.config, self.questions, self.steps, self.directory = config, questions, steps, directory
         self.signals, self.progress, self.now = signals, progress, ""
         self.record = _opened(config, steps, directory)
         self._writer = ReportWriter(directory, _SHARE, partial(print, flush=True))
@@ -75,12 +92,24 @@ class Pipeline:
     def all(self) -> None:
         asked = chain.parse_names(self.config.stages, [step.name for step in self.steps], "--config.stages")
         left = choose(self.steps, self.record, self.directory, asked)
-        self._keep(left=left if asked else (), commit=record.commit())
+        self._check_kept(left)
+        self._keep(asked=asked, left=left if asked else (), commit=record.commit())
         by_name = {step.name: step for step in self.steps}
         for number, name in enumerate(left):
             self._one(by_name[name], left[number + 1 :] if asked else ())
+        self._check_kept()
         self._ask_of(self._unasked())
+        self._keep(asked=())
         self._end(left)
+
+    def _check_kept(self, left: Sequence[str] = ()) -> None:
+        """Raises UserError where a checkpoint is gone that is to be asked, or that is what the pipeline has made.
+
+        left: stages that are still to run.
+        """
+        needed = [step.name for step in self._unasked()]
+        needed += [step.name for step in self._done() if step.kind == "training"][-1:]
+        check_kept(self.steps, self.record, self.directory, needed, left)
 
     # -- one stage -----------------------------------------------------------------------------------------------------
 
@@ -109,7 +138,7 @@ class Pipeline:
         self.now = ""
         steps = step.config.steps if step.kind == "training" else 0
         weights = chain.digest(step.checkpoint(self.directory)) if steps else ""
-        self._keep_stage(step, status="done", measures=found, steps=steps, weights=weights)
+        self.record = self.record.with_stage(step.name, status="done", measures=found, steps=steps, weights=weights)
         self._keep(left=left)
         _say(step, found)
         self._report()
@@ -132,15 +161,15 @@ class Pipeline:
     def _make_place(self, step: Step, standing: Standing) -> None:
         """Of results by other inputs, or that are to be made anew, the directory is moved aside; of a killed run we
         wait for the end."""
-        there, place = self.record.stage(step.name), self.directory / step.workdir
+        place = self.directory / step.workdir
         _wait_until_free(place)
-        anew = there.status in ("done", "stale") or there.inputs != standing.inputs
-        if anew and place.exists():
+        if goes_on(step, self.record, standing):
+            return
+        self._keep_stage(step, status="waiting", seconds=0.0, steps=0, weights="", measures={}, inputs="")
+        if place.exists():
             aside = next(p for n in range(1, 10_000) if not (p := place.with_name(f"{place.name}.old-{n}")).exists())
             place.rename(aside)
             print(f"{place} moved aside, to {aside.name}", flush=True)
-        if anew:
-            self._keep_stage(step, status="waiting", seconds=0.0, steps=0, weights="", measures={}, inputs="")
 
     def _train(self, step: Step, init_from: str) -> None:
         if step.trained(self.directory):  # and stopped in its measures
@@ -150,16 +179,14 @@ class Pipeline:
         if not step.trained(self.directory):
             self._fail(step, f"it ended without {step.checkpoint(self.directory)}")
 
-    def _questions(self) -> ConfigDict:
-        config = self.config.set[MEASURE].copy_and_resolve_references()
-        with config.unlocked():
-            config.device = self.config.device
-        return config
-
     def _show(self, step: Step, place: str) -> dict[str, measure.Measure]:
         folder = self.directory / step.workdir
         for number, (picture, prompt) in enumerate(pictures.draw(folder)):
-            command = commands.showing(step, place, picture, prompt, folder / f"{number}.jsonl")
+            if pictures.answer(folder, number) is not None:  # it could not go on there: a picture's name counts
+                continue
+            out = pictures.place_of(folder, number)
+            out.unlink(missing_ok=True)
+            command = commands.showing(step, place, picture, prompt, out)
             self._run(step, [Task(Command(command, quiet=True), step.name, step.config)])
         for line in pictures.said(folder):
             print(line, flush=True)
@@ -167,16 +194,20 @@ class Pipeline:
 
     def _asking(self, step: Step) -> list[Task]:
         """The shared questions to that stage's checkpoint."""
-        config, folder = self._questions(), self.directory / step.workdir / measure.FOLDER
-        measure.clear_other(folder, measure.settings_of(config))
-        return _both_modes(MEASURE, config, str(step.checkpoint(self.directory)), folder)
+        folder = self.directory / step.workdir / measure.FOLDER
+        measure.clear_other(folder, measure.settings_of(self.questions))
+        return _both_modes(MEASURE, self.questions, str(step.checkpoint(self.directory)), folder)
+
+    def _done(self) -> list[Step]:
+        standing = survey(self.steps, self.record)
+        return [step for step in self.steps if not step.skipped and standing[step.name].state == "done"]
 
     def _unasked(self) -> list[Step]:
         """Stages that are done, whose checkpoints have not been asked the shared questions as they are now."""
-        settings, out = measure.settings_of(self._questions()), []
-        for step in self.steps:
-            folder, there = self.directory / step.workdir / measure.FOLDER, self.record.stage(step.name)
-            if step.asks and there.status == "done" and not measure.is_answered(folder, settings, there.measures):
+        settings, out = measure.settings_of(self.questions), []
+        for step in self._done():
+            folder, known = self.directory / step.workdir / measure.FOLDER, self.record.stage(step.name).measures
+            if step.asks and not measure.is_answered(folder, settings, known):
                 out.append(step)
         return out
 
@@ -278,11 +309,22 @@ class Pipeline:
         print("\n".join([*out, *table.next_commands(self.steps, self.record, self.directory)]), flush=True)
 
 
+def _questions(config: ConfigDict, chosen: Collection[str]) -> ConfigDict:
+    """The shared ones, on the pipeline's device where they have none."""
+    one = config.set[MEASURE].copy_and_resolve_references()
+    own = {*differing(one, commands.EVAL), *chain.own_keys(MEASURE, chosen)}
+    chain.share(one, {"device": config.device}, own)
+    return one
+
+
 def _both_modes(name: str, config: ConfigDict, place: str, folder: Path) -> list[Task]:
-    """config's questions to the weights in `place`. name: of config in config.set."""
+    """config's questions to the weights in `place`, but for a mode that has its answers. name: of config in
+    config.set."""
+    left = [mode for mode in measure.MODES if not measure.has_answers(folder / mode)]
+    for mode in left:
+        measure.clear_unfit(folder / mode, config, place)
     return [
-        Task(Command(commands.asking(config, place, mode, folder / mode), quiet=True), name, config)
-        for mode in measure.MODES
+        Task(Command(commands.asking(config, place, mode, folder / mode), quiet=True), name, config) for mode in left
     ]
 
 
@@ -312,7 +354,7 @@ def _opened(config: ConfigDict, steps: Sequence[Step], directory: Path) -> Recor
         elif one.status == "skipped":
             changes["status"] = "stale" if one.steps or one.measures else "waiting"
         stages.append(one.replace(**changes))
-    return Record(config.preset, config.seed, tuple(stages), there.left, there.commit)
+    return dataclasses.replace(there, seed=config.seed, stages=tuple(stages))
 
 
 def _wait_until_free(place: Path) -> None:
@@ -322,9 +364,9 @@ def _wait_until_free(place: Path) -> None:
         try:
             with lock.held(place):
                 return
-        except UserError:
-            if time.monotonic() > until:
-                raise
+        except UserError as error:
+            if not isinstance(error.__cause__, BlockingIOError) or time.monotonic() > until:
+                raise  # another reason than that it is in use stays
             if not said:
                 print(f"{place} is still written to, by a stage whose pipeline is gone: waiting for it", flush=True)
             said = True

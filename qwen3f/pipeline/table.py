@@ -56,9 +56,11 @@ def over_budget(record: Record) -> list[str]:
 
 
 def say(name: str, measure: Mapping[str, float | None] | None) -> str:
-    """A share in percent with its interval of 95%, or a loss."""
+    """A share in percent with its interval of 95%, or a loss. measure: None where there is none."""
     if measure is None:
         return "-"
+    if measure["value"] is None:  # a loss that was NaN, or infinite
+        return "no number"
     if name.startswith("val_loss"):
         return f"{measure['value']:.3f}"
     if measure["low"] is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qwen3f.errors import UserError
 from qwen3f.report.picture import write_picture
-from qwen3f.report.write import write_report
+from qwen3f.report.write import NAME, write_report
 
 
 def main(arguments: list[str]) -> int:
@@ -20,9 +20,9 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"error: {error.filename or given.workdir} cannot be written ({error.strerror or error})", file=sys.stderr
-        )
+        place = given.picture or given.workdir / NAME  # not the temporary file beside it, which the error names
+        other = "another --picture" if given.picture else "a copy of the directory, or write --picture=OUT.svg"
+        print(f"error: {place} cannot be written ({error.strerror or error}); choose {other}", file=sys.stderr)
         return 2
     return 0
 

@@ -23,27 +23,35 @@ def read_asked(workdir: Path) -> tuple[Mapping[str, Any], ...]:
     lines: list[Mapping[str, Any]] = []
     for folder in (workdir, workdir / MEASURES):
         for mode in MODES:
-            if (folder / mode / RESULTS).is_file():
+            if is_file(folder / mode / RESULTS):
                 lines += _of_results(folder / mode / RESULTS, mode)
     return tuple(lines)
 
 
 def read_pictures(workdir: Path) -> tuple[Mapping[str, Any], ...]:
     """Likewise, of pictures and what a model said about them."""
-    return tuple(_of_pictures(workdir)) if (workdir / QUESTIONS).is_file() else ()
+    return tuple(_of_pictures(workdir)) if is_file(workdir / QUESTIONS) else ()
 
 
 def results_table(workdir: Path) -> tuple[tuple[str, Mapping[str, Any]], ...]:
     """(benchmark, metric and mode; {"value", "low", "high", "n"}) of an evaluation's workdir."""
     rows = []
     for place, mode in ((workdir, ""), *((workdir / mode, mode) for mode in MODES)):
-        if (place / RESULTS).is_file():
+        if is_file(place / RESULTS):
             for name, found in _benchmarks(place / RESULTS):
                 metrics = found.get("metrics")
                 for metric, one in metrics.items() if isinstance(metrics, dict) else ():
                     if isinstance(one, dict):
                         rows.append((", ".join(filter(None, (str(name), str(metric), mode))), one))
     return tuple(rows)
+
+
+def is_file(path: Path) -> bool:
+    """Path.is_file raises PermissionError for what lies in a directory that cannot be read."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _benchmarks(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
@@ -91,7 +99,8 @@ def _of_pictures(workdir: Path) -> Iterator[Mapping[str, Any]]:
             inside = picture.is_relative_to(workdir.resolve()) and picture.suffix == ".png"
             if not inside or picture.stat().st_size > _MOST_PICTURE:
                 continue
-            said = json.loads(read_bounded(workdir / f"{number}.jsonl").decode(errors="replace").splitlines()[-1])
+            lines = read_bounded(workdir / f"{number}.jsonl").strip(b"\n").split(b"\n")
+            said = json.loads(lines[-1].decode(errors="replace"))
             text = str(said["answer"])
             uri = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
             right = " ".join(text.split()).rstrip(".").lower() == " ".join(str(row["gold"]).split()).rstrip(".").lower()

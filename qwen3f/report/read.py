@@ -4,13 +4,14 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen3f.errors import UserError
 from qwen3f.files import read_bounded
-from qwen3f.report.asked import read_asked, read_pictures, results_table
+from qwen3f.report.asked import is_file, read_asked, read_pictures, results_table
 from qwen3f.report.data import Measure, Report, Run, Stage, Texts
 from qwen3f.report.marks import difference_in_run, difference_of_stages, measure
 from qwen3f.report.metrics_file import NO_METRICS, read_metrics
@@ -25,10 +26,14 @@ T = TypeVar("T")
 
 
 def read(workdir: Path) -> Report:
-    """Raises UserError if there is neither a pipeline nor a run in `workdir`."""
+    """Raises UserError if there is neither a pipeline nor a run in `workdir`, or it cannot be read."""
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
-    if (workdir / PIPELINE).is_file():
-        return _pipeline(workdir, read_object(workdir / PIPELINE), now)
+    try:
+        told = read_object(workdir / PIPELINE) if (workdir / PIPELINE).is_file() else None
+    except OSError as error:
+        raise UserError(f"{error.filename or workdir} cannot be read ({error.strerror or error})") from error
+    if told is not None:
+        return _pipeline(workdir, told, now)
     if not any((workdir / name).is_file() for name in ("metrics.jsonl", "config.json")):
         raise UserError(
             f"{workdir} holds neither {PIPELINE} nor a run's config.json and metrics.jsonl; give the --workdir of a run"
@@ -38,6 +43,8 @@ def read(workdir: Path) -> Report:
 
 def read_run(workdir: Path) -> Run:
     problems: list[str] = []
+    if not os.access(workdir, os.R_OK | os.X_OK):
+        return Run(problems=(f"{workdir.name} cannot be read: it gives no access.",))
 
     def tried(what: str, read: Callable[[], T], otherwise: T) -> T:
         try:
@@ -69,7 +76,7 @@ def read_run(workdir: Path) -> Run:
     pictures = {}
     for title, name in _PICTURES.items():
         path = workdir / "plan" / name
-        if path.is_file() and path.stat().st_size <= _MOST_PICTURE:
+        if is_file(path) and path.stat().st_size <= _MOST_PICTURE:
             pictures[title] = tried(name, path.read_bytes, b"")
     return Run(
         config, record, metrics, tuple(answers), tuple(samples), pictures, results,
@@ -90,9 +97,9 @@ def _texts(path: Path) -> Texts:
     if path.stat().st_size > _MOST_TEXTS:
         raise UserError(f"{path} has more than {_MOST_TEXTS:,} bytes")
     lines = []
-    for line in read_bounded(path).decode(errors="replace").splitlines():
+    for line in read_bounded(path).split(b"\n"):  # no other end of a line: a text may hold U+2028
         try:
-            found = json.loads(line)
+            found = json.loads(line.decode(errors="replace"))
         except (ValueError, RecursionError):
             continue  # the last one may be half written
         if isinstance(found, dict):

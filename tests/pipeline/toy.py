@@ -16,6 +16,7 @@ NAMES = (*TRAINED, "evaluation")
 
 
 def make_config(**changes):
+    """__ in a key stands for a dot."""
     config = cli.load_experiment(str(ROOT / "experiments" / "pipeline.py:nano"))
     steps = {f"set.{name}.steps": 3 for name in TRAINED} | {"report": False}
     config.update_from_flattened_dict(steps | {key.replace("__", "."): value for key, value in changes.items()})
@@ -24,7 +25,7 @@ def make_config(**changes):
 
 def go(directory, **changes):
     """Runs it here; returns pipeline.json."""
-    run.run(make_config(**changes), directory, progress=False)
+    run.run(make_config(**changes), directory, progress=False, chosen=[key.replace("__", ".") for key in changes])
     return read(directory)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qwen3f.report import texts
+from qwen3f.report.asked import read_pictures
 from qwen3f.report.page import render
 from qwen3f.report.read import read
 from tests.report.places import write_pipeline, write_run
@@ -46,6 +47,21 @@ def test_other_questions_are_not(pipeline):
     path = pipeline / "02_two" / "measures" / "thinking" / "results.json"
     path.write_text(path.read_text().replace("Question 3?", "Question 99?"))
     assert not read(pipeline).stages[1].differences
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b"])
+def test_texts_with_other_ends_of_lines_than_json_s_are_read_whole(end, tmp_path):
+    run, said = write_run(tmp_path / "W"), f"first{end}second"
+    (path,) = (run / "answers").glob("step-*30.jsonl")
+    lines = [json.loads(line) | {"text": said} for line in path.read_text().split("\n")[:-1]]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    (stage,) = read(run).stages
+    assert [line["text"] for line in stage.run.answers[-1].lines] == [said] * len(lines)
+    (run / "0.png").write_bytes(b"PNG")
+    (run / "questions.json").write_text(json.dumps([{"picture": "0.png", "prompt": "What?", "gold": said}]))
+    (run / "0.jsonl").write_text(json.dumps({"answer": said}, ensure_ascii=False) + "\n")
+    (picture,) = read_pictures(run)
+    assert (picture["text"], picture["mark"]) == (said, 1.0)
 
 
 def test_a_right_answer_and_a_wrong_one_are_shown_as_both_models_gave_them(pipeline):

@@ -1,0 +1,66 @@
+"""Whose value a key has: the pipeline's, or a stage's own, where that is its experiment's default too."""
+
+import pytest
+
+from qwen3f.pipeline import chain, commands, run
+from tests.pipeline import toy
+
+
+def steps_of(**changes):
+    keys = [key.replace("__", ".") for key in changes]
+    return {step.name: step for step in chain.steps_of(toy.make_config(**changes), keys)}
+
+
+@pytest.mark.parametrize(
+    "key, all_of_them, own",
+    [("seed", 5, 0), ("mesh", "dp2", ""), ("device", "cuda", "auto"), ("hardware", "h200", "auto")],
+)
+def test_a_stage_keeps_what_the_user_has_set_of_it_its_default_too(key, all_of_them, own):
+    steps = steps_of(**{key: all_of_them, f"set__grpo__{key}": own})
+    assert steps["grpo"].config[key] == own
+    assert steps["dpo"].config[key] == all_of_them
+    assert key not in steps["grpo"].overrides
+
+
+def test_what_differs_from_the_experiment_is_the_stage_s_own_whoever_set_it():
+    steps = {step.name: step for step in chain.steps_of(toy.make_config(seed=5, set__grpo__seed=3))}
+    assert (steps["grpo"].config.seed, steps["dpo"].config.seed) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    "changes, device",
+    [
+        ({"device": "cpu"}, "cpu"),
+        ({"set__measure__device": "cpu"}, "cpu"),
+        ({"device": "cuda", "set__measure__device": "auto"}, "auto"),
+        ({"device": "cuda", "set__measure__device": "cpu"}, "cpu"),
+    ],
+)
+def test_questions_have_a_device_of_their_own_where_the_user_set_one(changes, device):
+    keys = [key.replace("__", ".") for key in changes]
+    assert run._questions(toy.make_config(**changes), keys).device == device
+
+
+def test_a_plan_is_for_the_mesh_and_the_card_of_the_stage(tmp_path):
+    steps = steps_of(mesh="dp2", hardware="h100", set__grpo__mesh="", set__dpo__hardware="h200")
+    flags = {name: commands.planning(step, tmp_path) for name, step in steps.items() if step.kind == "training"}
+    assert not [word for word in flags["grpo"] if word.startswith("--config.mesh")]
+    assert {"--config.mesh=dp2", "--config.hardware=h200"} <= set(flags["dpo"])
+    assert {"--config.mesh=dp2", "--config.hardware=h100"} <= set(flags["sft_fusion"])
+
+
+def test_what_the_user_set_of_a_model_reaches_a_stage_that_starts_from_weights(tmp_path, monkeypatch):
+    """Beside weights only the keys on the command line count, and the experiment's own value is one of them."""
+    own = toy.make_config().set.grpo.model.max_position_embeddings
+    flag = f"--config.model.max_position_embeddings={own}"
+    without, said = steps_of(), steps_of(set__grpo__model__max_position_embeddings=own)
+    assert flag in commands.training(said["grpo"], "W", tmp_path, False)
+    assert flag not in commands.training(without["grpo"], "W", tmp_path, False)
+    assert flag not in commands.training(said["dpo"], "W", tmp_path, False)
+    monkeypatch.setattr(commands, "LAUNCHER", toy.HERE / "fake_launch.py")
+    skip = "pretrain_s2,pretrain_s3,sft_cold_start,sft_fusion,grpo_general,dpo"
+    toy.go(tmp_path / "P", skip=skip)
+    with pytest.raises(
+        ValueError, match=rf"grpo ran with other settings \(model.max_position_embeddings: its .* {own}\)"
+    ):
+        toy.go(tmp_path / "P", skip=skip, set__grpo__model__max_position_embeddings=own)
