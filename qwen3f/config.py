@@ -137,7 +137,11 @@ class ModelConfig:
         for name, aliases in normal.items():
             object.__setattr__(self, name, aliases.get(getattr(self, name), getattr(self, name)))
         for name in ("mlp_only_layers", "vision_deepstack_layers", "mrope_section"):
-            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+            given = getattr(self, name)
+            numbers = () if given is None else given
+            if not isinstance(numbers, list | tuple) or any(type(one) is not int for one in numbers):
+                raise UserError(f"model.{name} is {given!r}; write whole numbers, such as (0, 1)")
+            object.__setattr__(self, name, tuple(numbers))
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
         _check_types("model", self)

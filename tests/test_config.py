@@ -109,6 +109,13 @@ def test_numbers_of_yarn_are_finite_and_positive(key, value):
         ModelConfig.from_dict({"rope_scaling": {**yarn, key: value}})
 
 
+@pytest.mark.parametrize("value", ["abc", 3, (1.0,), (True,), ("1",), {0: 1}])
+@pytest.mark.parametrize("name", ["mlp_only_layers", "vision_deepstack_layers", "mrope_section"])
+def test_lists_of_numbers_hold_whole_numbers(name, value):
+    with pytest.raises(UserError, match=rf"model.{name} is .*; write whole numbers, such as \(0, 1\)"):
+        ModelConfig(**{name: value})
+
+
 def test_yarn_needs_a_rotary_base_above_1():
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
     with pytest.raises(UserError, match="model.rope_theta must be above 1 where model.rope_scaling is set"):
