@@ -15,6 +15,7 @@ from ml_collections.config_flags.config_flags import UnsupportedOperationError
 
 from qwen3f import stages, usage
 from qwen3f.errors import TrainingError, UserError
+from qwen3f.files import is_file
 from qwen3f.flag_hints import as_flags, check_value, hint
 from qwen3f.train import checks
 
@@ -163,7 +164,7 @@ def load_experiment(experiment: str) -> ConfigDict:
     file, colon, argument = experiment.partition(":")
     if not file:
         raise UserError("--config names no file; write e.g. --config experiments/demo.py")
-    if not usage.is_file(file):
+    if not is_file(file):
         there = sorted(str(p) for p in Path("experiments").glob("*.py")) or list(usage.experiments())
         raise UserError(f"--config: there is no file '{file}'; {hint(file, there)}")
     spec = importlib.util.spec_from_file_location("experiment", file)

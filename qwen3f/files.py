@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from qwen3f.errors import UserError
@@ -32,6 +32,16 @@ def read_bounded(path: Path, most: Limit = FILE_BYTES) -> bytes:
     return path.read_bytes()
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file. A name that is too long is none, nor is what may not be looked at."""
+    return _looked_at(Path.is_file, path)
+
+
+def exists(path: str | Path) -> bool:
+    """Likewise, of anything there."""
+    return _looked_at(Path.exists, path)
+
+
 def decode_text(content: bytes) -> str:
     """A text file's content: UTF-8 without a signature (BOM), CR LF as LF. Raises UnicodeDecodeError."""
     return content.decode("utf-8-sig").replace("\r\n", "\n")
@@ -53,3 +63,10 @@ def sync_tree(directory: Path, synced: Collection[Path] = ()) -> None:
             if (path := Path(folder, name)) not in synced:
                 sync(path)
         sync(Path(folder))
+
+
+def _looked_at(look: Callable[[Path], bool], path: str | Path) -> bool:
+    try:
+        return look(Path(path))
+    except (OSError, ValueError):
+        return False

@@ -2,12 +2,13 @@
 
 import ast
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from qwen3f import presets
+from qwen3f.files import exists, is_file
 
 ROOT = Path(__file__).resolve().parents[1]  # where launch.py and experiments/ are
 
@@ -102,16 +103,6 @@ def launcher() -> str:
     return sys.argv[0] if Path(sys.argv[0]).name == "launch.py" else "launch.py"
 
 
-def is_file(path: str | Path) -> bool:
-    """Of whatever the user wrote: what cannot be a path, as a name that is too long, is no file."""
-    return _looked_at(Path.is_file, path)
-
-
-def exists(path: str | Path) -> bool:
-    """Likewise."""
-    return _looked_at(Path.exists, path)
-
-
 def flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
     """(key with dots, value) of every key that is no section."""
     for key, value in config.items():
@@ -119,13 +110,6 @@ def flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _looked_at(look: Callable[[Path], bool], path: str | Path) -> bool:
-    try:
-        return look(Path(path))
-    except (OSError, ValueError):
-        return False
 
 
 def _experiments(argv: list[str]) -> Iterator[tuple[int, str, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3f.errors import UserError
-from qwen3f.files import read_bounded
+from qwen3f.files import is_file, read_bounded
 from qwen3f.strict_json import read_object
 
 RESULTS, QUESTIONS, MEASURES = "results.json", "questions.json", "measures"
@@ -44,14 +44,6 @@ def results_table(workdir: Path) -> tuple[tuple[str, Mapping[str, Any]], ...]:
                     if isinstance(one, dict):
                         rows.append((", ".join(filter(None, (str(name), str(metric), mode))), one))
     return tuple(rows)
-
-
-def is_file(path: Path) -> bool:
-    """Path.is_file raises PermissionError for what lies in a directory that cannot be read."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def _benchmarks(path: Path) -> list[tuple[str, Mapping[str, Any]]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen3f.errors import UserError
-from qwen3f.files import read_bounded
-from qwen3f.report.asked import is_file, read_asked, read_pictures, results_table
+from qwen3f.files import is_file, read_bounded
+from qwen3f.report.asked import read_asked, read_pictures, results_table
 from qwen3f.report.data import Measure, Report, Run, Stage, Texts
 from qwen3f.report.marks import difference_in_run, difference_of_stages, measure
 from qwen3f.report.metrics_file import NO_METRICS, read_metrics

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 DEPTH = 50
-COLLISIONS = 500  # keys of a message that share a hash with another of their set: each is compared with all of those
+COLLISIONS = 125_000  # pairs of a message's keys that share a hash within a set: making the set compares each
 _LARGE = 1 << 64  # from here on an integer travels as hex, which no limit of decimal digits holds for
 
 
@@ -48,7 +48,7 @@ def unpack(found: Any) -> Any:
 
 
 class _Message:
-    """One of them, with how many of its keys share a hash with another of their set."""
+    """One of them, with how many pairs of its keys share a hash within their set."""
 
     def __init__(self) -> None:
         self._shared = 0
@@ -90,7 +90,7 @@ class _Message:
         return complex(*parts)
 
     def _keys(self, keys: list[Any]) -> list[Any]:
-        self._shared += sum(count - 1 for count in Counter(map(hash, keys)).values())
+        self._shared += sum(count * (count - 1) // 2 for count in Counter(map(hash, keys)).values())
         if self._shared > COLLISIONS:
             raise ValueError("a set or dict whose keys share their hashes")
         return keys

@@ -21,11 +21,7 @@ SHORT = "pretrain_s2,pretrain_s3,sft_fusion,grpo_general,dpo"  # left out: what 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
-    place = tmp_path_factory.mktemp("short") / "P"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "LAUNCHER", toy.HERE / "fake_launch.py")
-        toy.go(place, skip=SHORT)
-    return place
+    return toy.made(tmp_path_factory.mktemp("short") / "P", skip=SHORT)
 
 
 @pytest.fixture

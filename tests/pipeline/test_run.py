@@ -26,11 +26,7 @@ def launcher(monkeypatch):
 @pytest.fixture(scope="module")
 def brief(tmp_path_factory):
     """As `whole`, with half of the stages."""
-    place = tmp_path_factory.mktemp("brief") / "P"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "LAUNCHER", toy.HERE / "fake_launch.py")
-        toy.go(place, skip=BRIEF)
-    return place
+    return toy.made(tmp_path_factory.mktemp("brief") / "P", skip=BRIEF)
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from qwen3f import cli
 from qwen3f.pipeline import commands, run
 
@@ -27,6 +29,14 @@ def go(directory, **changes):
     """Runs it here; returns pipeline.json."""
     run.run(make_config(**changes), directory, progress=False, chosen=[key.replace("__", ".") for key in changes])
     return read(directory)
+
+
+def made(directory, **changes):
+    """A directory in which it has run, for fixtures that live longer than a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "LAUNCHER", HERE / "fake_launch.py")
+        go(directory, **changes)
+    return directory
 
 
 def read(directory):
