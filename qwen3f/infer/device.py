@@ -14,7 +14,7 @@ from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from qwen3f.infer import fused, pictures
+from qwen3f.infer import fused, lean, pictures
 from qwen3f.infer.graphs import DecodeGraphs
 from qwen3f.infer.passes import (
     Choice,
@@ -92,7 +92,11 @@ class Device:
         self._params = unstacked(cfg, params)
         self.device = params[P.EMBED].device
         self.overlaps = self.device.type == "cuda"
-        self._prefill, self._decode = (make(cfg, execution, layout) for make in (make_prefill, make_decode))
+        self._prefill = make_prefill(cfg, execution, layout)
+        if tp.size == 1 and not self.overlaps and lean.fits(cfg, execution, params[P.EMBED].dtype):
+            self._decode = lean.make_lean_decode(cfg, execution)
+        else:
+            self._decode = make_decode(cfg, execution, layout)
         self._banned = tuple(i for i in pictures.vision_ids(cfg) if i < num_ids)
         self._sight = Sight(cfg, execution) if cfg.vision_enabled else None
         self._own_pages = not page_size and not self.overlaps  # each row has one page of its own

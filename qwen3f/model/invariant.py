@@ -9,6 +9,7 @@ Inference", Thinking Machines Lab). Gradients are the ordinary ones.
 B rows · T tokens · H query heads · K key/value heads · G = H/K · S keys · d head_dim · N tokens · D inputs · F outputs
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,18 +23,35 @@ KEYS = 64  # of a block of attention
 
 
 class FixedRows(TorchFunctionMode):
-    """Within, F.linear (and with it every nn.Linear) is `linear`."""
+    """Within, F.linear (and with it every nn.Linear) is `linear`, and F.silu and F.gelu are `silu` and `gelu`."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+        return _FIXED.get(func, func)(*args, **(kwargs or {}))
 
 
 def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """F.linear with ROWS tokens a product."""
     out = _Product.apply(x.flatten(0, -2), weight_FD).unflatten(0, x.shape[:-1])
     return out if bias_F is None else out + bias_F
+
+
+def silu(x: Tensor, inplace: bool = False) -> Tensor:
+    """F.silu by operators that give a number the same wherever it stands: on a CPU F.silu itself computes the last few
+    of a tensor otherwise than the others. inplace changes nothing."""
+    small = (-x.abs()).exp()
+    return x * (torch.where(x >= 0, 1.0, small) / (1 + small))
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """F.gelu, as `silu`."""
+    if approximate == "tanh":
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x * (1 + 0.044715 * x.square()))))
+    return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
+_FIXED: dict[Callable[..., Any], Callable[..., Any]] = {F.linear: linear, F.silu: silu, F.gelu: gelu}
 
 
 def token_log_probs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:

@@ -129,16 +129,18 @@ def extend(layer: PagedLayer, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, T
     page, place = layer.slots // size, layer.slots % size
     for pages, new in ((layer.keys, k_BKTd), (layer.values, v_BKTd)):
         pages[page, :, place] = new.transpose(1, 2)
-    return _rows(layer.keys, layer), _rows(layer.values, layer)
+    keys, values = (rows_of(side, layer.table, len(layer.slots), layer.span) for side in (layer.keys, layer.values))
+    return keys, values
 
 
-def _rows(pages: Tensor, layer: PagedLayer) -> Tensor:
-    if isinstance(layer.table, int):
-        return pages[layer.table : layer.table + layer.slots.shape[0], :, : layer.span]
-    used = -(-layer.span // pages.shape[2])
+def rows_of(pages: Tensor, table: Tensor | int, rows: int, span: int) -> Tensor:
+    """[B, K, span, d]: what a layer's pages hold of positions 0 … span−1 of each row; table and span as in PagedLayer."""
+    if isinstance(table, int):
+        return pages[table : table + rows, :, :span]
+    used = -(-span // pages.shape[2])
     if used == 1:
-        return pages[:, :, : layer.span][layer.table[:, 0]]
-    return pages[layer.table[:, :used]].transpose(1, 2).flatten(2, 3)[:, :, : layer.span]
+        return pages[:, :, :span][table[:, 0]]
+    return pages[table[:, :used]].transpose(1, 2).flatten(2, 3)[:, :, :span]
 
 
 def dense_allowed(layer: PagedLayer) -> Tensor:

@@ -14,6 +14,7 @@ from qwen3f.infer.engine import Engine, EngineOptions
 from qwen3f.infer.sampling import GREEDY, SamplingParams
 from qwen3f.model import invariant
 from qwen3f.model.attention import AttentionMask, attend_reference, make_mask
+from qwen3f.model.mlp import ACTIVATIONS
 from qwen3f.train.losses import make_differentiated, sum_totals
 from qwen3f.train.objective import MicroBatch, Objective
 from qwen3f.train.outputs import make_outputs
@@ -72,6 +73,28 @@ def test_rollouts_and_training_agree_bit_for_bit_in_any_batch(change):
     plain = make_outputs(cfg)(p, batch)
     torch.testing.assert_close(plain, logs, rtol=0, atol=2e-5)  # and it is the same model
     assert not torch.equal(plain, logs)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "float64"])
+def test_an_activation_is_the_same_wherever_it_stands(name, dtype):
+    x = 5 * torch.randn(3000, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    x[:4] = torch.tensor([0.0, -200.0, 200.0, -1e10])
+    inputs = x.clone().requires_grad_()
+    with invariant.FixedRows():
+        whole = ACTIVATIONS[name](inputs)
+        whole.sum().backward()
+        for start in range(0, 2900, 37):
+            for count in (1, 7, 17, 64, 97):
+                part = slice(start, start + count)
+                assert torch.equal(ACTIVATIONS[name](x[part].clone()), whole[part])
+    plain = x.clone().requires_grad_()
+    expected = ACTIVATIONS[name](plain)
+    expected.sum().backward()
+    # a few roundings of numbers up to 20 that may cancel
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(whole, expected, rtol=8 * eps, atol=64 * eps)
+    torch.testing.assert_close(inputs.grad, plain.grad, rtol=8 * eps, atol=64 * eps)
 
 
 def test_gradients_are_the_ordinary_ones():
