@@ -33,7 +33,7 @@ def get_config(preset: str = "qwen3-vl-2b") -> ConfigDict:
         config.steps, config.batch_size = 3000, 8
     if preset == "nano_vl":  # shapes and bars that two CPU cores learn in minutes, in few tokens
         config.chat_template = "instruct-2507"  # no empty thought in each answer
-        config.data.picture_kinds, config.data.pictures = "shapes,bar", 24_576
+        config.data.picture_kinds, config.data.pictures = "shapes,bar", 28_672
         config.data.min_side = config.data.max_side = 96
         config.data.patches, config.data.images = 18 * 36, 18
         config.data.mixture = "images=0.6,captions=0.4"
@@ -42,8 +42,8 @@ def get_config(preset: str = "qwen3-vl-2b") -> ConfigDict:
         config.optimizer.kind, config.optimizer.update_rms = "muon", 0.2 / 3
         config.schedule.kind, config.schedule.decay, config.schedule.min_ratio = "wsd", 0.7, 0.0
         config.schedule.peak_lr = 1e-2
-        config.steps, config.batch_size = 540, 8
-        config.eval.every, config.checkpoint.every = 0, 270  # held-out answers at the end alone
+        config.steps, config.batch_size = 640, 8
+        config.eval.every, config.checkpoint.every = 0, 320  # held-out answers at the end alone
     if preset == "seed_vl":
         config.data.max_pixels = 672**2
     return config

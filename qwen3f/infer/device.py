@@ -264,7 +264,7 @@ class Device:
             inputs,
             none if before is None or before.drawn is None else before.drawn.ids,
             table=table,
-            span=self._span(1 + max(row.cached for row in rows)),
+            span=1 + max(row.cached for row in rows),
         )
         head = model.head_weight(self.cfg, self._params)
         logits = whole_logits(logits_of(hidden, head, self._execution), self._tp)

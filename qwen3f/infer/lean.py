@@ -2,7 +2,8 @@
 
 With one new token a row an operator takes microseconds, as long as it takes to reach it. So: products that go where
 they are read from, no module between parameters and operators, masks made once for all layers, and attention as two
-batches of products, since torch's kernel for a CPU pads a single query. Rounding differs from the blocks that train.
+batches of products, faster for a single query than torch's kernel under a mask. Rounding differs from the blocks that
+train. Beyond some thousand tokens in the cache it is the cache's memory that a pass waits for.
 
 B rows · D hidden · H query heads · K key/value heads · G = H/K · d head_dim · F = d/2 · S positions looked at
 """
@@ -63,15 +64,15 @@ def make_lean_decode(cfg: ModelConfig, execution: model.Execution) -> Decode:
             h_BD = _norm(x_BD, layer["input_layernorm.weight"], cfg.rms_norm_eps)
             x_BD = _attention(cfg, layer, h_BD, x_BD, (cache.keys[number], cache.values[number]), places)
             h_BD = _norm(x_BD, layer["post_attention_layernorm.weight"], cfg.rms_norm_eps)
-            x_BD = _experts(experts, layer, h_BD, x_BD, real_B) if cfg.is_sparse(number) else _mlp(cfg, layer, h_BD, x_BD)
+            x_BD = (
+                _experts(experts, layer, h_BD, x_BD, real_B) if cfg.is_sparse(number) else _mlp(cfg, layer, h_BD, x_BD)
+            )
         return _norm(x_BD, params[P.FINAL_NORM], cfg.rms_norm_eps), cache
 
     return decode
 
 
-def _places(
-    cfg: ModelConfig, cache: KVCache, inputs: Inputs, table: Table, span: int, dtype: torch.dtype
-) -> _Places:
+def _places(cfg: ModelConfig, cache: KVCache, inputs: Inputs, table: Table, span: int, dtype: torch.dtype) -> _Places:
     size, heads = cache.page_size, cache.keys[0].shape[1]
     cos, sin = rope_tables(cfg, (inputs.positions + inputs.offsets)[:, None], dtype)
     head_K = torch.arange(heads)

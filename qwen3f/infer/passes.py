@@ -126,8 +126,9 @@ def draw(
 ) -> Drawn:
     """The next token of each place, by its own way of choosing; ids from num_ids on and banned ones are never drawn."""
     logits_BV = logits_BV[:, :num_ids]
-    finite_B = logits_BV.isfinite().all(-1)
-    logits_BV = torch.where(finite_B[:, None], logits_BV, 0)
+    finite_B = logits_BV.amax(-1).isfinite() & logits_BV.amin(-1).isfinite()  # both hand on a NaN
+    if logits_BV.is_cuda or not finite_B.all():  # to ask would wait for a GPU
+        logits_BV = torch.where(finite_B[:, None], logits_BV, 0)
     if banned:
         ids = torch.tensor(banned, device=logits_BV.device)
         logits_BV = logits_BV.index_fill(1, ids, float("-inf"))

@@ -134,7 +134,7 @@ def extend(layer: PagedLayer, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, T
 
 
 def rows_of(pages: Tensor, table: Tensor | int, rows: int, span: int) -> Tensor:
-    """[B, K, span, d]: what a layer's pages hold of positions 0 … span−1 of each row; table and span as in PagedLayer."""
+    """[B, K, span, d]: a layer's pages at positions 0 … span−1 of each row. table, span: as in PagedLayer."""
     if isinstance(table, int):
         return pages[table : table + rows, :, :span]
     used = -(-span // pages.shape[2])

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from qwen3f.errors import UserError
-from qwen3f.infer.sampling import NON_THINKING, THINKING, SamplingParams, filter_logits, penalise, stream_of, streams_at
+from qwen3f.infer.sampling import (
+    NON_THINKING,
+    THINKING,
+    SamplingParams,
+    filter_logits,
+    penalise,
+    stream_of,
+    streams_at,
+    uniform,
+)
 from qwen3f.infer.sampling import sample as sample_with_log_prob
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -104,6 +113,33 @@ def test_a_row_does_not_depend_on_its_batch(seed, rows):
     whole = sample(logits, NON_THINKING, streams(1, torch.arange(8), position), seen)
     part = sample(logits[place], NON_THINKING, streams(1, place, position[place]), seen[place])
     assert torch.equal(part, whole[place])
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=SEEDS, vocab=st.integers(1, 400), cut=st.floats(0, 1), scale=st.sampled_from([0.0, 1.0, 30.0]))
+def test_a_draw_inverts_the_distribution_function(seed, vocab, cut, scale):
+    """Against running sums in float64; they differ by their order alone: 1e-12 of the total."""
+    logits = random_logits(seed, rows=16, vocab=vocab, scale=scale)
+    logits[torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed)) < cut * 0.99] = -torch.inf
+    logits[:, seed % vocab] = 0.0
+    stream = keys(16, seed)
+    ids, log_probs = sample_with_log_prob(logits, SamplingParams(1.0), stream)
+    probs = logits.softmax(-1)
+    upto = probs.cumsum(-1)
+    chosen = probs.gather(-1, ids[:, None])[:, 0]
+    end = upto.gather(-1, ids[:, None])[:, 0]
+    assert (chosen > 0).all()
+    assert (end >= uniform(stream) - 1e-12).all()
+    assert (end - chosen <= uniform(stream) + 1e-12).all()
+    torch.testing.assert_close(log_probs, chosen.log().float(), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS, vocab=st.integers(1, 400))
+def test_greedy_takes_the_first_of_equal_logits(seed, vocab):
+    logits = random_logits(seed, rows=8, vocab=vocab, scale=1.0).round()
+    ids = sample(logits, SamplingParams(), None)
+    assert ids.tolist() == [row.index(max(row)) for row in logits.tolist()]
 
 
 def test_streams_differ_by_seed_request_and_position():

@@ -19,7 +19,7 @@ MOST = 5
 """Shapes that are counted; others may lie beside them."""
 
 _CELL = 20  # least side of a shape's cell in pixels
-_CLEAR = 3  # pixels by which the shape furthest to the left, or highest, is ahead of the next
+_CLEAR = 8  # pixels by which the shape furthest to the left, or highest, is ahead of the next
 
 
 class Item(NamedTuple):
@@ -42,12 +42,22 @@ def make(draws: Draws, width: int, height: int) -> Sketch:
     image, draw = blank(width, height, background)
     for item in items:
         _draw(draw, item, BACKGROUNDS[background])
-    counted = Counter((item.colour, item.shape) for item in items)
-    parts = [plural(n, f"{colour} {shape}") for (colour, shape), n in sorted(counted.items())]
-    listed = " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
-    caption = f"{listed} on a {background} background."
     parameters = {"size": (width, height), "background": background, "items": sorted(items)}
-    return Sketch(image, caption, question, answer, parameters)
+    return Sketch(image, _caption(items, background), question, answer, parameters)
+
+
+def _caption(items: list[Item], background: str) -> str:
+    """How many there are, of each colour, of each shape, of each of both: "3 shapes: 2 red and 1 blue, 3 rings, …"."""
+    colours = _listed([item.colour for item in items], "{} {}".format)
+    shapes = _listed([item.shape for item in items], plural)
+    both = _listed([f"{item.colour} {item.shape}" for item in items], plural)
+    return f"{plural(len(items), 'shape')}: {colours}, {shapes}, {both} on a {background} background."
+
+
+def _listed(names: list[str], counted: Callable[[int, str], str]) -> str:
+    """ "2 red and 1 blue"."""
+    parts = [counted(n, name) for name, n in sorted(Counter(names).items())]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
 
 
 def _draw(draw: ImageDraw.ImageDraw, item: Item, behind: tuple[int, int, int]) -> None:
@@ -72,15 +82,13 @@ Asked = tuple[str, str, list[Item]]  # question, answer, what is drawn
 
 
 def _placed(draws: Draws, looks: list[tuple[str, str]], grid: Grid, size: tuple[int, int]) -> list[Item]:
-    """Shapes of these kinds and colours in cells that differ; few of them lie in a coarser grid, and are larger."""
-    if len(looks) <= 4 and min(grid) > 2:
-        grid = 2, 2
+    """Shapes of these kinds and colours in cells that differ, each nearly as large as its cell allows."""
     (columns, rows), (wide, high) = grid, (size[0] // grid[0], size[1] // grid[1])
     cells = draws.sample([(c, r) for c in range(columns) for r in range(rows)], len(looks))
     items = []
     for (shape, colour), (column, row) in zip(looks, cells, strict=True):
         largest = min(wide, high) // 2 - 2
-        radius = draws.between(max(min(6, largest), 2 * largest // 3), largest)
+        radius = draws.between(max(min(6, largest), 5 * largest // 6), largest)
         # The centre keeps radius + 1 pixels away from the cell's edges.
         x = column * wide + draws.between(radius + 1, wide - radius - 2)
         y = row * high + draws.between(radius + 1, high - radius - 2)

@@ -16,6 +16,7 @@ from PIL import Image, ImageFont
 
 from qwen3f.data.sources.images import KINDS, picture
 from qwen3f.data.sources.images.canvas import BACKGROUNDS, COLOURS
+from qwen3f.data.sources.images.shapes import SHAPES
 from qwen3f.data.sources.images.text import WORDS
 from qwen3f.errors import UserError
 from tests.data.sources.images.pixels import blobs, opacity
@@ -45,6 +46,12 @@ def test_shapes_are_counted_and_found_by_pixels():
         shapes = Counter((colour, _shape(blob)) for colour, blob in found)
         caption = re.findall(r"(\d) (\w+) (circle|square|triangle|diamond|ring)s?\b", item.caption)
         assert shapes == {(colour, shape): int(n) for n, colour, shape in caption}
+        total, sums = re.match(r"(\d) shapes?: (.*)", item.caption).groups()
+        assert int(total) == len(found)
+        colours, kinds = Counter(colour for colour, _ in found), Counter(_shape(blob) for _, blob in found)
+        for names, counts in ((COLOURS, colours), (SHAPES, kinds)):
+            said = re.findall(rf"(\d) ({'|'.join(names)})s?(?:,| and|$)", sums)
+            assert counts == {name: int(n) for n, name in said}
         # They touch neither each other nor the border: as many regions that are not background.
         rest = (np.asarray(item.image) != BACKGROUNDS[json.loads(item.parameters)["background"]]).any(-1)
         assert len(blobs(Image.fromarray(np.uint8(rest)).convert("RGB"), (1, 1, 1))) == len(found)
@@ -224,7 +231,7 @@ def test_other_processes_give_the_same():
         for index in range(10):
             item = picture(kind, 0, index)
             digest.update(repr((item.caption, item.question, item.answer, item.parameters)).encode())
-    assert digest.hexdigest()[:16] == "63fe17f680b7f818"
+    assert digest.hexdigest()[:16] == "d636b16e6630c2e9"
 
 
 def test_errors():
