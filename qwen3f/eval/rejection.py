@@ -34,7 +34,7 @@ from qwen3f.infer.sampling import SamplingParams
 from qwen3f.interop import source
 from qwen3f.interop.history import never_saw_chats, pretrained_only
 from qwen3f.strict_json import read_object
-from qwen3f.tasks.registry import open_task
+from qwen3f.tasks.registry import open_text_task
 from qwen3f.tasks.task import Question, Task
 from qwen3f.train.choices import find_device, find_dtype
 from qwen3f.train.lock import NAME as LOCK
@@ -130,7 +130,7 @@ def _check(config: ConfigDict) -> Task:
         raise UserError(f"--config.temperature: {error}") from None
     data = ChatDataConfig(**{key: config.data[key] for key in _DATA})
     check_data(data)
-    return open_task(config.task, "--config.task", generated_problems(data, [config.task]))
+    return open_text_task(config.task, "--config.task", generated_problems(data, [config.task]))
 
 
 def _check_lengths(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer, questions: Sequence[Question]) -> None:

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.chat.template import encode_chat
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
-from qwen3f.tasks.registry import open_task
+from qwen3f.tasks.registry import open_text_task
 from qwen3f.tasks.task import Question, Task
 
 
@@ -17,7 +17,7 @@ def task_of(name: str, flag: str, data: ConfigDict) -> Task:
     flag: what names the task on the command line.
     """
     fields = {key: data[key] for key in ("kinds", "difficulties", "problems", "problem_seed")}
-    return open_task(name, flag, generated_problems(ChatDataConfig(**fields), [name]))
+    return open_text_task(name, flag, generated_problems(ChatDataConfig(**fields), [name]))
 
 
 def prompt_ids(tokenizer: Tokenizer, question: Question, thinking: bool) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ from qwen3f.rl.rollout import RolloutOptions, Sampler
 from qwen3f.rl.samples import write_samples
 from qwen3f.sandbox.tiers import find_tier, preferred
 from qwen3f.tasks.code import CodeTask
-from qwen3f.tasks.registry import open_task
+from qwen3f.tasks.registry import open_text_task
 from qwen3f.tasks.task import Question, Task
 from qwen3f.train.metrics import flops_per_token, peak_flops
 from qwen3f.train.objective import check_model
@@ -122,7 +122,7 @@ def find_tasks(setup: Setup) -> list[tuple[str, Task, float]]:
     fields = {key: data[key] for key in ("kinds", "difficulties", "problems", "problem_seed")}
     weights = parse_weights(setup.config.tasks)
     problems = generated_problems(ChatDataConfig(**fields), [name for name, _ in weights])
-    return [(name, open_task(name, "--config.tasks", problems), weight) for name, weight in weights]
+    return [(name, open_text_task(name, "--config.tasks", problems), weight) for name, weight in weights]
 
 
 def make(run: Run) -> Stage:

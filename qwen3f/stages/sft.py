@@ -26,7 +26,7 @@ from qwen3f.errors import UserError
 from qwen3f.eval.answers import AnswerOptions, answer_on_ranks, kept, mark, parse_modes, shares
 from qwen3f.eval.heldout import batches_of_one_shape
 from qwen3f.params import Params
-from qwen3f.tasks.registry import open_task
+from qwen3f.tasks.registry import open_text_task
 from qwen3f.tasks.task import Question, Task
 from qwen3f.train.microbatches import evaluation_parts
 from qwen3f.train.objective import NEXT_TOKEN, check_model
@@ -55,7 +55,7 @@ def check(setup: Setup) -> None:
     if config.chat_template:
         find_kind(config.chat_template)
     if config.eval.task:
-        open_task(config.eval.task, "--config.eval.task")
+        open_text_task(config.eval.task, "--config.eval.task")
 
 
 def make(run: Run) -> Stage:
@@ -161,7 +161,7 @@ def _questions(setup: Setup) -> tuple[Task, tuple[Question, ...]]:
     """The task, and the first held-out questions of the kinds and difficulties that are trained on."""
     trained, default = generated_problems(_data_config(setup)), ReasoningSource()
     asked = dataclasses.replace(trained, seed=default.seed, num_problems=default.num_problems)
-    task = open_task(setup.config.eval.task, "--config.eval.task", asked)
+    task = open_text_task(setup.config.eval.task, "--config.eval.task", asked)
     questions = tuple(islice(task.questions("heldout"), setup.config.eval.questions))
     if not questions:
         raise UserError(f"--config.eval.task={task.name} has no held-out question; write --config.eval.questions=0")

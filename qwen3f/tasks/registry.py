@@ -1,6 +1,7 @@
 """The tasks by name."""
 
 from collections.abc import Callable
+from itertools import islice
 
 from qwen3f.data.sources.reasoning import FAMILIES, ReasoningSource
 from qwen3f.errors import UserError
@@ -30,3 +31,13 @@ def open_task(name: str, flag: str, problems: ReasoningSource | None = None) -> 
         known = (*FAMILIES, *_TASKS, *_DATA_SETS, *(f"{data_set}@DIR" for data_set in _DATA_SETS))
         raise UserError(f"{flag}={name}: there is no such task; write one of {', '.join(known)}.")
     return _TASKS[name]()
+
+
+def open_text_task(name: str, flag: str, problems: ReasoningSource | None = None) -> Task:
+    """As `open_task`, for who asks in words alone. Raises UserError also for a task whose questions have pictures."""
+    task = open_task(name, flag, problems)
+    if name in _TASKS and any(question.images for question in islice(task.questions("train"), 1)):
+        raise UserError(
+            f"{flag}={name} asks about pictures, and here a model is shown none; write another task, e.g. reasoning"
+        )
+    return task

@@ -243,6 +243,7 @@ def test_with_the_model_itself(configure, tmp_path, capsys):
         ({"keep": -1}, "--config.keep must be at least 0"),
         ({"temperature": -1.0}, "--config.temperature: temperature must be 0"),
         ({"task": "maths"}, "--config.task=maths: there is no such task; write one of reasoning"),
+        ({"task": "visual"}, "--config.task=visual asks about pictures"),
         ({"data.kinds": "maths"}, "--config.data.kinds is 'maths'"),
         ({"data.problems": 0}, "--config.data.problems is 0"),
         ({"max_new_tokens": 2040}, r"--config.max_new_tokens=2040 .* exceeds the model's 2048 positions; write \d+ or"),

@@ -176,6 +176,7 @@ def test_prompts_are_the_training_questions_in_a_shuffled_order(root):
         ({"online.temperature": 0.0}, "online.temperature=0.0: answers that differ need more than 0"),
         ({"online.fill": 0.0}, "online.fill=0.0"),
         ({"online.task": "x"}, "config.online.task=x: there is no such task"),
+        ({"online.task": "visual"}, "config.online.task=visual asks about pictures"),
         ({"online.max_new_tokens": 128}, "seq_len=256 has no room for a prompt and two answers"),
         ({"online.max_new_tokens": 127}, "none of .* prompts fits; raise --config.seq_len"),
         ({"data.kinds": "poetry"}, "config.data.kinds is 'poetry'"),

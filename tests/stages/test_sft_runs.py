@@ -222,6 +222,7 @@ def test_tokenizers_that_cannot_write_chats(change, words, root, tmp_path):
         ({"data.judge": "maths"}, r"--config\.data\.judge=maths: there is no such task"),
         ({"data.max_epochs": "1", "steps": 40}, r"--config\.data\.max_epochs leaves \d+ rows and the run needs 320 "),
         ({"eval.task": "maths"}, r"--config\.eval\.task=maths: there is no such task; write one of reasoning"),
+        ({"eval.task": "visual"}, r"--config\.eval\.task=visual asks about pictures"),
         ({"eval.modes": "fast"}, r"--config\.eval\.modes='fast': write thinking, plain"),
         ({"eval.questions": -1}, r"config\.eval\.questions must be at least 0"),
         ({"eval.max_new_tokens": 0}, r"config\.eval\.max_new_tokens must be at least 1"),

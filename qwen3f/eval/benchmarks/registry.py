@@ -18,7 +18,7 @@ from qwen3f.eval.benchmarks.textvqa import TEXTVQA
 from qwen3f.eval.benchmarks.triviaqa import TRIVIAQA
 from qwen3f.eval.benchmarks.vqav2 import VQAV2
 from qwen3f.eval.benchmarks.winogrande import WINOGRANDE
-from qwen3f.tasks.registry import open_task
+from qwen3f.tasks.registry import open_text_task
 
 TEXT = (MMLU, GSM8K, MATH, HUMANEVAL, ARC_CHALLENGE, HELLASWAG, WINOGRANDE, TRIVIAQA)
 VISION = (VQAV2, TEXTVQA, DOCVQA, CHARTQA)
@@ -47,7 +47,7 @@ def parse_benchmarks(text: str, flag: str) -> list[tuple[Benchmark, str]]:
 
 def _find(name: str, flag: str) -> Benchmark:
     if name in _TASKS:
-        return task_benchmark(open_task(name, flag))
+        return task_benchmark(open_text_task(name, flag))
     if name not in _NAMED:
         near = difflib.get_close_matches(name, (*_NAMED, *_TASKS), n=1)
         hint = f"did you mean {near[0]}?" if near else f"write one of {', '.join((*_NAMED, *_TASKS))}"
