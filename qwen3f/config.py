@@ -7,8 +7,6 @@ it can key caches of meta skeletons and compiled functions.
 import dataclasses
 import difflib
 import json
-import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -17,6 +15,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from qwen3f.errors import UserError
+from qwen3f.finite import as_finite
 
 HIDDEN_ACTS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 QK_NORMS = ("rms", "l2", "none")
@@ -61,7 +60,7 @@ class RopeScaling:
         _check_types("rope_scaling", self)
         for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"):
             value = getattr(self, key)
-            if value is not None and not 0 < value <= sys.float_info.max:  # JSON's integers may be longer
+            if value is not None and not (as_finite(value) or 0) > 0:
                 raise UserError(f"rope_scaling.{key} is {value}; it must be finite and above 0")
 
 
@@ -297,7 +296,7 @@ def _validate(cfg: ModelConfig) -> None:
         "initializer_range",
     ]
     for name in positive:
-        if not 0 < getattr(cfg, name) < math.inf:
+        if not (as_finite(getattr(cfg, name)) or 0) > 0:
             raise UserError(f"model.{name} must be positive, got {getattr(cfg, name)}")
     for name, allowed in (
         ("hidden_act", HIDDEN_ACTS),

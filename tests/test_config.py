@@ -82,6 +82,7 @@ def test_booleans_of_config_files_are_understood():
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps must be positive, got nan"),
         ({"rope_theta": math.inf}, "rope_theta must be positive, got inf"),
+        pytest.param({"rope_theta": 10**400}, "rope_theta must be positive, got 1000", id="1e400"),
         ({"attention_dropout": 1.0}, "attention_dropout"),
         ({"qk_norm": "layer"}, "rms, l2, none"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is unknown"),

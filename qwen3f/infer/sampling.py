@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qwen3f import rng
 from qwen3f.errors import UserError
+from qwen3f.finite import as_finite
 
 _LOW_52_BITS = (1 << 52) - 1
 TILE = 64  # ids
@@ -40,7 +41,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (is_finite(self.temperature) and self.temperature >= 0):
+        if as_finite(self.temperature) is None or self.temperature < 0:
             raise UserError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
         if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
             raise UserError(f"top_k must be a whole number of tokens, 0 for all, got {self.top_k}")
@@ -50,14 +51,6 @@ class SamplingParams:
             raise UserError(f"min_p must lie in [0, 1], 0 for all tokens, got {self.min_p}")
         if not -2 <= self.presence_penalty <= 2:
             raise UserError(f"presence_penalty must lie in [-2, 2], 0 for none, got {self.presence_penalty}")
-
-
-def is_finite(value: float) -> bool:
-    """Whether a float can hold the number; a whole number may be too large."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 GREEDY = SamplingParams()

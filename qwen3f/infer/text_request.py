@@ -10,10 +10,11 @@ from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.template import Message, encode_chat, thinking_mode
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
+from qwen3f.finite import as_finite
 from qwen3f.infer.engine import check_request
 from qwen3f.infer.prompts import Shown, encode_shown, pictures_of
 from qwen3f.infer.request import Request
-from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams, is_finite
+from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams
 from qwen3f.infer.thinking import CLOSING, ThinkingBudget
 
 Content = str | Sequence[Message]
@@ -191,8 +192,7 @@ def _check_kinds(options: TextOptions) -> None:
         if value is None and optional:
             continue
         kind = _KINDS[field.name]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = number and is_finite(value) if kind is float else isinstance(value, kind)
+        fits = as_finite(value) is not None if kind is float else isinstance(value, kind)
         if not fits or (kind is int and isinstance(value, bool)):
             raise UserError(f"{field.name} must be {kinds[kind]}, got {value!r}")
 

@@ -4,7 +4,6 @@ Defaults of omitted keys: transformers 5.23, Qwen3Config and Qwen3MoeConfig. Wha
 """
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from qwen3f.config import ModelConfig, RopeScaling
 from qwen3f.errors import UserError
+from qwen3f.finite import as_finite
 from qwen3f.limits import MODEL_PARAMETERS, MODEL_TENSORS
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
@@ -274,18 +274,13 @@ def typed(value: Any, default: Any, key: str, where: str) -> Any:
     if isinstance(default, tuple):
         fits, kind = isinstance(value, (list, tuple)) and all(type(v) is int for v in value), "a list of integers"
     elif isinstance(default, float):
-        fits, kind = _is_number(value), "a finite number"
+        fits, kind = as_finite(value) is not None, "a finite number"
     else:
         wanted = int if default is None else type(default)
         fits, kind = type(value) is wanted, {int: "an integer", bool: "true or false", str: "a string"}[wanted]
     if not fits:
         raise UserError(f"{where}: {key} is {value!r}; it must be {kind}")
     return value
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a number that a float can hold: JSON's integers may be longer."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _rope(values: Mapping[str, Any], default: float) -> tuple[float, RopeScaling | None]:
@@ -308,7 +303,7 @@ def _rope(values: Mapping[str, Any], default: float) -> tuple[float, RopeScaling
         scalings[key] = RopeScaling.from_dict(inner)
     bases = {key: base for key, base in bases.items() if base is not None}
     for key, base in bases.items():
-        if not _is_number(base):
+        if as_finite(base) is None:
             raise UserError(f"{key} is {base!r}; it must be a finite number")
     for found, what in ((bases, "base"), (scalings, "scaling")):
         if len(set(found.values())) > 1:

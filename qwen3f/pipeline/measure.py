@@ -3,7 +3,6 @@ experiments/eval.py in a process of its own."""
 
 import contextlib
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 
 from qwen3f import usage
 from qwen3f.errors import UserError
+from qwen3f.finite import as_finite
 from qwen3f.pipeline.chain import Step
 
 Measure = dict[str, float | None]
@@ -134,4 +134,4 @@ def _of(value: float | None) -> Measure:
 
 def _finite(value: float | None) -> float | None:
     """JSON has no other numbers."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    return None if as_finite(value) is None else value

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.kinds import KINDS as CHAT_TEMPLATES
 from qwen3f.errors import UserError
+from qwen3f.finite import as_finite
 from qwen3f.train.hyper import KINDS as OPTIMIZERS
 from qwen3f.train.hyper import make_hyper
 from sharding.mesh import hybrid, nearest, parse_mesh
@@ -183,7 +184,7 @@ def _divides(cfg: ModelConfig, tp: int) -> bool:
 def _check_number(key: str, value: Any) -> None:
     if type(value) not in (int, float):
         return
-    if not math.isfinite(value) or abs(value) >= _LARGEST:
+    if as_finite(value) is None or abs(value) >= _LARGEST:
         raise UserError(f"config.{key}={value}: write a finite number below 2^63")
     low = 1 if key in POSITIVE else 0 if key in NOT_NEGATIVE or key in SHARES else -math.inf
     if value < low:

@@ -29,6 +29,7 @@ WRONG = [
     ({"optimizer.weight_decay": float("inf")}, "config.optimizer.weight_decay=inf: write a finite number"),
     ({"steps": 0}, "config.steps must be at least 1"),
     ({"steps": 10**30}, "write a finite number below 2^63"),
+    ({"seed": 10**400}, "write a finite number below 2^63"),
     ({"seed": -1}, "config.seed must be at least 0"),
     ({"microbatches": 3}, "config.batch_size=8 cannot be cut into config.microbatches=3"),
     ({"mesh": "db8"}, "did you mean 'dp'"),
