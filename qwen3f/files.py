@@ -42,6 +42,11 @@ def exists(path: str | Path) -> bool:
     return _looked_at(Path.exists, path)
 
 
+def is_directory(path: str | Path) -> bool:
+    """Likewise, of a directory."""
+    return _looked_at(Path.is_dir, path)
+
+
 def decode_text(content: bytes) -> str:
     """A text file's content: UTF-8 without a signature (BOM), CR LF as LF. Raises UnicodeDecodeError."""
     return content.decode("utf-8-sig").replace("\r\n", "\n")

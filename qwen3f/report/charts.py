@@ -14,6 +14,7 @@ from qwen3f.report.words import figure
 
 MOST_POINTS = 300  # of a curve
 MOST_LINES = 4  # of a chart, which differ in their dashes
+_FARTHEST = 1e300  # of a point from 0: a sum or a difference of larger ones is no float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _mode(run: Run, name: str) -> str:
 
 def _line(run: Run, label: str, name: str, series: Series) -> Line:
     evaluated = name.startswith(_EVALUATED)
-    x, y = np.array(series.steps, dtype=float), np.array(series.values)
+    x, y = np.array(series.steps, dtype=float), np.clip(series.values, -_FARTHEST, _FARTHEST)
     if len(x) <= MOST_POINTS:
         bounds = marks.band(run, name) if evaluated else None
         low, high = (tuple(bounds[0]), tuple(bounds[1])) if bounds else ((), ())

@@ -199,12 +199,15 @@ def _shape(sizes: object) -> str:
 # -- experts -----------------------------------------------------------------------------------------------------------
 
 
-def experts(run: Run) -> Chart | None:
-    """The load of each layer's experts relative to an even share: fullest, middle, emptiest; and it in words."""
+def experts(run: Run) -> list[Chart]:
+    """The load of each layer's experts relative to an even share: fullest, middle, emptiest; and it in words. None
+    where no load was noted."""
     told = run.record.get("expert_load")
     shares = told.get("shares") if isinstance(told, dict) else None
     if not (isinstance(shares, list) and shares and all(isinstance(layer, list) and layer for layer in shares)):
-        return None
+        return []
+    if not all(0 <= share <= 1 for layer in shares for share in layer):
+        raise ValueError("an expert's share of the tokens is not from 0 to 1")
     loads = [[share * len(layer) for share in layer] for layer in shares]
     busiest = max(range(len(loads)), key=lambda i: max(loads[i]))
     place = loads[busiest].index(max(loads[busiest]))
@@ -222,4 +225,4 @@ def experts(run: Run) -> Chart | None:
         Line("middle", layers, tuple(layer[len(layer) // 2] for layer in ranked), dots=True),
         Line("emptiest", layers, tuple(layer[-1] for layer in ranked), dots=True),
     )
-    return Chart("Experts: load by layer", caption, lines, axis="layer")
+    return [Chart("Experts: load by layer", caption, lines, axis="layer")]

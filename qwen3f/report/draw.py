@@ -34,6 +34,7 @@ RC = {
     "font.family": "DejaVu Sans",  # which matplotlib brings; only for measuring
     "path.simplify": True,
     "axes.unicode_minus": True,
+    "text.parse_math": False,  # a name may have dollars
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3f.eval.statistics import Estimate, Paired, estimate, paired, wilson
+from qwen3f.finite import as_finite
 from qwen3f.report.data import Measure, Run, Stage
 
 # metric -> (evaluation, what a line says of it); of the accuracies a mode may stand behind
@@ -15,21 +16,35 @@ _KEPT = {
     "answers_well_formed": ("answers", "formed"),
     "val_exact": ("val", "mark"),
 }
+Line = Mapping[str, Any]
 EXACT = "exact"  # the mode of lines behind val_exact
 
 
 def marks(run: Run, name: str, step: int) -> list[float]:
     """What the questions behind a logged name were marked at a step, in order; [] where that is not kept."""
+    lines, key = _lines(run, name, step)
+    return [value for line in lines if (value := _mark(line, key)) is not None]
+
+
+def _lines(run: Run, name: str, step: int) -> tuple[list[Line], str]:
+    """All lines of an evaluation, and under which key each has what the logged name is the mean of."""
     base, mode = name, ""
     if base not in _KEPT:
         base, _, mode = name.rpartition("_")
     if base not in _KEPT:
-        return []
+        return [], ""
     evaluation, key = _KEPT[base]
     mode = EXACT if name == "val_exact" else mode or first_mode(run)
     lines = [line for texts in run.answers if texts.step == step for line in texts.lines]
     own = [line for line in lines if line.get("evaluation") == evaluation and mode in ("", line.get("mode"))]
-    return [float(line[key]) for line in own if isinstance(line.get(key), int | float)]
+    return own, key
+
+
+def _mark(line: Line, key: str) -> float | None:
+    """A share of what is right; None where the task could not tell, or where it is damaged."""
+    value = line.get(key)
+    found = float(value) if isinstance(value, bool) else as_finite(value)
+    return found if found is not None and 0 <= found <= 1 else None
 
 
 def first_mode(run: Run) -> str:
@@ -60,24 +75,31 @@ def band(run: Run, name: str) -> tuple[list[float], list[float], int] | None:
 
 
 def difference_in_run(run: Run, name: str, before: int, after: int) -> Estimate | None:
-    """Of two evaluations that asked the same questions."""
-    return _difference(marks(run, name, before), marks(run, name, after))
+    """Of two evaluations that asked the same questions; None where these differ or not all of them are kept."""
+    if not all(measure(run, name, step).has_interval for step in (before, after)):
+        return None
+    (old, key), (new, _) = (_lines(run, name, step) for step in (before, after))
+    return _difference(old, new, key)
 
 
 def difference_of_stages(before: Stage, after: Stage, name: str) -> Estimate | None:
     """Of two stages whose models were asked the same questions; None where these differ or are not kept."""
-    (old, asked_before), (new, asked_after) = (_asked(stage.asked, name) for stage in (before, after))
-    return _difference(old, new) if asked_before == asked_after else None
+    old, new = (
+        [line for line in stage.asked if f"{line.get('evaluation')}_{line.get('mode')}" == name]
+        for stage in (before, after)
+    )
+    return _difference(old, new, "mark")
 
 
-def _asked(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[str]]:
-    own = [line for line in lines if f"{line.get('evaluation')}_{line.get('mode')}" == name]
-    own = [line for line in own if isinstance(line.get("mark"), int | float)]
-    return [float(line["mark"]) for line in own], [str(line.get("prompt")) for line in own]
-
-
-def _difference(before: Sequence[float], after: Sequence[float]) -> Estimate | None:
-    if not before or len(before) != len(after):
+def _difference(before: Sequence[Line], after: Sequence[Line], key: str) -> Estimate | None:
+    """Over the questions that were judged both times. A question is known by its place, its mode, and its prompt where
+    that is kept."""
+    asked_before, asked_after = ([(line.get("mode"), line.get("prompt")) for line in some] for some in (before, after))
+    if asked_before != asked_after:
         return None
-    found: Paired = paired(before, after)
+    both = [(_mark(old, key), _mark(new, key)) for old, new in zip(before, after)]
+    judged = [(old, new) for old, new in both if old is not None and new is not None]
+    if not judged:
+        return None
+    found: Paired = paired(*zip(*judged))
     return Estimate(found.difference, found.low, found.high, found.n)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from qwen3f.finite import as_finite
+from qwen3f.report.names import plain
+
 MOST_LINES = 5000  # that are parsed evenly from all, and as many again of those with evaluations
 _BLOCK = 2**24
+_LAST_STEP = 2**53  # a float tells no later ones apart
 _EVALUATED = (b'"val_', b'"answers_', b'"bench_')  # the names that evaluations begin with in the stages here
 
 
@@ -110,11 +113,11 @@ def _series(lines: list[bytes], count: int) -> Metrics:
             own_steps, own_values = steps.setdefault(name, []), values.setdefault(name, [])
             while own_steps and own_steps[-1] >= step:  # a run that went back says it anew
                 own_steps.pop(), own_values.pop()
-            if value is None or not math.isfinite(value):
+            if (number := as_finite(value)) is None:
                 missing[name] = missing.get(name, 0) + 1
             else:
                 own_steps.append(step)
-                own_values.append(float(value))
+                own_values.append(number)
     series = {name: Series(tuple(steps[name]), tuple(values[name]), missing.get(name, 0)) for name in steps}
     return Metrics(series, count, len(lines), broken)
 
@@ -122,8 +125,8 @@ def _series(lines: list[bytes], count: int) -> Metrics:
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
         found = json.loads(line)
-        if isinstance(found, dict) and type(found.get("step")) is int:
-            return {str(name): value for name, value in found.items()}
+        if isinstance(found, dict) and type(found.get("step")) is int and 0 <= found["step"] <= _LAST_STEP:
+            return {plain(name): value for name, value in found.items()}
     except (ValueError, RecursionError):
         pass
     return None

@@ -48,6 +48,11 @@ def _known(base: str, stage: str) -> Meaning | None:
     return METRICS.get(f"{stage}:{base}") or METRICS.get(base)
 
 
+def plain(name: object) -> str:
+    """As a text that can be written; of one that is no Unicode, such as half of a pair of surrogates, a mark stays."""
+    return str(name).encode(errors="replace").decode()
+
+
 PURPOSES = {
     "sft": "Fine-tuning: the model learns to answer questions from worked examples.",
     "reward_model": "A reward model: it learns to score answers from pairs of a better and a worse one.",

@@ -4,6 +4,7 @@ import base64
 import functools
 import itertools
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from markupsafe import Markup, escape
 
 from qwen3f.report import charts, details, draw, names, overview, texts, words
 from qwen3f.report.data import Report, Run, Stage
+from qwen3f.report.tried import T, tried
 
 TEMPLATES = Path(__file__).parent / "templates"
 _DONE = {"done": "done", "running": "running", "waiting": "waiting", "failed": "failed", "skipped": "skipped",
@@ -22,16 +24,18 @@ def render(report: Report) -> str:
     page = _environment().get_template("report.html.j2")
     numbers = itertools.count(1)
     stages = [_stage(report, stage, place) for place, stage in enumerate(report.stages)]
+    problems = list(report.problems)
+    overviews = tried(problems, "The comparison of stages cannot be shown", lambda: _overviews(report), [])
     return page.render(
         report=report,
         title=report.title,
         lead=_lead(report),
         facts=_facts(report),
-        overviews=_overviews(report),
+        overviews=overviews,
         stages=stages,
         figure_id=lambda svg: Markup(draw.named(svg, f"figure{next(numbers)}")),
         style=Markup((TEMPLATES / "style.css").read_text()),
-        problems=report.problems,
+        problems=problems,
     )
 
 
@@ -104,9 +108,11 @@ def _overviews(report: Report) -> list[dict[str, Any]]:
 
 
 def _stage(report: Report, stage: Stage, place: int) -> dict[str, Any]:
-    run = stage.run
-    found = details.experts(run)
-    experts = _figure(found) if found else None
+    run, problems = stage.run, list(stage.run.problems)
+
+    def shown(what: str, make: Callable[[], T], otherwise: T) -> T:
+        return tried(problems, f"{what} cannot be shown", make, otherwise)
+
     return {
         "id": f"stage-{place + 1}",
         "number": place + 1,
@@ -122,17 +128,18 @@ def _stage(report: Report, stage: Stage, place: int) -> dict[str, Any]:
         "results": _results(stage),
         "verdict": _verdict(report, stage),
         "before_words": f"step {stage.before_step:,}" if stage.before_step else "before",
-        "quality": [_figure(chart) for chart in charts.charts_of(run, "quality")] + ([experts] if experts else []),
-        "cost": [_figure(chart) for chart in charts.charts_of(run, "cost")],
-        "exchanges": texts.exchanges(run) + _of_pipeline(report, stage),
-        "rollouts": texts.rollouts(run),
+        "quality": shown("How it learnt", lambda: _figures(run, "quality"), [])
+        + shown("Experts", lambda: [_figure(chart) for chart in details.experts(run)], []),
+        "cost": shown("What it cost", lambda: _figures(run, "cost"), []),
+        "exchanges": shown("What it says", lambda: texts.exchanges(run) + _of_pipeline(report, stage), []),
+        "rollouts": shown("What it tried", lambda: texts.rollouts(run), []),
         "data": details.data_lines(run),
         "lost": details.lost_lines(run),
-        "mesh": details.mesh(run),
+        "mesh": shown("The mesh", lambda: details.mesh(run), ""),
         "pictures": [(title, _data_uri(png)) for title, png in run.pictures.items() if png],
-        "tables": _tables(stage),
-        "problems": run.problems,
+        "tables": _tables(stage, shown),
         "read": _read(run),
+        "problems": problems,  # to which the others add
     }
 
 
@@ -158,6 +165,10 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".") if text else ""
 
 
+def _figures(run: Run, part: str) -> list[dict[str, Any]]:
+    return [_figure(chart) for chart in charts.charts_of(run, part)]
+
+
 def _figure(chart: charts.Chart) -> dict[str, Any]:
     return {"title": chart.title, "svg": draw.svg(chart), "caption": chart.caption}
 
@@ -169,7 +180,7 @@ def _data_uri(png: bytes) -> str:
 def _origin(stage: Stage) -> str:
     if not stage.origin:
         return "from nothing"
-    *_, place, folder, last = ("", "", *Path(stage.origin).parts)
+    *_, place, folder, last = ("", "", *(Path(stage.origin).parts or (stage.origin,)))
     return f"from {place}, step {last}" if folder == "checkpoints" else f"from {last}"
 
 
@@ -198,16 +209,21 @@ def _verdict(report: Report, stage: Stage) -> str:
     sized = [name for name in changes if _has_intervals(stage, name)]
     told = sized or list(changes)
     gains, losses = (
-        [_title(stage, n) for n in stage.after if n in told and changes[n] == what] for what in ("gain", "loss")
+        _titles(stage, [n for n in stage.after if n in told and changes[n] == what]) for what in ("gain", "loss")
     )
     since = f"since step {stage.before_step:,}" if stage.before_step else "by this stage"
     if gains and not losses:
-        return f"Better {since}: {', '.join(gains)}."
+        return f"Better {since}: {gains}."
     if losses and not gains:
-        return f"Worse {since}: {', '.join(losses)}."
+        return f"Worse {since}: {losses}."
     if gains:
-        return f"Better {since}: {', '.join(gains)}. Worse: {', '.join(losses)}."
-    return f"No gain {since} that this number of questions can show: the interval of the difference includes zero."
+        return f"Better {since}: {gains}. Worse: {losses}."
+    if sized:
+        return f"No gain {since} that this number of questions can show: the interval of the difference includes zero."
+    changed = [name for name in stage.after if name in told and stage.before[name].value != stage.after[name].value]
+    if changed:
+        return f"Changed {since}, without an interval that could call it a gain or a loss: {_titles(stage, changed)}."
+    return f"Unchanged {since}: {_titles(stage, [name for name in stage.after if name in told])}."
 
 
 def _change(stage: Stage, name: str) -> str:
@@ -219,25 +235,26 @@ def _has_intervals(stage: Stage, name: str) -> bool:
     return name in stage.differences or (stage.before[name].has_interval and stage.after[name].has_interval)
 
 
-def _title(stage: Stage, name: str) -> str:
-    meaning = names.find(name, stage.run.kind)
-    return meaning.title if meaning else name
+def _titles(stage: Stage, logged: Sequence[str]) -> str:
+    found = ((names.find(name, stage.run.kind), name) for name in logged)
+    return ", ".join(meaning.title if meaning else name for meaning, name in found)
 
 
-def _tables(stage: Stage) -> list[tuple[str, details.Table]]:
-    run = stage.run
+def _tables(stage: Stage, shown: Callable[..., Any]) -> list[tuple[str, details.Table]]:
+    """shown: as `_stage` has it."""
     changed = tuple((f"--config.{key}", str(value)) for key, value in stage.overrides.items())
-    found = {
-        "Benchmarks": details.results(run),
-        "Answers sampled": details.counts(run),
-        "Results by kind of question": details.groups(run),
-        "Every logged number": details.every_number(run) if run.metrics.series else None,
-        "What the pipeline sets": details.Table(("key", "value"), changed) if changed else None,
-        "Configuration": details.changed_keys(run),
-        "Mesh and placement of parameters": details.placement(run),
-        "Machine, versions, time": details.machine(run),
+    made: dict[str, Callable[[Run], details.Table | None]] = {
+        "Benchmarks": details.results,
+        "Answers sampled": details.counts,
+        "Results by kind of question": details.groups,
+        "Every logged number": details.every_number,
+        "What the pipeline sets": lambda _: details.Table(("key", "value"), changed),
+        "Configuration": details.changed_keys,
+        "Mesh and placement of parameters": details.placement,
+        "Machine, versions, time": details.machine,
     }
-    return [(title, table) for title, table in found.items() if table and table.rows]
+    found = [(title, shown(title, functools.partial(make, stage.run), None)) for title, make in made.items()]
+    return [(title, table) for title, table in found if table and table.rows]
 
 
 def _read(run: Run) -> str:

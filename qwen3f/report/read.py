@@ -7,22 +7,23 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from qwen3f.errors import UserError
-from qwen3f.files import is_file, read_bounded
+from qwen3f.files import is_directory, is_file, read_bounded
+from qwen3f.finite import as_finite
 from qwen3f.report.asked import read_asked, read_pictures, results_table
 from qwen3f.report.data import Measure, Report, Run, Stage, Texts
 from qwen3f.report.marks import difference_in_run, difference_of_stages, measure
 from qwen3f.report.metrics_file import NO_METRICS, read_metrics
-from qwen3f.report.names import purpose_of
+from qwen3f.report.names import plain, purpose_of
+from qwen3f.report.tried import T, tried
 from qwen3f.strict_json import read_object
 
 PIPELINE = "pipeline.json"
 _PICTURES = {"The mesh": "mesh.png", "The pipeline's time": "timeline.png"}
 _MOST_PICTURE = 2**19  # bytes of one, or the page grows too large
 _MOST_TEXTS = 2**25  # bytes of a file of samples
-T = TypeVar("T")
 
 
 def read(workdir: Path) -> Report:
@@ -38,7 +39,7 @@ def read(workdir: Path) -> Report:
         raise UserError(
             f"{workdir} holds neither {PIPELINE} nor a run's config.json and metrics.jsonl; give the --workdir of a run"
         )
-    return Report(workdir.absolute().name, (_single(workdir),), written=now)
+    return Report(plain(workdir.absolute().name), (_single(workdir),), written=now)
 
 
 def read_run(workdir: Path) -> Run:
@@ -46,38 +47,35 @@ def read_run(workdir: Path) -> Run:
     if not os.access(workdir, os.R_OK | os.X_OK):
         return Run(problems=(f"{workdir.name} cannot be read: it gives no access.",))
 
-    def tried(what: str, read: Callable[[], T], otherwise: T) -> T:
-        try:
-            return read()
-        except (OSError, UserError, ValueError) as error:
-            problems.append(f"{what} cannot be read: {error}")
-            return otherwise
+    def read_file(name: str, read: Callable[[], T], otherwise: T) -> T:
+        return tried(problems, f"{name} cannot be read", read, otherwise)
 
     def there(name: str) -> Mapping[str, Any]:
-        return tried(name, lambda: read_object(workdir / name), {}) if (workdir / name).exists() else {}
+        return read_file(name, lambda: read_object(workdir / name), {}) if (workdir / name).exists() else {}
 
     config, record = there("config.json"), there("run.json")
     results = tuple((name, _measure(one)) for name, one in results_table(workdir))
     counts = there("rejection_summary.json").get("counts")
     if not (config or results or counts):
         problems.append("There is no config.json, so the configuration is not shown.")
-    metrics = tried("metrics.jsonl", lambda: read_metrics(workdir / "metrics.jsonl"), NO_METRICS)
+    metrics = read_file("metrics.jsonl", lambda: read_metrics(workdir / "metrics.jsonl"), NO_METRICS)
     if metrics.broken:
         problems.append(f"{metrics.broken:,} lines of metrics.jsonl are no JSON object with a step; they are left out.")
     answers = [
-        tried(path.name, lambda path=path: _texts(path), Texts(0, ()))
+        read_file(path.name, lambda path=path: _texts(path), Texts(0, ()))
         for path in _numbered(workdir / "answers")
         if _step(path) <= metrics.last_step
     ]
     files = _numbered(workdir / "samples")
     samples = [
-        tried(path.name, lambda path=path: _texts(path), Texts(0, ())) for path in dict.fromkeys(files[:1] + files[-1:])
+        read_file(path.name, lambda path=path: _texts(path), Texts(0, ()))
+        for path in dict.fromkeys(files[:1] + files[-1:])
     ]
     pictures = {}
     for title, name in _PICTURES.items():
         path = workdir / "plan" / name
         if is_file(path) and path.stat().st_size <= _MOST_PICTURE:
-            pictures[title] = tried(name, path.read_bytes, b"")
+            pictures[title] = read_file(name, path.read_bytes, b"")
     return Run(
         config, record, metrics, tuple(answers), tuple(samples), pictures, results,
         counts if isinstance(counts, dict) else {}, tuple(problems),
@@ -119,7 +117,7 @@ def _single(workdir: Path) -> Stage:
     sessions = _sessions(run.record)
     before, after = _measures(run, first) if first < last else {}, _measures(run, last)
     return Stage(
-        name=run.kind or workdir.absolute().name,
+        name=plain(run.kind or workdir.absolute().name),
         purpose=purpose_of(run.config),
         run=run,
         before=before,
@@ -157,11 +155,11 @@ def _measures(run: Run, step: int) -> dict[str, Measure]:
 def _pipeline(workdir: Path, told: Mapping[str, Any], now: str) -> Report:
     listed = told.get("stages")
     stages = [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
-    measured = {str(one.get("name")): _told(one.get("measures")) for one in stages}
+    measured = {plain(one.get("name")): _told(one.get("measures")) for one in stages}
     read = [_stage(workdir, one, measured) for one in stages]
     by_name = {stage.name: stage for stage in read}
     return Report(
-        title=workdir.absolute().name,
+        title=plain(workdir.absolute().name),
         stages=tuple(_compared(stage, by_name.get(stage.origin)) for stage in read),
         pipeline=True,
         preset=str(told.get("preset") or ""),
@@ -175,13 +173,13 @@ def _pipeline(workdir: Path, told: Mapping[str, Any], now: str) -> Report:
 
 def _stage(workdir: Path, told: Mapping[str, Any], measured: Mapping[str, Mapping[str, Measure]]) -> Stage:
     place = workdir / str(told.get("workdir") or "")
-    inside = place != workdir and place.resolve().is_relative_to(workdir.resolve()) and place.is_dir()
+    inside = is_directory(place) and place != workdir and place.resolve().is_relative_to(workdir.resolve())
     run = read_run(place) if inside else Run()
-    origin = str(told.get("from") or "")
+    origin = plain(told.get("from") or "")
     overrides = told.get("overrides")
     trains = not (run.results or run.counts) or bool(run.metrics.lines)  # an evaluation changes nothing
     return Stage(
-        name=str(told.get("name") or "?"),
+        name=plain(told.get("name") or "?"),
         purpose=str(told.get("purpose") or purpose_of(run.config)),
         run=run,
         before=measured.get(origin, {}) if trains else {},
@@ -220,6 +218,5 @@ def _measure(told: Mapping[str, Any]) -> Measure:
 
 def number(value: object, otherwise: float) -> float:
     """A JSON value as a finite number; `otherwise` for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return otherwise
-    return float(value)
+    found = as_finite(value)
+    return otherwise if found is None else found

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen3f.finite import as_finite
 from qwen3f.report.data import Run
 from qwen3f.report.words import figure
 
@@ -106,8 +107,7 @@ def rollouts(run: Run) -> list[Exchange]:
 
 
 def _reward(line: Mapping[str, Any]) -> float:
-    value = line.get("reward")
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+    return as_finite(line.get("reward")) or 0.0
 
 
 def _best(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -135,10 +135,9 @@ _BASE64 = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=
 
 def _reply(line: Mapping[str, Any], when: str, judged: str = "mark") -> Reply:
     thought, text = apart(line["text"])
-    mark = line.get(judged)
-    said = ""
-    if isinstance(mark, int | float) and not isinstance(mark, bool):
-        said = f"reward {figure(float(mark))}" if judged == "reward" else "right" if mark == 1 else "wrong"
+    mark, said = as_finite(line.get(judged)), ""
+    if mark is not None:
+        said = f"reward {figure(mark)}" if judged == "reward" else "right" if mark == 1 else "wrong"
     note = "" if line.get("ended", True) else "cut off at the limit"
     return Reply(when, _cut(thought), _cut(text), said, note)
 

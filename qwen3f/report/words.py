@@ -18,7 +18,7 @@ def figure(value: float, unit: str = "") -> str:
         text = f"{100 * value:.1f}%"
     elif value == int(value) and abs(value) < 1e15:
         text = f"{int(value):,}"
-    elif abs(value) >= 1000:
+    elif 1000 <= abs(value) < 1e15:
         text = f"{value:,.0f}"
     elif abs(value) >= 0.001:
         text = f"{value:.4g}"
@@ -38,7 +38,7 @@ def interval(measure: Measure, unit: str = "") -> str:
 
 def duration(seconds: float) -> str:
     """3 h 12 min, 5 min 20 s, 41 s"""
-    if seconds <= 0:
+    if not 0 < seconds < 1e12:
         return "time not known"
     whole = max(1, round(seconds))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
@@ -52,7 +52,7 @@ def change(before: Measure, after: Measure, meaning: Meaning, paired: Estimate |
 
     paired: the difference, where both are of the same questions; else that of two samples.
     """
-    delta = after.value - before.value
+    delta = paired.value if paired else after.value - before.value
     if not (paired or (before.has_interval and after.has_interval)):
         if meaning.unit == "share":
             return "none", f"{_amount(delta, meaning)}; without an interval"

@@ -29,6 +29,13 @@ def test_what_is_no_finite_number_is_counted_and_no_point_of_a_curve(path):
     assert found.series == {"loss": F.Series((4,), (1.0,), missing=3)}
 
 
+def test_a_number_that_no_float_holds_is_no_finite_one_and_no_step(path):
+    huge = 10**400
+    found = read(path, f'{{"step": 1, "loss": {huge}}}\n{{"step": 2, "loss": 1.5}}\n{{"step": {huge}, "loss": 1.5}}\n')
+    assert found.series == {"loss": F.Series((2,), (1.5,), missing=1)}
+    assert found.broken == 1
+
+
 def test_broken_lines_are_counted(path):
     found = read(
         path, b'{"step": 1, "loss": 1}\nrubbish\n[1]\n{"loss": 1}\n{"step": "2"}\n\xff\xfe\n{"step": 9, "loss": 2}\n'

@@ -9,6 +9,7 @@ import pytest
 
 from qwen3f.errors import UserError
 from qwen3f.report.page import render
+from qwen3f.report.picture import write_picture
 from qwen3f.report.read import read
 from qwen3f.report.write import write_report
 from tests.report.places import HOSTILE, write_lines, write_pipeline, write_run
@@ -148,6 +149,74 @@ def test_a_missing_or_broken_file_is_no_reason_to_fail(tmp_path, gone):
 def test_a_pipeline_that_says_little_has_a_page(tmp_path, told):
     (tmp_path / "pipeline.json").write_text(json.dumps(told))
     page_of(tmp_path)
+
+
+RECORD = {
+    "lines": ["3 documents, 1 dropped"], "sessions": [{"start": 0, "step": 30, "seconds": 9.5}],
+    "command": ["launch.py"], "mesh": {"dp": 2}, "placement": [{"path": "embed", "shape": [8], "cuts": {"dp": 0}}],
+    "expert_load": {"step": 30, "shares": [[0.25, 0.75]]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, section", [
+    ({}, ""), ({"command": None}, "Machine"), ({"sessions": [{"seconds": None}]}, "Machine"),
+    ({"peak_flops": "x"}, "Machine"), ({"machine": {"card": "H200", "card_memory": None}}, "Machine"),
+    ({"placement": -1}, "Mesh and placement"), ({"placement": [{"cuts": [1]}]}, "Mesh and placement"),
+    ({"mesh": {"dp": [2]}}, ""), ({"mesh": {"dp": "x", "tp": "y"}}, "The mesh"),
+    ({"expert_load": {"step": None, "shares": [[1.0]]}}, "Experts"), ({"expert_load": {"shares": [["a"]]}}, "Experts"),
+    ({"expert_load": {"shares": [[1e308, 1e308]]}}, "Experts"),
+])  # fmt: skip
+def test_a_damaged_record_costs_one_section_and_that_is_said(tmp_path, damage, section):
+    run = write_run(tmp_path / "W")
+    (run / "run.json").write_text(json.dumps(RECORD | damage))
+    text = page_of(run).text
+    assert "3 documents, 1 dropped" in text
+    said = re.findall(r"([\w ,]+) cannot be shown: ", text)
+    assert len(said) == bool(section)
+    assert all(section in one for one in said)
+
+
+@pytest.mark.parametrize("damage", [
+    {"workdir": "01_W\0"}, {"workdir": "x" * 5000}, {"name": "\ud800 $a$b$"}, {"from": "."}, {"seconds": 1e308},
+    {"measures": {"reasoning_thinking": {"value": 1e308, "low": 0, "high": 1e308, "n": 10**400}}},
+])  # fmt: skip
+def test_a_damaged_pipeline_has_a_page_and_a_picture(tmp_path, damage):
+    place = write_pipeline(tmp_path / "P", [write_run(tmp_path / name) for name in "VW"])
+    told = json.loads((place / "pipeline.json").read_text())
+    told["stages"][0] |= damage
+    (place / "pipeline.json").write_text(json.dumps(told))
+    page = page_of(place)
+    assert "2. W" in page.text
+    assert "cannot be shown" not in page.text
+    assert write_picture(place, tmp_path / "x.svg").stat().st_size
+
+
+@pytest.mark.parametrize("key, values", [
+    ("loss", (1.0, 1.7e308)), ("loss", (-1.7e308, 1.7e308)), ("grad_norm", (1e308, 1.0)), ("reward/$a$b$", (1.0, 2.0)),
+    ("val_accuracy", (1e308, 0.5)), ("loss", (10**400, 1.0)),
+])  # fmt: skip
+def test_any_numbers_and_names_are_drawn(tmp_path, key, values):
+    run = write_run(tmp_path / "W", stage="grpo")
+    write_lines(run / "metrics.jsonl", [{"step": step, key: value} for step, value in enumerate(values, 1)])
+    text = page_of(run).text
+    assert "cannot be shown" not in text
+
+
+def verdict_of(run):
+    return re.search(r'<p class="verdict">(.*?)</p>', write_report(run).read_text())[1]
+
+
+@pytest.mark.parametrize("stage, key, values, words", [
+    ("grpo", "val_accuracy", (0.1, 0.9), "Changed since step 1, without an interval that could call it a gain "
+                                         "or a loss: right answers."),
+    ("dpo_online", "val_wins", (0.5, 0.75), "Changed since step 1, without an interval"),
+    ("pretrain", "val_loss", (2.5, 2.5), "Unchanged since step 1: held-out loss."),
+    ("pretrain", "val_loss", (2.5, 2.0), "Better since step 1: held-out loss."),
+])  # fmt: skip
+def test_where_nothing_has_an_interval_none_is_spoken_of(tmp_path, stage, key, values, words):
+    run = write_run(tmp_path / "W", stage=stage)
+    write_lines(run / "metrics.jsonl", [{"step": step, key: value} for step, value in enumerate(values, 1)])
+    assert verdict_of(run).startswith(words)
 
 
 def test_a_directory_of_nothing_is_refused(tmp_path):

@@ -49,7 +49,8 @@ def test_a_loss_is_better_when_it_is_lower():
 
 @pytest.mark.parametrize("value, unit, text", [
     (0.4125, "share", "41.2%"), (1234567.0, "", "1,234,567"), (1234.5, "", "1,234"), (-2.5, "", "−2.5"),
-    (2e-5, "", "2e−5"), (0.0, "", "0"), (-1.234e-7, "", "−1.23e−7"), (math.inf, "", "no number"),
+    (2e-5, "", "2e−5"), (0.0, "", "0"), (-1.234e-7, "", "−1.23e−7"), (1.7e308, "", "1.7e+308"),
+    (math.inf, "", "no number"),
 ])  # fmt: skip
 def test_figures(value, unit, text):
     assert words.figure(value, unit) == text
@@ -57,7 +58,7 @@ def test_figures(value, unit, text):
 
 @pytest.mark.parametrize("seconds, text", [
     (0, "time not known"), (0.2, "1 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"),
-    (3600, "1 h 0 min"), (90061, "25 h 1 min"),
+    (3600, "1 h 0 min"), (90061, "25 h 1 min"), (1e308, "time not known"), (math.inf, "time not known"),
 ])  # fmt: skip
 def test_durations(seconds, text):
     assert words.duration(seconds) == text
