@@ -63,9 +63,11 @@ def _rating(annotations: Any, where: str) -> float | None:
             continue
         try:
             number = float(written)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = 0.0
         if not 1 <= number <= 5:
-            raise RowFault("invalid_rows", f"{where} has the {aspect} Rating {written!r}: write '1' to '5' or 'N/A'.")
+            raise RowFault(
+                "invalid_rows", f"{where} has the {aspect} Rating {written!r:.80}: write '1' to '5' or 'N/A'."
+            )
         numbers.append(number)
     return sum(numbers) / len(numbers) if numbers else None

@@ -38,7 +38,7 @@ def hub_rows(dataset: HubDataset, split: str, streaming: bool) -> Iterator[Row |
         for values in zip(*batch.values()):
             number += 1
             row = Row(dict(zip(batch, values)), f"{where}:{number}")
-            yield columns.missing_in(row.values, row.name) or row
+            yield columns.wrong_in(row.values, row.name) or row
 
 
 def _load(dataset: HubDataset, split: str, streaming: bool) -> Any:

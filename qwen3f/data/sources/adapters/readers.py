@@ -94,7 +94,7 @@ def _parsed(line: bytes, name: str, columns: Columns) -> Row | BadRow:
 def _record(value: object, name: str, columns: Columns) -> Row | BadRow:
     if not isinstance(value, dict):
         return BadRow("invalid_rows", f"{name} is a JSON {type(value).__name__}: write an object with the columns.")
-    return columns.missing_in(value, name) or Row(value, name)
+    return columns.wrong_in(value, name) or Row(value, name)
 
 
 def _read_list(path: Path, columns: Columns) -> Rows:

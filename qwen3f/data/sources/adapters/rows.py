@@ -82,9 +82,13 @@ class Columns(NamedTuple):
     optional: Sequence[str] = ()
     advice: str = "name the right data set, or rename the column"
 
-    def missing_in(self, found: Iterable[str], where: str) -> BadRow | None:
-        """What is wrong if `found`, the columns of a row or of a file, lack needed ones."""
+    def wrong_in(self, found: Iterable[str], where: str) -> BadRow | None:
+        """What is wrong if `found`, the columns of a row or of a file, lack needed ones or have a wanted one twice."""
         there = list(found)
+        if twice := [column for column in (*self.needed, *self.optional) if there.count(column) > 1]:
+            return BadRow(
+                "broken_files", f"{where} has the column {twice[0]!r} {there.count(twice[0])} times: write it once."
+            )
         missing = [column for column in self.needed if column not in there]
         if not missing:
             return None

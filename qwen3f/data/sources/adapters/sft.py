@@ -63,11 +63,10 @@ def turns(row: Row, column: str, role_key: str, text_key: str, roles: Mapping[st
     chat = []
     for i, turn in enumerate(list_of_dicts(row, column)):
         where = f"{row.name}, turn {i + 1} of {column!r},"
-        role = roles.get(turn.get(role_key))
+        written = turn.get(role_key)
+        role = roles.get(written) if isinstance(written, str) else None
         if role is None:
-            raise RowFault(
-                "invalid_rows", f"{where} has {role_key}={turn.get(role_key)!r}: write one of {', '.join(roles)}."
-            )
+            raise RowFault("invalid_rows", f"{where} has {role_key}={written!r:.80}: write one of {', '.join(roles)}.")
         content = check_text(turn.get(text_key), where, text_key, may_be_empty=role == "system")
         if content.strip():
             chat.append({"role": role, "content": content})

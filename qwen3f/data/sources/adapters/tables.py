@@ -17,6 +17,7 @@ _BATCH_ROWS = 64  # books have half a megabyte a row
 _BATCH_BYTES = 2**28  # however few rows that are
 _ROW_BYTES = 64  # that the smallest row takes
 _VALUE_BYTES = 8
+_UNREADABLE = (ValueError, OverflowError, KeyError)  # of values that Python cannot hold, such as the year 290000
 
 
 def parquet_rows(path: Path, columns: Columns) -> Rows:
@@ -24,8 +25,8 @@ def parquet_rows(path: Path, columns: Columns) -> Rows:
     growth, number = Growth(path), 0
     with pyarrow.parquet.ParquetFile(path) as file:
         found = file.schema_arrow.names
-        if missing := columns.missing_in(found, str(path)):
-            yield missing
+        if wrong := columns.wrong_in(found, str(path)):
+            yield wrong
             return
         wanted = [column for column in (*columns.needed, *columns.optional) if column in found]
         largest = max(_row_groups(file.metadata, wanted), default=0)
@@ -56,8 +57,8 @@ def arrow_rows(path: Path, columns: Columns) -> Rows:
     with pyarrow.OSFile(str(path)) as file:
         for table in _arrow_batches(file):
             found = table.schema.names
-            if missing := columns.missing_in(found, str(path)):
-                yield missing
+            if wrong := columns.wrong_in(found, str(path)):
+                yield wrong
                 return
             table = table.select([column for column in (*columns.needed, *columns.optional) if column in found])
             size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, table.nbytes)))
@@ -81,7 +82,7 @@ def _table_rows(batch: pyarrow.RecordBatch, path: Path, before: int, growth: Gro
     """Rows of a batch; `before` rows of the file precede it."""
     try:
         values: list[dict[str, Any] | BadRow] = list(batch.to_pylist())
-    except UnicodeDecodeError:
+    except _UNREADABLE:
         values = [_one_row(batch.slice(i, 1), f"{path}:{before + i + 1}") for i in range(len(batch))]
     for i, value in enumerate(values):
         if isinstance(value, BadRow):
@@ -96,3 +97,5 @@ def _one_row(batch: pyarrow.RecordBatch, name: str) -> dict[str, Any] | BadRow:
         return batch.to_pylist()[0]
     except UnicodeDecodeError as error:
         return BadRow("invalid_rows", f"{name} is not UTF-8 at byte {error.start} of a text: write it as UTF-8.")
+    except _UNREADABLE as error:
+        return BadRow("invalid_rows", f"{name} holds a value that cannot be read ({error}): write another.")

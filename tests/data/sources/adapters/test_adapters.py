@@ -205,6 +205,11 @@ def _set(name, index=0, **values):
             _set("ultrachat", messages=[_user("a"), {"role": "bot", "content": "b"}]),
             "f.jsonl:3, turn 2 of 'messages', has role='bot': write one of system, user, assistant",
         ),
+        (
+            sft.ultrachat,
+            _set("ultrachat", messages=[{"role": ["user"], "content": "b"}]),
+            r"f.jsonl:3, turn 1 of 'messages', has role=\['user'\]: write one of",
+        ),
         (sft.ultrachat, _set("ultrachat", messages=[_user(None)]), "turn 1 of 'messages', has null under 'content'"),
         (
             sft.openhermes_2_5,
@@ -222,6 +227,11 @@ def _set(name, index=0, **values):
             dpo.ultrafeedback,
             _set("ultrafeedback", completions=[{"response": "a", "annotations": {"honesty": {"Rating": "9"}}}]),
             "completion 1, has the honesty Rating '9': write '1' to '5'",
+        ),
+        (
+            dpo.ultrafeedback,
+            _set("ultrafeedback", completions=[{"response": "a", "annotations": {"honesty": {"Rating": 10**400}}}]),
+            "completion 1, has the honesty Rating 1000",
         ),
         (
             dpo.ultrafeedback,

@@ -168,6 +168,25 @@ def _lines(*lines):
     return lambda path: path.write_bytes(b"\n".join(lines) + b"\n")
 
 
+def _table(path, names, *columns):
+    """A parquet or an arrow file."""
+    table = pyarrow.Table.from_arrays(list(columns), names)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+
+
+def _twice(path):
+    _table(path, ["text", "text"], pyarrow.array(["first"]), pyarrow.array(["second"]))
+
+
+def _far(value, kind):
+    whole = pyarrow.int32() if kind == pyarrow.date32() else pyarrow.int64()
+    return lambda path: _table(path, ["text"], pyarrow.array([value], whole).view(kind))
+
+
 FINE = b'{"text": "fine"}'
 DAMAGE = {
     "a parquet file cut off": (
@@ -250,6 +269,20 @@ DAMAGE = {
         "x.jsonl",
         _lines(FINE, b'{"text": "\xe9"}', FINE),
         "x.jsonl:2 is not UTF-8 at byte 10 of the line",
+        {"invalid_rows": 1},
+    ),
+    "a parquet column twice": ("x.parquet", _twice, "x.parquet has the column 'text' 2 times", {"broken_files": 1}),
+    "an arrow column twice": ("x.arrow", _twice, "x.arrow has the column 'text' 2 times", {"broken_files": 1}),
+    "a day that is none of Python's": (
+        "x.parquet",
+        _far(2**30, pyarrow.date32()),
+        r"x.parquet:1 holds a value that cannot be read \(",
+        {"invalid_rows": 1},
+    ),
+    "a time that is none of Python's": (
+        "x.arrow",
+        _far(2**60, pyarrow.timestamp("s")),
+        r"x.arrow:1 holds a value that cannot be read \(",
         {"invalid_rows": 1},
     ),
     "a text that is not UTF-8": ("x.parquet", _bad_utf8, "x.parquet:2 is not UTF-8 at byte 2", {"invalid_rows": 1}),
