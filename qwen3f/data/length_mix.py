@@ -70,7 +70,7 @@ def parse_length_mix(text: str) -> dict[str, float]:
     """Share by class of "long=0.75,medium=0.25"; {} for "". Raises UserError for an unknown class or a bad share."""
     if not text:
         return {}
-    shares = dict(parse_weights(text))
+    shares = dict(parse_weights(text, "--config.data.length_mix"))
     for name in shares:
         if name not in CLASSES:
             raise UserError(f"data.length_mix={text!r} names {name!r}: write classes of {', '.join(CLASSES)}.")

@@ -26,6 +26,8 @@ from qwen3f.data.sampler import example_index
 from qwen3f.errors import UserError
 
 CYCLE = 10_000  # shares are exact to this fraction
+MIXTURE, _CAPS = "--config.data.mixture", "--config.data.max_epochs"
+_MOST = 2**40  # examples of a dataset that a cap allows: more than any run reads, and places stay below 2^63
 
 Part = PackedDataset | BestFitDataset | PairDataset
 
@@ -89,8 +91,8 @@ class Mixture:
         phases, total = _phases(self.weights, self.caps, seed)
         if total is not None and places.size and places.max() >= total:
             raise UserError(
-                f"data.max_epochs leaves {total} examples and example {places.max()} is asked for: raise it, lower "
-                "steps, or give more text."
+                f"{_CAPS} leaves {total} examples and example {places.max()} is asked for: raise it, "
+                "lower steps, or give more text."
             )
         offsets = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
         out = np.empty(places.shape, np.int64)
@@ -114,6 +116,7 @@ def make_mixture(
     weights: Sequence[float],
     *,
     max_epochs: Sequence[float | None] | None = None,
+    flag: str = MIXTURE,
 ) -> Mixture:
     """A mixture in which dataset i has the share weights[i] / Σ weights of the examples, rounded to 1/CYCLE.
 
@@ -121,18 +124,19 @@ def make_mixture(
         parts: the datasets.
         weights: positive and finite, as parse_weights gives them.
         max_epochs: of each dataset, None for no limit; a fraction of an epoch is rounded down to examples.
+        flag: what the weights were written for, for the message.
 
     Raises UserError for a weight of less than a whole place of a cycle, or a cap that leaves no example.
     """
     caps = []
     for part, epochs in zip(parts, max_epochs or [None] * len(parts)):
-        caps.append(None if epochs is None else int(epochs * len(part)))
+        caps.append(None if epochs is None else int(min(epochs * len(part), _MOST)))
         if caps[-1] == 0:
-            raise UserError(f"data.max_epochs={epochs} leaves none of {len(part)} examples: raise it.")
+            raise UserError(f"{_CAPS}={epochs} leaves none of {len(part)} examples: raise it.")
     mixture = Mixture(tuple(parts), tuple(map(float, weights)), tuple(caps))
     # Less than a whole place may be rounded up now, and down to none when the rest is shared anew.
     if (small := min(weights)) / sum(weights) < 1 / CYCLE:
-        raise UserError(f"data.mixture has the weight {small} of {sum(weights)}: give at least 1/{CYCLE} of the sum.")
+        raise UserError(f"{flag} has the weight {small} of {sum(weights)}: give at least 1/{CYCLE} of the sum.")
     return mixture
 
 
@@ -184,24 +188,29 @@ def _phases(
     return tuple(phases), start
 
 
-def parse_weights(mixture: str) -> list[tuple[str, float]]:
-    """[(source, weight)]; a weight that is not written is 1.
+def parse_weights(mixture: str, flag: str = MIXTURE) -> list[tuple[str, float]]:
+    """[(source, weight)]; a weight that is not written is 1. flag: what `mixture` was written for, for messages.
 
     A source may be "name@DIR". An equals sign that belongs to the name of a directory that is there is no weight's; a
     directory whose name has a comma goes into data.root.
 
     Raises UserError for an empty piece, a source named twice, or a weight that is not a positive number.
     """
+    return _parse(mixture, flag, "weight")
+
+
+def _parse(mixture: str, flag: str, what: str) -> list[tuple[str, float]]:
     parts = []
     for piece in map(str.strip, mixture.split(",")):
         source, separator, written = piece.rpartition("=")
         if not separator or _is_directory(piece):  # as in …/date=2026
             source, written = piece, "1"
-        parts.append((source, _weight(written, piece)))
+        parts.append((source, _positive(written, f"{flag}: {piece!r} has the {what} {written!r}")))
     names = [source for source, _ in parts]
     if not all(names) or len(set(names)) < len(names):
         raise UserError(
-            f"The mixture {mixture!r} must name one or more different sources, e.g. embedded=0.7,reasoning=0.3."
+            f"{flag}={mixture} must name one or more different ones, with commas between; as in "
+            "embedded=0.7,reasoning=0.3."
         )
     return parts
 
@@ -216,11 +225,11 @@ def parse_caps(text: str, sources: Sequence[str]) -> dict[str, float | None]:
     if not text:
         return caps
     if "=" not in text:
-        return dict.fromkeys(sources, _weight(text, f"data.max_epochs={text}"))
-    for name, cap in parse_weights(text):
+        return dict.fromkeys(sources, _positive(text, f"{_CAPS}={text}"))
+    for name, cap in _parse(text, _CAPS, "number"):
         named = [source for source in sources if name in (source, source.partition("@")[0])]
         if not named:
-            raise UserError(f"data.max_epochs names {name!r}, which is not in the mixture: write {', '.join(sources)}.")
+            raise UserError(f"{_CAPS} names {name!r}, which is not in the mixture: write {', '.join(sources)}.")
         caps |= dict.fromkeys(named, cap)
     return caps
 
@@ -241,14 +250,14 @@ def temper(weights: Mapping[str, float], sizes: Mapping[str, int], temperature: 
     return {name: weight / sum(raised.values()) for name, weight in raised.items()}
 
 
-def _weight(written: str, piece: str) -> float:
+def _positive(written: str, where: str) -> float:
     try:
-        weight = float(written)
+        number = float(written)
     except ValueError:
-        weight = 0.0
-    if not 0 < weight < math.inf:
-        raise UserError(f"{piece!r} has the weight {written!r}: write a positive number, e.g. fineweb=0.7.")
-    return weight
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise UserError(f"{where}: write a positive number, such as 0.7.")
+    return number
 
 
 def _is_directory(source: str) -> bool:

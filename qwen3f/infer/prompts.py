@@ -17,7 +17,7 @@ from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.pictures import Pictures
 from qwen3f.vision.gif import gif_frames
-from qwen3f.vision.preprocess import Grid, image_patches, merged_tokens
+from qwen3f.vision.preprocess import Grid, check_limits, image_patches, merged_tokens, token_side
 from qwen3f.vision.video import video_patches
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -33,7 +33,8 @@ class Shown(NamedTuple):
 
 
 def read_images(paths: str, cfg: ModelConfig, min_pixels: int, max_pixels: int) -> list[Shown]:
-    """paths: with commas between. Raises UserError as read_image."""
+    """paths: with commas between. Raises UserError as read_image, and for limits that no image can keep."""
+    check_limits(token_side(cfg), min_pixels, max_pixels, "--config.")
     found = []
     for path in filter(None, map(str.strip, paths.split(","))):
         patches, grid = image_patches(read_image(Path(path).expanduser()), cfg, min_pixels, max_pixels)

@@ -24,7 +24,7 @@ MODEL = "reward_model"
 
 def parse_rewards(text: str) -> dict[str, float]:
     """Name -> weight of config.rewards. Raises UserError for a reward that does not exist."""
-    weights = dict(parse_weights(text))
+    weights = dict(parse_weights(text, "--config.rewards"))
     for name in weights:
         if name in REWARDS or name == MODEL:
             continue

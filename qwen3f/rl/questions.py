@@ -90,7 +90,9 @@ def ask(
                 f"--config.tasks={name} has no question to train on{reason}; name another task, or raise seq_len"
             )
         parts.append(Numbers(first, len(asked) - first))
-    return Questions(tuple(asked), make_mixture(parts, [weight for *_, weight in tasks]), too_long)
+    return Questions(
+        tuple(asked), make_mixture(parts, [weight for *_, weight in tasks], flag="--config.tasks"), too_long
+    )
 
 
 def first_questions(task: Task, split: Split, count: int) -> tuple[Question, ...]:

@@ -120,7 +120,7 @@ def find_tasks(setup: Setup) -> list[tuple[str, Task, float]]:
     """(name, task, weight) of config.tasks; generated problems of the kinds and difficulties of config.data."""
     data = setup.config.data
     fields = {key: data[key] for key in ("kinds", "difficulties", "problems", "problem_seed")}
-    weights = parse_weights(setup.config.tasks)
+    weights = parse_weights(setup.config.tasks, "--config.tasks")
     problems = generated_problems(ChatDataConfig(**fields), [name for name, _ in weights])
     return [(name, open_text_task(name, "--config.tasks", problems), weight) for name, weight in weights]
 

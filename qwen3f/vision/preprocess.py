@@ -82,11 +82,12 @@ def token_side(cfg: ModelConfig) -> int:
     return cfg.vision_patch_size * cfg.vision_merger_spatial_factor
 
 
-def check_limits(factor: int, min_pixels: int, max_pixels: int) -> None:
+def check_limits(factor: int, min_pixels: int, max_pixels: int, section: str = "") -> None:
+    """Raises UserError for limits that no image can keep. section: before their names on the command line."""
     if not 1 <= min_pixels <= max_pixels or max_pixels < factor**2:
         raise UserError(
-            f"min_pixels={min_pixels} and max_pixels={max_pixels} leave no size for an image: write 1 or more and at "
-            f"least {factor**2}, one token's pixels"
+            f"{section}min_pixels={min_pixels} and {section}max_pixels={max_pixels} leave no size for an image: write "
+            f"1 or more and at least {factor**2}, one token's pixels"
         )
 
 

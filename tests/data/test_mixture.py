@@ -94,10 +94,13 @@ def test_parsing(tmp_path):
         ("embedded", 1.0),
     ]
     for wrong, words in (
-        *((f"embedded={weight}", f"has the weight '{weight}'") for weight in ("much", "0", "-1", "nan", "inf", "")),
+        *(
+            (f"embedded={weight}", rf"^--config\.data\.mixture: .* has the weight '{weight}': write")
+            for weight in ("much", "0", "-1", "nan", "inf", "")
+        ),
         ("", "must name one or more"),
         ("embedded,", "must name one or more"),
-        ("embedded=1,embedded=2", "different sources"),
+        ("embedded=1,embedded=2", "different ones"),
     ):
         with pytest.raises(UserError, match=words):
             parse_weights(wrong)
@@ -190,10 +193,21 @@ def test_caps_written_by_the_user():
     }
     with pytest.raises(UserError, match="names 'fine', which is not in the mixture: write embedded, fineweb@/a/b, rea"):
         parse_caps("fine=2", sources)
-    with pytest.raises(UserError, match="has the weight '0'"):
+    with pytest.raises(UserError, match=r"^--config\.data\.max_epochs=0: write a positive number"):
         parse_caps("0", sources)
+    with pytest.raises(UserError, match=r"^--config\.data\.max_epochs: 'reasoning=x' has the number 'x': write a pos"):
+        parse_caps("reasoning=x", sources)
     with pytest.raises(UserError, match="max_epochs=0.01 leaves none of 3 examples"):
         make_mixture([Part(name=0, length=3)], [1.0], max_epochs=[0.01])
+
+
+@pytest.mark.parametrize("epochs", [1e15, 1e18, 1e308])
+def test_a_cap_that_no_run_reaches_changes_nothing(epochs):
+    parts = [Part(name=0, length=3), Part(name=1, length=5)]
+    free, capped = (make_mixture(parts, [1.0, 2.0], max_epochs=caps) for caps in (None, [epochs, epochs]))
+    places = np.arange(CYCLE)
+    assert (capped.order(places, 1) == free.order(places, 1)).all()
+    assert capped.total(1) > 2**40
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0, 1e9])

@@ -148,6 +148,7 @@ def test_what_cannot_be_shown(source, tmp_path):
     one = picture(tmp_path / "a.png", (64, 48))
     for changes, words in (
         ({"images": str(tmp_path / "none.png")}, "none.png cannot be read"),
+        ({"images": one, "max_pixels": 10}, r"--config.min_pixels=\d+ and --config.max_pixels=10 leave no size"),
         ({"images": one, "chat": False}, "config.chat=True"),
         (
             {"images": one, "prompt": "", "input": str(tmp_path / "rows.jsonl")},

@@ -24,12 +24,12 @@ from qwen3f.data.packing.concat import Example
 from qwen3f.data.sampler import example_index
 from qwen3f.data.sources.adapters.rows import OnBadRow, check_policy
 from qwen3f.data.sources.documents import Split
-from qwen3f.data.sources.images import KINDS
+from qwen3f.data.sources.images import KINDS, check_sides
 from qwen3f.data.sources.reasoning import ReasoningSource
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.vision.mrope import position_ids, visual_index
-from qwen3f.vision.preprocess import Grid, image_grid, image_patches
+from qwen3f.vision.preprocess import Grid, check_limits, image_grid, image_patches, token_side
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,8 @@ def open_source(name: str, data: VisualDataConfig, kind: TemplateKind = HYBRID) 
 
 
 def drawing(data: VisualDataConfig) -> Drawing:
-    """Raises UserError for an unknown kind of picture."""
+    """Raises UserError for an unknown kind of picture, and for sides that it cannot have."""
+    check_sides(data.min_side, data.max_side, "--config.data.")
     kinds = tuple(map(str.strip, data.picture_kinds.split(","))) if data.picture_kinds else KINDS
     if not set(kinds) <= set(KINDS):
         raise UserError(f"--config.data.picture_kinds={data.picture_kinds!r}: write some of {', '.join(KINDS)}")
@@ -233,7 +234,7 @@ def check(data: VisualDataConfig, seq_len: int, cfg: ModelConfig) -> None:
         raise UserError(f"--config.data.patches={data.patches}: give a multiple of {block}, patches of a merged token")
     drawing(data)
     parse_weights(data.mixture)
-    image_grid(100, 100, cfg, data.min_pixels, data.max_pixels)
+    check_limits(token_side(cfg), data.min_pixels, data.max_pixels, "--config.data.")
 
 
 def _document(

@@ -237,7 +237,7 @@ def test_all_turns_are_shown_with_every_answer_marked(base, small_qwen):
         ({"judge": "maths"}, "--config.data.judge=maths: there is no such task; write one of reasoning"),
         ({"mixture": "reasoning=0"}, "has the weight '0'"),
         ({"mixture": "reasoning,reasoning-plain", "root": "x"}, "data.root is the directory of one source"),
-        ({"mixture": "", "root": ""}, "must name one or more different sources"),
+        ({"mixture": "", "root": ""}, "--config.data.mixture= must name one or more different ones"),
     ],
 )
 def test_settings_that_cannot_work(base, small_qwen, changes, message):

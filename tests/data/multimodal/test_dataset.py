@@ -248,6 +248,8 @@ def test_settings_that_cannot_work(tokenizer):
         ({"picture_kinds": "cube"}, "picture_kinds='cube'"),
         ({"mixture": "visual-chats@/nowhere"}, "names no directory"),
         ({"mixture": "llava-instruct-150k"}, "names no directory"),
+        ({"min_side": 10}, "give --config.data.min_side of at least 64, and --config.data.max_side of"),
+        ({"max_pixels": 10}, "--config.data.min_pixels=4096 and --config.data.max_pixels=10 leave no size"),
         ({"turns": "some"}, "data.turns is 'some'"),
         ({"on_bad_row": "hide"}, "on_bad_row is 'hide'"),
     ):

@@ -137,4 +137,4 @@ def list_of_dicts(row: Row, column: str) -> list[Mapping[str, Any]]:
 def check_policy(on_bad_row: str) -> None:
     """Raises UserError for a policy that does not exist."""
     if on_bad_row not in ON_BAD_ROW:
-        raise UserError(f"on_bad_row is {on_bad_row!r}: write 'error' or 'skip'.")
+        raise UserError(f"--config.data.on_bad_row is {on_bad_row!r}: write 'error' or 'skip'.")

@@ -44,6 +44,15 @@ class Picture:
     parameters: str
 
 
+def check_sides(min_side: int, max_side: int, section: str = "") -> None:
+    """Raises UserError for sides of which no picture can be drawn. section: before their names on the command line."""
+    if not SMALLEST_SIDE <= min_side <= max_side:
+        raise UserError(
+            f"Pictures of {min_side} to {max_side} pixels a side cannot be drawn: give {section}min_side of at least "
+            f"{SMALLEST_SIDE}, and {section}max_side of at least that."
+        )
+
+
 def picture(kind: str, seed: int, index: int, min_side: int = 64, max_side: int = 256) -> Picture:
     """The picture number `index` of a kind and a seed; the same in every process.
 
@@ -59,11 +68,7 @@ def picture(kind: str, seed: int, index: int, min_side: int = 64, max_side: int 
     """
     if kind not in _MAKERS:
         raise UserError(f"Unknown kind of picture {kind!r}; there are {', '.join(KINDS)}: write one of these.")
-    if not SMALLEST_SIDE <= min_side <= max_side:
-        raise UserError(
-            f"Pictures of {min_side} to {max_side} pixels a side cannot be drawn: "
-            f"give min_side of at least {SMALLEST_SIDE} and max_side of at least min_side."
-        )
+    check_sides(min_side, max_side)
     draws = Draws("image", kind, seed, index)
     width, height = draws.between(min_side, max_side), draws.between(min_side, max_side)
     sketch = _MAKERS[kind](draws, width, height)
