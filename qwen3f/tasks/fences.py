@@ -2,17 +2,23 @@
 
 import re
 
-TAGS = ("", "python", "py", "python3")  # of a block that may hold Python; "" is none at all
+_PYTHON = re.compile(r"(?:py(?:thon)?[\d.]*)?", re.IGNORECASE)  # the tag of a block that may hold Python; "" is none
 
 # Each part gives nothing back (`*+`), so that no text takes more than a pass over it.
 _FENCED = re.compile(
     r"""
     (?:
-      ^(?P<indent>[ \t]*+)`{3,}+[ \t]*+(?P<tag>[\w+.-]*+)[^\n`]*+   # on a line of its own: words may follow the tag
-      | (?<!`)`{3,}+(?P<behind>[\w+.-]*+)[ \t\r]*+                  # behind other text: "in a ```python block" is none
-    )\n
+      (?P<indent> ^[ \t]*+(?P<quote>(?:>[ \t]*+)++)?+ )(?=[`~])     # on a line of its own, which may be quoted
+      | (?<!`)(?=`)                                                 # behind other text: "in a ```python block" is none
+    )
+    (?P<marks> `{3,}+ | ~{3,}+ )
+    (?(indent)[ \t]*+)(?P<tag>[\w+.-]*+)(?(indent)[^\n`]*+|[ \t\r]*+)\n  # on its own line words may follow the tag
     (?P<body>.*?)
-    (?P<end> ^[ \t]*+`{3,}+ | (?<!`)`{3,}+(?=[ \t\r]*+$) | \Z )     # within a line of code a fence is text
+    (?P<end>
+      ^(?(quote)[ \t>]*+|[ \t]*+)(?P=marks)[`~]*+                   # as many marks as it began with, or more
+      | (?<!`)(?=`)(?P=marks)`*+(?=[ \t\r]*+$)                      # within a line of code a fence is text
+      | \Z
+    )
     | (?<!`)`{3,}+[^`\n]++`{3,}+                                    # begun and ended in one line: no block
     """,
     re.VERBOSE | re.DOTALL | re.MULTILINE,
@@ -20,19 +26,21 @@ _FENCED = re.compile(
 
 
 def python_blocks(text: str, unclosed: bool = False) -> list[str]:
-    """What stands in the blocks whose tag is one of TAGS, in small letters or capitals; in order.
+    """What stands in the blocks without a tag, or with one such as python, py, Python3 or python3.11; in order.
 
-    A fence's indentation is taken from its block's lines. unclosed: whether a last block without an end counts.
+    A fence is three backticks or tildes, or more; what it is quoted or indented by is taken from its block's lines.
+    unclosed: whether a last block without an end counts.
     """
     blocks = []
     for found in _FENCED.finditer(text):
         if found["body"] is None or not (found["end"] or unclosed):
             continue
-        tag = found["behind"] if found["tag"] is None else found["tag"]
-        if tag.lower() in TAGS:
-            blocks.append(_outdented(found["body"], len(found["indent"] or "")))
+        if _PYTHON.fullmatch(found["tag"]):
+            blocks.append(_outdented(found["body"], found["indent"] or ""))
     return blocks
 
 
-def _outdented(body: str, most: int) -> str:
-    return re.sub(rf"^[ \t]{{1,{most}}}", "", body, flags=re.MULTILINE) if most else body
+def _outdented(body: str, indent: str) -> str:
+    *quotes, blanks = indent.split(">")
+    before = rf"(?:[ \t]*>){{1,{len(quotes)}}}" if quotes else ""
+    return re.sub(rf"^{before}[ \t]{{0,{len(blanks)}}}", "", body, flags=re.MULTILINE) if indent else body

@@ -66,6 +66,13 @@ ANSWERS = {
     "no tag": f"```\n{CODE}\n```",
     "no block": CODE,
     "four marks": f"````python\n{CODE}\n````",
+    "six marks": f"``````py\n{CODE}\n``````",
+    "tildes": f"~~~python\n{CODE}\n~~~",
+    "py3": f"```py3\n{CODE}\n```",
+    "a version": f"```Python3.11\n{CODE}\n```",
+    "quoted": "So:\n> " + PYTHON.replace("\n", "\n> ") + "\nDone.",
+    "quoted twice without blanks": ">>" + PYTHON.replace("\n", "\n>>"),
+    "quoted and indented": " >  " + PYTHON.replace("\n", "\n >  "),
     "a fence behind other text": f"Here: ```python\n{CODE} ```\nDone.",
     "in a list": "1. So:\n   " + PYTHON.replace("\n", "\n   "),
     "the question's words": f"I answer in a ```python block.\n{PYTHON}",
@@ -87,6 +94,12 @@ def test_fences_within_a_line_of_code_are_text():
     assert code_of(f"```python\n{code}\n```") == code
 
 
+@pytest.mark.parametrize("fence, within", [("``````", "```"), ("````", "```py"), ("~~~", "```"), ("```", "~~~")])
+def test_a_block_ends_with_the_marks_that_it_began_with(fence, within):
+    code = f'TEXT = """\n{within}\n"""'
+    assert code_of(f"{fence}python\n{code}\n{fence}\nDone.") == code
+
+
 def test_a_block_that_does_not_end_counts_where_that_is_asked_for():
     text = f"```python\na\n```\n```python\n{CODE}"
     assert code_of(text) == "a"
@@ -95,7 +108,8 @@ def test_a_block_that_does_not_end_counts_where_that_is_asked_for():
     assert code_of(f"```python\n{CODE}") == f"```python\n{CODE}"
 
 
-@pytest.mark.parametrize("part", ["`", "```", "``` ", "```a", "```\n ", " \n", "a`", "```a b"])
+@pytest.mark.parametrize("part", ["`", "```", "``` ", "```a", "```\n ", " \n", "a`", "```a b", "~~~", "> ```\n",
+                                  "> \n", ">", "````\n```\n"])  # fmt: skip
 def test_no_text_takes_long(part):
     begun = time.perf_counter()
     for text in (part * 100_000, "```" + part * 100_000, "```python\n" + part * 100_000 + "`"):

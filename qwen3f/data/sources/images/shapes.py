@@ -126,7 +126,8 @@ def _count_shape(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, 
 
 
 def _extreme(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
-    """The one furthest to the left or highest; where that is not clear, other places are drawn."""
+    """The one furthest to the left or highest by the centre of its box, which for a triangle is not that of its area;
+    where that is not clear, other places are drawn."""
     axis, where = draws.choice((("x", "furthest to the left"), ("y", "highest")))
     looks = _looks(draws, draws.between(2, min(4, grid[0] * grid[1])), SHAPES, colours)
     while True:
