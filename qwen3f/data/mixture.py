@@ -256,7 +256,7 @@ def _positive(written: str, where: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < math.inf:
-        raise UserError(f"{where}: write a positive number, such as 0.7.")
+        raise UserError(f"{where}: write a positive number, such as 2 or 0.7.")
     return number
 
 
