@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from qwen3f import cli
 from qwen3f.errors import TrainingError, UserError
+from qwen3f.files import user_path
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/X.py[:preset]", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/ and the experiment's name.")
@@ -25,7 +26,9 @@ def main(argv: list[str]) -> None:
     if _CONFIG.value is None:
         raise UserError("--config is missing; write e.g. --config experiments/demo.py")
     name = Path(flags.FLAGS["config"].config_filename.partition(":")[0]).stem
-    workdir = Path(_WORKDIR.value) if _WORKDIR.value else Path("runs") / name
+    if _WORKDIR.value == "":
+        raise UserError(f"--workdir is empty; write a directory, or leave it out for runs/{name}")
+    workdir = user_path(_WORKDIR.value or f"runs/{name}", "--workdir")
     chosen = config_flags.get_override_values(flags.FLAGS["config"])
     cli.run_stage(_CONFIG.value, workdir, _PROGRESS.value, chosen.keys())
 

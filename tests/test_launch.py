@@ -5,8 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 import launch as launch_module
 from qwen3f import cli, flag_hints
@@ -78,14 +81,14 @@ def test_hints_are_short_and_name_keys_of_ours():
 
 def test_keys_are_named_as_flags():
     keys = cli._keys(cli.load_experiment("experiments/demo.py"))
-    for text, flags in (
+    for text, named in (
         ("data.packing is 'x', config.steps=3 too", "--config.data.packing is 'x', --config.steps=3 too"),
         ("write data.streaming=False.", "write --config.data.streaming=False."),
         ("--config.data.cache of /tmp/data.cache", "--config.data.cache of /tmp/data.cache"),
         ("model.layers.self_attn and config.json", "model.layers.self_attn and config.json"),
         ("the steps and config.data", "the steps and config.data"),
     ):
-        assert flag_hints.as_flags(text, keys) == flags
+        assert flag_hints.as_flags(text, keys) == named
 
 
 @pytest.mark.parametrize(
@@ -184,6 +187,26 @@ def test_a_disk_without_room_is_one_line(number, tmp_path, monkeypatch, capsys):
     number = errno.EPERM
     with pytest.raises(PermissionError):  # a fault of ours keeps its trace
         launch_module.guarded([])
+
+
+def workdir_of(monkeypatch, *arguments):
+    """Where launch.py would run."""
+    asked = []
+    monkeypatch.setattr(cli, "run_stage", lambda config, workdir, progress, chosen: asked.append(workdir))
+    with flagsaver.flagsaver():
+        flags.FLAGS(["launch.py", "--config=experiments/demo.py", *arguments])
+        launch_module.main([])
+    return asked[0]
+
+
+def test_a_workdir_may_begin_with_a_home_and_is_never_empty(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert workdir_of(monkeypatch) == Path("runs/demo")
+    assert workdir_of(monkeypatch, "--workdir=~/W") == Path("/home/me/W")
+    with pytest.raises(UserError, match="--workdir is empty; write a directory, or leave it out for runs/demo"):
+        workdir_of(monkeypatch, "--workdir", "")
+    with pytest.raises(UserError, match="--workdir: there is no home directory for ~nobody-of-that-name; write"):
+        workdir_of(monkeypatch, "--workdir=~nobody-of-that-name/W")
 
 
 def test_meshes_are_parsed():
