@@ -60,11 +60,48 @@ def launch(*arguments):
             "give an experiment of 'eval', or leave it out",
         ),
         (("--config", "experiments/eval.py", "--config.stage=a.stage"), "the keys are those of 'eval'"),
+        (("--config", "experiments/demo.py", "--noconfig.stepz"), "did you mean config.steps?"),
+        (("--config", "experiments/demo.py", "-noconfig.steps"), "is written so; write --config.steps=VALUE"),
+        (("--config.steps=3",), "--config is missing; write e.g. --config experiments/demo.py"),
     ],
 )
 def test_command_lines_are_checked_before_anything_runs(arguments, words):
     with pytest.raises(UserError, match=words.replace("?", r"\?").replace(".", r"\.")):
         cli._check_overrides(["launch.py", *arguments])
+
+
+OWN = {
+    "def get_config(x): return x": "own.py needs an argument; write --config .*own.py:ARGUMENT",
+    "def get_config(): return None": "must return a ConfigDict with a stage",
+    "def get_config(): return {'stage': 'pretrain'}": "must return a ConfigDict with a stage",
+    "from ml_collections import ConfigDict as get_config": "must return a ConfigDict with a stage",
+    "def get_config():\n    return (": "own.py, line 2: '.' was never closed",
+}
+
+
+@pytest.mark.parametrize("text", OWN)
+def test_an_experiment_of_one_s_own_that_is_none(text, tmp_path):
+    (tmp_path / "own.py").write_text(text)
+    with pytest.raises(UserError, match=OWN[text]):
+        cli.load_experiment(str(tmp_path / "own.py"))
+
+
+def test_flags_of_a_file_are_checked_as_the_command_line_s(tmp_path, capsys):
+    (tmp_path / "flags").write_text("# of a colleague\n--config.stepz=3\n")
+    argv = cli.with_flag_files(["launch.py", "--config", "experiments/demo.py", f"--flagfile={tmp_path / 'flags'}"])
+    with pytest.raises(UserError, match="did you mean config.steps"):
+        cli._check_overrides(argv)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for wrong in ("=/nope", f"={tmp_path}", f"={tmp_path / 'binary'}", ""):
+        with pytest.raises(SystemExit, match="2"):
+            cli.with_flag_files(["launch.py", f"--flagfile{wrong}"])
+        assert capsys.readouterr().err.endswith("write --flagfile=FILE, a text with a flag on each line\n")
+
+
+def test_a_flag_that_is_unknown_is_told_those_of_launch_py(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse_flags(["launch.py", "--zzz=3"])
+    assert "known: config, workdir, progress, verbosity, help, flagfile\n" in capsys.readouterr().err
 
 
 def test_a_stage_of_one_s_own_may_be_written():
