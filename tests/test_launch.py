@@ -113,6 +113,7 @@ def test_hints_are_short_and_name_keys_of_ours():
     known = sorted(f"config.{key}" for key in cli._keys(cli.load_experiment("experiments/pretrain_s1.py:nano")))
     for name in ("config.zzzz", "config.qqq", "config.model.zzzz", "config.model"):
         assert len(flag_hints.hint(name, known)) < 700
+    assert flag_hints.hint("config.zzzz", known).endswith(" more (--help lists all)")
     assert set(flag_hints.ALIASES) <= {key.removeprefix("config.") for key in known}
 
 

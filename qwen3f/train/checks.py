@@ -34,6 +34,7 @@ CHOICES = {
     "schedule.decay_shape": ("linear", "cosine"),
     "checkpoint.on_failure": ("stop", "go_on"),
     "checkpoint.backend": ("orbax", "dcp"),
+    "backend": ("orbax", "dcp"),
     "checkpoint.best_mode": ("min", "max"),
     "data.packing": ("concat", "best_fit"),
     "data.long_documents": ("cut", "drop"),
