@@ -50,19 +50,19 @@ class RopeScaling:
         if not values or values.get("rope_type") == "default":
             return None
         if values.get("rope_type") != "yarn":
-            raise UserError(f"rope_scaling: rope_type {values.get('rope_type')!r} is unknown; use 'yarn' or null")
-        _check_keys("rope_scaling", values, cls)
+            raise UserError(f"model.rope_scaling: rope_type {values.get('rope_type')!r} is unknown; use 'yarn' or null")
+        _check_keys("model.rope_scaling", values, cls)
         for key in ("factor", "original_max_position_embeddings"):
             if values.get(key) is None:
-                raise UserError(f"rope_scaling: '{key}' is missing; YaRN needs factor and the context length before it")
+                raise UserError(f"model.rope_scaling.{key} is missing; YaRN needs its factor and the length before it")
         return cls(**values)
 
     def __post_init__(self) -> None:
-        _check_types("rope_scaling", self)
+        _check_types("model.rope_scaling", self)
         for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"):
             value = getattr(self, key)
             if value is not None and not 0 < value <= sys.float_info.max:  # JSON's integers may be longer
-                raise UserError(f"rope_scaling.{key} is {value}; it must be finite and above 0")
+                raise UserError(f"model.rope_scaling.{key} is {value}; it must be finite and above 0")
 
 
 @dataclasses.dataclass(frozen=True)

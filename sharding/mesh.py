@@ -53,15 +53,17 @@ def parse_mesh(text: str, devices: int | None = None) -> MeshShape:
     for part in filter(None, (p.strip() for p in text.split(","))):
         match = re.fullmatch(r"([a-z]+)(-1|\d+)", part)
         if match is None or match[1] not in AXES:
-            close = difflib.get_close_matches(match[1] if match else part, _USUAL, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(match[1] if match else part.lower(), _USUAL, n=1, cutoff=0.5)
             hint = f"did you mean '{close[0]}'? " if close else ""
-            raise UserError(f"mesh '{text}': '{part}' is not an axis and a size; {hint}write e.g. dp8,tp2 with {AXES}")
+            raise UserError(
+                f"config.mesh={text}: '{part}' is not an axis and a size; {hint}write e.g. dp8,tp2 with {AXES}"
+            )
         axis = match[1]
         if axis in sizes:
-            raise UserError(f"mesh '{text}': axis {axis} stands twice")
+            raise UserError(f"config.mesh={text}: axis {axis} stands twice; write it once")
         sizes[axis] = int(match[2])
         if sizes[axis] == 0:
-            raise UserError(f"mesh '{text}': axis {axis} needs a size of at least 1, or -1 for what is left")
+            raise UserError(f"config.mesh={text}: axis {axis} needs a size of at least 1, or -1 for what is left")
     return MeshShape(**_fill(text, sizes, devices))
 
 
@@ -71,18 +73,18 @@ def _fill(text: str, sizes: dict[str, int], devices: int | None) -> dict[str, in
     if not open_axes:
         return sizes
     if len(open_axes) > 1:
-        raise UserError(f"mesh '{text}': -1 stands on {' and '.join(open_axes)}; one axis can take what is left")
+        raise UserError(f"config.mesh={text}: -1 stands on {' and '.join(open_axes)}; one axis can take what is left")
     (axis,) = open_axes
     if devices is None:
         raise UserError(
-            f"mesh '{text}': {axis}-1 takes what a number of devices leaves, and without one (as for "
+            f"config.mesh={text}: {axis}-1 takes what a number of devices leaves, and without one (as for "
             f"--config.plan=True) it can't be known; write {axis} with its size"
         )
     taken = math.prod(size for size in sizes.values() if size != -1)
     if devices % taken:
         others = ",".join(f"{name}{size}" for name, size in sizes.items() if name != axis)
         raise UserError(
-            f"mesh '{text}': {devices} devices are no multiple of {others} = {taken}, so no {axis} fills them; "
+            f"config.mesh={text}: {devices} devices are no multiple of {others} = {taken}, so no {axis} fills them; "
             "write other sizes"
         )
     return sizes | {axis: devices // taken}

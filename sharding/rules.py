@@ -134,17 +134,19 @@ def replicated_axes(placed: Placed, shape: MeshShape) -> tuple[str, ...]:
     return tuple(axis for axis in AXES if getattr(shape, axis) > 1 and axis not in placed.cuts)
 
 
-def check_batch(shape: MeshShape, rows: int, length: int, microbatches: int = 1) -> None:
+def check_batch(
+    shape: MeshShape, rows: int, length: int, microbatches: int = 1, key: str = "config.batch_size"
+) -> None:
     """UserError when the global batch [rows, length] can't be cut: rows over dr, dp, ep, length over cp, tokens over
-    tp."""
-    sizes = {axis: getattr(shape, axis) for axis in ROWS} | {"microbatches": microbatches}
+    tp. key: what gives the rows."""
+    sizes = {axis: getattr(shape, axis) for axis in ROWS} | {"config.microbatches": microbatches}
     if rows % (parts := math.prod(sizes.values())):
         product = " · ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
-        raise UserError(f"batch_size {rows} doesn't divide by {product}; make it a multiple of {parts}")
+        raise UserError(f"{key}={rows} doesn't divide by {product}; make it a multiple of {parts}")
     check_length(length, shape.cp)
     tokens = rows // parts * length // shape.cp
     if tokens % shape.tp:
         raise UserError(
             f"a rank's micro-batch has {tokens} tokens ({rows // parts} × {length}, over cp={shape.cp}), which don't "
-            f"divide by tp={shape.tp}; change batch_size or seq_len"
+            f"divide by tp={shape.tp}; change {key} or config.seq_len"
         )

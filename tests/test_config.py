@@ -85,7 +85,10 @@ def test_booleans_of_config_files_are_understood():
         ({"attention_dropout": 1.0}, "attention_dropout"),
         ({"qk_norm": "layer"}, "rms, l2, none"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is unknown"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "original_max_position_embeddings"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "model.rope_scaling.original_max_position_embeddings is missing",
+        ),
         ({"rope_scaling": {"type": "yarn", "factr": 2.0}}, "did you mean 'factor'"),
         ({"num_experts": 4, "num_experts_per_tok": 5, "moe_intermediate_size": 8}, "num_experts_per_tok"),
     ],
@@ -101,7 +104,7 @@ def test_wrong_values_are_named(values, words):
 @pytest.mark.parametrize("value", [0, -2, pytest.param(10**400, id="1e400"), math.nan, math.inf])
 def test_numbers_of_yarn_are_finite_and_positive(key, value):
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
-    words = rf"rope_scaling.{key} is .*; it must be "
+    words = rf"model.rope_scaling.{key} is .*; it must be "
     for make in (RopeScaling.from_dict, lambda values: RopeScaling(**values)):
         with pytest.raises(UserError, match=words):
             make({**yarn, key: value})

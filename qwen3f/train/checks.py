@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.kinds import KINDS as CHAT_TEMPLATES
 from qwen3f.errors import UserError
+from qwen3f.files import exists, user_path
 from qwen3f.train.hyper import KINDS as OPTIMIZERS
 from qwen3f.train.hyper import make_hyper
 from sharding.mesh import hybrid, nearest, parse_mesh
@@ -33,6 +34,7 @@ CHOICES = {
     "schedule.decay_shape": ("linear", "cosine"),
     "checkpoint.on_failure": ("stop", "go_on"),
     "checkpoint.backend": ("orbax", "dcp"),
+    "backend": ("orbax", "dcp"),
     "checkpoint.best_mode": ("min", "max"),
     "data.packing": ("concat", "best_fit"),
     "data.long_documents": ("cut", "drop"),
@@ -82,7 +84,7 @@ def check(config: ConfigDict, workdir: Path | None = None) -> None:
             if not values.get(key, " ") and key not in _OPTIONAL.get(config.stage, ()):
                 raise UserError(f"config.{key} is missing; write --config.{key}=DIR")
     looked = workdir is not None and not (workdir / "config.json").is_file()
-    if looked and (place := values.get("init_from")) and not _is_there(place):
+    if looked and (place := values.get("init_from")) and not exists(user_path(place, "config.init_from")):
         raise UserError(
             f"config.init_from={place}: there is no {place}; give a workdir, its checkpoints/N, or a Hugging Face "
             "directory"
@@ -195,13 +197,6 @@ def _check_number(key: str, value: Any) -> None:
 def _steps(config: ConfigDict, key: str) -> int:
     value = get(config, key)
     return int(value * config.steps) if value < 1 else int(value)
-
-
-def _is_there(place: str) -> bool:
-    try:
-        return Path(place).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL in it, no such user
-        return False
 
 
 def _values(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -131,7 +131,5 @@ def evaluation_parts(rows: int, microbatches: int, axes: Axes) -> int:
 def check_evaluation(config: ConfigDict, microbatches: int, axes: Axes) -> None:
     """UserError for an evaluation's batch that the mesh cannot cut."""
     rows = config.eval.batch_size
-    try:
-        rules.check_batch(axes.shape, rows, config.seq_len, evaluation_parts(rows, microbatches, axes))
-    except UserError as error:
-        raise UserError(f"config.eval.batch_size={rows} on config.mesh={config.mesh}: {error}") from None
+    parts = evaluation_parts(rows, microbatches, axes)
+    rules.check_batch(axes.shape, rows, config.seq_len, parts, "config.eval.batch_size")

@@ -121,6 +121,9 @@ def test_places_that_are_none(root, trained, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             source.read_model_config(str(place))
+    for look in (source.locate, source.pinned, source.read_model_config):
+        with pytest.raises(UserError, match="config.dpo.reference=/none: there is no /none/checkpoints"):
+            look("/none", "config.dpo.reference")
 
 
 def test_what_a_place_is_called_does_not_matter(root, trained, directory, tmp_path, monkeypatch):
@@ -252,12 +255,14 @@ def test_export_defaults_and_errors(trained, tmp_path):
         ({}, "config.init_from is missing"),
         ({"init_from": str(trained)}, "config.out is missing"),
         ({"out": str(tmp_path / "o"), "dtype": "int8"}, "config.dtype='int8'"),
-        ({"dtype": "bfloat16", "max_shard_gb": 0.0}, "max_shard_gb"),
+        ({"dtype": "bfloat16", "max_shard_gb": 0.0}, "config.max_shard_gb=0.0 is less than a byte"),
+        ({"max_shard_gb": 1e-10}, "config.max_shard_gb=1e-10 is less than a byte"),
+        ({"max_shard_gb": 5.0, "out": "~no-such-user/o"}, "config.out: there is no home directory for ~no-such-user"),
     ):
         config.update(changes)
         with pytest.raises(UserError, match=words):
             export.run(config, tmp_path / "unused")
-    config.update(max_shard_gb=5.0)
+    config.update(max_shard_gb=5.0, out=str(tmp_path / "o"))
     export.run(config, tmp_path / "unused")
     with pytest.raises(UserError, match="o is not empty"):
         export.run(config, tmp_path / "unused")

@@ -287,7 +287,7 @@ def test_the_first_stage_of_large_resolves_on_its_mesh():
             {"mesh": "tp3", "length": 384, "model": {"vocab_size": 300}},
             "q_proj.weight: dim 1 (8 heads) doesn't divide by tp=3",
         ),
-        ({"mesh": "dp3"}, "batch_size 8 doesn't divide by dp=3"),
+        ({"mesh": "dp3"}, "config.batch_size=8 doesn't divide by dp=3"),
         ({"mesh": "cp3"}, "cannot be cut over cp=3"),
         ({"preset": "debug_moe", "mesh": "ep3", "batch": 9}, "(8 experts) doesn't divide by ep=3"),
         ({"mesh": "pp4", "microbatches": 8, "model": {"num_hidden_layers": 5}}, "leaves a stage empty"),

@@ -91,6 +91,7 @@ def test_wrong_values_are_refused_before_torch_is_imported():
         ("pipeline.schedule", cut.SCHEDULES),
         ("schedule.kind", schedule.KINDS),
         ("checkpoint.backend", checkpointer.BACKENDS),
+        ("backend", checkpointer.BACKENDS),
         ("data.packing", corpus.PACKINGS),
         ("data.long_documents", typing.get_args(LongDocuments)[:2]),
         ("data.turns", samples.TURNS),
