@@ -6,6 +6,7 @@ import re
 from qwen3f.errors import UserError
 
 LEAST_EPS = 2.0**-126  # float32's smallest normal number; a smaller one may count as 0
+MOST_ITERATIONS = 20  # of Newton–Schulz: what 20 leave small is noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Muon(AdamW):
         super().__post_init__()
         if not 0.0 <= self.momentum < 1.0:
             raise UserError(f"optimizer.momentum must be in [0, 1), got {self.momentum}")
-        if not 0.0 < self.update_rms < float("inf") or self.iterations < 1:
-            raise UserError(
-                f"optimizer.update_rms={self.update_rms} and optimizer.iterations={self.iterations} must be positive"
-            )
+        if not 0.0 < self.update_rms < float("inf"):
+            raise UserError(f"optimizer.update_rms must be positive, got {self.update_rms}")
+        if not 1 <= self.iterations <= MOST_ITERATIONS:
+            raise UserError(f"optimizer.iterations must be 1 … {MOST_ITERATIONS}, got {self.iterations}")
 
 
 ADAMW = AdamW()
