@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
+from qwen3f.model.attention import check_heads
+from qwen3f.model.execution import refuse_dropout
 from qwen3f.params import abstract_params
 from qwen3f.plan.hardware import parse_hardware, this_card
 from qwen3f.train import checks, microbatches, optimizer
@@ -74,6 +76,8 @@ def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
     compute_dtype = find_dtype(config.dtype, device)
     layout = find_layout(config, devices, compute_dtype)
     execution = find_execution(config, device)
+    check_heads(cfg, execution.attention)
+    refuse_dropout(cfg, execution)
     hyper = make_hyper(**config.optimizer.to_dict())
     _check_recomputation(cfg, execution.compile)
     _check_graph(config, device, compute_dtype)

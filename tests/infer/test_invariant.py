@@ -127,3 +127,5 @@ def test_what_it_does_not_take_is_named():
     cfg, p = build(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
     with pytest.raises(UserError, match=r"model\.INVARIANT takes dense models"):
         Engine(cfg, p, execution=model.INVARIANT)
+    with pytest.raises(UserError, match=r"config\.attention=invariant has no dropout"):
+        model.make_forward(cfg.replace(attention_dropout=0.1), model.INVARIANT, dropout=True)
