@@ -203,7 +203,7 @@ class ModelConfig:
         apart = (params.EMBED, params.VISUAL)
         matrices = (path for path, spec in table.items() if spec.is_matrix and not path.startswith(apart))
         body = sum(params.active_numel(self, path, table[path]) for path in matrices)
-        return body + (table[params.EMBED].numel if self.tie_word_embeddings else 0)
+        return body + (table[params.EMBED].numel if params.head_path(self) == params.EMBED else 0)
 
     # -- files -------------------------------------------------------------------------------------------------------
 

@@ -51,6 +51,8 @@ def test_matmul_params_leave_out_the_lookup_and_vectors():
     layers = 6 * (2 * 256 * 1024 + 2 * 256 * 256 + 3 * 256 * 688)
     assert cfg.matmul_params() == layers + 32768 * 256  # the head, not the embedding
     assert cfg.replace(tie_word_embeddings=True).matmul_params() == cfg.matmul_params()
+    for tied in (True, False):  # one row for a score, no vocabulary
+        assert cfg.replace(tie_word_embeddings=tied, scalar_head=True).matmul_params() == layers + 256
 
 
 def test_matmul_params_leave_out_the_tower():

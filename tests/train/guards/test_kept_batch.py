@@ -2,6 +2,7 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,3 +40,17 @@ def test_a_step_is_passed_over_on_a_full_disk_too(tmp_path, monkeypatch, full):
         assert f"kept in {tmp_path}/nonfinite/step-7.npz" in line
         with np.load(tmp_path / "nonfinite" / "step-7.npz") as kept:
             assert np.array_equal(kept["tokens"], BATCH["tokens"])
+
+
+def test_more_ranks_than_a_byte_counts(tmp_path):
+    alone, ranks, told = SimpleNamespace(index=0), 300, []
+
+    def keep(rank):
+        world = SimpleNamespace(size=ranks, main=rank == 0, gather_bytes=lambda content: told.append(content) or told)
+        axes = type("", (dict,), {"rows": (rank, ranks)})(pp=alone, cp=alone, tp=alone)
+        return keep_batch(tmp_path, 7, {"tokens": torch.full((1, 3), rank)}, world, axes, 1)
+
+    words = [keep(rank) for rank in reversed(range(ranks))]
+    assert words[0] == "kept"
+    with np.load(tmp_path / "nonfinite" / "step-7.npz") as kept:
+        assert np.array_equal(kept["tokens"][:, 0], np.arange(ranks))
