@@ -59,7 +59,9 @@ SHARES = ("schedule.min_ratio", "data.holdout", "data.switches")  # from 0 to 1
 PLACES = ("init_from", "out", "path")  # of tools, that have to be given
 _OPTIONAL = {"generate": ("out",)}
 _ZERO = {"eval": ("max_new_tokens",)}  # POSITIVE ones of which 0 means something in a stage
+SECONDS = ("watchdog", "checkpoint.timeout", "collective_timeout", "judge.deadline")
 _LARGEST = 2**63
+_LONGEST = 10**6  # seconds, 11 days; poll counts milliseconds in 31 bits
 
 
 def check(config: ConfigDict, workdir: Path | None = None) -> None:
@@ -183,8 +185,10 @@ def _divides(cfg: ModelConfig, tp: int) -> bool:
 def _check_number(key: str, value: Any) -> None:
     if type(value) not in (int, float):
         return
-    if not math.isfinite(value) or abs(value) >= _LARGEST:
-        raise UserError(f"config.{key}={value}: write a finite number below 2^63")
+    if not abs(value) < _LARGEST:  # nor is nan; before a whole number of any length meets a float
+        raise UserError(f"config.{key}={str(value)[:40]}: write a finite number below 2^63")
+    if key in SECONDS and value > _LONGEST:
+        raise UserError(f"config.{key} must be at most {_LONGEST:,} seconds, got {value}")
     low = 1 if key in POSITIVE else 0 if key in NOT_NEGATIVE or key in SHARES else -math.inf
     if value < low:
         raise UserError(f"config.{key} must be at least {low}, got {value}")
