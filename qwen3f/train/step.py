@@ -135,15 +135,16 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
             raise UserError(f"the batch has no {key!r} [B, T]; it has {', '.join(sorted(batch)) or 'nothing'}")
         if batch[key].shape != shape:
             raise UserError(f"the batch's {key!r} has shape {list(batch[key].shape)}, its 'tokens' {list(shape)}")
-    for key, low in (("tokens", 0), ("targets", cross_entropy.IGNORE)):
+    for key, other in (("tokens", None), ("targets", cross_entropy.IGNORE)):
         ids = batch[key]
         if type(ids) is not Tensor or ids.device.type != "cpu" or not ids.numel():  # of ranks that are played, others
             continue
+        ids = ids if other is None else torch.where(ids == other, 0, ids)
         least, most = int(ids.min()), int(ids.max())
-        if least < low or most >= vocab_size:
+        if least < 0 or most >= vocab_size:
             raise UserError(
                 f"the batch's {key!r} go from {least} to {most}; with model.vocab_size={vocab_size} they must lie in "
-                f"{low}..{vocab_size - 1}"
+                f"0..{vocab_size - 1}{'' if other is None else f', or be {other}'}"
             )
 
 

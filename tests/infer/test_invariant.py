@@ -121,6 +121,13 @@ def test_attention_is_the_formula():
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+def test_targets_that_are_no_token():
+    log_probs = invariant.token_log_probs(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([-100, -5, 4]))
+    assert log_probs[0] == 0
+    assert log_probs[1].isnan()
+    assert log_probs[2] < 0
+
+
 def test_what_it_does_not_take_is_named():
     with pytest.raises(UserError, match="takes compile='off'"):
         model.Execution(invariant=True, compile="block", kernels=())
