@@ -329,8 +329,8 @@ def _validate(cfg: ModelConfig) -> None:
             raise UserError(f"model.{name} must be at least 0, got {getattr(cfg, name)}")
     if cfg.vision_enabled:
         _validate_vision(cfg)
-    if cfg.moe_drop_tokens and not cfg.moe_capacity_factor > 0:
-        raise UserError(f"model.moe_capacity_factor must be positive, got {cfg.moe_capacity_factor}")
+    if cfg.moe_drop_tokens and not 0 < cfg.moe_capacity_factor <= sys.float_info.max:
+        raise UserError(f"model.moe_capacity_factor must be positive and finite, got {cfg.moe_capacity_factor}")
 
 
 def _validate_vision(cfg: ModelConfig) -> None:

@@ -66,8 +66,8 @@ def refuse_dropout(cfg: ModelConfig, execution: Execution) -> None:
     """Raises UserError for training with attention_dropout by an execution that has none."""
     if execution.invariant and cfg.attention_dropout:
         raise UserError(
-            f"config.attention=invariant has no dropout, and config.model.attention_dropout is {cfg.attention_dropout}; "
-            "write --config.model.attention_dropout=0, or --config.attention=auto"
+            "config.attention=invariant has no dropout, and config.model.attention_dropout is "
+            f"{cfg.attention_dropout}; write --config.model.attention_dropout=0, or --config.attention=auto"
         )
 
 

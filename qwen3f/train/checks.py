@@ -7,6 +7,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,13 @@ def get(config: ConfigDict, key: str) -> Any:
     return functools.reduce(lambda section, name: section[name], key.split("."), config)
 
 
+def steps_of(config: ConfigDict, key: str, updates: int = 1) -> int:
+    """What a key says as a share of the run, below 1, or as a number of steps, from 1 on; in updates, of which a step
+    has so many."""
+    value = Fraction(str(get(config, key)))  # as it was written: 0.29 of 100 is 29, which the product of floats is not
+    return int(value * (config.steps if value < 1 else 1) * updates)
+
+
 def _check_run(config: ConfigDict) -> None:
     if config.microbatches and config.batch_size % config.microbatches:
         raise UserError(
@@ -146,7 +154,7 @@ def _check_run(config: ConfigDict) -> None:
             f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs config.checkpoint.best_metric="
             f"{config.checkpoint.best_metric}, which config.eval.every=0 measures only at the end; write how many steps"
         )
-    warmup, decay = (_steps(config, key) for key in ("schedule.warmup", "schedule.decay"))
+    warmup, decay = (steps_of(config, key) for key in ("schedule.warmup", "schedule.decay"))
     if warmup + (decay if config.schedule.kind == "wsd" else 0) > config.steps:
         what = "and config.schedule.decay " if config.schedule.kind == "wsd" else ""
         raise UserError(
@@ -194,11 +202,6 @@ def _check_number(key: str, value: Any) -> None:
         raise UserError(f"config.{key} must be at least {low}, got {value}")
     if key in SHARES and value > 1:
         raise UserError(f"config.{key} must be a share from 0 to 1, got {value}")
-
-
-def _steps(config: ConfigDict, key: str) -> int:
-    value = get(config, key)
-    return int(value * config.steps) if value < 1 else int(value)
 
 
 def _is_there(place: str) -> bool:

@@ -156,7 +156,6 @@ def find_schedule(config: ConfigDict, updates: int = 1) -> Schedule:
 
 
 def share_of_steps(config: ConfigDict, key: str, updates: int = 1) -> int:
-    """What a key says as a share of the run, below 1, or as a number of steps, from 1 on; in updates."""
+    """checks.steps_of. Raises UserError for less than 0."""
     at_least(config, key, 0)
-    value = checks.get(config, key)
-    return int(value * config.steps * updates) if value < 1 else int(value * updates)
+    return checks.steps_of(config, key, updates)

@@ -248,8 +248,9 @@ def test_what_cannot_run_is_refused():
     ):
         with pytest.raises(UserError, match=words):
             mixed(**{name: value})
-    with pytest.raises(UserError, match="moe_capacity_factor must be positive, got 0"):
-        mixed(moe_drop_tokens=True, moe_capacity_factor=0)
+    for factor in (0, math.inf, 10**400):
+        with pytest.raises(UserError, match="moe_capacity_factor must be positive and finite, got"):
+            mixed(moe_drop_tokens=True, moe_capacity_factor=factor)
 
 
 def test_stacks_of_another_model_are_refused():

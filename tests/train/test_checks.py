@@ -6,6 +6,7 @@ import sys
 import typing
 
 import pytest
+from ml_collections import ConfigDict
 
 from qwen3f import model
 from qwen3f.checkpoint import checkpointer
@@ -104,3 +105,11 @@ def test_wrong_values_are_refused_before_torch_is_imported():
 )
 def test_words_are_those_of_the_modules(key, words):
     assert set(checks.CHOICES[key]) == set(words)
+
+
+@pytest.mark.parametrize(
+    "written, updates, steps",
+    [(0.29, 1, 29), (0.57, 1, 57), (0.145, 2, 29), (0.999, 1, 99), (0.0, 1, 0), (1e-5, 1, 0), (1, 2, 2), (29.5, 1, 29)],
+)
+def test_a_share_of_the_steps_is_what_was_written(written, updates, steps):
+    assert checks.steps_of(ConfigDict({"steps": 100, "warmup": written}), "warmup", updates) == steps
