@@ -44,8 +44,8 @@ def peak_flops(device: torch.device) -> float:
 
     Sources: NVIDIA's datasheets of the H100 (SXM 989 TFLOP/s, PCIe 756, NVL 835), H200 (SXM 989, NVL 835), A100 (312),
     L40S (362), HGX B200 (2,250) and GB200 (2,500), all halved where the sheet counts sparsity, and the Ada
-    architecture's whitepaper for the RTX 4090 (165, with fp32 accumulation). Other CUDA cards and MIG slices: the best rate of a
-    bf16 matrix product in about 0.2 s; the CPU: of an fp32 one with torch's threads. Measured once a process.
+    architecture's whitepaper for the RTX 4090 (165, with fp32 accumulation). Other CUDA cards and MIG slices: the best
+    rate of a bf16 matrix product in about 0.2 s; the CPU: of an fp32 one with torch's threads. Measured once a process.
     """
     known = _datasheet_peak(device)
     return _measured_peak(device) if known is None else known

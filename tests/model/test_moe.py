@@ -243,8 +243,8 @@ def test_what_cannot_run_is_refused():
         model.Execution(experts="dense")
     for name, value, words in (
         ("router_balance", "switch", "one of global, global_exact, micro, hf, got 'switch'"),
-        ("router_aux_loss_coef", -0.1, "router_aux_loss_coef must be at least 0, got -0.1"),
-        ("router_z_loss_coef", math.nan, "router_z_loss_coef must be at least 0, got nan"),
+        ("router_aux_loss_coef", -0.1, "router_aux_loss_coef must be finite and at least 0, got -0.1"),
+        ("router_z_loss_coef", math.nan, "router_z_loss_coef must be finite and at least 0, got nan"),
     ):
         with pytest.raises(UserError, match=words):
             mixed(**{name: value})

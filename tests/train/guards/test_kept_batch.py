@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from qwen3f.errors import TrainingError
 from qwen3f.processes.world import ALONE
 from qwen3f.train import workdir as W
 from qwen3f.train.guards.kept_batch import keep_batch
@@ -40,6 +41,15 @@ def test_a_step_is_passed_over_on_a_full_disk_too(tmp_path, monkeypatch, full):
         assert f"kept in {tmp_path}/nonfinite/step-7.npz" in line
         with np.load(tmp_path / "nonfinite" / "step-7.npz") as kept:
             assert np.array_equal(kept["tokens"], BATCH["tokens"])
+
+
+@pytest.mark.parametrize("skips, more", [(0, 10), (1, 2), (50, 100)])
+def test_the_error_advises_more_skips_than_there_were(skips, more):
+    check = FiniteCheck(skips, lambda step, batch: "kept", lambda line: None, lambda *args: None)
+    for step in range(skips + 1):
+        check(step, BAD, BATCH, 0, 2)
+    with pytest.raises(TrainingError, match=f"--config.nonfinite_skips={more}$"):
+        check.flush()
 
 
 def test_more_ranks_than_a_byte_counts(tmp_path):
