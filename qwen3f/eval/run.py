@@ -29,6 +29,7 @@ from qwen3f.eval.records import Records
 from qwen3f.eval.report import table
 from qwen3f.files import user_path, write_atomically
 from qwen3f.interop import source
+from qwen3f.model.attention import check_heads
 from qwen3f.processes import ranks
 from qwen3f.processes.world import ALONE, World
 from qwen3f.tasks.registry import open_task
@@ -205,6 +206,7 @@ def _tokenizer(config: ConfigDict, place: str) -> Tokenizer:
 def _open(config: ConfigDict, place: str) -> Evaluator:
     device = find_device(config.device)
     cfg, tokenizer = source.read_model_config(place), _tokenizer(config, place)
+    check_heads(cfg, config.attention)
     params = source.read_params(place, cfg, device, find_dtype(config.dtype, device))
     execution = model.Execution(attention=config.attention)
     return Evaluator(cfg, params, tokenizer, batch_tokens=config.batch_tokens, execution=execution)

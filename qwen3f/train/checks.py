@@ -7,6 +7,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ SHARES = ("schedule.min_ratio", "data.holdout", "data.switches")  # from 0 to 1
 PLACES = ("init_from", "out", "path")  # of tools, that have to be given
 _OPTIONAL = {"generate": ("out",)}
 _ZERO = {"eval": ("max_new_tokens",)}  # POSITIVE ones of which 0 means something in a stage
+SECONDS = ("watchdog", "checkpoint.timeout", "collective_timeout", "judge.deadline")
 _LARGEST = 2**63
+_LONGEST = 10**6  # seconds, 11 days; poll counts milliseconds in 31 bits
 
 
 def check(config: ConfigDict, workdir: Path | None = None) -> None:
@@ -135,6 +138,13 @@ def get(config: ConfigDict, key: str) -> Any:
     return functools.reduce(lambda section, name: section[name], key.split("."), config)
 
 
+def steps_of(config: ConfigDict, key: str, updates: int = 1) -> int:
+    """What a key says as a share of the run, below 1, or as a number of steps, from 1 on; in updates, of which a step
+    has so many."""
+    value = Fraction(str(get(config, key)))  # as it was written: 0.29 of 100 is 29, which the product of floats is not
+    return int(value * (config.steps if value < 1 else 1) * updates)
+
+
 def _check_run(config: ConfigDict) -> None:
     if config.microbatches and config.batch_size % config.microbatches:
         raise UserError(
@@ -146,7 +156,7 @@ def _check_run(config: ConfigDict) -> None:
             f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs config.checkpoint.best_metric="
             f"{config.checkpoint.best_metric}, which config.eval.every=0 measures only at the end; write how many steps"
         )
-    warmup, decay = (_steps(config, key) for key in ("schedule.warmup", "schedule.decay"))
+    warmup, decay = (steps_of(config, key) for key in ("schedule.warmup", "schedule.decay"))
     if warmup + (decay if config.schedule.kind == "wsd" else 0) > config.steps:
         what = "and config.schedule.decay " if config.schedule.kind == "wsd" else ""
         raise UserError(
@@ -185,18 +195,15 @@ def _divides(cfg: ModelConfig, tp: int) -> bool:
 def _check_number(key: str, value: Any) -> None:
     if type(value) not in (int, float):
         return
-    if not math.isfinite(value) or abs(value) >= _LARGEST:
-        raise UserError(f"config.{key}={value}: write a finite number below 2^63")
+    if not abs(value) < _LARGEST:  # nor is nan; before a whole number of any length meets a float
+        raise UserError(f"config.{key}={str(value)[:40]}: write a finite number below 2^63")
+    if key in SECONDS and value > _LONGEST:
+        raise UserError(f"config.{key} must be at most {_LONGEST:,} seconds, got {value}")
     low = 1 if key in POSITIVE else 0 if key in NOT_NEGATIVE or key in SHARES else -math.inf
     if value < low:
         raise UserError(f"config.{key} must be at least {low}, got {value}")
     if key in SHARES and value > 1:
         raise UserError(f"config.{key} must be a share from 0 to 1, got {value}")
-
-
-def _steps(config: ConfigDict, key: str) -> int:
-    value = get(config, key)
-    return int(value * config.steps) if value < 1 else int(value)
 
 
 def _values(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
+from qwen3f.model.attention import check_heads
+from qwen3f.model.execution import refuse_dropout
 from qwen3f.params import abstract_params
 from qwen3f.plan.hardware import parse_hardware, this_card
 from qwen3f.train import checks, microbatches, optimizer
@@ -74,6 +76,8 @@ def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
     compute_dtype = find_dtype(config.dtype, device)
     layout = find_layout(config, devices, compute_dtype)
     execution = find_execution(config, device)
+    check_heads(cfg, execution.attention)
+    refuse_dropout(cfg, execution)
     hyper = make_hyper(**config.optimizer.to_dict())
     _check_recomputation(cfg, execution.compile)
     _check_graph(config, device, compute_dtype)
@@ -152,7 +156,6 @@ def find_schedule(config: ConfigDict, updates: int = 1) -> Schedule:
 
 
 def share_of_steps(config: ConfigDict, key: str, updates: int = 1) -> int:
-    """What a key says as a share of the run, below 1, or as a number of steps, from 1 on; in updates."""
+    """checks.steps_of. Raises UserError for less than 0."""
     at_least(config, key, 0)
-    value = checks.get(config, key)
-    return int(value * config.steps * updates) if value < 1 else int(value * updates)
+    return checks.steps_of(config, key, updates)

@@ -6,6 +6,7 @@ import sys
 import typing
 
 import pytest
+from ml_collections import ConfigDict
 
 from qwen3f import model
 from qwen3f.checkpoint import checkpointer
@@ -29,6 +30,10 @@ WRONG = [
     ({"optimizer.weight_decay": float("inf")}, "config.optimizer.weight_decay=inf: write a finite number"),
     ({"steps": 0}, "config.steps must be at least 1"),
     ({"steps": 10**30}, "write a finite number below 2^63"),
+    ({"batch_size": 10**400}, "config.batch_size=1000"),
+    ({"optimizer.iterations": -(10**400)}, "config.optimizer.iterations=-1000"),
+    ({"watchdog": 1e10}, "config.watchdog must be at most 1,000,000 seconds"),
+    ({"checkpoint.timeout": 1e11}, "config.checkpoint.timeout must be at most 1,000,000 seconds"),
     ({"seed": -1}, "config.seed must be at least 0"),
     ({"microbatches": 3}, "config.batch_size=8 cannot be cut into config.microbatches=3"),
     ({"mesh": "db8"}, "did you mean 'dp'"),
@@ -101,3 +106,11 @@ def test_wrong_values_are_refused_before_torch_is_imported():
 )
 def test_words_are_those_of_the_modules(key, words):
     assert set(checks.CHOICES[key]) == set(words)
+
+
+@pytest.mark.parametrize(
+    "written, updates, steps",
+    [(0.29, 1, 29), (0.57, 1, 57), (0.145, 2, 29), (0.999, 1, 99), (0.0, 1, 0), (1e-5, 1, 0), (1, 2, 2), (29.5, 1, 29)],
+)
+def test_a_share_of_the_steps_is_what_was_written(written, updates, steps):
+    assert checks.steps_of(ConfigDict({"steps": 100, "warmup": written}), "warmup", updates) == steps

@@ -165,6 +165,36 @@ def test_recomputation_that_torch_cannot_put_into_one_graph(make, changes, versi
     make_setup(config)
 
 
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"attention": "invariant", "model.attention_dropout": 0.1}, r"write --config\.model\.attention_dropout=0, or"),
+        ({"attention": "flash", "model.head_dim": 8}, r"model\.head_dim is 8; write --config\.attention=auto"),
+        ({"attention": "flash", "model.head_dim": 20}, r"config\.model\.head_dim is 20"),
+        (
+            {
+                "attention": "flash",
+                "model.vision_enabled": True,
+                "model.vision_deepstack_layers": (),
+                "model.mrope_section": (4, 2, 2),
+                "model.vision_num_attention_heads": 256,
+                "model.image_token_id": 1,
+                "model.video_token_id": 2,
+                "model.vision_start_token_id": 3,
+                "model.vision_end_token_id": 4,
+            },
+            "vision_num_attention_heads is 4",
+        ),
+    ],
+)
+def test_attention_that_the_model_cannot_have_is_refused(make, changes, words):
+    config = make()
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=words):
+        make_setup(config)
+
+
 def test_a_tokenizer_of_another_size_is_refused(make, tmp_path):
     run(make(steps=1), tmp_path / "one", progress=False)
     tokenizer = str(tmp_path / "one" / "tokenizer")
