@@ -43,6 +43,7 @@ CHOICES = {
     "data.long_chats": ("drop", "cut_end", "error"),
     "data.on_bad_row": ("error", "skip"),
 }
+CHOICES_OF = {"export_hf": {"dtype": ("bfloat16", "float16", "float32", "stored")}}  # of a stage, where others count
 POSITIVE = (
     "steps", "batch_size", "seq_len", "log_every", "eval.batch_size", "spike.window", "collective_timeout",
     "data.num_threads", "data.problems", "data.max_heldout", "eval.max_new_tokens", "max_new_tokens", "samples",
@@ -76,7 +77,7 @@ def check(config: ConfigDict, workdir: Path | None = None) -> None:
     for key, value in values.items():
         if value or key not in _ZERO.get(config.stage, ()):
             _check_number(key, value)
-    for key, allowed in CHOICES.items():
+    for key, allowed in (CHOICES | CHOICES_OF.get(config.stage, {})).items():
         if values.get(key, allowed[0]) not in allowed:
             words = ", ".join(word for word in allowed if word)
             raise UserError(f"config.{key}={values[key]!r} is unknown; use one of {words}")

@@ -249,6 +249,31 @@ def test_a_model_of_no_size_that_can_be(trained, tmp_path):
         source.read_model_config(str(tmp_path / "w"))
 
 
+def test_every_dtype_is_exported(tmp_path):
+    cfg = ModelConfig(num_hidden_layers=1, hidden_size=16, head_dim=8, intermediate_size=24, vocab_size=50)
+    p = params.init_params(cfg, 0)
+    hf.save_pretrained(tmp_path / "in", cfg, p)
+    p["model.norm.weight"][0] = 2.0**16
+    hf.save_pretrained(tmp_path / "wide", cfg, p)
+
+    def written(name, dtype):
+        config = cli.load_experiment("experiments/export_hf.py")
+        place = tmp_path / f"{name}-{dtype}"
+        config.update(init_from=str(tmp_path / name), out=str(place), dtype=dtype, tokenizer=False)
+        cli.run_stage(config, tmp_path / "unused", False)
+        return {str(leaf.dtype).removeprefix("torch.") for leaf in hf.load_pretrained(place)[1].values()}
+
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert written("in", dtype) == {dtype}
+    assert written("in", "stored") == {"float32"}
+    with pytest.raises(UserError, match="config.dtype='float64' is unknown; use one of bfloat16, .*, stored"):
+        written("in", "float64")
+    with pytest.raises(UserError, match="model.norm.weight holds weights that are not finite as float16; write config"):
+        written("wide", "float16")
+    assert not (tmp_path / "wide-float16").exists()
+    assert written("wide", "bfloat16") == {"bfloat16"}
+
+
 def test_export_defaults_and_errors(trained, tmp_path):
     config = cli.load_experiment("experiments/export_hf.py")
     for changes, words in (

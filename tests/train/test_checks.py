@@ -15,6 +15,7 @@ from qwen3f.data.chat import corpus as chats
 from qwen3f.data.chat import samples
 from qwen3f.data.packing.best_fit import LongDocuments
 from qwen3f.data.sources.adapters.rows import OnBadRow
+from qwen3f.interop import export
 from qwen3f.model import attention
 from qwen3f.train import checks, choices, logger, schedule
 from sharding.pipeline import cut
@@ -114,3 +115,7 @@ def test_words_are_those_of_the_modules(key, words):
 )
 def test_a_share_of_the_steps_is_what_was_written(written, updates, steps):
     assert checks.steps_of(ConfigDict({"steps": 100, "warmup": written}), "warmup", updates) == steps
+
+
+def test_words_of_a_tool_are_those_of_its_module():
+    assert checks.CHOICES_OF["export_hf"]["dtype"] == tuple(export.DTYPES)

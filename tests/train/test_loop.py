@@ -67,6 +67,20 @@ def test_learns_and_validates(make, tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.parametrize(
+    "metric, step, words",
+    [("val_los", 10, r"write one of val_loss, .*val_\w+$"), ("los", 1, r"write one of loss, .*, or what val_… gives$")],
+)
+def test_a_best_metric_that_is_not_measured_ends_the_run(make, tmp_path, metric, step, words):
+    """Nothing is lost: the same command with another metric goes on."""
+    best = {"checkpoint.keep": 1, "checkpoint.keep_best": 2}
+    with pytest.raises(UserError, match=f"config.checkpoint.best_metric={metric} is nothing that .*{words}"):
+        run(make(**best, **{"checkpoint.best_metric": metric}), tmp_path, progress=False)
+    with Checkpointer(tmp_path / "checkpoints", 0, 0) as checkpoints:
+        assert checkpoints.steps() == [step]
+    run(make(steps=step + 1, **best, **{"checkpoint.best_metric": "loss"}), tmp_path, progress=False)
+
+
 def test_second_stage_starts_from_the_first(make, tmp_path):
     run(make(), tmp_path / "one", progress=False)
     run(make(steps=1, init_from=str(tmp_path / "one")), tmp_path / "two", progress=False)
