@@ -9,7 +9,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.model import EAGER, Execution
 from qwen3f.plan.hardware import Hardware
 from qwen3f.train.hyper import ADAMW, AdamW
-from qwen3f.train.step import check_mesh
+from qwen3f.train.step import check_mesh, check_recomputation
 from sharding import rules
 from sharding.axes import sizes_only
 from sharding.layout import Layout, find_gather_dtype
@@ -46,6 +46,7 @@ class Case:
 
     def __post_init__(self) -> None:
         check_mesh(self.model, self.hyper, self.execution, Layout(sizes_only(self.mesh)))
+        check_recomputation(self.model, self.execution)
         find_gather_dtype(self.reduce, self.compute)
         if self.mesh.pp > 1:
             check(self.model, self.pipeline, self.execution.compile, self.mesh.pp, self.microbatches)

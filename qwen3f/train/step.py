@@ -92,7 +92,7 @@ def make_train_step(cfg: ModelConfig, objective: Objective, options: StepOptions
 
     Raises UserError when the batch does not divide or is no batch (`check_batch`), for rates that match no parameter,
     and for what a mesh cannot do: Muon, which needs whole matrices; attention_dropout; one graph with ep, whose splits
-    the host must know.
+    the host must know; and for an invariant execution with experts, or over pp, cp or tp.
     """
     check_mesh(cfg, options.optimizer, options.execution, options.layout)
     optimizer.check_rates(options.optimizer, P.abstract_params(cfg))
@@ -150,8 +150,13 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
 
 
 def check_mesh(cfg: ModelConfig, hyper: AdamW, execution: model.Execution, layout: Layout) -> None:
-    """UserError for what a mesh cannot do, as make_train_step lists it."""
+    """UserError for what a mesh, or an invariant execution on it, cannot do, as make_train_step lists it."""
     axes = layout.axes
+    if execution.invariant and (cfg.sparse_layers or max(axes.pp.size, axes.cp.size, axes.tp.size) > 1):
+        raise UserError(
+            "config.attention=invariant takes a model without experts, and of config.mesh dr and dp alone; write "
+            "--config.attention=auto, or leave out the other axes"
+        )
     if axes.shape.size == 1:
         return
     if axes.ep.size > 1 and cfg.sparse_layers and execution.compile == "step":
@@ -163,6 +168,17 @@ def check_mesh(cfg: ModelConfig, hyper: AdamW, execution: model.Execution, layou
         raise UserError("optimizer.kind=muon needs whole matrices, which a mesh cuts; write optimizer.kind=adamw")
     if cfg.attention_dropout > 0:
         raise UserError("model.attention_dropout is not supported on a mesh; set it to 0 or train on one device")
+
+
+def check_recomputation(cfg: ModelConfig, execution: model.Execution) -> None:
+    """UserError for what torch 2.13 fails at, with an error of its own that says nothing to a user; torch 2.11 can."""
+    policy, recent = cfg.gradient_checkpointing, torch.__version__ >= (2, 13)
+    whole = policy == "full" or (policy == "selective" and cfg.sparse_layers)
+    if recent and execution.compile == "step" and whole:
+        raise UserError(
+            f"config.compile=step with config.model.gradient_checkpointing={policy}: torch {torch.__version__} can't "
+            "compile this model's recomputation into one graph; write --config.compile=block"
+        )
 
 
 def _make_gradients(

@@ -15,6 +15,8 @@ from qwen3f.train.state import init_state
 from qwen3f.train.step import make_train_step
 from tests.train.runs import assert_same_bits, final_state, metrics, pretrain_model
 
+EXPERTS = {"model.num_experts": 4, "model.num_experts_per_tok": 2, "model.moe_intermediate_size": 16}
+
 
 def test_resuming_is_bitwise_exact(make, tmp_path):
     """20 steps against 10, a restart and 10 more; then once more from step 10 by config.resume."""
@@ -144,6 +146,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(make, tmp_pat
         ({"context_warmup.length": 8, "context_warmup.steps": -1}, "config.context_warmup.steps must be at least 0"),
         ({"optimizer.kind": "sgd"}, "optimizer.kind='sgd'"),
         ({"mesh": "dp2"}, "2 devices"),
+        ({"attention": "invariant", "mesh": "cp2"}, "config.attention=invariant takes a model without experts"),
+        ({"attention": "invariant", **EXPERTS}, "config.attention=invariant takes a model without experts"),
         ({"checkpoint.on_failure": "ignore"}, "config.checkpoint.on_failure"),
         ({"device": "gpu"}, "config.device='gpu'"),
         ({"dtype": "fp8"}, "config.dtype"),
