@@ -84,16 +84,17 @@ def leaves(setup: Case) -> tuple[Leaf, ...]:
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes of one rank. parameters and optimizer: the state between steps, exact. copy: parameters in the compute
-    dtype. gathered: layers that FSDP has whole at once. gradients: of one micro-batch, what is trained. sums: float32
-    sums over micro-batches, with the gradients of the one before. buffers: what the pipeline receives into.
-    activations: (kind, bytes) of all layers and micro-batches in flight. loss: logits of a chunk and the head's
-    gradients. working: of a layer that is being recomputed or differentiated, of gradients being stacked or summed.
-    peak: the most at any time of a step; at: which time that is.
+    dtype. reference: another model's, frozen, in that dtype. gathered: layers that FSDP has whole at once. gradients:
+    of one micro-batch, what is trained. sums: float32 sums over micro-batches, with the gradients of the one before.
+    buffers: what the pipeline receives into. activations: (kind, bytes) of all layers and micro-batches in flight.
+    loss: logits of a chunk and the head's gradients. working: of a layer that is being recomputed or differentiated, of
+    gradients being stacked or summed. peak: the most at any time of a step; at: which time that is.
     """
 
     parameters: int
     optimizer: int
     copy: int
+    reference: int
     gathered: int
     gradients: int
     sums: int
@@ -162,6 +163,7 @@ def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> M
     first, last, piped = 0 in own, setup.cut.count - 1 in own, setup.mesh.pp > 1
     parameters, moments = state_bytes(setup, table)
     copy = sum(leaf.elements * leaf.itemsize for leaf in table if leaf.itemsize != setup.master)
+    reference = size * sum(leaf.elements for leaf in table) if setup.reference else 0
     trained = [leaf for leaf in table if leaf.trained]
     # Gradients of the layers are stacked when all are there; a pipeline, or a further micro-batch, adds them to float32
     # sums. A pipeline does so layer by layer; without one, those of the micro-batch before live until the next ones.
@@ -185,7 +187,7 @@ def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> M
     ending += sum(leaf.gathered * leaf.itemsize for leaf in wide) if first else 0
     summing = _summing(setup, trained)
 
-    state, kept = parameters + moments + copy + sums + buffers, sum(activations.values())
+    state, kept = parameters + moments + copy + reference + sums + buffers, sum(activations.values())
     peaks = {
         "the loss": state + gathered + before + kept + loss,
         # in a pipeline other micro-batches are in flight; without one, gradients take the activations' place
@@ -198,6 +200,7 @@ def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> M
         parameters=parameters,
         optimizer=moments,
         copy=copy,
+        reference=reference,
         gathered=gathered,
         gradients=gradients,
         sums=sums + before,
