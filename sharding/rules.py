@@ -15,7 +15,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from sharding.mesh import AXES, FSDP, ROWS, MeshShape, nearest
+from sharding.mesh import AXES, FSDP, ROWS, MeshShape, divisors, nearest
 from sharding.pipeline.cut import Slices
 from sharding.sequence_split import check_length
 
@@ -92,7 +92,7 @@ def _place(cfg: ModelConfig, path: str, spec: P.ParamSpec, shape: MeshShape, fsd
             if count % size:
                 raise UserError(
                     f"{path}: dim {dim} ({count} {unit}) doesn't divide by {axis}={size}; write in config.mesh "
-                    f"{nearest(axis, size, (n for n in range(1, count + 1) if count % n == 0))}"
+                    f"{nearest(axis, size, divisors(count))}"
                 )
         explicit.append((axis, dim))
     data = tuple(axis for axis in FSDP if getattr(shape, axis) > 1 and axis not in dims) if fsdp else ()

@@ -4,6 +4,7 @@ N tokens of a rank's micro-batch · D hidden · I, F widths · R rows of experts
 """
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -153,8 +154,14 @@ def peak(setup: Case, table: tuple[Leaf, ...]) -> int:
     """Bytes of the fullest rank of pp at its fullest. table: `leaves` of the setup, whatever its micro-batches are."""
     if setup.mesh.pp == 1:
         return memory(setup, table, 0, 1).peak
-    orders = schedule.orders(setup.pipeline.schedule, setup.mesh.pp, setup.cut.per_rank, setup.microbatches)
-    return max(memory(setup, table, rank, schedule.in_flight(order)).peak for rank, order in enumerate(orders))
+    alive = _in_flight(setup.pipeline.schedule, setup.mesh.pp, setup.cut.per_rank, setup.microbatches)
+    return max(memory(setup, table, rank, count).peak for rank, count in enumerate(alive))
+
+
+@functools.cache
+def _in_flight(name: str, ranks: int, stages: int, microbatches: int) -> tuple[int, ...]:
+    """By rank; kept, as many cases are tried with the same schedule."""
+    return tuple(map(schedule.in_flight, schedule.orders(name, ranks, stages, microbatches)))
 
 
 def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> Memory:

@@ -17,9 +17,10 @@ from qwen3f.config import ModelConfig
 from qwen3f.data.chat.kinds import KINDS as CHAT_TEMPLATES
 from qwen3f.errors import UserError
 from qwen3f.files import exists, user_path
+from qwen3f.limits import check_layers
 from qwen3f.train.hyper import KINDS as OPTIMIZERS
 from qwen3f.train.hyper import make_hyper
-from sharding.mesh import hybrid, nearest, parse_mesh
+from sharding.mesh import divisors, hybrid, nearest, parse_mesh
 
 # What each key may be; tests hold it against the modules that use the words.
 CHOICES = {
@@ -64,8 +65,9 @@ PLACES = ("init_from", "out", "path")  # of tools, that have to be given
 _OPTIONAL = {"generate": ("out",)}
 _ZERO = {"eval": ("max_new_tokens",)}  # POSITIVE ones of which 0 means something in a stage
 SECONDS = ("watchdog", "checkpoint.timeout", "collective_timeout", "judge.deadline")
-_LARGEST = 2**63
 _LONGEST = 10**6  # seconds, 11 days; poll counts milliseconds in 31 bits
+MOST_MICROBATCHES = 2**12  # of a step; plans lay them out one by one
+ROWS = ("batch_size", "eval.batch_size")
 
 
 def check(config: ConfigDict, workdir: Path | None = None) -> None:
@@ -125,13 +127,17 @@ def at_least(config: ConfigDict, key: str, low: int) -> None:
         raise UserError(f"config.{key} must be at least {low}, got {value}")
 
 
-def check_length(config: ConfigDict, cfg: ModelConfig) -> None:
-    """Raises UserError for rows that the model has no positions for."""
+def find_model(config: ConfigDict) -> ModelConfig:
+    """config.model. Raises UserError for what is no model, as limits.check_layers, and for rows that the model has no
+    positions for."""
+    cfg = ModelConfig.from_dict(config.model.to_dict())
+    check_layers(cfg, "config.model")
     if config.seq_len > cfg.max_position_embeddings:
         raise UserError(
             f"config.seq_len={config.seq_len} exceeds config.model.max_position_embeddings="
             f"{cfg.max_position_embeddings}; shorten the one or raise the other"
         )
+    return cfg
 
 
 def get(config: ConfigDict, key: str) -> Any:
@@ -147,6 +153,8 @@ def steps_of(config: ConfigDict, key: str, updates: int = 1) -> int:
 
 
 def _check_run(config: ConfigDict) -> None:
+    if config.microbatches > MOST_MICROBATCHES:
+        raise UserError(f"config.microbatches={config.microbatches} must be at most {MOST_MICROBATCHES}")
     if config.microbatches and config.batch_size % config.microbatches:
         raise UserError(
             f"config.batch_size={config.batch_size} cannot be cut into config.microbatches={config.microbatches} equal "
@@ -170,14 +178,14 @@ def _check_run(config: ConfigDict) -> None:
         shape = hybrid(parse_mesh(config.mesh), config.fsdp.shard_size, config.fsdp.enabled)
     if config.init_from:  # the model is another
         return
-    check_length(config, cfg := ModelConfig.from_dict(config.model.to_dict()))
+    cfg = find_model(config)
     if shape is not None:
         _check_tp(config, cfg, shape.tp)
 
 
 def _check_tp(config: ConfigDict, cfg: ModelConfig, tp: int) -> None:
     if not _divides(cfg, tp):
-        sizes = [n for n in range(1, cfg.num_attention_heads + 1) if _divides(cfg, n)]
+        sizes = [n for n in divisors(cfg.num_attention_heads) if _divides(cfg, n)]
         raise UserError(
             f"config.mesh={config.mesh}: tp={tp} does not divide the model's {cfg.num_attention_heads} heads of "
             f"queries, {cfg.num_key_value_heads} of keys, widths and vocabulary; write in config.mesh "
@@ -196,8 +204,9 @@ def _divides(cfg: ModelConfig, tp: int) -> bool:
 def _check_number(key: str, value: Any) -> None:
     if type(value) not in (int, float):
         return
-    if not abs(value) < _LARGEST:  # nor is nan; before a whole number of any length meets a float
-        raise UserError(f"config.{key}={str(value)[:40]}: write a finite number below 2^63")
+    bits = 32 if key in ROWS or (key.startswith("model.") and type(value) is int) else 63
+    if not abs(value) < 2**bits:  # nor is nan; before a whole number of any length meets a float
+        raise UserError(f"config.{key}={str(value)[:40]}: write a finite number below 2^{bits}")
     if key in SECONDS and value > _LONGEST:
         raise UserError(f"config.{key} must be at most {_LONGEST:,} seconds, got {value}")
     low = 1 if key in POSITIVE else 0 if key in NOT_NEGATIVE or key in SHARES else -math.inf

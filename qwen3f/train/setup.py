@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
+from qwen3f.interop.config import check_size
 from qwen3f.model.attention import check_heads
 from qwen3f.model.execution import refuse_dropout
 from qwen3f.params import abstract_params
@@ -82,7 +83,7 @@ def setup_on(config: ConfigDict, device: torch.device, hardware: Hardware | None
     config: as checks.check has passed it. hardware: as microbatches.resolve takes it. devices, and what is raised: as
     make_setup has them.
     """
-    checks.check_length(config, cfg := ModelConfig.from_dict(config.model.to_dict()))
+    check_size(cfg := checks.find_model(config), "config.model")
     compute_dtype = find_dtype(config.dtype, device)
     layout = find_layout(config, devices, compute_dtype)
     execution = find_execution(config, device)

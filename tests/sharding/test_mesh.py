@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3f.errors import UserError
-from sharding.mesh import AXES, MeshShape, hybrid, parse_mesh
+from sharding.mesh import AXES, MeshShape, divisors, hybrid, parse_mesh
 
 SHAPES = st.builds(MeshShape, **{axis: st.integers(1, 6) for axis in AXES})
 
@@ -23,6 +23,11 @@ def test_what_is_written_is_parsed_and_what_is_left_is_filled(shape, order, open
     assert parse_mesh(text) == parse_mesh(text, devices=7) == shape
     filled = text.replace(f"{open_axis}{getattr(shape, open_axis)}", f"{open_axis}-1")
     assert parse_mesh(filled, shape.size) == shape
+
+
+def test_divisors_by_trying_all():
+    for number in range(1, 200):
+        assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
 
 
 @given(SHAPES, st.sampled_from(AXES), st.integers(1, 400))

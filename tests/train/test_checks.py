@@ -51,6 +51,12 @@ WRONG = [
     ({"data.holdout": 2.0}, "config.data.holdout must be a share"),
     ({"checkpoint.backend": "x"}, "config.checkpoint.backend='x'"),
     ({"resume": -3}, "config.resume must be at least 0"),
+    ({"batch_size": 10**12}, "config.batch_size=1000000000000: write a finite number below 2^32"),
+    ({"batch_size": 2**15, "microbatches": 2**15}, "config.microbatches=32768 must be at most 4096"),
+    ({"model.num_hidden_layers": 10**9}, "config.model: num_hidden_layers × num_experts is 1,000,000,000, over the li"),
+    ({"model.num_attention_heads": 10**9, "mesh": "tp3"}, "write in config.mesh tp2"),
+    ({"mesh": "dp100000000000", "fsdp.shard_size": 3}, "'dp100000000000' is not an axis and a size"),
+    ({"mesh": "dp999999999", "fsdp.shard_size": 2}, "999,999,999 devices are more than 1,048,576; write lower sizes"),
     ({"pipeline.layers": -1}, "config.pipeline.layers must be at least 0"),
 ]
 TOOLS = {"generate": "init_from", "export_hf": "init_from", "inspect": "path", "rejection_sample": "init_from"}
