@@ -75,7 +75,7 @@ def test_learns_and_validates(make, tmp_path):
 )
 def test_a_best_metric_that_is_not_measured_ends_the_run(make, tmp_path, metric, step, words):
     """Nothing is lost: the same command with another metric goes on."""
-    best = {"checkpoint.keep": 1, "checkpoint.keep_best": 2}
+    best = {"checkpoint.keep": 1, "checkpoint.keep_best": 2, "sample.tokens": 0}
     with pytest.raises(UserError, match=f"config.checkpoint.best_metric={metric} is nothing that .*{words}"):
         run(make(**best, **{"checkpoint.best_metric": metric}), tmp_path, progress=False)
     with Checkpointer(tmp_path / "checkpoints", 0, 0) as checkpoints:
