@@ -154,8 +154,8 @@ def check_mesh(cfg: ModelConfig, hyper: AdamW, execution: model.Execution, layou
     axes = layout.axes
     if execution.invariant and (cfg.sparse_layers or max(axes.pp.size, axes.cp.size, axes.tp.size) > 1):
         raise UserError(
-            "config.attention=invariant takes a model without experts, and of config.mesh dr and dp alone; write "
-            "--config.attention=auto, or leave out the other axes"
+            "config.attention=invariant takes a model without experts, and no pp, cp or tp in config.mesh; leave those "
+            "out, or write --config.attention=auto"
         )
     if axes.shape.size == 1:
         return
