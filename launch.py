@@ -13,7 +13,9 @@ from ml_collections import config_flags
 
 from qwen3f import cli
 from qwen3f.errors import TrainingError, UserError
+from qwen3f.files import user_path
 
+sys.argv = cli.with_flag_files(sys.argv)  # first: ml_collections reads it as soon as --config is defined
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/X.py[:preset]", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/ and the experiment's name.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show progress bars on stderr.")
@@ -23,9 +25,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; overrides are written --config.key=value")
     if _CONFIG.value is None:
-        raise UserError("--config is missing; write e.g. --config experiments/demo.py")
+        raise UserError(cli.NO_CONFIG)
     name = Path(flags.FLAGS["config"].config_filename.partition(":")[0]).stem
-    workdir = Path(_WORKDIR.value) if _WORKDIR.value else Path("runs") / name
+    if _WORKDIR.value == "":
+        raise UserError(f"--workdir is empty; write a directory, or leave it out for runs/{name}")
+    workdir = user_path(_WORKDIR.value or f"runs/{name}", "--workdir")
     chosen = config_flags.get_override_values(flags.FLAGS["config"])
     cli.run_stage(_CONFIG.value, workdir, _PROGRESS.value, chosen.keys())
 

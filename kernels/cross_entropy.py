@@ -64,8 +64,8 @@ def linear_cross_entropy(
 
     Args:
       hidden_ND, weight_VD: one floating dtype and device.
-      targets_N: int64 in [0, V), or IGNORE: no loss and a gradient of exactly 0. Another value makes the loss NaN, or
-        raises an error on a CPU.
+      targets_N: int64 in [0, V), or IGNORE: no loss and a gradient of exactly 0, if the row's hidden is finite (it is
+        read, so that all rows are one product). Another value makes the loss NaN, or raises an error on a CPU.
       weights_N: floating, not differentiated.
       float32_sum: on a GPU, sum the weight's gradient over chunks in float32 (a CPU always does).
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit together.
@@ -83,7 +83,8 @@ def linear_cross_entropy(
 
 
 def token_log_probs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """log p(target) of each token, float32 (float64 for float64) [N]; 0 with no gradient where the target is IGNORE.
+    """log p(target) of each token, float32 (float64 for float64) [N]; 0 with a gradient of exactly 0 where the
+    target is IGNORE, if the row's hidden is finite.
 
     A true backward in hidden and weight for any upstream gradient; it computes the logits again. Arguments and errors
     as in `linear_cross_entropy`.

@@ -338,7 +338,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, ranges: KeyRanges | No
         raise ValueError(
             f"k and v must be [{batch}, kv_heads, keys, {d}] as q, got {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if heads % kv_heads:
+    if not kv_heads or heads % kv_heads:
         raise ValueError(f"q has {heads} heads, no multiple of k's {kv_heads}")
     if not 16 <= d <= 256:
         raise ValueError(f"head_dim must be 16 … 256, got {d}")

@@ -145,7 +145,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> None:
             )
     check_devices(q=q, k=k, v=v, seen=seen)
     (batch, heads, length, d), kv_heads = q.shape, k.shape[1]
-    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != d or heads % kv_heads:
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != d or not kv_heads or heads % kv_heads:
         raise ValueError(f"q, k and v do not fit together: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if heads // kv_heads * length > MAX_ROWS:
         raise ValueError(

@@ -31,7 +31,8 @@ TOOLS = {
 TRAIN = "qwen3f.train.launch"
 INHERIT = "qwen3f.train.inherit"
 PLAN = "qwen3f.plan.run"  # instead, where config.plan is set: what the mesh would do
-
+OWN_FLAGS = ("config", "workdir", "progress", "verbosity", "help", "flagfile")  # and of absl's what matters
+NO_CONFIG = "--config is missing; write e.g. --config experiments/demo.py"
 
 # Turns of the loop in which a thread of libgomp (torch's on Linux) waits for the others before it sleeps. libgomp's own
 # choice is 300,000, which takes the processor from the very thread that is waited for where a machine has more to do
@@ -45,6 +46,18 @@ def yield_while_waiting(environment: MutableMapping[str, str]) -> None:
     """Set how torch's threads wait for each other, unless the user has. To be called before torch is imported."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
         environment["GOMP_SPINCOUNT"] = _SPINS
+
+
+def with_flag_files(argv: list[str]) -> list[str]:
+    """The command line with the lines of each --flagfile in its place.
+
+    A file that cannot be read ends with one line on stderr and exit code 2.
+    """
+    try:
+        return [*argv[:1], *flags.FLAGS.read_flags_from_files(argv[1:])]
+    except (flags.Error, ValueError) as error:
+        problem = f"{error.__context__ or error}; write --flagfile=FILE, a text with a flag on each line"
+        sys.exit(report(UserError(problem), 2))
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -64,8 +77,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         _check_overrides(argv)
         return _parsed(argv)
     except flags.UnrecognizedFlagError as error:
-        known = [flag for flag in flags.FLAGS if len(flag) > 1]
-        problem: Exception = UserError(f"unknown flag --{error.flagname}; {hint(error.flagname, known)}")
+        problem: Exception = UserError(f"unknown flag --{error.flagname}; {hint(error.flagname, OWN_FLAGS)}")
     except (flags.Error, UnsupportedOperationError, UserError) as error:
         problem = error
     sys.exit(report(problem, 2))
@@ -129,15 +141,22 @@ def _check_overrides(argv: list[str]) -> None:
         if argument.startswith(("--config.", "-config.")):
             apart = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("-") else None
             overrides.append((flag, value if equals else apart))
+        elif argument.startswith(("--noconfig.", "-noconfig.")):
+            overrides.append((flag, None))
     if experiment is None:
+        if overrides:
+            raise UserError(NO_CONFIG)
         return
     config = load_experiment(experiment)
     known = {f"config.{key}" for key in _keys(config)}
-    for name, value in overrides:
+    for flag, value in overrides:
+        name = flag.removeprefix("no")
         if name not in known:
             raise UserError(f"unknown key --{name}; {hint(name, sorted(known))}")
         *sections, last = name.removeprefix("config.").split(".")
         section = functools.reduce(lambda section, key: section[key], sections, config)
+        if flag != name and section.get_type(last) is not bool:
+            raise UserError(f"--{flag}: only what is True or False is written so; write --{name}=VALUE")
         if value is not None:
             check_value(name, value, section.get_type(last))
             _check_fixed(name, value, section[last])
@@ -171,12 +190,25 @@ def load_experiment(experiment: str) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise UserError(f"--config: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"--config: {error.filename}, line {error.lineno}: {error.msg}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"--config: {file} has no get_config(); see experiments/demo.py")
-    if colon and not inspect.signature(module.get_config).parameters:
-        raise UserError(f"--config: {file} takes no ':{argument}'; write --config {file}")
-    return module.get_config(argument) if colon else module.get_config()
+    arguments = (argument,) if colon else ()
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError:
+        what, write = (f"takes no ':{argument}'", file) if colon else ("needs an argument", f"{file}:ARGUMENT")
+        raise UserError(f"--config: {file} {what}; write --config {write}") from None
+    config = module.get_config(*arguments)
+    if not isinstance(config, ConfigDict) or not isinstance(config.get("stage"), str):
+        raise UserError(
+            f"--config: get_config() of {file} must return a ConfigDict with a stage, such as config.stage='pretrain'; "
+            "see experiments/demo.py"
+        )
+    return config
 
 
 def _keys(config: ConfigDict) -> list[str]:

@@ -7,6 +7,7 @@ it can key caches of meta skeletons and compiled functions.
 import dataclasses
 import difflib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,7 +16,6 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from qwen3f.errors import UserError
-from qwen3f.finite import as_finite
 
 HIDDEN_ACTS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 QK_NORMS = ("rms", "l2", "none")
@@ -49,19 +49,23 @@ class RopeScaling:
         if not values or values.get("rope_type") == "default":
             return None
         if values.get("rope_type") != "yarn":
-            raise UserError(f"rope_scaling: rope_type {values.get('rope_type')!r} is unknown; use 'yarn' or null")
-        _check_keys("rope_scaling", values, cls)
+            raise UserError(
+                f"config.model.rope_scaling: rope_type {values.get('rope_type')!r} is unknown; use 'yarn' or null"
+            )
+        _check_keys("config.model.rope_scaling", values, cls)
         for key in ("factor", "original_max_position_embeddings"):
             if values.get(key) is None:
-                raise UserError(f"rope_scaling: '{key}' is missing; YaRN needs factor and the context length before it")
+                raise UserError(
+                    f"config.model.rope_scaling.{key} is missing; YaRN needs its factor and the length before it"
+                )
         return cls(**values)
 
     def __post_init__(self) -> None:
-        _check_types("rope_scaling", self)
+        _check_types("config.model.rope_scaling", self)
         for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"):
             value = getattr(self, key)
-            if value is not None and not (as_finite(value) or 0) > 0:
-                raise UserError(f"rope_scaling.{key} is {value}; it must be finite and above 0")
+            if value is not None and not 0 < value <= sys.float_info.max:  # JSON's integers may be longer
+                raise UserError(f"config.model.rope_scaling.{key} is {str(value)[:40]}; it must be finite and above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +143,11 @@ class ModelConfig:
             given = getattr(self, name)
             numbers = () if given is None else given
             if not isinstance(numbers, list | tuple) or any(type(one) is not int for one in numbers):
-                raise UserError(f"model.{name} is {given!r}; write whole numbers, such as (0, 1)")
+                raise UserError(f"config.model.{name} is {given!r}; write whole numbers, such as (0, 1)")
             object.__setattr__(self, name, tuple(numbers))
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
-        _check_types("model", self)
+        _check_types("config.model", self)
         _validate(self)
 
     # -- layers ------------------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ class ModelConfig:
         apart = (params.EMBED, params.VISUAL)
         matrices = (path for path, spec in table.items() if spec.is_matrix and not path.startswith(apart))
         body = sum(params.active_numel(self, path, table[path]) for path in matrices)
-        return body + (table[params.EMBED].numel if self.tie_word_embeddings else 0)
+        return body + (table[params.EMBED].numel if params.head_path(self) == params.EMBED else 0)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -217,7 +221,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """Raises UserError on an unknown key, naming the closest known one."""
-        _check_keys("model", values, cls)
+        _check_keys("config.model", values, cls)
         try:
             return cls(**values)
         except TypeError as error:
@@ -266,9 +270,15 @@ def _check_keys(where: str, values: Mapping[str, Any], cls: type) -> None:
         if key not in known and key in _OTHER_YARN and cls is RopeScaling:
             raise UserError(f"{where}: '{key}' has another meaning than any key here: {_OTHER_YARN[key]}")
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+            close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
             raise UserError(f"{where}: unknown key '{key}'{hint}")
+
+
+_TYPES = {
+    NoneType: "null",
+    RopeScaling: "dict, as {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32768},",
+}
 
 
 def _check_types(where: str, values: "RopeScaling | ModelConfig") -> None:
@@ -276,7 +286,7 @@ def _check_types(where: str, values: "RopeScaling | ModelConfig") -> None:
         value, kind = getattr(values, field.name), field.type
         kinds = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
         if type(value) not in kinds and not (float in kinds and type(value) is int):
-            words = " or ".join("null" if one is NoneType else one.__name__ for one in kinds)
+            words = " or ".join(_TYPES.get(one, one.__name__) for one in kinds)
             raise UserError(f"{where}.{field.name} is {value!r}; it must be of type {words}")
 
 
@@ -296,8 +306,8 @@ def _validate(cfg: ModelConfig) -> None:
         "initializer_range",
     ]
     for name in positive:
-        if not (as_finite(getattr(cfg, name)) or 0) > 0:
-            raise UserError(f"model.{name} must be positive, got {getattr(cfg, name)}")
+        if not 0 < getattr(cfg, name) <= sys.float_info.max:
+            raise UserError(f"config.model.{name} must be positive and finite, got {str(getattr(cfg, name))[:40]}")
     for name, allowed in (
         ("hidden_act", HIDDEN_ACTS),
         ("qk_norm", QK_NORMS),
@@ -305,70 +315,82 @@ def _validate(cfg: ModelConfig) -> None:
         ("router_balance", ROUTER_BALANCE),
     ):
         if getattr(cfg, name) not in allowed:
-            raise UserError(f"model.{name} must be one of {', '.join(allowed)}, got {getattr(cfg, name)!r}")
+            raise UserError(f"config.model.{name} must be one of {', '.join(allowed)}, got {getattr(cfg, name)!r}")
     if cfg.num_attention_heads % cfg.num_key_value_heads:
         raise UserError(
-            f"model.num_attention_heads ({cfg.num_attention_heads}) must be a multiple of "
-            f"model.num_key_value_heads ({cfg.num_key_value_heads})"
+            f"config.model.num_attention_heads ({cfg.num_attention_heads}) must be a multiple of "
+            f"config.model.num_key_value_heads ({cfg.num_key_value_heads})"
         )
     if cfg.head_dim % 2:
-        raise UserError(f"model.head_dim must be even for rotary embeddings, got {cfg.head_dim}")
+        raise UserError(f"config.model.head_dim must be even for rotary embeddings, got {cfg.head_dim}")
     if cfg.rope_scaling is not None and cfg.rope_theta <= 1:
-        raise UserError(f"model.rope_theta must be above 1 where model.rope_scaling is set, got {cfg.rope_theta}")
+        raise UserError(
+            f"config.model.rope_theta must be above 1 where config.model.rope_scaling is set, got {cfg.rope_theta}"
+        )
     if not 0.0 <= cfg.attention_dropout < 1.0:
-        raise UserError(f"model.attention_dropout must be in [0, 1), got {cfg.attention_dropout}")
+        raise UserError(f"config.model.attention_dropout must be in [0, 1), got {cfg.attention_dropout}")
     if cfg.num_experts and not 1 <= cfg.num_experts_per_tok <= cfg.num_experts:
         raise UserError(
-            f"model.num_experts_per_tok ({cfg.num_experts_per_tok}) must lie in 1..num_experts ({cfg.num_experts})"
+            f"config.model.num_experts_per_tok ({cfg.num_experts_per_tok}) must lie in 1..num_experts "
+            f"({cfg.num_experts})"
         )
     if cfg.num_experts and cfg.moe_intermediate_size <= 0:
-        raise UserError("model.moe_intermediate_size must be positive when num_experts > 0")
-    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-        if not getattr(cfg, name) >= 0:
-            raise UserError(f"model.{name} must be at least 0, got {getattr(cfg, name)}")
+        raise UserError("config.model.moe_intermediate_size must be positive when num_experts > 0")
+    for name in ("router_aux_loss_coef", "router_z_loss_coef", "embed_initializer_range"):
+        if not 0 <= getattr(cfg, name) <= sys.float_info.max:
+            raise UserError(f"config.model.{name} must be finite and at least 0, got {str(getattr(cfg, name))[:40]}")
+    if any(not 0 <= layer < cfg.num_hidden_layers for layer in cfg.mlp_only_layers):
+        raise UserError(
+            f"config.model.mlp_only_layers ({list(cfg.mlp_only_layers)}) must be layers of the model, 0 … "
+            f"{cfg.num_hidden_layers - 1}"
+        )
     if cfg.vision_enabled:
         _validate_vision(cfg)
-    if cfg.moe_drop_tokens and not cfg.moe_capacity_factor > 0:
-        raise UserError(f"model.moe_capacity_factor must be positive, got {cfg.moe_capacity_factor}")
+    if cfg.moe_drop_tokens and not 0 < cfg.moe_capacity_factor <= sys.float_info.max:
+        raise UserError(f"config.model.moe_capacity_factor must be positive and finite, got {cfg.moe_capacity_factor}")
 
 
 def _validate_vision(cfg: ModelConfig) -> None:
     sizes = "hidden_size num_hidden_layers num_attention_heads intermediate_size patch_size image_size num_channels"
     for name in (f"vision_{size}" for size in f"{sizes} merger_spatial_factor temporal_patch_size".split()):
         if getattr(cfg, name) < 1:
-            raise UserError(f"model.{name} must be positive, got {getattr(cfg, name)}")
+            raise UserError(f"config.model.{name} must be positive, got {getattr(cfg, name)}")
     for name, allowed in (("vision_merger", VISION_MERGERS), ("vision_deepstack_mode", VISION_DEEPSTACK)):
         if getattr(cfg, name) not in allowed:
-            raise UserError(f"model.{name} must be one of {', '.join(allowed)}, got {getattr(cfg, name)!r}")
+            raise UserError(f"config.model.{name} must be one of {', '.join(allowed)}, got {getattr(cfg, name)!r}")
     if cfg.vision_hidden_size % (4 * cfg.vision_num_attention_heads):
         raise UserError(
-            f"model.vision_hidden_size ({cfg.vision_hidden_size}) must be a multiple of 4 · "
-            f"model.vision_num_attention_heads ({cfg.vision_num_attention_heads}): a head turns by height and by width"
+            f"config.model.vision_hidden_size ({cfg.vision_hidden_size}) must be a multiple of 4 · "
+            f"config.model.vision_num_attention_heads ({cfg.vision_num_attention_heads}): a head turns by height "
+            "and by width"
         )
     if cfg.vision_image_size % cfg.vision_patch_size:
         raise UserError(
-            f"model.vision_image_size ({cfg.vision_image_size}) must be a multiple of model.vision_patch_size "
-            f"({cfg.vision_patch_size})"
+            f"config.model.vision_image_size ({cfg.vision_image_size}) must be a multiple of "
+            f"config.model.vision_patch_size ({cfg.vision_patch_size})"
         )
     taps, layers = cfg.vision_deepstack_layers, cfg.vision_num_hidden_layers
     if list(taps) != sorted(set(taps)) or (taps and not 0 <= taps[0] <= taps[-1] < layers):
         raise UserError(
-            f"model.vision_deepstack_layers ({list(taps)}) must rise and be layers of the tower, 0 … {layers - 1}"
+            f"config.model.vision_deepstack_layers ({list(taps)}) must rise and be layers of the tower, 0 … "
+            f"{layers - 1}"
         )
     if cfg.injected_taps > cfg.num_hidden_layers:
         raise UserError(
-            f"model.vision_deepstack_layers has {len(taps)} taps, more than model.num_hidden_layers "
+            f"config.model.vision_deepstack_layers has {len(taps)} taps, more than config.model.num_hidden_layers "
             f"({cfg.num_hidden_layers}), behind which they are added"
         )
     sections = cfg.mrope_section
     if len(sections) != 3 or min(sections) < 0 or sum(sections) != cfg.head_dim // 2:
         raise UserError(
-            f"model.mrope_section ({list(sections)}) must be three numbers of rotary pairs whose sum is half of "
-            f"model.head_dim ({cfg.head_dim})"
+            f"config.model.mrope_section ({list(sections)}) must be three numbers of rotary pairs whose sum is half of "
+            f"config.model.head_dim ({cfg.head_dim})"
         )
     ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     for name in ids:
         if not 0 <= getattr(cfg, name) < cfg.vocab_size:
-            raise UserError(f"model.{name} ({getattr(cfg, name)}) must be below model.vocab_size ({cfg.vocab_size})")
+            raise UserError(
+                f"config.model.{name} ({getattr(cfg, name)}) must be below config.model.vocab_size ({cfg.vocab_size})"
+            )
     if len({getattr(cfg, name) for name in ids}) < len(ids):
-        raise UserError(f"model.{', model.'.join(ids)} must differ")
+        raise UserError(f"config.model.{', config.model.'.join(ids)} must differ")

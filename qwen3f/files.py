@@ -1,4 +1,4 @@
-"""Files that are either wholly there or not at all, and stay; and files that are read whole, up to a size."""
+"""Files that are either wholly there or not at all, and stay; files that are read whole, up to a size; users' paths."""
 
 import os
 import uuid
@@ -30,6 +30,18 @@ def read_bounded(path: Path, most: Limit = FILE_BYTES) -> bytes:
     if size > most.value():
         raise UserError(f"{path} has {size:,} bytes, {most.exceeded('bytes')}")
     return path.read_bytes()
+
+
+def user_path(place: str | Path, where: str) -> Path:
+    """`place` with the home directory in place of ~ or ~USER. where: the key or flag that named it, for the error.
+
+    Raises UserError if there is no such user, or no home of this one.
+    """
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        user = Path(place).parts[0]
+        raise UserError(f"{where}: there is no home directory for {user}; write the whole path") from error
 
 
 def is_file(path: str | Path) -> bool:

@@ -111,5 +111,5 @@ def _short(key: str) -> str:
 
 
 def _listed(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - _MOST} more (qwen3f/train/defaults.py has all)" if len(keys) > _MOST else ""
+    more = f" and {len(keys) - _MOST} more (--help lists all)" if len(keys) > _MOST else ""
     return ", ".join(keys[:_MOST]) + more

@@ -6,6 +6,7 @@ Each limit is far above what real data needs, and an environment variable raises
 import os
 from dataclasses import dataclass
 
+from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 
 
@@ -49,3 +50,10 @@ MODEL_TENSORS = Limit("QWEN3F_MAX_MODEL_TENSORS", 2**18)
 """Layers times experts. Qwen3-235B-A22B has 12,032."""
 
 MODEL_PARAMETERS = Limit("QWEN3F_MAX_MODEL_PARAMETERS", 2**44)
+
+
+def check_layers(cfg: ModelConfig, where: str) -> None:
+    """Raises UserError for more than MODEL_TENSORS; `where` names the model."""
+    tensors = cfg.num_hidden_layers * max(1, cfg.num_experts)
+    if tensors > MODEL_TENSORS.value():
+        raise UserError(f"{where}: num_hidden_layers × num_experts is {tensors:,}, {MODEL_TENSORS.exceeded('tensors')}")

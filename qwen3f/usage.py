@@ -124,7 +124,10 @@ def _experiments(argv: list[str]) -> Iterator[tuple[int, str, str]]:
 
 
 def _description(path: Path) -> str:
-    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8-sig"))) or path.stem
+    try:
+        return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8-sig"))) or path.stem
+    except (OSError, ValueError, SyntaxError) as error:
+        return f"cannot be read: {error}"
 
 
 def _table(rows: dict[str, str]) -> list[str]:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from sharding.mesh import AXES, FSDP, ROWS, MeshShape, nearest
+from sharding.mesh import AXES, FSDP, ROWS, MeshShape, divisors, nearest
 from sharding.pipeline.cut import Slices
 from sharding.sequence_split import check_length
 
@@ -92,7 +92,7 @@ def _place(cfg: ModelConfig, path: str, spec: P.ParamSpec, shape: MeshShape, fsd
             if count % size:
                 raise UserError(
                     f"{path}: dim {dim} ({count} {unit}) doesn't divide by {axis}={size}; write in config.mesh "
-                    f"{nearest(axis, size, (n for n in range(1, count + 1) if count % n == 0))}"
+                    f"{nearest(axis, size, divisors(count))}"
                 )
         explicit.append((axis, dim))
     data = tuple(axis for axis in FSDP if getattr(shape, axis) > 1 and axis not in dims) if fsdp else ()
@@ -134,17 +134,19 @@ def replicated_axes(placed: Placed, shape: MeshShape) -> tuple[str, ...]:
     return tuple(axis for axis in AXES if getattr(shape, axis) > 1 and axis not in placed.cuts)
 
 
-def check_batch(shape: MeshShape, rows: int, length: int, microbatches: int = 1) -> None:
+def check_batch(
+    shape: MeshShape, rows: int, length: int, microbatches: int = 1, key: str = "config.batch_size"
+) -> None:
     """UserError when the global batch [rows, length] can't be cut: rows over dr, dp, ep, length over cp, tokens over
-    tp."""
-    sizes = {axis: getattr(shape, axis) for axis in ROWS} | {"microbatches": microbatches}
+    tp. key: what gives the rows."""
+    sizes = {axis: getattr(shape, axis) for axis in ROWS} | {"config.microbatches": microbatches}
     if rows % (parts := math.prod(sizes.values())):
         product = " · ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
-        raise UserError(f"batch_size {rows} doesn't divide by {product}; make it a multiple of {parts}")
+        raise UserError(f"{key}={rows} doesn't divide by {product}; make it a multiple of {parts}")
     check_length(length, shape.cp)
     tokens = rows // parts * length // shape.cp
     if tokens % shape.tp:
         raise UserError(
             f"a rank's micro-batch has {tokens} tokens ({rows // parts} × {length}, over cp={shape.cp}), which don't "
-            f"divide by tp={shape.tp}; change batch_size or seq_len"
+            f"divide by tp={shape.tp}; change {key} or config.seq_len"
         )

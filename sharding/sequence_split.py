@@ -57,8 +57,8 @@ def check_length(length: int, size: int) -> None:
     if size > 1 and (length < 2 * size or length % (2 * size)):
         fitting = max(1, round(length / (2 * size))) * 2 * size
         raise UserError(
-            f"a sequence of {length} cannot be cut over cp={size}: each rank holds two of {2 * size} equal chunks; "
-            f"write seq_len={fitting} (any multiple of {2 * size}), or another cp"
+            f"config.seq_len={length} cannot be cut over cp={size}: each rank holds two of {2 * size} equal "
+            f"chunks; write config.seq_len={fitting} (any multiple of {2 * size}), or another cp in config.mesh"
         )
 
 

@@ -12,7 +12,7 @@ def of_qwen3f(names):
     return tuple(f"qwen3f.{name}" for name in names.split())
 
 
-BASE = of_qwen3f("config params tree errors finite rng")  # modules that know nothing of models and runs
+BASE = of_qwen3f("config params tree errors rng")  # modules that know nothing of models and runs
 
 # part: (what it may not import, exceptions)
 ARROWS = {

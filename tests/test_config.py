@@ -51,6 +51,8 @@ def test_matmul_params_leave_out_the_lookup_and_vectors():
     layers = 6 * (2 * 256 * 1024 + 2 * 256 * 256 + 3 * 256 * 688)
     assert cfg.matmul_params() == layers + 32768 * 256  # the head, not the embedding
     assert cfg.replace(tie_word_embeddings=True).matmul_params() == cfg.matmul_params()
+    for tied in (True, False):  # one row for a score, no vocabulary
+        assert cfg.replace(tie_word_embeddings=tied, scalar_head=True).matmul_params() == layers + 256
 
 
 def test_matmul_params_leave_out_the_tower():
@@ -80,9 +82,16 @@ def test_booleans_of_config_files_are_understood():
         ({"head_dim": 7}, "even"),
         ({"vocab_size": 0}, "vocab_size must be positive"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive"),
-        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be positive, got nan"),
-        ({"rope_theta": math.inf}, "rope_theta must be positive, got inf"),
-        pytest.param({"rope_theta": 10**400}, "rope_theta must be positive, got 1000", id="1e400"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be positive and finite, got nan"),
+        ({"rope_theta": math.inf}, r"config\.model\.rope_theta must be positive and finite, got inf"),
+        ({"rope_theta": 10**400}, "rope_theta must be positive and finite, got 1000"),
+        ({"embed_initializer_range": math.nan}, "embed_initializer_range must be finite and at least 0, got nan"),
+        ({"mlp_only_layers": (99,)}, r"config\.model\.mlp_only_layers \(\[99\]\) must be layers of the model, 0 … 5"),
+        ({1: 2}, "config.model: unknown key '1'"),
+        (
+            {"rope_scaling": "yarn"},
+            "config.model.rope_scaling is 'yarn'; it must be of type dict, as {'rope_type': 'yarn'",
+        ),
         ({"attention_dropout": 1.0}, "attention_dropout"),
         ({"qk_norm": "layer"}, "rms, l2, none"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is unknown"),
@@ -102,7 +111,7 @@ def test_wrong_values_are_named(values, words):
 @pytest.mark.parametrize("value", [0, -2, pytest.param(10**400, id="1e400"), math.nan, math.inf])
 def test_numbers_of_yarn_are_finite_and_positive(key, value):
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
-    words = rf"rope_scaling.{key} is .*; it must be "
+    words = rf"config\.model\.rope_scaling\.{key} is .*; it must be "
     for make in (RopeScaling.from_dict, lambda values: RopeScaling(**values)):
         with pytest.raises(UserError, match=words):
             make({**yarn, key: value})
@@ -119,7 +128,7 @@ def test_lists_of_numbers_hold_whole_numbers(name, value):
 
 def test_yarn_needs_a_rotary_base_above_1():
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
-    with pytest.raises(UserError, match="model.rope_theta must be above 1 where model.rope_scaling is set"):
+    with pytest.raises(UserError, match="model.rope_theta must be above 1 where config.model.rope_scaling is set"):
         presets.get("nano").replace(rope_theta=1.0, rope_scaling=RopeScaling.from_dict(yarn))
 
 

@@ -5,8 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 import launch as launch_module
 from qwen3f import cli, flag_hints
@@ -57,11 +60,48 @@ def launch(*arguments):
             "give an experiment of 'eval', or leave it out",
         ),
         (("--config", "experiments/eval.py", "--config.stage=a.stage"), "the keys are those of 'eval'"),
+        (("--config", "experiments/demo.py", "--noconfig.stepz"), "did you mean config.steps?"),
+        (("--config", "experiments/demo.py", "-noconfig.steps"), "is written so; write --config.steps=VALUE"),
+        (("--config.steps=3",), "--config is missing; write e.g. --config experiments/demo.py"),
     ],
 )
 def test_command_lines_are_checked_before_anything_runs(arguments, words):
     with pytest.raises(UserError, match=words.replace("?", r"\?").replace(".", r"\.")):
         cli._check_overrides(["launch.py", *arguments])
+
+
+OWN = {
+    "def get_config(x): return x": "own.py needs an argument; write --config .*own.py:ARGUMENT",
+    "def get_config(): return None": "must return a ConfigDict with a stage",
+    "def get_config(): return {'stage': 'pretrain'}": "must return a ConfigDict with a stage",
+    "from ml_collections import ConfigDict as get_config": "must return a ConfigDict with a stage",
+    "def get_config():\n    return (": "own.py, line 2: '.' was never closed",
+}
+
+
+@pytest.mark.parametrize("text", OWN)
+def test_an_experiment_of_one_s_own_that_is_none(text, tmp_path):
+    (tmp_path / "own.py").write_text(text)
+    with pytest.raises(UserError, match=OWN[text]):
+        cli.load_experiment(str(tmp_path / "own.py"))
+
+
+def test_flags_of_a_file_are_checked_as_the_command_line_s(tmp_path, capsys):
+    (tmp_path / "flags").write_text("# of a colleague\n--config.stepz=3\n")
+    argv = cli.with_flag_files(["launch.py", "--config", "experiments/demo.py", f"--flagfile={tmp_path / 'flags'}"])
+    with pytest.raises(UserError, match="did you mean config.steps"):
+        cli._check_overrides(argv)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for wrong in ("=/nope", f"={tmp_path}", f"={tmp_path / 'binary'}", ""):
+        with pytest.raises(SystemExit, match="2"):
+            cli.with_flag_files(["launch.py", f"--flagfile{wrong}"])
+        assert capsys.readouterr().err.endswith("write --flagfile=FILE, a text with a flag on each line\n")
+
+
+def test_a_flag_that_is_unknown_is_told_those_of_launch_py(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse_flags(["launch.py", "--zzz=3"])
+    assert "known: config, workdir, progress, verbosity, help, flagfile\n" in capsys.readouterr().err
 
 
 def test_a_stage_of_one_s_own_may_be_written():
@@ -73,19 +113,20 @@ def test_hints_are_short_and_name_keys_of_ours():
     known = sorted(f"config.{key}" for key in cli._keys(cli.load_experiment("experiments/pretrain_s1.py:nano")))
     for name in ("config.zzzz", "config.qqq", "config.model.zzzz", "config.model"):
         assert len(flag_hints.hint(name, known)) < 700
+    assert flag_hints.hint("config.zzzz", known).endswith(" more (--help lists all)")
     assert set(flag_hints.ALIASES) <= {key.removeprefix("config.") for key in known}
 
 
 def test_keys_are_named_as_flags():
     keys = cli._keys(cli.load_experiment("experiments/demo.py"))
-    for text, flags in (
+    for text, named in (
         ("data.packing is 'x', config.steps=3 too", "--config.data.packing is 'x', --config.steps=3 too"),
         ("write data.streaming=False.", "write --config.data.streaming=False."),
         ("--config.data.cache of /tmp/data.cache", "--config.data.cache of /tmp/data.cache"),
         ("model.layers.self_attn and config.json", "model.layers.self_attn and config.json"),
         ("the steps and config.data", "the steps and config.data"),
     ):
-        assert flag_hints.as_flags(text, keys) == flags
+        assert flag_hints.as_flags(text, keys) == named
 
 
 @pytest.mark.parametrize(
@@ -184,6 +225,26 @@ def test_a_disk_without_room_is_one_line(number, tmp_path, monkeypatch, capsys):
     number = errno.EPERM
     with pytest.raises(PermissionError):  # a fault of ours keeps its trace
         launch_module.guarded([])
+
+
+def workdir_of(monkeypatch, *arguments):
+    """Where launch.py would run."""
+    asked = []
+    monkeypatch.setattr(cli, "run_stage", lambda config, workdir, progress, chosen: asked.append(workdir))
+    with flagsaver.flagsaver():
+        flags.FLAGS(["launch.py", "--config=experiments/demo.py", *arguments])
+        launch_module.main([])
+    return asked[0]
+
+
+def test_a_workdir_may_begin_with_a_home_and_is_never_empty(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert workdir_of(monkeypatch) == Path("runs/demo")
+    assert workdir_of(monkeypatch, "--workdir=~/W") == Path("/home/me/W")
+    with pytest.raises(UserError, match="--workdir is empty; write a directory, or leave it out for runs/demo"):
+        workdir_of(monkeypatch, "--workdir", "")
+    with pytest.raises(UserError, match="--workdir: there is no home directory for ~nobody-of-that-name; write"):
+        workdir_of(monkeypatch, "--workdir=~nobody-of-that-name/W")
 
 
 def test_meshes_are_parsed():

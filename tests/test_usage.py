@@ -36,6 +36,14 @@ def test_help_lists_what_there_is_and_ends_well(flag, tmp_path):
     assert all(name in done.stdout for name in (*presets.PRESETS, "--config.steps", "--workdir"))
 
 
+def test_help_lists_an_experiment_that_is_no_python(tmp_path, monkeypatch):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "own.py").write_text("def (")
+    (tmp_path / "experiments" / "binary.py").write_bytes(b"\xff")
+    monkeypatch.setattr(usage, "ROOT", tmp_path)
+    assert [words.split(":")[0] for words in usage.experiments().values()] == ["cannot be read"] * 2
+
+
 def test_help_names_keys_that_there_are():
     known = dict(usage.flat(pretrain_config("nano")))
     assert set(usage.COMMON) <= set(known)

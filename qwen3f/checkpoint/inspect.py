@@ -26,7 +26,7 @@ def report(path: str, verify: bool, backend: str = "orbax") -> list[str]:
 
     Raises UserError if there is none, DamagedCheckpoint naming the file that is not as it was written.
     """
-    directory, is_hf, step = source.locate(path)
+    directory, is_hf, step = source.locate(path, "config.path")
     if is_hf:
         raise UserError(f"config.path={path} is a Hugging Face directory; give a workdir or its checkpoints/N")
     with Checkpointer(directory / W.CHECKPOINTS, every=0, keep=0, backend=backend) as checkpoints:

@@ -28,6 +28,7 @@ from qwen3f.data.stream.parts import stream_part
 from qwen3f.data.tokenizers.sentencepiece_tokenizer import MAX_TRAINING_CHARS, TRAINER_OPTIONS, train_sentencepiece
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 
 PACKINGS = ("concat", "best_fit")
 
@@ -313,8 +314,8 @@ def cache_directory(configured: str = "") -> Path:
     Raises:
         UserError: the path is taken by something that is no directory.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(configured).expanduser() if configured else Path(base, "qwen3f")
+    base = os.environ.get("XDG_CACHE_HOME") or user_path("~/.cache", "data.cache")
+    path = user_path(configured, "data.cache") if configured else Path(base, "qwen3f")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

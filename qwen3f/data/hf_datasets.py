@@ -55,6 +55,7 @@ from qwen3f.data.stream.torch_dataset import (
 from qwen3f.data.stream.windows import windows
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 
 
 def load_pretrain_dataset(
@@ -191,7 +192,7 @@ def load_multimodal_dataset(
     Raises:
         UserError: no such folder, or as `parse_mixture`; while iterating, as `opening.rows`, or an image is missing.
     """
-    folder = Path(image_root).expanduser()
+    folder = user_path(image_root, "image_root")
     if not folder.is_dir():
         raise UserError(f"There is no image folder {folder}: give image_root an existing one, e.g. COCO's train2017.")
     adapters = {name: partial(adapter, image_root=folder) for name, adapter in multimodal.ADAPTERS.items()}

@@ -262,15 +262,16 @@ def _stacked(examples: list[Example], places: np.ndarray, vocab_size: int) -> Ba
                 f"first of its batch {sorted(examples[0])}; all examples need the same, and {sorted(_KEYS)} among them."
             )
     arrays = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
-    for key, lowest in (("tokens", 0), ("targets", IGNORED_TARGET)):
-        if arrays[key].min() < lowest or arrays[key].max() >= vocab_size:
-            _report_id(arrays[key], arrays.get("index", places), lowest, vocab_size)
+    ids = {"tokens": arrays["tokens"], "targets": np.where(arrays["targets"] == IGNORED_TARGET, 0, arrays["targets"])}
+    for known in ids.values():
+        if known.min() < 0 or known.max() >= vocab_size:
+            _report_id(known, arrays.get("index", places), vocab_size)
     arrays["index"] = places
     return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
-def _report_id(ids: np.ndarray, index: np.ndarray, lowest: int, vocab_size: int) -> None:
-    row, column = np.argwhere((ids < lowest) | (ids >= vocab_size))[0]
+def _report_id(ids: np.ndarray, index: np.ndarray, vocab_size: int) -> None:
+    row, column = np.argwhere((ids < 0) | (ids >= vocab_size))[0]
     raise UserError(
         f"Example {int(index[row])} holds the token id {int(ids[row, column])}, beyond the vocabulary of {vocab_size}: "
         "set model.vocab_size to the tokenizer's, or tokenise the data again."

@@ -14,7 +14,6 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from qwen3f.data.packing.concat import Example, PackedDataset
 from qwen3f.data.packing.pair_dataset import PairDataset
 from qwen3f.data.sampler import example_index
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 
 CYCLE = 10_000  # shares are exact to this fraction
 MIXTURE, _CAPS = "--config.data.mixture", "--config.data.max_epochs"
@@ -262,4 +262,4 @@ def _positive(written: str, where: str) -> float:
 
 def _is_directory(source: str) -> bool:
     directory = source.partition("@")[2]
-    return bool(directory) and Path(directory).expanduser().is_dir()
+    return bool(directory) and user_path(directory, f"the mixture's {source}").is_dir()

@@ -29,7 +29,7 @@ from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import Answer, AnswerOptions, answers_of, make_engine
 from qwen3f.eval.own_answers import CHOOSERS, COUNTS, Chosen
-from qwen3f.files import write_atomically
+from qwen3f.files import user_path, write_atomically
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.interop import source
 from qwen3f.interop.history import never_saw_chats, pretrained_only
@@ -93,7 +93,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, A
     _check_lengths(config, cfg, tokenizer, questions)
     device = find_device(config.device)
     dtype = find_dtype(config.dtype, device)
-    out = Path(config.out).expanduser()
+    out = user_path(config.out, "config.out")
     chosen = {f"data.{key}": value for key, value in config.data.items()} | config.to_dict()
     settings = {key: value for key, value in chosen.items() if key not in (*_FREE, "data")}
     with held(out, "--config.out"):

@@ -27,8 +27,9 @@ from qwen3f.eval.measure import Settings, measure, question, summary
 from qwen3f.eval.prompts import is_chat, template_of
 from qwen3f.eval.records import Records
 from qwen3f.eval.report import table
-from qwen3f.files import write_atomically
+from qwen3f.files import user_path, write_atomically
 from qwen3f.interop import source
+from qwen3f.model.attention import check_heads
 from qwen3f.processes import ranks
 from qwen3f.processes.world import ALONE, World
 from qwen3f.tasks.registry import open_task
@@ -156,7 +157,7 @@ def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
             "shots": benchmark.shots.count if settings.shots is None else settings.shots,
             "max_new_tokens": settings.tokens(benchmark),
             "split": benchmark.split,
-            "source": str(Path(where).expanduser().resolve()) if where else benchmark.hub_id or benchmark.name,
+            "source": _absolute(where) if where else benchmark.hub_id or benchmark.name,
             "model": place,
             "dtype": dtype,
         }
@@ -170,6 +171,10 @@ def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
         asked = load(benchmark, where, config.shots, config.limit)
         exams.append(Exam(benchmark, asked, settings, values, kind))
     return exams, place
+
+
+def _absolute(where: str) -> str:
+    return str(user_path(where, "config.benchmarks").resolve())
 
 
 def _files(config: ConfigDict, workdir: Path, exams: Sequence[Exam], place: str) -> list[Records]:
@@ -201,6 +206,7 @@ def _tokenizer(config: ConfigDict, place: str) -> Tokenizer:
 def _open(config: ConfigDict, place: str) -> Evaluator:
     device = find_device(config.device)
     cfg, tokenizer = source.read_model_config(place), _tokenizer(config, place)
+    check_heads(cfg, config.attention)
     params = source.read_params(place, cfg, device, find_dtype(config.dtype, device))
     execution = model.Execution(attention=config.attention)
     return Evaluator(cfg, params, tokenizer, batch_tokens=config.batch_tokens, execution=execution)

@@ -3,8 +3,10 @@
 On a GPU: random weights in bfloat16 at a released model's shape, since speed does not ask what is said. A rate's bound
 is a step that reads all weights and the cache once at BANDWIDTH, or computes the products at FLOPS, the longer of both.
 Peers: transformers' generate with a static cache (compiled), and its continuous batching.
---tp 2 cuts the model over so many GPUs; the bound is then that of all of them. --device cpu, with a small model, shows
-that the wiring works, not a speed.
+--tp 2 cuts the model over so many GPUs; the bound is then that of all of them.
+
+--device cpu takes a small model, as in --model nano --batches 64x128 --cases decode,peers: float32 and no bound; the
+peer is transformers' generate as it is, drawing and greedy. OMP_NUM_THREADS says how many cores.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +26,7 @@ from qwen3f import presets
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.infer.engine import Engine, EngineOptions
-from qwen3f.infer.sampling import SamplingParams
+from qwen3f.infer.sampling import GREEDY, SamplingParams
 from qwen3f.infer.tensor_parallel import check, generation_layout
 from qwen3f.processes import ranks
 from sharding.axes import ONE, Axis
@@ -59,11 +62,13 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def decode_rate(engine: Engine, vocabulary: int, batch: int, context: int, new: int = 256) -> float:
+def decode_rate(
+    engine: Engine, vocabulary: int, batch: int, context: int, new: int = 256, way: SamplingParams = DRAWN
+) -> float:
     """tokens/s of `batch` rows that have about `context` tokens, prefill not counted."""
     length = context - new // 2 if context > new else max(1, context - 32)
     prompts = [[(7 * row + at) % vocabulary for at in range(length)] for row in range(batch)]
-    rows = engine.submit([engine.request(prompt, new, sampling=DRAWN) for prompt in prompts])
+    rows = engine.submit([engine.request(prompt, new, sampling=way) for prompt in prompts])
     while min(row.answered for row in rows) < 16:
         engine.step()
     synchronize()
@@ -86,6 +91,11 @@ def workload(count: int = 256) -> tuple[list[list[int]], list[int]]:
 
 def table(cfg: ModelConfig, params: P.Params, cases: list[tuple[int, int]], tp: Axis) -> None:
     engine = Engine(cfg, params, max_tokens=cases_room(cases), options=EngineOptions(tp=tp))
+    if params[P.EMBED].device.type == "cpu":
+        for batch, context in cases:
+            drawn, greedy = (decode_rate(engine, cfg.vocab_size, batch, context, way=way) for way in (DRAWN, GREEDY))
+            print(f"B{batch} context {context}: {drawn:,.0f} tokens/s drawn, {greedy:,.0f} greedy", flush=True)
+        return
     print("| batch | context | tokens/s | of the bound |\n|---|---|---|---|")
     for batch, context in cases:
         rate = decode_rate(engine, cfg.vocab_size, batch, context)
@@ -142,6 +152,34 @@ def first(cfg: ModelConfig, params: P.Params, tp: Axis) -> None:
         started = float(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
         age = float(Path("/proc/uptime").read_text().split()[0]) - started
         print(f"first: {new} token(s) after {age:.1f} s of this process", flush=True)
+
+
+def peers_on_cpu(cfg: ModelConfig, cases: list[tuple[int, int]]) -> None:
+    """transformers' generate, prefill not counted: tokens/s of as many new tokens as decode_rate measures."""
+    import transformers
+
+    from qwen3f.interop.config import to_hf
+
+    hf_config = transformers.AutoConfig.for_model(**to_hf(cfg, torch.float32))
+    hf = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
+    for batch, context in cases:
+        tokens = torch.randint(0, cfg.vocab_size, (batch, max(1, context - 32)))
+        for name, way in (
+            ("drawn", {"do_sample": True, "temperature": DRAWN.temperature, "top_k": 0, "top_p": 1.0}),
+            ("greedy", {"do_sample": False}),
+        ):
+
+            def seconds(new: int, tokens: torch.Tensor = tokens, way: dict[str, Any] = way) -> float:
+                start = time.perf_counter()
+                hf.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, pad_token_id=0, **way)
+                return time.perf_counter() - start
+
+            seconds(4)
+            rate = batch * 64 / (seconds(80) - seconds(16))
+            print(
+                f"transformers {transformers.__version__}: B{batch} context {context}: {rate:,.0f} tokens/s {name}",
+                flush=True,
+            )
 
 
 def peers(cfg: ModelConfig, cases: list[tuple[int, int]]) -> None:
@@ -219,7 +257,7 @@ def run_cases(asked: argparse.Namespace, tp: Axis) -> None:
         "decode": lambda: table(cfg, params, cases, tp),
         "workload": lambda: run_workload(cfg, params, tp),
         "profile": lambda: [profile(cfg, params, *case, tp) for case in cases],
-        "peers": lambda: peers(cfg, cases),
+        "peers": lambda: (peers if asked.device == "cuda" else peers_on_cpu)(cfg, cases),
     }
     where = torch.cuda.get_device_name() if asked.device == "cuda" else "CPU"
     where += f", tp{tp.size}" if tp.size > 1 else ""

@@ -1,7 +1,6 @@
 """A chat's prompt with images and video in the first user's turn, from files to ids and pixels."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from qwen3f.data.sources.image_file import opened, read_image
 from qwen3f.data.tokenizers.token_text import Segment
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 from qwen3f.infer.pictures import Pictures
 from qwen3f.vision.gif import gif_frames
 from qwen3f.vision.preprocess import Grid, check_limits, image_patches, merged_tokens, token_side
@@ -37,7 +37,7 @@ def read_images(paths: str, cfg: ModelConfig, min_pixels: int, max_pixels: int) 
     check_limits(token_side(cfg), min_pixels, max_pixels, "--config.")
     found = []
     for path in filter(None, map(str.strip, paths.split(","))):
-        patches, grid = image_patches(read_image(Path(path).expanduser()), cfg, min_pixels, max_pixels)
+        patches, grid = image_patches(read_image(user_path(path, "config.images")), cfg, min_pixels, max_pixels)
         found.append(Shown(patches, grid, image_segments(merged_tokens(grid, cfg))))
     return found
 
@@ -47,7 +47,7 @@ def read_video(place: str, fps: float | None, cfg: ModelConfig) -> Shown:
 
     Raises UserError: no frames, no rate, a frame that cannot be read.
     """
-    path = Path(place).expanduser()
+    path = user_path(place, "config.video")
     if not path.is_dir():
         return opened(path, lambda image, name: _shown_video(*gif_frames(image, name, fps), place, cfg))
     names = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)

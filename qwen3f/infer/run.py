@@ -20,6 +20,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.data.multimodal.samples import check_tokenizer
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 from qwen3f.infer import tensor_parallel
 from qwen3f.infer.batch_file import AnswerFile, Ask, BadRow, prompt_asks, read_asks, survey
 from qwen3f.infer.chat import run_chat
@@ -165,7 +166,7 @@ def answer_all(config: ConfigDict, progress: bool = True, world: World = ALONE) 
 def _answer_file(config: ConfigDict, place: str, rows: int, world: World) -> Iterator[AnswerFile | None]:
     """The file of the answers on rank 0, None on others; its errors are raised by all."""
     with contextlib.ExitStack() as stack:
-        file = AnswerFile(Path(config.out), _model_name(config, place), rows) if world.main else None
+        file = AnswerFile(user_path(config.out, "config.out"), _model_name(config, place), rows) if world.main else None
         world.together(lambda: stack.enter_context(file) if file else None, UserError)
         yield file
 
@@ -243,13 +244,13 @@ def _check(config: ConfigDict) -> TextOptions:
                 "give --config.prompt=\"…\", --config.prompts=\"('…', '…')\" or --config.input=FILE, or for a chat a "
                 "terminal, a pipe or a file on stdin"
             )
-    if config.input and not Path(config.input).is_file():
+    if config.input and not user_path(config.input, "config.input").is_file():
         raise UserError(f"config.input={config.input}: there is no such file; name a .jsonl file")
     if config.out:
-        out = Path(config.out)
+        out = user_path(config.out, "config.out")
         if not out.absolute().parent.is_dir():
             raise UserError(f"config.out={out}: there is no directory {out.parent}; make it first")
-        if config.input and out.exists() and out.samefile(config.input):
+        if config.input and out.exists() and out.samefile(user_path(config.input, "config.input")):
             raise UserError(f"config.out={out} is config.input; choose another file for the answers")
     if config.on_bad_row not in ON_BAD_ROW:
         raise UserError(f"config.on_bad_row={config.on_bad_row!r}: write {' or '.join(ON_BAD_ROW)}")
@@ -278,7 +279,7 @@ def _asks(config: ConfigDict, options: TextOptions, rows: int) -> Iterator[Ask]:
 
 def _rows(config: ConfigDict, options: TextOptions) -> Iterator[Ask | BadRow]:
     if config.input:
-        return read_asks(Path(config.input), options)
+        return read_asks(user_path(config.input, "config.input"), options)
     return prompt_asks(config.prompt or list(config.prompts), options)
 
 

@@ -19,6 +19,7 @@ from qwen3f.infer.passes import Drawn
 from sharding.axes import Axes, Axis
 from sharding.collectives import gather, stack_now
 from sharding.layout import ONE_DEVICE, Layout
+from sharding.mesh import divisors
 
 
 def generation_layout(cfg: ModelConfig, tp: Axis) -> Layout:
@@ -39,7 +40,7 @@ def check(cfg: ModelConfig, size: int) -> None:
     uncut = [f"{count} {name}" for name, count in counts.items() if count % size]
     if uncut:
         common = math.gcd(*counts.values())
-        sizes = [f"tp{n}" for n in range(1, common + 1) if common % n == 0]
+        sizes = [f"tp{n}" for n in divisors(common)]
         raise UserError(
             f"tp={size} does not divide the model's {', '.join(uncut)}, and generation cuts whole ones alone; write "
             f"{' or '.join(sizes)} in config.mesh"

@@ -12,7 +12,7 @@ import torch
 from qwen3f.config import ModelConfig, RopeScaling
 from qwen3f.errors import UserError
 from qwen3f.finite import as_finite
-from qwen3f.limits import MODEL_PARAMETERS, MODEL_TENSORS
+from qwen3f.limits import MODEL_PARAMETERS, check_layers
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 CLASSIFIERS = {"qwen3": "Qwen3ForSequenceClassification", "qwen3_moe": "Qwen3MoeForSequenceClassification"}
@@ -161,10 +161,8 @@ def text_fields(values: Mapping[str, Any], family: str, where: str, theta: float
 
 
 def check_size(cfg: ModelConfig, where: str) -> None:
-    """Raises UserError for a model from a file that no machine holds: what is made of its sizes would take for ever."""
-    tensors = cfg.num_hidden_layers * max(1, cfg.num_experts)
-    if tensors > MODEL_TENSORS.value():
-        raise UserError(f"{where}: num_hidden_layers × num_experts is {tensors:,}, {MODEL_TENSORS.exceeded('tensors')}")
+    """Raises UserError for a model that no machine holds: what is made of its sizes would take for ever."""
+    check_layers(cfg, where)
     if (parameters := cfg.total_params_estimate()) > MODEL_PARAMETERS.value():
         raise UserError(f"{where}: the model has {parameters:,} parameters, {MODEL_PARAMETERS.exceeded('parameters')}")
 

@@ -6,6 +6,7 @@ import torch
 from ml_collections import ConfigDict
 
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 from qwen3f.interop import hf, source
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "stored": None}
@@ -22,9 +23,9 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
             raise UserError(f"config.{key} is missing; write --config.{key}=DIR")
     if config.dtype not in DTYPES:
         raise UserError(f"config.dtype={config.dtype!r}: write one of {', '.join(DTYPES)}")
-    if config.max_shard_gb <= 0:
-        raise UserError(f"config.max_shard_gb must be positive, got {config.max_shard_gb}")
-    out = Path(config.out).expanduser()
+    if not config.max_shard_gb * 1e9 >= 1:
+        raise UserError(f"config.max_shard_gb={config.max_shard_gb} is less than a byte; write a number such as 5.0")
+    out = user_path(config.out, "config.out")
     hf.check_writable(out)
     tokenizer = source.read_tokenizer(config.init_from) if config.tokenizer else None
     cfg = source.read_model_config(config.init_from)

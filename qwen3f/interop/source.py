@@ -18,6 +18,7 @@ from qwen3f.checkpoint.shards import param_shards, shards
 from qwen3f.config import ModelConfig
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 from qwen3f.interop import hf
 from qwen3f.interop.config import check_size
 from qwen3f.params import Params, abstract_params
@@ -53,12 +54,12 @@ class Source(NamedTuple):
     step: int | None = None
 
 
-def locate(source: str) -> Source:
+def locate(source: str, flag: str = "config.init_from") -> Source:
     """What kind of place `source` is: its config.json tells, whatever it is called or holds besides.
 
-    Raises UserError if it is none of the three.
+    Raises UserError, with the `flag` that gave it, if it is none of the three.
     """
-    place = Path(source).expanduser()
+    place = user_path(source, flag)
     has_checkpoints = (place / W.CHECKPOINTS).is_dir()
     if _is_hf(place / hf.CONFIG, strict=not has_checkpoints):
         return Source(place, is_hf=True)
@@ -68,26 +69,26 @@ def locate(source: str) -> Source:
     if full.parent.name == W.CHECKPOINTS and full.name.isdecimal():
         return Source(full.parent.parent, is_hf=False, step=int(full.name))
     raise UserError(
-        f"config.init_from={source}: there is no {place / W.CHECKPOINTS} and no {place / hf.CONFIG} with a model_type; "
+        f"{flag}={source}: there is no {place / W.CHECKPOINTS} and no {place / hf.CONFIG} with a model_type; "
         "give a workdir, its checkpoints/N, or a Hugging Face directory"
     )
 
 
-def pinned(source: str) -> str:
+def pinned(source: str, flag: str = "config.init_from") -> str:
     """`source` as an absolute path that stays what it is: of a workdir the checkpoint that is its last one now.
 
     Raises UserError as `locate` does, and for a workdir without a checkpoint.
     """
-    directory, is_hf, step = locate(source)
+    directory, is_hf, step = locate(source, flag)
     if is_hf:
         return str(directory)
     with _checkpoints(directory) as checkpoints:
         return str(directory / W.CHECKPOINTS / str(_step(checkpoints, step)))
 
 
-def read_model_config(source: str) -> ModelConfig:
+def read_model_config(source: str, flag: str = "config.init_from") -> ModelConfig:
     """The model at `source`. Raises UserError as `locate` and hf.read_config do, or if there is no checkpoint."""
-    directory, is_hf, step = locate(source)
+    directory, is_hf, step = locate(source, flag)
     if is_hf:
         return hf.read_config(directory)
     with _checkpoints(directory) as checkpoints:

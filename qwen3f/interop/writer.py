@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qwen3f.errors import UserError
+
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -25,6 +27,7 @@ def write_file(path: Path, specs: Mapping[str, TensorSpec], fetch: Callable[[str
     """Write the tensors of `specs`; `fetch` gives each when its turn comes, on any device. On disk when it returns.
 
     Wide dtypes come first, so that every tensor is aligned in a memory map.
+    Raises UserError, naming the tensor, for one that is not finite in its dtype: float16 ends at 65,504.
     """
     order = sorted(specs, key=lambda key: -specs[key].dtype.itemsize)
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
@@ -41,6 +44,11 @@ def write_file(path: Path, specs: Mapping[str, TensorSpec], fetch: Callable[[str
         file.write(header)
         for key in order:
             tensor = fetch(key).detach().to("cpu", specs[key].dtype).contiguous()
+            if not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
+                raise UserError(
+                    f"{key} holds weights that are not finite as {str(specs[key].dtype).removeprefix('torch.')}; write "
+                    "config.dtype=bfloat16 or config.dtype=float32, whose range is wider, or export another checkpoint"
+                )
             file.write(tensor.view(-1).view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())

@@ -51,6 +51,20 @@ class AttentionMask(NamedTuple):
     documents: tuple[Run, ...] | None = None
 
 
+def check_heads(cfg: ModelConfig, backend: str) -> None:
+    """Raises UserError for heads, of the model or its vision tower, of a size that flash attention does not take."""
+    sizes = {"head_dim": cfg.head_dim}
+    if cfg.vision_enabled:
+        size = cfg.vision_hidden_size // cfg.vision_num_attention_heads
+        sizes["vision_hidden_size / config.model.vision_num_attention_heads"] = size
+    for name, size in sizes.items():
+        if backend == "flash" and not flash_attention.fits(size):
+            raise UserError(
+                f"config.attention=flash takes heads of 16 to 256 numbers, a multiple of 8, and config.model.{name} is "
+                f"{size}; write --config.attention=auto, or another size"
+            )
+
+
 def make_mask(segments_BT: Tensor | None, backend: str, head_dim: int, compiled: bool = False) -> AttentionMask:
     """The mask in the form that `backend` takes. None segments: plain causal attention.
 

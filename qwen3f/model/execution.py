@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.model.moe import EXPERT_FORMS
 
@@ -59,6 +60,15 @@ class Execution:
     @property
     def fused(self) -> tuple[str, ...]:
         return _FASTEST[self.compile] if self.kernels == "auto" else self.kernels
+
+
+def refuse_dropout(cfg: ModelConfig, execution: Execution) -> None:
+    """Raises UserError for training with attention_dropout by an execution that has none."""
+    if execution.invariant and cfg.attention_dropout:
+        raise UserError(
+            "config.attention=invariant has no dropout, and config.model.attention_dropout is "
+            f"{cfg.attention_dropout}; write --config.model.attention_dropout=0, or --config.attention=auto"
+        )
 
 
 def refuse_vmap(execution: Execution, tensors: Iterable[Tensor]) -> None:

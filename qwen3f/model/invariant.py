@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from kernels.cross_entropy import IGNORE
+
 ROWS = 16  # of every product; below 8 CPU libraries take other kernels
 KEYS = 64  # of a block of attention
 
@@ -55,11 +57,13 @@ _FIXED: dict[Callable[..., Any], Callable[..., Any]] = {F.linear: linear, F.silu
 
 
 def token_log_probs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """log p(target) of each token, float32 (float64 for float64) [N]; 0 where the target is below 0 (ignored)."""
+    """log p(target) of each token, float32 (float64 for float64) [N]; 0 where the target is IGNORE, NaN where
+    it is another number below 0."""
     logits_NV = linear(hidden_ND, head_VD)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     chosen_N = logits_NV.gather(-1, targets_N.clamp(min=0)[:, None])[:, 0]
-    return torch.where(targets_N < 0, 0.0, chosen_N - logits_NV.logsumexp(-1))
+    log_probs_N = torch.where(targets_N < 0, float("nan"), chosen_N - logits_NV.logsumexp(-1))
+    return torch.where(targets_N == IGNORE, 0.0, log_probs_N)
 
 
 def attend(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, first_BT: Tensor, seen_BT: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class SparseMLP(nn.Module):
         self.num_experts = cfg.num_experts
         self.top_k = cfg.num_experts_per_tok
         self.normalize = cfg.norm_topk_prob
-        self.capacity_factor = cfg.moe_capacity_factor if cfg.moe_drop_tokens else None
+        self.capacity_factor = min(cfg.moe_capacity_factor, cfg.num_experts) if cfg.moe_drop_tokens else None
         self.z_loss = cfg.router_z_loss_coef > 0
         self.axes = axes
 
@@ -127,7 +127,8 @@ class SparseMLP(nn.Module):
         weights_NK, experts_NK = route(probs_NE, self.top_k, self.normalize, logits_NE.dtype)
         dropped = real_N.new_zeros((), dtype=torch.int64)
         if self.capacity_factor is not None:
-            capacity = math.ceil(self.capacity_factor * experts_NK.numel() / self.num_experts)
+            fair = self.capacity_factor * experts_NK.numel() / self.num_experts
+            capacity = math.ceil(fair * (1 - 1e-12))  # 1.1 · 100 / 10 is a little more than 11
             kept_NK = moe_dispatch.within_capacity(weights_NK, experts_NK, real_N, self.num_experts, capacity)
             weights_NK = torch.where(kept_NK, weights_NK, 0.0)
             dropped = (~kept_NK & real_N[:, None]).sum()

@@ -18,7 +18,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.model.attention import AttentionMask, batch_mask
 from qwen3f.model.block import block_fn
-from qwen3f.model.execution import EAGER, Execution, refuse_vmap
+from qwen3f.model.execution import EAGER, Execution, refuse_dropout, refuse_vmap
 from qwen3f.model.kv_cache import PagedLayer
 from qwen3f.model.moe import RouterStats
 from qwen3f.model.norm import rms_norm
@@ -80,9 +80,11 @@ def make_forward(
     `make_outer`; hidden is this rank's part of the sequence, and what routers did is the rank's.
 
     Skeletons are built here, once, since that cannot happen inside a compiled step. dropout: whether the function will
-    be called with a dropout_stream; attention with dropout runs the reference formula. Arguments as in `apply`.
+    be called with a dropout_stream; attention with dropout runs the reference formula. Arguments as in `apply`. Raises
+    UserError for dropout by model.INVARIANT.
     """
     if dropout and cfg.attention_dropout:
+        refuse_dropout(cfg, execution)
         execution = dataclasses.replace(execution, attention="reference")
     body, see = make_body(cfg, execution, layout), make_sight(cfg, execution, layout)
 

@@ -9,7 +9,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.model import EAGER, Execution
 from qwen3f.plan.hardware import Hardware
 from qwen3f.train.hyper import ADAMW, AdamW
-from qwen3f.train.step import check_mesh
+from qwen3f.train.step import check_mesh, check_recomputation
 from sharding import rules
 from sharding.axes import sizes_only
 from sharding.layout import Layout, find_gather_dtype
@@ -25,8 +25,9 @@ class Case:
     """batch_size: rows of a step over all ranks. automatic: microbatches follow from the rest (config.microbatches=0),
     so a case with other policies has its own. compute: the dtype of forward and backward. fsdp: whether weights are cut
     over dp, ep and cp; reduce: what their gradients are summed in, "compute" or "float32"; reshard: whether selective
-    recomputation gathers them again (sharding.layout). pipeline and execution matter where pp > 1. Raises UserError for
-    what does not divide or cannot run together.
+    recomputation gathers them again (sharding.layout). pipeline and execution matter where pp > 1. reference: whether
+    frozen weights, as many as the model's, lie beside them. Raises UserError for what does not divide or cannot run
+    together.
     """
 
     model: ModelConfig
@@ -43,9 +44,11 @@ class Case:
     reshard: bool = True
     pipeline: Pipeline = ONE_F_ONE_B
     execution: Execution = EAGER
+    reference: bool = False
 
     def __post_init__(self) -> None:
         check_mesh(self.model, self.hyper, self.execution, Layout(sizes_only(self.mesh)))
+        check_recomputation(self.model, self.execution)
         find_gather_dtype(self.reduce, self.compute)
         if self.mesh.pp > 1:
             check(self.model, self.pipeline, self.execution.compile, self.mesh.pp, self.microbatches)
@@ -145,4 +148,11 @@ def make_case(
         reshard=layout.reshard,
         pipeline=layout.pipeline,
         execution=execution,
+        reference=_holds_reference(config),
     )
+
+
+def _holds_reference(config: ConfigDict) -> bool:
+    """Whether a run of the stage keeps a reference's weights: dpo, unless by files; grpo, for its KL."""
+    of_dpo = "dpo" in config and config.dpo.get("reference_log_probs", "live") == "live"
+    return of_dpo or ("grpo" in config and config.grpo.kl_coef > 0)

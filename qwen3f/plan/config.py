@@ -3,35 +3,20 @@
 import torch
 from ml_collections import ConfigDict
 
-from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.plan.case import Case, make_case
 from qwen3f.plan.hardware import TABLE, Hardware, parse_hardware, this_card
-from qwen3f.train.choices import find_dtype, find_execution, find_layout
-from qwen3f.train.hyper import make_hyper
-from qwen3f.train.microbatches import check_evaluation, resolve
+from qwen3f.train.checks import check
+from qwen3f.train.setup import setup_on
 
 
 def from_config(config: ConfigDict) -> Case:
-    """Raises UserError, naming key and value, for what cannot run on any device."""
-    for key, low in (("batch_size", 1), ("microbatches", 0), ("seq_len", 1)):
-        if config[key] < low:
-            raise UserError(f"config.{key} must be at least {low}, got {config[key]}")
-    cuda = torch.device("cuda")
-    cfg, compute = ModelConfig.from_dict(config.model.to_dict()), find_dtype(config.dtype, cuda)
-    layout = find_layout(config, None, compute)
-    read = (
-        cfg,
-        make_hyper(**config.optimizer.to_dict()),
-        find_execution(config, cuda),
-        layout,
-        compute,
-        find_hardware(config.hardware),
-    )
-    microbatches = resolve(config, *read)
-    case = make_case(config, *read, microbatches)
-    check_evaluation(config, microbatches, layout.axes)
-    return case
+    """Raises UserError, naming key and value, for what make_setup refuses on any device."""
+    check(config)
+    hardware = find_hardware(config.hardware)
+    setup = setup_on(config, torch.device("cuda"), hardware)
+    read = setup.model, setup.optimizer, setup.execution, setup.layout, setup.compute_dtype, hardware
+    return make_case(config, *read, setup.microbatches)
 
 
 def find_hardware(text: str) -> Hardware:

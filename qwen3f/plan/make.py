@@ -88,14 +88,15 @@ def make(setup: Case) -> MeshPlan:
 
 
 def by_policy(setup: Case) -> dict[str, MeshPlan]:
-    """gradient_checkpointing -> the plan with that policy, for those that the setup's schedule can run; where
-    micro-batches are chosen, with those that are chosen for it.
+    """gradient_checkpointing -> the plan with that policy, for those that can run; where micro-batches are chosen, with
+    those that are chosen for it.
     """
-    splits = setup.mesh.pp > 1 and setup.pipeline.splits
-    runs = [policy for policy in REMAT_POLICIES if policy != "selective" or not splits]
-    cases = {
-        policy: dataclasses.replace(setup, model=setup.model.replace(gradient_checkpointing=policy)) for policy in runs
-    }
+    cases = {}
+    for policy in REMAT_POLICIES:
+        try:
+            cases[policy] = dataclasses.replace(setup, model=setup.model.replace(gradient_checkpointing=policy))
+        except UserError:  # by the pipeline's schedule, or as one graph
+            continue
     return {policy: make(choose_for(case) if case.automatic else case) for policy, case in cases.items()}
 
 

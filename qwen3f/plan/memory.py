@@ -4,6 +4,7 @@ N tokens of a rank's micro-batch · D hidden · I, F widths · R rows of experts
 """
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -84,16 +85,17 @@ def leaves(setup: Case) -> tuple[Leaf, ...]:
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes of one rank. parameters and optimizer: the state between steps, exact. copy: parameters in the compute
-    dtype. gathered: layers that FSDP has whole at once. gradients: of one micro-batch, what is trained. sums: float32
-    sums over micro-batches, with the gradients of the one before. buffers: what the pipeline receives into.
-    activations: (kind, bytes) of all layers and micro-batches in flight. loss: logits of a chunk and the head's
-    gradients. working: of a layer that is being recomputed or differentiated, of gradients being stacked or summed.
-    peak: the most at any time of a step; at: which time that is.
+    dtype. reference: another model's, frozen, in that dtype. gathered: layers that FSDP has whole at once. gradients:
+    of one micro-batch, what is trained. sums: float32 sums over micro-batches, with the gradients of the one before.
+    buffers: what the pipeline receives into. activations: (kind, bytes) of all layers and micro-batches in flight.
+    loss: logits of a chunk and the head's gradients. working: of a layer that is being recomputed or differentiated, of
+    gradients being stacked or summed. peak: the most at any time of a step; at: which time that is.
     """
 
     parameters: int
     optimizer: int
     copy: int
+    reference: int
     gathered: int
     gradients: int
     sums: int
@@ -152,8 +154,14 @@ def peak(setup: Case, table: tuple[Leaf, ...]) -> int:
     """Bytes of the fullest rank of pp at its fullest. table: `leaves` of the setup, whatever its micro-batches are."""
     if setup.mesh.pp == 1:
         return memory(setup, table, 0, 1).peak
-    orders = schedule.orders(setup.pipeline.schedule, setup.mesh.pp, setup.cut.per_rank, setup.microbatches)
-    return max(memory(setup, table, rank, schedule.in_flight(order)).peak for rank, order in enumerate(orders))
+    alive = _in_flight(setup.pipeline.schedule, setup.mesh.pp, setup.cut.per_rank, setup.microbatches)
+    return max(memory(setup, table, rank, count).peak for rank, count in enumerate(alive))
+
+
+@functools.cache
+def _in_flight(name: str, ranks: int, stages: int, microbatches: int) -> tuple[int, ...]:
+    """By rank; kept, as many cases are tried with the same schedule."""
+    return tuple(map(schedule.in_flight, schedule.orders(name, ranks, stages, microbatches)))
 
 
 def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> Memory:
@@ -162,6 +170,7 @@ def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> M
     first, last, piped = 0 in own, setup.cut.count - 1 in own, setup.mesh.pp > 1
     parameters, moments = state_bytes(setup, table)
     copy = sum(leaf.elements * leaf.itemsize for leaf in table if leaf.itemsize != setup.master)
+    reference = size * sum(leaf.elements for leaf in table) if setup.reference else 0
     trained = [leaf for leaf in table if leaf.trained]
     # Gradients of the layers are stacked when all are there; a pipeline, or a further micro-batch, adds them to float32
     # sums. A pipeline does so layer by layer; without one, those of the micro-batch before live until the next ones.
@@ -185,7 +194,7 @@ def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> M
     ending += sum(leaf.gathered * leaf.itemsize for leaf in wide) if first else 0
     summing = _summing(setup, trained)
 
-    state, kept = parameters + moments + copy + sums + buffers, sum(activations.values())
+    state, kept = parameters + moments + copy + reference + sums + buffers, sum(activations.values())
     peaks = {
         "the loss": state + gathered + before + kept + loss,
         # in a pipeline other micro-batches are in flight; without one, gradients take the activations' place
@@ -198,6 +207,7 @@ def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> M
         parameters=parameters,
         optimizer=moments,
         copy=copy,
+        reference=reference,
         gathered=gathered,
         gradients=gradients,
         sums=sums + before,

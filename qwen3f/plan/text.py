@@ -93,6 +93,7 @@ def _memory(plan: MeshPlan) -> list[str]:
         row("parameters, float32", field("parameters")),
         row("optimizer", field("optimizer")),
         row("parameters to compute with", field("copy")),
+        *([row("parameters of the reference", field("reference"))] if plan.setup.reference else []),
         row("gathered by fsdp", field("gathered")),
         row("gradients", field("gradients")),
         row("sums over micro-batches", field("sums")),

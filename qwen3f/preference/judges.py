@@ -57,7 +57,7 @@ def check_reward_model(place: str, setup: Setup, flag: str) -> None:
     """Raises UserError unless there is a reward model at `place`, which `flag` names, with the run's vocabulary."""
     if not place:
         raise UserError(f"a reward model is to judge, and none is named; write {flag}=W")
-    there = source.read_model_config(place)
+    there = source.read_model_config(place, flag)
     if not there.scalar_head or there.vocab_size != setup.model.vocab_size:
         raise UserError(
             f"{flag}={place} is no reward model of a vocabulary of {setup.model.vocab_size}: "

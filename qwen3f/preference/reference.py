@@ -62,15 +62,15 @@ class Reference:
 def find_reference(run: Run) -> Reference:
     """The reference of a run's configuration; the same on all ranks. Raises UserError as `source` does."""
     config = run.setup.config
-    named = config.dpo.reference or config.init_from
-    pinned = run.world.together(lambda: _pinned(named) if run.world.main else None, UserError)
+    named, flag = config.dpo.reference or config.init_from, "dpo.reference" if config.dpo.reference else "init_from"
+    pinned = run.world.together(lambda: _pinned(named, f"config.{flag}") if run.world.main else None, UserError)
     place, digest = run.world.first(pinned)
     cfg = run.setup.model if not config.dpo.reference else source.read_model_config(place)
     return Reference(place, digest, dataclasses.replace(cfg, gradient_checkpointing="none"))
 
 
-def _pinned(place: str) -> tuple[str, str]:
-    place = source.pinned(place)
+def _pinned(place: str, flag: str) -> tuple[str, str]:
+    place = source.pinned(place, flag)
     return place, source.weights_digest(place)
 
 
@@ -86,7 +86,7 @@ def check_reference(before: Mapping[str, Any], now: Mapping[str, str], config: C
 
 def check_vocabulary(place: str, setup: Setup) -> None:
     """Raises UserError unless the model at `place` predicts the ids of the run's."""
-    there = source.read_model_config(place)
+    there = source.read_model_config(place, "--config.dpo.reference")
     if there.scalar_head or there.vocab_size != setup.model.vocab_size:
         raise UserError(
             f"--config.dpo.reference={place} has {'a scalar head' if there.scalar_head else there.vocab_size} and the "

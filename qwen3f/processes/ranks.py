@@ -94,7 +94,7 @@ def torchrun_line(world: int, local_devices: int, command: Sequence[str]) -> str
 
 
 def _torchrun(environment: Mapping[str, str], world: int, local_devices: int, device: str) -> Decision:
-    values = _numbers("torchrun", environment, _TORCHRUN, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    values = _numbers("torchrun", environment, _TORCHRUN, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
     _check_world("torchrun", values["WORLD_SIZE"], world, "--nnodes times --nproc-per-node")
     # the agent serves the store itself and tells so by a variable, which env:// looks for
     return _join(world, device, local_devices, values["RANK"], values["LOCAL_RANK"], "env://")
@@ -106,12 +106,16 @@ def _slurm(environment: Mapping[str, str], world: int, local_devices: int, devic
     _check_world("srun", values["SLURM_STEP_NUM_TASKS"], world, "--ntasks")
     host = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
     # Slurm knows no port. A job's number gives the same one on all hosts, and two jobs on a host seldom the same.
-    port = environment.get("MASTER_PORT") or str(10_000 + values["SLURM_JOB_ID"] % 50_000)
+    port = 10_000 + values["SLURM_JOB_ID"] % 50_000
+    if environment.get("MASTER_PORT"):
+        port = _numbers("srun", environment, (), ("MASTER_PORT",))["MASTER_PORT"]
     init = f"tcp://{host}:{port}"
     return _join(world, device, local_devices, values["SLURM_PROCID"], values["SLURM_LOCALID"], init)
 
 
 def _join(world: int, device: str, local_devices: int, rank: int, local_rank: int, init: str) -> Decision:
+    if rank >= world:
+        raise UserError(f"there is no rank {rank} of {world}: the ranks are 0 to {world - 1}; start them again")
     if local_devices < 1:
         raise UserError(f"rank {rank}: this host has no {device} device; write --config.device=cpu")
     if device == "cuda" and local_devices == 1:
@@ -141,16 +145,19 @@ def _numbers(
         raise UserError(f"{launcher} left {', '.join(missing)} unset; start the ranks with {launcher} again")
     for name in whole:
         if not environment[name].isdecimal():
-            raise UserError(f"{name}={environment[name]!r} is not a rank or a count; start the ranks with {launcher}")
-    return {name: int(environment[name]) for name in whole}
+            raise UserError(f"{name}={environment[name]!r} is not a number; start the ranks with {launcher}")
+    values = {name: int(environment[name]) for name in whole}
+    if values.get("MASTER_PORT", 1) not in range(1, 2**16):
+        raise UserError(f"MASTER_PORT={values['MASTER_PORT']} is no port; set one from 1 to {2**16 - 1}")
+    return values
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of Slurm's compressed list: `gpu[01-03,07],login` -> gpu01."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodelist)
+    """The first host of Slurm's compressed list: `gpu[01-03,07],login` -> gpu01, `rack[1-2]n[3-4]` -> rack1n3."""
+    match = re.match(r"([^,\[\]]|\[\w[^\]]*\])+(?=,|$)", nodelist)
     if match is None:
         raise UserError(f"SLURM_STEP_NODELIST={nodelist!r} names no host; set MASTER_ADDR")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
 
 
 def local_devices(device: str) -> int:
@@ -211,6 +218,21 @@ def meet(store: dist.Store, rank: int, world: int, *, timeout: datetime.timedelt
     return dist.PrefixStore(drawn, store)
 
 
+def found(decision: Decision, *, timeout: datetime.timedelta) -> dist.Store:
+    """What `meet` gives, from where the ranks of a decision to join meet.
+
+    Raises TrainingError where a rank, or the host that all ask, does not come in time, or goes again.
+    """
+    try:
+        store, rank, world = next(dist.rendezvous(decision.init, decision.rank, decision.world, timeout=timeout))
+        return meet(store, rank, world, timeout=timeout)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise TrainingError(
+            f"rank {decision.rank} of {decision.world} could not meet the others ({str(error).splitlines()[0]}); see "
+            "whether all have started, and reach the first one's host and port"
+        ) from error
+
+
 @contextlib.contextmanager
 def joined(decision: Decision, shape: MeshShape, *, timeout: float) -> Iterator[World]:
     """This rank's World, within the process group of all. timeout: seconds until a collective on CUDA without its peers
@@ -227,12 +249,11 @@ def joined(decision: Decision, shape: MeshShape, *, timeout: float) -> Iterator[
     if device.type == "cuda":
         torch.cuda.set_device(device)
     patience = datetime.timedelta(seconds=timeout)
-    store, rank, world = next(dist.rendezvous(decision.init, decision.rank, decision.world, timeout=patience))
     dist.init_process_group(
         decision.backend,
-        store=meet(store, rank, world, timeout=patience),
-        rank=rank,
-        world_size=world,
+        store=found(decision, timeout=patience),
+        rank=decision.rank,
+        world_size=decision.world,
         timeout=patience,
         device_id=device if device.type == "cuda" else None,
     )

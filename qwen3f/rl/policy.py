@@ -20,6 +20,7 @@ what a micro-batch has; so here it is dapo.)
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -103,8 +104,16 @@ class GRPO:
                 f"--config.grpo.cispo_cap={self.cispo_cap} bounds the ratio itself, and below 1 scales every gradient; "
                 "write 1 or more, such as 5"
             )
-        if self.kl_coef < 0 or self.longest < 0 or min(self.sapo_temperatures) <= 0:
-            raise UserError("--config.grpo: kl_coef must not be negative, and sapo_temperatures must be positive")
+        if not self.kl_coef >= 0 or self.longest < 0:
+            raise UserError(
+                f"--config.grpo.kl_coef={self.kl_coef} and --config.grpo.longest={self.longest} must not be negative"
+            )
+        numbers = [t for t in self.sapo_temperatures if isinstance(t, int | float) and 0 < t < math.inf]
+        if len(numbers) != 2 or len(self.sapo_temperatures) != 2:
+            raise UserError(
+                f"--config.grpo.sapo_temperatures={self.sapo_temperatures}: write two positive numbers, such as "
+                "(1.0,1.05)"
+            )
 
     @property
     def clip(self) -> surrogates.Clip:

@@ -17,6 +17,7 @@ from qwen3f.data.multimodal.dataset import Document, VisualCorpus, VisualDataCon
 from qwen3f.data.multimodal.dataset import check as check_data
 from qwen3f.data.multimodal.tokenizer import trained_tokenizer
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from qwen3f.errors import UserError
 from qwen3f.eval.exact import make_exact
 from qwen3f.eval.heldout import batches_of_one_shape
 from qwen3f.eval.picture_answers import answer_chosen, chosen
@@ -35,6 +36,8 @@ ALIGNER = r"model\.visual\.(merger|deepstack_merger_list)\..*"
 def check(setup: Setup) -> None:
     """Raises UserError for what of data and eval cannot run."""
     check_model(setup.model, NEXT_TOKEN)
+    if setup.execution.invariant:
+        raise UserError("config.attention=invariant is for text, not for images; write --config.attention=auto")
     check_data(_data_config(setup), setup.config.seq_len, setup.model)
     at_least(setup.config, "eval.max_rows", 0)
 

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from ml_collections import ConfigDict
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.kinds import KINDS as CHAT_TEMPLATES
 from qwen3f.errors import UserError
-from qwen3f.finite import as_finite
+from qwen3f.files import exists, user_path
+from qwen3f.limits import check_layers
 from qwen3f.train.hyper import KINDS as OPTIMIZERS
 from qwen3f.train.hyper import make_hyper
-from sharding.mesh import hybrid, nearest, parse_mesh
+from sharding.mesh import divisors, hybrid, nearest, parse_mesh
 
 # What each key may be; tests hold it against the modules that use the words.
 CHOICES = {
@@ -34,6 +36,7 @@ CHOICES = {
     "schedule.decay_shape": ("linear", "cosine"),
     "checkpoint.on_failure": ("stop", "go_on"),
     "checkpoint.backend": ("orbax", "dcp"),
+    "backend": ("orbax", "dcp"),
     "checkpoint.best_mode": ("min", "max"),
     "data.packing": ("concat", "best_fit"),
     "data.long_documents": ("cut", "drop"),
@@ -41,6 +44,7 @@ CHOICES = {
     "data.long_chats": ("drop", "cut_end", "error"),
     "data.on_bad_row": ("error", "skip"),
 }
+CHOICES_OF = {"export_hf": {"dtype": ("bfloat16", "float16", "float32", "stored")}}  # of a stage, where others count
 POSITIVE = (
     "steps", "batch_size", "seq_len", "log_every", "eval.batch_size", "spike.window", "collective_timeout",
     "data.num_threads", "data.problems", "data.max_heldout", "eval.max_new_tokens", "max_new_tokens", "samples",
@@ -60,7 +64,10 @@ SHARES = ("schedule.min_ratio", "data.holdout", "data.switches")  # from 0 to 1
 PLACES = ("init_from", "out", "path")  # of tools, that have to be given
 _OPTIONAL = {"generate": ("out",)}
 _ZERO = {"eval": ("max_new_tokens",)}  # POSITIVE ones of which 0 means something in a stage
-_LARGEST = 2**63
+SECONDS = ("watchdog", "checkpoint.timeout", "collective_timeout", "judge.deadline")
+_LONGEST = 10**6  # seconds, 11 days; poll counts milliseconds in 31 bits
+MOST_MICROBATCHES = 2**12  # of a step; plans lay them out one by one
+ROWS = ("batch_size", "eval.batch_size")
 
 
 def check(config: ConfigDict, workdir: Path | None = None) -> None:
@@ -72,7 +79,7 @@ def check(config: ConfigDict, workdir: Path | None = None) -> None:
     for key, value in values.items():
         if value or key not in _ZERO.get(config.stage, ()):
             _check_number(key, value)
-    for key, allowed in CHOICES.items():
+    for key, allowed in (CHOICES | CHOICES_OF.get(config.stage, {})).items():
         if values.get(key, allowed[0]) not in allowed:
             words = ", ".join(word for word in allowed if word)
             raise UserError(f"config.{key}={values[key]!r} is unknown; use one of {words}")
@@ -83,7 +90,7 @@ def check(config: ConfigDict, workdir: Path | None = None) -> None:
             if not values.get(key, " ") and key not in _OPTIONAL.get(config.stage, ()):
                 raise UserError(f"config.{key} is missing; write --config.{key}=DIR")
     looked = workdir is not None and not (workdir / "config.json").is_file()
-    if looked and (place := values.get("init_from")) and not _is_there(place):
+    if looked and (place := values.get("init_from")) and not exists(user_path(place, "config.init_from")):
         raise UserError(
             f"config.init_from={place}: there is no {place}; give a workdir, its checkpoints/N, or a Hugging Face "
             "directory"
@@ -120,13 +127,17 @@ def at_least(config: ConfigDict, key: str, low: int) -> None:
         raise UserError(f"config.{key} must be at least {low}, got {value}")
 
 
-def check_length(config: ConfigDict, cfg: ModelConfig) -> None:
-    """Raises UserError for rows that the model has no positions for."""
+def find_model(config: ConfigDict) -> ModelConfig:
+    """config.model. Raises UserError for what is no model, as limits.check_layers, and for rows that the model has no
+    positions for."""
+    cfg = ModelConfig.from_dict(config.model.to_dict())
+    check_layers(cfg, "config.model.num_hidden_layers and config.model.num_experts")
     if config.seq_len > cfg.max_position_embeddings:
         raise UserError(
             f"config.seq_len={config.seq_len} exceeds config.model.max_position_embeddings="
             f"{cfg.max_position_embeddings}; shorten the one or raise the other"
         )
+    return cfg
 
 
 def get(config: ConfigDict, key: str) -> Any:
@@ -134,7 +145,16 @@ def get(config: ConfigDict, key: str) -> Any:
     return functools.reduce(lambda section, name: section[name], key.split("."), config)
 
 
+def steps_of(config: ConfigDict, key: str, updates: int = 1) -> int:
+    """What a key says as a share of the run, below 1, or as a number of steps, from 1 on; in updates, of which a step
+    has so many."""
+    value = Fraction(str(get(config, key)))  # as it was written: 0.29 of 100 is 29, which the product of floats is not
+    return int(value * (config.steps if value < 1 else 1) * updates)
+
+
 def _check_run(config: ConfigDict) -> None:
+    if config.microbatches > MOST_MICROBATCHES:
+        raise UserError(f"config.microbatches={config.microbatches} must be at most {MOST_MICROBATCHES}")
     if config.microbatches and config.batch_size % config.microbatches:
         raise UserError(
             f"config.batch_size={config.batch_size} cannot be cut into config.microbatches={config.microbatches} equal "
@@ -145,7 +165,7 @@ def _check_run(config: ConfigDict) -> None:
             f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs config.checkpoint.best_metric="
             f"{config.checkpoint.best_metric}, which config.eval.every=0 measures only at the end; write how many steps"
         )
-    warmup, decay = (_steps(config, key) for key in ("schedule.warmup", "schedule.decay"))
+    warmup, decay = (steps_of(config, key) for key in ("schedule.warmup", "schedule.decay"))
     if warmup + (decay if config.schedule.kind == "wsd" else 0) > config.steps:
         what = "and config.schedule.decay " if config.schedule.kind == "wsd" else ""
         raise UserError(
@@ -158,14 +178,14 @@ def _check_run(config: ConfigDict) -> None:
         shape = hybrid(parse_mesh(config.mesh), config.fsdp.shard_size, config.fsdp.enabled)
     if config.init_from:  # the model is another
         return
-    check_length(config, cfg := ModelConfig.from_dict(config.model.to_dict()))
+    cfg = find_model(config)
     if shape is not None:
         _check_tp(config, cfg, shape.tp)
 
 
 def _check_tp(config: ConfigDict, cfg: ModelConfig, tp: int) -> None:
     if not _divides(cfg, tp):
-        sizes = [n for n in range(1, cfg.num_attention_heads + 1) if _divides(cfg, n)]
+        sizes = [n for n in divisors(cfg.num_attention_heads) if _divides(cfg, n)]
         raise UserError(
             f"config.mesh={config.mesh}: tp={tp} does not divide the model's {cfg.num_attention_heads} heads of "
             f"queries, {cfg.num_key_value_heads} of keys, widths and vocabulary; write in config.mesh "
@@ -184,25 +204,16 @@ def _divides(cfg: ModelConfig, tp: int) -> bool:
 def _check_number(key: str, value: Any) -> None:
     if type(value) not in (int, float):
         return
-    if as_finite(value) is None or abs(value) >= _LARGEST:
-        raise UserError(f"config.{key}={value}: write a finite number below 2^63")
+    bits = 32 if key in ROWS or (key.startswith("model.") and type(value) is int) else 63
+    if not abs(value) < 2**bits:  # nor is nan; before a whole number of any length meets a float
+        raise UserError(f"config.{key}={str(value)[:40]}: write a finite number below 2^{bits}")
+    if key in SECONDS and value > _LONGEST:
+        raise UserError(f"config.{key} must be at most {_LONGEST:,} seconds, got {value}")
     low = 1 if key in POSITIVE else 0 if key in NOT_NEGATIVE or key in SHARES else -math.inf
     if value < low:
         raise UserError(f"config.{key} must be at least {low}, got {value}")
     if key in SHARES and value > 1:
         raise UserError(f"config.{key} must be a share from 0 to 1, got {value}")
-
-
-def _steps(config: ConfigDict, key: str) -> int:
-    value = get(config, key)
-    return int(value * config.steps) if value < 1 else int(value)
-
-
-def _is_there(place: str) -> bool:
-    try:
-        return Path(place).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL in it, no such user
-        return False
 
 
 def _values(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

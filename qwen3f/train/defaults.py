@@ -101,7 +101,7 @@ def _optimizer() -> ConfigDict:
     optimizer.rates = ""
     optimizer.momentum = 0.95  # muon only
     optimizer.update_rms = 0.2  # muon only: of an update, relative to the learning rate
-    optimizer.iterations = 5  # muon only: Newton–Schulz
+    optimizer.iterations = 5  # muon only: Newton–Schulz, 1 … 20
     return optimizer
 
 

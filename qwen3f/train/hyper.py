@@ -6,6 +6,7 @@ import re
 from qwen3f.errors import UserError
 
 LEAST_EPS = 2.0**-126  # float32's smallest normal number; a smaller one may count as 0
+MOST_ITERATIONS = 20  # of Newton–Schulz: what 20 leave small is noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +26,19 @@ class AdamW:
     def __post_init__(self) -> None:
         for name in ("b1", "b2"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
+                raise UserError(f"config.optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
         if not LEAST_EPS <= self.eps < float("inf"):
             raise UserError(
-                f"optimizer.eps must be at least {LEAST_EPS:.3g}, got {self.eps}: where a gradient is 0, as in rows of "
-                "the embedding that no batch has had, the update would be 0/0; write e.g. --config.optimizer.eps=1e-8"
+                f"config.optimizer.eps must be at least {LEAST_EPS:.3g}, got {self.eps}: where a gradient is 0, as in "
+                "rows of the embedding that no batch has had, the update would be 0/0; write e.g. "
+                "--config.optimizer.eps=1e-8"
             )
         for name in ("weight_decay", "clip_norm"):
             if not getattr(self, name) >= 0.0:
-                raise UserError(f"optimizer.{name} must be a number from 0 on, got {getattr(self, name)}")
+                raise UserError(f"config.optimizer.{name} must be a number from 0 on, got {getattr(self, name)}")
         for pattern, factor in self.rates:
             if not 0.0 <= factor < float("inf"):
-                raise UserError(f"optimizer.rates: {pattern}={factor} must be a number from 0 on")
+                raise UserError(f"config.optimizer.rates: {pattern}={factor} must be a number from 0 on")
 
     def rate(self, path: str) -> float:
         """What the learning rate of this path is multiplied by; 0: it is frozen."""
@@ -58,11 +60,11 @@ class Muon(AdamW):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.momentum < 1.0:
-            raise UserError(f"optimizer.momentum must be in [0, 1), got {self.momentum}")
-        if not 0.0 < self.update_rms < float("inf") or self.iterations < 1:
-            raise UserError(
-                f"optimizer.update_rms={self.update_rms} and optimizer.iterations={self.iterations} must be positive"
-            )
+            raise UserError(f"config.optimizer.momentum must be in [0, 1), got {self.momentum}")
+        if not 0.0 < self.update_rms < float("inf"):
+            raise UserError(f"config.optimizer.update_rms must be positive, got {self.update_rms}")
+        if not 1 <= self.iterations <= MOST_ITERATIONS:
+            raise UserError(f"config.optimizer.iterations must be 1 … {MOST_ITERATIONS}, got {self.iterations}")
 
 
 ADAMW = AdamW()
@@ -75,7 +77,7 @@ def make_hyper(kind: str, **fields: float | str) -> AdamW:
     rates: as parse_rates takes them.
     """
     if kind not in KINDS:
-        raise UserError(f"optimizer.kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
+        raise UserError(f"config.optimizer.kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
     own = {field.name for field in dataclasses.fields(KINDS[kind])}
     fields |= {"rates": parse_rates(fields["rates"])} if "rates" in fields else {}
     return KINDS[kind](**{name: value for name, value in fields.items() if name in own})
@@ -91,9 +93,9 @@ def parse_rates(text: str) -> tuple[tuple[str, float], ...]:
         try:
             re.compile(pattern)
             out.append((pattern, float(factor)))
-        except (re.error, ValueError) as error:
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
             raise UserError(
-                f"--config.optimizer.rates: {piece!r} is no pattern and factor ({error}); write e.g. "
+                f"--config.optimizer.rates: {piece[:80]!r} is no pattern and factor ({error}); write e.g. "
                 r"--config.optimizer.rates='model\.embed_tokens\..*=0,.*norm.*=0.1'"
             ) from error
     return tuple(out)

@@ -17,9 +17,9 @@ DATASHEET_PEAKS: tuple[tuple[str, float], ...] = (
     (r"GB200", 2500e12),
     (r"B200", 2250e12),
     (r"H100 PCIe", 756e12),
-    (r"H100 NVL", 835e12),
+    (r"H[12]00 NVL", 835e12),
     (r"H[12]00", 989e12),
-    (r"A100", 312e12),
+    (r"A100(?!0)", 312e12),  # not the RTX A1000
     (r"L40S", 362e12),
     (r"RTX 4090$", 165e12),  # neither the laptop's nor the "D" variant, which are slower
 )
@@ -42,10 +42,10 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
 def peak_flops(device: torch.device) -> float:
     """The device's peak in FLOP/s: a known CUDA card's dense bf16 rate from its datasheet, else a measured one.
 
-    Sources: NVIDIA's datasheets of the H100 (SXM 989 TFLOP/s, PCIe 756, NVL 835), H200 (989), A100 (312), L40S (362),
-    HGX B200 (2,250) and GB200 (2,500), all halved where the sheet counts sparsity, and the Ada architecture's
-    whitepaper for the RTX 4090 (165, with fp32 accumulation). Other CUDA cards and MIG slices: the best rate of a
-    bf16 matrix product in about 0.2 s; the CPU: of an fp32 one with torch's threads. Measured once a process.
+    Sources: NVIDIA's datasheets of the H100 (SXM 989 TFLOP/s, PCIe 756, NVL 835), H200 (SXM 989, NVL 835), A100 (312),
+    L40S (362), HGX B200 (2,250) and GB200 (2,500), all halved where the sheet counts sparsity, and the Ada
+    architecture's whitepaper for the RTX 4090 (165, with fp32 accumulation). Other CUDA cards and MIG slices: the best
+    rate of a bf16 matrix product in about 0.2 s; the CPU: of an fp32 one with torch's threads. Measured once a process.
     """
     known = _datasheet_peak(device)
     return _measured_peak(device) if known is None else known

@@ -17,11 +17,12 @@ from qwen3f.model import Execution
 from qwen3f.plan.case import Case, make_case
 from qwen3f.plan.hardware import Hardware
 from qwen3f.plan.memory import leaves, peak, room
+from qwen3f.train.checks import MOST_MICROBATCHES
 from qwen3f.train.optimizer import AdamW
 from sharding import rules
 from sharding.axes import Axes
 from sharding.layout import Layout
-from sharding.mesh import ROWS, MeshShape
+from sharding.mesh import ROWS, MeshShape, divisors
 from sharding.pipeline.cut import Pipeline
 
 FILLING = 4  # micro-batches a rank of pp that make the bubble small (Huang et al. 2019, arXiv:1811.06965, section 3.3)
@@ -73,11 +74,13 @@ def choose(numbers: Sequence[int], pp: int, fits: Callable[[int], bool] = lambda
 
 def candidates(shape: MeshShape, pipeline: Pipeline, batch_size: int, seq_len: int) -> tuple[int, ...]:
     """All numbers of equal micro-batches, rising, that the mesh can cut the batch into and the schedule can run with
-    all ranks of pp at work. Raises UserError, naming a batch size that would do, when there is none.
+    all ranks of pp at work; none above MOST_MICROBATCHES. Raises UserError, naming a batch size that would do, when
+    there is none.
     """
     sharing = math.prod(getattr(shape, axis) for axis in ROWS)
     rows, rest = divmod(batch_size, sharing)
-    numbers = [] if rest else [n for n in range(shape.pp, rows + 1) if rows % n == 0 and _runs(pipeline, shape.pp, n)]
+    possible = [] if rest else [n for n in divisors(rows) if shape.pp <= n <= MOST_MICROBATCHES]
+    numbers = [n for n in possible if _runs(pipeline, shape.pp, n)]
     found: list[int] = []
     refused: UserError | None = None
     for number in numbers:
@@ -131,7 +134,5 @@ def evaluation_parts(rows: int, microbatches: int, axes: Axes) -> int:
 def check_evaluation(config: ConfigDict, microbatches: int, axes: Axes) -> None:
     """UserError for an evaluation's batch that the mesh cannot cut."""
     rows = config.eval.batch_size
-    try:
-        rules.check_batch(axes.shape, rows, config.seq_len, evaluation_parts(rows, microbatches, axes))
-    except UserError as error:
-        raise UserError(f"config.eval.batch_size={rows} on config.mesh={config.mesh}: {error}") from None
+    parts = evaluation_parts(rows, microbatches, axes)
+    rules.check_batch(axes.shape, rows, config.seq_len, parts, "config.eval.batch_size")

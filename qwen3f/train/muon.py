@@ -21,6 +21,7 @@ from qwen3f.params import Params
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic, from the reference implementation
 _EPS = 1e-7
+_GRAM_ITERATIONS = 6  # at most, on the Gram matrix: rounding makes eigenvalues below 0, which grow 12-fold in each
 
 
 class Options(NamedTuple):
@@ -87,7 +88,7 @@ def _newton_schulz(x_NSL: Tensor, iterations: int) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     x_NSL = x_NSL / x_NSL.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)
     short, long = x_NSL.shape[1:]
-    if long < 2 * short:  # 10·(2·L + S) against 4·L + 8·iterations·S products of S × S
+    if long < 2 * short or iterations > _GRAM_ITERATIONS:  # 10·(2·L + S) against 4·L + 8·iterations·S products of S × S
         for _ in range(iterations):
             g_NSS = x_NSL @ x_NSL.mT
             x_NSL = torch.baddbmm(x_NSL, torch.baddbmm(g_NSS, g_NSS, g_NSS, beta=b, alpha=c), x_NSL, beta=a)

@@ -9,15 +9,18 @@ from ml_collections import ConfigDict
 from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
+from qwen3f.interop.config import check_size
+from qwen3f.model.attention import check_heads
+from qwen3f.model.execution import refuse_dropout
 from qwen3f.params import abstract_params
-from qwen3f.plan.hardware import parse_hardware, this_card
+from qwen3f.plan.hardware import Hardware, parse_hardware, this_card
 from qwen3f.train import checks, microbatches, optimizer
 from qwen3f.train.checks import at_least
 from qwen3f.train.choices import find_device, find_dtype, find_execution, find_layout
 from qwen3f.train.guards.spikes import SpikePolicy
 from qwen3f.train.hyper import AdamW, make_hyper
 from qwen3f.train.schedule import Schedule
-from qwen3f.train.step import StepOptions, check_mesh
+from qwen3f.train.step import StepOptions, check_mesh, check_recomputation
 from sharding import rules
 from sharding.axes import Axes
 from sharding.layout import Layout
@@ -69,20 +72,30 @@ class Setup:
 def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
     """Raises UserError, naming key and value, for anything that cannot run. devices: for a mesh that fills them."""
     checks.check(config)
-    checks.check_length(config, cfg := ModelConfig.from_dict(config.model.to_dict()))
     device = find_device(config.device)
+    asked = device.type == "cuda" and not config.microbatches
+    return setup_on(config, device, parse_hardware(config.hardware, this_card()) if asked else None, devices)
+
+
+def setup_on(config: ConfigDict, device: torch.device, hardware: Hardware | None, devices: int | None = None) -> Setup:
+    """The setup as of a device that need not be here; what a run refuses, a plan does too.
+
+    config: as checks.check has passed it. hardware: as microbatches.resolve takes it. devices, and what is raised: as
+    make_setup has them.
+    """
+    check_size(cfg := checks.find_model(config), "config.model")
     compute_dtype = find_dtype(config.dtype, device)
     layout = find_layout(config, devices, compute_dtype)
     execution = find_execution(config, device)
+    check_heads(cfg, execution.attention)
+    refuse_dropout(cfg, execution)
     hyper = make_hyper(**config.optimizer.to_dict())
-    _check_recomputation(cfg, execution.compile)
+    optimizer.check_rates(hyper, abstract_params(cfg))
+    check_recomputation(cfg, execution)
     _check_graph(config, device, compute_dtype)
-    asked = device.type == "cuda" and not config.microbatches
-    hardware = parse_hardware(config.hardware, this_card()) if asked else None
     parts = microbatches.resolve(config, cfg, hyper, execution, layout, compute_dtype, hardware)
     _check_mesh(config, cfg, hyper, execution, layout, parts)
     find_schedule(config)
-    optimizer.check_rates(hyper, abstract_params(cfg))
     return Setup(
         config=config,
         model=cfg,
@@ -127,16 +140,6 @@ def _check_graph(config: ConfigDict, device: torch.device, compute_dtype: torch.
         )
 
 
-def _check_recomputation(cfg: ModelConfig, compile_mode: str) -> None:
-    """What torch 2.13 fails at, with an error of its own that says nothing to a user; torch 2.11 can."""
-    policy, recent = cfg.gradient_checkpointing, torch.__version__ >= (2, 13)
-    if recent and compile_mode == "step" and (policy == "full" or (policy == "selective" and cfg.sparse_layers)):
-        raise UserError(
-            f"config.compile=step with config.model.gradient_checkpointing={policy}: torch {torch.__version__} can't "
-            "compile this model's recomputation into one graph; write --config.compile=block"
-        )
-
-
 def find_schedule(config: ConfigDict, updates: int = 1) -> Schedule:
     """The schedule of config.schedule; it counts updates, of which a step has so many. Raises UserError."""
     s = config.schedule
@@ -152,7 +155,6 @@ def find_schedule(config: ConfigDict, updates: int = 1) -> Schedule:
 
 
 def share_of_steps(config: ConfigDict, key: str, updates: int = 1) -> int:
-    """What a key says as a share of the run, below 1, or as a number of steps, from 1 on; in updates."""
+    """checks.steps_of. Raises UserError for less than 0."""
     at_least(config, key, 0)
-    value = checks.get(config, key)
-    return int(value * config.steps * updates) if value < 1 else int(value * updates)
+    return checks.steps_of(config, key, updates)

@@ -39,7 +39,8 @@ class StepOptions:
     Attributes:
       optimizer, schedule: of the update. Its rate and bias correction count updates.
       microbatches: an update's rows are cut into this many equal parts, whose gradients are summed; the loss is
-        normalised by the count of the whole, so the cut changes nothing.
+        normalised by the count of the whole, so the cut changes nothing but what looks at one part: dropout's mask,
+        the balancing loss (except with router_balance="global_exact"), and which experts are full (moe_drop_tokens).
       microbatch_rows: instead, rows of a part on this rank; as many parts as the batch has. 0: by microbatches.
       updates: the batch is cut into this many equal parts, in order, each with an update of its own. A state's step
         counts batches: step · updates updates are behind it.
@@ -83,15 +84,15 @@ def make_train_step(cfg: ModelConfig, objective: Objective, options: StepOptions
     """step(state, batch) -> (state, metrics), pure: the same state and batch give the same result, bit for bit.
 
     Metrics (0-d tensors on the device): loss (the objective's, before the update, without the routers' losses; of
-      next-token prediction nats a predicted token), aux_loss (the balancing loss without its coefficient; 0 for a dense
-      model), grad_norm before and grad_norm_clipped after clipping, lr, tokens (predicted in this batch), finite (1 if
-      loss and gradient norm are; otherwise parameters and moments are left as they were), and the objective's figures.
-      A sparse model adds router_z_loss and what balance.load_metrics gives. With several updates: the means of theirs,
-      the last lr, all tokens, finite if all are, and withheld, how many updates were not.
+      next-token prediction nats a predicted token), grad_norm before and grad_norm_clipped after clipping, lr, tokens
+      (predicted in this batch), finite (1 if loss and gradient norm are; otherwise parameters and moments are left as
+      they were), and the objective's figures. A sparse model adds aux_loss and router_z_loss, the routers' losses
+      without their coefficients, and what balance.load_metrics gives. With several updates: the means of theirs, the
+      last lr, all tokens, finite if all are, and withheld, how many updates were not.
 
     Raises UserError when the batch does not divide or is no batch (`check_batch`), for rates that match no parameter,
     and for what a mesh cannot do: Muon, which needs whole matrices; attention_dropout; one graph with ep, whose splits
-    the host must know.
+    the host must know; and for an invariant execution with experts, or over pp, cp or tp.
     """
     check_mesh(cfg, options.optimizer, options.execution, options.layout)
     optimizer.check_rates(options.optimizer, P.abstract_params(cfg))
@@ -135,21 +136,27 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
             raise UserError(f"the batch has no {key!r} [B, T]; it has {', '.join(sorted(batch)) or 'nothing'}")
         if batch[key].shape != shape:
             raise UserError(f"the batch's {key!r} has shape {list(batch[key].shape)}, its 'tokens' {list(shape)}")
-    for key, low in (("tokens", 0), ("targets", cross_entropy.IGNORE)):
+    for key, other in (("tokens", None), ("targets", cross_entropy.IGNORE)):
         ids = batch[key]
         if type(ids) is not Tensor or ids.device.type != "cpu" or not ids.numel():  # of ranks that are played, others
             continue
+        ids = ids if other is None else torch.where(ids == other, 0, ids)
         least, most = int(ids.min()), int(ids.max())
-        if least < low or most >= vocab_size:
+        if least < 0 or most >= vocab_size:
             raise UserError(
                 f"the batch's {key!r} go from {least} to {most}; with model.vocab_size={vocab_size} they must lie in "
-                f"{low}..{vocab_size - 1}"
+                f"0..{vocab_size - 1}{'' if other is None else f', or be {other}'}"
             )
 
 
 def check_mesh(cfg: ModelConfig, hyper: AdamW, execution: model.Execution, layout: Layout) -> None:
-    """UserError for what a mesh cannot do, as make_train_step lists it."""
+    """UserError for what a mesh, or an invariant execution on it, cannot do, as make_train_step lists it."""
     axes = layout.axes
+    if execution.invariant and (cfg.sparse_layers or max(axes.pp.size, axes.cp.size, axes.tp.size) > 1):
+        raise UserError(
+            "config.attention=invariant takes a model without experts, and no pp, cp or tp in config.mesh; leave those "
+            "out, or write --config.attention=auto"
+        )
     if axes.shape.size == 1:
         return
     if axes.ep.size > 1 and cfg.sparse_layers and execution.compile == "step":
@@ -161,6 +168,17 @@ def check_mesh(cfg: ModelConfig, hyper: AdamW, execution: model.Execution, layou
         raise UserError("optimizer.kind=muon needs whole matrices, which a mesh cuts; write optimizer.kind=adamw")
     if cfg.attention_dropout > 0:
         raise UserError("model.attention_dropout is not supported on a mesh; set it to 0 or train on one device")
+
+
+def check_recomputation(cfg: ModelConfig, execution: model.Execution) -> None:
+    """UserError for what torch 2.13 fails at, with an error of its own that says nothing to a user; torch 2.11 can."""
+    policy, recent = cfg.gradient_checkpointing, torch.__version__ >= (2, 13)
+    whole = policy == "full" or (policy == "selective" and cfg.sparse_layers)
+    if recent and execution.compile == "step" and whole:
+        raise UserError(
+            f"config.compile=step with config.model.gradient_checkpointing={policy}: torch {torch.__version__} can't "
+            "compile this model's recomputation into one graph; write --config.compile=block"
+        )
 
 
 def _make_gradients(

@@ -8,7 +8,7 @@ in this order is cut over pp in equal blocks.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -111,8 +111,7 @@ class Slices:
             others = (n for n in range(1, self.layers + 1) if heights(self.layers, n * self.per_rank))
             raise UserError(
                 f"model.num_hidden_layers={self.layers} leaves a stage empty: pp={self.ranks} with {self.per_rank} "
-                f"stages a rank cut it into {self.count} stages of {possible.start}; write in config.mesh "
-                f"{nearest('pp', self.ranks, others)}"
+                f"stages a rank cut it into {self.count} stages of {possible.start}; {_advice(self.ranks, others)}"
             )
         if self.height not in possible:
             values = f"{possible[0]} to {possible[-1]}" if len(possible) > 1 else possible[0]
@@ -194,12 +193,20 @@ def _check_kinds(cfg: ModelConfig, stages: Slices) -> None:
 def _check_taps(cfg: ModelConfig, stages: Slices) -> None:
     first, taps = len(stages.layers_of(0)), cfg.injected_taps
     if taps > first:
-        fitting = (n for n in range(1, stages.ranks) if heights(stages.layers, n * stages.per_rank).start >= taps)
+        possible = {n: heights(stages.layers, n * stages.per_rank) for n in range(1, stages.ranks)}
+        fitting = [n for n, each in possible.items() if each and each.start >= taps]
         raise UserError(
             f"model.vision_deepstack_layers has {taps} taps, which are added behind the first layers, but stage 0 of "
-            f"{stages.count}, which has the tower, holds {first}; write in config.mesh "
-            f"{nearest('pp', stages.ranks, fitting)}"
+            f"{stages.count}, which has the tower, holds {first}; "
+            f"{_advice(stages.ranks, fitting)}"
         )
+
+
+def _advice(ranks: int, possible: Iterable[int]) -> str:
+    """What to write instead of so many ranks. Where no number of them would do, a rank has several stages."""
+    if sizes := nearest("pp", ranks, possible):
+        return f"write in config.mesh {sizes}"
+    return "lower config.pipeline.stages, or write config.pipeline.schedule=1f1b with config.pipeline.stages=1"
 
 
 def store(cfg: ModelConfig, params: P.Params, stages: Slices) -> P.Params:

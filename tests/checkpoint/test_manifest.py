@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from ml_collections import ConfigDict
 
+from qwen3f import cli
 from qwen3f.checkpoint import inspect, manifest
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.checkpoint.manifest import DamagedCheckpoint
@@ -158,6 +160,21 @@ def test_metrics_that_are_no_numbers_are_damage(saved, metrics):
     (place / "manifest.json").write_text(json.dumps(values | {"metrics": metrics}))
     with pytest.raises(DamagedCheckpoint, match="not names and numbers"):
         manifest.metrics(place)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"path": "/none"}, "config.path=/none: there is no /none/checkpoints"),
+        ({"path": "~no-such-user/W"}, "config.path: there is no home directory for ~no-such-user"),
+        ({"path": "/none", "backend": "zarr"}, "config.backend='zarr' is unknown; use one of orbax, dcp"),
+    ],
+)
+def test_inspect_names_its_own_keys(changes, words):
+    config = cli.load_experiment("experiments/inspect.py")
+    config.update(changes)
+    with pytest.raises(UserError, match=words):
+        cli.run_stage(config, Path("unused"), False)
 
 
 def test_inspect_says_what_is_there(saved, capsys):

@@ -90,14 +90,15 @@ def test_token_beyond_the_vocabulary(dataset, vocab_size):
         next(loader)
 
 
-def test_negative_token_is_refused(make_cache):
+@pytest.mark.parametrize("place, number", [(2, -100), (8, -5)])  # the second is a target alone
+def test_negative_token_is_refused(make_cache, place, number):
     cache = make_cache([9])
     (tokens,) = cache.shards
     object.__setattr__(cache, "shards", (tokens.astype(np.int64),))
-    cache.shards[0][2] = -100
+    cache.shards[0][place] = number
     with (
         _loader(PackedDataset(cache, 4)) as loader,
-        pytest.raises(UserError, match="Example 0 holds the token id -100"),
+        pytest.raises(UserError, match=rf"Example \d holds the token id {number}"),
     ):
         next(loader)
 

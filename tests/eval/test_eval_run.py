@@ -155,9 +155,11 @@ def test_a_batch_size_changes_nothing(place, whole, tmp_path):
     ({"mesh": "tp2"}, "--config.mesh=tp2: questions are shared out by dp alone"),
     ({"limit": -1}, "--config.limit=-1: write at least 0"),
     ({"metrics": "mine"}, "--config.metrics='mine': write harness or official"),
+    ({"attention": "flash", "benchmarks": "gsm8k"}, "head_dim is 16; write --config.attention=auto"),
 ])  # fmt: skip
 def test_what_cannot_run_is_one_line(place, tmp_path, changes, words, monkeypatch):
     monkeypatch.setattr("qwen3f.processes.ranks.local_devices", lambda device: 8)
+    monkeypatch.setattr("kernels.flash_attention.fits", lambda head_dim: head_dim > 16)
     with pytest.raises(UserError) as caught:
         run.run(configure(place, **changes), tmp_path / "e", progress=False)
     assert words in str(caught.value)

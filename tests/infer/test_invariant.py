@@ -121,9 +121,18 @@ def test_attention_is_the_formula():
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+def test_targets_that_are_no_token():
+    log_probs = invariant.token_log_probs(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([-100, -5, 4]))
+    assert log_probs[0] == 0
+    assert log_probs[1].isnan()
+    assert log_probs[2] < 0
+
+
 def test_what_it_does_not_take_is_named():
     with pytest.raises(UserError, match="takes compile='off'"):
         model.Execution(invariant=True, compile="block", kernels=())
     cfg, p = build(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
     with pytest.raises(UserError, match=r"model\.INVARIANT takes dense models"):
         Engine(cfg, p, execution=model.INVARIANT)
+    with pytest.raises(UserError, match=r"config\.attention=invariant has no dropout"):
+        model.make_forward(cfg.replace(attention_dropout=0.1), model.INVARIANT, dropout=True)

@@ -119,6 +119,8 @@ def test_thinking_ends_at_the_budget(source, answers):
         ({"prompts": ("a",)}, "give --config.prompt=.*only one of them"),
         ({"input": "a.jsonl"}, "give --config.prompt=.*only one of them"),
         ({"prompt": "", "input": "no/such.jsonl"}, "config.input=no/such.jsonl: there is no such file"),
+        ({"prompt": "", "input": "~no-such-user/a"}, "config.input: there is no home directory for ~no-such-user"),
+        ({"out": "~no-such-user/a"}, "config.out: there is no home directory for ~no-such-user"),
         ({"prompt": "", "prompts": ("a", "")}, "every prompt must be a text"),
         ({"system": "x", "chat": False}, "config.system needs the chat format"),
         ({"thinking": False, "thinking_budget": 4}, "config.thinking_budget needs"),

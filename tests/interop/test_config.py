@@ -212,7 +212,7 @@ def configs(draw):
         "moe_intermediate_size": draw(st.integers(1, 99)),
         "norm_topk_prob": draw(st.booleans()),
         "decoder_sparse_step": draw(st.integers(1, 3)),
-        "mlp_only_layers": tuple(draw(st.lists(st.integers(0, 9), max_size=3))),
+        "mlp_only_layers": tuple(draw(st.lists(st.integers(0, sizes["num_hidden_layers"] - 1), max_size=3))),
         "router_aux_loss_coef": draw(st.floats(0, 1)),
     }
     return ModelConfig(

@@ -121,6 +121,9 @@ def test_places_that_are_none(root, trained, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             source.read_model_config(str(place))
+    for look in (source.locate, source.pinned, source.read_model_config):
+        with pytest.raises(UserError, match="config.dpo.reference=/none: there is no /none/checkpoints"):
+            look("/none", "config.dpo.reference")
 
 
 def test_what_a_place_is_called_does_not_matter(root, trained, directory, tmp_path, monkeypatch):
@@ -246,18 +249,45 @@ def test_a_model_of_no_size_that_can_be(trained, tmp_path):
         source.read_model_config(str(tmp_path / "w"))
 
 
+def test_every_dtype_is_exported(tmp_path):
+    cfg = ModelConfig(num_hidden_layers=1, hidden_size=16, head_dim=8, intermediate_size=24, vocab_size=50)
+    p = params.init_params(cfg, 0)
+    hf.save_pretrained(tmp_path / "in", cfg, p)
+    p["model.norm.weight"][0] = 2.0**16
+    hf.save_pretrained(tmp_path / "wide", cfg, p)
+
+    def written(name, dtype):
+        config = cli.load_experiment("experiments/export_hf.py")
+        place = tmp_path / f"{name}-{dtype}"
+        config.update(init_from=str(tmp_path / name), out=str(place), dtype=dtype, tokenizer=False)
+        cli.run_stage(config, tmp_path / "unused", False)
+        return {str(leaf.dtype).removeprefix("torch.") for leaf in hf.load_pretrained(place)[1].values()}
+
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert written("in", dtype) == {dtype}
+    assert written("in", "stored") == {"float32"}
+    with pytest.raises(UserError, match="config.dtype='float64' is unknown; use one of bfloat16, .*, stored"):
+        written("in", "float64")
+    with pytest.raises(UserError, match="model.norm.weight holds weights that are not finite as float16; write config"):
+        written("wide", "float16")
+    assert not (tmp_path / "wide-float16").exists()
+    assert written("wide", "bfloat16") == {"bfloat16"}
+
+
 def test_export_defaults_and_errors(trained, tmp_path):
     config = cli.load_experiment("experiments/export_hf.py")
     for changes, words in (
         ({}, "config.init_from is missing"),
         ({"init_from": str(trained)}, "config.out is missing"),
         ({"out": str(tmp_path / "o"), "dtype": "int8"}, "config.dtype='int8'"),
-        ({"dtype": "bfloat16", "max_shard_gb": 0.0}, "max_shard_gb"),
+        ({"dtype": "bfloat16", "max_shard_gb": 0.0}, "config.max_shard_gb=0.0 is less than a byte"),
+        ({"max_shard_gb": 1e-10}, "config.max_shard_gb=1e-10 is less than a byte"),
+        ({"max_shard_gb": 5.0, "out": "~no-such-user/o"}, "config.out: there is no home directory for ~no-such-user"),
     ):
         config.update(changes)
         with pytest.raises(UserError, match=words):
             export.run(config, tmp_path / "unused")
-    config.update(max_shard_gb=5.0)
+    config.update(max_shard_gb=5.0, out=str(tmp_path / "o"))
     export.run(config, tmp_path / "unused")
     with pytest.raises(UserError, match="o is not empty"):
         export.run(config, tmp_path / "unused")

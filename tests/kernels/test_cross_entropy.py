@@ -155,7 +155,7 @@ def test_nothing_predicted(run, n):
 
 @interpreted
 def test_an_ignored_row_is_never_read():
-    """It may hold anything: its loss and gradients are exactly 0."""
+    """It may hold anything: its loss and its gradient in hidden are exactly 0."""
     h, w, t, weights = case(4, dtype=torch.float32)
     t[1], weights[2] = IGNORE, 0.0
     with torch.no_grad():

@@ -227,6 +227,7 @@ def test_wrong_arguments_are_named():
         ((q, k[:, :, :9], v), {}, "k and v must be"),
         ((q[:, :3], k, v), {}, "3 heads"),
         ((q, k[:, :, :9], v[:, :, :9]), {}, "causal needs"),
+        ((q, k[:, :0], v[:, :0]), {}, "no multiple of k's 0"),
         ((q, k, v), {"scale": 0.0}, "scale must be positive"),
         ((q, k, v), {"ranges": ranges._replace(lo=ranges.lo.long())}, "ranges.lo must be"),
         ((q, k, v), {"ranges": ranges._replace(last=ranges.last[:, :9])}, "ranges.last must be"),

@@ -79,6 +79,7 @@ def test_wrong_arguments_are_named():
         ((q.expand(1, 4, 1, 16).repeat(1, 1, 80, 1), k, v, seen), "128 rows"),
         ((q, k, v, seen.long()), "seen must be"),
         ((q, k, v, seen.to("meta")), "seen is on meta"),
+        ((q, k[:, :0], v[:, :0], seen), "do not fit together"),
     ]
     for arguments, words in wrong:
         with pytest.raises(ValueError, match=words):

@@ -243,13 +243,14 @@ def test_what_cannot_run_is_refused():
         model.Execution(experts="dense")
     for name, value, words in (
         ("router_balance", "switch", "one of global, global_exact, micro, hf, got 'switch'"),
-        ("router_aux_loss_coef", -0.1, "router_aux_loss_coef must be at least 0, got -0.1"),
-        ("router_z_loss_coef", math.nan, "router_z_loss_coef must be at least 0, got nan"),
+        ("router_aux_loss_coef", -0.1, "router_aux_loss_coef must be finite and at least 0, got -0.1"),
+        ("router_z_loss_coef", math.nan, "router_z_loss_coef must be finite and at least 0, got nan"),
     ):
         with pytest.raises(UserError, match=words):
             mixed(**{name: value})
-    with pytest.raises(UserError, match="moe_capacity_factor must be positive, got 0"):
-        mixed(moe_drop_tokens=True, moe_capacity_factor=0)
+    for factor in (0, math.inf, 10**400):
+        with pytest.raises(UserError, match="moe_capacity_factor must be positive and finite, got"):
+            mixed(moe_drop_tokens=True, moe_capacity_factor=factor)
 
 
 def test_stacks_of_another_model_are_refused():

@@ -1,6 +1,7 @@
 """What a router counts, and experts of limited capacity, against loops over tokens in float64."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -92,7 +93,8 @@ def test_a_z_loss_gives_log_z_its_gradient():
 def limited(cfg, weights, x, real):
     """The layer as a loop, each expert keeping the `capacity` heaviest choices; and how many real ones it dropped."""
     tokens, real = x.flatten(0, 1), real.flatten().tolist()
-    capacity = math.ceil(cfg.moe_capacity_factor * len(tokens) * cfg.num_experts_per_tok / cfg.num_experts)
+    fair = Fraction(len(tokens) * cfg.num_experts_per_tok, cfg.num_experts)
+    capacity = math.ceil(Fraction(str(cfg.moe_capacity_factor)) * fair)
     routed, queues = [], {e: [] for e in range(cfg.num_experts)}
     for n, token in enumerate(tokens):
         probs = (weights["gate.weight"] @ token).softmax(0)
@@ -143,6 +145,15 @@ def test_enough_capacity_drops_nothing():
     assert_close({"y": y}, {"y": by_tokens(cfg, weights, x)}, 1e-12)
     few = run(cfg.replace(moe_drop_tokens=True, moe_capacity_factor=1e-9), weights, x)[1]  # a row for each expert
     assert few.dropped == 36 - (few.counts > 0).sum()
+
+
+def test_a_capacity_is_the_number_that_was_written():
+    """1.1 · 100 rows / 10 experts are 11, where floats make a little more of it; a huge factor is all rows."""
+    cfg = small_config(**{**MOE, "num_experts": 10, "num_experts_per_tok": 1}, moe_drop_tokens=True)
+    weights, _ = layer(cfg)
+    x = torch.ones(1, 100, cfg.hidden_size, dtype=torch.float64)  # all to one expert
+    for factor, kept in ((1.1, 11), (1.11, 12), (1e308, 100)):
+        assert 100 - run(cfg.replace(moe_capacity_factor=factor), weights, x)[1].dropped == kept
 
 
 def test_a_model_gives_its_sparse_layers_statistics():

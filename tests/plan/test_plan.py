@@ -218,6 +218,29 @@ def test_interleaving_and_zero_bubble_shrink_it(stages):
             assert all(a.end <= b.start + 1e-12 for a, b in itertools.pairwise(slots))
 
 
+@pytest.mark.parametrize(
+    "experiment, with_it, without",
+    [
+        ("dpo", {"dpo.reference_log_probs": "live"}, {"dpo.reference_log_probs": "cached"}),
+        ("grpo", {"grpo.kl_coef": 0.1}, {"grpo.kl_coef": 0.0}),
+        ("dpo_online", {}, None),
+    ],
+)
+def test_a_reference_in_memory_is_counted(experiment, with_it, without):
+    def planned(changes):
+        config = cli.load_experiment(f"experiments/{experiment}.py:debug")
+        config.update_from_flattened_dict({"mesh": "dp2,tp2", "microbatches": 1, **changes})
+        return make(from_config(config))
+
+    plan = planned(with_it)
+    (rank,) = plan.memory
+    assert rank.reference == rank.parameters // 2 > 0  # bfloat16 beside float32
+    assert "\nparameters of the reference  " in render(plan, by_policy(plan.setup))
+    if without is not None:
+        assert planned(without).memory[0].reference == 0
+        assert plan.peak - planned(without).peak == rank.reference
+
+
 def test_an_impossible_order_is_an_error():
     order = [[S.Action("B", 0, 0), S.Action("F", 0, 0)]]
     with pytest.raises(ValueError, match="deadlocks"):
@@ -287,7 +310,7 @@ def test_the_first_stage_of_large_resolves_on_its_mesh():
             {"mesh": "tp3", "length": 384, "model": {"vocab_size": 300}},
             "q_proj.weight: dim 1 (8 heads) doesn't divide by tp=3",
         ),
-        ({"mesh": "dp3"}, "batch_size 8 doesn't divide by dp=3"),
+        ({"mesh": "dp3"}, "config.batch_size=8 doesn't divide by dp=3"),
         ({"mesh": "cp3"}, "cannot be cut over cp=3"),
         ({"preset": "debug_moe", "mesh": "ep3", "batch": 9}, "(8 experts) doesn't divide by ep=3"),
         ({"mesh": "pp4", "microbatches": 8, "model": {"num_hidden_layers": 5}}, "leaves a stage empty"),

@@ -3,7 +3,9 @@
 import itertools
 
 import pytest
+import torch
 from ml_collections import ConfigDict
+from torch.torch_version import TorchVersion
 
 from qwen3f import cli
 from qwen3f.errors import UserError
@@ -159,6 +161,16 @@ def test_the_line_of_a_plan():
     assert ", or --config.hardware=h200,node=4 (64 × h200, peak " in line
     (line,) = lines(configured("pretrain_s1.py:large", batch_size=1))
     assert line == "does not fit, nor with recomputation, more micro-batches, 64 times the devices or other cards"
+
+
+def test_what_no_run_can_do_is_neither_planned_nor_recommended(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.13.0"))
+    config = configured("pretrain_s1.py:qwen3-4b", compile="step", microbatches=1)
+    assert not fits(config)
+    assert [*by_policy(from_config(config))] == ["none", "selective"]
+    for change in smallest_changes(config):
+        assert "gradient_checkpointing=full" not in change.flags
+        assert fits(config, **dict(change.values))
 
 
 def test_a_card_is_never_full():

@@ -75,8 +75,17 @@ def test_gradients_summed_in_float32_are_twice_as_many_bytes(policy):
         ({"mesh": "dp-1,tp2"}, "dp-1 takes what a number of devices leaves"),
         ({"mesh": "dp8", "fsdp.shard_size": 3}, "config.fsdp.shard_size=3 doesn't fit config.mesh with dp=8"),
         ({"mesh": "dp8", "fsdp.shard_size": 4, "fsdp.enabled": False}, "has no effect with config.fsdp.enabled=False"),
-        ({"mesh": "dr2,dp3"}, "batch_size 64 doesn't divide by dr=2 · dp=3; make it a multiple of 6"),
-        ({"fsdp.reduce": "fp32"}, "config.fsdp.reduce='fp32': write compute"),
+        ({"mesh": "dr2,dp3"}, "config.batch_size=64 doesn't divide by dr=2 · dp=3; make it a multiple of 6"),
+        ({"fsdp.reduce": "fp32"}, "config.fsdp.reduce='fp32' is unknown; use one of compute"),
+        ({"mesh": "dp2", "checkpoint.backend": "dcp"}, "config.checkpoint.backend=dcp saves one device's state"),
+        (
+            {"mesh": "dp2,tp2", "optimizer.rates": r"model\.embed_tokenz\..*=0"},
+            "matches none of the model's parameters",
+        ),
+        ({"microbatches": 0, "optimizer.rates": ".*=0"}, "--config.optimizer.rates freezes every parameter"),
+        ({"seq_len": 2**20, "init_from": "W"}, "config.seq_len=1048576 exceeds config.model.max_position_embeddings"),
+        ({"mesh": "tp2", "attention": "invariant"}, "config.attention=invariant takes a model without experts"),
+        ({"schedule.decay_shape": "cubic"}, "config.schedule.decay_shape='cubic' is unknown"),
     ],
 )
 def test_a_configuration_without_a_plan(changes, words):

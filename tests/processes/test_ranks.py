@@ -17,7 +17,7 @@ from torch.distributed import TCPStore
 from torch.distributed.run import parse_args
 
 from qwen3f.errors import TrainingError, UserError
-from qwen3f.processes.ranks import Decision, all_devices, decide, first_host, meet, start, torchrun_line
+from qwen3f.processes.ranks import Decision, all_devices, decide, first_host, found, meet, start, torchrun_line
 from sharding.mesh import parse_mesh
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,13 @@ def test_decisions(environment, world, devices, device, wanted):
         (TORCHRUN, 1, 8, "mesh of 8 with --config.mesh"),
         (SLURM, 4, 8, "srun started 8 ranks, the mesh has 4 devices; make --ntasks 4"),
         ({**TORCHRUN, "MASTER_PORT": ""}, 8, 8, "torchrun left MASTER_PORT unset"),
-        ({**TORCHRUN, "RANK": "five"}, 8, 8, "RANK='five' is not a rank"),
+        ({**TORCHRUN, "RANK": "five"}, 8, 8, "RANK='five' is not a number"),
+        ({**TORCHRUN, "MASTER_PORT": "abc"}, 8, 8, "MASTER_PORT='abc' is not a number"),
+        ({**TORCHRUN, "MASTER_PORT": "65536"}, 8, 8, "MASTER_PORT=65536 is no port"),
+        ({**SLURM, "MASTER_PORT": "abc"}, 8, 8, "MASTER_PORT='abc' is not a number"),
+        ({**TORCHRUN, "RANK": "8"}, 8, 8, "there is no rank 8 of 8: the ranks are 0 to 7"),
+        ({**SLURM, "SLURM_PROCID": "8"}, 8, 8, "there is no rank 8 of 8"),
+        ({**SLURM, "SLURM_STEP_NODELIST": "a[1-"}, 8, 8, "SLURM_STEP_NODELIST='a[1-' names no host"),
         ({**TORCHRUN, "LOCAL_RANK": "4"}, 8, 4, "at most 4 ranks a host"),
         (TORCHRUN, 8, 0, "no cuda device"),
     ],
@@ -89,7 +95,14 @@ def test_the_line_for_several_hosts_starts_exactly_the_mesh(world, devices, node
 
 @pytest.mark.parametrize(
     "nodelist, host",
-    [("gpu1", "gpu1"), ("a[01-03,07],b", "a01"), ("a[7]", "a7"), ("a,b[1-2]", "a"), ("r[1-4]-ib", "r1-ib")],
+    [
+        ("gpu1", "gpu1"),
+        ("a[01-03,07],b", "a01"),
+        ("a[7]", "a7"),
+        ("a,b[1-2]", "a"),
+        ("r[1-4]-ib", "r1-ib"),
+        ("r[1-2]n[3-4],x", "r1n3"),
+    ],
 )
 def test_first_host_of_slurms_list(nodelist, host):
     assert first_host(nodelist) == host
@@ -203,6 +216,17 @@ def test_ranks_that_start_again_share_a_part_of_the_store_that_is_new(server, la
 def test_ranks_that_do_not_come_are_named(server):
     with pytest.raises(TrainingError, match="of 3 ranks these have not come in 0.2 s: 1, 2"):
         _met(server, 0, 3, seconds=0.2)
+
+
+@pytest.mark.parametrize("rank, words", [(0, "1/2 clients joined"), (1, "127.0.0.1")])
+def test_a_meeting_to_which_no_other_rank_comes(rank, words):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    decision = Decision("join", 2, "cpu", rank, 0, f"tcp://127.0.0.1:{port}")
+    with pytest.raises(TrainingError, match=f"rank {rank} of 2 could not meet the others .*{words}") as caught:
+        found(decision, timeout=datetime.timedelta(seconds=0.5))
+    assert "\n" not in str(caught.value)
 
 
 def test_two_ranks_start_meet_and_add_up(tmp_path, capfd):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3f.errors import UserError
-from sharding.mesh import AXES, MeshShape, hybrid, parse_mesh
+from sharding.mesh import AXES, MeshShape, divisors, hybrid, parse_mesh
 
 SHAPES = st.builds(MeshShape, **{axis: st.integers(1, 6) for axis in AXES})
 
@@ -25,6 +25,11 @@ def test_what_is_written_is_parsed_and_what_is_left_is_filled(shape, order, open
     assert parse_mesh(filled, shape.size) == shape
 
 
+def test_divisors_by_trying_all():
+    for number in range(1, 200):
+        assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
+
+
 @given(SHAPES, st.sampled_from(AXES), st.integers(1, 400))
 def test_a_mesh_fills_all_devices_or_none(shape, open_axis, devices):
     rest = shape.size // getattr(shape, open_axis)
@@ -39,10 +44,15 @@ def test_a_mesh_fills_all_devices_or_none(shape, open_axis, devices):
 @pytest.mark.parametrize(
     "text, devices, message",
     [
-        ("dp-1,tp2", None, r"mesh 'dp-1,tp2': dp-1 takes what a number of devices leaves, .*write dp with its size"),
+        (
+            "dp-1,tp2",
+            None,
+            r"config.mesh=dp-1,tp2: dp-1 takes what a number of devices leaves, .*write dp with its size",
+        ),
         ("dp-1,tp-1", 8, r"-1 stands on dp and tp"),
         ("tp3,dp-1", 8, r"8 devices are no multiple of tp3 = 3, so no dp fills them"),
         ("dp-2", 8, r"'dp-2' is not an axis and a size"),
+        ("DP2", 8, r"config.mesh=DP2: 'DP2' is not an axis and a size; did you mean 'dp'"),
         ("dp0", 8, r"axis dp needs a size of at least 1, or -1"),
         ("dp-1,dp2", 8, r"axis dp stands twice"),
     ],

@@ -70,11 +70,17 @@ def test_every_rank_has_equal_work(size):
 
 @pytest.mark.parametrize(
     "length, size, write",
-    [(4, 4, "seq_len=8"), (1, 2, "seq_len=4"), (30, 4, "seq_len=32"), (34, 4, "seq_len=32"), (9, 3, "seq_len=12")],
+    [
+        (4, 4, "config.seq_len=8"),
+        (1, 2, "seq_len=4"),
+        (30, 4, "seq_len=32"),
+        (34, 4, "seq_len=32"),
+        (9, 3, "seq_len=12"),
+    ],
 )
 def test_lengths_that_do_not_divide(length, size, write):
     with pytest.raises(
-        ValueError, match=rf"{length} cannot be cut over cp={size}.*{write} .any multiple of {2 * size}"
+        ValueError, match=rf"config.seq_len={length} cannot be cut over cp={size}.*{write} .any multiple of {2 * size}"
     ):
         check_length(length, size)
     with pytest.raises(ValueError, match="cannot be cut"):

@@ -273,6 +273,7 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
         ({"advantages.scale": "std"}, "scale='std'"),
         ({"advantages.combine": "sum"}, "advantages.combine=sum"),
         ({"judge.deadline": 0.0}, "judge.deadline=0.0"),
+        ({"judge.deadline": 1e7}, "judge.deadline must be at most 1,000,000 seconds"),
         ({"grpo.loss": "vespo", "rollout.correction": "token_mask"}, "vespo is not linear"),
         ({"tasks": "code", "sandbox": "jail"}, "sandbox=jail: write auto"),
         ({"rewards": "correct,reward_model"}, "none is named; write --config.judge.reward_model=W"),

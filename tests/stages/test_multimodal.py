@@ -107,6 +107,8 @@ def test_what_cannot_run_is_said_before(make):
         multimodal.check(make_setup(make(**{"model.vision_enabled": False})))
     with pytest.raises(UserError, match="data.patches=3"):
         multimodal.check(make_setup(make(**{"data.patches": 3})))
+    with pytest.raises(UserError, match="config.attention=invariant is for text"):
+        multimodal.check(make_setup(make(attention="invariant")))
 
 
 def test_blind_runs_see_other_pictures_in_the_same_places():

@@ -28,6 +28,7 @@ BATCH = {"tokens": TOKENS, "targets": TOKENS + 1, "loss_weights": torch.ones(1, 
         ({"loss_weights": torch.ones(1, 7)}, r"'loss_weights' has shape \[1, 7\], its 'tokens' \[1, 8\]"),
         ({"tokens": TOKENS + 33}, "'tokens' go from 33 to 40; with model.vocab_size=40 they must lie in 0..39"),
         ({"tokens": TOKENS - 1}, "'tokens' go from -1 to 6"),
+        ({"targets": TOKENS - 5}, "'targets' go from -5 to 2; .* they must lie in 0..39, or be -100"),
         ({"targets": TOKENS + 40}, "'targets' go from 40 to 47"),
     ],
 )

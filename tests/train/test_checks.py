@@ -6,6 +6,7 @@ import sys
 import typing
 
 import pytest
+from ml_collections import ConfigDict
 
 from qwen3f import model
 from qwen3f.checkpoint import checkpointer
@@ -14,6 +15,7 @@ from qwen3f.data.chat import corpus as chats
 from qwen3f.data.chat import samples
 from qwen3f.data.packing.best_fit import LongDocuments
 from qwen3f.data.sources.adapters.rows import OnBadRow
+from qwen3f.interop import export
 from qwen3f.model import attention
 from qwen3f.train import checks, choices, logger, schedule
 from sharding.pipeline import cut
@@ -29,7 +31,10 @@ WRONG = [
     ({"optimizer.weight_decay": float("inf")}, "config.optimizer.weight_decay=inf: write a finite number"),
     ({"steps": 0}, "config.steps must be at least 1"),
     ({"steps": 10**30}, "write a finite number below 2^63"),
-    ({"seed": 10**400}, "write a finite number below 2^63"),
+    ({"batch_size": 10**400}, "config.batch_size=1000"),
+    ({"optimizer.iterations": -(10**400)}, "config.optimizer.iterations=-1000"),
+    ({"watchdog": 1e10}, "config.watchdog must be at most 1,000,000 seconds"),
+    ({"checkpoint.timeout": 1e11}, "config.checkpoint.timeout must be at most 1,000,000 seconds"),
     ({"seed": -1}, "config.seed must be at least 0"),
     ({"microbatches": 3}, "config.batch_size=8 cannot be cut into config.microbatches=3"),
     ({"mesh": "db8"}, "did you mean 'dp'"),
@@ -46,6 +51,12 @@ WRONG = [
     ({"data.holdout": 2.0}, "config.data.holdout must be a share"),
     ({"checkpoint.backend": "x"}, "config.checkpoint.backend='x'"),
     ({"resume": -3}, "config.resume must be at least 0"),
+    ({"batch_size": 10**12}, "config.batch_size=1000000000000: write a finite number below 2^32"),
+    ({"batch_size": 2**15, "microbatches": 2**15}, "config.microbatches=32768 must be at most 4096"),
+    ({"model.num_hidden_layers": 10**9}, "config.model.num_experts: num_hidden_layers × num_experts is 1,000,000,000"),
+    ({"model.num_attention_heads": 10**9, "mesh": "tp3"}, "write in config.mesh tp2"),
+    ({"mesh": "dp100000000000", "fsdp.shard_size": 3}, "'dp100000000000' is not an axis and a size"),
+    ({"mesh": "dp999999999", "fsdp.shard_size": 2}, "999,999,999 devices are more than 1,048,576; write lower sizes"),
     ({"pipeline.layers": -1}, "config.pipeline.layers must be at least 0"),
 ]
 TOOLS = {"generate": "init_from", "export_hf": "init_from", "inspect": "path", "rejection_sample": "init_from"}
@@ -92,6 +103,7 @@ def test_wrong_values_are_refused_before_torch_is_imported():
         ("pipeline.schedule", cut.SCHEDULES),
         ("schedule.kind", schedule.KINDS),
         ("checkpoint.backend", checkpointer.BACKENDS),
+        ("backend", checkpointer.BACKENDS),
         ("data.packing", corpus.PACKINGS),
         ("data.long_documents", typing.get_args(LongDocuments)[:2]),
         ("data.turns", samples.TURNS),
@@ -101,3 +113,15 @@ def test_wrong_values_are_refused_before_torch_is_imported():
 )
 def test_words_are_those_of_the_modules(key, words):
     assert set(checks.CHOICES[key]) == set(words)
+
+
+@pytest.mark.parametrize(
+    "written, updates, steps",
+    [(0.29, 1, 29), (0.57, 1, 57), (0.145, 2, 29), (0.999, 1, 99), (0.0, 1, 0), (1e-5, 1, 0), (1, 2, 2), (29.5, 1, 29)],
+)
+def test_a_share_of_the_steps_is_what_was_written(written, updates, steps):
+    assert checks.steps_of(ConfigDict({"steps": 100, "warmup": written}), "warmup", updates) == steps
+
+
+def test_words_of_a_tool_are_those_of_its_module():
+    assert checks.CHOICES_OF["export_hf"]["dtype"] == tuple(export.DTYPES)

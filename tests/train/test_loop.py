@@ -15,6 +15,8 @@ from qwen3f.train.state import init_state
 from qwen3f.train.step import make_train_step
 from tests.train.runs import assert_same_bits, final_state, metrics, pretrain_model
 
+EXPERTS = {"model.num_experts": 4, "model.num_experts_per_tok": 2, "model.moe_intermediate_size": 16}
+
 
 def test_resuming_is_bitwise_exact(make, tmp_path):
     """20 steps against 10, a restart and 10 more; then once more from step 10 by config.resume."""
@@ -65,6 +67,20 @@ def test_learns_and_validates(make, tmp_path):
     assert out["val_loss"] == log[-1]["val_loss"] < 3.5
     assert (tmp_path / "checkpoints" / "60").is_dir()
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "metric, step, words",
+    [("val_los", 10, r"write one of val_loss, .*val_\w+$"), ("los", 1, r"write one of loss, .*, or what val_… gives$")],
+)
+def test_a_best_metric_that_is_not_measured_ends_the_run(make, tmp_path, metric, step, words):
+    """Nothing is lost: the same command with another metric goes on."""
+    best = {"checkpoint.keep": 1, "checkpoint.keep_best": 2, "sample.tokens": 0}
+    with pytest.raises(UserError, match=f"config.checkpoint.best_metric={metric} is nothing that .*{words}"):
+        run(make(**best, **{"checkpoint.best_metric": metric}), tmp_path, progress=False)
+    with Checkpointer(tmp_path / "checkpoints", 0, 0) as checkpoints:
+        assert checkpoints.steps() == [step]
+    run(make(steps=step + 1, **best, **{"checkpoint.best_metric": "loss"}), tmp_path, progress=False)
 
 
 def test_second_stage_starts_from_the_first(make, tmp_path):
@@ -130,6 +146,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(make, tmp_pat
         ({"context_warmup.length": 8, "context_warmup.steps": -1}, "config.context_warmup.steps must be at least 0"),
         ({"optimizer.kind": "sgd"}, "optimizer.kind='sgd'"),
         ({"mesh": "dp2"}, "2 devices"),
+        ({"attention": "invariant", "mesh": "cp2"}, "config.attention=invariant takes a model without experts"),
+        ({"attention": "invariant", **EXPERTS}, "config.attention=invariant takes a model without experts"),
         ({"checkpoint.on_failure": "ignore"}, "config.checkpoint.on_failure"),
         ({"device": "gpu"}, "config.device='gpu'"),
         ({"dtype": "fp8"}, "config.dtype"),
@@ -163,6 +181,36 @@ def test_recomputation_that_torch_cannot_put_into_one_graph(make, changes, versi
             make_setup(config)
     config.compile = "block"
     make_setup(config)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"attention": "invariant", "model.attention_dropout": 0.1}, r"write --config\.model\.attention_dropout=0, or"),
+        ({"attention": "flash", "model.head_dim": 8}, r"model\.head_dim is 8; write --config\.attention=auto"),
+        ({"attention": "flash", "model.head_dim": 20}, r"config\.model\.head_dim is 20"),
+        (
+            {
+                "attention": "flash",
+                "model.vision_enabled": True,
+                "model.vision_deepstack_layers": (),
+                "model.mrope_section": (4, 2, 2),
+                "model.vision_num_attention_heads": 256,
+                "model.image_token_id": 1,
+                "model.video_token_id": 2,
+                "model.vision_start_token_id": 3,
+                "model.vision_end_token_id": 4,
+            },
+            "vision_num_attention_heads is 4",
+        ),
+    ],
+)
+def test_attention_that_the_model_cannot_have_is_refused(make, changes, words):
+    config = make()
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=words):
+        make_setup(config)
 
 
 def test_a_tokenizer_of_another_size_is_refused(make, tmp_path):

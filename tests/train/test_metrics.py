@@ -50,6 +50,7 @@ def test_flops_equal_a_counted_forward_and_backward():
         ("NVIDIA H200", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200 NVL", 835e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA B200", 2250e12),
         ("NVIDIA GB200", 2500e12),
@@ -67,6 +68,7 @@ def test_datasheet_peaks(monkeypatch, name, peak):
     "name",
     [
         "NVIDIA L40",
+        "NVIDIA RTX A1000",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",

@@ -28,6 +28,12 @@ PIPELINES = [Pipeline(), Pipeline("interleaved", 2), Pipeline("zero_bubble", 1),
 SIZES = {"pp": st.sampled_from([1, 2, 4]), "dr": st.integers(1, 2), "dp": st.integers(1, 3), "tp": st.integers(1, 2)}
 
 
+def test_candidates_of_very_many_rows_are_found_at_once():
+    found = M.candidates(MeshShape(pp=2), Pipeline(), 2**32 - 2**16, 32)
+    assert found[0] == 2
+    assert 2**11 < found[-1] <= 2**12
+
+
 @given(st.builds(MeshShape, **SIZES), st.sampled_from(PIPELINES), st.integers(1, 48), st.sampled_from([6, 7, 16]))
 @settings(deadline=None)
 def test_candidates_are_what_runs_with_all_ranks_at_work(shape, pipeline, rows, length):

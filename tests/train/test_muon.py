@@ -80,6 +80,14 @@ def test_long_matrices_take_the_gram_form_to_the_same_result():
     assert (got - exact).norm() <= 1e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("iterations", [6, 7, 10, 20])
+def test_more_iterations_stay_bounded_for_a_matrix_of_low_rank(iterations):
+    """Its Gram matrix has eigenvalues that rounding makes negative, which an iteration would multiply."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 1) @ torch.randn(1, 32)
+    assert torch.linalg.matrix_norm(muon.orthogonalize({"x": x}, iterations)["x"], 2) < 1.3
+
+
 def test_withheld_update_changes_nothing():
     start = {"square": torch.randn(2, 3, 3)}
     g = {"square": torch.full_like(start["square"], float("nan"))}
@@ -99,6 +107,7 @@ def test_hyperparameters_by_name():
         ("kind", {"kind": "sgd"}),
         ("momentum", {"momentum": 1.0}),
         ("update_rms", {"update_rms": 0}),
+        ("iterations must be 1 … 20", {"iterations": 10**11}),
     ):
         with pytest.raises(UserError, match=message):
             make_hyper(**{"kind": "muon", **wrong})

@@ -82,3 +82,26 @@ def test_a_config_that_no_run_wrote(make, tmp_path, content):
     with pytest.raises(UserError, match="config.json is not what a run writes"):
         cli.run_stage(make(), tmp_path, False)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+NOBODY = "~no-such-user/x"  # a path of whom there is no home
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"init_from": NOBODY}, "config.init_from: "),
+        ({"data.cache": NOBODY}, "data.cache: "),
+        ({"data.mixture": f"files@{NOBODY}"}, "data.mixture: "),
+        ({"data.mixture": f"files@{NOBODY}=0.5,embedded=0.5"}, "the mixture's files@"),
+        ({"data.mixture": f"fineweb@{NOBODY}"}, "fineweb@DIR, or data.root: "),
+        ({"data.mixture": "embedded", "data.root": NOBODY}, "data.root: "),
+        ({"data.tokenizer": NOBODY}, "data.tokenizer: "),
+    ],
+)
+def test_a_home_of_nobody(make, tmp_path, changes, words):
+    config = make()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=f"{words}.*there is no home directory for ~no-such-user; write the whole path"):
+        cli.run_stage(config, tmp_path / "w", False)
+    assert not (tmp_path / "w").exists()

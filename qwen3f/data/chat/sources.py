@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 from qwen3f.data.chat.conversation import (
@@ -34,6 +33,7 @@ from qwen3f.data.sources.adapters.rows import BadRow, LeftOut, OnBadRow, Row, Ro
 from qwen3f.data.sources.documents import HOLDOUT, Split, is_heldout, other_files, stable_hash
 from qwen3f.data.sources.reasoning import FAMILIES, ReasoningSource, chat_messages
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 from qwen3f.tasks.task import Task
 
 _FORMAT = 3  # part of the fingerprint: raise it when the same rows would give other samples
@@ -98,7 +98,7 @@ class FileRows:
         """As in `Rows`; by path, size and time of the files. The Hub says nothing cheap that would change."""
         if not self.root:
             return f"{self.dataset.hub_id} {self.dataset.config}"
-        root = Path(self.root).expanduser()
+        root = user_path(self.root, "data.mixture")
         files = [(path, path.stat()) for path in split_files(self.dataset, self.root, self.dataset.split)]
         listing = [(path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in files]
         return f"{self.dataset.name} {listing}"

@@ -32,6 +32,7 @@ from qwen3f.data.sources.documents import HOLDOUT, Split, distinct, is_heldout
 from qwen3f.data.sources.images import KINDS, NUM_PICTURES, REPEATED, every_picture, picture
 from qwen3f.data.sources.reasoning import ReasoningSource
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 from qwen3f.tasks.visual import topic
 
 GENERATED = ("images", "captions")
@@ -183,7 +184,7 @@ def open_visual(
     if name in GENERATED:
         return GeneratedSource(name, drawing, kind)
     if rows in (_CHATS.name, multimodal.DEFAULT):
-        root = Path(directory).expanduser()
+        root = user_path(directory, "data.mixture")
         if not directory or not root.is_dir():
             raise UserError(f"--config.data.mixture={name!r} names no directory that is there: write {rows}@DIR")
         dataset = _CHATS if rows == _CHATS.name else find(rows, "multimodal")

@@ -24,7 +24,7 @@ import numpy as np
 
 from qwen3f.data.sources.documents import Document, Split, is_heldout, stable_hash
 from qwen3f.errors import UserError
-from qwen3f.files import decode_text, read_bounded
+from qwen3f.files import decode_text, read_bounded, user_path
 from qwen3f.limits import ROW_BYTES
 
 SHINGLE_LINES = 5
@@ -70,7 +70,7 @@ def open_embedded(root: str = "", holdout: float = 0.05) -> EmbeddedSource:
     Raises:
         UserError: `root` is no directory, or no `*.py` file lies below it (an interpreter packed into one zip file).
     """
-    path = Path(root or sysconfig.get_paths()["stdlib"])
+    path = user_path(root or sysconfig.get_paths()["stdlib"], "data.root")
     if not path.is_dir():
         raise UserError(f"The embedded source found no directory {path}: set data.root to a directory of *.py files.")
     source = EmbeddedSource(path, holdout)

@@ -15,6 +15,7 @@ from qwen3f.data.sources.documents import HOLDOUT, Document, Source, Split, spli
 from qwen3f.data.sources.embedded import open_embedded
 from qwen3f.data.sources.reasoning import ReasoningSource
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 
 __all__ = ["Document", "FilesSource", "Source", "Split", "open_source"]
 
@@ -119,7 +120,8 @@ def open_source(
                 f"data.mixture={mixture!r} with data.root={root!r} must name one directory: "
                 "write data.mixture=files@DIR, or data.mixture=files and data.root=DIR."
             )
-        return _open_files(mixture, Path(root or directory).expanduser(), text_key, holdout)
+        place = user_path(root or directory, "data.root" if root else "data.mixture")
+        return _open_files(mixture, place, text_key, holdout)
     near = difflib.get_close_matches(kind, ["embedded", "reasoning", "files", *names("pretrain")], n=1)
     hint = f"did you mean {near[0]!r}?" if near else "write one of these."
     raise UserError(

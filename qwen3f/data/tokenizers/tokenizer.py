@@ -17,6 +17,7 @@ from qwen3f.data.tokenizers import bpe_files
 from qwen3f.data.tokenizers.qwen_tokenizer import QwenTokenizer
 from qwen3f.data.tokenizers.sentencepiece_tokenizer import MODEL_FILE, SentencePieceTokenizer
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 
 PATH_VARIABLE = "QWEN3F_TOKENIZER"
 """Environment variable with the path of a tokenizer, for `Tokenizer` without one."""
@@ -82,7 +83,7 @@ def load_tokenizer(path: str | Path, chat_template: str = "") -> Tokenizer:
     Raises:
         UserError: there is none, or it is damaged or unsuited; the message names the file.
     """
-    tokenizer = _load(Path(path))
+    tokenizer = _load(user_path(path, "data.tokenizer"))
     tokenizer.chat_template = chat_template
     return tokenizer
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from random import Random
 
 from qwen3f.data.sources.adapters.opening import raw_rows
@@ -11,6 +10,7 @@ from qwen3f.data.sources.adapters.registry import HubDataset
 from qwen3f.data.sources.adapters.rows import BadRow, Row, RowFault
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark, Item
+from qwen3f.files import user_path
 
 SEED = 1234  # of the harness's draws
 
@@ -40,7 +40,7 @@ def place_of(benchmark: Benchmark, directory: str, root: str, alone: bool) -> st
     """
     if directory or not root or benchmark.task:
         return directory
-    own = Path(root, benchmark.name).expanduser()
+    own = user_path(root, "data.root") / benchmark.name
     if own.is_dir():
         return str(own)
     if alone:

@@ -23,11 +23,11 @@ def keep_batch(workdir: Path, step: int, batch: Mapping[str, Tensor], world: Wor
     own = {key: value.cpu().numpy() for key, value in batch.items()}
     rank, ranks = axes.rows
     first = all(axes[name].index == 0 for name in ("pp", "cp", "tp"))  # of the ranks with the same rows
-    told = world.gather_bytes(bytes([rank]) + W.to_npz(own) if first else b"") if world.size > 1 else []
+    told = world.gather_bytes(rank.to_bytes(4) + W.to_npz(own) if first else b"") if world.size > 1 else []
     if not world.main:
         return "kept"
     if ranks > 1:
-        shares = {content[0]: dict(np.load(io.BytesIO(content[1:]))) for content in told if content}
+        shares = {int.from_bytes(content[:4]): dict(np.load(io.BytesIO(content[4:]))) for content in told if content}
         own = {key: _join([shares[r][key] for r in range(ranks)], parts) for key in own}
     try:
         return f"kept in {W.keep_batch(workdir, step, own)}"

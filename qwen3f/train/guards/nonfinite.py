@@ -72,5 +72,6 @@ class FiniteCheck:
             return
         raise TrainingError(
             f"{what} and it was not saved; the checkpoints before it are untouched. Try a lower "
-            "config.schedule.peak_lr or a longer warmup, or let such steps pass: --config.nonfinite_skips=10"
+            "config.schedule.peak_lr or a longer warmup, or let such steps pass: "
+            f"--config.nonfinite_skips={2 * self._skips or 10}"
         )

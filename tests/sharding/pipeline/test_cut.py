@@ -116,6 +116,13 @@ def test_store_is_undone_by_restore(layers, pipeline):
         ({"num_hidden_layers": 6}, Pipeline(), 4, "write in config.mesh pp3 or pp6$"),
         ({"num_hidden_layers": 5}, Pipeline("interleaved", 2), 2, "write in config.mesh pp1$"),
         ({"num_hidden_layers": 5}, Pipeline("interleaved", 2, layers=1), 2, "write in config.mesh pp1$"),
+        (
+            {"num_hidden_layers": 6},
+            Pipeline("interleaved", 4),
+            2,
+            "stages of 1; lower config.pipeline.stages, or write",
+        ),
+        ({"num_hidden_layers": 1}, Pipeline("zbv", 2), 2, "or write config.pipeline.schedule=1f1b with "),
         ({"num_hidden_layers": 28}, Pipeline(layers=10), 4, "layers=10 can't .* write 0, for equal stages, or 7 to 9$"),
         ({"num_hidden_layers": 28}, Pipeline(layers=6), 4, "or 7 to 9$"),
         ({"num_hidden_layers": 28}, Pipeline(layers=-1), 4, "or 7 to 9$"),

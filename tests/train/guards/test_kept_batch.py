@@ -2,11 +2,13 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from qwen3f.errors import TrainingError
 from qwen3f.processes.world import ALONE
 from qwen3f.train import workdir as W
 from qwen3f.train.guards.kept_batch import keep_batch
@@ -39,3 +41,26 @@ def test_a_step_is_passed_over_on_a_full_disk_too(tmp_path, monkeypatch, full):
         assert f"kept in {tmp_path}/nonfinite/step-7.npz" in line
         with np.load(tmp_path / "nonfinite" / "step-7.npz") as kept:
             assert np.array_equal(kept["tokens"], BATCH["tokens"])
+
+
+@pytest.mark.parametrize("skips, more", [(0, 10), (1, 2), (50, 100)])
+def test_the_error_advises_more_skips_than_there_were(skips, more):
+    check = FiniteCheck(skips, lambda step, batch: "kept", lambda line: None, lambda *args: None)
+    for step in range(skips + 1):
+        check(step, BAD, BATCH, 0, 2)
+    with pytest.raises(TrainingError, match=f"--config.nonfinite_skips={more}$"):
+        check.flush()
+
+
+def test_more_ranks_than_a_byte_counts(tmp_path):
+    alone, ranks, told = SimpleNamespace(index=0), 300, []
+
+    def keep(rank):
+        world = SimpleNamespace(size=ranks, main=rank == 0, gather_bytes=lambda content: told.append(content) or told)
+        axes = type("", (dict,), {"rows": (rank, ranks)})(pp=alone, cp=alone, tp=alone)
+        return keep_batch(tmp_path, 7, {"tokens": torch.full((1, 3), rank)}, world, axes, 1)
+
+    words = [keep(rank) for rank in reversed(range(ranks))]
+    assert words[0] == "kept"
+    with np.load(tmp_path / "nonfinite" / "step-7.npz") as kept:
+        assert np.array_equal(kept["tokens"][:, 0], np.arange(ranks))

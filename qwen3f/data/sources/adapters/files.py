@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qwen3f.data.sources.adapters.registry import HubDataset
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
@@ -37,7 +38,7 @@ def left_out(dataset: HubDataset, root: str, split: str) -> Counter[str]:
 
 def _split(dataset: HubDataset, root: str, split: str) -> tuple[list[Path], Counter[str]]:
     """The files of the split, and what the others are."""
-    base = Path(root).expanduser()
+    base = user_path(root, f"{dataset.name}@DIR, or data.root")
     if not base.is_dir():
         raise UserError(
             f"There is no directory {base} for {dataset.name}: give an existing one, {dataset.name}@DIR or "

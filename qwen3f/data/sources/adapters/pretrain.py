@@ -13,7 +13,6 @@ All of them hold the document in the column `text`; other columns are not read:
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from qwen3f.data.sources.adapters.files import left_out, split_files
 from qwen3f.data.sources.adapters.opening import raw_rows
@@ -21,6 +20,7 @@ from qwen3f.data.sources.adapters.registry import HubDataset, names, parse_mixtu
 from qwen3f.data.sources.adapters.rows import BadRow, LeftOut, OnBadRow, Row, RowFault, check_text
 from qwen3f.data.sources.documents import Document, Split, is_heldout, stable_hash
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 
 STAGES = {
     1: "fineweb,slimpajama",
@@ -81,10 +81,10 @@ class DatasetSource:
         if not self.root:  # the Hub says nothing cheap that would change with the content
             hub = (_FORMAT, self.dataset.hub_id, self.dataset.config, split, self.holdout)
             return f"{stable_hash(repr(hub).encode()):016x}"
-        listing = []
+        listing, root = [], user_path(self.root, "data.mixture")
         for path in split_files(self.dataset, self.root, self.dataset.split):
             stat = path.stat()
-            listing.append((path.relative_to(Path(self.root).expanduser()).as_posix(), stat.st_size, stat.st_mtime_ns))
+            listing.append((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns))
         parts = (_FORMAT, self.dataset.name, split, self.holdout, listing)
         return f"{stable_hash(repr(parts).encode()):016x}"
 

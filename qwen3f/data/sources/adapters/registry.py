@@ -6,10 +6,10 @@ A name may be written as the short one or the Hub's ("gsm8k", "openai/gsm8k"), a
 
 import difflib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from qwen3f.data.mixture import parse_weights
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def parse_mixture(mixture: str, root: str = "", use: str = "") -> list[Part]:
             raise UserError(f"{spec!r} names no directory after the @: write {name}@DIR.")
         dataset = find(name, use)
         if not at and root:
-            own = Path(root, dataset.name).expanduser()
+            own = user_path(root, "data.root") / dataset.name
             directory = str(own) if len(weights) > 1 or own.is_dir() else root
         parts.append(Part(dataset, directory, weight))
     if len({part.dataset.name for part in parts}) < len(parts):  # by two names of one
