@@ -42,8 +42,8 @@ def get_config(preset: str = "qwen3-vl-2b") -> ConfigDict:
         config.optimizer.kind, config.optimizer.update_rms = "muon", 0.2 / 3
         config.schedule.kind, config.schedule.decay, config.schedule.min_ratio = "wsd", 0.7, 0.0
         config.schedule.peak_lr = 1e-2
-        config.steps, config.batch_size = 640, 8
-        config.eval.every, config.checkpoint.every = 0, 320  # held-out answers at the end alone
+        config.steps, config.batch_size = 760, 8
+        config.eval.every, config.checkpoint.every = 0, 380  # held-out answers at the end alone
     if preset == "seed_vl":
         config.data.max_pixels = 672**2
     return config

@@ -146,6 +146,7 @@ def _named(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) 
 
 
 _FORMS: tuple[Callable[[Draws, list[str], Grid, tuple[int, int]], Asked], ...] = (
-    _count_all,  # half as often as the others: it is the easiest
-    *(_count_colour, _count_shape, _extreme, _named) * 2,
+    _count_all,  # the easier a question, the seldomer
+    *(_count_colour, _extreme, _named) * 2,
+    *(_count_shape,) * 4,
 )
