@@ -30,6 +30,7 @@ from qwen3f.data.loader import Loader
 from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.processes.world import ALONE
 from qwen3f.rl.questions import ask
+from qwen3f.rl.tasks import find_tasks
 from qwen3f.stages import grpo
 from qwen3f.stages.configs import grpo_config
 from qwen3f.train.setup import Setup, make_setup
@@ -117,7 +118,7 @@ def measure_trl(setup: Setup, place: Path, asked: argparse.Namespace) -> dict[st
     on_gpu = device.type == "cuda"
     model = copied(setup.model, {path: leaf.to(setup.compute_dtype) for path, leaf in weights(setup).items()})
     tokenizer = load_tokenizer(setup.config.data.tokenizer, "")
-    questions = ask(grpo.find_tasks(setup), tokenizer, True, setup.config.seq_len, asked.prompts * 2)
+    questions = ask(find_tasks(setup), tokenizer, True, setup.config.seq_len, asked.prompts * 2)
     prompts = [tokenizer.decode(list(one.ids)) for one in questions.asked[: asked.prompts * 2]]
     ends, sampled = [], []
 

@@ -21,7 +21,7 @@ from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.device import Device, Pending
 from qwen3f.infer.pages import PagePool
-from qwen3f.infer.pictures import place
+from qwen3f.infer.pictures import Pictures, place
 from qwen3f.infer.request import Completion, Request, Row
 from qwen3f.infer.sampling import GREEDY, SamplingParams, stream_of
 from qwen3f.infer.scheduler import Limits, Scheduler
@@ -114,6 +114,7 @@ class Engine:
         max_new_tokens: int | Sequence[int],
         n: int = 1,
         streams: Sequence[int] | None = None,
+        pictures: Sequence[Pictures | None] | None = None,
         **request: Any,
     ) -> list[Completion]:
         """n answers to each prompt, in the order of the prompts.
@@ -122,6 +123,7 @@ class Engine:
           prompts: token ids.
           sampling, max_new_tokens: one for all, or one for each prompt.
           streams: of each answer, its random stream's name (Request.stream); default 0, 1, 2, …
+          pictures: of each prompt.
           request: further fields of Request, the same for all. stop_ids are the tokenizer's by default.
         Raises UserError, before anything is computed, for a request that cannot run. Whatever else ends it early, as
         Ctrl-C does, leaves the engine as if nothing had been asked.
@@ -131,11 +133,20 @@ class Engine:
         ways = sampling if isinstance(sampling, Sequence) else [sampling] * len(prompts)
         lengths = max_new_tokens if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
         names = range(len(prompts) * n) if streams is None else streams
-        for what, values, count in (("sampling", ways, 1), ("max_new_tokens", lengths, 1), ("streams", names, n)):
+        seen = [None] * len(prompts) if pictures is None else pictures
+        given = ("sampling", ways, 1), ("max_new_tokens", lengths, 1), ("streams", names, n), ("pictures", seen, 1)
+        for what, values, count in given:
             if len(values) != len(prompts) * count:
                 raise UserError(f"{what} has {len(values)} values for {len(prompts)} prompts with {n} answers each")
         requests = [
-            self.request(prompts[i // n], lengths[i // n], sampling=ways[i // n], stream=names[i], **request)
+            self.request(
+                prompts[i // n],
+                lengths[i // n],
+                sampling=ways[i // n],
+                stream=names[i],
+                pictures=seen[i // n],
+                **request,
+            )
             for i in range(len(prompts) * n)
         ]
         rows = self.submit(requests)

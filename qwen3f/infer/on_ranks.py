@@ -5,6 +5,7 @@ from typing import Any
 
 from qwen3f.errors import UserError
 from qwen3f.infer.engine import Engine
+from qwen3f.infer.pictures import Pictures
 from qwen3f.infer.request import Completion
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.processes.world import World
@@ -17,8 +18,10 @@ def generate_on_ranks(
     streams: Sequence[Sequence[int]],
     sampling: SamplingParams,
     max_new_tokens: int,
+    pictures: Sequence[Pictures | None] | None = None,
 ) -> list[list[Completion]]:
-    """By prompt, a completion for each of its random streams, of which all prompts have as many.
+    """By prompt, a completion for each of its random streams, of which all prompts have as many. pictures: of each
+    prompt.
 
     A completion depends on weights, prompt and stream, never on the number of ranks. All ranks call this together.
     Raises UserError on all of them for a prompt that one cannot answer.
@@ -34,6 +37,7 @@ def generate_on_ranks(
             max_new_tokens=max_new_tokens,
             n=len(streams[0]),
             streams=[stream for i in mine for stream in streams[i]],
+            pictures=None if pictures is None else [pictures[i] for i in mine],
         )
         return [[one.ids, one.logprobs, one.finish_reason, mine[one.prompt_index], one.sample_index] for one in found]
 

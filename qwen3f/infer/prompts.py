@@ -64,10 +64,14 @@ def _shown_video(frames: Sequence[Image.Image], fps: float | None, place: str, c
 
 
 def encode_shown(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], shown: Sequence[Shown], *, thinking: bool | None
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    shown: Sequence[Sequence[Segment]],
+    *,
+    thinking: bool | None,
 ) -> list[int]:
     """Ids of the chat with all that is shown at the beginning of the first user's turn. A user's text that names a
-    special token is words."""
+    special token is words. shown: what stands for each image or video."""
     first = next(i for i, message in enumerate(messages) if message["role"] == "user")
     for message in messages:
         if PICTURE in message["content"]:
@@ -76,7 +80,7 @@ def encode_shown(
     turns[first]["content"] = PICTURE * len(shown) + turns[first]["content"]
     kind = kind_of(tokenizer)
     parts = segments(turns, None, add_generation_prompt=True, enable_thinking=thinking, kind=kind)
-    texts = iter([one.text for one in shown])
+    texts = iter(shown)
     return tokenizer.encode_segments([piece for part in parts for piece in expanded(part, texts)])
 
 

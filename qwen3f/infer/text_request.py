@@ -121,7 +121,7 @@ def make_request(
         if thinks and kind_of(tokenizer).asks:
             thinks = thinking_mode(messages)
         if shown:
-            ids = encode_shown(tokenizer, messages, shown, thinking=thinks)
+            ids = encode_shown(tokenizer, messages, [one.text for one in shown], thinking=thinks)
         else:
             ids = encode_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=thinks)
     budget = None

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qwen3f.config import ModelConfig
 from qwen3f.data.packing.best_fit import best_fit
+from qwen3f.infer.pictures import Pictures
+from qwen3f.rl.sight import Arrays, with_pixels
 
-Arrays = dict[str, np.ndarray]
+Shown = list[list[Pictures]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Document:
     """A prompt and what was sampled after it.
 
     prompt, ids: tokens. logprobs: the sampler's, of ids. advantage: of each of ids. counts: False leaves it out of the
-    loss.
+    loss. pictures: that the prompt shows.
     """
 
     prompt: Sequence[int]
@@ -26,10 +29,12 @@ class Document:
     logprobs: Sequence[float]
     advantage: float
     counts: bool = True
+    pictures: Pictures | None = None
 
 
-def pack(documents: Sequence[Document], seq_len: int, multiple: int, pad_id: int) -> Arrays:
-    """Rows of seq_len places, as many as are needed, rounded up to a multiple (and never none) by empty ones.
+def pack(documents: Sequence[Document], seq_len: int, multiple: int, pad_id: int) -> tuple[Arrays, Shown]:
+    """(rows of seq_len places, as many as are needed, rounded up to a multiple (and never none) by empty ones; the
+    pictures of each).
 
     Each document is whole. Keys as in the contracts' batch, and sampler_logprobs. float32 but for the log-probs, which
     are float64. Every document must fit a row.
@@ -48,10 +53,12 @@ def pack(documents: Sequence[Document], seq_len: int, multiple: int, pad_id: int
         "advantages": np.zeros(shape, np.float32),
         "sampler_logprobs": np.zeros(shape, np.float64),
     }
+    shown: list[list[Pictures]] = [[] for _ in range(count)]
     for row in range(len(rows)):
         place = 0
         for number, (index, _, places) in enumerate(rows.pieces(row), 1):
             document, span = documents[index], slice(place, place + places)
+            shown[row] += [document.pictures] if document.pictures is not None else []
             ids = [*document.prompt, *document.ids]
             answer = slice(place + len(document.prompt) - 1, place + places)  # what predicts a sampled token
             out["tokens"][row, span], out["targets"][row, span] = ids[:-1], ids[1:]
@@ -60,21 +67,33 @@ def pack(documents: Sequence[Document], seq_len: int, multiple: int, pad_id: int
             out["advantages"][row, answer] = document.advantage
             out["sampler_logprobs"][row, answer] = document.logprobs
             place += places
-    return out
+    return out, shown
 
 
 def pack_updates(
-    documents: Sequence[Sequence[Document]], updates: int, seq_len: int, multiple: int, pad_id: int
+    documents: Sequence[Sequence[Document]],
+    updates: int,
+    seq_len: int,
+    multiple: int,
+    pad_id: int,
+    cfg: ModelConfig | None = None,
 ) -> list[Arrays]:
-    """Rows of each update, equally many: groups of documents are shared out in order and stay together."""
+    """Rows of each update, equally many: groups of documents are shared out in order and stay together. cfg: of a model
+    that is shown pictures, whose rows have them (sight.with_pixels)."""
     parts = np.array_split(np.arange(len(documents)), updates)
     packed = [pack([d for i in part for d in documents[i]], seq_len, multiple, pad_id) for part in parts]
-    most = max(len(part["tokens"]) for part in packed)
-    empty = pack((), seq_len, multiple, pad_id)
-    for part in packed:
+    most = max(len(part["tokens"]) for part, _ in packed)
+    empty, nothing = pack((), seq_len, multiple, pad_id)
+    for part, shown in packed:
         while len(part["tokens"]) < most:
             part.update({key: np.concatenate([part[key], empty[key]]) for key in part})
-    return packed
+            shown += nothing
+    if cfg is None:
+        return [part for part, _ in packed]
+    whole = {key: np.concatenate([part[key] for part, _ in packed]) for key in empty}
+    whole = with_pixels(whole, [row for _, shown in packed for row in shown], cfg)  # one shape for all updates
+    each = {key: np.split(values, updates) for key, values in whole.items()}
+    return [{key: values[number] for key, values in each.items()} for number in range(updates)]
 
 
 def own_rows(packed: Sequence[Arrays], rank: int, ranks: int) -> Arrays:

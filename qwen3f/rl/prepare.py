@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
+from qwen3f.infer.pictures import Pictures
 from qwen3f.params import EMBED, Params
 from qwen3f.processes.world import World
 from qwen3f.rl.advantages import combine_rewards, tells_nothing
@@ -25,6 +26,7 @@ from qwen3f.rl.packing import Document, own_rows, pack_updates
 from qwen3f.rl.questions import Asked
 from qwen3f.rl.rewards import Sample
 from qwen3f.rl.rollout import Rollout, Sampler
+from qwen3f.rl.sight import Sight
 from qwen3f.train.stage import Batch, More
 from sharding.axes import Axes
 
@@ -47,6 +49,7 @@ class Options:
       seq_len, rows, updates, least_parts: T; rows of a micro-batch on a rank; updates of a step; micro-batches of an
         update, at least.
       thinking: whether completions are asked to think. begun: what of an answer the prompts hold already, a "<think>".
+      sight: how images are looked at, of a model that is asked about some.
     """
 
     baseline: str
@@ -65,11 +68,13 @@ class Options:
     least_parts: int
     thinking: bool
     begun: str = ""
+    sight: Sight | None = None
 
 
 @dataclasses.dataclass
 class Group:
-    """A prompt's completions. place: in the data order. rewards: by name, of each. total, advantages: float64 [G]."""
+    """A prompt's completions. place: in the data order. rewards: by name, of each. total, advantages: float64 [G].
+    pictures: that the prompt shows."""
 
     place: int
     asked: Asked
@@ -78,6 +83,7 @@ class Group:
     rewards: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     total: Tensor | None = None
     advantages: Tensor | None = None
+    pictures: Pictures | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +156,11 @@ def _asked(batch: Batch, asked: Sequence[Asked], world: World) -> list[Group]:
 
 
 def _sample(groups: list[Group], tools: Tools, options: Options) -> None:
-    rollouts = tools.sampler([group.asked.ids for group in groups], [group.place for group in groups])
+    if options.sight is not None:
+        for group in groups:
+            group.pictures = options.sight.look(group.asked.question.images)
+    prompts, places = [group.asked.ids for group in groups], [group.place for group in groups]
+    rollouts = tools.sampler(prompts, places, [group.pictures for group in groups])
     for group, given in zip(groups, rollouts, strict=True):
         group.rollouts = given
         group.samples = [_seen(group.asked, one, tools, options) for one in given]
@@ -217,7 +227,7 @@ def documents(groups: Sequence[Group], mask_truncated: bool) -> list[list[Docume
     """Each group's completions, in order."""
     return [
         [
-            Document(group.asked.ids, one.ids, one.logprobs, advantage, one.ended or not mask_truncated)
+            Document(group.asked.ids, one.ids, one.logprobs, advantage, one.ended or not mask_truncated, group.pictures)
             for one, advantage in zip(group.rollouts, group.advantages.tolist())
         ]
         for group in groups
@@ -228,7 +238,9 @@ def make_rows(groups: Sequence[Group], pad_id: int, axes: Axes, options: Options
     """This rank's rows, CPU tensors; sampler_logprobs among them. As many on every rank."""
     rank, ranks = axes.rows
     multiple = ranks * options.rows * options.least_parts
-    packed = pack_updates(documents(groups, options.mask_truncated), options.updates, options.seq_len, multiple, pad_id)
+    shape = options.updates, options.seq_len, multiple, pad_id
+    cfg = None if options.sight is None else options.sight.cfg
+    packed = pack_updates(documents(groups, options.mask_truncated), *shape, cfg)
     rows = {key: torch.from_numpy(value) for key, value in own_rows(packed, rank, ranks).items()}
     if temperature != 1:
         rows["temperature"] = torch.full_like(rows["loss_weights"], temperature)

@@ -11,6 +11,8 @@ from qwen3f.data.mixture import Mixture, make_mixture
 from qwen3f.data.sources.documents import Split
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
+from qwen3f.infer.prompts import encode_shown
+from qwen3f.rl.sight import Sight
 from qwen3f.tasks.task import Question, Task
 
 
@@ -60,18 +62,25 @@ class Questions:
     too_long: int
 
 
-def encode(tokenizer: Tokenizer, prompt: str, thinking: bool) -> tuple[int, ...]:
-    """A user's turn, and the beginning of an answer."""
-    turn = [{"role": "user", "content": prompt}]
+def encode(tokenizer: Tokenizer, question: Question, thinking: bool, sight: Sight | None = None) -> tuple[int, ...]:
+    """A user's turn, and the beginning of an answer. sight: of a model with a tower, for a question with images."""
+    turn = [{"role": "user", "content": question.prompt}]
+    if question.images:
+        return tuple(encode_shown(tokenizer, turn, sight.segments(question.images), thinking=thinking))
     return tuple(encode_chat(tokenizer, turn, add_generation_prompt=True, enable_thinking=thinking))
 
 
 def ask(
-    tasks: Sequence[tuple[str, Task, float]], tokenizer: Tokenizer, thinking: bool, longest: int, most: int
+    tasks: Sequence[tuple[str, Task, float]],
+    tokenizer: Tokenizer,
+    thinking: bool,
+    longest: int,
+    most: int,
+    sight: Sight | None = None,
 ) -> Questions:
     """The training questions of (name, task, weight).
 
-    longest: ids that a prompt may have. most: questions of each task, the first ones; 0: all.
+    longest: ids that a prompt may have. most: questions of each task, the first ones; 0: all. sight: as for encode.
     Raises UserError for a task without a question that fits.
     """
     asked: list[Asked] = []
@@ -79,7 +88,7 @@ def ask(
     for name, task, _ in tasks:
         first, before = len(asked), too_long
         for question in islice(task.questions("train"), most or None):
-            ids = encode(tokenizer, question.prompt, thinking)
+            ids = encode(tokenizer, question, thinking, sight)
             if len(ids) > longest:
                 too_long += 1
             else:

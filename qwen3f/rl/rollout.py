@@ -13,9 +13,12 @@ from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.engine import Engine, EngineOptions
 from qwen3f.infer.on_ranks import generate_on_ranks
+from qwen3f.infer.pictures import Pictures
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.params import Params
 from qwen3f.processes.world import World
+
+Shown = Sequence[Pictures | None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,23 +69,33 @@ class Sampler:
             options=EngineOptions(rows=self.options.rows),
         )
 
-    def __call__(self, prompts: Sequence[Sequence[int]], places: Sequence[int]) -> list[list[Rollout]]:
-        """`samples` completions of each prompt. places: their names, which must differ from step to step."""
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], places: Sequence[int], pictures: Shown = None
+    ) -> list[list[Rollout]]:
+        """`samples` completions of each prompt. places: their names, which must differ from step to step. pictures: of
+        each prompt."""
         options = self.options
         sampling = SamplingParams(temperature=options.temperature)
         names = [[place * options.samples + number for number in range(options.samples)] for place in places]
-        return self._shared(prompts, names, sampling, options.max_new_tokens)
+        return self._shared(prompts, names, sampling, options.max_new_tokens, pictures)
 
-    def answers(self, prompts: Sequence[Sequence[int]], temperature: float, max_new_tokens: int) -> list[Rollout]:
+    def answers(
+        self, prompts: Sequence[Sequence[int]], temperature: float, max_new_tokens: int, pictures: Shown = None
+    ) -> list[Rollout]:
         """One completion of each prompt, for an evaluation."""
         names = [[-1 - number] for number in range(len(prompts))]  # no training step's
-        found = self._shared(prompts, names, SamplingParams(temperature=temperature), max_new_tokens)
+        found = self._shared(prompts, names, SamplingParams(temperature=temperature), max_new_tokens, pictures)
         return [group[0] for group in found]
 
     def _shared(
-        self, prompts: Sequence[Sequence[int]], names: list[list[int]], sampling: SamplingParams, max_new_tokens: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        names: list[list[int]],
+        sampling: SamplingParams,
+        max_new_tokens: int,
+        pictures: Shown,
     ) -> list[list[Rollout]]:
-        told = generate_on_ranks(self._world, self._engine, prompts, names, sampling, max_new_tokens)
+        told = generate_on_ranks(self._world, self._engine, prompts, names, sampling, max_new_tokens, pictures)
         if failed := next((one for group in told for one in group if one.finish_reason.startswith("error")), None):
             raise UserError(f"a rollout failed: {failed.finish_reason.removeprefix('error: ')}")
         return [[Rollout(tuple(x.ids), tuple(x.logprobs), x.finish_reason == "stop") for x in group] for group in told]

@@ -183,7 +183,9 @@ def _pairs(data: ConfigDict) -> None:
 def grpo_config(preset: str) -> ConfigDict:
     config = run_config(preset, "grpo")
     _chat_template(config)
-    config.tasks = "reasoning"  # reasoning, code, gsm8k[@DIR], math[@DIR]; several with weights: reasoning=0.7,code=0.3
+    # reasoning, code, gsm8k[@DIR], math[@DIR]; visual, of a model with a tower on one device. Several with weights:
+    # reasoning=0.7,code=0.3
+    config.tasks = "reasoning"
     # by name with weights: of qwen3f/rl/rewards.py, module:function, or reward_model, which judge.reward_model names
     config.rewards = "correct=1"
     config.sandbox = "auto"  # for code: auto, bubblewrap, landlock; none: without one (qwen3f/sandbox/tiers.py)
@@ -196,6 +198,7 @@ def grpo_config(preset: str) -> ConfigDict:
     data.problems = 32_768  # that are generated, both splits together
     data.problem_seed = 0
     data.max_samples = 0  # questions of each task, at most; 0: all
+    _generated_pictures(data)  # of the task visual
     config.rollout = _rollout()
     config.advantages = ConfigDict()  # qwen3f/rl/advantages.py
     config.advantages.baseline = "mean"  # or leave_one_out
@@ -263,19 +266,23 @@ def multimodal_config(preset: str) -> ConfigDict:
     return config
 
 
-def _pictures(data: ConfigDict) -> None:
-    """What is trained on; see qwen3f.data.multimodal.dataset."""
-    # images, captions: generated pictures; visual-chats@DIR, llava-instruct-150k@DIR: files; others as sft's, without
-    # pictures. Several with weights, which share out rows: images=0.5,captions=0.5
-    data.mixture = "images"
+def _generated_pictures(data: ConfigDict) -> None:
     data.pictures = 16_384  # that are generated, both splits together
     data.picture_seed = 0
     data.min_side = 64  # pixels of their sides
     data.max_side = 128
     data.picture_kinds = ""  # shapes,bar,line,pie,text; "": all
-    data.problems = 4_096  # of generated problems, where the mixture has them
     data.min_pixels = 65_536  # pictures are scaled to lie between
     data.max_pixels = 16_777_216
+
+
+def _pictures(data: ConfigDict) -> None:
+    """What is trained on; see qwen3f.data.multimodal.dataset."""
+    # images, captions: generated pictures; visual-chats@DIR, llava-instruct-150k@DIR: files; others as sft's, without
+    # pictures. Several with weights, which share out rows: images=0.5,captions=0.5
+    data.mixture = "images"
+    _generated_pictures(data)
+    data.problems = 4_096  # of generated problems, where the mixture has them
     data.patches = 16_384  # room of a row for patches; a longer chat is left out
     data.images = 16  # and for pictures
     data.turns = "last"  # a sample for each answer, or all, in one

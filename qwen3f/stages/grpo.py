@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.chat.recognise import opening
-from qwen3f.data.mixture import parse_weights
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import Answer, kept, mark, shares
@@ -29,9 +27,10 @@ from qwen3f.rl.policy import GRPO, make_objective, policy_loss
 from qwen3f.rl.questions import Questions, ask, encode, first_questions
 from qwen3f.rl.rollout import RolloutOptions, Sampler
 from qwen3f.rl.samples import write_samples
+from qwen3f.rl.sight import Sight
+from qwen3f.rl.tasks import find_sight, find_tasks
 from qwen3f.sandbox.tiers import find_tier, preferred
 from qwen3f.tasks.code import CodeTask
-from qwen3f.tasks.registry import open_text_task
 from qwen3f.tasks.task import Question, Task
 from qwen3f.train.metrics import flops_per_token, peak_flops
 from qwen3f.train.objective import check_model
@@ -116,15 +115,6 @@ def find_hyper(setup: Setup) -> GRPO:
     return GRPO(**fields, longest=setup.config.rollout.max_new_tokens)
 
 
-def find_tasks(setup: Setup) -> list[tuple[str, Task, float]]:
-    """(name, task, weight) of config.tasks; generated problems of the kinds and difficulties of config.data."""
-    data = setup.config.data
-    fields = {key: data[key] for key in ("kinds", "difficulties", "problems", "problem_seed")}
-    weights = parse_weights(setup.config.tasks, "--config.tasks")
-    problems = generated_problems(ChatDataConfig(**fields), [name for name, _ in weights])
-    return [(name, open_text_task(name, "--config.tasks", problems), weight) for name, weight in weights]
-
-
 def make(run: Run) -> Stage:
     setup, config = run.setup, run.setup.config
     tokenizer = load_tokenizer(find_tokenizer(setup, run.workdir), config.chat_template)
@@ -132,7 +122,8 @@ def make(run: Run) -> Stage:
     rollout = config.rollout
     tasks = find_tasks(setup)
     longest = min(config.seq_len, setup.model.max_position_embeddings) - rollout.max_new_tokens
-    questions = ask(tasks, tokenizer, rollout.thinking, longest, config.data.max_samples)
+    sight = find_sight(setup, tasks)
+    questions = ask(tasks, tokenizer, rollout.thinking, longest, config.data.max_samples, sight)
     sampling = RolloutOptions(
         rollout.samples, rollout.max_new_tokens, rollout.temperature, rollout.rows, config.seed, rollout.cache_tokens
     )
@@ -145,7 +136,8 @@ def make(run: Run) -> Stage:
         run.world,
         setup.layout.axes,
     )  # fmt: skip
-    steps = Steps(run, tools, questions, _options(setup, tokenizer))
+    options = _options(setup, tokenizer, sight)
+    steps = Steps(run, tools, questions, options)
     hyper = find_hyper(setup)
 
     def complete(stage: Stage) -> Stage:
@@ -157,7 +149,7 @@ def make(run: Run) -> Stage:
         tokenizer=tokenizer,
         dataset=questions.order,
         objective=make_objective(hyper, num_ids=tokenizer.vocab_size),
-        evaluators={"val": _evaluator(run, tools, tasks)} if config.eval.questions else {},
+        evaluators={"val": _evaluator(run, tools, tasks, options)} if config.eval.questions else {},
         prepare=steps,
         finish=lambda state, logger: tools.judge.close(),
         figures=steps.figures,
@@ -169,7 +161,7 @@ def make(run: Run) -> Stage:
     )
 
 
-def _options(setup: Setup, tokenizer: Tokenizer) -> R.Options:
+def _options(setup: Setup, tokenizer: Tokenizer, sight: Sight | None) -> R.Options:
     config, rollout = setup.config, setup.config.rollout
     return R.Options(
         **config.advantages.to_dict(),
@@ -186,6 +178,7 @@ def _options(setup: Setup, tokenizer: Tokenizer) -> R.Options:
         least_parts=setup.microbatches,
         thinking=rollout.thinking,
         begun=opening(tokenizer),
+        sight=sight,
     )
 
 
@@ -325,22 +318,24 @@ def _shown(line: Mapping[str, object]) -> str:
     return f"{line['prompt']}\n---\n{line['text']}\n--- {parts}; advantage {line['advantage']:.3f}"
 
 
-def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]]) -> Evaluator:
+def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]], options: R.Options) -> Evaluator:
     """ "accuracy" and "well_formed" of held-out answers; of several tasks also each as "accuracy/TASK"."""
     setup, config = run.setup, run.setup.config
     asked: list[tuple[str, Task, tuple[Question, ...]]] = [
         (name, task, first_questions(task, "heldout", max(1, config.eval.questions // len(tasks))))
         for name, task, _ in tasks
     ]
-    thinking, begun = config.rollout.thinking, opening(tools.tokenizer)
+    thinking, begun, sight = options.thinking, options.begun, options.sight
     lines: list[dict[str, Any]] = []
-    ids = [encode(tools.tokenizer, q.prompt, thinking) for _, _, questions in asked for q in questions]
+    every = [question for _, _, questions in asked for question in questions]
+    ids = [encode(tools.tokenizer, question, thinking, sight) for question in every]
+    shown = None if sight is None else [sight.look(question.images) for question in every]
 
     def validate(params: Params) -> dict[str, float]:
         if run.stopping():
             raise Interrupted
         tools.sampler.update(whole_params(setup.model, params, setup.layout, setup.compute_dtype))
-        given = tools.sampler.answers(ids, config.eval.temperature, config.eval.max_new_tokens)
+        given = tools.sampler.answers(ids, config.eval.temperature, config.eval.max_new_tokens, shown)
         texts = [begun + tools.tokenizer.decode(list(one.ids[:-1] if one.ended else one.ids)) for one in given]
         answers = [Answer(text, one.ended) for text, one in zip(texts, given)]
         with preferred(config.sandbox):

@@ -28,7 +28,7 @@ class Said:
     def __init__(self, texts, longest=50):
         self.texts, self.options, self.asked = texts, SimpleNamespace(max_new_tokens=longest, temperature=1.0), []
 
-    def __call__(self, prompts, places):
+    def __call__(self, prompts, places, pictures=None):
         self.asked += list(zip(map(tuple, prompts), places))
         return [[rollout(text) for text in self.texts[Letters().decode(ids)]] for ids in prompts]
 

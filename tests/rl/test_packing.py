@@ -34,7 +34,7 @@ def read(rows):
 
 @given(documents, st.integers(1, 3))
 def test_every_document_is_there_once_and_whole(docs, multiple):
-    rows = pack(docs, 12, multiple, PAD)
+    rows, _ = pack(docs, 12, multiple, PAD)
     assert len(rows["tokens"]) % multiple == 0
     padding = rows["segments"] == 0
     assert (rows["tokens"][padding] == PAD).all()
@@ -65,7 +65,7 @@ def test_updates_have_equal_rows_and_ranks_share_them(docs, updates, ranks):
 
 def test_the_first_and_the_last_sampled_token_are_trained():
     """verl PR 3287, OpenRLHF 973: off by one, the first token or eos was not; MemGen PR 33: what came after was."""
-    rows = pack([Document([1, 2, 3], [7, 8, 9], [-1, -2, -3], 0.5)], 8, 1, PAD)
+    rows, _ = pack([Document([1, 2, 3], [7, 8, 9], [-1, -2, -3], 0.5)], 8, 1, PAD)
     assert rows["tokens"][0].tolist() == [1, 2, 3, 7, 8, PAD, PAD, PAD]
     trained = rows["targets"][0][rows["loss_weights"][0] > 0]
     assert trained.tolist() == [7, 8, 9]

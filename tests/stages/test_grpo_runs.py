@@ -257,7 +257,10 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
         ({"init_from": ""}, "--config.init_from=W"),
         ({"grpo.loss": "ppo"}, "grpo.loss=ppo: write one of"),
         ({"tasks": "maths"}, "--config.tasks=maths: there is no such task"),
-        ({"tasks": "reasoning,visual"}, "--config.tasks=visual asks about pictures, and here a model is shown none"),
+        (
+            {"tasks": "reasoning,visual"},
+            "--config.tasks=visual asks about pictures, and the run's model has no vision tower",
+        ),
         ({"rewards": "corect"}, "--config.rewards names 'corect'"),
         ({"rollout.samples": 0}, "config.rollout.samples must be at least 1"),
         ({"rollout.max_new_tokens": 192}, "leaves no room for a prompt in rows of seq_len=192"),

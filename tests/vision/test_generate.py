@@ -38,6 +38,10 @@ def picture(place, size, seed=0):
     return str(place)
 
 
+def texts(shown):
+    return [one.text for one in shown]
+
+
 def configure(source, **changes):
     config = get_config()
     config.update(init_from=source[0], prompt="What is it?", max_new_tokens=5, device="cpu", thinking=False)
@@ -53,7 +57,7 @@ def test_an_answer_is_the_models(source, tmp_path, capsys):
     run(configure(source, images=images), tmp_path)
     got = capsys.readouterr().out
     shown = read_images(images, cfg, *LIMITS)
-    ids = encode_shown(tokenizer, [{"role": "user", "content": "What is it?"}], shown, thinking=False)
+    ids = encode_shown(tokenizer, [{"role": "user", "content": "What is it?"}], texts(shown), thinking=False)
     seen = pictures_of(shown)
     prompt = len(ids)
     for _ in range(5):
@@ -71,13 +75,13 @@ def test_ids_are_those_of_the_template(source, tmp_path):
     _, cfg, _, tokenizer = source
     shown = read_images(picture(tmp_path / "a.png", (64, 48)), cfg, *LIMITS)
     asked = [{"role": "user", "content": "<|image_pad|>?"}]
-    ids = encode_shown(tokenizer, asked, shown, thinking=True)
+    ids = encode_shown(tokenizer, asked, texts(shown), thinking=True)
     markup = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 12 + "<|vision_end|>"
     start = tokenizer.encode(markup, allow_special=True)
     assert ids[: len(start)] == start
     assert ids.count(cfg.image_token_id) == 12
     with pytest.raises(UserError, match=r"U\+FFFC"):
-        encode_shown(tokenizer, [{"role": "user", "content": "\ufffc"}], shown, thinking=True)
+        encode_shown(tokenizer, [{"role": "user", "content": "\ufffc"}], texts(shown), thinking=True)
 
 
 def test_ids_are_of_the_models_kind_of_chats(source, tmp_path):
@@ -85,11 +89,11 @@ def test_ids_are_of_the_models_kind_of_chats(source, tmp_path):
     tokenizer = load_tokenizer(directory, "instruct-2507")
     shown = read_images(picture(tmp_path / "a.png", (64, 48)), cfg, *LIMITS)
     asked = [{"role": "user", "content": "x"}]
-    ids = encode_shown(tokenizer, asked, shown, thinking=False)
+    ids = encode_shown(tokenizer, asked, texts(shown), thinking=False)
     end = tokenizer.encode("<|im_start|>assistant\n", allow_special=True)
     assert ids[-len(end) :] == end  # no thinking block
     with pytest.raises(UserError, match="never thinks"):
-        encode_shown(tokenizer, asked, shown, thinking=True)
+        encode_shown(tokenizer, asked, texts(shown), thinking=True)
 
 
 def test_answers_to_other_pictures_or_in_another_kind_of_chats_need_another_file(source, tmp_path):
