@@ -5,7 +5,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from qwen3f.errors import UserError
 from qwen3f.params import Params
 from qwen3f.train.logger import Logger
 from qwen3f.train.stage import Evaluator, Interrupted
@@ -17,6 +16,7 @@ class Evaluations:
     def __init__(self, evaluators: Mapping[str, Evaluator], logger: Logger) -> None:
         self._evaluators, self._logger = evaluators, logger
         self.values: dict[str, float] = {}
+        self._said = False
 
     def due(self, step: int, last: bool) -> list[str]:
         """The evaluators whose turn it is."""
@@ -40,20 +40,21 @@ class Evaluations:
         self.values |= found
         return found
 
-    def check_best(self, options: ConfigDict, values: Mapping[str, float]) -> None:
-        """Raises UserError where config.checkpoint.keep_best goes by a best_metric that nothing measures.
+    def say_lacking(self, options: ConfigDict, values: Mapping[str, float]) -> None:
+        """A line in the log, once, where config.checkpoint.keep_best goes by a best_metric that nothing measures.
 
         options: config.checkpoint. values: of this step, by the names in the log. A name that begins as an evaluator's
         is judged when that one has run, any other by what is read of a step.
         """
         metric = options.best_metric
-        if metric in values:
+        if self._said or not options.keep_best or metric in values:
             return
         owner = max((name for name in self._evaluators if metric.startswith(f"{name}_")), key=len, default=None)
         there = [key for key in values if key.startswith(f"{owner}_")] if owner else list(values)
         if there and (owner or "loss" in values):
             others = "" if owner else "".join(f", or what {name}_… gives" for name in self._evaluators)
-            raise UserError(
-                f"config.checkpoint.best_metric={metric} is nothing that the run measures, so config.checkpoint."
-                f"keep_best={options.keep_best} has nothing to go by; write one of {', '.join(there)}{others}"
+            self._said = True
+            self._logger.write(
+                f"no checkpoint is kept as one of the best: config.checkpoint.best_metric={metric} is nothing that the "
+                f"run measures; write one of {', '.join(there)}{others}, or --config.checkpoint.keep_best=0"
             )

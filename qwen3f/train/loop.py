@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,7 +166,7 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
             if values:
                 logger.log(step, values)
             if due or step == first + 1:
-                _check_best(s, evaluations, values, functools.partial(save.keep, step, state))
+                evaluations.say_lacking(config.checkpoint, values)
             if due:
                 reporting.evaluated(step, metrics)
             logger.advance(step, values.get("loss"), values.get("tokens_per_sec"))
@@ -206,18 +205,6 @@ def _next(
         finite.flush()
         if done > first:
             save.keep(done, state)
-        raise
-
-
-def _check_best(s: Session, evaluations: Evaluations, values: dict[str, float], keep: Callable[[], None]) -> None:
-    """As Evaluations.check_best of rank 0's values, on all ranks; what was trained so far is not lost."""
-    options = s.setup.config.checkpoint
-    if not options.keep_best:
-        return
-    try:
-        s.world.together(lambda: evaluations.check_best(options, values if s.world.main else {}), UserError)
-    except UserError:
-        keep()
         raise
 
 

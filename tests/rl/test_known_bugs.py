@@ -111,7 +111,7 @@ def test_trl_5224_ids_are_trained_as_they_were_sampled():
     """Text that would be encoded otherwise changes nothing: nobody encodes it."""
 
     class Lossy(Said):
-        def __call__(self, prompts, places):
+        def __call__(self, prompts, places, pictures):
             return [[rollout("\x07\x07"), rollout("q")] for _ in prompts]
 
     found = R.draw(batch(0), None, asked("a"), tools(Lossy({}), Here(length=length)), options())

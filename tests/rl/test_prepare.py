@@ -71,7 +71,7 @@ def test_truncated_completions_count_in_their_group_and_in_no_loss():
     """Overlong masking: their rewards are in the mean; and one mask is for numerator and denominator."""
 
     class Cut(Said):
-        def __call__(self, prompts, places):
+        def __call__(self, prompts, places, pictures):
             return [[rollout("xx"), rollout("x" * 9, ended=False)] for _ in prompts]
 
     found = R.draw(batch(0), None, asked("a"), tools(Cut({}), Here(length=length)), options(mask_truncated=True))
