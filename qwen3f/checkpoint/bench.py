@@ -32,7 +32,7 @@ from qwen3f.checkpoint.tree import Name, Part, nest, spec_of
 
 _PRESET = flags.DEFINE_string("preset", "debug", "Whose parameters and moments the state has.")
 _LAYERS = flags.DEFINE_integer("layers", 0, "Instead of the preset's.")
-_DIR = flags.DEFINE_string("dir", None, "A new directory on the disk to measure.", required=True)
+_DIR = flags.DEFINE_string("dir", None, "A new directory on the disk to measure.")
 _CASE = flags.DEFINE_string("case", "", "One case alone, in this process.")
 
 CASES = (
@@ -49,6 +49,8 @@ _FIELDS = ("params", "m", "v")
 
 
 def main(argv: list[str]) -> None:
+    if not _DIR.value:  # not `required`, which would hold for every process that imports this module
+        sys.exit("error: --dir is missing; write --dir=NEW, a directory on the disk to measure")
     place = Path(_DIR.value)
     if _CASE.value:
         cfg = presets.get(_PRESET.value)

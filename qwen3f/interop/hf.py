@@ -103,7 +103,7 @@ def save_pretrained(
     max_shard_bytes: weights beyond it are cut into several files with an index.
 
     Raises UserError, leaving nothing behind, for a directory in use, a model that Hugging Face can't express,
-    parameters that are not the config's or not finite as they would be stored, and a disk that fails.
+    parameters that are not the config's or too large for the dtype that they are stored in, and a disk that fails.
     """
     check_writable(Path(directory))
     directory = Path(directory).resolve()  # a rename would not follow a link

@@ -27,7 +27,7 @@ def write_file(path: Path, specs: Mapping[str, TensorSpec], fetch: Callable[[str
     """Write the tensors of `specs`; `fetch` gives each when its turn comes, on any device. On disk when it returns.
 
     Wide dtypes come first, so that every tensor is aligned in a memory map.
-    Raises UserError, naming the tensor, for one that is not finite in its dtype: float16 ends at 65,504.
+    Raises UserError, naming the tensor, for numbers that its dtype makes infinite: float16 ends at 65,504.
     """
     order = sorted(specs, key=lambda key: -specs[key].dtype.itemsize)
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
@@ -43,15 +43,20 @@ def write_file(path: Path, specs: Mapping[str, TensorSpec], fetch: Callable[[str
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for key in order:
-            tensor = fetch(key).detach().to("cpu", specs[key].dtype).contiguous()
-            if not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
+            given = fetch(key).detach()
+            tensor = given.to("cpu", specs[key].dtype).contiguous()
+            if tensor.dtype != given.dtype and not _is_finite(tensor) and _is_finite(given):
                 raise UserError(
-                    f"{key} holds weights that are not finite as {str(specs[key].dtype).removeprefix('torch.')}; write "
-                    "config.dtype=bfloat16 or config.dtype=float32, whose range is wider, or export another checkpoint"
+                    f"{key} holds weights that are too large for {str(tensor.dtype).removeprefix('torch.')}; write "
+                    "config.dtype=bfloat16 or config.dtype=float32, whose range is wider"
                 )
             file.write(tensor.view(-1).view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
 def cut(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list[str]]:

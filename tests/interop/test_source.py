@@ -268,9 +268,11 @@ def test_every_dtype_is_exported(tmp_path):
     assert written("in", "stored") == {"float32"}
     with pytest.raises(UserError, match="config.dtype='float64' is unknown; use one of bfloat16, .*, stored"):
         written("in", "float64")
-    with pytest.raises(UserError, match="model.norm.weight holds weights that are not finite as float16; write config"):
+    with pytest.raises(UserError, match="model.norm.weight holds weights that are not finite as float16; write"):
         written("wide", "float16")
     assert not (tmp_path / "wide-float16").exists()
+    with pytest.raises(UserError, match="model.norm.weight holds weights that are too large for float16; write config"):
+        hf.save_pretrained(tmp_path / "direct", cfg, p, dtype=torch.float16)
     assert written("wide", "bfloat16") == {"bfloat16"}
 
 
