@@ -2,10 +2,12 @@
 
     python launch.py --config experiments/grpo.py:nano --config.init_from=W_SFT --workdir W
     python launch.py --config experiments/grpo.py:qwen3-0.6b --config.init_from=DIR --config.tasks=gsm8k@DIR2
+    python launch.py --config experiments/grpo.py:nano_vl --config.init_from=W_VL --workdir W
 
 The preset after the colon says the run (default small); the model is that of the weights in W_SFT. The tiny ones ask
-generated problems; the others GSM8K and MATH, from the Hub or from local copies. (On policy, centred advantages, clip
-0.2/0.28, no KL: what worked at 1.7B and below, see Qwen3 technical report, §4.2, for the stage; the rates are ours.)
+generated problems, nano_vl about generated pictures (W_VL: of experiments/multimodal.py:nano_vl); the others GSM8K and
+MATH, from the Hub or from local copies. (On policy, centred advantages, clip 0.2/0.28, no KL: what worked at 1.7B and
+below, see Qwen3 technical report, §4.2, for the stage; the rates are ours.)
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +15,7 @@ from ml_collections import ConfigDict
 from qwen3f.stages.configs import grpo_config
 
 # nano: from fine-tuning by Muon, AdamW at 2e-4 and above unlearns (qwen3f/rl/trial/README.md). debug: the trial's rate.
-PEAK_LR = {"nano": 1e-4, "debug": 1e-4, "debug_moe": 1e-4}
+PEAK_LR = {"nano": 1e-4, "nano_vl": 1e-4, "debug": 1e-4, "debug_moe": 1e-4}
 
 
 def get_config(preset: str = "small") -> ConfigDict:
@@ -29,7 +31,7 @@ def get_config(preset: str = "small") -> ConfigDict:
         config.data.difficulties = "1"
         config.data.kinds = "number_theory,sequence" if preset == "nano" else ""
         config.seq_len, config.rollout.max_new_tokens, config.eval.max_new_tokens = 512, 200, 200
-        if preset == "nano":
+        if preset in ("nano", "nano_vl"):
             config.steps, config.batch_size, config.rollout.samples = 60, 8, 8
             config.rollout.draws, config.rollout.microbatch_rows = 2, 8
         else:  # all of a step's answers at the same time: 1,024
@@ -37,4 +39,9 @@ def get_config(preset: str = "small") -> ConfigDict:
             config.rollout.cache_tokens = 1024 * config.seq_len
     else:
         config.tasks = "gsm8k=0.5,math=0.5"
+    if preset == "nano_vl":  # the pictures of experiments/multimodal.py:nano_vl, answered in a word
+        config.tasks, config.rollout.thinking = "visual", False
+        config.rollout.max_new_tokens, config.eval.max_new_tokens = 16, 16
+        config.data.picture_kinds, config.data.min_side, config.data.max_side = "shapes,bar", 96, 96
+        config.data.min_pixels, config.data.max_pixels, config.data.max_samples = 64 * 64, 128 * 128, 8192
     return config

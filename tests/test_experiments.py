@@ -50,6 +50,7 @@ EXPERIMENTS = (
     "grpo_general:nano",
     "multimodal",
     "multimodal:nano_vl",
+    "grpo:nano_vl",
     "multimodal:seed_vl",
     "export_hf",
     "generate",
