@@ -32,7 +32,6 @@ def get_config(preset: str = "qwen3-vl-2b") -> ConfigDict:
         config.schedule.peak_lr = 1e-3
         config.steps, config.batch_size = 3000, 8
     if preset == "nano_vl":  # shapes and bars that two CPU cores learn in minutes, in few tokens
-        config.chat_template = "instruct-2507"  # no empty thought in each answer
         config.data.picture_kinds, config.data.pictures = "shapes,bar", 28_672
         config.data.min_side = config.data.max_side = 96
         config.data.patches, config.data.images = 18 * 36, 18

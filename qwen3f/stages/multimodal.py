@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qwen3f.data.chat.heldout import measured_rows
+from qwen3f.data.chat.kinds import find_kind
 from qwen3f.data.corpus import cache_directory
 from qwen3f.data.multimodal.dataset import Document, VisualCorpus, VisualDataConfig, VisualDataset, prepare_visual
 from qwen3f.data.multimodal.dataset import check as check_data
@@ -38,6 +39,8 @@ def check(setup: Setup) -> None:
     check_model(setup.model, NEXT_TOKEN)
     if setup.execution.invariant:
         raise UserError("config.attention=invariant is for text, not for images; write --config.attention=auto")
+    if setup.config.chat_template:
+        find_kind(setup.config.chat_template)
     check_data(_data_config(setup), setup.config.seq_len, setup.model)
     at_least(setup.config, "eval.max_rows", 0)
 
@@ -49,6 +52,7 @@ def make(run: Run) -> Stage:
         tokenizer = load_tokenizer(place, config.chat_template)
     else:
         tokenizer = trained_tokenizer(data, setup.model.vocab_size, cache_directory(config.data.cache))
+        tokenizer.chat_template = config.chat_template
     check_tokenizer(tokenizer, setup.model)
     corpus = prepare_visual(data, config.seq_len, tokenizer, setup.model)
     return Stage(

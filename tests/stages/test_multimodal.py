@@ -6,8 +6,10 @@ import torch
 
 from qwen3f import params as P
 from qwen3f.checkpoint.checkpointer import Checkpointer
+from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.corpus import cache_directory
 from qwen3f.data.multimodal.tokenizer import trained_tokenizer
+from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.interop import hf
 from qwen3f.interop.source import read_model_config, read_params
@@ -54,6 +56,11 @@ def test_it_learns_and_measures_answers(make, tmp_path, capsys):
     assert "exact" in said
     assert "blind" in said
     assert "pictures in" in said
+
+
+def test_a_tokenizer_of_its_own_has_the_chat_template_that_is_asked_for(make, tmp_path):
+    loop.run(make(steps=1, chat_template="instruct-2507"), tmp_path, progress=False)
+    assert kind_of(load_tokenizer(tmp_path / "tokenizer")).name == "instruct-2507"
 
 
 def test_what_is_frozen_keeps_its_bits(make, tmp_path):
@@ -107,6 +114,8 @@ def test_what_cannot_run_is_said_before(make):
         multimodal.check(make_setup(make(**{"model.vision_enabled": False})))
     with pytest.raises(UserError, match="data.patches=3"):
         multimodal.check(make_setup(make(**{"data.patches": 3})))
+    with pytest.raises(UserError, match="chat_template"):
+        multimodal.check(make_setup(make(chat_template="instruct")))
     with pytest.raises(UserError, match="config.attention=invariant is for text"):
         multimodal.check(make_setup(make(attention="invariant")))
 
