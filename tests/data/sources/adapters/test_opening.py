@@ -15,6 +15,7 @@ from qwen3f.data.sources.adapters.files import left_out
 from qwen3f.data.sources.adapters.opening import rows
 from qwen3f.data.sources.adapters.registry import DATASETS, find
 from qwen3f.errors import UserError
+from tests.data.sources.adapters.damage import DAMAGE, docs
 from tests.data.sources.adapters.real_rows import ROWS, write
 
 ALL_FORMATS = ["x.parquet", "x.arrow", "file.arrow", "x.jsonl", "x.jsonl.gz", "x.jsonl.zst", "x.json", "x.PARQUET"]
@@ -22,10 +23,6 @@ ALL_FORMATS = ["x.parquet", "x.arrow", "file.arrow", "x.jsonl", "x.jsonl.gz", "x
 
 def _texts(name, **options):
     return [row.values["text"] for row in rows(name, **options)]
-
-
-def _docs(n, start=0):
-    return [{"text": f"document {i}", "meta": {"redpajama_set_name": "RedPajamaC4"}} for i in range(start, start + n)]
 
 
 @pytest.mark.parametrize("file", ALL_FORMATS)
@@ -44,13 +41,13 @@ def test_every_format_gives_the_same_rows(file, tmp_path):
 @pytest.mark.parametrize("file", ALL_FORMATS[:-1])
 @pytest.mark.parametrize("chunk", [2, 100])
 def test_rows_are_numbered_over_batches(file, chunk, tmp_path):
-    path = write(_docs(150), tmp_path / file, chunk)
+    path = write(docs(150), tmp_path / file, chunk)
     found = [(row.name, row.values["text"]) for row in rows(f"slimpajama@{tmp_path}")]
     assert found == [(f"{path}:{n + 1}", f"document {n}") for n in range(150)]
 
 
 def test_json_lines_under_the_name_json_and_an_empty_list(tmp_path):
-    path = write(_docs(3), tmp_path / "x.jsonl").rename(tmp_path / "x.json")
+    path = write(docs(3), tmp_path / "x.jsonl").rename(tmp_path / "x.json")
     assert _texts(f"slimpajama@{tmp_path}") == ["document 0", "document 1", "document 2"]
     path.write_text("\n [ ]\n")
     with pytest.raises(UserError, match="x.json holds no row"):
@@ -59,16 +56,16 @@ def test_json_lines_under_the_name_json_and_an_empty_list(tmp_path):
 
 def test_a_list_with_a_signature_loses_no_row(tmp_path):
     """It was no JSON for the reader of lines, which skipped the whole of it."""
-    records = json.dumps(_docs(1000))
+    records = json.dumps(docs(1000))
     (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + records.encode())
     counts = Counter()
     found = list(rows(f"slimpajama@{tmp_path}", on_bad_row="skip", counts=counts))
-    assert [row.values for row in found] == _docs(1000)
+    assert [row.values for row in found] == docs(1000)
     assert not counts
 
 
 def test_a_pipe_among_the_files_is_not_opened(tmp_path):
-    write(_docs(2), tmp_path / "a.jsonl")
+    write(docs(2), tmp_path / "a.jsonl")
     os.mkfifo(tmp_path / "b.jsonl")
     assert _texts(f"slimpajama@{tmp_path}") == ["document 0", "document 1"]
 
@@ -84,9 +81,9 @@ def test_a_json_list_over_many_chunks(tmp_path, monkeypatch):
 
 def test_files_in_order_and_max_samples(tmp_path):
     for n, file in enumerate(["a/2.jsonl", "a/10.parquet", "b.jsonl.zst", "c/d/e.arrow"]):
-        write(_docs(3, 10 * n), tmp_path / file)
+        write(docs(3, 10 * n), tmp_path / file)
     for file in (".hidden.jsonl", ".cache/x.jsonl", "dataset_info.json", "a/state.json", "notes.txt"):
-        write(_docs(1, 99), tmp_path / "spare.jsonl").rename(_parent(tmp_path / file))
+        write(docs(1, 99), tmp_path / "spare.jsonl").rename(_parent(tmp_path / file))
     order = ["document 20", "document 21", "document 22"]  # files of a directory come before its subdirectories
     order += [f"document {n}" for n in (10, 11, 12, 0, 1, 2, 30, 31, 32)]
     assert _texts(f"slimpajama@{tmp_path}") == order
@@ -131,14 +128,14 @@ def test_splits_configurations_and_lists_of_files(tmp_path):
     others = left_out(by_name["llava-instruct-150k"], f"{tmp_path}/l", "train")
     assert others == {"besides llava_instruct_150k.json": 1}
 
-    write(_docs(1), tmp_path / "one/part.jsonl")
+    write(docs(1), tmp_path / "one/part.jsonl")
     with pytest.raises(UserError, match="No file below .*one names the split 'test'"):
         _texts(f"slimpajama@{tmp_path}/one", split="test")
 
 
 def test_what_datasets_saves_to_disk(tmp_path):
     made = datasets.DatasetDict(
-        {split: datasets.Dataset.from_list(_docs(3, n)) for split, n in (("train", 0), ("test", 50))}
+        {split: datasets.Dataset.from_list(docs(3, n)) for split, n in (("train", 0), ("test", 50))}
     )
     made.save_to_disk(str(tmp_path / "saved"))
     assert _texts(f"slimpajama@{tmp_path / 'saved'}") == ["document 0", "document 1", "document 2"]
@@ -154,147 +151,12 @@ def test_directories_at_fault(tmp_path):
         list(rows(f"gsm8k@{tmp_path}", on_bad_row="ignore"))
 
 
-def _bad_utf8(path):
-    column = pyarrow.array([b"fine", b"ab\xff", b"good"], pyarrow.binary()).view(pyarrow.string())
-    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
-
-
-def _cut(path, keep):
-    content = path.read_bytes()
-    path.write_bytes(content[: int(keep * len(content))] if keep < 1 else content[:-keep])
-
-
-def _lines(*lines):
-    return lambda path: path.write_bytes(b"\n".join(lines) + b"\n")
-
-
-def _table(path, names, *columns):
-    """A parquet or an arrow file."""
-    table = pyarrow.Table.from_arrays(list(columns), names)
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(table, path)
-    else:
-        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-
-
-def _twice(path):
-    _table(path, ["text", "text"], pyarrow.array(["first"]), pyarrow.array(["second"]))
-
-
-def _far(value, kind):
-    whole = pyarrow.int32() if kind == pyarrow.date32() else pyarrow.int64()
-    return lambda path: _table(path, ["text"], pyarrow.array([value], whole).view(kind))
-
-
-FINE = b'{"text": "fine"}'
-DAMAGE = {
-    "a parquet file cut off": (
-        "x.parquet",
-        lambda path: _cut(write(_docs(9), path), 0.5),
-        r"x.parquet cannot be read after row 0 \(.+\): copy it again",
-        {"broken_files": 1},
-    ),
-    "no parquet file": ("x.parquet", _lines(b"x"), "x.parquet cannot be read after row 0", {"broken_files": 1}),
-    "an arrow file cut off": (
-        "x.arrow",
-        lambda path: _cut(write(_docs(9), path), 0.7),
-        r"x.arrow cannot be read after row [2468] ",
-        {"broken_files": 1},
-    ),
-    "a zstd file cut off": (
-        "x.jsonl.zst",
-        lambda path: _cut(write(_docs(9), path), 5),
-        r"x.jsonl.zst cannot be read .*Truncated",
-        {"broken_files": 1},
-    ),
-    "a gzip file cut off": (
-        "x.jsonl.gz",
-        lambda path: _cut(write(_docs(9), path), 12),
-        "x.jsonl.gz cannot be read",
-        {"broken_files": 1},
-    ),
-    "a list cut off": (
-        "x.json",
-        lambda path: _cut(write(_docs(3), path), 25),
-        "x.json:3 cannot be read .*malformed here, or the file is cut off",
-        {"broken_files": 1},
-    ),
-    "a list of other things": (
-        "x.json",
-        _lines(b'[{"text": "fine"}, 5]'),
-        "x.json:2 is a JSON int",
-        {"invalid_rows": 1},
-    ),
-    "a list that is not UTF-8": ("x.json", _lines(b'[{"text": "\xff"}]'), "x.json.* is not UTF-8", {"broken_files": 1}),
-    "an empty file": ("x.jsonl", lambda path: path.write_text("\n"), "x.jsonl holds no row", {"empty_shards": 1}),
-    "an empty table": (
-        "x.parquet",
-        lambda path: pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path),
-        "x.parquet holds no row: remove it",
-        {"empty_shards": 1},
-    ),
-    "an empty zstd file": (
-        "x.jsonl.zst",
-        lambda path: write([], path),
-        "x.jsonl.zst holds no row",
-        {"empty_shards": 1},
-    ),
-    "a table without the column": (
-        "x.parquet",
-        lambda path: write([{"body": "a", "id": 1}], path),
-        r"x.parquet has no column 'text'; it has 'body', 'id'",
-        {"missing_columns": 1},
-    ),
-    "a batch without the column": (
-        "x.arrow",
-        lambda path: write([{"body": "a"}], path),
-        "x.arrow has no column 'text'; it has 'body'",
-        {"missing_columns": 1},
-    ),
-    "a line without the column": (
-        "x.jsonl",
-        _lines(FINE, b'{"body": 1}'),
-        "x.jsonl:2 has no column 'text'; it has 'body'",
-        {"missing_columns": 1},
-    ),
-    "a line that is not JSON": (
-        "x.jsonl",
-        _lines(FINE, b'{"text"'),
-        "x.jsonl:2 is not valid JSON",
-        {"invalid_rows": 1},
-    ),
-    "a line of another type": ("x.jsonl", _lines(FINE, b"[1]"), "x.jsonl:2 is a JSON list", {"invalid_rows": 1}),
-    "a line that is not UTF-8": (
-        "x.jsonl",
-        _lines(FINE, b'{"text": "\xe9"}', FINE),
-        "x.jsonl:2 is not UTF-8 at byte 10 of the line",
-        {"invalid_rows": 1},
-    ),
-    "a parquet column twice": ("x.parquet", _twice, "x.parquet has the column 'text' 2 times", {"broken_files": 1}),
-    "an arrow column twice": ("x.arrow", _twice, "x.arrow has the column 'text' 2 times", {"broken_files": 1}),
-    "a day that is none of Python's": (
-        "x.parquet",
-        _far(2**30, pyarrow.date32()),
-        r"x.parquet:1 holds a value that cannot be read \(",
-        {"invalid_rows": 1},
-    ),
-    "a time that is none of Python's": (
-        "x.arrow",
-        _far(2**60, pyarrow.timestamp("s")),
-        r"x.arrow:1 holds a value that cannot be read \(",
-        {"invalid_rows": 1},
-    ),
-    "a text that is not UTF-8": ("x.parquet", _bad_utf8, "x.parquet:2 is not UTF-8 at byte 2", {"invalid_rows": 1}),
-}
-
-
 @pytest.mark.parametrize("case", DAMAGE)
 def test_damage_is_an_error_or_counted(case, tmp_path):
     file, make, message, counted = DAMAGE[case]
-    write(_docs(2), tmp_path / "a.jsonl")
+    write(docs(2), tmp_path / "a.jsonl")
     make(tmp_path / file)
-    write(_docs(2, 10), tmp_path / "z.jsonl")
+    write(docs(2, 10), tmp_path / "z.jsonl")
     name = f"slimpajama@{tmp_path}"
     with pytest.raises(UserError, match=message) as error:
         _texts(name)
