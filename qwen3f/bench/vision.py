@@ -6,6 +6,7 @@ one size, or of mixed ones. "train" is forward and backward to every parameter o
     transformers         its module as it comes, scaled_dot_product_attention an image at a time
     transformers varlen  the same with torch's varlen_attn (FlashAttention-2) over all images, its blocks compiled
     batched sdpa         images of one size as a batch, plain layers compiled: what a careful author would write
+    products alone       cuBLAS on the tower's matrix products and no more: no tower can be faster with it
 
 MFU counts vision.md's FLOPs (a product of n patches a frame for attention) over the datasheet's peak. `step` is the
 whole step of `launch.py`, float32 master weights, as many images as fit the row. `pixels` runs on one core.
@@ -99,6 +100,7 @@ def towers(report: Report, names: list[str], cases: list[str], patches: int, dev
                     cfg, grids, device, "varlen"
                 ),
                 "batched sdpa": lambda cfg=cfg, grids=grids: peers.batched_passes(cfg, grids, device),
+                "products alone": lambda cfg=cfg, grids=grids: peers.product_passes(cfg, grids, device),
             }
             if mixed:
                 del makers["batched sdpa"]

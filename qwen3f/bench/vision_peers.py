@@ -175,3 +175,52 @@ def batched_passes(cfg: ModelConfig, grids: list[Grid], device: torch.device) ->
             return tower(pixels, positions, cos, sin)
 
     return make_passes(forward, [*tower.parameters(), positions])
+
+
+# -- products alone ----------------------------------------------------------------------------------------------------
+
+
+def product_passes(cfg: ModelConfig, grids: list[Grid], device: torch.device) -> Passes:
+    """The tower's matrix products by cuBLAS and nothing else, not even attention's: what no tower undercuts.
+
+    All layers read the same weights here, which can only make them faster. Training has a second and a third product
+    for each, the gradients of its input and of its weight.
+    """
+    dtype = compute_dtype(device)
+    counts = product_shapes(cfg, sum(t * h * w for t, h, w in grids))
+    tensors = [
+        (
+            times,
+            *(
+                torch.randn(shape, device=device, dtype=dtype)
+                for shape in ((rows, inner), (inner, outer), (rows, outer))
+            ),
+        )
+        for times, rows, inner, outer in counts
+    ]
+
+    def forward() -> None:
+        for times, x, weight, y in tensors:
+            for _ in range(times):
+                torch.mm(x, weight, out=y)
+
+    def train() -> tuple[Tensor, ...]:
+        forward()
+        for times, x, weight, y in tensors:
+            for _ in range(times):
+                x_gradient, weight_gradient = y @ weight.mT, x.mT @ y
+        return x_gradient, weight_gradient
+
+    return Passes(forward, train)
+
+
+def product_shapes(cfg: ModelConfig, patches: int) -> list[tuple[int, int, int, int]]:
+    """(how many, rows, inner, outer) of the tower's products."""
+    width, inner, depth = cfg.vision_hidden_size, cfg.vision_intermediate_size, cfg.vision_num_hidden_layers
+    values = cfg.vision_num_channels * cfg.vision_temporal_patch_size * cfg.vision_patch_size**2
+    count, mergers = cfg.vision_merger_spatial_factor**2, 1 + len(cfg.vision_deepstack_layers)
+    layers = [
+        (depth, patches, *sizes) for sizes in ((width, 3 * width), (width, width), (width, inner), (inner, width))
+    ]
+    merger = [(mergers, patches // count, count * width, out) for out in (count * width, cfg.hidden_size)]
+    return [(1, patches, values, width), *layers, *merger]
