@@ -88,7 +88,7 @@ def _logits_kernel(
     x_ptr, norm_ptr, head_ptr, inv_temperature_ptr, logits_ptr, top_ptr, total_ptr, place_ptr,
     rows, D, V, num_ids, eps,
     HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of logits; its rows' greatest tempered logit, Σ exp(tempered − that), and where it lies.
 
@@ -100,7 +100,7 @@ def _logits_kernel(
     n = block * BN + tl.arange(0, BN)
     weight_N = head_ptr + tl.minimum(n, V - 1).to(tl.int64) * D
     product, square = row_product.row_product(
-        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, AHEAD
+        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, WHOLE, PDL
     )
     logits = product * tl.rsqrt(square / D + eps)[:, None] if HAS_NORM else product
     mask = (row < rows)[:, None] & (n < V)[None, :]
@@ -195,7 +195,7 @@ def _op(
     if not runs_triton(x) or not len(x):
         return reference(x, norm, eps, head, num_ids, inv_temperature, uniform)
     (B, D), V = x.shape, len(head)
-    cut = row_product.config(B, V)
+    cut = row_product.config(B, V, D)
     blocks = triton.cdiv(V, cut.outputs)
     ids, logprob, logits, finite = _op_fake(x, norm, eps, head, num_ids, inv_temperature, uniform)
     tops, totals = (x.new_empty(B, blocks, dtype=torch.float32) for _ in range(2))

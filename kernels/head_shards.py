@@ -32,7 +32,7 @@ def head_shard(
     if not runs_triton(x_BD) or not len(x_BD):
         return _formula(x_BD, norm_D, eps, head_vD, num_ids, inv_temperature_B)
     (B, D), v = x_BD.shape, len(head_vD)
-    cut = row_product.config(B, v)
+    cut = row_product.config(B, v, D)
     tiles = triton.cdiv(v, cut.outputs)
     logits, sums = x_BD.new_empty(B, v, dtype=wide), x_BD.new_empty(3, B, tiles, dtype=wide)
     with torch.cuda.device_of(x_BD):
@@ -57,11 +57,11 @@ def choose(
         return _choose_formula(logits_Bv, sums_S3Bt, num_ids, inv_temperature_B, uniform_B, shard)
     ids = logits_Bv.new_empty(B, dtype=torch.int64)
     logprob, finite = torch.empty_like(ids, dtype=logits_Bv.dtype), torch.empty_like(ids, dtype=torch.bool)
-    padded = triton.next_power_of_2(S * tiles)
+    padded, outputs = triton.next_power_of_2(S * tiles), row_product.config(B, v, 0).outputs  # whatever D is
     with torch.cuda.device_of(logits_Bv):
         _choose_kernel[(B,)](
             logits_Bv, *sums_S3Bt.unbind(1), inv_temperature_B, uniform_B, ids, logprob, finite.view(torch.int8), v,
-            num_ids, tiles, sums_S3Bt.stride(0), shard, SHARDS=S, BN=row_product.config(B, v).outputs, PADDED=padded,
+            num_ids, tiles, sums_S3Bt.stride(0), shard, SHARDS=S, BN=outputs, PADDED=padded,
             PDL=False, num_warps=max(4, min(16, padded // _WARP_TILES)),
         )  # fmt: skip
     return ids, logprob, finite

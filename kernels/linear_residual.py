@@ -41,14 +41,14 @@ def linear_residual(h_BN: Tensor, weight_DN: Tensor, x_BD: Tensor) -> Tensor:
 def _kernel(
     h_ptr, weight_ptr, x_ptr, out_ptr, rows, N, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(rows, BM)
     row = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)
     d = (tl.program_id(0) // row_tiles) * BN + tl.arange(0, BN)
     weight_N = weight_ptr + tl.minimum(d, D - 1).to(tl.int64) * N
     product, _square = row_product.row_product(
-        h_ptr, h_ptr, weight_N, row, rows, N, False, BM, BN, BK, SLICES, STAGES, PRECISION, AHEAD
+        h_ptr, h_ptr, weight_N, row, rows, N, False, BM, BN, BK, SLICES, STAGES, PRECISION, WHOLE, PDL
     )
     at = row.to(tl.int64)[:, None] * D + d[None, :]
     mask = (row < rows)[:, None] & (d < D)[None, :]
@@ -61,7 +61,7 @@ def _op(h: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     if not runs_triton(h) or not len(h):
         return reference(h, weight, x)
     out = x.new_empty(x.shape)
-    cut = row_product.config(*x.shape)
+    cut = row_product.config(*x.shape, h.shape[1])
     tiles = triton.cdiv(len(x), cut.rows) * triton.cdiv(x.shape[1], cut.outputs)
     with torch.cuda.device_of(h):
         _kernel[(tiles,)](h, weight, x, out, *h.shape, x.shape[1], **row_product.options(h, cut))

@@ -47,7 +47,7 @@ def _kernel(
     x_ptr, norm_ptr, first_ptr, second_ptr, third_ptr, first_bias_ptr, second_bias_ptr, third_bias_ptr, out_ptr,
     rows, D, first_N, second_N, third_N, eps,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    SLICES: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile; tiles of one weight after the other's. Tiles of the same outputs are neighbours and share L2."""
     row_tiles = tl.cdiv(rows, BM)
@@ -65,7 +65,7 @@ def _kernel(
     n = block * BN + tl.arange(0, BN)
     weight_N = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * D
     product, square = row_product.row_product(
-        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, AHEAD
+        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, WHOLE, PDL
     )
     out = product * tl.rsqrt(square / D + eps)[:, None] if HAS_NORM else product
     if HAS_BIAS:
@@ -82,7 +82,7 @@ def _op(x: Tensor, norm: Tensor, eps: float, weights: list[Tensor], biases: list
     given = [*weights, *weights[:1] * (3 - len(weights))]
     added = [*biases, *biases[:1] * (3 - len(biases))] if biases else [x] * 3
     out = x.new_empty(len(x), sum(sizes))
-    cut = row_product.config(len(x), sum(sizes))
+    cut = row_product.config(len(x), sum(sizes), x.shape[1])
     tiles = triton.cdiv(len(x), cut.rows) * sum(triton.cdiv(n, cut.outputs) for n in sizes)
     with torch.cuda.device_of(x):
         _kernel[(tiles,)](

@@ -39,7 +39,7 @@ def norm_swiglu(x_BD: Tensor, norm_D: Tensor, eps: float, gate_FD: Tensor, up_FD
 def _kernel(
     x_ptr, norm_ptr, gate_ptr, up_ptr, out_ptr, rows, D, F, eps,
     HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BN/2 outputs: weight rows 2i of the tile are gate's, 2i + 1 up's."""
     row_tiles = tl.cdiv(rows, BM)
@@ -49,7 +49,7 @@ def _kernel(
     at = tl.minimum(first + pair // 2, F - 1).to(tl.int64) * D
     weight_N = tl.where(pair % 2 == 0, gate_ptr + at, up_ptr + at)
     product, square = row_product.row_product(
-        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, AHEAD
+        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, WHOLE, PDL
     )
     if HAS_NORM:
         product *= tl.rsqrt(square / D + eps)[:, None]
@@ -65,7 +65,7 @@ def _op(x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor) -> Tensor
     if not runs_triton(x) or not len(x):
         return reference(x, norm, eps, gate, up)
     out = x.new_empty(len(x), len(gate))
-    cut = row_product.config(len(x), 2 * len(gate))
+    cut = row_product.config(len(x), 2 * len(gate), x.shape[1])
     tiles = triton.cdiv(len(x), cut.rows) * triton.cdiv(len(gate), cut.outputs // 2)
     with torch.cuda.device_of(x):
         _kernel[(tiles,)](

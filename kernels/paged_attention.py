@@ -19,10 +19,11 @@ from torch import Tensor
 from kernels import dependent_launch, qk_norm_rope, rope
 from kernels.backend import check_devices, runs_triton, tl, triton
 
-# Reasoned for an H100. There 64 rows of 1,024 tokens read their cache at 92% of the copy bandwidth, of 128 at 58%.
-_BLOCK = 32  # tokens a step: 8 KiB of keys and as much of values at d = 128 in bfloat16
-_STAGES = 3  # two steps on their way while one is worked on: 37 KiB of shared memory, six programs a multiprocessor
-_WARPS = 4
+# By sweeps on an H200 at Qwen3-0.6B's heads, 1 to 256 rows of 128 and 1,024 tokens. One warp has no other to wait for
+# when it finds a maximum or a sum; so many small programs hide each other's waits for memory.
+_BLOCK = 16  # tokens a step: 4 KiB of keys and as much of values at d = 128 in bfloat16
+_STAGES = 3  # two steps on their way while one is worked on: 16 KiB, fourteen programs a multiprocessor
+_WARP_NUMBERS = 2048  # of the output that a warp holds, 64 registers a thread
 _PROGRAMS = 512  # about four a multiprocessor of 132
 _MERGE_WARPS = 4
 MAX_GROUP = 64  # query heads of one key/value head: what one program holds
@@ -115,26 +116,36 @@ def _split_kernel(
 ):  # fmt: skip
     """One split of one row and key/value head: R ≥ G query rows; the output, or its part and log2-sum-exp2.
 
-    A split without a block returns at once and leaves its part as it was: the merge does not read it.
+    A split without a block leaves its part as it was: the merge does not read it.
     """
-    dependent_launch.wait(PDL)
     b, kh, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
+    row, column = tl.arange(0, R), tl.arange(0, D)
+    dtype = k_ptr.dtype.element_ty
+    # What the kernel before has no part in, so ahead of the wait. No load here needs the number of another but its
+    # page's; later pages are looked up a step ahead: within one step the pipeline would wait for both.
     length = tl.load(lengths_ptr + b)
+    at = split * BLOCK + tl.arange(0, BLOCK)
+    page_at = tl.load(table_ptr + b * P + tl.minimum(at // PAGE, P - 1))
+    later = at + SPLITS * BLOCK
+    next_page_at = tl.load(table_ptr + b * P + tl.minimum(later // PAGE, P - 1))
+    cos = tl.load(cos_ptr + b * (D // 2) + column % (D // 2)).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + b * (D // 2) + column % (D // 2)).to(tl.float32)[None, :]
+    use = at < length
+    place = (((page_at.to(tl.int64) * K + kh) * PAGE + at % PAGE) * D)[:, None] + column[None, :]
+    k = tl.load(k_ptr + place, mask=use[:, None], other=0.0)
+    v = tl.load(v_ptr + place, mask=use[:, None], other=0.0)
+    dependent_launch.wait(PDL)
     last = length // BLOCK
     if split > last:
         return
-    row, column = tl.arange(0, R), tl.arange(0, D)
+
     inside = (row < GROUP)[:, None]
-    dtype = k_ptr.dtype.element_ty
     qkv_ptr += b.to(tl.int64) * (GROUP + 2) * K * D
     partner = (column + D // 2) % D
-    cos = tl.load(cos_ptr + b * (D // 2) + column % (D // 2)).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + b * (D // 2) + column % (D // 2)).to(tl.float32)[None, :]
     q_ptr = qkv_ptr + (kh * GROUP + row)[:, None] * D
     q = _rotated(
         q_ptr + column[None, :], q_ptr + partner[None, :], q_norm_ptr, column, cos, sin, eps, inside, D // 2, HAS_NORM
     )
-
     owner = split == last % SPLITS
     one = tl.arange(0, 1)[:, None]
     new_ptr = qkv_ptr + (GROUP * K + kh) * D + one
@@ -148,10 +159,9 @@ def _split_kernel(
     total = tl.where(owner, tl.full([R], 1.0, tl.float32), 0.0)
     acc = tl.where(owner, tl.zeros([R, D], tl.float32) + v_new.to(tl.float32), 0.0)
     q = q.to(dtype)
-    # Pages are looked up a step ahead: within one step the pipeline would wait for the page, then for its tokens.
-    at = split * BLOCK + tl.arange(0, BLOCK)
-    page_at = tl.load(table_ptr + b * P + at // PAGE, mask=at < length, other=0)
-    for start in tl.range(split * BLOCK, length, SPLITS * BLOCK, num_stages=STAGES):
+    top, total, acc = _seen(q, k, v, use, top, total, acc, scale, PRECISION)
+    page_at = next_page_at
+    for start in tl.range((split + SPLITS) * BLOCK, length, SPLITS * BLOCK, num_stages=STAGES):
         at = start + tl.arange(0, BLOCK)
         use = at < length
         place = (((page_at.to(tl.int64) * K + kh) * PAGE + at % PAGE) * D)[:, None] + column[None, :]
@@ -159,14 +169,7 @@ def _split_kernel(
         v = tl.load(v_ptr + place, mask=use[:, None], other=0.0)
         later = at + SPLITS * BLOCK
         page_at = tl.load(table_ptr + b * P + later // PAGE, mask=later < length, other=0)
-        scores = tl.dot(q, k.T, input_precision=PRECISION) * scale
-        scores = tl.where(use[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        probs = tl.math.exp2(scores - new_top[:, None])
-        shrink = tl.math.exp2(top - new_top)
-        total = total * shrink + tl.sum(probs, 1)
-        acc = tl.dot(probs.to(dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
+        top, total, acc = _seen(q, k, v, use, top, total, acc, scale, PRECISION)
 
     if owner:
         page = tl.load(table_ptr + b * P + length // PAGE).to(tl.int64)
@@ -182,21 +185,39 @@ def _split_kernel(
 
 
 @triton.jit
+def _seen(q, k, v, use, top, total, acc, scale, PRECISION: tl.constexpr):
+    """One block of keys and values [BLOCK, d] added to the running maximum [R], sum [R] and output [R, d]."""
+    scores = tl.dot(q, k.T, input_precision=PRECISION) * scale
+    scores = tl.where(use[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    probs = tl.math.exp2(scores - new_top[:, None])
+    shrink = tl.math.exp2(top - new_top)
+    total = total * shrink + tl.sum(probs, 1)
+    acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return new_top, total, acc
+
+
+@triton.jit
 def _merge_kernel(
     partial_ptr, lse_ptr, lengths_ptr, out_ptr, K,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One query head of one row: the mean of its splits' parts, weighted by their sums of exponentials."""
-    dependent_launch.wait(PDL)
     head, g = tl.program_id(0), tl.program_id(1)
     column, split = tl.arange(0, D), tl.arange(0, PADDED)
-    use = (split < SPLITS) & (split <= tl.load(lengths_ptr + head // K) // BLOCK)
+    length = tl.load(lengths_ptr + head // K)
+    dependent_launch.wait(PDL)
     place = (head * SPLITS + split) * GROUP + g
-    lse = tl.load(lse_ptr + place, mask=use, other=float("-inf"))
+    # all at once, whatever was written: a load that waits for the length would come a microsecond later
+    lse = tl.load(lse_ptr + place, mask=split < SPLITS, other=0.0)
+    parts = tl.load(
+        partial_ptr + place.to(tl.int64)[:, None] * D + column[None, :], mask=(split < SPLITS)[:, None], other=0.0
+    )
+    use = (split < SPLITS) & (split <= length // BLOCK)
+    lse = tl.where(use, lse, float("-inf"))
     weight = tl.math.exp2(lse - tl.max(lse, 0))
-    parts = tl.load(partial_ptr + place.to(tl.int64)[:, None] * D + column[None, :], mask=use[:, None], other=0.0)
-    out = tl.sum(parts * weight[:, None], 0) / tl.sum(weight, 0)
+    out = tl.sum(tl.where(use[:, None], parts, 0.0) * weight[:, None], 0) / tl.sum(weight, 0)
     tl.store(out_ptr + (head * GROUP + g).to(tl.int64) * D + column, out.to(out_ptr.dtype.element_ty))
 
 
@@ -214,6 +235,7 @@ def _op(
         return reference(qkv, q_norm, k_norm, eps, cos, sin, k_pages, v_pages, table, lengths)
     (B, P), (_, K, PAGE, d) = table.shape, k_pages.shape
     G = qkv.shape[1] // (K * d) - 2
+    R = max(16, triton.next_power_of_2(G))
     splits, pdl = splits_of(B, K, P, PAGE), dependent_launch.on(qkv)
     out = qkv.new_empty(B, G * K * d)
     partial = out if splits == 1 else qkv.new_empty(B * K, splits, G, d, dtype=torch.float32)
@@ -222,9 +244,9 @@ def _op(
         _split_kernel[(B * K, splits)](
             qkv, q_norm, k_norm, cos, sin, k_pages, v_pages, table, lengths, partial, lse,
             eps, math.log2(math.e) * d**-0.5, K, P,
-            HAS_NORM=q_norm is not None, GROUP=G, R=max(16, triton.next_power_of_2(G)), D=d, PAGE=PAGE, BLOCK=_BLOCK,
+            HAS_NORM=q_norm is not None, GROUP=G, R=R, D=d, PAGE=PAGE, BLOCK=_BLOCK,
             SPLITS=splits, STAGES=_STAGES, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-            PDL=pdl, num_warps=_WARPS, launch_pdl=pdl,
+            PDL=pdl, num_warps=min(8, max(1, R * d // _WARP_NUMBERS)), launch_pdl=pdl,
         )  # fmt: skip
         if splits > 1:
             _merge_kernel[(B * K, G)](

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import backend
+from kernels import backend, dependent_launch
 from kernels.backend import runs_triton, tl, triton
 
 MAX_SIZE = 16_384  # one row lies in the registers of one program
@@ -91,8 +91,9 @@ def backward_config(size: int, itemsize: int) -> Config:
 @triton.jit
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, rstd_ptr, rows, size, x_stride, residual_stride, eps,
-    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    dependent_launch.wait(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows)[:, None] & (col < size)
@@ -176,9 +177,11 @@ def launch_forward(
     total = out if residual_ND is None else torch.empty_like(out)
     other = x_ND if residual_ND is None else residual_ND
     if rows:
+        pdl = dependent_launch.on(x_ND)
         _forward_kernel[(triton.cdiv(rows, config.rows),)](
             x_ND, other, weight_D, out, total, rstd, rows, size, x_ND.stride(0), other.stride(0), eps,
-            residual_ND is not None, config.rows, triton.next_power_of_2(size), num_warps=config.warps,
+            residual_ND is not None, config.rows, triton.next_power_of_2(size), pdl, num_warps=config.warps,
+            launch_pdl=pdl,
         )  # fmt: skip
     return out, total, rstd
 

@@ -24,16 +24,17 @@ from torch import Tensor
 from kernels import dependent_launch, rmsnorm
 from kernels.backend import check_devices, tl, triton
 
-# For an H100 with its 132 multiprocessors. At Qwen3-0.6B's shapes other tiles were at most 12% faster there (B 64 and
-# 256), and mostly slower.
+# By sweeps on an H200 (132 multiprocessors) at Qwen3-0.6B's shapes and 1, 64 and 256 rows, within a chain.
 ROW_PROGRAMS = 264  # one row: programs wanted, two a multiprocessor
-ROW_TILE = 4096  # one row: numbers of the weight a step, four 16-byte loads a thread
-TILES = 128  # several rows: tiles wanted, one a multiprocessor; narrower tiles read x more often from L2
+ROW_TILE = 1024  # one row: numbers of the weight a warp and step, four 16-byte loads a thread
+ROW_WHOLE = 8192  # one row: bytes of the weight that a warp asks for at once at most, 64 registers a thread
+NARROW_TILES = 128  # up to SLICED_ROWS rows: tiles wanted, one a multiprocessor; narrower ones read x more often
+TILES = 96  # more rows: tiles at least
 SLICED_ROWS = 32
 SLICES = 4  # one a warp
-MAX_ROWS = 128  # of a tile
+MAX_ROWS, MAX_OUTPUTS = 128, 128  # of a tile
 STAGES = 4  # steps: three on their way while one is worked on
-PREFETCH = 2048  # bytes of each weight row that are fetched ahead of a dependent launch's wait
+LONG, LONG_STAGES = 2048, 6  # numbers summed over from which more steps are worth their start
 
 
 class Config(NamedTuple):
@@ -49,22 +50,33 @@ class Config(NamedTuple):
     @property
     def norms(self) -> bool:
         """Whether the product's own loop applies the norm. With more rows a pass of its own costs less."""
-        return self.rows <= SLICED_ROWS
+        return self.rows == 1 or self.slices > 1
 
 
-def config(B: int, N: int) -> Config:
-    """How B rows and N outputs are cut, from these two alone."""
+def config(B: int, N: int, D: int) -> Config:
+    """How B rows and N outputs, sums over D numbers, are cut, from these three alone."""
     if B == 1:
         outputs = _outputs(N, ROW_PROGRAMS, 4, 32)
-        return Config(1, outputs, ROW_TILE // outputs, 1, STAGES, warps=4)
-    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(B)))
+        warps = 8 if triton.cdiv(N, outputs) <= ROW_PROGRAMS else 4
+        return Config(1, outputs, ROW_TILE * warps // outputs, 1, STAGES, warps)
+    rows = max(16, triton.next_power_of_2(B))
     if rows <= SLICED_ROWS:
-        return Config(rows, _outputs(N, TILES, 8, 32), 256, SLICES, STAGES, warps=SLICES)
-    if rows > 64 and _outputs(N * triton.cdiv(B, rows), TILES, 16, 128) < 64:
-        rows = 64  # a narrow output: squarer tiles read less
-    outputs = _outputs(N * triton.cdiv(B, rows), TILES, 16, 128)
-    step = 128 if rows + outputs <= 96 else 64  # 16 to 32 KiB
-    return Config(rows, outputs, step, 1, STAGES, warps=4 if rows == 64 else 8)
+        return Config(rows, _outputs(N, NARROW_TILES, 8, 32), 256, SLICES, STAGES, warps=SLICES)
+    rows, outputs = _tile(B, N)
+    step = 128 if rows + outputs <= 128 else 64  # 12 to 32 KiB
+    return Config(rows, outputs, step, 1, LONG_STAGES if D >= LONG else STAGES, warps=4 if rows <= 64 else 8)
+
+
+def _tile(B: int, N: int) -> tuple[int, int]:
+    """(rows, outputs) of a tile: of those that leave TILES tiles the one that reads least for each of its numbers."""
+    few = 32 if B <= 64 else 64
+    shapes = [
+        (rows, outputs)
+        for rows in (few, 2 * few)
+        for outputs in (16, 32, 64, MAX_OUTPUTS)
+        if triton.cdiv(B, rows) * triton.cdiv(N, outputs) >= TILES
+    ]
+    return min(shapes, key=lambda shape: 1 / shape[0] + 1 / shape[1], default=(few, 16))
 
 
 def _outputs(N: int, programs: int, least: int, most: int) -> int:
@@ -79,36 +91,46 @@ def _outputs(N: int, programs: int, least: int, most: int) -> int:
 def row_product(
     x_ptr, norm_ptr, weight_N, row, rows, D,
     HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """(x·g Wᵀ float32 [BM, BN], Σx² [BM]) of BM rows and BN rows of weights; without HAS_NORM (x Wᵀ, 0).
 
     x_ptr: contiguous [rows, D]. norm_ptr: g [D]. weight_N: pointers [BN] to rows of D adjacent numbers. row: [BM]
-    numbers of rows; those from `rows` on give 0. AHEAD: lines of 128 bytes of each weight row to fetch before the wait
-    of a dependent launch; 0 without one.
+    numbers of rows; those from `rows` on give 0. With one row WHOLE > 0 says that all weights are asked for at once,
+    that many numbers of each row, before the wait of a dependent launch; 0: in steps of BK, after it.
     """
-    if AHEAD > 0:
-        line = tl.arange(0, AHEAD)[None, :] * (1024 // weight_N.dtype.element_ty.primitive_bitwidth)
-        dependent_launch.prefetch(weight_N[:, None] + tl.minimum(line, D - 1))
-    dependent_launch.wait(AHEAD > 0)
     inside = row < rows
     wide_row = row.to(tl.int64) * D
     if BM == 1:
         x_row = x_ptr + tl.sum(wide_row, 0)
-        acc = tl.zeros([BN, BK], tl.float32)
-        squares = tl.zeros([BK], tl.float32)
-        for start in tl.range(0, D, BK, num_stages=STAGES):
-            k = start + tl.arange(0, BK)
+        square = tl.zeros([1], tl.float32)
+        if WHOLE > 0:
+            k = tl.arange(0, WHOLE)
             weight = tl.load(weight_N[:, None] + k[None, :], mask=(k < D)[None, :], other=0.0)
+            dependent_launch.wait(PDL)
             x = tl.load(x_row + k, mask=k < D, other=0.0).to(tl.float32)
             if HAS_NORM:
-                squares += x * x
+                square += tl.sum(x * x, axis=0)
                 x *= tl.load(norm_ptr + k, mask=k < D, other=0.0).to(tl.float32)
-            acc += weight.to(tl.float32) * x[None, :]
-        product = tl.sum(acc, axis=1)[None, :]
-        square = tl.sum(squares, axis=0) + tl.zeros([1], tl.float32)
+            product = tl.sum(weight.to(tl.float32) * x[None, :], axis=1)
+        else:
+            dependent_launch.wait(PDL)
+            acc = tl.zeros([BN, BK], tl.float32)
+            squares = tl.zeros([BK], tl.float32)
+            for start in tl.range(0, D, BK, num_stages=STAGES):
+                k = start + tl.arange(0, BK)
+                weight = tl.load(weight_N[:, None] + k[None, :], mask=(k < D)[None, :], other=0.0)
+                x = tl.load(x_row + k, mask=k < D, other=0.0).to(tl.float32)
+                if HAS_NORM:
+                    squares += x * x
+                    x *= tl.load(norm_ptr + k, mask=k < D, other=0.0).to(tl.float32)
+                acc += weight.to(tl.float32) * x[None, :]
+            product = tl.sum(acc, axis=1)
+            square += tl.sum(squares, axis=0)
+        product = product[None, :]
     elif SLICES > 1:
         slice_k = tl.arange(0, SLICES)[:, None] * (BK // SLICES) + tl.arange(0, BK // SLICES)[None, :]
+        dependent_launch.wait(PDL)
         acc = tl.zeros([SLICES, BM, BN], tl.float32)
         squares = tl.zeros([SLICES, BM], tl.float32)
         for start in tl.range(0, D, BK, num_stages=STAGES):
@@ -125,6 +147,7 @@ def row_product(
         product = tl.sum(acc, axis=0)
         square = tl.sum(squares, axis=0)
     else:
+        dependent_launch.wait(PDL)
         product = tl.zeros([BM, BN], tl.float32)
         square = tl.zeros([BM], tl.float32)
         for start in tl.range(0, D, BK, num_stages=STAGES):
@@ -132,11 +155,6 @@ def row_product(
             weight = tl.load(weight_N[None, :] + k[:, None], mask=(k < D)[:, None], other=0.0)
             use = inside[:, None] & (k < D)[None, :]
             x = tl.load(x_ptr + wide_row[:, None] + k[None, :], mask=use, other=0.0)
-            if HAS_NORM:
-                wide = x.to(tl.float32)
-                square += tl.sum(wide * wide, axis=1)
-                norm = tl.load(norm_ptr + k, mask=k < D, other=0.0).to(tl.float32)
-                x = (wide * norm[None, :]).to(x.dtype)
             product = tl.dot(x, weight, product, input_precision=PRECISION)
     return product, square
 
@@ -149,10 +167,13 @@ def normed(x_BD: Tensor, norm_D: Tensor, eps: float, cut: Config) -> Tensor:
 def options(x: Tensor, cut: Config) -> dict[str, object]:
     """What every kernel around `row_product` is launched with."""
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
-    pdl = dependent_launch.on(x)
+    pdl, size = dependent_launch.on(x), x.element_size()
+    whole = triton.next_power_of_2(x.shape[1])
+    if cut.rows > 1 or whole * cut.outputs * size > ROW_WHOLE * cut.warps:
+        whole = 0
     return dict(
-        BM=cut.rows, BN=cut.outputs, BK=cut.step * 2 // x.element_size(), SLICES=cut.slices, STAGES=cut.stages,
-        PRECISION=precision, AHEAD=PREFETCH // 128 if pdl else 0, num_warps=cut.warps, launch_pdl=pdl,
+        BM=cut.rows, BN=cut.outputs, BK=cut.step * 2 // size, SLICES=cut.slices, STAGES=cut.stages,
+        PRECISION=precision, WHOLE=whole, PDL=pdl, num_warps=cut.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

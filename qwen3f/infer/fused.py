@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import dependent_launch
 from kernels.head_sample import head_sample
 from kernels.head_shards import choose, head_shard
 from kernels.linear_residual import linear_residual
@@ -98,6 +99,7 @@ def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int
         experts = SparseMLP(cfg, execution.experts) if cfg.sparse_layers else None
 
     @torch.no_grad()
+    @dependent_launch.chain()
     def decode(
         params: P.Params, cache: KVCache, places: Places, last: Tensor, angles: tuple[Tensor, Tensor]
     ) -> tuple[Result, KVCache]:

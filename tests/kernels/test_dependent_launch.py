@@ -1,5 +1,7 @@
 """Launched dependently or not, and in a CUDA graph, decoding's kernels give the same bits."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -13,9 +15,18 @@ from kernels.paged_attention import paged_attention
 EPS, HEADS, K, d, D, WIDTH, VOCAB, PAGE, LAYERS = 1e-6, 8, 4, 64, 512, 1536, 4000, 16, 6
 
 
-def test_never_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(dependent_launch, "ENABLED", True)
-    assert not dependent_launch.on(torch.zeros(1))
+def test_never_on_a_cpu():
+    with dependent_launch.chain():
+        assert not dependent_launch.on(torch.zeros(1))
+
+
+@pytest.mark.gpu
+def test_only_within_a_chain():
+    x = torch.zeros(1, device="cuda")
+    assert not dependent_launch.on(x)
+    with dependent_launch.chain():
+        assert dependent_launch.on(x) == (torch.cuda.get_device_capability() >= (9, 0))
+    assert not dependent_launch.on(x)
 
 
 def randn(*shape):
@@ -53,17 +64,17 @@ def step(x, ones, layers, head, attention):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows, context", [(1, 40), (1, 3000), (16, 500), (256, 40)])
-def test_the_same_bits_in_a_graph(rows, context, monkeypatch):
+@pytest.mark.parametrize("rows, context", [(1, 40), (1, 3000), (16, 500), (64, 200), (256, 40)])
+def test_the_same_bits_in_a_graph(rows, context):
     inputs = arguments(rows, context)
     expected = step(*inputs)
-    for enabled in (False, True):
-        monkeypatch.setattr(dependent_launch, "ENABLED", enabled)
-        step(*inputs)  # compiles
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = step(*inputs)
+    for chain in (contextlib.nullcontext, dependent_launch.chain):
+        with chain():
+            step(*inputs)  # compiles
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = step(*inputs)
         for _ in range(20):
             for y in out:
                 y.zero_()

@@ -9,9 +9,10 @@ from kernels import row_product
 SHARED_BYTES = 227 << 10  # that one program of an H100 may have
 
 
-@given(B=st.integers(1, 1024), N=st.integers(1, 300_000))
-def test_every_launch_is_possible(B, N):
-    cut = row_product.config(B, N)
+@given(B=st.integers(1, 1024), N=st.integers(1, 300_000), D=st.integers(1, 30_000))
+def test_every_launch_is_possible(B, N, D):
+    cut = row_product.config(B, N, D)
+    assert cut.outputs == row_product.config(B, N, 0).outputs
     for size in (cut.rows, cut.outputs, cut.step, cut.slices):
         assert size & (size - 1) == 0
     assert cut.rows == 1 or (cut.rows >= 16 and cut.outputs >= 8 and cut.step // cut.slices >= 16)
@@ -22,5 +23,5 @@ def test_every_launch_is_possible(B, N):
 @pytest.mark.parametrize("N", [1024, 2048, 4096, 6144, 24576])
 def test_one_row_fills_the_card(N):
     """Two programs or more on each of 132 multiprocessors, or else the narrowest tiles."""
-    outputs = row_product.config(1, N).outputs
+    outputs = row_product.config(1, N, 1024).outputs
     assert N // outputs >= 264 or outputs == 4
