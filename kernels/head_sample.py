@@ -139,6 +139,7 @@ def _choose_kernel(
     shard's; the tiles' sums are all shards', `stride` numbers apart. 0 is written where not `shard` has the id.
     """
     dependent_launch.wait(PDL)
+    dependent_launch.release(PDL)
     row = tl.program_id(0)
     scale = _scale(inv_temperature_ptr, row, row + 1)
     block = tl.arange(0, PADDED)

@@ -171,6 +171,7 @@ def _split_kernel(
         page_at = tl.load(table_ptr + b * P + later // PAGE, mask=later < length, other=0)
         top, total, acc = _seen(q, k, v, use, top, total, acc, scale, PRECISION)
 
+    dependent_launch.release(PDL)
     if owner:
         page = tl.load(table_ptr + b * P + length // PAGE).to(tl.int64)
         to = ((page * K + kh) * PAGE + length % PAGE) * D + column[None, :]
@@ -208,6 +209,7 @@ def _merge_kernel(
     column, split = tl.arange(0, D), tl.arange(0, PADDED)
     length = tl.load(lengths_ptr + head // K)
     dependent_launch.wait(PDL)
+    dependent_launch.release(PDL)
     place = (head * SPLITS + split) * GROUP + g
     # all at once, whatever was written: a load that waits for the length would come a microsecond later
     lse = tl.load(lse_ptr + place, mask=split < SPLITS, other=0.0)

@@ -94,6 +94,7 @@ def _forward_kernel(
     HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     dependent_launch.wait(PDL)
+    dependent_launch.release(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows)[:, None] & (col < size)

@@ -24,15 +24,16 @@ from torch import Tensor
 from kernels import dependent_launch, rmsnorm
 from kernels.backend import check_devices, tl, triton
 
-# By sweeps on an H200 (132 multiprocessors) at Qwen3-0.6B's shapes and 1, 64 and 256 rows, within a chain.
+# By sweeps on an H200 (132 multiprocessors) at the shapes of Qwen3-0.6B and 8B and 1, 64 and 256 rows, within a chain.
 ROW_PROGRAMS = 264  # one row: programs wanted, two a multiprocessor
 ROW_TILE = 1024  # one row: numbers of the weight a warp and step, four 16-byte loads a thread
 ROW_WHOLE = 8192  # one row: bytes of the weight that a warp asks for at once at most, 64 registers a thread
-NARROW_TILES = 128  # up to SLICED_ROWS rows: tiles wanted, one a multiprocessor; narrower ones read x more often
-TILES = 96  # more rows: tiles at least
 SLICED_ROWS = 32
 SLICES = 4  # one a warp
-MAX_ROWS, MAX_OUTPUTS = 128, 128  # of a tile
+ONE_TILE_ROWS = 64  # all rows in one tile
+TILES = 128  # up to that many rows: tiles wanted, one a multiprocessor; narrower ones read x more often from L2
+LEAST_TILES = 96  # more rows: tiles at least
+MOST = 128  # rows and outputs of a tile
 STAGES = 4  # steps: three on their way while one is worked on
 LONG, LONG_STAGES = 2048, 6  # numbers summed over from which more steps are worth their start
 
@@ -54,29 +55,29 @@ class Config(NamedTuple):
 
 
 def config(B: int, N: int, D: int) -> Config:
-    """How B rows and N outputs, sums over D numbers, are cut, from these three alone."""
+    """How B rows and N outputs, sums over D numbers, are cut, from these three alone; `outputs` from B and N."""
     if B == 1:
         outputs = _outputs(N, ROW_PROGRAMS, 4, 32)
         warps = 8 if triton.cdiv(N, outputs) <= ROW_PROGRAMS else 4
         return Config(1, outputs, ROW_TILE * warps // outputs, 1, STAGES, warps)
     rows = max(16, triton.next_power_of_2(B))
     if rows <= SLICED_ROWS:
-        return Config(rows, _outputs(N, NARROW_TILES, 8, 32), 256, SLICES, STAGES, warps=SLICES)
-    rows, outputs = _tile(B, N)
-    step = 128 if rows + outputs <= 128 else 64  # 12 to 32 KiB
-    return Config(rows, outputs, step, 1, LONG_STAGES if D >= LONG else STAGES, warps=4 if rows <= 64 else 8)
+        return Config(rows, _outputs(N, TILES, 8, 32), 256, SLICES, STAGES, warps=SLICES)
+    rows, outputs = (rows, _outputs(N, TILES, 16, MOST)) if rows <= ONE_TILE_ROWS else _tile(B, N)
+    step = 128 if rows + outputs <= 96 else 64  # 16 to 32 KiB
+    stages = LONG_STAGES if D >= LONG and outputs >= 32 else STAGES
+    return Config(rows, outputs, step, 1, stages, warps=4 if rows == 64 else 8)
 
 
 def _tile(B: int, N: int) -> tuple[int, int]:
-    """(rows, outputs) of a tile: of those that leave TILES tiles the one that reads least for each of its numbers."""
-    few = 32 if B <= 64 else 64
+    """(rows, outputs) of the tile that reads least for each of its numbers, of those that leave LEAST_TILES tiles."""
     shapes = [
         (rows, outputs)
-        for rows in (few, 2 * few)
-        for outputs in (16, 32, 64, MAX_OUTPUTS)
-        if triton.cdiv(B, rows) * triton.cdiv(N, outputs) >= TILES
+        for rows in (ONE_TILE_ROWS, MOST)
+        for outputs in (16, 32, 64, MOST)
+        if triton.cdiv(B, rows) * triton.cdiv(N, outputs) >= LEAST_TILES
     ]
-    return min(shapes, key=lambda shape: 1 / shape[0] + 1 / shape[1], default=(few, 16))
+    return min(shapes, key=lambda shape: 1 / shape[0] + 1 / shape[1], default=(ONE_TILE_ROWS, 16))
 
 
 def _outputs(N: int, programs: int, least: int, most: int) -> int:
@@ -108,6 +109,7 @@ def row_product(
             k = tl.arange(0, WHOLE)
             weight = tl.load(weight_N[:, None] + k[None, :], mask=(k < D)[None, :], other=0.0)
             dependent_launch.wait(PDL)
+            dependent_launch.release(PDL)  # the next kernel asks for its weights while this one waits for x
             x = tl.load(x_row + k, mask=k < D, other=0.0).to(tl.float32)
             if HAS_NORM:
                 square += tl.sum(x * x, axis=0)
@@ -156,6 +158,7 @@ def row_product(
             use = inside[:, None] & (k < D)[None, :]
             x = tl.load(x_ptr + wide_row[:, None] + k[None, :], mask=use, other=0.0)
             product = tl.dot(x, weight, product, input_precision=PRECISION)
+    dependent_launch.release(PDL)
     return product, square
 
 
