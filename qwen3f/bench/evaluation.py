@@ -6,7 +6,7 @@ answers   --prompts, greedy, --new tokens each.
 
 Random weights at a released model's shape (in bfloat16 on a GPU) and a vocabulary made on the spot, the same for both;
 text is in, log-likelihoods or text are out, so both tokenise too. The peer is lm_eval's HFLM on transformers'
-scaled_dot_product_attention, with the fastest of --peer_batches, found on a part of the requests that is not timed.
+scaled_dot_product_attention, with the fastest of --peer_batches and --answer_batches, found on a part of the work.
 Ours is timed at its second call (the first captures graphs), the engine's making included. "difference" is the largest
 between both sides' log-likelihoods, "same" the share of answers that are equal: rounding differs, so in bfloat16 the
 one is not small and the other not 1.
@@ -172,11 +172,10 @@ def answers(report: Report, sides: Sides) -> None:
 
     def measure() -> dict[str, Any]:
         options = {"until": [END], "max_gen_toks": asked.new, "do_sample": False}
-        best = max(asked.answer_batches)
-        lm = sides.peer(best)
-        few = requests("generate_until", [(prompt, {**options, "max_gen_toks": 4}) for prompt in prompts[:8]])
-        lm.generate_until(few, disable_tqdm=True)
-        every = requests("generate_until", [(prompt, options) for prompt in prompts])
+        short = {**options, "max_gen_toks": max(1, asked.new // 4)}
+        few = requests("generate_until", [(prompt, short) for prompt in prompts[: max(asked.answer_batches)]])
+        best = sides.fastest(lambda lm: lm.generate_until(few, disable_tqdm=True), asked.answer_batches)
+        lm, every = sides.peer(best), requests("generate_until", [(prompt, options) for prompt in prompts])
         reset_peak(device)
         found: list[str] = []
         taken = clock(lambda: found.extend(lm.generate_until(every, disable_tqdm=True)), device, repeats=1, warm=0)
@@ -203,7 +202,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--peer_batches", default=[16, 32, 64], help="sequences at a time, tried", **sizes)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--new", type=int, default=256)
-    parser.add_argument("--answer_batches", default=[256], help="sequences at a time", **sizes)
+    parser.add_argument("--answer_batches", default=[64, 128, 256], help="sequences at a time, tried", **sizes)
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args(arguments)
     device = device_of(asked.device)
