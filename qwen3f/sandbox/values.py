@@ -1,7 +1,8 @@
 """Plain values over a pipe: JSON in which tuples, sets, other keys than text and the like keep what they are.
 
-Only exact built-in types travel, so no object of the code that is judged ever reaches the one that compares. Runs on
-both sides of the pipe: the standard library alone, any Python from 3.8 on.
+Only exact built-in types travel, so no object of the code that is judged ever reaches the one that compares: of a
+Counter its dict, of a named tuple its tuple, whatever their methods say. Runs on both sides of the pipe: the standard
+library alone, any Python from 3.8 on.
 """
 
 from __future__ import annotations
@@ -11,31 +12,36 @@ from typing import Any
 
 DEPTH = 50
 COLLISIONS = 125_000  # pairs of a message's keys that share a hash within a set: making the set compares each
+_TYPES = (bool, str, int, float, list, tuple, set, frozenset, dict, bytes, complex)
 _LARGE = 1 << 64  # from here on an integer travels as hex, which no limit of decimal digits holds for
 
 
 def pack(value: Any, depth: int = DEPTH) -> Any:
-    """A plain value as what json.dumps takes. Raises TypeError for any other type, subclasses included, and for values
-    that are nested deeper than `depth`."""
+    """A plain value as what json.dumps takes; of a subclass what it holds as the built-in type. Raises TypeError for
+    any other type, and for values that are nested deeper than `depth`."""
     if depth < 0:
         raise TypeError("a value that is nested too deeply")
-    kind = type(value)
-    if value is None or kind in (bool, str):
+    kind = next((base for base in type(value).__mro__ if base in _TYPES), type(value))
+    if value is None or kind is bool:
         return value
+    if kind is str:
+        return str.__str__(value)
     if kind is int:
+        value = int.__int__(value)
         return value if -_LARGE < value < _LARGE else {"i": hex(value)}
     if kind is float:
+        value = float.__float__(value)
         return value if value - value == 0 else {"f": repr(value)}
     if kind is list:
-        return [pack(x, depth - 1) for x in value]
+        return [pack(x, depth - 1) for x in list.__iter__(value)]
     if kind is tuple:
-        return {"t": [pack(x, depth - 1) for x in value]}
+        return {"t": [pack(x, depth - 1) for x in tuple.__iter__(value)]}
     if kind in (set, frozenset):
-        return {"s" if kind is set else "z": [pack(x, depth - 1) for x in value]}
+        return {"s" if kind is set else "z": [pack(x, depth - 1) for x in kind.__iter__(value)]}
     if kind is dict:
-        return {"d": [[pack(k, depth - 1), pack(v, depth - 1)] for k, v in value.items()]}
+        return {"d": [[pack(k, depth - 1), pack(v, depth - 1)] for k, v in dict.items(value)]}
     if kind is bytes:
-        return {"b": value.hex()}
+        return {"b": bytes.hex(value)}
     if kind is complex:
         return {"c": [pack(value.real), pack(value.imag)]}
     raise TypeError(f"a value of type {kind.__name__[:100]}, which is none of the plain built-in types")

@@ -1,5 +1,7 @@
 """Right code of every kind passes, and code that is nearly right does not: what is compared is what was returned."""
 
+import collections
+import enum
 import math
 
 import pytest
@@ -66,6 +68,36 @@ def test_neither_process_has_the_others_module():
 def test_the_tests_own_check_is_called_and_no_other(code, tests, entry, setup, passed):
     verdict = run_tests(code, tests, entry, setup=setup)
     assert verdict.passed is passed, verdict
+
+
+def test_of_a_subclass_the_built_in_value_travels():
+    """As in a program of its own, where a Counter equals a dict; its own methods say nothing."""
+
+    class Liar(dict):
+        def items(self):
+            return [("a", 9)]
+
+        def __eq__(self, other):
+            return True
+
+    class Word(str):
+        def __str__(self):
+            return "other"
+
+    Point, Colour = collections.namedtuple("Point", "x y"), enum.IntEnum("Colour", "RED")
+    counts = collections.defaultdict(int, a=1)
+    values = [collections.Counter("a"), counts, collections.OrderedDict(a=1), Liar(a=1), Point(1, [2]), Colour.RED]
+    plain = [{"a": 1}, {"a": 1}, {"a": 1}, {"a": 1}, (1, [2]), 1]
+    for value, expected in zip([*values, [Word("w")]], [*plain, ["w"]], strict=True):
+        got = unpack(pack(value))
+        assert (got, type(got)) == (expected, type(expected))
+
+
+@RUNS
+def test_a_counter_equals_a_dict():
+    code = "from collections import Counter\ndef f(s):\n    return Counter(s)\n"
+    assert run_tests(code, "def check(c):\n    assert c('aab') == {'a': 2, 'b': 1}\n", "f").passed
+    assert not run_tests(code, "def check(c):\n    assert c('aab') == {'a': 1, 'b': 1}\n", "f").passed
 
 
 @RUNS
