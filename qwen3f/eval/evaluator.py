@@ -131,7 +131,7 @@ class Evaluator:
             nats, weight = nats + found[0].item(), weight + found[1].item()
         if not weight:
             raise UserError("perplexity: the batches predict no token; give some with loss_weights")
-        return math.exp(nats / weight)
+        return _exp(nats / weight)
 
     def rolling(self, documents: Sequence[str], context: int = 1) -> list[float]:
         """The log-likelihood of each document, read in windows of the model's positions.
@@ -152,7 +152,8 @@ class Evaluator:
     def document_perplexity(self, documents: Sequence[str], context: int = 1) -> dict[str, float]:
         """{"word_perplexity", "byte_perplexity", "bits_per_byte"} of documents, as the harness's wikitext has them.
 
-        Words are what blanks part, bytes UTF-8's. context: as for `rolling`. Raises UserError without any text.
+        Words are what blanks part, bytes UTF-8's. Where a script has no blanks, a document may be one word, and its
+        word_perplexity infinite. context: as for `rolling`. Raises UserError without any text.
         """
         size = sum(len(text.encode()) for text in documents)
         if not size:
@@ -160,7 +161,7 @@ class Evaluator:
         total = math.fsum(self.rolling(documents, context))
         words = sum(len(re.split(r"\s+", text)) for text in documents)
         bits = -total / size / math.log(2)
-        return {"word_perplexity": math.exp(-total / words), "byte_perplexity": 2**bits, "bits_per_byte": bits}
+        return {"word_perplexity": _exp(-total / words), "byte_perplexity": _exp(-total / size), "bits_per_byte": bits}
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """(context ids, continuation ids) of each pair: those of both together are split behind the context's length.
@@ -201,6 +202,14 @@ class Evaluator:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         trusted = [[(text, True)] for text in texts]  # names of special tokens are read in each, as the harness does
         return [ids.tolist() for ids in self.tokenizer.encode_segments_batch(trusted, num_threads=os.cpu_count() or 1)]
+
+
+def _exp(nats: float) -> float:
+    """Infinite beyond the largest float, where math.exp raises."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def choice_pairs(question: Mapping[str, Any], where: str) -> list[tuple[str, str]]:

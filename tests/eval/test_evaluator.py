@@ -245,6 +245,13 @@ def test_document_perplexity_counts_words_and_bytes(tokenizer):
     assert short.rolling(texts[:1], context=8) == pytest.approx([sum(each)], abs=1e-9)
 
 
+def test_a_long_text_without_blanks_has_a_perplexity(tokenizer):
+    """One word, less likely than any float."""
+    found = Evaluator(CFG, DOUBLE, tokenizer).document_perplexity(["今日は天気がいい" * 12])
+    assert found["word_perplexity"] == math.inf
+    assert math.isfinite(found["byte_perplexity"])
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
