@@ -44,7 +44,10 @@ CHOICES = {
     "data.long_chats": ("drop", "cut_end", "error"),
     "data.on_bad_row": ("error", "skip"),
 }
-CHOICES_OF = {"export_hf": {"dtype": ("bfloat16", "float16", "float32", "stored")}}  # of a stage, where others count
+CHOICES_OF = {  # of a stage, where others count
+    "export_hf": {"dtype": ("bfloat16", "float16", "float32", "stored")},
+    "eval": {"attention": ("auto", "reference", "sdpa", "flash")},
+}
 POSITIVE = (
     "steps", "batch_size", "seq_len", "log_every", "eval.batch_size", "spike.window", "collective_timeout",
     "data.num_threads", "data.problems", "data.max_heldout", "eval.max_new_tokens", "max_new_tokens", "samples",

@@ -143,6 +143,7 @@ def test_a_batch_size_changes_nothing(place, whole, tmp_path):
     ({"benchmarks": "gsm8k,mmlu,gsm8k"}, "names gsm8k twice"),
     ({"benchmarks": "gsm8k@"}, "names no directory after the @; write gsm8k@DIR"),
     ({"benchmarks": "gsm8k@nowhere"}, "There is no directory nowhere for gsm8k"),
+    ({"benchmarks": "reasoning@x"}, "--config.benchmarks=reasoning@x: reasoning is generated and reads no directory"),
     ({"benchmarks": "docvqa@x"}, "docvqa asks about images"),
     ({"prompt": "raw", "thinking": True}, "--config.thinking=True needs --config.prompt=chat"),
     ({"prompt": "chat", "thinking": True}, "mmlu scores choices right behind the prompt"),

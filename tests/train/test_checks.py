@@ -125,3 +125,4 @@ def test_a_share_of_the_steps_is_what_was_written(written, updates, steps):
 
 def test_words_of_a_tool_are_those_of_its_module():
     assert checks.CHOICES_OF["export_hf"]["dtype"] == tuple(export.DTYPES)
+    assert set(checks.CHOICES_OF["eval"]["attention"]) == set(attention.BACKENDS)  # invariant is of stages that train

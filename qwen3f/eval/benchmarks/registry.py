@@ -27,7 +27,8 @@ _TASKS = tuple(FAMILIES)
 
 
 def parse_benchmarks(text: str, flag: str) -> list[tuple[Benchmark, str]]:
-    """ "gsm8k,mmlu@DIR" -> [(benchmark, directory or "")]. Raises UserError for unknown and repeated ones, and none.
+    """ "gsm8k,mmlu@DIR" -> [(benchmark, directory or "")]. Raises UserError for unknown and repeated ones, none, and a
+    directory of generated problems.
 
     flag: what names them on the command line, for the message.
     """
@@ -36,7 +37,10 @@ def parse_benchmarks(text: str, flag: str) -> list[tuple[Benchmark, str]]:
         name, at, directory = part.partition("@")
         if at and not directory:
             raise UserError(f"{flag}={text}: {part!r} names no directory after the @; write {name}@DIR")
-        found.append((_find(name, flag), directory))
+        benchmark = _find(name, flag)
+        if directory and benchmark.task:
+            raise UserError(f"{flag}={text}: {name} is generated and reads no directory; write {name} alone")
+        found.append((benchmark, directory))
     if not found:
         raise UserError(f"{flag} is empty; write one or more of {', '.join((*_NAMED, *_TASKS))}")
     names = [one.name for one, _ in found]
