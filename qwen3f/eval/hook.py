@@ -17,7 +17,7 @@ from qwen3f.eval.benchmarks.items import Asked, load, place_of
 from qwen3f.eval.benchmarks.registry import parse_benchmarks
 from qwen3f.eval.evaluator import Evaluator
 from qwen3f.eval.measure import Record, Settings, estimates, measure
-from qwen3f.eval.prompts import template_of
+from qwen3f.eval.prompts import FORMS, template_of
 from qwen3f.params import Params
 from qwen3f.train import stage as S
 from qwen3f.train.setup import Setup, at_least
@@ -45,8 +45,16 @@ def check(setup: Setup) -> None:
                         "leave it out")  # fmt: skip
     at_least(config, "eval.benchmark_questions", 1)
     at_least(config, "eval.benchmark_tokens", 0)
+    if config.eval.benchmark_prompt not in FORMS:
+        raise UserError(f"--config.eval.benchmark_prompt={config.eval.benchmark_prompt!r}: write {' or '.join(FORMS)}")
+    settings, positions = _settings(config), setup.model.max_position_embeddings
     for benchmark, _ in _named(config):
-        _settings(config).check(benchmark)
+        settings.check(benchmark)
+        if (tokens := settings.tokens(benchmark)) >= positions:
+            raise UserError(
+                f"--config.eval.benchmark_tokens={config.eval.benchmark_tokens}: {tokens} new tokens for "
+                f"{benchmark.name} leave no room for a prompt in the model's {positions} positions; write fewer"
+            )
 
 
 def with_benchmarks(run: S.Run, stage: S.Stage) -> S.Stage:
@@ -60,7 +68,7 @@ def with_benchmarks(run: S.Run, stage: S.Stage) -> S.Stage:
     named, settings = _named(config), _settings(config)
     asked = []
     for benchmark, directory in named:
-        place = place_of(benchmark, directory, config.eval.benchmark_root, len(named) == 1)
+        place = place_of(benchmark, directory, config.eval.benchmark_root, len(named) == 1, "eval.benchmark_root")
         questions = _spread(load(benchmark, place, None, 0), config.eval.benchmark_questions)
         # a model that always thinks does so here too; others answer at once
         always = template_of(benchmark, settings.prompt, stage.tokenizer).always and benchmark.generation is not None

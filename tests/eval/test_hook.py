@@ -77,12 +77,19 @@ def test_ranks_share_the_questions_of_a_stage(mesh, trained, place, tmp_path):
 @pytest.mark.parametrize("changes, words", [
     ({"eval.benchmarks": "winogrand"}, "--config.eval.benchmarks: there is no benchmark 'winogrand'"),
     ({"eval.benchmark_questions": 0}, "eval.benchmark_questions must be at least 1"),
-    ({"eval.benchmark_prompt": "x"}, "prompt='x'"),
+    ({"eval.benchmark_prompt": "x"}, "--config.eval.benchmark_prompt='x': write raw or chat"),
+    ({"eval.benchmark_tokens": 2048}, "--config.eval.benchmark_tokens=2048: 2048 new tokens for gsm8k leave no room"),
+    ({"eval.benchmark_tokens": 0, "model.max_position_embeddings": 256}, "=0: 256 new tokens for gsm8k"),
     ({"model.scalar_head": True, "stage": "pretrain"}, "a model of scores answers no questions"),
 ])  # fmt: skip
 def test_what_a_stage_cannot_ask_is_said_before_it_starts(place, changes, words):
     with pytest.raises(UserError, match=words):
         hook.check(make_setup(training(place, **changes)))
+
+
+def test_a_data_set_that_is_not_in_the_root_is_said_with_its_flag(trained, place, tmp_path):
+    with pytest.raises(UserError, match="--config.eval.benchmark_root=.* has no directory winogrande"):
+        loop.run(training(place, **{"eval.benchmark_root": str(tmp_path)}), tmp_path / "w", progress=False)
 
 
 def test_benchmarks_of_a_run_are_asked_in_its_model_s_kind_of_chats(place, trained, tmp_path):

@@ -32,21 +32,21 @@ class Asked:
     examples: Examples
 
 
-def place_of(benchmark: Benchmark, directory: str, root: str, alone: bool) -> str:
+def place_of(benchmark: Benchmark, directory: str, root: str, alone: bool, key: str = "data.root") -> str:
     """Where a benchmark's local copy is; "" for the Hub.
 
     directory: of name@DIR. root: of all local copies, each a subdirectory named as the benchmark; where one benchmark
-    is asked alone, also its own. Raises UserError for a root without it.
+    is asked alone, also its own. key: of the configuration, that says root. Raises UserError for a root without it.
     """
     if directory or not root or benchmark.task:
         return directory
-    own = user_path(root, "data.root") / benchmark.name
+    own = user_path(root, key) / benchmark.name
     if own.is_dir():
         return str(own)
     if alone:
         return root
     raise UserError(
-        f"--config.data.root={root} has no directory {benchmark.name}: put the files of {benchmark.hub_id} into {own}, "
+        f"--config.{key}={root} has no directory {benchmark.name}: put the files of {benchmark.hub_id} into {own}, "
         f"or write {benchmark.name}@DIR"
     )
 
