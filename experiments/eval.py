@@ -35,6 +35,8 @@ def get_config() -> ConfigDict:
     config.temperature = 0.0  # 0: greedy
     config.top_p = 1.0
     config.seed = 0
+    config.min_pixels = 65_536  # images are scaled to lie between
+    config.max_pixels = 16_777_216
     config.metrics = "harness"  # or official: by the authors' definition, where that is another (vqav2, docvqa)
     config.mesh = ""  # dp4: four ranks share out the questions; each has the whole model
     config.batch_tokens = 0  # tokens at a time; 0: as many as memory lets one expect. No result depends on it

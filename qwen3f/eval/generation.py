@@ -4,21 +4,29 @@ import dataclasses
 from collections.abc import Sequence
 
 from qwen3f.errors import UserError
+from qwen3f.eval.benchmarks.pictures import Picture
 from qwen3f.eval.evaluator import Evaluator
 from qwen3f.infer.engine import Engine
+from qwen3f.infer.pictures import Pictures
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.tasks.answer_text import after_thinking
+from qwen3f.vision.preprocess import MAX_PIXELS, MIN_PIXELS, image_patches, merged_tokens
+
+PICTURES = 16  # decoded at a time: a page of a document may take a hundred megabytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. samples: to each prompt. temperature 0: greedy. seed: of the draws."""
+    """How answers are drawn. samples: to each prompt. temperature 0: greedy. seed: of the draws.
+    min_pixels, max_pixels: between which pictures are scaled."""
 
     max_new_tokens: int
     samples: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    min_pixels: int = MIN_PIXELS
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +39,19 @@ class Written:
 
 
 def write(
-    ev: Evaluator, prompts: Sequence[str], sampling: Sampling, numbers: Sequence[int], until: Sequence[str] = ()
+    ev: Evaluator,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    numbers: Sequence[int],
+    until: Sequence[str] = (),
+    images: Sequence[Picture] = (),
 ) -> list[list[Written]]:
     """`samples` answers to each prompt, in order. numbers: of the prompts, which their random streams depend on.
 
-    until: texts that end an answer, which keeps them. A prompt that leaves no room for max_new_tokens is cut on its
-    left, as the harness does. Raises UserError for max_new_tokens that leave no room for any prompt, and for logits
-    that are not finite.
+    until: texts that end an answer, which keeps them. images: what stands at each prompt's <|image_pad|>, one of each;
+    () where there are none. A prompt that leaves no room for max_new_tokens is cut on its left, as the harness does.
+    Raises UserError for max_new_tokens that leave no room for any prompt, or for one with its picture, which is not
+    cut; for a picture that cannot be read, and for logits that are not finite.
     """
     room, tokenizer = ev.cfg.max_position_embeddings - sampling.max_new_tokens, ev.tokenizer
     if room < 1:
@@ -48,22 +62,47 @@ def write(
     whole = [tokenizer.encode(prompt, allow_special=True) for prompt in prompts]
     # its cache takes most of a card's memory, so it lives no longer than this call
     engine = Engine(ev.cfg, ev.params, seed=sampling.seed, execution=ev.execution, tokenizer=tokenizer)
-    found = engine.generate(
-        [ids[-room:] for ids in whole],
-        SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p),
-        max_new_tokens=sampling.max_new_tokens,
-        n=sampling.samples,
-        streams=[number * sampling.samples + i for number in numbers for i in range(sampling.samples)],
-        stop_texts=tuple(until),
-    )
     out: list[list[Written]] = [[] for _ in prompts]
-    for one in found:
-        if one.finish_reason.startswith("error"):
-            raise UserError(one.finish_reason.removeprefix("error: ") + ", or use dtype=float32")
-        ids = one.ids[:-1] if one.ids and one.ids[-1] in tokenizer.stop_ids else one.ids
-        text, ended = tokenizer.decode(ids, skip_special=True), one.finish_reason == "stop"
-        out[one.prompt_index].append(Written(text, ended, len(whole[one.prompt_index]) > room))
+    size = PICTURES if images else max(1, len(prompts))
+    for first in range(0, len(prompts), size):
+        asked, seen = whole[first : first + size], None
+        if images:
+            shown = [
+                _shown(ev, *pair, room, sampling) for pair in zip(asked, images[first : first + size], strict=True)
+            ]
+            asked, seen = [ids for ids, _ in shown], [pictures for _, pictures in shown]
+        found = engine.generate(
+            [ids[-room:] for ids in asked],
+            SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p),
+            max_new_tokens=sampling.max_new_tokens,
+            n=sampling.samples,
+            streams=[n * sampling.samples + i for n in numbers[first : first + size] for i in range(sampling.samples)],
+            pictures=seen,
+            stop_texts=tuple(until),
+        )
+        for one in found:
+            if one.finish_reason.startswith("error"):
+                raise UserError(one.finish_reason.removeprefix("error: ") + ", or use dtype=float32")
+            ids = one.ids[:-1] if one.ids and one.ids[-1] in tokenizer.stop_ids else one.ids
+            text, ended = tokenizer.decode(ids, skip_special=True), one.finish_reason == "stop"
+            out[first + one.prompt_index].append(Written(text, ended, len(asked[one.prompt_index]) > room))
     return out
+
+
+def _shown(
+    ev: Evaluator, ids: Sequence[int], image: Picture, room: int, sampling: Sampling
+) -> tuple[list[int], Pictures]:
+    """A prompt's ids with as many placeholders as its picture takes, and the picture."""
+    patches, grid = image_patches(image.open(), ev.cfg, sampling.min_pixels, sampling.max_pixels)
+    count, pad = merged_tokens(grid, ev.cfg), ev.cfg.image_token_id
+    place = ids.index(pad)
+    out = [*ids[:place], *[pad] * count, *ids[place + 1 :]]
+    if len(out) > room:
+        raise UserError(
+            f"the question of {image.row} has {len(out)} tokens with its picture, and the model's positions leave room "
+            f"for {room}; write a smaller --config.max_pixels than {sampling.max_pixels}"
+        )
+    return out, Pictures.of([(patches, grid)])
 
 
 def cut(text: str, until: Sequence[str], thinking: bool) -> str | None:

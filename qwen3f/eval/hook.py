@@ -49,6 +49,11 @@ def check(setup: Setup) -> None:
         raise UserError(f"--config.eval.benchmark_prompt={config.eval.benchmark_prompt!r}: write {' or '.join(FORMS)}")
     settings, positions = _settings(config), setup.model.max_position_embeddings
     for benchmark, _ in _named(config):
+        if benchmark.vision:
+            raise UserError(
+                f"--config.eval.benchmarks={config.eval.benchmarks}: {benchmark.name} asks about images, and a stage "
+                "asks in words alone; leave it out, and ask it of a checkpoint by experiments/eval.py"
+            )
         settings.check(benchmark)
         if (tokens := settings.tokens(benchmark)) >= positions:
             raise UserError(

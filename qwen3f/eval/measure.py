@@ -15,8 +15,10 @@ from qwen3f.eval.evaluator import Evaluator
 from qwen3f.eval.generation import Sampling, cut, write
 from qwen3f.eval.prompts import FORMS, is_chat, prompts, template_of
 from qwen3f.eval.statistics import Estimate, estimate
+from qwen3f.vision.preprocess import MAX_PIXELS, MIN_PIXELS
 
 METRICS = ("harness", "official")
+PIXELS = ("min_pixels", "max_pixels")  # settings of benchmarks with pictures alone
 Record = dict[str, Any]
 
 
@@ -28,6 +30,7 @@ class Settings:
         prompt: raw or chat. thinking: in chats, whether the model may think first; else an empty block is given.
         shots, max_new_tokens: None and 0: the benchmark's own.
         samples: answers to each question of a benchmark with programs. temperature, top_p, seed: of the draws.
+        min_pixels, max_pixels: between which pictures are scaled.
         metrics: harness, or official: by the authors' definition, where that is another.
     """
 
@@ -40,6 +43,8 @@ class Settings:
     top_p: float = 1.0
     seed: int = 0
     metrics: str = "harness"
+    min_pixels: int = MIN_PIXELS
+    max_pixels: int = MAX_PIXELS
 
     def check(self, benchmark: Benchmark, vision: bool = False) -> None:
         """Raises UserError for what does not go together. vision: whether the model sees images."""
@@ -75,7 +80,7 @@ class Settings:
 
 def question(benchmark: Benchmark, asked: Asked, settings: Settings, kind: TemplateKind) -> Record:
     """What a record says of its question, plain JSON: {"number", "name", "group", "question", "prompt", "gold"}; where
-    choices are scored also "choices" and "continuations".
+    choices are scored also "choices" and "continuations", of a picture "image", its digest.
 
     "question" is the item's own prompt, whatever the form and the examples before it; "prompt" what the model reads.
     kind: of its chats. Raises UserError as `prompts`.
@@ -91,6 +96,8 @@ def question(benchmark: Benchmark, asked: Asked, settings: Settings, kind: Templ
     }
     if benchmark.generation is None:
         said |= {"choices": item.choices, "continuations": item.continuations or item.choices}
+    if benchmark.vision:
+        said |= {"image": item.image.digest()}
     return json.loads(json.dumps(said))  # lists for tuples, as a file has them
 
 
@@ -136,14 +143,16 @@ def _answer(
 ) -> list[Record]:
     how, numbers = benchmark.generation, [one.number for one in asked]
     sampling = Sampling(
-        settings.tokens(benchmark), settings.samples, settings.temperature, settings.top_p, settings.seed
+        settings.tokens(benchmark),
+        **{key: getattr(settings, key) for key in ("samples", "temperature", "top_p", "seed", *PIXELS)},
     )
+    images = [one.item.image for one in asked] if benchmark.vision else ()
     score = benchmark.official if settings.metrics == "official" and benchmark.official else benchmark.score
     as_chat = settings.prompt == "chat" and how.chat is not None
     until, out = () if as_chat else how.until, []
     ends = () if settings.thinking else until  # a thought may hold such texts
     begun = opening(ev.tokenizer) if is_chat(benchmark, settings.prompt) else ""
-    for one, written in zip(asked, write(ev, [each["prompt"] for each in said], sampling, numbers, ends)):
+    for one, written in zip(asked, write(ev, [each["prompt"] for each in said], sampling, numbers, ends, images)):
         texts = [begun + w.text for w in written]
         # a task's judge looks behind the thinking itself, as its rewards do
         answers = [text if benchmark.task else cut(text, until, settings.thinking) or "" for text in texts]

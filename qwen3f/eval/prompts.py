@@ -8,6 +8,7 @@ from qwen3f.eval.benchmarks.benchmark import Benchmark
 from qwen3f.eval.benchmarks.items import Asked
 
 FORMS = ("raw", "chat")
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"  # before a question about one, as the chat template writes it
 BETWEEN, BEFORE_ANSWER = "\n\n", " "
 
 
@@ -48,6 +49,8 @@ def prompts(
     """
     item = asked.item
     given = (item.prompt,) if isinstance(item.prompt, str) else item.prompt
+    if benchmark.vision:
+        given = tuple(PICTURE + prompt for prompt in given)
     if not is_chat(benchmark, form):
         return tuple(raw(asked, prompt) for prompt in given)
     # choices stand where an answer begins, without an empty thinking block: the harness has it so

@@ -31,6 +31,8 @@ def settings(found: Mapping[str, Any]) -> str:
         drawn = f"temperature {s['temperature']:g}, {s['samples']} samples" if s["temperature"] else "greedy"
         parts += [f"at most {s['max_new_tokens']} new tokens, {drawn}"]
         parts.append(f"{found['ended']:,} of {found['answers']:,} answers ended")
+    if "max_pixels" in s:
+        parts.append(f"pictures of {s['min_pixels']:,} to {s['max_pixels']:,} pixels")
     parts.append(f"metrics of {s['metrics']}")
     for count, words in (
         (found["truncated"], "prompts cut on the left"),

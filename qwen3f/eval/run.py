@@ -15,6 +15,7 @@ from tqdm import tqdm
 from qwen3f import model
 from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.chat.kinds import HYBRID, TemplateKind, check_thinking
+from qwen3f.data.multimodal.samples import check_tokenizer
 from qwen3f.data.sources.reasoning import FAMILIES, ReasoningSource
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
@@ -23,7 +24,7 @@ from qwen3f.eval.benchmarks.items import Asked, load, place_of
 from qwen3f.eval.benchmarks.registry import parse_benchmarks
 from qwen3f.eval.benchmarks.tasks import task_benchmark
 from qwen3f.eval.evaluator import Evaluator
-from qwen3f.eval.measure import Settings, measure, question, summary
+from qwen3f.eval.measure import PIXELS, Settings, measure, question, summary
 from qwen3f.eval.prompts import is_chat, template_of
 from qwen3f.eval.records import Records
 from qwen3f.eval.report import table
@@ -35,12 +36,13 @@ from qwen3f.processes.world import ALONE, World
 from qwen3f.tasks.registry import open_task
 from qwen3f.train.choices import find_device, find_dtype
 from qwen3f.train.lock import only_writer
+from qwen3f.vision.preprocess import check_limits, token_side
 from sharding.mesh import MeshShape, parse_mesh
 
 RESULTS, TABLE = "results.json", "results.md"
 _DIGITS = 16  # of a fingerprint, kept and shown
 _SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
-_QUESTION = ("group", "question", "prompt", "gold", "choices", "continuations")  # what a score depends on
+_QUESTION = ("group", "question", "prompt", "gold", "choices", "continuations", "image")  # what a score depends on
 _PROBLEMS = ("kinds", "difficulties", "problems", "problem_seed")  # of config.data: which generated ones are asked
 
 
@@ -85,8 +87,11 @@ def check(config: ConfigDict) -> list[tuple[Benchmark, str]]:
     for key, low in (("limit", 0), ("batch_tokens", 0), ("chunk", 1)):
         if config[key] < low:
             raise UserError(f"--config.{key}={config[key]}: write at least {low}")
+    cfg = source.read_model_config(config.init_from)
     for benchmark, _ in named:
-        settings_of(config).check(benchmark)
+        settings_of(config).check(benchmark, cfg.vision_enabled)
+        if benchmark.vision:
+            check_limits(token_side(cfg), config.min_pixels, config.max_pixels, "--config.")
     return [(one, place_of(one, place, config.data.root, len(named) == 1)) for one, place in named]
 
 
@@ -152,6 +157,8 @@ def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
     named = check(config)
     in_chats = any(is_chat(benchmark, settings.prompt) for benchmark, _ in named)
     tokenizer = _tokenizer(config, place) if in_chats else None
+    if any(benchmark.vision for benchmark, _ in named):
+        check_tokenizer(_tokenizer(config, place), source.read_model_config(place))
     for benchmark, where in named:
         values = dataclasses.asdict(settings) | {
             "shots": benchmark.shots.count if settings.shots is None else settings.shots,
@@ -161,6 +168,8 @@ def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
             "model": place,
             "dtype": dtype,
         }
+        if not benchmark.vision:
+            values = {key: value for key, value in values.items() if key not in PIXELS}
         if benchmark.task:
             values |= {"prompt": "chat", "metrics": "the task", **{key: config.data[key] for key in _PROBLEMS}}
         kind = HYBRID

@@ -76,6 +76,7 @@ def test_ranks_share_the_questions_of_a_stage(mesh, trained, place, tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     ({"eval.benchmarks": "winogrand"}, "--config.eval.benchmarks: there is no benchmark 'winogrand'"),
+    ({"eval.benchmarks": "docvqa"}, "--config.eval.benchmarks=docvqa: docvqa asks about images, and a stage"),
     ({"eval.benchmark_questions": 0}, "eval.benchmark_questions must be at least 1"),
     ({"eval.benchmark_prompt": "x"}, "--config.eval.benchmark_prompt='x': write raw or chat"),
     ({"eval.benchmark_tokens": 2048}, "--config.eval.benchmark_tokens=2048: 2048 new tokens for gsm8k leave no room"),

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
@@ -37,13 +37,13 @@ def image_size(path: Path) -> tuple[int, int]:
     return opened(path, upright)
 
 
-def opened(path: Path, use: Callable[[Image.Image, str], Result]) -> Result:
-    """use(the image, its header read; its name for errors). Raises UserError as read_image."""
-    name = f"the image {path}"
+def opened(file: Path | BinaryIO, use: Callable[[Image.Image, str], Result], name: str = "") -> Result:
+    """use(the image, its header read; its name for errors, by default the path). Raises UserError as read_image."""
+    name = name or f"the image {file}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours decides
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(file, formats=FORMATS)
         with image:
             return use(image, name)
     except UserError:

@@ -28,7 +28,7 @@ class Item:
         choices: what is chosen from. continuations: what is scored after the prompt, where that is not the choice.
         group: the subject, whose few shots it gets and by which results are listed.
         chat_prompt: the prompt of a user's turn, where that is another.
-        image: of a vision benchmark, as the data set has it.
+        image: of a vision benchmark, as the data set has it; `items` makes it a pictures.Picture.
     """
 
     name: str

@@ -10,6 +10,7 @@ from qwen3f.data.sources.adapters.registry import HubDataset
 from qwen3f.data.sources.adapters.rows import BadRow, Row, RowFault
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark, Item
+from qwen3f.eval.benchmarks.pictures import picture_of
 from qwen3f.files import user_path
 
 SEED = 1234  # of the harness's draws
@@ -59,7 +60,7 @@ def load(benchmark: Benchmark, place: str, shots: int | None, most: int) -> list
     Raises UserError for files that are missing or no copy of the data set, a row that cannot be used, too few examples
     to draw from, and no questions.
     """
-    groups = grouped(items(benchmark, place, benchmark.split))
+    groups = grouped(items(benchmark, place, benchmark.split), most)
     if not groups:
         raise UserError(
             f"{benchmark.name} has no questions in {place or benchmark.hub_id}: put the whole data set there"
@@ -129,15 +130,20 @@ def items(benchmark: Benchmark, place: str, split: str) -> Iterator[Item]:
             if isinstance(row, BadRow):
                 raise UserError(row.message)
             try:
-                yield benchmark.read(row)
+                item = benchmark.read(row)
+                if benchmark.vision:
+                    item = dataclasses.replace(item, image=picture_of(item.image, row.name, place))
+                yield item
             except RowFault as fault:
                 raise UserError(fault.message) from None
 
 
-def grouped(found: Iterator[Item]) -> Mapping[str, list[Item]]:
+def grouped(found: Iterator[Item], most: int = 0) -> Mapping[str, list[Item]]:
+    """By group. most: of each, whose images are kept, the first ones; 0: all. They are what takes memory."""
     out: dict[str, list[Item]] = {}
     for item in found:
-        out.setdefault(item.group, []).append(item)
+        group = out.setdefault(item.group, [])
+        group.append(dataclasses.replace(item, image=None) if most and len(group) >= most else item)
     return out
 
 
