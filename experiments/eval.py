@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.chat_template = ""  # chat: hybrid, instruct-2507, thinking-2507 or coder; "": that of the template beside W
     config.thinking = False  # chat: let the model think first; False: the empty thinking block of enable_thinking=False
     config.max_new_tokens = 0  # of an answer; 0: the benchmark's own number
-    config.samples = 1  # answers to each question, for pass@k
+    config.samples = 1  # answers to each question: for pass@k of programs, of others the mean counts
     config.temperature = 0.0  # 0: greedy
     config.top_p = 1.0
     config.seed = 0

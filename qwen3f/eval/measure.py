@@ -29,7 +29,8 @@ class Settings:
     Attributes:
         prompt: raw or chat. thinking: in chats, whether the model may think first; else an empty block is given.
         shots, max_new_tokens: None and 0: the benchmark's own.
-        samples: answers to each question of a benchmark with programs. temperature, top_p, seed: of the draws.
+        samples: answers to each question: for pass@k of programs, of others the mean counts. temperature, top_p, seed:
+            of the draws.
         min_pixels, max_pixels: between which pictures are scaled.
         metrics: harness, or official: by the authors' definition, where that is another.
     """
@@ -158,13 +159,20 @@ def _answer(
         answers = [text if benchmark.task else cut(text, until, settings.thinking) or "" for text in texts]
         if as_chat:
             answers = [how.chat(one.item, text) for text in answers]
-        # an answer to a task that did not end is wrong, as in the stages; the field's harness judges what is there
-        unfinished = benchmark.task is not None and not written[0].ended
+        if benchmark.together:
+            marks = [score(one.item, answers)]
+        else:
+            # an answer to a task that did not end is wrong, as in the stages; the field's harness judges what is there
+            wrong = dict.fromkeys(benchmark.metrics, 0.0)
+            marks = [
+                wrong if benchmark.task and not w.ended else score(one.item, [text])
+                for w, text in zip(written, answers, strict=True)
+            ]
         out.append(
             {
                 "outputs": texts,
                 "answers": answers,
-                "metrics": dict.fromkeys(benchmark.metrics, 0.0) if unfinished else dict(score(one.item, answers)),
+                "metrics": {name: sum(mark[name] for mark in marks) / len(marks) for name in marks[0]},
                 "ended": [w.ended for w in written],
                 "truncated": written[0].truncated,
             }

@@ -120,6 +120,20 @@ def test_records_that_are_none_are_refused(place, tmp_path):
         evaluate(place, tmp_path / "e", benchmarks="arc_challenge", limit=1)
 
 
+def test_of_several_answers_to_a_question_the_mean_counts(tmp_path, monkeypatch):
+    """Of those to a task, an answer that did not end is wrong."""
+    ev = Evaluator(tiny_model.CFG, tiny_model.weights(), tiny_model.tokenizer(tmp_path))
+    ((gsm8k, _),) = registry.parse_benchmarks(copy_of("gsm8k", tmp_path / "rows"), "x")
+    task = task_benchmark(ReasoningTask(num_problems=600))
+    for benchmark, place, expected in ((gsm8k, str(tmp_path / "rows"), 0.75), (task, "", 0.5)):
+        (asked,) = load(benchmark, place, 0, 1)[:1]
+        right = asked.item.gold if benchmark is gsm8k else f"\\boxed{{{asked.item.gold}}}"
+        given = [Written("no", True, False), *[Written(right, ended, False) for ended in (True, False, True)]]
+        monkeypatch.setattr(measure, "write", lambda *_, given=given: [given])
+        (record,) = measure.measure(ev, benchmark, [asked], measure.Settings(samples=4, temperature=1.0))
+        assert set(record["metrics"].values()) == {expected}
+
+
 def test_an_answer_to_a_task_that_did_not_end_is_wrong_as_in_the_stages(tmp_path, monkeypatch):
     """A benchmark of the field's harness judges what is there."""
     ev = Evaluator(tiny_model.CFG, tiny_model.weights(), tiny_model.tokenizer(tmp_path))

@@ -91,7 +91,8 @@ class Benchmark:
         read: a row -> its Item. Raises RowFault.
         shots: see Shots. description: a group -> what stands before the first example.
         generation: None: choices are scored.
-        score: (an item, its answers) -> its metrics; of a benchmark with choices unused.
+        score: (an item, its answers) -> its metrics; of a benchmark with choices unused. It gets all answers if
+            together, else each alone, and their mean counts.
         metric: the one that results are compared by. metrics: all of them.
         official: the score by its authors' definition, where that is another.
         ready: raises UserError where what the score needs is not installed.
@@ -114,6 +115,7 @@ class Benchmark:
     score: Callable[[Item, Sequence[str]], Metrics] | None = None
     official: Callable[[Item, Sequence[str]], Metrics] | None = None
     ready: Callable[[], None] = lambda: None
+    together: bool = False
     vision: bool = False
     task: Task | None = None
 

@@ -76,5 +76,6 @@ HUMANEVAL = Benchmark(
     shots=Shots(most=0),
     generation=Generation(until=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), max_new_tokens=1024, chat=from_chat),
     score=score,
+    together=True,
     ready=ready,
 )
