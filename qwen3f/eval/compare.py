@@ -32,12 +32,18 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[tuple[str, str],
     """(benchmark, metric) -> the comparison, of what both have.
 
     a, b: as in results.json; their examples, form and settings may differ. Questions are paired by their number in the
-    whole benchmark, and only those that both were asked count. Raises UserError where there are none, and where one
-    number is of two questions: with another group, text or right answer.
+    whole benchmark, and only those that both were asked count. Raises UserError where there are none, where one number
+    is of two questions: with another group, text or right answer, and where the metrics have other definitions.
     """
     out: dict[tuple[str, str], Compared] = {}
     for name in sorted(a["benchmarks"].keys() & b["benchmarks"].keys()):
         first, second = ({r["number"]: r for r in x["benchmarks"][name]["samples"]} for x in (a, b))
+        defined = [x["benchmarks"][name].get("settings", {}).get("metrics") for x in (a, b)]
+        if defined[0] != defined[1]:
+            raise UserError(
+                f"{name} has the metrics of {defined[0]} in A and of {defined[1]} in B; ask one again with the other's "
+                "--config.metrics"
+            )
         both = sorted(first.keys() & second.keys())
         for number in both:
             if any(first[number][key] != second[number][key] for key in _QUESTION):
@@ -83,7 +89,9 @@ def main(arguments: Sequence[str]) -> None:
 def _read(argument: str) -> dict[str, Any]:
     results = read_object(Path(argument), RESULTS_BYTES)
     try:
-        whole = all(record.keys() >= set(_SAMPLE) for x in results["benchmarks"].values() for record in x["samples"])
+        found = results["benchmarks"].values()
+        whole = all(record.keys() >= set(_SAMPLE) for x in found for record in x["samples"])
+        whole = whole and all(isinstance(x.get("settings", {}), dict) for x in found)
     except (AttributeError, KeyError, TypeError):
         whole = False
     if not whole:

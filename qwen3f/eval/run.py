@@ -168,6 +168,8 @@ def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
             "model": place,
             "dtype": dtype,
         }
+        if not benchmark.official:
+            values |= {"metrics": "harness"}
         if not benchmark.vision:
             values = {key: value for key, value in values.items() if key not in PIXELS}
         if benchmark.task:

@@ -80,6 +80,9 @@ def test_results_hold_every_question_and_the_settings_that_decide(place, whole, 
     assert "- mmlu: 2 shots, raw prompt, test of " in text
     assert "the first 2 questions of each subject" in text
     assert "at most 6 new tokens, greedy, " in text
+    config = configure(place, limit=1, benchmarks="gsm8k", metrics="official")
+    run.evaluate(config, tmp_path / "official", progress=False)  # gsm8k has no other definition
+    assert "metrics of harness" in (tmp_path / "official" / "results.md").read_text()
     printed = capsys.readouterr().out
     assert text in printed
     assert "tokens computed on this rank" in printed

@@ -90,6 +90,12 @@ def test_results_of_other_questions_are_refused(b, words):
         compare(results({0: 0, 1: 1}), b)
 
 
+def test_metrics_of_two_definitions_are_not_compared():
+    a, b = ({"benchmarks": {"docvqa": {"samples": [], "settings": {"metrics": x}}}} for x in ("harness", "official"))
+    with pytest.raises(UserError, match="docvqa has the metrics of harness in A and of official in B"):
+        compare(a, b)
+
+
 @pytest.mark.parametrize("text", ["{}", '{"benchmarks": 1}', '{"benchmarks": {"x": {"samples": [{"number": 0}]}}}'])
 def test_a_file_of_something_else_is_named(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
