@@ -14,6 +14,7 @@ from qwen3f.eval.measure import Record
 from qwen3f.files import write_atomically
 
 FOLDER = "records"
+_KEYS = {"number", "name", "metrics", "truncated"}  # of every record
 
 
 class Records:
@@ -32,7 +33,9 @@ class Records:
         try:
             there, *records = [json.loads(line) for line in lines[:-1]]
             self.done: dict[int, Record] = {record["number"]: record for record in records}
-        except (ValueError, KeyError, TypeError) as error:
+            if not (isinstance(there, dict) and all(record.keys() >= _KEYS for record in records)):
+                raise ValueError("no settings, or a line that is no record")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self._path} is not what this program writes: remove it, or choose another --workdir"
             ) from error

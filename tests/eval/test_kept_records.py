@@ -115,9 +115,12 @@ def test_records_of_other_questions_are_not_mixed(place, tmp_path, what):
 
 def test_records_that_are_none_are_refused(place, tmp_path):
     evaluate(place, tmp_path / "e", benchmarks="arc_challenge", limit=1)
-    (tmp_path / "e" / "records" / "arc_challenge.jsonl").write_text("[]\n{}\n")
-    with pytest.raises(UserError, match="is not what this program writes"):
-        evaluate(place, tmp_path / "e", benchmarks="arc_challenge", limit=1)
+    file = tmp_path / "e" / "records" / "arc_challenge.jsonl"
+    head, record, _ = file.read_text().split("\n")
+    for lines in ("[]\n{}\n", f"[]\n{record}\n", f"null\n{record}\n", f'{head}\n{{"number": 0}}\n', f"{head}\n5\n"):
+        file.write_text(lines)
+        with pytest.raises(UserError, match="is not what this program writes"):
+            evaluate(place, tmp_path / "e", benchmarks="arc_challenge", limit=1)
 
 
 def test_of_several_answers_to_a_question_the_mean_counts(tmp_path, monkeypatch):
