@@ -9,7 +9,9 @@ import pytest
 
 from qwen3f.eval import Evaluator
 from qwen3f.eval.benchmarks import registry
+from qwen3f.eval.benchmarks.benchmark import Item
 from qwen3f.eval.benchmarks.items import load
+from qwen3f.eval.benchmarks.triviaqa import TRIVIAQA
 from qwen3f.eval.generation import Sampling, cut, write
 from qwen3f.eval.measure import Settings, measure
 from tests.eval import benchmark_rows, given_answers, tiny_model
@@ -133,6 +135,13 @@ def test_given_answers_are_judged_as_the_harness_does(name, rows):
             assert ours == theirs, one["text"]
             seen |= set(ours.items())
     assert seen == {(key, mark) for key in METRICS[name] for mark in (0.0, 1.0)}  # both verdicts of each metric
+
+
+def test_letters_that_grow_when_small_are_judged_as_the_harness_does():
+    """numpy's char.lower cuts a text to the room of the longest one: what exact_match_hf_evaluate gave for these."""
+    cases = (("İ", ["i", "x"], 1.0), ("istanbul", ["İstanbul"], 0.0), ("İstanbul", ["İstanbul", "Constantinople"], 0.0))
+    for given, aliases, mark in cases:
+        assert TRIVIAQA.score(Item("row", "", aliases), [given]) == {"exact_match": mark}
 
 
 @pytest.mark.parametrize("kind", ["full", "short"])
