@@ -14,7 +14,7 @@ from qwen3f.data.sources.documents import HOLDOUT, Split, distinct
 from qwen3f.sandbox.confined import LIMITS, Limits
 from qwen3f.sandbox.run import Case, run_tests
 from qwen3f.tasks.answer_text import after_thinking
-from qwen3f.tasks.fences import python_blocks
+from qwen3f.tasks.fences import program
 from qwen3f.tasks.task import Question
 
 NUM_PROBLEMS = 8_192
@@ -93,21 +93,22 @@ class CodeTask:
 
         Raises UserError where there is no sandbox.
         """
-        code = code_of(answer_text)
+        tests = json.loads(gold)
+        code = code_of(answer_text, tests["entry_point"])
         if code is None:
             return 0.0
-        tests = json.loads(gold)
         cases = [Case(arguments, expected) for arguments, expected in tests["cases"]]
         return float(run_tests(code, cases, tests["entry_point"], self.limits).passed)
 
 
-def code_of(answer_text: str) -> str | None:
-    """The last block of Python in the answer, else the answer itself; None without an answer, or one too long."""
+def code_of(answer_text: str, name: str) -> str | None:
+    """The block of Python in the answer that defines `name` (fences.program), else the answer itself; None without an
+    answer, or one too long."""
     answer = after_thinking(answer_text)
     if answer is None or len(answer) > LONGEST_CODE:
         return None
-    blocks = python_blocks(answer)
-    return (blocks[-1] if blocks else answer).strip() or None
+    block = program(answer, name)
+    return (answer if block is None else block).strip() or None
 
 
 def problem(seed: int, index: int) -> Question | None:

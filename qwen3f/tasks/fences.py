@@ -40,6 +40,16 @@ def python_blocks(text: str, unclosed: bool = False) -> list[str]:
     return blocks
 
 
+def program(text: str, name: str, unclosed: bool = False) -> str | None:
+    """Of `python_blocks` the last one that defines `name`, else the last one; None without any.
+
+    So what stands behind an answer's code, an example of its use or what that prints, is not taken for the code.
+    """
+    blocks = python_blocks(text, unclosed)
+    defines = re.compile(rf"^(?:def[ \t]+{re.escape(name)}\b|{re.escape(name)}[ \t]*=(?!=))", re.MULTILINE)
+    return next(filter(defines.search, reversed(blocks)), blocks[-1] if blocks else None)
+
+
 def _outdented(body: str, indent: str) -> str:
     *quotes, blanks = indent.split(">")
     before = rf"(?:[ \t]*>){{1,{len(quotes)}}}" if quotes else ""

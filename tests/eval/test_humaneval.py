@@ -59,9 +59,10 @@ def test_programs_are_scored_by_pass_at_k(sandbox, made):
     "    return x + 1\n",
     "Given:\n```text\n1\n```\n```python3\n    return x + 1\n```\nTo run it:\n```bash\npython a.py\n```",
     "```python\r\ndef add_1(x):\r\n    return x + 1\r\n```\r\nDone.",
+    "```python\ndef add_1(x):\n    return x + 1\n```\nIts use:\n```python\nprint(add_1(1))\n```\n```\n2\n```",
     "It is\n```Python\ndef add_1(x):\n    return x + 1\n",  # cut off behind what is needed
 ])  # fmt: skip
-def test_a_chats_last_block_of_code_is_the_program(sandbox, made, answer):
+def test_a_chats_block_of_code_is_the_program(sandbox, made, answer):
     item = made[1].item
     assert BENCHMARK.score(item, [BENCHMARK.generation.chat(item, answer)]) == {"pass@1": 1.0}
 

@@ -76,6 +76,9 @@ ANSWERS = {
     "a fence behind other text": f"Here: ```python\n{CODE} ```\nDone.",
     "in a list": "1. So:\n   " + PYTHON.replace("\n", "\n   "),
     "the question's words": f"I answer in a ```python block.\n{PYTHON}",
+    "its use after": f"{PYTHON}\nExample:\n```python\nprint(solve([1]))\nsolve == 1\n```",
+    "what it prints after": f"{PYTHON}\nOutput:\n```\n[1]\n```",
+    "a first attempt before": f"```python\ndef solve(xs):\n    return 0\n```\nNo:\n{PYTHON}\n```\n[1]\n```",
     "code within a line": f"A call is ```solve([1])```\n{PYTHON}",
 }
 
@@ -85,27 +88,27 @@ def as_python(code):
 
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
-def test_the_last_block_of_python_is_the_code_however_it_is_fenced(answer):
-    assert as_python(code_of(answer)) == CODE
+def test_the_last_block_that_defines_the_function_is_the_code_however_it_is_fenced(answer):
+    assert as_python(code_of(answer, "solve")) == CODE
 
 
 def test_fences_within_a_line_of_code_are_text():
     code = "TICKS = '```python'  # three\nx = f('```')"
-    assert code_of(f"```python\n{code}\n```") == code
+    assert code_of(f"```python\n{code}\n```", "solve") == code
 
 
 @pytest.mark.parametrize("fence, within", [("``````", "```"), ("````", "```py"), ("~~~", "```"), ("```", "~~~")])
 def test_a_block_ends_with_the_marks_that_it_began_with(fence, within):
     code = f'TEXT = """\n{within}\n"""'
-    assert code_of(f"{fence}python\n{code}\n{fence}\nDone.") == code
+    assert code_of(f"{fence}python\n{code}\n{fence}\nDone.", "solve") == code
 
 
 def test_a_block_that_does_not_end_counts_where_that_is_asked_for():
     text = f"```python\na\n```\n```python\n{CODE}"
-    assert code_of(text) == "a"
+    assert code_of(text, "solve") == "a"
     assert python_blocks(text) == ["a\n"]
     assert python_blocks(text, unclosed=True) == ["a\n", CODE]
-    assert code_of(f"```python\n{CODE}") == f"```python\n{CODE}"
+    assert code_of(f"```python\n{CODE}", "solve") == f"```python\n{CODE}"
 
 
 @pytest.mark.parametrize("part", ["`", "```", "``` ", "```a", "```\n ", " \n", "a`", "```a b", "~~~", "> ```\n",
@@ -124,7 +127,7 @@ def test_code_between_other_lines_ends_is_run():
 
 
 def test_the_code_of_an_answer():
-    assert code_of("```python\na\n```\ntext\n```\nb\n```") == "b"
-    assert code_of("x = 1") == "x = 1"
-    assert code_of("<think>x") is None
-    assert code_of("y" * 30_000) is None
+    assert code_of("```python\na\n```\ntext\n```\nb\n```", "solve") == "b"
+    assert code_of("x = 1", "solve") == "x = 1"
+    assert code_of("<think>x", "solve") is None
+    assert code_of("y" * 30_000, "solve") is None

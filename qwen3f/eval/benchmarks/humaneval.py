@@ -5,8 +5,9 @@ no examples. Prompt: the function's head and docstring as they stand; an answer 
 comment, condition or print at a line's beginning. Metric: pass@k of n samples a problem by the unbiased formula,
 1 − C(n − c, k) / C(n, k) for c that pass (equation 1). Programs run in qwen3f.sandbox alone.
 
-As a chat it is asked for in words, and the answer's last block of Python counts: a form of our own, since the harness's
-humaneval_instruct begins the answer itself, which leaves no room to think.
+As a chat it is asked for in words, and the answer's last block of Python that defines the function counts, else the
+last one: a form of our own, since the harness's humaneval_instruct begins the answer itself, which leaves no room to
+think.
 """
 
 import importlib
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from qwen3f.data.sources.adapters.rows import Row, text_of
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark, Generation, Item, Shots
-from qwen3f.tasks.fences import python_blocks
+from qwen3f.tasks.fences import program
 
 KS = (1, 10, 100)
 
@@ -34,9 +35,10 @@ def read(row: Row) -> Item:
 
 def from_chat(item: Item, answer: str) -> str:
     """What stands behind the prompt to make a program: a new definition of its function, or the rest of its body."""
-    blocks = python_blocks(answer, unclosed=True)  # one that max_new_tokens cut off may yet pass
-    code = blocks[-1] if blocks else answer
-    return f"\n{code}" if re.search(rf"^def {re.escape(item.gold['entry_point'])}\b", code, re.MULTILINE) else code
+    name = item.gold["entry_point"]
+    block = program(answer, name, unclosed=True)  # one that max_new_tokens cut off may yet pass
+    code = answer if block is None else block
+    return f"\n{code}" if re.search(rf"^def {re.escape(name)}\b", code, re.MULTILINE) else code
 
 
 def score(item: Item, answers: Sequence[str]) -> dict[str, float]:
