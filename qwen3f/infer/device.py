@@ -21,12 +21,12 @@ from qwen3f.infer.passes import (
     Drawn,
     Inputs,
     Table,
-    as_training,
     draw,
     force,
     logits_of,
     make_decode,
     make_prefill,
+    training_log_probs,
 )
 from qwen3f.infer.request import Row
 from qwen3f.infer.sampling import SamplingParams, streams_at, uniform
@@ -269,19 +269,22 @@ class Device:
         head = model.head_weight(self.cfg, self._params)
         logits = whole_logits(logits_of(hidden, head, self._execution), self._tp)
         drawn = draw(logits, inputs, self._choices(rows, places), self.num_ids, self._banned)
-        forced = (numbers[4] >= 0).any()
-        if forced:
+        if (numbers[4] >= 0).any():
             drawn = force(drawn, logits, inputs.forced)
-        if self._exact(rows, forced):
-            temperature = torch.ones(count)
-            temperature[places] = torch.tensor([float(row.request.sampling.temperature or 1) for row in rows])
-            drawn = as_training(drawn, hidden, head, temperature.to(self.device))
+        if self._execution.invariant:
+            drawn = self._as_training(drawn, hidden, rows, places)
         return Pending(list(rows), places, agreed(drawn, self._tp))
 
-    def _exact(self, rows: Sequence[Row], forced: bool) -> bool:
-        """Whether log-probabilities are to be the training step's: where nothing but a temperature acts."""
-        plain = all(is_plain(row.request.sampling) for row in rows)
-        return self._execution.invariant and self.num_ids == self.cfg.vocab_size and plain and not forced
+    def _as_training(self, drawn: Drawn, hidden_BD: Tensor, rows: Sequence[Row], places: Sequence[int]) -> Drawn:
+        """`drawn` with the training step's log-probabilities of rows on which nothing but a temperature acts."""
+        temperature, exact = torch.ones(len(hidden_BD)), torch.zeros(len(hidden_BD), dtype=torch.bool)
+        for row, place in zip(rows, places):
+            way = row.request.sampling
+            temperature[place] = way.temperature or 1.0
+            exact[place] = is_plain(way) and _forced(row) < 0
+        head = model.head_weight(self.cfg, self._params)[: self.num_ids]
+        log_probs = training_log_probs(drawn.ids, hidden_BD, head, temperature.to(self.device))
+        return drawn._replace(log_probs=torch.where(exact.to(self.device), log_probs, drawn.log_probs))
 
     def _replay(self, rows: Sequence[Row], numbers: np.ndarray) -> Pending:
         """The same by a CUDA graph. What its sampler does not know is drawn again, from the logits that it leaves."""

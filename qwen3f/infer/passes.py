@@ -109,10 +109,10 @@ def logits_of(hidden_BD: Tensor, head_VD: Tensor, execution: model.Execution) ->
 
 
 @torch.no_grad()
-def as_training(drawn: Drawn, hidden_BD: Tensor, head_VD: Tensor, temperature_B: Tensor) -> Drawn:
-    """`drawn` with the log-probabilities that an invariant training step has of them (train.objective.make_numbers)."""
+def training_log_probs(ids_B: Tensor, hidden_BD: Tensor, head_VD: Tensor, temperature_B: Tensor) -> Tensor:
+    """float32 [B]: those that an invariant training step has of these tokens (train.objective.make_numbers)."""
     scaled_BD = hidden_BD / temperature_B[:, None].to(hidden_BD.dtype)
-    return drawn._replace(log_probs=invariant.token_log_probs(scaled_BD, head_VD, drawn.ids).float())
+    return invariant.token_log_probs(scaled_BD, head_VD, ids_B).float()
 
 
 def fed(tokens_B: Tensor, last: Tensor) -> Tensor:

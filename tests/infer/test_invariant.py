@@ -12,6 +12,7 @@ from qwen3f import model
 from qwen3f.errors import UserError
 from qwen3f.infer.engine import Engine, EngineOptions
 from qwen3f.infer.sampling import GREEDY, SamplingParams
+from qwen3f.infer.thinking import ThinkingBudget
 from qwen3f.model import invariant
 from qwen3f.model.attention import AttentionMask, attend_reference, make_mask
 from qwen3f.model.mlp import ACTIVATIONS
@@ -73,6 +74,29 @@ def test_rollouts_and_training_agree_bit_for_bit_in_any_batch(change):
     plain = make_outputs(cfg)(p, batch)
     torch.testing.assert_close(plain, logs, rtol=0, atol=2e-5)  # and it is the same model
     assert not torch.equal(plain, logs)
+
+
+def test_what_else_is_in_the_batch_and_ids_that_are_never_drawn_change_no_bit():
+    """Rows with filters, a penalty or a thinking budget beside plain ones; an embedding with more rows than ids."""
+    cfg, p = build(torch.float32)
+    prompts, known = random_prompts(6, cfg, seed=4), cfg.vocab_size - 30
+    ways = [DRAWN, GREEDY, SamplingParams(0.8, top_p=0.9), DRAWN, SamplingParams(0.7, presence_penalty=1.0), DRAWN]
+    budget = ThinkingBudget(2, 5, (4, 5))
+    engine = Engine(cfg, p, seed=1, num_ids=known, execution=model.INVARIANT)
+    asked = [
+        engine.request(prompt, 12, sampling=way, stream=i, budget=budget if i == 3 else None)
+        for i, (prompt, way) in enumerate(zip(prompts, ways))
+    ]
+    engine.run(rows := engine.submit(asked))
+    plain = [i for i in range(6) if i not in (2, 3, 4)]
+    documents = [(prompts[i], rows[i].tokens[len(prompts[i]) :], ways[i].temperature or 1.0) for i in plain]
+    batch = pack(documents, 300)
+    expected = make_outputs(cfg, model.INVARIANT, num_ids=known)(p, batch)[batch["targets"] >= 0]
+    assert torch.equal(torch.tensor([x for i in plain for x in rows[i].logprobs]), expected)
+    for row in rows:
+        (alone,) = engine.submit([row.request])
+        engine.run([alone])
+        assert (alone.tokens, alone.logprobs) == (row.tokens, row.logprobs)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
