@@ -108,7 +108,11 @@ def _read_ask(text: bytes, number: int, place: str, options: TextOptions) -> Ask
     own = {name: row[name] for name in FIELDS if name in row}
     options = options.changed(**own) if own else options
     content = _content(row, options)
-    check_encodable(json.dumps([content, row.get("id")], ensure_ascii=False))
+    try:
+        text = json.dumps([content, row.get("id")], ensure_ascii=False, allow_nan=False)
+    except ValueError as error:  # Python reads NaN, and a number such as 1e999 as infinite
+        raise UserError('"id" holds a number that JSON cannot carry: write it as a text') from error
+    check_encodable(text)
     return Ask(number, place, content, options, 0 if "seed" in own else number, row.get("id"))
 
 

@@ -8,6 +8,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.data.chat.kinds import HYBRID, check_thinking
 from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.template import Message, encode_chat, thinking_mode
+from qwen3f.data.tokenizers.token_text import check_encodable
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.finite import as_finite
@@ -74,6 +75,11 @@ class TextOptions:
                 raise UserError(f"thinking_budget must be a number of tokens from 0 on, got {self.thinking_budget}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop must be texts that are not empty, got {self.stop!r}")
+        for name, text in (("system", self.system), *(("stop", text) for text in self.stop)):
+            try:
+                check_encodable(text)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
         choose_sampling(self, self.thinking is not False)
 
     def changed(self, **values: Any) -> "TextOptions":
