@@ -205,7 +205,7 @@ def _op(
     with torch.cuda.device_of(x):
         _logits_kernel[(triton.cdiv(B, cut.rows) * blocks,)](
             row_product.normed(x, norm, eps, cut), norm, head, inv_temperature, logits, tops, totals, places, B, D, V,
-            num_ids, eps, HAS_NORM=cut.norms,
+            num_ids, eps, HAS_NORM=row_product.norms(x, cut),
             **row_product.options(x, cut),
         )  # fmt: skip
         _choose_kernel[(B,)](

@@ -38,7 +38,7 @@ def head_shard(
     with torch.cuda.device_of(x_BD):
         _logits_kernel[(triton.cdiv(B, cut.rows) * tiles,)](
             row_product.normed(x_BD, norm_D, eps, cut), norm_D, head_vD, inv_temperature_B, logits, *sums, B, D, v,
-            num_ids, eps, HAS_NORM=cut.norms,
+            num_ids, eps, HAS_NORM=row_product.norms(x_BD, cut),
             **row_product.options(x_BD, cut),
         )  # fmt: skip
     return logits, sums

@@ -87,7 +87,7 @@ def _op(x: Tensor, norm: Tensor, eps: float, weights: list[Tensor], biases: list
     with torch.cuda.device_of(x):
         _kernel[(tiles,)](
             row_product.normed(x, norm, eps, cut), norm, *given, *added, out, *x.shape, *sizes, eps,
-            HAS_BIAS=len(biases) > 0, HAS_NORM=cut.norms,
+            HAS_BIAS=len(biases) > 0, HAS_NORM=row_product.norms(x, cut),
             **row_product.options(x, cut),
         )  # fmt: skip
     return out

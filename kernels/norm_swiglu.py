@@ -69,7 +69,8 @@ def _op(x: Tensor, norm: Tensor, eps: float, gate: Tensor, up: Tensor) -> Tensor
     tiles = triton.cdiv(len(x), cut.rows) * triton.cdiv(len(gate), cut.outputs // 2)
     with torch.cuda.device_of(x):
         _kernel[(tiles,)](
-            row_product.normed(x, norm, eps, cut), norm, gate, up, out, *x.shape, len(gate), eps, HAS_NORM=cut.norms,
+            row_product.normed(x, norm, eps, cut), norm, gate, up, out, *x.shape, len(gate), eps,
+            HAS_NORM=row_product.norms(x, cut),
             **row_product.options(x, cut),
         )  # fmt: skip
     return out

@@ -11,7 +11,8 @@ fast as the weight arrives. So many bytes are kept on their way (Triton's pipeli
 In the first two forms the rows' RMSNorm costs no pass of its own: the loop multiplies x by the norm's weight g and adds
 up x², and the caller multiplies the sums by 1/√(mean x² + eps). Rounding: norm and product apart round x/√(…), then its
 product with g, to the dtype of x. Here x·g is rounded once, and with one row not at all; all else is float32. In the
-third form the norm is a kernel of its own, since it would cost every tile what it saves.
+third form the norm is a kernel of its own, since it would cost every tile what it saves; in the second one too for
+float16, whose range x·g may leave.
 
 B rows · D what is summed over · N outputs · BM, BN, BK rows, outputs and step of a tile
 """
@@ -47,11 +48,6 @@ class Config(NamedTuple):
     slices: int
     stages: int
     warps: int
-
-    @property
-    def norms(self) -> bool:
-        """Whether the product's own loop applies the norm. With more rows a pass of its own costs less."""
-        return self.rows == 1 or self.slices > 1
 
 
 def config(B: int, N: int, D: int) -> Config:
@@ -162,9 +158,14 @@ def row_product(
     return product, square
 
 
+def norms(x: Tensor, cut: Config) -> bool:
+    """Whether the product's own loop applies the norm. With more rows a pass of its own costs less."""
+    return cut.rows == 1 or (cut.slices > 1 and x.dtype != torch.float16)
+
+
 def normed(x_BD: Tensor, norm_D: Tensor, eps: float, cut: Config) -> Tensor:
     """What a kernel with a norm reads: x itself, or where its loop does not norm, x normed."""
-    return x_BD if cut.norms else rmsnorm.rms_norm(x_BD, norm_D, eps)
+    return x_BD if norms(x_BD, cut) else rmsnorm.rms_norm(x_BD, norm_D, eps)
 
 
 def options(x: Tensor, cut: Config) -> dict[str, object]:

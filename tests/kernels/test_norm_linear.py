@@ -51,6 +51,15 @@ def test_interpreted(sizes, bias):
     assert distance(out, exact(*arguments)) < 1e-6
 
 
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_float16_does_not_overflow_before_it_is_normed_interpreted(rows):
+    x, norm, eps, weights, _ = case(rows, 64, (8,), dtype=torch.float16)
+    x, norm = (3e4 * (x.float() / x.abs().amax())).half(), 4 * norm
+    with backend.interpreted():
+        out = norm_linear(x, norm, eps, weights)
+    assert distance(out, exact(x, norm, eps, weights, None)) < 2e-3
+
+
 @pytest.mark.parametrize("sizes", [SHAPES[0], SHAPES[2], SHAPES[4]])
 def test_float16_interpreted(sizes):
     """Rounded less often than norm and product apart."""
