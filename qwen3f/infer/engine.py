@@ -40,6 +40,7 @@ class EngineOptions:
         reads the cache where it lies.
       tp: ranks that share the model, as World.axes.tp: params are this rank's shards (sharding.state.cut_params, or
         source.read_params on a mesh), and all ranks call the same methods with the same arguments in the same order.
+      room: what errors call max_tokens: its key, where a configuration sets it.
     Raises UserError for a number that is too small.
     """
 
@@ -47,6 +48,7 @@ class EngineOptions:
     chunk: int = 4096
     page_size: int = 0
     tp: Axis = ONE.tp
+    room: str = "max_tokens"
 
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("chunk", 1), ("page_size", 0)):
@@ -99,7 +101,7 @@ class Engine:
         self._device = Device(cfg, params, execution, num_ids, *room, options.tp)
         self._pool = PagePool(0, self._device.page_size)
         self._scheduler = Scheduler(self._pool, Limits(options.rows, options.chunk))
-        self._rows = options.rows
+        self._rows, self._room = options.rows, options.room
         self._pending: Pending | None = None
         self._open: dict[int, Row] = {}  # rows that have not ended, by number
         self._calls: deque[tuple[Row, int, float]] = deque()  # of on_token, to be made between two passes
@@ -197,7 +199,7 @@ class Engine:
         if longest > (most := self._device.longest):
             raise UserError(
                 f"a request of {longest} tokens, its answer included, does not fit the cache of {most}; raise "
-                "max_tokens or shorten it"
+                f"{self._room} or shorten it"
             )
         count = min(len(rows) + len(self._open), self._rows)
         if self._device.outgrown(count, longest) or (

@@ -138,7 +138,7 @@ def answer_all(config: ConfigDict, progress: bool = True, world: World = ALONE) 
         tp = world.axes.tp
         layout = tensor_parallel.generation_layout(cfg, tp)
         params = source.read_params(place, cfg, device, dtype, layout=layout, world=world)
-        engine = EngineOptions(rows=config.batch_size, tp=tp)
+        engine = EngineOptions(rows=config.batch_size, tp=tp, room="config.max_tokens")
         return TextGenerator(cfg, params, tokenizer, max_tokens=config.max_tokens, options=engine)
 
     try:

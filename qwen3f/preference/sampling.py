@@ -8,7 +8,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.data.chat.recognise import opening
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import TrainingError
-from qwen3f.infer.engine import Engine
+from qwen3f.infer.engine import Engine, EngineOptions
 from qwen3f.infer.on_ranks import generate_on_ranks
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.params import Params
@@ -19,10 +19,12 @@ from sharding.state import whole_params
 
 @dataclasses.dataclass(frozen=True)
 class SamplerOptions:
-    """max_new_tokens: an answer ends there, if not before. cache_tokens: room of the engine's cache, on a rank."""
+    """max_new_tokens: an answer ends there, if not before. cache_tokens: room of the engine's cache, on a rank. key: of
+    cache_tokens in the configuration."""
 
     max_new_tokens: int
     cache_tokens: int
+    key: str = "cache_tokens"
 
 
 class Sampler:
@@ -57,6 +59,7 @@ class Sampler:
                 max_tokens=self._options.cache_tokens,
                 execution=self._run.setup.execution,
                 tokenizer=self._tokenizer,
+                options=EngineOptions(room=self._options.key),
             )
         else:
             self._engine.update(params)

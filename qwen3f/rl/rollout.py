@@ -66,7 +66,7 @@ class Sampler:
             seed=self.options.seed,
             execution=self._execution,
             tokenizer=self._tokenizer,
-            options=EngineOptions(rows=self.options.rows),
+            options=EngineOptions(rows=self.options.rows, room="config.rollout.cache_tokens"),
         )
 
     def __call__(

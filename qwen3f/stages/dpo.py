@@ -300,7 +300,7 @@ def _asked(run: Run, tokenizer: Tokenizer) -> Asked | None:
     room = run.setup.model.max_position_embeddings - config.eval.max_new_tokens
     first = tuple(islice(task.questions("heldout"), config.eval.questions))
     questions, _ = fitting(tokenizer, first, config.eval.thinking, room)
-    options = SamplerOptions(config.eval.max_new_tokens, config.eval.cache_tokens)
+    options = SamplerOptions(config.eval.max_new_tokens, config.eval.cache_tokens, "config.eval.cache_tokens")
     return Asked(task, questions, config.eval.thinking, options) if questions else None
 
 

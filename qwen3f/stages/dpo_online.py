@@ -106,7 +106,7 @@ def _complete(run: Run, stage: Stage, tokenizer: Tokenizer, task: Task) -> Stage
     """The stage with the weights that it holds beside the policy's."""
     config, reference = run.setup.config, find_reference(run)
     live, memory = Live(run, reference), {"reference": reference.digest}
-    options = SamplerOptions(config.online.max_new_tokens, config.online.cache_tokens)
+    options = SamplerOptions(config.online.max_new_tokens, config.online.cache_tokens, "config.online.cache_tokens")
     rollouts = Rollouts(
         run, stage.dataset, tokenizer, Sampler(run, run.setup.model, tokenizer, options), _judge(run, task), live
     )

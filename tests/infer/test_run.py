@@ -169,7 +169,7 @@ def test_an_answer_that_is_no_number_or_does_not_fit_is_an_error(source, answers
     hf.save_pretrained(place, cfg, {**p, "lm_head.weight": p["lm_head.weight"] * float("nan")}, tokenizer)
     with pytest.raises(UserError, match="logits are not finite at new token 1; check its weights"):
         answers(init_from=str(place))
-    with pytest.raises(UserError, match="does not fit the cache of 64; raise max_tokens"):
+    with pytest.raises(UserError, match="does not fit the cache of 64; raise config.max_tokens"):
         answers(max_tokens=16, max_new_tokens=100)
 
 

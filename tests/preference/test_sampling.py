@@ -31,14 +31,14 @@ def root(tmp_path_factory):
     return place
 
 
-def opened(root, world=ALONE, mesh=""):
+def opened(root, world=ALONE, mesh="", options=OPTIONS):
     setup = make_setup(ConfigDict(toy_pairs.online_config(root, mesh=mesh)), world.size).on(world.axes)
     run = Run(setup, root, world, False, lambda: False)
     state = init_state(
         setup.model, 3, dtype=torch.float64, **({"layout": setup.layout, "mesh": world.mesh} if mesh else {})
     )
     tokenizer = load_tokenizer(source.tokenizer_path(str(root / "dense")))
-    return Sampler(run, setup.model, tokenizer, OPTIONS), state.params, tokenizer
+    return Sampler(run, setup.model, tokenizer, options), state.params, tokenizer
 
 
 def test_greedy_answers_are_those_of_generate(root):
@@ -71,6 +71,12 @@ def test_weights_that_are_not_finite_are_an_error(root):
     bad[params.FINAL_NORM] = torch.full_like(weights[params.FINAL_NORM], float("nan"))
     with pytest.raises(TrainingError, match="an answer could not be written: error: the model's logits"):
         sampler.answers(bad, PROMPTS, 1, 1.0, "x")
+
+
+def test_a_cache_that_is_too_small_is_named_by_its_key(root):
+    sampler, weights, _ = opened(root, options=SamplerOptions(60, 64, "config.eval.cache_tokens"))
+    with pytest.raises(UserError, match="does not fit the cache of 64; raise config.eval.cache_tokens or shorten it"):
+        sampler.answers(weights, PROMPTS, 1, 0.0, "x")
 
 
 def on_ranks(rank, mesh, root):
