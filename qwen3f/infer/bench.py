@@ -36,6 +36,7 @@ from sharding.state import init_shards
 BANDWIDTH = {"H200": 4.3e12, "H100": 3.0e12}  # bytes/s of a large copy; another card's bound is the H100's
 FLOPS = 700e12  # bfloat16 products as cuBLAS reaches them on either
 DRAWN = SamplingParams(temperature=0.6)
+CASES = ("first", "decode", "workload", "profile", "peers")
 
 
 def bound(cfg: ModelConfig, params: P.Params, batch: int, context: int, tp: Axis) -> float:
@@ -90,7 +91,8 @@ def workload(count: int = 256) -> tuple[list[list[int]], list[int]]:
 
 
 def table(cfg: ModelConfig, params: P.Params, cases: list[tuple[int, int]], tp: Axis) -> None:
-    engine = Engine(cfg, params, max_tokens=cases_room(cases), options=EngineOptions(tp=tp))
+    rows = max(EngineOptions.rows, *(batch for batch, _ in cases))  # all of a case at a time
+    engine = Engine(cfg, params, max_tokens=cases_room(cases), options=EngineOptions(rows=rows, tp=tp))
     if params[P.EMBED].device.type == "cpu":
         for batch, context in cases:
             drawn, greedy = (decode_rate(engine, cfg.vocab_size, batch, context, way=way) for way in (DRAWN, GREEDY))
@@ -123,7 +125,8 @@ def run_workload(cfg: ModelConfig, params: P.Params, tp: Axis) -> None:
 
 def profile(cfg: ModelConfig, params: P.Params, batch: int, context: int, tp: Axis) -> None:
     """Kernels of a decoding pass, and the share of the time that the card is idle."""
-    engine = Engine(cfg, params, max_tokens=batch * (context + 384), options=EngineOptions(tp=tp))
+    options = EngineOptions(rows=max(EngineOptions.rows, batch), tp=tp)
+    engine = Engine(cfg, params, max_tokens=cases_room([(batch, context)]), options=options)
     rows = engine.submit([engine.request([1 + row] * context, 200, sampling=DRAWN) for row in range(batch)])
     while min(row.answered for row in rows) < 16:
         engine.step()
@@ -232,13 +235,41 @@ def peers(cfg: ModelConfig, cases: list[tuple[int, int]]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", default="decode,workload", help="of first, decode, workload, profile, peers")
+    parser.add_argument("--cases", default="decode,workload", help=f"of {', '.join(CASES)}")
     parser.add_argument("--model", default="qwen3-0.6b", help="a preset")
     parser.add_argument("--layers", type=int, default=0, help="cut the model to so many layers")
     parser.add_argument("--batches", default="1x128,64x128,64x1024,256x128", help="batch x context, several")
     parser.add_argument("--tp", type=int, default=1, help="devices that the model is cut over")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     return parser.parse_args(arguments)
+
+
+def check_arguments(asked: argparse.Namespace) -> None:
+    """Raises UserError for what no case can run with."""
+    cases = asked.cases.split(",")
+    if not set(cases) <= set(CASES):
+        raise UserError(f"--cases={asked.cases}: write some of {', '.join(CASES)}")
+    batches_of(asked.batches)
+    if asked.tp < 1:
+        raise UserError(f"--tp={asked.tp}: write 1 or more")
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: there is none; write --device=cpu, with a small model such as --model=nano")
+    if asked.device == "cpu" and "profile" in cases:
+        raise UserError("--cases=profile counts a GPU's kernels; leave out --device=cpu, or profile")
+    check(model_of(asked), asked.tp)
+    if asked.tp > 1 and "peers" in cases:
+        raise UserError("--cases=peers runs on one device; leave out --tp")
+
+
+def batches_of(text: str) -> list[tuple[int, int]]:
+    """(batch, context) of each pair, as in 1x128,64x1024. Raises UserError for another text."""
+    try:
+        pairs = [(int(batch), int(context)) for batch, context in (pair.split("x") for pair in text.split(","))]
+    except ValueError:
+        pairs = []
+    if not pairs or min(map(min, pairs)) < 1:
+        raise UserError(f"--batches={text}: write batch x context, as in 1x128,64x1024")
+    return pairs
 
 
 def model_of(asked: argparse.Namespace) -> ModelConfig:
@@ -249,7 +280,7 @@ def model_of(asked: argparse.Namespace) -> ModelConfig:
 def run_cases(asked: argparse.Namespace, tp: Axis) -> None:
     """On each of the ranks of tp."""
     cfg = model_of(asked)
-    cases = [tuple(map(int, pair.split("x"))) for pair in asked.batches.split(",")]
+    cases = batches_of(asked.batches)
     dtype = torch.bfloat16 if asked.device == "cuda" else torch.float32
     params = init_shards(cfg, 0, generation_layout(cfg, tp), dtype=dtype, device=asked.device)
     todo: dict[str, Callable[[], None]] = {
@@ -268,9 +299,7 @@ def run_cases(asked: argparse.Namespace, tp: Axis) -> None:
 
 def main(arguments: list[str]) -> int:
     asked = parse(arguments)
-    check(model_of(asked), asked.tp)
-    if asked.tp > 1 and "peers" in asked.cases:
-        raise UserError("--cases=peers runs on one device; leave out --tp")
+    check_arguments(asked)
     command = ["-m", "qwen3f.infer.bench", *arguments]
     decision = ranks.decide(os.environ, asked.tp, ranks.local_devices(asked.device), asked.device, command)
     if decision.mode == "start":
