@@ -47,13 +47,16 @@ PIXELS = Limit("QWEN3F_MAX_PIXELS", 2**26)
 """Of an image: 8,192 × 8,192, which take 192 MiB."""
 
 MODEL_TENSORS = Limit("QWEN3F_MAX_MODEL_TENSORS", 2**18)
-"""Layers times experts. Qwen3-235B-A22B has 12,032."""
+"""Layers times experts, and layers of a vision tower. Qwen3-235B-A22B has 12,032, a tower of Qwen3-VL 24 or 27."""
 
 MODEL_PARAMETERS = Limit("QWEN3F_MAX_MODEL_PARAMETERS", 2**44)
 
 
 def check_layers(cfg: ModelConfig, where: str) -> None:
     """Raises UserError for more than MODEL_TENSORS; `where` names the model."""
-    tensors = cfg.num_hidden_layers * max(1, cfg.num_experts)
-    if tensors > MODEL_TENSORS.value():
-        raise UserError(f"{where}: num_hidden_layers × num_experts is {tensors:,}, {MODEL_TENSORS.exceeded('tensors')}")
+    counts = {"num_hidden_layers × num_experts": cfg.num_hidden_layers * max(1, cfg.num_experts)}
+    if cfg.vision_enabled:
+        counts["vision_num_hidden_layers"] = cfg.vision_num_hidden_layers
+    for name, tensors in counts.items():
+        if tensors > MODEL_TENSORS.value():
+            raise UserError(f"{where}: {name} is {tensors:,}, {MODEL_TENSORS.exceeded('tensors')}")

@@ -134,7 +134,8 @@ def find_model(config: ConfigDict) -> ModelConfig:
     """config.model. Raises UserError for what is no model, as limits.check_layers, and for rows that the model has no
     positions for."""
     cfg = ModelConfig.from_dict(config.model.to_dict())
-    check_layers(cfg, "config.model.num_hidden_layers and config.model.num_experts")
+    names = ("num_hidden_layers", "vision_num_hidden_layers", "num_experts")
+    check_layers(cfg, ", ".join(f"config.model.{name}" for name in names))
     if config.seq_len > cfg.max_position_embeddings:
         raise UserError(
             f"config.seq_len={config.seq_len} exceeds config.model.max_position_embeddings="

@@ -54,6 +54,15 @@ WRONG = [
     ({"batch_size": 10**12}, "config.batch_size=1000000000000: write a finite number below 2^32"),
     ({"batch_size": 2**15, "microbatches": 2**15}, "config.microbatches=32768 must be at most 4096"),
     ({"model.num_hidden_layers": 10**9}, "config.model.num_experts: num_hidden_layers × num_experts is 1,000,000,000"),
+    (
+        {
+            "model.vision_enabled": True,
+            "model.vocab_size": 151_936,
+            "model.mrope_section": (16, 8, 8),
+            "model.vision_num_hidden_layers": 10**9,
+        },
+        "config.model.num_experts: vision_num_hidden_layers is 1,000,000,000, over the limit of 262,144 tensors",
+    ),
     ({"model.num_attention_heads": 10**9, "mesh": "tp3"}, "write in config.mesh tp2"),
     ({"mesh": "dp100000000000", "fsdp.shard_size": 3}, "'dp100000000000' is not an axis and a size"),
     ({"mesh": "dp999999999", "fsdp.shard_size": 2}, "999,999,999 devices are more than 1,048,576; write lower sizes"),
