@@ -4,7 +4,7 @@ Defaults of omitted keys: transformers 5.23, Qwen3Config and Qwen3MoeConfig. Wha
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -209,12 +209,22 @@ def check_plain(cfg: ModelConfig, plain_values: Mapping[str, Any]) -> None:
 
 
 def _check_keys(values: Mapping[str, Any], family: str, where: str) -> None:
-    neutral = _NEUTRAL | _NEUTRAL_OF[family]
-    known = {*_DEFAULTS[family], *_UNDERSTOOD, *_HARMLESS}
+    known = {*_DEFAULTS[family], *_UNDERSTOOD}
     if "num_experts" in _DEFAULTS[family]:
         known.add("num_local_experts")
+    check_keys(values, known, family, where, _NEUTRAL | _NEUTRAL_OF[family])
+
+
+def check_keys(
+    values: Mapping[str, Any],
+    known: Collection[str],
+    family: str,
+    where: str,
+    neutral: Mapping[str, Any] = _NEUTRAL,
+) -> None:
+    """Raises UserError for a key that is neither `known` nor harmless, and for one of `neutral` with another value."""
     for key, value in values.items():
-        if key in known:
+        if key in known or key in _HARMLESS:
             continue
         if key not in neutral:
             raise UserError(f"{where}: the key '{key}' is not known for {family}, and may change the model; remove it")
@@ -244,6 +254,10 @@ def _refuse_what_we_lack(values: Mapping[str, Any], where: str) -> None:
     kinds = values.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise UserError(f"{where}: layer_types is {kinds}; only 'full_attention' in every layer can be read")
+    refuse_quantised(values, where)
+
+
+def refuse_quantised(values: Mapping[str, Any], where: str) -> None:
     if values.get("quantization_config") is not None:
         raise UserError(f"{where}: quantization_config is set; give the directory of the unquantised weights")
 

@@ -40,19 +40,17 @@ _IDS = {
     "vision_start_token_id": 151652,
     "vision_end_token_id": 151653,
 }
-_OTHER = {"hidden_act", "out_hidden_size", "num_position_embeddings", "rope_parameters"}  # of the tower, read by name
-_TOP = {"model_type", "architectures", "text_config", "vision_config", "tie_word_embeddings", *_IDS}
-_HARMLESS = {
-    "model_type", "initializer_range", "transformers_version", "torch_dtype", "dtype", "_attn_implementation_autoset",
-    "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "_name_or_path", "name_or_path",
-}  # fmt: skip
+# Read by name, or of no effect.
+_UNDERSTOOD = {"model_type", "architectures", "initializer_range", "quantization_config"}
+_OTHER = {"hidden_act", "out_hidden_size", "num_position_embeddings", "rope_parameters"}  # of the tower
+_TOP = {"text_config", "vision_config", "tie_word_embeddings", *_IDS}
 
 
 def from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     """The ModelConfig that a config.json describes. Raises UserError that names the key, as config.from_hf does."""
     family = values["model_type"]
     C.check_architectures(values, (ARCHITECTURES[family],), where)
-    _refuse(values, _TOP | _HARMLESS, where)
+    _check_keys(values, _TOP, where)
     parts = {}
     for name in ("text_config", "vision_config"):
         if not isinstance(values.get(name), Mapping):
@@ -127,7 +125,7 @@ def preprocessor(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _tower(values: Mapping[str, Any], hidden: int, where: str) -> dict[str, Any]:
-    _refuse(values, {*_TOWER, *_OTHER, *_HARMLESS}, where)
+    _check_keys(values, {*_TOWER, *_OTHER}, where)
     fields = {name: C.typed(values.get(key, default), default, key, where) for key, (name, default) in _TOWER.items()}
     if (act := values.get("hidden_act", "gelu_pytorch_tanh")) != "gelu_pytorch_tanh":
         raise UserError(f"{where}: hidden_act is {act!r}; only 'gelu_pytorch_tanh' can be read")
@@ -161,7 +159,6 @@ def _without_sections(values: Mapping[str, Any], where: str) -> tuple[dict[str, 
     return out, tuple(found[0]) if found else SECTIONS
 
 
-def _refuse(values: Mapping[str, Any], known: set[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            raise UserError(f"{where}: the key '{key}' is not known for Qwen3-VL, and may change the model; remove it")
+def _check_keys(values: Mapping[str, Any], known: set[str], where: str) -> None:
+    C.check_keys(values, _UNDERSTOOD | known, "qwen3_vl", where)
+    C.refuse_quantised(values, where)

@@ -131,6 +131,9 @@ def nested(directory, part, **changes):
         ("vision_config", {"window_size": 112}, "the key 'window_size' is not known"),
         ("vision_config", {"deepstack_visual_indexes": [2, 0]}, r"vision_deepstack_layers \(\[2, 0\]\) must rise"),
         ("vision_config", {"depth": "4"}, "depth is '4'; it must be an integer"),
+        ("vision_config", {"depth": 10**9}, "vision_num_hidden_layers is 1,000,000,000, over the limit of 262,144"),
+        ("vision_config", {"quantization_config": {}}, "vision_config: quantization_config is set; give the directory"),
+        ("vision_config", {"torchscript": True}, "vision_config: torchscript is True, .*; only False can be read"),
         ("text_config", {"rope_parameters": {"mrope_section": [4, 2, 1]}}, "mrope_section"),
         ("text_config", {"rope_parameters": {"mrope_interleaved": False}}, "mrope_interleaved is false"),
         ("text_config", {"rope_scaling": {"mrope_section": [2, 4, 2]}}, "two different mrope_sections"),
@@ -152,12 +155,25 @@ def test_top_level_is_checked(tmp_path):
         ({"vision_config": None}, "vision_config is None"),
         ({"architectures": ["Qwen3VLModel"]}, "architectures is"),
         ({"image_token_id": 97}, "image_token_id .97. must be below"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "json: quantization_config is set; give the directory of"),
+        ({"window": 3}, "the key 'window' is not known for qwen3_vl"),
     ):
         before = (tmp_path / "config.json").read_text()
         edit_config(tmp_path, **changes)
         with pytest.raises(UserError, match=words):
             hf.read_config(tmp_path)
         (tmp_path / "config.json").write_text(before)
+
+
+def test_what_other_programs_write_at_the_top_and_for_the_tower_is_read(tmp_path):
+    """As for a model of words: what changes nothing is no error, wherever it stands."""
+    hf_model(vl_config()).config.save_pretrained(tmp_path)
+    expected = hf.read_config(tmp_path)
+    harmless = {"unsloth_fixed": True, "unsloth_version": "1", "torchscript": False, "output_attentions": False}
+    edit_config(tmp_path, **harmless)
+    for part in ("text_config", "vision_config"):
+        nested(tmp_path, part, **harmless)
+    assert hf.read_config(tmp_path) == expected
 
 
 @pytest.mark.parametrize("changes", [{"vision_merger": "pool_linear"}, {"vision_deepstack_mode": "vit_fuse"}])
