@@ -17,6 +17,7 @@ from PIL import Image
 
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
+from qwen3f.limits import PIXELS
 from qwen3f.vision.rgb import to_rgb
 
 MIN_PIXELS, MAX_PIXELS = 256**2, 4096**2
@@ -83,11 +84,17 @@ def token_side(cfg: ModelConfig) -> int:
 
 
 def check_limits(factor: int, min_pixels: int, max_pixels: int, section: str = "") -> None:
-    """Raises UserError for limits that no image can keep. section: before their names on the command line."""
+    """Raises UserError for limits that no image can keep, or only as a huge one. section: before their names on the
+    command line."""
     if not 1 <= min_pixels <= max_pixels or max_pixels < factor**2:
         raise UserError(
             f"{section}min_pixels={min_pixels} and {section}max_pixels={max_pixels} leave no size for an image: write "
             f"1 or more and at least {factor**2}, one token's pixels"
+        )
+    if min_pixels > PIXELS.default:
+        raise UserError(
+            f"{section}min_pixels={min_pixels} makes of every image one of more than {PIXELS.default:,} pixels: write "
+            "less"
         )
 
 
