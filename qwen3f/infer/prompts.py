@@ -1,6 +1,8 @@
 """A chat's prompt with images and video in the first user's turn, from files to ids and pixels."""
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,21 +39,43 @@ def read_images(paths: str, cfg: ModelConfig, min_pixels: int, max_pixels: int) 
     check_limits(token_side(cfg), min_pixels, max_pixels, "--config.")
     found = []
     for path in filter(None, map(str.strip, paths.split(","))):
-        patches, grid = image_patches(read_image(user_path(path, "config.images")), cfg, min_pixels, max_pixels)
+        image = read_image(user_path(path, "config.images"))
+        try:
+            patches, grid = image_patches(image, cfg, min_pixels, max_pixels)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         found.append(Shown(patches, grid, image_segments(merged_tokens(grid, cfg))))
+    if paths and not found:
+        raise UserError(f"config.images={paths!r} names no file; write --config.images=a.png,b.jpg")
     return found
+
+
+class FrameFiles(Sequence[Image.Image]):
+    """Frames in files, each read when it is asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: int) -> Image.Image:
+        """In RGB. Raises UserError as read_image."""
+        return read_image(self._paths[number])
 
 
 def read_video(place: str, fps: float | None, cfg: ModelConfig) -> Shown:
     """A directory of frames, taken at `fps`, or a GIF, whose own time is taken where fps is None.
 
-    Raises UserError: no frames, no rate, a frame that cannot be read.
+    Raises UserError: no frames, no rate or one that is not positive, a frame to look at that cannot be read.
     """
+    if fps is not None and not 0 < fps < math.inf:
+        raise UserError(f"config.video_fps={fps}: write a positive number of frames a second")
     path = user_path(place, "config.video")
     if not path.is_dir():
         return opened(path, lambda image, name: _shown_video(*gif_frames(image, name, fps), place, cfg))
     names = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    return _shown_video([read_image(name) for name in names], fps, place, cfg)
+    return _shown_video(FrameFiles(names), fps, place, cfg)
 
 
 def _shown_video(frames: Sequence[Image.Image], fps: float | None, place: str, cfg: ModelConfig) -> Shown:

@@ -208,6 +208,10 @@ def _check_kind(tokenizer: Tokenizer, options: TextOptions) -> None:
 
 def _shown(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer) -> list[Shown]:
     """The images and the video that every prompt asks about."""
+    if config.video_fps is not None and not config.video:
+        raise UserError(
+            f"config.video_fps={config.video_fps} goes with config.video: write --config.video=DIR, or leave it out"
+        )
     if not (config.images or config.video):
         return []
     if not (config.prompt or config.prompts):

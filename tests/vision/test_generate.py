@@ -1,5 +1,7 @@
 """The stage generate with images and video: ids as Qwen3-VL's processor writes them, and answers of the model."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,11 @@ from PIL import Image
 
 from experiments.generate import get_config
 from qwen3f import model, params, presets
+from qwen3f.data.sources.image_file import read_image
 from qwen3f.data.tokenizers.sentencepiece_tokenizer import train_sentencepiece
 from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.errors import UserError
+from qwen3f.infer import prompts as infer_prompts
 from qwen3f.infer.pictures import vision_ids
 from qwen3f.infer.prompts import encode_shown, pictures_of, read_images, read_video
 from qwen3f.infer.run import run
@@ -146,12 +150,31 @@ def test_of_a_long_gif_only_what_is_looked_at_is_decoded(source, tmp_path, monke
     assert len(decoded) == 4
 
 
+def test_of_many_frames_in_files_only_what_is_looked_at_is_decoded(source, tmp_path, monkeypatch):
+    for i in range(60):
+        picture(tmp_path / f"{i:03d}.png", (32, 48), i)
+    decoded = []
+    monkeypatch.setattr(infer_prompts, "read_image", lambda path: decoded.append(path.name) or read_image(path))
+    assert read_video(str(tmp_path), 24.0, source[1]).grid[0] == 5
+    assert decoded == ["000.png", "015.png", "030.png", "044.png", "059.png"]
+
+
 def test_what_cannot_be_shown(source, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}')
-    one = picture(tmp_path / "a.png", (64, 48))
+    one, thin = picture(tmp_path / "a.png", (64, 48)), picture(tmp_path / "thin.png", (900, 3))
     for changes, words in (
         ({"images": str(tmp_path / "none.png")}, "none.png cannot be read"),
+        (
+            {"images": one, "min_pixels": 10**30, "max_pixels": 10**31},
+            "--config.min_pixels=1000.* makes of every image",
+        ),
+        ({"images": " , "}, "config.images=' , ' names no file"),
+        ({"images": f"{one},{thin}"}, r"thin.png: an image of 900 × 3 pixels is narrower"),
+        ({"images": one, "video_fps": 2.0}, "config.video_fps=2.0 goes with config.video"),
+        ({"video_fps": 2.0}, "config.video_fps=2.0 goes with config.video"),
+        ({"video": one, "video_fps": 0.0}, "config.video_fps=0.0: write a positive number"),
+        ({"video": one, "video_fps": math.nan}, "config.video_fps=nan: write a positive number"),
         ({"images": one, "max_pixels": 10}, r"--config.min_pixels=\d+ and --config.max_pixels=10 leave no size"),
         ({"images": one, "chat": False}, "config.chat=True"),
         (
