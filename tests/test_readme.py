@@ -49,7 +49,7 @@ def place(tmp_path, monkeypatch):
     tokenizer = Tokenizer(backend="tiktoken", path="files")
     cfg = presets.get("nano").replace(vocab_size=tokenizer.vocab_size, num_hidden_layers=1)
     hf.save_pretrained("DIR", cfg, P.init_params(cfg, 0), tokenizer)
-    vl = presets.get("nano_vl").replace(num_hidden_layers=2)
+    vl = presets.get("nano_vl").replace(num_hidden_layers=2, tie_word_embeddings=True)  # as Qwen3-VL's 2B and 4B
     hf.save_pretrained("VL", vl, P.init_params(vl, 0))
     Image.new("RGB", (64, 48), "red").save("a.png")
     for name, rows in (("web", "fineweb"), ("pajama", "slimpajama")):
