@@ -61,10 +61,11 @@ def apply(
       batch: "tokens" int64 [B, T]; optional "positions" int64 [B, T] (default 0 … T−1) and "segments" int32 [B, T]
         (default: one document a row; 0 is padding) and "real" bool [B, T] (default: segments != 0), False for what
         routers are not to count. With a vision tower also "pixel_values" [B, P, values], "grids" [B, n, 3] and, made
-        if absent, "visual_index" [B, T] and "positions" [B, 3, T] (contracts.md). Other keys are ignored.
+        if absent, "visual_index" [B, T] and "positions" [B, 3, T] (contracts.md); without "pixel_values" placeholders
+        are words, as in transformers. Other keys are ignored.
       dropout_stream: int64 scalar tensor; attention_dropout applies exactly when it is given.
-    Raises UserError for images without a tower, and for placeholders that are not as many as their features,
-    IndexError (CPU) for a token beyond the vocabulary.
+    Raises UserError for images without a tower, for placeholders that are not as many as their features, and as
+    with_places, IndexError (CPU) for a token beyond the vocabulary.
     """
     run = make_forward(cfg, execution, dropout=dropout_stream is not None)
     hidden, stats = run(params, with_places(batch, cfg), dropout_stream)
@@ -124,13 +125,23 @@ def make_sight(
 def with_places(batch: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     """A batch of images with what it may lack: visual_index and the positions.
 
-    Raises UserError as position_ids, and for a row with fewer patches than its grids name.
+    Raises UserError as position_ids, for images without grids, for a row with fewer patches than its grids name, and
+    for patches of another size than the model's.
     """
     if "pixel_values" not in batch:
         return dict(batch)
-    tokens, grids = batch["tokens"], batch["grids"]
+    if "grids" not in batch:
+        raise UserError("the batch has pixel_values and no grids; give t, h, w in patches of each image, [B, n, 3]")
+    tokens, grids, values = batch["tokens"], batch["grids"], batch["pixel_values"].shape[-1]
     check_counts(tokens, grids, cfg)
     check_patches(grids, batch["pixel_values"])
+    if values != cfg.vision_patch_values:
+        raise UserError(
+            f"pixel_values holds patches of {values} values, and the model takes {cfg.vision_patch_values}; make them "
+            "with its own config (image_patches)"
+        )
+    if not batch["pixel_values"].shape[1]:  # room for no patch: kernels need one
+        return {key: x for key, x in batch.items() if key != "pixel_values"}
     made = {"visual_index": visual_index(tokens, cfg)}
     if "positions" not in batch:
         made["positions"] = position_ids(tokens, grids, cfg, batch.get("segments"))

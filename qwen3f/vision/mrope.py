@@ -41,6 +41,8 @@ def places_of(items_BK: Tensor, grids_Bn3: Tensor) -> Places:
     grids: t, h, w of each image in items; those of no items (zeros) are none. Items beyond the last are in a frame of
     1 × 1, not `there`.
     """
+    if not grids_Bn3.shape[1]:
+        grids_Bn3 = grids_Bn3.new_zeros(len(grids_Bn3), 1, 3)
     sizes_Bn = grids_Bn3.to(torch.int64).prod(-1)
     ends_Bn = sizes_Bn.cumsum(1)
     total_B1 = ends_Bn[:, -1:]

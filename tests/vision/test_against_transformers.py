@@ -188,12 +188,26 @@ def test_recomputation_changes_no_gradient(policy, kinds):
         torch.testing.assert_close(again[path], grad, rtol=1e-12, atol=1e-12)
 
 
+def test_no_room_for_images_is_a_batch_of_words():
+    cfg = vl_config()
+    p = P.init_params(cfg, 0)
+    tokens = torch.arange(12).view(2, 6)
+    words = model.apply(cfg, p, {"tokens": tokens}).logits
+    for patches, images in ((0, 0), (0, 2), (8, 0)):
+        none = {"pixel_values": torch.zeros(2, patches, cfg.vision_patch_values), "grids": torch.zeros(2, images, 3)}
+        assert torch.equal(model.apply(cfg, p, {"tokens": tokens, **none}).logits, words)
+
+
 def test_what_does_not_fit_is_named():
     cfg = vl_config()
     p = P.init_params(cfg, 0)
     batch = our_batch(cfg, [row(random.Random(1), "tit")], torch.float32)
     with pytest.raises(UserError, match="row 0 has .* placeholders"):
         model.apply(cfg, p, {**batch, "tokens": torch.ones_like(batch["tokens"])})
+    with pytest.raises(UserError, match="patches of 22 values, and the model takes 24"):
+        model.apply(cfg, p, {**batch, "pixel_values": batch["pixel_values"][..., :-2]})
+    with pytest.raises(UserError, match="pixel_values and no grids"):
+        model.apply(cfg, p, {key: x for key, x in batch.items() if key != "grids"})
     text = cfg.replace(vision_enabled=False)
     with pytest.raises(UserError, match="model no vision tower"):
         model.apply(text, P.init_params(text, 0), batch)

@@ -42,7 +42,8 @@ class VisualDataConfig:
         problems: of the generated problems, where the mixture has them.
         min_pixels, max_pixels: pictures are scaled to lie between.
         patches, images: room of a row for patches and for pictures.
-        turns, on_bad_row: as ChatDataConfig's; where bad rows are skipped, all pictures of files are decoded once.
+        turns, on_bad_row: as ChatDataConfig's; where bad rows are skipped, all pictures of files are decoded
+            before training begins.
         max_samples, max_heldout: of each source, the first ones; 0: all.
     """
 
