@@ -37,6 +37,8 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     """The picture upright, on white, in RGB; of an animation the frame it stands at.
 
     A greyscale of 16 bits (modes I;16 and I, values up to 65,535) keeps its levels: 257 of them make one of 8 bits.
+    The transparent colour of a PNG of 2, 4 or three times 16 bits is known only of an image that is not loaded yet; its
+    `info` is then given it in 8 bits.
 
     Raises UserError, which calls it `name`: too many pixels, none, a format that is not one of FORMATS, values that
     have no known range (mode F, or I beyond 16 bits), damaged data.
@@ -49,9 +51,9 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     levels_of_file = image.tile[0][3] if getattr(image, "tile", None) else ""
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
-        if levels_of_file in _KEYS_IN_8_BITS and "transparency" in image.info:
+        if levels_of_file in _KEYS_IN_8_BITS and "transparency" in image.info:  # once: a loaded image names none
             image.info["transparency"] = _KEYS_IN_8_BITS[levels_of_file](image.info["transparency"])
+        image = ImageOps.exif_transpose(image)
         if image.mode not in _WIDE_MODES:
             return _on_white(image)
     except Exception as error:  # a decoder may meet anything in a damaged file

@@ -11,6 +11,7 @@ from PIL import Image, features
 from qwen3f.data.sources.adapters.multimodal import ImageFile
 from qwen3f.data.sources.image_file import FORMATS, image_size, read_image
 from qwen3f.errors import UserError
+from qwen3f.vision.rgb import to_rgb
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10 10 rectfill\nshowpage\n"
 
@@ -87,6 +88,8 @@ def test_a_pngs_transparent_colour_is_white_at_any_depth(depth, kind, row, clear
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b""))
     image = read_image(tmp_path / "x.png")
     assert [image.getpixel((x, 0)) for x in range(len(others))] == [pixel or (255, 255, 255) for pixel in others]
+    with Image.open(tmp_path / "x.png") as opened:  # the same object, asked twice
+        assert [to_rgb(opened).tobytes() for _ in range(2)] == [image.tobytes()] * 2
 
 
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.eps"])
