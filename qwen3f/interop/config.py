@@ -258,6 +258,7 @@ def _refuse_what_we_lack(values: Mapping[str, Any], where: str) -> None:
 
 
 def refuse_quantised(values: Mapping[str, Any], where: str) -> None:
+    """Raises UserError where a part of a config.json says that weights are quantised."""
     if values.get("quantization_config") is not None:
         raise UserError(f"{where}: quantization_config is set; give the directory of the unquantised weights")
 
