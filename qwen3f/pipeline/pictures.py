@@ -11,10 +11,10 @@ COUNT = 3
 QUESTIONS = "questions.json"
 
 
-def draw(folder: Path) -> Iterator[tuple[Path, str]]:
-    """(picture's file, question) of the first held-out ones of the task `visual`; writes them to `folder`, and what is
-    asked with the right answers to questions.json."""
-    found = list(islice(VisualTask().questions("heldout"), COUNT))
+def draw(folder: Path, task: VisualTask) -> Iterator[tuple[Path, str]]:
+    """(picture's file, question) of the task's first held-out ones; writes them to `folder`, and what is asked with the
+    right answers to questions.json."""
+    found = list(islice(task.questions("heldout"), COUNT))
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     rows = []
     for number, question in enumerate(found):

@@ -18,6 +18,8 @@ from qwen3f.pipeline.choose import Standing, check_kept, choose, goes_on, survey
 from qwen3f.pipeline.process import Command, Signals
 from qwen3f.pipeline.record import Record
 from qwen3f.pipeline.stages import MEASURE, differing
+from qwen3f.rl.tasks import drawn_task
+from qwen3f.tasks.visual import VisualTask
 from qwen3f.train import checks, lock
 from qwen3f.train.reporting import ReportWriter
 
@@ -181,7 +183,10 @@ class Pipeline:
 
     def _show(self, step: Step, place: str) -> dict[str, measure.Measure]:
         folder = self.directory / step.workdir
-        for number, (picture, prompt) in enumerate(pictures.draw(folder)):
+        seen = next((one.config.data for one in self.steps if one.name == step.source), {})
+        # of the kinds and sizes that the model has learnt to see
+        task = drawn_task(seen) if "picture_kinds" in seen else VisualTask()
+        for number, (picture, prompt) in enumerate(pictures.draw(folder, task)):
             if pictures.answer(folder, number) is not None:  # it could not go on there: a picture's name counts
                 continue
             out = pictures.place_of(folder, number)

@@ -1,5 +1,7 @@
 """The tasks of config.tasks: generated problems, data sets, code, and for a model that sees, pictures."""
 
+from ml_collections import ConfigDict
+
 from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.mixture import parse_weights
 from qwen3f.data.multimodal.dataset import drawing
@@ -45,7 +47,12 @@ def _open(setup: Setup, name: str, problems: ReasoningSource | None) -> Task:
                 f"--config.{flag} out, or write another task"
             )
     check_limits(token_side(cfg), config.data.min_pixels, config.data.max_pixels, "--config.data.")
-    drawn = drawing(config.data)
+    return drawn_task(config.data)
+
+
+def drawn_task(data: ConfigDict) -> VisualTask:
+    """The task of the pictures that a stage with this config.data draws. Raises UserError as `drawing`."""
+    drawn = drawing(data)
     return VisualTask(drawn.kinds, drawn.seed, drawn.count, drawn.min_side, drawn.max_side)
 
 

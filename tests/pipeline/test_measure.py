@@ -4,14 +4,25 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from qwen3f import cli
 from qwen3f.errors import UserError
 from qwen3f.interop import source
 from qwen3f.pipeline import chain, commands, measure, pictures, run, table
 from qwen3f.pipeline.process import Signals
+from qwen3f.tasks.visual import topic
 from tests.pipeline import toy
 
+SEEN = {
+    "count all",
+    "count colour",
+    "count shape",
+    "colour",
+    "shape",
+    "tallest bar",
+    "read a bar",
+}  # of shapes and bars
 SHORT = "pretrain_s2,pretrain_s3,sft_fusion,grpo_general,dpo"  # left out: what stays is a chain of four
 
 
@@ -132,6 +143,8 @@ def test_pictures_that_were_answered_are_not_asked_again_wherever_the_directory_
     pictures.place_of(folder, 1).write_text('{"row": 0, "ans')  # of a process that was killed
     pipeline = run.Pipeline(config, config.set.measure, steps, tmp_path, Signals(), False)
     pipeline._show(steps[-1], "W")
+    assert Image.open(folder / "pictures" / "0.png").size == (96, 96)  # as the stage before has drawn them
+    assert {topic(one["prompt"]) for one in json.loads((folder / pictures.QUESTIONS).read_text())} <= SEEN
     assert pictures.answer(folder, 0) == said["answer"]
     assert pictures.answer(folder, 1) == "two\u2028lines of 1"
     assert sum(repr(said["answer"]) in line for line in pictures.said(folder)) == 1
