@@ -261,7 +261,7 @@ def _read(run: Run) -> str:
     """How much of metrics.jsonl the curves are of."""
     metrics = run.metrics
     if not metrics.lines:
-        return "" if run.results or run.counts else "Nothing has been logged yet."
+        return "" if run.results or run.counts or not run.config else "Nothing has been logged yet."
     if metrics.parsed < metrics.lines:
         return (
             f"Curves are of {metrics.parsed:,} of the {metrics.lines:,} lines of metrics.jsonl, taken evenly, with "

@@ -12,7 +12,7 @@ from typing import Any
 from qwen3f.errors import UserError
 from qwen3f.files import is_directory, is_file, read_bounded
 from qwen3f.finite import as_finite
-from qwen3f.report.asked import read_asked, read_pictures, results_table
+from qwen3f.report.asked import QUESTIONS, read_asked, read_pictures, results_table
 from qwen3f.report.data import Measure, Report, Run, Stage, Texts
 from qwen3f.report.marks import difference_in_run, difference_of_stages, measure
 from qwen3f.report.metrics_file import NO_METRICS, read_metrics
@@ -56,7 +56,7 @@ def read_run(workdir: Path) -> Run:
     config, record = there("config.json"), there("run.json")
     results = tuple((name, _measure(one)) for name, one in results_table(workdir))
     counts = there("rejection_summary.json").get("counts")
-    if not (config or results or counts):
+    if not (config or results or counts or is_file(workdir / QUESTIONS)):
         problems.append("There is no config.json, so the configuration is not shown.")
     metrics = read_file("metrics.jsonl", lambda: read_metrics(workdir / "metrics.jsonl"), NO_METRICS)
     if metrics.broken:

@@ -101,6 +101,22 @@ def test_pictures_that_were_asked_about_are_shown(pipeline):
     assert 'src="data:image/png;base64,iVBORw=="' in render(read(pipeline))
 
 
+def test_a_stage_that_only_shows_pictures_lacks_nothing(tmp_path):
+    """It logs nothing and has no configuration: no problem is told, and its row leads to its answers."""
+    place = tmp_path / "01_pictures"
+    (place / "pictures").mkdir(parents=True)
+    (place / "pictures" / "0.png").write_bytes(b"\x89PNG")
+    (place / "questions.json").write_text(
+        json.dumps([{"picture": "pictures/0.png", "prompt": "How many?", "gold": "3"}])
+    )
+    (place / "0.jsonl").write_text(json.dumps({"answer": "4"}) + "\n")
+    stage = {"name": "pictures", "workdir": place.name, "status": "done", "measures": {}, "seconds": 9.0}
+    (tmp_path / "pipeline.json").write_text(json.dumps({"stages": [stage]}))
+    text = render(read(tmp_path))
+    assert '<a href="#stage-1">its answers</a>' in text
+    assert not any(words in text for words in ("not measured yet", "no config.json", "Nothing has been logged"))
+
+
 @pytest.mark.parametrize("broken", ["{", "[]", '{"benchmarks": 3}', '{"benchmarks": {"a": {"samples": [1, {}]}}}'])
 def test_results_that_are_broken_are_left_out(pipeline, broken):
     (pipeline / "02_two" / "measures" / "thinking" / "results.json").write_text(broken)
