@@ -1,14 +1,18 @@
-"""A GIF as a video of one rate: each of its frames says how long it is shown, and a long one counts as several.
+"""A GIF, APNG or animated WebP as a video of one rate: each frame says how long it is shown, a long one is several.
 
-Frames are decoded when they are asked for, so of a long GIF only those that are looked at (vision.video.sample_frames).
+Frames are decoded when they are asked for, so of a long GIF only those that are looked at (vision.video.sample_frames)
+and what their file builds them on.
 """
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from qwen3f.errors import UserError
+from qwen3f.vision.frame_times import frame_times
 from qwen3f.vision.rgb import to_rgb
 
 
@@ -33,17 +37,24 @@ class HeldFrames(Sequence[Image.Image]):
 def gif_frames(image: Image.Image, name: str, fps: float | None = None) -> tuple[Sequence[Image.Image], float | None]:
     """(frames, frames a second), as video_patches takes them.
 
-    fps: of the frames, whatever the file says. None: the file's own times, in ticks of the longest time that all of
-    them are multiples of; a frame without a time is not shown, and where none has one the rate is None.
+    image: opened from a file. fps: of the frames, whatever the file says. None: the file's own times, in ticks of the
+    longest time that all of them are multiples of; a frame without a time is not shown, and where none has one the rate
+    is None. Raises UserError for a file that ends before its frames do.
     """
     count = getattr(image, "n_frames", 1)
     if fps is not None:
         return HeldFrames(image, name, [1] * count), fps
-    times = []  # in milliseconds
-    for number in range(count):
-        image.seek(number)
-        times.append(round(image.info.get("duration", 0)))
+    ticks, fps = gif_ticks(image, name)
+    return HeldFrames(image, name, ticks), fps
+
+
+def gif_ticks(image: Image.Image, name: str) -> tuple[list[int], float | None]:
+    """(ticks of each frame, ticks a second), without decoding one, as gif_frames has them."""
+    count = getattr(image, "n_frames", 1)
+    times = frame_times(Path(image.filename).read_bytes())
+    if count != len(times):
+        raise UserError(f"{name} cannot be read (it has {len(times)} of its {count} frames): copy it again.")
     if not any(times):
-        return HeldFrames(image, name, [1] * count), None
+        return [1] * count, None
     tick = math.gcd(*times)
-    return HeldFrames(image, name, [time // tick for time in times]), 1000 / tick
+    return [time // tick for time in times], 1000 / tick

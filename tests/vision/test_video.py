@@ -13,6 +13,8 @@ from PIL import Image
 
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
+from qwen3f.vision.frame_times import frame_times
+from qwen3f.vision.gif import gif_frames
 from qwen3f.vision.preprocess import image_patches
 from qwen3f.vision.video import MAX_PIXELS, MIN_PIXELS, fit_size, frame_text, sample_frames, timestamps, video_patches
 
@@ -84,3 +86,37 @@ def test_bad_videos():
             sample_frames(5, rate)
     with pytest.raises(UserError, match="narrower"):
         video_patches([Image.new("RGB", (20_000, 90))], 1.0, CFG)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+@pytest.mark.parametrize("times", [[100, 250, 500, 40, 90], 40, None])
+def test_times_of_an_animation_are_pillows(suffix, times, tmp_path):
+    place = tmp_path / f"x.{suffix}"
+    frames = [Image.new("RGB", (8, 8), (40 * i, i, 9)) for i in range(5)]
+    frames[0].save(place, save_all=True, append_images=frames[1:], **({"duration": times} if times else {}))
+    with Image.open(place) as image:
+        theirs = []
+        for number in range(5):
+            image.seek(number)
+            image.load()  # a WebP knows it only then
+            theirs.append(round(image.info.get("duration", 0)))
+    assert frame_times(place.read_bytes()) == theirs
+    for end in range(0, place.stat().st_size, 7):
+        assert len(frame_times(place.read_bytes()[:end])) <= 5
+
+
+def test_a_picture_beside_an_apng_is_not_shown(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(4)]
+    place = tmp_path / "x.png"
+    frames[0].save(place, save_all=True, append_images=frames[1:], duration=[500, 500, 1000], default_image=True)
+    shown, fps = gif_frames(Image.open(place), "x")
+    assert (fps, [shown[tick].getpixel((1, 1))[0] for tick in range(len(shown))]) == (2.0, [40, 80, 120, 120])
+
+
+def test_an_animation_that_ends_early_is_named(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(4)]
+    place = tmp_path / "x.png"
+    frames[0].save(place, save_all=True, append_images=frames[1:], duration=500)
+    place.write_bytes(place.read_bytes()[: place.stat().st_size // 2])
+    with pytest.raises(UserError, match="the video x cannot be read .it has . of its 4 frames"):
+        gif_frames(Image.open(place), "the video x")
