@@ -12,7 +12,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.template import segments
 from qwen3f.data.multimodal.samples import PICTURE, expanded, image_segments, video_segments
-from qwen3f.data.sources.image_file import opened, read_image
+from qwen3f.data.sources.image_file import FRAME_SUFFIXES, frame_files, opened, read_image
 from qwen3f.data.tokenizers.token_text import Segment
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
@@ -21,9 +21,6 @@ from qwen3f.infer.pictures import Pictures
 from qwen3f.vision.gif import gif_frames
 from qwen3f.vision.preprocess import Grid, check_limits, image_patches, merged_tokens, token_side
 from qwen3f.vision.video import video_patches
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""Of the frames in a video's directory, in the order of their names."""
 
 
 class Shown(NamedTuple):
@@ -74,13 +71,12 @@ def read_video(place: str, fps: float | None, cfg: ModelConfig) -> Shown:
     path = user_path(place, "config.video")
     if not path.is_dir():
         return opened(path, lambda image, name: _shown_video(*gif_frames(image, name, fps), place, cfg))
-    names = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    return _shown_video(FrameFiles(names), fps, place, cfg)
+    return _shown_video(FrameFiles(frame_files(path)), fps, place, cfg)
 
 
 def _shown_video(frames: Sequence[Image.Image], fps: float | None, place: str, cfg: ModelConfig) -> Shown:
     if not frames:
-        raise UserError(f"the video {place} holds no frame: files ending in {', '.join(SUFFIXES)} are read")
+        raise UserError(f"the video {place} holds no frame: files ending in {', '.join(FRAME_SUFFIXES)} are read")
     if fps is None:
         raise UserError(f"the video {place} does not say how fast it is: write --config.video_fps=FRAMES_A_SECOND")
     patches, grid, times = video_patches(frames, fps, cfg)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
+from qwen3f.vision import preprocess
 from qwen3f.vision.preprocess import Grid, check_limits, check_ratio, flat_patches, token_side
 from qwen3f.vision.rgb import to_rgb
 
@@ -64,6 +65,30 @@ def fit_size(
         grow = math.sqrt(min_pixels / (frames * height * width))
         return tuple(math.ceil(side * grow / factor) * factor for side in (height, width))
     return high, wide
+
+
+def video_limits(min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Of a whole video, from those of an image: in the proportion that Qwen3-VL's limits of both have."""
+    low, high = MIN_PIXELS / preprocess.MIN_PIXELS, MAX_PIXELS / preprocess.MAX_PIXELS  # 1/16 and 3/2, exact
+    return max(1, int(min_pixels * low)), int(max_pixels * high)
+
+
+def video_grid(
+    count: int,
+    source_fps: float,
+    height: int,
+    width: int,
+    cfg: ModelConfig,
+    fps: float = 2.0,
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[Grid, list[float]]:
+    """(grid, seconds of each group) that video_patches gives for `count` frames of this size, without their pixels."""
+    indices, group = sample_frames(count, source_fps, fps), cfg.vision_temporal_patch_size
+    shown = max(len(indices), group)
+    high, wide = fit_size(shown, height, width, token_side(cfg), group, min_pixels, max_pixels)
+    times = timestamps(indices, source_fps, group)
+    return (len(times), high // cfg.vision_patch_size, wide // cfg.vision_patch_size), times
 
 
 def video_patches(

@@ -17,8 +17,16 @@ from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.mixture import CYCLE, Mixture, make_mixture, parse_weights
 from qwen3f.data.multimodal.packing import Needs, pack
-from qwen3f.data.multimodal.samples import Picture, VisualSample, check_tokenizer, tokenise
+from qwen3f.data.multimodal.samples import (
+    Picture,
+    VisualSample,
+    check_tokenizer,
+    image_segments,
+    tokenise,
+    video_segments,
+)
 from qwen3f.data.multimodal.sources import Drawing, VisualSource, open_visual
+from qwen3f.data.multimodal.videos import Video, patches_of, planned
 from qwen3f.data.packing.best_fit_dataset import best_fit_row
 from qwen3f.data.packing.concat import Example
 from qwen3f.data.sampler import example_index
@@ -26,10 +34,11 @@ from qwen3f.data.sources.adapters.rows import OnBadRow, check_policy
 from qwen3f.data.sources.documents import Split
 from qwen3f.data.sources.images import KINDS, check_sides
 from qwen3f.data.sources.reasoning import ReasoningSource
+from qwen3f.data.tokenizers.token_text import Segment
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.vision.mrope import position_ids, visual_index
-from qwen3f.vision.preprocess import Grid, check_limits, image_grid, image_patches, token_side
+from qwen3f.vision.preprocess import Grid, check_limits, image_grid, image_patches, merged_tokens, token_side
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,9 @@ class VisualDataConfig:
         mixture: sources of multimodal.sources with weights, which share out rows.
         pictures, picture_seed, min_side, max_side, picture_kinds: of the generated ones.
         problems: of the generated problems, where the mixture has them.
-        min_pixels, max_pixels: pictures are scaled to lie between.
-        patches, images: room of a row for patches and for pictures.
+        min_pixels, max_pixels: pictures are scaled to lie between; a video, all frames that are looked at together,
+            between a sixteenth and three halves of them, which is the proportion of Qwen3-VL's own limits.
+        patches, images: room of a row for patches and for pictures; a video is one of them.
         turns, on_bad_row: as ChatDataConfig's; where bad rows are skipped, all pictures of files are decoded
             before training begins.
         max_samples, max_heldout: of each source, the first ones; 0: all.
@@ -66,11 +76,11 @@ class VisualDataConfig:
 
 @dataclass(frozen=True)
 class Document:
-    """A chat as a row takes it."""
+    """A chat as a row takes it. grids: of its pictures and videos."""
 
     ids: np.ndarray
     trained: np.ndarray
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Picture | Video, ...]
     grids: tuple[Grid, ...]
     group: str
 
@@ -122,9 +132,12 @@ class VisualDataset:
         done = 0
         seen = [(file, grid) for chat in chats for file, grid in zip(chat.pictures, chat.grids)]
         for number, (file, grid) in enumerate(seen):
-            patches, found = image_patches(file.open(), self.cfg, *self.limits)
+            if isinstance(file, Video):
+                patches, found = patches_of(file, self.cfg, *self.limits)
+            else:
+                patches, found = image_patches(file.open(), self.cfg, *self.limits)
             if found != grid:
-                raise UserError(f"{file} has another size than when the run began")
+                raise UserError(f"{file} has another size or length than when the run began")
             pixels[done : done + len(patches)] = patches
             grids[number] = grid
             done += len(patches)
@@ -243,7 +256,7 @@ def _document(
 ) -> Document | None:
     """None for a picture that is too narrow, where bad rows are skipped."""
     try:
-        grids = tuple(image_grid(*file.size(), cfg, data.min_pixels, data.max_pixels) for file in sample.pictures)
+        shown = [_shown(file, cfg, data.min_pixels, data.max_pixels) for file in sample.pictures]
     except UserError as error:
         if data.on_bad_row == "error":
             raise UserError(
@@ -251,7 +264,17 @@ def _document(
             ) from None
         counts["bad_images"] += 1
         return None
-    return Document(*tokenise(sample, grids, tokenizer, cfg), sample.pictures, grids, sample.group)
+    ids, trained = tokenise(sample, [text for _, text in shown], tokenizer)
+    return Document(ids, trained, sample.pictures, tuple(grid for grid, _ in shown), sample.group)
+
+
+def _shown(file: Picture | Video, cfg: ModelConfig, min_pixels: int, max_pixels: int) -> tuple[Grid, list[Segment]]:
+    """A picture's or video's grid, and what stands for it in the text."""
+    if isinstance(file, Video):
+        grid, times = planned(file, cfg, min_pixels, max_pixels)
+        return grid, video_segments(times, merged_tokens(grid, cfg) // grid[0])
+    grid = image_grid(*file.size(), cfg, min_pixels, max_pixels)
+    return grid, image_segments(merged_tokens(grid, cfg))
 
 
 def _needs(document: Document) -> Needs:

@@ -1,7 +1,8 @@
 """A chat with pictures as ids: each picture stands in the text as one character, and becomes its run of placeholders.
 
 In Qwen3-VL's chats a picture is <|vision_start|>, one <|image_pad|> a merged token, <|vision_end|>, where it stands in
-the turn. These ids come from the format's own markup alone: a user who types "<|image_pad|>" gets ordinary characters.
+the turn; of a video each group of frames is the same with <|video_pad|>, behind its time in words. These ids come from
+the format's own markup alone: a user who types "<|image_pad|>" gets ordinary characters.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,10 @@ from PIL import Image
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.examples import chat_runs
 from qwen3f.data.chat.samples import Sample
+from qwen3f.data.multimodal.videos import Video
 from qwen3f.data.tokenizers.token_text import Segment
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
-from qwen3f.vision.preprocess import Grid, merged_tokens
 from qwen3f.vision.video import frame_text
 
 PICTURE = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -41,24 +42,24 @@ class VisualSample:
     """A chat to learn from.
 
     Attributes:
-        chat: its messages hold PICTURE once for each picture, in order.
-        pictures: none for a chat of words, in which PICTURE is a character like others.
+        chat: its messages hold PICTURE once for each picture or video, in order.
+        pictures: and videos; none for a chat of words, in which PICTURE is a character like others.
         group: what held-out results are listed by; "" for none.
     """
 
     chat: Sample
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[Picture | Video, ...] = ()
     group: str = ""
 
 
 def tokenise(
-    sample: VisualSample, grids: Sequence[Grid], tokenizer: Tokenizer, cfg: ModelConfig
+    sample: VisualSample, texts: Sequence[list[Segment]], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids uint32 [n], trained bool [n]) up to the last trained token, with placeholders. grids: of its pictures."""
-    chat, shown = sample.chat, iter([image_segments(merged_tokens(grid, cfg)) for grid in grids])
+    """(ids uint32 [n], trained bool [n]) up to the last trained token. texts: what stands for each of its pictures."""
+    chat, shown = sample.chat, iter(texts)
     ids, trained = [], []
     for run, is_trained in chat_runs(chat.messages, chat.tools, chat.all_turns, chat.enable_thinking, chat.kind)[:-1]:
-        parts = [part for segment in run for part in expanded(segment, shown)] if grids else list(run)
+        parts = [part for segment in run for part in expanded(segment, shown)] if texts else list(run)
         piece = tokenizer.encode_segments(parts)
         ids += piece
         trained += [is_trained] * len(piece)

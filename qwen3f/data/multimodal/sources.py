@@ -4,7 +4,8 @@
     captions               the same pictures, described
     llava-instruct-150k@DIR   DIR holds llava_instruct_150k.json and the images that it names
     visual-chats@DIR       rows of messages in .jsonl and other files whose contents may be lists of parts,
-                           {"type": "text", "text": …} and {"type": "image", "image": path below DIR}
+                           {"type": "text", "text": …}, {"type": "image", "image": path below DIR} and
+                           {"type": "video", "video": path below DIR, or several} (multimodal.videos)
     anything else          as data.chat.sources names it: chats of words
 
 What is held out is decided by the picture and the first question together; of generated ones by all that is drawn.
@@ -24,6 +25,7 @@ from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.chat.samples import Turns, make_samples
 from qwen3f.data.chat.sources import open_chats
 from qwen3f.data.multimodal.samples import PICTURE, VisualSample
+from qwen3f.data.multimodal.videos import VideoFile, VideoFrames, decode, video_of
 from qwen3f.data.sources.adapters import multimodal
 from qwen3f.data.sources.adapters.opening import raw_rows
 from qwen3f.data.sources.adapters.registry import HubDataset, find
@@ -37,6 +39,8 @@ from qwen3f.tasks.visual import topic
 
 GENERATED = ("images", "captions")
 DESCRIBE = "Describe the picture."
+
+File = multimodal.ImageFile | VideoFile | VideoFrames
 
 _CHATS = HubDataset("visual-chats", "visual-chats", "multimodal", ("messages",), OPTIONAL_COLUMNS)
 
@@ -119,7 +123,7 @@ class RowSource:
     name: str
     dataset: HubDataset
     root: str
-    read: Callable[[Row], tuple[Conversation, tuple[multimodal.ImageFile, ...]]]
+    read: Callable[[Row], tuple[Conversation, tuple[File, ...]]]
     turns: Turns
     on_bad_row: OnBadRow
     kind: TemplateKind = HYBRID
@@ -145,11 +149,15 @@ class RowSource:
                         shown = sum(message["content"].count(PICTURE) for message in chat.messages)
                         yield VisualSample(chat, files[:shown])
 
-    def _check(self, files: tuple[multimodal.ImageFile, ...]) -> None:
+    def _check(self, files: tuple[File, ...]) -> None:
         """A picture's header; where bad rows are skipped all of it, so that none is met while training."""
+        whole = self.on_bad_row != "error"
         for file in files:
             try:
-                file.size() if self.on_bad_row == "error" else file.open()
+                if isinstance(file, multimodal.ImageFile):
+                    file.open() if whole else file.size()
+                else:
+                    decode(file) if whole else file.header()
             except UserError as error:
                 raise RowFault("bad_images", str(error)) from None
 
@@ -205,14 +213,16 @@ def _read_llava(row: Row, root: Path) -> tuple[Conversation, tuple[multimodal.Im
     return Conversation(checked_messages(messages, row.name), row.name), (chat.image,)
 
 
-def _read_chat(row: Row, root: Path) -> tuple[Conversation, tuple[multimodal.ImageFile, ...]]:
+def _read_chat(row: Row, root: Path) -> tuple[Conversation, tuple[File, ...]]:
     messages, files = [], []
     for message in list_of_dicts(row, "messages"):
         content = message.get("content")
         if isinstance(content, list):
             text = "".join(_part(part, root, row.name, files) for part in content)
             if PICTURE in text and message.get("role") != "user":
-                raise RowFault("invalid_rows", f"{row.name} has an image in a turn of {message.get('role')!r}")
+                raise RowFault(
+                    "invalid_rows", f"{row.name} has an image or a video in a turn of {message.get('role')!r}"
+                )
             message = {**message, "content": text}
         messages.append(message)
     _check_places([messages, row.values.get("tools")], files, row.name)
@@ -221,20 +231,24 @@ def _read_chat(row: Row, root: Path) -> tuple[Conversation, tuple[multimodal.Ima
     return conversation, tuple(files[:shown])
 
 
-def _part(part: Any, root: Path, where: str, files: list[multimodal.ImageFile]) -> str:
-    """A part's text; an image is added to files."""
+def _part(part: Any, root: Path, where: str, files: list[File]) -> str:
+    """A part's text; an image or a video is added to files."""
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     if isinstance(part, Mapping) and part.get("type") == "image" and isinstance(part.get("image"), str):
         files.append(multimodal.image_inside(root, part["image"], where))
         return PICTURE
+    if isinstance(part, Mapping) and part.get("type") == "video":
+        files.append(video_of(part, root, where))
+        return PICTURE
     raise RowFault(
         "invalid_rows",
-        f'{where} has the part {part!r}: write {{"type": "text", "text": …}} or {{"type": "image", "image": PATH}}.',
+        f'{where} has the part {part!r}: write {{"type": "text", "text": …}}, {{"type": "image", "image": PATH}} or '
+        '{"type": "video", "video": PATH}.',
     )
 
 
-def _check_places(told: object, files: Sequence[multimodal.ImageFile], where: str) -> None:
+def _check_places(told: object, files: Sequence[File], where: str) -> None:
     """Raises RowFault where PICTURE stands in a text, a thought or a call as well, and not for files alone."""
     if _count_pictures(told) != len(files):
         raise RowFault("invalid_rows", f"{where} holds U+FFFC, which stands for a picture here: remove it.")

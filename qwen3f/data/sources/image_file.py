@@ -12,6 +12,10 @@ from qwen3f.limits import PIXELS
 from qwen3f.vision.rgb import FORMATS, check_size, to_rgb
 
 Result = TypeVar("Result")
+
+FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Of the frames in a video's directory."""
+
 _ORIENTATION = 0x0112  # EXIF's number of it
 _ON_ITS_SIDE = (5, 6, 7, 8)  # height and width change places; other values mean nothing
 
@@ -29,12 +33,23 @@ def read_image(path: Path) -> Image.Image:
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of what read_image gives, from the file's header alone. Raises UserError as read_image."""
 
-    def upright(image: Image.Image, name: str) -> tuple[int, int]:
-        check_size(image, name)
-        turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
-        return image.size if turned else image.size[::-1]
+    return opened(path, upright_size)
 
-    return opened(path, upright)
+
+def upright_size(image: Image.Image, name: str) -> tuple[int, int]:
+    """(height, width) that to_rgb gives it, from its header. Raises UserError, which calls it `name`, as check_size."""
+    check_size(image, name)
+    turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+    return image.size if turned else image.size[::-1]
+
+
+def frame_files(directory: Path) -> list[Path]:
+    """A video's frames: the images of a directory in the order of their names. Raises UserError where it cannot be
+    listed."""
+    try:
+        return sorted(file for file in directory.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
+    except OSError as error:
+        raise UserError(f"the directory {directory} cannot be read ({error.strerror}): mend it") from error
 
 
 def opened(file: Path | BinaryIO, use: Callable[[Image.Image, str], Result], name: str = "") -> Result:

@@ -12,7 +12,7 @@ from qwen3f import presets
 from qwen3f.data.chat.kinds import KINDS
 from qwen3f.data.loader import Loader
 from qwen3f.data.multimodal.dataset import VisualDataConfig, open_source, prepare_visual
-from qwen3f.data.multimodal.samples import PICTURE, tokenise
+from qwen3f.data.multimodal.samples import PICTURE, image_segments, tokenise
 from qwen3f.data.multimodal.tokenizer import trained_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.tasks.registry import open_task
@@ -107,7 +107,7 @@ def test_answers_alone_are_trained_and_pixels_are_the_pictures(tokenizer):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if not kind.always])  # those need a thought
 def test_a_sample_has_the_form_of_its_chat_template(kind, tokenizer):
     sample = next(open_source("images", settings(), kind).samples("train", Counter()))
-    ids, _ = tokenise(sample, [(1, 4, 4)], tokenizer, CFG)
+    ids, _ = tokenise(sample, [image_segments(4)], tokenizer)
     written = tokenizer.decode([int(one) for one in ids if one != CFG.image_token_id])
     marks = "<|vision_start|><|vision_end|>"
     assert written == sample.chat.text.replace(PICTURE, marks).removesuffix("\n")
@@ -168,10 +168,13 @@ def test_placeholders_that_a_user_types_are_words(tokenizer, tmp_path):
         (chat(text("a"), {"type": "image", "image": "data:image/png;base64," + "A" * 9000}), "A…', which is no path"),
         (chat(text("a"), {"type": "image", "image": "a\0b.png"}), "a.x00b.png', which is no"),
         (chat(text("a"), {"type": "image", "image": "none.png"}), "which is not in"),
-        (chat(text("a"), {"type": "video", "video": "v.mp4"}), 'write {"type": "text"'),
+        (chat(text("a"), {"type": "audio", "audio": "v.mp3"}), 'write {"type": "text"'),
         (chat(text("a"), image("broken")), "broken.png cannot be read"),
         (chat(text("a"), image("thin")), "narrower than 1 : 200"),
-        ([*chat(text("a"))[:1], {"role": "assistant", "content": [image("one")]}], "an image in a turn of 'assistant'"),
+        (
+            [*chat(text("a"))[:1], {"role": "assistant", "content": [image("one")]}],
+            "an image or a video in a turn of 'assistant'",
+        ),
     ],
 )
 def test_bad_rows_are_named_or_counted(row, words, tokenizer, tmp_path):

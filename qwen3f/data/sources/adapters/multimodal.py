@@ -69,20 +69,38 @@ def llava(row: Row, image_root: Path) -> ImageChat:
 
 def image_inside(image_root: Path, relative: str, where: str) -> ImageFile:
     """An image below the folder. Raises RowFault for one elsewhere, or that is not there."""
-    folder = image_root.resolve()
-    name = repr(relative if len(relative) <= _NAME else relative[:_NAME] + "…")
+    path = path_inside(image_root, relative, where, "image")
+    if not path.is_file():
+        raise _not_there(image_root, relative, where, "image")
+    return ImageFile(path, where)
+
+
+def path_inside(root: Path, relative: str, where: str, kind: str) -> Path:
+    """What lies below the folder, links followed. kind: what errors call it. Raises RowFault as image_inside."""
+    folder = root.resolve()
     try:
         path = (folder / relative).resolve()
-        inside, there = path.is_relative_to(folder), path.is_file()
+        inside, there = path.is_relative_to(folder), path.exists()
     except (OSError, ValueError) as error:  # a name that no file can have: data URIs, NUL
         raise RowFault(
-            "invalid_rows", f"{where} names the image {name}, which is no path ({error.args[-1]}): write a file's path."
+            "invalid_rows",
+            f"{where} names the {kind} {_short(relative)}, which is no path ({error.args[-1]}): write a file's path.",
         ) from None
     if not inside:
-        raise RowFault("invalid_rows", f"{where} names the image {name}, outside the folder {image_root}.")
+        raise RowFault("invalid_rows", f"{where} names the {kind} {_short(relative)}, outside the folder {root}.")
     if not there:
-        raise RowFault("invalid_rows", f"{where} names the image {name}, which is not in {image_root}: copy it there.")
-    return ImageFile(path, where)
+        raise _not_there(root, relative, where, kind)
+    return path
+
+
+def _not_there(root: Path, relative: str, where: str, kind: str) -> RowFault:
+    return RowFault(
+        "invalid_rows", f"{where} names the {kind} {_short(relative)}, which is not in {root}: copy it there."
+    )
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= _NAME else name[:_NAME] + "…")
 
 
 ADAPTERS: dict[str, Callable[[Row, Path], ImageChat]] = {"llava-instruct-150k": llava}
