@@ -284,7 +284,7 @@ def _pictures(data: ConfigDict) -> None:
     _generated_pictures(data)
     data.problems = 4_096  # of generated problems, where the mixture has them
     data.patches = 16_384  # room of a row for patches; a longer chat is left out
-    data.images = 16  # and for pictures
+    data.images = 16  # and for pictures; a video is one
     data.turns = "last"  # a sample for each answer, or all, in one
     data.on_bad_row = "error"  # or skip, counted
     data.max_samples = 0  # of each source, at most; 0: all

@@ -1,8 +1,12 @@
 """The multimodal stage from its configuration: it learns, what is frozen stays, a run goes on where it stopped."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from qwen3f import params as P
 from qwen3f.checkpoint.checkpointer import Checkpointer
@@ -77,8 +81,6 @@ def test_what_is_frozen_keeps_its_bits(make, tmp_path):
 
 
 def test_patterns_name_all_of_the_tower():
-    import re
-
     from qwen3f import presets
 
     for name in ("nano_vl", "seed_vl"):
@@ -92,6 +94,37 @@ def test_a_run_goes_on_where_it_stopped(make, tmp_path):
     loop.run(make(), tmp_path / "parts", progress=False)
     loop.run(make(resume=3), tmp_path / "parts", progress=False)
     whole, parts = (at(make(), tmp_path / name, 6) for name in ("whole", "parts"))
+    assert all(torch.equal(leaf, parts[path]) for path, leaf in whole.items())
+
+
+def test_it_learns_from_videos_beside_images_and_goes_on_where_it_stopped(make, tmp_path, capsys):
+    """Two steps on small GIFs and a directory of frames, next to generated pictures."""
+    (tmp_path / "chats" / "film").mkdir(parents=True)
+    rows = []
+    for number in range(80):
+        frames = [Image.new("RGB", (32, 32), (3 * number, 60 * i, 0)) for i in range(4)]
+        frames[0].save(tmp_path / "chats" / f"{number}.gif", save_all=True, append_images=frames[1:], duration=500)
+        frames[0].save(tmp_path / "chats" / "film" / f"{number}.png")
+        part = (
+            {"type": "video", "video": f"{number}.gif"} if number % 2 else {"type": "video", "video": "film", "fps": 24}
+        )
+        content = [{"type": "text", "text": f"{number}: "}, part]
+        rows.append([{"role": "user", "content": content}, {"role": "assistant", "content": "red"}])
+    (tmp_path / "chats" / "x.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    setup = make_setup(make())
+    place = tmp_path / "t"
+    trained_tokenizer(multimodal._data_config(setup), setup.model.vocab_size, place)
+    mixture = f"images=0.5,visual-chats@{tmp_path / 'chats'}=0.5"
+    options = {"steps": 2, "checkpoint.every": 1, "data.mixture": mixture, "data.tokenizer": str(*place.iterdir())}
+    loop.run(make(**options), tmp_path / "whole", progress=False)
+    said = capsys.readouterr().out
+    assert re.search(
+        r"data: visual-chats@.* \(50% of rows\), (\d+) chats with \1 pictures in .* [1-9]\d* held out", said
+    )
+    assert "left out" not in said
+    loop.run(make(**options), tmp_path / "parts", progress=False)
+    loop.run(make(**options, resume=1), tmp_path / "parts", progress=False)
+    whole, parts = (at(make(), tmp_path / name, 2) for name in ("whole", "parts"))
     assert all(torch.equal(leaf, parts[path]) for path, leaf in whole.items())
 
 

@@ -245,7 +245,7 @@ def test_videos_are_left_out_by_the_room_of_a_row(tokenizer, tmp_path):
 def test_bad_videos_are_named_or_counted(part, words, tokenizer, tmp_path):
     directory(tmp_path / "film", frames_of(0, 3))
     directory(tmp_path / "broken", frames_of(0, 3))
-    directory(tmp_path / "thin", frames_of(0, 3, (20_000, 40)))
+    directory(tmp_path / "thin", [Image.new("RGB", (20_000, 40))])
     (tmp_path / "broken" / "001.png").write_bytes(b"\x89PNG words")
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.mp4").write_text("words")
@@ -255,7 +255,7 @@ def test_bad_videos_are_named_or_counted(part, words, tokenizer, tmp_path):
         if name != "a.gif":
             whole = (tmp_path / name).read_bytes()
             (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    good = [chat(f"q {number}", video("film", fps=2)) for number in range(40)]
+    good = [chat(f"q {number}", *[video("film", fps=2)] * (number == 0)) for number in range(40)]
     name = write(tmp_path, [*good, chat("a", part)])
     if part.get("video") != "cut.gif":  # its header is good
         with pytest.raises(UserError, match=words) as raised:
