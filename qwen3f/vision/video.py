@@ -33,7 +33,7 @@ def sample_frames(count: int, source_fps: float, fps: float = 2.0) -> list[int]:
     for name, rate in (("the video's own rate", source_fps), ("the rate to look at it", fps)):
         if not 0 < rate < math.inf:
             raise UserError(f"{name} is {rate} frames a second; give a positive number")
-    wanted = min(max(int(count / source_fps * fps), MIN_FRAMES), MAX_FRAMES, count)
+    wanted = min(max(int(min(count / source_fps * fps, MAX_FRAMES)), MIN_FRAMES), count)
     return np.linspace(0, count - 1, wanted).round().astype(int).tolist()
 
 

@@ -84,6 +84,7 @@ def test_bad_videos():
     for rate in (0, -1, float("inf"), float("nan")):
         with pytest.raises(UserError, match="frames a second; give a positive"):
             sample_frames(5, rate)
+    assert len(sample_frames(1000, 1e-320)) == 768
     with pytest.raises(UserError, match="narrower"):
         video_patches([Image.new("RGB", (20_000, 90))], 1.0, CFG)
 

@@ -31,6 +31,8 @@ from qwen3f.vision.video import sample_frames, video_grid, video_limits, video_p
 Result = TypeVar("Result")
 Frames = Sequence[Image.Image]
 
+_SHOWN = 80  # characters of a part that an error shows
+
 
 class Header(NamedTuple):
     """frames: how many. fps: taken in a second. height, width: in pixels, of the first."""
@@ -53,6 +55,8 @@ class VideoFile:
         return f"the video {self.path}"
 
     def header(self) -> Header:
+        """As VideoFrames.header; a frame that is shown longer counts as several. Also for no rate, and for two."""
+
         def read(image: Image.Image, name: str) -> Header:
             ticks, fps = gif_ticks(image, name)
             if fps is None and self.fps is None:
@@ -64,6 +68,7 @@ class VideoFile:
         return self._opened(read)
 
     def read(self, use: Callable[[Frames, float], Result]) -> Result:
+        """use(its frames, frames a second), while the file is open. Raises UserError as header."""
         return self._opened(lambda image, name: use(*gif_frames(image, name, self.fps)))
 
     def _opened(self, use: Callable[[Image.Image, str], Result]) -> Result:
@@ -91,10 +96,12 @@ class VideoFrames:
         return Path(self.looked_at[0])
 
     def header(self) -> Header:
+        """Its sizes, without pixels. Raises UserError, naming row and file, for a frame that cannot be read."""
         first, *_ = [ImageFile(Path(path), self.row).size() for path in self.looked_at]
         return Header(self.count, self.fps, *first)
 
     def read(self, use: Callable[[Frames, float], Result]) -> Result:
+        """As VideoFile.read; a frame is opened when it is asked for."""
         return use(_Opened(self), self.fps)
 
 
@@ -113,7 +120,6 @@ class _Opened(Sequence[Image.Image]):
 
 
 Video = VideoFile | VideoFrames
-"""header() says its sizes; read(use) gives use(frames, fps). Both raise UserError naming the row and the file."""
 
 
 def planned(video: Video, cfg: ModelConfig, min_pixels: int, max_pixels: int) -> tuple[Grid, list[float]]:
@@ -165,8 +171,8 @@ def video_of(part: Mapping[str, Any], root: Path, where: str) -> Video:
     else:
         raise RowFault(
             "invalid_rows",
-            f'{where} has the video {place!r}: write "video": PATH, of a file or of a directory of frames, or a list '
-            "of files.",
+            f'{where} has the video {repr(place)[:_SHOWN]}: write "video": PATH, of a file or of a '
+            "directory of frames, or a list of files.",
         )
     if not names:
         kinds = ", ".join(FRAME_SUFFIXES)
