@@ -70,7 +70,9 @@ def read_video(place: str, fps: float | None, cfg: ModelConfig) -> Shown:
         raise UserError(f"config.video_fps={fps}: write a positive number of frames a second")
     path = user_path(place, "config.video")
     if not path.is_dir():
-        return opened(path, lambda image, name: _shown_video(*gif_frames(image, name, fps), place, cfg), "video")
+        return opened(
+            path, lambda image, name: _shown_video(*gif_frames(image, name, fps), place, cfg), f"the video {path}"
+        )
     return _shown_video(FrameFiles(frame_files(path)), fps, place, cfg)
 
 
