@@ -97,15 +97,15 @@ class Mixture:
         offsets = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
         out = np.empty(places.shape, np.int64)
         at = np.searchsorted([phase.start for phase in phases], places, side="right") - 1
-        for number in np.unique(at):
+        for number in _different(at):
             phase = phases[number]
             cycles, within = np.divmod(places - phase.start, CYCLE)
-            for cycle in np.unique(cycles[at == number]).tolist():
+            for cycle in _different(cycles[at == number]):
                 mine = (at == number) & (cycles == cycle)
-                part, rank = (table[within[mine]] for table in _cycle(phase.slots, int(number), cycle, seed))
+                part, rank = (table[within[mine]] for table in _cycle(phase.slots, number, cycle, seed))
                 turn = np.array(phase.used)[part] + cycle * np.array(phase.slots)[part] + rank
                 found = np.empty(part.shape, np.int64)
-                for i in np.unique(part).tolist():
+                for i in _different(part):
                     found[part == i] = offsets[i] + example_index(turn[part == i], len(self.parts[i]), seed + 1 + i)
                 out[mine] = found
         return out
@@ -138,6 +138,15 @@ def make_mixture(
     if (small := min(weights)) / sum(weights) < 1 / CYCLE:
         raise UserError(f"{flag} has the weight {small} of {sum(weights)}: give at least 1/{CYCLE} of the sum.")
     return mixture
+
+
+def _different(numbers: np.ndarray) -> list[int]:
+    """The numbers that there are, in order, each once.
+
+    np.unique, at its first call, imports what goes through numpy's table of types. A loader calls this in a thread,
+    while another may import what adds types to that table (ml_dtypes, under JAX): an error now and then.
+    """
+    return sorted(set(numbers.tolist()))
 
 
 def _slots(weights: Sequence[float]) -> tuple[int, ...]:

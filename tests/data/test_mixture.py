@@ -1,5 +1,6 @@
 """Mixtures: exact shares, every example of a part once an epoch, the same wherever one starts."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -220,3 +221,12 @@ def test_temperature(temperature):
         assert found["b"] == pytest.approx(100 / 130, rel=1e-12)
     with pytest.raises(UserError, match="temperature is -1"):
         temper(weights, sizes, -1)
+
+
+def test_an_order_imports_nothing(monkeypatch):
+    """A loader's thread makes it, while another may import JAX, which changes what numpy.ma goes through."""
+    mixed = mixture([3, 5], [1, 2])
+    expected = mixed.order(np.arange(20), 0).tolist()
+    monkeypatch.delattr(np, "ma", raising=False)
+    monkeypatch.setitem(sys.modules, "numpy.ma", None)
+    assert mixed.order(np.arange(20), 0).tolist() == expected
