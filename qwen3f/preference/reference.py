@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from ml_collections import ConfigDict
 from torch import Tensor
 
 from qwen3f.config import ModelConfig
@@ -63,24 +62,33 @@ def find_reference(run: Run) -> Reference:
     """The reference of a run's configuration; the same on all ranks. Raises UserError as `source` does."""
     config = run.setup.config
     named, flag = config.dpo.reference or config.init_from, "dpo.reference" if config.dpo.reference else "init_from"
-    pinned = run.world.together(lambda: _pinned(named, f"config.{flag}") if run.world.main else None, UserError)
-    place, digest = run.world.first(pinned)
+    place, digest = find_weights(run, named, f"config.{flag}")
     cfg = run.setup.model if not config.dpo.reference else source.read_model_config(place)
     return Reference(place, digest, dataclasses.replace(cfg, gradient_checkpointing="none"))
 
 
-def _pinned(place: str, flag: str) -> tuple[str, str]:
-    place = source.pinned(place, flag)
-    return place, source.weights_digest(place)
+def find_weights(run: Run, named: str, flag: str) -> tuple[str, str]:
+    """(the place that `flag` names, pinned to a step; the digest of its weights' files); the same on all ranks.
+
+    Raises UserError as `source` does.
+    """
+
+    def find() -> tuple[str, str]:
+        place = source.pinned(named, flag)
+        return place, source.weights_digest(place)
+
+    return run.world.first(run.world.together(lambda: find() if run.world.main else None, UserError))
 
 
-def check_reference(before: Mapping[str, Any], now: Mapping[str, str], config: ConfigDict) -> None:
-    """Raises UserError where a run goes on with another reference than it began with. before: from its checkpoint."""
+def check_reference(before: Mapping[str, Any], now: Mapping[str, str], place: str, flag: str) -> None:
+    """Raises UserError where a run goes on with another reference than it began with.
+
+    before: from its checkpoint. place: of the reference. flag: the key that names it.
+    """
     if before.get("reference", now["reference"]) != now["reference"]:
-        place = config.dpo.reference or config.init_from
         raise UserError(
             f"{place} holds other weights than those of the reference that this run began with; name them by their "
-            "checkpoints/N in --config.dpo.reference, or choose another --workdir"
+            f"checkpoints/N in {flag}, or choose another --workdir"
         )
 
 

@@ -327,6 +327,6 @@ def _with_reference(run: Run, stage: Stage, corpus: ChatCorpus, hyper: DPO) -> S
         evaluators=evaluators,
         lines=(*stage.lines, *lines),
         save=lambda: memory,
-        load=lambda before: check_reference(before, memory, run.setup.config),
+        load=lambda before: check_reference(before, memory, reference.place, "--config.dpo.reference"),
         **changes,
     )

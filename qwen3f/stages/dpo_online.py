@@ -120,7 +120,7 @@ def _complete(run: Run, stage: Stage, tokenizer: Tokenizer, task: Task) -> Stage
         figures=lambda batch: rollouts.figures,
         lines=(*stage.lines, f"reference: {reference.place}, its weights beside the policy's"),
         save=lambda: memory,
-        load=lambda before: check_reference(before, memory, config),
+        load=lambda before: check_reference(before, memory, reference.place, "--config.dpo.reference"),
     )
 
 

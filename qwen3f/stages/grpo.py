@@ -19,6 +19,7 @@ from qwen3f.errors import UserError
 from qwen3f.eval.answers import Answer, kept, mark, shares
 from qwen3f.params import Params
 from qwen3f.preference.judges import RewardModel, check_reward_model
+from qwen3f.preference.reference import check_reference, find_weights
 from qwen3f.rl import prepare as R
 from qwen3f.rl.advantages import COMBINE, check_names
 from qwen3f.rl.correction import check_mode
@@ -139,6 +140,12 @@ def make(run: Run) -> Stage:
     options = _options(setup, tokenizer, sight)
     steps = Steps(run, tools, questions, options)
     hyper = find_hyper(setup)
+    place, digest = find_weights(run, config.init_from, "config.init_from") if hyper.kl_coef else ("", "")
+    memory = {"reference": digest} if hyper.kl_coef else {}
+
+    def load(before: dict[str, Any]) -> None:
+        if memory:
+            check_reference(before, memory, place, "--config.init_from")
 
     def complete(stage: Stage) -> Stage:
         if of_model is not None:
@@ -158,6 +165,8 @@ def make(run: Run) -> Stage:
         updates=config.updates,
         microbatch_rows=rollout.microbatch_rows,
         complete=complete,
+        save=lambda: memory,
+        load=load,
     )
 
 

@@ -213,6 +213,20 @@ def test_it_learns_what_the_reward_asks_for(root, tmp_path):
     assert sorted(samples(tmp_path)) == [f"step-{n:08d}.jsonl" for n in range(12, 17)]  # rotated
 
 
+def test_a_run_goes_on_with_the_reference_that_it_began_with(root, tmp_path):
+    """The policy is held to the weights that it began with, whatever has been written to their place since."""
+    start, other = tmp_path / "start", tmp_path / "other"
+    toy_chats.write_weights(start, toy_rl.SMALL)
+    toy_chats.write_weights(other, toy_rl.SMALL, seed=2)
+    config = small(root, steps=1, init_from=str(start), **{"grpo.kl_coef": 0.1, "eval.questions": 0})
+    loop.run(config, tmp_path / "run", progress=False)
+    start.rename(tmp_path / "old")
+    other.rename(start)
+    config.steps = 2
+    with pytest.raises(UserError, match=r"other weights than those of the reference .* in --config.init_from, or"):
+        loop.run(config, tmp_path / "run", progress=False)
+
+
 def test_samples_are_whole(root, whole):
     lines = [json.loads(line) for line in samples(whole)["step-00000001.jsonl"].splitlines()]
     for line in lines:
