@@ -91,6 +91,8 @@ def steps_of(config: ConfigDict, chosen: Collection[str] = ()) -> tuple[Step, ..
     skipped = set(parse_names(config.skip, names, "--config.skip"))
     configs = {stage.name: _config(config, stage, chosen) for stage in config.chain}
     asking = [name for name in names if name not in skipped]
+    if config.set[MEASURE].benchmarks:
+        _check(MEASURE, config.set[MEASURE])
     out, source = [], ""
     for number, stage in enumerate(config.chain, 1):
         one, skip = configs[stage.name], stage.name in skipped

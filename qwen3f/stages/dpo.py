@@ -27,7 +27,6 @@ from qwen3f.preference.evaluate import make_evaluator
 from qwen3f.preference.passes import evaluation_outputs, log_ratios
 from qwen3f.preference.prompts import fitting, task_of
 from qwen3f.preference.reference import (
-    REFERENCE_LOG_PROBS,
     Live,
     check_reference,
     check_vocabulary,
@@ -262,11 +261,6 @@ def check(setup: Setup) -> None:
     config, hyper = setup.config, read_hyper(setup.config)
     check_model(setup.model, make_objective(hyper))
     check_pairs(setup)
-    if config.dpo.reference_log_probs not in REFERENCE_LOG_PROBS:
-        raise UserError(
-            f"--config.dpo.reference_log_probs={config.dpo.reference_log_probs}: write one of "
-            f"{', '.join(REFERENCE_LOG_PROBS)}"
-        )
     if config.dpo.reference:
         check_vocabulary(config.dpo.reference, setup)
     for key, low in (("questions", 0), ("max_new_tokens", 1), ("cache_tokens", 0)):

@@ -22,7 +22,7 @@ from qwen3f.data.sampler import example_index
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.preference.corpus import open_tokenizer
-from qwen3f.preference.judges import JUDGES, Judge, RewardModel, check_reward_model, rule_judge, task_judge
+from qwen3f.preference.judges import Judge, RewardModel, check_reward_model, rule_judge, task_judge
 from qwen3f.preference.online_rows import NewPair, best_and_worst, pack
 from qwen3f.preference.prompts import fitting, prompt_ids, task_of
 from qwen3f.preference.reference import Live, check_reference, check_vocabulary, find_reference, microbatch_rows
@@ -70,8 +70,6 @@ def check(setup: Setup) -> None:
         )
     if not 0 < config.online.fill <= 1:
         raise UserError(f"--config.online.fill={config.online.fill}: write a share of batch_size above 0, at most 1")
-    if config.online.judge not in JUDGES:
-        raise UserError(f"--config.online.judge={config.online.judge}: write one of {', '.join(JUDGES)}")
     if config.online.judge == "reward_model":
         check_reward_model(config.online.reward_model, setup, "--config.online.reward_model")
     if config.dpo.reference:

@@ -43,7 +43,20 @@ CHOICES = {
     "data.turns": ("last", "all"),
     "data.long_chats": ("drop", "cut_end", "error"),
     "data.on_bad_row": ("error", "skip"),
-}
+    "advantages.baseline": ("mean", "leave_one_out"),
+    "advantages.scale": ("group", "batch", "none"),
+    "advantages.combine": ("sum_then_normalize", "normalize_then_sum"),
+    "grpo.loss": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "gspo", "luspo", "vespo"),
+    "grpo.kl": ("k1", "k2", "k3"),
+    "rollout.correction": ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "rollout.old_logprobs": ("auto", "trainer", "sampler"),
+    "dpo.loss": (
+        "sigmoid", "sigmoid_norm", "hinge", "ipo", "cdpo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard",
+        "apo_zero", "apo_down",
+    ),
+    "dpo.reference_log_probs": ("cached", "live"),
+    "online.judge": ("task", "rule", "reward_model"),
+}  # fmt: skip
 CHOICES_OF = {  # of a stage, where others count
     "export_hf": {"dtype": ("bfloat16", "float16", "float32", "stored")},
     "eval": {"attention": ("auto", "reference", "sdpa", "flash")},
@@ -52,7 +65,7 @@ POSITIVE = (
     "steps", "batch_size", "seq_len", "log_every", "eval.batch_size", "spike.window", "collective_timeout",
     "data.num_threads", "data.problems", "data.max_heldout", "eval.max_new_tokens", "max_new_tokens", "samples",
     "eval.benchmark_questions", "online.max_new_tokens", "online.rounds", "updates", "rollout.samples",
-    "rollout.max_new_tokens", "rollout.rows", "rollout.microbatch_rows", "rollout.draws", "judge.processes",
+    "rollout.max_new_tokens", "rollout.rows", "rollout.microbatch_rows", "rollout.draws", "judge.processes", "chunk",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "microbatches", "seed", "eval.every", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every",
@@ -61,7 +74,7 @@ NOT_NEGATIVE = (
     "data.workers", "data.max_samples", "data.shuffle_buffer", "data.temperature", "sample.tokens",
     "sample.temperature", "eval.max_docs", "eval.max_rows", "eval.questions", "show_samples", "context_warmup.length",
     "temperature", "questions", "keep", "eval.cache_tokens", "online.cache_tokens", "eval.benchmark_tokens",
-    "samples.keep", "samples.show",
+    "samples.keep", "samples.show", "rollout.cache_tokens", "limit", "batch_tokens",
 )  # fmt: skip
 SHARES = ("schedule.min_ratio", "data.holdout", "data.switches")  # from 0 to 1
 PLACES = ("init_from", "out", "path")  # of tools, that have to be given

@@ -39,6 +39,9 @@ def files(place):
         ),
         ({"skip": "pretrain_s1"}, "pretrain_s2 starts from weights, and every stage before it is skipped: write --con"),
         ({"set__grpo__batch_size": 0}, "config.set.grpo.batch_size must be at least 1, got 0"),
+        ({"set__grpo__grpo__loss": "ppo"}, "config.set.grpo.grpo.loss='ppo' is unknown; use one of grpo, dr_grpo"),
+        ({"set__dpo__dpo__loss": "kto"}, "config.set.dpo.dpo.loss='kto' is unknown; use one of sigmoid"),
+        ({"set__measure__limit": -1}, "config.set.measure.limit must be at least 0, got -1"),
         (
             {"set__sft_cold_start__schedule__peak_lr": 1e-4},
             "sft_cold_start ran with other settings (schedule.peak_lr: its default -> 0.0001), so what is in ",

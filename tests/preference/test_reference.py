@@ -127,7 +127,7 @@ def test_a_run_goes_on_with_the_reference_that_it_began_with(root, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"dpo.reference_log_probs": "mean"}, "reference_log_probs=mean: write one of cached, live"),
+        ({"dpo.reference_log_probs": "mean"}, "reference_log_probs='mean' is unknown; use one of cached, live"),
         ({"init_from": ""}, "write --config.init_from=W"),
         ({"dpo.reference": "reward"}, "has a scalar head and the policy a vocabulary of 300: name a model of text"),
         ({"eval.questions": -1}, "config.eval.questions must be at least 0"),

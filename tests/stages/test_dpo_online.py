@@ -170,7 +170,7 @@ def test_prompts_are_the_training_questions_in_a_shuffled_order(root):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"online.judge": "me"}, "config.online.judge=me: write one of task, rule, reward_model"),
+        ({"online.judge": "me"}, "config.online.judge='me' is unknown; use one of task, rule, reward_model"),
         ({"online.judge": "reward_model"}, "none is named; write --config.online.reward_model=W"),
         ({"online.samples": 1}, "config.online.samples must be at least 2"),
         ({"online.temperature": 0.0}, "online.temperature=0.0: answers that differ need more than 0"),

@@ -269,7 +269,7 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
     "changes, words",
     [
         ({"init_from": ""}, "--config.init_from=W"),
-        ({"grpo.loss": "ppo"}, "grpo.loss=ppo: write one of"),
+        ({"grpo.loss": "ppo"}, "config.grpo.loss='ppo' is unknown; use one of grpo, dr_grpo"),
         ({"tasks": "maths"}, "--config.tasks=maths: there is no such task"),
         (
             {"tasks": "reasoning,visual"},
@@ -279,16 +279,16 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
         ({"rollout.samples": 0}, "config.rollout.samples must be at least 1"),
         ({"rollout.max_new_tokens": 192}, "leaves no room for a prompt in rows of seq_len=192"),
         ({"rollout.temperature": 0.0}, "rollout.temperature=0.0"),
-        ({"rollout.correction": "tis"}, "rollout.correction=tis"),
+        ({"rollout.correction": "tis"}, "config.rollout.correction='tis' is unknown"),
         ({"rollout.top_entropy": 0.0}, "top_entropy=0.0"),
-        ({"rollout.old_logprobs": "engine"}, "write auto, trainer or sampler"),
+        ({"rollout.old_logprobs": "engine"}, "use one of auto, trainer, sampler"),
         (
             {"rollout.old_logprobs": "sampler", "rollout.correction": "token_truncate"},
             r"rollout.old_logprobs=sampler and --config.rollout.correction=token_truncate .* write "
             r"--config.rollout.old_logprobs=trainer, or --config.rollout.correction=none",
         ),
-        ({"advantages.scale": "std"}, "scale='std'"),
-        ({"advantages.combine": "sum"}, "advantages.combine=sum"),
+        ({"advantages.scale": "std"}, "config.advantages.scale='std' is unknown; use one of group"),
+        ({"advantages.combine": "sum"}, "config.advantages.combine='sum' is unknown"),
         ({"judge.deadline": 0.0}, "judge.deadline=0.0"),
         ({"judge.deadline": 1e7}, "judge.deadline must be at most 1,000,000 seconds"),
         ({"grpo.loss": "vespo", "rollout.correction": "token_mask"}, "vespo is not linear"),
