@@ -7,7 +7,7 @@ N prompts · G completions of each · R rows of this rank · T places
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from qwen3f.rl.correction import entropy_threshold, high_entropy, importance_wei
 from qwen3f.rl.judge import MODEL, Judge, Judged
 from qwen3f.rl.packing import Document, own_rows, pack_updates
 from qwen3f.rl.questions import Asked
-from qwen3f.rl.rewards import Sample
+from qwen3f.rl.rewards import HIGHEST, Sample
 from qwen3f.rl.rollout import Rollout, Sampler
 from qwen3f.rl.sight import Sight
 from qwen3f.train.stage import Batch, More
@@ -304,15 +304,15 @@ def _everywhere(values: Tensor, tools: Tools) -> Tensor:
 # -- what is logged ----------------------------------------------------------------------------------------------------
 
 
-def figures(drawn: Drawn, weights: Sequence[float]) -> dict[str, float]:
+def figures(drawn: Drawn) -> dict[str, float]:
     """Means over a step's completions; the same on every rank but for what it took."""
     samples = [sample for group in drawn.groups for sample in group.samples]
     total = torch.stack([group.total for group in drawn.groups])
     tokens = [sample.tokens for sample in samples]
     flat = [group for group in drawn.groups if tells_nothing(group.total[None]).item()]
     rewards = {name: np.array([group.rewards[name] for group in drawn.groups]) for name in drawn.groups[0].rewards}
-    highest = sum(weight * np.nanmax(values) for weight, values in zip(weights, rewards.values()))
-    right = [group for group in flat if not group.total.isnan().all() and group.total.nanmean() >= highest]
+    best = {name: max(np.nanmax(values), HIGHEST.get(name, -np.inf)) for name, values in rewards.items()}
+    right = [group for group in drawn.groups if _all_best(group, best)]
     return {
         "reward": total.nanmean().item(),
         **{f"reward/{name}": float(np.nanmean(values)) for name, values in rewards.items() if len(rewards) > 1},
@@ -328,6 +328,12 @@ def figures(drawn: Drawn, weights: Sequence[float]) -> dict[str, float]:
         "rollout_seconds": drawn.seconds[0],
         "reward_seconds": drawn.seconds[1],
     }
+
+
+def _all_best(group: Group, best: Mapping[str, float]) -> bool:
+    """Whether each reward of each completion that was judged is the highest; False where none was."""
+    judged = ~group.total.isnan().numpy()
+    return bool(judged.any()) and all((np.array(group.rewards[name])[judged] == best[name]).all() for name in best)
 
 
 def lines(step: int, drawn: Drawn) -> list[dict[str, Any]]:

@@ -103,6 +103,8 @@ REWARDS: dict[str, Callable[[Sample], float | None]] = {
     "overlong": overlong,
     "language": language,
 }
+# The highest that a completion can get, where that is known; of the others it is the highest of a step.
+HIGHEST = {"correct": 1.0, "math": 1.0, "places": 1.0, "format": 1.0, "overlong": 0.0, "language": 1.0}
 
 
 def modules_for(names: Iterable[str], tasks: Iterable[str]) -> tuple[str, ...]:

@@ -285,7 +285,7 @@ class Steps:
         real = world.gather((rows["segments"] != 0).sum().item())
         self._tokens = sum(real) * ranks // world.size  # each row is on world.size / ranks ranks
         padding = 1 - self._tokens / (rows["segments"].numel() * ranks)
-        self._history.append({**R.figures(drawn, self._tools.weights), **gaps, "padding": padding})
+        self._history.append({**R.figures(drawn), **gaps, "padding": padding})
         if not world.main:
             return
         kept = R.lines(step, drawn)

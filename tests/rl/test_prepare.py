@@ -32,7 +32,7 @@ def test_groups_that_tell_nothing_are_replaced_and_counted():
     found, _, _ = drawn([batch(0, 1), batch(2, 4, first=2), batch(3, 3, first=4)], draws=5)
     assert (found.draws, len(found.groups)) == (2, 4)
     assert [group.place for group in found.trained] == [0, 2]
-    figures = R.figures(found, (1.0,))
+    figures = R.figures(found)
     assert (figures["groups"], figures["groups_wasted"], figures["draws"]) == (4.0, 0.5, 2.0)
 
 
@@ -58,8 +58,8 @@ def test_what_cannot_be_judged_is_left_out_and_counted():
     assert found.groups[0].total.isnan().tolist() == [True, False]
     assert found.groups[0].advantages.tolist() == [0.0, 0.0]
     assert found.groups[1].advantages.tolist() == [0.5, -0.5]
-    assert R.figures(found, (1.0,))["unjudged"] == 0.25
-    assert R.figures(found, (1.0,))["reward"] == pytest.approx(5 / 3)
+    assert R.figures(found)["unjudged"] == 0.25
+    assert R.figures(found)["reward"] == pytest.approx(5 / 3)
 
 
 def test_a_run_whose_rewards_all_fail_stops():
@@ -80,14 +80,14 @@ def test_truncated_completions_count_in_their_group_and_in_no_loss():
     assert rows["loss_weights"].sum() == 3  # of the one that ended, its stop id included
     rows = R.make_rows(found.trained, 0, tools(None, None).axes, options(), 1.0)
     assert rows["loss_weights"].sum() == 12
-    assert R.figures(found, (1.0,))["truncated"] == 0.5
+    assert R.figures(found)["truncated"] == 0.5
 
 
 def test_a_group_of_one_is_defined():
     texts = {"a": ["x"], "b": ["yy"]}
     found = R.draw(batch(0, 1), None, asked(*texts), tools(Said(texts), Here(length=length)), options())
     assert [group.advantages.tolist() for group in found.groups] == [[0.0], [0.0]]
-    assert R.figures(found, (1.0,))["groups_wasted"] == 1.0
+    assert R.figures(found)["groups_wasted"] == 1.0
     batchwise = R.draw(
         batch(0, 1), None, asked(*texts), tools(Said(texts), Here(length=length)), options(scale="batch")
     )
@@ -105,7 +105,7 @@ def test_empty_completions_are_one_token():
 def test_several_rewards_are_logged_apart():
     here = Here(length=length, one=lambda s: 1.0)
     found = R.draw(batch(0, 2), None, asked(*TEXTS), tools(Said(TEXTS), here), options())
-    figures = R.figures(found, (1.0, 1.0))
+    figures = R.figures(found)
     assert (figures["reward"], figures["reward/length"], figures["reward/one"]) == (2.5, 1.5, 1.0)
     lines = R.lines(7, found)
     assert [line["rewards"] for line in lines[:2]] == [{"length": 1.0, "one": 1.0}, {"length": 2.0, "one": 1.0}]
@@ -160,3 +160,25 @@ def test_the_reference_is_asked_where_there_is_one():
     R.compare(rows, {}, log_probs(rows_of()["advantages"], torch.full((2, 6), -3.0)), tools(None, None), options())
     assert rows["ref_logprobs"][1].tolist() == [-3.0] * 6
     assert rows["ref_logprobs"][0, :2].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "texts, share",
+    [
+        ({"a": ["y", "y"], "b": ["y", "y"]}, 0.0),  # all are wrong, which is no group's best
+        ({"a": ["x", "x"], "b": ["x", "x"]}, 1.0),
+        ({"a": ["x"] * 7, "b": ["x"] * 6 + ["y"]}, 0.5),  # a mean of seven rounds below the highest
+    ],
+)
+def test_a_group_is_all_best_where_all_its_rewards_are_the_highest(texts, share):
+    here = Here(correct=lambda s: float(s.text == "x"), format=lambda s: float(s.text == "x"))
+    here.weights = (0.6, 0.2)
+    found = R.draw(batch(0, 1), None, asked(*texts), tools(Said(texts), here), options())
+    assert R.figures(found)["groups_all_best"] == share
+
+
+def test_a_group_that_nothing_could_judge_is_not_all_best():
+    here = Here(correct=lambda s: None if s.text == "y" else 1.0)
+    texts = {"a": ["y", "y"], "b": ["x", "y"]}
+    found = R.draw(batch(0, 1), None, asked(*texts), tools(Said(texts), here), options())
+    assert R.figures(found)["groups_all_best"] == 0.5
