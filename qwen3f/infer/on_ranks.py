@@ -1,6 +1,6 @@
 """Answers by all ranks of a run, each with an engine of its own on the whole weights: every rank gets all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qwen3f.errors import UserError
@@ -9,6 +9,19 @@ from qwen3f.infer.pictures import Pictures
 from qwen3f.infer.request import Completion
 from qwen3f.infer.sampling import SamplingParams
 from qwen3f.processes.world import World
+
+
+def check_cache(prompts: Iterable[Sequence[int]], max_new_tokens: int, cache_tokens: int, flag: str) -> None:
+    """Raises UserError unless a cache of cache_tokens (0: as many as fit a device) holds each prompt with its answer.
+
+    flag: the key of cache_tokens.
+    """
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    if 0 < cache_tokens < longest:
+        raise UserError(
+            f"{flag}={cache_tokens} has no room for the longest prompt with an answer of {max_new_tokens} tokens, "
+            f"{longest} in all; write that or more, or 0 for what a device has free"
+        )
 
 
 def generate_on_ranks(

@@ -1,12 +1,14 @@
 """A task's questions as prompts of a model."""
 
 from collections.abc import Sequence
+from itertools import islice
 
 from ml_collections import ConfigDict
 
 from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.chat.template import encode_chat
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
 from qwen3f.tasks.registry import open_text_task
 from qwen3f.tasks.task import Question, Task
 
@@ -32,3 +34,17 @@ def fitting(
     """(the questions whose prompts have at most `room` tokens, how many have more)."""
     short = tuple(question for question in questions if len(prompt_ids(tokenizer, question, thinking)) <= room)
     return short, len(questions) - len(short)
+
+
+def held_out(
+    tokenizer: Tokenizer, task: Task, count: int, thinking: bool, room: int
+) -> tuple[tuple[Question, ...], list[str]]:
+    """(of the first `count` held-out questions those whose prompts fit, what to print of the others).
+
+    Raises UserError where questions are to be asked and none fits.
+    """
+    questions, long = fitting(tokenizer, tuple(islice(task.questions("heldout"), count)), thinking, room)
+    if count and not questions:
+        why = f"no prompt of {long} has room beside an answer; lower max_new_tokens" if long else "there is none"
+        raise UserError(f"--config.eval.questions={count} of {task.name}: {why}, or write --config.eval.questions=0")
+    return questions, [f"held-out questions: {long:,} are too long and left out"] if long else []

@@ -10,7 +10,6 @@ N pairs · B rows · T places of a row · S documents, P pairs of a row at most
 import dataclasses
 import math
 from collections.abc import Callable
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +18,16 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from qwen3f.data.chat.corpus import ChatCorpus
+from qwen3f.data.chat.kinds import check_thinking
+from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.pairs.corpus import PairLayout
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
+from qwen3f.infer.on_ranks import check_cache
 from qwen3f.preference.corpus import check_pairs, open_pairs, shown
 from qwen3f.preference.evaluate import make_evaluator
 from qwen3f.preference.passes import evaluation_outputs, log_ratios
-from qwen3f.preference.prompts import fitting, task_of
+from qwen3f.preference.prompts import held_out, prompt_ids, task_of
 from qwen3f.preference.reference import (
     Live,
     check_reference,
@@ -285,21 +287,24 @@ def make(run: Run) -> Stage:
     )
 
 
-def _asked(run: Run, tokenizer: Tokenizer) -> Asked | None:
-    """The held-out questions that are answered at each evaluation."""
+def _asked(run: Run, tokenizer: Tokenizer) -> tuple[Asked | None, list[str]]:
+    """The held-out questions that are answered at each evaluation, and what to print of them."""
     config = run.setup.config
     if not config.eval.questions:
-        return None
+        return None, []
+    check_thinking(kind_of(tokenizer), config.eval.thinking, "--config.eval.thinking")
     task = task_of(config.eval.task, "--config.eval.task", config.data)
     room = run.setup.model.max_position_embeddings - config.eval.max_new_tokens
-    first = tuple(islice(task.questions("heldout"), config.eval.questions))
-    questions, _ = fitting(tokenizer, first, config.eval.thinking, room)
+    questions, lines = held_out(tokenizer, task, config.eval.questions, config.eval.thinking, room)
+    prompts = [prompt_ids(tokenizer, question, config.eval.thinking) for question in questions]
+    check_cache(prompts, config.eval.max_new_tokens, config.eval.cache_tokens, "--config.eval.cache_tokens")
     options = SamplerOptions(config.eval.max_new_tokens, config.eval.cache_tokens, "config.eval.cache_tokens")
-    return Asked(task, questions, config.eval.thinking, options) if questions else None
+    return Asked(task, questions, config.eval.thinking, options), lines
 
 
 def _with_reference(run: Run, stage: Stage, corpus: ChatCorpus, hyper: DPO) -> Stage:
     """The stage with the reference, in its rows or beside the policy, and with evaluations."""
+    asked, said = _asked(run, stage.tokenizer)
     reference = find_reference(run)
     values = log_ratios(evaluation_outputs(run.setup, "log_probs"))
     changes: dict[str, Any] = {}
@@ -312,14 +317,14 @@ def _with_reference(run: Run, stage: Stage, corpus: ChatCorpus, hyper: DPO) -> S
         corpus, lines = with_log_probs(run, reference, corpus)
     memory = {"reference": reference.digest}
     evaluators = {"val": make_evaluator(run, corpus.heldout, values, hyper.beta)}
-    if asked := _asked(run, stage.tokenizer):
+    if asked:
         wins = Wins(run, stage.tokenizer, asked, lambda: (reference.cfg, reference.params(run)))
         evaluators["answers"] = wins.evaluator()
     return dataclasses.replace(
         stage,
         dataset=corpus.train,
         evaluators=evaluators,
-        lines=(*stage.lines, *lines),
+        lines=(*stage.lines, *lines, *said),
         save=lambda: memory,
         load=lambda before: check_reference(before, memory, reference.place, "--config.dpo.reference"),
         **changes,

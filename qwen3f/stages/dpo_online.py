@@ -10,21 +10,23 @@ R rows of a step over all ranks · T places of a row
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qwen3f.data.chat.kinds import check_thinking
+from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.loader import Share
 from qwen3f.data.packing.concat import IGNORED_TARGET, Example
 from qwen3f.data.sampler import example_index
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
+from qwen3f.infer.on_ranks import check_cache
 from qwen3f.preference.corpus import open_tokenizer
 from qwen3f.preference.judges import Judge, RewardModel, check_reward_model, rule_judge, task_judge
 from qwen3f.preference.online_rows import NewPair, best_and_worst, pack
-from qwen3f.preference.prompts import fitting, prompt_ids, task_of
+from qwen3f.preference.prompts import fitting, held_out, prompt_ids, task_of
 from qwen3f.preference.reference import Live, check_reference, check_vocabulary, find_reference, microbatch_rows
 from qwen3f.preference.sampling import Sampler, SamplerOptions
 from qwen3f.preference.wins import Asked, Wins, quality
@@ -85,10 +87,14 @@ def make(run: Run) -> Stage:
     setup, config = run.setup, run.setup.config
     if not (config.init_from or config.dpo.reference):
         raise UserError("the policy is held to the model that it starts from: write --config.init_from=W")
-    tokenizer, task = open_tokenizer(run), _task(setup)
+    tokenizer, task, online = open_tokenizer(run), _task(setup), config.online
+    check_thinking(kind_of(tokenizer), online.thinking, "--config.online.thinking")
     questions, long = fitting(tokenizer, tuple(task.questions("train")), config.online.thinking, _room(setup))
     if not questions:
         raise UserError(f"--config.online.task={task.name}: none of {long} prompts fits; raise --config.seq_len")
+    if online.cache_tokens < _room(setup) + online.max_new_tokens:  # else it holds all that fit, however long
+        prompts = (prompt_ids(tokenizer, question, online.thinking) for question in questions)
+        check_cache(prompts, online.max_new_tokens, online.cache_tokens, "--config.online.cache_tokens")
     left_out = f"; {long:,} are too long and left out" if long else ""
     return Stage(
         tokenizer=tokenizer,
@@ -108,15 +114,15 @@ def _complete(run: Run, stage: Stage, tokenizer: Tokenizer, task: Task) -> Stage
     rollouts = Rollouts(
         run, stage.dataset, tokenizer, Sampler(run, run.setup.model, tokenizer, options), _judge(run, task), live
     )
-    held_out = tuple(islice(task.questions("heldout"), config.eval.questions))
-    held_out, _ = fitting(tokenizer, held_out, config.online.thinking, _room(run.setup))
-    wins = Wins(run, tokenizer, Asked(task, held_out, config.online.thinking, options), lambda: (live.cfg, live.params))
+    thinking, room = config.online.thinking, _room(run.setup)
+    questions, lines = held_out(tokenizer, task, config.eval.questions, thinking, room)
+    wins = Wins(run, tokenizer, Asked(task, questions, thinking, options), lambda: (live.cfg, live.params))
     return dataclasses.replace(
         stage,
         prepare=rollouts.prepare,
-        evaluators={"val": wins.evaluator()} if held_out else {},
+        evaluators={"val": wins.evaluator()} if questions else {},
         figures=lambda batch: rollouts.figures,
-        lines=(*stage.lines, f"reference: {reference.place}, its weights beside the policy's"),
+        lines=(*stage.lines, f"reference: {reference.place}, its weights beside the policy's", *lines),
         save=lambda: memory,
         load=lambda before: check_reference(before, memory, reference.place, "--config.dpo.reference"),
     )

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3f.data.chat.recognise import opening
+from qwen3f.data.chat.kinds import check_thinking
+from qwen3f.data.chat.recognise import kind_of, opening
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import Answer, kept, mark, shares
+from qwen3f.infer.on_ranks import check_cache
 from qwen3f.params import Params
 from qwen3f.preference.judges import RewardModel, check_reward_model
 from qwen3f.preference.reference import check_reference, find_weights
@@ -115,10 +117,13 @@ def make(run: Run) -> Stage:
     tokenizer = load_tokenizer(find_tokenizer(setup, run.workdir), config.chat_template)
     check_tokenizer(tokenizer, setup.model)
     rollout = config.rollout
+    check_thinking(kind_of(tokenizer), rollout.thinking, "--config.rollout.thinking")
     tasks = find_tasks(setup)
     longest = min(config.seq_len, setup.model.max_position_embeddings) - rollout.max_new_tokens
     sight = find_sight(setup, tasks)
     questions = ask(tasks, tokenizer, rollout.thinking, longest, config.data.max_samples, sight)
+    prompts = (one.ids for one in questions.asked)
+    check_cache(prompts, rollout.max_new_tokens, rollout.cache_tokens, "--config.rollout.cache_tokens")
     sampling = RolloutOptions(
         rollout.samples, rollout.max_new_tokens, rollout.temperature, rollout.rows, config.seed, rollout.cache_tokens
     )
@@ -332,6 +337,7 @@ def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]], o
     lines: list[dict[str, Any]] = []
     every = [question for _, _, questions in asked for question in questions]
     ids = [encode(tools.tokenizer, question, thinking, sight) for question in every]
+    check_cache(ids, config.eval.max_new_tokens, config.rollout.cache_tokens, "--config.rollout.cache_tokens")
     shown = None if sight is None else [sight.look(question.images) for question in every]
 
     def validate(params: Params) -> dict[str, float]:

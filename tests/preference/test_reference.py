@@ -132,6 +132,11 @@ def test_a_run_goes_on_with_the_reference_that_it_began_with(root, tmp_path):
         ({"dpo.reference": "reward"}, "has a scalar head and the policy a vocabulary of 300: name a model of text"),
         ({"eval.questions": -1}, "config.eval.questions must be at least 0"),
         ({"eval.questions": 3, "eval.task": "x"}, "config.eval.task=x: there is no such task"),
+        ({"eval.questions": 3, "eval.max_new_tokens": 2048}, "eval.questions=3 of reasoning: no prompt of 3 has room"),
+        (
+            {"eval.questions": 3, "eval.cache_tokens": 32},
+            "config.eval.cache_tokens=32 has no room for the longest prompt",
+        ),
         ({"model.scalar_head": True}, "scalar_head=True does not go with a stage that trains on log_probs"),
     ],
 )

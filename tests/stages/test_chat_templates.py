@@ -136,7 +136,8 @@ def test_what_a_model_answers_in_training_has_the_thought_that_its_prompt_opens(
         config.online.thinking = True
         return config
 
-    with pytest.raises(UserError, match="instruct-2507, which never thinks: leave enable_thinking=True out"):
+    flag = {"dpo_online": "online", "grpo": "rollout"}[stage]
+    with pytest.raises(UserError, match=f"instruct-2507, which never thinks: write --config.{flag}.thinking=False, or"):
         cli.run_stage(configure("instruct-2507"), tmp_path / "w", False)
     seen = []
     with pytest.MonkeyPatch.context() as patch:

@@ -179,6 +179,7 @@ def test_prompts_are_the_training_questions_in_a_shuffled_order(root):
         ({"online.task": "visual"}, "config.online.task=visual asks about pictures"),
         ({"online.max_new_tokens": 128}, "seq_len=256 has no room for a prompt and two answers"),
         ({"online.max_new_tokens": 127}, "none of .* prompts fits; raise --config.seq_len"),
+        ({"online.cache_tokens": 16}, "config.online.cache_tokens=16 has no room for the longest prompt"),
         ({"data.kinds": "poetry"}, "config.data.kinds is 'poetry'"),
         ({"init_from": ""}, "write --config.init_from=W"),
     ],

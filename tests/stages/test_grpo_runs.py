@@ -313,6 +313,9 @@ def test_a_prompt_longer_than_the_context_is_left_out_and_said(root, tmp_path, c
     said = capsys.readouterr().out
     assert "questions: 1 to train on" in said
     assert "1 questions were left out: their prompts leave no room" in said
+    config.update_from_flattened_dict({"rollout.cache_tokens": 32})
+    with pytest.raises(UserError, match="config.rollout.cache_tokens=32 has no room for the longest prompt"):
+        loop.run(config, tmp_path / "x", progress=False)
     config.update_from_flattened_dict({"seq_len": 64})
     with pytest.raises(UserError, match="has no question to train on; all 2 prompts are longer than 58 tokens"):
         loop.run(config, tmp_path / "x", progress=False)

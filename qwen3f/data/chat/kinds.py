@@ -48,17 +48,18 @@ def find_kind(name: str) -> TemplateKind:
     return KINDS[name]
 
 
-def check_thinking(kind: TemplateKind, enable_thinking: bool | None) -> bool:
-    """Whether the next answer thinks; None: as the template does by itself.
+def check_thinking(kind: TemplateKind, enable_thinking: bool | None, flag: str = "") -> bool:
+    """Whether the next answer thinks; None: as the template does by itself. flag: the key that says it, if one does.
 
     Raises UserError for thinking where the template has none, and for none where it always thinks.
     """
     if enable_thinking is None or kind.asks:
         return kind.thinks if enable_thinking is None else enable_thinking
     if enable_thinking != kind.thinks:
+        fix = f"leave enable_thinking={enable_thinking} out (flags: thinking, eval.modes)"
         raise UserError(
             f"The model's chat template is of the kind {kind.name}, which {'always' if kind.thinks else 'never'} "
-            f"thinks: leave enable_thinking={enable_thinking} out (flags: thinking, eval.modes), or choose a template "
-            f"that can, --config.chat_template={HYBRID.name}."
+            f"thinks: {f'write {flag}={kind.thinks}' if flag else fix}, or choose a template that can, "
+            f"--config.chat_template={HYBRID.name}."
         )
     return enable_thinking
