@@ -139,17 +139,11 @@ def make(run: Run) -> Stage:
     options = _options(setup, tokenizer, sight)
     steps = Steps(run, tools, questions, options)
     hyper = find_hyper(setup)
-    place, digest = find_weights(run, config.init_from, "config.init_from") if hyper.kl_coef else ("", "")
-    memory = {"reference": digest} if hyper.kl_coef else {}
-
-    def load(before: dict[str, Any]) -> None:
-        if memory:
-            check_reference(before, memory, place, "--config.init_from")
 
     def complete(stage: Stage) -> Stage:
         if of_model is not None:
             steps.ask_model(R.ModelReward(of_model, RewardModel(run, config.judge.reward_model, MODEL_FLAG).scores))
-        return stage
+        return _with_memory(run, stage) if hyper.kl_coef else stage
 
     return Stage(
         tokenizer=tokenizer,
@@ -164,8 +158,17 @@ def make(run: Run) -> Stage:
         updates=config.updates,
         microbatch_rows=rollout.microbatch_rows,
         complete=complete,
+    )
+
+
+def _with_memory(run: Run, stage: Stage) -> Stage:
+    """The stage that knows by which weights the KL's reference began."""
+    place, digest = find_weights(run, run.setup.config.init_from, "config.init_from")
+    memory = {"reference": digest}
+    return dataclasses.replace(
+        stage,
         save=lambda: memory,
-        load=load,
+        load=lambda before: check_reference(before, memory, place, "--config.init_from"),
     )
 
 
