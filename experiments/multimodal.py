@@ -2,9 +2,9 @@
 
     python launch.py --config experiments/multimodal.py:nano_vl --workdir W
     python launch.py --config experiments/multimodal.py:qwen3-vl-2b --config.init_from=DIR \
-        --config.data.mixture=visual-chats@DIR2=0.8,ultrachat@DIR3=0.2 --workdir W
+        --config.data.mixture=chats@DIR2=0.8,ultrachat@DIR3=0.2 --workdir W
 
-visual-chats@DIR reads rows of messages whose parts are text, images, and videos: GIF, APNG and WebP files, directories
+chats@DIR reads rows of messages whose parts are text, images, and videos: GIF, APNG and WebP files, directories
 and lists of frames (qwen3f/data/multimodal/README.md).
 
 The preset after the colon is that of the model (default qwen3-vl-2b); without a tower in init_from, a fresh one is put

@@ -278,7 +278,7 @@ def _generated_pictures(data: ConfigDict) -> None:
 
 def _pictures(data: ConfigDict) -> None:
     """What is trained on; see qwen3f.data.multimodal.dataset."""
-    # images, captions: generated pictures; visual-chats@DIR, llava-instruct-150k@DIR: files; others as sft's, without
+    # images, captions: generated pictures; chats@DIR, llava-instruct-150k@DIR: files; others as sft's, without
     # pictures. Several with weights, which share out rows: images=0.5,captions=0.5
     data.mixture = "images"
     _generated_pictures(data)

@@ -114,13 +114,11 @@ def test_it_learns_from_videos_beside_images_and_goes_on_where_it_stopped(make, 
     setup = make_setup(make())
     place = tmp_path / "t"
     trained_tokenizer(multimodal._data_config(setup), setup.model.vocab_size, place)
-    mixture = f"images=0.5,visual-chats@{tmp_path / 'chats'}=0.5"
+    mixture = f"images=0.5,chats@{tmp_path / 'chats'}=0.5"
     options = {"steps": 2, "checkpoint.every": 1, "data.mixture": mixture, "data.tokenizer": str(*place.iterdir())}
     loop.run(make(**options), tmp_path / "whole", progress=False)
     said = capsys.readouterr().out
-    assert re.search(
-        r"data: visual-chats@.* \(50% of rows\), (\d+) chats with \1 pictures in .* [1-9]\d* held out", said
-    )
+    assert re.search(r"data: chats@.* \(50% of rows\), (\d+) chats with \1 pictures in .* [1-9]\d* held out", said)
     assert "left out" not in said
     loop.run(make(**options), tmp_path / "parts", progress=False)
     loop.run(make(**options, resume=1), tmp_path / "parts", progress=False)

@@ -3,7 +3,7 @@
     images                 generated pictures (data.sources.images), a question and its answer each
     captions               the same pictures, described
     llava-instruct-150k@DIR   DIR holds llava_instruct_150k.json and the images that it names
-    visual-chats@DIR       rows of messages in .jsonl and other files whose contents may be lists of parts,
+    chats@DIR              rows of messages in .jsonl and other files whose contents may be lists of parts,
                            {"type": "text", "text": …}, {"type": "image", "image": path below DIR} and
                            {"type": "video", "video": path below DIR, or several} (multimodal.videos)
     anything else          as data.chat.sources names it: chats of words
@@ -42,7 +42,7 @@ DESCRIBE = "Describe the picture."
 
 File = multimodal.ImageFile | VideoFile | VideoFrames
 
-_CHATS = HubDataset("visual-chats", "visual-chats", "multimodal", ("messages",), OPTIONAL_COLUMNS)
+_CHATS = HubDataset("chats", "chats", "multimodal", ("messages",), OPTIONAL_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,8 @@ def _read_chat(row: Row, root: Path) -> tuple[Conversation, tuple[File, ...]]:
                 )
             message = {**message, "content": text}
         messages.append(message)
-    _check_places([messages, row.values.get("tools")], files, row.name)
+    if files:  # of words alone the character is one like others
+        _check_places([messages, row.values.get("tools")], files, row.name)
     conversation = read_conversation(Row({**row.values, "messages": messages}, row.name))
     shown = sum(message["content"].count(PICTURE) for message in conversation.messages)
     return conversation, tuple(files[:shown])

@@ -40,7 +40,7 @@ def chats(folder, rows, **images):
         image.save(folder / f"{name}.png")
     whole = [row if isinstance(row, dict) else {"messages": row} for row in rows]
     (folder / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
-    return f"visual-chats@{folder}"
+    return f"chats@{folder}"
 
 
 def chat(*parts, answer="yes"):
@@ -159,9 +159,12 @@ def test_placeholders_that_a_user_types_are_words(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "row, words",
     [
-        (chat(text(f"a {PICTURE} b")), "U\\+FFFC"),
-        ([*chat(text("a"))[:1], {"role": "assistant", "content": "b", "reasoning_content": PICTURE}], "U\\+FFFC"),
-        ({"messages": chat(text("a")), "tools": [{"name": "f", "description": PICTURE}]}, "U\\+FFFC"),
+        (chat(text(f"a {PICTURE} b"), image("one")), "U\\+FFFC"),
+        (
+            [*chat(text("a"), image("one"))[:1], {"role": "assistant", "content": "b", "reasoning_content": PICTURE}],
+            "U\\+FFFC",
+        ),
+        ({"messages": chat(text("a"), image("one")), "tools": [{"name": "f", "description": PICTURE}]}, "U\\+FFFC"),
         ({"messages": chat(text("a")), "enable_thinking": "no"}, "enable_thinking='no': write true or false"),
         ({"messages": chat(text("a")), "enable_thinking": 0}, "enable_thinking=0: write true or false"),
         (chat(text("a"), {"type": "image", "image": "../x.png"}), "outside the folder"),
@@ -249,7 +252,7 @@ def test_settings_that_cannot_work(tokenizer):
     for changes, words in (
         ({"patches": 6}, "data.patches=6"),
         ({"picture_kinds": "cube"}, "picture_kinds='cube'"),
-        ({"mixture": "visual-chats@/nowhere"}, "names no directory"),
+        ({"mixture": "chats@/nowhere"}, "names no directory"),
         ({"mixture": "llava-instruct-150k"}, "names no directory"),
         ({"min_side": 10}, "give --config.data.min_side of at least 64, and --config.data.max_side of"),
         ({"max_pixels": 10}, "--config.data.min_pixels=4096 and --config.data.max_pixels=10 leave no size"),

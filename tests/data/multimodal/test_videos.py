@@ -103,7 +103,7 @@ def animation(place, frames, **options):
 
 def write(folder, rows):
     (folder / "x.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    return f"visual-chats@{folder}"
+    return f"chats@{folder}"
 
 
 def chat(*parts, answer="yes"):
