@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.video = ""  # a directory of frames, in the order of their names, or a GIF
     config.video_fps = config_dict.placeholder(float)  # how fast its frames were taken; a GIF says so itself
     config.min_pixels = 65_536  # images are scaled to lie between
-    config.max_pixels = 16_777_216
+    config.max_pixels = 16_777_216  # and a video's frames together between 1/16 of the one and 3/2 of the other
     config.input = ""  # a .jsonl file of rows instead. Without any of the three: a chat over stdin
     config.out = ""  # a .jsonl file for the answers, in place of stdout
     config.on_bad_row = "error"  # of config.input: error, which names file and line; or skip, which counts them

@@ -20,7 +20,7 @@ from qwen3f.files import user_path
 from qwen3f.infer.pictures import Pictures
 from qwen3f.vision.gif import gif_frames
 from qwen3f.vision.preprocess import Grid, check_limits, image_patches, merged_tokens, token_side
-from qwen3f.vision.video import video_patches
+from qwen3f.vision.video import video_limits, video_patches
 
 
 class Shown(NamedTuple):
@@ -61,27 +61,32 @@ class FrameFiles(Sequence[Image.Image]):
         return read_image(self._paths[number])
 
 
-def read_video(place: str, fps: float | None, cfg: ModelConfig) -> Shown:
+def read_video(place: str, fps: float | None, cfg: ModelConfig, min_pixels: int, max_pixels: int) -> Shown:
     """A directory of frames, taken at `fps`, or a GIF, whose own time is taken where fps is None.
 
-    Raises UserError: no frames, no rate or one that is not positive, a frame to look at that cannot be read.
+    min_pixels, max_pixels: an image's; a video's follow by vision.video.video_limits, as in training. Raises UserError:
+    no frames, no rate or one that is not positive, a frame to look at that cannot be read.
     """
     if fps is not None and not 0 < fps < math.inf:
         raise UserError(f"config.video_fps={fps}: write a positive number of frames a second")
-    path = user_path(place, "config.video")
+    path, limits = user_path(place, "config.video"), video_limits(min_pixels, max_pixels)
+
+    def show(frames: Sequence[Image.Image], fps: float | None) -> Shown:
+        return _shown_video(frames, fps, place, cfg, limits)
+
     if not path.is_dir():
-        return opened(
-            path, lambda image, name: _shown_video(*gif_frames(image, name, fps), place, cfg), f"the video {path}"
-        )
-    return _shown_video(FrameFiles(frame_files(path)), fps, place, cfg)
+        return opened(path, lambda image, name: show(*gif_frames(image, name, fps)), f"the video {path}")
+    return show(FrameFiles(frame_files(path)), fps)
 
 
-def _shown_video(frames: Sequence[Image.Image], fps: float | None, place: str, cfg: ModelConfig) -> Shown:
+def _shown_video(
+    frames: Sequence[Image.Image], fps: float | None, place: str, cfg: ModelConfig, limits: tuple[int, int]
+) -> Shown:
     if not frames:
         raise UserError(f"the video {place} holds no frame: files ending in {', '.join(FRAME_SUFFIXES)} are read")
     if fps is None:
         raise UserError(f"the video {place} does not say how fast it is: write --config.video_fps=FRAMES_A_SECOND")
-    patches, grid, times = video_patches(frames, fps, cfg)
+    patches, grid, times = video_patches(frames, fps, cfg, min_pixels=limits[0], max_pixels=limits[1])
     return Shown(patches, grid, video_segments(times, merged_tokens(grid, cfg) // grid[0]))
 
 

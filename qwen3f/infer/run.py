@@ -224,8 +224,9 @@ def _shown(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer) -> list[S
             "config.images and config.video need a model with a vision tower, and config.chat=True; leave them out"
         )
     check_tokenizer(tokenizer, cfg)
-    shown = read_images(config.images, cfg, config.min_pixels, config.max_pixels)
-    return [*shown, read_video(config.video, config.video_fps, cfg)] if config.video else shown
+    limits = config.min_pixels, config.max_pixels
+    shown = read_images(config.images, cfg, *limits)
+    return [*shown, read_video(config.video, config.video_fps, cfg, *limits)] if config.video else shown
 
 
 def _check(config: ConfigDict) -> TextOptions:

@@ -19,8 +19,10 @@ from qwen3f.infer.prompts import encode_shown, pictures_of, read_images, read_vi
 from qwen3f.infer.run import run
 from qwen3f.vision import gif
 from qwen3f.vision.gif import gif_frames
+from qwen3f.vision.preprocess import MAX_PIXELS, MIN_PIXELS
 
 LIMITS = (32 * 32, 96 * 96)
+WIDE = (MIN_PIXELS, MAX_PIXELS)
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +118,19 @@ def test_a_video_of_frames_or_a_gif(source, tmp_path):
     folder.mkdir()
     for i in range(5):
         picture(folder / f"{i:03d}.png", (32, 48), i)
-    shown = read_video(str(folder), 2.0, cfg)
+    shown = read_video(str(folder), 2.0, cfg, *WIDE)
     assert shown.grid == (5, 6, 4)
     words = "".join(part.text for part in shown.text)
     assert words.startswith("<0.0 seconds><|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|><0.5 seconds>")
+    small = read_video(str(folder), 2.0, cfg, 1, 64 * 64)
+    assert (
+        math.prod(small.grid) * cfg.vision_patch_size**2
+        <= 64 * 64 * 3 / 2
+        < math.prod(shown.grid) * cfg.vision_patch_size**2
+    )
     frames = [Image.open(file) for file in sorted(folder.iterdir())]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=500)
-    gif = read_video(str(tmp_path / "x.gif"), None, cfg)
+    gif = read_video(str(tmp_path / "x.gif"), None, cfg, *WIDE)
     assert gif.grid == shown.grid
     assert [part.text for part in gif.text] == [part.text for part in shown.text]
     for place in (str(folder), str(tmp_path / "x.gif")):
@@ -136,7 +144,7 @@ def test_a_gifs_frames_stand_at_their_own_times(source, tmp_path):
     held, fps = gif_frames(seen, "x")
     assert (len(held), fps) == (8, 2.0)
     assert [round(held[tick].getpixel((1, 1))[0] / 60) for tick in range(8)] == [0, 1, 2, 3, 3, 3, 3, 3]
-    text = read_video(str(tmp_path / "x.gif"), None, source[1]).text
+    text = read_video(str(tmp_path / "x.gif"), None, source[1], *WIDE).text
     assert [part.text for part in text][::2] == [f"<{second / 2:.1f} seconds>" for second in range(8)]
     assert len(gif_frames(seen, "x", fps=3.0)[0]) == 4
 
@@ -146,7 +154,7 @@ def test_of_a_long_gif_only_what_is_looked_at_is_decoded(source, tmp_path, monke
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=20)
     decoded = []
     monkeypatch.setattr(gif, "to_rgb", lambda image, name: decoded.append(1) or image.convert("RGB"))
-    read_video(str(tmp_path / "x.gif"), None, source[1])
+    read_video(str(tmp_path / "x.gif"), None, source[1], *WIDE)
     assert len(decoded) == 4
 
 
@@ -155,7 +163,7 @@ def test_of_many_frames_in_files_only_what_is_looked_at_is_decoded(source, tmp_p
         picture(tmp_path / f"{i:03d}.png", (32, 48), i)
     decoded = []
     monkeypatch.setattr(infer_prompts, "read_image", lambda path: decoded.append(path.name) or read_image(path))
-    assert read_video(str(tmp_path), 24.0, source[1]).grid[0] == 5
+    assert read_video(str(tmp_path), 24.0, source[1], *WIDE).grid[0] == 5
     assert decoded == ["000.png", "015.png", "030.png", "044.png", "059.png"]
 
 
