@@ -25,7 +25,8 @@ from torch import Tensor
 from kernels import dependent_launch, rmsnorm
 from kernels.backend import check_devices, tl, triton
 
-# By sweeps on an H200 (132 multiprocessors) at the shapes of Qwen3-0.6B and 8B and 1, 64 and 256 rows, within a chain.
+# By sweeps on an H200 (132 multiprocessors) at Qwen3-0.6B's shapes and 1, 64 and 256 rows, within a chain; stages and
+# tiles of 64 rows by whole passes of Qwen3-0.6B and 8B.
 ROW_PROGRAMS = 264  # one row: programs wanted, two a multiprocessor
 ROW_TILE = 1024  # one row: numbers of the weight a warp and step, four 16-byte loads a thread
 ROW_WHOLE = 8192  # one row: bytes of the weight that a warp asks for at once at most, 64 registers a thread

@@ -53,14 +53,11 @@ def grids_of(case: str, patches: int, cfg: ModelConfig) -> list[Grid]:
 
 
 def flops(cfg: ModelConfig, grids: Sequence[Grid]) -> float:
-    """Of the tower's forward pass: 2 FLOPs a weight and patch, attention over a frame's patches."""
-    width, inner, depth = cfg.vision_hidden_size, cfg.vision_intermediate_size, cfg.vision_num_hidden_layers
-    values = cfg.vision_num_channels * cfg.vision_temporal_patch_size * cfg.vision_patch_size**2
-    count = cfg.vision_merger_spatial_factor**2
-    mergers = 1 + len(cfg.vision_deepstack_layers)
-    merger = mergers * ((count * width) ** 2 + count * width * cfg.hidden_size) / count
-    each = 2 * (depth * (4 * width**2 + 2 * width * inner) + values * width + merger)
-    return float(sum(t * h * w * (each + 4 * depth * width * h * w) for t, h, w in grids))
+    """Of the tower's forward pass: its products, 2 FLOPs a weight and row, and attention over a frame's patches."""
+    counts = peers.product_shapes(cfg, sum(t * h * w for t, h, w in grids))
+    products = sum(2 * times * rows * inner * outer for times, rows, inner, outer in counts)
+    attention = 4 * cfg.vision_num_hidden_layers * cfg.vision_hidden_size * sum(t * (h * w) ** 2 for t, h, w in grids)
+    return float(products + attention)
 
 
 def tower_params(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> P.Params:

@@ -22,7 +22,6 @@ Prompt = Sequence[int]
 Rewards = list[list[float | None]]
 Judge = Callable[[Sequence[Question], Sequence[Prompt], Sequence[Sequence[Written]]], Rewards]
 
-JUDGES = ("task", "rule", "reward_model")
 _LONGEST = 2.0**40  # tokens: a rule's lengths stay below it
 _STRIDE = 128  # a batch's rows have a multiple of so many places, or config.seq_len: few shapes, which any cp can cut
 

@@ -33,7 +33,6 @@ from qwen3f.train.setup import Setup
 from qwen3f.train.stage import Run
 from sharding.state import as_dtensors
 
-REFERENCE_LOG_PROBS = ("cached", "live")
 _FORMAT = 1  # of the files; raise it when the same weights would give other numbers
 
 

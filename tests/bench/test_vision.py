@@ -67,16 +67,3 @@ def test_every_side_runs(capsys):
     assert rows[7]["tokens_s"] > 0
     assert rows[7]["case"] == "step, 2 × 64 tokens, 2 images of 64"
     assert rows[8]["images_s"] > 0
-
-
-def test_products_alone_are_all_but_attention():
-    for preset in ("nano_vl", "qwen3-vl-2b"):
-        cfg, grids = presets.get(preset), [(1, 4, 4), (2, 6, 2)]
-        patches = sum(math.prod(grid) for grid in grids)
-        attention = sum(
-            4 * cfg.vision_num_hidden_layers * cfg.vision_hidden_size * t * (h * w) ** 2 for t, h, w in grids
-        )
-        products = sum(
-            2 * times * rows * inner * outer for times, rows, inner, outer in vision_peers.product_shapes(cfg, patches)
-        )
-        assert products + attention == vision.flops(cfg, grids)

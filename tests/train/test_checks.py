@@ -17,7 +17,6 @@ from qwen3f.data.packing.best_fit import LongDocuments
 from qwen3f.data.sources.adapters.rows import OnBadRow
 from qwen3f.interop import export
 from qwen3f.model import attention
-from qwen3f.preference import judges, reference
 from qwen3f.rl import advantages, correction, policy
 from qwen3f.stages import dpo
 from qwen3f.train import checks, choices, logger, schedule
@@ -128,8 +127,6 @@ def test_wrong_values_are_refused_before_torch_is_imported():
         ("grpo.kl", policy.KINDS_OF_KL),
         ("rollout.correction", correction.MODES),
         ("dpo.loss", dpo.LOSSES),
-        ("dpo.reference_log_probs", reference.REFERENCE_LOG_PROBS),
-        ("online.judge", judges.JUDGES),
     ],
 )
 def test_words_are_those_of_the_modules(key, words):
