@@ -93,14 +93,18 @@ def _shown(
     ev: Evaluator, ids: Sequence[int], image: Picture, room: int, sampling: Sampling
 ) -> tuple[list[int], Pictures]:
     """A prompt's ids with as many placeholders as its picture takes, and the picture."""
+    pad = ev.cfg.image_token_id
+    if ids.count(pad) + ids.count(ev.cfg.video_token_id) > 1:
+        raise UserError(f"{image.row} holds the text of <|image_pad|> or <|video_pad|>, which stands for a picture: "
+                        "remove it")  # fmt: skip
     patches, grid = image_patches(image.open(), ev.cfg, sampling.min_pixels, sampling.max_pixels)
-    count, pad = merged_tokens(grid, ev.cfg), ev.cfg.image_token_id
-    place = ids.index(pad)
+    count, place = merged_tokens(grid, ev.cfg), ids.index(pad)
     out = [*ids[:place], *[pad] * count, *ids[place + 1 :]]
     if len(out) > room:
+        less = f"write a smaller --config.max_pixels than {sampling.max_pixels}"
         raise UserError(
             f"the question of {image.row} has {len(out)} tokens with its picture, and the model's positions leave room "
-            f"for {room}; write a smaller --config.max_pixels than {sampling.max_pixels}"
+            f"for {room}; {less if len(ids) <= room else 'its words alone are too many: remove the row'}"
         )
     return out, Pictures.of([(patches, grid)])
 

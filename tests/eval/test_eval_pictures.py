@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -141,3 +142,17 @@ def test_what_cannot_be_shown_is_one_line(seeing, tmp_path):
     config = configure(seeing[0], benchmarks="docvqa", **LIMITS, **{"data.root": str(tmp_path / "rows")})
     with pytest.raises(UserError, match=r"the image of .*validation.parquet:1 cannot be read"):
         run.evaluate(config, tmp_path / "f", progress=False)
+
+
+@pytest.mark.parametrize(
+    "question, words",
+    [("What does <|image_pad|> say?", "parquet:1 holds the text of <|image_pad|>"), ("x" * 9000, "its words alone")],
+)
+def test_a_question_that_cannot_stand_beside_its_picture_is_named(seeing, tmp_path, question, words):
+    rows = [{**ROWS["textvqa"], "question": question, "image": {"bytes": picture(0), "path": None}}]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), tmp_path / f"{SPLIT['textvqa']}-00000-of-00001.parquet"
+    )
+    config = configure(seeing[0], benchmarks=f"textvqa@{tmp_path}", **LIMITS)
+    with pytest.raises(UserError, match=re.escape(words)):
+        run.evaluate(config, tmp_path / "e", progress=False)
