@@ -27,12 +27,17 @@ _STRIDE = 128  # a batch's rows have a multiple of so many places, or config.seq
 
 
 def task_judge(task: Task) -> Judge:
-    """1 for a right answer, 0 for a wrong one, None where the task cannot tell."""
+    """1 for a right answer, 0 for a wrong one, None where the task cannot tell. Equal answers to a question, of which a
+    trained model writes many, are judged once."""
 
     def judge(
         questions: Sequence[Question], prompts: Sequence[Prompt], answers: Sequence[Sequence[Written]]
     ) -> Rewards:
-        return [[task.judge(a.text, q.gold) for a in own] for q, own in zip(questions, answers, strict=True)]
+        rewards = []
+        for question, own in zip(questions, answers, strict=True):
+            of_text = {text: task.judge(text, question.gold) for text in dict.fromkeys(a.text for a in own)}
+            rewards.append([of_text[a.text] for a in own])
+        return rewards
 
     return judge
 

@@ -55,7 +55,7 @@ class Plan:
 _EVALUATED = ("val_", "answers_", "bench_")  # how names of evaluations begin
 RANKING = ("dpo", "reward_model")
 CHARTS = (
-    Plan("Reward", ("reward",), stages=("grpo",)),
+    Plan("Reward", ("reward",), stages=("grpo", "dpo_online")),
     Plan("Loss", ("loss", "val_loss"), ("training", "held out")),
     Plan("Bits a byte of held-out text", ("val_bpb",)),
     Plan("Pairs ranked right", ("accuracy", "val_accuracy"), ("training", "held out"), RANKING),

@@ -150,8 +150,8 @@ class Rollouts:
     """Prompts to rows of pairs. Every rank finds the same pairs and takes its share of the rows.
 
     Attributes:
-      figures: of the last step: asked, its prompts; ties, the share of them that gave no pair; ended, the share of
-        answers that ended; answer_tokens, their mean length.
+      figures: of the last step: asked, its prompts; ties, the share of them that gave no pair; reward, the mean of what
+        the judge said; ended, the share of answers that ended; answer_tokens, their mean length.
     """
 
     def __init__(
@@ -178,6 +178,7 @@ class Rollouts:
         self.figures = {
             "asked": float(seen["asked"]),
             "ties": 1 - len(pairs) / seen["asked"],
+            "reward": seen["reward"] / seen["judged"],
             "ended": seen["ended"] / seen["answers"],
             "answer_tokens": seen["tokens"] / seen["answers"],
         }
@@ -194,7 +195,8 @@ class Rollouts:
         rewards = self._judge(questions, prompts, answers)
         flat = [answer for own in answers for answer in own]
         seen.update(asked=len(prompts), answers=len(flat), ended=sum(a.ended for a in flat))
-        seen.update(tokens=sum(len(a.ids) for a in flat))
+        told = [reward for own in rewards for reward in own if reward is not None]
+        seen.update(tokens=sum(len(a.ids) for a in flat), reward=sum(told), judged=len(told))
         found = []
         for prompt, own, values in zip(prompts, answers, rewards, strict=True):
             if chosen := best_and_worst(own, values):

@@ -79,3 +79,18 @@ def test_a_rule_is_a_number_that_orders_answers_as_it_does(one, other):
     assert ((a > b), (a < b)) == ((x > y), (x < y))
     (judged,) = task_judge(TASK)([QUESTION], [(1,)], [both])
     assert judged == [TASK.judge(answer.text, ITEM.answer) for answer in both]
+
+
+def test_equal_answers_to_a_question_are_judged_once_and_those_to_another_again():
+    asked = []
+
+    class Counting:
+        def judge(self, text, gold):
+            asked.append((text, gold))
+            return None if text == "?" else float(text == gold)
+
+    questions = [Question("one", "a"), Question("two", "b")]
+    own = [Written((i,), text, True) for i, text in enumerate("ab?a")]
+    found = task_judge(Counting())(questions, [(1,), (2,)], [own, own])
+    assert found == [[1.0, 0.0, None, 1.0], [0.0, 1.0, None, 0.0]]
+    assert asked == [(text, gold) for gold in "ab" for text in "ab?"]

@@ -1,6 +1,7 @@
 """The picture for a README: it stands by itself, in both schemes."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from PIL import Image
 
 from qwen3f.errors import UserError
 from qwen3f.report import __main__ as command
+from qwen3f.report.charts import main_chart
 from qwen3f.report.picture import write_picture
+from qwen3f.report.read import read
 from tests.report.places import write_pipeline, write_run
 
 
@@ -45,6 +48,14 @@ def test_the_png_is_of_a_size_for_a_page(pipeline, tmp_path):
 
 def test_a_single_run_has_a_picture_too(pipeline, tmp_path):
     assert write_picture(pipeline / "01_s1", tmp_path / "x.svg").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("stage, title", [("grpo", "Reward"), ("dpo_online", "Reward"), ("dpo", "Loss")])
+def test_a_stage_that_answers_is_shown_by_what_its_answers_are_worth(tmp_path, stage, title):
+    run = write_run(tmp_path / "W", stage=stage)
+    lines = [{"step": step, "loss": 0.7, "reward": step / 3} for step in range(1, 4)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert main_chart(read(run).stages[0].run).title == title
 
 
 def test_what_cannot_be_drawn_is_one_line(pipeline, tmp_path, capsys):

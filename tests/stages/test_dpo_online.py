@@ -21,7 +21,7 @@ from tests.stages.test_sft import Killed, watched
 from tests.train.runs import assert_same_bits, final_state, metrics
 
 NUMBERS = (
-    "loss", "grad_norm", "kl", "chosen_log_prob", "rejected_log_prob", "accuracy", "asked", "ties", "ended",
+    "loss", "grad_norm", "kl", "chosen_log_prob", "rejected_log_prob", "accuracy", "asked", "ties", "reward", "ended",
     "answer_tokens", "tokens_seen",
 )  # fmt: skip
 RUNS = {2: {"cp2": "reward", "pp2": "dense"}, 4: {"dp2,tp2": "reward"}}  # ranks -> the model on each mesh
@@ -162,6 +162,21 @@ def test_prompts_are_the_training_questions_in_a_shuffled_order(root):
     prompts = dpo_online.Prompts(questions)
     places = torch.arange(len(prompts)).numpy()
     assert sorted(prompts.order(places, 1)) == list(places)
+
+
+def test_the_logged_reward_is_the_mean_of_what_the_judge_says_where_it_can_tell(root, tmp_path, monkeypatch):
+    told = []
+
+    def judge(questions, prompts, answers):
+        told.extend([None, *(float(len(a.ids) + i) for i, a in enumerate(own[1:]))] for own in answers)
+        return told[-len(answers) :]
+
+    monkeypatch.setattr(dpo_online, "_judge", lambda run, task: judge)
+    loop.run(configured(root, steps=1, **{"online.samples": 4}), tmp_path, False)
+    (line,) = metrics(tmp_path)
+    rewards = [reward for own in told for reward in own[1:]]
+    assert len(told) == line["asked"]
+    assert line["reward"] == pytest.approx(sum(rewards) / len(rewards), rel=1e-12)
 
 
 # -- what cannot run ---------------------------------------------------------------------------------------------------
