@@ -22,7 +22,7 @@ from qwen3f.data.packing.best_fit import LongDocuments
 from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.data.packing.concat import PackedDataset
 from qwen3f.data.sources.documents import HOLDOUT, LimitedSource, Source, Split, describe_other_files
-from qwen3f.data.sources.registry import open_source
+from qwen3f.data.sources.registry import check_name, open_source
 from qwen3f.data.stream.dataset import StreamDataset
 from qwen3f.data.stream.parts import stream_part
 from qwen3f.data.tokenizers.sentencepiece_tokenizer import MAX_TRAINING_CHARS, TRAINER_OPTIONS, train_sentencepiece
@@ -218,6 +218,8 @@ def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:
 
 def check(cfg: DataConfig) -> None:
     """Raises UserError for values that cannot work, alone or together."""
+    for name, _ in parse_weights(cfg.mixture):
+        check_name(name)
     if cfg.num_threads < 1:
         raise UserError(f"data.num_threads is {cfg.num_threads}: give at least 1.")
     for key in ("max_samples", "shuffle_buffer", "workers"):

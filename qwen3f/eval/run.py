@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from qwen3f import model
+from qwen3f.config import ModelConfig
 from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
 from qwen3f.data.chat.kinds import HYBRID, TemplateKind, check_thinking
 from qwen3f.data.multimodal.samples import check_tokenizer
@@ -76,8 +77,11 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
         evaluate(config, workdir, progress)
 
 
-def check(config: ConfigDict) -> list[tuple[Benchmark, str]]:
-    """The benchmarks with their places. Raises UserError for what cannot run; reads the model's configuration alone."""
+def check(config: ConfigDict, cfg: ModelConfig | None = None) -> list[tuple[Benchmark, str]]:
+    """The benchmarks with their places. Raises UserError for what cannot run; reads the model's configuration alone.
+
+    cfg: of a model that need not be there yet; by default that of config.init_from.
+    """
     if not config.init_from:
         raise UserError("--config.init_from is missing; write --config.init_from=W")
     parsed = parse_benchmarks(config.benchmarks, "--config.benchmarks")
@@ -87,7 +91,7 @@ def check(config: ConfigDict) -> list[tuple[Benchmark, str]]:
     for key, low in (("limit", 0), ("batch_tokens", 0), ("chunk", 1)):
         if config[key] < low:
             raise UserError(f"--config.{key}={config[key]}: write at least {low}")
-    cfg = source.read_model_config(config.init_from)
+    cfg = cfg or source.read_model_config(config.init_from)
     for benchmark, _ in named:
         settings_of(config).check(benchmark, cfg.vision_enabled)
         if benchmark.vision:

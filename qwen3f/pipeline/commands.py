@@ -1,5 +1,7 @@
 """The commands that a pipeline starts: launch.py with a stage's experiment and its flags."""
 
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,12 @@ from ml_collections import ConfigDict
 
 from qwen3f import usage
 from qwen3f.pipeline.chain import Step, flags_of
+from qwen3f.pipeline.process import Command
 from qwen3f.pipeline.stages import differing
 
 EVAL = "experiments/eval.py"
 LAUNCHER = usage.ROOT / "launch.py"
+FORESEE = ("-m", "qwen3f.pipeline.foresee")
 
 
 def training(step: Step, init_from: str, workdir: Path, progress: bool) -> list[str]:
@@ -22,6 +26,12 @@ def training(step: Step, init_from: str, workdir: Path, progress: bool) -> list[
 def planning(step: Step, workdir: Path) -> list[str]:
     own = {key: value for key, value in step.overrides.items() if key != "device"}
     return _launch(step.stage.experiment, [*flags_of(own), "--config.plan=True"], workdir, True)
+
+
+def foreseeing(described: list[dict[str, Any]]) -> Command:
+    """described: see foresee.described."""
+    ways = os.pathsep.join([str(usage.ROOT), *filter(None, sys.path)])  # wherever launch.py was started
+    return Command([sys.executable, *FORESEE, json.dumps(described)], environment={"PYTHONPATH": ways})
 
 
 def asking(config: ConfigDict, init_from: str, mode: str, workdir: Path) -> list[str]:

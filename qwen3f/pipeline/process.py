@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import BinaryIO, NamedTuple
 
 _POLL = 0.1  # seconds
@@ -18,10 +19,11 @@ _PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 class Command(NamedTuple):
-    """quiet: its stdout goes nowhere, else where ours goes."""
+    """quiet: its stdout goes nowhere, else where ours goes. environment: variables beside ours."""
 
     words: Sequence[str]
     quiet: bool = False
+    environment: Mapping[str, str] = MappingProxyType({})
 
 
 class Failure(NamedTuple):
@@ -108,7 +110,7 @@ def _start(command: Command, environment: dict[str, str]) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C in a terminal reaches us alone, and the command once, from us
         preexec_fn=_end_with_parent,
-        env=os.environ | environment,
+        env=os.environ | environment | command.environment,
     )
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from qwen3f.errors import TrainingError, UserError
-from qwen3f.pipeline import chain, commands, measure, pictures, plan, record, table
+from qwen3f.pipeline import chain, commands, foresee, measure, pictures, plan, record, table
 from qwen3f.pipeline.chain import Step
 from qwen3f.pipeline.choose import Standing, check_kept, choose, goes_on, survey
 from qwen3f.pipeline.process import Command, Signals
@@ -95,6 +95,7 @@ class Pipeline:
         asked = chain.parse_names(self.config.stages, [step.name for step in self.steps], "--config.stages")
         left = choose(self.steps, self.record, self.directory, asked)
         self._check_kept(left)
+        self._foresee(left)
         self._keep(asked=asked, left=left if asked else (), commit=record.commit())
         by_name = {step.name: step for step in self.steps}
         for number, name in enumerate(left):
@@ -103,6 +104,18 @@ class Pipeline:
         self._ask_of(self._unasked())
         self._keep(asked=())
         self._end(left)
+
+    def _foresee(self, left: Collection[str]) -> None:
+        """Raises UserError for what a stage that is left would refuse when its turn comes."""
+        if not left:
+            return
+        failure = self.signals.run(commands.foreseeing(foresee.described(self.steps, left, self.questions)))
+        if self.signals.name:
+            raise Stopped
+        if failure and failure.code == 2:
+            raise UserError(failure.error)
+        if failure:
+            raise TrainingError(f"the stages could not be looked through: {failure.error or failure.code}")
 
     def _check_kept(self, left: Sequence[str] = ()) -> None:
         """Raises UserError where a checkpoint is gone that is to be asked, or that is what the pipeline has made.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qwen3f.config import ModelConfig
 from qwen3f.data.corpus import Corpus, DataConfig, gzip_bits_per_byte, prepare
+from qwen3f.data.corpus import check as check_data
 from qwen3f.data.loader import Share
 from qwen3f.data.packing.concat import limit_context
 from qwen3f.errors import UserError
@@ -44,7 +45,7 @@ def check(setup: Setup) -> None:
     if config.context_warmup.length and config.data.cross_documents:
         raise UserError("config.context_warmup.length has no effect with config.data.cross_documents=True; choose one")
     _warmup_steps(setup)
-    _data_config(setup, "")
+    check_data(_data_config(setup, ""))
 
 
 def make(run: Run) -> Stage:

@@ -27,7 +27,11 @@ def inherit_model(config: ConfigDict, workdir: Path, chosen: Collection[str] = (
     """
     if not config.init_from:
         return config
-    theirs = _read(config.init_from, workdir)
+    return inherit_from(config, _read(config.init_from, workdir), chosen)
+
+
+def inherit_from(config: ConfigDict, theirs: ModelConfig, chosen: Collection[str] = ()) -> ConfigDict:
+    """As inherit_model, of weights whose model is `theirs`."""
     kept = {key.split(".")[1] for key in chosen if key.startswith("model.")} | W.TRAINING_FIELDS | set(source.PARTS)
     if not theirs.vision_enabled:
         kept |= source.OF_VISION

@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 from qwen3f.errors import UserError
-from qwen3f.pipeline import commands
 from tests.pipeline import toy
 
 LATER = "sft_cold_start,grpo,sft_fusion,grpo_general,dpo,evaluation"
@@ -15,7 +14,7 @@ LATER = "sft_cold_start,grpo,sft_fusion,grpo_general,dpo,evaluation"
 @pytest.fixture
 def done(whole, tmp_path, monkeypatch):
     """A copy of a pipeline that is done."""
-    monkeypatch.setattr(commands, "LAUNCHER", toy.HERE / "fake_launch.py")
+    toy.fake(monkeypatch.setattr)
     return shutil.copytree(whole, tmp_path / "P")
 
 

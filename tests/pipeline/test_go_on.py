@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qwen3f.errors import TrainingError, UserError
-from qwen3f.pipeline import commands, record
+from qwen3f.pipeline import record
 from qwen3f.train import lock
 from tests.pipeline import toy
 
@@ -26,7 +26,7 @@ def short(tmp_path_factory):
 
 @pytest.fixture
 def done(short, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "LAUNCHER", toy.HERE / "fake_launch.py")
+    toy.fake(monkeypatch.setattr)
     return shutil.copytree(short, tmp_path / "P")
 
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_goes_while_stages_run_is_named_at_the_end(done, monke
 
 
 def test_stages_that_are_gone_are_advised_with_those_between_and_before_that_they_need(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "LAUNCHER", toy.HERE / "fake_launch.py")
+    toy.fake(monkeypatch.setattr)
     place = shutil.copytree(whole, tmp_path / "P")
     shutil.rmtree(place / "03_pretrain_s3" / "checkpoints")  # which nothing needs, until what came from it is gone
     toy.go(place)

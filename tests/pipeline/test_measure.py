@@ -9,7 +9,7 @@ from PIL import Image
 from qwen3f import cli
 from qwen3f.errors import UserError
 from qwen3f.interop import source
-from qwen3f.pipeline import chain, commands, measure, pictures, run, table
+from qwen3f.pipeline import chain, measure, pictures, run, table
 from qwen3f.pipeline.process import Signals
 from qwen3f.tasks.visual import topic
 from tests.pipeline import toy
@@ -28,7 +28,7 @@ SHORT = "pretrain_s2,pretrain_s3,sft_fusion,grpo_general,dpo"  # left out: what 
 
 @pytest.fixture(autouse=True)
 def launcher(monkeypatch):
-    monkeypatch.setattr(commands, "LAUNCHER", toy.HERE / "fake_launch.py")
+    toy.fake(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -177,3 +177,4 @@ def test_a_kill_in_each_real_stage_changes_nothing(name, real, server, settings,
 
 def test_the_real_launcher_is_launch_py():
     assert commands.LAUNCHER == toy.ROOT / "launch.py"
+    assert commands.FORESEE == ("-m", "qwen3f.pipeline.foresee")

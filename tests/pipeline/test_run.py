@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen3f.errors import TrainingError, UserError
-from qwen3f.pipeline import commands, record
+from qwen3f.pipeline import record
 from qwen3f.train import lock
 from tests.pipeline import toy
 
@@ -20,7 +20,7 @@ BRIEF = "pretrain_s2,pretrain_s3,grpo_general,dpo"  # stages that are left out
 
 @pytest.fixture(autouse=True)
 def launcher(monkeypatch):
-    monkeypatch.setattr(commands, "LAUNCHER", toy.HERE / "fake_launch.py")
+    toy.fake(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def test_what_the_user_set_of_a_model_reaches_a_stage_that_starts_from_weights(t
     assert flag in commands.training(said["grpo"], "W", tmp_path, False)
     assert flag not in commands.training(without["grpo"], "W", tmp_path, False)
     assert flag not in commands.training(said["dpo"], "W", tmp_path, False)
-    monkeypatch.setattr(commands, "LAUNCHER", toy.HERE / "fake_launch.py")
+    toy.fake(monkeypatch.setattr)
     skip = "pretrain_s2,pretrain_s3,sft_cold_start,sft_fusion,grpo_general,dpo"
     toy.go(tmp_path / "P", skip=skip)
     with pytest.raises(

@@ -17,9 +17,19 @@ TRAINED = ("pretrain_s1", "pretrain_s2", "pretrain_s3", "sft_cold_start", "grpo"
 NAMES = (*TRAINED, "evaluation")
 
 
+def fake(put, launcher="fake_launch.py"):
+    """Stages are run by `launcher` and not looked through before. put: setattr, or a MonkeyPatch's."""
+    put(commands, "LAUNCHER", HERE / launcher)
+    put(commands, "FORESEE", ("-c", ""))
+
+
+def preset(name):
+    return cli.load_experiment(str(ROOT / "experiments" / f"pipeline.py:{name}"))
+
+
 def make_config(**changes):
     """__ in a key stands for a dot."""
-    config = cli.load_experiment(str(ROOT / "experiments" / "pipeline.py:nano"))
+    config = preset("nano")
     steps = {f"set.{name}.steps": 3 for name in TRAINED} | {"report": False}
     config.update_from_flattened_dict(steps | {key.replace("__", "."): value for key, value in changes.items()})
     return config
@@ -34,7 +44,7 @@ def go(directory, **changes):
 def made(directory, **changes):
     """A directory in which it has run, for fixtures that live longer than a test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, "LAUNCHER", HERE / "fake_launch.py")
+        fake(patch.setattr)
         go(directory, **changes)
     return directory
 
@@ -79,7 +89,7 @@ def wait_for(path, process):
 
 
 if __name__ == "__main__":
-    commands.LAUNCHER = HERE / (sys.argv[3] if sys.argv[3:] else "fake_launch.py")
+    fake(setattr, *sys.argv[3:])
     try:
         go(Path(sys.argv[1]), **json.loads(sys.argv[2]))
     except Exception as error:

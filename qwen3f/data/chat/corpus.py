@@ -16,7 +16,7 @@ from qwen3f.data.cache.token_cache import TokenCache, build_or_open, cache_path
 from qwen3f.data.chat.recognise import check_chat_tokenizer
 from qwen3f.data.chat.report import PackingReport, packing_report
 from qwen3f.data.chat.samples import TURNS, Turns
-from qwen3f.data.chat.sources import open_chats
+from qwen3f.data.chat.sources import check_name, open_chats
 from qwen3f.data.corpus import cache_directory
 from qwen3f.data.mixture import CYCLE, Mixture, make_mixture, parse_caps, parse_weights, temper
 from qwen3f.data.packing.best_fit_dataset import BestFitDataset
@@ -229,6 +229,8 @@ def check(cfg: ChatDataConfig) -> None:
         if getattr(cfg, key) not in allowed:
             raise UserError(f"--config.data.{key} is {getattr(cfg, key)!r}: write one of {', '.join(allowed)}.")
     check_policy(cfg.on_bad_row)
+    for name, _ in parse_weights(cfg.mixture):
+        check_name(name)
     if not 0 <= cfg.switches <= 1:
         raise UserError(f"--config.data.switches is {cfg.switches}: give a share from 0 to 1.")
     if cfg.switches and cfg.turns == "all":

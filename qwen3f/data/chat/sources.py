@@ -178,6 +178,7 @@ def open_chats(name: str, root: str, problems: ReasoningSource, **options: objec
     Raises:
         UserError: an unknown name, or a directory that is missing or holds no file.
     """
+    check_name(name)
     kind, at, directory = name.partition("@")
     if kind in GENERATED and not at:
         family, thinking = GENERATED[kind]
@@ -191,13 +192,18 @@ def open_chats(name: str, root: str, problems: ReasoningSource, **options: objec
         rows = FileRows(_CHATS, directory or root)
         rows.fingerprint("train")  # a missing directory is an error now, not while reading
         return ChatSource(name, rows, read_conversation, **options)
-    if kind not in names("sft") and "/" not in kind:
-        known = ", ".join([*GENERATED, "chats@DIR", *names("sft")])
-        raise UserError(f"Unknown source {name!r} in --config.data.mixture: write one of {known}.")
     (part,) = parse_mixture(name, root, "sft")
     rows = FileRows(part.dataset, part.root)
     rows.fingerprint("train")
     return ChatSource(name, rows, partial(read_dataset, part.dataset.name), **options)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name in a mixture that no source has; looks at no directory."""
+    kind, at, _ = name.partition("@")
+    if not (kind in GENERATED and not at) and kind not in ("chats", *names("sft")) and "/" not in kind:
+        known = ", ".join([*GENERATED, "chats@DIR", *names("sft")])
+        raise UserError(f"Unknown source {name!r} in --config.data.mixture: write one of {known}.")
 
 
 def read_dataset(dataset: str, row: Row) -> Conversation:

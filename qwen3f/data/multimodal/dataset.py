@@ -25,7 +25,7 @@ from qwen3f.data.multimodal.samples import (
     tokenise,
     video_segments,
 )
-from qwen3f.data.multimodal.sources import Drawing, VisualSource, open_visual
+from qwen3f.data.multimodal.sources import Drawing, VisualSource, check_name, open_visual
 from qwen3f.data.multimodal.videos import Video, patches_of, planned
 from qwen3f.data.packing.best_fit_dataset import best_fit_row
 from qwen3f.data.packing.concat import Example
@@ -247,7 +247,8 @@ def check(data: VisualDataConfig, seq_len: int, cfg: ModelConfig) -> None:
     if data.patches < block or data.patches % block:
         raise UserError(f"--config.data.patches={data.patches}: give a multiple of {block}, patches of a merged token")
     drawing(data)
-    parse_weights(data.mixture)
+    for name, _ in parse_weights(data.mixture):
+        check_name(name)
     check_limits(token_side(cfg), data.min_pixels, data.max_pixels, "--config.data.")
 
 

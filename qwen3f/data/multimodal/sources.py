@@ -23,6 +23,7 @@ from PIL import Image
 from qwen3f.data.chat.conversation import OPTIONAL_COLUMNS, Conversation, checked_messages, read_conversation
 from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.chat.samples import Turns, make_samples
+from qwen3f.data.chat.sources import check_name as check_chat_name
 from qwen3f.data.chat.sources import open_chats
 from qwen3f.data.multimodal.samples import PICTURE, VisualSample
 from qwen3f.data.multimodal.videos import VideoFile, VideoFrames, decode, video_of
@@ -199,6 +200,16 @@ def open_visual(
         read = partial(_read_chat if rows == _CHATS.name else _read_llava, root=root)
         return RowSource(name, dataset, directory, read, turns, on_bad_row, kind)
     return WordSource(name, open_chats(name, "", problems, turns=turns, on_bad_row=on_bad_row, kind=kind))
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name in a mixture that no source has; looks at no directory."""
+    if name in GENERATED or name.partition("@")[0] in (_CHATS.name, multimodal.DEFAULT):
+        return
+    try:
+        check_chat_name(name)
+    except UserError as error:
+        raise UserError(f"{error} With pictures: {', '.join(GENERATED)}, {multimodal.DEFAULT}@DIR.") from None
 
 
 def _read_llava(row: Row, root: Path) -> tuple[Conversation, tuple[multimodal.ImageFile, ...]]:

@@ -15,9 +15,10 @@ from qwen3f.data.cache.column import Column, new_column
 from qwen3f.data.cache.token_cache import TokenCache
 from qwen3f.data.chat.corpus import ChatCorpus, Recipe, generated_problems, prepare_packed
 from qwen3f.data.chat.recognise import check_chat_tokenizer
+from qwen3f.data.mixture import parse_weights
 from qwen3f.data.packing.concat import check_seq_len
 from qwen3f.data.packing.pair_dataset import PairDataset
-from qwen3f.data.pairs.sources import PairSource, open_pairs
+from qwen3f.data.pairs.sources import PairSource, check_name, open_pairs
 from qwen3f.data.sources.adapters.rows import OnBadRow, check_policy
 from qwen3f.data.sources.documents import Split
 from qwen3f.data.sources.reasoning import NUM_PROBLEMS
@@ -90,6 +91,8 @@ def check(cfg: PairDataConfig) -> None:
     if cfg.long_pairs not in LONG_PAIRS:
         raise UserError(f"--config.data.long_pairs is {cfg.long_pairs!r}: write one of {', '.join(LONG_PAIRS)}.")
     check_policy(cfg.on_bad_row)
+    for name, _ in parse_weights(cfg.mixture):
+        check_name(name)
     for key, lowest in (("problems", 1), ("max_samples", 0), ("max_heldout", 1), ("num_threads", 1), ("workers", 0)):
         if getattr(cfg, key) < lowest:
             raise UserError(f"--config.data.{key} is {getattr(cfg, key)}: give {lowest} or more.")

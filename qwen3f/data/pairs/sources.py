@@ -134,6 +134,7 @@ def open_pairs(
     Raises:
         UserError: an unknown name, or a directory that is missing or holds no file.
     """
+    check_name(name)
     kind, at, directory = name.partition("@")
     if kind in GENERATED and not at:
         return PairSource(name, GeneratedPairs(kind, problems), on_bad_row, template)
@@ -144,14 +145,19 @@ def open_pairs(
                 "pairs@DIR."
             )
         rows = FilePairs(FileRows(_PAIRS, directory or root), read_pair)
-    elif kind in names("dpo") or "/" in kind:
+    else:
         (part,) = parse_mixture(name, root, "dpo")
         rows = FilePairs(FileRows(part.dataset, part.root), _of_ultrafeedback)
-    else:
-        known = ", ".join([*GENERATED, "pairs@DIR", *(f"{name}@DIR" for name in names("dpo"))])
-        raise UserError(f"Unknown source {name!r} in --config.data.mixture: write one of {known}.")
     rows.fingerprint("train")  # a missing directory is an error now, not while reading
     return PairSource(name, rows, on_bad_row, template)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name in a mixture that no source has; looks at no directory."""
+    kind, at, _ = name.partition("@")
+    if not (kind in GENERATED and not at) and kind not in ("pairs", *names("dpo")) and "/" not in kind:
+        known = ", ".join([*GENERATED, "pairs@DIR", *(f"{name}@DIR" for name in names("dpo"))])
+        raise UserError(f"Unknown source {name!r} in --config.data.mixture: write one of {known}.")
 
 
 def _of_ultrafeedback(row: Row, template: TemplateKind) -> Pair:

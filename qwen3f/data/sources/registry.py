@@ -105,27 +105,34 @@ def open_source(
     """
     if not 0 <= holdout < 1:
         raise UserError(f"data.holdout is {holdout}: give a share from 0 to below 1, e.g. 0.02.")
-    kind, separator, directory = mixture.partition("@")
-    if kind == "embedded" and not separator:
+    check_name(mixture)
+    kind, _, directory = mixture.partition("@")
+    if kind == "embedded":
         return open_embedded(root, holdout)
-    if kind == "reasoning" and not separator:
+    if kind == "reasoning":
         if root:
             raise UserError(f"data.mixture=reasoning reads no directory: leave out data.root={root!r}.")
         return ReasoningSource()
     if is_text_dataset(kind):
         return open_dataset(mixture, root, holdout, streaming)
-    if kind == "files":
-        if bool(root) == bool(directory):
-            raise UserError(
-                f"data.mixture={mixture!r} with data.root={root!r} must name one directory: "
-                "write data.mixture=files@DIR, or data.mixture=files and data.root=DIR."
-            )
-        place = user_path(root or directory, "data.root" if root else "data.mixture")
-        return _open_files(mixture, place, text_key, holdout)
+    if bool(root) == bool(directory):
+        raise UserError(
+            f"data.mixture={mixture!r} with data.root={root!r} must name one directory: "
+            "write data.mixture=files@DIR, or data.mixture=files and data.root=DIR."
+        )
+    place = user_path(root or directory, "data.root" if root else "data.mixture")
+    return _open_files(mixture, place, text_key, holdout)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a name in a mixture that no source has; looks at no directory."""
+    kind, at, _ = name.partition("@")
+    if (kind in ("embedded", "reasoning") and not at) or kind == "files" or is_text_dataset(kind):
+        return
     near = difflib.get_close_matches(kind, ["embedded", "reasoning", "files", *names("pretrain")], n=1)
     hint = f"did you mean {near[0]!r}?" if near else "write one of these."
     raise UserError(
-        f"Unknown data.mixture {mixture!r}; there are 'embedded', 'reasoning' and 'files@DIR', and NAME@DIR for "
+        f"Unknown data.mixture {name!r}; there are 'embedded', 'reasoning' and 'files@DIR', and NAME@DIR for "
         f"{', '.join(names('pretrain'))}: {hint}"
     )
 

@@ -1,0 +1,122 @@
+"""What stages would refuse when their turn comes, found before the first of them starts.
+
+    python -m qwen3f.pipeline.foresee '[{"name": "grpo", …}]'
+
+Each stage's own checks, with the model that the stages before it will have made: they read no data and no weights. In a
+process of its own, as they import torch, which the pipeline's process does without.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qwen3f import cli, usage
+from qwen3f.config import ModelConfig
+from qwen3f.errors import UserError
+from qwen3f.pipeline.chain import Step, in_pipeline
+from qwen3f.pipeline.commands import EVAL
+from qwen3f.pipeline.stages import MEASURE, differing
+from qwen3f.train import checks
+
+_TO_COME = "(of the pipeline)"  # weights that an earlier stage will have written
+
+
+def described(steps: Sequence[Step], names: Collection[str], questions: ConfigDict) -> list[dict[str, Any]]:
+    """What `main` takes, JSON: all steps that are not left out, of which those in `names` are looked at, and the shared
+    questions, if there are any."""
+    found = [
+        {
+            "name": step.name,
+            "kind": step.kind,
+            "experiment": step.stage.experiment,
+            "overrides": step.overrides,
+            "follows": bool(step.source),
+            "looked_at": step.name in names,
+        }
+        for step in steps
+        if not step.skipped
+    ]
+    if questions.benchmarks and any(step.asks for step in steps):
+        own = {key: value for key, value in differing(questions, EVAL).items() if key != "init_from"}
+        found.append(
+            {"name": MEASURE, "kind": "evaluation", "experiment": EVAL, "overrides": own, "follows": True,
+             "looked_at": True}
+        )  # fmt: skip
+    return found
+
+
+def check(described_: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError, in the pipeline's words, for the first stage that its own checks refuse."""
+    model: ConfigDict | None = None
+    for one in described_:
+        config = _config(one)
+        try:
+            if one["kind"] == "training":
+                config = _with_model(config, model, one)
+                if one["looked_at"]:
+                    _check_training(config)
+                model = config.model
+            elif one["kind"] == "evaluation" and one["looked_at"]:
+                _check_questions(config, model)
+        except UserError as error:
+            raise UserError(f"{one['name']}: {in_pipeline(str(error), one['name'], config)}") from error
+
+
+def _config(one: Mapping[str, Any]) -> ConfigDict:
+    config = cli.load_experiment(str(usage.ROOT / one["experiment"]))
+    for key, value in one["overrides"].items():
+        tuples = isinstance(value, list) and isinstance(checks.get(config, key), tuple)
+        config.update_from_flattened_dict({key: tuple(value) if tuples else value})
+    return config
+
+
+def _with_model(config: ConfigDict, model: ConfigDict | None, one: Mapping[str, Any]) -> ConfigDict:
+    """With the model of the weights that it will start from."""
+    from qwen3f.interop import source
+    from qwen3f.train.inherit import inherit_from
+
+    if one["follows"]:
+        config = inherit_from(config, ModelConfig.from_dict(model.to_dict()), one["overrides"])
+        config.init_from = _TO_COME
+        return config
+    if config.init_from:
+        return inherit_from(config, source.read_model_config(config.init_from), one["overrides"])
+    return config
+
+
+def _check_training(config: ConfigDict) -> None:
+    from qwen3f.eval import hook
+    from qwen3f.processes import ranks
+    from qwen3f.train.choices import find_device
+    from qwen3f.train.setup import make_setup
+    from qwen3f.train.stage import find_stage
+
+    setup = make_setup(config, ranks.all_devices(os.environ, find_device(config.device).type))
+    find_stage(config.stage).check(setup)
+    hook.check(setup)
+
+
+def _check_questions(config: ConfigDict, model: ConfigDict | None) -> None:
+    from qwen3f.eval import run
+
+    if config.init_from or model is None:
+        run.check(config)
+    else:
+        config.init_from = _TO_COME
+        run.check(config, ModelConfig.from_dict(model.to_dict()))
+
+
+def main(words: Sequence[str]) -> int:
+    try:
+        check(json.loads(words[0]))
+    except UserError as error:
+        return cli.report(error, 2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,86 @@
+"""What a stage would refuse in an hour is said before the first one starts."""
+
+import json
+import subprocess
+
+import pytest
+
+from experiments import pipeline
+from qwen3f.errors import TrainingError, UserError
+from qwen3f.pipeline import chain, commands, foresee, run
+from tests.pipeline import toy
+
+
+def described(preset="nano", names=None, **changes):
+    config = toy.make_config(**changes) if preset == "nano" else toy.preset(preset)
+    steps = chain.steps_of(config)
+    questions = run._questions(config, ())
+    return foresee.described(steps, [step.name for step in steps] if names is None else names, questions)
+
+
+@pytest.mark.parametrize("preset", pipeline.PRESETS)
+def test_the_presets_pass(preset):
+    foresee.check(json.loads(json.dumps(described(preset))))
+
+
+@pytest.mark.parametrize(
+    "flag, value, words",
+    [
+        ("grpo.rewards", "corect=1", r"grpo: --config.set.grpo.rewards names 'corect': write one of correct"),
+        ("grpo_general.tasks", "reasning", r"grpo_general: --config.set.grpo_general.tasks=reasning: there is no such"),
+        ("grpo.rollout.max_new_tokens", 5000, "grpo: --config.set.grpo.rollout.max_new_tokens=5000 leaves no room"),
+        ("dpo.dpo.loss", "exo_pair", r"dpo: --config.set.dpo.dpo.label_smoothing=0.0 with .* above 0"),
+        ("dpo.data.mixture", "right-or-rong", "dpo: Unknown source 'right-or-rong' in --config.set.dpo.data.mixture"),
+        ("sft_fusion.data.mixture", "reasning", "sft_fusion: Unknown source 'reasning' in --config.set.sft_fusion"),
+        ("sft_fusion.eval.task", "reasning", "sft_fusion: --config.set.sft_fusion.eval.task=reasning: there is no"),
+        ("sft_fusion.eval.benchmarks", "mmluu", r"sft_fusion: --config.set.sft_fusion.eval.benchmarks: .*mean mmlu\?"),
+        ("pretrain_s2.data.mixture", "embeded", r"pretrain_s2: Unknown data.mixture 'embeded'.* did you mean 'embedd"),
+        ("evaluation.benchmarks", "mmluu", r"evaluation: --config.set.evaluation.benchmarks: .* did you mean mmlu\?"),
+        ("evaluation.benchmarks", "vqav2", "evaluation: .*vqav2"),  # the chain's model has no eyes
+        ("measure.benchmarks", "reasonin", r"measure: --config.set.measure.benchmarks: .* did you mean reasoning\?"),
+    ],
+)
+def test_what_a_stage_refuses_is_found_before_any_starts(flag, value, words):
+    name = flag.partition(".")[0]
+    names = None if name in ("measure", "evaluation") else [name]
+    with pytest.raises(UserError, match=words):
+        foresee.check(described(names=names, **{f"set.{flag}".replace(".", "__"): value}))
+
+
+def test_later_stages_have_the_first_ones_model():
+    """A setting that only fits the model of the first stage, and one that only fits the preset's."""
+    heads = {"set__pretrain_s1__model__num_attention_heads": 4, "set__pretrain_s1__model__num_key_value_heads": 4}
+    foresee.check(described(names=["grpo"], set__grpo__mesh="tp4", **heads))
+    with pytest.raises(UserError, match="^grpo: .*tp"):
+        foresee.check(described(names=["grpo"], set__grpo__mesh="tp4"))
+
+
+def test_what_is_not_run_is_not_looked_at():
+    wrong = {"set__grpo__rewards": "corect=1"}
+    foresee.check(described(names=["dpo", "evaluation"], **wrong))
+    foresee.check(described(skip="grpo", **wrong))
+
+
+def test_a_pipeline_ends_with_it_in_one_line_and_has_made_nothing(tmp_path, monkeypatch):
+    """Wherever launch.py was started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "LAUNCHER", toy.HERE / "fake_launch.py")
+    with pytest.raises(UserError, match="grpo: --config.set.grpo.rewards names 'corect'"):
+        toy.go(tmp_path / "P", set__grpo__rewards="corect=1")
+    assert not list((tmp_path / "P").glob("0*"))
+    assert not (tmp_path / "P" / "pipeline.json").exists()
+
+
+def test_a_fault_of_its_own_ends_the_pipeline_too(tmp_path, monkeypatch):
+    toy.fake(monkeypatch.setattr)
+    monkeypatch.setattr(commands, "FORESEE", ("-c", "import sys; sys.exit('error: no torch')"))
+    with pytest.raises(TrainingError, match="the stages could not be looked through: no torch"):
+        toy.go(tmp_path / "P")
+
+
+def test_its_command_says_the_error_alone():
+    command = commands.foreseeing(described(names=["dpo"], set__dpo__dpo__loss="exo_pair"))
+    done = subprocess.run(command.words, capture_output=True, text=True, check=False, cwd=toy.ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: dpo: --config.set.dpo.dpo.label_smoothing")
+    assert done.stderr.count("\n") == 1
