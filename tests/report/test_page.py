@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from qwen3f.errors import UserError
+from qwen3f.report.overview import rows_of
 from qwen3f.report.page import render
 from qwen3f.report.picture import write_picture
 from qwen3f.report.read import read
@@ -68,6 +69,21 @@ def test_a_pipeline_has_its_stages_with_before_and_after(pipeline):
     for said in ("trained in 3 stages", "1. s1", "2. sft", "3. rl", "9.4% (4.4 to 19.0%) → 18.8% (11.1 to 30.0%)",
                  "held-out loss, text: 3 → 1.5", "no gain that 64 questions can show", "3 min 0 s"):  # fmt: skip
         assert said in page.text, said
+
+
+def test_a_stage_that_is_done_and_was_never_asked_has_no_dot_to_wait_for(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("s1", "s2", "s3")]
+    place = write_pipeline(tmp_path / "P", runs)
+    told = json.loads((place / "pipeline.json").read_text())
+    del told["stages"][0]["measures"]["reasoning_thinking"]
+    del told["stages"][2]["measures"]["reasoning_thinking"]
+    told["stages"][2]["status"] = "running"
+    (place / "pipeline.json").write_text(json.dumps(told))
+    rows = rows_of(read(place), "reasoning_thinking")
+    assert [(name, before is not None, after is not None) for name, before, after in rows] == [
+        ("s2", False, True),
+        ("s3", True, False),
+    ]
 
 
 @pytest.mark.parametrize("single", [False, True])
