@@ -20,8 +20,14 @@ FOLDER = "measures"  # in a stage's workdir
 MODES = ("thinking", "plain")
 _SETTINGS = "settings.json"  # beside the answers
 _RECORDS = "records"  # of qwen3f.eval.records, in a mode's folder
-# Logged by evaluations of a stage: those that say what it is for.
-_LOGGED = {"pretrain": ("val_loss",), "multimodal": ("val_exact", "val_blind", "val_majority")}
+# Logged by evaluations of a stage: those that say what it is for, and what they are called beside other stages'.
+_LOGGED = {
+    "pretrain": {"val_loss": "val_loss"},
+    "multimodal": {name: name for name in ("val_exact", "val_blind", "val_majority")},
+    "dpo": {"val_accuracy": "dpo:val_accuracy"},
+    "dpo_online": {"val_wins": "dpo_online:val_wins"},
+    "reward_model": {"val_accuracy": "reward_model:val_accuracy"},
+}
 
 
 def logged(step: Step, workdir: Path) -> dict[str, Measure]:
@@ -29,12 +35,12 @@ def logged(step: Step, workdir: Path) -> dict[str, Measure]:
 
     value: None for what was no finite number.
     """
-    names, last = _LOGGED.get(step.config.stage, ()), dict[str, float | None]()
+    names, last = _LOGGED.get(step.config.stage, {}), dict[str, float | None]()
     for line in (workdir / "metrics.jsonl").read_text().split("\n") if names else ():
         with contextlib.suppress(ValueError, TypeError):  # a killed process may have left half a line
             last |= json.loads(line)
     if "val_loss" not in names:
-        return {name: _of(last[name]) for name in names if name in last}
+        return {measure: _of(last[name]) for name, measure in names.items() if name in last}
     losses = {key: value for key, value in last.items() if key.startswith("val_loss/")}
     if not losses and "val_loss" in last:  # of one source
         losses = {f"val_loss/{step.config.data.mixture}": last["val_loss"]}

@@ -13,6 +13,9 @@ _WORDS = {
     "val_exact": "pictures right",
     "val_blind": "with other pictures",
     "val_majority": "commonest answer",
+    "dpo:val_accuracy": "held-out pairs ranked right",
+    "dpo_online:val_wins": "answers better than before it",
+    "reward_model:val_accuracy": "held-out pairs ranked right",
 }
 
 

@@ -11,6 +11,7 @@ from qwen3f.errors import UserError
 from qwen3f.interop import source
 from qwen3f.pipeline import chain, measure, pictures, run, table
 from qwen3f.pipeline.process import Signals
+from qwen3f.report import names
 from qwen3f.tasks.visual import topic
 from tests.pipeline import toy
 
@@ -130,6 +131,24 @@ def test_what_is_no_finite_number_is_kept_as_none(value, tmp_path):
         (tmp_path / mode / "results.json").write_text(text)
     assert measure.answered(tmp_path)["r_plain"] == {"value": None, "low": 0, "high": 1, "n": 3}
     assert table.say("r_plain", measure.answered(tmp_path)["r_plain"]) == "no number"
+
+
+@pytest.mark.parametrize("stage, name, words", [
+    ("dpo", "val_accuracy", "held-out pairs ranked right"),
+    ("dpo_online", "val_wins", "answers better than before it"),
+    ("reward_model", "val_accuracy", "held-out pairs ranked right"),
+])  # fmt: skip
+def test_a_preference_stage_has_a_measure_of_its_own(stage, name, words, tmp_path):
+    step = next(step for step in chain.steps_of(toy.make_config()) if step.name == "dpo")
+    with step.config.unlocked():
+        step.config.stage = stage
+    told = [{"step": 1, name: 0.4, f"{name}/right": 0.1}, {"step": 2, name: 0.75}, {"step": 3, "loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    found = measure.logged(step, tmp_path)
+    assert found == {f"{stage}:{name}": {"value": 0.75, "low": None, "high": None, "n": None}}
+    assert table._word(next(iter(found))) == words
+    assert table.say(*next(iter(found.items()))) == "75.0%"
+    assert names.find(next(iter(found)), stage).unit == "share"
 
 
 def test_pictures_that_were_answered_are_not_asked_again_wherever_the_directory_lies(tmp_path):
