@@ -72,7 +72,7 @@ NANO: dict[str, Row] = {
     "grpo_general": ("grpo_general.py:nano", 120, {**_often(5, 64), "steps": 10, **_GENTLE}),
     "dpo": ("dpo.py:nano", 110, {
         **_often(25, 64), "steps": 25, "data.problems": 8192, "data.max_samples": 300, "data.max_heldout": 100,
-        **_LEARN,
+        "schedule.peak_lr": 2e-5, **_LEARN,  # at 1e-4 no more pairs were ranked right, and fewer answers were
     }),
     "evaluation": ("eval.py", 60, {"benchmarks": "reasoning", "limit": 170, "max_new_tokens": 200, **_EASY}),
 }  # fmt: skip
