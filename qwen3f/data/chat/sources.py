@@ -36,7 +36,7 @@ from qwen3f.errors import UserError
 from qwen3f.files import user_path
 from qwen3f.tasks.task import Task
 
-_FORMAT = 3  # part of the fingerprint: raise it when the same rows would give other samples
+_FORMAT = 4  # part of the fingerprint: raise it when the same rows would give other samples
 
 GENERATED = {f"{family}{plain}": (family, not plain) for family in FAMILIES for plain in ("", "-plain")}
 """The generated sources: whose problems they are, and whether their answers think."""

@@ -24,7 +24,7 @@ from qwen3f.data.sources.documents import HOLDOUT, Split, is_heldout, stable_has
 from qwen3f.data.sources.reasoning import ReasoningSource
 from qwen3f.errors import UserError
 
-_FORMAT = 2  # part of the fingerprint: raise it when the same rows would give other pairs
+_FORMAT = 3  # part of the fingerprint: raise it when the same rows would give other pairs
 _PAIRS = HubDataset("pairs", "pairs", "dpo", COLUMNS, OPTIONAL_COLUMNS)
 
 

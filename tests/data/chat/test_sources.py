@@ -47,6 +47,21 @@ def test_chats_of_every_form_of_file(file, tmp_path):
     assert len(_both(_open(f"chats@{tmp_path}", turns="all"))) == 40
 
 
+@pytest.mark.parametrize("file", ["x.jsonl", "x.parquet", "x.arrow"])
+def test_a_calls_arguments_and_a_tools_parameters_are_its_own_in_every_form_of_file(file, tmp_path):
+    """Tables give each record the fields of all others, as nulls, which no chat may say."""
+    tools = [{"name": "f", "parameters": {"x": "number"}}, {"name": "g", "parameters": {"y": "string"}}]
+    rows = [
+        {"messages": [user("q"), answer("", None, [call(name, {key: 1})])], "tools": [tool]}
+        for name, key, tool in zip("fg", "xy", tools)
+    ]
+    write(rows, tmp_path / file)
+    found = _both(_open(f"chats@{tmp_path}"))
+    assert [json.loads(json.dumps(sample.tools)) for sample in found] == [row["tools"] for row in rows]
+    assert ['"arguments": {"x": 1}}' in found[0].text, '"arguments": {"y": 1}}' in found[1].text] == [True, True]
+    assert "null" not in found[0].text + found[1].text
+
+
 def test_files_that_are_left_out_are_counted(tmp_path):
     write(CHATS, tmp_path / "train.jsonl")
     for name in ("test.jsonl", "more.jsonl", "notes.md", ".hidden"):

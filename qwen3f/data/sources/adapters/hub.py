@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwen3f.data.sources.adapters.registry import HubDataset
-from qwen3f.data.sources.adapters.rows import BadRow, Columns, Row
+from qwen3f.data.sources.adapters.rows import BadRow, Columns, Row, without_nulls
 from qwen3f.errors import UserError
 
 _BATCH_ROWS = 64
@@ -37,7 +37,7 @@ def hub_rows(dataset: HubDataset, split: str, streaming: bool) -> Iterator[Row |
             return
         for values in zip(*batch.values()):
             number += 1
-            row = Row(dict(zip(batch, values)), f"{where}:{number}")
+            row = Row(dict(zip(batch, map(without_nulls, values))), f"{where}:{number}")
             yield columns.wrong_in(row.values, row.name) or row
 
 

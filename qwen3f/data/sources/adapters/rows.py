@@ -99,6 +99,14 @@ class Columns(NamedTuple):
         )
 
 
+def without_nulls(value: Any) -> Any:
+    """A value of a table, without the null fields of its records: there each record has the fields of all others, so
+    a call that has no argument of a name cannot be told from one whose argument is null."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [without_nulls(entry) for entry in value] if isinstance(value, list) else value
+
+
 def text_of(row: Row, column: str) -> str:
     """The text of a column, which may not be null, empty or unfit for UTF-8. Raises RowFault."""
     return check_text(row.values[column], row.name, column)

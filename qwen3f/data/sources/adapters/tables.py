@@ -1,4 +1,7 @@
-"""Rows of parquet and arrow files, a few in memory at a time; what a file claims to hold is checked first."""
+"""Rows of parquet and arrow files, a few in memory at a time; what a file claims to hold is checked first.
+
+Null fields of the records within a column are left out (`rows.without_nulls`); a column that is null stays.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +12,7 @@ import pyarrow.parquet
 
 from qwen3f.data.sources.adapters.arrow_sizes import decompressed_bytes
 from qwen3f.data.sources.adapters.bounds import Growth
-from qwen3f.data.sources.adapters.rows import BadRow, Columns, Row
+from qwen3f.data.sources.adapters.rows import BadRow, Columns, Row, without_nulls
 
 Rows = Iterator[Row | BadRow]
 
@@ -89,7 +92,7 @@ def _table_rows(batch: pyarrow.RecordBatch, path: Path, before: int, growth: Gro
             yield value
             continue
         growth.add(_ROW_BYTES + sum(len(text) for text in value.values() if isinstance(text, str)))
-        yield Row(value, f"{path}:{before + i + 1}")
+        yield Row({column: without_nulls(entry) for column, entry in value.items()}, f"{path}:{before + i + 1}")
 
 
 def _one_row(batch: pyarrow.RecordBatch, name: str) -> dict[str, Any] | BadRow:
