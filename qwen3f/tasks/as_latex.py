@@ -1,0 +1,45 @@
+r"""Final answers as the LaTeX that math-verify reads: signs of Unicode, words behind a number, percent signs.
+
+By itself it reads "5\text{ million}" as 5, and of words without \text each letter as a variable.
+"""
+
+import re
+
+_SIGNS = {"°": r"^\circ ", "∞": r"\infty ", "²": "^2", "³": "^3"}
+_ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\w))")
+
+_NUMBER = r"[-+]?\s*(?:\\?\$)?\s*(?:[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?|\\[dt]?frac\{\d+\}\{\d+\})"
+_WORDS = r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)?"  # shorter ones may be variables, and math-verify knows cm and kg
+_COUNTED = re.compile(rf"({_NUMBER})\$?(?:\s+({_WORDS})|\s*\\(?:text|mathrm)\{{\s*({_WORDS})\s*\}})", re.ASCII)
+_SCALES = {"dozen": "12"} | {
+    word: f"10^{{{power}}}"
+    for word, power in (("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
+}
+# Words that make another number of the one before them, and names that stand for a number or a function.
+_NO_UNITS = frozenset(
+    "and or to plus minus times over mod remainder pi sqrt log sin cos tan half halves third thirds fourth fourths "
+    "quarter quarters fifth fifths tenth tenths hundredth hundredths thousandth thousandths".split()
+)
+_PERCENT = re.compile(r"(.*?\S)\s*(?:\\?%|\\text\{\s*percent\s*\}|\bpercent)", re.DOTALL)
+
+
+def as_latex(answer: str) -> str:
+    r"""A final answer with LaTeX for signs of Unicode; of a number with a unit in words, as "72 clips", the number, and
+    of "5 million" its product. Everything else stays as it is."""
+    text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2] or found[3]}}}", answer.strip())
+    for sign, latex in _SIGNS.items():
+        text = text.replace(sign, latex)
+    found = _COUNTED.fullmatch(text.rstrip("."))
+    if found is None:
+        return text
+    first, *others = re.split("[ -]", (found[2] or found[3]).lower())
+    if _NO_UNITS & {first, *others} or first == "percent":
+        return text
+    number = found[1].replace("\\$", "").replace("$", "")
+    return rf"{number} \cdot {_SCALES[first]}" if first in _SCALES else number
+
+
+def without_percent(answer: str) -> tuple[str, bool]:
+    """(the answer without a percent sign or word at its end, whether it had one)."""
+    found = _PERCENT.fullmatch(answer)
+    return (found[1], True) if found else (answer, False)
