@@ -8,7 +8,9 @@ READ = 4_000  # characters of an answer, its last ones, that are looked at
 LONGEST = 500  # of a final answer; a longer one is wrong
 
 _THINK, _END = "<think>", "</think>"
-_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", re.ASCII)
+_FRACTION = re.compile(r"(-?)\\[dt]?frac(?:\{(-?\d+)\}|\s*(\d))(?:\{(\d+)\}|\s*(\d))", re.ASCII)
+# Blanks around a sign say nothing, but for those in front of the sign of a number in a row, as in "3 -5".
+_SIGN = re.compile(r"(?<=[\w)}])\s+-(?=\S)|\s*([/+*=-])\s*")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
 _NUMBER = re.compile(r"([+-]?)0*(0|[1-9]\d*)", re.ASCII)
 
@@ -43,9 +45,9 @@ def normalised(answer: str) -> str:
     text = _TEXT.sub(r"\1", text).strip().rstrip(".").strip()
     text = re.sub(r"^[A-Za-z]\s*=\s*", "", re.sub(r"\s+", " ", text))
     text = text if text.isascii() else re.sub(r"\d", lambda digit: str(int(digit[0])), text)
-    text = without_thousands(re.sub(r"\s*([/+*=-])\s*", r"\1", text))
+    text = without_thousands(_SIGN.sub(lambda found: found[1] or " -", text).replace("{,}", ","))
     if fraction := _FRACTION.fullmatch(text):
-        return "{}{}/{}".format(*fraction.groups())
+        return "{}{}/{}".format(*(part for part in fraction.groups() if part is not None))
     if number := _NUMBER.fullmatch(text):
         return number[2] if number[2] == "0" else number[1].replace("+", "") + number[2]
     return text.lower()

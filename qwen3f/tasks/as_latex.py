@@ -16,9 +16,9 @@ _SCALES = {"dozen": "12"} | {
     for word, power in (("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
 }
 # Words that make another number of the one before them, and names that stand for a number or a function.
-_NO_UNITS = frozenset(
-    "and or to plus minus times over mod remainder pi sqrt log sin cos tan half halves third thirds fourth fourths "
-    "quarter quarters fifth fifths tenth tenths hundredth hundredths thousandth thousandths".split()
+_NO_UNIT = re.compile(
+    r"\b(?:and|or|to|plus|minus|times|over|mod|remainder|percent|pi|sqrt|log|sin|cos|tan|half|halves|"
+    r"(?:third|fourth|quarter|fifth|tenth|hundredth|thousandth)s?)\b"
 )
 _PERCENT = re.compile(r"(.*?\S)\s*(?:\\?%|\\text\{\s*percent\s*\}|\bpercent)", re.DOTALL)
 
@@ -32,9 +32,10 @@ def as_latex(answer: str) -> str:
     found = _COUNTED.fullmatch(text.rstrip("."))
     if found is None:
         return text
-    first, *others = re.split("[ -]", (found[2] or found[3]).lower())
-    if _NO_UNITS & {first, *others} or first == "percent":
+    words = (found[2] or found[3]).lower()
+    if _NO_UNIT.search(words):
         return text
+    first = re.split("[ -]", words)[0]
     number = found[1].replace("\\$", "").replace("$", "")
     return rf"{number} \cdot {_SCALES[first]}" if first in _SCALES else number
 
