@@ -21,8 +21,8 @@ _workers = shared(1, DEADLINE)
 def final_answer(text: str) -> str | None:
     r"""What the last \boxed{…} holds, else what follows the last "####", else the last line; behind the thinking only.
 
-    Of a last line "… the answer is 5." it is what follows the announcement. None without an answer, or one that is too
-    long to be one.
+    Of a last line "… the answer is 5." it is what follows the announcement; if that has a digit, it counts more than
+    "####", which may begin a heading. None without an answer, or one that is too long to be one.
     """
     answer = after_thinking(text)
     if answer is None:
@@ -30,12 +30,10 @@ def final_answer(text: str) -> str | None:
     answer = answer[-READ:]
     found = last_boxed(answer)
     if found is None:
-        found = after_hashes(answer)
-    if found is None:
-        found = next((line.strip() for line in reversed(answer.splitlines()) if line.strip()), None)
-        if found and (announced := _ANNOUNCED.search(found)):
-            found = announced[1]
-        found = found and found.rstrip(". ").strip("* ")
+        line = next((line.strip() for line in reversed(answer.splitlines()) if line.strip()), "")
+        announced, found = _ANNOUNCED.search(line), after_hashes(answer)
+        if found is None or (announced and re.search(r"\d", announced[1])):
+            found = (announced[1] if announced else line).rstrip(". ").strip("* ")
     return found if found and len(found) <= LONGEST else None
 
 

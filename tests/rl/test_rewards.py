@@ -26,6 +26,8 @@ def sample(text, gold="5", **more):
         ("<think>\\boxed{3}", None),
         ("<think>#### 3</think>\nso\n#### 1,234", "1234"),
         ("Long talk.\nThe answer is **7**.", "7"),
+        ("#### Step 1: add 3 and 4\n3 + 4 = 7.\n\nThe answer is **7**.", "7"),
+        ("#### 7\nI hope this answer is helpful.", "7"),
         ("a\n\nfinal answer: $x+1$.\n\n", "$x+1$"),
         ("12", "12"),
         ("", None),
