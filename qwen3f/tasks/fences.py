@@ -46,8 +46,14 @@ def program(text: str, name: str, unclosed: bool = False) -> str | None:
     So what stands behind an answer's code, an example of its use or what that prints, is not taken for the code.
     """
     blocks = python_blocks(text, unclosed)
-    defines = re.compile(rf"^(?:def[ \t]+{re.escape(name)}\b|{re.escape(name)}[ \t]*=(?!=))", re.MULTILINE)
-    return next(filter(defines.search, reversed(blocks)), blocks[-1] if blocks else None)
+    return next((block for block in reversed(blocks) if defines(block, name)), blocks[-1] if blocks else None)
+
+
+def defines(code: str, name: str) -> bool:
+    """Whether lines of Python define `name`, as a function or by an assignment, at whatever indent."""
+    own = re.escape(name)
+    definition = rf"^[ \t]*(?:(?:async[ \t]+)?def[ \t]+{own}\b|{own}[ \t]*(?::[^=\n]+)?=(?!=))"
+    return re.search(definition, code, re.MULTILINE) is not None
 
 
 def _outdented(body: str, indent: str) -> str:

@@ -61,6 +61,14 @@ def test_programs_are_scored_by_pass_at_k(sandbox, made):
     "```python\r\ndef add_1(x):\r\n    return x + 1\r\n```\r\nDone.",
     "```python\ndef add_1(x):\n    return x + 1\n```\nIts use:\n```python\nprint(add_1(1))\n```\n```\n2\n```",
     "It is\n```Python\ndef add_1(x):\n    return x + 1\n",  # cut off behind what is needed
+    "```python\nfrom __future__ import annotations\n\ndef add_1(x: int) -> int:\n    return x + 1\n```",
+    "```python\nif x > 0:\n    return x + 1\nreturn x + 1\n```",
+    "```python\n# add one\n  y = x\n  return y + 1\n```",
+    "```python\n# add one\n    return x + 1\n```",
+    "```python\n    y = \'\'\'\n\'\'\'\n    return x + len(y)\n```",
+    "```python\n    def add_1(x):\n        return x + 1\n```",
+    "```python\ntry:\n    import no_such\nexcept ImportError:\n    def add_1(x):\n        return x + 1\n```",
+    "```python\nfrom typing import Any\nadd_1: Any = lambda x: x + 1\n```\nIts use:\n```python\nprint(add_1(1))\n```",
 ])  # fmt: skip
 def test_a_chats_block_of_code_is_the_program(sandbox, made, answer):
     item = made[1].item

@@ -14,15 +14,18 @@ import importlib
 import math
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from qwen3f.data.sources.adapters.rows import Row, text_of
 from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark, Generation, Item, Shots
-from qwen3f.tasks.fences import program
+from qwen3f.tasks.fences import defines, program
 
 KS = (1, 10, 100)
+_INDENT = "    "  # of the bodies in all prompts
+_FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import[ \t]+[^\n()\\;]*\n", re.MULTILINE)
 
 
 def read(row: Row) -> Item:
@@ -38,7 +41,21 @@ def from_chat(item: Item, answer: str) -> str:
     name = item.gold["entry_point"]
     block = program(answer, name, unclosed=True)  # one that max_new_tokens cut off may yet pass
     code = answer if block is None else block
-    return f"\n{code}" if re.search(rf"^def {re.escape(name)}\b", code, re.MULTILINE) else code
+    return f"\n{textwrap.dedent(code)}" if defines(code, name) else _as_body(code)
+
+
+def _as_body(code: str) -> str:
+    """The lines at the indent of a function's body, by that of the first line of code."""
+    first = re.search(r"^([ \t]*)[^\s#]", code, re.MULTILINE)
+    indent = first[1] if first else ""
+    if indent == _INDENT:
+        return code
+    return textwrap.indent(re.sub(f"^{indent}", "", code, flags=re.MULTILINE), _INDENT)
+
+
+def _program(prompt: str, answer: str) -> str:
+    """Both in one file, in which imports from __future__ come first, as Python demands."""
+    return "".join(_FUTURE.findall(answer)) + prompt + _FUTURE.sub("", answer)
 
 
 def score(item: Item, answers: Sequence[str]) -> dict[str, float]:
@@ -47,7 +64,7 @@ def score(item: Item, answers: Sequence[str]) -> dict[str, float]:
     gold = item.gold
 
     def passes(answer: str) -> bool:
-        return bool(run_tests(gold["prompt"] + answer, gold["test"], gold["entry_point"]).passed)
+        return bool(run_tests(_program(gold["prompt"], answer), gold["test"], gold["entry_point"]).passed)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # each waits for a process of its own
         passed = sum(threads.map(passes, answers))
