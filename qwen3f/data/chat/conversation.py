@@ -6,8 +6,8 @@ A row is {"messages": [message, …]} with messages as in `template`, and may ha
     enable_thinking  how the prompts are rendered: false puts an empty thinking block at their end; see `samples`
     answer           the right final answer, for the judge of a task
 
-Stricter than the template: the turns take turns, the first user's turn is a question, every answer says something, and
-a call's arguments are an object. A thought is kept under `reasoning_content`, wherever the row has it; one of blanks
+Stricter than the template: the turns take turns, the first user's turn is a question, every answer says something, a
+thought within it stands at its beginning, and a call's arguments are an object. A thought is kept under `reasoning_content`, wherever the row has it; one of blanks
 alone is none. What follows the last answer is left out.
 """
 
@@ -162,6 +162,14 @@ def _content_fault(message: Message) -> tuple[str, str] | None:
             return "misplaced_thoughts", "begins with <think> and never ends it: write </think>, or remove the row."
         if message.get("reasoning_content") is not None:
             return "misplaced_thoughts", "has a thought in its content beside reasoning_content: leave one of them out."
+    if message.get("reasoning_content") is None and "</think>" in content:
+        thought, _, rest = content.partition("</think>")
+        before, begin, inner = thought.partition("<think>")
+        if "</think>" in rest or "<think>" in inner or (begin and before.strip()):
+            return "misplaced_thoughts", (
+                "has text that the chat template would drop, before its <think> or between two of its <think> or "
+                "</think>: write the thought under reasoning_content, or remove the row."
+            )
     for n, entry in enumerate(message.get("tool_calls") or []):
         arguments = (entry.get("function") or entry)["arguments"]
         if not isinstance(arguments, Mapping):

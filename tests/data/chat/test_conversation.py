@@ -101,7 +101,7 @@ def test_a_thought_of_blanks_is_none(written, content):
 )
 def test_well_formed_conversations_are_kept(name):
     case = CASES[name]
-    refused = {"end of thinking alone", "begin of thinking alone"}
+    refused = {"end of thinking alone", "begin of thinking alone", "two ends of thinking", "two beginnings"}
     if name in refused:
         with pytest.raises(RowFault):
             _read(case.messages, tools=case.tools)
@@ -145,6 +145,9 @@ def test_well_formed_conversations_are_kept(name):
         ([Q, answer("", calls=[{**_F, "result": 1}])], "invalid_rows", "1, tool call 0 has the key 'result', which"),
         ([Q, answer("<think>\nlong")], "misplaced_thoughts", "Message 1 begins with <think> and never ends it"),
         ([Q, answer("<think>t</think>a", "u")], "misplaced_thoughts", "has a thought in its content beside reason"),
+        ([Q, answer("so <think>t</think>a")], "misplaced_thoughts", "Message 1 has text that the chat template would d"),
+        ([Q, answer("<think>t</think>a</think>b"), Q, A], "misplaced_thoughts", "Message 1 has text that the chat"),
+        ([Q, answer("<think>s<think>t</think>a")], "misplaced_thoughts", "Message 1 has text that the chat template"),
         ([Q, answer("a", 3)], "invalid_rows", "Message 1 has reasoning_content of type int"),
         ([Q, answer("\ud800")], "invalid_rows", "holds the lone surrogate U\\+D800"),
         ([Q, answer("a", "t\ud800"), Q, A], "invalid_rows", "Message 1 holds the lone surrogate U\\+D800"),
