@@ -192,8 +192,8 @@ def _leaf_dtypes(slots: dict[str, keys.Slot], stored: dict[str, shards.StoredTen
         other = first.setdefault(path, key)
         if stored[key].dtype != stored[other].dtype:
             raise UserError(
-                f"{stored[key].file}: {key} is {stored[key].dtype}, but {other} is {stored[other].dtype}; say which "
-                "dtype to load as"
+                f"{stored[key].file}: {key} is {stored[key].dtype}, but {other} is {stored[other].dtype}; "
+                "load all as one dtype: write --config.dtype=float32 or another, or load_pretrained(…, dtype=…)"
             )
     return {path: DTYPES[stored[key].dtype] for path, key in first.items()}
 

@@ -300,3 +300,12 @@ def test_a_full_disk_leaves_nothing(model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="out could not be written.*No space left"):
         hf.save_pretrained(tmp_path / "out", CFG, model, max_shard_bytes=12_000)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_several_dtypes_ask_for_one_by_its_flag(model, tmp_path):
+    hf.save_pretrained(tmp_path / "x", CFG, model)
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(tmp_path / "x", **{name.replace(".", "__"): torch.ones(24, 16, dtype=torch.bfloat16)})
+    with pytest.raises(UserError, match=rf"{name} is BF16, but .* is F32; .* write --config.dtype=float32 or"):
+        hf.load_pretrained(tmp_path / "x")
+    assert hf.load_pretrained(tmp_path / "x", torch.float32)[1]["model.layers.mlp.up_proj.weight"][1].eq(1).all()

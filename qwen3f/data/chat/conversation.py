@@ -7,8 +7,8 @@ A row is {"messages": [message, …]} with messages as in `template`, and may ha
     answer           the right final answer, for the judge of a task
 
 Stricter than the template: the turns take turns, the first user's turn is a question, every answer says something, a
-thought within it stands at its beginning, and a call's arguments are an object. A thought is kept under `reasoning_content`, wherever the row has it; one of blanks
-alone is none. What follows the last answer is left out.
+thought within it stands at its beginning, and a call's arguments are an object. A thought is kept under
+`reasoning_content`, wherever the row has it; one of blanks alone is none. What follows the last answer is left out.
 """
 
 from collections.abc import Mapping, Sequence

@@ -116,7 +116,9 @@ class SentencePieceTokenizer:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path} is not a SentencePiece model: give data.tokenizer a .model file.") from error
+            raise UserError(
+                f"{path} is not a SentencePiece model: give --config.data.tokenizer a .model file."
+            ) from error
         self.vocab_size = self._processor.get_piece_size()
         self._special_ids = self._find_specials()
         self._hidden = frozenset(i for name, i in self._special_ids.items() if name not in AS_TEXT)
@@ -142,7 +144,8 @@ class SentencePieceTokenizer:
         path = Path(path)
         if not path.is_file():
             raise UserError(
-                f"There is no tokenizer at {path}: give data.tokenizer the path of a SentencePiece .model file."
+                f"There is no tokenizer at {path}: give --config.data.tokenizer the path of a SentencePiece "
+                ".model file."
             )
         return cls(read_bounded(path), path)
 

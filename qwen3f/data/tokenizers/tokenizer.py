@@ -96,8 +96,9 @@ def _load(path: Path) -> Tokenizer:
     if path.exists() and bpe_files.find_form(path) is not None:
         return QwenTokenizer.load(path)
     raise UserError(
-        f"There is no tokenizer at {path}: give --config.data.tokenizer the path of a SentencePiece .model file, or "
-        "of a directory with Qwen's tokenizer.json, with vocab.json and merges.txt, or with qwen.tiktoken."
+        f"There is no tokenizer at {path}, which is no SentencePiece .model file and no directory with tokenizer.json, "
+        "vocab.json and merges.txt, or qwen.tiktoken of Qwen: put one there, or, of a run that trains, write "
+        "--config.data.tokenizer=PATH."
     )
 
 

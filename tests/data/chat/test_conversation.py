@@ -145,7 +145,7 @@ def test_well_formed_conversations_are_kept(name):
         ([Q, answer("", calls=[{**_F, "result": 1}])], "invalid_rows", "1, tool call 0 has the key 'result', which"),
         ([Q, answer("<think>\nlong")], "misplaced_thoughts", "Message 1 begins with <think> and never ends it"),
         ([Q, answer("<think>t</think>a", "u")], "misplaced_thoughts", "has a thought in its content beside reason"),
-        ([Q, answer("so <think>t</think>a")], "misplaced_thoughts", "Message 1 has text that the chat template would d"),
+        ([Q, answer("so <think>t</think>a")], "misplaced_thoughts", "Message 1 has text that the chat template"),
         ([Q, answer("<think>t</think>a</think>b"), Q, A], "misplaced_thoughts", "Message 1 has text that the chat"),
         ([Q, answer("<think>s<think>t</think>a")], "misplaced_thoughts", "Message 1 has text that the chat template"),
         ([Q, answer("a", 3)], "invalid_rows", "Message 1 has reasoning_content of type int"),

@@ -198,7 +198,7 @@ def test_foreign_models_that_would_be_lossy_are_refused(options, message, tmp_pa
 
 
 def test_load_errors(tmp_path):
-    with pytest.raises(UserError, match=r"no tokenizer at .*absent.model: give data.tokenizer the path"):
+    with pytest.raises(UserError, match=r"no tokenizer at .*absent.model: give --config.data.tokenizer the path"):
         SentencePieceTokenizer.load(tmp_path / "absent.model")
     (tmp_path / "broken.model").write_bytes(b"\xff\xfe nonsense")
     with pytest.raises(UserError, match=r"broken.model is not a SentencePiece model"):
