@@ -11,6 +11,7 @@ _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\w))")
 _NUMBER = r"[-+]?\s*(?:\\?\$)?\s*(?:[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?|\\[dt]?frac\{\d+\}\{\d+\})"
 _WORDS = r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)?"  # shorter ones may be variables, and math-verify knows cm and kg
 _COUNTED = re.compile(rf"({_NUMBER})\$?(?:\s+({_WORDS})|\s*\\(?:text|mathrm)\{{\s*({_WORDS})\s*\}})", re.ASCII)
+_SEVERAL = re.compile(rf"{_NUMBER}\s*\\text\{{\s*(?!and\b|or\b){_WORDS}\s*\}}\s*\d", re.ASCII)
 _SCALES = {"dozen": "12"} | {
     word: f"10^{{{power}}}"
     for word, power in (("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
@@ -25,10 +26,15 @@ _PERCENT = re.compile(r"(.*?\S)\s*(?:\\?%|\\text\{\s*percent\s*\}|\bpercent)", r
 
 def as_latex(answer: str) -> str:
     r"""A final answer with LaTeX for signs of Unicode; of a number with a unit in words, as "72 clips", the number, and
-    of "5 million" its product. Everything else stays as it is."""
+    of "5 million" its product; "5\text{ hours }30\text{ minutes}" without \text, so that it is not 5.
+
+    Everything else stays as it is.
+    """
     text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2] or found[3]}}}", answer.strip())
     for sign, latex in _SIGNS.items():
         text = text.replace(sign, latex)
+    if _SEVERAL.match(text):
+        return re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     found = _COUNTED.fullmatch(text.rstrip("."))
     if found is None:
         return text

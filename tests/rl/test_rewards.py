@@ -84,6 +84,8 @@ def test_the_final_answer(text, expected):
         ("The answer is $7$ dollars.", "7", 1.0),
         (r"\boxed{5\text{ million}}", "5", 0.0),
         (r"\boxed{5 million}", "5000000", 1.0),
+        (r"\boxed{5\text{ hours }30\text{ minutes}}", "5", 0.0),
+        (r"\boxed{5\text{ or }6}", "5,6", 1.0),
         (r"\boxed{3 dozen eggs}", "36", 1.0),
         (r"\boxed{5 and a half}", "5", 0.0),
         (r"\boxed{2 pi}", "2", 0.0),
