@@ -18,8 +18,8 @@ _SCALES = {"dozen": "12"} | {
 }
 # Words that make another number of the one before them, and names that stand for a number or a function.
 _NO_UNIT = re.compile(
-    r"\b(?:and|or|to|plus|minus|times|over|mod|remainder|percent|pi|sqrt|log|sin|cos|tan|half|halves|"
-    r"(?:third|fourth|quarter|fifth|tenth|hundredth|thousandth)s?)\b"
+    r"\b(?:and|or|to|plus|minus|times|over|mod|remainder|percent|pi|sqrt|log|sin|cos|tan|squared|cubed|factorial|"
+    r"half|halves|(?:third|fourth|quarter|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s?)\b"
 )
 _PERCENT = re.compile(r"(.*?\S)\s*(?:\\?%|\\text\{\s*percent\s*\}|\bpercent)", re.DOTALL)
 
@@ -41,9 +41,8 @@ def as_latex(answer: str) -> str:
     words = (found[2] or found[3]).lower()
     if _NO_UNIT.search(words):
         return text
-    first = re.split("[ -]", words)[0]
-    number = found[1].replace("\\$", "").replace("$", "")
-    return rf"{number} \cdot {_SCALES[first]}" if first in _SCALES else number
+    scales = [_SCALES.get(word.removesuffix("s")) for word in re.split("[ -]", words)]
+    return r" \cdot ".join([found[1].replace("\\$", "").replace("$", ""), *filter(None, scales)])
 
 
 def without_percent(answer: str) -> tuple[str, bool]:
