@@ -81,6 +81,7 @@ def test_the_final_answer(text, expected):
         (r"\boxed{5\%}", r"50\%", 0.0),
         (r"\boxed{72 clips}", "72", 1.0),
         (r"\boxed{1,800 dollars}", "1800", 1.0),
+        (r"\boxed{20 miles per hour}", "20", 1.0),
         ("The answer is $7$ dollars.", "7", 1.0),
         (r"\boxed{5\text{ million}}", "5", 0.0),
         (r"\boxed{5 million}", "5000000", 1.0),
