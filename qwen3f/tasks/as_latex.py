@@ -9,7 +9,8 @@ _SIGNS = {"°": r"^\circ ", "∞": r"\infty ", "²": "^2", "³": "^3"}
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\w))")
 
 _NUMBER = r"[-+]?\s*(?:\\?\$)?\s*(?:[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?|\\[dt]?frac\{\d+\}\{\d+\})"
-_WORDS = r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)?(?: (?:an?|of|per) [A-Za-z]+)?"  # shorter ones may be variables, and math-verify knows cm and kg
+# Shorter words may be variables, and math-verify knows cm and kg.
+_WORDS = r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)?(?: (?:an?|of|per) [A-Za-z]+)?"
 _COUNTED = re.compile(rf"({_NUMBER})\$?(?:\s+({_WORDS})|\s*\\(?:text|mathrm)\{{\s*({_WORDS})\s*\}})", re.ASCII)
 _SEVERAL = re.compile(rf"{_NUMBER}\s*\\text\{{\s*(?!and\b|or\b){_WORDS}\s*\}}\s*\d", re.ASCII)
 _SCALES = {"dozen": "12"} | {
