@@ -41,18 +41,24 @@ def python_blocks(text: str, unclosed: bool = False) -> list[str]:
 
 
 def program(text: str, name: str, unclosed: bool = False) -> str | None:
-    """Of `python_blocks` the last one that defines `name`, else the last one; None without any.
+    """Of `python_blocks` the last one that defines `name` at a line's beginning, else the last one that does so further
+    in, as a class does, else the last one; None without any.
 
     So what stands behind an answer's code, an example of its use or what that prints, is not taken for the code.
     """
     blocks = python_blocks(text, unclosed)
-    return next((block for block in reversed(blocks) if defines(block, name)), blocks[-1] if blocks else None)
+    for indented in (False, True):
+        for block in reversed(blocks):
+            if defines(block, name, indented):
+                return block
+    return blocks[-1] if blocks else None
 
 
-def defines(code: str, name: str) -> bool:
-    """Whether lines of Python define `name`, as a function or by an assignment, at whatever indent."""
-    own = re.escape(name)
-    definition = rf"^[ \t]*(?:(?:async[ \t]+)?def[ \t]+{own}\b|{own}[ \t]*(?::[^=\n]+)?=(?!=))"
+def defines(code: str, name: str, indented: bool = True) -> bool:
+    """Whether lines of Python define `name`, as a function or by an assignment. indented: at whatever indent, else at a
+    line's beginning alone."""
+    own, indent = re.escape(name), r"[ \t]*" if indented else ""
+    definition = rf"^{indent}(?:(?:async[ \t]+)?def[ \t]+{own}\b|{own}[ \t]*(?::[^=\n]+)?=(?!=))"
     return re.search(definition, code, re.MULTILINE) is not None
 
 

@@ -23,6 +23,15 @@ def table(gold):
     return f"import json\nKNOWN = {known!r}\ndef {tests['entry_point']}(x):\n    return KNOWN[json.dumps(x)]"
 
 
+@pytest.mark.parametrize(
+    "other", ["class Solution:\n    def solve(self, xs):\n        return 1", "for x in (1, 2):\n    solve = x"]
+)
+def test_a_function_counts_more_than_a_name_further_in(other):
+    own = "from typing import Any\nsolve: Any = lambda xs: 1"
+    assert code_of(f"```python\n{own}\n```\nor\n```python\n{other}\n```", "solve") == own
+    assert code_of(f"```python\n{other}\n```\nand\n```python\nprint(2)\n```", "solve") == other
+
+
 @RUNS
 def test_right_code_is_right_and_wrong_code_is_not():
     task = open_task("code", "--config.tasks")
