@@ -62,15 +62,15 @@ NANO: dict[str, Row] = {
     "pretrain_s2": ("pretrain_s2.py:nano", 210, {
         **_TEXT, **_often(250), "steps": 750, "schedule.peak_lr": 1e-2, "data.mixture": "embedded=0.2,reasoning=0.8",
     }),
-    "pretrain_s3": ("pretrain_s3.py:nano", 120, {
+    "pretrain_s3": ("pretrain_s3.py:nano", 110, {
         **_MUON, **_often(20), "steps": 40, "schedule.peak_lr": 3e-3, "eval.max_docs": 16, "eval.batch_size": 4,
         "sample.tokens": 32,
     }),
-    "sft_cold_start": ("sft_cold_start.py:nano", 360, {**_often(275, 64), "steps": 1100}),
-    "grpo": ("grpo.py:nano", 210, {**_often(10, 64), "steps": 40, **_GENTLE}),
-    "sft_fusion": ("sft_fusion.py:nano", 150, {**_often(100, 64), "steps": 300, "data.problems": 16_384}),
+    "sft_cold_start": ("sft_cold_start.py:nano", 450, {**_often(400, 64), "steps": 1600}),
+    "grpo": ("grpo.py:nano", 170, {**_often(10, 64), "steps": 40, **_GENTLE}),
+    "sft_fusion": ("sft_fusion.py:nano", 130, {**_often(100, 64), "steps": 300, "data.problems": 16_384}),
     "grpo_general": ("grpo_general.py:nano", 120, {**_often(5, 64), "steps": 10, **_GENTLE}),
-    "dpo": ("dpo.py:nano", 110, {
+    "dpo": ("dpo.py:nano", 100, {
         **_often(25, 64), "steps": 25, "data.problems": 8192, "data.max_samples": 300, "data.max_heldout": 100,
         "schedule.peak_lr": 2e-5, **_LEARN,  # at 1e-4 no more pairs were ranked right, and fewer answers were
     }),
