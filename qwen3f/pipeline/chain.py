@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from qwen3f import usage
 from qwen3f.errors import UserError
+from qwen3f.flag_hints import as_flags
 from qwen3f.pipeline.record import Record, StageRecord
 from qwen3f.pipeline.stages import MEASURE, PipelineStage, differing
 from qwen3f.train import checks
@@ -175,7 +176,8 @@ def in_pipeline(text: str, name: str, one: ConfigDict) -> str:
     """An error of a stage with its keys as the pipeline's: --config.set.grpo.steps for --config.steps."""
     keys = sorted((key for key, _ in usage.flat(one)), key=len, reverse=True)
     every = "|".join(map(re.escape, keys))
-    return re.sub(rf"(?<![\w./-])(?:--)?config\.({every})(?![\w-]|\.\w)", rf"--config.set.{name}.\1", text)
+    text = as_flags(text, keys)  # what a stage's own process says has them already
+    return re.sub(rf"(?<![\w./-])--config\.({every})(?![\w-]|\.\w)", rf"--config.set.{name}.\1", text)
 
 
 def parse_names(text: str, known: Sequence[str], flag: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -17,17 +18,21 @@ from ml_collections import ConfigDict
 from qwen3f import cli, usage
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
+from qwen3f.files import user_path
 from qwen3f.pipeline.chain import Step, in_pipeline
 from qwen3f.pipeline.commands import EVAL
 from qwen3f.pipeline.stages import MEASURE, differing
 from qwen3f.train import checks
 
 _TO_COME = "(of the pipeline)"  # weights that an earlier stage will have written
+_WEIGHTS = ("dpo.reference", "online.reward_model", "judge.reward_model")  # that a stage holds beside its own
 
 
-def described(steps: Sequence[Step], names: Collection[str], questions: ConfigDict) -> list[dict[str, Any]]:
+def described(
+    steps: Sequence[Step], names: Collection[str], questions: ConfigDict, directory: Path
+) -> list[dict[str, Any]]:
     """What `main` takes, JSON: all steps that are not left out, of which those in `names` are looked at, and the shared
-    questions, if there are any."""
+    questions, if there are any. directory: of the pipeline."""
     found = [
         {
             "name": step.name,
@@ -35,6 +40,8 @@ def described(steps: Sequence[Step], names: Collection[str], questions: ConfigDi
             "experiment": step.stage.experiment,
             "overrides": step.overrides,
             "follows": bool(step.source),
+            "init_from": "" if step.source else step.config.get("init_from", ""),
+            "workdir": str(directory / step.workdir),
             "looked_at": step.name in names,
         }
         for step in steps
@@ -44,7 +51,7 @@ def described(steps: Sequence[Step], names: Collection[str], questions: ConfigDi
         own = {key: value for key, value in differing(questions, EVAL).items() if key != "init_from"}
         found.append(
             {"name": MEASURE, "kind": "evaluation", "experiment": EVAL, "overrides": own, "follows": True,
-             "looked_at": True}
+             "init_from": "", "workdir": "", "looked_at": True}
         )  # fmt: skip
     return found
 
@@ -52,13 +59,15 @@ def described(steps: Sequence[Step], names: Collection[str], questions: ConfigDi
 def check(described_: Sequence[Mapping[str, Any]]) -> None:
     """Raises UserError, in the pipeline's words, for the first stage that its own checks refuse."""
     model: ConfigDict | None = None
+    to_come: list[str] = []  # where earlier stages will write weights
     for one in described_:
         config = _config(one)
         try:
             if one["kind"] == "training":
                 config = _with_model(config, model, one)
                 if one["looked_at"]:
-                    _check_training(config)
+                    _check_training(config, to_come)
+                    to_come.append(one["workdir"])
                 model = config.model
             elif one["kind"] == "evaluation" and one["looked_at"]:
                 _check_questions(config, model)
@@ -71,24 +80,23 @@ def _config(one: Mapping[str, Any]) -> ConfigDict:
     for key, value in one["overrides"].items():
         tuples = isinstance(value, list) and isinstance(checks.get(config, key), tuple)
         config.update_from_flattened_dict({key: tuple(value) if tuples else value})
+    if one["init_from"]:
+        config.init_from = one["init_from"]
     return config
 
 
 def _with_model(config: ConfigDict, model: ConfigDict | None, one: Mapping[str, Any]) -> ConfigDict:
     """With the model of the weights that it will start from."""
-    from qwen3f.interop import source
-    from qwen3f.train.inherit import inherit_from
+    from qwen3f.train.inherit import inherit_from, inherit_model
 
     if one["follows"]:
         config = inherit_from(config, ModelConfig.from_dict(model.to_dict()), one["overrides"])
         config.init_from = _TO_COME
         return config
-    if config.init_from:
-        return inherit_from(config, source.read_model_config(config.init_from), one["overrides"])
-    return config
+    return inherit_model(config, Path(one["workdir"]), one["overrides"])
 
 
-def _check_training(config: ConfigDict) -> None:
+def _check_training(config: ConfigDict, to_come: Collection[str]) -> None:
     from qwen3f.eval import hook
     from qwen3f.processes import ranks
     from qwen3f.train.choices import find_device
@@ -96,8 +104,16 @@ def _check_training(config: ConfigDict) -> None:
     from qwen3f.train.stage import find_stage
 
     setup = make_setup(config, ranks.all_devices(os.environ, find_device(config.device).type))
-    find_stage(config.stage).check(setup)
+    named = {key: value for key, value in usage.flat(config) if key in _WEIGHTS and value}
+    if not any(_is_to_come(place, f"config.{key}", to_come) for key, place in named.items()):
+        find_stage(config.stage).check(setup)
     hook.check(setup)
+
+
+def _is_to_come(place: str, where: str, to_come: Collection[str]) -> bool:
+    """Whether an earlier stage will write the weights there, which a stage's check would read. where: as user_path."""
+    path = user_path(place, where).absolute()
+    return not path.exists() and any(path.is_relative_to(Path(one).absolute()) for one in to_come)
 
 
 def _check_questions(config: ConfigDict, model: ConfigDict | None) -> None:

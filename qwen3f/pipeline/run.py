@@ -109,7 +109,8 @@ class Pipeline:
         """Raises UserError for what a stage that is left would refuse when its turn comes."""
         if not left:
             return
-        failure = self.signals.run(commands.foreseeing(foresee.described(self.steps, left, self.questions)))
+        described = foresee.described(self.steps, left, self.questions, self.directory)
+        failure = self.signals.run(commands.foreseeing(described))
         if self.signals.name:
             raise Stopped
         if failure and failure.code == 2:

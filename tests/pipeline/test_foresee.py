@@ -2,25 +2,39 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import pipeline
+from qwen3f import presets
 from qwen3f.errors import TrainingError, UserError
+from qwen3f.interop.config import to_hf
+from qwen3f.interop.vision_config import to_hf as vl_to_hf
 from qwen3f.pipeline import chain, commands, foresee, run
 from tests.pipeline import toy
 
 
-def described(preset="nano", names=None, **changes):
+def described(preset="nano", names=None, directory=Path("P"), **changes):
     config = toy.make_config(**changes) if preset == "nano" else toy.preset(preset)
     steps = chain.steps_of(config)
     questions = run._questions(config, ())
-    return foresee.described(steps, [step.name for step in steps] if names is None else names, questions)
+    names = [step.name for step in steps] if names is None else names
+    return json.loads(json.dumps(foresee.described(steps, names, questions, directory)))
+
+
+def weights(place, preset="nano", **changes):
+    """A Hugging Face directory as far as its model is looked at."""
+    place.mkdir(parents=True)
+    cfg = presets.get(preset).replace(max_position_embeddings=2048, **changes)
+    (place / "config.json").write_text(json.dumps((vl_to_hf if cfg.vision_enabled else to_hf)(cfg, torch.float32)))
+    return str(place)
 
 
 @pytest.mark.parametrize("preset", pipeline.PRESETS)
 def test_the_presets_pass(preset):
-    foresee.check(json.loads(json.dumps(described(preset))))
+    foresee.check(described(preset))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +48,8 @@ def test_the_presets_pass(preset):
         ("sft_fusion.data.mixture", "reasning", "sft_fusion: Unknown source 'reasning' in --config.set.sft_fusion"),
         ("sft_fusion.eval.task", "reasning", "sft_fusion: --config.set.sft_fusion.eval.task=reasning: there is no"),
         ("sft_fusion.eval.benchmarks", "mmluu", r"sft_fusion: --config.set.sft_fusion.eval.benchmarks: .*mean mmlu\?"),
-        ("pretrain_s2.data.mixture", "embeded", r"pretrain_s2: Unknown data.mixture 'embeded'.* did you mean 'embedd"),
+        ("pretrain_s2.data.mixture", "embeded", r"pretrain_s2: Unknown --config.set.pretrain_s2.data.mixture 'embeded'.* 'embedd"),
+        ("grpo.optimizer.kind", "muon", r"grpo: --config.set.grpo.optimizer.kind=muon .*--config.set.grpo.optimizer.kind"),
         ("evaluation.benchmarks", "mmluu", r"evaluation: --config.set.evaluation.benchmarks: .* did you mean mmlu\?"),
         ("evaluation.benchmarks", "vqav2", "evaluation: .*vqav2"),  # the chain's model has no eyes
         ("measure.benchmarks", "reasonin", r"measure: --config.set.measure.benchmarks: .* did you mean reasoning\?"),
@@ -43,8 +58,9 @@ def test_the_presets_pass(preset):
 def test_what_a_stage_refuses_is_found_before_any_starts(flag, value, words):
     name = flag.partition(".")[0]
     names = None if name in ("measure", "evaluation") else [name]
+    more = {"set__grpo__mesh": "tp2"} if value == "muon" else {}  # which cuts no matrix
     with pytest.raises(UserError, match=words):
-        foresee.check(described(names=names, **{f"set.{flag}".replace(".", "__"): value}))
+        foresee.check(described(names=names, **more, **{f"set.{flag}".replace(".", "__"): value}))
 
 
 def test_later_stages_have_the_first_ones_model():
@@ -53,6 +69,38 @@ def test_later_stages_have_the_first_ones_model():
     foresee.check(described(names=["grpo"], set__grpo__mesh="tp4", **heads))
     with pytest.raises(UserError, match="^grpo: .*tp"):
         foresee.check(described(names=["grpo"], set__grpo__mesh="tp4"))
+
+
+def test_a_stage_with_weights_of_its_own_has_their_model(tmp_path):
+    """A stage of reinforcement too, which needs weights."""
+    place = weights(tmp_path / "W", num_attention_heads=8, num_key_value_heads=8)
+    foresee.check(described(set__grpo__init_from=place, set__grpo__mesh="tp8", set__grpo_general__mesh="tp8"))
+    with pytest.raises(UserError, match="^grpo_general: .*tp"):
+        foresee.check(described(set__grpo__init_from=place, set__grpo_general__mesh="tp16"))
+    with pytest.raises(UserError, match="^grpo: --config.set.grpo.init_from=/nowhere"):
+        foresee.check(described(set__grpo__init_from="/nowhere"))
+
+
+def test_a_stage_whose_first_weights_are_gone_has_its_runs_model(tmp_path):
+    (tmp_path / "05_grpo").mkdir()
+    there = {"model": presets.get("nano").to_dict(), "optimizer": {}}
+    (tmp_path / "05_grpo" / "config.json").write_text(json.dumps(there))
+    foresee.check(described(names=["sft_fusion"], directory=tmp_path, set__grpo__init_from="/nowhere"))
+
+
+def test_an_evaluation_asks_the_model_that_is_its_own(tmp_path):
+    own = {"set__evaluation__benchmarks": "vqav2", "set__evaluation__data__kinds": ""}
+    place = weights(tmp_path / "V", "nano_vl")
+    foresee.check(described(names=["evaluation"], **own, set__evaluation__init_from=place))
+
+
+def test_weights_that_an_earlier_stage_will_write_are_not_missed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reference = {"set__dpo__dpo__reference": "P/06_sft_fusion"}
+    foresee.check(described(**reference))
+    for names in (["dpo"], ["grpo", "dpo"]):  # the stage that would write them does not run
+        with pytest.raises(UserError, match="dpo: --config.set.dpo.dpo.reference=P/06_sft_fusion: there is no"):
+            foresee.check(described(names=names, **reference))
 
 
 def test_what_is_not_run_is_not_looked_at():
