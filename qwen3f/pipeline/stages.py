@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from qwen3f import cli, usage
+from qwen3f.train import checks
 
 MEASURE = "measure"  # under config.set, beside the stages: how every checkpoint is asked the same questions
 
@@ -68,6 +69,14 @@ def resolved(experiment: str, overrides: Overrides) -> ConfigDict:
 
 
 def differing(config: ConfigDict, experiment: str) -> dict[str, Any]:
-    """Key -> value of what differs from the experiment by itself."""
+    """Key -> value of what differs from the experiment by itself. A dict in the place of a value, such as
+    model.rope_scaling, is a value too."""
     before = dict(usage.flat(resolved(experiment, {})))
-    return {key: value for key, value in usage.flat(config) if value != before.get(key)}
+    out = {}
+    for key, value in usage.flat(config):
+        while key not in before and "." in key:
+            key = key.rpartition(".")[0]
+            value = checks.get(config, key).to_dict()
+        if value != before.get(key):
+            out[key] = value
+    return out

@@ -64,3 +64,12 @@ def test_what_the_user_set_of_a_model_reaches_a_stage_that_starts_from_weights(t
         ValueError, match=rf"grpo ran with other settings \(model.max_position_embeddings: its .* {own}\)"
     ):
         toy.go(tmp_path / "P", skip=skip, set__grpo__model__max_position_embeddings=own)
+
+
+def test_a_dict_that_the_user_set_in_the_place_of_a_value_reaches_the_stage(tmp_path):
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 256, "rope_type": "yarn"}
+    key = "set__pretrain_s1__model__rope_scaling"
+    step = steps_of(**{key: scaling})["pretrain_s1"]
+    assert step.overrides["model.rope_scaling"] == scaling
+    assert f"--config.model.rope_scaling={scaling}" in commands.training(step, "", tmp_path, False)
+    assert step.fresh_record().overrides["model.rope_scaling"] == scaling
