@@ -19,7 +19,7 @@ from qwen3f.errors import UserError
 from qwen3f.files import user_path
 from qwen3f.infer.pictures import Pictures
 from qwen3f.vision.gif import gif_frames
-from qwen3f.vision.preprocess import Grid, check_limits, image_patches, merged_tokens, token_side
+from qwen3f.vision.preprocess import Grid, image_patches, merged_tokens
 from qwen3f.vision.video import video_limits, video_patches
 
 
@@ -32,8 +32,7 @@ class Shown(NamedTuple):
 
 
 def read_images(paths: str, cfg: ModelConfig, min_pixels: int, max_pixels: int) -> list[Shown]:
-    """paths: with commas between. Raises UserError as read_image, and for limits that no image can keep."""
-    check_limits(token_side(cfg), min_pixels, max_pixels, "--config.")
+    """paths: with commas between. Raises UserError as read_image. The limits are checked: run.check_shown."""
     found = []
     for path in filter(None, map(str.strip, paths.split(","))):
         image = read_image(user_path(path, "config.images"))

@@ -34,6 +34,7 @@ from qwen3f.interop.history import never_saw_chats, pretrained_only
 from qwen3f.processes import ranks
 from qwen3f.processes.world import ALONE, World
 from qwen3f.train.choices import find_device, find_dtype
+from qwen3f.vision.preprocess import check_limits, token_side
 from sharding.mesh import MeshShape, parse_mesh
 
 ON_BAD_ROW = ("error", "skip")
@@ -84,9 +85,9 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> Summary | N
     ranks.decide do; for a row that is too long when it is its turn, after those before it. Ctrl-C ends the process with
     code 130.
     """
-    _check(config)
+    check(config)
     device = find_device(config.device).type
-    shape = _find_mesh(config, ranks.all_devices(os.environ, device))
+    shape = find_mesh(config, ranks.all_devices(os.environ, device))
     decision = ranks.decide(os.environ, shape.size, ranks.local_devices(device), device, sys.argv)
     if decision.mode == "single":
         return answer_all(config, progress)
@@ -101,7 +102,8 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> Summary | N
         return summary
 
 
-def _find_mesh(config: ConfigDict, devices: int) -> MeshShape:
+def find_mesh(config: ConfigDict, devices: int) -> MeshShape:
+    """The mesh of config.mesh. Raises UserError for axes that cut no model, and for a chat."""
     shape = parse_mesh(config.mesh, devices)
     if shape.size != shape.tp:
         raise UserError(f"config.mesh={config.mesh}: generation cuts a model over tp alone; write tp{shape.size}")
@@ -115,7 +117,7 @@ def _find_mesh(config: ConfigDict, devices: int) -> MeshShape:
 
 def answer_all(config: ConfigDict, progress: bool = True, world: World = ALONE) -> Summary | None:
     """As `run`, on the devices of `world`, whose ranks all call this together; rank 0 writes."""
-    options = _check(config)
+    options = check(config)
     device = find_device(config.device)
     dtype = find_dtype(config.dtype, device)
     place = world.first(world.together(lambda: source.pinned(config.init_from), UserError))
@@ -206,14 +208,14 @@ def _check_kind(tokenizer: Tokenizer, options: TextOptions) -> None:
         raise UserError(f"config.{error}" if str(error).startswith(FIELDS) else str(error)) from error
 
 
-def _shown(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer) -> list[Shown]:
-    """The images and the video that every prompt asks about."""
+def check_shown(config: ConfigDict, cfg: ModelConfig) -> None:
+    """Raises UserError for images and a video that cannot be asked about; does not look at them."""
     if config.video_fps is not None and not config.video:
         raise UserError(
             f"config.video_fps={config.video_fps} goes with config.video: write --config.video=DIR, or leave it out"
         )
     if not (config.images or config.video):
-        return []
+        return
     if not (config.prompt or config.prompts):
         raise UserError(
             'config.images and config.video go with --config.prompt="…" or --config.prompts, not with config.input or '
@@ -223,13 +225,23 @@ def _shown(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer) -> list[S
         raise UserError(
             "config.images and config.video need a model with a vision tower, and config.chat=True; leave them out"
         )
+    check_limits(token_side(cfg), config.min_pixels, config.max_pixels, "--config.")
+
+
+def _shown(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer) -> list[Shown]:
+    """The images and the video that every prompt asks about. Raises UserError as check_shown, and for files."""
+    check_shown(config, cfg)
+    if not (config.images or config.video):
+        return []
     check_tokenizer(tokenizer, cfg)
     limits = config.min_pixels, config.max_pixels
     shown = read_images(config.images, cfg, *limits)
     return [*shown, read_video(config.video, config.video_fps, cfg, *limits)] if config.video else shown
 
 
-def _check(config: ConfigDict) -> TextOptions:
+def check(config: ConfigDict) -> TextOptions:
+    """What the configuration says of answers. Raises UserError for keys that are missing or do not go together, and
+    for places that are not there; looks at no model."""
     if not config.init_from:
         raise UserError(
             "config.init_from is missing; write --config.init_from=DIR, a Hugging Face directory, a workdir or its "

@@ -2,7 +2,8 @@
 
     python -m qwen3f.pipeline.foresee '[{"name": "grpo", …}]'
 
-Each stage's own checks, with the model that the stages before it will have made: they read no data and no weights. In a
+Each stage's own checks, with the model that the stages before it will have made: they read no weights, and of data
+only whether the directories are there. In a
 process of its own, as they import torch, which the pipeline's process does without.
 """
 
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from qwen3f import cli, usage
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from qwen3f.files import user_path
+from qwen3f.files import exists, user_path
 from qwen3f.pipeline.chain import Step, in_pipeline
 from qwen3f.pipeline.commands import EVAL
 from qwen3f.pipeline.stages import MEASURE, differing
@@ -26,6 +27,10 @@ from qwen3f.train import checks
 
 _TO_COME = "(of the pipeline)"  # weights that an earlier stage will have written
 _WEIGHTS = ("dpo.reference", "online.reward_model", "judge.reward_model")  # that a stage holds beside its own
+_DATA = {  # keys that may name places, and in which form: several names with weights, several, or a place alone
+    "data.mixture": "weights", "tasks": "weights", "benchmarks": "names", "eval.benchmarks": "names",
+    "eval.task": "names", "online.task": "names", "data.root": "place", "data.tokenizer": "place",
+}  # fmt: skip
 
 
 def described(
@@ -69,8 +74,8 @@ def check(described_: Sequence[Mapping[str, Any]]) -> None:
                     _check_training(config, to_come)
                     to_come.append(one["workdir"])
                 model = config.model
-            elif one["kind"] == "evaluation" and one["looked_at"]:
-                _check_questions(config, model)
+            elif one["looked_at"]:
+                _check_asking(config, model, to_come)
         except UserError as error:
             raise UserError(f"{one['name']}: {in_pipeline(str(error), one['name'], config)}") from error
 
@@ -103,27 +108,63 @@ def _check_training(config: ConfigDict, to_come: Collection[str]) -> None:
     from qwen3f.train.setup import make_setup
     from qwen3f.train.stage import find_stage
 
+    _check_places(config, to_come)
     setup = make_setup(config, ranks.all_devices(os.environ, find_device(config.device).type))
-    named = {key: value for key, value in usage.flat(config) if key in _WEIGHTS and value}
+    named = {key: place for key, place in usage.flat(config) if key in _WEIGHTS and place}
     if not any(_is_to_come(place, f"config.{key}", to_come) for key, place in named.items()):
         find_stage(config.stage).check(setup)
     hook.check(setup)
 
 
-def _is_to_come(place: str, where: str, to_come: Collection[str]) -> bool:
-    """Whether an earlier stage will write the weights there, which a stage's check would read. where: as user_path."""
-    path = user_path(place, where).absolute()
-    return not path.exists() and any(path.is_relative_to(Path(one).absolute()) for one in to_come)
+def _check_asking(config: ConfigDict, model: ConfigDict | None, to_come: Collection[str]) -> None:
+    """Of an evaluation, or of questions about pictures."""
+    from qwen3f.eval import run as evaluation
+    from qwen3f.infer import run as generation
+    from qwen3f.interop import source
+    from qwen3f.processes import ranks
+    from qwen3f.train.choices import find_device
 
-
-def _check_questions(config: ConfigDict, model: ConfigDict | None) -> None:
-    from qwen3f.eval import run
-
-    if config.init_from or model is None:
-        run.check(config)
+    _check_places(config, to_come)
+    devices = ranks.all_devices(os.environ, find_device(config.device).type)
+    own = bool(config.init_from) or model is None
+    cfg = source.read_model_config(config.init_from) if own else ModelConfig.from_dict(model.to_dict())
+    config.init_from = config.init_from or _TO_COME
+    if config.stage == "eval":
+        evaluation.check(config, cfg)
+        evaluation.find_mesh(config.mesh, devices)
     else:
-        config.init_from = _TO_COME
-        run.check(config, ModelConfig.from_dict(model.to_dict()))
+        if not cfg.vision_enabled:
+            raise UserError(
+                "its model sees no pictures: keep a stage that teaches it to, write config.init_from=W, or add it to "
+                "--config.skip"
+            )
+        config.prompt, config.images = "?", "picture"
+        generation.check(config)
+        generation.find_mesh(config, devices)
+        generation.check_shown(config, cfg)
+
+
+def _check_places(config: ConfigDict, to_come: Collection[str]) -> None:
+    """Raises UserError for data that is named and is not there."""
+    from qwen3f.data.mixture import parse_weights
+
+    for key, value in usage.flat(config):
+        if not value or key not in _DATA:
+            continue
+        where, named = f"config.{key}", [f"@{value}"]  # one place alone
+        if _DATA[key] == "weights":
+            named = [name for name, _ in parse_weights(value, where)]
+        elif _DATA[key] == "names":
+            named = value.split(",")
+        for place in (name.partition("@")[2].strip() for name in named):
+            if place and not exists(user_path(place, where)) and not _is_to_come(place, where, to_come):
+                raise UserError(f"{where}={value}: there is no {place}; name a directory that is there")
+
+
+def _is_to_come(place: str, where: str, to_come: Collection[str]) -> bool:
+    """Whether an earlier stage will write there what is not there yet. where: as user_path."""
+    path = user_path(place, where).absolute()
+    return not exists(path) and any(path.is_relative_to(Path(one).absolute()) for one in to_come)
 
 
 def main(words: Sequence[str]) -> int:

@@ -17,7 +17,9 @@ from tests.pipeline import toy
 
 
 def described(preset="nano", names=None, directory=Path("P"), **changes):
-    config = toy.make_config(**changes) if preset == "nano" else toy.preset(preset)
+    """__ in a key stands for a dot."""
+    config = toy.preset(preset)
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     steps = chain.steps_of(config)
     questions = run._questions(config, ())
     names = [step.name for step in steps] if names is None else names
@@ -56,6 +58,20 @@ def test_the_presets_pass(preset):
         ("grpo.optimizer.kind", "muon", r"grpo: --config.set.grpo.optimizer.kind=muon .*--config.set.grpo.optimizer"),
         ("evaluation.benchmarks", "mmluu", r"evaluation: --config.set.evaluation.benchmarks: .* did you mean mmlu\?"),
         ("evaluation.benchmarks", "vqav2", "evaluation: .*vqav2"),  # the chain's model has no eyes
+        (
+            "evaluation.benchmarks",
+            "gsm8k@/nowhere",
+            "evaluation: --config.set.evaluation.bench.*: there is no /nowhere",
+        ),
+        ("evaluation.mesh", "tp2", "evaluation: --config.set.evaluation.mesh=tp2: questions are shared out by dp"),
+        ("measure.mesh", "tp2", "measure: --config.set.measure.mesh=tp2: questions are shared out by dp"),
+        ("sft_fusion.data.mixture", "chats@/nowhere=1,reasoning=1", "sft_fusion: --config.set.*: there is no /nowhere"),
+        ("grpo.tasks", "gsm8k@/nowhere", "grpo: --config.set.grpo.tasks=gsm8k@/nowhere: there is no /nowhere"),
+        (
+            "pretrain_s2.data.tokenizer",
+            "/nowhere",
+            "pretrain_s2: --config.set.pretrain_s2.data.*: there is no /nowhere",
+        ),
         ("measure.benchmarks", "reasonin", r"measure: --config.set.measure.benchmarks: .* did you mean reasoning\?"),
     ],
 )
@@ -96,6 +112,25 @@ def test_an_evaluation_asks_the_model_that_is_its_own(tmp_path):
     own = {"set__evaluation__benchmarks": "vqav2", "set__evaluation__data__kinds": ""}
     place = weights(tmp_path / "V", "nano_vl")
     foresee.check(described(names=["evaluation"], **own, set__evaluation__init_from=place))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"set__pictures__top_p": 3.0}, "--config.set.pictures.top_p must lie in"),
+        ({"set__pictures__mesh": "dp2"}, "--config.set.pictures.mesh=dp2: generation cuts a model over tp alone"),
+        ({"set__pictures__max_pixels": 1}, "--config.set.pictures.max_pixels=1 leave no size for an image"),
+        ({"set__pictures__chat": False}, "--config.set.pictures.chat=True"),
+        ({"skip": "multimodal"}, "its model sees no pictures: .* write --config.set.pictures.init_from=W"),
+    ],
+)
+def test_questions_about_pictures_are_looked_at(changes, words):
+    with pytest.raises(UserError, match=f"^pictures: .*{words}"):
+        foresee.check(described("nano_vl", **changes))
+
+
+def test_a_tokenizer_that_an_earlier_stage_will_write_is_not_missed():
+    foresee.check(described(set__pretrain_s2__data__tokenizer="P/01_pretrain_s1/tokenizer"))
 
 
 def test_weights_that_an_earlier_stage_will_write_are_not_missed(tmp_path, monkeypatch):
