@@ -128,6 +128,10 @@ def _check(config: ConfigDict) -> Task:
         SamplingParams(temperature=config.temperature)
     except UserError as error:
         raise UserError(f"--config.temperature: {error}") from None
+    if config.rows == "pairs" and config.samples < 2:
+        raise UserError(f"--config.samples={config.samples}: a pair is of two answers; write 2 or more")
+    if config.samples > 1 and not config.temperature:
+        raise UserError(f"--config.samples={config.samples} would all be the same: write --config.temperature=0.6")
     data = ChatDataConfig(**{key: config.data[key] for key in _DATA})
     check_data(data)
     return open_text_task(config.task, "--config.task", generated_problems(data, [config.task]))

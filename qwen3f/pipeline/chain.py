@@ -78,6 +78,7 @@ class Step:
             overrides=json.loads(json.dumps(self.overrides)),
             workdir=self.workdir,
             start=self.source or None,
+            init_from=None if self.source else self.config.get("init_from") or None,
             status="skipped" if self.skipped else "waiting",
             budget_s=self.stage.seconds or None,
         )

@@ -27,10 +27,11 @@ def _is_share(name: str) -> bool:
 
 
 def rows_of(report: Report, name: str) -> tuple[Row, ...]:
-    """Of the stages that train: an evaluation asks questions of its own. One that is done and was never asked, as
-    a model that has only read text, has no row."""
+    """Of the stages that train: an evaluation asks questions of its own. One that was left out, or is done and was
+    never asked, as a model that has only read text, has no row."""
+    ended = ("done", "skipped")
     trained = [stage for stage in report.stages if not stage.run.results]
-    stages = [stage for stage in trained if stage.status != "done" or name in stage.before or name in stage.after]
+    stages = [stage for stage in trained if stage.status not in ended or name in {*stage.before, *stage.after}]
     return tuple((stage.name, stage.before.get(name), stage.after.get(name)) for stage in stages)
 
 

@@ -151,6 +151,8 @@ def _of_pipeline(report: Report, stage: Stage) -> list[texts.Exchange]:
 
 
 def _time(stage: Stage) -> str:
+    if stage.status == "skipped" and not stage.seconds:
+        return ""
     return "not run yet" if stage.status == "waiting" and not stage.seconds else words.duration(stage.seconds)
 
 
@@ -179,7 +181,7 @@ def _data_uri(png: bytes) -> str:
 
 def _origin(stage: Stage) -> str:
     if not stage.origin:
-        return "from nothing"
+        return "" if stage.status == "skipped" else "from nothing"
     *_, place, folder, last = ("", "", *(Path(stage.origin).parts or (stage.origin,)))
     return f"from {place}, step {last}" if folder == "checkpoints" else f"from {last}"
 

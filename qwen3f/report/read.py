@@ -175,7 +175,7 @@ def _stage(workdir: Path, told: Mapping[str, Any], measured: Mapping[str, Mappin
     place = workdir / str(told.get("workdir") or "")
     inside = is_directory(place) and place != workdir and place.resolve().is_relative_to(workdir.resolve())
     run = read_run(place) if inside else Run()
-    origin = plain(told.get("from") or "")
+    origin = plain(told.get("from") or told.get("init_from") or "")
     overrides = told.get("overrides")
     trains = not (run.results or run.counts) or bool(run.metrics.lines)  # an evaluation changes nothing
     return Stage(

@@ -240,6 +240,8 @@ def test_with_the_model_itself(configure, tmp_path, capsys):
         ({"out": ""}, "--config.out is missing"),
         ({"rows": "pears"}, "--config.rows=pears: write chats or pairs"),
         ({"samples": 0}, "--config.samples must be at least 1, got 0"),
+        ({"samples": 1, "rows": "pairs"}, "--config.samples=1: a pair is of two answers; write 2 or more"),
+        ({"temperature": 0.0}, "--config.samples=3 would all be the same: write --config.temperature=0.6"),
         ({"keep": -1}, "--config.keep must be at least 0"),
         ({"temperature": -1.0}, "--config.temperature: temperature must be 0"),
         ({"task": "maths"}, "--config.task=maths: there is no such task; write one of reasoning"),

@@ -73,3 +73,9 @@ def test_a_dict_that_the_user_set_in_the_place_of_a_value_reaches_the_stage(tmp_
     assert step.overrides["model.rope_scaling"] == scaling
     assert f"--config.model.rope_scaling={scaling}" in commands.training(step, "", tmp_path, False)
     assert step.fresh_record().overrides["model.rope_scaling"] == scaling
+
+
+def test_a_record_names_weights_of_a_stages_own_before_it_runs():
+    steps = steps_of(set__grpo__init_from="W")
+    assert (steps["grpo"].fresh_record().start, steps["grpo"].fresh_record().init_from) == (None, "W")
+    assert (steps["dpo"].fresh_record().start, steps["dpo"].fresh_record().init_from) == ("grpo_general", None)

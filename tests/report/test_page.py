@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -84,6 +85,22 @@ def test_a_stage_that_is_done_and_was_never_asked_has_no_dot_to_wait_for(tmp_pat
         ("s2", False, True),
         ("s3", True, False),
     ]
+
+
+def test_a_stage_that_is_left_out_and_one_with_weights_of_its_own_say_so(tmp_path):
+    place = write_pipeline(tmp_path / "P", [write_run(tmp_path / name) for name in ("s1", "rl", "dpo")])
+    told = json.loads((place / "pipeline.json").read_text())
+    shutil.rmtree(place / "02_rl")
+    told["stages"][1] |= {"status": "skipped", "from": None, "measures": {}, "seconds": 0.0, "steps": 0}
+    told["stages"][2] |= {"from": None, "init_from": "/of/W/checkpoints/40"}
+    (place / "pipeline.json").write_text(json.dumps(told))
+    page = page_of(place)
+    assert re.search(r"rl ?skipped ?left out ?dpo ?from W, step 40; done", page.text)
+    assert "2. rl Learns something. experiments/x.py:nano; skipped" in page.text
+    assert "from nothing" in page.text.partition("rl")[0]
+    assert "from nothing" not in page.text.partition("2. rl")[2]
+    for said in ("time not known", "not measured yet", "not yet"):
+        assert said not in page.text
 
 
 @pytest.mark.parametrize("single", [False, True])
