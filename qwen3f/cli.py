@@ -185,7 +185,8 @@ def load_experiment(experiment: str) -> ConfigDict:
         raise UserError("--config names no file; write e.g. --config experiments/demo.py")
     if not is_file(file):
         there = sorted(str(p) for p in Path("experiments").glob("*.py")) or list(usage.experiments())
-        raise UserError(f"--config: there is no file '{file}'; {hint(file, there)}")
+        meant = f"did you mean {file}.py?" if f"{file}.py" in there else hint(file, there)
+        raise UserError(f"--config: there is no file '{file}'; {meant}")
     spec = importlib.util.spec_from_file_location("experiment", file)
     if spec is None or spec.loader is None:
         raise UserError(f"--config: {file} is not a Python file")

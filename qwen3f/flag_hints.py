@@ -66,8 +66,8 @@ def hint(name: str, known: Sequence[str]) -> str:
     """
     inside = [key for key in known if key.startswith(f"{name}.")]
     if inside:
-        kind = next((key for key in inside if key.endswith((".kind", ".mixture"))), inside[0])
-        return f"{name} is a section; did you mean {kind}? It has {_listed(inside)}"
+        kind = next((key for key in inside if key.endswith((".kind", ".mixture"))), "")
+        return f"{name} is a section; {f'did you mean {kind}? It' if kind else 'it'} has {_listed(inside)}"
     last = name.rpartition(".")[2]
     if (alias := f"config.{_BY_NAME.get(last)}") in known:
         return f"did you mean {alias}?"

@@ -55,9 +55,10 @@ def parse_mesh(text: str, devices: int | None = None) -> MeshShape:
         match = re.fullmatch(r"([a-z]+)(-1|\d{1,9})", part)
         if match is None or match[1] not in AXES:
             close = difflib.get_close_matches(match[1] if match else part.lower(), _USUAL, n=1, cutoff=0.5)
-            hint = f"did you mean '{close[0]}'? " if close else ""
+            hint = f"did you mean '{close[0]}'? " if close and close[0] != part else ""
+            axes = ", ".join(AXES)
             raise UserError(
-                f"config.mesh={text}: '{part}' is not an axis and a size; {hint}write e.g. dp8,tp2 with {AXES}"
+                f"config.mesh={text}: '{part}' is not an axis and a size; {hint}write e.g. dp8,tp2 with axes of {axes}"
             )
         axis = match[1]
         if axis in sizes:

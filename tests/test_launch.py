@@ -43,7 +43,12 @@ def launch(*arguments):
         (("--config", "experiments/demo.py", "--config.steps", "1.5"), "--config.steps=1.5: write a whole number"),
         (("--config", "experiments/demo.py", "--config.schedule.peak_lr=x"), "peak_lr=x: write a number"),
         (("--config", "experiments/demo.py", "--config.data.streaming=maybe"), "streaming=maybe: write True or False"),
+        (
+            ("--config", "experiments/demo.py", "--config.model=nano"),
+            "config.model is a section; it has config.model.a",
+        ),
         (("--config=experiments/demoo.py",), "did you mean experiments/demo.py?"),
+        (("--config=experiments/demo",), "there is no file 'experiments/demo'; did you mean experiments/demo.py?"),
         (("--config=experiments/demo.py:big",), "takes no ':big'"),
         (("--config=experiments/pretrain_s1.py:nan",), "did you mean 'nano'?"),
         (("--config=",), "--config names no file; write e.g. --config experiments/demo.py"),

@@ -304,7 +304,8 @@ def _request(cfg: ModelConfig, tokenizer: Tokenizer, ask: Ask, shown: Sequence[S
     try:
         return make_request(cfg, tokenizer, ask.content, ask.options, ask.stream, shown)
     except UserError as error:
-        raise BadRow(f"{ask.place}: {error}") from error
+        key = "config." if ask.place.startswith("config.prompt") and str(error).startswith(FIELDS) else ""
+        raise BadRow(f"{ask.place}: {key}{error}") from error
 
 
 def _passes(

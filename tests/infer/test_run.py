@@ -135,7 +135,10 @@ def test_thinking_ends_at_the_budget(source, answers):
         ({"thinking_budget": -4}, "thinking_budget must be"),
         ({"top_p": 0.0}, "top_p must lie"),
         ({"max_new_tokens": 0}, "config.max_new_tokens must be at least 1"),
-        ({"max_new_tokens": 250}, r"exceeds the model's 256 positions; write 2\d\d or less"),
+        (
+            {"max_new_tokens": 250},
+            r"^config.prompt: config.max_new_tokens=250 .* exceeds the model's 256 positions; write 2\d\d or less",
+        ),
         ({"prompt": "word " * 300}, "config.prompt: a prompt has .* and the model takes 256 with the answer"),
         ({"out": "no/such/place/a.jsonl"}, "there is no directory no/such/place"),
         ({"stop": ("a", "")}, "config.stop must be texts that are not empty"),

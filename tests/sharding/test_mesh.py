@@ -52,6 +52,7 @@ def test_a_mesh_fills_all_devices_or_none(shape, open_axis, devices):
         ("dp-1,tp-1", 8, r"-1 stands on dp and tp"),
         ("tp3,dp-1", 8, r"8 devices are no multiple of tp3 = 3, so no dp fills them"),
         ("dp-2", 8, r"'dp-2' is not an axis and a size"),
+        ("dp", 8, r"'dp' is not an axis and a size; write e.g. dp8,tp2 with axes of pp, dr, dp, ep, cp, tp$"),
         ("DP2", 8, r"config.mesh=DP2: 'DP2' is not an axis and a size; did you mean 'dp'"),
         ("dp0", 8, r"axis dp needs a size of at least 1, or -1"),
         ("dp-1,dp2", 8, r"axis dp stands twice"),
