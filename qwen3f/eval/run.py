@@ -182,7 +182,7 @@ def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
         if tokenizer and is_chat(benchmark, settings.prompt):
             kind = template_of(benchmark, settings.prompt, tokenizer)
             values |= {"chat_template": kind.name}
-            check_thinking(kind, settings.thinking if benchmark.generation else None)
+            check_thinking(kind, settings.thinking if benchmark.generation else None, "--config.thinking")
         asked = load(benchmark, where, config.shots, config.limit)
         exams.append(Exam(benchmark, asked, settings, values, kind))
     return exams, place

@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from qwen3f.config import ModelConfig
+from qwen3f.data.chat.kinds import check_thinking
+from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.multimodal.samples import check_tokenizer
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
@@ -203,6 +205,7 @@ def _check_kind(tokenizer: Tokenizer, options: TextOptions) -> None:
     """Raises UserError for options that the kind of the model's chats has not."""
     try:
         if options.chat:
+            check_thinking(kind_of(tokenizer), options.thinking, "--config.thinking")
             check_kind(tokenizer, options)
     except UserError as error:
         raise UserError(f"config.{error}" if str(error).startswith(FIELDS) else str(error)) from error

@@ -274,7 +274,9 @@ def test_a_model_is_asked_in_its_own_kind_of_chats(place, tmp_path, kind):
     (tmp_path / "hf" / "chat_template.jinja").write_text(REFERENCES[kind])
     thinks = kind == "thinking-2507"
     changes = {"init_from": str(tmp_path / "hf"), "benchmarks": "gsm8k", "prompt": "chat", "shots": 0, "limit": 2}
-    with pytest.raises(UserError, match=f"{kind}, which {'always' if thinks else 'never'} thinks"):
+    with pytest.raises(
+        UserError, match=f"{kind}, which {'always' if thinks else 'never'} thinks: write --config.thinking={thinks}, or"
+    ):
         run.evaluate(configure(place, thinking=not thinks, **changes), tmp_path / "no", progress=False)
     config = configure(place, thinking=thinks, **changes)
     found = run.evaluate(config, tmp_path / "e", progress=False)["benchmarks"]["gsm8k"]

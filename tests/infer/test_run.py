@@ -128,7 +128,7 @@ def test_thinking_ends_at_the_budget(source, answers):
         ({"chat_template": "chatml"}, "--config.chat_template='chatml': write one of hybrid, instruct-2507"),
         (
             {"chat_template": "coder", "thinking": True},
-            "kind coder, which never thinks: leave enable_thinking=True",
+            "kind coder, which never thinks: write --config.thinking=False, or choose",
         ),
         ({"chat_template": "thinking-2507", "thinking": False}, "thinking-2507, which always thinks"),
         ({"chat_template": "instruct-2507", "thinking_budget": 4}, "config.thinking_budget needs a chat that thinks"),
