@@ -120,13 +120,29 @@ def _check_inputs(
         if name in left:
             if source and source not in left and (source in changing or standing[source].state != "done"):
                 before = "has not run" if standing[source].state == "open" else "would be stale by then"
+                sound = {one for one, found in standing.items() if found.state == "done"} - changing | {*left}
+                skip = _without(steps, name, sound)
                 raise UserError(
                     f"--config.stages: {name} starts from {source}, which {before}; write --config.stages="
-                    f"{','.join(_again(steps, record, directory, [source, *left]))}, or --config.skip={source}"
+                    f"{','.join(_again(steps, record, directory, [source, *left]))}"
+                    + (f", or --config.skip={','.join(skip)}" if skip else "")
                 )
             changing.add(name)
         elif source in changing:
             changing.add(name)
+
+
+def _without(steps: Sequence[Step], name: str, sound: Collection[str]) -> list[str]:
+    """All that --config.skip has to name for a stage to start from the nearest one of `sound` before it, in order; []
+    where there is none."""
+    out, there = [step.name for step in steps if step.skipped], [step.name for step in steps]
+    for step in reversed(steps[: there.index(name)]):
+        if step.skipped or step.kind != "training":
+            continue
+        if step.name in sound:
+            return [one for one in there if one in out]
+        out.append(step.name)
+    return []
 
 
 def _check_starts(steps: Sequence[Step], record: Record, directory: Path, left: Sequence[str]) -> None:

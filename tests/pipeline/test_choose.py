@@ -63,12 +63,20 @@ def test_what_is_refused_is_so_in_one_line_and_nothing_is_changed(changes, words
 
 def test_a_stage_without_its_inputs_is_refused(done, tmp_path):
     with pytest.raises(UserError, match="grpo starts from sft_cold_start, which has not run; write --config.stages="
-                                        "pretrain_s1,pretrain_s2,pretrain_s3,sft_cold_start,grpo,"):  # fmt: skip
+                                        "pretrain_s1,pretrain_s2,pretrain_s3,sft_cold_start,grpo$"):  # fmt: skip
         toy.go(tmp_path / "new", stages="grpo")
     shutil.rmtree(done / "04_sft_cold_start" / "checkpoints" / "3")
     with pytest.raises(UserError, match="starts from .*04_sft_cold_start/checkpoints/3, which is gone"):
         toy.go(done, stages="grpo")
     toy.go(done)  # which needs it no more
+
+
+def test_what_to_skip_is_all_up_to_a_stage_that_is_there(tmp_path, done):
+    toy.go(tmp_path, stages="pretrain_s1")
+    with pytest.raises(UserError, match=", or --config.skip=pretrain_s2,pretrain_s3,sft_cold_start$"):
+        toy.go(tmp_path, stages="grpo", skip="pretrain_s3")
+    found = toy.go(tmp_path, stages="grpo", skip="pretrain_s2,pretrain_s3,sft_cold_start")
+    assert toy.stage(found, "grpo")["init_from"] == "01_pretrain_s1/checkpoints/3"
 
 
 def test_a_checkpoint_that_was_trained_further_is_not_started_from(done):
