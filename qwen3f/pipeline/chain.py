@@ -38,6 +38,7 @@ class Step:
         number: from 1, skipped ones counted. config: of its experiment, complete.
         overrides: in what that differs from the experiment, and what of its model the user has set.
         insisted: of these the keys whose values are the experiment's own.
+        shared: keys whose values are the whole pipeline's.
         source: the stage whose checkpoint it starts from; "" for the first, and one with an init_from of its own.
         asks: whether the shared questions are put to its checkpoint.
     """
@@ -47,6 +48,7 @@ class Step:
     config: ConfigDict
     overrides: dict[str, Any]
     insisted: tuple[str, ...]
+    shared: tuple[str, ...]
     source: str
     skipped: bool
     asks: bool
@@ -91,7 +93,8 @@ def steps_of(config: ConfigDict, chosen: Collection[str] = ()) -> tuple[Step, ..
     """
     names = [stage.name for stage in config.chain]
     skipped = set(parse_names(config.skip, names, "--config.skip"))
-    configs = {stage.name: _config(config, stage, chosen) for stage in config.chain}
+    made = {stage.name: _config(config, stage, chosen) for stage in config.chain}
+    configs = {name: one for name, (one, _) in made.items()}
     asking = [name for name in names if name not in skipped]
     if config.set[MEASURE].benchmarks:
         _check(MEASURE, config.set[MEASURE])
@@ -105,7 +108,7 @@ def steps_of(config: ConfigDict, chosen: Collection[str] = ()) -> tuple[Step, ..
                 f"--config.set.{stage.name}.init_from=W, or leave a stage out of --config.skip"
             )
         if not skip:
-            _check(stage.name, one)
+            _check(stage.name, one, made[stage.name][1])
         after = asking[asking.index(stage.name) + 1 :] if not skip else []
         kind = _KINDS.get(one.stage, "training")
         overrides = {k: v for k, v in differing(one, stage.experiment).items() if k not in ("init_from", "plan")}
@@ -117,6 +120,7 @@ def steps_of(config: ConfigDict, chosen: Collection[str] = ()) -> tuple[Step, ..
                 config=one,
                 overrides={**overrides, **{key: checks.get(one, key) for key in insisted}},
                 insisted=insisted,
+                shared=made[stage.name][1],
                 source=start,
                 skipped=skip,
                 asks=kind == "training" and bool(config.set[MEASURE].benchmarks) and _asks(one, after, configs),
@@ -139,19 +143,20 @@ def _insisted(name: str, one: ConfigDict, chosen: Collection[str], overrides: Co
     return tuple(key for key in own if checks.get(one, key) is not None)
 
 
-def _config(config: ConfigDict, stage: PipelineStage, chosen: Collection[str]) -> ConfigDict:
-    """The stage's own settings, with those of the whole pipeline where it has none."""
+def _config(config: ConfigDict, stage: PipelineStage, chosen: Collection[str]) -> tuple[ConfigDict, tuple[str, ...]]:
+    """The stage's own settings, with those of the whole pipeline where it has none; and the keys of these."""
     one = config.set[stage.name].copy_and_resolve_references()
     shared = {"seed": config.seed, "device": config.device}
     shared |= {"mesh": config.mesh, "hardware": config.hardware} if one.stage not in _KINDS else {}
-    share(one, shared, {*differing(one, stage.experiment), *own_keys(stage.name, chosen)})
-    return one
+    return one, share(one, shared, {*differing(one, stage.experiment), *own_keys(stage.name, chosen)})
 
 
-def share(one: ConfigDict, shared: dict[str, Any], own: Collection[str]) -> None:
-    """Gives a configuration the pipeline's values of the keys that it has, but for its `own`."""
+def share(one: ConfigDict, shared: dict[str, Any], own: Collection[str]) -> tuple[str, ...]:
+    """Gives a configuration the pipeline's values of the keys that it has, but for its `own`; returns these keys."""
+    given = {key: value for key, value in shared.items() if key in one and key not in own}
     with one.unlocked():
-        one.update({key: value for key, value in shared.items() if key in one and key not in own})
+        one.update(given)
+    return tuple(given)
 
 
 def own_keys(name: str, chosen: Collection[str]) -> set[str]:
@@ -160,7 +165,7 @@ def own_keys(name: str, chosen: Collection[str]) -> set[str]:
     return {key.removeprefix(start) for key in chosen if key.startswith(start)}
 
 
-def _check(name: str, one: ConfigDict) -> None:
+def _check(name: str, one: ConfigDict, shared: Collection[str] = ()) -> None:
     """Raises UserError in the pipeline's words for what launch.py would refuse before the stage starts."""
     known = one.copy_and_resolve_references()
     with known.unlocked():
@@ -170,13 +175,14 @@ def _check(name: str, one: ConfigDict) -> None:
     try:
         checks.check(known)
     except UserError as error:
-        raise UserError(in_pipeline(str(error), name, one)) from error
+        raise UserError(in_pipeline(str(error), name, one, shared)) from error
 
 
-def in_pipeline(text: str, name: str, one: ConfigDict) -> str:
-    """An error of a stage with its keys as the pipeline's: --config.set.grpo.steps for --config.steps."""
+def in_pipeline(text: str, name: str, one: ConfigDict, shared: Collection[str] = ()) -> str:
+    """An error of a stage with its keys as the pipeline's: --config.set.grpo.steps for --config.steps. shared: keys
+    that keep their names, as Step's."""
     keys = sorted((key for key, _ in usage.flat(one)), key=len, reverse=True)
-    every = "|".join(map(re.escape, keys))
+    every = "|".join(re.escape(key) for key in keys if key not in shared)
     text = as_flags(text, keys)  # what a stage's own process says has them already
     return re.sub(rf"(?<![\w./-])--config\.({every})(?![\w-]|\.\w)", rf"--config.set.{name}.\1", text)
 

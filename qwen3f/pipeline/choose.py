@@ -169,7 +169,7 @@ def _check_own_start(step: Step, goes_on: bool, directory: Path) -> None:
         checks.check(step.config, directory / step.workdir / "new")  # where no run has begun
         source.pinned(step.config.init_from)
     except UserError as error:
-        raise UserError(in_pipeline(str(error), step.name, step.config)) from error
+        raise UserError(in_pipeline(str(error), step.name, step.config, step.shared)) from error
 
 
 def _again(steps: Sequence[Step], record: Record, directory: Path, names: Collection[str]) -> list[str]:

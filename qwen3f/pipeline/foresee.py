@@ -44,6 +44,7 @@ def described(
             "kind": step.kind,
             "experiment": step.stage.experiment,
             "overrides": step.overrides,
+            "shared": step.shared,
             "follows": bool(step.source),
             "init_from": "" if step.source else step.config.get("init_from", ""),
             "workdir": str(directory / step.workdir),
@@ -55,7 +56,7 @@ def described(
     if questions.benchmarks and any(step.asks for step in steps):
         own = {key: value for key, value in differing(questions, EVAL).items() if key != "init_from"}
         found.append(
-            {"name": MEASURE, "kind": "evaluation", "experiment": EVAL, "overrides": own, "follows": True,
+            {"name": MEASURE, "kind": "evaluation", "experiment": EVAL, "overrides": own, "shared": [], "follows": True,
              "init_from": "", "workdir": "", "looked_at": True}
         )  # fmt: skip
     return found
@@ -77,7 +78,8 @@ def check(described_: Sequence[Mapping[str, Any]]) -> None:
             elif one["looked_at"]:
                 _check_asking(config, model, to_come)
         except UserError as error:
-            raise UserError(f"{one['name']}: {in_pipeline(str(error), one['name'], config)}") from error
+            said = in_pipeline(str(error), one["name"], config, one["shared"])
+            raise UserError(f"{one['name']}: {said}") from error
 
 
 def _config(one: Mapping[str, Any]) -> ConfigDict:

@@ -34,7 +34,7 @@ def run(config: ConfigDict, steps: Sequence[Step], directory: Path) -> None:
                 if signals.name:
                     return
                 if failure:
-                    why = in_pipeline(failure.error, step.name, step.config) or f"exit code {failure.code}"
+                    why = in_pipeline(failure.error, step.name, step.config, step.shared) or f"exit code {failure.code}"
             if why:
                 refused[step.name] = why
                 print(f"not planned: {why}", flush=True)
@@ -59,7 +59,7 @@ def _not_planned(step: Step) -> str:
     try:
         card = find_hardware(step.config.hardware)
     except UserError as error:
-        return in_pipeline(str(error), step.name, step.config)
+        return in_pipeline(str(error), step.name, step.config, step.shared)
     if need <= card.memory:
         return ""
     return (

@@ -83,6 +83,15 @@ def test_what_a_stage_refuses_is_found_before_any_starts(flag, value, words):
         foresee.check(described(names=names, **more, **{f"set.{flag}".replace(".", "__"): value}))
 
 
+def test_the_whole_pipelines_keys_keep_their_names():
+    with pytest.raises(UserError, match="^--config.mesh=dp: 'dp' is not an axis"):
+        described(mesh="dp")
+    with pytest.raises(UserError, match=r"^grpo: .* tp=3; write in --config\.mesh tp2"):
+        foresee.check(described(names=["grpo"], mesh="tp3"))
+    with pytest.raises(UserError, match=r"^grpo: .* tp=3; write in --config\.set\.grpo\.mesh tp2"):
+        foresee.check(described(names=["grpo"], set__grpo__mesh="tp3"))
+
+
 def test_later_stages_have_the_first_ones_model():
     """A setting that only fits the model of the first stage, and one that only fits the preset's."""
     heads = {"set__pretrain_s1__model__num_attention_heads": 4, "set__pretrain_s1__model__num_key_value_heads": 4}
