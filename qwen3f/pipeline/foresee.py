@@ -3,8 +3,8 @@
     python -m qwen3f.pipeline.foresee '[{"name": "grpo", …}]'
 
 Each stage's own checks, with the model that the stages before it will have made: they read no weights, and of data
-only whether the directories are there. In a
-process of its own, as they import torch, which the pipeline's process does without.
+only whether the directories are there. In a process of its own, as they import torch, which the pipeline's process does
+without.
 """
 
 import json
