@@ -348,7 +348,7 @@ def _both_modes(name: str, config: ConfigDict, place: str, folder: Path) -> list
 
 
 def _say(step: Step, found: Mapping[str, measure.Measure]) -> None:
-    said = "; ".join(f"{name} {table.say(name, one)}" for name, one in found.items())
+    said = "; ".join(f"{table.word(name)} {table.say(name, one)}" for name, one in found.items())
     print(f"{step.name}: {said or 'done'}", flush=True)
 
 

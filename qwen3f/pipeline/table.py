@@ -34,7 +34,7 @@ def lines(record: Record) -> list[str]:
             rows.append((name, stage.status, "", "", ""))
             continue
         for measure, after in stage.measures.items():
-            rows.append((name, _word(measure), say(measure, before.get(measure)), say(measure, after), took))
+            rows.append((name, word(measure), say(measure, before.get(measure)), say(measure, after), took))
             name = took = ""
         if name:
             rows.append((name, "", "", "", took))
@@ -45,7 +45,8 @@ def lines(record: Record) -> list[str]:
     return [text[0], "  ".join("-" * width for width in widths), *text[1:], f"all stages: {total}{budget}"]
 
 
-def _word(measure: str) -> str:
+def word(measure: str) -> str:
+    """What a measure is called in the table."""
     benchmark, _, mode = measure.rpartition("_")
     if mode in MODES:
         return f"{benchmark} right, {mode}"

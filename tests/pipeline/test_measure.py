@@ -146,7 +146,7 @@ def test_a_preference_stage_has_a_measure_of_its_own(stage, name, words, tmp_pat
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
     found = measure.logged(step, tmp_path)
     assert found == {f"{stage}:{name}": {"value": 0.75, "low": None, "high": None, "n": None}}
-    assert table._word(next(iter(found))) == words
+    assert table.word(next(iter(found))) == words
     assert table.say(*next(iter(found.items()))) == "75.0%"
     assert names.find(next(iter(found)), stage).unit == "share"
 
