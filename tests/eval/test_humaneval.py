@@ -51,6 +51,8 @@ def test_programs_are_scored_by_pass_at_k(sandbox, made):
     assert BENCHMARK.score(item, [right, wrong, wrong, wrong]) == {"pass@1": pytest.approx(0.25)}
     ten = BENCHMARK.score(item, [right] * 3 + [wrong] * 7)
     assert ten == {"pass@1": pytest.approx(0.3), "pass@10": 1.0}
+    # no Python, and wrong in the harness too
+    assert BENCHMARK.score(item, [f"{right}from __future__ import annotations\ny = 1\n"]) == {"pass@1": 0.0}
 
 
 @pytest.mark.parametrize("answer", [
@@ -62,6 +64,7 @@ def test_programs_are_scored_by_pass_at_k(sandbox, made):
     "```python\ndef add_1(x):\n    return x + 1\n```\nIts use:\n```python\nprint(add_1(1))\n```\n```\n2\n```",
     "It is\n```Python\ndef add_1(x):\n    return x + 1\n",  # cut off behind what is needed
     "```python\nfrom __future__ import annotations\n\ndef add_1(x: int) -> int:\n    return x + 1\n```",
+    "```python\nfrom __future__ import annotations\nfrom __future__ import division\ny = 1\nreturn x + 1\n```",
     "```python\nif x > 0:\n    return x + 1\nreturn x + 1\n```",
     "```python\n# add one\n  y = x\n  return y + 1\n```",
     "```python\n# add one\n    return x + 1\n```",

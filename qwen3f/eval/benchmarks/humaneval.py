@@ -25,7 +25,8 @@ from qwen3f.tasks.fences import defines, program
 
 KS = (1, 10, 100)
 _INDENT = "    "  # of the bodies in all prompts
-_FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import[ \t]+[^\n()\\;]*\n", re.MULTILINE)
+_IMPORT = r"from[ \t]+__future__[ \t]+import[ \t]+[^\n()\\;]*\n"
+_FUTURE, _FUTURES = re.compile(f"^{_IMPORT}", re.MULTILINE), re.compile(f"(?:{_IMPORT})*")
 
 
 def read(row: Row) -> Item:
@@ -41,7 +42,8 @@ def from_chat(item: Item, answer: str) -> str:
     name = item.gold["entry_point"]
     block = program(answer, name, unclosed=True)  # one that max_new_tokens cut off may yet pass
     code = answer if block is None else block
-    return f"\n{textwrap.dedent(code)}" if defines(code, name) else _as_body(code)
+    imports, code = "".join(_FUTURE.findall(code)), _FUTURE.sub("", code)
+    return imports + (f"\n{textwrap.dedent(code)}" if defines(code, name) else _as_body(code))
 
 
 def _as_body(code: str) -> str:
@@ -54,8 +56,10 @@ def _as_body(code: str) -> str:
 
 
 def _program(prompt: str, answer: str) -> str:
-    """Both in one file, in which imports from __future__ come first, as Python demands."""
-    return "".join(_FUTURE.findall(answer)) + prompt + _FUTURE.sub("", answer)
+    """Both in one file, before them the imports from __future__ that the answer begins with, as Python demands. Further
+    in they stay, and the program fails, as it does in the harness."""
+    imports = _FUTURES.match(answer)[0]
+    return imports + prompt + answer[len(imports) :]
 
 
 def score(item: Item, answers: Sequence[str]) -> dict[str, float]:
