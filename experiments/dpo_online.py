@@ -29,6 +29,8 @@ def get_config(preset: str = "small") -> ConfigDict:
         config.data.difficulties = "1"
         config.data.kinds = "number_theory,sequence" if preset == "nano" else ""
         config.steps, config.batch_size = (100, 16) if preset == "nano" else (300, 32)
+        if preset != "nano":  # a GPU answers many at a time
+            config.online.rows, config.online.cache_tokens = 1024, 512 * 1024
         config.eval.every = 25
         config.checkpoint.every = 25
     if preset == "large":

@@ -90,48 +90,48 @@ _GPU_ASKED = {
     **_GPU_CHATS, "data.problems": 10_000, "rollout.max_new_tokens": _GPU_TOKENS, "judge.processes": 8,
 }  # fmt: skip
 DEBUG: dict[str, Row] = {
-    "pretrain_s1": ("pretrain_s1.py:{}", 80, {
+    "pretrain_s1": ("pretrain_s1.py:{}", 75, {
         **_GPU_TEXT, **_often(150), "steps": 300, "data.mixture": "embedded=0.5,reasoning=0.5",
     }),
     "pretrain_s2": ("pretrain_s2.py:{}", 35, {
         **_GPU_TEXT, **_often(250), "steps": 250, "schedule.peak_lr": 1e-3,
         "data.mixture": "embedded=0.2,reasoning=0.8",
     }),
-    "pretrain_s3": ("pretrain_s3.py:{}", 25, {
+    "pretrain_s3": ("pretrain_s3.py:{}", 20, {
         **_often(50), "batch_size": 4, "seq_len": 8192, "model.max_position_embeddings": 8192, "steps": 50,
         "eval.max_docs": 64, "eval.batch_size": 4, "sample.tokens": 32, **_EAGER,
     }),
-    "sft_cold_start": ("sft_cold_start.py:{}", 105, {
+    "sft_cold_start": ("sft_cold_start.py:{}", 100, {
         **_often(200, 256), **_GPU_CHATS, "data.problems": 30_000, "data.kinds": _KINDS, "steps": 600,
         "data.mixture": "reasoning=0.985,procedures=0.015",
     }),
-    "grpo": ("grpo.py:{}", 85, {
+    "grpo": ("grpo.py:{}", 75, {
         **_often(16, 256), **_GPU_ASKED, "data.kinds": "sorting", "tasks": "procedures", "steps": 32,
         "rewards": "correct=0.5,places=0.5", "schedule.warmup": 0.3,
     }),
-    "sft_fusion": ("sft_fusion.py:{}", 45, {
+    "sft_fusion": ("sft_fusion.py:{}", 40, {
         **_often(100, 256), **_GPU_CHATS, "data.problems": 10_000, "data.kinds": _KINDS, "steps": 100,
         "data.mixture": "reasoning=0.65,reasoning-plain=0.3,procedures=0.05",
     }),
-    "grpo_general": ("grpo_general.py:{}", 80, {
+    "grpo_general": ("grpo_general.py:{}", 75, {
         **_often(20, 256), **_GPU_ASKED, "data.kinds": _KINDS, "tasks": "reasoning=0.5,procedures=0.5", "steps": 20,
         **_GENTLE,
     }),
-    # Of its own answers: pairs that are given, as nano's, cost right answers here. 128 questions a step: some 40 pairs.
-    "dpo": ("dpo_online.py:{}", 50, {
-        **_often(16, 128), **_EAGER, **_LEARN, "data.kinds": "sorting", "data.difficulties": "1,2,3",
+    # Of its own answers: pairs that are given, as nano's, cost right answers here. 256 questions a step: some 80 pairs.
+    "dpo": ("dpo_online.py:{}", 95, {
+        **_often(20, 256), **_EAGER, **_LEARN, "data.kinds": "sorting", "data.difficulties": "1,2,3",
         "data.problems": 10_000, "online.task": "procedures", "online.samples": 8, "online.temperature": 1.0,
-        "online.max_new_tokens": _GPU_TOKENS, "online.cache_tokens": 524_288, "online.fill": 0.2, "steps": 16,
-        "batch_size": 128, "microbatches": 8, "schedule.peak_lr": 1e-4, "schedule.warmup": 0.3,
+        "online.max_new_tokens": _GPU_TOKENS, "online.fill": 0.2, "steps": 20,
+        "batch_size": 256, "microbatches": 16, "schedule.peak_lr": 1e-4, "schedule.warmup": 0.3,
     }),
-    "evaluation": ("eval.py", 30, {
-        "benchmarks": "reasoning,procedures", "limit": 200, "max_new_tokens": _GPU_TOKENS, "data.kinds": _KINDS,
-        "data.difficulties": "1,2,3",
+    "evaluation": ("eval.py", 25, {
+        "benchmarks": "reasoning,procedures", "limit": 500, "max_new_tokens": _GPU_TOKENS, "data.kinds": _KINDS,
+        "data.difficulties": "1,2,3", "data.problems": 131_072,
     }),
 }  # fmt: skip
 _DEBUG_ASKED = {
-    "benchmarks": "reasoning,procedures", "limit": 200, "max_new_tokens": _GPU_TOKENS, "data.kinds": _KINDS,
-    "data.difficulties": "1,2,3",
+    "benchmarks": "reasoning,procedures", "limit": 300, "max_new_tokens": _GPU_TOKENS, "data.kinds": _KINDS,
+    "data.difficulties": "1,2,3", "data.problems": 65_536,
 }  # fmt: skip
 
 # A text model gets a tower, and sees; on two CPU cores.

@@ -5,14 +5,15 @@ full pages; of a page that two rows share in part, the second one gets a copy. A
 what it holds, for a later row with the same beginning, until its room is needed: the least recently used goes first.
 
 Only what is known to be finite is shared: of a row that has drawn a token from it. A row that is to fail would take
-others with it.
+others with it. What a row draws is shared once it has given its pages back.
 """
 
+import bisect
 import dataclasses
 import heapq
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 ROOT = 0
@@ -66,6 +67,40 @@ class _Content:
         return self.vouched or (self.owner is not None and self.owner.checked)
 
 
+_Known = tuple[list[int], int]  # tokens, and the page that holds them
+
+
+class _Siblings:
+    """Pages that follow on the same page, sorted by their tokens: those that begin as a row does lie side by side."""
+
+    def __init__(self) -> None:
+        self._sorted: list[_Known] = []
+        self._keys: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._keys)
+
+    def put(self, page: int, tokens: list[int]) -> None:
+        """Add the page, or change its tokens."""
+        self.remove(page)
+        self._keys[page] = tokens
+        bisect.insort(self._sorted, (tokens, page))
+
+    def remove(self, page: int) -> None:
+        if page in self._keys:
+            del self._sorted[bisect.bisect_left(self._sorted, (self._keys.pop(page), page))]
+
+    def walks(self, tokens: list[int]) -> tuple[Iterator[_Known], Iterator[_Known]]:
+        """Forward and backward from where `tokens` would lie: in each walk a page has no more of the beginning of
+        `tokens` than the one before."""
+        middle = bisect.bisect_left(self._sorted, (tokens, 0))
+        backward = (self._sorted[i] for i in range(middle - 1, -1, -1))
+        return itertools.islice(self._sorted, middle, None), backward
+
+
 class PagePool:
     """`count` pages of `size` tokens each, numbered from 1; page 0 is none of them.
 
@@ -78,7 +113,7 @@ class PagePool:
         self._users = [0] * (count + 1)
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._contents: dict[int, _Content] = {}
-        self._children: dict[int, dict[int, None]] = {}
+        self._children: dict[int, _Siblings] = {}
 
     @property
     def available(self) -> int:
@@ -106,6 +141,7 @@ class PagePool:
         content = self._contents.get(page)
         if content is not None and content.owner is not None and content.owner is user:
             content.owner, content.tokens = None, content.held(self.size)
+            self._children[content.parent].put(page, content.tokens)
         self._users[page] -= 1
         if self._users[page]:
             return
@@ -122,20 +158,14 @@ class PagePool:
         """
         if parent == ROOT or parent in self._contents:
             self._contents[page] = _Content(parent, owner, start)
-            self._children.setdefault(parent, {})[page] = None
+            self._children.setdefault(parent, _Siblings()).put(page, owner.tokens[start : start + self.size])
 
     def match(self, tokens: Sequence[int], most: int) -> Match:
         """The longest beginning of `tokens`, at most `most` of them, that pages hold and that is known to be finite."""
         pages: list[int] = []
         parent, at = ROOT, 0
         while True:
-            best, length = None, 0
-            for page in self._children.get(parent, ()):
-                found = self._common(self._contents[page], tokens, at, most)
-                if found > length:
-                    best, length = page, found
-                    if length == min(self.size, most - at):  # no other page holds more: of many answers to one prompt
-                        break
+            best, length = self._longest(parent, list(tokens[at : min(at + self.size, most)]))
             if length < self.size:
                 return Match(tuple(pages), best, at + length)
             pages.append(best)
@@ -188,11 +218,22 @@ class PagePool:
             self.forget(page)
         return doubtful
 
-    def _common(self, content: _Content, tokens: Sequence[int], at: int, most: int) -> int:
-        if not content.finite:
-            return 0
-        held = content.held(self.size)[: max(0, most - at)]
-        return common_length(held, tokens[at : at + len(held)])
+    def _longest(self, parent: int, tokens: list[int]) -> tuple[int | None, int]:
+        """(the page behind `parent` that holds the most of the beginning of `tokens`, or None; how many of them)."""
+        best, length = None, 0
+        if parent not in self._children:
+            return best, length
+        for walk in self._children[parent].walks(tokens):
+            for known, page in walk:
+                content = self._contents[page]
+                if not content.finite:
+                    continue
+                if common_length(known, tokens) <= length:
+                    break
+                found = common_length(content.held(self.size), tokens)
+                if found > length:
+                    best, length = page, found
+        return best, length
 
     def forget(self, page: int) -> None:
         """Drop what a page holds and all that follows on it; of these pages the kept ones become free."""
@@ -201,8 +242,8 @@ class PagePool:
         content = self._contents.pop(page, None)
         if content is not None and content.parent in self._children:
             siblings = self._children[content.parent]
-            siblings.pop(page, None)
-            if not siblings:
+            siblings.remove(page)
+            if not len(siblings):
                 del self._children[content.parent]
         if page in self._kept:
             del self._kept[page]

@@ -20,11 +20,12 @@ from sharding.state import whole_params
 @dataclasses.dataclass(frozen=True)
 class SamplerOptions:
     """max_new_tokens: an answer ends there, if not before. cache_tokens: room of the engine's cache, on a rank. key: of
-    cache_tokens in the configuration."""
+    cache_tokens in the configuration. rows: answers at a time, on a rank."""
 
     max_new_tokens: int
     cache_tokens: int
     key: str = "cache_tokens"
+    rows: int = EngineOptions.rows
 
 
 class Sampler:
@@ -59,7 +60,7 @@ class Sampler:
                 max_tokens=self._options.cache_tokens,
                 execution=self._run.setup.execution,
                 tokenizer=self._tokenizer,
-                options=EngineOptions(room=self._options.key),
+                options=EngineOptions(rows=self._options.rows, room=self._options.key),
             )
         else:
             self._engine.update(params)

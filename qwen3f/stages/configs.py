@@ -135,6 +135,7 @@ def dpo_online_config(preset: str) -> ConfigDict:
     online.reward_model = ""  # a workdir, its checkpoints/N or a Hugging Face directory
     online.fill = 0.5  # share of batch_size in pairs that a step waits for, asking further prompts
     online.rounds = 8  # of prompts that a step asks, at most
+    online.rows = 256  # answers at a time on a rank
     online.cache_tokens = 65_536  # room for keys and values while answering, on a rank; 0: what a device has free
     config.eval.questions = 128  # held-out questions that are answered, greedily; 0: none
     config.checkpoint.best_metric, config.checkpoint.best_mode = "val_wins", "max"

@@ -8,6 +8,7 @@ R rows of a step over all ranks · T places of a row
 """
 
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -63,7 +64,7 @@ def check(setup: Setup) -> None:
     config = setup.config
     check_model(setup.model, make_objective(read_hyper(config)))
     _task(setup)
-    for key, low in (("samples", 2), ("max_new_tokens", 1), ("rounds", 1), ("cache_tokens", 0)):
+    for key, low in (("samples", 2), ("max_new_tokens", 1), ("rounds", 1), ("rows", 1), ("cache_tokens", 0)):
         at_least(config, f"online.{key}", low)
     at_least(config, "eval.questions", 0)
     if not config.online.temperature > 0:
@@ -110,11 +111,12 @@ def _complete(run: Run, stage: Stage, tokenizer: Tokenizer, task: Task) -> Stage
     """The stage with the weights that it holds beside the policy's."""
     config, reference = run.setup.config, find_reference(run)
     live, memory = Live(run, reference), {"reference": reference.digest}
-    options = SamplerOptions(config.online.max_new_tokens, config.online.cache_tokens, "config.online.cache_tokens")
+    online = config.online
+    options = SamplerOptions(online.max_new_tokens, online.cache_tokens, "config.online.cache_tokens", online.rows)
     rollouts = Rollouts(
         run, stage.dataset, tokenizer, Sampler(run, run.setup.model, tokenizer, options), _judge(run, task), live
     )
-    thinking, room = config.online.thinking, _room(run.setup)
+    thinking, room = online.thinking, _room(run.setup)
     questions, lines = held_out(tokenizer, task, config.eval.questions, thinking, room)
     wins = Wins(run, tokenizer, Asked(task, questions, thinking, options), lambda: (live.cfg, live.params))
     return dataclasses.replace(
@@ -151,7 +153,8 @@ class Rollouts:
 
     Attributes:
       figures: of the last step: asked, its prompts; ties, the share of them that gave no pair; reward, the mean of what
-        the judge said; ended, the share of answers that ended; answer_tokens, their mean length.
+        the judge said; ended, the share of answers that ended; answer_tokens, their mean length; rollout_seconds and
+        reward_seconds, how long they were written and judged.
     """
 
     def __init__(
@@ -181,6 +184,8 @@ class Rollouts:
             "reward": seen["reward"] / seen["judged"],
             "ended": seen["ended"] / seen["answers"],
             "answer_tokens": seen["tokens"] / seen["answers"],
+            "rollout_seconds": seen["rollout_seconds"],
+            "reward_seconds": seen["reward_seconds"],
         }
         return self._live.add_to(self._rows(pairs))
 
@@ -191,8 +196,11 @@ class Rollouts:
         prompts = [prompt_ids(self._tokenizer, question, config.online.thinking) for question in questions]
         # A run that goes on writes what it would have written.
         key = (config.seed, "online", number(state.step), round_)
+        began = time.perf_counter()
         answers = self._sampler.answers(state.params, prompts, config.online.samples, config.online.temperature, *key)
+        written = time.perf_counter()
         rewards = self._judge(questions, prompts, answers)
+        seen.update(rollout_seconds=written - began, reward_seconds=time.perf_counter() - written)
         flat = [answer for own in answers for answer in own]
         seen.update(asked=len(prompts), answers=len(flat), ended=sum(a.ended for a in flat))
         told = [reward for own in rewards for reward in own if reward is not None]

@@ -12,7 +12,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3f.infer.pages import ROOT, PagePool
+from qwen3f.infer.pages import ROOT, Match, PagePool, common_length
 from qwen3f.infer.request import Request, Row
 from qwen3f.infer.scheduler import Limits, Scheduler
 
@@ -169,17 +169,58 @@ def test_answers_to_one_prompt_share_its_prefill():
     assert machine.computed == (len(prompt) - 1) + 8 * 3  # the prompt once, and each answer's own passes
 
 
-def test_a_prompt_that_a_page_holds_whole_is_looked_for_no_further(monkeypatch):
-    pool, prompt = PagePool(8, 16), list(range(10))
-    pages = [pool.take() for _ in range(8)]
-    for page in pages:
-        pool.describe(page, ROOT, Row(Request(tuple(prompt), 4), page), 0)
-        pool._contents[page].owner.cached, pool._contents[page].owner.checked = len(prompt), True
-    compared, real = [], pool._common
-    monkeypatch.setattr(pool, "_common", lambda content, *rest: compared.append(content) or real(content, *rest))
-    found = pool.match(prompt, len(prompt) - 1)
-    assert (found.pages, found.partial, found.tokens) == ((), pages[0], 9)
-    assert len(compared) == 1
+def held_pages(size, prompts):
+    """A pool in which each prompt's first page is held by a row that has drawn a token; the pages."""
+    pool, pages = PagePool(len(prompts), size), []
+    for number, prompt in enumerate(prompts):
+        row = Row(Request(tuple(prompt), 4), number)
+        row.cached, row.checked = len(prompt), True
+        pages.append(pool.take())
+        pool.describe(pages[-1], ROOT, row, 0)
+    return pool, pages
+
+
+def test_of_many_prompts_that_begin_alike_few_are_compared(monkeypatch):
+    stem = [7] * 20
+    pool, pages = held_pages(64, [[*stem, i, j] for i in range(30) for j in range(10)])
+    compared, real = [], common_length
+    monkeypatch.setattr("qwen3f.infer.pages.common_length", lambda a, b: compared.append(a) or real(a, b))
+    assert pool.match([*stem, 4, 5, 9, 9], 23) == Match((), pages[45], 22)
+    assert pool.match([*stem, 99], 20).tokens == 20
+    assert len(compared) <= 10
+
+
+def test_of_pages_with_the_same_tokens_one_is_compared(monkeypatch):
+    """The answers to one prompt."""
+    pool, pages = held_pages(16, [list(range(10))] * 200)
+    compared, real = [], common_length
+    monkeypatch.setattr("qwen3f.infer.pages.common_length", lambda a, b: compared.append(a) or real(a, b))
+    found = pool.match(list(range(10)), 9)
+    assert found.partial in pages
+    assert (found.pages, found.tokens) == ((), 9)
+    assert len(compared) <= 3
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=20), st.data())
+def test_the_longest_beginning_that_a_page_holds_is_found(prompts, data):
+    """Whatever is not finite, computed in part, or has been given back."""
+    pool, pages = held_pages(8, prompts)
+    rows = [pool._contents[page].owner for page in pages]
+    for row, page in zip(rows, pages):
+        row.checked, row.cached = data.draw(st.booleans()), data.draw(st.integers(0, len(row.tokens)))
+        if row.cached == len(row.tokens) and data.draw(st.booleans()):
+            row.tokens, row.cached = [*row.tokens, 1], row.cached + 1
+        if row.checked and data.draw(st.booleans()):
+            pool.vouch([page])
+            pool.release(page, row)
+    pool.check()
+    asked = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=8))
+    finite = [p[: row.cached] for p, row in zip(prompts, rows) if row.checked]
+    found = pool.match(asked, len(asked))
+    held = rows[pages.index(found.partial)] if found.partial else None
+    assert found.tokens >= max((common_length(asked, p) for p in finite), default=0)
+    assert found.tokens == (common_length(asked, held.tokens[: held.cached]) if held else 0)
+    assert held is None or held.checked
 
 
 def test_a_row_shares_its_pages_once_it_has_drawn_a_token():

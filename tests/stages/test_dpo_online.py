@@ -195,6 +195,7 @@ def test_the_logged_reward_is_the_mean_of_what_the_judge_says_where_it_can_tell(
         ({"online.max_new_tokens": 128}, "seq_len=256 has no room for a prompt and two answers"),
         ({"online.max_new_tokens": 127}, "none of .* prompts fits; raise --config.seq_len"),
         ({"online.cache_tokens": 16}, "config.online.cache_tokens=16 has no room for the longest prompt"),
+        ({"online.rows": 0}, "online.rows must be at least 1, got 0"),
         ({"data.kinds": "poetry"}, "config.data.kinds is 'poetry'"),
         ({"init_from": ""}, "write --config.init_from=W"),
     ],

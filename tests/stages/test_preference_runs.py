@@ -48,5 +48,14 @@ def test_reward_model_then_dpo_then_online_dpo(start, tmp_path, capsys):
     changes = {"online.judge": "reward_model", "online.reward_model": str(tmp_path / "R"), "eval.questions": 3}
     changes |= {"online.max_new_tokens": 24, "online.temperature": 1.5, "online.samples": 6}
     line = run("dpo_online", tmp_path / "D", tmp_path / "O", tmp_path / "cache", **changes)
-    assert {"val_wins", "ties", "asked", "ended", "answer_tokens", "kl"} <= line.keys()
+    assert {
+        "val_wins",
+        "ties",
+        "asked",
+        "ended",
+        "answer_tokens",
+        "kl",
+        "rollout_seconds",
+        "reward_seconds",
+    } <= line.keys()
     assert line["asked"] >= 2
