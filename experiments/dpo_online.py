@@ -23,7 +23,7 @@ def get_config(preset: str = "small") -> ConfigDict:
     config.schedule.warmup = 0.05
     config.seq_len = 4096
     config.online.max_new_tokens = 1024
-    config.steps, config.batch_size = 500, 32
+    config.steps, config.batch_size, config.log_every = 500, 32, 1
     if preset in PEAK_LR:  # short answers to short problems
         config.seq_len, config.online.max_new_tokens = 1024, 200
         config.data.difficulties = "1"
