@@ -68,6 +68,8 @@ class TextOptions:
             raise UserError(f"seed must be a number of 64 bits, got {self.seed}")
         if self.system and not self.chat:
             raise UserError("system needs the chat format; leave it out, or write chat=True")
+        if self.thinking and not self.chat:
+            raise UserError("thinking=True needs the chat format; leave it out, or write chat=True")
         if self.thinking_budget is not None:
             if not self.chat or self.thinking is False:
                 raise UserError("thinking_budget needs chat and thinking; set both to True, or leave it out")
@@ -86,7 +88,9 @@ class TextOptions:
         """With other values. Raises UserError for a name or a value that is none."""
         if unknown := [name for name in values if name not in FIELDS]:
             raise UserError(f"{unknown[0]} is unknown; write one of {', '.join(FIELDS)}")
-        if values.get("thinking") is False:
+        if values.get("chat") is False:
+            values.setdefault("thinking", None)
+        if values.get("thinking") is False or values.get("chat") is False:
             values.setdefault("thinking_budget", None)
         return dataclasses.replace(self, **values)
 

@@ -123,6 +123,7 @@ def test_thinking_ends_at_the_budget(source, answers):
         ({"out": "~no-such-user/a"}, "config.out: there is no home directory for ~no-such-user"),
         ({"prompt": "", "prompts": ("a", "")}, "every prompt must be a text"),
         ({"system": "x", "chat": False}, "config.system needs the chat format"),
+        ({"thinking": True, "chat": False}, "config.thinking=True needs the chat format"),
         ({"thinking": False, "thinking_budget": 4}, "config.thinking_budget needs"),
         ({"chat": False, "thinking_budget": 4}, "config.thinking_budget needs"),
         ({"chat_template": "chatml"}, "--config.chat_template='chatml': write one of hybrid, instruct-2507"),

@@ -119,6 +119,8 @@ def test_settings_override_the_recommendation_one_by_one():
     options = options.changed(thinking=False, min_p=0.1)
     assert choose_sampling(options, False) == SamplingParams(0.0, 20, 0.8, 0.1, 1.5)
     assert choose_sampling(options.changed(chat=False, temperature=None), False) == SamplingParams(min_p=0.1)
+    text = TextOptions(thinking=True, thinking_budget=4).changed(chat=False)  # as a row of a file beside chats
+    assert (text.thinking, text.thinking_budget) == (None, None)
 
 
 def test_stop_texts_may_be_a_list():
