@@ -26,7 +26,7 @@ ARROWS = {
     "qwen3f.rl": (of_qwen3f("stages"), ()),
     "qwen3f.report": (of_qwen3f("train model infer data interop checkpoint processes plan rl vision"), ()),
     "qwen3f.tasks": (of_qwen3f("rl stages train model infer"), ()),
-    "qwen3f.sandbox": (("qwen3f", "sharding"), (*BASE, "qwen3f.sandbox")),
+    "qwen3f.sandbox": (("qwen3f", "sharding"), (*BASE, "qwen3f.polling", "qwen3f.sandbox")),
     "qwen3f": (("experiments", "launch"), ()),
 }
 SIZED = ("qwen3f", "kernels", "sharding", "experiments", "launch")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import dependent_launch
 from kernels.head_sample import head_sample
@@ -27,9 +27,8 @@ from kernels.paged_attention import MAX_GROUP, paged_attention
 from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
-from qwen3f.infer.passes import fed
+from qwen3f.infer.passes import fed, make_experts
 from qwen3f.model.kv_cache import KVCache
-from qwen3f.model.moe import SparseMLP
 from qwen3f.model.norm import rms_norm
 from qwen3f.model.transformer import layer_stacks, unstack_layers
 from sharding.axes import ONE, Axis
@@ -93,10 +92,8 @@ def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int
     last: ids that the pass before has drawn. angles: rope_tables of positions 0, 1, …, each [positions, d/2]. tp: its
     ranks call this together, each with its shards; the result is the same on all but for logits, of a rank's ids.
     """
-    cfg = cfg.replace(moe_drop_tokens=False)
     stacks = layer_stacks(cfg)
-    with torch.device("meta"):
-        experts = SparseMLP(cfg, execution.experts) if cfg.sparse_layers else None
+    experts = make_experts(cfg, execution) if cfg.sparse_layers else None
 
     @torch.no_grad()
     @dependent_launch.chain()
@@ -114,8 +111,11 @@ def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int
                 v_pages=cache.values[number], table_BP=places.table, lengths_B=lengths_B,
             )  # fmt: skip
             x_BD = _attention(cfg, layer, x_BD, attend, add)
-            sparse = cfg.is_sparse(number)
-            x_BD = _experts(cfg, experts, layer, x_BD, real_B, tp) if sparse else _mlp(cfg, layer, x_BD, add)
+            if cfg.is_sparse(number):
+                h_BD = rms_norm(x_BD, layer["post_attention_layernorm.weight"], cfg.rms_norm_eps)
+                x_BD = x_BD + sum_now(experts(layer, h_BD, real_B).contiguous(), tp)
+            else:
+                x_BD = _mlp(cfg, layer, x_BD, add)
         return _chosen(cfg, params, x_BD, places, num_ids, tp), cache
 
     return decode
@@ -174,10 +174,3 @@ def _mlp(cfg: ModelConfig, layer: P.Params, x_BD: Tensor, add: Callable[..., Ten
         (layer[f"mlp.{part}_proj.weight"] for part in ("gate", "up")),
     )
     return add(norm_swiglu(x_BD, norm, cfg.rms_norm_eps, *weights), layer["mlp.down_proj.weight"], x_BD)
-
-
-def _experts(cfg: ModelConfig, skeleton: nn.Module, layer: P.Params, x_BD: Tensor, real_B: Tensor, tp: Axis) -> Tensor:
-    h_BD = rms_norm(x_BD, layer["post_attention_layernorm.weight"], cfg.rms_norm_eps)
-    weights = {path.removeprefix("mlp."): leaf for path, leaf in layer.items() if path.startswith("mlp.")}
-    y_B1D, _ = torch.func.functional_call(skeleton, weights, (h_BD[:, None], real_B[:, None]), strict=True)
-    return x_BD + sum_now(y_B1D[:, 0].contiguous(), tp)

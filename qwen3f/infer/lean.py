@@ -12,15 +12,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
-from qwen3f.infer.passes import Decode, Inputs, Table, fed
+from qwen3f.infer.passes import Decode, Inputs, Table, fed, make_experts
 from qwen3f.model.kv_cache import KVCache, rows_of
 from qwen3f.model.mlp import ACTIVATIONS
-from qwen3f.model.moe import SparseMLP
 from qwen3f.model.rope import rope_tables
 from qwen3f.model.transformer import layer_stacks, unstack_layers
 
@@ -48,10 +47,8 @@ def fits(cfg: ModelConfig, execution: model.Execution, dtype: torch.dtype) -> bo
 
 def make_lean_decode(cfg: ModelConfig, execution: model.Execution) -> Decode:
     """As passes.make_decode, on one device."""
-    cfg = cfg.replace(moe_drop_tokens=False)
     stacks = layer_stacks(cfg)
-    with torch.device("meta"):
-        experts = SparseMLP(cfg, execution.experts) if cfg.sparse_layers else None
+    experts = make_experts(cfg, execution) if cfg.sparse_layers else None
 
     @torch.no_grad()
     def decode(
@@ -64,9 +61,7 @@ def make_lean_decode(cfg: ModelConfig, execution: model.Execution) -> Decode:
             h_BD = _norm(x_BD, layer["input_layernorm.weight"], cfg.rms_norm_eps)
             x_BD = _attention(cfg, layer, h_BD, x_BD, (cache.keys[number], cache.values[number]), places)
             h_BD = _norm(x_BD, layer["post_attention_layernorm.weight"], cfg.rms_norm_eps)
-            x_BD = (
-                _experts(experts, layer, h_BD, x_BD, real_B) if cfg.is_sparse(number) else _mlp(cfg, layer, h_BD, x_BD)
-            )
+            x_BD = x_BD + experts(layer, h_BD, real_B) if cfg.is_sparse(number) else _mlp(cfg, layer, h_BD, x_BD)
         return _norm(x_BD, params[P.FINAL_NORM], cfg.rms_norm_eps), cache
 
     return decode
@@ -127,9 +122,3 @@ def _turn(x_BNd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _mlp(cfg: ModelConfig, layer: P.Params, h_BD: Tensor, x_BD: Tensor) -> Tensor:
     gate, up = (torch.mm(h_BD, layer[f"mlp.{part}_proj.weight"].t()) for part in ("gate", "up"))
     return torch.addmm(x_BD, ACTIVATIONS[cfg.hidden_act](gate).mul_(up), layer["mlp.down_proj.weight"].t())
-
-
-def _experts(skeleton: nn.Module, layer: P.Params, h_BD: Tensor, x_BD: Tensor, real_B: Tensor) -> Tensor:
-    weights = {path.removeprefix("mlp."): leaf for path, leaf in layer.items() if path.startswith("mlp.")}
-    y_B1D, _ = torch.func.functional_call(skeleton, weights, (h_BD[:, None], real_B[:, None]), strict=True)
-    return x_BD + y_B1D[:, 0]

@@ -19,6 +19,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.infer.sampling import SamplingParams, log_prob, sample, streams_at
 from qwen3f.model import invariant
 from qwen3f.model.kv_cache import KVCache
+from qwen3f.model.moe import SparseMLP
 from qwen3f.vision.deepstack import Features
 from sharding.layout import ONE_DEVICE, Layout
 
@@ -101,6 +102,20 @@ def make_decode(cfg: ModelConfig, execution: model.Execution, layout: Layout = O
         return hidden_B1D[:, 0], cache
 
     return decode
+
+
+def make_experts(cfg: ModelConfig, execution: model.Execution) -> Callable[[P.Params, Tensor, Tensor], Tensor]:
+    """experts(layer, h_BD, real_B) -> [B, D]: what the mixture of experts of a sparse layer, whose parameters `layer`
+    are, adds; every token gets its experts. real_B: false where a place is idle."""
+    with torch.device("meta"):
+        skeleton = SparseMLP(cfg.replace(moe_drop_tokens=False), execution.experts)
+
+    def experts(layer: P.Params, h_BD: Tensor, real_B: Tensor) -> Tensor:
+        weights = {path.removeprefix("mlp."): leaf for path, leaf in layer.items() if path.startswith("mlp.")}
+        y_B1D, _ = torch.func.functional_call(skeleton, weights, (h_BD[:, None], real_B[:, None]), strict=True)
+        return y_B1D[:, 0]
+
+    return experts
 
 
 def logits_of(hidden_BD: Tensor, head_VD: Tensor, execution: model.Execution) -> Tensor:

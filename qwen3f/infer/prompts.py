@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.template import segments
 from qwen3f.data.multimodal.samples import PICTURE, expanded, image_segments, video_segments
-from qwen3f.data.sources.image_file import FRAME_SUFFIXES, frame_files, opened, read_image
+from qwen3f.data.sources.image_file import FRAME_SUFFIXES, FramesAsked, frame_files, opened, read_image
 from qwen3f.data.tokenizers.token_text import Segment
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
@@ -46,20 +45,6 @@ def read_images(paths: str, cfg: ModelConfig, min_pixels: int, max_pixels: int) 
     return found
 
 
-class FrameFiles(Sequence[Image.Image]):
-    """Frames in files, each read when it is asked for."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, number: int) -> Image.Image:
-        """In RGB. Raises UserError as read_image."""
-        return read_image(self._paths[number])
-
-
 def read_video(place: str, fps: float | None, cfg: ModelConfig, min_pixels: int, max_pixels: int) -> Shown:
     """A directory of frames, taken at `fps`, or a GIF, whose own time is taken where fps is None.
 
@@ -75,7 +60,8 @@ def read_video(place: str, fps: float | None, cfg: ModelConfig, min_pixels: int,
 
     if not path.is_dir():
         return opened(path, lambda image, name: show(*gif_frames(image, name, fps)), f"the video {path}")
-    return show(FrameFiles(frame_files(path)), fps)
+    files = frame_files(path)
+    return show(FramesAsked(len(files), lambda number: read_image(files[number])), fps)
 
 
 def _shown_video(

@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import queue
 import select
@@ -21,6 +20,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
+
+from qwen3f.polling import ready
 
 LINE_BYTES = 1 << 20  # of a result; a longer one is a failure
 START_SECONDS = 60.0  # for a process to come up and import the function
@@ -129,7 +130,7 @@ class _Child:
         out = self._process.stdout
         while b"\n" not in self._rest:
             left = until - time.monotonic()
-            if left <= 0 or not _ready(out.fileno(), left):
+            if left <= 0 or not ready(out.fileno(), select.POLLIN, left):
                 raise TimeoutError
             if not (more := os.read(out.fileno(), 1 << 16)):
                 raise OSError(f"exit code {self._process.wait()}")
@@ -146,14 +147,6 @@ class _Child:
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):  # what was not yet written
                 pipe.close()
-
-
-def _ready(descriptor: int, seconds: float) -> bool:
-    """Whether there is something to read, or the end, within `seconds`. By poll: select takes no descriptor from 1,024
-    on."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(math.ceil(1000 * seconds)))
 
 
 def shared(count: int, deadline: float) -> Callable[[], Killable]:

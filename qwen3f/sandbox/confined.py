@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import queue
 import select
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from qwen3f.polling import ready
 from qwen3f.sandbox.tiers import Tier, find_python, readable, wrapper
 
 _HERE = Path(__file__).parent
@@ -83,13 +83,6 @@ def user() -> Iterator[int]:
         _free.put(number)
 
 
-def _ready(descriptor: int, event: int, seconds: float) -> bool:
-    """Whether an event, or the end, comes within `seconds`. By poll: select takes no descriptor from 1,024 on."""
-    poll = select.poll()
-    poll.register(descriptor, event)
-    return bool(poll.poll(math.ceil(1000 * seconds)))
-
-
 class Confined:
     """A context manager. role: "code" or "tests"; see child.py, which gets `order`. number: its user, or 0.
 
@@ -137,7 +130,7 @@ class Confined:
         try:
             while data:
                 left = until - time.monotonic()
-                if left <= 0 or not _ready(pipe, select.POLLOUT, left):
+                if left <= 0 or not ready(pipe, select.POLLOUT, left):
                     raise Late(f"took longer than {seconds:.3g} s to read")
                 data = data[os.write(pipe, data) :]
         except OSError as error:
@@ -148,7 +141,7 @@ class Confined:
         until, out = time.monotonic() + seconds, self._process.stdout.fileno()
         while b"\n" not in self._rest:
             left = until - time.monotonic()
-            if left <= 0 or not _ready(out, select.POLLIN, left):
+            if left <= 0 or not ready(out, select.POLLIN, left):
                 raise Late(f"took longer than {seconds:.3g} s")
             if not (more := os.read(out, 1 << 16)):
                 raise ConfineError("it ended without an answer")

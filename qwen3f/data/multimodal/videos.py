@@ -22,7 +22,7 @@ from PIL import Image
 from qwen3f.config import ModelConfig
 from qwen3f.data.sources.adapters.multimodal import ImageFile, image_inside, path_inside
 from qwen3f.data.sources.adapters.rows import RowFault
-from qwen3f.data.sources.image_file import FRAME_SUFFIXES, frame_files, opened, upright_size
+from qwen3f.data.sources.image_file import FRAME_SUFFIXES, FramesAsked, frame_files, opened, upright_size
 from qwen3f.errors import UserError
 from qwen3f.vision.gif import gif_frames, gif_ticks
 from qwen3f.vision.preprocess import Grid
@@ -102,21 +102,8 @@ class VideoFrames:
 
     def read(self, use: Callable[[Frames, float], Result]) -> Result:
         """As VideoFile.read; a frame is opened when it is asked for."""
-        return use(_Opened(self), self.fps)
-
-
-class _Opened(Sequence[Image.Image]):
-    """The frames of a video; of those that are looked at each is read when it is asked for."""
-
-    def __init__(self, video: VideoFrames) -> None:
-        self._video = video
-        self._paths = dict(zip(sample_frames(video.count, video.fps), video.looked_at))
-
-    def __len__(self) -> int:
-        return self._video.count
-
-    def __getitem__(self, number: int) -> Image.Image:
-        return ImageFile(Path(self._paths[number]), self._video.row).open()
+        paths = dict(zip(sample_frames(self.count, self.fps), self.looked_at))
+        return use(FramesAsked(self.count, lambda number: ImageFile(Path(paths[number]), self.row).open()), self.fps)
 
 
 Video = VideoFile | VideoFrames

@@ -1,7 +1,7 @@
 """Image files from strangers, opened so that nothing but named decoders of pillow's sees them."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -50,6 +50,19 @@ def frame_files(directory: Path) -> list[Path]:
         return sorted(file for file in directory.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
     except OSError as error:
         raise UserError(f"the directory {directory} cannot be read ({error.strerror}): mend it") from error
+
+
+class FramesAsked(Sequence[Image.Image]):
+    """The `count` frames of a video, each read by its number when it is asked for."""
+
+    def __init__(self, count: int, read: Callable[[int], Image.Image]) -> None:
+        self._count, self._read = count, read
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Image.Image:
+        return self._read(number)
 
 
 def opened(file: Path | BinaryIO, use: Callable[[Image.Image, str], Result], name: str = "") -> Result:
