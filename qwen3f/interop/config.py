@@ -186,7 +186,8 @@ def text_to_hf(cfg: ModelConfig, family: str, dtype: torch.dtype) -> dict[str, A
     scaling = None if cfg.rope_scaling is None else _scaling_to_hf(cfg.rope_scaling)
     return {
         "model_type": family,
-        **{key: ours[key] for key in _DEFAULTS[family]},
+        # transformers refuses a whole number where it declares a float
+        **{key: float(ours[key]) if isinstance(v, float) else ours[key] for key, v in _DEFAULTS[family].items()},
         "rope_theta": cfg.rope_theta,
         "rope_scaling": scaling,
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": cfg.rope_theta},

@@ -100,7 +100,7 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
             "model_type": family,
             **tower,
             "hidden_act": "gelu_pytorch_tanh",
-            "initializer_range": cfg.initializer_range,
+            "initializer_range": text["initializer_range"],
             "num_position_embeddings": cfg.vision_grid_side**2,
             "out_hidden_size": cfg.hidden_size,
         },

@@ -235,3 +235,16 @@ def configs(draw):
 @given(configs())
 def test_every_config_comes_back(cfg):
     assert read(json.loads(json.dumps(C.to_hf(cfg, torch.bfloat16)))) == cfg
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_whole_numbers_are_written_as_transformers_asks_for_them(sparse, tmp_path):
+    """Its configs refuse 0 where they declare 0.0; a file, or a call, may hold either."""
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "router_aux_loss_coef": 0}
+    cfg = ModelConfig(
+        rms_norm_eps=1, initializer_range=1, attention_dropout=0, rope_theta=1000000, **(moe if sparse else {})
+    )
+    (tmp_path / "config.json").write_text(json.dumps(C.to_hf(cfg, torch.float32)))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (theirs.rms_norm_eps, theirs.initializer_range) == (1.0, 1.0)
+    assert read(json.loads((tmp_path / "config.json").read_text())) == cfg
