@@ -222,7 +222,7 @@ def _experts_mlp(
         out = moe_dispatch.reference(y_RD, weights, place)
         return out, *((gate, up) if keep else (gate.new_empty(0, gate.shape[1]) for _ in range(2)))
     if not rows:
-        return torch.empty_like(x), *(x.new_empty(0, gate_w.shape[1]) for _ in range(2))
+        return x.new_empty(x.shape), *(x.new_empty(0, gate_w.shape[1]) for _ in range(2))
     x, weights, gate_w, up_w, down_w = (t.contiguous() for t in (x, weights, gate_w, up_w, down_w))
     tiles = [grouped_gemm.tile_of(kind, x.dtype) for kind in ("up", "linear")]
     plans = {m: grouped_gemm.schedule(offsets, rows, m) for m in {tile.m for tile in tiles}}
@@ -266,7 +266,7 @@ def _experts_mlp_backward(
     if not runs_triton(x):
         return _backward_formula(dout, x, weights, gate_w, up_w, down_w, gate, up, order, place, offsets)
     if not rows:
-        return tuple(torch.zeros_like(t) for t in (x, weights, gate_w, up_w, down_w))
+        return tuple(t.new_zeros(t.shape) for t in (x, weights, gate_w, up_w, down_w))
     dout, x, weights, gate_w, up_w, down_w = (t.contiguous() for t in (dout, x, weights, gate_w, up_w, down_w))
     activation, two, outer = (grouped_gemm.tile_of(kind, x.dtype) for kind in ("activation", "linear2", "outer"))
     plans = {m: grouped_gemm.schedule(offsets, rows, m) for m in {activation.m, two.m}}

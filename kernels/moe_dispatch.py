@@ -271,7 +271,7 @@ def _combine_backward_op(
 def _combine_backward_fake(
     dout: Tensor, y: Tensor, weights: Tensor, order: Tensor, place: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(y), torch.empty_like(weights)
+    return y.new_empty(y.shape), weights.new_empty(weights.shape)
 
 
 Context = torch.autograd.function.FunctionCtx

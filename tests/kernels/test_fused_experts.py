@@ -170,6 +170,10 @@ def test_opcheck(interpret):
         plain = [a.detach() for a in args]
         torch.library.opcheck(torch.ops.qwen3f.experts_mlp, (*plain, *where, False))
         torch.library.opcheck(torch.ops.qwen3f.experts_mlp_backward, (grad, *plain, gate, up, *where))
+        # no token, and weights laid out in another order
+        empty = grad[:0], *(t[:0] for t in plain[:2]), *(w.mT.contiguous().mT for w in plain[2:]), gate[:0], up[:0]
+        nowhere = moe_dispatch.plan(choices[:0], 3)
+        torch.library.opcheck(torch.ops.qwen3f.experts_mlp_backward, (*empty, *nowhere))
 
     if interpret:
         with backend.interpreted():

@@ -134,7 +134,9 @@ def test_opcheck(interpret):
         torch.library.opcheck(ops.moe_take, (x, order, place))
         torch.library.opcheck(ops.moe_combine, (y, weights, order, place))
         torch.library.opcheck(ops.moe_combine, (y, None, order, place))
-        torch.library.opcheck(ops.moe_combine_backward, (x.detach(), y.detach(), weights.detach(), order, place))
+        plain = x.detach(), y.detach(), weights.detach()
+        torch.library.opcheck(ops.moe_combine_backward, (*plain, order, place))
+        torch.library.opcheck(ops.moe_combine_backward, (*(t.t().contiguous().t() for t in plain), order, place))
 
     run(interpret, check)
 
