@@ -185,7 +185,7 @@ def _backward(
         ranges = None if lo is None else KeyRanges(lo, hi, first, last)
         exact = _formula_backward(d_out, d_lse, q, k, v, out, lse, _allowed(q, k, causal, ranges), scale)
         return tuple(x.copy_(y) for x, y in zip((dq, dk, dv), exact))
-    d_out = d_out if _layout_fits(d_out) else _like(d_out).copy_(d_out)
+    d_out = d_out if _layout_fits(d_out) and _is_aligned(d_out) else _like(d_out).copy_(d_out)
     d_lse = None if d_lse is None else d_lse.contiguous()
     D, size = _columns(q), q.element_size()
     (batch, heads, length, _), (_, kv_heads, keys, _) = q.shape, k.shape
@@ -312,9 +312,13 @@ def _precision(q: Tensor) -> str:
 def _tile(x_BHTd: Tensor, rows: int, D: int) -> object:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    if x_BHTd.data_ptr() % 16:
-        raise ValueError("q, k, v and the gradient must start at a multiple of 16 bytes; clone the tensor")
+    if not _is_aligned(x_BHTd):
+        raise ValueError("q, k and v must start at a multiple of 16 bytes; clone the tensor")
     return TensorDescriptor(x_BHTd, list(x_BHTd.shape), list(x_BHTd.stride()), [1, 1, rows, D])
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0
 
 
 def _layout_fits(x: Tensor) -> bool:

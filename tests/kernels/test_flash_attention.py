@@ -155,6 +155,18 @@ def test_only_the_log_sum_exp_is_differentiated():
     assert all(distance(a, b) < 1e-6 for a, b in zip(ours, theirs))
 
 
+def test_a_gradient_that_begins_anywhere():
+    """A part of a larger gradient may begin at no multiple of 16 bytes, which kernels do not read."""
+    qkv, d_out, _ = inputs((1, 2, 1, 40, 40, 16))
+    with backend.interpreted():
+        out = attend(*qkv)[0]
+        ours = torch.autograd.grad(
+            torch.cat((torch.ones(1), out.flatten())), qkv, torch.cat((torch.ones(1), d_out.flatten()))
+        )
+        theirs = torch.autograd.grad(attend(*qkv)[0], qkv, d_out)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
 def test_merged_chunks_equal_the_whole():
     """Keys in three chunks, of which the first rows see none of the later: values and gradients, to 1e-12 in
     float64."""
