@@ -387,6 +387,8 @@ def _slices(counts: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
 def _check(x: Tensor, weight: Tensor, counts: Tensor) -> None:
     if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
         raise ValueError(f"x must be [N, D] and weight [E, F, D], got {tuple(x.shape)}, {tuple(weight.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating, got {x.dtype}")
     if x.dtype != weight.dtype or x.device != weight.device:
         raise ValueError(f"x is {x.dtype} on {x.device}, weight {weight.dtype} on {weight.device}")
     if counts.shape != weight.shape[:1] or counts.dtype != torch.int64:

@@ -61,7 +61,7 @@ def ranges_from_cu_seqlens(cu_seqlens: Tensor, length: int, causal: bool = True)
     Non-decreasing from 0; repeats are empty documents, so a list of static size can be filled up with its last number.
     Tokens from the last number on see nothing: their output is 0 and their log-sum-exp −∞.
     """
-    if cu_seqlens.dim() != 1:
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens):
         raise ValueError(f"cu_seqlens must be [documents + 1], got {tuple(cu_seqlens.shape)}")
     place = torch.arange(length, dtype=torch.int32, device=cu_seqlens.device)
     cu = cu_seqlens.to(torch.int32)

@@ -233,7 +233,9 @@ def _op(
     qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
     k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths: Tensor,
 ) -> Tensor:  # fmt: skip
-    if not runs_triton(qkv) or not len(qkv):
+    if not len(qkv):
+        return _op_fake(qkv, q_norm, k_norm, eps, cos, sin, k_pages, v_pages, table, lengths)
+    if not runs_triton(qkv):
         return reference(qkv, q_norm, k_norm, eps, cos, sin, k_pages, v_pages, table, lengths)
     (B, P), (_, K, PAGE, d) = table.shape, k_pages.shape
     G = qkv.shape[1] // (K * d) - 2
@@ -283,8 +285,11 @@ def _check(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths
         raise ValueError(
             f"qkv must be [B, (H + 2K)·d] with H/K in 1 … {MAX_GROUP}, got {tuple(qkv.shape)} at K {K}, d {d}"
         )
-    if table.dim() != 2 or len(table) != len(qkv) or table.dtype != torch.int32 or not table.is_contiguous():
-        raise ValueError(f"table must be contiguous int32 [{len(qkv)}, P], got {table.dtype} {tuple(table.shape)}")
+    fits = table.dim() == 2 and len(table) == len(qkv) and table.shape[1]
+    if not fits or table.dtype != torch.int32 or not table.is_contiguous():
+        raise ValueError(
+            f"table must be contiguous int32 [{len(qkv)}, P] with P > 0, got {table.dtype} {tuple(table.shape)}"
+        )
     if lengths.shape != qkv.shape[:1] or lengths.dtype != torch.int32 or not lengths.is_contiguous():
         raise ValueError(f"lengths must be int32 [{len(qkv)}], got {lengths.dtype} {tuple(lengths.shape)}")
     check_devices(qkv=qkv, k_pages=k_pages, v_pages=v_pages, table=table, lengths=lengths)

@@ -90,6 +90,7 @@ def test_wrong_arguments_are_named():
     wrong = [
         ((x, weight[:, :, :3], counts), r"x must be \[N, D\]"),
         ((x.float(), weight, counts), "x is torch.float32"),
+        ((x.long(), weight.long(), counts), "x must be floating"),
         ((x, weight, counts[:1]), r"int64 \[2\]"),
         ((x, weight, counts.int()), r"int64 \[2\]"),
         ((x, weight, counts + 1), "sum to 5"),

@@ -53,3 +53,5 @@ def test_any_bounds_that_move_forward(lo, hi):
 def test_cu_seqlens_of_the_wrong_shape():
     with pytest.raises(ValueError, match="cu_seqlens must be"):
         key_ranges.ranges_from_cu_seqlens(torch.zeros(1, 2, dtype=torch.int32), 4)
+    with pytest.raises(ValueError, match="cu_seqlens must be"):
+        key_ranges.ranges_from_cu_seqlens(torch.zeros(0, dtype=torch.int32), 4)

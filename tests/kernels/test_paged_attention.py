@@ -133,6 +133,13 @@ def test_idle_rows_share_the_dump(interpret):
     assert changed.any(-1).sum() == 2  # the real row's two key heads
 
 
+@pytest.mark.parametrize("interpret", [False, True])
+def test_no_rows(interpret):
+    arguments = [x[:0] if isinstance(x, Tensor) and len(x) == 3 else x for x in case([0, 40, 9], 4, 2, 16, 16, 4)]
+    with backend.interpreted() if interpret else torch.no_grad():
+        assert paged_attention.paged_attention(*arguments).shape == (0, 64)
+
+
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("sizes", SHAPES[:2])
 def test_formula(sizes, norm):
@@ -196,6 +203,7 @@ def test_wrong_arguments_are_named():
         ((qkv, q_norm, k_norm, eps, cos, sin, k, v[:1], table, lengths), "v_pages must be"),
         ((qkv, q_norm, k_norm, eps, cos, sin, *(x[:, :, :5].contiguous() for x in (k, v)), table, lengths), "power"),
         ((qkv, q_norm, k_norm, eps, cos, sin, k, v, table.long(), lengths), "table must be"),
+        ((qkv, q_norm, k_norm, eps, cos, sin, k, v, table[:, :0], lengths), "table must be"),
         ((qkv, q_norm, k_norm, eps, cos, sin, k, v, table, lengths.long()), "lengths must be"),
         ((qkv, q_norm, k_norm, eps, cos, sin, k, v, table.to("meta"), lengths), "table is on meta"),
     ]  # fmt: skip
