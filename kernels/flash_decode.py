@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.backend import check_devices, runs_triton, tl, triton
 from kernels.flash_attention import reference as attention_reference
-from kernels.key_ranges import dense_mask, key_ranges
+from kernels.key_ranges import key_ranges
 
 _PROGRAMS = 512  # about four a multiprocessor
 _BLOCK = 64  # keys a step
@@ -26,7 +26,6 @@ MAX_ROWS = 128  # G · T: what one program holds as queries
 def reference(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, seen_BT: Tensor, scale: float) -> Tensor:
     """As flash_decode, with all scores in memory."""
     ranges = key_ranges(torch.zeros_like(seen_BT), seen_BT, k_BKSd.shape[2])
-    v_BKSd = v_BKSd.masked_fill(~dense_mask(ranges).any(2)[..., None], 0)  # a product with probability 0 keeps a NaN
     return attention_reference(q_BHTd, k_BKSd, v_BKSd, causal=False, ranges=ranges, scale=scale)[0]
 
 
@@ -38,7 +37,8 @@ def flash_decode(
     Args:
       q, k, v: one dtype of float16, bfloat16, float32 (float64 runs the formula) and device, stride 1 along d. k and v
         may be slices of a larger cache. H · T / K at most 128, d 16 … 256.
-      seen: int32 [B, T]; 0 gives a row of zeros. What lies in slots that no token of a row sees does not matter.
+      seen: int32 [B, T]; 0 gives a row of zeros. Slots beyond are never read: what lies
+        there does not matter.
       scale: positive; default d^−½.
     The number of splits follows from the shapes alone, so reruns are bit-identical. Raises ValueError for arguments
     that do not fit.

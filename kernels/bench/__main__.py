@@ -39,6 +39,13 @@ def _ratios(ours: Measured, other: Measured) -> str:
 
 
 def main(names: list[str]) -> None:
+    """names: of kernels, none for all. Ends the process with one line for another name, and without a GPU."""
+    if not torch.cuda.is_available():
+        sys.exit("error: kernels are timed on a GPU, and torch finds no CUDA device here")
+    cases = [case for module in MODULES for case in module.cases()]
+    known = dict.fromkeys(case.kernel for case in cases)
+    if wrong := [name for name in names if name not in known]:
+        sys.exit(f"error: no kernel is called {wrong[0]!r}; write some of {', '.join(map(repr, known))}")
     bandwidth, products = timing.copy_bandwidth(), timing.matrix_rate()
     card = torch.cuda.get_device_name()
     print(f"{card}, torch {torch.__version__}, Triton {triton.__version__}", flush=True)
@@ -47,10 +54,9 @@ def main(names: list[str]) -> None:
         "| kernel | shape (bf16) | forward, of the ceiling | backward | rivals: their time / ours, forward / backward |"
     )
     print("|---|---|---|---|---|")
-    for module in MODULES:
-        for case in module.cases():
-            if not names or case.kernel in names:
-                print(row(case, bandwidth if case.unit == "bytes" else products), flush=True)
+    for case in cases:
+        if not names or case.kernel in names:
+            print(row(case, bandwidth if case.unit == "bytes" else products), flush=True)
 
 
 if __name__ == "__main__":
