@@ -184,7 +184,7 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     if runs_triton(x):
         softmax_gradient.scale_(x, factor)
         return x
-    return x.mul_(factor.to(x.dtype))
+    return x.mul_(factor)  # in place: x keeps its dtype, and the factor its own
 
 
 @torch.library.custom_op("qwen3f::lse_and_target", mutates_args=())

@@ -77,6 +77,18 @@ def test_float64_equals_torch(small_chunks, fn, z_loss):
         torch.testing.assert_close(fn(h, w, t, weights, z_loss=z_loss), expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("factor", [1 / 3, 2.0**17])
+def test_an_upstream_gradient_is_not_rounded_itself(run, factor):
+    """In float16 2¹⁷, which scales of losses reach, would be infinite; 1/3 would make all gradients a little small."""
+    h, w, t, weights = case(dtype=torch.float16)
+    weights = weights / len(h)
+    with run():
+        plain = torch.autograd.grad(linear_cross_entropy(h, w, t, weights), (h, w))
+        scaled = torch.autograd.grad(linear_cross_entropy(h, w, t, weights) * factor, (h, w))
+    assert all(torch.equal(a, (b.float() * factor).half()) for a, b in zip(scaled, plain))
+
+
 # Half precision in the interpreter is float16: it cuts bfloat16 off instead of rounding.
 @interpreted
 @pytest.mark.parametrize("n, v", [(37, 53), (1, 300), (5, 2), (18, 700)], ids=str)
