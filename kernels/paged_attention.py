@@ -280,8 +280,8 @@ def _check(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, lengths
     _, K, PAGE, d = k_pages.shape
     if PAGE & (PAGE - 1) or not PAGE or d & (d - 1) or not 16 <= d <= 256:
         raise ValueError(f"a page must hold a power of two of tokens and d be 16, 32, … 256; got {PAGE} and {d}")
-    group, rest = divmod(qkv.shape[1], K * d)
-    if rest or not 1 <= group - 2 <= MAX_GROUP:
+    group, rest = divmod(qkv.shape[1], max(K, 1) * d)
+    if rest or not K or not 1 <= group - 2 <= MAX_GROUP:
         raise ValueError(
             f"qkv must be [B, (H + 2K)·d] with H/K in 1 … {MAX_GROUP}, got {tuple(qkv.shape)} at K {K}, d {d}"
         )

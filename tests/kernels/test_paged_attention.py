@@ -196,6 +196,7 @@ def test_wrong_arguments_are_named():
         ((qkv[:, :-16], q_norm, k_norm, eps, cos, sin, k, v, table, lengths), "qkv must be"),
         ((qkv[0], q_norm, k_norm, eps, cos, sin, k, v, table, lengths), "qkv must be"),
         ((qkv[:, :64].contiguous(), q_norm, k_norm, eps, cos, sin, k, v, table, lengths), "H/K"),
+        ((qkv, q_norm, k_norm, eps, cos, sin, k[:, :0], v[:, :0], table, lengths), "H/K"),
         ((qkv, q_norm, None, eps, cos, sin, k, v, table, lengths), "go together"),
         ((qkv, q_norm, k_norm[:8], eps, cos, sin, k, v, table, lengths), "k_norm must be"),
         ((qkv, q_norm, k_norm, eps, cos.repeat(1, 2), sin, k, v, table, lengths), "cos must be"),
