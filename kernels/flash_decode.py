@@ -37,8 +37,7 @@ def flash_decode(
     Args:
       q, k, v: one dtype of float16, bfloat16, float32 (float64 runs the formula) and device, stride 1 along d. k and v
         may be slices of a larger cache. H · T / K at most 128, d 16 … 256.
-      seen: int32 [B, T]; 0 gives a row of zeros. Slots beyond are never read: what lies
-        there does not matter.
+      seen: int32 [B, T]; 0 gives a row of zeros. What lies in slots that no token of a row sees does not matter.
       scale: positive; default d^−½.
     The number of splits follows from the shapes alone, so reruns are bit-identical. Raises ValueError for arguments
     that do not fit.
