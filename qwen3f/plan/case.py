@@ -59,8 +59,6 @@ class Case:
     @property
     def cut(self) -> Slices:
         """Where the layers are."""
-        if self.mesh.pp == 1:
-            return Slices(self.model.num_hidden_layers)
         return make_slices(self.model, self.pipeline, self.mesh.pp)
 
     def layers_on(self, rank: int) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from qwen3f.train.metrics import peak_flops, peak_source
 from qwen3f.train.setup import Setup
 from sharding import rules
 from sharding.mesh import AXES
-from sharding.pipeline.cut import Slices, make_slices
+from sharding.pipeline.cut import make_slices
 
 RUN = "run.json"
 _DIGITS = 5  # of an expert's share
@@ -84,8 +84,7 @@ def facts(setup: Setup, lines: Sequence[str]) -> dict[str, Any]:
 def _placement(setup: Setup) -> list[dict[str, Any]]:
     """Every parameter: its whole shape, which axis of the mesh cuts which dimension, a rank's shape."""
     layout, shape = setup.layout, setup.layout.axes.shape
-    layers = setup.model.num_hidden_layers
-    slices = make_slices(setup.model, layout.pipeline, shape.pp) if shape.pp > 1 else Slices(layers)
+    slices = make_slices(setup.model, layout.pipeline, shape.pp)
     rows, placed = [], layout.place(setup.model)
     for path, spec in abstract_params(setup.model).items():
         where = placed[path]

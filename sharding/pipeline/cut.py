@@ -64,14 +64,15 @@ class Pipeline:
 
 
 def make_slices(cfg: ModelConfig, pipeline: Pipeline, ranks: int) -> "Slices":
-    """Where the model's layers live; without a pipeline, of one rank, pipeline.layers is nothing to heed.
+    """Where the model's layers live; without a pipeline, of one rank, they are one stage, whatever `pipeline` says.
 
     UserError for an empty stage, for DeepStack's taps beyond the first one, which has the tower, and unless all stages
     have the same number of dense layers and of sparse ones (padding may be of any kind), so that stacks of both kinds
     are cut in equal blocks.
     """
-    each = pipeline.layers if ranks > 1 else 0
-    stages = Slices(cfg.num_hidden_layers, ranks, pipeline.stages, pipeline.schedule == "zbv", each)
+    if ranks == 1:
+        return Slices(cfg.num_hidden_layers)
+    stages = Slices(cfg.num_hidden_layers, ranks, pipeline.stages, pipeline.schedule == "zbv", pipeline.layers)
     _check_kinds(cfg, stages)
     _check_taps(cfg, stages)
     return stages

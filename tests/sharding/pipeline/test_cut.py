@@ -157,6 +157,8 @@ def test_schedules_that_do_not_exist_are_errors(schedule, stages, words):
         Pipeline(schedule, stages)
 
 
-def test_without_a_pipeline_its_layers_are_nothing_to_heed():
-    """So that a run goes on, on one device, by the same command."""
-    assert make_slices(config(num_hidden_layers=28), Pipeline(layers=9), 1) == Slices(28)
+@pytest.mark.parametrize("pipeline", [Pipeline(layers=9), Pipeline("zbv", 2), Pipeline("interleaved", 4)])
+def test_without_a_pipeline_its_stages_are_nothing_to_heed(pipeline):
+    """So that a run goes on, on one device or other axes, by the same command: without padding, and with few layers."""
+    assert make_slices(config(num_hidden_layers=27), pipeline, 1) == Slices(27)
+    assert make_slices(config(**MOE | {"num_hidden_layers": 3, "mlp_only_layers": (0,)}), pipeline, 1) == Slices(3)
