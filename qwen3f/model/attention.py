@@ -51,17 +51,21 @@ class AttentionMask(NamedTuple):
     documents: tuple[Run, ...] | None = None
 
 
-def check_heads(cfg: ModelConfig, backend: str) -> None:
-    """Raises UserError for heads, of the model or its vision tower, of a size that flash attention does not take."""
+def check_heads(cfg: ModelConfig, backend: str, cp: int = 1) -> None:
+    """Raises UserError for heads, of the model or its vision tower, of a size that flash attention does not take, where
+    `backend` asks for it; of the model also where `cp` ranks share the sequence: each step of their ring is one."""
     sizes = {"head_dim": cfg.head_dim}
     if cfg.vision_enabled:
         size = cfg.vision_hidden_size // cfg.vision_num_attention_heads
         sizes["vision_hidden_size / config.model.vision_num_attention_heads"] = size
     for name, size in sizes.items():
-        if backend == "flash" and not flash_attention.fits(size):
+        ring = cp > 1 and name == "head_dim"
+        if (ring or backend == "flash") and not flash_attention.fits(size):
+            what = f"cp{cp} in config.mesh" if ring else "config.attention=flash"
+            instead = "leave cp out" if ring else "write --config.attention=auto"
             raise UserError(
-                f"config.attention=flash takes heads of 16 to 256 numbers, a multiple of 8, and config.model.{name} is "
-                f"{size}; write --config.attention=auto, or another size"
+                f"{what} takes heads of 16 to 256 numbers, a multiple of 8, and config.model.{name} is {size}; "
+                f"{instead}, or write another size"
             )
 
 

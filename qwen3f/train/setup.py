@@ -87,7 +87,7 @@ def setup_on(config: ConfigDict, device: torch.device, hardware: Hardware | None
     compute_dtype = find_dtype(config.dtype, device)
     layout = find_layout(config, devices, compute_dtype)
     execution = find_execution(config, device)
-    check_heads(cfg, execution.attention)
+    check_heads(cfg, execution.attention, layout.axes.cp.size)
     refuse_dropout(cfg, execution)
     hyper = make_hyper(**config.optimizer.to_dict())
     optimizer.check_rates(hyper, abstract_params(cfg))

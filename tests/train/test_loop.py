@@ -193,6 +193,7 @@ def test_recomputation_that_torch_cannot_put_into_one_graph(make, changes, versi
         ({"attention": "invariant", "model.attention_dropout": 0.1}, r"write --config\.model\.attention_dropout=0, or"),
         ({"attention": "flash", "model.head_dim": 8}, r"model\.head_dim is 8; write --config\.attention=auto"),
         ({"attention": "flash", "model.head_dim": 20}, r"config\.model\.head_dim is 20"),
+        ({"mesh": "cp2", "model.head_dim": 8}, r"cp2 in config\.mesh takes .*model\.head_dim is 8; leave cp out"),
         (
             {
                 "attention": "flash",
