@@ -31,7 +31,7 @@ class Leaf:
 
     gathered: elements of one layer of it (of all of it, when it is not stacked) once FSDP has gathered it. itemsize:
     bytes of an element as the step differentiates by it: of the compute dtype, or of a master weight that FSDP gathers.
-    trained: whether it has a gradient and moments.
+    stack, layers: as ParamSpec's. trained: whether it has a gradient and moments.
     """
 
     path: str
@@ -40,7 +40,8 @@ class Leaf:
     cuts: tuple[tuple[str, int], ...]
     fsdp: tuple[str, ...]
     replicated: tuple[str, ...]
-    stacked: bool
+    stack: str
+    layers: tuple[int, ...] | None
     gathered: int
     itemsize: int
     trained: bool
@@ -63,8 +64,7 @@ def leaves(setup: Case) -> tuple[Leaf, ...]:
         where = placed[path]
         cuts = tuple((axis, where.cuts[axis]) for axis in AXES if axis in where.cuts)
         local = rules.local_shape(spec, where, setup.mesh, setup.cut)
-        stacked = spec.layers is not None
-        whole = math.prod(local[1:] if stacked else local) * math.prod(getattr(setup.mesh, axis) for axis in where.fsdp)
+        ranks = math.prod(getattr(setup.mesh, axis) for axis in where.fsdp)
         out.append(
             Leaf(
                 path=path,
@@ -73,8 +73,9 @@ def leaves(setup: Case) -> tuple[Leaf, ...]:
                 cuts=cuts,
                 fsdp=where.fsdp,
                 replicated=rules.replicated_axes(where, setup.mesh),
-                stacked=stacked,
-                gathered=whole,
+                stack=spec.stack,
+                layers=spec.layers,
+                gathered=math.prod(local[1:] if spec.stack else local) * ranks,
                 itemsize=setup.master if where.fsdp and setup.reduce == "float32" else setup.itemsize,
                 trained=path in trained,
             )
@@ -181,7 +182,7 @@ def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> M
     ends = (stage > 0 for stage in own), (stage < setup.cut.count - 1 for stage in own)
     buffers = sum(map(sum, ends)) * setup.microbatches * setup.tokens_tp * cfg.hidden_size * size
     longest = max((setup.cut.layers_of(stage) for stage in own), key=len)
-    gathered = _gathered(setup, table, len(longest) * in_flight)
+    gathered = _gathered(setup, table, longest, first, in_flight)
     activations = _activations(setup, longest, in_flight)
     loss = _loss_bytes(setup) if last else 0
     layer = _layer_at_work(setup, table)
@@ -189,8 +190,8 @@ def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> M
     # beside it
     made = _differentiated(table)
     table_size = setup.vocabulary * cfg.hidden_size * size if any(leaf.path == P.EMBED for leaf in made) else 0
-    ending = (2 if cfg.tie_word_embeddings else 1) * table_size if first else 0
-    wide = [leaf for leaf in made if leaf.itemsize > size and not leaf.stacked]
+    ending = (2 if P.head_path(cfg) == P.EMBED else 1) * table_size if first else 0
+    wide = [leaf for leaf in made if leaf.itemsize > size and not leaf.stack]
     ending += sum(leaf.gathered * leaf.itemsize for leaf in wide) if first else 0
     summing = _summing(setup, trained)
 
@@ -220,14 +221,21 @@ def memory(setup: Case, table: tuple[Leaf, ...], rank: int, in_flight: int) -> M
     )
 
 
-def _gathered(setup: Case, table: tuple[Leaf, ...], layers: int) -> int:
-    """Weights that FSDP has whole. They stay until the backward pass, of so many layers, unless that gathers them
-    again; beside them those of a layer as they came, and joined where that takes a copy.
+def _gathered(setup: Case, table: tuple[Leaf, ...], layers: Sequence[int], first: bool, in_flight: int) -> int:
+    """Weights that FSDP has whole. They stay until the backward pass, of these layers and on the first stage of the
+    tower's, unless that gathers them again; beside them those of a layer as they came, and joined where that takes a
+    copy.
     """
     policy = setup.model.gradient_checkpointing
     stay = policy == "none" or (policy == "selective" and not setup.reshard)
-    there = 2 + (layers if stay else 0)
-    return setup.itemsize * sum(leaf.gathered * (there if leaf.stacked else 1) for leaf in table if leaf.fsdp)
+
+    def there(leaf: Leaf) -> int:
+        if not leaf.stack:
+            return 1
+        own = {*layers} & {*leaf.layers} if leaf.stack == P.LAYERS else leaf.layers if first else ()
+        return 2 * (leaf.stack == P.LAYERS) + len(own) * in_flight * stay
+
+    return setup.itemsize * sum(leaf.gathered * there(leaf) for leaf in table if leaf.fsdp)
 
 
 def _activations(setup: Case, layers: Sequence[int], in_flight: int) -> dict[str, int]:
@@ -248,14 +256,14 @@ def _layer_at_work(setup: Case, table: tuple[Leaf, ...]) -> int:
         for policy in ("none", setup.model.gradient_checkpointing)
     )
     piped = setup.mesh.pp > 1  # there all of a layer's gradients come and go; else `gradients` counts those not cut
-    cut = [leaf for leaf in _differentiated(table) if leaf.stacked and (leaf.fsdp or piped)]
+    cut = [leaf for leaf in _differentiated(table) if leaf.stack == P.LAYERS and (leaf.fsdp or piped)]
     return whole - kept + whole // 2 + sum(leaf.gathered * (setup.itemsize + leaf.itemsize) for leaf in cut)
 
 
 def _differentiated(table: tuple[Leaf, ...]) -> list[Leaf]:
     """The leaves for which the backward pass makes a gradient: those trained, and those that FSDP gathers with one."""
-    bundles = {(leaf.stacked, leaf.fsdp) for leaf in table if leaf.trained and leaf.fsdp}
-    return [leaf for leaf in table if leaf.trained or (leaf.stacked, leaf.fsdp) in bundles]
+    bundles = {(leaf.stack, leaf.fsdp) for leaf in table if leaf.trained and leaf.fsdp}
+    return [leaf for leaf in table if leaf.trained or (leaf.stack, leaf.fsdp) in bundles]
 
 
 def _summing(setup: Case, trained: Sequence[Leaf]) -> int:
@@ -267,8 +275,11 @@ def _summing(setup: Case, trained: Sequence[Leaf]) -> int:
 
 
 def _loss_bytes(setup: Case) -> int:
-    """A chunk of logits, the head's gradient, and the hidden states with theirs; see kernels.cross_entropy."""
+    """A chunk of logits, the head's gradient, and the hidden states with theirs; see kernels.cross_entropy. A scalar
+    head has the last alone that counts."""
     size, hidden = setup.itemsize, setup.model.hidden_size
+    if setup.model.scalar_head:
+        return 2 * setup.tokens * hidden * size
     chunk = cross_entropy._CHUNK_BYTES // (setup.vocabulary * size)
     chunk = min(1 << (max(chunk, 1).bit_length() - 1), setup.tokens)
     # over a whole vocabulary the gradient is summed over chunks in float32 and rounded at the end

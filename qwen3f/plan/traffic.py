@@ -110,36 +110,52 @@ def _fsdp(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
 
     Schedules that put off the gradients of weights scatter a layer's bundle in two parts: the norms', then the linear
     layers' (sharding/pipeline/deferred_grads.py). Experts are not put off. Only layers that are gathered ahead
-    (model.transformer) travel while there is something to compute.
+    (model.transformer) travel while there is something to compute. The tower's layers are the first stage's.
     """
     policy, out = setup.model.gradient_checkpointing, []
     ahead = setup.mesh.pp == 1 and gathers_ahead(setup.model, setup.execution)
     again = policy == "full" or (policy == "selective" and setup.reshard)
-    outer = {leaf.path for leaf in table if not leaf.stacked}
-    head = outer - {P.EMBED} if P.HEAD in outer else outer
-    bundles = [("a layer", "layer", {leaf.path for leaf in table if leaf.stacked})]
-    if setup.mesh.pp == 1:
-        bundles.append(("embedding, final norm, head", "first", outer))
-    else:
-        bundles += [("embedding", "first", {P.EMBED}), ("final norm, head", "last", head)]
-    for what, where, paths in bundles:
-        times = setup.microbatches * (layers_per_rank(setup) if where == "layer" else 1)
-        leaves = [leaf for leaf in table if leaf.path in paths]
+    for what, where, leaves in _bundles(setup, table):
         for axes in sorted({leaf.fsdp for leaf in leaves if leaf.fsdp}):
             bundle = [leaf for leaf in leaves if leaf.fsdp == axes]
-            overlaps = where == "layer" and ahead
-            rest = (times, times * sum(leaf.gathered for leaf in bundle) * setup.itemsize, overlaps)
-            put_off = where == "layer" and any(".experts." not in leaf.path for leaf in bundle)
+            rows = [_rows(setup, leaf) for leaf in bundle]
+            times, language = setup.microbatches * len(set().union(*rows)), where == "layer"
+            elements = [setup.microbatches * len(own) * leaf.gathered for own, leaf in zip(rows, bundle)]
+            overlaps = language and ahead
+            rest = (times, sum(elements) * setup.itemsize, overlaps)
+            put_off = language and any(".experts." not in leaf.path for leaf in bundle)
             parts = 2 if put_off and setup.mesh.pp > 1 and setup.pipeline.splits else 1
             on = (axes, _size(setup.mesh, axes))
             out.append(Collective(f"weights of {what}", "gather", *on, f"{where} forward", *rest))
-            if again and where == "layer":
+            if again and bundle[0].stack:
                 out.append(Collective(f"weights of {what}, again", "gather", *on, f"{where} backward", *rest))
-            size = times * sum(leaf.gathered * leaf.itemsize for leaf in bundle)
+            size = sum(count * leaf.itemsize for count, leaf in zip(elements, bundle))
             calls = parts * times if any(leaf.trained for leaf in bundle) else 0
             of_gradients = (calls, size, overlaps)
             out.append(Collective(f"gradients of {what}", "reduce_scatter", *on, f"{where} backward", *of_gradients))
     return out
+
+
+def _bundles(setup: Case, table: Sequence[Leaf]) -> list[tuple[str, str, list[Leaf]]]:
+    """(what, the stage that has it, its leaves) of what is gathered at one time."""
+    stacks: dict[str, list[Leaf]] = {"": []}
+    for leaf in table:
+        stacks.setdefault(leaf.stack, []).append(leaf)
+    outer, layers = stacks.pop(""), stacks.pop(P.LAYERS)
+    out = [("a layer", "layer", layers)]
+    out += [(f"a layer of {stack.rstrip('.')}", "first", leaves) for stack, leaves in stacks.items()]
+    if setup.mesh.pp == 1:
+        return [*out, ("embedding, final norm, head", "first", outer)]
+    last = [leaf for leaf in outer if leaf.path in (P.FINAL_NORM, P.head_path(setup.model))]
+    first = [leaf for leaf in outer if leaf.path == P.EMBED or leaf.path.startswith(P.VISUAL)]
+    return [*out, ("embedding", "first", first), ("final norm, head", "last", last)]
+
+
+def _rows(setup: Case, leaf: Leaf) -> set[int]:
+    """The layers of a leaf that the busiest rank computes; of one in no stack itself."""
+    if leaf.stack == P.LAYERS:
+        return {*leaf.layers} & {*setup.layers_on(setup.busiest)}
+    return {*(leaf.layers or [0])}
 
 
 def _tensor(setup: Case) -> list[Collective]:
@@ -165,17 +181,23 @@ def _tensor(setup: Case) -> list[Collective]:
 
 
 def _loss(setup: Case) -> list[Collective]:
-    """The embedding's partial sums, the sequence before the head, and two numbers a token and shard of the loss."""
+    """The embedding's partial sums, the sequence before the head, and two numbers a token and shard of the loss, which
+    a scalar head has not."""
     m, tp = setup.microbatches, (("tp",), setup.mesh.tp)
     stream = m * setup.tokens * setup.model.hidden_size * setup.itemsize
-    numbers = m * 2 * setup.tokens * setup.master
-    return [
+    lines = [
         Collective("embedding", "reduce_scatter", *tp, "first forward", m, stream),
         Collective("embedding's gradient", "gather", *tp, "first backward", m, stream),
         Collective("hidden states before the head", "gather", *tp, "last forward", m, stream),
         Collective("their gradient", "reduce_scatter", *tp, "last backward", m, stream),
-        Collective("log-sum-exp and target's logit", "gather", *tp, "last forward", m, numbers * setup.mesh.tp),
-        Collective("their gradients", "reduce_scatter", *tp, "last backward", m, numbers * setup.mesh.tp),
+    ]
+    if setup.model.scalar_head:
+        return lines
+    numbers = m * 2 * setup.tokens * setup.master * setup.mesh.tp
+    return [
+        *lines,
+        Collective("log-sum-exp and target's logit", "gather", *tp, "last forward", m, numbers),
+        Collective("their gradients", "reduce_scatter", *tp, "last backward", m, numbers),
     ]
 
 
@@ -245,8 +267,9 @@ def _once(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
     sizes["losses"] = [(over, 3 * wide) for over in _one_by_one(everyone)]
     sparse = sparse_per_rank(setup)
     rows = _one_by_one(tuple(axis for axis in everyone if axis in ROWS))
-    # the loss's weight, for routers the real tokens, and the predicted ones, all of whole rows
-    sizes["weight and tokens of the batch"] = [(over, 8) for over in rows * (3 if sparse else 2)]
+    # the loss's weight, for routers the real tokens, the predicted ones, and a tower's, all of whole rows
+    counts = 2 + bool(sparse) + setup.model.vision_enabled
+    sizes["weight and tokens of the batch"] = [(over, 8) for over in rows * counts]
     if sparse:
         row = (setup.model.num_experts + 2) * 8
         stages = [setup.cut.layers_of(stage) for stage in setup.cut.slices_of(setup.busiest)]

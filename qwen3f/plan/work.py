@@ -89,10 +89,15 @@ def embedding(setup: Case) -> Pass:
 
 
 def head(setup: Case) -> Pass:
-    """Final norm, head and loss. On a whole vocabulary the forward makes the gradients; shards compute logits twice."""
+    """Final norm, head and loss. On a whole vocabulary the forward makes the gradients; shards compute logits twice. A
+    scalar head is one row, which every rank of tp has."""
+    norm = Work(bytes=2.0 * setup.tokens_tp * setup.model.hidden_size * setup.itemsize)
+    if setup.model.scalar_head:
+        hidden = setup.tokens * setup.model.hidden_size
+        product = Work(products=2.0 * hidden, bytes=1.0 * hidden * setup.itemsize)
+        return Pass(norm + product, norm * 2 + product, product)
     logits = setup.tokens * setup.vocabulary
     product = Work(products=2.0 * logits * setup.model.hidden_size)
-    norm = Work(bytes=2.0 * setup.tokens_tp * setup.model.hidden_size * setup.itemsize)
     softmax = Work(bytes=2.0 * logits * setup.itemsize)
     read = Work(bytes=1.0 * logits * setup.itemsize)
     if setup.mesh.tp == 1:

@@ -16,6 +16,7 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from qwen3f import cli, presets
 from qwen3f.errors import UserError
 from qwen3f.model import Execution
+from qwen3f.params import LAYERS, abstract_params
 from qwen3f.plan import schedule as S
 from qwen3f.plan import work
 from qwen3f.plan.case import Case
@@ -73,10 +74,27 @@ def test_frozen_layers_leave_room():
         whole = make(setup(**options))
         frozen = make(setup(**options, hyper=make_hyper("adamw", rates=r"model\.layers\..*=0")))
         for a, b in zip(whole.memory, frozen.memory, strict=True):
-            elements = sum(leaf.elements for leaf in whole.leaves if leaf.stacked)
+            elements = sum(leaf.elements for leaf in whole.leaves if leaf.stack)
             assert a.optimizer - b.optimizer == 8 * elements
             assert a.peak - b.peak >= a.optimizer - b.optimizer + 4 * elements
         assert frozen.time.step < whole.time.step
+
+
+def test_a_scalar_head_makes_no_logits():
+    at = setup(model={"scalar_head": True})
+    head, hidden = work.head(at), at.tokens * at.model.hidden_size
+    assert [part.products for part in (head.forward, head.backward_input, head.backward_weight)] == [2.0 * hidden] * 3
+    assert make(at).memory[0].loss == 2 * hidden * at.itemsize
+
+
+def test_layers_of_each_kind_and_of_a_tower_are_gathered_as_often_as_there_are():
+    """Without recomputation all stay; two layers of the language model lie beside them."""
+    mixed = presets.get("debug_moe").replace(num_hidden_layers=5, mlp_only_layers=(0, 3))
+    for cfg in (mixed, presets.get("debug_vl")):
+        at = Case(cfg, parse_mesh("dp2"), 8, 256, H100)
+        whole = sum(spec.numel for spec in abstract_params(cfg).values())
+        beside = sum(leaf.gathered for leaf in leaves(at) if leaf.stack == LAYERS)
+        assert make(at).memory[0].gathered == at.itemsize * (whole + 2 * beside)
 
 
 # -- placements and work over a mesh -----------------------------------------------------------------------------------
@@ -96,10 +114,10 @@ def test_shards_of_all_ranks_make_the_whole(preset, mesh):
     for leaf in leaves(at):
         copies = math.prod(getattr(at.mesh, axis) for axis in leaf.replicated)
         padded = list(leaf.shape)
-        if leaf.stacked:
+        if leaf.stack:
             padded[0] = at.cut.height * at.mesh.pp
         assert leaf.elements * size == math.prod(padded) * copies, leaf.path
-        whole = math.prod(leaf.local_shape) // (leaf.local_shape[0] if leaf.stacked else 1)
+        whole = math.prod(leaf.local_shape) // (leaf.local_shape[0] if leaf.stack else 1)
         assert leaf.gathered == whole * math.prod(getattr(at.mesh, axis) for axis in leaf.fsdp)
 
 
@@ -285,7 +303,7 @@ def test_large_plans_in_seconds(mesh):
     assert time.perf_counter() - began < 5.0
     assert [len(at.cut.layers_of(i)) for i in range(4)] == [24, 24, 24, 22]
     assert "94 layers in 4 stages of 24 (2 of them padding)" in text
-    assert all(leaf.local_shape[0] == 24 for leaf in plan.leaves if leaf.stacked)
+    assert all(leaf.local_shape[0] == 24 for leaf in plan.leaves if leaf.stack)
     assert {line.op for line in plan.collectives} >= {"gather", "reduce_scatter", "all_reduce", "send"}
     kept = {policy: sum(size for _, size in p.memory[0].activations) for policy, p in policies.items()}
     assert kept["full"] < min(kept["selective"], kept["none"])

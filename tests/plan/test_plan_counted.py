@@ -20,14 +20,14 @@ from qwen3f.params import init_params
 from qwen3f.plan.case import Case
 from qwen3f.plan.hardware import TABLE
 from qwen3f.plan.make import make
-from qwen3f.stages.pretrain import make_train_step
 from qwen3f.train import losses
 from qwen3f.train.hyper import parse_rates
-from qwen3f.train.objective import NEXT_TOKEN, MicroBatch
+from qwen3f.train.objective import NEXT_TOKEN, MicroBatch, Objective
 from qwen3f.train.optimizer import AdamW
 from qwen3f.train.pipelined import make_pipelined_gradients
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.state import init_state
+from qwen3f.train.step import StepOptions, make_train_step
 from sharding import ring
 from sharding.axes import axes_of, make_mesh
 from sharding.fsdp import cut
@@ -37,6 +37,7 @@ from sharding.pipeline.cut import Pipeline, make_slices, store
 from sharding.state import as_dtensors
 from tests.batches import random_batch
 from tests.sharding.worlds import run_processes
+from tests.vision.hf_vl import vl_config
 
 OPS = {
     "all_gather_into_tensor": "gather",
@@ -79,6 +80,24 @@ def axes_and_names(device_mesh):
     return axes, names | {axis.group: tuple(axis.name.split("_")) for axis in axes.joint}
 
 
+def make_step(cfg, hyper, microbatches, layout):
+    objective = Objective("scores", token=lambda scores, batch: (scores, {})) if cfg.scalar_head else NEXT_TOKEN
+    schedule = Schedule("constant", 1e-3, 100)
+    options = StepOptions(hyper, schedule, microbatches=microbatches, compute_dtype=torch.bfloat16, layout=layout)
+    return make_train_step(cfg, objective, options)
+
+
+def make_batch(cfg, rows):
+    batch = random_batch(rows, LENGTH, cfg.vocab_size)
+    if cfg.vision_enabled:  # in each row a picture that is one token
+        side = cfg.vision_merger_spatial_factor
+        batch["pixel_values"] = torch.rand(rows, side**2, cfg.vision_patch_values)
+        batch["grids"] = torch.tensor([1, side, side], dtype=torch.int32).expand(rows, 1, 3)
+        batch["visual_index"] = (torch.arange(LENGTH) == 3).to(torch.int32).expand(rows, -1).contiguous()
+        batch["positions"] = batch["positions"].unsqueeze(1).expand(-1, 3, -1).contiguous()
+    return batch
+
+
 def counted(cfg, mesh, layout_options, microbatches, hyper):
     shape = parse_mesh(mesh)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shape.size)
@@ -90,11 +109,7 @@ def counted(cfg, mesh, layout_options, microbatches, hyper):
         state, placed = init_state(cfg, 0, hyper), layout.place(cfg)
         params, *moments = (cut(tree, placed, axes) for tree in (state.params, *state.opt))
         state = as_dtensors(state._replace(params=params, opt=type(state.opt)(*moments)), cfg, layout, device_mesh)
-        schedule = Schedule("constant", 1e-3, 100)
-        step = make_train_step(
-            cfg, hyper, schedule, microbatches=microbatches, compute_dtype=torch.bfloat16, layout=layout
-        )
-        batch = random_batch(ROWS // axes.rows[1], LENGTH, cfg.vocab_size)
+        step, batch = make_step(cfg, hyper, microbatches, layout), make_batch(cfg, ROWS // axes.rows[1])
         with Counted(names) as mode:
             step(state, batch)
         held = [sum(x.to_local().nbytes for x in tree.values()) for tree in (state.params, *state.opt)]
@@ -144,6 +159,22 @@ def test_a_step_makes_the_collectives_that_were_planned(preset, mesh, policy, mi
     """Equal to the last call and byte; and so is what the rank holds of parameters and moments."""
     cfg = presets.get(preset).replace(**SMALL, gradient_checkpointing=policy)
     assert counted(cfg, mesh, layout, microbatches, AdamW()) == planned(cfg, mesh, layout, microbatches, AdamW())
+
+
+UNLIKE = {
+    "mixed": (presets.get("debug_moe").replace(**SMALL | {"num_hidden_layers": 5}, mlp_only_layers=(0, 3)), "dp2,ep2"),
+    "scores": (presets.get("debug").replace(**SMALL, scalar_head=True), "dp2,tp2"),
+    "pictures": (vl_config(), "dp2"),
+}
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_only_some_layers_have_is_counted_there(name, policy):
+    """Dense layers beside sparse ones, a head of one row, and a tower with layers of its own."""
+    cfg, mesh = UNLIKE[name]
+    cfg = cfg.replace(gradient_checkpointing=policy)
+    assert counted(cfg, mesh, {}, 2, AdamW()) == planned(cfg, mesh, {}, 2, AdamW())
 
 
 @pytest.mark.parametrize("mesh, fsdp", [("dp2", True), ("dr2,dp2,tp2", True), ("dp4", False)])

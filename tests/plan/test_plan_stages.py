@@ -95,7 +95,7 @@ def test_stages_and_their_times():
     assert len(middle) == 2
     assert first > middle[0] == middle[1] > last  # 9 layers with the embedding, 9, and 1 with the head
     assert middle[0] == pytest.approx(make(setup(num_hidden_layers=36)).stages[1])
-    assert all(leaf.local_shape[0] == 9 for leaf in plan.leaves if leaf.stacked)
+    assert all(leaf.local_shape[0] == 9 for leaf in plan.leaves if leaf.stack)
     text = texts(plan)
     assert any("28 layers in 4 stages of 9 (8 of them padding)" in line for line in text)
     (line,) = (line for line in text if line.startswith("forward and backward of a micro-batch take "))
