@@ -119,11 +119,12 @@ def check_workdir(workdir: Path) -> None:
     """Raises UserError unless a run could write in `workdir`; makes nothing. What is there may still refuse."""
     try:
         workdir.lstat() if "\0" in str(workdir) else None  # which exists() takes for a name that is free
-        if workdir.is_symlink() and not workdir.exists():
-            raise UserError(
-                f"--workdir={workdir} is a link to {workdir.readlink()}, which is not there; choose another"
-            )
         place = next(place for place in (workdir, *workdir.absolute().parents) if place.exists() or place.is_symlink())
+        if not place.exists():
+            raise UserError(
+                f"--workdir={workdir} cannot be made: {place} is a link to {place.readlink()}, which is not there; "
+                "choose another"
+            )
         if not place.is_dir():
             raise UserError(f"--workdir={workdir} cannot be a directory: {place} is a file; choose another")
         if not os.access(place, os.W_OK | os.X_OK):

@@ -133,6 +133,6 @@ def evaluation_parts(rows: int, microbatches: int, axes: Axes) -> int:
 
 def check_evaluation(config: ConfigDict, microbatches: int, axes: Axes) -> None:
     """UserError for an evaluation's batch that the mesh cannot cut."""
-    rows = config.eval.batch_size
-    parts = evaluation_parts(rows, microbatches, axes)
+    rows, (_, sharing) = config.eval.batch_size, axes.rows
+    parts = 1 if rows % sharing else evaluation_parts(rows, microbatches, axes)  # of a share that is whole
     rules.check_batch(axes.shape, rows, config.seq_len, parts, "config.eval.batch_size")

@@ -1,11 +1,13 @@
 """A run's directory: config.json, tokenizer/, metrics.jsonl, tensorboard/, checkpoints/, nonfinite/; for the report
 run.json (run_record), answers/ (answers_folder) and report.html itself.
 
-Nothing that a run wrote is overwritten without a copy; a directory of another model or tokenizer is refused. What the
-checkpoints say of both, which their manifests guard, counts more than the files beside them.
+A configuration is not overwritten without a copy, and checkpoints are moved aside; what was logged of steps after the
+one that a run goes on from is dropped. A directory of another model or tokenizer is refused. What the checkpoints say
+of both, which their manifests guard, counts more than the files beside them.
 """
 
 import io
+import itertools
 import json
 import shutil
 import uuid
@@ -109,7 +111,8 @@ def check_tokenizer(workdir: Path, meta: Mapping[str, Any]) -> None:
 
 
 def write_config(workdir: Path, config: dict[str, Any], step: int) -> list[str]:
-    """Write config.json; returns 'key: old -> new' for what differs from the one there, which is kept beside it."""
+    """Write config.json; returns 'key: old -> new' for what differs from the one there, which is kept beside it, as
+    config.until-step-N.json, and so are those that were kept there before."""
     old = read_config(workdir)
     if old == config:
         return []
@@ -122,7 +125,9 @@ def write_config(workdir: Path, config: dict[str, Any], step: int) -> list[str]:
             for key in sorted(before | after)
             if before.get(key) != after.get(key)
         ]
-        shutil.copy2(workdir / CONFIG, workdir / f"config.until-step-{step}.json")
+        numbers = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+        copies = (workdir / f"config.until-step-{step}{number}.json" for number in numbers)
+        shutil.copy2(workdir / CONFIG, next(copy for copy in copies if not copy.exists()))
     write_atomically(workdir / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return changes
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
 from qwen3f import cli, presets
 from qwen3f.errors import UserError
@@ -165,6 +166,14 @@ def test_ranks_that_chose_otherwise_are_told():
 @pytest.mark.parametrize("mesh, rows, microbatches, wanted", [("dp2", 8, 4, 1), ("pp2", 8, 6, 2), ("dp2,pp2", 8, 8, 4)])
 def test_an_evaluation_passes_in_parts_where_ranks_can_share_the_work(mesh, rows, microbatches, wanted):
     assert M.evaluation_parts(rows, microbatches, sizes_only(parse_mesh(mesh))) == wanted
+
+
+def test_an_evaluation_that_ranks_cannot_share_names_no_parts():
+    config = ConfigDict({"eval": {"batch_size": 14}, "seq_len": 8})
+    with pytest.raises(
+        UserError, match=r"^config\.eval\.batch_size=14 doesn't divide by dp=3; make it a multiple of 3$"
+    ):
+        M.check_evaluation(config, 4, sizes_only(parse_mesh("pp2,dp3")))
 
 
 def test_a_run_says_what_was_chosen_and_does_not_where_it_was_written(make, tmp_path, capsys):

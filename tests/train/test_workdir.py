@@ -153,3 +153,11 @@ def test_a_config_that_is_a_directory(workdir):
     (workdir / "config.json").mkdir()
     with pytest.raises(UserError, match=r"w/config.json is not what a run writes"):
         W.check_same_run(workdir, CONFIG)
+
+
+def test_every_config_that_was_changed_at_a_step_is_kept(tmp_path):
+    for seed in range(4):
+        W.write_config(tmp_path, {"model": {}, "optimizer": {}, "seed": seed}, 2)
+    kept = sorted(tmp_path.glob("config.until-step-2*"))
+    assert sorted(json.loads(path.read_text())["seed"] for path in kept) == [0, 1, 2]
+    assert json.loads((tmp_path / "config.until-step-2.json").read_text())["seed"] == 0

@@ -12,8 +12,8 @@ from qwen3f.train.logger import MetricLogger
 PLACES = {
     "file": "cannot be a directory: .*file is a file",
     "file/below": "cannot be a directory: .*file is a file",
-    "dangling": "is a link to .*, which is not there",
-    "dangling/below": "cannot be a directory|not there",
+    "dangling": "dangling is a link to .*, which is not there",
+    "dangling/below": "dangling is a link to .*, which is not there",
     "x" * 300: "cannot be written .File name too long",
     "a\0b": "cannot be written .*null",
 }
