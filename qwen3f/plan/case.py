@@ -26,8 +26,9 @@ class Case:
     so a case with other policies has its own. compute: the dtype of forward and backward. fsdp: whether weights are cut
     over dp, ep and cp; reduce: what their gradients are summed in, "compute" or "float32"; reshard: whether selective
     recomputation gathers them again (sharding.layout). pipeline and execution matter where pp > 1. reference: whether
-    frozen weights, as many as the model's, lie beside them. Raises UserError for what does not divide or cannot run
-    together.
+    frozen weights, as many as the model's, lie beside them. of_answers: whether a stage makes the rows of what the
+    model answers; batch_size is then the most that an update can have. Raises UserError for what does not divide or
+    cannot run together.
     """
 
     model: ModelConfig
@@ -45,6 +46,7 @@ class Case:
     pipeline: Pipeline = ONE_F_ONE_B
     execution: Execution = EAGER
     reference: bool = False
+    of_answers: bool = False
 
     def __post_init__(self) -> None:
         check_mesh(self.model, self.hyper, self.execution, Layout(sizes_only(self.mesh)))

@@ -1,12 +1,15 @@
 """From a configuration to the Case that is planned: as setup reads it, but of cards that need not be here."""
 
+import dataclasses
+import math
+
 import torch
 from ml_collections import ConfigDict
 
 from qwen3f.errors import UserError
 from qwen3f.plan.case import Case, make_case
 from qwen3f.plan.hardware import TABLE, Hardware, parse_hardware, this_card
-from qwen3f.train.checks import check
+from qwen3f.train.checks import MOST_MICROBATCHES, check
 from qwen3f.train.setup import setup_on
 
 
@@ -16,7 +19,18 @@ def from_config(config: ConfigDict) -> Case:
     hardware = find_hardware(config.hardware)
     setup = setup_on(config, torch.device("cuda"), hardware)
     read = setup.model, setup.optimizer, setup.execution, setup.layout, setup.compute_dtype, hardware
-    return make_case(config, *read, setup.microbatches)
+    case = make_case(config, *read, setup.microbatches)
+    return _of_answers(config, case) if "rollout" in config else case
+
+
+def _of_answers(config: ConfigDict, case: Case) -> Case:
+    """An update of grpo, whose rows are made of answers: a row each is the most that there can be."""
+    rows, ranks = config.rollout.microbatch_rows, case.mesh.dr * case.mesh.dp * case.mesh.ep
+    most = math.ceil(config.batch_size * config.rollout.samples / (config.updates * rows * ranks))
+    parts = case.microbatches * min(math.ceil(most / case.microbatches), MOST_MICROBATCHES // case.microbatches)
+    return dataclasses.replace(
+        case, batch_size=parts * rows * ranks, microbatches=parts, automatic=False, of_answers=True
+    )
 
 
 def find_hardware(text: str) -> Hardware:

@@ -53,6 +53,7 @@ def _heading(plan: MeshPlan) -> list[str]:
     if s.mesh.pp > 1:
         padding = s.cut.height * s.cut.count - cfg.num_hidden_layers
         layers += f" in {s.cut.count} stages of {s.cut.height}" + (f" ({padding} of them padding)" if padding else "")
+    answers = ["of an update, with a row for every answer, the most there can be; what generation takes does not count"]
     tower = ["of the vision tower its parameters count; what patches take, memory and time, does not"]
     return [
         f"plan: {s.mesh.size} × {s.hardware.name}: {axes}",
@@ -60,6 +61,7 @@ def _heading(plan: MeshPlan) -> list[str]:
         f"step: {s.batch_size} × {s.seq_len} tokens, {s.microbatches} micro-batch{'es' * (s.microbatches > 1)} of "
         f"{s.rows} × {s.seq_len // s.mesh.cp} on a rank{' (config.microbatches=0)' * s.automatic}; "
         f"{str(s.compute).removeprefix('torch.')} over float32, gradient_checkpointing={cfg.gradient_checkpointing}",
+        *(answers if s.of_answers else []),
         *(tower if cfg.vision_enabled else []),
     ]
 

@@ -259,6 +259,17 @@ def test_a_reference_in_memory_is_counted(experiment, with_it, without):
         assert plan.peak - planned(without).peak == rank.reference
 
 
+@pytest.mark.parametrize("mesh, parts", [("", 64), ("dp2", 32), ("dp2,pp2", 32), ("dp3", 24)])
+def test_micro_batches_of_answers_are_those_of_the_run(mesh, parts):
+    """Rows of a micro-batch, which memory goes by, are config.rollout.microbatch_rows, whatever prompts there are."""
+    config = cli.load_experiment("experiments/grpo.py:debug")
+    config.mesh, config.microbatches, config.batch_size, config.updates, config.eval.batch_size = mesh, 4, 24, 3, 24
+    config.rollout.update(samples=16, microbatch_rows=2)
+    case = from_config(config)
+    assert (case.rows, case.microbatches) == (2, parts)
+    assert "a row for every answer, the most there can be" in render(make(case), {}, None)
+
+
 def test_an_impossible_order_is_an_error():
     order = [[S.Action("B", 0, 0), S.Action("F", 0, 0)]]
     with pytest.raises(ValueError, match="deadlocks"):
