@@ -166,8 +166,12 @@ def get(config: ConfigDict, key: str) -> Any:
 def steps_of(config: ConfigDict, key: str, updates: int = 1) -> int:
     """What a key says as a share of the run, below 1, or as a number of steps, from 1 on; in updates, of which a step
     has so many."""
+    return int(_exact_steps(config, key) * updates)
+
+
+def _exact_steps(config: ConfigDict, key: str) -> Fraction:
     value = Fraction(str(get(config, key)))  # as it was written: 0.29 of 100 is 29, which the product of floats is not
-    return int(value * (config.steps if value < 1 else 1) * updates)
+    return value * config.steps if value < 1 else value
 
 
 def _check_run(config: ConfigDict) -> None:
@@ -183,7 +187,7 @@ def _check_run(config: ConfigDict) -> None:
             f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs config.checkpoint.best_metric="
             f"{config.checkpoint.best_metric}, which config.eval.every=0 measures only at the end; write how many steps"
         )
-    warmup, decay = (steps_of(config, key) for key in ("schedule.warmup", "schedule.decay"))
+    warmup, decay = (_exact_steps(config, key) for key in ("schedule.warmup", "schedule.decay"))
     if warmup + (decay if config.schedule.kind == "wsd" else 0) > config.steps:
         what = "and config.schedule.decay " if config.schedule.kind == "wsd" else ""
         raise UserError(

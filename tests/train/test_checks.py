@@ -27,6 +27,7 @@ WRONG = [
     ({"schedule.peak_lr": float("nan")}, "config.schedule.peak_lr=nan: write a finite number"),
     ({"schedule.min_ratio": 2.0}, "config.schedule.min_ratio must be a share from 0 to 1"),
     ({"schedule.warmup": 20000.0}, "config.schedule.warmup=20000 take more than config.steps=1000"),
+    ({"schedule.warmup": 1000.5}, "config.schedule.warmup=1000.5 take more than config.steps=1000"),  # in updates 2001
     ({"schedule.kind": "linear"}, "config.schedule.kind='linear' is unknown; use one of cosine, wsd, constant"),
     ({"optimizer.kind": "sgd"}, "config.optimizer.kind='sgd' is unknown; use one of adamw, muon"),
     ({"optimizer.b2": 1.5}, "optimizer.b2 must be in [0, 1)"),
