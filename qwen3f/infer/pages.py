@@ -83,6 +83,12 @@ class _Siblings:
     def __iter__(self) -> Iterator[int]:
         return iter(self._keys)
 
+    def __contains__(self, page: int) -> bool:
+        return page in self._keys
+
+    def tokens(self, page: int) -> list[int]:
+        return self._keys[page]
+
     def put(self, page: int, tokens: list[int]) -> None:
         """Add the page, or change its tokens."""
         self.remove(page)
@@ -100,6 +106,12 @@ class _Siblings:
         backward = (self._sorted[i] for i in range(middle - 1, -1, -1))
         return itertools.islice(self._sorted, middle, None), backward
 
+    def nearest(self, tokens: list[int]) -> tuple[int, int]:
+        """(a page that has the most of the beginning of `tokens`, how many of them); there must be one page."""
+        middle = bisect.bisect_left(self._sorted, (tokens, 0))
+        beside = self._sorted[max(0, middle - 1) : middle + 1]
+        return max(((page, common_length(known, tokens)) for known, page in beside), key=lambda found: found[1])
+
 
 class PagePool:
     """`count` pages of `size` tokens each, numbered from 1; page 0 is none of them.
@@ -114,6 +126,7 @@ class PagePool:
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._contents: dict[int, _Content] = {}
         self._children: dict[int, _Siblings] = {}
+        self._offered: dict[int, _Siblings] = {}  # of the children those that `match` looks at
 
     @property
     def available(self) -> int:
@@ -141,7 +154,9 @@ class PagePool:
         content = self._contents.get(page)
         if content is not None and content.owner is not None and content.owner is user:
             content.owner, content.tokens = None, content.held(self.size)
-            self._children[content.parent].put(page, content.tokens)
+            for siblings in (self._children[content.parent], self._offered.get(content.parent, ())):
+                if page in siblings:
+                    siblings.put(page, content.tokens)
         self._users[page] -= 1
         if self._users[page]:
             return
@@ -159,6 +174,16 @@ class PagePool:
         if parent == ROOT or parent in self._contents:
             self._contents[page] = _Content(parent, owner, start)
             self._children.setdefault(parent, _Siblings()).put(page, owner.tokens[start : start + self.size])
+            if owner.checked:
+                self.offer([page])
+
+    def offer(self, pages: Iterable[int]) -> None:
+        """Let `match` find these pages: their row has drawn a token. What a row that has, or that is vouched for, gets
+        or leaves is offered without."""
+        for page in pages:
+            if page in self._contents:
+                parent = self._contents[page].parent
+                self._offered.setdefault(parent, _Siblings()).put(page, self._children[parent].tokens(page))
 
     def match(self, tokens: Sequence[int], most: int) -> Match:
         """The longest beginning of `tokens`, at most `most` of them, that pages hold and that is known to be finite."""
@@ -171,10 +196,23 @@ class PagePool:
             pages.append(best)
             parent, at = best, at + length
 
+    def promised(self, tokens: Sequence[int], found: Match, count: int) -> Owner | None:
+        """The row that is to hold the first `count` of `tokens` and has drawn no token yet, or None. found: of them."""
+        parent, at = found.pages[-1] if found.pages else ROOT, len(found.pages) * self.size
+        while parent in self._children:
+            page, length = self._children[parent].nearest(list(tokens[at : at + self.size]))
+            if at + length >= count:
+                return None if self._contents[page].finite else self._contents[page].owner
+            if length < self.size:
+                break
+            parent, at = page, at + length
+        return None
+
     def clear(self) -> None:
         """Forget what pages hold, since the weights have changed. Rows keep the pages that they use."""
         self._contents.clear()
         self._children.clear()
+        self._offered.clear()
         for page in self._kept:
             heapq.heappush(self._free, page)
         self._kept.clear()
@@ -199,15 +237,18 @@ class PagePool:
             assert page in self._children[content.parent]
             assert content.parent == ROOT or content.parent in self._contents
         assert set(itertools.chain(*self._children.values())) == set(self._contents)
+        offered = set(itertools.chain(*self._offered.values()))
+        assert {page for page in self._contents if self._contents[page].vouched} <= offered <= set(self._contents)
 
     def users(self, page: int) -> int:
         return self._users[page]
 
     def vouch(self, pages: Iterable[int]) -> None:
         """Tell that what these pages hold now is finite."""
+        pages = [page for page in pages if page in self._contents]
         for page in pages:
-            if page in self._contents:
-                self._contents[page].vouched = True
+            self._contents[page].vouched = True
+        self.offer(pages)
 
     def forget_doubtful(self, pages: Iterable[int]) -> list[int]:
         """Forget those of a row's pages that it has alone and that nobody vouched for. Returns them, to be erased."""
@@ -221,9 +262,9 @@ class PagePool:
     def _longest(self, parent: int, tokens: list[int]) -> tuple[int | None, int]:
         """(the page behind `parent` that holds the most of the beginning of `tokens`, or None; how many of them)."""
         best, length = None, 0
-        if parent not in self._children:
+        if parent not in self._offered:
             return best, length
-        for walk in self._children[parent].walks(tokens):
+        for walk in self._offered[parent].walks(tokens):
             for known, page in walk:
                 content = self._contents[page]
                 if not content.finite:
@@ -239,12 +280,13 @@ class PagePool:
         """Drop what a page holds and all that follows on it; of these pages the kept ones become free."""
         for child in list(self._children.pop(page, ())):
             self.forget(child)
+        self._offered.pop(page, None)
         content = self._contents.pop(page, None)
-        if content is not None and content.parent in self._children:
-            siblings = self._children[content.parent]
-            siblings.remove(page)
-            if not len(siblings):
-                del self._children[content.parent]
+        for family in (self._children, self._offered):
+            if content is not None and content.parent in family:
+                family[content.parent].remove(page)
+                if not len(family[content.parent]):
+                    del family[content.parent]
         if page in self._kept:
             del self._kept[page]
             heapq.heappush(self._free, page)

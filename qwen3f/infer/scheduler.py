@@ -6,7 +6,6 @@ which gives the first new token: so n answers to one prompt share its prefill, e
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
 
 from qwen3f.infer.pages import ROOT, Match, PagePool
 from qwen3f.infer.request import Row
@@ -60,6 +59,7 @@ class Scheduler:
         self.pool, self.limits = pool, limits
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
+        self._unchecked: list[Row] = []  # rows that had drawn no token from their pages when the last plan was made
 
     def add(self, row: Row) -> None:
         self.waiting.append(row)
@@ -120,7 +120,10 @@ class Scheduler:
     def _admit(self) -> list[tuple[int, int, int]]:
         copies: list[tuple[int, int, int]] = []
         held: list[Row] = []
-        unchecked = [row for row in self.active if not row.checked]
+        for row in self._unchecked:
+            if row.checked:
+                self.pool.offer(row.pages)
+        self._unchecked = [row for row in self._unchecked if row.pages and not row.checked]
         while self.waiting and len(self.active) < self.limits.rows and len(held) < self.limits.rows:
             row = self.waiting.popleft()
             on_the_way = row.launched > row.answered  # preempted while its token was
@@ -128,7 +131,7 @@ class Scheduler:
                 held.append(row)
                 continue
             found = self.pool.match(row.tokens, len(row.tokens) - 1)
-            row.waits_for = _awaited(row, found.tokens, unchecked)
+            row.waits_for = self._awaited(row, found)
             if row.waits_for is not None:
                 held.append(row)
                 continue
@@ -136,9 +139,14 @@ class Scheduler:
                 self.waiting.appendleft(row)
                 break
             self.active.append(row)
-            unchecked.append(row)
+            self._unchecked.append(row)
         self.waiting.extendleft(reversed(held))
         return copies
+
+    def _awaited(self, row: Row, found: Match) -> Row | None:
+        """One that, once it has drawn a token, offers much more of the row than pages do now."""
+        enough = found.tokens + WORTH_WAITING
+        return self.pool.promised(row.tokens, found, enough) if len(row.tokens) > enough else None
 
     def _allocate(self, row: Row, found: Match, copies: list[tuple[int, int, int]]) -> bool:
         size = self.pool.size
@@ -225,14 +233,3 @@ class Scheduler:
 def _length(row: Row) -> int:
     """Tokens of which the row may need the keys."""
     return len(row.request.prompt) + row.request.max_new_tokens - 1
-
-
-def _awaited(row: Row, held: int, unchecked: Sequence[Row]) -> Row | None:
-    """One that, once it has drawn a token, offers much more of the row than the `held` tokens of pages now."""
-    enough = held + WORTH_WAITING
-    if len(row.tokens) <= enough:
-        return None
-    for other in reversed(unchecked):  # of the answers to one prompt the first was admitted just now
-        if len(other.tokens) > enough and other.tokens[:enough] == row.tokens[:enough]:
-            return other
-    return None

@@ -9,10 +9,11 @@ not: masked slots take part. A healthy row must never have such a page.
 
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3f.infer.pages import ROOT, Match, PagePool, common_length
+from qwen3f.infer.pages import ROOT, Match, PagePool, _Content, common_length
 from qwen3f.infer.request import Request, Row
 from qwen3f.infer.scheduler import Limits, Scheduler
 
@@ -199,6 +200,37 @@ def test_of_pages_with_the_same_tokens_one_is_compared(monkeypatch):
     assert found.partial in pages
     assert (found.pages, found.tokens) == ((), 9)
     assert len(compared) <= 3
+
+
+class Watched(list):
+    """Tokens that count how often they are looked at."""
+
+    looks = 0
+
+    def __getitem__(self, place):
+        Watched.looks += 1
+        return super().__getitem__(place)
+
+
+@pytest.mark.parametrize("stem", [[], [7] * 100], ids=["of their own", "begin alike"])
+def test_of_rows_that_arrive_together_none_is_compared_with_all_others(monkeypatch, stem):
+    scheduler = Scheduler(PagePool(5000, 16), Limits(rows=500, chunk=100_000))
+    rows = [Row(Request((*stem, *[1000 * number] * 40), 9), number) for number in range(400)]
+    for row in rows:
+        row.tokens = Watched(row.tokens)
+    for row in rows[:2]:
+        scheduler.add(row)
+        scheduler.advance(scheduler.plan())
+        row.checked = True
+    for row in rows[2:]:
+        scheduler.add(row)
+    finite, real = [], _Content.finite.fget
+    monkeypatch.setattr(_Content, "finite", property(lambda content: finite.append(1) or real(content)))
+    Watched.looks = 0
+    scheduler.plan()
+    assert len(scheduler.active) == 400
+    assert Watched.looks <= 30 * len(rows)
+    assert len(finite) <= 12 * len(rows)
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=20), st.data())
