@@ -150,9 +150,10 @@ def delete_expired(directory: Path, step: int, retention: Retention, world: Worl
     def delete() -> None:
         what = f"what config.checkpoint.keep gives up in {directory}"
         try:
-            known = {there: _metrics(directory / str(there)) for there in steps(directory)}
+            asked = retention.keep and retention.best  # else no metric decides, and no manifest is read for it
+            known = {there: _metrics(directory / str(there)) if asked else {} for there in steps(directory)}
             for old in retention.expired({there: values or {} for there, values in known.items()}):
-                if known[old] is None and retention.best:  # it may be among the best: the next save looks again
+                if known[old] is None:  # it may be among the best: the next save looks again
                     continue
                 place = directory / str(old)
                 what = f"{place}, which config.checkpoint.keep gives up,"

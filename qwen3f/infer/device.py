@@ -343,9 +343,11 @@ class Device:
         for sampling, members in groups.items():
             seen = None
             if sampling.presence_penalty:
-                answers = [rows[i].tokens[len(rows[i].request.prompt) :] for i in members]
-                most = max(map(len, answers))
-                seen = torch.tensor([a + [-1] * (most - len(a)) for a in answers], dtype=torch.int64).to(self.device)
+                answers = [rows[i].different for i in members]
+                seen = np.full((len(answers), max(map(len, answers))), -1, np.int64)
+                for line, answer in zip(seen, answers):
+                    line[: len(answer)] = answer
+                seen = torch.from_numpy(seen).to(self.device)
             whole = len(groups) == 1 and seen is None and only is None
             own = None if whole else torch.tensor([places[i] for i in members], device=self.device)
             choices.append(Choice(sampling, own, seen))

@@ -236,9 +236,10 @@ class Engine:
 
     def run(self, rows: Sequence[Row]) -> None:
         """Compute until these rows have ended."""
-        while not all(row.finish_reason for row in rows):
-            if not self.step():
-                raise RuntimeError("rows are left, but none can be computed; they are not this engine's")
+        for row in rows:
+            while not row.finish_reason:
+                if not self.step():
+                    raise RuntimeError("rows are left, but none can be computed; they are not this engine's")
 
     def cancel(self, rows: Iterable[Row]) -> None:
         """End rows that have not ended, with finish_reason "cancelled"."""
@@ -344,7 +345,8 @@ class Engine:
             return False
         decoder, text = self._decoders.get(row.number) or (StreamDecoder(self.tokenizer), "")
         text += decoder.push(token)
-        self._decoders[row.number] = (decoder, text)
+        begun = max(0, len(text) - max(map(len, row.request.stop_texts)) + 1)  # in what stands before nothing begins
+        self._decoders[row.number] = (decoder, text[begun:])
         return any(stop in text for stop in row.request.stop_texts)
 
     def _end(self, row: Row, reason: str) -> None:

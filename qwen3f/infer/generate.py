@@ -136,8 +136,8 @@ def _in_step(engine: Engine, rows: list[Row], device: torch.device, pad_id: int)
             raise UserError(failed.finish_reason.removeprefix("error: ") + ", or use dtype=float32")
         if all(row.answered <= place for row in rows):
             return
-        answers = [row.tokens[len(row.request.prompt) :] for row in rows]
-        yield torch.tensor([ids[place] if place < len(ids) else pad_id for ids in answers], device=device)
+        new = [row.tokens[len(row.request.prompt) + place] if place < row.answered else pad_id for row in rows]
+        yield torch.tensor(new, device=device)
         place += 1
 
 

@@ -1,6 +1,7 @@
 """What is asked of the engine, and what comes back."""
 
 import dataclasses
+from array import array
 from collections.abc import Callable
 
 from qwen3f.infer.pictures import Pictures, Places
@@ -83,7 +84,18 @@ class Row:
         self.waits_for: Row | None = None
         self.thinks = request.budget is not None
         self.finish_reason = ""
+        self._told, self._different, self._read = set[int](), array("q"), len(request.prompt)
 
     @property
     def answered(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def different(self) -> array:
+        """The answer's tokens, each once. Only what is new since the last time is looked at."""
+        for token in self.tokens[self._read :]:
+            if token not in self._told:
+                self._told.add(token)
+                self._different.append(token)
+        self._read = len(self.tokens)
+        return self._different

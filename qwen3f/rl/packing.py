@@ -85,9 +85,9 @@ def pack_updates(
     most = max(len(part["tokens"]) for part, _ in packed)
     empty, nothing = pack((), seq_len, multiple, pad_id)
     for part, shown in packed:
-        while len(part["tokens"]) < most:
-            part.update({key: np.concatenate([part[key], empty[key]]) for key in part})
-            shown += nothing
+        if missing := (most - len(part["tokens"])) // multiple:
+            part.update({key: np.concatenate([part[key], *[empty[key]] * missing]) for key in part})
+            shown += nothing * missing
     if cfg is None:
         return [part for part, _ in packed]
     whole = {key: np.concatenate([part[key] for part, _ in packed]) for key in empty}

@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from qwen3f.checkpoint import manifest
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.checkpoint.manifest import DamagedCheckpoint
+from qwen3f.checkpoint.retention import Retention
 from qwen3f.errors import UserError
 
 
@@ -241,6 +242,16 @@ def test_retention_and_schedule(tmp_path):
             c.save(step, state, {})
             assert c.latest() == step  # no wait: it was synchronous
         assert c.steps() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("keep", [Retention(2), Retention(0), Retention(0, best=1), Retention(2, every=1)])
+def test_where_no_metric_decides_what_stays_no_old_manifest_is_read(tmp_path, monkeypatch, keep):
+    read = []
+    monkeypatch.setattr(manifest, "metrics", lambda directory: read.append(directory) or {})
+    with Checkpointer(tmp_path, every=1, keep=keep, asynchronous=False) as c:
+        for step in (1, 2, 3):
+            c.save(step, {"w": torch.zeros(2)}, {})
+    assert not read
 
 
 def test_save_returns_before_the_write_ends(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from qwen3f import model, params
 from qwen3f.errors import UserError
 from qwen3f.infer import device
 from qwen3f.infer.engine import Engine, EngineOptions
+from qwen3f.infer.request import Request, Row
 from qwen3f.infer.sampling import GREEDY, SamplingParams
 from qwen3f.infer.thinking import ThinkingBudget
 from tests.model.hf_params import small_config
@@ -184,6 +185,55 @@ def test_stop_texts_are_found_across_tokens_and_half_characters_are_none():
     assert one.ids == [50, 51]
     (one,) = engine.generate([prompt], max_new_tokens=1, stop_ids=(), stop_texts=("Ã",), budget=halves)
     assert (one.ids, one.finish_reason) == ([50], "length")
+
+
+def test_of_a_long_answer_only_its_end_is_searched_for_stop_texts():
+    cfg, p = build()
+    engine, seen = Engine(cfg, p, tokenizer=Letters()), []
+    engine.generate(
+        [[3, 4]],
+        SAMPLED,
+        max_new_tokens=40,
+        stop_ids=(),
+        stop_texts=("never", "no"),
+        on_token=lambda *_: seen.extend(len(text) for _, text in engine._decoders.values()),
+    )
+    assert max(seen) == len("never") - 1
+
+
+def test_rows_that_have_ended_are_not_looked_at_again_with_each_pass():
+    cfg, p = build()
+    engine, looks = Engine(cfg, p), []
+    rows = engine.submit([engine.request([3, 4], 1) for _ in range(50)])
+    engine.run(rows)
+    last = engine.submit([engine.request([3, 4], 30)])
+
+    class Ended:
+        @property
+        def finish_reason(self):
+            looks.append(1)
+            return "length"
+
+    engine.run([*(Ended() for _ in rows), *last])
+    assert last[0].answered == 30
+    assert len(looks) == len(rows)
+
+
+def test_a_presence_penalty_looks_at_each_token_of_an_answer_once():
+    class Watched(list):
+        looked = 0
+
+        def __getitem__(self, place):
+            found = super().__getitem__(place)
+            Watched.looked += len(found) if isinstance(place, slice) else 1
+            return found
+
+    row = Row(Request((1, 2), 2000), 0)
+    row.tokens = Watched(row.tokens)
+    for number in range(1000):
+        row.tokens.append(7 + number % 3)
+        assert list(row.different) == [7, 8, 9][: number + 1]
+    assert Watched.looked == 1000
 
 
 def test_one_rows_nan_is_its_own():

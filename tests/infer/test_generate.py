@@ -11,7 +11,8 @@ import torch
 
 from qwen3f import model
 from qwen3f.errors import UserError
-from qwen3f.infer.generate import generate, stream
+from qwen3f.infer.generate import _in_step, generate, stream
+from qwen3f.infer.request import Request, Row
 from qwen3f.infer.sampling import NON_THINKING
 from qwen3f.infer.thinking import ThinkingBudget
 from tests.model.hf_params import Widen, from_hf, hf_model, small_config
@@ -133,6 +134,23 @@ def test_ids_beyond_the_tokenizer_are_never_chosen():
     for options in ({"temperature": 2.0}, {"presence_penalty": 1.0}):
         out = generate(cfg, p, tokens, max_new_tokens=30, num_ids=60, stop_ids=[80], pad_id=96, **options)
         assert out[:, -30:].max() < 60
+
+
+def test_a_step_copies_no_whole_answers():
+    class Watched(list):
+        copied = 0
+
+        def __getitem__(self, place):
+            found = super().__getitem__(place)
+            Watched.copied += len(found) if isinstance(place, slice) else 0
+            return found
+
+    rows = [Row(Request((1, 2), 100), 0), Row(Request((1,), 100), 1)]
+    for row, answer in zip(rows, ([5] * 100, [6] * 10)):
+        row.tokens, row.finish_reason = Watched([*row.tokens, *answer]), "length"
+    out = torch.stack(list(_in_step(None, rows, torch.device("cpu"), 9)))
+    assert out.T.tolist() == [[5] * 100, [6] * 10 + [9] * 90]
+    assert Watched.copied == 0
 
 
 def test_presence_penalty_forbids_what_was_said():

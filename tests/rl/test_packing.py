@@ -63,6 +63,20 @@ def test_updates_have_equal_rows_and_ranks_share_them(docs, updates, ranks):
         assert sorted(map(str, read(part))) == sorted(str(item) for share in own for item in read(share))
 
 
+def test_an_update_that_lacks_many_rows_is_filled_up_at_once(monkeypatch):
+    one, joined, real = Document([1] * 5, [2] * 7, [0.0] * 7, 0.0), [], np.concatenate
+
+    def concatenate(parts):
+        joined.extend([len(parts)] if np.ndim(parts[0]) == 2 else [])  # of rows
+        return real(parts)
+
+    monkeypatch.setattr("numpy.concatenate", concatenate)
+    long, short = pack_updates([[one] * 40, [one]], 2, 12, 1, PAD)
+    assert len(long["tokens"]) == len(short["tokens"]) == 40
+    assert not short["segments"][1:].any()
+    assert joined == [40] * len(short)
+
+
 def test_the_first_and_the_last_sampled_token_are_trained():
     """verl PR 3287, OpenRLHF 973: off by one, the first token or eos was not; MemGen PR 33: what came after was."""
     rows, _ = pack([Document([1, 2, 3], [7, 8, 9], [-1, -2, -3], 0.5)], 8, 1, PAD)
