@@ -97,5 +97,8 @@ def mcnemar(better: int, worse: int) -> float:
     changed, least = better + worse, min(better, worse)
     if not changed:
         return 1.0
-    tail = sum(math.comb(changed, k) for k in range(least + 1))
+    tail = ways = 1  # ways to choose k of those that changed, each made of the one before
+    for k in range(least):
+        ways = ways * (changed - k) // (k + 1)
+        tail += ways
     return min(1.0, 2 * tail / 2**changed)

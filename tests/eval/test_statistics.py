@@ -1,6 +1,7 @@
 """Intervals against scipy and by simulation; McNemar against scipy; pass@k against its expectation."""
 
 import random
+from math import comb
 
 import numpy as np
 import pytest
@@ -33,6 +34,14 @@ def test_right_and_wrong_get_wilson_and_other_values_the_bootstrap():
 def test_mcnemar_is_the_exact_binomial_test(better, worse):
     expected = scipy.stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
     assert mcnemar(better, worse) == pytest.approx(expected, rel=1e-12)
+
+
+def test_mcnemar_of_many_questions_counts_no_combination_from_its_beginning(monkeypatch):
+    """VQAv2 has 214,354 questions."""
+    counted = []
+    monkeypatch.setattr("qwen3f.eval.statistics.math.comb", lambda n, k: counted.append(k) or comb(n, k))
+    assert mcnemar(900, 1100) == pytest.approx(scipy.stats.binomtest(900, 2000).pvalue, rel=1e-9)
+    assert not counted
 
 
 def test_paired_intervals_hold_the_true_difference_as_often_as_they_say():
