@@ -236,7 +236,7 @@ def _streamed(
     workers: int,
     state: State | None,
 ) -> Iterator[tuple[Batch, State | None]]:
-    passed = start - (state["examples"] if state else 0)
+    passed, own = start - (state["examples"] if state else 0), set(rows.tolist())
     with contextlib.closing(dataset.examples(seed, workers, state)) as stream:
         for _, state in islice(stream, passed):  # noqa: B007 (the state is what a first batch at the end would keep)
             pass
@@ -249,7 +249,7 @@ def _streamed(
                         f"The stream ends after {place + row} examples: every source has been read data.max_epochs "
                         "times. Raise it, or lower steps."
                     )
-                if row in rows:
+                if row in own:
                     examples.append(make(place + row))
             yield _stacked(examples, place + rows, vocab_size), state
 

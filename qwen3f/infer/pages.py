@@ -255,7 +255,7 @@ class PagePool:
         contents = self._contents
         alone = (page for page in pages if self._users[page] == 1)
         doubtful = [page for page in alone if page not in contents or not contents[page].vouched]
-        for page in doubtful:
+        for page in reversed(doubtful):  # what follows on a page first, so that no long row nests calls without end
             self.forget(page)
         return doubtful
 

@@ -165,7 +165,7 @@ class Scheduler:
             partial = None
             enough = self.pool.available >= needed + growing
         if not enough:
-            for page in found.pages:
+            for page in reversed(found.pages):  # so that the last ones are taken first, if any
                 self.pool.release(page)
             return False
         own = [self.pool.take() for _ in range(needed)]

@@ -6,12 +6,13 @@ import signal
 import threading
 import time
 import traceback
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from qwen3f.data.loader import Loader, LoaderOptions
+from qwen3f.data.loader import Loader, LoaderOptions, _streamed
 from qwen3f.data.packing.concat import PackedDataset
 from qwen3f.data.sampler import example_index
 from qwen3f.errors import UserError
@@ -254,3 +255,21 @@ def test_batches_on_cuda_equal_those_on_the_host(make_cache):
     device = _take(_loader(dataset, vocab_size=100_000, device="cuda"), 40)
     for a, b in zip(host, device, strict=True):
         assert all(b[key].is_cuda and torch.equal(a[key], b[key].cpu()) for key in a)
+
+
+def test_of_a_streams_batch_each_row_is_looked_up_once():
+    """Not searched for among this rank's rows."""
+
+    class Searched(np.ndarray):
+        def __contains__(self, row):
+            raise AssertionError("searched")
+
+    def examples(seed, workers, state):
+        for number in range(8):
+            nothing = np.zeros(1, np.int64)
+            example = {"tokens": nothing, "targets": nothing, "loss_weights": np.zeros(1, np.float32)}
+            yield (lambda index, example=example: {**example, "index": index}), number
+
+    rows = np.array([1, 3]).view(Searched)
+    batch, state = next(_streamed(SimpleNamespace(examples=examples), rows, 4, 0, 0, 9, 0, None))
+    assert (batch["index"].tolist(), state) == ([1, 3], 3)

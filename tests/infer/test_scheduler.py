@@ -279,6 +279,32 @@ def test_a_row_that_begins_as_an_earlier_one_computes_only_the_rest():
     assert machine.computed == 2 + 2  # 18 were there: 50 and 51 are prefilled, 52 and the first new token decoded
 
 
+def test_a_row_that_waits_for_room_keeps_the_beginning_of_what_it_will_share():
+    """Meanwhile the pages at its end may be taken."""
+    machine = Machine(pages=10, size=4, rows=4, chunk=64, lag=0)
+    machine.add(list(range(20)), 1)
+    while machine.step(lambda row: False):
+        pass
+    other, waiting = machine.add([90, 91], 24), machine.add([*range(20), *range(50, 66)], 1)
+    while not other.finish_reason:
+        machine.step(lambda row: False)
+        assert not waiting.pages
+    machine.computed = 0
+    while machine.step(lambda row: False):
+        pass
+    assert machine.computed == 36 - 12  # of the 5 pages that it would share 2 were taken
+
+
+def test_a_row_of_very_many_pages_can_be_given_up_before_it_has_drawn_a_token():
+    scheduler = Scheduler(PagePool(1500, 1), Limits(rows=2, chunk=100))
+    row = Row(Request(tuple(range(1400)), 9), 0)
+    scheduler.add(row)
+    scheduler.advance(scheduler.plan())
+    assert len(scheduler.finish(row)) == 1400
+    scheduler.pool.check()
+    assert scheduler.pool.available == 1500
+
+
 def test_the_youngest_loses_its_pages_and_comes_back():
     machine = Machine(pages=4, size=2, rows=4, chunk=64, lag=0)
     first, second = machine.add([0, 1], 6), machine.add([2, 2], 6)
