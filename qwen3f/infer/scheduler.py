@@ -124,6 +124,7 @@ class Scheduler:
             if row.checked:
                 self.pool.offer(row.pages)
         self._unchecked = [row for row in self._unchecked if row.pages and not row.checked]
+        growing = sum(map(self._grows, self.active)) if self.waiting and len(self.active) < self.limits.rows else 0
         while self.waiting and len(self.active) < self.limits.rows and len(held) < self.limits.rows:
             row = self.waiting.popleft()
             on_the_way = row.launched > row.answered  # preempted while its token was
@@ -135,10 +136,11 @@ class Scheduler:
             if row.waits_for is not None:
                 held.append(row)
                 continue
-            if not self._allocate(row, found, copies):
+            if not self._allocate(row, found, copies, growing):
                 self.waiting.appendleft(row)
                 break
             self.active.append(row)
+            growing += self._grows(row)
             self._unchecked.append(row)
         self.waiting.extendleft(reversed(held))
         return copies
@@ -148,16 +150,18 @@ class Scheduler:
         enough = found.tokens + WORTH_WAITING
         return self.pool.promised(row.tokens, found, enough) if len(row.tokens) > enough else None
 
-    def _allocate(self, row: Row, found: Match, copies: list[tuple[int, int, int]]) -> bool:
+    def _grows(self, row: Row) -> bool:
+        """Whether the row may need another page."""
+        return _length(row) > len(row.pages) * self.pool.size
+
+    def _allocate(self, row: Row, found: Match, copies: list[tuple[int, int, int]], growing: int) -> bool:
+        """Pages for a row, if one is then left for each of the `growing` rows."""
         size = self.pool.size
         for page in found.pages:
             self.pool.share(page)
         if found.partial is not None:
             self.pool.share(found.partial)  # so that it is not taken before it is copied
         needed = -(-len(row.tokens) // size) - len(found.pages)
-        growing = len(self.active)  # at most; counted only where it decides
-        if self.pool.available < needed + growing:
-            growing = sum(_length(other) > len(other.pages) * size for other in self.active)
         partial = found.partial
         enough = self.pool.available >= needed + growing
         if not enough and partial is not None:  # it may itself be the page that is missing

@@ -202,6 +202,16 @@ def test_of_pages_with_the_same_tokens_one_is_compared(monkeypatch):
     assert len(compared) <= 3
 
 
+def test_whether_there_is_room_is_counted_once_for_all_rows_that_arrive(monkeypatch):
+    scheduler, counted = Scheduler(PagePool(1000, 16), Limits(rows=500, chunk=100_000)), []
+    monkeypatch.setattr("qwen3f.infer.scheduler._length", lambda row: counted.append(1) or 32)
+    for number in range(500):
+        scheduler.add(Row(Request((1000 * number, *range(20)), 12), number))
+    scheduler.plan()
+    assert len(scheduler.active) == 500  # two pages each, which are enough
+    assert len(counted) <= 2 * 500
+
+
 class Watched(list):
     """Tokens that count how often they are looked at."""
 
