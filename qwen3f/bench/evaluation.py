@@ -2,7 +2,7 @@
 
 choices   questions as MMLU has them: --subjects, each with a prefix of five solved questions, four choices of one
           letter. A sample of whole subjects: 246 questions each, as MMLU's 57 have on average.
-answers   --prompts, greedy, --new tokens each.
+answers   --prompts, greedy, --new tokens each; behind the same --shots solved examples, as GSM8K's behind 5.
 
 Random weights at a released model's shape (in bfloat16 on a GPU) and a vocabulary made on the spot, the same for both;
 text is in, log-likelihoods or text are out, so both tokenise too. The peer is lm_eval's HFLM on transformers'
@@ -157,8 +157,11 @@ def choices(report: Report, sides: Sides) -> None:
 def answers(report: Report, sides: Sides) -> None:
     asked, device = sides.asked, sides.device
     chance = random.Random(1)
-    prompts = [sentence(chance, chance.randint(asked.letters // 2, asked.letters)) for _ in range(asked.prompts)]
-    case = {"case": f"{asked.preset}, {asked.prompts} prompts, {asked.new} new tokens, greedy"}
+    solved = [f"{sentence(chance, asked.letters)}\n{sentence(chance, asked.letters)}\n\n" for _ in range(asked.shots)]
+    lengths = [chance.randint(asked.letters // 2, asked.letters) for _ in range(asked.prompts)]
+    prompts = ["".join(solved) + sentence(chance, length) for length in lengths]
+    tokens = sum(len(sides.tokenizer.encode(prompt)) for prompt in prompts) / len(prompts)
+    case = {"case": f"{asked.preset}, {asked.prompts} prompts of {tokens:.0f} tokens, {asked.new} new ones, greedy"}
     texts: list[str] = []
 
     def ours() -> None:
@@ -201,6 +204,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--letters", type=int, default=160, help="of a question at most, and of a prompt")
     parser.add_argument("--peer_batches", default=[16, 32, 64], help="sequences at a time, tried", **sizes)
     parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--shots", type=int, default=0, help="solved examples before each prompt, the same for all")
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--answer_batches", default=[64, 128, 256], help="sequences at a time, tried", **sizes)
     parser.add_argument("--device", default="auto")
