@@ -6,7 +6,9 @@ import os
 
 from qwen3f.bench import evaluation
 
-ARGUMENTS = "--device=cpu --preset=nano --subjects=2 --questions=5 --letters=16 --peer_batches=2 --prompts=2 --new=3 --shots=2"
+ARGUMENTS = (
+    "--device=cpu --preset=nano --subjects=2 --questions=5 --letters=16 --peer_batches=2 --prompts=2 --new=3 --shots=2"
+)
 
 
 def test_questions_are_in_subjects_with_prefixes():
