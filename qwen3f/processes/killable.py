@@ -39,7 +39,7 @@ class Killable:
     """Worker processes that call "module:function" of this Python; a context manager. Threads may share it.
 
     count: processes, started when they are first needed. deadline: seconds of a call, once its process is up and has
-    loaded the function's module and further `modules`.
+    loaded the function's module and further `modules`. If this process is killed, calls under way are, too.
     """
 
     def __init__(self, count: int, deadline: float) -> None:

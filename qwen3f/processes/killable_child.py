@@ -1,16 +1,22 @@
 """What a process of `killable` runs: calls in, results out, a JSON line each, until the pipe closes."""
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
 import resource
+import select
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from qwen3f.polling import ready
 
 INSIDE = "QWEN3F_KILLABLE"  # set in such a process: whoever would start one for a call need not
 MEMORY_BYTES = 8 << 30
+_F_SETSIG = 10  # Linux, fcntl(2)
 
 
 def find(name: str) -> Any:
@@ -36,14 +42,33 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a function prints is no answer
     for line in sys.stdin:
         name, modules, arguments = json.loads(line)
-        ready = _outcome(_load, name, modules)
+        loaded = _outcome(_load, name, modules)
         print(file=answers, flush=True)  # from here on the deadline counts
-        found = ready if "failure" in ready else _outcome(ready["value"], **arguments)
+        with _ended_with_parent():
+            found = loaded if "failure" in loaded else _outcome(loaded["value"], **arguments)
         try:
             text = json.dumps(found)
         except (TypeError, ValueError) as error:
             text = json.dumps({"failure": f"its result is no JSON: {error}"})
         print(text, file=answers, flush=True)
+
+
+@contextlib.contextmanager
+def _ended_with_parent() -> Iterator[None]:
+    """Meanwhile, if the parent is killed, its end of the pipe closes, and a signal ends this process and what it has
+    started: a call that hangs would go on for ever, as nobody is left to end it. The kernel sends it, so that what
+    holds the interpreter is ended too. Nothing else comes through the pipe before the call has its answer."""
+    pipe = sys.stdin.fileno()
+    flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(pipe, _F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC)
+    try:
+        if ready(pipe, select.POLLHUP, 0):  # it was gone before
+            os.killpg(0, signal.SIGKILL)
+        yield
+    finally:
+        fcntl.fcntl(pipe, fcntl.F_SETFL, flags)
 
 
 def _outcome(work: Callable[..., Any], *arguments: Any, **named: Any) -> dict[str, Any]:

@@ -29,6 +29,12 @@ def hangs():
         time.sleep(1)
 
 
+def spins(path):
+    open(path, "w").close()
+    while True:
+        pass
+
+
 def dies():
     os._exit(3)
 
@@ -103,6 +109,24 @@ def test_what_a_killed_process_had_started_ends_with_it():
     while _lives(child) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _lives(child)
+
+
+def test_a_call_under_way_ends_with_its_parent(tmp_path):
+    """Of a parent that is killed the kernel closes the pipe, which is all that a call that hangs can be told."""
+    found, begun = [], tmp_path / "begun"
+    with Killable(1, 600.0) as one:
+        call = threading.Thread(target=lambda: found.append(one.call(f"{HERE}:spins", path=str(begun))))
+        call.start()
+        deadline = time.monotonic() + 60
+        while not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (child,) = one._children
+        child._process.stdin.close()
+        call.join(20)
+        assert not _lives(child._process.pid)
+        one.close()  # ends a process that did not
+        call.join()
+    assert found[0].failure == "its process ended: exit code -9"
 
 
 def _lives(pid):
