@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from qwen3f import params as P
 from qwen3f import tree
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.checkpoint.manifest import DamagedCheckpoint
 from qwen3f.checkpoint.retention import Retention
-from qwen3f.checkpoint.shards import shards
+from qwen3f.checkpoint.shards import param_shards, shards
 from qwen3f.config import ModelConfig
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
@@ -18,7 +20,7 @@ from qwen3f.processes.world import ALONE, World
 from qwen3f.train import workdir as W
 from qwen3f.train.setup import Setup
 from qwen3f.train.state import TrainState, from_params, init_state
-from sharding.state import init_shards, local_shards
+from sharding.state import as_dtensors, init_shards, local_shards
 
 
 def open_checkpoints(setup: Setup, workdir: Path, world: World = ALONE) -> Checkpointer:
@@ -78,8 +80,9 @@ def starting_state(setup: Setup, checkpoints: Checkpointer, world: World = ALONE
     # rank 0's: on a network's file system others may see the last one late
     candidates = world.first(_candidates(checkpoints, setup.config.resume) if world.main else None)
     if candidates:
-        like = init_state(setup.model, 0, setup.optimizer, dtype=setup.master_dtype, **_place(setup, world))
-        return _restored(checkpoints, like, candidates, setup.config.checkpoint.cast)
+        state, meta = _restored(checkpoints, _shapes(setup), candidates, setup.config.checkpoint.cast)
+        state = tree.map(lambda leaf: leaf.to(setup.device), state)
+        return Start(state if world.mesh is None else as_dtensors(state, setup.model, setup.layout, world.mesh), meta)
     return Start(_first_state(setup, world), {})
 
 
@@ -129,6 +132,13 @@ def _first_state(setup: Setup, world: World) -> TrainState:
         return init_state(setup.model, seed, setup.optimizer, dtype=setup.master_dtype, **place)
     del place["device"]  # the parameters'
     return from_params(setup.model, initial_weights(setup, world), seed, setup.optimizer, **place)
+
+
+def _shapes(setup: Setup) -> TrainState:
+    """This rank's state without values: beside the one that is restored a second might not fit."""
+    shapes = {path: shard.local for path, shard in param_shards(setup.model, setup.layout).items()}
+    params = {path: torch.empty(shape, dtype=setup.master_dtype, device="meta") for path, shape in shapes.items()}
+    return from_params(setup.model, params, 0, setup.optimizer)
 
 
 def _place(setup: Setup, world: World) -> dict[str, Any]:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
+from qwen3f import tree
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.errors import TrainingError, UserError
 from qwen3f.train.hyper import Muon
 from qwen3f.train.loop import run
+from qwen3f.train.restore import starting_state
 from qwen3f.train.setup import make_setup
 from qwen3f.train.state import init_state
 from qwen3f.train.step import make_train_step
@@ -58,6 +60,22 @@ def test_resuming_is_bitwise_exact(make, tmp_path):
     run(again, tmp_path / "whole", progress=False)
     assert_same_bits(final_state(config, tmp_path / "whole", 20), straight)
     assert (tmp_path / "whole" / "checkpoints.aside1" / "20").is_dir()
+
+
+def test_a_state_that_is_restored_is_the_only_one_in_memory(make, tmp_path, monkeypatch):
+    setup, held, restore = make_setup(make()), [], Checkpointer.restore
+
+    def noting(checkpoints, like, *rest):
+        held.append(sum(leaf.nbytes for leaf in tree.leaves(like) if not leaf.is_meta))
+        return restore(checkpoints, like, *rest)
+
+    monkeypatch.setattr(Checkpointer, "restore", noting)
+    state = init_state(setup.model, 3, setup.optimizer)
+    with Checkpointer(tmp_path, 0, 0) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        assert_same_bits(starting_state(setup, checkpoints).state, state)
+    assert held == [0]
 
 
 def test_learns_and_validates(make, tmp_path):
