@@ -350,7 +350,7 @@ class Engine:
         return any(stop in text for stop in row.request.stop_texts)
 
     def _end(self, row: Row, reason: str) -> None:
-        row.finish_reason = reason
+        row.finish_reason, row.features = reason, None
         self._open.pop(row.number, None)
         self._decoders.pop(row.number, None)
         self._device.erase(self._scheduler.finish(row))

@@ -65,7 +65,7 @@ class Row:
 
     number: its place in the order of arrival. stream: its random stream, see sampling.streams_at. places: where the
     prompt's tokens stand, of a model with a vision tower; None: one behind the other. features: what the tower says of
-    its pictures, once it has been asked.
+    its pictures, from their first token to their last.
     tokens: prompt and answer so far, as far as known to the host. cached: tokens whose keys lie in pages, or will when
     what has been launched is done. launched: tokens of the answer that have been launched. checked: whether a token has
     been drawn from the pages that it has; then all that it has written there is finite. waits_for: a row that is to be

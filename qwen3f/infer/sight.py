@@ -23,8 +23,8 @@ from sharding.layout import ONE_DEVICE
 
 
 class Sight:
-    """A row's pictures go through the tower once, when the first of their tokens is computed; pages that were found
-    need none."""
+    """A row's pictures go through the tower when the first of their tokens is computed; what it says of them is kept
+    until the last one is. Pages that were found need none, and a row that has lost its pages goes through it anew."""
 
     def __init__(self, cfg: ModelConfig, execution: model.Execution) -> None:
         self._cfg = cfg.replace(gradient_checkpointing="none")
@@ -48,6 +48,9 @@ class Sight:
         tokens = np.where(index > 0, self._cfg.image_token_id, batch["tokens"])
         batch = {**batch, "tokens": tokens, "rotary": rotary, "visual_index": index}
         seen = [self._features(params, chunk.row) if index[n].any() else None for n, chunk in enumerate(chunks)]
+        for chunk in chunks:
+            if not chunk.row.places.index[chunk.start + chunk.count :].any():
+                chunk.row.features = None  # some megabytes a picture
         return batch, _joined([features for features in seen if features is not None], seen)
 
     @torch.no_grad()

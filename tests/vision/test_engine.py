@@ -101,6 +101,27 @@ def test_pages_are_shared_by_the_same_pixels_alone():
         assert len(looks) == count  # the third finds the first one's pages
 
 
+def test_features_are_not_kept_behind_the_pictures_last_token():
+    """Nor of a row that is cancelled before it: who asks a thousand questions may keep all their rows."""
+    cfg, p, _ = make()
+    rows, _, pictures = prompts(cfg, ["titt", "titt"])
+    engine = Engine(cfg, p, options=EngineOptions(chunk=2, page_size=2))
+    done = engine.submit([engine.request(r.tokens, NEW, pictures=seen) for r, seen in zip(rows, pictures)])
+    most = 0
+    while not done[0].finish_reason:
+        engine.step()
+        most = max(most, sum(row.features is not None for row in done))
+        assert done[0].features is None or not done[0].answered
+    assert most
+    again = engine.submit(
+        [engine.request(rows[0].tokens, NEW, pictures=Pictures(pictures[0].pixels + 1, pictures[0].grids))]
+    )
+    while again[0].features is None:
+        engine.step()
+    engine.cancel(again)
+    assert again[0].features is None
+
+
 def test_new_weights_look_again():
     cfg, p, _ = make()
     rows, _, pictures = prompts(cfg, ["tit"])
