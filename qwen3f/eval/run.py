@@ -1,6 +1,7 @@
 """The stage eval: benchmarks asked of a model, on one device or on several that share out the questions."""
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -146,12 +147,18 @@ def evaluate(config: ConfigDict, workdir: Path, progress: bool = True, world: Wo
             found = {**summary(records), "settings": dict(exam.values) | {"limit": config.limit}}
             results["benchmarks"][exam.benchmark.name] = {**found, "samples": records}
         text = table(results)
-        write_atomically(workdir / RESULTS, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+        write_results(workdir / RESULTS, results)
         write_atomically(workdir / TABLE, text.encode())
         print(text, flush=True)
         if ev is not None:
             print(_work(ev), flush=True)
         return results
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """As JSON, piece by piece: the whole text and its parts would take several times the memory of the records."""
+    pieces = json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(results)
+    write_atomically(path, (piece.encode() for piece in itertools.chain(pieces, "\n")))
 
 
 def _exams(config: ConfigDict) -> tuple[list[Exam], str]:

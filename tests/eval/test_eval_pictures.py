@@ -118,6 +118,16 @@ def test_only_the_pictures_that_are_asked_about_are_kept(seeing):
     assert [one.image is None for one in found[""]] == [False, True, True]
 
 
+def test_a_picture_of_several_questions_is_kept_once(tmp_path):
+    """VQAv2 asks five questions about each of its pictures, and repeats it in each row."""
+    write_parquet(tmp_path, "vqav2", (0, 1, 0, 0, 1))
+    benchmark = {one.name: one for one in registry.VISION}["vqav2"]
+    images = [one.item.image for one in load(benchmark, str(tmp_path), None, 0)]
+    assert [image.source for image in images] == [picture(i) for i in (0, 1, 0, 0, 1)]
+    assert len({id(image.source) for image in images}) == 2
+    assert len({image.row for image in images}) == 5
+
+
 def test_another_picture_is_another_question(seeing, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(seeing[0] / "rows", root / "rows")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 
 import pytest
 
@@ -166,3 +167,17 @@ def test_a_question_that_its_examples_hold_too_often_is_said(tmp_path):
     assert len(load(benchmark, str(tmp_path), 1, 0)[0].examples) == 1
     with pytest.raises(UserError, match="has 1 examples in the split 'train' beside the question .*; write fewer"):
         load(benchmark, str(tmp_path), 2, 0)
+
+
+def test_results_are_written_without_a_copy_of_them_in_memory(tmp_path):
+    """VQAv2 has 214,354 records; as one text, made of its parts, they would take seven times their file."""
+    results = {"model": "w", "samples": [{"number": n, "gold": [{"answer": "ja é"}] * 10} for n in range(3000)]}
+    tracemalloc.start()
+    try:
+        run.write_results(tmp_path / "r.json", results)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    content = (tmp_path / "r.json").read_bytes()
+    assert content == (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode()
+    assert peak < len(content) / 4

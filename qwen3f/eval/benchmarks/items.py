@@ -139,11 +139,14 @@ def items(benchmark: Benchmark, place: str, split: str) -> Iterator[Item]:
 
 
 def grouped(found: Iterator[Item], most: int = 0) -> Mapping[str, list[Item]]:
-    """By group. most: of each, whose images are kept, the first ones; 0: all. They are what takes memory."""
+    """By group. most: of each, whose images are kept, the first ones; 0: all. They are what takes memory, so one that
+    several questions are about is kept once."""
     out: dict[str, list[Item]] = {}
+    known: dict[bytes, bytes] = {}
     for item in found:
         group = out.setdefault(item.group, [])
-        group.append(dataclasses.replace(item, image=None) if most and len(group) >= most else item)
+        image = None if item.image is None or (most and len(group) >= most) else item.image.shared(known)
+        group.append(dataclasses.replace(item, image=image))
     return out
 
 
