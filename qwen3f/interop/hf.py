@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen3f.checkpoint.shards import param_shards
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.recognise import write_template
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.interop import config as C
 from qwen3f.interop import keys, shards, vision_config, writer
-from qwen3f.params import EMBED, HEAD, Params, abstract_params, check_params
+from qwen3f.params import EMBED, HEAD, Params, check_params
 from qwen3f.strict_json import read_object
+from sharding.layout import ONE_DEVICE, Layout
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -45,12 +47,16 @@ def _to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def load_pretrained(
-    directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[ModelConfig, Params]:
     """The model in a Hugging Face directory, as (cfg, params).
 
     directory: holds config.json and model.safetensors, or shards and their index. Only safetensors are read.
     dtype: of all parameters; None keeps each as stored.
+    layout: of a mesh, of which this rank's shards are read alone; padding is zero.
 
     Raises UserError, before weights are read, for what qwen3f.interop.config and .shards refuse, and naming the key for
     a tensor that is missing, unknown, of another shape or not floating-point, and for a tied head that differs from the
@@ -68,10 +74,11 @@ def load_pretrained(
         )
     slots = keys.slots(cfg, keys.are_transposed(cfg, {key: tensor.shape for key, tensor in stored.items()}))
     _check_stored(cfg, slots, stored, directory)
-    dtypes = _leaf_dtypes(slots, stored) if dtype is None else dict.fromkeys(abstract_params(cfg), dtype)
-    params = {
-        path: torch.empty(spec.shape, dtype=dtypes[path], device=device) for path, spec in abstract_params(cfg).items()
-    }
+    own = param_shards(cfg, layout)
+    dtypes = _leaf_dtypes(slots, stored) if dtype is None else dict.fromkeys(own, dtype)
+    params = {path: torch.empty(shard.local, dtype=dtypes[path], device=device) for path, shard in own.items()}
+    if layout.axes.pp.size > 1:
+        params = {path: leaf.zero_() for path, leaf in params.items()}
     by_file: dict[Path, dict[str, writer.TensorSpec]] = defaultdict(dict)
     for key, slot in slots.items():
         by_file[stored[key].file][key] = writer.TensorSpec(slot.shape, DTYPES[stored[key].dtype])
@@ -80,7 +87,7 @@ def load_pretrained(
         for part in writer.cut(specs, _MAPPED_BYTES):
             with shards.open_file(file) as opened:
                 for key in part:
-                    keys.fill(slots[key], params, opened.get_tensor(key))
+                    keys.fill(slots[key], params, opened.get_tensor(key), own)
     return cfg, params
 
 

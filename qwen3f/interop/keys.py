@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qwen3f.checkpoint.shards import Shard
 from qwen3f.config import ModelConfig
 from qwen3f.params import EMBED, HEAD, PATCH_EMBED, VISUAL, Params, ParamSpec, abstract_params
 
@@ -44,12 +45,16 @@ def fetch(slot: Slot, params: Params) -> Tensor:
     return (whole.transpose(-1, -2) if slot.transposed else whole).reshape(slot.shape)
 
 
-def fill(slot: Slot, params: Params, tensor: Tensor) -> None:
-    """Copy Hugging Face's tensor to our places."""
+def fill(slot: Slot, params: Params, tensor: Tensor, shards: Mapping[str, Shard]) -> None:
+    """Copy Hugging Face's tensor to our places. shards: path -> what `params` has of each; the rest is left out."""
     whole = tensor.transpose(-1, -2) if slot.transposed else tensor
     for (path, index), part in zip(slot.parts, whole.chunk(len(slot.parts), slot.dim), strict=True):
-        place = params[path][index]
-        place.copy_(part.reshape(place.shape))
+        shard, depth = shards[path], len(index)
+        part = part.reshape(shard.shape[depth:])
+        for here, there in shard.pieces:
+            if all(box.start <= at < box.stop for at, box in zip(index, there)):
+                place = tuple(box.start + at - other.start for at, box, other in zip(index, here, there))
+                params[path][place + tuple(here[depth:])].copy_(part[tuple(there[depth:])])
 
 
 def hf_name(cfg: ModelConfig, path: str) -> str:

@@ -26,7 +26,6 @@ from qwen3f.processes.world import ALONE, World
 from qwen3f.strict_json import read_object
 from qwen3f.train import workdir as W
 from sharding.layout import ONE_DEVICE, Layout
-from sharding.state import cut_params
 
 # Of a model that starts from another one these may differ, which is then said: the same weights fit.
 CHANGEABLE = ("rope_theta", "rope_scaling", "max_position_embeddings", "rms_norm_eps")
@@ -138,8 +137,8 @@ def read_params(
     cfg = _without_new_parts(cfg, read_model_config(source))
     directory, is_hf, step = locate(source)
     if is_hf:
-        params = hf.load_pretrained(directory, dtype, device if world.size == 1 else "cpu")[1]
-        return {path: x.to(device) for path, x in cut_params(cfg, params, layout).items() if path in wanted}
+        params = hf.load_pretrained(directory, dtype, device, layout)[1]
+        return {path: leaf for path, leaf in params.items() if path in wanted}
     table, shapes, shard_of = abstract_params(cfg), {}, None
     if world.size > 1:
         shapes = {path: shard.local for path, shard in param_shards(cfg, layout).items()}

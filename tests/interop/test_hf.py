@@ -10,12 +10,16 @@ import sys
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen3f import model, params
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
-from qwen3f.interop import hf, keys
-from tests.interop.models import CASES, edit_config, edit_tensors, hf_model, same_bits, tensors
+from qwen3f.interop import hf, keys, source
+from sharding.mesh import parse_mesh
+from sharding.state import cut_params
+from tests.checkpoint.test_shards import layouts
+from tests.interop.models import CASES, EXPERTS, SIZES, edit_config, edit_tensors, hf_model, same_bits, tensors
 
 KEYS_OF_OLD_READERS = {"rope_theta", "rope_scaling", "torch_dtype", "architectures", "model_type", "head_dim"}
 
@@ -96,6 +100,34 @@ def test_one_file_or_shards(tmp_path):
     assert all(path.stat().st_size <= max(8000, largest) + 4096 for path in (tmp_path / "many").glob("*.safetensors"))
     for name in ("one", "many"):
         assert all(same_bits(leaf, p[path]) for path, leaf in hf.load_pretrained(tmp_path / name)[1].items())
+
+
+@pytest.mark.parametrize("mesh", ["dp2,tp2", "pp2,tp2", "dp2,ep2"])
+def test_a_rank_reads_its_shards_alone(mesh, tmp_path):
+    """Which are those of the whole model, and all that is made."""
+    cfg = ModelConfig(**SIZES | EXPERTS | {"num_experts": 4, "vocab_size": 96})
+    hf.save_pretrained(tmp_path / "m", cfg, params.init_params(cfg, 0))
+    p = hf.load_pretrained(tmp_path / "m")[1]
+    for _, layout in layouts(parse_mesh(mesh)):
+        made = Made()
+        with made:
+            own = source.read_params(str(tmp_path / "m"), cfg, "cpu", layout=layout)
+        expected = cut_params(cfg, p, layout)
+        assert own.keys() == expected.keys()
+        assert all(same_bits(leaf, expected[path]) for path, leaf in own.items())
+        assert made.bytes == sum(leaf.nbytes for leaf in own.values())
+
+
+class Made(TorchDispatchMode):
+    """Bytes of the tensors that are made within it."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if function is torch.ops.aten.empty.memory_format or function is torch.ops.aten.clone.default:
+            self.bytes += out.nbytes
+        return out
 
 
 def test_an_index_beside_the_one_file_that_it_names(tmp_path):
