@@ -33,7 +33,7 @@ class EventFile:
 
         self._event, self._summary = Event, summary
         # The reader takes a directory's files in the order of their names.
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers):06d}"
         self._file = PatientFile(directory / name, say)
         self._records = RecordWriter(self._file)
         first = start_step + 1 if start_step else 0

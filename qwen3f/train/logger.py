@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import os
@@ -86,15 +85,14 @@ class MetricLogger:
         wandb = _import_wandb(wandb_mode)
         workdir = Path(workdir)
         path = workdir / "metrics.jsonl"
-        kept = _lines_until(path, start_step)
+        kept, self._last_step = _kept(path, start_step)
         workdir.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:  # what is open closes again, should a later one fail to open
             # wandb comes first, as it may refuse: nothing of an older run is dropped before.
             self._wandb_run: Any = None
             if wandb is not None:
                 self._wandb_run = stack.enter_context(_wandb_run(wandb, workdir, wandb_mode, run_config))
-            _cut(path, len(kept))
-            self._last_step = kept[-1][0] if kept else -1
+            _cut(path, kept)
             self._bar = stack.enter_context(_progress_bar(total_steps, start_step, progress))
             self._file = stack.enter_context(PatientFile(path, self.write))
             self._tensorboard = stack.enter_context(EventFile(workdir / "tensorboard", start_step, self.write))
@@ -163,30 +161,34 @@ class MetricLogger:
         self._open.__exit__(kind, error, trace)  # so that wandb learns whether the run failed
 
 
-def _lines_until(path: Path, start_step: int) -> list[tuple[int, str]]:
-    """(step, line) of a metrics.jsonl's lines that a run from `start_step` keeps: none if that is the beginning.
+def _kept(path: Path, start_step: int) -> tuple[int, int]:
+    """(bytes, last step) of a metrics.jsonl's lines that a run from `start_step` keeps: none, and −1, if that is the
+    beginning.
 
-    A last line without an end, which a killed process left, isn't among them.
+    A last line without an end, which a killed process left, isn't among them. One line is in memory at a time.
     """
+    size, last, keeps = 0, -1, start_step > 0
     if not path.exists():
-        return []
+        return size, last
     try:
-        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode()
+                if not text.endswith("\n"):
+                    break
+                step = _step_of(text, f"{path}, line {number}")
+                keeps = keeps and step <= start_step
+                if keeps:
+                    size, last = size + len(line), step
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no text that a run wrote ({error}): move it away") from error
-    steps = [_step_of(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-    return list(itertools.takewhile(lambda pair: 0 < start_step >= pair[0], zip(steps, lines, strict=True)))
+    return size, last
 
 
-def _cut(path: Path, lines: int) -> None:
-    """Leaves the first lines of the file, where it is: that needs no room on a disk that is full."""
-    if not path.exists():
-        return
-    content, end = path.read_bytes(), 0
-    for _ in range(lines):
-        end = content.index(b"\n", end) + 1
-    if end < len(content):
-        os.truncate(path, end)
+def _cut(path: Path, size: int) -> None:
+    """Leaves the first bytes of the file, where it is: that needs no room on a disk that is full."""
+    if path.exists() and size < path.stat().st_size:
+        os.truncate(path, size)
 
 
 def _step_of(line: str, where: str) -> int:

@@ -4,12 +4,14 @@ import builtins
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import socket
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections import defaultdict
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qwen3f.errors import UserError
-from qwen3f.train import patient_file
+from qwen3f.train import event_file, patient_file
 from qwen3f.train.logger import MetricLogger
 
 
@@ -74,6 +76,22 @@ def test_resume_drops_later_steps_and_a_torn_line(tmp_path):
         assert lines(tmp_path) == []
 
 
+def test_a_long_metrics_file_is_not_read_whole(tmp_path):
+    with make_logger(tmp_path):
+        pass  # imports what it needs
+    line = '{"step": %d, "loss": 1.2345678901234567, "note": "' + 200 * "x" + '"}\n'
+    (tmp_path / "metrics.jsonl").write_text("".join(line % (n + 1) for n in range(8000)))
+    tracemalloc.start()
+    try:
+        with make_logger(tmp_path, start_step=6000, total_steps=9000):
+            peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    left = (tmp_path / "metrics.jsonl").read_text()
+    assert left == "".join(line % (n + 1) for n in range(6000))
+    assert peak < len(left) / 2
+
+
 def test_a_foreign_metrics_file_is_left_alone(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nmy notes\n')
     with pytest.raises(UserError, match=r'metrics\.jsonl, line 2 is not a JSON object with a "step"'):
@@ -81,7 +99,8 @@ def test_a_foreign_metrics_file_is_left_alone(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\nmy notes\n'
 
 
-def test_tensorboard_scalars_text_and_purge(tmp_path):
+def test_tensorboard_scalars_text_and_purge(tmp_path, monkeypatch):
+    monkeypatch.setattr(event_file, "_numbers", itertools.count(9))  # the reader sorts names as texts
     with make_logger(tmp_path) as logger:
         for step in (1, 2, 3, 4):
             logger.log(step, {"loss": 1.0 * step, "val/loss": 0.5})
@@ -112,7 +131,7 @@ def test_wandb_offline_writes_into_workdir_and_stays_off_the_network(tmp_path):
         }
         code = f"""
 from pathlib import Path
-from qwen3f.train import patient_file
+from qwen3f.train import event_file, patient_file
 from qwen3f.train.logger import MetricLogger
 for start in (0, 1):
     with MetricLogger(Path({str(tmp_path / "w")!r}), total_steps=3, start_step=start, wandb_mode="offline",
