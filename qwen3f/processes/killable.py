@@ -52,16 +52,18 @@ class Killable:
 
     def call(self, function: str, modules: Sequence[str] = (), /, **arguments: Any) -> Outcome:
         """The function's result. Waits for a free process; a call that fails or is late costs only itself."""
-        child = self._free.get()
+        child, sound = self._free.get(), False
         try:
-            if child is None or not child.alive():
-                child = self._started()
-            outcome, sound = child.call(function, modules, arguments, self.deadline)
-            if not sound:
+            if child is not None and not child.alive():
                 self._end(child)
                 child = None
+            child = child or self._started()
+            outcome, sound = child.call(function, modules, arguments, self.deadline)
             return outcome
         finally:
+            if child is not None and not sound:  # of a call that Ctrl-C ended the answer would be the next one's
+                self._end(child)
+                child = None
             self._free.put(child)
 
     def map(self, calls: Sequence[tuple[str, dict[str, Any]]], modules: Sequence[str] = ()) -> list[Outcome]:

@@ -1,12 +1,14 @@
 """Calls in processes that can be killed: results, failures, deadlines, and nothing that is left behind."""
 
 import os
+import signal
 import sys
 import threading
 import time
 
 import pytest
 
+from qwen3f.processes import killable as killable_module
 from qwen3f.processes.killable import Killable
 
 HERE = "tests.processes.test_killable"
@@ -109,6 +111,29 @@ def test_what_a_killed_process_had_started_ends_with_it():
     while _lives(child) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _lives(child)
+
+
+def test_processes_that_die_between_calls_leave_no_descriptors():
+    with Killable(1, 10.0) as one:
+        counts = []
+        for _ in range(3):
+            os.kill(one.call(f"{HERE}:here").value, signal.SIGKILL)
+            (child,) = one._children
+            child._process.wait()
+            counts.append(len(os.listdir("/proc/self/fd")))
+        assert counts == counts[:1] * 3
+
+
+def test_the_answer_of_a_call_that_was_interrupted_is_not_the_next_ones(monkeypatch):
+    def interrupted(child, until):
+        raise KeyboardInterrupt
+
+    with Killable(1, 10.0) as one:
+        with monkeypatch.context() as patch:
+            patch.setattr(killable_module._Child, "_line", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                one.call(f"{HERE}:double", x=1)
+        assert one.call(f"{HERE}:double", x=2).value == 4
 
 
 def test_a_call_under_way_ends_with_its_parent(tmp_path):
