@@ -57,18 +57,27 @@ def main() -> None:
 def _ended_with_parent() -> Iterator[None]:
     """Meanwhile, if the parent is killed, its end of the pipe closes, and a signal ends this process and what it has
     started: a call that hangs would go on for ever, as nobody is left to end it. The kernel sends it, so that what
-    holds the interpreter is ended too. Nothing else comes through the pipe before the call has its answer."""
-    pipe = sys.stdin.fileno()
-    flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
-    fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())
-    fcntl.fcntl(pipe, _F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC)
+    holds the interpreter is ended too. Nothing else comes through the pipe before the call has its answer. Where
+    there is no such signal, as on other systems than Linux, a call goes on."""
+    pipe, flags = sys.stdin.fileno(), 0
+    with contextlib.suppress(OSError):  # a system that has no such signal
+        flags = _ask_for_signal(pipe) if sys.platform == "linux" else 0
     try:
         if ready(pipe, select.POLLHUP, 0):  # it was gone before
             os.killpg(0, signal.SIGKILL)
         yield
     finally:
-        fcntl.fcntl(pipe, fcntl.F_SETFL, flags)
+        if flags:
+            fcntl.fcntl(pipe, fcntl.F_SETFL, flags & ~os.O_ASYNC)
+
+
+def _ask_for_signal(pipe: int) -> int:
+    """SIGKILL to this process's group when something comes through the pipe, or it closes. Returns the pipe's flags."""
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(pipe, _F_SETSIG, signal.SIGKILL)
+    flags = fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC
+    fcntl.fcntl(pipe, fcntl.F_SETFL, flags)
+    return flags
 
 
 def _outcome(work: Callable[..., Any], *arguments: Any, **named: Any) -> dict[str, Any]:
