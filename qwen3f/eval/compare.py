@@ -87,7 +87,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _read(argument: str) -> dict[str, Any]:
-    results = read_object(Path(argument), RESULTS_BYTES)
+    path = Path(argument)
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; write {path / 'results.json'}")
+    if not path.exists():
+        raise UserError(f"there is no file {path}; name the results.json of an evaluation")
+    results = read_object(path, RESULTS_BYTES)
     try:
         found = results["benchmarks"].values()
         whole = all(record.keys() >= set(_SAMPLE) for x in found for record in x["samples"])

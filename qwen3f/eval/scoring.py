@@ -42,7 +42,10 @@ class Scorer:
 
     def __init__(self, cfg: ModelConfig, params: P.Params, batch_tokens: int, execution: model.Execution) -> None:
         if cfg.scalar_head:
-            raise UserError("model.scalar_head=True makes a score of each token, not text; name another model")
+            raise UserError(
+                "this is a reward model (model.scalar_head=True), which says nothing of the next token; name another, "
+                "--config.init_from=W"
+            )
         if batch_tokens < 1:
             raise UserError(f"batch_tokens must be at least 1, got {batch_tokens}")
         self._params = unstacked(cfg, params)

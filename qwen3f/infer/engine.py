@@ -89,7 +89,8 @@ class Engine:
     ) -> None:
         if cfg.scalar_head:
             raise UserError(
-                "model.scalar_head=True makes a score of each token, not text; name a model with a vocabulary"
+                "this is a reward model (model.scalar_head=True), which scores and writes no text; name another, "
+                "--config.init_from=W"
             )
         self.cfg, self.tokenizer, self.seed = cfg, tokenizer, seed
         if max_tokens < 0:

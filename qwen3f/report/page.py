@@ -69,7 +69,7 @@ def _lead(report: Report) -> str:
         return "An evaluation of a language model of the Qwen3 family."
     far = f"trained for {stage.steps:,} steps"
     if isinstance(total, int) and stage.steps < total:
-        far = f"in training, {stage.steps:,} of {total:,} steps done"
+        far = f"trained for {stage.steps:,} of {total:,} steps so far"
     return f"A language model of the Qwen3 family{size}, {far}. This page says what it learnt, and what that cost."
 
 

@@ -171,6 +171,15 @@ def test_what_cannot_run_is_one_line(place, tmp_path, changes, words, monkeypatc
     assert not (tmp_path / "e" / "results.json").exists()
 
 
+def test_examples_that_are_not_there_name_the_flag_that_asks_for_them(place, tmp_path):
+    copy = shutil.copytree(place / "rows" / "gsm8k", tmp_path / "gsm8k")
+    for file in [path for path in copy.rglob("*train*") if path.is_file()]:
+        file.unlink()
+    for shots in (None, 2):
+        with pytest.raises(UserError, match="'train'.*: gsm8k's examples, .*; put it there, or write --config.shots=0"):
+            load(registry.TEXT[1], str(copy), shots, 0)
+
+
 def test_a_data_set_that_is_not_there_says_where_to_put_it(place, tmp_path, monkeypatch):
     words = "has no directory mmlu: put the files of cais/mmlu into .*mmlu, or write mmlu@DIR"
     with pytest.raises(UserError, match=words):

@@ -112,6 +112,14 @@ def test_a_file_of_something_else_is_named(tmp_path, text):
         main([str(tmp_path / "a.json")] * 2)
 
 
+@pytest.mark.parametrize("name, words", [("", "is a directory; write .*/results.json"), ("x.json", "there is no file")])
+def test_what_is_no_file_says_what_to_write(tmp_path, name, words):
+    with pytest.raises(UserError, match=f"{words}.*") as caught:
+        main([str(tmp_path / name)] * 2)
+    assert "results.json" in str(caught.value)
+    assert "give a directory" not in str(caught.value)
+
+
 def test_difference_of_two_shares_is_newcombes():
     """Newcombe (1998), table II, (a): 56/70 − 48/80 by his method 10."""
     before, after = (Estimate(k / n, *wilson(k, n), n) for k, n in ((48, 80), (56, 70)))

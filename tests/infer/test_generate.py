@@ -239,7 +239,7 @@ def test_bad_input_is_named_at_once(change, words):
 
 def test_a_model_of_scores_makes_no_text():
     cfg, p, _, tokens = build()
-    with pytest.raises(UserError, match="model.scalar_head=True makes a score"):
+    with pytest.raises(UserError, match="is a reward model.*--config.init_from=W"):
         stream(cfg.replace(scalar_head=True), p, tokens, max_new_tokens=2)
 
 

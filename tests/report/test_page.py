@@ -155,6 +155,15 @@ def test_what_a_run_wrote_is_text_wherever_it_stands(tmp_path):
         assert "<script>alert(1)</script>" in page.text
 
 
+def test_a_run_that_has_not_reached_its_steps_is_not_said_to_be_running(tmp_path):
+    run = write_run(tmp_path / "W", stage="grpo")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"steps": 10**6}))
+    text = page_of(run).text
+    assert "of 1,000,000 steps so far" in text
+    assert "in training" not in text
+
+
 def test_an_unknown_metric_is_listed(tmp_path):
     run = write_run(tmp_path / "W")
     lines = [json.loads(line) | {"my_own_number": 3.25} for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from random import Random
 
+from qwen3f.data.sources.adapters.files import split_files
 from qwen3f.data.sources.adapters.opening import raw_rows
 from qwen3f.data.sources.adapters.registry import HubDataset
 from qwen3f.data.sources.adapters.rows import BadRow, Row, RowFault
@@ -117,16 +118,7 @@ def items(benchmark: Benchmark, place: str, split: str) -> Iterator[Item]:
             yield benchmark.read(Row(values, f"{benchmark.name}/{split}:{number + 1}"))
         return
     for config in benchmark.configs[:1] if place else benchmark.configs:
-        dataset = HubDataset(
-            name=benchmark.name,
-            hub_id=benchmark.hub_id,
-            use="eval",
-            columns=benchmark.columns,
-            split=benchmark.split,
-            config=config,
-            folder=benchmark.folder,
-        )
-        for row in raw_rows(dataset, place, split, True):
+        for row in raw_rows(_dataset(benchmark, config), place, split, True):
             if isinstance(row, BadRow):
                 raise UserError(row.message)
             try:
@@ -136,6 +128,18 @@ def items(benchmark: Benchmark, place: str, split: str) -> Iterator[Item]:
                 yield item
             except RowFault as fault:
                 raise UserError(fault.message) from None
+
+
+def _dataset(benchmark: Benchmark, config: str) -> HubDataset:
+    return HubDataset(
+        name=benchmark.name,
+        hub_id=benchmark.hub_id,
+        use="eval",
+        columns=benchmark.columns,
+        split=benchmark.split,
+        config=config,
+        folder=benchmark.folder,
+    )
 
 
 def grouped(found: Iterator[Item], most: int = 0) -> Mapping[str, list[Item]]:
@@ -151,10 +155,18 @@ def grouped(found: Iterator[Item], most: int = 0) -> Mapping[str, list[Item]]:
 
 
 def _pools(benchmark: Benchmark, place: str, count: int) -> Mapping[str, Examples]:
-    """Examples by group; under "" those of every group."""
+    """Examples by group; under "" those of every group. Raises UserError where a local copy has no file of them."""
     shots = benchmark.shots
     if shots.fixed or not count:
         return {"": shots.fixed}
+    if place:
+        try:
+            split_files(_dataset(benchmark, benchmark.configs[0]), place, shots.split)
+        except UserError as fault:
+            raise UserError(
+                f"{str(fault).rstrip('.')}: {benchmark.name}'s examples, {count} a question, are of that split; put it "
+                "there, or write --config.shots=0"
+            ) from fault
     found = items(benchmark, place, shots.split)
     if shots.order == "first" and not benchmark.description("x"):
         found = islice(found, count)
