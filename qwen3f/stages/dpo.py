@@ -38,6 +38,7 @@ from qwen3f.preference.reference import (
 from qwen3f.preference.rows import count_pairs, counted, join_pairs, split_pairs, sums_of
 from qwen3f.preference.sampling import SamplerOptions
 from qwen3f.preference.wins import Asked, Wins
+from qwen3f.train.next_steps import ASK, EXPORT
 from qwen3f.train.objective import Batch, Figures, Objective, check_model
 from qwen3f.train.setup import Setup, at_least
 from qwen3f.train.stage import Run, Stage
@@ -284,6 +285,7 @@ def make(run: Run) -> Stage:
         lines=tuple(corpus.describe()),
         samples=shown(setup, corpus, tokenizer),
         complete=lambda stage: _with_reference(run, stage, corpus, hyper),
+        next=(ASK, EXPORT),
     )
 
 

@@ -33,6 +33,7 @@ from qwen3f.preference.sampling import Sampler, SamplerOptions
 from qwen3f.preference.wins import Asked, Wins, quality
 from qwen3f.stages.dpo import make_objective, read_hyper
 from qwen3f.tasks.task import Question, Task
+from qwen3f.train.next_steps import ASK, EXPORT
 from qwen3f.train.objective import check_model
 from qwen3f.train.readings import number
 from qwen3f.train.setup import Setup, at_least
@@ -104,6 +105,7 @@ def make(run: Run) -> Stage:
         lines=(f"data: {task.name}, {len(questions):,} prompts to answer{left_out}",),
         microbatch_rows=microbatch_rows(setup),
         complete=lambda stage: _complete(run, stage, tokenizer, task),
+        next=(ASK, EXPORT),
     )
 
 

@@ -35,6 +35,7 @@ from qwen3f.sandbox.tiers import find_tier, preferred
 from qwen3f.tasks.code import CodeTask
 from qwen3f.tasks.task import Question, Task
 from qwen3f.train.metrics import flops_per_token, peak_flops
+from qwen3f.train.next_steps import ASK, ASK_PICTURE, EXPORT
 from qwen3f.train.objective import check_model
 from qwen3f.train.outputs import make_outputs
 from qwen3f.train.readings import number
@@ -158,6 +159,7 @@ def make(run: Run) -> Stage:
         updates=config.updates,
         microbatch_rows=rollout.microbatch_rows,
         complete=complete,
+        next=(ASK_PICTURE if options.sight else ASK, EXPORT),
     )
 
 

@@ -24,6 +24,7 @@ from qwen3f.eval.heldout import batches_of_one_shape
 from qwen3f.eval.picture_answers import answer_chosen, chosen
 from qwen3f.params import Params
 from qwen3f.stages.sft import make_heldout_loss
+from qwen3f.train.next_steps import ASK_PICTURE, EXPORT
 from qwen3f.train.objective import NEXT_TOKEN, check_model
 from qwen3f.train.restore import check_tokenizer, find_tokenizer
 from qwen3f.train.setup import Setup, at_least
@@ -62,6 +63,7 @@ def make(run: Run) -> Stage:
         evaluators={"val": _evaluator(run, corpus, tokenizer)},
         figures=_figures,
         lines=tuple(corpus.describe()),
+        next=(ASK_PICTURE, EXPORT),
     )
 
 

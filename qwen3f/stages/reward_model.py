@@ -10,6 +10,7 @@ N pairs · B rows · T places of a row · S documents, P pairs of a row at most
 import dataclasses
 import functools
 import math
+import shlex
 from collections.abc import Callable
 
 import torch.nn.functional as F
@@ -129,4 +130,14 @@ def make(run: Run) -> Stage:
         figures=lambda batch: {"padding": corpus.train_metrics(batch)["padding"]},
         lines=tuple(corpus.describe()),
         samples=shown(setup, corpus, tokenizer),
+        next=(_next(setup.config),),
+    )
+
+
+def _next(config: ConfigDict) -> str:
+    """Reinforcement of the model that this one came from, by this one's scores."""
+    policy = shlex.quote(config.init_from or "W").replace("{", "{{").replace("}", "}}")
+    return (
+        f"--config experiments/grpo.py:PRESET --config.init_from={policy} --config.rewards=reward_model "
+        "--config.judge.reward_model={workdir} --workdir {workdir}-grpo"
     )

@@ -29,6 +29,7 @@ from qwen3f.params import Params
 from qwen3f.tasks.registry import open_text_task
 from qwen3f.tasks.task import Question, Task
 from qwen3f.train.microbatches import evaluation_parts
+from qwen3f.train.next_steps import ASK
 from qwen3f.train.objective import NEXT_TOKEN, check_model
 from qwen3f.train.outputs import make_eval_step
 from qwen3f.train.restore import check_tokenizer, find_tokenizer
@@ -37,7 +38,7 @@ from qwen3f.train.stage import Evaluator, Interrupted, Run, Stage
 from sharding.state import whole_params
 
 _NEXT = (
-    '--config experiments/generate.py --config.init_from={workdir} --config.prompt="What is 17 + 25?"',
+    ASK,
     "--config experiments/rejection_sample.py --config.init_from={workdir} --config.out={workdir}-samples",
     "--config experiments/sft_fusion.py:{preset} --config.init_from={workdir} --workdir {workdir}-fusion",
 )

@@ -9,6 +9,14 @@ from qwen3f.config import ModelConfig
 from qwen3f.interop.source import FREE_FIELDS
 from qwen3f.train import workdir as W
 
+# Commands for Stage.next that several stages name.
+ASK = '--config experiments/generate.py --config.init_from={workdir} --config.prompt="What is 17 + 25?"'
+ASK_PICTURE = (
+    "--config experiments/generate.py --config.init_from={workdir} --config.images=a.png "
+    '--config.prompt="What is in the picture?"'
+)
+EXPORT = "--config experiments/export_hf.py --config.init_from={workdir} --config.out={workdir}-hf"
+
 
 def next_steps(workdir: Path, cfg: ModelConfig, step: int, commands: Sequence[str]) -> list[str]:
     """Lines to print. step: of the last checkpoint. commands: as Stage.next."""

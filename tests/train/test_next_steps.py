@@ -7,12 +7,14 @@ import shlex
 import signal
 
 import pytest
+from ml_collections import ConfigDict
 
 from qwen3f import cli, presets, usage
+from qwen3f.stages import reward_model
 from qwen3f.stages.configs import pretrain_config
 from qwen3f.train import cpu_cost, metrics
 from qwen3f.train.loop import run
-from qwen3f.train.next_steps import find_preset, next_steps
+from qwen3f.train.next_steps import ASK, ASK_PICTURE, EXPORT, find_preset, next_steps
 from qwen3f.train.setup import make_setup
 from qwen3f.train.step import make_train_step
 
@@ -39,6 +41,21 @@ def test_a_whole_run_says_where_things_are_and_commands_that_are_valid(make, tmp
         assert f"--config.init_from={workdir}" in words
     run(config, workdir, progress=False)
     assert "done at step 3" in capsys.readouterr().out
+
+
+REWARDS = reward_model._next(ConfigDict({"init_from": "a {b} c"}))
+
+
+@pytest.mark.parametrize("command", [ASK, ASK_PICTURE, EXPORT, REWARDS])
+def test_the_commands_of_stages_are_valid(command, tmp_path):
+    line = next_steps(tmp_path / "a run", presets.get("nano"), 1, [command])[2]
+    words = shlex.split(line)
+    experiment = words[3].partition(":")[0]
+    assert experiment in usage.experiments()
+    cli._check_overrides(["launch.py", "--config", experiment, *words[4:]])
+    assert any(str(tmp_path / "a run") in word for word in words)
+    if command == REWARDS:
+        assert "--config.init_from=a {b} c" in words
 
 
 def test_a_run_that_is_stopped_does_not_say_that_it_is_done(make, tmp_path, capsys):
