@@ -11,6 +11,9 @@ has only been pretrained continues text: --config.chat=False. A model with a vis
 --config.images=a.png,b.jpg and --config.video=DIR, by --config.prompt or --config.prompts. --config.mesh=tp2 cuts a
 model over two devices.
 
+What is not set is as Qwen3 recommends: with a thought temperature 0.6, top_p 0.95 and top_k 20; without one 0.7, 0.8,
+20 and a presence penalty of 1.5, which a temperature of 0 keeps: greedy is --config.presence_penalty=0 too.
+
 The second is a chat: a question a line, from the terminal or a pipe. /think and /no_think as Qwen3 has them, /reset,
 /quit or the end of the input; Ctrl-C stops an answer and keeps what was said.
 

@@ -97,7 +97,7 @@ class Judge:
 
 def _read(outcome: Outcome) -> tuple[float, str]:
     if outcome.failure:
-        return math.nan, outcome.failure
+        return math.nan, " ".join(outcome.failure.split())  # a line of the log
     if outcome.value is None:
         return math.nan, "cannot be judged"
     return outcome.value, ""

@@ -156,7 +156,7 @@ def test_rewards_by_rule():
 def test_failures_are_counted_and_nothing_waits_for_them():
     """Each reward once a sample, in order (NeMo PR 3058: two after an exception)."""
     good, bad = sample("abc"), sample("raise")
-    names = [f"{BAD}:{n}" for n in ("raises", "hangs", "dies", "says_nothing", "nan", "text", "huge")]
+    names = [f"{BAD}:{n}" for n in ("raises", "lines", "hangs", "dies", "says_nothing", "nan", "text", "huge")]
     fine = [f"{BAD}:{n}" for n in ("fine", "of_numpy", "sometimes", "shouts")]
     with Judge(dict.fromkeys([*fine, *names], 1.0), 2, 1.5) as judge_all:
         found = judge_all([good, bad])
@@ -171,6 +171,7 @@ def test_failures_are_counted_and_nothing_waits_for_them():
     assert said.pop(f"{BAD}:sometimes") == ("RuntimeError: on this one", 1)
     words = {
         "raises": "KeyError: 'gold'",
+        "lines": "RuntimeError: one two",
         "hangs": "took longer than 1.5 s",
         "dies": "its process ended: exit code 0",
         "says_nothing": "cannot be judged",

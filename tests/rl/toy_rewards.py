@@ -34,6 +34,10 @@ def raises(sample: Sample) -> float:
     raise KeyError("gold")
 
 
+def lines(sample: Sample) -> float:
+    raise RuntimeError("one\ntwo")
+
+
 def hangs(sample: Sample) -> float:
     while True:
         time.sleep(1)

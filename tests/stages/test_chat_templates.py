@@ -122,6 +122,8 @@ def test_preferences_are_learnt_in_the_model_s_kind_of_chats(root, tmp_path, cap
         cli.run_stage(config, workdir, False)
         shown = capsys.readouterr().out
         assert (words in shown) if stage == "dpo" else (words.replace("⟦", "") in shown.replace("⟦", ""))
+        experiment = "generate.py" if stage == "dpo" else "grpo.py"
+        assert f"--config experiments/{experiment}" in shown.partition("what next:")[2]
         assert kind_of(load_tokenizer(workdir / "tokenizer")).name == kind
 
 
