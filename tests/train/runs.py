@@ -7,13 +7,15 @@ import torch
 from qwen3f.checkpoint.checkpointer import Checkpointer
 from qwen3f.config import ModelConfig
 from qwen3f.train import optimizer
+from qwen3f.train.hyper import make_hyper
 from qwen3f.train.state import init_state
 
 
 def final_state(config, workdir, step):
     with Checkpointer(workdir / "checkpoints", 0, 0) as checkpoints:
         dtype = torch.float64 if config.dtype == "float64" else torch.float32
-        return checkpoints.restore(init_state(pretrain_model(config), 0, dtype=dtype), step)[0]
+        hyper = make_hyper(**config.optimizer.to_dict())  # which says what is frozen and has no moments
+        return checkpoints.restore(init_state(pretrain_model(config), 0, hyper, dtype=dtype), step)[0]
 
 
 def pretrain_model(config):
