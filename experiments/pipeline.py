@@ -117,7 +117,7 @@ DEBUG: dict[str, Row] = {
         **_often(20, 256), **_GPU_ASKED, "data.kinds": _KINDS, "tasks": "reasoning=0.5,procedures=0.5", "steps": 20,
         **_GENTLE,
     }),
-    # Of its own answers: pairs that are given, as nano's, cost right answers here. 256 questions a step: 43 to 84 pairs.
+    # Of its own answers: pairs that are given, as nano's, cost right answers here. 256 questions: 43 to 84 pairs.
     "dpo": ("dpo_online.py:{}", 95, {
         **_often(20, 256), **_EAGER, **_LEARN, "data.kinds": "sorting", "data.difficulties": "1,2,3",
         "data.problems": 10_000, "online.task": "procedures", "online.samples": 8, "online.temperature": 1.0,
