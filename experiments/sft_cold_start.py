@@ -45,10 +45,7 @@ def _solve_generated_problems(config: ConfigDict, preset: str) -> None:
         config.data.difficulties, config.data.problems = "1,2", 600_000
         config.steps, config.batch_size = 3000, 64
         config.eval.max_new_tokens = 300
-        if preset == "debug":
-            _learn_by_muon(config, peak_lr=3e-3, update_rms=0.2, weight_decay=0.1)
-        else:
-            config.schedule.peak_lr = 1e-3
+        _learn_by_muon(config, peak_lr=3e-3, update_rms=0.2, weight_decay=0.1)
 
 
 def _learn_by_muon(config: ConfigDict, peak_lr: float, update_rms: float, weight_decay: float) -> None:

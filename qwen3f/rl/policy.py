@@ -70,6 +70,8 @@ class GRPO:
       kl_coef: of the KL to a frozen reference; 0: none, and no reference.
       kl: its estimate, one of KINDS_OF_KL. kl_ratio: multiply it by the ratio, so that its gradient is the reverse
         KL's off policy too; see surrogates.kl_estimate.
+      router_losses: add those of a mixture's routers. The prompts of one task use few experts, and balancing them
+        changes what the model says (verl's mixtures on Megatron have none, too).
       longest: tokens that a completion may have; dr_grpo's constant. 0: as many as the batch has columns, for rows that
         hold a completion each.
     Raises UserError for values that do not go together.
@@ -84,6 +86,7 @@ class GRPO:
     kl_coef: float = 0.0
     kl: str = "k3"
     kl_ratio: bool = True
+    router_losses: bool = False
     longest: int = 0
 
     def __post_init__(self) -> None:
@@ -143,7 +146,8 @@ def make_objective(hyper: GRPO, entropy: bool = True, num_ids: int = 0) -> Objec
     reports = ("ratio_gap", "clip_low", "clip_high", "moved", *(("kl",) if hyper.kl_coef else ()))
     reports += ("entropy",) if entropy else ()
     make = _by_documents if hyper.loss in OF_DOCUMENTS else _by_tokens
-    return Objective("log_probs", *make(hyper, reports), _make_count(hyper), reports, entropy, num_ids)
+    parts = (*make(hyper, reports), _make_count(hyper))
+    return Objective("log_probs", *parts, reports, entropy, num_ids, hyper.router_losses)
 
 
 def _make_count(hyper: GRPO) -> Callable[[Batch], Tensor] | None:

@@ -150,6 +150,7 @@ def _dpo() -> ConfigDict:
     dpo.beta = 0.1  # how strongly the policy is held to the reference
     dpo.label_smoothing = 0.0  # share of pairs that are taken to be the wrong way round: cdpo, robust, exo_pair
     dpo.sft_weight = 0.0  # of next-token prediction of the better answers, which is added
+    dpo.router_losses = False  # add a mixture's, by model.router_aux_loss_coef and router_z_loss_coef
     dpo.reference = ""  # a workdir, its checkpoints/N or a Hugging Face directory; "": init_from
     return dpo
 
@@ -256,6 +257,7 @@ def _grpo() -> ConfigDict:
     grpo.kl_coef = 0.0  # of the KL to the weights of init_from; 0: no reference
     grpo.kl = "k3"  # its estimate: k1, k2 or k3
     grpo.kl_ratio = True  # times the ratio
+    grpo.router_losses = False  # add a mixture's, by model.router_aux_loss_coef and router_z_loss_coef
     return grpo
 
 

@@ -57,6 +57,7 @@ class DPO:
       label_smoothing: ε, the share of pairs that are taken to be the wrong way round: of cdpo, robust and exo_pair.
       sft_weight: of the mean of −log π over the better answer's tokens, which is added (RPO: Pang et al. 2024,
         arXiv:2404.19733). Deviation from TRL's "sft", a mean over the batch's tokens: here each answer counts alike.
+      router_losses: add those of a mixture's routers, as in pretraining.
 
     Raises UserError for values that cannot work.
     """
@@ -65,6 +66,7 @@ class DPO:
     beta: float = 0.1
     label_smoothing: float = 0.0
     sft_weight: float = 0.0
+    router_losses: bool = False
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -240,7 +242,7 @@ def make_objective(hyper: DPO) -> Objective:
         size = log_ratio_BS.shape[1]
         return join_pairs(costs, size), {name: join_pairs(x, size) for name, x in figures.items()}
 
-    return Objective("log_probs", token, document, count_pairs, REPORTS)
+    return Objective("log_probs", token, document, count_pairs, REPORTS, router_losses=hyper.router_losses)
 
 
 def answers_of(log_ratio_BS: Tensor, rows: Batch) -> tuple[Answers, Answers]:

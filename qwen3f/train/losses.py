@@ -109,8 +109,9 @@ def make_differentiated(
     """fn(trainable, frozen, micro-batch, totals, others=None, dropout_stream=None) -> (what a step differentiates by
     the trainable parameters, its Terms).
 
-    The scalar is the objective's loss plus router_aux_loss_coef · aux_loss plus router_z_loss_coef · z_loss. trainable
-    and frozen are the model's parameters together. others: the load of other micro-batches, see balance.balance_loss.
+    The scalar is the objective's loss plus, if it has router_losses, router_aux_loss_coef · aux_loss plus
+    router_z_loss_coef · z_loss. trainable and frozen are the model's parameters together. others: the load of other
+    micro-batches, see balance.balance_loss.
     On a mesh both are this rank's share.
     """
     both = _make_loss_and_stats(cfg, execution, dropout, layout, objective)
@@ -127,7 +128,7 @@ def make_differentiated(
         if stats is None:
             return loss, token_terms(loss, figures)
         terms = router_terms(cfg, stats, totals, others, layout.axes)
-        return add_router_losses(cfg, loss, terms), terms._replace(loss=loss, figures=figures)
+        return add_router_losses(cfg, objective, loss, terms), terms._replace(loss=loss, figures=figures)
 
     return differentiated
 
@@ -153,8 +154,10 @@ def router_terms(
     return Terms(torch.zeros_like(aux), aux, z, load, {})
 
 
-def add_router_losses(cfg: ModelConfig, loss: Tensor, terms: Terms) -> Tensor:
-    """What is differentiated: loss, plus the routers' losses by their coefficients."""
+def add_router_losses(cfg: ModelConfig, objective: Objective, loss: Tensor, terms: Terms) -> Tensor:
+    """What is differentiated: loss, plus the routers' losses by their coefficients where the objective has them."""
+    if not objective.router_losses:
+        return loss
     for coefficient, term in ((cfg.router_aux_loss_coef, terms.aux_loss), (cfg.router_z_loss_coef, terms.z_loss)):
         if coefficient > 0:
             loss = loss + coefficient * term

@@ -48,6 +48,7 @@ class Objective:
       entropy: token's batch has "entropy" [B, T], of the distribution at the batch's temperature, without a gradient.
       num_ids: of log_probs: ids from here on have no probability, as for a sampler that never draws them (an embedding
         may have rows that its tokenizer does not use); 0: all have.
+      router_losses: add those of a mixture's routers, by ModelConfig's coefficients. False: they are measured alone.
     """
 
     output: Output = "nll"
@@ -57,6 +58,7 @@ class Objective:
     reports: tuple[str, ...] = ()
     entropy: bool = False
     num_ids: int = 0
+    router_losses: bool = True
 
     def __post_init__(self) -> None:
         if self.output not in OUTPUTS:

@@ -123,7 +123,7 @@ def _with_losses(
             part, others = len(stats.counts) / len(cfg.sparse_layers), None if carry is None else carry.load
             terms = losses.router_terms(cfg, stats, totals, others, layout.axes, part)
             terms = terms._replace(loss=loss, figures=figures)
-        whole = losses.add_router_losses(cfg, loss, terms)
+        whole = losses.add_router_losses(cfg, objective, loss, terms)
         return whole if last else schedule.attach(out, whole), losses.add_terms(carry, terms)
 
     return program

@@ -219,7 +219,7 @@ def _make_summed_gradients(
     another. masters: the parameters whose dtype the sums have."""
     options = {"dropout": cfg.attention_dropout > 0, "layout": layout}
     differentiate = grad_and_value(losses.make_differentiated(cfg, objective, execution, **options), has_aux=True)
-    exact = cfg.router_balance == "global_exact" and bool(cfg.sparse_layers)
+    exact = cfg.router_balance == "global_exact" and bool(cfg.sparse_layers) and objective.router_losses
     count = losses.make_load(cfg, execution, **options) if exact else None
 
     def summed(

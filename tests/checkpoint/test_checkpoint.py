@@ -185,8 +185,6 @@ def test_snapshot_is_apart_from_the_state(tmp_path):
 @pytest.mark.gpu
 def test_cuda_state_is_exact_and_jax_stays_off_the_card(tmp_path):
     state = pytree.tree_map(lambda t: None if t is None else t.cuda(), make_state())
-    torch.cuda.synchronize()
-    free = torch.cuda.mem_get_info()[0]
     with Checkpointer(tmp_path, every=1, keep=0) as c:
         for step in (1, 2):  # the second uses the first one's pinned memory
             c.save(step, state, {})
@@ -198,7 +196,8 @@ def test_cuda_state_is_exact_and_jax_stays_off_the_card(tmp_path):
             pytree.tree_map(lambda t: None if t is None else t.cpu(), want),
         )
         assert restored.step.is_cuda
-    assert free - torch.cuda.mem_get_info()[0] < 2**28
+    jax = sys.modules["jax"]  # Orbax's
+    assert {device.platform for device in jax.devices()} == {"cpu"}
 
 
 def test_all_of_it_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -46,6 +46,7 @@ def hard(root, kind="dense", **changes):
     parts = {
         "grpo.loss": "grpo",
         "grpo.kl_coef": 0.1,
+        "grpo.router_losses": True,
         "updates": 2,
         "steps": 2,
         "rollout.samples": 3,

@@ -13,7 +13,7 @@ from qwen3f.train.optimizer import AdamW
 from qwen3f.train.outputs import make_outputs
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.step import StepOptions, make_train_step
-from tests.sharding.steps import config
+from tests.sharding.steps import MOE, config
 
 SCHEDULE = Schedule("constant", 1e-2, 10)
 
@@ -227,6 +227,23 @@ def test_ids_that_no_sampler_draws_have_no_probability():
     assert abs(found["loss"] - (expected * weights).sum() / weights.sum()) <= 1e-12
     assert (new.opt.m["lm_head.weight"][33:] == 0).all()
     assert (new.opt.m["lm_head.weight"][:33] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("balance", ["global", "global_exact"])
+def test_an_objective_without_router_losses_measures_them_and_is_that_of_a_model_without_coefficients(balance):
+    cfg = config(**{**MOE, "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.5, "router_balance": balance})
+    batch, start = packed(), state.init_state(cfg, 0, dtype=torch.float64)
+    options = StepOptions(AdamW(), SCHEDULE, microbatches=2)
+
+    def norm(cfg, **objective):
+        found = make_train_step(cfg, Objective("log_probs", **objective), options)(start, batch)[1]
+        assert found["aux_loss"] > 0
+        assert found["router_z_loss"] > 0
+        return found["grad_norm"]
+
+    without = cfg.replace(router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+    assert norm(cfg, router_losses=False) == norm(without)
+    assert norm(cfg) != norm(without)
 
 
 @pytest.mark.parametrize(
