@@ -99,6 +99,22 @@ def test_normalising_first_lets_a_reward_of_small_spread_count():
     assert torch.equal(equal, torch.zeros(3, 4).double())
 
 
+def test_normalised_first_a_weight_counts_and_what_one_reward_cannot_judge_is_left_out():
+    rewards = torch.tensor([[[1.0, 0.0, 1.0, 0.0], [0.0, NAN, 1.0, 1.0]], [[0.3, 0.0, 0.1, NAN], [0.0, 0.2, 0.5, 0.1]]])
+    total, got = combine_rewards(rewards, (1.0, -0.25), "normalize_then_sum")
+    out = rewards.isnan().any(0)
+    assert torch.equal(total.isnan(), out)
+    assert (got[out] == 0).all()
+    each = [group_advantages(one.masked_fill(out, NAN)) for one in rewards]
+    summed = (each[0] - 0.25 * each[1])[~out]
+    assert (got[~out] - (summed - summed.mean()) / (summed.std() + 1e-4)).abs().max() <= 1e-12
+
+
+def test_an_unknown_way_of_combining_is_refused():
+    with pytest.raises(UserError, match="combining rewards by 'sum': write one of sum_then_normalize, normalize_then_"):
+        combine_rewards(torch.ones(1, 1, 2), (1.0,), "sum")
+
+
 @pytest.mark.parametrize("how", [{"baseline": "median"}, {"scale": "std"}])
 def test_names_that_do_not_exist_are_refused(how):
     with pytest.raises(UserError, match="write one of"):
