@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3f.errors import UserError
+from qwen3f.rl import surrogates
 from qwen3f.rl.correction import entropy_threshold, high_entropy
 from qwen3f.rl.policy import GRPO, LOSSES, make_objective
 from qwen3f.stages.grpo import policy_loss
@@ -49,6 +50,18 @@ def test_loss_and_gradient_are_those_of_the_formula(name, spread):
     assert (loss - expected).abs() <= 1e-12 * max(1, expected.abs())
     assert (grad - expected_grad).abs().max() <= 1e-12 * max(1, expected_grad.abs().max())
     assert (grad[x["mask"] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dual", [0.0, 1.5])
+def test_clipped_shares_are_of_the_tokens_whose_gradient_a_bound_takes(dual):
+    ratio, advantage = (x.flatten() for x in torch.meshgrid(torch.linspace(0.55, 1.95, 15), torch.tensor([-2.0, 0, 3])))
+    clip = surrogates.Clip(0.2, 0.28, dual)
+    _, grad = value_and_grad(lambda r: surrogates.clipped(r, advantage, clip).sum(), ratio)
+    low, high = surrogates.clipped_low(ratio, advantage, clip), surrogates.clipped_high(ratio, advantage, clip)
+    assert torch.equal(low + high, ((grad == 0) & (advantage != 0)).float())
+    assert (ratio[low > 0] < 1).all()
+    assert (ratio[high > 0] > 1).all()
+    assert (high[advantage < 0].sum() > 0) == bool(dual)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3, 1.5])
