@@ -30,11 +30,6 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
     tokenizer = source.read_tokenizer(config.init_from) if config.tokenizer else None
     cfg = source.read_model_config(config.init_from)
     params = source.read_params(config.init_from, cfg, "cpu", DTYPES[config.dtype])
-    for path, leaf in params.items():
-        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(leaf)):
-            raise UserError(
-                f"{path} holds weights that are not finite as {str(leaf.dtype).removeprefix('torch.')}; write "
-                "--config.dtype=bfloat16 or --config.dtype=float32, whose range is wider, or export another checkpoint"
-            )
+    hf.check_finite(params)
     hf.save_pretrained(out, cfg, params, tokenizer, max_shard_bytes=int(config.max_shard_gb * 1e9))
     print(f"{config.init_from} -> {out}: {cfg.total_params_estimate():,} parameters, {config.dtype}", flush=True)

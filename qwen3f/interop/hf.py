@@ -60,7 +60,7 @@ def load_pretrained(
 
     Raises UserError, before weights are read, for what qwen3f.interop.config and .shards refuse, and naming the key for
     a tensor that is missing, unknown, of another shape or not floating-point, and for a tied head that differs from the
-    embedding.
+    embedding; afterwards for weights that float16 cannot hold.
     """
     directory = Path(directory)
     if dtype is not None:
@@ -88,7 +88,20 @@ def load_pretrained(
             with shards.open_file(file) as opened:
                 for key in part:
                     keys.fill(slots[key], params, opened.get_tensor(key), own)
+    if dtype == torch.float16:  # whose range is the narrowest: 65,504
+        check_finite(params)
     return cfg, params
+
+
+def check_finite(params: Params) -> None:
+    """Raises UserError, naming the parameter, where one holds a weight that is not finite."""
+    for path, leaf in params.items():
+        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(leaf)):
+            raise UserError(
+                f"{path} holds weights that are not finite as {str(leaf.dtype).removeprefix('torch.')}; write "
+                "--config.dtype=bfloat16 or --config.dtype=float32, whose range is wider (in Python dtype=…), or give "
+                "another checkpoint"
+            )
 
 
 def save_pretrained(

@@ -309,3 +309,12 @@ def test_weights_of_several_dtypes_ask_for_one_by_its_flag(model, tmp_path):
     with pytest.raises(UserError, match=rf"{name} is BF16, but .* is F32; .* write --config.dtype=float32 or"):
         hf.load_pretrained(tmp_path / "x")
     assert hf.load_pretrained(tmp_path / "x", torch.float32)[1]["model.layers.mlp.up_proj.weight"][1].eq(1).all()
+
+
+def test_weights_that_float16_cannot_hold_are_not_loaded_as_infinite(tmp_path):
+    wide = params.init_params(CFG, 0)
+    wide[NORM][3] = 7e4
+    hf.save_pretrained(tmp_path / "x", CFG, wide)
+    with pytest.raises(UserError, match=rf"{NORM} holds weights that are not finite as float16; write --config.dtype="):
+        hf.load_pretrained(tmp_path / "x", torch.float16)
+    assert hf.load_pretrained(tmp_path / "x", torch.bfloat16)[1][NORM][3] == 70144
