@@ -28,6 +28,10 @@ def test_every_pair_once_side_by_side(make_chat_cache, pairs, seq_len, scored):
     margins = np.arange(1, len(pairs) + 1, dtype=np.float32)
     data = PairDataset(cache, seq_len, 3, scored, margins=margins)
     assert data.rows.dropped == 2 * (len(pairs) - len(kept))
+    padded = np.mean([data[i]["segments"] == 0 for i in range(len(data))])
+    assert data.padding == pytest.approx(padded, abs=1e-12)
+    with pytest.raises(IndexError, match=f"example {len(data)} of {len(data)}"):
+        data[len(data)]
     found = []
     for row in map(data.__getitem__, range(len(data))):
         assert row["segments"].max() % 2 == 0
