@@ -90,7 +90,7 @@ _GPU_ASKED = {
     **_GPU_CHATS, "data.problems": 10_000, "rollout.max_new_tokens": _GPU_TOKENS, "judge.processes": 8,
 }  # fmt: skip
 DEBUG: dict[str, Row] = {
-    "pretrain_s1": ("pretrain_s1.py:{}", 75, {
+    "pretrain_s1": ("pretrain_s1.py:{}", 80, {
         **_GPU_TEXT, **_often(150), "steps": 300, "data.mixture": "embedded=0.5,reasoning=0.5",
     }),
     "pretrain_s2": ("pretrain_s2.py:{}", 35, {
@@ -105,7 +105,7 @@ DEBUG: dict[str, Row] = {
         **_often(200, 256), **_GPU_CHATS, "data.problems": 30_000, "data.kinds": _KINDS, "steps": 600,
         "data.mixture": "reasoning=0.985,procedures=0.015",
     }),
-    "grpo": ("grpo.py:{}", 75, {
+    "grpo": ("grpo.py:{}", 80, {
         **_often(16, 256), **_GPU_ASKED, "data.kinds": "sorting", "tasks": "procedures", "steps": 32,
         "rewards": "correct=0.5,places=0.5", "schedule.warmup": 0.3,
     }),
@@ -113,18 +113,18 @@ DEBUG: dict[str, Row] = {
         **_often(100, 256), **_GPU_CHATS, "data.problems": 10_000, "data.kinds": _KINDS, "steps": 100,
         "data.mixture": "reasoning=0.65,reasoning-plain=0.3,procedures=0.05",
     }),
-    "grpo_general": ("grpo_general.py:{}", 75, {
+    "grpo_general": ("grpo_general.py:{}", 70, {
         **_often(20, 256), **_GPU_ASKED, "data.kinds": _KINDS, "tasks": "reasoning=0.5,procedures=0.5", "steps": 20,
         **_GENTLE,
     }),
     # Of its own answers: pairs that are given, as nano's, cost right answers here. 256 questions: 43 to 84 pairs.
-    "dpo": ("dpo_online.py:{}", 95, {
+    "dpo": ("dpo_online.py:{}", 85, {
         **_often(20, 256), **_EAGER, **_LEARN, "data.kinds": "sorting", "data.difficulties": "1,2,3",
         "data.problems": 10_000, "online.task": "procedures", "online.samples": 8, "online.temperature": 1.0,
         "online.max_new_tokens": _GPU_TOKENS, "online.fill": 0.2, "steps": 20,
         "batch_size": 256, "microbatches": 16, "schedule.peak_lr": 1e-4, "schedule.warmup": 0.3,
     }),
-    "evaluation": ("eval.py", 25, {
+    "evaluation": ("eval.py", 30, {
         "benchmarks": "reasoning,procedures", "limit": 500, "max_new_tokens": _GPU_TOKENS, "data.kinds": _KINDS,
         "data.difficulties": "1,2,3", "data.problems": 131_072,
     }),
