@@ -6,9 +6,10 @@ A row is {"messages": [message, …]} with messages as in `template`, and may ha
     enable_thinking  how the prompts are rendered: false puts an empty thinking block at their end; see `samples`
     answer           the right final answer, for the judge of a task
 
-Stricter than the template: the turns take turns, the first user's turn is a question, every answer says something, a
-thought within it stands at its beginning, and a call's arguments are an object. A thought is kept under
-`reasoning_content`, wherever the row has it; one of blanks alone is none. What follows the last answer is left out.
+The checks are stricter than the template's: the roles alternate, the first user turn is a question, no answer is empty,
+a thought within an answer's content stands at its beginning, and a call's arguments are an object. A thought is moved
+to `reasoning_content`, whichever key the row has it under; a thought of white space alone counts as none. Turns after
+the last answer are left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,8 +42,9 @@ class Conversation:
         messages: the turns up to the last answer.
         name: "file:row".
         tools: descriptions of the functions that may be called.
-        enable_thinking: how its prompts are rendered; None: `samples` says.
-        judged: a text and the right final answer, for the judge of a task; None: there is no right answer.
+        enable_thinking: how its prompts are rendered; None: `samples` decides.
+        judged: (the text to judge, the right final answer), for the judge of a task; None: the row gives no right
+            answer.
     """
 
     messages: tuple[Message, ...]
@@ -53,13 +55,14 @@ class Conversation:
 
     @property
     def question(self) -> bytes:
-        """What decides its split: the first user's text, without switches. So a question is in one split."""
+        """The first user turn without /think and /no_think. It decides the split, so a question is in one split
+        only."""
         first = next(message["content"] for message in self.messages if message["role"] == "user")
         return without_switches(first).encode()
 
 
 def read_conversation(row: Row) -> Conversation:
-    """The conversation of a row in the module's form. Raises RowFault, with file and row."""
+    """The conversation of a row, whose form the module's docstring says. Raises RowFault, with file and row."""
     messages = checked_messages(list_of_dicts(row, "messages"), row.name, tools := read_tools(row))
     enable_thinking = row.values.get("enable_thinking")
     if not isinstance(enable_thinking, bool | None):
@@ -80,7 +83,7 @@ def checked_messages(
         tools: as a row has them; they are checked too.
 
     Raises:
-        RowFault: what `template.check_messages` refuses, and what the module's text says.
+        RowFault: a message that `template.check_messages` refuses, or that breaks a rule of the module's docstring.
     """
     try:
         check_messages(messages, tools)
@@ -112,13 +115,13 @@ def _with_one_thought(message: Message) -> Message:
 
 
 def _without_blank_thought(message: Message) -> Message:
-    """The message with an empty thought, if its thought is of blanks: a template would write them as one."""
+    """The message; a thought of white space alone becomes empty, since a template would render it as a thought."""
     if message["role"] != "assistant":
         return message
     thought, content = split_thought(message)
     if thought.strip() or not thought.strip("\n"):
         return message
-    if message.get("reasoning_content") is None:  # it stands in the content, with line ends of other systems
+    if message.get("reasoning_content") is None:  # it stands in the content, perhaps with "\r\n" around it
         content = content.lstrip()
     return {**message, "reasoning_content": "", "content": content}
 
@@ -141,12 +144,13 @@ def _order_fault(messages: Sequence[Message], number: int) -> tuple[str, str] | 
         allowed = " or ".join(_BEFORE[role])
         return "roles_out_of_order", f"has the role {role!r} after {before['role']!r}: write it after {allowed}."
     if role == "tool" and before["role"] == "assistant" and not before.get("tool_calls"):
-        return "roles_out_of_order", "is a tool's result, but the answer before calls none: write its tool_calls."
+        return "roles_out_of_order", "is a tool's result, but the answer before it calls no tool: write its tool_calls."
     return None
 
 
 def _question_fault(messages: Sequence[Message], number: int) -> tuple[str, str] | None:
-    """Of the first user's turn: behind no question the template writes no thinking block."""
+    """The fault of a first user turn that is no question: the template writes a thinking block only after a
+    question."""
     message, before = messages[number], messages[number - 1] if number else None
     if message["role"] != "user" or is_query(message) or (before and before["role"] != "system"):
         return None

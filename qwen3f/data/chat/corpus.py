@@ -1,4 +1,4 @@
-"""From a configuration to packed chats: sources, token caches with trained bits, best fit, mixture.
+"""Build packed chats from a configuration: sources, token caches with trained bits, best fit, mixture.
 
 The counterpart of `data.corpus` for supervised fine-tuning; caches, order, resume and mixtures are the same.
 """
@@ -37,21 +37,22 @@ class ChatDataConfig:
     """What `config.data` holds for a stage that trains on chats.
 
     Attributes:
-        mixture: sources of `chat.sources`, several with weights: "reasoning=0.5,ultrachat@DIR=0.5". Weights share out
-            rows of seq_len places.
-        root: directory of the source, where it does not name one.
+        mixture: sources of `chat.sources`, several with weights: "reasoning=0.5,ultrachat@DIR=0.5". A weight is the
+            source's share of the rows.
+        root: directory of the source, if the mixture does not name one.
         kinds, difficulties: of the generated problems, with commas between; "" for all.
-        problems: problems generated, both splits together.
+        problems: number of problems to generate, both splits together.
         problem_seed: other seeds give other problems.
         turns: "last", a sample for each answer, its prompt as inference renders it; or "all", all answers of a
             conversation in one sample.
         switches: share of samples that say their mode by /think or /no_think; see `chat.samples`.
-        judge: keep only answers that the judge of this task calls right, "" for all: "reasoning".
-        long_chats: of samples of more than seq_len + 1 tokens: "drop", counted; "cut_end", ended by the last answer
-            that fits whole (with turns=last there is only one, so it is dropped); "error".
-        on_bad_row: "error", or "skip" to count rows that cannot be used.
-        max_samples: samples of each source to train on, at most, the first ones; 0: all.
-        max_heldout: held-out samples of each source to keep, at most, the first ones.
+        judge: keep only answers that the judge of this task, such as "reasoning", calls right; "": keep all.
+        long_chats: what to do with samples of more than seq_len + 1 tokens. "drop": leave them out and count them.
+            "cut_end": end them with the last answer that fits whole (with turns=last there is only one answer, so the
+            sample is dropped). "error": stop.
+        on_bad_row: "error", or "skip" to leave out and count rows that cannot be used.
+        max_samples: train on at most this many samples of each source, the first ones; 0: all.
+        max_heldout: keep at most this many held-out samples of each source, the first ones.
         temperature: see `mixture.temper`.
         max_epochs: how often a source is read at most, "" for no limit; see `mixture.parse_caps`.
         cache: directory of token caches; "" is $XDG_CACHE_HOME/qwen3f or ~/.cache/qwen3f.
@@ -86,9 +87,9 @@ class ChatCorpus:
     Attributes:
         sources: name -> samples, by split.
         train: packed rows of the train splits, for a `Loader`.
-        names: of the parts of `train`.
-        heldout: name -> packed rows of the held-out split, with their weights; a source with none that fits is missing.
-        report: what was packed, dropped and why, of each part.
+        names: the sources in `train`, in its order.
+        heldout: name -> packed rows of the held-out split; a source is missing if none of its held-out samples fits.
+        report: for each source of `train`, what was packed, and what was dropped and why.
     """
 
     sources: dict[str, Source]
@@ -108,7 +109,7 @@ class ChatCorpus:
         return tuple(n / CYCLE for n in self.train.slots) if isinstance(self.train, Mixture) else (1.0,)
 
     def check_covers(self, examples: int, seed: int) -> None:
-        """Raises UserError if the caps of epochs leave fewer rows than a run needs."""
+        """Raises UserError if max_epochs leaves fewer rows than `examples`, which a run needs."""
         total = self.train.total(seed) if isinstance(self.train, Mixture) else None
         if total is not None and total < examples:
             raise UserError(
@@ -117,14 +118,14 @@ class ChatCorpus:
             )
 
     def train_metrics(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """What to log of a batch: shares of its places that are padding, and that are supervised."""
+        """What to log for a batch: the share of its places that are padding, and the share whose target is trained."""
         return {
             "padding": (batch["segments"] == 0).float().mean().item(),
             "supervised": (batch["loss_weights"] > 0).float().mean().item(),
         }
 
     def describe(self) -> list[str]:
-        """Lines for each part to train on, and for each held-out split."""
+        """Lines of the log for each source's training rows and held-out rows."""
         lines = [
             line
             for part, share in zip(self.report, self.shares)
@@ -152,7 +153,7 @@ def prepare_chats(cfg: ChatDataConfig, seq_len: int, tokenizer: Tokenizer, progr
 
     Raises:
         UserError: settings that exclude each other, a tokenizer that cannot write Qwen3's chats, a row that cannot be
-            used, a source of which no sample is left; and see `parse_weights`, `make_mixture`, `open_chats`.
+            used, a source with no sample left; and see `parse_weights`, `make_mixture`, `open_chats`.
     """
     check(cfg)
     check_seq_len(seq_len)
@@ -180,10 +181,10 @@ def prepare_chats(cfg: ChatDataConfig, seq_len: int, tokenizer: Tokenizer, progr
 
 @dataclass(frozen=True)
 class Recipe:
-    """What chats and pairs of them do differently.
+    """The steps in which chats and preference pairs differ.
 
-    open: the source that a mixture names. limit: the first so many samples of each split of a source. pack: the rows of
-    a split, from its token cache; None for a held-out split of which nothing fits.
+    open: name in the mixture -> its source. limit: (source, n) -> the source with only the first n samples of each
+    split. pack: (source, split, token cache) -> the rows of the split; None if nothing of a held-out split fits.
     """
 
     open: Callable[[str], Source]
@@ -192,7 +193,10 @@ class Recipe:
 
 
 def prepare_packed(cfg: Any, recipe: Recipe, tokenizer: Tokenizer, progress: bool) -> ChatCorpus:
-    """`prepare_chats` by a recipe. cfg: ChatDataConfig, or another with its mixture, limits and cache."""
+    """What `prepare_chats` does, with the steps of a recipe.
+
+    cfg: a ChatDataConfig, or another class with the same attributes for mixture, limits and cache.
+    """
     weights = dict(parse_weights(cfg.mixture))
     if cfg.root and len(weights) > 1:
         raise UserError("--config.data.root is the directory of one source: write NAME@DIR in the mixture instead.")
@@ -247,10 +251,10 @@ def check(cfg: ChatDataConfig) -> None:
 
 
 def generated_problems(cfg: ChatDataConfig, readers: Iterable[str] = ()) -> ReasoningSource:
-    """The problems of all families, of which each source and task reads its own (`ReasoningSource.family`).
+    """The generated problems of all families. Each source or task reads only its own (`ReasoningSource.family`).
 
-    readers: names of all that read them, where that is known. Raises UserError for an unknown kind or difficulty, and
-    for a kind that none of the readers has.
+    readers: names of the sources or tasks that read them; () if unknown. Raises UserError for an unknown kind or
+    difficulty, and for a kind that none of the readers has.
     """
     kinds = _chosen("kinds", cfg.kinds, tuple(kind for family in FAMILIES.values() for kind in family))
     read = [kind for name in readers for kind in FAMILIES.get(name, ())]
@@ -273,7 +277,7 @@ def _chosen(key: str, written: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _has_samples(source: Source, split: Split) -> bool:
-    """Whether there are samples in a split; of the train split there must be."""
+    """Whether a split has a sample. Raises UserError if the train split has none."""
     counts: Counter[str] = Counter()
     if next(source.documents(split, counts), None) is not None:
         return True
@@ -289,7 +293,7 @@ def _has_samples(source: Source, split: Split) -> bool:
 def _pack(
     cfg: ChatDataConfig, source: Source, split: Split, cache: TokenCache, tokenizer: Tokenizer, seq_len: int
 ) -> BestFitDataset | None:
-    """The rows of a split; None for a held-out split of which no sample fits."""
+    """The rows of a split; None if no sample of a held-out split fits."""
     if cfg.long_chats == "error":
         _refuse_long(source, split, cache, seq_len)
     policy = "cut_end" if cfg.long_chats == "cut_end" else "drop"

@@ -1,20 +1,21 @@
-"""Chats as training examples: ids, and for each whether the model learns to write it.
+"""Chats as training examples: token ids, and for each id whether the model learns to write it.
 
-Trained is what the model itself writes in an answer: all behind "<|im_start|>assistant\\n" (thinking, answer and tool
-calls as `template.render` writes them, in the kind of the tokenizer's template) up to and with "<|im_end|>". Never
-trained are prompts, tool results, the turns' headers, and the line end behind <|im_end|>, since a model stops at
-<|im_end|>. An empty thinking block is trained exactly when the prompt does not hold it: without thinking
-(`enable_thinking=False`) it is the end of the prompt. Where the prompt opens every thought (`kinds.THINKING`), its
-"<think>" is never trained.
+What the model itself writes in an answer is trained: everything after "<|im_start|>assistant\\n" (thinking, answer and
+tool calls as `template.render` writes them, in the kind of the tokenizer's template), up to and including "<|im_end|>".
+Prompts, tool results, the turns' headers, and the line end after <|im_end|> are never trained; a model stops at
+<|im_end|>. An empty thinking block is trained only if the prompt does not hold it: without thinking
+(`enable_thinking=False`) the prompt ends with it. If the prompt opens every thought (`kinds.THINKING`), its "<think>"
+is never trained.
 
-By default the last turn alone is trained, behind the history as inference renders it (without thoughts); so a
+By default only the last turn is trained, after the history as inference renders it (without thoughts); so a
 conversation gives one sample for each answer. With `all_turns` one rendering trains all answers, each with its thinking
-block: ids and mask of TRL 1.16's Qwen3 training template. Deviation from it: TRL trains the line end behind <|im_end|>.
+block; ids and mask equal those of TRL 1.16's Qwen3 training template, except that TRL also trains the line end after
+<|im_end|>.
 
-Deviation from transformers' ids of the same text: an answer's ids begin with its first character, as they do when the
-model writes it behind the generation prompt. This differs only where no special token stands between (a prompt that
-holds the thinking block, or a tokenizer without <think>) and the answer begins with a line end or other blanks; and see
-`template.encode_chat` for names of special tokens in contents.
+Deviation from transformers' ids of the same text: an answer is encoded alone, as when the model writes it after the
+generation prompt, and no token spans prompt and answer. The ids differ only if no special token stands at that border
+(a prompt that holds the thinking block, or a tokenizer without <think>) and the answer begins with a line end or other
+blanks. See also `template.encode_chat` for names of special tokens in contents.
 
 Legend: N tokens of the chat, T = seq_len.
 """
@@ -50,8 +51,8 @@ def chat_tokens(
         messages: the turns, see `template`; the last one is the assistant's.
         tools: descriptions of the functions that may be called.
         all_turns: train every answer instead of the last; a last message of another role is then allowed.
-        enable_thinking: as the prompt is rendered. False: it ends with an empty thinking block, which is then not
-            trained; no trained answer may have a thought. Without effect on kinds that have no thoughts.
+        enable_thinking: False: the prompt ends with an empty thinking block, which is then not trained, and no trained
+            answer may have a thought. No effect on kinds that have no thoughts.
 
     Raises:
         UserError: no answer at the end, or a thought where the prompt has switched thinking off; and as

@@ -8,13 +8,13 @@ _SEED = 0
 
 
 def measured_rows(dataset: Indexed, most: int) -> list[int]:
-    """Indices of the rows to measure, the same on all ranks: all in their order, or `most` of the shuffled ones.
+    """Indices of the rows to measure, the same on all ranks: all in order, or the first `most` of a shuffled order.
 
-    Packed rows begin with the longest documents, so the first ones would be no fair part of them.
+    Packed rows begin with the longest documents, so the first rows would be a biased sample.
 
     Args:
         dataset: packed rows.
-        most: rows; 0 for all.
+        most: at most this many rows; 0: all.
     """
     if not 0 < most < len(dataset):
         return list(range(len(dataset)))

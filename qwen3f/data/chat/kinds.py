@@ -2,7 +2,7 @@
 
     hybrid         Qwen3: thinks unless enable_thinking=False puts an empty thinking block into the prompt
     instruct-2507  Qwen3-…-Instruct-2507: no thoughts and no block
-    thinking-2507  Qwen3-…-Thinking-2507: the prompt opens the thought, which the model always goes on with
+    thinking-2507  Qwen3-…-Thinking-2507: the prompt ends with "<think>", so the model always thinks
     coder          Qwen3-Coder: no thoughts; tools and calls as XML, in a system turn of its own
 
 `recognise` says which one lies beside a tokenizer; `template` writes all of them.
@@ -15,11 +15,12 @@ from qwen3f.errors import UserError
 
 @dataclass(frozen=True)
 class TemplateKind:
-    """
+    """What a chat template can do.
+
     Attributes:
         name: as `--config.chat_template` names it.
         thinks: answers may have a thought.
-        always: the prompt opens the thought, unasked.
+        always: every generation prompt ends with "<think>", so the model always thinks.
         xml: tools and calls are XML; else JSON.
     """
 
@@ -49,9 +50,10 @@ def find_kind(name: str) -> TemplateKind:
 
 
 def check_thinking(kind: TemplateKind, enable_thinking: bool | None, flag: str = "") -> bool:
-    """Whether the next answer thinks; None: as the template does by itself. flag: the key that says it, if one does.
+    """Whether the next answer thinks.
 
-    Raises UserError for thinking where the template has none, and for none where it always thinks.
+    enable_thinking: None: the template's default. flag: the flag that set it, for the message; "" if none did.
+    Raises UserError for thinking if the template has no thoughts, and for no thinking if it always thinks.
     """
     if enable_thinking is None or kind.asks:
         return kind.thinks if enable_thinking is None else enable_thinking

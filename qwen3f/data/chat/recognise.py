@@ -54,7 +54,7 @@ _KINDS: weakref.WeakKeyDictionary[Tokenizer, TemplateKind] = weakref.WeakKeyDict
 
 
 def kind_of(tokenizer: Tokenizer) -> TemplateKind:
-    """The kind of chats that the tokenizer's model was trained on: as chosen, else that of the template beside it.
+    """The kind of chats that the tokenizer's model was trained on: the chosen one, else that of the template beside it.
 
     A template is compared by what it makes of conversations with tools, results and thoughts, not by its text: Qwen3
     has been published with several texts of the same meaning. Without a template it is hybrid.
@@ -70,15 +70,16 @@ def kind_of(tokenizer: Tokenizer) -> TemplateKind:
 
 
 def opening(tokenizer: Tokenizer) -> str:
-    """What of an answer every generation prompt holds already: "<think>" where the model always thinks, else nothing.
+    """The beginning of an answer that the generation prompt already holds: THINK for a kind that always thinks, else
+    "".
 
-    Whoever judges what a model wrote reads it behind this.
+    Put it before what the model wrote, so that a judge sees the whole answer.
     """
     return THINK if kind_of(tokenizer).always else ""
 
 
 def check_chat_tokenizer(tokenizer: Tokenizer) -> TemplateKind:
-    """`kind_of`; also raises UserError for a tokenizer without the tokens of such chats."""
+    """`kind_of`; also raises UserError if the tokenizer lacks a special token that chats of this kind need."""
     kind = kind_of(tokenizer)
     for name in _TURNS + (_THOUGHT if kind.thinks else ()):
         try:
@@ -120,9 +121,11 @@ def own_template(directory: Path) -> tuple[Path, str] | None:
 
 
 def write_template(tokenizer: Tokenizer, directory: Path, *, always: bool) -> None:
-    """Put the template that goes with a tokenizer beside its files in `directory`, where they lack it.
+    """Write a tokenizer's chat template into `directory`, beside the tokenizer's files there.
 
-    The chosen kind's, else the one that lay beside it; always: else that of the kind hybrid.
+    If a kind was chosen, its template is written, over any that is there. Else a template that is there stays; if there
+    is none, the one beside the original tokenizer is copied. always: if that is missing too, write that of the kind
+    hybrid.
     """
     kind = find_kind(tokenizer.chat_template) if tokenizer.chat_template else None
     if kind is None and own_template(directory) is not None:
@@ -159,7 +162,7 @@ def _rendered(template: str) -> list[str] | None:
         compiled = environment.from_string(template)
         return [compiled.render(messages=probe, **options) for probe in _PROBES for options in _OPTIONS]
     except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, RecursionError, OverflowError):
-        return None  # as other formats need other keys
+        return None  # a template of another format may need other keys
 
 
 def _expected(kind: TemplateKind) -> list[str]:
@@ -175,5 +178,5 @@ def _expected(kind: TemplateKind) -> list[str]:
 
 
 def _json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    """As transformers writes it: jinja2's own escapes HTML."""
+    """JSON as transformers' filter tojson writes it; jinja2's own filter escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)

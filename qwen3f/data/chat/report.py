@@ -1,4 +1,4 @@
-"""What packing made of the chats, as numbers; and a few rows as text, with what is trained marked.
+"""Counts of what was packed and dropped; and a few rows as text, with what is trained marked.
 
 Legend: D samples of a part, T = seq_len.
 """
@@ -23,7 +23,7 @@ _CHUNK_TOKENS = 2**24
 
 @dataclass(frozen=True)
 class PackingReport:
-    """Of one part of the training data.
+    """Counts for one part of the training data, which is one source of the mixture.
 
     Attributes:
         name: of the part.
@@ -31,12 +31,12 @@ class PackingReport:
         packed: samples that are in rows.
         rows: of T places each.
         places: rows · T.
-        tokens: places with an input.
-        supervised: places whose target is trained, or of a scalar head whose score counts.
+        tokens: places that are not padding.
+        supervised: places whose target is trained; for a scalar head, places whose score counts.
         too_long: samples dropped for their length.
-        shortened: samples cut at a turn's end.
+        shortened: samples cut after the last answer that fits.
         left_out: what the source left out while both splits were read, by reason.
-        policy: the key of config.data that says what becomes of what is too long.
+        policy: the key of config.data that decides what happens to samples that are too long.
     """
 
     name: str
@@ -57,7 +57,7 @@ class PackingReport:
         return 1 - self.tokens / self.places
 
     def lines(self, share: float | None = None) -> list[str]:
-        """The report as text; `share` is the part's of all rows."""
+        """The report as lines of text. share: the part's share of all rows; None leaves it out."""
         of_all = "" if share is None else f" ({share:.2%} of the rows)"
         lines = [
             f"data: {self.name}{of_all}, {self.packed:,} samples to train on in {self.rows:,} rows; {self.tokens:,} "
@@ -78,7 +78,7 @@ class PackingReport:
 
 
 def packing_report(name: str, part: BestFitDataset | PairDataset) -> PackingReport:
-    """The report of a part; reads its trained bits once, an eighth of a byte a token."""
+    """The report of a part. Reads its trained bits once: one bit for each token."""
     rows, cache = part.rows, part.cache
     scored = isinstance(part, PairDataset) and part.scored  # one place of each document counts
     supervised = len(rows.document) if scored else _supervised(cache, rows.document, rows.places)
@@ -113,10 +113,10 @@ def _supervised(cache: TokenStream, documents: np.ndarray, places: np.ndarray) -
 def render_samples(batch: dict[str, torch.Tensor], tokenizer: Tokenizer, count: int) -> list[str]:
     """The first `count` samples of a batch as text, each with what is trained between ⟦ and ⟧.
 
-    They are read from what the step gets (tokens, targets, loss_weights, segments), so a fault in between shows.
+    They are decoded from the tensors that the step gets, so faults of packing or loading are visible here.
 
     Args:
-        batch: as the loader gives it; tensors [B, T].
+        batch: as the loader gives it: tokens, targets, loss_weights, segments [B, T].
         tokenizer: ids to text.
         count: samples, over all rows.
     """
@@ -133,8 +133,10 @@ _KEYS = ("tokens", "targets", "loss_weights", "segments")
 
 
 def _samples(row: dict[str, torch.Tensor]) -> Iterator[tuple[list[int], list[bool]]]:
-    """(ids, trained) of each sample of a row; its last target too, if it is trained. Where nothing is predicted, the
-    ids whose own places count."""
+    """(ids, trained) of each sample of a row; its last target is added if it is trained.
+
+    For a scalar head, where nothing is predicted, `trained` marks the places whose scores count.
+    """
     for segment in range(1, int(row["segments"].max()) + 1):
         places = torch.nonzero(row["segments"] == segment).flatten()
         targets, weights = row["targets"][places].tolist(), row["loss_weights"][places].tolist()

@@ -3,17 +3,18 @@
 By default ("last") each answer gives a sample, with the turns before it as its prompt; "all" gives one sample, whose
 answers are all trained. See `examples.chat_tokens`.
 
-An answer without a thought must not teach a model to stop thinking unasked. So where the row does not say
-(`enable_thinking`), the prompt of an answer without a thought ends with an empty thinking block, which is not trained,
+An answer without a thought must not teach a model to stop thinking unasked. So if the row has no `enable_thinking`, the
+prompt of an answer without a thought ends with an empty thinking block, which is not trained,
 unless a switch asks for no thought: after "/no_think" the model writes the empty block itself. With "all" turns this
 is so if no answer has a thought; else every block is trained, as in TRL. This is for the template of kind hybrid. With
 thinking-2507, which knows no switches, an answer without a thought has its empty block untrained too; with kinds that
 have no thoughts there is no block, and a thought is a fault.
 
-`switches` is the share of samples whose last user's turn says its mode, "/think" or "/no_think", where the conversation
-has no switch of its own and all answers behind that turn are of one mode; a quarter of them say the other one just
-before, since the last one wins (Qwen3 technical report, §4.3: thinking data have /think or nothing, the rest
-/no_think). Which samples follows from their text alone.
+`switches` is a share of samples. To the last user turn of these, "/think" or "/no_think" is appended, as the answer's
+mode requires. A sample qualifies if its row has no `enable_thinking`, its conversation has no switch of its own, and
+all answers after that turn have one mode. A quarter of them get the opposite switch just before it, since the last one
+wins (Qwen3 technical report, §4.3: thinking data have /think or nothing, the rest /no_think). A hash of a sample's text
+decides whether it gets a switch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,7 @@ Turns = Literal["last", "all"]
 TURNS = ("last", "all")
 
 _SWITCHES = {True: "/think", False: "/no_think"}
-_BOTH = 0.25
+_BOTH = 0.25  # share of the samples with a switch that have the opposite switch before it
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Sample:
         samples: list["Sample"], tokenizer: Tokenizer, num_threads: int
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(ids uint32 [n], trained bool [n]) of each as `chat_tokens`, up to its last trained token, "<|im_end|>"."""
-        # A last run, of the line end behind the last answer, is left out.
+        # The last run, the line end after the last answer, is left out.
         runs = [chat_runs(s.messages, s.tools, s.all_turns, s.enable_thinking, s.kind)[:-1] for s in samples]
         encoded = iter(tokenizer.encode_segments_batch([run for of_one in runs for run, _ in of_one], num_threads))
         all_ids, all_trained = [], []
@@ -86,11 +87,11 @@ def make_samples(
     Args:
         conversation: checked by `conversation.checked_messages`.
         turns: "last" or "all".
-        switches: a share from 0 to 1; of "last" and the kind hybrid only.
+        switches: a share from 0 to 1; above 0 only with "last" and the kind hybrid.
         kind: of the chat template.
 
     Raises:
-        RowFault: a thought where the row or a switch asks for none, or the kind has none.
+        RowFault: a thought although the row or a switch forbids it, or the kind has none.
     """
     messages = conversation.messages
     if turns == "all":
@@ -120,7 +121,7 @@ def _with_switch(sample: Sample, thinks: bool, share: float) -> Sample:
     if not is_query(sample.messages[query]) or not _chance("switch", sample, share):
         return sample
     if any(bool(thought_of(sample.messages[i])) != thinks for i in _answers(sample.messages) if i > query):
-        return sample  # its calls stand behind the switch and would not do what it says
+        return sample  # an earlier answer after the switch (a tool call) is of the other mode
     both = _chance("both", sample, _BOTH)
     written = [_SWITCHES[not thinks]] * both + [_SWITCHES[thinks]]
     asked = {**sample.messages[query], "content": " ".join([content, *written])}
@@ -129,7 +130,7 @@ def _with_switch(sample: Sample, thinks: bool, share: float) -> Sample:
 
 
 def _chance(what: str, sample: Sample, share: float) -> bool:
-    """True for a share of the samples; whether for this one follows from its text."""
+    """True for this share of the samples; a hash of the sample's text decides."""
     return stable_hash(f"{what} {sample.text}".encode()) < share * 2.0**64
 
 
@@ -142,7 +143,7 @@ def thinking_enabled(
 
 
 def check_mode(conversation: Conversation, number: int, kind: TemplateKind) -> None:
-    """Raises RowFault if message `number` has a thought that its prompt does not ask for, or the kind no place for."""
+    """Raises RowFault if message `number` has a thought although its prompt forbids it or the kind has none."""
     message, where = conversation.messages[number], f"{conversation.name}: Message {number} has a thought"
     written = thought_of(message) or "<think>" in message["content"] or "</think>" in message["content"]
     if not kind.thinks and written:

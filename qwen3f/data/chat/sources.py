@@ -39,10 +39,10 @@ from qwen3f.tasks.task import Task
 _FORMAT = 4  # part of the fingerprint: raise it when the same rows would give other samples
 
 GENERATED = {f"{family}{plain}": (family, not plain) for family in FAMILIES for plain in ("", "-plain")}
-"""The generated sources: whose problems they are, and whether their answers think."""
+"""Generated sources: name -> (family of the problems, whether the answers have thoughts)."""
 
 _CHATS = HubDataset("chats", "chats", "sft", COLUMNS, OPTIONAL_COLUMNS)
-# Of these the worked solution is judged against the data set's answer: the content repeats the answer anyway.
+# For these the worked solution is judged, not the content: the content repeats the data set's answer, right or wrong.
 _JUDGED: dict[str, Callable[[Row], tuple[str, str]]] = {
     "openmathinstruct-2": lambda row: (row.values["generated_solution"], row.values["expected_answer"]),
     "numinamath-cot": lambda row: (row.values["solution"], last_boxed(row.values["solution"])),
@@ -53,7 +53,8 @@ class Rows(Protocol):
     """Where rows come from."""
 
     def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Row | BadRow]:
-        """The rows of a split and perhaps others, bad ones in their place."""
+        """The rows of a split, bad rows in their place. Rows of the other split may be among them; the caller drops
+        them."""
         ...
 
     def fingerprint(self, split: Split) -> str:
@@ -87,7 +88,8 @@ class FileRows:
     root: str
 
     def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Row | BadRow]:
-        """As in `Rows`; the training rows of the data set, of which `ChatSource` holds some out."""
+        """As in `Rows`. All training rows of the data set, for either split: `ChatSource` chooses which are held
+        out."""
         return raw_rows(self.dataset, self.root, "", streaming=True)
 
     def other_files(self) -> Counter[str]:
@@ -95,7 +97,7 @@ class FileRows:
         return left_out(self.dataset, self.root, self.dataset.split) if self.root else Counter()
 
     def fingerprint(self, split: Split) -> str:
-        """As in `Rows`; by path, size and time of the files. The Hub says nothing cheap that would change."""
+        """As in `Rows`, from path, size and time of the files. For the Hub it never changes: asking would be slow."""
         if not self.root:
             return f"{self.dataset.hub_id} {self.dataset.config}"
         root = user_path(self.root, "data.mixture")
@@ -131,7 +133,7 @@ class ChatSource:
         """Stream the samples of `split`; what is left out is counted by reason (`rows.REASONS`).
 
         Raises:
-            UserError: a row that cannot be used, with file and row, unless they are skipped.
+            UserError: a row that cannot be used, with file and row, unless on_bad_row is "skip".
         """
         counts = Counter() if counts is None else counts
         for row in self.rows.read(split, counts):

@@ -6,13 +6,14 @@ Messages are dicts as in the OpenAI and Hugging Face interfaces:
     {"role": "assistant", "content": str, "reasoning_content": str, "tool_calls": [call, …]}   # the last two optional
 
 with a call {"name": str, "arguments": dict or JSON text}, alone or under the key "function". A thought may also stand
-under "reasoning" or "thinking", as transformers reads it. Other keys that say something are a UserError, as no template
-writes them; but for ids: those of calls, and what a tool's turn has of its call, "tool_call_id" and "name".
+under "reasoning" or "thinking", as transformers reads it. Any other key with a value is a UserError, because the
+template would drop it. Exceptions are "id", "type" and "index" of a call, and "tool_call_id" and "name" of a tool's
+turn.
 
-The text equals that of the template published with the model, which is of one of several `kinds`. What thinking it
-keeps, where the kind has any: none of answers before the last user query; of those after it the last message's always,
-an earlier one's if it is not empty. (A rendered chat of many turns thus trains the thinking of its last answer only:
-for the others, render its beginnings one by one.)
+The text equals that of the template published with the model; `kinds` lists these templates. If the kind has thoughts,
+the text keeps them as follows. Answers before the last user query lose theirs. After that query, the last message
+always has a thinking block, and an earlier answer has one if its thought is not empty. (So a rendered chat of many
+turns trains the thought of its last answer only. For the others, render the beginning of the chat up to each answer.)
 Deviations: what the template skips, reads as empty or stops at (unknown roles, missing or non-string content, thoughts
 where the kind has none) is a UserError. A null content is too; write "" beside tool calls.
 """
@@ -45,7 +46,7 @@ NO_THINKING = "<think>\n\n</think>\n\n"
 THINK = "<think>\n"
 """What a thought begins with."""
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""Keys of a thought, the first that is there counts; as transformers 5.24 reads them."""
+"""Keys that may hold a thought; the first one present counts, as in transformers 5.24."""
 
 _TOOLS_BEFORE = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -56,9 +57,10 @@ _TOOLS_AFTER = (
     "<tool_call></tool_call> XML tags:\n<tool_call>\n"
     '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
 )
-# A switch stands alone: "/think." is one; "src/think", "/think/x" and "/thinking" are not. Chinese has no space before.
+# A switch stands alone: "/think." is one; "src/think", "/think/x" and "/thinking" are not. Chinese needs no space
+# before.
 _SWITCH = re.compile(r"(?<![A-Za-z0-9_/.~-])/(no_)?think(?![A-Za-z0-9_/-]|\.[A-Za-z0-9])")
-# With the blank that was put beside it: a space sooner than a tab, the line end only if the line is its own.
+# A switch and one blank beside it: a space rather than a tab; a line end only if the switch has a line of its own.
 _SWITCH_AND_BLANK = re.compile(
     r" {0}|(?<!\S){0} |[^\S\r\n]{0}(?! )|\r?\n{0}(?=\r?\n|\Z)|{0}".replace("{0}", _SWITCH.pattern)
 )
@@ -79,11 +81,11 @@ def render(
         tools: JSON descriptions of the functions that may be called; they go into the system turn.
         add_generation_prompt: end with the beginning of an assistant turn.
         enable_thinking: False puts an empty thinking block after the generation prompt, so that the model answers at
-            once. It changes nothing else. None: as the kind does by itself.
+            once. It changes nothing else. None: the kind's default.
         kind: of the template.
 
     Raises:
-        UserError: a message is malformed; the text names its index. A value of enable_thinking that the kind can't do.
+        UserError: a message is malformed (the text names its index), or the kind cannot do this enable_thinking.
     """
     parts = segments(messages, tools, add_generation_prompt, enable_thinking, kind=kind)
     return "".join(part.text for part in parts)
@@ -105,14 +107,14 @@ def encode_chat(
     everywhere. The ids are the same unless a message, tool or call contains the name of a special token.
 
     Args:
-        tokenizer: with it <tool_call> and the like are one id each if it has them, else ordinary text.
+        tokenizer: if it has a token for <tool_call> or the like, that is one id; else it is encoded as ordinary text.
         messages: as for `render`, like tools, add_generation_prompt and enable_thinking.
         trust_content: read special tokens everywhere, as transformers does.
 
     Raises:
         UserError: as `render`, `recognise.kind_of` and `tokenizer.encode`.
     """
-    from qwen3f.data.chat.recognise import kind_of  # it compares templates with what this module writes
+    from qwen3f.data.chat.recognise import kind_of  # here, since recognise imports this module
 
     parts = segments(messages, tools, add_generation_prompt, enable_thinking, kind=kind_of(tokenizer))
     return tokenizer.encode_segments((text, is_markup or trust_content) for text, is_markup in parts)
@@ -140,7 +142,7 @@ def last_switch(messages: Sequence[Message]) -> bool | None:
 
 
 def without_switches(content: str) -> str:
-    """A user's text without its soft switches, each with a blank beside it, and without the blanks around it."""
+    """A user's text without its soft switches, stripped. One blank beside each switch goes with it."""
     return _SWITCH_AND_BLANK.sub("", content).strip()
 
 
@@ -152,10 +154,10 @@ def segments(
     keep_thinking: bool = False,
     kind: TemplateKind = HYBRID,
 ) -> list[Segment]:
-    """The parts of `render`'s text in order: the format's markup, and what messages, tools and calls brought along.
+    """The parts of `render`'s text in order: markup of the format, and content of messages, tools and calls.
 
-    With keep_thinking every answer of a kind that thinks has its thinking block, empty ones too, wherever it stands:
-    TRL's template for training on all turns at once (`qwen3_training.jinja` of trl 1.16).
+    With keep_thinking, if the kind has thoughts, every answer has its thinking block, also an empty one, wherever the
+    answer stands. TRL's template for training on all turns does the same (`qwen3_training.jinja` of trl 1.16).
     """
     check_messages(messages, tools)
     thinks = check_thinking(kind, enable_thinking)
@@ -181,7 +183,7 @@ def segments(
             opens = i == 0 or messages[i - 1]["role"] != "tool"
             closes = i == last or messages[i + 1]["role"] != "tool"
             if kind.xml:
-                # as published: a result that nothing but a system's turn stands before opens no turn
+                # as published: a result at the very beginning, or right after the system turn, opens no turn
                 begun = i > (1 if system is not None else 0)
                 parts += xml_tools.response(message["content"], opens and begun, closes)
                 continue
@@ -210,8 +212,8 @@ def _system_turn(system: str | None, tools: Sequence[Mapping[str, Any]] | None) 
 def split_thought(message: Message) -> tuple[str, str]:
     """(thought, content) of an assistant's message, as the template takes them.
 
-    The thought is that of THOUGHTS, or else what stands before a "</think>" in the content, with or without a
-    "<think>".
+    The thought is the value under one of THOUGHTS, or else what stands before a "</think>" in the content, with or
+    without a "<think>".
     """
     content = message["content"]
     reasoning = next((message[key] for key in THOUGHTS if message.get(key) is not None), None)
@@ -244,7 +246,7 @@ def _assistant_turn(message: Message, reasoning: str, content: str, shows_thinki
 
 
 def is_query(message: Message) -> bool:
-    """Whether it is a user's turn, and no tool's response in disguise."""
+    """Whether the message is a user's turn, and not a tool's response written as one."""
     content = message["content"]
     return message["role"] == "user" and not (
         content.startswith("<tool_response>") and content.endswith("</tool_response>")

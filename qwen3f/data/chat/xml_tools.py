@@ -1,7 +1,7 @@
 """Tools and calls as Qwen3-Coder's chat template writes them: XML, each parameter in an element of its own.
 
-Equal to the template published with Qwen3-Coder-30B-A3B-Instruct, values included that only look odd: those of Python
-(True, None) where a parameter is no text, list or object.
+The text equals that of the template published with Qwen3-Coder-30B-A3B-Instruct. So a parameter that is no text, list
+or object is written as Python writes it (True, None), though that looks odd.
 """
 
 import json
@@ -12,7 +12,7 @@ from qwen3f.data.tokenizers.token_text import Segment
 from qwen3f.errors import UserError
 
 SYSTEM = "You are Qwen, a helpful AI assistant that can interact with a computer to solve tasks."
-"""The system turn of a chat with tools and none of its own."""
+"""The system text of a chat that has tools but no system turn."""
 
 _BEFORE = "\n\n# Tools\n\nYou have access to the following tools:\n\n<tools>"
 _AFTER = (
@@ -32,7 +32,7 @@ _AFTER = (
 
 
 def system_turn(system: str | None, tools: Sequence[Mapping[str, Any]] | None) -> list[Segment]:
-    """The system turn; none where there is neither a system's text nor a tool."""
+    """The system turn; [] if there is neither a system text nor a tool."""
     if system is None and not tools:
         return []
     parts = [Segment("<|im_start|>system\n", True), Segment(SYSTEM if system is None else system, False)]
@@ -65,7 +65,7 @@ def answer(content: str, calls: Sequence[Mapping[str, Any]]) -> list[Segment]:
 
 
 def response(content: str, opens: bool, closes: bool) -> list[Segment]:
-    """A tool's result; opens, closes: the first and the last of a turn."""
+    """A tool's result. opens, closes: whether it is the first, and the last, result of its turn."""
     before = ("<|im_start|>user\n" if opens else "") + "<tool_response>\n"
     after = "\n</tool_response>\n" + ("<|im_end|>\n" if closes else "")
     return [Segment(before, True), Segment(content, False), Segment(after, True)]
@@ -91,7 +91,7 @@ def _description(holder: Mapping[str, Any]) -> list[str]:
 
 
 def _others(holder: Any, handled: tuple[str, ...]) -> str:
-    """An element for each key but those of `handled`."""
+    """An XML element for each key that is not in `handled`."""
     items = holder.items() if isinstance(holder, Mapping) else ()
     return "".join(f"\n<{key}>{_text(value)}</{key}>" for key, value in items if key not in handled)
 

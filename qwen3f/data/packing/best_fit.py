@@ -1,11 +1,11 @@
-"""Which documents share a row: best fit, the longest first, so that none is cut and little is padding.
+"""Best-fit packing: choose which documents share a row, so that none is cut and little is padding.
 
-Each document goes into the fullest row that still has room for it (Ding et al. 2024, "Fewer truncations improve
-language modeling", arXiv:2404.10830). A document that is longer than a row is cut into full rows and a rest, or
-dropped, as the caller's policy says; nothing else is ever cut.
+Documents are placed longest first, each into the fullest row that still has room for it (Ding et al. 2024, "Fewer
+truncations improve language modeling", arXiv:2404.10830). A document that is longer than a row is cut into full rows
+and a rest, or dropped, as the caller's policy says; no other document is cut.
 
-Legend: T = places of a row. A document of n tokens takes n − 1 places, inputs with their targets: its last token,
-<|endoftext|>, is only ever a target.
+Legend: T = places of a row. A document of n tokens takes n − 1 places, each an input with its target. Its last
+token, <|endoftext|>, is only a target.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ class Rows:
 
     Attributes:
         document, begin, places: int64 [pieces]: a piece's inputs are tokens begin … begin + places − 1 of a document,
-            its targets those one further.
+            its targets are the tokens one place later.
         starts: int64 [rows + 1].
-        dropped: documents that were too long.
+        dropped: number of documents that were left out because they are too long.
     """
 
     document: np.ndarray
@@ -52,17 +52,18 @@ class Rows:
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, seq_len: int, long_documents: LongDocuments = "cut") -> Rows:
-    """Rows of T places for documents of `lengths` tokens. The same for the same lengths.
+    """Pack documents of `lengths` tokens into rows of T places. Equal lengths give equal rows.
 
-    One to five microseconds a document. A document of one token has nothing to predict and is in no row.
+    It takes one to five microseconds a document. A document of one token has nothing to predict and is in no row.
 
     Args:
         lengths: tokens of each document, its end-of-text token among them.
         seq_len: T.
-        long_documents: of documents with more than T + 1 tokens: "cut", every token kept, or "drop".
+        long_documents: what to do with documents of more than T + 1 tokens: "cut" keeps every token, "drop" leaves them
+            out.
 
     Raises:
-        UserError: another policy.
+        UserError: `long_documents` is neither.
     """
     check_policy(long_documents)
     needed = np.asarray(lengths, np.int64) - 1
@@ -79,7 +80,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, seq_len: int, long_documents: 
         begins = np.concatenate([begins, (pieces * seq_len)[with_rest]])
         dropped = 0
     places = needed[documents] - begins
-    order = np.lexsort((documents, -places))  # the longest first, of equals the earlier
+    order = np.lexsort((documents, -places))  # longest first; among equal lengths the earlier document
     rows = _fit(places[order].tolist(), seq_len)
 
     # The full pieces of long documents come first, a row each.
@@ -103,7 +104,10 @@ def check_policy(long_documents: str) -> None:
 
 
 def _fit(sizes: list[int], capacity: int) -> list[list[int]]:
-    """Rows of indices into `sizes`, which fall from `capacity` or less: each goes where the least room is left."""
+    """Rows of indices into `sizes`: each piece goes into the fullest row that still has room for it.
+
+    sizes: in falling order, each at most `capacity`.
+    """
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the room that is left in them
     rooms = 0  # bit r is set where with_room[r] is not empty

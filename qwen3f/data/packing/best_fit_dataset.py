@@ -18,24 +18,24 @@ from qwen3f.errors import UserError
 
 @dataclass(frozen=True)
 class BestFitDataset:
-    """Rows of `best_fit` over the documents of a stream; keys as `packing.PackedDataset`, used like it.
+    """Rows of `best_fit` over the documents of a stream; same keys and use as `concat.PackedDataset`.
 
-    Documents are apart always: each is a segment, its positions restart, and nothing is predicted across. Of chats a
-    target that is not trained is -100, with weight 0.
+    Documents never see each other: each is a segment of its own, and no target crosses from one to the next. In chats,
+    a target that is not trained is -100 and has weight 0.
 
     Attributes:
         cache: the token stream.
         seq_len: T.
         reset_positions: as for `PackedDataset`.
-        long_documents: what becomes of documents of more than T + 1 tokens: "drop"; of texts also "cut", see
-            `best_fit`; of chats also "cut_end": they end with the last answer that fits whole, and are dropped if none
-            does.
-        pad_id: token of the padding; segments are 0 there, targets -100, weights and positions 0.
+        long_documents: what to do with documents of more than T + 1 tokens. "drop": leave them out. "cut", for texts
+            only: see `best_fit`. "cut_end", for chats only: end them with the last answer that fits whole, or drop them
+            if none fits.
+        pad_id: token of the padding, where segments are 0, targets -100, weights and positions 0.
         rows: which documents share a row.
-        shortened: documents that "cut_end" has made shorter.
+        shortened: number of documents that "cut_end" has made shorter.
 
     Raises:
-        UserError: no row at all, T < 1, or an unknown policy.
+        UserError: no document fits, T < 1, or an unknown policy.
         ValueError: "cut" for chats: half an answer would count as a whole one.
     """
 
@@ -73,7 +73,7 @@ class BestFitDataset:
         for document in np.flatnonzero(whole > self.seq_len + 1) if self.long_documents == "cut_end" else ():
             start = int(self.cache.doc_offsets[document])
             trained = self.cache.read_trained(start, start + self.seq_len + 2)
-            ends = np.flatnonzero(trained[:-1] & ~trained[1:])  # of whole answers among the first T + 1 tokens
+            ends = np.flatnonzero(trained[:-1] & ~trained[1:])  # last tokens of answers that end in T + 1 tokens
             if ends.size:
                 lengths[document] = ends[-1] + 1
         return lengths
@@ -110,20 +110,21 @@ def best_fit_row(
     pad_id: int = 0,
     trained: Sequence[np.ndarray] = (),
 ) -> Example:
-    """A row of pieces, each with one token more than it has places; their places are at most T together.
+    """One example from pieces of documents.
 
     Args:
-        pieces: tokens of each.
+        pieces: token ids of each, integers [n + 1] for a piece that fills n places; together they fill T places at
+            most.
         seq_len: T.
-        index: the example's own.
+        index: the example's number, stored under "index".
         reset_positions: positions restart at each piece.
         pad_id: token of the padding.
-        trained: bool [places] of each piece, which of its targets count; () for all.
+        trained: for each piece a bool [n], True where its target counts; () if all targets count.
     """
     places = [len(piece) - 1 for piece in pieces]
     filled = sum(places)
     tokens, targets = np.full(seq_len, pad_id, np.int64), np.full(seq_len, IGNORED_TARGET, np.int64)
-    np.concatenate([piece[:-1] for piece in pieces], out=tokens[:filled], casting="unsafe")  # from unsigned
+    np.concatenate([piece[:-1] for piece in pieces], out=tokens[:filled], casting="unsafe")  # ids are unsigned
     np.concatenate([piece[1:] for piece in pieces], out=targets[:filled], casting="unsafe")
     weights, positions, segments = (
         np.zeros(seq_len, np.float32),

@@ -5,7 +5,7 @@ padded and nothing is lost but the last incomplete window. Where documents begin
 from looking for end-of-text tokens.
 
 A document's last token is `<|endoftext|>`. Its target would be the first token of the next, unrelated document; unless
-`cross_documents` that target is masked, and attention is kept inside documents by `segments`.
+`cross_documents` is set, that target is masked and `segments` keep attention inside documents.
 
 Legend: N tokens in the stream, T = seq_len.
 """
@@ -42,14 +42,14 @@ class PackedDataset:
 
     Raises:
         UserError: the stream is shorter than T + 1 tokens, or T < 1.
-        ValueError: it is of chats, which are never cut.
+        ValueError: the stream holds chats, which must not be cut.
     """
 
     cache: TokenStream
     seq_len: int
     reset_positions: bool = True
     cross_documents: bool = False
-    padding = 0.0  # share of the places
+    padding = 0.0  # share of the places that are padding
 
     def __post_init__(self) -> None:
         check_seq_len(self.seq_len)
@@ -74,10 +74,10 @@ class PackedDataset:
 
 
 def limit_context(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """The batch with its segments cut every `length` places of a row [B, T], so attention sees at most so many tokens.
+    """The batch with its segments [B, T] cut every `length` places, so that attention sees at most `length` tokens.
 
-    For a warmup of the context (as in Li et al. 2022, arXiv:2108.06084, which shortens the rows instead): a small model
-    learns from near tokens first, and sooner. Targets, weights and positions stay; padding stays 0.
+    For context warmup: a small model learns faster if it first learns from near tokens. (Li et al. 2022,
+    arXiv:2108.06084, shorten the rows instead.) Targets, weights and positions do not change; padding stays segment 0.
     """
     segments = batch["segments"]
     pieces = -(-segments.shape[1] // length)
@@ -86,7 +86,7 @@ def limit_context(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
 
 
 def eval_windows(cache: TokenCache, seq_len: int, max_docs: int | None = None) -> Iterator[Example]:
-    """Windows that predict each token of the first `max_docs` documents (default all) once, but their first tokens.
+    """Windows that predict each token of the first `max_docs` documents (default all) once, except their first tokens.
 
     Same keys as `PackedDataset`, documents kept apart. The windows do not overlap; the last one is padded with segments
     0, targets -100, weights 0, positions 0 and tokens 0. `eval_coverage` says what they cover.
@@ -130,7 +130,7 @@ def bits_per_byte(total_nats: float, coverage: EvalCoverage, vocab_size: int) ->
 
 
 def check_seq_len(seq_len: int) -> None:
-    """Raises UserError unless there is room for a token."""
+    """Raises UserError if seq_len is below 1."""
     if seq_len < 1:
         raise UserError(f"seq_len is {seq_len}: give at least 1.")
 
@@ -163,11 +163,11 @@ def packed_window(
     """An example of consecutive tokens; keys as `PackedDataset`.
 
     Args:
-        stream: integers [n + 1], n ≤ T: the inputs, and one place on the targets.
-        begins: int64, rising: places in it, from 1 to n, where documents begin; they decide segments, positions and
-            masks.
+        stream: integers [n + 1], n ≤ T: stream[:-1] are the inputs, stream[1:] the targets.
+        begins: int64, rising: the indices in `stream`, from 1 to n, where a document begins; they decide segments,
+            positions and masks.
         seq_len: T; places from n on are padding.
-        index: the example's own.
+        index: the example's number, stored under "index".
         reset_positions, cross_documents: as for `PackedDataset`.
         pad_id: token of the padding.
     """

@@ -1,6 +1,7 @@
 """Training examples of whole pairs, by best fit: both answers of a pair are neighbouring documents of one row.
 
-So nothing that cuts rows (ranks, micro-batches, the pipeline) parts them: segments 2k − 1 and 2k are a pair.
+Segments 2k − 1 and 2k of a row are a pair. Ranks, micro-batches and pipeline stages split a batch by rows, so they
+never separate a pair.
 
 Legend: T = seq_len.
 """
@@ -22,22 +23,23 @@ from qwen3f.errors import UserError
 class PairDataset:
     """Rows over a stream whose documents 2k and 2k + 1 are the better and the worse answer of pair k.
 
-    Keys as `packing.PackedDataset`; ref_logprobs float [T] and margins float32 [T] where they are given. A pair that is
-    longer than a row is left out: neither answer is ever cut, nor a prompt.
+    Keys as `concat.PackedDataset`; also ref_logprobs float [T] and margins float32 [T] if they are given. A pair's
+    margin stands at the last place of its better answer; other places are 0. A pair that is longer than a row is left
+    out: neither answers nor prompts are ever cut.
 
     Attributes:
         cache: the token stream, of chats.
         seq_len: T.
         pad_id: token of the padding.
-        scored: for a scalar head: a document's last token is an input too, its place has weight 1 and all others 0, and
-            nothing is predicted. Otherwise the answers are predicted.
-        ref_logprobs: of each token of the stream, a reference's log-probability.
-        margins: float32, of each pair.
+        scored: for a scalar head (reward model): a document's last token is an input too, its place has weight 1 and
+            all others 0, and all targets are -100. If False, the tokens of the answers are predicted.
+        ref_logprobs: the reference model's log-probability of each token of the stream.
+        margins: float32 [pairs].
         rows: which documents share a row.
 
     Raises:
-        UserError: no row at all, or T < 1.
-        ValueError: a stream of texts, or of an odd number of documents.
+        UserError: no pair fits into a row, or T < 1.
+        ValueError: the stream holds texts instead of chats, or an odd number of documents.
     """
 
     cache: TokenStream
@@ -48,7 +50,7 @@ class PairDataset:
     margins: np.ndarray | None = None
     rows: Rows = field(init=False, repr=False, compare=False)
 
-    shortened = 0  # documents that were cut
+    shortened = 0  # number of documents that were cut: none ever is
 
     def __post_init__(self) -> None:
         check_seq_len(self.seq_len)
@@ -81,7 +83,7 @@ class PairDataset:
             raise IndexError(f"example {i} of {len(self)}")
         spans = self.spans(i)
         trained = [self.cache.read_trained(start + 1, start + places + 1) for start, places in spans]
-        if self.scored:  # one id more than places, which is never read
+        if self.scored:  # best_fit_row takes one id more than places; here nothing reads it
             pieces = [np.pad(self.cache.read(start, start + places), (0, 1)) for start, places in spans]
             trained = [np.arange(places) == places - 1 for _, places in spans]
         else:
@@ -92,10 +94,11 @@ class PairDataset:
         return row | self._beside(i, spans)
 
     def spans(self, i: int) -> list[tuple[int, int]]:
-        """(place of its first token in the stream, places in the row) of each document of a row."""
+        """(index of its first token in the stream, places it fills) for each document of row i."""
         return [(int(self.cache.doc_offsets[document]), places) for document, _, places in self.rows.pieces(i)]
 
     def _beside(self, i: int, spans: list[tuple[int, int]]) -> Example:
+        """ref_logprobs and margins of row i, each only if it is given."""
         found: Example = {}
         filled = sum(places for _, places in spans)
         if self.ref_logprobs is not None:

@@ -120,7 +120,7 @@ def test_well_formed_conversations_are_kept(name):
         ([Q, Q, A], "roles_out_of_order", "Message 1 has the role 'user' after 'user': write it after system or"),
         ([Q, A, A], "roles_out_of_order", "Message 2 has the role 'assistant' after 'assistant'"),
         ([Q, tool("1"), A], "roles_out_of_order", "Message 1 has the role 'tool' after 'user'"),
-        ([Q, A, tool("1"), A], "roles_out_of_order", "Message 2 is a tool's result, but the answer before calls none"),
+        ([Q, A, tool("1"), A], "roles_out_of_order", "Message 2 is a tool's result, but the answer before it calls"),
         ([Q, answer("", calls=[_F]), tool("1"), Q, A], "roles_out_of_order", "'user' after 'tool'"),
         ([Q], "unanswered", "has no assistant's turn: write the answer"),
         ([system("s"), Q], "unanswered", "has no assistant's turn"),
