@@ -27,9 +27,9 @@ class AnswerOptions:
     """How questions are answered.
 
     Attributes:
-      max_new_tokens: an answer ends there, if not before; it then counts as neither right nor well formed.
-      temperature, seed: of the sampler; 0 is greedy. Question i has the random stream first + i · stride.
-      batch_size: questions at a time, at most. execution: of the model.
+      max_new_tokens: an answer that reaches this length is stopped, and counts as neither right nor well formed.
+      temperature, seed: of the sampler; temperature 0 is greedy. Question i has the random stream first + i · stride.
+      batch_size: questions at a time, at most. execution: how the model runs (attention, compilation).
     """
 
     max_new_tokens: int = 256
@@ -43,8 +43,8 @@ class AnswerOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """text: what the model wrote, without <|im_end|>, from its "<think>" on also where the prompt holds that. ended: it
-    wrote <|im_end|>."""
+    """text: what the model wrote, without <|im_end|>; if the prompt ends with "<think>", the text begins with it.
+    ended: whether the model wrote <|im_end|>."""
 
     text: str
     ended: bool
@@ -59,7 +59,7 @@ def parse_modes(text: str) -> tuple[str, ...]:
 
 
 def make_engine(cfg: ModelConfig, params: Params, tokenizer: Tokenizer, options: AnswerOptions) -> Engine:
-    """What `answers_of` asks."""
+    """An engine for `answers_of`."""
     return Engine(
         cfg,
         params,
@@ -79,7 +79,7 @@ def answer(
     options: AnswerOptions,
     between: Callable[[], None] = lambda: None,
 ) -> Iterator[Answer]:
-    """`answers_of` an engine for these prompts alone."""
+    """`answers_of` with an engine made for this call."""
     return answers_of(make_engine(cfg, params, tokenizer, options), prompts, thinking, options, between)
 
 
@@ -90,11 +90,10 @@ def answers_of(
     options: AnswerOptions,
     between: Callable[[], None] = lambda: None,
 ) -> Iterator[Answer]:
-    """What the model answers to each prompt, a user's turn; in order.
+    """Yields the model's answer to each prompt, in order. A prompt is the text of one user turn.
 
-    engine: of `make_engine`. thinking: as enable_thinking, which puts an empty block into the prompt where it is False.
-    between: called before each pass of the engine; may raise. Raises UserError for a mode that the tokenizer's chat
-    template has not.
+    engine: of `make_engine`. thinking: False puts an empty thinking block at the end of the prompt. between: called
+    before each pass of the engine; may raise. Raises UserError if the tokenizer's chat template cannot do `thinking`.
     """
     tokenizer = engine.tokenizer
     opened = opening(tokenizer)
@@ -119,7 +118,7 @@ def answers_of(
             ended = given.finish_reason == "stop"
             yield Answer(opened + tokenizer.decode(given.ids[:-1] if ended else given.ids), ended)
     finally:
-        engine.cancel(rows)  # where the caller stopped: the engine may answer others
+        engine.cancel(rows)  # if the caller stopped early: frees the engine for other requests
 
 
 def answer_on_ranks(
@@ -132,9 +131,10 @@ def answer_on_ranks(
     options: AnswerOptions,
     between: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
-    """As `answer`, shared out over the ranks, which all hold params whole; all get all answers.
+    """As `answer`, with the prompts split over the ranks. Each rank must hold all of params, and gets all answers.
 
-    between is called on one rank alone: ranks make passes of their own, and could not agree there.
+    between is called only if there is one rank: several ranks make different numbers of passes, so they could not
+    communicate in it.
     """
     own = dataclasses.replace(
         options, first=options.first + world.rank * options.stride, stride=options.stride * world.size
@@ -147,7 +147,7 @@ def answer_on_ranks(
 
 @dataclasses.dataclass(frozen=True)
 class Marked:
-    """An answer judged. mark: 1.0 right, 0.0 wrong, None if the task cannot tell. formed: it has the asked form."""
+    """An answer judged. mark: 1.0 right, 0.0 wrong, None if the task cannot tell. formed: it has the required form."""
 
     question: Question
     answer: Answer
@@ -156,7 +156,7 @@ class Marked:
 
 
 def mark(task: Task, questions: Sequence[Question], answers: Sequence[Answer], thinking: bool) -> list[Marked]:
-    """An answer that did not end counts as wrong and not well formed."""
+    """Judge each answer. One that did not end counts as wrong and not well formed."""
     return [
         Marked(
             question,
@@ -169,8 +169,8 @@ def mark(task: Task, questions: Sequence[Question], answers: Sequence[Answer], t
 
 
 def shares(marked: Sequence[Marked]) -> dict[str, float]:
-    """{"accuracy": exact match, "accuracy/GROUP": of each part of Question.group, "well_formed": share}; what the task
-    cannot judge is left out."""
+    """{"accuracy": exact match, "accuracy/GROUP": for each name in Question.group, "well_formed": share}. Answers that
+    the task cannot judge are left out of the accuracy."""
     marks: dict[str, list[float]] = defaultdict(list)
     for one in marked:
         for name in ("accuracy", *(f"accuracy/{part}" for part in one.question.group)) if one.mark is not None else ():
@@ -185,7 +185,7 @@ def judge(task: Task, questions: Sequence[Question], answers: Sequence[Answer], 
 
 
 def kept(marked: Sequence[Marked], mode: str, texts: int = KEPT_TEXTS) -> list[dict[str, Any]]:
-    """A line each for logger.answers: how all were marked, and of the first `texts` what was asked and answered.
+    """A dict for each answer, for logger.answers: its mark; for the first `texts` also prompt, right answer and text.
 
     mode: one of MODES.
     """

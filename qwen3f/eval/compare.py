@@ -32,8 +32,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[tuple[str, str],
     """(benchmark, metric) -> the comparison, of what both have.
 
     a, b: as in results.json; their examples, form and settings may differ. Questions are paired by their number in the
-    whole benchmark, and only those that both were asked count. Raises UserError where there are none, where one number
-    is of two questions: with another group, text or right answer, and where the metrics have other definitions.
+    whole benchmark, and only those that both were asked count. Raises UserError if there are none, if a number means
+    different questions in a and b (another group, text or right answer), or if the metrics are defined differently.
     """
     out: dict[tuple[str, str], Compared] = {}
     for name in sorted(a["benchmarks"].keys() & b["benchmarks"].keys()):

@@ -1,7 +1,7 @@
 """A model's log-likelihoods, choices and perplexity, equal to those of EleutherAI's lm-evaluation-harness 0.4.13.
 
-Facts: lm_eval/api/model.py (how a context and its continuation are tokenised), lm_eval/models/huggingface.py (cut on
-the left), lm_eval/utils.py (windows over a document).
+The harness's code for this: lm_eval/api/model.py (how a context and its continuation are tokenised),
+lm_eval/models/huggingface.py (cut on the left), lm_eval/utils.py (windows over a document).
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ from qwen3f.eval.prefix_tree import Scored
 from qwen3f.eval.scoring import Score, Scorer
 from qwen3f.train.outputs import make_eval_step
 
-CPU_TOKENS, CUDA_TOKENS = 4096, 131_072  # of a batch, at most
+CPU_TOKENS, CUDA_TOKENS = 4096, 131_072  # tokens of a batch, at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What became of a question: each choice's log-likelihood, judge_choice's marks, and whether its context was cut or
-    two of its choices have the same tokens."""
+    """The result of one question: each choice's log-likelihood, judge_choice's marks, whether its context was cut, and
+    whether two of its choices have the same tokens."""
 
     log_probs: tuple[float, ...]
     marks: dict[str, float]
@@ -47,13 +47,14 @@ class Evaluator:
 
     Args:
         cfg, params: of the model, as for qwen3f.model.apply; the parameters' dtype is the compute dtype.
-        tokenizer: that the model was trained with.
-        batch_tokens: tokens at a time; 0: as many as memory lets one expect. It changes no result but for rounding.
-        execution: of the model.
+        tokenizer: the one that the model was trained with.
+        batch_tokens: tokens in a batch; 0: chosen by free memory (`find_batch_tokens`). It changes no result except by
+            rounding.
+        execution: how the model runs (attention, compilation).
 
     Attributes:
-        counts: "computed", "padding" and "asked" tokens (scoring.Scorer), "truncated": continuations whose context was
-            cut, "alike": questions of which two choices have the same tokens.
+        counts: "computed", "padding" and "asked" tokens (scoring.Scorer); "truncated": continuations whose context was
+            cut; "alike": questions with two choices of the same tokens.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class Evaluator:
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """[(sum of log-probs, is_greedy)] of each continuation after its context; in order, natural logarithms.
 
-        An empty context is <|endoftext|>. What exceeds the model's positions is cut from the context's left, counted.
-        Text of special tokens stands for these tokens, as in the harness. Raises UserError for an empty continuation
-        and one longer than the model's positions.
+        An empty context is <|endoftext|>. A context too long for the model's positions is cut on its left and counted
+        as "truncated". The name of a special token in a text is read as that token, as in the harness. Raises UserError
+        for an empty continuation and one longer than the model's positions.
         """
         return [(one.log_prob, one.greedy) for one in self._scores(self.encode_pairs(pairs))]
 
@@ -90,9 +91,9 @@ class Evaluator:
 
         Args:
             questions: {"context": str, "choices": [str, …], "answer": int}. A continuation is "delimiter" (default one
-                blank) and the choice. Where "context" is a list it has one context for each choice. acc takes the
-                largest log-likelihood, acc_norm the largest one a character of the choice, acc_bytes a UTF-8 byte; of
-                equal ones the first.
+                blank) and the choice. "context" may be a list with one context for each choice. acc takes the choice
+                with the largest log-likelihood, acc_norm the largest per character of the choice, acc_bytes the largest
+                per UTF-8 byte; among equal choices the first.
 
         Raises UserError for no questions, one choice alone, and an answer that is none of them.
         """
@@ -120,9 +121,10 @@ class Evaluator:
         return out
 
     def perplexity(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
-        """exp of the mean nats a predicted token, over all batches (contracts.md's keys, on any device).
+        """exp of the mean negative log-likelihood (nats) of a predicted token, over all batches.
 
-        Tokens count by loss_weights. Raises UserError where no batch predicts anything.
+        Batches have the keys of `packing.concat.PackedDataset`, on any device. Tokens are weighted by loss_weights.
+        Raises UserError if no batch predicts anything.
         """
         step, nats, weight = make_eval_step(self.cfg, execution=self.execution), 0.0, 0.0
         device = self.params[P.EMBED].device
@@ -136,8 +138,9 @@ class Evaluator:
     def rolling(self, documents: Sequence[str], context: int = 1) -> list[float]:
         """The log-likelihood of each document, read in windows of the model's positions.
 
-        context: tokens that a window repeats of the one before at least, to condition on: 1, the harness's, is the
-        least; max_position_embeddings moves on one token at a time. A document's first token follows <|endoftext|>.
+        context: a window repeats at least this many tokens of the window before, to condition on. 1 is the least, and
+        the harness's value; with max_position_embeddings each further window predicts one token. A document's first
+        token follows <|endoftext|>.
         """
         length = self.cfg.max_position_embeddings
         if not 1 <= context <= length:
@@ -152,8 +155,8 @@ class Evaluator:
     def document_perplexity(self, documents: Sequence[str], context: int = 1) -> dict[str, float]:
         """{"word_perplexity", "byte_perplexity", "bits_per_byte"} of documents, as the harness's wikitext has them.
 
-        Words are what blanks part, bytes UTF-8's. Where a script has no blanks, a document may be one word, and its
-        word_perplexity infinite. context: as for `rolling`. Raises UserError without any text.
+        Words are separated by white space; bytes are those of UTF-8. In a script without blanks a document may be one
+        word, and its word_perplexity infinite. context: as for `rolling`. Raises UserError without any text.
         """
         size = sum(len(text.encode()) for text in documents)
         if not size:
@@ -164,8 +167,9 @@ class Evaluator:
         return {"word_perplexity": _exp(-total / words), "byte_perplexity": _exp(-total / size), "bits_per_byte": bits}
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """(context ids, continuation ids) of each pair: those of both together are split behind the context's length.
+        """(context ids, continuation ids) of each pair.
 
+        Both texts are encoded together; the ids are then split after as many ids as the context has when encoded alone.
         Blanks at the context's end belong to the continuation. Raises UserError for a continuation without tokens.
         """
         moved = []
@@ -205,7 +209,7 @@ class Evaluator:
 
 
 def _exp(nats: float) -> float:
-    """Infinite beyond the largest float, where math.exp raises."""
+    """exp(nats); infinite where math.exp would raise because the result is too large."""
     try:
         return math.exp(nats)
     except OverflowError:
@@ -232,7 +236,7 @@ def judge_choice(log_probs: Sequence[float], choices: Sequence[str], answer: int
     lengths["acc_bytes"] = [len(c.encode()) for c in choices]
     out = {}
     for name, divisors in lengths.items():
-        # a choice without characters has −∞ a character, as the harness's division gives
+        # a choice without characters scores −∞, the result of the harness's division by 0
         values = [value / n if n else -math.inf for value, n in zip(log_probs, divisors)]
         out[name] = float(values.index(max(values)) == answer)
     return out
@@ -250,9 +254,9 @@ def windows(ids: Sequence[int], prefix: int, length: int, context: int) -> Itera
 
 
 def find_batch_tokens(cfg: ModelConfig, params: P.Params) -> int:
-    """Tokens at a time for which memory is expected to do: half of what the card has free, for cache and activations.
+    """Tokens in a batch that should fit into half of the GPU's free memory, for KV cache and activations.
 
-    A token takes its keys and values, twice while rows are copied, and what a block holds of it at once.
+    A token needs memory for its keys and values, twice while rows are copied, and for its activations in one layer.
     """
     weight = params[P.EMBED]
     if weight.device.type != "cuda":

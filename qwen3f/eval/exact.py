@@ -1,7 +1,7 @@
-"""How often a model's greedy answer is the held-out one, to the letter, without generating anything.
+"""How often a model's greedy answer equals the held-out answer exactly, without generating anything.
 
-A greedy decoder writes exactly the answer that is trained on iff each of its tokens is the most likely one behind what
-stands before it. So one pass over held-out rows says it of all their documents.
+A greedy decoder writes exactly the held-out answer iff each token of that answer is the most likely one after the
+tokens before it. So one forward pass over held-out rows decides this for all their documents.
 
 B rows · T places · S = T documents a row at most
 """
@@ -21,9 +21,9 @@ ExactFn = Callable[[Params, Mapping[str, Tensor]], Tensor]
 
 
 def make_exact(cfg: ModelConfig, execution: model.Execution = model.EAGER) -> ExactFn:
-    """exact(params, batch) -> bool [B, S]: at k − 1 whether all trained tokens of segment k are the most likely ones.
+    """exact(params, batch) -> bool [B, S]; entry k − 1: are all trained tokens of segment k the most likely ones?
 
-    On one device. True too for a segment that a row does not have, or in which nothing is trained.
+    On one device. Also True for a segment that a row does not have, or in which nothing is trained.
     """
     cfg = cfg.replace(gradient_checkpointing="none")
     forward = model.make_forward(cfg, execution)

@@ -17,8 +17,8 @@ PICTURES = 16  # decoded at a time: a page of a document may take a hundred mega
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. samples: to each prompt. temperature 0: greedy. seed: of the draws.
-    min_pixels, max_pixels: between which pictures are scaled."""
+    """How answers are sampled. samples: answers to each prompt. temperature: 0 is greedy. seed: of the random numbers.
+    min_pixels, max_pixels: pictures are scaled to a size between these."""
 
     max_new_tokens: int
     samples: int = 1
@@ -31,7 +31,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """text: without a stop token. ended: by that or by a text of `until`. truncated: the prompt was cut."""
+    """text: without the stop token. ended: by a stop token or a text of `until`. truncated: the prompt was cut."""
 
     text: str
     ended: bool
@@ -46,12 +46,13 @@ def write(
     until: Sequence[str] = (),
     images: Sequence[Picture] = (),
 ) -> list[list[Written]]:
-    """`samples` answers to each prompt, in order. numbers: of the prompts, which their random streams depend on.
+    """`samples` answers to each prompt, in order. numbers: the prompts' numbers, which decide their random streams.
 
-    until: texts that end an answer, which keeps them. images: what stands at each prompt's <|image_pad|>, one of each;
-    () where there are none. A prompt that leaves no room for max_new_tokens is cut on its left, as the harness does.
-    Raises UserError for max_new_tokens that leave no room for any prompt, or for one with its picture, which is not
-    cut; for a picture that cannot be read, and for logits that are not finite.
+    until: texts that end an answer; the answer includes them. images: one picture for each prompt, which stands at its
+    <|image_pad|>; () for prompts without pictures. A prompt that leaves no room for max_new_tokens is cut on its left,
+    as in the harness; a prompt with a picture is not cut. Raises UserError if max_new_tokens leave no room for a
+    prompt, or too little for one with its picture; for a picture that cannot be read; and for logits that are not
+    finite.
     """
     room, tokenizer = ev.cfg.max_position_embeddings - sampling.max_new_tokens, ev.tokenizer
     if room < 1:
@@ -60,7 +61,7 @@ def write(
             f"{ev.cfg.max_position_embeddings} positions; write less"
         )
     whole = [tokenizer.encode(prompt, allow_special=True) for prompt in prompts]
-    # its cache takes most of a card's memory, so it lives no longer than this call
+    # the engine's KV cache takes most of the GPU's memory, so the engine lives no longer than this call
     engine = Engine(ev.cfg, ev.params, seed=sampling.seed, execution=ev.execution, tokenizer=tokenizer)
     out: list[list[Written]] = [[] for _ in prompts]
     size = PICTURES if images else max(1, len(prompts))
@@ -110,9 +111,9 @@ def _shown(
 
 
 def cut(text: str, until: Sequence[str], thinking: bool) -> str | None:
-    """An answer: behind its thinking, before the first of `until`. None if thinking did not end.
+    """The final answer in `text`: what follows the thinking, up to a text of `until`. None if the thinking did not end.
 
-    thinking: whether the prompt asked for it; without it, the tags are text.
+    thinking: whether the prompt asked for thinking; if not, <think> and </think> are ordinary text.
     """
     if thinking:
         behind = after_thinking(text)

@@ -29,8 +29,8 @@ class HeldOut:
 
     Attributes:
         seq_len, batch_size: of the batches, over all ranks. vocab_size: the model's.
-        max_docs: only the first so many documents of each source; 0: all.
-        device: where the batches go. share: this rank's rows of each batch.
+        max_docs: read only the first max_docs documents of each source; 0: all.
+        device: where the batches go. share: which rows of each batch this rank computes.
     """
 
     seq_len: int
@@ -44,10 +44,10 @@ class HeldOut:
 def evaluate(
     eval_step: EvalStep, params: Params, heldout: Mapping[str, TokenCache], options: HeldOut
 ) -> dict[str, float]:
-    """{"loss": nats a predicted token, "bpb": bits a byte of text}, over every held-out token once.
+    """{"loss": nats per predicted token, "bpb": bits per byte of text}, over every held-out token once.
 
-    Of several sources all together, and each as "loss/NAME" and "bpb/NAME". eval_step's sums are those of all ranks.
-    See packing.concat.bits_per_byte for what is charged.
+    For several sources: over all of them, and for each as "loss/NAME" and "bpb/NAME". eval_step must return sums over
+    all ranks. `packing.concat.bits_per_byte` says what bpb counts.
     """
     totals, own = {}, torch.from_numpy(options.share.rows(options.batch_size))
     for name, cache in heldout.items():
@@ -65,7 +65,7 @@ def evaluate(
 
 
 def batches_of_one_shape(rows: Iterable[Example], size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of `size` rows each; the last is filled up with rows that predict and weigh nothing."""
+    """Batches of `size` rows each; the last is filled up with rows of targets -100 and weights 0."""
     rest = iter(rows)
     while part := list(islice(rest, size)):
         blank = {key: np.full_like(value, IGNORED_TARGET if key == "targets" else 0) for key, value in part[0].items()}

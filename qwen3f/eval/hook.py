@@ -1,7 +1,7 @@
 """Benchmarks while a stage trains: config.eval.benchmarks, asked whenever the stage's evaluations run.
 
-Beside the stage's own evaluators stands one named "bench", so that scores are logged as bench_NAME/METRIC. On a mesh
-each rank has the whole model for as long as it asks, in the compute dtype, and its share of the questions.
+It is one more evaluator of the stage, named "bench", so scores are logged as bench_NAME/METRIC. On a mesh, while the
+benchmarks run, each rank holds the whole model in the compute dtype and answers its share of the questions.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ from qwen3f.train.setup import Setup, at_least
 from sharding.state import whole_params
 
 NAME = "bench"
-CHUNK = 64  # questions between two looks at whether the run is to stop
+CHUNK = 64  # questions of a rank between two checks whether the run should stop
 
 
 class Exam(NamedTuple):
-    """A benchmark, the questions of it that are asked, and how."""
+    """A benchmark, those of its questions that are asked, and the settings."""
 
     benchmark: Benchmark
     questions: list[Asked]
@@ -36,13 +36,13 @@ class Exam(NamedTuple):
 
 
 def check(setup: Setup) -> None:
-    """Raises UserError for what of config.eval.benchmarks cannot run. Reads no data."""
+    """Raises UserError if config.eval.benchmarks cannot run in this stage. Reads no data."""
     config = setup.config
     if not config.eval.benchmarks:
         return
     if setup.model.scalar_head:
-        raise UserError(f"--config.eval.benchmarks={config.eval.benchmarks}: a model of scores answers no questions; "
-                        "leave it out")  # fmt: skip
+        raise UserError(f"--config.eval.benchmarks={config.eval.benchmarks}: a reward model answers no questions; "
+                        "leave the flag out")  # fmt: skip
     at_least(config, "eval.benchmark_questions", 1)
     at_least(config, "eval.benchmark_tokens", 0)
     if config.eval.benchmark_prompt not in FORMS:
@@ -63,9 +63,9 @@ def check(setup: Setup) -> None:
 
 
 def with_benchmarks(run: S.Run, stage: S.Stage) -> S.Stage:
-    """The stage with the evaluator of config.eval.benchmarks, whose questions are read here; itself without any.
+    """The stage with an evaluator for config.eval.benchmarks; the stage unchanged if that is empty.
 
-    Raises UserError as items.load and prompts.template_of do.
+    The questions are read here. Raises UserError as items.load and prompts.template_of do.
     """
     config = run.setup.config
     if not config.eval.benchmarks:
@@ -91,7 +91,7 @@ def _settings(config: ConfigDict) -> Settings:
 
 
 def _spread(asked: Sequence[Asked], most: int) -> list[Asked]:
-    """At most so many, evenly from all, so that every subject has its share."""
+    """At most `most` questions, evenly spaced over all of them, so that every subject has its share."""
     count = min(most, len(asked))
     return [asked[i * len(asked) // count] for i in range(count)]
 

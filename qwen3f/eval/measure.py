@@ -1,4 +1,4 @@
-"""A benchmark's questions put to a model and scored, a record each."""
+"""Ask a model a benchmark's questions and score its answers: one record for each question."""
 
 import dataclasses
 import json
@@ -18,21 +18,23 @@ from qwen3f.eval.statistics import Estimate, estimate
 from qwen3f.vision.preprocess import MAX_PIXELS, MIN_PIXELS
 
 METRICS = ("harness", "official")
-PIXELS = ("min_pixels", "max_pixels")  # settings of benchmarks with pictures alone
+PIXELS = ("min_pixels", "max_pixels")  # settings that only benchmarks with pictures have
 Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the numbers, beside the model and the questions.
+    """What decides the scores, apart from the model and the questions.
 
     Attributes:
-        prompt: raw or chat. thinking: in chats, whether the model may think first; else an empty block is given.
-        shots, max_new_tokens: None and 0: the benchmark's own.
-        samples: answers to each question: for pass@k of programs, of others the mean counts. temperature, top_p, seed:
-            of the draws.
-        min_pixels, max_pixels: between which pictures are scaled.
-        metrics: harness, or official: by the authors' definition, where that is another.
+        prompt: raw or chat. thinking: in chats, whether the model may think first; if not, the prompt ends with an
+            empty thinking block.
+        shots: few-shot examples; None: the benchmark's own number. max_new_tokens: of an answer; 0: the benchmark's
+            own.
+        samples: answers to each question: for pass@k of programs; of other benchmarks their mean counts.
+        temperature, top_p, seed: of the sampler.
+        min_pixels, max_pixels: pictures are scaled to a size between these.
+        metrics: harness, or official: the authors' own definition, where it differs.
     """
 
     prompt: str = "raw"
@@ -48,7 +50,7 @@ class Settings:
     max_pixels: int = MAX_PIXELS
 
     def check(self, benchmark: Benchmark, vision: bool = False) -> None:
-        """Raises UserError for what does not go together. vision: whether the model sees images."""
+        """Raises UserError for values that are wrong or do not go together. vision: whether the model sees images."""
         for key, allowed in (("prompt", FORMS), ("metrics", METRICS)):
             if getattr(self, key) not in allowed:
                 raise UserError(f"--config.{key}={getattr(self, key)!r}: write {' or '.join(allowed)}")
@@ -70,7 +72,7 @@ class Settings:
             )
         benchmark.ready()
         if benchmark.vision and not vision:
-            raise UserError(f"{benchmark.name} asks about images, which this model sees none of; name another")
+            raise UserError(f"{benchmark.name} asks about images, and this model cannot see; name another benchmark")
 
     def tokens(self, benchmark: Benchmark) -> int:
         """New tokens at most; 0 where choices are scored."""
@@ -80,11 +82,13 @@ class Settings:
 
 
 def question(benchmark: Benchmark, asked: Asked, settings: Settings, kind: TemplateKind) -> Record:
-    """What a record says of its question, plain JSON: {"number", "name", "group", "question", "prompt", "gold"}; where
-    choices are scored also "choices" and "continuations", of a picture "image", its digest.
+    """The part of a record that describes the question, plain JSON.
 
-    "question" is the item's own prompt, whatever the form and the examples before it; "prompt" what the model reads.
-    kind: of its chats. Raises UserError as `prompts`.
+    Keys: "number", "name", "group", "question", "prompt", "gold"; if choices are scored also "choices" and
+    "continuations"; if it has a picture also "image", the picture's digest.
+
+    "question" is the item's own prompt, without examples and chat form; "prompt" is what the model reads. kind: of the
+    chat template. Raises UserError as `prompts`.
     """
     item, read = asked.item, prompts(benchmark, asked, settings.prompt, settings.thinking, kind)
     said = {
@@ -103,10 +107,10 @@ def question(benchmark: Benchmark, asked: Asked, settings: Settings, kind: Templ
 
 
 def measure(ev: Evaluator, benchmark: Benchmark, asked: Sequence[Asked], settings: Settings) -> list[Record]:
-    """A record of each, plain JSON: what `question` says, "metrics", "truncated".
+    """One record for each question, plain JSON: the keys of `question`, "metrics", "truncated".
 
-    Of choices also "loglikelihoods", "alike"; of answers "outputs" as written (from a "<think>" at the prompt's end
-    on), "answers" as judged, "ended".
+    If choices are scored, also "loglikelihoods" and "alike". If answers are written, also "outputs" (as written; if the
+    prompt ends with "<think>", that comes first), "answers" (as judged) and "ended".
     """
     kind = template_of(benchmark, settings.prompt, ev.tokenizer)
     said = [question(benchmark, one, settings, kind) for one in asked]
@@ -151,18 +155,18 @@ def _answer(
     score = benchmark.official if settings.metrics == "official" and benchmark.official else benchmark.score
     as_chat = settings.prompt == "chat" and how.chat is not None
     until, out = () if as_chat else how.until, []
-    ends = () if settings.thinking else until  # a thought may hold such texts
+    ends = () if settings.thinking else until  # a thought may contain these texts
     begun = opening(ev.tokenizer) if is_chat(benchmark, settings.prompt) else ""
     for one, written in zip(asked, write(ev, [each["prompt"] for each in said], sampling, numbers, ends, images)):
         texts = [begun + w.text for w in written]
-        # a task's judge looks behind the thinking itself, as its rewards do
+        # a task's judge removes the thinking itself, as in its rewards
         answers = [text if benchmark.task else cut(text, until, settings.thinking) or "" for text in texts]
         if as_chat:
             answers = [how.chat(one.item, text) for text in answers]
         if benchmark.together:
             marks = [score(one.item, answers)]
         else:
-            # an answer to a task that did not end is wrong, as in the stages; the field's harness judges what is there
+            # in a task, an answer that did not end is wrong, as in training; the harness judges it as it stands
             wrong = dict.fromkeys(benchmark.metrics, 0.0)
             marks = [
                 wrong if benchmark.task and not w.ended else score(one.item, [text])
@@ -181,7 +185,7 @@ def _answer(
 
 
 def estimates(records: Sequence[Record]) -> dict[str, Estimate]:
-    """Each metric over all records, which are at least one."""
+    """metric -> its Estimate over all records; there must be at least one."""
     return {name: estimate([record["metrics"][name] for record in records]) for name in records[0]["metrics"]}
 
 

@@ -1,4 +1,4 @@
-"""What of a model's own answers to a question is worth training on: right ones as chats, or a better and a worse one.
+"""Choose what to train on among a model's own answers: right answers as chats, or a better and a worse one as a pair.
 
 A chat is {"messages": […], "answer": the right final answer}, as `data.chat.conversation` reads it; a pair is
 {"chosen": […], "rejected": […]}, as `data.pairs.pair` does. Thoughts stand under reasoning_content.
@@ -18,16 +18,16 @@ COUNTS = (
     "right", "wrong", "not_ended", "unjudged",
     "kept", "repeated", "surplus", "malformed",
 )  # fmt: skip
-"""What is counted of answers: questions (1), solved (1 if a row is kept), asked = right + wrong + not_ended + unjudged,
-kept rows. The others are each chooser's own."""
+"""Keys of a chooser's counts. For each question: questions (1), solved (1 if a row is kept), asked (answers: right +
+wrong + not_ended + unjudged), kept (rows). Each chooser's docstring explains the others."""
 
 Chosen = tuple[list[dict[str, Any]], Counter[str]]
 
 
 def right_chats(task: Task, keep: int, question: Question, answers: Sequence[Answer]) -> Chosen:
-    """The chats of a question's answers that are right, well formed and differ; and what became of all of them.
+    """(chats, counts): a chat for each answer that is right, well formed and differs from those before it.
 
-    keep: chats at most, the first ones; 0: all. Answers that differ in blanks alone are the same.
+    keep: at most this many chats, the first ones; 0: all. Answers that differ only in blanks are the same.
     Counts: right = kept + repeated + surplus (beyond `keep`) + malformed (without a thought, or with more than one).
     """
     counts, chats, seen = Counter(questions=1, asked=len(answers)), [], set()
@@ -51,11 +51,12 @@ def right_chats(task: Task, keep: int, question: Question, answers: Sequence[Ans
 
 
 def ranked_pair(task: Task, keep: int, question: Question, answers: Sequence[Answer]) -> Chosen:
-    """The best and the worst of a question's answers as a pair, where one is better: right, or as right and shorter.
+    """(pairs, counts): the best and the worst answer as one pair; no pair if all answers are equally good.
 
-    Only answers that ended, have their form and can be judged are looked at; lengths are in characters. Of equals the
-    first counts. keep: of no meaning here.
-    Counts: malformed (right or wrong) are in no pair; kept = solved.
+    A right answer is better than a wrong one; of two right or two wrong ones the shorter (in characters) is better; of
+    equal answers the first is taken. Answers that did not end, are malformed or cannot be judged are not in a pair.
+    keep: not used.
+    Counts: malformed answers are right or wrong too; kept = solved.
     """
     counts, ranked = Counter(questions=1, asked=len(answers)), []
     for given, verdict in _judged(task, question, answers, counts):

@@ -21,7 +21,7 @@ from qwen3f.vision.preprocess import image_patches
 _USER = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 _PICTURE = re.compile(r"<\|vision_start\|>.*?<\|vision_end\|>", re.DOTALL)
 _SIDE = 256  # pixels of a kept picture, at most
-_CACHE, _PAGE = 4096, 64  # tokens: of the engine's cache at least, and what it is a multiple of
+_CACHE, _PAGE = 4096, 64  # tokens: the KV cache has at least _CACHE, rounded up to a multiple of _PAGE
 
 
 def chosen(dataset: VisualDataset, most: int = KEPT_TEXTS) -> list[Document]:
@@ -41,7 +41,9 @@ def answer_chosen(
     documents: Sequence[Document],
     execution: Execution = EAGER,
 ) -> list[dict[str, Any]]:
-    """A line each for logger.answers, greedily answered, as long as the right answer and a few tokens. On one device.
+    """A dict for each document, for logger.answers, with the model's greedy answer. On one device.
+
+    An answer may have twice as many tokens as the right answer, and 8 more.
 
     params: in the compute dtype. Raises UserError for a picture that cannot be read any more.
     """

@@ -1,4 +1,5 @@
-"""Token sequences that are to be read by a model, as a tree of shared beginnings: what several share is read once.
+"""Token sequences that a model has to read, as a tree of shared beginnings: a beginning that several share is read
+once.
 
 A few-shot prefix stands in front of every question of a subject, a question in front of each of its choices. The tree
 depends on the set of sequences alone, not on their order nor on a batch size.
@@ -8,14 +9,14 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 WORTH = 32  # tokens that sharing a beginning must save: a node of its own costs a pass of the model
-LEVELS = 32  # of branchings; behind them each sequence is read alone, so that no input nests calls without end
+LEVELS = 32  # branchings at most; below them each sequence is read alone, which bounds the depth of recursion
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What is asked of a sequence: the log-probability of `targets`, the last of which follows the last token.
+    """A sequence to score: the log-probability of `targets` is wanted. The last target follows the last token.
 
-    tokens: the model's input. So targets[j] is predicted at place len(tokens) − len(targets) + j.
+    tokens: the model's input. targets[j] is predicted at place len(tokens) − len(targets) + j.
     """
 
     tokens: tuple[int, ...]
@@ -41,7 +42,7 @@ class Want:
 class Node:
     """Tokens that stand at places start … end−1 of every sequence below.
 
-    wants: the targets to score at these places. children: what the sequences go on with.
+    wants: the targets to score at these places. children: the nodes of the tokens that follow.
     """
 
     start: int
@@ -72,15 +73,16 @@ def walk(nodes: Sequence[Node]) -> Iterator[Node]:
 def _nodes(
     sequences: Sequence[Scored], order: Sequence[int], start: int, depth: int, pending: tuple[Want, ...], level: int = 0
 ) -> Iterator[Node]:
-    """Nodes of the sequences in sorted `order`, which agree before `depth` and go on after it.
+    """Nodes of the sequences in sorted `order`. These agree before `depth`, and each has tokens after it.
 
-    Places from `start` on are in no node above: a beginning that was not worth a node is in each of these. `pending` is
-    what is wanted there, which the first of them scores. level: of branchings above.
+    start: the first place that is in no node above. It is below depth if the shared tokens were too few for a node of
+    their own; then each node here repeats them. pending: the targets to score at places start … depth − 1; only the
+    first node scores them. level: number of branchings above.
     """
     for group in _by_token(sequences, order, depth) if level < LEVELS else ([i] for i in order):
         here, below, wants, pending = depth, group, pending, ()
         branches = 1
-        while branches == 1:  # one way on: no node ends here
+        while branches == 1:  # all sequences go on with the same token: extend the node
             group, first = below, sequences[below[0]].tokens
             end = _agree(first, sequences[below[-1]].tokens, here)
             wants = (*wants, *_wants(sequences, below, here, end))
@@ -114,7 +116,7 @@ def _by_token(sequences: Sequence[Scored], order: Sequence[int], depth: int) -> 
 
 
 def _agree(first: tuple[int, ...], last: tuple[int, ...], depth: int) -> int:
-    """Tokens that the first and the last of sorted sequences, and so all between, begin with alike."""
+    """How many tokens the first and the last of sorted sequences, and so all between, share at their beginning."""
     most = min(len(first), len(last))
     while depth < most and first[depth] == last[depth]:
         depth += 1

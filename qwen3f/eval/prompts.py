@@ -21,7 +21,7 @@ def raw(asked: Asked, prompt: str) -> str:
 def chat(asked: Asked, prompt: str, thinking: bool | None, kind: TemplateKind) -> str:
     """The description as system message, examples as turns, the question as the last one, up to the answer's start.
 
-    thinking: None: as the kind of chats does by itself.
+    thinking: None: the chat template's default.
     """
     messages = [{"role": "system", "content": asked.description}] if asked.description else []
     for question, answer in asked.examples:
@@ -31,21 +31,21 @@ def chat(asked: Asked, prompt: str, thinking: bool | None, kind: TemplateKind) -
 
 
 def is_chat(benchmark: Benchmark, form: str) -> bool:
-    """Whether its questions are asked in chats: as the form says, those of a task always."""
+    """Whether its questions are asked in chats: if `form` is "chat", and always for a task."""
     return form == "chat" or bool(benchmark.task)
 
 
 def template_of(benchmark: Benchmark, form: str, tokenizer: Tokenizer) -> TemplateKind:
-    """The kind of chats that its questions are asked in, if they are. Raises UserError as `kind_of`."""
+    """The kind of the chats that its questions are asked in; HYBRID without chats. Raises UserError as `kind_of`."""
     return kind_of(tokenizer) if is_chat(benchmark, form) else HYBRID
 
 
 def prompts(
     benchmark: Benchmark, asked: Asked, form: str, thinking: bool, kind: TemplateKind = HYBRID
 ) -> tuple[str, ...]:
-    """What the model reads: one text, or of a question with a prompt for each choice so many.
+    """What the model reads: one text, or one for each choice if the item has a prompt for each choice.
 
-    Raises UserError for thinking, or none, that the kind of chats cannot do.
+    Raises UserError if the kind of chats cannot do `thinking`.
     """
     item = asked.item
     given = (item.prompt,) if isinstance(item.prompt, str) else item.prompt
@@ -53,6 +53,6 @@ def prompts(
         given = tuple(PICTURE + prompt for prompt in given)
     if not is_chat(benchmark, form):
         return tuple(raw(asked, prompt) for prompt in given)
-    # choices stand where an answer begins, without an empty thinking block: the harness has it so
+    # choices are scored where an answer begins, without an empty thinking block, as in the harness
     thinks = None if benchmark.generation is None else thinking
     return tuple(chat(asked, item.chat_prompt or prompt, thinks, kind) for prompt in given)

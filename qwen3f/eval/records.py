@@ -1,6 +1,6 @@
-"""The records of an evaluation on disk, as they come, so that one that was cut off goes on with the next question.
+"""Records of an evaluation, written to disk as they come, so that a killed evaluation resumes with the next question.
 
-A file a benchmark: its first line says the settings, each other one is a question's record.
+There is one file for each benchmark. Its first line holds the settings, each other line the record of a question.
 """
 
 import json
@@ -20,7 +20,8 @@ _KEYS = {"number", "name", "metrics", "truncated"}  # of every record
 class Records:
     """The file of one benchmark below an evaluation's directory.
 
-    done: what it holds, by number. Raises UserError for a file of other settings, and one that is none of ours.
+    done: question number -> its record in the file. Raises UserError for a file with other settings, and for a file
+        that this program did not write.
     """
 
     def __init__(self, directory: Path, name: str, settings: Mapping[str, Any]) -> None:
@@ -29,7 +30,7 @@ class Records:
         if not self._path.exists():
             write_atomically(self._path, f"{head}\n".encode())
         lines = self._path.read_bytes().split(b"\n")
-        self._size = sum(len(line) + 1 for line in lines[:-1])  # behind that a line that was cut off
+        self._size = sum(len(line) + 1 for line in lines[:-1])  # an incomplete last line does not count
         try:
             there, *records = [json.loads(line) for line in lines[:-1]]
             self.done: dict[int, Record] = {record["number"]: record for record in records}

@@ -1,8 +1,8 @@
 """Rejection sampling: several answers to each question, of which the right ones become chats to fine-tune on, or the
 best and the worst a pair for DPO.
 
-What a row is: see `own_answers`. Question i's answer k has the random stream i · samples + k, so a run that was cut off
-goes on with the answers that it would have had.
+`own_answers` says what a row is. Question i's answer k has the random stream i · samples + k, so a run that was killed
+and resumed gets the same answers as one that was not.
 """
 
 import dataclasses
@@ -42,19 +42,19 @@ from qwen3f.train.lock import held
 
 SAMPLES, SUMMARY = "samples.jsonl", "rejection_summary.json"
 
-_FREE = ("stage", "out", "questions", "batch_size", "device")  # may change when a run goes on
+_FREE = ("stage", "out", "questions", "batch_size", "device")  # may change when a run resumes
 _DATA = ("kinds", "difficulties", "problems", "problem_seed")
 _DIGITS = 16  # of the weights' fingerprint, kept and shown
 
 
 @dataclasses.dataclass
 class Progress:
-    """What is done of a set of samples; read from and written to its summary.
+    """What has been sampled so far; read from and written to the summary file.
 
     Attributes:
-      settings: that the samples depend on.
-      bytes: of samples.jsonl that belong to it; what stands behind was cut off.
-      counts: as a chooser gives them, over all questions. groups: the same by each part of Question.group.
+      settings: those that the samples depend on.
+      bytes: valid length of samples.jsonl; a killed run may have written more after it.
+      counts: as a chooser gives them, over all questions. groups: the same for each name in Question.group.
     """
 
     settings: dict[str, Any]
@@ -77,7 +77,7 @@ class Progress:
 
 
 def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, Any]:
-    """Sample as `config` says into config.out, from where it stands; returns its summary. The workdir is not used.
+    """Sample as `config` says into config.out, resuming what is there; returns the summary. The workdir is not used.
 
     Raises UserError, with nothing changed, for what cannot run: a key that is missing or wrong, a directory that holds
     something else or samples by other settings, and as qwen3f.interop.source does.
@@ -152,7 +152,7 @@ def _check_lengths(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer, q
 
 
 def _progress(out: Path, settings: dict[str, Any]) -> Progress:
-    """What was done in `out` before; a new beginning where nothing was. Raises UserError for anything else there."""
+    """The progress of the run in `out`; an empty one if `out` is empty. Raises UserError if `out` holds other files."""
     path, samples = out / SUMMARY, out / SAMPLES
     if not path.exists():
         if others := sorted(x.name for x in out.iterdir() if x.name != LOCK):
@@ -191,19 +191,19 @@ def _sample(
     out: Path,
     progress: bool,
 ) -> None:
-    """Ask what is left; `done` and the files grow by about a batch of answers at a time.
+    """Ask the remaining questions; `done` and the files grow by about a batch of answers at a time.
 
     chooser: a question and its answers -> rows and counts. ask: prompts, and the random stream of the first one, ->
     their answers.
     """
     each, count = config.samples, max(1, config.batch_size // config.samples)
     try:
-        write_atomically(out / SUMMARY, done.as_json())  # before the samples, which are nobody's without it
+        write_atomically(out / SUMMARY, done.as_json())  # first: samples.jsonl without a summary belongs to no run
         with (
             (out / SAMPLES).open("r+b" if (out / SAMPLES).exists() else "w+b") as file,
             tqdm(desc="answers", total=len(questions) * each, file=sys.stderr, disable=not progress) as bar,
         ):
-            file.truncate(done.bytes)  # what a run that was killed wrote behind its last summary
+            file.truncate(done.bytes)  # drop what a killed run wrote after its last summary
             file.seek(done.bytes)
             bar.update(done.counts["asked"])
             for first in range(done.counts["questions"], len(questions), count):

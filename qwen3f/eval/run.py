@@ -60,7 +60,7 @@ class Exam:
 
 
 def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
-    """Evaluate as `config` says, from where `workdir` stands; on a mesh as each of its ranks, or starting them.
+    """Evaluate as `config` says, resuming what `workdir` holds. On a mesh: start the ranks, or run as one of them.
 
     Raises UserError, before any process starts, for what cannot run, and as ranks.decide.
     """
@@ -79,9 +79,10 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
 
 
 def check(config: ConfigDict, cfg: ModelConfig | None = None) -> list[tuple[Benchmark, str]]:
-    """The benchmarks with their places. Raises UserError for what cannot run; reads the model's configuration alone.
+    """The benchmarks and their local copies. Raises UserError for what cannot run; reads only the model's
+    configuration.
 
-    cfg: of a model that need not be there yet; by default that of config.init_from.
+    cfg: configuration of a model that need not exist yet; by default that of config.init_from.
     """
     if not config.init_from:
         raise UserError("--config.init_from is missing; write --config.init_from=W")
@@ -101,8 +102,8 @@ def check(config: ConfigDict, cfg: ModelConfig | None = None) -> list[tuple[Benc
 
 
 def _narrowed(benchmark: Benchmark, problems: ReasoningSource) -> Benchmark:
-    """Generated problems of the kinds and difficulties of `problems`; any other benchmark as it is. Raises UserError
-    if none of the kinds is the benchmark's."""
+    """A benchmark of generated problems, limited to the kinds and difficulties of `problems`; any other benchmark
+    unchanged. Raises UserError if none of the kinds is the benchmark's."""
     if benchmark.name not in FAMILIES:
         return benchmark
     return task_benchmark(open_task(benchmark.name, "--config.benchmarks", problems))
@@ -113,7 +114,7 @@ def settings_of(config: ConfigDict) -> Settings:
 
 
 def find_mesh(text: str, devices: int) -> MeshShape:
-    """The mesh of config.mesh. Raises UserError for axes that share out something else than questions."""
+    """The mesh of config.mesh. Raises UserError for axes other than dp."""
     shape = parse_mesh(text, devices)
     if shape.size != shape.dp:
         raise UserError(f"--config.mesh={text}: questions are shared out by dp alone, each rank has the whole model; "
@@ -122,9 +123,9 @@ def find_mesh(text: str, devices: int) -> MeshShape:
 
 
 def evaluate(config: ConfigDict, workdir: Path, progress: bool = True, world: World = ALONE) -> dict[str, Any]:
-    """What results.json holds; on other ranks than 0 nothing. All ranks of `world` call this together; rank 0 writes.
+    """What results.json holds; {} on ranks other than 0. All ranks of `world` call this together; rank 0 writes.
 
-    The same command goes on where it stopped; a larger limit adds to what is there.
+    The same command resumes a stopped evaluation; a larger limit adds to what is there.
     """
     with only_writer(workdir, world):
         exams, place = world.together(lambda: _exams(config), UserError)
@@ -162,7 +163,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
-    """What is asked, and of which model."""
+    """(what is asked, the place of the model that is asked)."""
     place, settings, exams = source.pinned(config.init_from), settings_of(config), []
     dtype = str(find_dtype(config.dtype, find_device(config.device))).removeprefix("torch.")
     named = check(config)
@@ -200,8 +201,8 @@ def _absolute(where: str) -> str:
 
 
 def _files(config: ConfigDict, workdir: Path, exams: Sequence[Exam], place: str) -> list[Records]:
-    """The records on disk. Raises UserError where they are of another model, or of other questions or right answers,
-    than there are now: a directory may have got other files since."""
+    """The records on disk. Raises UserError if they are of another model, of other questions, or of other right answers
+    than there are now: the files in a directory may have changed since."""
     model_of = {
         "weights": source.weights_digest(place)[:_DIGITS],
         "tokenizer": _tokenizer(config, place).fingerprint[:_DIGITS],
@@ -237,7 +238,7 @@ def _open(config: ConfigDict, place: str) -> Evaluator:
 def _ask(
     ev: Evaluator, exam: Exam, left: Sequence[Asked], chunk: int, file: Records | None, shown: tuple[World, bool]
 ) -> None:
-    """Ask the questions `left`, a chunk of each rank at a time; rank 0 keeps the records in `file`."""
+    """Ask the questions `left`, `chunk` for each rank at a time; rank 0 keeps the records in `file`."""
     world, progress = shown
     total, bar_off = len(exam.asked), not (progress and world.main)
     with tqdm(
@@ -254,11 +255,11 @@ def _ask(
 
 
 def _work(ev: Evaluator) -> str:
-    """How many tokens of choices went through this rank's model, of those that there are."""
+    """How many tokens of choices this rank computed, and how many there would be without sharing beginnings."""
     counts = ev.counts
     if not counts["computed"]:
         return f"batches of {ev.batch_tokens:,} tokens"
     return (
-        f"batches of {ev.batch_tokens:,} tokens; {counts['computed']:,} tokens computed on this rank for choices that "
-        f"have {counts['asked']:,} with what they share, and {counts['padding']:,} of padding"
+        f"batches of {ev.batch_tokens:,} tokens; {counts['computed']:,} tokens computed on this rank for choices "
+        f"({counts['asked']:,} without sharing beginnings), and {counts['padding']:,} of padding"
     )

@@ -21,7 +21,7 @@ from qwen3f.eval.prefix_tree import Node, Scored, build
 from qwen3f.infer.device import unstacked
 from qwen3f.model.kv_cache import KVCache
 
-LOGITS = 2**26  # numbers of logits at a time
+LOGITS = 2**26  # logits computed at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Scorer:
     """Scores token sequences. The results do not depend on batch_tokens, nor on their order, but for rounding.
 
     batch_tokens: places of the key/value cache at a time, of all rows together; one row may have more.
-    counts: "computed" tokens that went through the model, "padding" beside them, "asked": what they would be one
-    sequence at a time.
+    counts: "computed": tokens that went through the model; "padding": padding beside them; "asked": tokens of all
+    sequences, without sharing beginnings.
     """
 
     def __init__(self, cfg: ModelConfig, params: P.Params, batch_tokens: int, execution: model.Execution) -> None:
@@ -65,9 +65,9 @@ class Scorer:
         return [Score(math.fsum(values), best) for values, best in zip(found, greedy)]
 
     def _below(self, nodes: Sequence[Node], cache: KVCache | None, rows: Sequence[int]) -> Iterator[tuple]:
-        """(want, log-prob, whether it is the likeliest) of all nodes and what is below them.
+        """(want, log-prob, whether the target is the likeliest token) for all wants of `nodes` and the nodes below.
 
-        cache: of the node that they follow, whose row rows[i] node i follows; None: they are the first ones.
+        cache: the KV cache of their parents; node i continues row rows[i] of it. None: the nodes have no parents.
         """
         order = sorted(range(len(nodes)), key=lambda i: (bool(nodes[i].children), -nodes[i].end, i))
         for part in _batches(order, nodes, self._batch_tokens):
@@ -81,7 +81,7 @@ class Scorer:
 
     def _read(self, nodes: Sequence[Node], cache: KVCache | None, rows: list[int] | None) -> tuple[Tensor, KVCache]:
         size, longest = max(node.end for node in nodes), max(len(node.tokens) for node in nodes)
-        own = model.init_cache(self._cfg, self._params, len(nodes), size)  # a page a row; page 0 is of padding
+        own = model.init_cache(self._cfg, self._params, len(nodes), size)  # a page for each row; page 0: padding
         if cache is not None and rows is not None:
             _copy_rows(cache, own, torch.tensor(rows, device=self._head.device))
         tokens, positions, slots = (np.zeros((len(nodes), longest), np.int64) for _ in range(3))
@@ -143,7 +143,8 @@ def _batches(order: Sequence[int], nodes: Sequence[Node], batch_tokens: int) -> 
 
 
 def _copy_rows(source: KVCache, target: KVCache, rows_B: Tensor) -> None:
-    """Write rows of a cache with a page a row into the first rows of another; what is behind its length is left."""
+    """Copy rows `rows_B` of `source` into the first rows of `target`. Both have one page for each row; places beyond
+    the shorter page are not copied."""
     held = min(source.page_size, target.page_size)
     for old, new in zip((*source.keys, *source.values), (*target.keys, *target.values)):
         new[1:, :, :held] = old[1 + rows_B, :, :held]

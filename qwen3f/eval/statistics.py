@@ -12,7 +12,7 @@ RESAMPLES = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over n questions, and between which values 95% lie."""
+    """A mean over n questions, and its interval of 95%: low … high."""
 
     value: float
     low: float
@@ -48,7 +48,7 @@ def difference(before: Estimate, after: Estimate) -> Estimate:
     """after less before, of two samples whose intervals are known; n is the smaller one's.
 
     Newcombe's (1998, doi:10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I, method 10), which Zou and
-    Donner (2008, doi:10.1002/sim.3095) put for any intervals. Of the same questions it is wider than `paired`.
+    Donner (2008, doi:10.1002/sim.3095) state for any intervals. For the same questions it is wider than `paired`.
     """
     value = after.value - before.value
     low = value - math.hypot(after.value - after.low, before.high - before.value)
@@ -63,8 +63,8 @@ class Paired:
     Attributes:
         difference: B's mean less A's. low, high: its interval of 95%.
         better, worse: questions on which B scores higher, and lower, than A.
-        p: two-sided, that a difference at least as large comes of chance: McNemar's exact test for right or wrong
-            answers, the sign test for other values, which is the same.
+        p: two-sided probability that a difference at least as large arises by chance: McNemar's exact test for right or
+            wrong answers, the sign test for other values, which is the same.
     """
 
     difference: float

@@ -81,7 +81,7 @@ def test_ranks_share_the_questions_of_a_stage(mesh, trained, place, tmp_path):
     ({"eval.benchmark_prompt": "x"}, "--config.eval.benchmark_prompt='x': write raw or chat"),
     ({"eval.benchmark_tokens": 2048}, "--config.eval.benchmark_tokens=2048: 2048 new tokens for gsm8k leave no room"),
     ({"eval.benchmark_tokens": 0, "model.max_position_embeddings": 256}, "=0: 256 new tokens for gsm8k"),
-    ({"model.scalar_head": True, "stage": "pretrain"}, "a model of scores answers no questions"),
+    ({"model.scalar_head": True, "stage": "pretrain"}, "a reward model answers no questions"),
 ])  # fmt: skip
 def test_what_a_stage_cannot_ask_is_said_before_it_starts(place, changes, words):
     with pytest.raises(UserError, match=words):

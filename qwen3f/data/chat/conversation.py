@@ -55,8 +55,7 @@ class Conversation:
 
     @property
     def question(self) -> bytes:
-        """The first user turn without /think and /no_think. It decides the split, so a question is in one split
-        only."""
+        """The first user turn without /think and /no_think; it decides the split, so a question is in one split."""
         first = next(message["content"] for message in self.messages if message["role"] == "user")
         return without_switches(first).encode()
 
@@ -149,8 +148,7 @@ def _order_fault(messages: Sequence[Message], number: int) -> tuple[str, str] | 
 
 
 def _question_fault(messages: Sequence[Message], number: int) -> tuple[str, str] | None:
-    """The fault of a first user turn that is no question: the template writes a thinking block only after a
-    question."""
+    """The fault of a first user turn that is no question: without one the template writes no thinking block."""
     message, before = messages[number], messages[number - 1] if number else None
     if message["role"] != "user" or is_query(message) or (before and before["role"] != "system"):
         return None

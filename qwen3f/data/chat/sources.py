@@ -53,8 +53,7 @@ class Rows(Protocol):
     """Where rows come from."""
 
     def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Row | BadRow]:
-        """The rows of a split, bad rows in their place. Rows of the other split may be among them; the caller drops
-        them."""
+        """The rows of a split, bad rows in place. It may yield rows of the other split too: the caller drops them."""
         ...
 
     def fingerprint(self, split: Split) -> str:
@@ -88,8 +87,7 @@ class FileRows:
     root: str
 
     def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Row | BadRow]:
-        """As in `Rows`. All training rows of the data set, for either split: `ChatSource` chooses which are held
-        out."""
+        """As in `Rows`. For either split all the data set's training rows; `ChatSource` holds some of them out."""
         return raw_rows(self.dataset, self.root, "", streaming=True)
 
     def other_files(self) -> Counter[str]:

@@ -1,8 +1,8 @@
 """What a benchmark is: rows of a data set as questions, how they are asked, and how an answer is scored.
 
-Each is one file here, that says schema, prompt, metric and source. Prompts and scores of the text benchmarks are
-those of EleutherAI's lm-evaluation-harness 0.4.13, character for character; of the vision benchmarks those of lmms-eval
-0.7.3.
+Each is one file here, whose docstring says schema, prompt, metric and source. Prompts and scores of the text benchmarks
+are those of EleutherAI's lm-evaluation-harness 0.4.13, character for character; of the vision benchmarks those of
+lmms-eval 0.7.3.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ class Item:
 
     Attributes:
         name: "file:row" it came from.
-        prompt: the question as the model reads it; of a question whose choices stand before one and the same ending
-            (WinoGrande) one prompt for each choice.
-        gold: the right answer: of choices the place, else what the benchmark's score wants.
-        example: (prompt, answer) as it stands among the few shots.
-        choices: what is chosen from. continuations: what is scored after the prompt, where that is not the choice.
-        group: the subject, whose few shots it gets and by which results are listed.
-        chat_prompt: the prompt of a user's turn, where that is another.
-        image: of a vision benchmark, as the data set has it; `items` makes it a pictures.Picture.
+        prompt: the question as the model reads it; one prompt for each choice if all choices have the same ending
+            (WinoGrande).
+        gold: the right answer: the index of the right choice, or what `Benchmark.score` compares with.
+        example: (prompt, answer) for use as a few-shot example.
+        choices: what is chosen from. continuations: what is scored after the prompt, if that is not the choice itself.
+        group: the subject. Its few-shot examples are of the same group, and results are listed by group.
+        chat_prompt: the prompt of a user's turn, if it differs from `prompt`.
+        image: in a vision benchmark, the image as the data set has it; `items` makes it a pictures.Picture.
     """
 
     name: str
@@ -48,14 +48,14 @@ class Shots:
 
     Attributes:
         count: examples before a question, unless the user says another number.
-        split: of the data set that they are of; "" with `fixed`.
+        split: the split of the data set that they come from; "" with `fixed`.
         order: "random": drawn for each question in turn by Python's generator with the harness's seed 1234, for each
             group anew; "first": the first ones.
         fixed: (prompt, answer) of examples that come with the benchmark.
-        most: that there may be; None: as many as there are rows.
-        spare: examples drawn beyond `count`, so that one which is the question itself can be left out. The harness does
-            so, perhaps unmeant, for data sets without a test split (task.py compares no few-shot split with no test
-            split), and the draws are others by it.
+        most: the largest count allowed; None: as many as there are rows.
+        spare: examples drawn beyond `count`, so that one that equals the question can be left out. The harness does
+            this for data sets without a test split, perhaps by accident (task.py compares "no few-shot split" with "no
+            test split"); it changes which examples are drawn.
     """
 
     count: int = 0
@@ -71,8 +71,9 @@ class Generation:
     """How an answer is written.
 
     Attributes:
-        until: texts before which it ends. max_new_tokens: unless the user says another number.
-        chat: (an item, the answer to its chat_prompt) -> the answer to its prompt; `until` does not end that.
+        until: the answer ends before the first of these texts. max_new_tokens: used if the user gives no number.
+        chat: (an item, the answer to its chat_prompt) -> the same answer in the form that `score` wants. `until` is not
+            used for it.
     """
 
     until: tuple[str, ...] = ()
@@ -82,22 +83,24 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """
+    """Where a benchmark's questions come from, how they are asked and how answers are scored.
+
     Attributes:
         name: what the user writes.
-        hub_id, configs: on the Hub. folder: where the files of a configuration lie; a local copy may lack it.
-        split: that is asked.
-        columns: that its rows must have. optional: columns that are read where there are any.
+        hub_id, configs: data set and configurations on the Hub. folder: folder of a configuration's files there; a
+            local copy need not have it.
+        split: the split whose questions are asked.
+        columns: those that every row must have. optional: columns that are read if they are there.
         read: a row -> its Item. Raises RowFault.
-        shots: see Shots. description: a group -> what stands before the first example.
-        generation: None: choices are scored.
-        score: (an item, its answers) -> its metrics; of a benchmark with choices unused. It gets all answers if
-            together, else each alone, and their mean counts.
+        shots: see Shots. description: a group -> the text before the first example.
+        generation: how answers are written; None: choices are scored instead.
+        score: (an item, its answers) -> its metrics; None if choices are scored. If `together`, it gets all answers of
+            an item; else one answer at a time, and the mean counts.
         metric: the one that results are compared by. metrics: all of them.
-        official: the score by its authors' definition, where that is another.
-        ready: raises UserError where what the score needs is not installed.
+        official: like score, by the authors' own definition; None if that is the same.
+        ready: raises UserError if what `score` needs is not installed.
         vision: questions have an image.
-        task: of qwen3f.tasks, whose held-out questions these are; asked as chats, without files.
+        task: a task of qwen3f.tasks, whose held-out questions are asked, as chats and without files.
     """
 
     name: str
@@ -141,7 +144,7 @@ def integer(row: Row, column: str, count: int) -> int:
 
 
 def texts(row: Row, column: str, value: Any, count: int = 2) -> tuple[str, ...]:
-    """A list of at least `count` strings. Raises RowFault."""
+    """`value` as a tuple of at least `count` strings. Raises RowFault for anything else."""
     if not isinstance(value, list | tuple) or len(value) < count or not all(isinstance(x, str) for x in value):
         raise RowFault(
             "invalid_rows", f"{row.name} holds no list of at least {count} strings under {column!r}: write one."

@@ -5,9 +5,9 @@ no examples. Prompt: the function's head and docstring as they stand; an answer 
 comment, condition or print at a line's beginning. Metric: pass@k of n samples a problem by the unbiased formula,
 1 − C(n − c, k) / C(n, k) for c that pass (equation 1). Programs run in qwen3f.sandbox alone.
 
-As a chat it is asked for in words, and the answer's last block of Python that defines the function counts, else the
-last one: a form of our own, since the harness's humaneval_instruct begins the answer itself, which leaves no room to
-think.
+In a chat, the prompt asks for the function in words. The last block of Python in the answer that defines the function
+counts, else the last block. This form is our own: the harness's humaneval_instruct begins the answer itself, which
+leaves no room to think.
 """
 
 import importlib
@@ -38,16 +38,17 @@ def read(row: Row) -> Item:
 
 
 def from_chat(item: Item, answer: str) -> str:
-    """What stands behind the prompt to make a program: a new definition of its function, or the rest of its body."""
+    """The code of a chat answer that makes a program after the prompt: a new definition of the function, or its
+    body."""
     name = item.gold["entry_point"]
-    block = program(answer, name, unclosed=True)  # one that max_new_tokens cut off may yet pass
+    block = program(answer, name, unclosed=True)  # a block cut off by max_new_tokens may still pass
     code = answer if block is None else block
     imports, code = "".join(_FUTURE.findall(code)), _FUTURE.sub("", code)
     return imports + (f"\n{textwrap.dedent(code)}" if defines(code, name) else _as_body(code))
 
 
 def _as_body(code: str) -> str:
-    """The lines at the indent of a function's body, by that of the first line of code."""
+    """The lines indented as the body of a function: the first line of code gets that indent, the others with it."""
     first = re.search(r"^([ \t]*)[^\s#]", code, re.MULTILINE)
     indent = first[1] if first else ""
     if indent == _INDENT:
@@ -56,14 +57,14 @@ def _as_body(code: str) -> str:
 
 
 def _program(prompt: str, answer: str) -> str:
-    """Both in one file, before them the imports from __future__ that the answer begins with, as Python demands. Further
-    in they stay, and the program fails, as it does in the harness."""
+    """Prompt and answer as one program. Imports from __future__ at the answer's beginning move to the top, as Python
+    demands; elsewhere they stay, and the program fails, as in the harness."""
     imports = _FUTURES.match(answer)[0]
     return imports + prompt + answer[len(imports) :]
 
 
 def score(item: Item, answers: Sequence[str]) -> dict[str, float]:
-    from qwen3f.sandbox import run_tests  # starts what isolates programs; nothing else here needs it
+    from qwen3f.sandbox import run_tests  # here, since importing it starts the isolating process
 
     gold = item.gold
 
@@ -84,7 +85,7 @@ def ready() -> None:
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The chance that one of k, drawn from `samples` of which `passed` pass, passes; unbiased."""
+    """The chance that at least one of k answers passes, drawn from `samples` of which `passed` pass; unbiased."""
     if samples - passed < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(samples - passed + 1, samples + 1))

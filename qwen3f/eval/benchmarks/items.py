@@ -24,8 +24,8 @@ class Asked:
     """A question with what stands before it.
 
     Attributes:
-        number: its place in the whole benchmark, group by group from 0, however few of them are asked.
-        description: of the group. examples: (prompt, answer) pairs.
+        number: its place in the whole benchmark, group by group, from 0; the same however few questions are asked.
+        description: the group's text before the examples. examples: (prompt, answer) pairs.
     """
 
     number: int
@@ -37,8 +37,9 @@ class Asked:
 def place_of(benchmark: Benchmark, directory: str, root: str, alone: bool, key: str = "data.root") -> str:
     """Where a benchmark's local copy is; "" for the Hub.
 
-    directory: of name@DIR. root: of all local copies, each a subdirectory named as the benchmark; where one benchmark
-    is asked alone, also its own. key: of the configuration, that says root. Raises UserError for a root without it.
+    directory: DIR of name@DIR, or "". root: directory with one subdirectory for each benchmark, of its name; if only
+    one benchmark is asked (`alone`), it may be that benchmark's own directory. key: the key of the configuration that
+    gives root. Raises UserError if root has no subdirectory for the benchmark.
     """
     if directory or not root or benchmark.task:
         return directory
@@ -56,10 +57,9 @@ def place_of(benchmark: Benchmark, directory: str, root: str, alone: bool, key: 
 def load(benchmark: Benchmark, place: str, shots: int | None, most: int) -> list[Asked]:
     """The questions, subject by subject in the order of the files.
 
-    place: as place_of gives it. shots: examples before each; None: the benchmark's own number. most: questions of each
-    subject, the first ones; 0: all.
-    Raises UserError for files that are missing or no copy of the data set, a row that cannot be used, too few examples
-    to draw from, and no questions.
+    place: as place_of gives it. shots: examples before each; None: the benchmark's own number. most: at most this many
+    questions of each subject, the first ones; 0: all. Raises UserError for files that are missing or no copy of the
+    data set, a row that cannot be used, too few examples to draw from, and no questions.
     """
     groups = grouped(items(benchmark, place, benchmark.split), most)
     if not groups:
@@ -89,9 +89,9 @@ def load(benchmark: Benchmark, place: str, shots: int | None, most: int) -> list
 
 
 def _draw(benchmark: Benchmark, pool: Examples, item: Item, count: int, rand: Random) -> Examples:
-    """The examples before a question; the next question's depend on how often `rand` was asked.
+    """The examples before a question. It advances `rand`, on which the examples of later questions depend.
 
-    Raises UserError where too few are left without the question itself.
+    Raises UserError if too few examples are left without the question itself.
     """
     shots = benchmark.shots
     if shots.order == "first" or not count:
@@ -111,7 +111,7 @@ def _draw(benchmark: Benchmark, pool: Examples, item: Item, count: int, rand: Ra
 
 
 def items(benchmark: Benchmark, place: str, split: str) -> Iterator[Item]:
-    """Of a split, in the files' order. Raises UserError."""
+    """The items of a split, in the files' order. Raises UserError for a row that cannot be used."""
     if benchmark.task:
         for number, one in enumerate(benchmark.task.questions(split)):
             values = {"prompt": one.prompt, "gold": one.gold, "group": one.group[0] if one.group else ""}
@@ -143,8 +143,10 @@ def _dataset(benchmark: Benchmark, config: str) -> HubDataset:
 
 
 def grouped(found: Iterator[Item], most: int = 0) -> Mapping[str, list[Item]]:
-    """By group. most: of each, whose images are kept, the first ones; 0: all. They are what takes memory, so one that
-    several questions are about is kept once."""
+    """Items by group. most: only the first `most` items of a group keep their images; 0: all do.
+
+    Images take most of the memory, so an image that several questions are about is kept once.
+    """
     out: dict[str, list[Item]] = {}
     known: dict[bytes, bytes] = {}
     for item in found:
@@ -155,7 +157,8 @@ def grouped(found: Iterator[Item], most: int = 0) -> Mapping[str, list[Item]]:
 
 
 def _pools(benchmark: Benchmark, place: str, count: int) -> Mapping[str, Examples]:
-    """Examples by group; under "" those of every group. Raises UserError where a local copy has no file of them."""
+    """Examples by group; under "" those for every group. Raises UserError if a local copy has no file of their
+    split."""
     shots = benchmark.shots
     if shots.fixed or not count:
         return {"": shots.fixed}

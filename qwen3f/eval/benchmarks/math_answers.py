@@ -1,7 +1,7 @@
 r"""Final answers of MATH: found, normalised and compared as Minerva does (arXiv:2206.14858, appendix D).
 
-In the form that the harness 0.4.13 has (lm_eval/tasks/minerva_math/utils.py, version 3.1), with its repairs: unit words
-are taken out while blanks part them, \left keeps its "ft", commas go only between thousands.
+The form is that of the harness 0.4.13 (lm_eval/tasks/minerva_math/utils.py, version 3.1), with its repairs: unit words
+are removed before blanks are, \left keeps its "ft", and commas are removed only between thousands.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _NONE = "[invalidanswer]"
 _UNIT_WORDS = """square ways integers dollars mph inches ft hours km units sue points feet minutes digits cents degrees
 cm gm pounds meters meals edges students childrentickets multiples"""
 _UNITS = _UNIT_WORDS.split()
-# In Minerva's order, units among the rest; what stands for a unit here is its name.
+# In Minerva's order, in which the units stand among the other texts.
 _REMOVED = [
     *_UNITS[:10], r"\ldots", *_UNITS[10:],
     r"\text{s}", r"\text{.}", "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}", r"\text{}",
@@ -65,7 +65,7 @@ def boxed(solution: str) -> str | None:
 
 
 def final_answer(text: str) -> str:
-    """What the answer's closing sentence says, as it stands; a word that equals no answer if there is none."""
+    """The answer in the closing sentence, as it stands; without that sentence _NONE, which equals no answer."""
     match = _FINAL.search(f"{text}I hope it is correct.")
     return match[1].strip() if match else _NONE
 
@@ -108,7 +108,7 @@ def verified(solution: str, answer: str) -> bool:
 
 
 def check_packages() -> None:
-    """Raises UserError where what compares answers is missing, or sympy's parser would fail at every one."""
+    """Raises UserError if a package for comparing answers is missing, or sympy's parser would fail on all of them."""
     try:
         importlib.metadata.version("math-verify")
         found = importlib.metadata.version("antlr4-python3-runtime")
@@ -125,7 +125,7 @@ _INSTALL = "write pip install 'math-verify==0.9.0' 'antlr4-python3-runtime==4.11
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError inside after so many seconds. In the main thread, which alone can be interrupted."""
+    """Raises TimeoutError in the block after `seconds`. Only in the main thread: signals interrupt no other."""
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("answers of math are judged in the main thread, which can be interrupted")
 
@@ -142,6 +142,6 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def _outside_commands(answer: str, word: str) -> str:
-    """Without `word`, but where it is a part of a LaTeX command's name."""
+    """The answer without `word`, except where it is a part of a LaTeX command's name."""
     parts = re.split(r"(\\[a-zA-Z]+)", answer)
     return "".join(part if i % 2 else part.replace(word, "") for i, part in enumerate(parts))

@@ -20,7 +20,7 @@ _DIGITS = 16  # of a digest
 
 @dataclass(frozen=True)
 class Picture:
-    """Not decoded yet. source: a file's bytes, its path, or pillow's image. row: that it is of."""
+    """A picture, not decoded yet. source: a file's bytes, its path, or pillow's image. row: "file:row" that has it."""
 
     source: bytes | Path | Image.Image
     row: str
@@ -34,7 +34,8 @@ class Picture:
         return opened(file, to_rgb, name)
 
     def shared(self, known: dict[bytes, bytes]) -> "Picture":
-        """The same, with the bytes of an equal file that is `known`; one that is not becomes so."""
+        """The same picture. Its bytes are those of an equal file in `known`, if there is one; else they are added to
+        it."""
         return Picture(known.setdefault(self.source, self.source), self.row) if isinstance(self.source, bytes) else self
 
     def digest(self) -> str:

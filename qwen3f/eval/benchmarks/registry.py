@@ -27,10 +27,10 @@ _TASKS = tuple(FAMILIES)
 
 
 def parse_benchmarks(text: str, flag: str) -> list[tuple[Benchmark, str]]:
-    """ "gsm8k,mmlu@DIR" -> [(benchmark, directory or "")]. Raises UserError for unknown and repeated ones, none, and a
-    directory of generated problems.
+    """ "gsm8k,mmlu@DIR" -> [(benchmark, directory or "")]. Raises UserError for unknown or repeated names, for an empty
+    text, and for a directory after a benchmark of generated problems.
 
-    flag: what names them on the command line, for the message.
+    flag: the flag with this text, for the message.
     """
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):

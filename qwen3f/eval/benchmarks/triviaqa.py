@@ -1,8 +1,8 @@
 """TriviaQA (Joshi et al. 2017, arXiv:1705.03551), without documents: questions with the many names of an answer.
 
 Source: mandarjoshi/trivia_qa, configuration rc.nocontext, split validation (17,944 rows), examples from train. Columns:
-question, answer {aliases, …}. Prompt: "Question: …?", "Answer:" (the mark is added to those that have one). Metric:
-equality with any alias, small letters, without ASCII punctuation; articles stay, unlike in the official script.
+question, answer {aliases, …}. Prompt: "Question: …?", "Answer:" (a question mark is added even if there is one).
+Metric: equality with any alias, small letters, without ASCII punctuation; articles stay, unlike in the official script.
 """
 
 import string
@@ -29,8 +29,8 @@ def score(item: Item, answers: Sequence[str]) -> dict[str, float]:
 
 
 def _plain(texts: Sequence[str]) -> list[str]:
-    # numpy's texts, which the harness compares, end before the zeros at their end; and small letters get no more room
-    # than the longest of the texts has, which "İ", two letters when small, may need
+    # The harness compares numpy strings: these drop NUL characters at their end, and lower() does not make them longer
+    # than the longest of the texts, which cuts a text with "İ", whose lower case has two characters.
     room = max(map(len, texts))
     return [text.rstrip("\0").lower()[:room].translate(_PUNCTUATION).rstrip("\0") for text in texts]
 

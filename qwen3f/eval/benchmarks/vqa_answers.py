@@ -8,10 +8,11 @@ import re
 from collections.abc import Sequence
 
 _MARKS = (";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!")
-# A known slip of the server's: "(?!<=\d)" forbids the text "<=" and a digit, where "(?<!\d)" was meant, so that "3."
-# too loses its point.
+# A known error of the server: "(?!<=\d)" forbids the text "<=" and a digit, where "(?<!\d)" was meant; so "3." loses
+# its
+# point too.
 _POINT = re.compile(r"(?!<=\d)(\.)(?!\d)")
-_POINTS = 32  # are taken out of a text at most: the server gives re.UNICODE, 32, where the count stands
+_POINTS = 32  # points removed from a text at most: the server passes re.UNICODE, which is 32, as the count
 _THOUSANDS = re.compile(r"(?<=\d)(\,)+(?=\d)")
 _COUNTED = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_COUNTED.split())}
@@ -31,7 +32,7 @@ _AT = {"ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at"}
 
 
 def _without(word: str, number: int) -> str:
-    """The word without its apostrophe of that number."""
+    """The word without its apostrophe number `number`, counted from 0."""
     parts = word.split("'")
     return "'".join(parts[: number + 1]) + "'".join(["", *parts[number + 1 :]])[1:]
 
@@ -64,7 +65,7 @@ def normalised(text: str) -> str:
 
 
 def words_first(text: str) -> str:
-    """What TextVQA does before: small letters, commas and question marks out, a blank before "'s"."""
+    """What TextVQA does first: small letters, no commas and question marks, a blank before "'s"."""
     return text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
 
 
