@@ -1,7 +1,7 @@
-"""How fast text becomes batches, in how much memory: python -m qwen3f.data.bench --tokenizer=DIR [PART …]
+"""How fast text becomes batches, and in how much memory: python -m qwen3f.data.bench --tokenizer=DIR [PART …]
 
-The text is the standard library's. `cache` and `stream` read it from `--shards` parquet files, links to one, as they
-would a data set of so many files. Each part runs in a process of its own:
+The text is the standard library's. `cache` and `stream` read it from `--shards` parquet files, all links to one file,
+as they would read a data set of that many files. Each part runs in a process of its own:
 
     tokenise  texts to ids to examples of 4,096 tokens, in one thread
     cache     building a token cache of half of the shards and of all, with one thread, two, and two worker processes
@@ -9,8 +9,8 @@ would a data set of so many files. Each part runs in a process of its own:
     stream    the shards through a shuffle buffer of 1,000 documents into such batches, and the peak memory after a
               tenth of the tokens and after all
 
-MB are 10⁶ bytes of UTF-8 text. Rates are by the clock, and in brackets by the seconds of processor time that the
-process took (its workers' not counted), which other programs disturb less. The first line gives the machine's load.
+MB are 10⁶ bytes of UTF-8 text. Rates are per second by the clock; in brackets, per second of the process's own
+processor time (without its workers'), which other programs disturb less. The first line gives the machine's load.
 """
 
 import itertools
@@ -51,7 +51,7 @@ def tokenise(tokenizer_path: str, texts: list[str]) -> Iterator[str]:
     """A line for each packing."""
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     for name, pack in (("concat", windows), ("best_fit", best_fit_rows)):
-        tokenizer = load_tokenizer(tokenizer_path)  # its table of pieces is empty
+        tokenizer = load_tokenizer(tokenizer_path)  # a new one, whose table of pieces is empty
         watches = []
         for _ in range(4):
             watches.append(_Watch())
@@ -120,7 +120,7 @@ def stream(tokenizer_path: str, texts: list[str], shards: int) -> Iterator[str]:
 
 
 def write_shards(texts: list[str], count: int, directory: Path) -> Path:
-    """`count` parquet files of the texts, links to one; returns their directory."""
+    """Write `count` parquet files of the texts, all links to one file; returns their directory."""
     directory.mkdir(exist_ok=True)
     first = directory / "00000.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), first, row_group_size=64)
@@ -147,7 +147,7 @@ class _Watch:
 
 
 def _read(dataset: Dataset, vocab_size: int, batches: int, workers: int) -> _Watch:
-    """The time of `batches` batches behind the first ones, which the workers' start delays."""
+    """The time of `batches` batches, after the first 8, which the start of the workers delays."""
     with Loader(dataset, _ROWS, 0, 0, "cpu", vocab_size, LoaderOptions(workers=workers)) as loader:
         for _ in range(8):
             next(loader)

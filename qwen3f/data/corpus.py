@@ -1,4 +1,4 @@
-"""From a configuration to examples: sources, tokenizer, and token caches or a stream, packed."""
+"""Build packed examples from a configuration: sources, tokenizer, and token caches or a stream."""
 
 import hashlib
 import json
@@ -33,10 +33,11 @@ from qwen3f.files import user_path
 PACKINGS = ("concat", "best_fit")
 
 STREAM_HELDOUT_DOCUMENTS = 200
-"""Documents that a streamed source holds out for validation, the first ones: a stream is never read to its end."""
+"""A streamed source holds out only this many documents for validation, the first of its held-out split: a stream is
+never read to its end."""
 
 STREAM_TOKENIZER_DOCUMENTS = 10_000
-"""Documents of a streamed source, the first ones, that a tokenizer is trained on."""
+"""A tokenizer is trained on this many documents of a streamed source, the first ones."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,19 @@ class DataConfig:
     Attributes:
         mixture: what `sources.open_source` opens ("embedded", "files@DIR", "fineweb@DIR", …), or several of them with
             weights: "embedded=0.7,reasoning=0.3".
-        root: directory of the mixture, where it does not name one.
+        root: directory of the source, if the mixture does not name one.
         text_key: key (.jsonl) or column (.parquet) of the text.
         holdout: share of the documents held out for validation; of `reasoning` it is always `documents.HOLDOUT`.
-        max_samples: documents of each split of each source to use, at most, the first ones; 0: all.
-        temperature: see `mixture_text.temper`.
+        max_samples: use at most this many documents of each split of each source, the first ones; 0: all.
+        temperature: see `mixture.temper`.
         max_epochs: how often a source is read at most, "" for no limit; see `parse_caps`.
-        length_mix: shares of documents by length, "" for all alike; see `length_mix`.
+        length_mix: shares of the examples by length of their documents, "" for all alike; see `length_mix`.
         packing: "concat" (concatenate and cut) or "best_fit" (whole documents).
-        long_documents: of best_fit; "cut" or "drop" those longer than the context.
+        long_documents: with best_fit, "cut" or "drop" documents longer than the context.
         reset_positions: positions restart at each document.
         cross_documents: attention and targets cross document boundaries.
         streaming: read documents as they are used, instead of a token cache.
-        shuffle_buffer: of a stream, documents that are shuffled together; 0: none.
+        shuffle_buffer: how many documents of a stream are shuffled together; 0: no shuffle.
         cache: directory of tokenizers and token caches; "" is $XDG_CACHE_HOME/qwen3f or ~/.cache/qwen3f.
         tokenizer: path of a SentencePiece .model or of a Qwen tokenizer's directory; "" trains one on the train split.
         vocab_size: size of the tokenizer to train; not read when `tokenizer` is given.
@@ -92,10 +93,10 @@ class Corpus:
     """A corpus ready for training.
 
     Attributes:
-        sources: name -> documents, by split; one for each source of the mixture. Of a stream their first ones.
+        sources: name -> source, for each source of the mixture; of a stream, limited to its first documents.
         tokenizer: text to ids and back.
         train: packed examples of the train splits.
-        names: of the parts of `train`: a source, with a length mix "source, class".
+        names: names of the parts of `train`: a source's name, or with a length mix "source, class".
         heldout: name -> token cache of the held-out split, for `packing.eval_windows`.
         left_out: a line for each thing that was left out of `train` by a policy.
     """
@@ -109,20 +110,21 @@ class Corpus:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The indexed datasets of `names`; none of a stream."""
+        """The indexed datasets of `names`; () for a stream."""
         if isinstance(self.train, StreamDataset):
             return ()
         return self.train.parts if isinstance(self.train, Mixture) else (self.train,)
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Shares of the training examples by part (of a stream, of the characters)."""
+        """Each part's share of the training examples (for a stream, of the characters)."""
         if isinstance(self.train, StreamDataset):
             return tuple(weight / sum(self.train.weights) for weight in self.train.weights)
         return tuple(n / CYCLE for n in self.train.slots) if isinstance(self.train, Mixture) else (1.0,)
 
     def check_covers(self, examples: int, seed: int) -> None:
-        """Raises UserError if the caps of epochs leave fewer examples (of a stream nobody knows before its end)."""
+        """Raises UserError if max_epochs leaves fewer than `examples`. A stream is not checked: its length is
+        unknown."""
         total = self.train.total(seed) if isinstance(self.train, Mixture) else None
         if total is not None and total < examples:
             raise UserError(
@@ -131,7 +133,7 @@ class Corpus:
             )
 
     def train_metrics(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """What to log of a batch: the share of padding, where there can be some; what a stream left out so far."""
+        """What to log for a batch: the share of padding, if there can be some; what a stream has left out so far."""
         first = self.train if isinstance(self.train, StreamDataset) else self.parts[0]
         padded = isinstance(first, BestFitDataset) or (isinstance(first, StreamDataset) and first.packing == "best_fit")
         values = {"padding": (batch["segments"] == 0).float().mean().item()} if padded else {}
@@ -246,9 +248,9 @@ def _limited(source: Source, most: int) -> Source:
 def _by_length(
     cfg: DataConfig, caches: dict[str, TokenCache], weights: dict[str, float], seq_len: int
 ) -> tuple[dict[str, tuple[str, TokenStream]], list[float]]:
-    """The token streams to train on, by name with their source; and their weights.
+    """({name: (its source, token stream)} to train on, their weights).
 
-    Within a class of the length mix the sources that have it share by their weights, so its share is exact.
+    With a length mix, the sources that have documents of a class divide the share of the class by their weights.
     """
     mix = parse_length_mix(cfg.length_mix)
     if not mix:
@@ -311,10 +313,10 @@ def _stream(
 
 
 def cache_directory(configured: str = "") -> Path:
-    """Directory of caches: as configured, else below $XDG_CACHE_HOME, else below ~/.cache.
+    """Directory of caches: `configured`, or qwen3f below $XDG_CACHE_HOME or else below ~/.cache. It is created.
 
     Raises:
-        UserError: the path is taken by something that is no directory.
+        UserError: it cannot be created.
     """
     base = os.environ.get("XDG_CACHE_HOME") or user_path("~/.cache", "data.cache")
     path = user_path(configured, "data.cache") if configured else Path(base, "qwen3f")
@@ -326,7 +328,7 @@ def cache_directory(configured: str = "") -> Path:
 
 
 def _trained_tokenizer(sources: list[Source], vocab_size: int, cache_dir: Path, progress: bool) -> Tokenizer:
-    """The tokenizer of the train splits: held-out text has no part in it."""
+    """The tokenizer trained on the train splits alone; from the cache if it is there."""
     prints = [source.fingerprint("train") for source in sources]
     settings = [*prints, MAX_TRAINING_CHARS, TRAINER_OPTIONS, sentencepiece.__version__]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
 """The data sets of the pipeline as streams of examples for a `torch.utils.data.DataLoader`.
 
-A face of what runs use: `data/stream/` reads, mixes, tokenises and packs, `data/chat/` makes samples of conversations.
+They use what runs use: `data/stream/` reads, mixes, tokenises and packs, `data/chat/` makes samples of conversations.
 
     tok = Tokenizer(backend="tiktoken", path="Qwen3-8B")
     pretrain = load_pretrain_dataset(stage=1, tokenizer=tok, max_seq_len=4096)
@@ -8,21 +8,23 @@ A face of what runs use: `data/stream/` reads, mixes, tokenises and packs, `data
         batch["tokens"]  # [8, 4096]
 
 They come from the Hub (streamed, no download in advance) or from local copies: `root=DIR`, or "name@DIR" in `mixture`.
-What each data set is and how its rows are read stands in `data/adapters/`. All functions take
+`data/sources/adapters/` says what each data set is and how its rows are read. All functions take
 
-    mixture      "name[@DIR][=weight],…" instead of the usual data sets, which have equal weights. Weights share out
-                 rows, for pretraining characters; when one data set ends the others go on
-    root         directory of the local copies, a subdirectory each, of its short name; of a single data set also itself
+    mixture      "name[@DIR][=weight],…" instead of the usual data sets, which have equal weights. A weight is a share
+                 of rows, in pretraining of characters; when one data set ends, the others continue
+    root         directory with one subdirectory for each local copy, of its short name; of a single data set it may be
+                 the copy itself
     split        "" is the one to train on
     streaming    False downloads from the Hub first
-    max_samples  rows to read, at most (those left out are among them); of pretraining documents
-    on_bad_row   "error": a row that cannot be used raises UserError with file and row; "skip": it is counted. Of
-                 pretraining, rows without a text are always left out and counted, as in a run
+    max_samples  read at most this many rows (those left out count too); in pretraining, documents
+    on_bad_row   "error": a row that cannot be used raises UserError with file and row; "skip": it is left out and
+                 counted. In pretraining, rows without a text are always left out and counted, as in a run
 
-and give a dataset with `counts`, what was left out by reason (`adapters.rows.REASONS`), and, but for pretraining, with
-a length. Rows stand in the files' order: shuffle them beforehand, or use the indexed `loader.Loader`.
+They return a dataset with `counts`, which says how many were left out for which reason (`adapters.rows.REASONS`).
+All but the one for pretraining have a length. Rows come in the files' order: shuffle them beforehand, or use the
+indexed `loader.Loader`.
 
-Legend: T = max_seq_len. Token examples have the keys of `packing.PackedDataset`.
+Legend: T = max_seq_len. Token examples have the keys of `packing.concat.PackedDataset`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -74,13 +76,14 @@ def load_pretrain_dataset(
 ) -> ExampleStream:
     """Documents, packed by concatenate and cut (see `stream.windows`): every token of every document once.
 
-    With W workers each packs its own documents, so the windows differ with W; `index` then counts w, w + W, ….
+    Each of W workers packs its own documents, so the windows depend on W; worker w numbers its windows w, w + W, …
+    (`index`).
 
     Args:
         stage: 1 (web text), 2 (mathematics and code) or 3 (books).
         tokenizer: text to ids; `eos_id` ends each document.
         max_seq_len: T; a longer document is cut and goes on in the next window.
-        reset_positions: as for `PackedDataset`, like cross_documents. The others: see the module's text.
+        reset_positions, cross_documents: as for `PackedDataset`. The others: see the module's docstring.
 
     Raises:
         UserError: another stage, T < 1, or as `parse_mixture`; while iterating, as `opening.rows`.
@@ -104,15 +107,15 @@ def load_sft_dataset(
     streaming: bool = True,
     on_bad_row: OnBadRow = "error",
 ) -> CountedStream:
-    """Answers of chats, one an example with the turns before it, padded to T (see `chat.samples`, `chat.examples`).
+    """Chats: one example for each answer, with the turns before it, padded to T (see `chat.samples`, `chat.examples`).
 
-    One of more than T + 1 tokens is left out, counted as `too_long`: cut, it would teach an answer without its end. The
-    examples of one row have its index.
+    An example of more than T + 1 tokens is left out and counted as `too_long`: if it were cut, it would teach an answer
+    without its end. All examples of one row have the row's number as `index`.
 
     Args:
         variant: "cold_start" (worked solutions as thinking) or "fusion" (chats without thinking).
         tokenizer: text to ids.
-        max_seq_len: T. The others: see the module's text.
+        max_seq_len: T. The others: see the module's docstring.
 
     Raises:
         UserError: another variant, T < 1, or as `parse_mixture`; while iterating, as `opening.rows`.
@@ -156,8 +159,8 @@ def load_dpo_dataset(
 ) -> CountedStream:
     """Preference pairs: token examples of two rows [2, T], chosen then rejected, and ratings float32 [2].
 
-    `DataLoader(…, collate_fn=collate_pairs)` makes batches of rows [B, T] of them. A pair with an answer too long for T
-    is left out, counted as `too_long`.
+    `DataLoader(…, collate_fn=collate_pairs)` makes batches of rows [B, T] of them. A pair with an answer that is too
+    long for T is left out and counted as `too_long`.
 
     Args:
         tokenizer: text to ids.
@@ -201,7 +204,8 @@ def load_multimodal_dataset(
 
 
 def collate_pairs(pairs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch of rows from preference pairs: [2n, T] and ratings [2n], row 2i chosen and row 2i + 1 its rejected one.
+    """A batch of rows [2n, T] and ratings [2n] from n pairs: row 2i is the chosen answer of pair i, 2i + 1 the
+    rejected.
 
     `index` is repeated for both rows, int64 [2n].
     """
@@ -266,7 +270,7 @@ def _image_chats(items: Iterator[Item], _: Share, __: LeaveOut) -> Iterator[dict
 
 
 def _choose(mixture: str, usual: Mapping[Any, str], key: Any, what: str) -> str:
-    """The mixture to read: the one written, or the usual one of a stage or variant, which must exist either way."""
+    """`mixture`, or if it is empty the usual one of `key`. Raises UserError for an unknown `key` in either case."""
     if key not in usual:
         raise UserError(f"{what} is {key!r}: write one of {', '.join(map(repr, usual))}.")
     return mixture or usual[key]

@@ -4,7 +4,7 @@ The Qwen3 technical report, §3.2, trains its third stage at 32,768 tokens on 75
 of 4,096 to 16,384. Here, for any T: "long" is a document of more than T/2 tokens, "medium" one of more than T/8, and
 "short" any other. Deviation: a document longer than T counts as long, so that books are used, cut by the packing.
 
-Shares are of examples, which have T places each, so of tokens.
+Shares are shares of examples. Each example has T places, so they are shares of tokens too.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ CLASSES = ("short", "medium", "long")
 
 @dataclass(frozen=True, eq=False)
 class DocumentSubset:
-    """Some documents of a stream as one; a `token_cache.TokenStream`.
+    """Some documents of a stream as a stream of their own; a `token_cache.TokenStream`.
 
     Attributes:
-        source: where they are read.
-        documents: int64 [D], their numbers in it, rising.
-        doc_offsets: int64 [D + 1], where each begins in this stream.
+        source: the stream that they are read from.
+        documents: int64 [D], their numbers in `source`, rising.
+        doc_offsets: int64 [D + 1], where each begins in this stream, and the end.
     """
 
     source: TokenStream

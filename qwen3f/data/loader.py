@@ -1,4 +1,4 @@
-"""Batches in the data order, built ahead by one background thread, with worker processes if asked."""
+"""Batches in the data order, built ahead by a background thread and, if options.workers is above 0, by processes."""
 
 import contextlib
 import dataclasses
@@ -27,8 +27,8 @@ Batch = dict[str, torch.Tensor]
 
 
 class Indexed(Protocol):
-    """Examples that can be had in any order: order(places, seed) gives the index of each place of the data order,
-    int64 [N]; an example is a dict of arrays, of the same keys and shapes in all."""
+    """Examples that can be read in any order. order(places, seed) gives the index of the example at each place of the
+    data order, int64 [N] -> int64 [N]. All examples are dicts of arrays with the same keys and shapes."""
 
     def __len__(self) -> int: ...
     def order(self, places: np.ndarray, seed: int) -> np.ndarray: ...
@@ -39,9 +39,9 @@ Dataset = Indexed | StreamDataset
 
 
 class Share(NamedTuple):
-    """Which of a batch's rows a rank has: of each of `parts` micro-batches in turn, its equal part of the rows.
+    """Which rows of a batch a rank has: an equal part of each of the `parts` micro-batches.
 
-    Of the B/M rows of a micro-batch, rank r of R has r · B/MR … (r + 1) · B/MR − 1.
+    A micro-batch has B/M rows (M = parts). Rank r of R has its rows r · B/(M·R) … (r + 1) · B/(M·R) − 1.
     """
 
     rank: int = 0
@@ -49,7 +49,7 @@ class Share(NamedTuple):
     parts: int = 1
 
     def rows(self, batch_size: int) -> np.ndarray:
-        """Their places in the batch, rising. UserError when the ranks cannot share it equally."""
+        """The rank's rows: their places in the batch, rising. Raises UserError if the ranks cannot share it equally."""
         if batch_size % (self.ranks * self.parts):
             raise UserError(
                 f"batch_size={batch_size} cannot be shared by {self.ranks} ranks in {self.parts} micro-batches: make "
@@ -63,13 +63,14 @@ ALL_ROWS = Share()
 
 @dataclasses.dataclass(frozen=True)
 class LoaderOptions:
-    """How batches are built; never which.
+    """How batches are built. No option changes what is in them, except that share selects rows.
 
     Attributes:
-        prefetch: batches built ahead.
-        workers: processes that build batches, or tokenise a stream; 0: the thread does. Their number changes nothing.
+        prefetch: number of batches built ahead.
+        workers: processes that build batches, or tokenise a stream; 0: the loader's thread does. Their number changes
+            no batch.
         share: which rows of each batch this process builds.
-        state: of a stream, that of another loader at `start` or before; what lies between is passed over.
+        state: for a stream, the state of another loader at place `start` or before; examples in between are skipped.
     """
 
     prefetch: int = 2
@@ -90,7 +91,7 @@ class Loader:
 
     Each batch is a dict of what the examples have, with the batch dimension first: tokens, targets, positions int64
     [B, T]; segments int32 [B, T]; loss_weights float32 [B, T]; and index int64 [B], the example's place in the data
-    order (rising by one a row; of indexed data the example itself is `dataset.order([place], seed)`).
+    order (each row's is one more than the row's before; of indexed data the example is `dataset.order([place], seed)`).
 
     Args:
         dataset: examples to draw from.
@@ -98,14 +99,14 @@ class Loader:
         seed: of the shuffle.
         start: first place in the data order, in examples.
         device: where the batches go; to CUDA by an asynchronous copy from pinned memory.
-        vocab_size: every token id must be below.
-        options: how.
+        vocab_size: every token id must be below it.
+        options: how batches are built.
 
     Raises:
-        UserError: a batch that the ranks cannot share; while iterating, an example with other keys than the ones
-            before or without tokens, targets and loss_weights, a token id beyond the vocabulary, or the end of data
-            that has an end. Whatever the thread or a worker raises, or a worker's death, is raised by `next()`,
-            with the traceback; after that, and after `close()`, `next()` raises RuntimeError.
+        UserError: the ranks cannot share a batch equally. While iterating: an example has other keys than the first of
+            its batch, or lacks tokens, targets or loss_weights; a token id is beyond the vocabulary; or the data end.
+            What the thread or a worker raises, or a worker's death, is raised by `next()`, with the traceback. After
+            that, and after `close()`, `next()` raises RuntimeError.
     """
 
     def __init__(
@@ -145,12 +146,13 @@ class Loader:
             self.close()
             raise item
         batch, self._state = item
-        # The consumer enqueues the copy, on its current stream; torch keeps the pinned buffer until it has ended.
+        # The caller's thread enqueues the copy on its current CUDA stream; torch keeps the pinned buffer until it ends.
         return {key: value.to(self._device, non_blocking=True) for key, value in batch.items()}
 
     @property
     def state(self) -> State | None:
-        """What to give a loader that goes on behind the batches taken: a few numbers (JSON); None for indexed data."""
+        """The state (JSON, a few numbers) for a loader that continues after the batches taken; None for indexed
+        data."""
         return self._state
 
     def _take(self) -> tuple[Batch, State | None] | BaseException:
@@ -202,7 +204,7 @@ class Loader:
 
 
 def build_batch(dataset: Indexed, place: int, rows: np.ndarray, seed: int, vocab_size: int) -> Batch:
-    """The batch of the places place + rows, on the CPU; keys as in `Loader`, which iterates over these."""
+    """The examples at the places place + rows of the data order as a batch, on the CPU; keys as in `Loader`."""
     places = place + rows
     return _stacked([dataset[i] for i in dataset.order(places, seed).tolist()], places, vocab_size)
 
@@ -217,7 +219,7 @@ def _batches(
     workers: int,
     state: State | None,
 ) -> Iterator[tuple[Batch, State | None]]:
-    """`rows` of each batch, and of a stream the state behind it."""
+    """`rows` of each batch; for a stream also the state after it."""
     if isinstance(dataset, StreamDataset):
         yield from _streamed(dataset, rows, batch_size, seed, start, vocab_size, workers, state)
         return
@@ -238,7 +240,7 @@ def _streamed(
 ) -> Iterator[tuple[Batch, State | None]]:
     passed, own = start - (state["examples"] if state else 0), set(rows.tolist())
     with contextlib.closing(dataset.examples(seed, workers, state)) as stream:
-        for _, state in islice(stream, passed):  # noqa: B007 (the state is what a first batch at the end would keep)
+        for _, state in islice(stream, passed):  # noqa: B007 (state is used if the stream ends in the first batch)
             pass
         for place in count(start, batch_size):
             examples = []

@@ -1,13 +1,13 @@
-"""Several packed datasets as one, in fixed shares: which example stands at a place is a function of (place, seed).
+"""Several packed datasets as one, in fixed shares. Which example stands at a place is a function of (place, seed).
 
-A cycle of CYCLE places gives each dataset its share of them exactly, in an order that changes from cycle to cycle. The
-examples of a dataset come in its own shuffled order, epoch after epoch, so over a long run the shares are the weights,
-whatever the datasets' sizes; a small one simply begins again sooner.
+In a cycle of CYCLE places each dataset has exactly its share of them, in an order that changes from cycle to cycle. The
+examples of a dataset come in its own shuffled order, epoch after epoch. So the shares equal the weights whatever the
+datasets' sizes; a small dataset is only repeated more often.
 
-A dataset may have a cap of epochs. At the place where it would give an example beyond them it is dropped, and a new
-phase begins with the shares of the others, renormalised.
+A dataset may have a cap of epochs. At the place where it would give an example beyond the cap, it is dropped, and a new
+phase begins, in which the others' shares are renormalised.
 
-As a text, a mixture is "source[=weight],…": for pretraining's sources and for the loaders' data sets alike.
+As a text, a mixture is "source[=weight],…".
 """
 
 import functools
@@ -33,7 +33,7 @@ Part = PackedDataset | BestFitDataset | PairDataset
 
 
 class _Phase(NamedTuple):
-    """From `start` on, dataset i has slots[i] of CYCLE places; it has given used[i] examples before."""
+    """From place `start` on, dataset i has slots[i] of CYCLE places; before `start` it has given used[i] examples."""
 
     start: int
     slots: tuple[int, ...]
@@ -48,8 +48,8 @@ class Mixture:
 
     Attributes:
         parts: the datasets.
-        weights: positive, one a dataset.
-        caps: most examples that each gives, None for no limit.
+        weights: positive, one for each dataset.
+        caps: the most examples that each dataset gives, None for no limit.
     """
 
     parts: tuple[Part, ...]
@@ -123,8 +123,8 @@ def make_mixture(
     Args:
         parts: the datasets.
         weights: positive and finite, as parse_weights gives them.
-        max_epochs: of each dataset, None for no limit; a fraction of an epoch is rounded down to examples.
-        flag: what the weights were written for, for the message.
+        max_epochs: cap of each dataset, None for no limit; a fraction of an epoch is rounded down to whole examples.
+        flag: the flag that the weights were written for, for the message.
 
     Raises UserError for a weight of less than a whole place of a cycle, or a cap that leaves no example.
     """
@@ -134,17 +134,17 @@ def make_mixture(
         if caps[-1] == 0:
             raise UserError(f"{_CAPS}={epochs} leaves none of {len(part)} examples: raise it.")
     mixture = Mixture(tuple(parts), tuple(map(float, weights)), tuple(caps))
-    # Less than a whole place may be rounded up now, and down to none when the rest is shared anew.
+    # A weight of less than one place could be rounded up now, and down to 0 when another dataset is dropped.
     if (small := min(weights)) / sum(weights) < 1 / CYCLE:
         raise UserError(f"{flag} has the weight {small} of {sum(weights)}: give at least 1/{CYCLE} of the sum.")
     return mixture
 
 
 def _different(numbers: np.ndarray) -> list[int]:
-    """The numbers that there are, in order, each once.
+    """The numbers in order, each once; instead of np.unique, which is not safe in a thread.
 
-    np.unique, at its first call, imports what goes through numpy's table of types. A loader calls this in a thread,
-    while another may import what adds types to that table (ml_dtypes, under JAX): an error now and then.
+    At its first call np.unique imports code that goes through numpy's table of types. A loader's thread would do that
+    while another thread may import what adds types to the table (ml_dtypes, under JAX), which now and then is an error.
     """
     return sorted(set(numbers.tolist()))
 
@@ -159,7 +159,7 @@ def _slots(weights: Sequence[float]) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _cycle(slots: tuple[int, ...], phase: int, cycle: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whose each place of a cycle is, and how many places of that dataset come before it in the cycle; [CYCLE] each."""
+    """(which dataset has each place of a cycle, how many places of that dataset come before it); int64 [CYCLE] each."""
     slot = example_index(cycle * CYCLE + np.arange(CYCLE), CYCLE, seed + (phase << 40))
     part = np.searchsorted(np.cumsum(slots), slot, side="right")
     rank = np.empty(CYCLE, np.int64)
@@ -198,10 +198,10 @@ def _phases(
 
 
 def parse_weights(mixture: str, flag: str = MIXTURE) -> list[tuple[str, float]]:
-    """[(source, weight)]; a weight that is not written is 1. flag: what `mixture` was written for, for messages.
+    """[(source, weight)]; a weight that is not written is 1. flag: the flag with this text, for messages.
 
-    A source may be "name@DIR". An equals sign that belongs to the name of a directory that is there is no weight's; a
-    directory whose name has a comma goes into data.root.
+    A source may be "name@DIR". If DIR with its equals sign is the name of an existing directory, the sign begins no
+    weight. A directory whose name has a comma must be given by data.root.
 
     Raises UserError for an empty piece, a source named twice, or a weight that is not a positive number.
     """
@@ -225,7 +225,7 @@ def _parse(mixture: str, flag: str, what: str) -> list[tuple[str, float]]:
 
 
 def parse_caps(text: str, sources: Sequence[str]) -> dict[str, float | None]:
-    """Most epochs of each source: "" is no limit, "4" a limit of each, "reasoning=4,fineweb=1" of these.
+    """Most epochs of each source: "" is no limit, "4" the limit of each, "reasoning=4,fineweb=1" limits only these.
 
     A source of the mixture is named as there, or without its directory. Raises UserError for a number that is not
     positive, or a source that is not in the mixture.
@@ -246,8 +246,8 @@ def parse_caps(text: str, sources: Sequence[str]) -> dict[str, float | None]:
 def temper(weights: Mapping[str, float], sizes: Mapping[str, int], temperature: float) -> dict[str, float]:
     """Shares of the sources that `sizes` names: weight · size^(1/temperature), made to sum to 1.
 
-    A temperature of 1 is in proportion to the sizes, a high one nearly as the weights are written, and 0 stands for
-    just as written. Raises UserError for a negative one.
+    At temperature 1 shares are in proportion to weight · size; at a high one they are nearly the weights; 0 means
+    exactly the weights. Raises UserError for a negative or infinite one.
     """
     if not 0 <= temperature < math.inf:
         raise UserError(f"data.temperature is {temperature}: give 0 (weights as written) or a positive number.")

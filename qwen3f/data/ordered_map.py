@@ -1,4 +1,4 @@
-"""A map over jobs on worker processes: results in the jobs' order, a bounded number under way.
+"""A map over jobs on worker processes: results in the jobs' order, a bounded number of jobs in flight.
 
 The workers are those of `torch.utils.data.DataLoader`, whose sampler may yield any object that can be pickled.
 """
@@ -29,13 +29,13 @@ class _Function(Dataset):
 
 
 def ordered_map(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
-    """function(job) of each job, in order; jobs are drawn as results are taken, at most 2 a worker ahead.
+    """function(job) of each job, in order. Jobs are taken from `jobs` as results are taken, at most 2 per worker ahead.
 
     Args:
-        function: with 0 workers called here, else in other processes, for which it is pickled. Tensors come back
-            through shared memory.
+        function: with 0 workers it is called here, else in the worker processes, for which it is pickled. Tensors come
+            back through shared memory.
         jobs: perhaps endless; with workers, objects that can be pickled.
-        workers: processes.
+        workers: number of processes.
 
     Raises:
         What `function` raises, with the worker's traceback in the message; RuntimeError, within seconds, when a worker
@@ -58,14 +58,14 @@ def ordered_map(function: Callable[[Job], Result], jobs: Iterable[Job], workers:
     iterator = iter(loader)
     try:
         yield from iterator
-    except (EOFError, ConnectionResetError, ConnectionRefusedError) as error:  # from between its message and its memory
+    except (EOFError, ConnectionResetError, ConnectionRefusedError) as error:  # the worker died while handing over
         raise RuntimeError("A DataLoader worker exited unexpectedly while it handed a result over.") from error
     finally:
         iterator._shutdown_workers()  # an exception's traceback keeps the iterator, and so the workers, alive
 
 
 def _end_at_once(_: int) -> None:
-    """Lets a worker that has returned skip the destructors of C++, which with torch 2.13 abort it now and then."""
+    """Make a worker end without C++ destructors: with torch 2.13 these sometimes abort a worker that has returned."""
     atexit.register(os._exit, 0)
 
 

@@ -1,6 +1,6 @@
 """A stateless shuffle: which example stands at a place of the data order is a function of (place, size, seed).
 
-Place p lies in epoch p // size. Within an epoch the order is a pseudo-random permutation of range(size), computed an
+Place p lies in epoch p // size. Within an epoch the order is a pseudo-random permutation of range(size), computed one
 element at a time: a Feistel network permutes [0, 4^h) for any round function, and values that fall outside range(size)
 are sent through it again until they fall inside ("cycle walking", Black and Rogaway 2002), fewer than 4 passes on
 average. So a run resumes at any place, on any number of ranks, without a stored permutation or generator state.

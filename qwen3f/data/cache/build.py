@@ -1,10 +1,10 @@
-"""Writing a token cache: shard by shard, published by one rename, gone on with after a kill.
+"""Write a token cache: shard by shard, published by one rename, resumed after a kill.
 
-A build works in a directory `.building-<name>-*` beside its place, which it holds by a lock that ends with its process.
-A shard is written as its documents are tokenised, with its trained bits beside it, if there are any; when it is full
-both are flushed to the disk with the offsets of its documents, and then `progress.json` counts it. The next build of
-the same cache takes over such a directory whose lock is free: it passes over the documents of those shards and writes
-the unfinished one again. A build that fails removes its directory.
+A build works in a directory `.building-<name>-*` beside the final one. It holds a lock on it, which ends with the
+process. A shard is written while its documents are tokenised, with its trained bits beside it, if there are any. When
+the shard is full, both are flushed to the disk with the offsets of its documents, and then `progress.json` lists it.
+The next build of the same cache takes over such a directory if its lock is free: it skips the documents of the listed
+shards and writes the unfinished shard again. A build that fails removes its directory.
 """
 
 import fcntl
@@ -52,7 +52,7 @@ def trained_name(number: int) -> str:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Of the tokens: uint16 where every id fits."""
+    """The type of a cache's tokens: uint16 if every id fits, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
@@ -65,7 +65,7 @@ def build(
     workers: int,
     progress: bool,
 ) -> None:
-    """Write the cache of `split` at `path`, which is not there yet. See `token_cache.build_or_open`."""
+    """Write the cache of `split` at `path`, which does not exist yet. See `token_cache.build_or_open`."""
     source_print = source.fingerprint(split)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _working_directory(path) as directory:
@@ -84,14 +84,14 @@ def build(
         write_atomically(directory / INDEX, json.dumps(index, indent=2).encode())
         sync(directory)
         _publish(directory, path)
-        for name in (_PROGRESS, _LOCK):  # not before: without a lock another build could take the directory over
+        for name in (_PROGRESS, _LOCK):  # only now: without a lock another build could take the directory
             (path / name).unlink(missing_ok=True)
         logging.info("tokenised %s of %s: %s", split, source.name, stats)
 
 
 @contextmanager
 def _working_directory(path: Path) -> Iterator[Path]:
-    """A directory that is this build's alone: one that was left behind, else a new one."""
+    """A directory that this build alone uses: one that a killed build left, else a new one."""
     prefix = f".building-{path.name}-"
     for directory in sorted(path.parent.glob(f"{prefix}*")):
         if (lock := _lock(directory)) is not None:
@@ -101,17 +101,17 @@ def _working_directory(path: Path) -> Iterator[Path]:
         lock = _lock(directory)
     try:
         yield directory
-    except Exception:  # not an interrupt: after one the next build goes on
+    except Exception:  # but not an interrupt: after that the next build resumes
         shutil.rmtree(directory, ignore_errors=True)
         raise
     finally:
         if lock is not None:
             os.close(lock)
-    shutil.rmtree(directory, ignore_errors=True)  # where another process has published first
+    shutil.rmtree(directory, ignore_errors=True)  # still there only if another process published first
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that holds the directory, or None if another process does or has just published it."""
+    """A descriptor that locks the directory; None if another process locks it or has just published it."""
     try:
         handle = os.open(directory / _LOCK, os.O_CREAT | os.O_RDWR)
     except FileNotFoundError:
@@ -143,7 +143,8 @@ def _write_shards(
     workers: int,
     progress: bool,
 ) -> tuple[dict[str, int], list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Stream the split into shards; returns the counts, a record a shard, and one for each of the other arrays."""
+    """Stream the split into shards. Returns the counts, a record for each shard, and one for each of the other
+    files."""
     counts: Counter[str] = Counter()
     shards = _read_progress(directory)
     passed = _total(shards)
@@ -155,7 +156,7 @@ def _write_shards(
         closing(_tokenised(source, split, tokenizer, counts, passed["documents"], num_threads, workers)) as documents,
     ):
         if shards:
-            logging.info("going on with %s after %d shards, %d documents", directory, len(shards), passed["documents"])
+            logging.info("resuming %s after %d shards, %d documents", directory, len(shards), passed["documents"])
             bar.update(passed["text_bytes"])
         else:
             offsets_file.write(np.zeros(1, np.int64).tobytes())
@@ -182,7 +183,8 @@ def _write_shards(
 def _write_shard(
     directory: Path, number: int, documents: Iterator[tuple[Tokens, int]], dtype: np.dtype, bar: tqdm
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Take documents until the shard is full; returns tokens and UTF-8 bytes of each, and the record of the index."""
+    """Take documents until the shard is full. Returns each document's number of tokens and of UTF-8 bytes, int64 [D]
+    each, and the shard's record for the index."""
     lengths, sizes = array("q"), array("q")
     (first, _), documents = _peeked(documents)
     bits_file = nullcontext() if first.trained is None else _BitFile(directory / trained_name(number))
@@ -208,7 +210,7 @@ def _peeked(documents: Iterator[tuple[Tokens, int]]) -> tuple[tuple[Tokens, int]
 
 
 def _read_progress(directory: Path) -> list[dict[str, Any]]:
-    """The shards that a build which was killed had finished. They were on the disk before they were recorded."""
+    """The shards that a killed build had finished; [] for a new build. They were on disk before they were recorded."""
     path = directory / _PROGRESS
     return json.loads(path.read_bytes()) if path.exists() else []
 
@@ -242,7 +244,7 @@ def _describe_empty(source: Source, split: Split, counts: Counter[str]) -> str:
 
 
 class _DigestingFile:
-    """A file that is written on from a size, and knows its sha256."""
+    """A file that is cut to `size` bytes and then appended to, and knows its sha256."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path

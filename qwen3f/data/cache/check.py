@@ -1,7 +1,7 @@
 """Reads every token cache in a directory against its checksums: python -m qwen3f.data.cache.check [DIR]
 
-DIR is what `data.cache` was, by default its default. A line for each cache; exit code 2 if a file is damaged, with a
-line that names it.
+DIR is the run's `data.cache`, by default the default of that. A line for each cache; exit code 2 if a file is damaged,
+with a line that names it.
 """
 
 import sys
@@ -17,7 +17,7 @@ from qwen3f.errors import UserError
 
 
 def check(directory: Path) -> Iterator[str | UserError]:
-    """Of each token cache in `directory`, by name, what it holds, or what is wrong with it."""
+    """For each token cache in `directory`, by name: a line that says what it holds, or the error found."""
     for path in sorted(directory.glob("tokens-*")):
         try:
             cache = open_cache(path)

@@ -1,4 +1,4 @@
-"""Numbers beside a token cache, one a token: a .npy file that is there whole or not at all."""
+"""Numbers beside a token cache, such as one for each token: a .npy file that is there whole or not at all."""
 
 import os
 import uuid
@@ -17,7 +17,7 @@ from qwen3f.files import sync
 class Column:
     """The numbers of a file, mapped into memory.
 
-    Raises UserError for a file that is damaged, or has not `length` numbers.
+    length: how many there must be, such as the cache's tokens. Raises UserError for a damaged file or another length.
     """
 
     path: Path

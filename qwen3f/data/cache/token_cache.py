@@ -4,18 +4,18 @@ A cache is a directory, named after the fingerprints of its source and its token
 
     tokens-00000.bin, …  the shards: uint16 (vocabulary up to 65,536) or uint32, each document's tokens: a text's, then
                          <|endoftext|>; a chat's to the <|im_end|> of its last answer. Whole documents, as many as fill
-                         `cache_build.SHARD_BYTES` (128 MiB).
-    trained-00000.bin, … of chats only, since the ids cannot tell: a bit for each token of the shard, the lowest of a
-                         byte first, whether the model learns to write it
+                         `build.SHARD_BYTES` (128 MiB).
+    trained-00000.bin, … for chats only: a bit for each token of the shard, the lowest bit of a byte first, says whether
+                         the model learns to write the token
     doc_offsets.bin      int64 [D + 1]: document d is tokens doc_offsets[d] … doc_offsets[d + 1] − 1 of all shards
     doc_bytes.bin        int64 [D]: length of document d's text in UTF-8 bytes
     index.json           format version, fingerprints, counts; documents, tokens, size and sha256 of each shard and its
                          trained bits, and size and sha256 of the two other files
 
-It is written shard by shard under a temporary name beside its place (see `cache_build`) and published by one rename. So
-a directory under the final name is complete, a build that was killed leaves only a `.building-*` directory, with whose
-last whole shard the next build goes on, and when two processes build the same cache at once the first to finish is used
-by both.
+It is written shard by shard under a temporary name beside the final one (see `build`) and published by one rename. So a
+directory under the final name is complete. A killed build leaves only a `.building-*` directory, which the next build
+resumes after its last whole shard. When two processes build the same cache at once, both use that of the first to
+finish.
 
 Legend: S shards, D documents.
 """
@@ -55,7 +55,7 @@ class TokenStream(Protocol):
 
     @property
     def has_trained(self) -> bool:
-        """Whether it is of chats, of whose tokens only some are trained."""
+        """Whether the documents are chats, in which only some tokens are trained."""
         ...
 
     @property
@@ -75,14 +75,14 @@ class TokenCache:
 
     Attributes:
         path: the directory.
-        shards: uint16 or uint32 [tokens of the shard], one after the other the whole stream.
+        shards: uint16 or uint32 [tokens of the shard]; concatenated they are the stream.
         doc_offsets: int64 [D + 1], rising from 0 to num_tokens.
         doc_bytes: int64 [D], UTF-8 bytes of each document's text.
-        vocab_size: of the tokenizer that made it; every token is below.
-        stats: counts of the build: documents, tokens, bytes, of chats trained_tokens, and what the source left out by
+        vocab_size: of the tokenizer that made it; every token is below it.
+        stats: counts of the build: documents, tokens, bytes, for chats trained_tokens, and what the source left out by
             reason (empty_rows, ...).
-        trained: uint8 [ceil(tokens of the shard / 8)], the trained bits of each shard; () of a text.
-        starts: [S + 1], where each shard begins in the stream, and its end.
+        trained: the trained bits of each shard, uint8 [ceil(tokens of the shard / 8)]; () for texts.
+        starts: [S + 1], where each shard begins in the stream, and the stream's end.
     """
 
     path: Path
@@ -157,7 +157,7 @@ def build_or_open(
 ) -> TokenCache:
     """Open the cache of `split` below `cache_dir`, tokenising the source first if there is none.
 
-    Building streams: beside one document it holds about 4 M characters of text and their tokens (three times that a
+    Building needs little memory: one document, about 4 M characters of text and their tokens (three times that for each
     worker), and 16 bytes for each document of a shard.
 
     Args:

@@ -1,4 +1,4 @@
-"""A stream of examples whose state is a few numbers, and from which it goes on exactly.
+"""A stream of examples. Its state is a few numbers, from which it resumes exactly.
 
 Every process reads the whole stream and builds the examples it needs, so the order depends neither on the number of
 ranks nor on that of workers. Each rank therefore tokenises everything: at some 20 MB/s a core, enough for several
@@ -32,15 +32,15 @@ class StreamDataset:
 
     Attributes:
         parts: the sources.
-        weights: positive, one a part: the ratio of their characters.
-        max_epochs: how often each is read at most, None for no limit.
+        weights: positive, one for each part: the ratio of their characters.
+        max_epochs: how often each part is read at most, None for no limit.
         tokenizer: text to ids.
         seq_len: length T of the examples.
         packing: "concat" (see `windows`) or "best_fit" (see `rows`).
-        long_documents: of best_fit; see there.
-        reset_positions: as for `PackedDataset`, like cross_documents (of concat only).
-        buffer: documents that are shuffled together, 0 for none.
-        counts: what this process left out, by reason.
+        long_documents: of best_fit; see `best_fit`.
+        reset_positions, cross_documents: as for `PackedDataset`; the second with concat only.
+        buffer: how many documents are shuffled together; 0: no shuffle.
+        counts: how many documents or rows this process left out, by reason.
     """
 
     parts: tuple[StreamPart, ...]
@@ -56,21 +56,21 @@ class StreamDataset:
     counts: Counter[str] = field(default_factory=Counter, compare=False)
 
     def fingerprint(self, seed: int) -> str:
-        """Changes when a state no longer says which example comes next."""
+        """A digest of files and settings. A state is valid only for the fingerprint it was made with."""
         parts = [[part.name, part.fingerprint()] for part in self.parts]
         packing = [self.packing, self.seq_len, self.long_documents] if self.packing == "best_fit" else [self.packing]
         order = [self.weights, self.max_epochs, self.buffer, seed, self.tokenizer.fingerprint]
         return f"{stable_hash(json.dumps([_FORMAT, parts, order, packing]).encode()):016x}"
 
     def examples(self, seed: int, workers: int = 0, state: State | None = None) -> Iterator[tuple[MakeExample, State]]:
-        """The examples in order: how to make each, and the state from which the next one comes.
+        """For each example in order: (a function that makes it, the state after it, from which the next one comes).
 
-        A state's "examples" says how many come before it.
+        A state's "examples" is the number of examples before it.
 
         Args:
             seed: of the shuffle.
             workers: processes that tokenise; any number gives the same examples.
-            state: one that came with an example before, perhaps through JSON; None begins.
+            state: one that came with an earlier example, perhaps through JSON; None: begin at the first example.
 
         Raises:
             UserError: the state is of other files or settings; or as `ordered_documents` and the packing.

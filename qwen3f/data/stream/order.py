@@ -1,13 +1,14 @@
-"""Several parts in one order: rows as they come, or documents shuffled in blocks, with a mark at each to go on from.
+"""Several parts in one order: rows as they come, or documents shuffled in blocks. Each document has a mark, from which
+reading can resume.
 
-The next item is of the part that has given the least for its weight (of documents characters), of equals the first. A
-part that ends begins again, until its cap of epochs; then it is dropped and the others go on in the ratio of their
-weights.
+The next item is taken from the part that has given the least for its weight (documents count by characters); among
+equal parts from the first. A part that ends begins again, until its cap of epochs; then it is dropped, and the others
+continue in the ratio of their weights.
 
-The shuffle buffer is a block: it is filled, given out in an order that is a function of (seed, block), and filled
-again. So its state is where reading stood when the block began and how many documents of it are given: a few numbers,
-no documents. (A buffer that is refilled one by one mixes a little further, but its documents would have to be saved or
-found again one by one.)
+The shuffle buffer is a block: it is filled, yielded in an order that is a function of (seed, block), and filled again.
+So its state is the place where reading stood when the block began, and how many of the block's documents have been
+yielded: a few numbers, no documents. (A buffer that is refilled one document at a time mixes a little better, but its
+documents would have to be saved, or found again one by one.)
 """
 
 import math
@@ -47,15 +48,15 @@ def ordered_documents(
     counts: Counter[str],
     start: Mark | None = None,
 ) -> Iterator[tuple[Document, Mark]]:
-    """The documents in order; from `start` on the same ones with the same marks.
+    """The documents in order. Resumed from `start`, it yields the same ones with the same marks.
 
-    In memory are one block and a few rows of each part.
+    It holds one block and a few rows of each part in memory.
 
     Args:
         parts: what to read.
-        weights: positive, one a part: the ratio of their characters.
+        weights: positive, one for each part: the ratio of their characters.
         seed: of the shuffle.
-        buffer: documents that are shuffled together; 0 keeps the order.
+        buffer: how many documents are shuffled together; 0 keeps the order.
         max_epochs: how often each part is read at most, None for no limit.
         counts: what was left out, by reason, is added here.
         start: the mark of the document to begin with, None for the first.
@@ -85,8 +86,9 @@ def mixed(
 
     Args:
         parts: what to read.
-        weights: positive, one a part: the ratio of the sizes given, up to one item a part while all last.
-        size: of an item, at least 0.
+        weights: positive, one for each part: the ratio of the sizes taken from the parts, exact up to one item of each
+            part while none has ended.
+        size: gives the size of an item, at least 0.
         counts: what was left out, by reason, is added here.
     """
     mixer = _Mixer(parts, weights, [1] * len(parts), size, counts, None)
@@ -112,7 +114,7 @@ def _fill(mixer: "_Mixer[Document]", most: int) -> list[Document]:
 
 
 class _Mixer(Generic[Item]):
-    """Reads the parts in turn. Its state can be taken between two items, and given to a new one."""
+    """Reads the parts in turn. Between two items, its state can be saved by `snapshot` and given to a new mixer."""
 
     def __init__(
         self,
@@ -132,15 +134,15 @@ class _Mixer(Generic[Item]):
         self._readers = [part.items(place, counts) for part, place in zip(parts, self._places)]
 
     def snapshot(self) -> dict[str, Any]:
-        """By part: sizes given, whole epochs, and where reading stands in this one."""
+        """For each part: the size of its items so far, its finished epochs, and where reading stands in this epoch."""
         return {"given": list(self._given), "epochs": list(self._epochs), "places": list(map(list, self._places))}
 
     def next_item(self) -> tuple[int, Item] | None:
         """The number of its part, and the item; None when every part has reached its cap."""
         while alive := [i for i, epochs in enumerate(self._epochs) if epochs < self._caps[i]]:
             i = min(alive, key=lambda n: self._given[n] / self._weights[n])
-            for item, behind in self._readers[i]:
-                self._places[i] = behind
+            for item, place_after in self._readers[i]:
+                self._places[i] = place_after
                 if item is not None:
                     self._found[i] = True
                     self._given[i] += self._size(item)

@@ -1,4 +1,4 @@
-"""A source that can be read on from any place: of documents, or of rows as they are."""
+"""Sources of documents, or of raw rows, that can be read from any place on."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from qwen3f.data.sources.adapters.rows import BadRow, LeftOut, OnBadRow, Row
 from qwen3f.data.sources.documents import Document, Source, is_heldout
 
 Place = tuple[int, int]
-"""Where reading stands: a file's number and the rows of it that have been read."""
+"""Where reading stands: (number of a file, how many of its rows have been read)."""
 
 START: Place = (0, 0)
 
@@ -30,9 +30,9 @@ class ItemsPart(Protocol[Item]):
         ...
 
     def items(self, place: Place, counts: Counter[str]) -> Iterator[tuple[Item | None, Place]]:
-        """What stands from `place` on, each with the place behind it; None for a row that is left out.
+        """The items from `place` on, each with the place after it; the item is None for a row that is left out.
 
-        What is left out by a rule is added to `counts` by reason; the held-out documents are left out without.
+        Rows left out by a rule are added to `counts` by reason; held-out documents are left out without a count.
         """
         ...
 
@@ -41,19 +41,19 @@ class StreamPart(ItemsPart[Document], Protocol):
     """The documents of a source's training split."""
 
     def fingerprint(self) -> str:
-        """Changes when what lies at a place may have changed."""
+        """Changes when the items may have changed, so that a place would mean another item."""
         ...
 
 
 @dataclass(frozen=True)
 class RowsPart:
-    """A text data set of the registry, from the Hub or a local copy: read on from a file and a row.
+    """A text data set of the registry, from the Hub or a local copy, read from any file and row on.
 
-    Files before the place are not opened; of its own file the rows before it are read and thrown away (of the Hub's
-    stream, which is one file here, all rows).
+    Files before the place are not opened. In the place's own file, the rows before it are read and dropped. The Hub's
+    stream counts as one file, so all rows before the place are.
 
-    split: "" is the one to train on. streaming: from the Hub, read as rows are asked for. on_bad_row: "skip" counts
-    rows that cannot be used.
+    split: "" is the one to train on. streaming: read the Hub row by row instead of downloading first. on_bad_row:
+    "skip" leaves out and counts rows that cannot be used.
     """
 
     source: DatasetSource
@@ -84,7 +84,7 @@ class RowsPart:
 
 @dataclass(frozen=True)
 class SourcePart:
-    """Any other source: read from its beginning, and what lies before the place thrown away."""
+    """Any other source: it is read from its beginning, and the documents before the place are dropped."""
 
     source: Source
 
@@ -98,7 +98,7 @@ class SourcePart:
         return self.source.fingerprint("train")
 
     def items(self, place: Place, counts: Counter[str]) -> Iterator[tuple[Document | None, Place]]:
-        """As in `StreamPart`. `counts` is of the whole source, as often as it is read."""
+        """As in `StreamPart`. `counts` is of the whole source, and grows each time it is read."""
         _, before = place
         numbered = enumerate(self.source.documents("train", counts), start=1)
         return ((document, (0, number)) for number, document in islice(numbered, before, None))
@@ -106,7 +106,7 @@ class SourcePart:
 
 @dataclass(frozen=True)
 class RawPart:
-    """The rows of a data set as they are, bad ones in their place."""
+    """The raw rows of a data set, bad rows in their place."""
 
     dataset: HubDataset
     root: str

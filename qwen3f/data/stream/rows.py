@@ -19,7 +19,7 @@ from qwen3f.data.stream.windows import MakeExample
 M = TypeVar("M")
 
 GROUP_ROWS = 256
-"""Documents are fitted together until they fill this many rows: more leave less padding and need more memory."""
+"""A group has documents for this many rows. A larger group leaves less padding and needs more memory."""
 
 
 def best_fit_rows(
@@ -34,7 +34,7 @@ def best_fit_rows(
 ) -> Iterator[tuple[MakeExample, tuple[M, int]]]:
     """The rows of `best_fit` over each group of documents, in a shuffled order within the group.
 
-    In memory is one group.
+    It holds one group in memory.
 
     Args:
         documents: ids of each document, its end-of-text token last, and a mark.
@@ -43,11 +43,11 @@ def best_fit_rows(
         long_documents: see `best_fit`.
         pad_id: token of the padding.
         counts: dropped documents are added here as `too_long`.
-        skip: rows of the first group to pass over.
+        skip: number of rows of the first group to skip.
 
-    Returns:
-        For each row, how to make its example, and where the next one stands: the mark of its group's first document and
-        how many rows of the group to skip.
+    Yields:
+        For each row: (a function that makes its example, where the next row is found: the mark of its group's first
+        document and the number of rows of the group to skip).
 
     Raises:
         UserError: T < 1, or an unknown policy.
@@ -66,7 +66,7 @@ def best_fit_rows(
 
 
 def _groups(documents: Iterable[tuple[np.ndarray, M]], most: int) -> Iterator[tuple[list[np.ndarray], M]]:
-    """Groups that end when they hold `most` tokens, with the mark of the first document."""
+    """(documents, mark of the first one) of each group; a group ends when it holds `most` tokens."""
     group: list[np.ndarray] = []
     count, first = 0, None
     for tokens, mark in documents:

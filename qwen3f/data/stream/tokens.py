@@ -27,7 +27,7 @@ class Tokens(NamedTuple):
 def tokenised(
     documents: Iterable[tuple[Document, M]], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[np.ndarray, M]]:
-    """Ids uint32 [n] of each text, <|endoftext|> last, with its mark; see `tokenised_documents`."""
+    """(ids uint32 [n], mark) of each text; <|endoftext|> is the last id. See `tokenised_documents`."""
     return ((tokens.ids, mark) for tokens, mark in tokenised_documents(documents, tokenizer, workers))
 
 
@@ -38,14 +38,14 @@ def tokenised_documents(
     num_threads: int = 1,
     group_chars: int = _GROUP_CHARS,
 ) -> Iterator[tuple[Tokens, M]]:
-    """The tokens of each document, with its mark.
+    """(tokens, mark) of each document, in order.
 
     Args:
-        documents: of one class, see `documents.Source`; each with a mark, which stays in this process.
+        documents: all of one class, see `documents.Source`; each with a mark, any object, which stays in this process.
         tokenizer: text to ids.
-        workers: processes; see `ordered_map`.
-        num_threads: of each process, or of this one.
-        group_chars: text that is encoded at a time, about.
+        workers: number of processes; see `ordered_map`.
+        num_threads: threads of each process; without workers, of this one.
+        group_chars: about how many characters are encoded at a time.
     """
     marks: deque[list[M]] = deque()
 
@@ -75,7 +75,7 @@ def tokenised_documents(
 def _encode(
     tokenizer: Tokenizer, num_threads: int, documents: list[Document]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Ids of all documents, where each ends, and what is trained: tensors, which come back through shared memory."""
+    """(ids of all documents, where each ends, which ids are trained), as tensors: they return through shared memory."""
     ids, trained = type(documents[0]).tokenise(documents, tokenizer, num_threads)
     ends = np.cumsum(list(map(len, ids)))
     marked = None if trained is None else torch.from_numpy(np.concatenate(trained))

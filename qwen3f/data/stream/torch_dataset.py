@@ -1,9 +1,9 @@
 """Examples of a mixture, divided among the workers of a DataLoader, with counts of what was left out.
 
-The rows, or documents, of a mixture stand in one order whatever the number of workers, numbered from 0. Worker w of W
-makes its examples of w, w + W, w + 2W, …, so each is used once. Every worker reads all of them to count, and does the
-costly part, tokenising, for its own. (From the Hub each worker thus downloads everything: use few workers there, or
-a local copy.)
+The rows, or documents, of a mixture have one order, whatever the number of workers, and are numbered from 0. Worker w
+of W makes examples of the numbers w, w + W, w + 2W, …, so each is used once. Every worker reads all rows to number
+them, but tokenises, which is the costly part, only its own. (So each worker downloads everything from the Hub: use few
+workers there, or a local copy.)
 """
 
 from collections import Counter
@@ -40,7 +40,7 @@ class Share(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What an adapter made of a row, or a document, and its number in the mixture."""
+    """An example's raw material and its number in the mixture. value: what an adapter made of a row, or a document."""
 
     number: int
     value: Any
@@ -59,14 +59,14 @@ class Items(Protocol):
 
 @dataclass(frozen=True)
 class RowItems:
-    """The rows of a mixture and what becomes of them.
+    """The rows of a mixture, turned into items by adapters.
 
     Attributes:
-        parts: the data sets with their weights, which share out rows.
-        adapters: by short name, from a row to an item.
+        parts: the data sets with their weights, which are shares of the rows.
+        adapters: short name of a data set -> the function that makes an item of a row.
         split: "" is the training split of each.
-        streaming: from the Hub, read as rows are asked for.
-        max_samples: rows to read, at most; those left out are among them.
+        streaming: read the Hub row by row instead of downloading first.
+        max_samples: read at most this many rows; those left out count too.
         on_bad_row: "error" or "skip".
     """
 
@@ -105,7 +105,7 @@ class RowItems:
 class DocumentItems:
     """The documents of a mixture of text data sets, read as a streamed run reads them, once.
 
-    Attributes: as `RowItems`'; weights share out characters, and max_samples counts documents.
+    Attributes: as in `RowItems`, but weights are shares of characters, and max_samples counts documents.
     """
 
     parts: tuple[Part, ...]
@@ -137,7 +137,7 @@ class DocumentItems:
 
 
 def _tell_files(parts: tuple[Part, ...], split: str, share: Share, leave_out: LeaveOut) -> None:
-    """Count, in the first worker, the files beside those that are read."""
+    """Count, in the first worker only, the files of local copies that are not read."""
     for part in parts if share.index == 0 else ():
         for _ in left_out(part.dataset, part.root, split or part.dataset.split).elements() if part.root else ():
             leave_out("other_files")
@@ -189,7 +189,7 @@ class ExampleStream(IterableDataset):
 
 
 class CountedStream(ExampleStream):
-    """Examples whose number can be asked: `len` makes one pass over the data and remembers."""
+    """An ExampleStream with a length: the first `len` makes one pass over the data, and the result is kept."""
 
     _length: int | None = None
 

@@ -18,12 +18,12 @@ from qwen3f.data.packing.concat import Example, check_seq_len, packed_window
 M = TypeVar("M")
 
 MakeExample = Callable[[int], Example]
-"""An example that is not built yet: its index is given when it is."""
+"""A function that builds an example, given the example's index."""
 
 
 @dataclass
 class _Held:
-    """A document whose tokens from `offset` on no window has begun behind."""
+    """A document in memory. Its tokens before `offset` are inputs of earlier windows and not needed any more."""
 
     tokens: np.ndarray
     mark: Any
@@ -41,18 +41,18 @@ def windows(
 ) -> Iterator[tuple[MakeExample, tuple[M, int]]]:
     """Windows of T inputs and T targets over the documents' tokens, one after the other.
 
-    In memory are the documents of one window. A document longer than T is cut and goes on in the next window.
+    It holds the documents of one window in memory. A document longer than T is cut and continues in the next window.
 
     Args:
         documents: ids of each document, its end-of-text token last, and a mark.
         seq_len: T.
-        reset_positions: as for `PackedDataset`, like cross_documents.
-        pad_id: token of the padding; segments are 0 there, targets -100, weights and positions 0.
-        skip: tokens of the first document to pass over.
+        reset_positions, cross_documents: as for `PackedDataset`.
+        pad_id: token of the padding, where segments are 0, targets -100, weights and positions 0.
+        skip: number of tokens of the first document to skip.
 
-    Returns:
-        For each window, how to make its example (keys of `PackedDataset`), and where the next one begins: the mark of a
-        document and how many of its tokens to skip.
+    Yields:
+        For each window: (a function that makes its example, with the keys of `PackedDataset`; where the next window
+        begins: the mark of a document and the number of its tokens to skip).
 
     Raises:
         UserError: T < 1.
@@ -79,7 +79,7 @@ def windows(
 
 
 def _read(held: list[_Held], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` tokens held, and where documents begin in them, but at 0."""
+    """(the first `count` tokens held, the indices in them where documents begin, without 0)."""
     parts, begins, length = [], [], 0
     for document in held:
         if length == count:
@@ -92,7 +92,7 @@ def _read(held: list[_Held], count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _advance(held: list[_Held], count: int) -> None:
-    """Passes over `count` tokens; fewer than are held."""
+    """Drop the first `count` tokens held; there must be more."""
     while count >= len(held[0].tokens) - held[0].offset:
         count -= len(held[0].tokens) - held[0].offset
         del held[0]
