@@ -1,8 +1,8 @@
 """Packed rows of chats with pictures, ready for a Loader, and how they are made from a configuration.
 
-Ids are kept in memory, pictures are read when their row is: at 500 tokens a chat a million chats take 3 GB.
+Ids are kept in memory: at 500 tokens a chat, a million chats take 3 GB. Pictures are read when their row is built.
 
-T = seq_len · P patches a row · V values of a patch · n pictures a row
+T = seq_len · P patches of a row · V values of a patch · n pictures of a row
 """
 
 from collections import Counter
@@ -46,15 +46,16 @@ class VisualDataConfig:
     """What `config.data` holds for the multimodal stage.
 
     Attributes:
-        mixture: sources of multimodal.sources with weights, which share out rows.
-        pictures, picture_seed, min_side, max_side, picture_kinds: of the generated ones.
-        problems: of the generated problems, where the mixture has them.
-        min_pixels, max_pixels: pictures are scaled to lie between; a video, all frames that are looked at together,
-            between a sixteenth and three halves of them, which is the proportion of Qwen3-VL's own limits.
-        patches, images: room of a row for patches and for pictures; a video is one of them.
-        turns, on_bad_row: as ChatDataConfig's; where bad rows are skipped, all pictures of files are decoded
-            before training begins.
-        max_samples, max_heldout: of each source, the first ones; 0: all.
+        mixture: sources of multimodal.sources with weights, which are shares of the rows.
+        pictures: number of generated pictures. picture_seed, min_side, max_side (pixels), picture_kinds: which ones.
+        problems: number of generated problems, if the mixture has them.
+        min_pixels, max_pixels: an image is scaled to a size between these. All sampled frames of a video together have
+            at least min_pixels/16 and at most 3/2·max_pixels pixels; Qwen3-VL's own limits are in this proportion.
+        patches, images: the most patches, and pictures, in a row; a video counts as one picture.
+        turns, on_bad_row: as in ChatDataConfig; with on_bad_row="skip" all pictures in files are decoded before
+            training begins.
+        max_samples: train on at most this many chats of each source, the first ones; 0: all.
+        max_heldout: keep at most this many held-out chats of each source, the first ones.
     """
 
     mixture: str = "images"
@@ -76,7 +77,8 @@ class VisualDataConfig:
 
 @dataclass(frozen=True)
 class Document:
-    """A chat as a row takes it. grids: of its pictures and videos."""
+    """A tokenised chat. ids: uint32 [tokens]. trained: bool [tokens]. grids: patches (time, height, width) of each of
+    its pictures and videos. group: what held-out results are listed by."""
 
     ids: np.ndarray
     trained: np.ndarray
@@ -87,12 +89,16 @@ class Document:
 
 @dataclass(frozen=True)
 class VisualDataset:
-    """Rows of whole chats; keys as contracts.md says for vision. Used like BestFitDataset.
+    """Rows of whole chats, used like BestFitDataset.
+
+    Keys as `packing.concat.PackedDataset`, but positions int64 [3, T]; also visual_index int64 [T], pixel_values
+    float32 [P, V] and grids int32 [n, 3], padded with zeros.
 
     Attributes:
         documents, rows: the chats, and which of them share a row.
-        cfg: the model, for patches and positions. room: of a row. limits: min_pixels, max_pixels.
-        left_out: chats by the reason why.
+        cfg: the model, for patches and positions. room: the limits of a row. limits: (min_pixels, max_pixels).
+        pad_id: token of the padding.
+        left_out: number of chats left out, by reason.
     """
 
     documents: tuple[Document, ...]
@@ -178,8 +184,8 @@ class VisualCorpus:
 
 
 def prepare_visual(data: VisualDataConfig, seq_len: int, tokenizer: Tokenizer, cfg: ModelConfig) -> VisualCorpus:
-    """Read, tokenise and pack all sources. Raises UserError for settings that cannot work, and a source without a chat
-    that fits."""
+    """Read, tokenise and pack all sources. Raises UserError for settings that cannot work, and if no training chat of a
+    source fits into a row."""
     check(data, seq_len, cfg)
     check_tokenizer(tokenizer, cfg)
     weights = dict(parse_weights(data.mixture))
@@ -225,7 +231,7 @@ def open_source(name: str, data: VisualDataConfig, kind: TemplateKind = HYBRID) 
 
 
 def drawing(data: VisualDataConfig) -> Drawing:
-    """Raises UserError for an unknown kind of picture, and for sides that it cannot have."""
+    """What is drawn by a configuration. Raises UserError for an unknown kind of picture, and for impossible sides."""
     check_sides(data.min_side, data.max_side, "--config.data.")
     kinds = tuple(map(str.strip, data.picture_kinds.split(","))) if data.picture_kinds else KINDS
     if not set(kinds) <= set(KINDS):
@@ -255,7 +261,7 @@ def check(data: VisualDataConfig, seq_len: int, cfg: ModelConfig) -> None:
 def _document(
     sample: VisualSample, tokenizer: Tokenizer, cfg: ModelConfig, data: VisualDataConfig, counts: Counter[str]
 ) -> Document | None:
-    """None for a picture that is too narrow, where bad rows are skipped."""
+    """The sample as ids; None, with on_bad_row="skip", if a picture cannot be scaled to the limits."""
     try:
         shown = [_shown(file, cfg, data.min_pixels, data.max_pixels) for file in sample.pictures]
     except UserError as error:
@@ -270,7 +276,7 @@ def _document(
 
 
 def _shown(file: Picture | Video, cfg: ModelConfig, min_pixels: int, max_pixels: int) -> tuple[Grid, list[Segment]]:
-    """A picture's or video's grid, and what stands for it in the text."""
+    """(grid, the segments of text that stand for it) of a picture or video."""
     if isinstance(file, Video):
         grid, times = planned(file, cfg, min_pixels, max_pixels)
         return grid, video_segments(times, merged_tokens(grid, cfg) // grid[0])

@@ -1,9 +1,9 @@
-"""Rows of chats with pictures: whole chats, within a number of places, of patches and of pictures."""
+"""Pack whole chats with pictures into rows, within limits on tokens, patches and pictures."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-OPEN_ROWS = 128  # that a chat may still go into; more would be slower and hardly fuller
+OPEN_ROWS = 128  # rows that are tried for a chat; more would be slower and save hardly any padding
 
 
 class Needs(NamedTuple):
@@ -18,10 +18,10 @@ class Needs(NamedTuple):
 
 
 def pack(needs: Sequence[Needs], room: Needs) -> tuple[list[list[int]], list[int]]:
-    """(rows of indices into needs, what fits into no row).
+    """(rows, each a list of indices into needs; indices of the chats that are too large for any row).
 
-    The longest first, each into the open row where the fewest places are left behind it; a new row where it fits into
-    none, for which the fullest is closed when OPEN_ROWS are open. The order is a function of the needs alone.
+    Chats are placed longest first, each into the fullest open row that still has room for it. If none has, a new row is
+    opened; when OPEN_ROWS are open, the fullest is closed first. The result is a function of needs and room alone.
     """
     rows: list[list[int]] = []
     left: dict[int, Needs] = {}

@@ -1,8 +1,8 @@
 """A chat with pictures as ids: each picture stands in the text as one character, and becomes its run of placeholders.
 
-In Qwen3-VL's chats a picture is <|vision_start|>, one <|image_pad|> a merged token, <|vision_end|>, where it stands in
-the turn; of a video each group of frames is the same with <|video_pad|>, behind its time in words. These ids come from
-the format's own markup alone: a user who types "<|image_pad|>" gets ordinary characters.
+In Qwen3-VL's chats a picture is written at its place in the turn as <|vision_start|>, one <|image_pad|> for each merged
+token, <|vision_end|>. For a video each group of frames is written like this with <|video_pad|>, after its time in
+words. These ids come only from the format's own markup: a user who types "<|image_pad|>" gets ordinary characters.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,14 @@ from qwen3f.errors import UserError
 from qwen3f.vision.video import frame_text
 
 PICTURE = "\N{OBJECT REPLACEMENT CHARACTER}"
-"""Where a picture stands in the text of a chat with pictures; there, strangers' texts that hold it are refused."""
+"""Marks the place of a picture in the text of a chat with pictures. A row with pictures whose own text holds this
+character is refused."""
 
 _BEGIN, _PAD, _VIDEO, _END = "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"
 
 
 class Picture(Protocol):
-    """A picture that is read when it is needed. Both raise UserError with its name."""
+    """A picture that is read when it is needed. Both methods raise UserError with its name."""
 
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels, cheaply."""
@@ -43,7 +44,7 @@ class VisualSample:
 
     Attributes:
         chat: its messages hold PICTURE once for each picture or video, in order.
-        pictures: and videos; none for a chat of words, in which PICTURE is a character like others.
+        pictures: its pictures and videos; () for a text-only chat, in which PICTURE is an ordinary character.
         group: what held-out results are listed by; "" for none.
     """
 
@@ -55,7 +56,7 @@ class VisualSample:
 def tokenise(
     sample: VisualSample, texts: Sequence[list[Segment]], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids uint32 [n], trained bool [n]) up to the last trained token. texts: what stands for each of its pictures."""
+    """(ids uint32 [n], trained bool [n]) up to the last trained token. texts: the segments for each of its pictures."""
     chat, shown = sample.chat, iter(texts)
     ids, trained = [], []
     for run, is_trained in chat_runs(chat.messages, chat.tools, chat.all_turns, chat.enable_thinking, chat.kind)[:-1]:
@@ -69,18 +70,21 @@ def tokenise(
 
 
 def image_segments(count: int) -> list[Segment]:
-    """What stands for an image of `count` merged tokens."""
+    """The segments that stand for an image of `count` merged tokens."""
     return [Segment(_BEGIN + _PAD * count + _END, True)]
 
 
 def video_segments(times: Sequence[float], count: int) -> list[Segment]:
-    """What stands for a video: before each group of frames its time in words, then `count` merged tokens."""
+    """The segments that stand for a video: for each group of frames its time in words, then `count` merged tokens.
+
+    times: seconds, one for each group of frames.
+    """
     group = Segment(_BEGIN + _VIDEO * count + _END, True)
     return [part for seconds in times for part in (Segment(frame_text(seconds), False), group)]
 
 
 def expanded(segment: Segment, shown: Iterator[list[Segment]]) -> Iterator[Segment]:
-    """A part of a chat with what stands for each picture in the place of its PICTURE."""
+    """The segment with each PICTURE in it replaced by the next segments from `shown`."""
     first, *rest = segment.text.split(PICTURE)
     yield Segment(first, segment.is_markup)
     for text in rest:
@@ -89,7 +93,7 @@ def expanded(segment: Segment, shown: Iterator[list[Segment]]) -> Iterator[Segme
 
 
 def check_tokenizer(tokenizer: Tokenizer, cfg: ModelConfig) -> None:
-    """Raises UserError unless the model's vision ids are the tokenizer's."""
+    """Raises UserError unless the model's ids of the vision tokens are the tokenizer's."""
     names = {
         "vision_start_token_id": _BEGIN,
         "vision_end_token_id": _END,

@@ -1,4 +1,4 @@
-"""Sources of chats with pictures: generated ones, rows in local files, and chats of words beside them.
+"""Sources of chats with pictures: generated ones, rows in local files, and also text-only chats.
 
     images                 generated pictures (data.sources.images), a question and its answer each
     captions               the same pictures, described
@@ -6,9 +6,10 @@
     chats@DIR              rows of messages in .jsonl and other files whose contents may be lists of parts,
                            {"type": "text", "text": …}, {"type": "image", "image": path below DIR} and
                            {"type": "video", "video": path below DIR, or several} (multimodal.videos)
-    anything else          as data.chat.sources names it: chats of words
+    anything else          a source of data.chat.sources: text-only chats
 
-What is held out is decided by the picture and the first question together; of generated ones by all that is drawn.
+A hash decides what is held out: of the names of the picture files and the first question; for generated pictures, of
+everything that is drawn.
 """
 
 from collections import Counter
@@ -103,7 +104,8 @@ class _Told(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _told(d: Drawing) -> tuple[_Told, ...]:
-    """Of both splits, with repetitions: several sources and splits need them, and all are drawn once."""
+    """The generated pictures of both splits, with repetitions. They are cached, as several sources and splits need
+    them."""
     sides = (d.min_side, d.max_side)
     return tuple(
         _Told(
@@ -116,10 +118,8 @@ def _told(d: Drawing) -> tuple[_Told, ...]:
 
 @dataclass(frozen=True)
 class RowSource:
-    """Rows of files: `read` gives a row's conversation, with PICTURE in its texts, and its pictures.
-
-    kind: of the chat template.
-    """
+    """Rows of files. read: a row -> (its conversation, with PICTURE in its texts; its pictures). kind: of the chat
+    template."""
 
     name: str
     dataset: HubDataset
@@ -151,7 +151,8 @@ class RowSource:
                         yield VisualSample(chat, files[:shown])
 
     def _check(self, files: tuple[File, ...]) -> None:
-        """A picture's header; where bad rows are skipped all of it, so that none is met while training."""
+        """Raises RowFault for a picture whose header cannot be read. With on_bad_row="skip" the whole picture is read,
+        so that training meets no bad one."""
         whole = self.on_bad_row != "error"
         for file in files:
             try:
@@ -165,7 +166,7 @@ class RowSource:
 
 @dataclass(frozen=True)
 class WordSource:
-    """Chats of words, of data.chat.sources."""
+    """Text-only chats, of data.chat.sources."""
 
     name: str
     chats: Any
@@ -232,11 +233,12 @@ def _read_chat(row: Row, root: Path) -> tuple[Conversation, tuple[File, ...]]:
             text = "".join(_part(part, root, row.name, files) for part in content)
             if PICTURE in text and message.get("role") != "user":
                 raise RowFault(
-                    "invalid_rows", f"{row.name} has an image or a video in a turn of {message.get('role')!r}"
+                    "invalid_rows",
+                    f"{row.name} has an image or a video in a turn of {message.get('role')!r}: put it into a user's.",
                 )
             message = {**message, "content": text}
         messages.append(message)
-    if files:  # of words alone the character is one like others
+    if files:  # in a text-only chat the character is an ordinary one
         _check_places([messages, row.values.get("tools")], files, row.name)
     conversation = read_conversation(Row({**row.values, "messages": messages}, row.name))
     shown = sum(message["content"].count(PICTURE) for message in conversation.messages)
@@ -261,7 +263,7 @@ def _part(part: Any, root: Path, where: str, files: list[File]) -> str:
 
 
 def _check_places(told: object, files: Sequence[File], where: str) -> None:
-    """Raises RowFault where PICTURE stands in a text, a thought or a call as well, and not for files alone."""
+    """Raises RowFault if a text, a thought or a call holds PICTURE other than for one of `files`."""
     if _count_pictures(told) != len(files):
         raise RowFault("invalid_rows", f"{where} holds U+FFFC, which stands for a picture here: remove it.")
 

@@ -1,4 +1,4 @@
-"""A tokenizer for a model that starts from nothing on generated chats."""
+"""A tokenizer trained on generated chats, for a model that is trained from scratch."""
 
 import dataclasses
 from collections import Counter
@@ -16,13 +16,13 @@ from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 
 SAMPLES = 4096
-"""Chats of each source, the first ones, that it is trained on."""
+"""The tokenizer is trained on this many chats of each source, the first ones."""
 
 
 def trained_tokenizer(data: VisualDataConfig, vocab_size: int, cache_dir: Path) -> Tokenizer:
-    """Trained on the words of the train split, or found in cache_dir, where it is kept.
+    """A tokenizer trained on the text of the train split; kept in cache_dir, and read from there if it exists.
 
-    Raises UserError for sources in files, which a tokenizer must be given for; and as train_sentencepiece.
+    Raises UserError for a source in files: such a run must name its tokenizer. Also raises as train_sentencepiece.
     """
     names = list(dict(parse_weights(data.mixture)))
     if files := [name for name in names if "@" in name]:
@@ -36,6 +36,6 @@ def trained_tokenizer(data: VisualDataConfig, vocab_size: int, cache_dir: Path) 
         return load_tokenizer(str(path))
     samples = (islice(open_source(name, data).samples("train", Counter()), SAMPLES) for name in names)
     messages = (message for sample in chain(*samples) for message in sample.chat.messages)
-    # with the roles, which a chat's tokens have too
+    # with the roles, since the tokens of a chat hold them too
     texts = (f"{message['role']}\n{message['content'].replace(PICTURE, '')}" for message in messages)
     return train_sentencepiece(texts, vocab_size, path)

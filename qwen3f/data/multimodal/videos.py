@@ -1,13 +1,13 @@
 """Videos of a chat, read when they are needed: an animation's file, or files of frames and the rate they were taken at.
 
-Frames are sampled as Qwen3-VL's (vision.video.sample_frames); the others are not looked at. Sizes and times come from
-headers, pixels when a row is made.
+Frames are sampled as in Qwen3-VL (vision.video.sample_frames); the other frames are not used. Sizes and times are read
+from headers; pixels are read when a row is built.
 
 A part of a message, as qwen-vl-utils has it:
     {"type": "video", "video": "a.gif"}                    GIF, APNG or WebP, which says how long its frames are shown
     {"type": "video", "video": "frames", "fps": 2.0}       a directory's images in the order of their names
     {"type": "video", "video": ["1.jpg", "2.jpg"], "fps": 2.0}
-fps is the rate that frames were taken at, for whatever does not say it itself.
+fps is the rate at which the frames were taken. A file that says it itself must have none.
 """
 
 import math
@@ -35,7 +35,7 @@ _SHOWN = 80  # characters of a part that an error shows
 
 
 class Header(NamedTuple):
-    """frames: how many. fps: taken in a second. height, width: in pixels, of the first."""
+    """frames: number of frames. fps: frames a second. height, width: of the first frame, in pixels."""
 
     frames: int
     fps: float
@@ -45,7 +45,7 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True)
 class VideoFile:
-    """fps: None where the file says it. row: that names it, for errors."""
+    """A video in one file. fps: None if the file says it. row: "file:row" that names the video, for errors."""
 
     path: Path
     fps: float | None
@@ -55,7 +55,10 @@ class VideoFile:
         return f"the video {self.path}"
 
     def header(self) -> Header:
-        """As VideoFrames.header; a frame that is shown longer counts as several. Also for no rate, and for two."""
+        """Its sizes, without pixels; a frame that is shown longer counts as several.
+
+        Raises UserError, naming row and file, if it cannot be read, or if its rate is missing or given twice.
+        """
 
         def read(image: Image.Image, name: str) -> Header:
             ticks, fps = gif_ticks(image, name)
@@ -80,7 +83,7 @@ class VideoFile:
 
 @dataclass(frozen=True)
 class VideoFrames:
-    """looked_at: the paths of those of `count` frames that are looked at. row: that names them, for errors."""
+    """A video of `count` files, one for each frame. looked_at: paths of the sampled frames. row: as in VideoFile."""
 
     looked_at: tuple[str, ...]
     count: int
@@ -92,7 +95,7 @@ class VideoFrames:
 
     @property
     def path(self) -> Path:
-        """Of its first frame."""
+        """The path of its first sampled frame."""
         return Path(self.looked_at[0])
 
     def header(self) -> Header:
@@ -117,7 +120,7 @@ def planned(video: Video, cfg: ModelConfig, min_pixels: int, max_pixels: int) ->
 
 
 def patches_of(video: Video, cfg: ModelConfig, min_pixels: int, max_pixels: int) -> tuple[np.ndarray, Grid]:
-    """Its patches and grid, as video_patches gives them within the limits of `planned`."""
+    """(patches, grid) of a video, as video_patches gives them within the limits of `planned`."""
     low, high = video_limits(min_pixels, max_pixels)
     return video.read(lambda frames, fps: video_patches(frames, fps, cfg, min_pixels=low, max_pixels=high)[:2])
 
@@ -134,7 +137,7 @@ def decode(video: Video) -> None:
 
 
 def video_of(part: Mapping[str, Any], root: Path, where: str) -> Video:
-    """The video of a message's part, of files below `root`. where: the row. Raises RowFault for what it cannot be."""
+    """The video of a message's part, of files below `root`. where: the row. Raises RowFault for a bad part."""
     others = sorted(map(str, set(part) - {"type", "video", "fps"}))
     if others:
         raise RowFault(

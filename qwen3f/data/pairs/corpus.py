@@ -1,6 +1,6 @@
-"""From a configuration to packed pairs: sources, token caches with trained bits, best fit, mixture.
+"""Build packed pairs from a configuration: sources, token caches with trained bits, best fit, mixture.
 
-The counterpart of `chat.corpus`, on the same caches, order, resume and mixtures.
+The counterpart of `chat.corpus`; caches, order, resume and mixtures are the same.
 """
 
 from collections import Counter
@@ -33,10 +33,11 @@ class PairDataConfig:
     """What `config.data` holds for a stage that trains on pairs.
 
     Attributes:
-        mixture: sources of `pairs.sources`, several with weights. Weights share out rows of seq_len places.
-        long_pairs: of pairs that do not fit into a row of seq_len places, both answers with their prompts: "drop",
-            counted, or "error".
-        max_samples, max_heldout: pairs of each source, at most; 0: all.
+        mixture: sources of `pairs.sources`, several with weights. A weight is the source's share of the rows.
+        long_pairs: what to do with pairs whose answers, both with their prompts, do not fit into a row of seq_len
+            places: "drop" leaves them out and counts them; "error" stops.
+        max_samples: train on at most this many pairs of each source, the first ones; 0: all.
+        max_heldout: keep at most this many held-out pairs of each source, the first ones.
         The rest is as in `ChatDataConfig`.
     """
 
@@ -61,7 +62,7 @@ class PairDataConfig:
 class PairLayout:
     """How pairs become rows.
 
-    seq_len: places of a row. scored: see `PairDataset`. margins: rows have each pair's margin.
+    seq_len: places of a row. scored: see `PairDataset`. margins: whether rows have the pairs' margins.
     """
 
     seq_len: int
@@ -102,7 +103,7 @@ def check(cfg: PairDataConfig) -> None:
 def _pack(
     cfg: PairDataConfig, layout: PairLayout, source: PairSource, split: Split, cache: TokenCache, pad_id: int
 ) -> PairDataset | None:
-    """The rows of a split; None for a held-out split of which no pair fits."""
+    """The rows of a split; None if no pair of a held-out split fits."""
     if cfg.long_pairs == "error":
         _refuse_long(source, split, cache, layout)
     margins = _margins(source, split, cache) if layout.margins else None
@@ -130,7 +131,7 @@ def _refuse_long(source: PairSource, split: Split, cache: TokenCache, layout: Pa
 
 
 def _margins(source: PairSource, split: Split, cache: TokenCache) -> np.ndarray:
-    """float32, of each pair; kept in a file beside the tokens, since reading them means reading the source again."""
+    """float32 [pairs]; kept in a file beside the tokens, since reading them means reading the source again."""
     path, count = Path(f"{cache.path}.margins.npy"), cache.num_docs // 2
     if not path.exists():
         found = np.fromiter((pair.margin for pair in source.pairs(split, Counter())), np.float32)

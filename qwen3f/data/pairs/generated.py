@@ -4,8 +4,8 @@ r"""Pairs of generated problems whose better answer is better by a rule that a p
     boxed-or-not      the answer in \boxed{…}, against the same answer without the box
     short-or-padded   the right answer, against the same answer with sentences that say nothing
 
-With "-plain" behind the name the answers are the conclusion alone, without the working as a thought. Whether a question
-is held out is that of all stages (`documents.HOLDOUT`).
+With "-plain" after the name the answers are the conclusion alone, without the working as a thought. A question that is
+held out here is held out in all stages (`documents.HOLDOUT`).
 """
 
 import re

@@ -4,10 +4,11 @@ A row is {"chosen": [message, …], "rejected": [message, …]} with messages as
 turns before the last answer, and may have
 
     tools, enable_thinking   as in `chat.conversation`
-    margin                   a positive number, of float32's: how much better the first is; 1 where there is none
+    margin                   a positive number within float32: how much better the first answer is; 1 if it is missing
 
-Both answers have the same prompt, to the id: it is encoded apart from them. Where either has a thought, or a switch
-asks for none, the model writes the thinking block of both itself; else the prompt ends with an empty one.
+The prompts of both answers have the same token ids: a prompt is encoded apart from its answer. If either answer has a
+thought, or a switch says /no_think, both answers begin with a thinking block, which the model writes; otherwise the
+prompt ends with an empty one.
 """
 
 import json
@@ -33,10 +34,11 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Pair:
-    """
+    """A better and a worse answer to the same prompt.
+
     Attributes:
-        chosen, rejected: the better and the worse answer, each behind the same prompt.
-        margin: how much better the one is; positive.
+        chosen, rejected: the better and the worse answer, each after the same prompt.
+        margin: how much better `chosen` is; positive.
         question: what decides its split, see `Conversation.question`.
     """
 
@@ -50,7 +52,7 @@ class Pair:
 
 
 def read_pair(row: Row, template: TemplateKind = HYBRID) -> Pair:
-    """The pair of a row in the module's form. Raises RowFault with file and row, LeftOut."""
+    """The pair of a row, whose form the module's docstring says. Raises RowFault with file and row, LeftOut."""
     tools, enable_thinking = read_tools(row), row.values.get("enable_thinking")
     if not isinstance(enable_thinking, bool | None):
         raise RowFault("invalid_rows", f"{row.name} has enable_thinking={enable_thinking!r}: write true or false.")
@@ -66,7 +68,7 @@ def read_pair(row: Row, template: TemplateKind = HYBRID) -> Pair:
 
 
 def of_preference(preference: Preference, name: str, template: TemplateKind = HYBRID) -> Pair:
-    """The pair of a data set with ratings, whose difference is the margin. Raises RowFault, LeftOut."""
+    """The pair of a data set with ratings; the margin is their difference. Raises RowFault, LeftOut."""
     chats = [
         [*preference.prompt, {"role": "assistant", "content": text}]
         for text in (preference.chosen, preference.rejected)
@@ -86,15 +88,15 @@ def make_pair(
 ) -> Pair:
     """The pair of two chats that differ in their last answer alone.
 
-    name: "file:row". template: of the model's chats. Raises RowFault for what `checked_messages` refuses, prompts that
-    differ, and a thought where the row or a switch asks for none or the template has none; LeftOut for answers that are
-    the same.
+    name: "file:row". template: of the model's chats. Raises RowFault for what `checked_messages` refuses, for prompts
+    that differ, and for a thought although the row or a switch forbids it or the template has none; LeftOut for answers
+    that are the same.
     """
     both = []
     for side, messages in zip(COLUMNS, (chosen, rejected)):
         checked = checked_messages(messages, f"{name}, {side}", tools)
         if len(checked) < len(messages):
-            raise RowFault("invalid_rows", f"{name}, {side}, goes on behind the last answer: end with that.")
+            raise RowFault("invalid_rows", f"{name}, {side}, has turns after the last answer: remove them.")
         both.append(Conversation(checked, f"{name}, {side}", tools, enable_thinking))
     better, worse = both
     *prompt, chosen_answer = (_written(message, template) for message in better.messages)
@@ -118,7 +120,7 @@ def make_pair(
 
 
 def _written(message: Message, template: TemplateKind) -> tuple[str, ...]:
-    """What of a message the template writes: role, thought, content and calls, but not their ids."""
+    """The parts of a message that the template writes: role, thought, content and calls, but not the calls' ids."""
     role, content = message["role"], message["content"]
     if role != "assistant":
         return role, content
@@ -134,5 +136,5 @@ def _written(message: Message, template: TemplateKind) -> tuple[str, ...]:
 
 
 def _stripped(role: str, thought: str, content: str, *calls: str) -> tuple[str, ...]:
-    """What `_written` says of an answer, without the blanks around its thought and its content."""
+    """`_written` of an answer, with the blanks around its thought and its content removed."""
     return role, thought.strip(), content.strip(), *calls

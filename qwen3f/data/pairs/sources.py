@@ -32,7 +32,10 @@ class PairRows(Protocol):
     """Where pairs come from."""
 
     def read(self, split: Split, counts: Counter[str] | None) -> Iterator[Callable[[TemplateKind], Pair]]:
-        """The pairs of a split and perhaps others: functions that make one, or raise RowFault or LeftOut."""
+        """For each pair of a split a function that makes it, or raises RowFault or LeftOut.
+
+        It may yield pairs of the other split too: the caller drops them.
+        """
         ...
 
     def fingerprint(self, split: Split) -> str:
@@ -64,14 +67,14 @@ class FilePairs:
 
 @dataclass(frozen=True)
 class PairSource:
-    """A `documents.Source` of `Sample`s, two and two: document 2k is the better answer of pair k, 2k + 1 the worse.
+    """A `documents.Source` of pairs of `Sample`s: document 2k is the better answer of pair k, 2k + 1 the worse.
 
     Attributes:
         name: what the user wrote in the mixture.
         rows: where they come from.
         on_bad_row: "error" or "skip".
         template: of the chats.
-        most: pairs of a split to read, at most, the first ones; 0: all.
+        most: read at most this many pairs of a split, the first ones; 0: all.
     """
 
     name: str
@@ -84,7 +87,7 @@ class PairSource:
         """Stream the pairs of `split`; what is left out is counted by reason (`rows.REASONS`).
 
         Raises:
-            UserError: a row that cannot be used, with file and row, unless they are skipped.
+            UserError: a row that cannot be used, with file and row, unless on_bad_row is "skip".
         """
         counts, given = Counter() if counts is None else counts, 0
         for make in self.rows.read(split, counts):

@@ -114,15 +114,15 @@ def is_heldout(content: bytes, holdout: float) -> bool:
     return stable_hash(content) < holdout * 2.0**64
 
 
-_FEW, _FEW_CHARS = 1000, 2**26  # documents, of so many characters together, that are looked at for both splits
+_FEW, _FEW_CHARS = 1000, 2**26  # documents and characters read at most to see whether both splits have some
 
 
 def split_documents(documents: Iterable[Document], split: Split, holdout: float) -> Iterator[Document]:
     """The documents of `split` by `is_heldout`.
 
-    Of so few that one of the splits would be empty, such as one long text, the last share `holdout` of all characters
-    is held out instead, cut at a line end where there is one. (A text that is there twice is then taken once, so that
-    neither split has a text of the other; a name gets "#1" and "#2" where its document was cut.)
+    If there are so few documents that one split would be empty, such as one long text, the last share `holdout` of all
+    characters is held out instead, cut at a line end if there is one. (A text that occurs twice is then taken once, so
+    that no text is in both splits; if a document was cut, its parts are named with "#1" and "#2".)
     """
     first: list[Document] = []
     kinds, chars = set(), 0
@@ -167,7 +167,8 @@ def distinct(
     counts: Counter[str] | None,
     reason: str,
 ) -> Iterator[Item]:
-    """The items of `split`, told by a hash of their content, each content once; repetitions are counted as `reason`."""
+    """The items of `split`, which a hash of their content decides. Each content comes once; repetitions are counted in
+    `counts` under `reason`."""
     seen: set[int] = set()
     for item in items:
         own = content(item)

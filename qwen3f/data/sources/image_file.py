@@ -1,4 +1,4 @@
-"""Image files from strangers, opened so that nothing but named decoders of pillow's sees them."""
+"""Untrusted image files, opened by a few named decoders of pillow only."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from qwen3f.vision.rgb import FORMATS, check_size, to_rgb
 Result = TypeVar("Result")
 
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""Of the frames in a video's directory."""
+"""Suffixes of the frames in a video's directory."""
 
-_ORIENTATION = 0x0112  # EXIF's number of it
-_ON_ITS_SIDE = (5, 6, 7, 8)  # height and width change places; other values mean nothing
+_ORIENTATION = 0x0112  # EXIF's tag for the orientation
+_ON_ITS_SIDE = (5, 6, 7, 8)  # orientations in which height and width are swapped
 
 
 def read_image(path: Path) -> Image.Image:
-    """The image in RGB, upright and on white (qwen3f.vision.rgb), of an animation the first frame.
+    """The image in RGB, upright and on white (qwen3f.vision.rgb); of an animation, the first frame.
 
     Raises:
         UserError: the file cannot be read, is of another format than rgb.FORMATS, has more pixels than `limits.PIXELS`
@@ -37,7 +37,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def upright_size(image: Image.Image, name: str) -> tuple[int, int]:
-    """(height, width) that to_rgb gives it, from its header. Raises UserError, which calls it `name`, as check_size."""
+    """(height, width) of the image after to_rgb, from its header. Raises UserError as check_size; `name` is for it."""
     check_size(image, name)
     turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
     return image.size if turned else image.size[::-1]
@@ -70,7 +70,7 @@ def opened(file: Path | BinaryIO, use: Callable[[Image.Image, str], Result], nam
     name = name or f"the image {file}"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours decides
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_size decides
             image = Image.open(file, formats=FORMATS)
         with image:
             return use(image, name)

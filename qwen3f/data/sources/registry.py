@@ -21,7 +21,7 @@ __all__ = ["Document", "FilesSource", "Source", "Split", "open_source"]
 
 _FORMAT = 4  # part of the fingerprint: raise it when the same files would give other documents
 _SUFFIXES = (*TEXT_SUFFIXES, *SUFFIXES)
-_NAMED = 3  # files of blanks alone that are named
+_NAMED = 3  # files with nothing but white space that are named, at most
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class FilesSource:
     Attributes:
         root: the directory; hidden files and directories (a leading dot) are not read.
         text_key: the key or column that holds the text; a text file is text itself.
-        holdout: share of the documents held out, chosen by a stable hash of the text, so equal texts stay together. Of
-            so few documents that one of the splits would be empty, the last part of the text is held out instead.
+        holdout: share of the documents held out, chosen by a stable hash of the text, so equal texts stay together. If
+            there are so few documents that one split would be empty, the last part of the text is held out instead.
     """
 
     name: str

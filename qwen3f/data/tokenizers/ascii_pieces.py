@@ -59,7 +59,7 @@ def piece_starts(text: np.ndarray) -> np.ndarray:
 
 
 def _cut_at_newlines(starts: np.ndarray, here: np.ndarray, after: np.ndarray, newlines: np.ndarray) -> None:
-    """Gives newlines behind others to them, and begins a piece behind the last newline of white space."""
+    """Join newlines to the characters of kind "other" before them; begin a piece after the last newline of a run."""
     if not newlines.size:
         return
     first = np.diff(newlines, prepend=-2) != 1  # of a run of newlines
@@ -78,7 +78,7 @@ def _cut_at_newlines(starts: np.ndarray, here: np.ndarray, after: np.ndarray, ne
 
 
 def _cut_contractions(starts: np.ndarray, text: np.ndarray, kinds: np.ndarray, quotes: np.ndarray) -> None:
-    """Begins a piece behind 's, 't, 'm, 'd, 're, 've and 'll, at `quotes` that begin a piece before a letter."""
+    """Begin a piece after 's, 't, 'm, 'd, 're, 've and 'll. quotes: apostrophes that begin a piece, before a letter."""
     if not quotes.size:
         return
     one = text[quotes + 1] | 0x20  # a letter: lower case

@@ -35,7 +35,7 @@ def write_config(vocabulary: Vocabulary, directory: Path, own: Mapping[str, Any]
     """Write tokenizer_config.json with the added tokens, which stand nowhere else beside vocab.json and merges.txt.
 
     Args:
-        own: what the file holds besides; None: what Qwen's own holds.
+        own: the other content of the file; None: that of Qwen's own file.
     """
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     added = {
@@ -56,7 +56,9 @@ def write_config(vocabulary: Vocabulary, directory: Path, own: Mapping[str, Any]
 
 
 def recover_merges(tokens: Iterable[bytes]) -> list[tuple[bytes, bytes]]:
-    """The pair that makes each token from 256 on: what merging its bytes with the earlier merges alone leaves over.
+    """For each token from id 256 on, the pair of parts that it is merged from.
+
+    They are what is left when the token's bytes are merged by the earlier merges only.
 
     Args:
         tokens: as in `Vocabulary`.

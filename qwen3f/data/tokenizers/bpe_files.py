@@ -66,7 +66,7 @@ _WORKINGS: Mapping[str, tuple[Any, ...]] = {
     "behavior": ("Isolated",),
     "post_processor": (None, "ByteLevel"),  # ByteLevel's moves offsets only
 }
-"""What `_workings` may find; of every other key, what is off."""
+"""The values that each key of `_workings` may have. Any other key must be off: None, False or ""."""
 
 _NEEDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -152,7 +152,7 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
 
 
 def _workings(content: dict[str, Any]) -> dict[str, Any]:
-    """What of a tokenizer.json decides the ids beside its vocabulary; compare `_WORKINGS`.
+    """The settings of a tokenizer.json that decide the ids, besides its vocabulary; to be compared with `_WORKINGS`.
 
     Raises KeyError, TypeError, IndexError or AttributeError for a file of another form.
     """

@@ -1,7 +1,7 @@
 """Many texts to ids at once: their ASCII lines through a `PieceTable`, the others through a slower encoder.
 
-Qwen's pattern never reaches over a line end into a line that begins with something else than white space, and NFC
-composes nothing with a line end. So text is cut there without changing its ids.
+No piece of Qwen's pattern crosses a line end into a line that begins with something other than white space, and NFC
+composes nothing with a line end. So text can be cut there without changing its ids.
 """
 
 import re

@@ -29,7 +29,7 @@ _UNKNOWN = re.compile(f"([{_NEW_MARKS}{_NEW_PAIRS}])")
 
 def nfc(text: str) -> str:
     """The NFC form of `text` by the tables of Unicode 9."""
-    # What is normal by Python's tables is so by these: each part is a substring of it, and NFC is closed under those.
+    # Text that is in NFC by Python's tables is so by Unicode 9's: its parts are substrings, and these are in NFC too.
     if text.isascii() or unicodedata.is_normalized("NFC", text):
         return text
     return "".join(unicodedata.normalize("NFC", part) for part in _UNKNOWN.split(text))

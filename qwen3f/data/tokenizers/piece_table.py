@@ -1,8 +1,8 @@
 """A table from pieces of ASCII text to token ids, looked up for a whole buffer of pieces at once in numpy.
 
-Pieces of up to 16 bytes are two 64-bit words, which are the key themselves: no two pieces are taken for each other. The
-table is a hash table with open addressing; what it lacks is encoded once and added. Longer pieces, a few in a hundred,
-go through a dict. Both are emptied when they are full, so memory is bounded.
+A piece of up to 16 bytes is two 64-bit words, which are the key themselves, so no two pieces can be confused. The table
+is a hash table with open addressing; a piece that it lacks is encoded once and added. Longer pieces, a few in a
+hundred, go through a dict. Both are emptied when they are full, so memory is bounded.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ _SHIFT = np.uint64(64 - _BITS)
 
 
 class PieceTable:
-    """Not for two threads at once.
+    """Ids of pieces. Only one thread at a time may use it.
 
     Args:
         encode: ids of one piece, at least one and no more than its bytes.
@@ -91,7 +91,7 @@ class PieceTable:
         return out, counts
 
     def _slots(self, text: bytes, padded: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Places of pieces in the table, where they all are afterwards; int64 [pieces]."""
+        """The slot of each piece in the table, int64 [pieces]; pieces that are missing are added first."""
         words = np.ndarray(len(padded) - _WORD + 1, np.dtype("<u8"), padded, strides=(1,))  # at every byte
         keys = np.zeros((2, len(starts)), np.uint64)
         keys[0] = words[starts] & _MASKS[np.minimum(lengths, _WORD)]

@@ -130,7 +130,7 @@ class QwenTokenizer:
     def encode_batch(self, texts: list[str], num_threads: int = 1) -> list[np.ndarray]:
         """`encode` of each text (specials stay text) as uint32 [n], on `num_threads` threads: the fast way to many ids.
 
-        What of a text is ASCII goes through a `PieceTable`, the rest through tiktoken.
+        Lines of ASCII go through a `PieceTable`, other lines through tiktoken.
         """
         with ThreadPoolExecutor(num_threads) as threads:
             return [ids for group in threads.map(self._encode_group, _groups(texts)) for ids in group]
@@ -177,10 +177,10 @@ class QwenTokenizer:
     def save(self, directory: Path) -> None:
         """Write the files of a Hugging Face tokenizer into `directory`, from which `load` gives an equal one.
 
-        The files it was loaded from are copied, with what else of a tokenizer lies beside them. qwen.tiktoken, which
-        transformers cannot read, is written as vocab.json, merges.txt and tokenizer_config.json instead. Where no file
-        lists the added tokens, the copied tokenizer_config.json does. The directory that it was loaded from stays as it
-        is.
+        The files it was loaded from are copied, with the other tokenizer files beside them. qwen.tiktoken, which
+        transformers cannot read, is written as vocab.json, merges.txt and tokenizer_config.json instead. If no file
+        lists the added tokens, they are added to the copied tokenizer_config.json. The directory that it was loaded
+        from does not change.
 
         Raises:
             UserError: a file it was loaded from is gone.

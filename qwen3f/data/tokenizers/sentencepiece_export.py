@@ -5,9 +5,9 @@ The ids are the same for every text, not only nearly:
 * Pieces are spelled with spaces, not U+2581, and text is not normalised. So a literal U+2581 falls back to its bytes,
   as in `sentencepiece_tokenizer`.
 * User-defined symbols are added tokens: both libraries cut them out first, the longest of those that begin leftmost.
-* SentencePiece merges the two neighbours whose joined text has the best score, the leftmost of equals; tokenizers knows
-  pairs with ranks. No merge reaches over the ends of what becomes one piece until it is one, so what happens inside is
-  what happens to that piece's text alone: each piece has exactly one last pair, which `last_pair` finds.
+* SentencePiece merges the two neighbours whose joined text has the best score, the leftmost of equals; the library
+  tokenizers has ranked pairs. Until a stretch of text has become one piece, no merge crosses its ends; so it is merged
+  as if it stood alone. Each piece therefore has exactly one last pair, which `last_pair` finds.
 """
 
 import itertools
@@ -36,7 +36,7 @@ def write_tokenizer_json(
     Args:
         model: of the file `path`, which errors name.
         special_ids: id by name, `<|endoftext|>` among them.
-        as_text: those that stay in a text without special tokens.
+        as_text: names that stay in the text when special tokens are left out.
 
     Raises:
         UserError: the model works in a way that tokenizer.json cannot express.
@@ -98,7 +98,7 @@ def tokenizer_json(
 
 
 def last_pair(text: str, scores: Mapping[str, float]) -> tuple[str, str] | None:
-    """The two parts that SentencePiece joins last to make a piece of `text`; None if it does not come to that.
+    """The two parts that SentencePiece joins last to make the piece `text`; None if its merges never make it.
 
     Args:
         scores: of the normal pieces, by text.
@@ -116,7 +116,7 @@ def last_pair(text: str, scores: Mapping[str, float]) -> tuple[str, str] | None:
 def _obstacle(
     model: Model, vocab: Mapping[str, int], symbols: Mapping[str, int], special_ids: Mapping[str, int]
 ) -> str | None:
-    """What of the model tokenizers has no form for, in words."""
+    """What in the model the library tokenizers cannot express, in words; None if there is nothing."""
     if model.algorithm != BPE:
         return "its model_type is not bpe"
     if model.has_chars_map or not model.escapes_spaces:
@@ -134,7 +134,7 @@ def _obstacle(
 
 
 def _odd_merge(pairs: Mapping[str, tuple[str, str]], scores: Mapping[str, float]) -> str | None:
-    """Which merge has no rank of its own, or begins with what is no piece, in words."""
+    """A merge that shares its score with another, or has a part that is no piece, in words; None if there is none."""
     by_score: dict[float, str] = {}
     for text, pair in pairs.items():
         if by_score.setdefault(scores[text], text) != text:

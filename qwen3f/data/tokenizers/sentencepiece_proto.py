@@ -1,4 +1,4 @@
-"""What a SentencePiece model file says of itself that the library's Python interface does not.
+"""Reads from a SentencePiece model file what the library's Python interface does not give.
 
 The file is a protocol buffer. It is read here field by field, since the library's own class for it cannot be loaded in
 one process with transformers' copy of it.

@@ -40,16 +40,16 @@ SPECIAL_TOKENS = (
 )
 
 AS_TEXT = ("<think>", "</think>")
-"""Of them, what stays when special tokens are left out of a text: an answer is judged by where its thought ends. So do
-Qwen's own files."""
+"""Of SPECIAL_TOKENS those that stay when special tokens are left out of a text, as in Qwen's own files: a judge has to
+see where the thought ends."""
 
 MODEL_FILE = "tokenizer.model"
 """What Hugging Face directories, and workdirs here, call the file."""
 
 _SPACE = "\u2581"  # SentencePiece's stand-in for a space
-# As in `encode`, text is cut at "▁", which would be counted as a space. "▅" is how SentencePiece's trainer writes a
-# character that is no piece: it skips every line with one. (What else it reserves, NUL and one of tab and U+001F, only
-# gets no piece.)
+# Training text is cut at these. "▁" would be counted as a space (see `encode`). "▅" is how SentencePiece's trainer
+# writes a character that is no piece, and it skips every line with one. (The other characters that it reserves, NUL and
+# one of tab and U+001F, only get no piece.)
 _RESERVED = re.compile("[\u2581\u2585]")
 _SPACE_BYTES = tuple(_SPACE.encode())
 _SPECIAL_PATTERN = special_pattern(SPECIAL_TOKENS)

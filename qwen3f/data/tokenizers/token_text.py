@@ -84,7 +84,7 @@ def encode_segments_batch(
     special_ids: Mapping[str, int],
     encode_batch: Callable[[list[str]], list[np.ndarray]],
 ) -> list[np.ndarray]:
-    """`encode_segments` of each as uint32 [n], the texts of all in one call, and a text that comes again only once.
+    """`encode_segments` of each as uint32 [n]. All texts are encoded in one call, a repeated text only once.
 
     Args:
         batch: segments of each.

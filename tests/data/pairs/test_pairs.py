@@ -76,7 +76,7 @@ def test_both_answers_of_a_pair_have_the_ids_of_one_prompt(better, worse, tmp_pa
         ({**GOOD, "rejected": [user("q"), answer("")]}, "empty_texts", "rejected: Message 1 is an empty answer"),
         ({**GOOD, "chosen": [user("q"), answer(" ")]}, "empty_texts", "chosen: Message 1 is an empty answer"),
         ({**GOOD, "chosen": [user("q")]}, "unanswered", "has no assistant's turn"),
-        ({**GOOD, "chosen": [*GOOD["chosen"], user("?")]}, "invalid_rows", "goes on behind the last answer"),
+        ({**GOOD, "chosen": [*GOOD["chosen"], user("?")]}, "invalid_rows", "has turns after the last answer"),
         ({**GOOD, "margin": 0}, "invalid_rows", "margin=0: write a positive number"),
         ({**GOOD, "margin": "much"}, "invalid_rows", "margin='much'"),
         ({**GOOD, "margin": 10**400}, "invalid_rows", "write a positive number of at most 3.4e\\+38"),

@@ -1,7 +1,8 @@
-"""What the compressed parts of an Arrow file say they grow to, without decompressing them.
+"""How large the compressed parts of an Arrow file say they are when decompressed, found without decompressing them.
 
-Each message of the file begins with a flatbuffer, in which a record batch names its buffers; a compressed buffer begins
-with its size (Arrow's Message.fbs). pyarrow reads both only on the way to decompressing. Damage is left for it to name.
+Each message of the file begins with a flatbuffer, in which a record batch lists its buffers; a compressed buffer begins
+with its decompressed size (Arrow's Message.fbs). pyarrow would read both only while it decompresses. A damaged file is
+left for pyarrow to report.
 """
 
 import struct

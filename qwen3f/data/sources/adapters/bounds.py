@@ -12,7 +12,7 @@ class TooLarge(Exception):
 
 
 class Growth:
-    """Counts what was read of a file, and raises TooLarge where it is too many times the file's size."""
+    """Counts the bytes read from a file, and raises TooLarge if they are too many times the file's size."""
 
     def __init__(self, path: Path) -> None:
         self._bytes = path.stat().st_size
@@ -20,12 +20,12 @@ class Growth:
         self._total = 0
 
     def add(self, count: int) -> None:
-        """count: of bytes in memory."""
+        """Add `count` bytes in memory to those read so far."""
         self._total += count
         self.check(self._total)
 
     def check(self, total: int) -> None:
-        """total: of bytes in memory, of all or a part of the file that is read at once."""
+        """Raises TooLarge if `total` bytes in memory, of the file or of a part that is read at once, are too many."""
         if total > self._most:
             raise TooLarge(
                 f"{self._bytes:,} bytes on disk grow to {total:,} or more, {limits.EXPANSION.exceeded('times')}"

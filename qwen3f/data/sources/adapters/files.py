@@ -21,9 +21,9 @@ _SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev")
 def split_files(dataset: HubDataset, root: str, split: str) -> list[Path]:
     """The data files of `split` in the copy below `root`, sorted by directory, then by name.
 
-    The copy may be laid out as on the Hub, as `save_to_disk` writes, or in any other way. What a file belongs to is
-    told by its path: a directory or a part of the name (cut at "-" and ".") called `split`. If no path names any split,
-    every file is read as the training split.
+    The copy may be laid out as on the Hub, as `save_to_disk` writes, or in any other way. A file belongs to `split` if
+    a directory of its path, or a part of its name (cut at "-" and "."), is called so. If no path names any split, every
+    file is read as the training split.
 
     Raises:
         UserError: no such directory, no data file in it, or no file of that split though others are named.
@@ -70,8 +70,9 @@ def _split(dataset: HubDataset, root: str, split: str) -> tuple[list[Path], Coun
 def data_files(top: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], Counter[str]]:
     """The files below `top` with one of `suffixes`, by directory, then by name; and how many others there are, by kind.
 
-    A kind is a suffix, such as ".md"; or "hidden", of files and directories with a leading dot. What `datasets` and the
-    Hub write beside the data is neither. Links to directories are followed, but to one that was read already.
+    A kind is a suffix, such as ".md"; or "hidden", for files and directories with a leading dot. Metadata files that
+    `datasets` and the Hub write are neither read nor counted. Links to directories are followed, except to a directory
+    that was read already.
 
     Raises:
         UserError: a directory that cannot be listed.

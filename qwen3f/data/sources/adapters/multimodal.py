@@ -76,7 +76,8 @@ def image_inside(image_root: Path, relative: str, where: str) -> ImageFile:
 
 
 def path_inside(root: Path, relative: str, where: str, kind: str) -> Path:
-    """What lies below the folder, links followed. kind: what errors call it. Raises RowFault as image_inside."""
+    """The path of `relative` below the folder `root`, links resolved. kind: what errors call it, such as "image".
+    Raises RowFault as image_inside."""
     folder = root.resolve()
     try:
         path = (folder / relative).resolve()

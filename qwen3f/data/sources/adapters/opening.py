@@ -29,9 +29,9 @@ def rows(
         name: a short name or Hub id of the registry, or "name@DIR" for a local copy.
         root: directory of a local copy; "" and no @DIR reads the Hub.
         split: "" is the one that training reads.
-        streaming: from the Hub, read as rows are asked for; False downloads the data set first.
-        max_samples: rows to read, at most; bad ones are among them.
-        on_bad_row: "error" raises at the first row or file that cannot be read; "skip" goes on.
+        streaming: True reads the Hub row by row; False downloads the data set first.
+        max_samples: read at most this many rows; bad ones count too.
+        on_bad_row: "error" raises at the first row or file that cannot be read; "skip" continues.
         counts: what was skipped, by reason (`rows.REASONS`), is added here.
 
     Raises:
@@ -57,10 +57,10 @@ def raw_rows(dataset: HubDataset, root: str, split: str, streaming: bool) -> Ite
 def read_on(
     dataset: HubDataset, root: str, place: tuple[int, int], split: str = "", streaming: bool = True
 ) -> Iterator[tuple[Row | BadRow, tuple[int, int]]]:
-    """The rows of `raw_rows` from a place on, each with the place behind it.
+    """The rows of `raw_rows` from a place on, each with the place after it.
 
     Args:
-        place: a file's number and how many of its rows to pass over; the Hub's stream is one file.
+        place: (number of a file, how many of its rows to skip); the Hub's stream counts as one file.
     """
     split = split or dataset.split
     first, passed = place

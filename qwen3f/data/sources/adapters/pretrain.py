@@ -78,7 +78,7 @@ class DatasetSource:
 
     def fingerprint(self, split: Split) -> str:
         """Digest of every file's path, size and time, of the options, `split` and this format's version."""
-        if not self.root:  # the Hub says nothing cheap that would change with the content
+        if not self.root:  # there is no cheap way to see that data on the Hub changed
             hub = (_FORMAT, self.dataset.hub_id, self.dataset.config, split, self.holdout)
             return f"{stable_hash(repr(hub).encode()):016x}"
         listing, root = [], user_path(self.root, "data.mixture")

@@ -33,7 +33,8 @@ def read_file(path: Path, columns: Columns) -> Rows:
     """The rows of a file, by its suffix (see `files.SUFFIXES`, `files.TEXT_SUFFIXES`).
 
     Args:
-        columns: JSON rows come whole. A text file has the first needed column.
+        columns: the columns to check, and in tables to read. JSON rows come whole. A text file's text becomes the first
+            needed column.
     """
     number, empty = 0, True
     try:
@@ -74,8 +75,8 @@ def _read_lines(path: Path, columns: Columns) -> Rows:
 
 
 def _open_bytes(path: Path) -> tuple[BinaryIO, int]:
-    """The content, behind its signature if it has one; and how long that is."""
-    # pyarrow says when a compressed file is cut off; by itself it knows suffixes in small letters alone.
+    """(the content after its UTF-8 signature, the signature's length in bytes: 0 if there is none)."""
+    # pyarrow reports a compressed file that is cut off. It recognises only lower-case suffixes: so they are read here.
     stream = pyarrow.input_stream(str(path), compression=_COMPRESSIONS.get(path.suffix.lower()))
     file = io.BufferedReader(stream, _CHUNK_BYTES)
     signed = file.peek(len(_SIGNATURE)).startswith(_SIGNATURE)
@@ -135,7 +136,7 @@ def _list_records(file: TextIO, growth: Growth) -> Iterator[object]:
                 continue
         if len(text) - place > most:
             raise TooLarge(f"a record is malformed, or {limits.ROW_BYTES.exceeded('bytes')}")
-        # At least as much again: a long record is tried few times, not once a chunk.
+        # Read at least as much again, so that a long record is parsed few times, not once for each chunk.
         more = file.read(max(_CHUNK_BYTES, len(text) - place))
         growth.add(len(more))
         if not more:

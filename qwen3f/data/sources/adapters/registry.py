@@ -141,7 +141,7 @@ def parse_mixture(mixture: str, root: str = "", use: str = "") -> list[Part]:
         mixture: as above; a weight that is not written is 1.
         root: directory of the local copies: each is its subdirectory of the short name. A single data set may also
             be the directory itself. A part with a directory of its own does not look at it.
-        use: the stage that asks, "" for any.
+        use: the stage that reads them, "" for any.
 
     Raises:
         UserError: unknown name, one named twice, or a weight that is not a positive number.
@@ -159,7 +159,7 @@ def parse_mixture(mixture: str, root: str = "", use: str = "") -> list[Part]:
             own = user_path(root, "data.root") / dataset.name
             directory = str(own) if len(weights) > 1 or own.is_dir() else root
         parts.append(Part(dataset, directory, weight))
-    if len({part.dataset.name for part in parts}) < len(parts):  # by two names of one
+    if len({part.dataset.name for part in parts}) < len(parts):  # one by two of its names
         raise UserError(_unclear(mixture, use))
     return parts
 

@@ -75,7 +75,7 @@ class LeftOut(Exception):
 class Columns(NamedTuple):
     """The columns to read.
 
-    needed: which each row must have. optional: read where there are any. advice: what to do where one is missing.
+    needed: those that each row must have. optional: read if they are there. advice: what to do if one is missing.
     """
 
     needed: Sequence[str]
@@ -100,8 +100,11 @@ class Columns(NamedTuple):
 
 
 def without_nulls(value: Any) -> Any:
-    """A value of a table, without the null fields of its records: there each record has the fields of all others, so
-    a call that has no argument of a name cannot be told from one whose argument is null."""
+    """A value of a table, without the null fields of its records.
+
+    In a table each record has the fields of all others, filled with null. So a call without an argument looks the same
+    as a call whose argument is null; both are read as the first.
+    """
     if isinstance(value, Mapping):
         return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
     return [without_nulls(entry) for entry in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-r"""Rows of the SFT data sets as chats, in the form of `data/chat.py`.
+r"""Rows of the SFT data sets as chats, in the form of `data/chat/template.py`.
 
 Cold start (a long chain of thought, then the answer). The whole worked solution is the thinking (`reasoning_content`)
 and the content is one sentence with the final answer, "The final answer is $\boxed{…}$.":

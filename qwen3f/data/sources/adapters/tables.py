@@ -17,10 +17,10 @@ from qwen3f.data.sources.adapters.rows import BadRow, Columns, Row, without_null
 Rows = Iterator[Row | BadRow]
 
 _BATCH_ROWS = 64  # books have half a megabyte a row
-_BATCH_BYTES = 2**28  # however few rows that are
-_ROW_BYTES = 64  # that the smallest row takes
+_BATCH_BYTES = 2**28  # a batch has fewer rows where they may take more than this
+_ROW_BYTES = 64  # memory that the smallest row takes
 _VALUE_BYTES = 8
-_UNREADABLE = (ValueError, OverflowError, KeyError)  # of values that Python cannot hold, such as the year 290000
+_UNREADABLE = (ValueError, OverflowError, KeyError)  # for values that Python cannot hold, such as the year 290000
 
 
 def parquet_rows(path: Path, columns: Columns) -> Rows:
@@ -34,7 +34,7 @@ def parquet_rows(path: Path, columns: Columns) -> Rows:
         wanted = [column for column in (*columns.needed, *columns.optional) if column in found]
         largest = max(_row_groups(file.metadata, wanted), default=0)
         growth.check(largest)
-        # A dictionary's one value may stand in every row.
+        # Fewer rows if a batch may be large: one value of a dictionary may stand in every row.
         size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
         for batch in file.iter_batches(batch_size=size, columns=wanted):
             yield from _table_rows(batch, path, number, growth)
@@ -42,7 +42,8 @@ def parquet_rows(path: Path, columns: Columns) -> Rows:
 
 
 def _row_groups(metadata: pyarrow.parquet.FileMetaData, wanted: list[str]) -> Iterator[int]:
-    """Bytes of each row group's wanted columns once decoded, at least. Runs of equal values take none on disk."""
+    """A lower bound on the decoded bytes of each row group's wanted columns: on disk a run of equal values takes almost
+    none."""
     for n in range(metadata.num_row_groups):
         group = metadata.row_group(n)
         leaves = [group.column(i) for i in range(group.num_columns)]

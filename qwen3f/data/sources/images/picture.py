@@ -32,7 +32,7 @@ class Picture:
         answer: a word, an integer or the text shown.
         kind: one of KINDS.
         index: its place in the sequence of its kind and seed.
-        parameters: all that was drawn, the size included, as JSON: two pictures with the same have the same pixels.
+        parameters: all that was drawn, with the size, as JSON. Pictures with equal parameters have equal pixels.
     """
 
     image: Image.Image
@@ -45,7 +45,7 @@ class Picture:
 
 
 def check_sides(min_side: int, max_side: int, section: str = "") -> None:
-    """Raises UserError for sides of which no picture can be drawn. section: before their names on the command line."""
+    """Raises UserError for sides that no picture can have. section: prefix of their flags, for the message."""
     if not SMALLEST_SIDE <= min_side <= max_side:
         raise UserError(
             f"Pictures of {min_side} to {max_side} pixels a side cannot be drawn: give {section}min_side of at least "

@@ -1,6 +1,6 @@
 """Coloured shapes that never touch: count them, or find one by its place or its colour.
 
-What is asked is drawn first and the picture then made for it, so that a count is 1 to 5 and each as frequent.
+The question is chosen first and the picture is made for it, so that the counts 1 to 5 are equally frequent.
 """
 
 import math
@@ -16,7 +16,7 @@ from qwen3f.data.sources.random_choices import Draws
 SHAPES = ("circle", "square", "triangle", "diamond", "ring")
 
 MOST = 5
-"""Shapes that are counted; others may lie beside them."""
+"""The largest count that a question asks for; other shapes may be in the picture too."""
 
 _CELL = 20  # least side of a shape's cell in pixels
 _CLEAR = 8  # pixels by which the shape furthest to the left, or highest, is ahead of the next
@@ -101,7 +101,7 @@ def _looks(draws: Draws, count: int, shapes: tuple[str, ...], colours: list[str]
 
 
 def _counts(draws: Draws, grid: Grid) -> tuple[int, int]:
-    """How many there are of what is asked, and of others."""
+    """(number of shapes that the question counts, number of other shapes)."""
     room = grid[0] * grid[1]
     count = draws.between(1, min(MOST, room))
     return count, draws.between(0, min(2, room - count))
@@ -126,8 +126,8 @@ def _count_shape(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, 
 
 
 def _extreme(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) -> Asked:
-    """The one furthest to the left or highest by the centre of its box, which for a triangle is not that of its area;
-    where that is not clear, other places are drawn."""
+    """The shape furthest to the left or highest, by the centre of its box (a triangle's area has another centre).
+    Places are drawn again until that shape is clear."""
     axis, where = draws.choice((("x", "furthest to the left"), ("y", "highest")))
     looks = _looks(draws, draws.between(2, min(4, grid[0] * grid[1])), SHAPES, colours)
     while True:
@@ -146,7 +146,7 @@ def _named(draws: Draws, colours: list[str], grid: Grid, size: tuple[int, int]) 
 
 
 _FORMS: tuple[Callable[[Draws, list[str], Grid, tuple[int, int]], Asked], ...] = (
-    _count_all,  # the easier a question, the seldomer
+    _count_all,  # easier questions are rarer
     *(_count_colour, _extreme, _named) * 2,
     *(_count_shape,) * 4,
 )

@@ -1,7 +1,7 @@
 """Digits: sorting numbers, long addition and long multiplication, written out column by column.
 
-Numbers that are computed with are written with blanks between their digits, as a model has to find single ones. The
-working can be made from the question alone (`working`). Of each kind and difficulty there are more than 10⁶ questions.
+Numbers to compute with are written with blanks between their digits, since a model has to read single digits. The
+working can be made from the question alone (`working`). Each kind and difficulty has more than 10⁶ questions.
 """
 
 import re
@@ -27,12 +27,12 @@ def make_addition(draws: Draws, difficulty: int) -> Draft:
 
 
 def make_multiplication(draws: Draws, difficulty: int) -> Draft:
-    """A number of 6 to 10 digits by one of a digit."""
+    """A number of 6 to 10 digits, multiplied by a number of one digit."""
     return _draft(f"Multiply {_spaced(_of_digits(draws, 5 + difficulty))} by {draws.between(2, 9)}.")
 
 
 def working(question: str) -> list[str] | None:
-    """The lines of the derivation, the last of which ends with the answer behind ": "; None for what is no question of
+    """The lines of the derivation; the last one ends with ": " and the answer. None for a text that is no question of
     these kinds."""
     if found := _SORTING.fullmatch(question):
         return _sorted_out(found[1].split())
@@ -49,7 +49,7 @@ def _draft(question: str) -> Draft:
 
 
 def _sorted_out(numbers: list[str]) -> list[str]:
-    """The least number of those that are left, one after the other."""
+    """In each line the least number that is left, and the others."""
     left, done, lines = list(numbers), [], []
     while left:
         least = min(left, key=int)
@@ -82,7 +82,7 @@ def _multiplied(digits: list[str], by: int) -> list[str]:
 
 
 def _read(digits: list[str], carry: int) -> list[str]:
-    """The number, its first digit first, of digits from the right and what is carried in front of them."""
+    """The number's digits from the left: the last carry if it is not 0, then `digits` (from the right) reversed."""
     return [*([str(carry)] if carry else []), *reversed(digits)]
 
 

@@ -29,13 +29,13 @@ _SIZES = ((5, 1), (5, 2), (6, 3), (8, 4), (10, 5))  # letters and steps by diffi
 
 
 def make(draws: Draws, difficulty: int) -> Draft:
-    """5 letters and a step up to 10 letters and 5 steps, of which from difficulty 3 on some sort."""
+    """From 5 letters and 1 step to 10 letters and 5 steps; from difficulty 3 on a step may be "sort"."""
     length, count = _SIZES[difficulty - 1]
     names = _EASY if difficulty <= 2 else tuple(_STEPS)
     row = " ".join(draws.choice(_ALPHABET) for _ in range(length))
     steps, last = [], ""
     for _ in range(count):
-        last = draws.choice([name for name in names if name != last])  # a step twice undoes or joins
+        last = draws.choice([name for name in names if name != last])  # repeated, a step may undo itself
         steps.append(last.replace("#", str(draws.between(1, 3))))
     question = f"Take the letters {row}, then {', '.join(steps)}."
     lines = working(question)
@@ -43,7 +43,7 @@ def make(draws: Draws, difficulty: int) -> Draft:
 
 
 def working(question: str) -> list[str] | None:
-    """The lines of the derivation, "reverse: c b a"; None for what is no question of this kind."""
+    """The lines of the derivation, such as "reverse: c b a"; None for a text that is no question of this kind."""
     found = _QUESTION.fullmatch(question)
     if not found:
         return None

@@ -48,7 +48,7 @@ class ReasoningSource:
             raise UserError("A reasoning source without kinds or difficulties has no problem: give at least one.")
 
     def family(self, name: str) -> Self:
-        """Of these problems those of a family, under its name. Raises UserError if none of its kinds is among them."""
+        """The source of only one family's problems, with its name. Raises UserError if it has no kind of the family."""
         own = tuple(kind for kind in self.kinds if kind in FAMILIES[name])
         if not own:
             raise UserError(
