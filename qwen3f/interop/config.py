@@ -80,8 +80,8 @@ _HARMLESS = {
     "_attn_implementation_autoset", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
 
-# What says, with this value or null, that nothing is done: transformers 4 writes its own with their defaults, other
-# programs those of the families that they know. With any other value they change the model, or what it generates.
+# Keys that mean nothing with this value or null. transformers 4 writes its own keys with their defaults, other programs
+# those of other families. With any other value such a key would change the model, or what it generates.
 _NEUTRAL: dict[str, Any] = {
     # of every model in transformers 4
     **dict.fromkeys(
@@ -105,7 +105,7 @@ _NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("num_nextn_predict_layers", "first_k_dense_replace"), 0),
     **dict.fromkeys(("partial_rotary_factor", "routed_scaling_factor", "logit_scale", "pretraining_tp"), 1),
 }
-_NEUTRAL_OF = {  # besides, of one family
+_NEUTRAL_OF = {  # more such keys, by family
     "qwen3": dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"), 0),
     "qwen3_moe": {},
     "qwen3_vl_text": {},
@@ -123,7 +123,7 @@ def from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     two rotary settings that disagree, or any key whose meaning is unknown.
     """
     family = values.get("model_type")
-    if family not in list(ARCHITECTURES):  # a list: JSON may hold what no dict can look up
+    if family not in list(ARCHITECTURES):  # a list: a value from JSON may not be hashable
         raise UserError(f"{where}: model_type is {family!r}; only {' and '.join(ARCHITECTURES)} can be read")
     check_architectures(values, (ARCHITECTURES[family], CLASSIFIERS[family]), where)
     score = _has_score(values, family)
@@ -142,7 +142,7 @@ def make_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def text_fields(values: Mapping[str, Any], family: str, where: str, theta: float = ROPE_THETA) -> dict[str, Any]:
-    """ModelConfig's fields of a language model, from its part of a config.json. theta: where the file names none."""
+    """ModelConfig's fields of a language model, from its part of a config.json. theta: used if the file names none."""
     defaults = _DEFAULTS[family]
     _check_keys(values, family, where)
     _refuse_what_we_lack(values, where)
@@ -161,7 +161,7 @@ def text_fields(values: Mapping[str, Any], family: str, where: str, theta: float
 
 
 def check_size(cfg: ModelConfig, where: str) -> None:
-    """Raises UserError for a model that no machine holds: what is made of its sizes would take for ever."""
+    """Raises UserError for a model that is too large for any machine, before anything is allocated by its sizes."""
     check_layers(cfg, where)
     if (parameters := cfg.total_params_estimate()) > MODEL_PARAMETERS.value():
         raise UserError(f"{where}: the model has {parameters:,} parameters, {MODEL_PARAMETERS.exceeded('parameters')}")
@@ -200,7 +200,7 @@ def text_to_hf(cfg: ModelConfig, family: str, dtype: torch.dtype) -> dict[str, A
 
 
 def check_plain(cfg: ModelConfig, plain_values: Mapping[str, Any]) -> None:
-    """Raises UserError for the first field with another value than the one that transformers has a form for."""
+    """Raises UserError for the first field that differs from `plain_values`, the only ones transformers can express."""
     for field, plain in plain_values.items():
         value = getattr(cfg, field)
         if value != plain:
@@ -236,14 +236,14 @@ def check_keys(
 
 
 def check_architectures(values: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    """Raises UserError unless the first of `names`, or another of them, is what the file holds."""
+    """Raises UserError unless the file's architecture is one of `names`; a file without one means the first."""
     architectures = values.get("architectures") or [names[0]]
     if architectures not in ([name] for name in names):
         raise UserError(f"{where}: architectures is {architectures}; only one of {tuple(names)} can be read")
 
 
 def _check_score(values: Mapping[str, Any], where: str) -> None:
-    labels = values.get("id2label") or {"0": "", "1": ""}  # what transformers takes where there are none
+    labels = values.get("id2label") or {"0": "", "1": ""}  # transformers' default
     if not isinstance(labels, Mapping) or len(labels) != 1:
         raise UserError(f"{where}: id2label is {labels}; only a classifier of one label, a score, can be read")
 
@@ -259,7 +259,7 @@ def _refuse_what_we_lack(values: Mapping[str, Any], where: str) -> None:
 
 
 def refuse_quantised(values: Mapping[str, Any], where: str) -> None:
-    """Raises UserError where a part of a config.json says that weights are quantised."""
+    """Raises UserError if a part of a config.json says that weights are quantised."""
     if values.get("quantization_config") is not None:
         raise UserError(f"{where}: quantization_config is set; give the directory of the unquantised weights")
 
@@ -270,7 +270,7 @@ def _has_score(values: Mapping[str, Any], family: str) -> bool:
 
 
 def _experts(values: Mapping[str, Any], family: str, where: str) -> dict[str, int]:
-    """transformers 5 writes num_experts as num_local_experts."""
+    """num_experts from num_local_experts, as transformers 5 writes it; {} if that is missing."""
     new = values.get("num_local_experts")
     if "num_experts" not in _DEFAULTS[family] or new is None:
         return {}
@@ -327,7 +327,7 @@ def _rope(values: Mapping[str, Any], default: float) -> tuple[float, RopeScaling
 
 
 def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
-    """What differs from the defaults only: older readers don't know every key."""
+    """The required keys, and others only if they differ from their defaults: older readers don't know every key."""
     required = ("rope_type", "factor", "original_max_position_embeddings")
     return {
         field.name: value

@@ -30,7 +30,8 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 PREPROCESSOR = "preprocessor_config.json"
 MAX_SHARD_BYTES = 5 * 10**9
 _MAPPED_BYTES = 2**28
-_FAR = 4  # as many tensors too few are another model; fewer are missing, and named
+# A config.json that needs over _FAR times the stored tensors is of another model; else the missing ones are named.
+_FAR = 4
 DTYPES = {name: dtype for dtype, name in writer.DTYPE_NAMES.items()}
 
 
@@ -56,7 +57,7 @@ def load_pretrained(
 
     directory: holds config.json and model.safetensors, or shards and their index. Only safetensors are read.
     dtype: of all parameters; None keeps each as stored.
-    layout: of a mesh, of which this rank's shards are read alone; padding is zero.
+    layout: of a mesh; only this rank's shards are read, and padding is zero.
 
     Raises UserError, before weights are read, for what qwen3f.interop.config and .shards refuse, and naming the key for
     a tensor that is missing, unknown, of another shape or not floating-point, and for a tied head that differs from the
@@ -118,7 +119,7 @@ def save_pretrained(
     directory: must not exist or be empty, or be a link to an empty one; appears by one rename when everything is
       written.
     tokenizer: its files are written beside the weights, its end and padding tokens into the configs. AutoTokenizer
-      gives the same ids. The chat template is the tokenizer's own; without one that of its kind (data.chat.kinds).
+      gives the same ids. The chat template is the tokenizer's own; if it has none, that of its kind (data.chat.kinds).
     dtype: of the stored weights; None keeps each parameter's.
     max_shard_bytes: weights beyond it are cut into several files with an index.
 
@@ -206,7 +207,7 @@ def _same_bits(head: shards.StoredTensor, embedding: shards.StoredTensor, name: 
 
 
 def _leaf_dtypes(slots: dict[str, keys.Slot], stored: dict[str, shards.StoredTensor]) -> dict[str, torch.dtype]:
-    """The stored dtype of each of our leaves, whose layers must agree."""
+    """The stored dtype of each of our parameters. Raises UserError if the layers of one are stored differently."""
     first: dict[str, str] = {}
     for key, path in ((key, path) for key, slot in slots.items() for path, _ in slot.parts):
         other = first.setdefault(path, key)
@@ -240,7 +241,7 @@ def _write_weights(
 
 
 def _write_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a directory beside `directory`, then rename it; on failure both are as they were."""
+    """Have `write` fill a new directory beside `directory`, then rename it to that. A failure leaves nothing behind."""
     place: Path | None = None
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)

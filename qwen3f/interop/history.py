@@ -7,10 +7,10 @@ from qwen3f.train import workdir as W
 
 
 def never_saw_chats(place: str) -> bool:
-    """Whether the model at `place` (as config.init_from) comes from runs of pretraining alone, the first from scratch.
+    """Whether the model at `place` (as config.init_from) comes only from runs of pretraining, the first from scratch.
 
-    False also where that can't be told: of a Hugging Face directory, a stage of one's own, or a run whose own
-    init_from is gone.
+    False also if that can't be known: for a Hugging Face directory, a custom stage, or a run whose own init_from is
+    gone.
     """
     seen: set[str] = set()
     while place not in seen:
@@ -28,7 +28,7 @@ def never_saw_chats(place: str) -> bool:
 
 
 def pretrained_only(place: str) -> str:
-    """The line to print where chats are asked of such a model."""
+    """The line to print when such a model is used in chats."""
     return (
         f"config.init_from={place} was only pretrained, on text, and never saw a chat: expect no answers; "
         "experiments/sft_cold_start.py teaches it"
@@ -36,7 +36,7 @@ def pretrained_only(place: str) -> str:
 
 
 def _config(place: str) -> dict[str, object]:
-    """Of the run at `place`, by its checkpoint; {} for a Hugging Face directory."""
+    """The configuration of the run at `place`, from its checkpoint; {} for a Hugging Face directory."""
     directory, is_hf, step = source.locate(place)
     if is_hf:
         return {}

@@ -3,9 +3,9 @@
 Ours are stacked: a leaf [L, …] holds a kind of layer, an expert leaf [L, E, …] its experts too. Theirs are apart:
 `model.layers.3.mlp.experts.5.up_proj.weight`. Derived from the parameter table, so a new parameter needs no line here.
 
-Qwen3-VL has the language model under `model.language_model.`, one tensor for q, k and v in the tower, and a patch as a
-convolution's. Qwen3-VL-MoE also joins a layer's experts, gate and up side by side; released files hold those
-transposed, [E, in, out], newer transformers writes [E, out, in].
+Qwen3-VL has the language model under `model.language_model.`, one tensor for q, k and v in the vision tower, and the
+patch embedding in a convolution's shape. Qwen3-VL-MoE also joins the experts of a layer, and their gate and up.
+Released files hold these transposed, [E, in, out]; newer transformers write [E, out, in].
 
 E experts · I their width · D hidden
 """
@@ -29,8 +29,11 @@ _BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 class Slot(NamedTuple):
-    """One Hugging Face tensor, of `shape`: the parts params[path][index], joined along `dim`, then transposed if so in
-    the last two dimensions, then given its shape."""
+    """How one Hugging Face tensor is made of our parameters.
+
+    The parts params[path][index], one for each (path, index), are joined along `dim`; if `transposed`, the last two
+    dimensions are swapped; the result is reshaped to `shape`.
+    """
 
     parts: tuple[tuple[str, tuple[int, ...]], ...]
     shape: tuple[int, ...]
@@ -39,14 +42,15 @@ class Slot(NamedTuple):
 
 
 def fetch(slot: Slot, params: Params) -> Tensor:
-    """What Hugging Face calls it, from our parameters."""
+    """The Hugging Face tensor of a slot, made of our parameters."""
     parts = [params[path][index] for path, index in slot.parts]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, slot.dim)
     return (whole.transpose(-1, -2) if slot.transposed else whole).reshape(slot.shape)
 
 
 def fill(slot: Slot, params: Params, tensor: Tensor, shards: Mapping[str, Shard]) -> None:
-    """Copy Hugging Face's tensor to our places. shards: path -> what `params` has of each; the rest is left out."""
+    """Copy a Hugging Face tensor into our parameters. shards: path -> the part of it that `params` holds; the rest of
+    the tensor is not copied."""
     whole = tensor.transpose(-1, -2) if slot.transposed else tensor
     for (path, index), part in zip(slot.parts, whole.chunk(len(slot.parts), slot.dim), strict=True):
         shard, depth = shards[path], len(index)
@@ -58,16 +62,16 @@ def fill(slot: Slot, params: Params, tensor: Tensor, shards: Mapping[str, Shard]
 
 
 def hf_name(cfg: ModelConfig, path: str) -> str:
-    """Hugging Face's name of what is in no stack, or of the beginning of one."""
+    """Hugging Face's name for `path`: a parameter outside the stacks, or the prefix of a stack."""
     if cfg.vision_enabled and path.startswith("model.") and not path.startswith(VISUAL):
         return "model.language_model." + path.removeprefix("model.")
     return path
 
 
 def slots(cfg: ModelConfig, transposed: bool = True) -> dict[str, Slot]:
-    """Hugging Face key -> its place, layer by layer in the order of the forward pass, experts in theirs.
+    """Hugging Face key -> its slot, layer by layer in the order of the forward pass, experts by number.
 
-    transposed: how joined experts are stored, see above; of Qwen3-VL-MoE alone.
+    transposed: how joined experts are stored (only in Qwen3-VL-MoE), see the module's docstring.
     """
     table = abstract_params(cfg)
     out = {hf_name(cfg, EMBED): Slot(((EMBED, ()),), table[EMBED].shape)}
@@ -105,8 +109,8 @@ def count(cfg: ModelConfig) -> int:
 
 
 def are_transposed(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether joined experts are stored as in released files. Of the two tensors of a layer at most one is square, and
-    the other one tells."""
+    """Whether joined experts are stored transposed, as in released files. It is seen by the shapes: of a layer's two
+    tensors at most one is square."""
     if not (cfg.vision_enabled and cfg.sparse_layers):
         return False
     found = {True: 0, False: 0}
@@ -141,7 +145,7 @@ def _is_joined_to_another(cfg: ModelConfig, name: str) -> bool:
 
 
 def _of_layer(cfg: ModelConfig, spec: ParamSpec, name: str, row: int, transposed: bool) -> dict[str, Slot]:
-    """Key within the layer -> its slot, of the parameter `name` of a stack; none of what is joined to another."""
+    """Key within the layer -> its slot, for the parameter `name` of a stack; {} if it is a part of another's tensor."""
     if _is_joined_to_another(cfg, name):
         return {}
     path = spec.stack + name

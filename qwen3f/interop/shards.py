@@ -31,10 +31,10 @@ class StoredTensor:
 def read_directory(directory: Path) -> dict[str, StoredTensor]:
     """Key -> tensor, of `model.safetensors` or of the files that `model.safetensors.index.json` names.
 
-    Other files are not looked at. Reads headers only. An index may name model.safetensors itself, as mlx writes it.
+    Other files are ignored. Reads headers only. An index may name model.safetensors itself, as mlx writes it.
 
-    Raises UserError naming file and key: no or two sets of weights, a broken file, a file name in the index that is no
-    plain name, a missing file, a key stored twice or elsewhere than the index says.
+    Raises UserError naming file and key: no weights or two sets of them, a broken file, a file name in the index that
+    is no plain name, a missing file, a key stored twice or in another file than the index says.
     """
     index = directory / INDEX
     if not index.exists():

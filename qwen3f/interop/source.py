@@ -27,14 +27,14 @@ from qwen3f.strict_json import read_object
 from qwen3f.train import workdir as W
 from sharding.layout import ONE_DEVICE, Layout
 
-# Of a model that starts from another one these may differ, which is then said: the same weights fit.
+# These fields may differ from the model that a run starts from, since the same weights fit. A difference is printed.
 CHANGEABLE = ("rope_theta", "rope_scaling", "max_position_embeddings", "rms_norm_eps")
-# And without a word: how it is trained.
+# Fields that say how a model is trained may differ too; that is not printed.
 FREE_FIELDS = W.TRAINING_FIELDS | set(CHANGEABLE)
 
 
-# Parts that a model may have and the one it starts from not: they start fresh. A scalar head takes the place of the
-# vocabulary's.
+# Parts that a model may have although the one it starts from lacks them: they are initialised. A scalar head replaces
+# the head over the vocabulary.
 PARTS = ("scalar_head", "vision_enabled")
 
 
@@ -46,7 +46,7 @@ OF_VISION = frozenset(
 
 
 class Source(NamedTuple):
-    """A place on disk. step: of the workdir's checkpoint, None for its last."""
+    """A place on disk. step: which checkpoint of a workdir; None: its last."""
 
     directory: Path
     is_hf: bool
@@ -54,7 +54,7 @@ class Source(NamedTuple):
 
 
 def locate(source: str, flag: str = "config.init_from") -> Source:
-    """What kind of place `source` is: its config.json tells, whatever it is called or holds besides.
+    """What kind of place `source` is. Its config.json decides, not its name or its other files.
 
     Raises UserError, with the `flag` that gave it, if it is none of the three.
     """
@@ -74,7 +74,7 @@ def locate(source: str, flag: str = "config.init_from") -> Source:
 
 
 def pinned(source: str, flag: str = "config.init_from") -> str:
-    """`source` as an absolute path that stays what it is: of a workdir the checkpoint that is its last one now.
+    """`source` as a path that keeps its meaning: for a workdir, the path of the checkpoint that is its last one now.
 
     Raises UserError as `locate` does, and for a workdir without a checkpoint.
     """
@@ -125,10 +125,11 @@ def read_params(
 ) -> Params:
     """The parameters at `source`, for the model `cfg`, on `device`; on a mesh this rank's shards.
 
-    dtype: None keeps what a Hugging Face directory stores, and makes of a workdir's what the parameter table says.
-    backend: "dcp" also opens checkpoints of which a part is a pickle; see Checkpointer.
-    layout, world: of the mesh, whose ranks all call this together. Of a workdir's checkpoint each reads what it needs.
-    Of PARTS that `cfg` has more there are no parameters in what comes back.
+    dtype: None keeps the dtypes that a Hugging Face directory stores, and gives a workdir's parameters those of the
+        parameter table.
+    backend: "dcp" also opens checkpoints that hold a pickle; see Checkpointer.
+    layout, world: of the mesh, whose ranks all call this together. Each rank reads only what it needs.
+    The result has no parameters for the PARTS that `cfg` has and `source` lacks.
     Raises UserError naming the fields in which `cfg` is another model than the one there (FREE_FIELDS may differ), and
     as hf.load_pretrained and Checkpointer.restore do.
     """
@@ -158,10 +159,11 @@ def read_params(
 
 
 def weights_digest(source: str) -> str:
-    """Of the weights at `source`: hex of a hash of the sha256 of their files, which differ where the weights do.
+    """A digest of the weights at `source`, hex: a hash of the sha256 of their files.
 
-    A checkpoint's are those of its manifest, with the optimizer's; reading it compares them. A Hugging Face directory's
-    are read whole. Raises UserError as `locate` does, for a workdir without a checkpoint or one without a manifest.
+    For a checkpoint these are taken from its manifest, with those of the optimizer's files; the files are compared with
+    the manifest when they are read. The files of a Hugging Face directory are read here. Raises UserError as `locate`
+    does, for a workdir without a checkpoint or one without a manifest.
     """
     directory, is_hf, step = locate(source)
     if is_hf:
@@ -205,7 +207,8 @@ def _without_new_parts(cfg: ModelConfig, there: ModelConfig) -> ModelConfig:
 
 
 def _is_hf(config: Path, strict: bool) -> bool:
-    """strict: a file that can't be read is an error; a workdir's is only a copy of what its checkpoints hold."""
+    """Whether `config` is a Hugging Face config.json. strict: raise UserError for a file that can't be read. In a
+    workdir that is no error, since the file is only a copy of what the checkpoints hold."""
     try:
         return config.is_file() and "model_type" in read_object(config)
     except UserError:

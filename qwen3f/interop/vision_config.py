@@ -1,4 +1,5 @@
-"""Hugging Face's config.json of Qwen3-VL and Qwen3-VL-MoE: a language model's (qwen3f.interop.config), and a tower's.
+"""Hugging Face's config.json of Qwen3-VL and Qwen3-VL-MoE: a language model's keys (qwen3f.interop.config), and those
+of a vision tower.
 
 Defaults of omitted keys: transformers 5.24. Released files write rope_theta and rope_scaling with mrope_section in it,
 newer ones rope_parameters; both are read, and both are written.
@@ -75,8 +76,8 @@ def from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
 def to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The config.json of `cfg`, as config.to_hf.
 
-    Raises UserError, naming the field, for a model that transformers' Qwen3-VL can't express, and for experts of which
-    one of its tensors would be square: readers tell by the shape whether to transpose it.
+    Raises UserError, naming the field, for a model that transformers' Qwen3-VL can't express, and if a tensor of
+    experts would be square: readers decide by its shape whether to transpose it.
     """
     family = "qwen3_vl_moe" if cfg.num_experts else "qwen3_vl"
     plain = {**C.PLAIN, "scalar_head": False, "vision_merger": "mlp", "vision_deepstack_mode": "llm_inject"}
@@ -111,7 +112,7 @@ def to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def preprocessor(cfg: ModelConfig) -> dict[str, Any]:
-    """preprocessor_config.json: what image_patches does by default."""
+    """The content of preprocessor_config.json, which describes what image_patches does by default."""
     return {
         "image_processor_type": "Qwen2VLImageProcessorFast",
         "processor_class": "Qwen3VLProcessor",
@@ -143,7 +144,7 @@ def _tower(values: Mapping[str, Any], hidden: int, where: str) -> dict[str, Any]
 
 
 def _without_sections(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """(the text's keys without MRoPE's, mrope_section): the two keys stand in rope_scaling, rope_parameters or both."""
+    """(the text's keys without MRoPE's, mrope_section). MRoPE's keys stand in rope_scaling, rope_parameters or both."""
     out, found = dict(values), []
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(out.get(key), Mapping):

@@ -1,4 +1,4 @@
-"""safetensors files, written one tensor at a time: the library's own writer wants a whole shard in memory, cast."""
+"""safetensors files, written one tensor at a time: the library's own writer needs a whole shard in memory."""
 
 import json
 import os

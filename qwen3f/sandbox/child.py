@@ -1,7 +1,8 @@
 """What runs in a sandbox: the code that is judged, which answers calls; or the tests, which make them.
 
-Two processes, each in a sandbox of its own, that speak with the parent alone, a JSON line each way. So the code never
-sees the tests, and what it returns reaches them as plain values. The standard library alone, any Python from 3.8 on.
+These are two processes, each in a sandbox of its own. Both talk only to the parent, in lines of JSON. So the code never
+sees the tests, and what it returns reaches them as plain values. This file needs only the standard library, and runs on
+any Python from 3.8 on.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def answer_calls(order: dict[str, Any], lines: IO[bytes], say: Say) -> None:
 
 
 def _module(name: str) -> dict[str, Any]:
-    """The names of a new module, which can be imported: a dataclass looks for its own."""
+    """The namespace of a new module, which is in sys.modules: a dataclass looks up its own module there."""
     module = sys.modules[name] = types.ModuleType(name)
     return module.__dict__
 
@@ -110,7 +111,7 @@ def run_tests(order: dict[str, Any], lines: IO[bytes], say: Say) -> None:
         candidate = stand_in(order["entry_point"])
         space.update({name: stand_in(name) for name in _unknown(order["tests"], space)})
         space.update({order["entry_point"]: candidate, "candidate": candidate})
-        others = space.get("check")  # a stand-in, or a helper of the setup: nobody's test
+        others = space.get("check")  # a stand-in, or a helper of the setup: not the tests' own
         _execute(order["tests"], "<tests>", space)
         check = space.get("check")
         if callable(check) and check is not others:
@@ -122,8 +123,8 @@ def run_tests(order: dict[str, Any], lines: IO[bytes], say: Say) -> None:
 
 
 def _error(answer: dict[str, Any]) -> Exception:
-    """As the code raised it, if that is one of Python's own exceptions; but none that would end a loop of the tests
-    without a word, as StopIteration ends map's."""
+    """The exception that the code raised, if it is one of Python's built-in ones; else a RuntimeError. An exception
+    that would silently end a loop in the tests, as StopIteration ends map's, becomes a RuntimeError too."""
     kind = getattr(builtins, str(answer["error"]), RuntimeError)
     silent = (StopIteration, StopAsyncIteration)
     if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, silent):
@@ -135,7 +136,7 @@ def _error(answer: dict[str, Any]) -> Exception:
 
 
 def _unknown(text: str, space: dict[str, Any]) -> list[str]:
-    """Names that the tests read and nobody defines: helpers of the code's own."""
+    """Names that the tests use and that neither they nor the setup define: they are helpers in the judged code."""
     read, written = set(), set(space) | set(dir(builtins))
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Name):

@@ -1,8 +1,8 @@
 """A process takes its own rights away for good: limits, Landlock's files, and an allow-list of system calls.
 
-Runs in the sandbox before any code that is judged, by ctypes: the standard library alone, any Python from 3.8 on. What
-is left: reading the Python installation, computing, threads, and the pipes that it was given. No file can be made, no
-process started, no socket opened, no signal sent to another process.
+It runs in the sandbox before any judged code, by ctypes; it needs only the standard library, and runs on any Python
+from 3.8 on. Afterwards the process may read the Python installation, compute, start threads, and use the pipes that it
+was given. It can make no file, start no process, open no socket, and send no signal to another process.
 
 Landlock: the kernel's documentation, userspace-api/landlock. seccomp: userspace-api/seccomp_filter.
 """
@@ -67,7 +67,7 @@ _FILES = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 5: 0xFFFF}
 
 
 def set_limits(memory: int, cpu: int, processes: int) -> None:
-    """Bytes of address space, seconds of the processor, processes and threads of this user (0: not limited)."""
+    """Limit bytes of address space, seconds of processor time, and processes and threads of this user (0: no limit)."""
     limits = {
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_CPU: cpu,
@@ -85,13 +85,16 @@ def set_limits(memory: int, cpu: int, processes: int) -> None:
 
 
 def no_new_rights() -> None:
-    """No setuid program gives any."""
+    """From now on no program that this process runs can give it more rights, as a setuid program would."""
     _check(_libc().prctl(38, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
 
 
 def die_in_time(seconds: float, parent: int) -> None:
-    """The process is killed when its parent dies, and after `seconds` in any case: by a timer whose calls are not in
-    CALLS, with a signal that cannot be blocked. parent: its id; 0: not known, in another namespace."""
+    """Have this process killed when its parent dies, and after `seconds` in any case.
+
+    A timer kills it with a signal that cannot be blocked, and the calls that could stop the timer are not in CALLS.
+    parent: the parent's process id; 0: not known, since it is in another namespace.
+    """
     libc = _libc()
     _check(libc.prctl(1, 9, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
     if parent and os.getppid() != parent:
@@ -107,13 +110,13 @@ def die_in_time(seconds: float, parent: int) -> None:
 
 
 def landlock_version() -> int:
-    """Of the kernel's interface; 0: it has none."""
+    """The version of the kernel's Landlock interface; 0: the kernel has none."""
     return max(0, _libc().syscall(444, None, ctypes.c_size_t(0), 1))
 
 
 def only_read(directories: Sequence[str], files: Sequence[str] = ()) -> None:
-    """Landlock: below `directories` all may be read, and `files`; nothing else of the file system, and nothing written
-    but /dev/null. No TCP, no abstract socket, no signal beyond this process where the kernel knows of them."""
+    """Landlock: allow reading `files` and all below `directories`, and writing /dev/null; nothing else on the file
+    system. If the kernel can, also deny TCP, abstract sockets and signals to other processes."""
     libc, version = _libc(), landlock_version()
     if not version:
         raise OSError("the kernel has no Landlock")
@@ -136,7 +139,8 @@ def only_read(directories: Sequence[str], files: Sequence[str] = ()) -> None:
 
 
 def only_calls() -> None:
-    """seccomp: the calls of CALLS under CONDITIONS; any other gives EPERM, one of another architecture ends all."""
+    """seccomp: allow the calls of CALLS under CONDITIONS. Any other call gives EPERM; one of another architecture kills
+    the process."""
     program = filter_program(platform.machine(), os.getpid())
     code = b"".join(struct.pack("=HBBI", *line) for line in program)
     buffer = ctypes.create_string_buffer(code, len(code))

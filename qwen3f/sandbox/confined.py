@@ -1,4 +1,4 @@
-"""A process in a sandbox, as its parent holds it: messages with deadlines, and an end that leaves nothing."""
+"""The parent's handle on a sandboxed process: messages with deadlines, and an end that leaves nothing behind."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ _FIRST_USER, _USERS, _JOBS = 40_000, 19_200, 64  # below 65,536, where a contain
 
 
 class ConfineError(RuntimeError):
-    """A sandboxed process ended, was late, or said what is no message."""
+    """A sandboxed process ended, was late, or sent something that is no message."""
 
 
 class Late(ConfineError):
@@ -41,12 +41,13 @@ class Late(ConfineError):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """
+    """What a job, which is one or two processes, may use.
+
     Attributes:
-      seconds: of both processes together, from when they are up. cpu: seconds of the processor, each.
-      memory: bytes of address space, each. message: bytes of what one says at a time.
-      processes: processes and threads of a job's user, where it is a user of its own.
-      start: seconds to come up.
+      seconds: by the clock, of both processes together, once they are up. cpu: seconds of processor time of each.
+      memory: bytes of address space of each. message: bytes of one message.
+      processes: processes and threads of the job's user, if it has a user of its own.
+      start: seconds until a process must be up.
     """
 
     seconds: float = 10.0
@@ -65,7 +66,8 @@ _made = False
 
 @contextlib.contextmanager
 def user() -> Iterator[int]:
-    """A user that no other job of this process has; 0 where this process may not choose. Waits while all are taken."""
+    """The id of a user that no other job of this process has; 0 if this process may not choose a user, which takes
+    root's rights. Waits while all are in use."""
     global _made
     if os.geteuid():
         yield 0
@@ -84,9 +86,11 @@ def user() -> Iterator[int]:
 
 
 class Confined:
-    """A context manager. role: "code" or "tests"; see child.py, which gets `order`. number: its user, or 0.
+    """A sandboxed process; a context manager.
 
-    Its first message, {"up": True}, comes from before any code that is judged."""
+    role: "code" or "tests"; see child.py, which gets `order`. number: the id of its user; 0: this process's user. The
+    first message, {"up": True}, is sent before any judged code runs.
+    """
 
     def __init__(self, tier: Tier, role: str, number: int, limits: Limits = LIMITS, **order: Any) -> None:
         python = find_python()
@@ -160,7 +164,7 @@ class Confined:
         return message
 
     def close(self) -> None:
-        """Ends it and all that it may have started: in a namespace of its own that dies with it; else it could start
+        """Kill it and all that it may have started. In bubblewrap that dies with its namespace; elsewhere it can start
         nothing."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)

@@ -20,12 +20,14 @@ _at_a_time = threading.BoundedSemaphore(WORKERS)  # more jobs would only steal e
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """
+    """Whether code passed its tests.
+
     Attributes:
       passed: every test was right.
-      reason: "passed"; "wrong": a test was not; "error": the code or a test raised; "late"; or "ended": a process died
-        or said what is no answer. detail: in words, for a log; parts of it are the code's own.
-      seconds: that it took, start included. tier: of the sandbox.
+      reason: "passed"; "wrong": a test failed; "error": the code or a test raised; "late": it took too long; or
+          "ended":
+        a process died or sent something that is no answer. detail: in words, for a log; parts of it may be the code's.
+      seconds: by the clock, start included. tier: of the sandbox.
     """
 
     passed: bool
@@ -37,8 +39,8 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of the entry point and what it must return. Lists and tuples are one, numbers equal by value; floats to
-    `relative`."""
+    """A call of the entry point and what it must return. A list equals a tuple of the same items; numbers are compared
+    by value, floats with the relative tolerance `relative`."""
 
     arguments: Sequence[Any]
     expected: Any
@@ -64,11 +66,11 @@ def run_tests(
       tests: cases, which this process compares. Or a Python text of asserts, which runs in a sandbox of its own and
         calls the function by its name or as `candidate`; if it defines check(candidate), that is called.
       entry_point: the function's name.
-      setup: Python text for the tests to build on, such as helpers. What tests use and neither defines is called in
-        the code's process: its word is then the code's own.
+      setup: Python text that runs before the tests, such as helpers. A name that tests use and neither text defines is
+        called in the code's process: its result is then the judged code's own, and may be forged.
       tier: of tiers.TIERS; default: the best that works here.
 
-    As many at a time as there are processors; further calls wait. Raises UserError where there is no sandbox.
+    As many calls run at a time as there are processors; others wait. Raises UserError if no sandbox works here.
     """
     found = find_tier(tier)
     with _at_a_time, user() as number:
@@ -138,7 +140,8 @@ def _judge_text(child: Confined, job: _Job) -> Verdict:
 
 
 def _begin(child: Confined, job: _Job) -> Verdict | Callable[[], float]:
-    """Seconds that are left, as a function; or why the code does not run."""
+    """Wait until the code is loaded. Returns a function that gives the seconds left; or a Verdict if the code
+    raised."""
     child.receive(job.limits.start)
     until = time.monotonic() + job.limits.seconds
 
@@ -155,7 +158,7 @@ def _raised(answer: Mapping[str, Any]) -> Verdict:
 
 
 def _said(answer: Mapping[str, Any]) -> tuple[str, str]:
-    """An exception's name and words. Raises ConfineError for what are none."""
+    """(name, message) of the exception in an answer. Raises ConfineError if they are no strings."""
     found = answer.get("error"), answer.get("words", "")
     if not all(isinstance(text, str) for text in found):
         raise ConfineError("it said what is no exception")
@@ -164,8 +167,8 @@ def _said(answer: Mapping[str, Any]) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _answered() -> Iterator[None]:
-    """Reads an answer within it. Raises ConfineError for one that is no value, whatever that led to: the code can write
-    to the pipe itself."""
+    """A context for reading an answer. Any exception in it becomes a ConfineError: the code can write to the pipe
+    itself, so an answer may be anything."""
     try:
         yield
     except Exception as error:
@@ -180,7 +183,7 @@ def _shown(value: Any) -> str:
 
 
 def same(value: Any, expected: Any, relative: float = 1e-9) -> bool:
-    """Whether two plain values are equal as JSON's are: a list and a tuple are one, True is not 1."""
+    """Whether two plain values are equal as in JSON: a list equals a tuple of the same items, True is not 1."""
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(value, int | float) and isinstance(expected, int | float):
@@ -200,8 +203,8 @@ def same(value: Any, expected: Any, relative: float = 1e-9) -> bool:
 def run_all(
     jobs: Iterable[tuple[str, Tests, str]], limits: Limits = LIMITS, *, tier: str = "", workers: int = WORKERS
 ) -> Iterator[Verdict]:
-    """run_tests of (code, tests, entry point), in order, several at a time. `jobs` is read no further ahead than twice
-    as many as run, so that a slow judge holds back who makes them."""
+    """run_tests of each (code, tests, entry point), in order, `workers` at a time. At most 2 · workers jobs are taken
+    ahead of the results, so that a slow judge slows down the producer of `jobs`."""
     find_tier(tier)
     with ThreadPoolExecutor(workers) as pool:
         waiting: list[Future[Verdict]] = []

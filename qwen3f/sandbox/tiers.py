@@ -1,9 +1,10 @@
-"""The three tiers: bubblewrap's namespaces, Landlock and seccomp alone, or a refusal. Found by trying, never by asking.
+"""The three tiers: bubblewrap's namespaces, Landlock and seccomp alone, or a refusal. Which one works is found by
+trying.
 
-A  "bubblewrap": every namespace of its own (files, processes, network, users), nothing to read but Python, a job with a
-   user of its own, and in there what B's processes do to themselves but for Landlock.
+A  "bubblewrap": the process has its own namespaces (files, processes, network, users) and can read only Python; a job
+   has a user of its own. Inside, the process also takes away its own rights as in B, but without Landlock.
 B  "landlock": for containers that deny namespaces. The process takes away its own rights (confine.py).
-C  neither works: nothing is run, unless the tier "none" is named, which has limits alone.
+C  neither works: nothing is run, unless the tier "none" is named, which has resource limits only.
 """
 
 import contextlib
@@ -22,13 +23,14 @@ from qwen3f.errors import UserError
 
 Tier = Literal["bubblewrap", "landlock", "none"]
 TIERS: tuple[Tier, ...] = ("bubblewrap", "landlock", "none")
-VARIABLE = "QWEN3F_SANDBOX"  # the tier that is wanted, "" or "auto": the best that works
+VARIABLE = "QWEN3F_SANDBOX"  # the tier to use; "" or "auto": the best that works
 _SYSTEM = ("/lib", "/lib64", "/lib32", "/bin", "/sbin")
 
 
 @dataclasses.dataclass(frozen=True)
 class Python:
-    """program: that any user can read. places: the directories that it needs, beside the system's."""
+    """The Python of the sandbox. program: its path, which every user can read. places: directories that it needs beside
+    the system's."""
 
     program: str
     places: tuple[str, ...] = ()
@@ -57,7 +59,7 @@ def _for_all(path: Path) -> bool:
 
 
 def wrapper(tier: Tier, python: Python) -> list[str]:
-    """What stands before the Python program on a command line."""
+    """The part of the command line before the Python program."""
     if tier != "bubblewrap":
         return []
     command = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
@@ -74,14 +76,14 @@ def wrapper(tier: Tier, python: Python) -> list[str]:
 
 
 def readable(python: Python) -> list[str]:
-    """The directories that Landlock lets be read."""
+    """The directories that Landlock allows to be read."""
     return ["/usr", *_SYSTEM, *python.places]
 
 
 def find_tier(wanted: str = "") -> Tier:
-    """The tier that is wanted (default: the variable's), if it works here; "" or "auto": the best that does.
+    """The tier `wanted` (by default that of VARIABLE), if it works here; for "" or "auto" the best one that works.
 
-    Raises UserError, naming what is missing, if it does not, or if none does.
+    Raises UserError, naming what is missing, if it does not work, or if none does.
     """
     wanted = wanted or os.environ.get(VARIABLE, "")
     if wanted in ("", "auto"):
@@ -104,7 +106,7 @@ def find_tier(wanted: str = "") -> Tier:
 
 @contextlib.contextmanager
 def preferred(tier: str) -> Iterator[None]:
-    """Within it `tier` is what is wanted where nobody names one, here and in processes that are started."""
+    """A context in which `tier` is the default tier, in this process and in processes that it starts."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = tier
     try:
@@ -120,7 +122,7 @@ def why_not(tier: Tier) -> str:
     """Why a tier does not work here; "" if it does. Tries it."""
     if tier == "bubblewrap" and not shutil.which("bwrap"):
         return "there is no bwrap: apt-get install bubblewrap"
-    from qwen3f.sandbox.confined import Confined, ConfineError, user  # which starts what is described here
+    from qwen3f.sandbox.confined import Confined, ConfineError, user  # here, since it imports this module
 
     try:
         with user() as number, Confined(tier, "code", number, code="def f(x):\n    return x + 1\n") as child:

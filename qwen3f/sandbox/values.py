@@ -1,8 +1,8 @@
-"""Plain values over a pipe: JSON in which tuples, sets, other keys than text and the like keep what they are.
+"""Plain values over a pipe: JSON that keeps tuples, sets, keys that are no strings, and the like.
 
-Only exact built-in types travel, so no object of the code that is judged ever reaches the one that compares: of a
-Counter its dict, of a named tuple its tuple, whatever their methods say. Runs on both sides of the pipe: the standard
-library alone, any Python from 3.8 on.
+Only exact built-in types are sent, so no object of the judged code reaches the process that compares. A Counter is sent
+as its dict, a named tuple as its tuple; their own methods are not called. It runs on both sides of the pipe, needs only
+the standard library, and runs on any Python from 3.8 on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LARGE = 1 << 64  # from here on an integer travels as hex, which no limit of de
 
 
 def pack(value: Any, depth: int = DEPTH) -> Any:
-    """A plain value as what json.dumps takes; of a subclass what it holds as the built-in type. Raises TypeError for
+    """A plain value in a form that json.dumps takes; a subclass is packed as its built-in type. Raises TypeError for
     any other type, and for values that are nested deeper than `depth`."""
     if depth < 0:
         raise TypeError("a value that is nested too deeply")
@@ -48,13 +48,14 @@ def pack(value: Any, depth: int = DEPTH) -> Any:
 
 
 def unpack(found: Any) -> Any:
-    """The inverse of pack, of what json.loads gives. Raises ValueError or TypeError for anything else, for values that
-    are nested deeper than DEPTH, and for sets and dicts whose keys share hashes: made so, they take minutes."""
+    """The inverse of pack, for what json.loads gives. Raises ValueError or TypeError for anything else, for values
+    nested deeper than DEPTH, and for sets and dicts with many keys of the same hash: these could take minutes to
+    make."""
     return _Message().unpack(found, DEPTH)
 
 
 class _Message:
-    """One of them, with how many pairs of its keys share a hash within their set."""
+    """Unpacks one message, and counts the pairs of keys that share a hash within their set or dict."""
 
     def __init__(self) -> None:
         self._shared = 0

@@ -1,24 +1,25 @@
-r"""The parts of what a model writes: thinking, answer, the final answer in \boxed{…}; and whether it has its form."""
+r"""The parts of what a model writes: thinking, answer, the final answer in \boxed{…}; and whether it has the required
+form."""
 
 import re
 
 from qwen3f.data.sources.adapters.answers import last_boxed, without_thousands
 
-READ = 4_000  # characters of an answer, its last ones, that are looked at
-LONGEST = 500  # of a final answer; a longer one is wrong
+READ = 4_000  # characters at the end of an answer; those before are not read
+LONGEST = 500  # characters of a final answer; a longer one is wrong
 
 _THINK, _END = "<think>", "</think>"
 _FRACTION = re.compile(r"(-?)\\[dt]?frac(?:\{(-?\d+)\}|\s*(\d))(?:\{(\d+)\}|\s*(\d))", re.ASCII)
-# Blanks around a sign say nothing, but for those in front of the sign of a number in a row, as in "3 -5".
+# Blanks around a sign mean nothing, except before the sign of a number in a list, as in "3 -5".
 _SIGN = re.compile(r"(?<=[\w)}])\s+-(?=\S)|\s*([/+*=-])\s*")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
 _NUMBER = re.compile(r"([+-]?)0*(0|[1-9]\d*)", re.ASCII)
 
 
 def after_thinking(text: str) -> str | None:
-    """The answer: all behind the last "</think>"; None if thinking began and did not end.
+    """The answer: all after the last "</think>"; None if thinking began and did not end.
 
-    A text without either tag is an answer as a whole: the prompt held the thinking block.
+    A text with neither tag is the whole answer: then the prompt held the thinking block.
     """
     _, end, answer = text.rpartition(_END)
     if not end and _THINK in text:
@@ -27,19 +28,20 @@ def after_thinking(text: str) -> str | None:
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""What the last \boxed{…} of the answer holds, normalised; None without an answer or a box in it, or if it holds
-    more than a final answer has."""
+    r"""What the last \boxed{…} of the answer holds, normalised; None without an answer or a box, or if the box holds
+    more than LONGEST characters."""
     answer = after_thinking(text)
     box = None if answer is None else last_boxed(answer[-READ:])
     return None if box is None or len(box) > LONGEST else normalised(box)
 
 
 def normalised(answer: str) -> str:
-    r"""A final answer in one way of writing, to be compared by equality.
+    r"""A final answer in a normal form, so that equal answers are equal texts.
 
-    Left out are blanks, dollar signs, a full stop, \text{…} around words, "x =" before a value, commas between the
-    thousands of a number, plus signs and leading zeros of an integer; \frac{a}{b} becomes a/b if it is all there is, so
-    that 1\frac{4}{5} is not 14/5; a minus sign "-", letters small, digits ASCII. Nothing is computed: 2/4 is not 1/2.
+    Removed are blanks, dollar signs, a full stop, \text{…} around words, "x =" before a value, commas between the
+    thousands of a number, plus signs and leading zeros of an integer. \frac{a}{b} becomes a/b if it is the whole answer
+    (so 1\frac{4}{5} is not 14/5), a minus sign "-", letters lower case, digits ASCII. Nothing is computed: 2/4 is not
+    1/2.
     """
     text = answer.replace("\u2212", "-").replace("$", "").replace("\\!", "").replace("\\,", "")
     text = _TEXT.sub(r"\1", text).strip().rstrip(".").strip()
@@ -54,9 +56,9 @@ def normalised(answer: str) -> str:
 
 
 def is_well_formed(text: str, thinking: bool, block_in_prompt: bool = False) -> bool:
-    r"""Whether an answer has the form that was asked for.
+    r"""Whether an answer has the required form.
 
-    With thinking: one block, with a thought in it, and an answer behind it. Without: an empty block, or none where the
+    With thinking: one block, with a thought in it, and an answer after it. Without: an empty block, or none if the
     prompt held it, and an answer.
 
     Args:
@@ -71,7 +73,7 @@ def is_well_formed(text: str, thinking: bool, block_in_prompt: bool = False) -> 
 
 
 def _cut(text: str) -> tuple[str | None, str, str]:
-    """(what stands before the block, the thought, the answer); None first unless there is one block."""
+    """(the text before the block, the thought, the answer); (None, "", "") unless there is exactly one block."""
     if text.count(_THINK) != 1 or text.count(_END) != 1 or text.index(_THINK) > text.index(_END):
         return None, "", ""
     before, _, rest = text.partition(_THINK)

@@ -1,6 +1,6 @@
-r"""Final answers as the LaTeX that math-verify reads: signs of Unicode, words behind a number, percent signs.
+r"""Final answers as LaTeX that math-verify reads: Unicode signs, words after a number, percent signs.
 
-By itself it reads "5\text{ million}" as 5, and of words without \text each letter as a variable.
+Without this, math-verify reads "5\text{ million}" as 5, and each letter of a word outside \text as a variable.
 """
 
 import re
@@ -17,7 +17,7 @@ _SCALES = {"dozen": "12"} | {
     word: f"10^{{{power}}}"
     for word, power in (("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
 }
-# Words that make another number of the one before them, and names that stand for a number or a function.
+# These are no unit: words that change the number before them, and names of numbers or functions.
 _NO_UNIT = re.compile(
     r"\b(?:and|or|to|plus|minus|times|over|mod|remainder|percent|pi|sqrt|log|sin|cos|tan|squared|cubed|factorial|"
     r"half|halves|(?:third|fourth|quarter|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s?)\b"
@@ -26,10 +26,10 @@ _PERCENT = re.compile(r"(.*?\S)\s*(?:\\?%|\\text\{\s*percent\s*\}|\bpercent)", r
 
 
 def as_latex(answer: str) -> str:
-    r"""A final answer with LaTeX for signs of Unicode; of a number with a unit in words, as "72 clips", the number, and
-    of "5 million" its product; "5\text{ hours }30\text{ minutes}" without \text, so that it is not 5.
+    r"""A final answer in a form that math-verify reads rightly.
 
-    Everything else stays as it is.
+    Unicode signs become LaTeX. A number with a unit in words, such as "72 clips", becomes the number, and "5 million"
+    the product. "5\text{ hours }30\text{ minutes}" loses \text, so that it is not read as 5. All else stays as it is.
     """
     text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2] or found[3]}}}", answer.strip())
     for sign, latex in _SIGNS.items():

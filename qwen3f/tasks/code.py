@@ -1,7 +1,8 @@
 """The task `code`: small generated programming problems, whose answer is a function that is run in the sandbox.
 
 A problem is a pipeline of one to three steps over a list of integers or a word, said in words; its tests are calls with
-what the steps give. A problem whose tests have few different answers is left out: a constant must not pass for code.
+the results that the steps give. A problem whose tests have few different answers is left out: a constant must not pass
+for code.
 """
 
 import json
@@ -19,12 +20,12 @@ from qwen3f.tasks.task import Question
 
 NUM_PROBLEMS = 8_192
 CASES = 8
-DIFFERENT = 5  # answers among them, at least
+DIFFERENT = 5  # at least this many results of a problem's cases differ
 LONGEST_CODE = 20_000  # characters; a longer answer is wrong
 
 
 class Step(NamedTuple):
-    """words: as "keep …" or "take …". run: what it does. made from a small number n where it has one."""
+    """A step of a problem. words: what the question says, such as "keep …". run: what the step computes."""
 
     words: str
     run: Callable[[Any], Any]

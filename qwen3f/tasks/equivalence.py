@@ -19,10 +19,10 @@ _workers = shared(1, DEADLINE)
 
 
 def final_answer(text: str) -> str | None:
-    r"""What the last \boxed{…} holds, else what follows the last "####", else the last line; behind the thinking only.
+    r"""What the last \boxed{…} holds, else what follows the last "####", else the last line; only after the thinking.
 
-    Of a last line "… the answer is 5." it is what follows the announcement; if that has a digit, it counts more than
-    "####", which may begin a heading. None without an answer, or one that is too long to be one.
+    In a last line such as "… the answer is 5." it is what follows "is". If that has a digit, it comes before "####",
+    which may begin a heading. None if there is no answer, or if it is longer than LONGEST.
     """
     answer = after_thinking(text)
     if answer is None:
@@ -44,7 +44,7 @@ def judge(answer_text: str, gold: str) -> Outcome:
         return Outcome(0.0 if gold.strip() else None)
     if normalised(answer) == normalised(gold):
         return Outcome(1.0)
-    if os.environ.get(INSIDE):  # here it is a process with a deadline already
+    if os.environ.get(INSIDE):  # this process already has a deadline
         from qwen3f.tasks.verifier import same_mathematics
 
         return Outcome(same_mathematics(answer, gold))

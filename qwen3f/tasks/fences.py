@@ -26,10 +26,10 @@ _FENCED = re.compile(
 
 
 def python_blocks(text: str, unclosed: bool = False) -> list[str]:
-    """What stands in the blocks without a tag, or with one such as python, py, Python3 or python3.11; in order.
+    """The contents of blocks without a tag, or with a tag such as python, py, Python3 or python3.11; in order.
 
-    A fence is three backticks or tildes, or more; what it is quoted or indented by is taken from its block's lines.
-    unclosed: whether a last block without an end counts.
+    A fence is three or more backticks or tildes. If it is quoted or indented, the same is removed from its block's
+    lines. unclosed: whether a last block without an end counts.
     """
     blocks = []
     for found in _FENCED.finditer(text):
@@ -41,10 +41,10 @@ def python_blocks(text: str, unclosed: bool = False) -> list[str]:
 
 
 def program(text: str, name: str, unclosed: bool = False) -> str | None:
-    """Of `python_blocks` the last one that defines `name` at a line's beginning, else the last one that does so further
-    in, as a class does, else the last one; None without any.
+    """The code of an answer: the last of `python_blocks` that defines `name` at a line's beginning.
 
-    So what stands behind an answer's code, an example of its use or what that prints, is not taken for the code.
+    If there is none, the last one that defines it indented, as in a class; else the last block; None without blocks. So
+    an example of its use after the code, or what that prints, is not taken for the code.
     """
     blocks = python_blocks(text, unclosed)
     for indented in (False, True):
@@ -55,8 +55,8 @@ def program(text: str, name: str, unclosed: bool = False) -> str | None:
 
 
 def defines(code: str, name: str, indented: bool = True) -> bool:
-    """Whether lines of Python define `name`, as a function or by an assignment. indented: at whatever indent, else at a
-    line's beginning alone."""
+    """Whether lines of Python define `name`, as a function or by an assignment. indented: True: at any indentation;
+    False: only at a line's beginning."""
     own, indent = re.escape(name), r"[ \t]*" if indented else ""
     definition = rf"^{indent}(?:(?:async[ \t]+)?def[ \t]+{own}\b|{own}[ \t]*(?::[^=\n]+)?=(?!=))"
     return re.search(definition, code, re.MULTILINE) is not None

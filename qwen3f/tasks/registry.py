@@ -12,14 +12,14 @@ from qwen3f.tasks.visual import VisualTask
 from qwen3f.tasks.word_problems import WordProblems
 
 _TASKS: dict[str, Callable[[], Task]] = {"code": CodeTask, "visual": VisualTask}
-_DATA_SETS = ("gsm8k", "math")  # which may have a directory behind them
+_DATA_SETS = ("gsm8k", "math")  # a name may have a directory after it: gsm8k@DIR
 
 
 def open_task(name: str, flag: str, problems: ReasoningSource | None = None) -> Task:
     """The task of a name. Raises UserError for an unknown one.
 
-    name: of a data set also with its local copy, gsm8k@DIR. flag: what names it on the command line, for the message.
-    problems: of all families, from which a task of generated problems has its own; without them it asks the default's.
+    name: a data set's may have its local copy, gsm8k@DIR. flag: the flag that names it, for the message. problems:
+    generated problems of all families, of which a task takes its own family's; None: the default ones.
     """
     if name in FAMILIES:
         own = (problems or ReasoningSource(kinds=FAMILIES[name])).family(name)
@@ -34,7 +34,8 @@ def open_task(name: str, flag: str, problems: ReasoningSource | None = None) -> 
 
 
 def open_text_task(name: str, flag: str, problems: ReasoningSource | None = None) -> Task:
-    """As `open_task`, for who asks in words alone. Raises UserError also for a task whose questions have pictures."""
+    """As `open_task`, for a stage that shows text only. Raises UserError also for a task whose questions have
+    pictures."""
     task = open_task(name, flag, problems)
     if name in _TASKS and any(question.images for question in islice(task.questions("train"), 1)):
         raise UserError(

@@ -15,7 +15,7 @@ class Question:
         prompt: what the user asks; complete in itself.
         gold: the right final answer, for the task's judge.
         group: what results are listed by, e.g. ("arithmetic", "difficulty 2").
-        images: pillow's, that stand before the prompt in the user's turn.
+        images: pillow images, which stand before the prompt in the user's turn.
     """
 
     prompt: str

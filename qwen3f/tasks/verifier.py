@@ -1,6 +1,6 @@
-"""What of a judgement needs math-verify, and may run for ever: for a process that can be killed.
+"""The comparison of answers by math-verify. It may run for ever, so it runs in a process that can be killed.
 
-A module of its own, so that loading it, which takes a second, counts in no call's deadline.
+It is a module of its own, so that the second it takes to load counts in no call's deadline.
 """
 
 import logging
@@ -14,9 +14,9 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of its own 
 
 
 def same_mathematics(answer: str, gold: str) -> float | None:
-    """1.0 if a final answer means the same as `gold`, 0.0 if not; None if gold is nothing that can be compared.
+    """1.0 if a final answer means the same as `gold`, 0.0 if not; None if gold cannot be compared.
 
-    Where one of the two is of percent, as 10%, the other may be 10, as one answers "how many percent?", or 0.1.
+    If one of the two is in percent, such as 10%, the other may be 10 (the answer to "how many percent?") or 0.1.
     """
     answer, answer_of_100 = without_percent(as_latex(answer))
     gold, gold_of_100 = without_percent(as_latex(gold))
@@ -43,4 +43,4 @@ def _hundredth(number: str) -> str:
     return rf"\frac{{{number}}}{{100}}"
 
 
-same_mathematics("2x + 1", "1 + 2x")  # math-verify loads the rest when it is first asked
+same_mathematics("2x + 1", "1 + 2x")  # math-verify loads the rest of itself at its first call

@@ -35,7 +35,7 @@ def topic(question: str) -> str:
 
 @dataclass(frozen=True)
 class VisualTask:
-    """Generated pictures. Its held-out split is that of training on them: decided by all that is drawn.
+    """Generated pictures. The held-out split is the one of training on them: a hash of all that is drawn decides.
 
     Attributes:
         kinds, seed, num_pictures: which pictures; min_side, max_side: their sides in pixels.
@@ -55,7 +55,7 @@ class VisualTask:
             yield Question(item.question, item.answer, (topic(item.question),), (item.image,))
 
     def judge(self, answer_text: str, gold: str) -> float:
-        """1.0 if what stands behind the thinking is `gold`, but for blanks, a full stop and case; else 0.0."""
+        """1.0 if the text after the thinking is `gold`, apart from blanks, a full stop and case; else 0.0."""
         answer = after_thinking(answer_text)
         return float(answer is not None and _plain(answer) == _plain(gold))
 

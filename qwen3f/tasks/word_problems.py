@@ -24,7 +24,7 @@ class WordProblems:
     def questions(self, split: Split) -> Iterator[Question]:
         """As in `Task`. A row whose solution has no answer is left out. Raises UserError for a row that cannot be
         read, and for a data set that is not there."""
-        # here: judging, in processes of its own, needs neither data sets nor the torch that they load
+        # imported here: processes that only judge need neither data sets nor the torch that these load
         from qwen3f.data.sources.adapters.grpo import ADAPTERS
         from qwen3f.data.sources.adapters.opening import rows
         from qwen3f.data.sources.adapters.rows import LeftOut, RowFault
@@ -40,5 +40,5 @@ class WordProblems:
             yield Question(found["question"] + INSTRUCTION, found["answer"])
 
     def judge(self, answer_text: str, gold: str) -> float | None:
-        """math_reward: 1.0, 0.0, or None where gold is nothing that can be compared."""
+        """math_reward: 1.0, 0.0, or None if gold cannot be compared."""
         return math_reward(answer_text, gold)

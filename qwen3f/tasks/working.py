@@ -1,4 +1,4 @@
-"""Whether the derivation of an answer to a procedure is right, line by line, beside its final answer."""
+"""Whether the derivation in an answer to a procedure is right, line by line; its final answer is judged elsewhere."""
 
 from qwen3f.data.sources.reasoning import digits, letters
 
@@ -7,7 +7,7 @@ def right_working(question: str, answer_text: str) -> float:
     """1.0 if the thought has the lines of the derivation, no more and no fewer, up to blanks; else 0.0, also for a
     question that is no procedure.
 
-    A right answer with another derivation counts 0: what is told is whether the steps were done, not only the last.
+    A right answer with another derivation gets 0.0: the value says whether all steps were done, not only the last.
     """
     lines = letters.working(question) or digits.working(question)
     if not lines:
