@@ -5,7 +5,7 @@ as they would read a data set of that many files. Each part runs in a process of
 
     tokenise  texts to ids to examples of 4,096 tokens, in one thread
     cache     building a token cache of half of the shards and of all, with one thread, two, and two worker processes
-              (whose start is in it), with the peak memory; reading it into batches of 64 × 4,096
+              (including their start), with the peak memory; reading it into batches of 64 × 4,096
     stream    the shards through a shuffle buffer of 1,000 documents into such batches, and the peak memory after a
               tenth of the tokens and after all
 

@@ -82,7 +82,7 @@ def load_pretrain_dataset(
     Args:
         stage: 1 (web text), 2 (mathematics and code) or 3 (books).
         tokenizer: text to ids; `eos_id` ends each document.
-        max_seq_len: T; a longer document is cut and goes on in the next window.
+        max_seq_len: T; a longer document is cut and continues in the next window.
         reset_positions, cross_documents: as for `PackedDataset`. The others: see the module's docstring.
 
     Raises:

@@ -126,7 +126,7 @@ class Loader:
                 "give batch_size >= 1, start >= 0, prefetch >= 1 and workers >= 0."
             )
         if isinstance(dataset, StreamDataset) and (state["examples"] if state else 0) > start:
-            raise UserError(f"The state of the stream is behind place {start}: give one that is not.")
+            raise UserError(f"The state of the stream is after place {start}: give the state of an earlier place.")
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
         self._device, self._vocab_size = torch.device(device), vocab_size
         self._rows = options.share.rows(batch_size)

@@ -60,6 +60,7 @@ class Records:
                 self._size = file.tell()
         except OSError as error:
             raise UserError(
-                f"{self._path} cannot be written ({error.strerror or error}): mend that; the same command then goes on"
+                f"{self._path} cannot be written ({error.strerror or error}): fix that and write the same command "
+                "again; it resumes"
             ) from error
         self.done |= {record["number"]: record for record in records}

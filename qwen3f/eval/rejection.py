@@ -1,5 +1,5 @@
-"""Rejection sampling: several answers to each question, of which the right ones become chats to fine-tune on, or the
-best and the worst a pair for DPO.
+"""Rejection sampling: several answers to each question. The right ones become chats to fine-tune on, or the best and
+the worst become a pair for DPO.
 
 `own_answers` says what a row is. Question i's answer k has the random stream i · samples + k, so a run that was killed
 and resumed gets the same answers as one that was not.
@@ -115,7 +115,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> dict[str, A
 
 
 def _check(config: ConfigDict) -> Task:
-    """The task, of the questions that config.data names."""
+    """The task of config.task, with the problems of config.data. Raises UserError for keys that cannot work."""
     for key in ("init_from", "out"):
         if not config[key]:
             raise UserError(f"--config.{key} is missing; write --config.{key}=DIR")
@@ -157,8 +157,8 @@ def _progress(out: Path, settings: dict[str, Any]) -> Progress:
     if not path.exists():
         if others := sorted(x.name for x in out.iterdir() if x.name != LOCK):
             raise UserError(
-                f"--config.out={out} holds {others[0]}, which is not of a run that could go on: name a directory that "
-                "is empty or does not exist"
+                f"--config.out={out} holds {others[0]}, but no {SUMMARY} of a run that could be resumed: name a "
+                "directory that is empty or does not exist"
             )
         return Progress(settings)
     there = read_object(path)
@@ -221,8 +221,8 @@ def _sample(
                 write_atomically(out / SUMMARY, done.as_json())
     except OSError as error:
         raise UserError(
-            f"--config.out={out} cannot be written ({error.strerror or error}): mend that; the same command then goes "
-            "on"
+            f"--config.out={out} cannot be written ({error.strerror or error}): fix that and write the same command "
+            "again; it resumes"
         ) from error
 
 
@@ -236,11 +236,11 @@ def _describe(config: ConfigDict, done: Progress) -> list[str]:
     lines = [
         f"{n['asked']:,} answers to {n['questions']:,} questions: {n['right']:,} right, {n['wrong']:,} wrong, "
         f"{n['not_ended']:,} not ended, {n['unjudged']:,} not to be judged",
-        f"{n['kept']:,} pairs of a better and a worse answer; to {n['questions'] - n['solved']:,} questions all "
-        f"answers are of equal worth; {n['malformed']:,} answers without the form of one"
+        f"{n['kept']:,} pairs of a better and a worse answer; {n['questions'] - n['solved']:,} questions have no pair, "
+        f"as no answer is better; {n['malformed']:,} malformed answers"
         if config.rows == "pairs"
         else f"of the right ones {n['kept']:,} kept, to {n['solved']:,} questions; {n['repeated']:,} repeated, "
-        f"{n['surplus']:,} beyond --config.keep={config.keep}, {n['malformed']:,} without the form of an answer",
+        f"{n['surplus']:,} beyond --config.keep={config.keep}, {n['malformed']:,} malformed",
     ]
     for name, found in sorted(done.groups.items()):
         share = found["right"] / max(1, found["asked"])

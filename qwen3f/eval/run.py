@@ -50,7 +50,8 @@ _PROBLEMS = ("kinds", "difficulties", "problems", "problem_seed")  # of config.d
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
-    """A benchmark as it is asked. values: what its records depend on, plain JSON. kind: of the chats, if it has any."""
+    """A benchmark with its questions and settings. values: what its records depend on, plain JSON. kind: of the chat
+    template; HYBRID if nothing is asked in chats."""
 
     benchmark: Benchmark
     asked: Sequence[Asked]
@@ -163,7 +164,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
-    """(what is asked, the place of the model that is asked)."""
+    """(the benchmarks with their questions, the place of the model)."""
     place, settings, exams = source.pinned(config.init_from), settings_of(config), []
     dtype = str(find_dtype(config.dtype, find_device(config.device))).removeprefix("torch.")
     named = check(config)
@@ -215,8 +216,8 @@ def _files(config: ConfigDict, workdir: Path, exams: Sequence[Exam], place: str)
                 now = question(exam.benchmark, one, exam.settings, exam.kind)
                 if changed := [key for key in _QUESTION if record.get(key) != now.get(key)]:
                     raise UserError(
-                        f"--workdir={workdir}: question {one.number} of {exam.benchmark.name}, {record['name']}, was "
-                        f"another one, by its {changed[0]}; choose another --workdir, or put the data set back"
+                        f"--workdir={workdir}: question {one.number} of {exam.benchmark.name}, {record['name']}, has "
+                        f"another {changed[0]} than its record; choose another --workdir, or put the data set back"
                     )
         files.append(file)
     return files

@@ -103,8 +103,8 @@ class CodeTask:
 
 
 def code_of(answer_text: str, name: str) -> str | None:
-    """The block of Python in the answer that defines `name` (fences.program), else the answer itself; None without an
-    answer, or one too long."""
+    """The block of Python in the answer that defines `name` (fences.program), or the whole answer if it has no block;
+    None if there is no answer, or if it is longer than LONGEST_CODE."""
     answer = after_thinking(answer_text)
     if answer is None or len(answer) > LONGEST_CODE:
         return None
@@ -113,8 +113,10 @@ def code_of(answer_text: str, name: str) -> str | None:
 
 
 def problem(seed: int, index: int) -> Question | None:
-    """The problem of a number, None for one that a constant nearly solves. gold is JSON, {"entry_point", "cases":
-    [[arguments, expected], …]}."""
+    """Problem number `index`; None if its tests have too few different results, so that a constant could pass most.
+
+    gold is JSON: {"entry_point", "cases": [[arguments, expected], …]}.
+    """
     draw = random.Random(f"code {seed} {index}")
     texts = index % 2 == 1
     middle, ends = (_WORDS, _TEXT_ENDS) if texts else (_LISTS, _ENDS)

@@ -135,7 +135,7 @@ def test_another_picture_is_another_question(seeing, tmp_path):
     run.evaluate(config, tmp_path / "e", progress=False)
     run.evaluate(config, tmp_path / "e", progress=False)
     write_parquet(root / "rows" / "docvqa", "docvqa", (0, 2, 2))
-    with pytest.raises(UserError, match="question 1 of docvqa, .* was another one, by its image"):
+    with pytest.raises(UserError, match="question 1 of docvqa, .* has another image than its record"):
         run.evaluate(config, tmp_path / "e", progress=False)
 
 

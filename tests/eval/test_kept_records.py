@@ -109,7 +109,7 @@ def test_records_of_other_questions_are_not_mixed(place, tmp_path, what):
     evaluate(place, tmp_path / "e", **config)
     evaluate(place, tmp_path / "e", **config)
     copy_of(name, tmp_path / "rows", change)
-    words = f"question 0 of {name}, .*, was another one, by its {'gold' if what == 'aliases' else what}; choose"
+    words = f"question 0 of {name}, .*, has another {'gold' if what == 'aliases' else what} than its record; choose"
     with pytest.raises(UserError, match=words):
         evaluate(place, tmp_path / "e", **config)
 

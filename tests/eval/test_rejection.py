@@ -269,7 +269,7 @@ def test_directories_of_something_else_stay_as_they_are(configure, scripted, tmp
         assert "\n" not in str(caught.value)
         assert contents(out) == before
 
-    refused("out holds mine.jsonl, which is not of a run that could go on")
+    refused("out holds mine.jsonl, but no rejection_summary.json of a run that could be resumed")
     shutil.rmtree(out)
     run(configure(), tmp_path, progress=False)
     refused("samples by other settings: --config.seed was 0, and is now 1", seed=1)

@@ -1,7 +1,7 @@
 """Reads every token cache in a directory against its checksums: python -m qwen3f.data.cache.check [DIR]
 
-DIR is the run's `data.cache`, by default the default of that. A line for each cache; exit code 2 if a file is damaged,
-with a line that names it.
+DIR is what `data.cache` was in the run, by default the default directory. Prints a line for each cache. If a file is
+damaged, the line names it, and the exit code is 2.
 """
 
 import sys

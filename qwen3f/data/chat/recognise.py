@@ -95,7 +95,7 @@ def check_chat_tokenizer(tokenizer: Tokenizer) -> TemplateKind:
 def own_template(directory: Path) -> tuple[Path, str] | None:
     """The template in a tokenizer's directory, with its file; transformers, too, reads chat_template.jinja first.
 
-    Raises UserError for a file that can't be read, and for several templates of which none is the default.
+    Raises UserError for a file that can't be read, and for several templates without a default one.
     """
     path = directory / TEMPLATE
     try:

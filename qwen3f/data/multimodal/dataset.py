@@ -91,7 +91,7 @@ class Document:
 class VisualDataset:
     """Rows of whole chats, used like BestFitDataset.
 
-    Keys as `packing.concat.PackedDataset`, but positions int64 [3, T]; also visual_index int64 [T], pixel_values
+    Keys as `packing.concat.PackedDataset`, but positions int64 [3, T]; also visual_index int32 [T], pixel_values
     float32 [P, V] and grids int32 [n, 3], padded with zeros.
 
     Attributes:
@@ -261,7 +261,7 @@ def check(data: VisualDataConfig, seq_len: int, cfg: ModelConfig) -> None:
 def _document(
     sample: VisualSample, tokenizer: Tokenizer, cfg: ModelConfig, data: VisualDataConfig, counts: Counter[str]
 ) -> Document | None:
-    """The sample as ids; None, with on_bad_row="skip", if a picture cannot be scaled to the limits."""
+    """The sample as ids; with on_bad_row="skip", None for a picture that cannot be used, such as one too narrow."""
     try:
         shown = [_shown(file, cfg, data.min_pixels, data.max_pixels) for file in sample.pictures]
     except UserError as error:

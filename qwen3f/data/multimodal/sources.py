@@ -66,7 +66,8 @@ class DrawnPicture:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn for the generated sources: how many, between which sides in pixels, of which kinds."""
+    """What is drawn for the generated sources: `count` pictures of `kinds`, with sides of min_side … max_side
+    pixels."""
 
     count: int = NUM_PICTURES
     seed: int = 0

@@ -104,7 +104,7 @@ class VideoFrames:
         return Header(self.count, self.fps, *first)
 
     def read(self, use: Callable[[Frames, float], Result]) -> Result:
-        """As VideoFile.read; a frame is opened when it is asked for."""
+        """As VideoFile.read; a frame is opened when `use` reads it."""
         paths = dict(zip(sample_frames(self.count, self.fps), self.looked_at))
         return use(FramesAsked(self.count, lambda number: ImageFile(Path(paths[number]), self.row).open()), self.fps)
 

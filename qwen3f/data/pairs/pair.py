@@ -1,4 +1,4 @@
-"""A pair: two answers to one prompt, of which the first is better, as two samples of a chat.
+"""A pair: a better and a worse answer to one prompt, as two samples of a chat.
 
 A row is {"chosen": [message, …], "rejected": [message, …]} with messages as in `chat.template`, both with the same
 turns before the last answer, and may have

@@ -53,7 +53,7 @@ def frame_files(directory: Path) -> list[Path]:
 
 
 class FramesAsked(Sequence[Image.Image]):
-    """The `count` frames of a video, each read by its number when it is asked for."""
+    """The `count` frames of a video; each is read, by its number, only when it is used."""
 
     def __init__(self, count: int, read: Callable[[int], Image.Image]) -> None:
         self._count, self._read = count, read

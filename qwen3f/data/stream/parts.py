@@ -50,7 +50,7 @@ class RowsPart:
     """A text data set of the registry, from the Hub or a local copy, read from any file and row on.
 
     Files before the place are not opened. In the place's own file, the rows before it are read and dropped. The Hub's
-    stream counts as one file, so all rows before the place are.
+    stream counts as one file, so there all rows before the place are read.
 
     split: "" is the one to train on. streaming: read the Hub row by row instead of downloading first. on_bad_row:
     "skip" leaves out and counts rows that cannot be used.

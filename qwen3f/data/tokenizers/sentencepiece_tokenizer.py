@@ -2,7 +2,7 @@
 
 Qwen3 itself ships a byte-level BPE (see `qwen_tokenizer`); this one is trained from the corpus, so that the demo needs
 no download.
-SentencePiece alone is lossy in three places, each mended here:
+SentencePiece alone is lossy in three places; each is repaired here:
 
 * it writes a space as U+2581 ("▁"), so a literal "▁" would come back as a space: it is encoded as its three bytes;
 * its decoder strips and merges whitespace in corner cases: ids are decoded here, from a table of each piece's bytes;
@@ -83,7 +83,7 @@ TRAINER_OPTIONS: dict[str, object] = {
     "pad_id": -1,
     "control_symbols": list(SPECIAL_TOKENS),
     "user_defined_symbols": _LINE_STARTS,
-    # Written into the model file, hence fixed: the file must not depend on the machine. It only speeds up loading.
+    # Fixed, because it is written into the model file, which must not depend on the machine. It only speeds up loading.
     "num_threads": 2,
 }
 MAX_TRAINING_CHARS = 64 * 2**20

@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
     pads_vocab: bool
     chat_template: str  # the kind that the user chose (data.chat.kinds); "": that of the file beside the tokenizer
 
-    # The classes that match the protocol don't inherit from it, so Python never goes on to its __init__.
+    # The classes that match the protocol don't inherit from it, so Python never calls its __init__.
     def __new__(cls, backend: Literal["tiktoken", "sentencepiece"], path: str | Path | None = None) -> "Tokenizer":
         return _open(backend, path)
 
@@ -97,7 +97,7 @@ def _load(path: Path) -> Tokenizer:
         return QwenTokenizer.load(path)
     raise UserError(
         f"There is no tokenizer at {path}, which is no SentencePiece .model file and no directory with tokenizer.json, "
-        "vocab.json and merges.txt, or qwen.tiktoken of Qwen: put one there, or, of a run that trains, write "
+        "vocab.json and merges.txt, or qwen.tiktoken of Qwen: put one there; a run that trains may also write "
         "--config.data.tokenizer=PATH."
     )
 

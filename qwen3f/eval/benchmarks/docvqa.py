@@ -2,8 +2,8 @@
 
 Source: lmms-lab-encoder/DocVQA, configuration DocVQA, split validation (5,349 rows). Columns: questionId, question,
 image, answers (texts). Prompt: the question, and how to answer. Metric: ANLS (Biten et al. 2019, arXiv:1905.13648):
-1 − edits / the longer text's length, of the best answer; 0 below a half. The paper's is 0 at a half too:
-metrics=official.
+1 − edits / the longer text's length, for the right answer that is nearest; 0 below a half. In the paper it is 0 at a
+half too: metrics=official.
 """
 
 from collections.abc import Sequence

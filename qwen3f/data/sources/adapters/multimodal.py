@@ -4,7 +4,7 @@ Columns (of llava_instruct_150k.json, one JSON list): `image`, a path relative t
 COCO's train2017; `conversations`, a list of {from: human | gpt, value} whose first turn holds the placeholder
 "<image>". The placeholder stays in the text, for the vision encoder to replace.
 
-Images are not on the Hub: the folder is always local. A file is opened when its image is asked for.
+Images are not on the Hub: the folder is always local. A file is opened only when its image is used.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """What a generator of one kind returns, and how numbers, signs and polynomials are written.
 
 Solutions keep one rule so that they can be checked by machine: a line with " = " is one chain of equal expressions, and
-a line that begins with "= " goes on with the chain of the line before. Words stand on lines without " = ".
+a line that begins with "= " continues the chain of the line before. Words stand on lines without " = ".
 Multiplication is `*`, division `/`, powers `^`; `a mod m` binds like `*`, from the left.
 """
 
