@@ -96,7 +96,7 @@ class Loader:
     Args:
         dataset: examples to draw from.
         batch_size: rows B a batch, over all ranks.
-        seed: of the shuffle.
+        seed: the seed of the shuffle.
         start: first place in the data order, in examples.
         device: where the batches go; to CUDA by an asynchronous copy from pinned memory.
         vocab_size: every token id must be below it.

@@ -29,7 +29,7 @@ class Compared:
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[tuple[str, str], Compared]:
-    """(benchmark, metric) -> the comparison, of what both have.
+    """(benchmark, metric) -> the comparison, for each metric that both have.
 
     a, b: as in results.json; their examples, form and settings may differ. Questions are paired by their number in the
     whole benchmark, and only those that both were asked count. Raises UserError if there are none, if a number means

@@ -46,7 +46,7 @@ class Evaluator:
     for bfloat16 is not its default.
 
     Args:
-        cfg, params: of the model, as for qwen3f.model.apply; the parameters' dtype is the compute dtype.
+        cfg, params: those of the model, as for qwen3f.model.apply; the parameters' dtype is the compute dtype.
         tokenizer: the one that the model was trained with.
         batch_tokens: tokens in a batch; 0: chosen by free memory (`find_batch_tokens`). It changes no result except by
             rounding.

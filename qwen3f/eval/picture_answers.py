@@ -95,7 +95,7 @@ def _question(prompt: str) -> str:
 
 
 def _png(image: Image.Image) -> str:
-    """As a data URI."""
+    """The image, scaled down, as a PNG file in a data URI."""
     small, out = image.convert("RGB"), io.BytesIO()
     small.thumbnail((_SIDE, _SIDE))
     small.save(out, "PNG", optimize=True)

@@ -158,7 +158,7 @@ def evaluate(config: ConfigDict, workdir: Path, progress: bool = True, world: Wo
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """As JSON, piece by piece: the whole text and its parts would take several times the memory of the records."""
+    """Write `results` as JSON, piece by piece: the whole text would take several times the memory of the records."""
     pieces = json.JSONEncoder(indent=1, ensure_ascii=False).iterencode(results)
     write_atomically(path, (piece.encode() for piece in itertools.chain(pieces, "\n")))
 

@@ -170,7 +170,8 @@ def check_size(cfg: ModelConfig, where: str) -> None:
 def to_hf(cfg: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The config.json of `cfg`. Holds the old keys and the new ones, so that every transformers and vLLM reads it.
 
-    dtype: of the stored weights. Training-time fields (gradient_checkpointing, embed_initializer_range) are left out.
+    dtype: that of the stored weights. Training-time fields (gradient_checkpointing, embed_initializer_range) are left
+        out.
     Raises UserError, naming the field, for a model that transformers' Qwen3 and Qwen3-MoE can't express.
     """
     check_plain(cfg, {**PLAIN, "vision_enabled": False})

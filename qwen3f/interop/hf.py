@@ -56,7 +56,7 @@ def load_pretrained(
     """The model in a Hugging Face directory, as (cfg, params).
 
     directory: holds config.json and model.safetensors, or shards and their index. Only safetensors are read.
-    dtype: of all parameters; None keeps each as stored.
+    dtype: the dtype of all parameters; None keeps each as stored.
     layout: of a mesh; only this rank's shards are read, and padding is zero.
 
     Raises UserError, before weights are read, for what qwen3f.interop.config and .shards refuse, and naming the key for
@@ -120,7 +120,7 @@ def save_pretrained(
       written.
     tokenizer: its files are written beside the weights, its end and padding tokens into the configs. AutoTokenizer
       gives the same ids. The chat template is the tokenizer's own; if it has none, that of its kind (data.chat.kinds).
-    dtype: of the stored weights; None keeps each parameter's.
+    dtype: the dtype of the stored weights; None keeps each parameter's.
     max_shard_bytes: weights beyond it are cut into several files with an index.
 
     Raises UserError, leaving nothing behind, for a directory in use, a model that Hugging Face can't express,

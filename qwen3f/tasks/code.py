@@ -71,12 +71,12 @@ _TEXT_ENDS: tuple[Callable[[int], Step], ...] = (
 
 @dataclass(frozen=True)
 class CodeTask:
-    """Its held-out split is that of every stage: `documents.HOLDOUT`, by a hash of the question.
+    """Generated programming problems; a hash of the question decides what is held out, as in every stage.
 
     Attributes:
         seed: other seeds give other problems; a question stays in its split.
         num_problems: problems generated, both splits together and before any is dropped.
-        limits: of the sandbox, for one answer.
+        limits: what the sandbox allows for one answer.
     """
 
     seed: int = 0

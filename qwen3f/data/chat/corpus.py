@@ -148,7 +148,7 @@ def prepare_chats(cfg: ChatDataConfig, seq_len: int, tokenizer: Tokenizer, progr
     Args:
         cfg: what to read and where to cache it.
         seq_len: length T of the rows, in tokens.
-        tokenizer: of the model that is trained.
+        tokenizer: that of the model to train.
         progress: show progress bars on stderr.
 
     Raises:

@@ -16,7 +16,7 @@ from qwen3f.data.packing.pair_dataset import PairDataset
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 
 OPEN, CLOSE = "⟦", "⟧"
-"""Around what is trained, in rendered samples."""
+"""Marks before and after what is trained, in rendered samples."""
 
 _CHUNK_TOKENS = 2**24
 
@@ -26,7 +26,7 @@ class PackingReport:
     """Counts for one part of the training data, which is one source of the mixture.
 
     Attributes:
-        name: of the part.
+        name: the name of the part.
         samples: in the token cache, the dropped ones too.
         packed: samples that are in rows.
         rows: of T places each.

@@ -47,7 +47,7 @@ class Sample:
         messages: the turns; the last one is an answer.
         name: "file:row".
         tools: as for `examples.chat_tokens`, like all_turns and enable_thinking.
-        kind: of the chat template.
+        kind: the kind of the chat template.
     """
 
     messages: tuple[Message, ...]
@@ -88,7 +88,7 @@ def make_samples(
         conversation: checked by `conversation.checked_messages`.
         turns: "last" or "all".
         switches: a share from 0 to 1; above 0 only with "last" and the kind hybrid.
-        kind: of the chat template.
+        kind: the kind of the chat template.
 
     Raises:
         RowFault: a thought although the row or a switch forbids it, or the kind has none.

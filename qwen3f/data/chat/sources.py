@@ -115,7 +115,7 @@ class ChatSource:
         turns, switches: see `make_samples`.
         task: keeps only conversations whose answer it judges right; None: all.
         on_bad_row: "error" or "skip".
-        kind: of the chat template.
+        kind: the kind of the chat template.
     """
 
     name: str

@@ -160,7 +160,7 @@ class VisualDataset:
 
 @dataclass(frozen=True)
 class VisualCorpus:
-    """train: packed rows. names: of its parts. heldout: name -> packed rows, where there are some."""
+    """train: packed rows. names: the sources in `train`. heldout: name -> packed rows, if a source has some."""
 
     train: VisualDataset | Mixture
     names: tuple[str, ...]

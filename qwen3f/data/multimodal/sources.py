@@ -66,8 +66,7 @@ class DrawnPicture:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn for the generated sources: `count` pictures of `kinds`, with sides of min_side … max_side
-    pixels."""
+    """What is drawn for the generated sources: `count` pictures of `kinds`; sides are in pixels."""
 
     count: int = NUM_PICTURES
     seed: int = 0
@@ -78,7 +77,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class GeneratedSource:
-    """name: one of GENERATED. kind: of the chat template."""
+    """Chats about generated pictures. name: one of GENERATED. kind: the kind of the chat template."""
 
     name: str
     drawing: Drawing

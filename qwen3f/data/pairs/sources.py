@@ -73,7 +73,7 @@ class PairSource:
         name: what the user wrote in the mixture.
         rows: where they come from.
         on_bad_row: "error" or "skip".
-        template: of the chats.
+        template: the kind of the chat template.
         most: read at most this many pairs of a split, the first ones; 0: all.
     """
 
@@ -132,7 +132,7 @@ def open_pairs(
         root: directory of a source that does not name one.
         problems: what the generated sources are made of.
         on_bad_row: "error" or "skip".
-        template: of the chats.
+        template: the kind of the chat template.
 
     Raises:
         UserError: an unknown name, or a directory that is missing or holds no file.

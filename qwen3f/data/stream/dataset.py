@@ -68,7 +68,7 @@ class StreamDataset:
         A state's "examples" is the number of examples before it.
 
         Args:
-            seed: of the shuffle.
+            seed: the seed of the shuffle.
             workers: processes that tokenise; any number gives the same examples.
             state: one that came with an earlier example, perhaps through JSON; None: begin at the first example.
 

@@ -55,7 +55,7 @@ def ordered_documents(
     Args:
         parts: what to read.
         weights: positive, one for each part: the ratio of their characters.
-        seed: of the shuffle.
+        seed: the seed of the shuffle.
         buffer: how many documents are shuffled together; 0 keeps the order.
         max_epochs: how often each part is read at most, None for no limit.
         counts: what was left out, by reason, is added here.

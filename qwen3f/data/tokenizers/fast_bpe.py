@@ -25,7 +25,7 @@ def encode_texts(texts: list[str], table: PieceTable, encode_composed: Callable[
 
     Args:
         texts: any strings without surrogates.
-        table: of the same tokenizer; used by one thread at a time.
+        table: one of the same tokenizer; only one thread at a time may use it.
         encode_composed: ids of text in NFC, whatever it holds.
 
     Raises:

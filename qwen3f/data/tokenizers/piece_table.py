@@ -108,7 +108,7 @@ class PieceTable:
         return slots
 
     def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each key its slot; and which keys are not there."""
+        """(the slot of each key, the indices of the keys that are not in the table)."""
         slots = _hash(keys)
         wrong = np.flatnonzero((self._keys[0][slots] != keys[0]) | (self._keys[1][slots] != keys[1]))
         missing = []

@@ -34,7 +34,7 @@ def write_tokenizer_json(
     Special tokens are read in text, as transformers does with any model's, unless `split_special_tokens=True`.
 
     Args:
-        model: of the file `path`, which errors name.
+        model: the content of the file `path`, which errors name.
         special_ids: id by name, `<|endoftext|>` among them.
         as_text: names that stay in the text when special tokens are left out.
 
@@ -101,7 +101,7 @@ def last_pair(text: str, scores: Mapping[str, float]) -> tuple[str, str] | None:
     """The two parts that SentencePiece joins last to make the piece `text`; None if its merges never make it.
 
     Args:
-        scores: of the normal pieces, by text.
+        scores: text of each normal piece -> its score.
     """
     parts = list(text)
     while len(parts) > 2:

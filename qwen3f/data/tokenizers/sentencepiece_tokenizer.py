@@ -40,8 +40,8 @@ SPECIAL_TOKENS = (
 )
 
 AS_TEXT = ("<think>", "</think>")
-"""Of SPECIAL_TOKENS those that stay when special tokens are left out of a text, as in Qwen's own files: a judge has to
-see where the thought ends."""
+"""The SPECIAL_TOKENS that stay in a text without special tokens, as in Qwen's own files: a judge has to see where the
+thought ends."""
 
 MODEL_FILE = "tokenizer.model"
 """What Hugging Face directories, and workdirs here, call the file."""

@@ -20,7 +20,7 @@ def read(row: Row) -> Item:
 
 
 def cleaned(text: str) -> str:
-    """Without WikiHow's "[title]" and other brackets; two blanks become one, once from left to right."""
+    """The text without WikiHow's "[title]" and other brackets; in one pass, each two blanks become one."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 

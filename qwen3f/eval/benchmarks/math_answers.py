@@ -44,7 +44,9 @@ _SHORTHAND = (
 
 
 def boxed(solution: str) -> str | None:
-    r"""What stands in the last \boxed{…}, else \fbox{…}; behind "\boxed " up to a dollar sign. None if nothing does.
+    r"""The content of the last \boxed{…}, else of the last \fbox{…}; after "\boxed " the text up to a dollar sign.
+
+    None if there is none of these.
 
     The harness stops at \fbox{…}, which no solution of MATH has alone; here it counts.
     """

@@ -26,7 +26,7 @@ class Picture:
     row: str
 
     def open(self) -> Image.Image:
-        """In RGB, upright. Raises UserError naming the row; see vision.rgb."""
+        """The image in RGB, upright. Raises UserError naming the row; see vision.rgb."""
         name = f"the image of {self.row}"
         if isinstance(self.source, Image.Image):
             return to_rgb(self.source, name)

@@ -98,7 +98,9 @@ def test_load_takes_files_and_directories_of_both(path_of, tmp_path):
     (tmp_path / "notes.txt").touch()
     for path in (tmp_path / "sub", tmp_path / "absent", tmp_path / "absent.model", tmp_path / "notes.txt"):
         # export_hf and generate have no key for it, so what all may do comes first
-        with pytest.raises(UserError, match=rf"no tokenizer at {path}, .*: put one there, or, of a run that trains, w"):
+        with pytest.raises(
+            UserError, match=rf"no tokenizer at {path}, .*: put one there; a run that trains may also w"
+        ):
             load_tokenizer(path)
 
 

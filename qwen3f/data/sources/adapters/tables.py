@@ -24,7 +24,7 @@ _UNREADABLE = (ValueError, OverflowError, KeyError)  # for values that Python ca
 
 
 def parquet_rows(path: Path, columns: Columns) -> Rows:
-    """Raises pyarrow's errors and OSError for a damaged file, TooLarge."""
+    """The rows of a parquet file. Raises pyarrow's errors and OSError for a damaged file, and TooLarge."""
     growth, number = Growth(path), 0
     with pyarrow.parquet.ParquetFile(path) as file:
         found = file.schema_arrow.names
@@ -55,7 +55,8 @@ def _row_groups(metadata: pyarrow.parquet.FileMetaData, wanted: list[str]) -> It
 
 
 def arrow_rows(path: Path, columns: Columns) -> Rows:
-    """Of Arrow's stream format, which `datasets` writes, or its file format. Raises as `parquet_rows`."""
+    """The rows of a file in Arrow's stream format, which `datasets` writes, or file format. Raises as
+    `parquet_rows`."""
     growth, number = Growth(path), 0
     growth.check(decompressed_bytes(path))
     with pyarrow.OSFile(str(path)) as file:

@@ -47,7 +47,7 @@ def make(draws: Draws, width: int, height: int) -> Sketch:
 
 
 def _caption(items: list[Item], background: str) -> str:
-    """How many there are, of each colour, of each shape, of each of both: "3 shapes: 2 red and 1 blue, 3 rings, …"."""
+    """Counts in all, by colour, by shape, and by colour and shape: "3 shapes: 2 red and 1 blue, 3 rings, …"."""
     colours = _listed([item.colour for item in items], "{} {}".format)
     shapes = _listed([item.shape for item in items], plural)
     both = _listed([f"{item.colour} {item.shape}" for item in items], plural)

@@ -22,7 +22,7 @@ Formula = str | tuple[str, "Formula"] | tuple[str, "Formula", "Formula"]
 
 
 def make(draws: Draws, difficulty: int) -> Draft:
-    """Any of the three: `difficulty` + 2 people to order, 2 to 4 knights or knaves, 2·difficulty connectives."""
+    """One of three kinds: `difficulty` + 2 people to order; 2 to 4 knights or knaves; 2·difficulty connectives."""
     return draws.choice((_ordering, _knights, _formula))(draws, difficulty)
 
 

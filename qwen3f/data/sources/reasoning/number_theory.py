@@ -54,7 +54,7 @@ def _lcm(draws: Draws, difficulty: int) -> Draft:
 
 
 def _power(draws: Draws, difficulty: int) -> Draft:
-    """By repeated squaring: the number of squarings and products is what the difficulty raises."""
+    """A power modulo m, by repeated squaring; a higher difficulty takes more squarings and products."""
     exponent = draws.between(2 ** (difficulty - 1), 2 ** (2 * difficulty - 2))
     m = draws.between(5, 10 * difficulty)
     base = draws.between(2, m - 2)  # not m − 1, whose powers are 1 and m − 1
@@ -80,7 +80,7 @@ def _power(draws: Draws, difficulty: int) -> Draft:
 
 
 def _congruence(draws: Draws, difficulty: int) -> Draft:
-    """By the extended Euclidean algorithm: each remainder is written as a sum of multiples of m and a."""
+    """A congruence, by the extended Euclidean algorithm: each remainder is a sum of multiples of m and a."""
     m = draws.between(10, 4**difficulty)
     a = draws.choice([n for n in range(2, m) if math.gcd(n, m) == 1])
     b = draws.between(1, m - 1)

@@ -23,7 +23,7 @@ _PUMPS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 
 def make(draws: Draws, difficulty: int) -> Draft:
-    """Any of the four, with `difficulty` + 1 events, goods, legs or pumps."""
+    """One of four kinds, with `difficulty` + 1 events, goods, legs or pumps."""
     return draws.choice((_events, _shopping, _journey, _pumps))(draws, difficulty + 1)
 
 
