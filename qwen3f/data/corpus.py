@@ -128,8 +128,8 @@ class Corpus:
         total = self.train.total(seed) if isinstance(self.train, Mixture) else None
         if total is not None and total < examples:
             raise UserError(
-                f"data.max_epochs leaves {total} examples and the run needs {examples} (steps x batch_size): raise it, "
-                "lower steps, or give more text."
+                f"config.data.max_epochs leaves {total} examples and the run needs {examples} (steps x batch_size): "
+                "raise it, lower --config.steps, or give more text."
             )
 
     def train_metrics(self, batch: dict[str, Tensor]) -> dict[str, float]:
@@ -181,7 +181,7 @@ def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:
     check(cfg)
     weights = dict(parse_weights(cfg.mixture))
     if cfg.root and len(weights) > 1:
-        raise UserError("data.root is the directory of one source: write NAME@DIR in the mixture instead.")
+        raise UserError("config.data.root is the directory of one source: write NAME@DIR in the mixture instead.")
     caps = parse_caps(cfg.max_epochs, list(weights))
     sources = {
         name: _limited(open_source(name, cfg.root, cfg.text_key, cfg.holdout, cfg.streaming), cfg.max_samples)
@@ -223,22 +223,27 @@ def check(cfg: DataConfig) -> None:
     for name, _ in parse_weights(cfg.mixture):
         check_name(name)
     if cfg.num_threads < 1:
-        raise UserError(f"data.num_threads is {cfg.num_threads}: give at least 1.")
+        raise UserError(f"config.data.num_threads is {cfg.num_threads}: give at least 1.")
     for key in ("max_samples", "shuffle_buffer", "workers"):
         if getattr(cfg, key) < 0:
             raise UserError(f"data.{key} is {getattr(cfg, key)}: give 0 or more.")
     if cfg.packing not in PACKINGS:
-        raise UserError(f"data.packing is {cfg.packing!r}: write one of {', '.join(PACKINGS)}.")
+        raise UserError(f"config.data.packing is {cfg.packing!r}: write one of {', '.join(PACKINGS)}.")
     if cfg.packing == "best_fit" and cfg.cross_documents:
-        raise UserError("data.packing=best_fit keeps documents apart: write data.cross_documents=False.")
+        raise UserError(
+            "config.data.packing=best_fit keeps documents apart: write --config.data.cross_documents=False."
+        )
     for key in ("temperature", "length_mix") if cfg.streaming else ():
         if value := getattr(cfg, key):
             raise UserError(
-                f"data.{key}={value!r} needs the token counts of a cache: write data.streaming=False or "
-                f"data.{key}={type(value)()!r}."
+                f"config.data.{key}={value!r} needs the token counts of a cache: write --config.data.streaming=False "
+                f"or --config.data.{key}={type(value)()!r}."
             )
     if cfg.shuffle_buffer and not cfg.streaming:
-        raise UserError("data.shuffle_buffer is for streams, a cache is shuffled whole: write data.shuffle_buffer=0.")
+        raise UserError(
+            "config.data.shuffle_buffer is for streams, a cache is shuffled whole: write "
+            "--config.data.shuffle_buffer=0."
+        )
 
 
 def _limited(source: Source, most: int) -> Source:
@@ -263,8 +268,8 @@ def _by_length(
         there = {name: stream for name, stream in found.items() if stream is not None}
         if not there:
             raise UserError(
-                f"data.length_mix={cfg.length_mix!r}: no source has a {kind} document at seq_len={seq_len} (see "
-                "qwen3f/data/length_mix.py for the bounds): give other data, or write data.length_mix=''."
+                f"config.data.length_mix={cfg.length_mix!r}: no source has a {kind} document at seq_len={seq_len} (see "
+                "qwen3f/data/length_mix.py for the bounds): give other data, or write --config.data.length_mix=''."
             )
         shares = temper(weights, {name: stream.num_tokens for name, stream in there.items()}, cfg.temperature)
         for name, stream in there.items():

@@ -248,8 +248,8 @@ def _streamed(
                 make, state = next(stream, (None, state))
                 if make is None:
                     raise UserError(
-                        f"The stream ends after {place + row} examples: every source has been read data.max_epochs "
-                        "times. Raise it, or lower steps."
+                        f"The stream ends after {place + row} examples: every source has been read "
+                        "config.data.max_epochs times. Raise it, or lower --config.steps."
                     )
                 if row in own:
                     examples.append(make(place + row))

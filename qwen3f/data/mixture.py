@@ -250,7 +250,7 @@ def temper(weights: Mapping[str, float], sizes: Mapping[str, int], temperature: 
     exactly the weights. Raises UserError for a negative or infinite one.
     """
     if not 0 <= temperature < math.inf:
-        raise UserError(f"data.temperature is {temperature}: give 0 (weights as written) or a positive number.")
+        raise UserError(f"config.data.temperature is {temperature}: give 0 (weights as written) or a positive number.")
     largest = max(sizes.values())
     raised = {
         name: weights[name] * ((size / largest) ** (1 / temperature) if temperature else 1.0)

@@ -100,7 +100,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, seq_len: int, long_documents: 
 def check_policy(long_documents: str) -> None:
     """Raises UserError for a policy that does not exist."""
     if long_documents not in LONG_DOCUMENTS:
-        raise UserError(f"data.long_documents is {long_documents!r}: write one of {', '.join(LONG_DOCUMENTS)}.")
+        raise UserError(f"config.data.long_documents is {long_documents!r}: write one of {', '.join(LONG_DOCUMENTS)}.")
 
 
 def _fit(sizes: list[int], capacity: int) -> list[list[int]]:

@@ -72,11 +72,13 @@ def open_embedded(root: str = "", holdout: float = 0.05) -> EmbeddedSource:
     """
     path = user_path(root or sysconfig.get_paths()["stdlib"], "data.root")
     if not path.is_dir():
-        raise UserError(f"The embedded source found no directory {path}: set data.root to a directory of *.py files.")
+        raise UserError(
+            f"The embedded source found no directory {path}: set --config.data.root to a directory of *.py files."
+        )
     source = EmbeddedSource(path, holdout)
     if next(_list_files(path), None) is None:
         raise UserError(
-            f"The embedded source found no *.py file below {path}: set data.root to a directory of *.py files."
+            f"The embedded source found no *.py file below {path}: set --config.data.root to a directory of *.py files."
         )
     return source
 

@@ -104,23 +104,23 @@ def open_source(
         UserError: unknown mixture, missing directory, or no readable file in it.
     """
     if not 0 <= holdout < 1:
-        raise UserError(f"data.holdout is {holdout}: give a share from 0 to below 1, e.g. 0.02.")
+        raise UserError(f"config.data.holdout is {holdout}: give a share from 0 to below 1, e.g. 0.02.")
     check_name(mixture)
     kind, _, directory = mixture.partition("@")
     if kind == "embedded":
         return open_embedded(root, holdout)
     if kind == "reasoning":
         if root:
-            raise UserError(f"data.mixture=reasoning reads no directory: leave out data.root={root!r}.")
+            raise UserError(f"config.data.mixture=reasoning reads no directory: leave out --config.data.root={root!r}.")
         return ReasoningSource()
     if is_text_dataset(kind):
         return open_dataset(mixture, root, holdout, streaming)
     if bool(root) == bool(directory):
         raise UserError(
-            f"data.mixture={mixture!r} with data.root={root!r} must name one directory: "
-            "write data.mixture=files@DIR, or data.mixture=files and data.root=DIR."
+            f"config.data.mixture={mixture!r} with config.data.root={root!r} must name one directory: "
+            "write --config.data.mixture=files@DIR."
         )
-    place = user_path(root or directory, "data.root" if root else "data.mixture")
+    place = user_path(root or directory, "config.data.root" if root else "config.data.mixture")
     return _open_files(mixture, place, text_key, holdout)
 
 
@@ -132,16 +132,18 @@ def check_name(name: str) -> None:
     near = difflib.get_close_matches(kind, ["embedded", "reasoning", "files", *names("pretrain")], n=1)
     hint = f"did you mean {near[0]!r}?" if near else "write one of these."
     raise UserError(
-        f"Unknown data.mixture {name!r}; there are 'embedded', 'reasoning' and 'files@DIR', and NAME@DIR for "
+        f"Unknown config.data.mixture {name!r}; there are 'embedded', 'reasoning' and 'files@DIR', and NAME@DIR for "
         f"{', '.join(names('pretrain'))}: {hint}"
     )
 
 
 def _open_files(name: str, root: Path, text_key: str, holdout: float) -> FilesSource:
     if root.is_file():
-        raise UserError(f"{root} is a file: give the directory that holds it, e.g. data.mixture=files@{root.parent}.")
+        raise UserError(
+            f"{root} is a file: give the directory that holds it, e.g. --config.data.mixture=files@{root.parent}."
+        )
     if not root.is_dir():
-        raise UserError(f"There is no directory {root}: give data.mixture=files@DIR an existing one.")
+        raise UserError(f"There is no directory {root}: give --config.data.mixture=files@DIR an existing one.")
     source = FilesSource(name, root, text_key, holdout)
     if not data_files(root, _SUFFIXES)[0]:
         raise UserError(
