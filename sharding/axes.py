@@ -1,4 +1,4 @@
-"""What a per-rank program knows of its mesh: for each named axis the size, this rank's place and the process group.
+"""What one rank knows about its mesh: for each named axis its size, this rank's index on it and the process group.
 
 An axis of size 1 has no group and costs nothing: every collective over it is the identity.
 """
@@ -12,26 +12,29 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sharding.mesh import AXES, DATA, FSDP, ROWS, MeshShape
 
-# What is gathered or summed over as one axis: one launch, and no copies in between. What a dense weight is cut over,
-# what sums of tokens and of rows go over; and the same for experts, which ep cuts already.
+# Sets of axes that collectives treat as one axis, so that one launch does the work without copies in between. DATA:
+# sums over tokens. FSDP: shards of dense weights. ROWS: sums over rows. The last two are DATA and FSDP for experts'
+# weights, which ep cuts already.
 _JOINT = (DATA, FSDP, ROWS, ("dr", "dp", "cp"), ("dp", "cp"))
 
-_TP_CTAS = 64  # NCCL's own limit; measured on two H200s: 227.6 ms a step by NCCL's own choice, 220.6 by this
+# thread blocks that NCCL uses for tp, its maximum; on two H200s a step takes 220.6 ms so, 227.6 with NCCL's default
+_TP_CTAS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One axis, or several taken together, the first one slowest.
+    """One axis, or several joined into one; of joined axes the first one varies slowest.
 
-    name: "dp", or "dp_cp" for a joint axis. index: this rank's place, from 0; under LocalTensorMode a SymInt that
-    stands for all ranks', so compute with it, but don't branch on it. group: the process group's name, as torch's
-    functional collectives take it; None when size is 1. whole: of tp, for generation, which has no gradients: between
-    blocks every rank has the hidden states of all tokens, not a part of them (sharding.tensor).
+    name: "dp", or "dp_cp" for a joint axis. index: this rank's place on the axis, from 0; under LocalTensorMode it is a
+    SymInt that stands for the places of all ranks, so compute with it, but don't branch on it. group: the process
+    group's name, as torch's functional collectives take it; None when size is 1. whole: True only for tp in generation,
+    which has no gradients: between blocks every rank holds the hidden states of all tokens, not only of its part
+    (sharding.tensor).
     """
 
     name: str
     size: int = 1
-    # no part of the key: SymInts have no hash, and the axes' sizes and groups already tell ranks and meshes apart
+    # not compared or hashed: SymInts have no hash, and sizes and groups already tell ranks and meshes apart
     index: int = dataclasses.field(default=0, compare=False)
     group: str | None = None
     whole: bool = False
@@ -39,7 +42,7 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """The axes of a mesh. Hashable: a block that is compiled for one mesh is cached by it."""
+    """The axes of a mesh. Hashable, because compiled blocks are cached by it."""
 
     pp: Axis = Axis("pp")
     dr: Axis = Axis("dr")
@@ -58,16 +61,16 @@ class Axes:
 
     @property
     def rows(self) -> tuple[int, int]:
-        """(this rank's place, number of places) among those that cut a batch's rows; the other axes see all rows."""
+        """(this rank's index, number of parts) of a batch's rows, which dr, dp and ep cut. Other axes share rows."""
         index, size = 0, 1
         for axis in (self[name] for name in ROWS):
             index, size = index * axis.size + axis.index, size * axis.size
         return index, size
 
     def over(self, *names: str) -> Axis:
-        """The axis that joins the named ones; names come in the mesh's order. KeyError unless they are in _JOINT.
+        """The axis that joins the named ones; give names in the mesh's order. KeyError for a set that is not in _JOINT.
 
-        Axes of size 1 drop out: over("dp", "ep", "cp") is "dp" itself on a mesh that has no other.
+        Axes of size 1 drop out: over("dp", "ep", "cp") is the axis "dp" where ep and cp have size 1.
         """
         wide = tuple(name for name in names if self[name].size > 1)
         if len(wide) <= 1:
@@ -82,21 +85,21 @@ ONE = Axes()
 
 
 def sizes_only(shape: MeshShape) -> Axes:
-    """The axes of a mesh that no process stands on yet: for placements and checks."""
+    """The axes of a mesh without processes (every index 0, no groups): for placements and checks."""
     return Axes(**{name: Axis(name, getattr(shape, name)) for name in AXES})
 
 
 def make_mesh(shape: MeshShape, device_type: str) -> DeviceMesh:
-    """A DeviceMesh with all axes, of size 1 too, in the order of AXES. The default process group must exist."""
+    """A DeviceMesh with all axes in the order of AXES, also those of size 1. The default process group must exist."""
     wide = shape.tp > 1 and device_type == "cuda" and dist.get_backend() == "nccl"
     options = {"tp": _tp_options()} if wide else None
     return init_device_mesh(device_type, dataclasses.astuple(shape), mesh_dim_names=AXES, backend_override=options)
 
 
 def _tp_options() -> "dist.ProcessGroupNCCL.Options":
-    """More channels than NCCL takes by itself; the environment's NCCL_MIN_CTAS has the last word.
+    """Let NCCL use more thread blocks than its default. The environment variable NCCL_MIN_CTAS overrides this.
 
-    Nothing hides most of what tp sends, so that it may take processors from computing.
+    Most communication of tp does not overlap with computation, so it can take the GPU's multiprocessors.
     """
     options = dist.ProcessGroupNCCL.Options()
     options.config.min_ctas = options.config.max_ctas = _TP_CTAS  # NCCL takes both or none
@@ -105,7 +108,7 @@ def _tp_options() -> "dist.ProcessGroupNCCL.Options":
 
 
 def axes_of(mesh: DeviceMesh) -> Axes:
-    """This rank's view of a mesh as make_mesh gives it. Every rank must call it: it creates process groups."""
+    """This rank's view of a mesh from make_mesh. Every rank must call it, because it creates process groups."""
     single = {}
     for dim, name in enumerate(AXES):
         if mesh.size(dim) > 1:

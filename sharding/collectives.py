@@ -1,14 +1,15 @@
-"""Collectives over a named axis, each with its true adjoint, differentiable and usable inside compiled blocks.
+"""Collectives over a named axis, differentiable and usable inside compiled blocks.
 
-Seen as one linear map of all ranks' tensors together, each operator's backward is its transpose:
+A collective is a linear map from all ranks' inputs to all ranks' outputs. Its backward pass is the transpose (adjoint)
+of that map:
 
     gather ↔ reduce_scatter, all_reduce ↔ all_reduce, all_to_all ↔ all_to_all with the splits exchanged,
     shift ↔ the opposite shift
 
-So the rule for a whole program is that of one device: what is differentiated is the sum of all ranks' scalars.
+So backward() computes the gradients of the sum of all ranks' scalars: each rank contributes its part of the loss.
 
-Over an axis of size 1 each is the identity and returns its argument. Every rank of the axis must call the same
-collectives in the same order.
+Over an axis of size 1 every collective returns its argument. All ranks of the axis must call the same collectives in
+the same order.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 def gather(x: Tensor, axis: Axis, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """The ranks' tensors, in the axis's order, concatenated along `dim`.
 
-    dtype: what to cast to before sending. The gradient is still summed in x's own.
+    dtype: the dtype to cast x to before sending, and of the result; the gradient is still summed in x's dtype.
     """
     return x if axis.size == 1 else _Gather.apply(x, axis.size, axis.group, dim % x.dim(), dtype or x.dtype)
 
@@ -43,28 +44,29 @@ def gather_each(
 
 
 def start_gather_each(tensors: Sequence[Tensor], axis: Axis, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """As gather_each along dimension 0, over an axis of more than one rank, but not yet here: to be read after `wait`.
+    """Start gather_each along dimension 0, on an axis of more than one rank. Call `wait` on each result before reading.
 
-    Nor are their gradients, so the tensors must come, directly, from `wait_for_gradients`.
+    The backward pass likewise only starts the reduce-scatters of the gradients, so `tensors` must be direct results of
+    `wait_for_gradients`, which waits for them.
     """
     return _StartGatherEach.apply(axis.size, axis.group, dtype, *tensors)
 
 
 def join(x: Tensor, size: int, dim: int) -> Tensor:
-    """Tensors of `size` ranks along `dim`, from what they are along dimension 0; a copy, unless that is `dim`."""
+    """Turn a concatenation of `size` ranks' tensors along dimension 0 into one along `dim`. Copies unless dim is 0."""
     return x if dim == 0 else x.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def wait_for_gradients(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors; their gradients, which start_gather_each leaves under way, are waited for together.
+    """Return the tensors unchanged; the backward pass waits for all their gradients that start_gather_each started.
 
-    autograd walks back first through what was done last: so call it before everything that the waiting is to overlap.
+    autograd runs in reverse order, so call this before the computation that the reduce-scatters should overlap with.
     """
     return _WaitForGradients.apply(*tensors)
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """This rank's part along `dim` of the sum over ranks. ValueError when `dim` does not divide."""
+    """This rank's part, along `dim`, of the sum over ranks. ValueError when the size of `dim` does not divide."""
     if axis.size == 1:
         return x
     if x.shape[dim] % axis.size:
@@ -73,20 +75,20 @@ def reduce_scatter(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    """The sum over ranks, on every rank. Its backward sums the ranks' upstream gradients."""
+    """The sum over ranks, on every rank. Its backward pass sums the gradients of all ranks."""
     return x if axis.size == 1 else _AllReduce.apply(x, axis.group)
 
 
 def all_to_all(x: Tensor, in_splits: Sequence[int], out_splits: Sequence[int], axis: Axis) -> Tensor:
-    """Rows for everyone, exchanged: in_splits[r] rows go to rank r, in order; out_splits[r] come from it.
+    """Send in_splits[r] rows of x to each rank r, in order, and receive out_splits[r] rows from it.
 
-    Splits are numbers on the host, one a rank. Returns [Σ out_splits, …].
+    Splits are Python ints, one per rank. Returns the received rows, [Σ out_splits, …].
     """
     return x if axis.size == 1 else _AllToAll.apply(x, tuple(in_splits), tuple(out_splits), axis.group)
 
 
 def shift(x: Tensor, axis: Axis, by: int = 1) -> Tensor:
-    """Send x to the rank `by` further along the axis, round the ring; returns what came from `by` before."""
+    """Send x to the rank `by` places later on the axis (a ring); return the tensor of the rank `by` places earlier."""
     if axis.size == 1 or by % axis.size == 0:
         return x
     rows = x.flatten()
@@ -95,9 +97,9 @@ def shift(x: Tensor, axis: Axis, by: int = 1) -> Tensor:
 
 
 def start_shift(x: Tensor, axis: Axis, by: int = 1) -> Tensor:
-    """As shift, over an axis of more than one rank, but not yet here: flat, and to be read only after `wait`.
+    """Start a shift, on an axis of more than one rank. The result is flat; call `wait` before reading it.
 
-    For operators that have their own gradient; this has none.
+    It has no gradient: it is for operators that define their own backward pass.
     """
     rows = x.contiguous().flatten()
     to, come = (_only(len(rows), axis, axis.index + step) for step in (by, -by))
@@ -105,24 +107,24 @@ def start_shift(x: Tensor, axis: Axis, by: int = 1) -> Tensor:
 
 
 def gather_now(x: Tensor, size: int, group: str) -> Tensor:
-    """As gather along dimension 0, for operators that have their own gradient."""
+    """gather along dimension 0 without a gradient, for operators that define their own backward pass."""
     return _gather(x, size, group, 0)
 
 
 def start_reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
-    """As reduce_scatter along dimension 0, but not yet here: to be read only after `wait`. It has no gradient."""
+    """Start reduce_scatter along dimension 0. Call `wait` on the result before reading it. It has no gradient."""
     return _ops.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
 
 
 def sum_now(x: Tensor, axis: Axis) -> Tensor:
-    """x, which now holds the sum over ranks; no gradient. On a GPU on the current stream alone: for CUDA graphs."""
+    """Sum x over ranks in place and return it; no gradient. Uses the current CUDA stream only, for CUDA graphs."""
     if axis.size > 1:
         dist.all_reduce(x, group=_resolve_process_group(axis.group))
     return x
 
 
 def stack_now(x: Tensor, axis: Axis) -> Tensor:
-    """[ranks, …]: x of each rank; no gradient. Streams as sum_now."""
+    """[ranks, …]: x of each rank; no gradient. Uses the current CUDA stream only, for CUDA graphs."""
     if axis.size == 1:
         return x[None]
     out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
@@ -131,14 +133,14 @@ def stack_now(x: Tensor, axis: Axis) -> Tensor:
 
 
 def wait(x: Tensor) -> Tensor:
-    """x, once what was started has come; what is queued later waits for it, the host does not."""
+    """x, the result of a started collective, ready to be read. Later GPU work waits for it; the host does not."""
     return _ops.wait_tensor(x.detach())
 
 
 def shard(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """This rank's part of what every rank holds: the inverse of gather, without communication.
+    """This rank's slice of a tensor that every rank holds: the inverse of gather, without communication.
 
-    Its gradient is this rank's part alone, as for any slice.
+    Its gradient is that of a slice: nonzero in this rank's part only.
     """
     if axis.size == 1:
         return x
@@ -149,7 +151,7 @@ def shard(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def _only(size: int, axis: Axis, place: int) -> list[int]:
-    """Splits that give everything to the rank at `place`, which may be a SymInt: arithmetic alone, no branches."""
+    """Splits that send all `size` rows to the rank at `place`. It may be a SymInt, so there are no branches."""
     n = axis.size
     return [size * ((n - (place - rank + 2 * n) % n) // n) for rank in range(n)]
 
@@ -165,7 +167,7 @@ def _start_gathers(tensors: Sequence[Tensor], size: int, group: str) -> list[Ten
 def _start_scatters(
     grads: Sequence[Tensor | None], dtypes: Sequence[torch.dtype], size: int, group: str
 ) -> list[Tensor | None]:
-    """This rank's shares, each in its dtype, of the sums over ranks along dimension 0; None where nothing is given."""
+    """Start reduce-scatters along dimension 0, each in its own dtype; None where the gradient is None."""
     given = [grad.to(dtype).contiguous() for grad, dtype in zip(grads, dtypes) if grad is not None]
     shares = iter(_ops.reduce_scatter_tensor_coalesced(given, "sum", size, group))
     return [None if grad is None else next(shares) for grad in grads]
@@ -200,7 +202,7 @@ class _StartGatherEach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, size: int, group: str, dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.where, ctx.dtypes = (size, group), [x.dtype for x in tensors]
-        ctx.set_materialize_grads(False)  # what is put off (sharding.pipeline.deferred_grads) is scattered later
+        ctx.set_materialize_grads(False)  # None: a deferred gradient (pipeline.deferred_grads), scattered later
         return tuple(_start_gathers([x.to(dtype or x.dtype) for x in tensors], *ctx.where))
 
     @staticmethod

@@ -1,9 +1,10 @@
-"""Expert parallelism: each rank of ep holds some of the experts, and the tokens travel to them and back.
+"""Expert parallelism: each rank of ep holds some of the experts; tokens are sent to their experts' ranks and back.
 
-A rank orders its rows by expert, sends each rank the rows of that rank's experts, and gets its own experts' rows from
-all; uneven splits, so nothing is padded or dropped. The host needs the counts to know the splits: one copy a layer.
+A rank sorts its rows by expert, sends every rank the rows for that rank's experts, and receives the rows for its own.
+The splits are uneven, so no row is padded or dropped. The host needs the splits: one copy from the device per layer.
 
-N tokens · K experts a token · R = N·K rows · M rows received · E experts, all · e this rank's · D hidden · S ranks
+N tokens · K experts per token · R = N·K rows · M rows received · E experts of all ranks · e experts of this rank ·
+D hidden · S ranks
 """
 
 from collections.abc import Callable
@@ -21,10 +22,10 @@ ExpertsFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 def mix_of_ranks(
     experts: ExpertsFn, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, num_experts: int, ep: Axis
 ) -> Tensor:
-    """[N, D]: Σ over a token's experts of weight · expert(x), wherever the expert lives.
+    """[N, D]: for each token, Σ over its K experts of weight · expert(x), on whichever rank the expert is.
 
-    experts: this rank's, (rows [M, D], weights [M, 1], numbers among this rank's [M, 1]) -> [M, D], row by row.
-    num_experts: of all ranks, a multiple of ep; rank r holds numbers r·e … r·e + e − 1.
+    experts: applies this rank's experts, (rows [M, D], weights [M, 1], expert numbers 0 … e − 1 [M, 1]) -> [M, D].
+    num_experts: E, a multiple of the size of ep; rank r holds experts r·e … r·e + e − 1.
     """
     if ep.size == 1:
         return experts(x_ND, weights_NK, experts_NK)

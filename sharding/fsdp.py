@@ -1,9 +1,9 @@
-"""Weights that are cut over dp, ep and cp: gathered where they are used, their gradients summed and cut again.
+"""FSDP: weights are sharded over dp, ep and cp. They are gathered before use, and gradients are reduce-scattered.
 
-A layer's weights travel together: one launch for all that are cut over the same axes, in the dtype they come in. Its
-adjoint is the reduce-scatter that leaves each rank the sum of all ranks' gradients for its own shards. What is cut
-along its first dimension needs no copy either way. What is replicated over an axis is summed over it once a step, after
-the last micro-batch (`sum_replicated`).
+One collective gathers all weights of a layer that are cut over the same axes, in the dtype they come in. Its backward
+pass is the reduce-scatter that leaves each rank the sum of all ranks' gradients for its own shards. A weight that is
+cut along its first dimension needs no copy in either direction. The gradient of a parameter that is replicated over an
+axis is summed over that axis once a step, after the last micro-batch (`sum_replicated`).
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ Gather = Callable[[Params], Params]
 
 
 def make_gather(placed: Mapping[str, Placed], axes: Axes, *, stack: str, dtype: torch.dtype | None = None) -> Gather:
-    """A function that makes whole what FSDP has cut: of a layer of `stack` (names relative to the layer), or with "" of
-    what is in no stack.
+    """A function that gathers the tensors of a dict that FSDP has cut, and returns the dict with whole tensors.
 
-    It takes and returns a dict of tensors; others pass through. Whole means: as the explicit rules leave it, e.g. a
-    tensor-parallel shard. When nothing is cut, the dict itself is returned. dtype: as collectives.gather.
+    stack: the stack whose layers it is called with, one layer at a time (names relative to the layer); "" for the
+    parameters outside all stacks. Tensors that FSDP has not cut pass through; if there are no others, the same dict is
+    returned. "Whole" means without FSDP's cut: over tp and ep a tensor remains a shard. dtype: as collectives.gather.
     """
     bundles = _bundles(placed, stack)
 
@@ -43,10 +43,12 @@ def make_gather(placed: Mapping[str, Placed], axes: Axes, *, stack: str, dtype: 
 
 @dataclasses.dataclass(frozen=True)
 class GatherAhead:
-    """`make_gather` of a layer in two halves, so that it travels while the layer before is computed.
+    """`make_gather` in two steps, so that one layer's weights are gathered while the layer before is computed.
 
-    begin(layers), once, -> the layers to give to start; start(layer) -> what finish takes; finish -> the layer's whole
-    weights. Gradients travel likewise, while the layer before is differentiated.
+    Call begin(layers) once and use the layers it returns. For each layer, start(layer) starts the gather, and finish
+    takes what start returned, waits, and returns the layer with whole weights. In the backward pass the reduce-scatter
+    of a layer's gradients likewise overlaps with the computation of the layer before.
+    bundles: as _bundles. dtype: as collectives.gather.
     """
 
     bundles: Mapping[tuple[str, ...], Mapping[str, int]]
@@ -63,31 +65,32 @@ class GatherAhead:
         return out
 
     def start(self, layer: Params) -> tuple[Params, dict[str, tuple[int, int]]]:
-        """(the layer, what is cut of it on its way; name -> ranks and dimension of what is)."""
-        travelling = {}
+        """(the layer, in which the gather of every tensor that FSDP cuts is in flight; name -> (number of ranks that
+        the tensor is gathered from, dimension that it is cut along), for those tensors)."""
+        in_flight = {}
         for names, dims in self.bundles.items():
             cut = [name for name in layer if name in dims]
             if cut:
                 axis = self.axes.over(*names)
                 layer = layer | dict(zip(cut, start_gather_each([layer[name] for name in cut], axis, self.dtype)))
-                travelling |= {name: (axis.size, dims[name]) for name in cut}
-        return layer, travelling
+                in_flight |= {name: (axis.size, dims[name]) for name in cut}
+        return layer, in_flight
 
     def finish(self, started: tuple[Params, dict[str, tuple[int, int]]]) -> Params:
-        layer, travelling = started
-        for name in travelling:
+        layer, in_flight = started
+        for name in in_flight:
             wait(layer[name])
-        return layer | {name: join(layer[name], *place) for name, place in travelling.items()}
+        return layer | {name: join(layer[name], *place) for name, place in in_flight.items()}
 
 
 def gather_ahead(placed: Mapping[str, Placed], axes: Axes, stack: str, dtype: torch.dtype | None) -> GatherAhead | None:
-    """For layers of any kind of a stack; None when nothing of them is cut."""
+    """A GatherAhead for all layers of a stack, dense and sparse; None when FSDP cuts none of their tensors."""
     bundles = _bundles(placed, stack)
     return GatherAhead(bundles, axes, dtype) if bundles else None
 
 
 def _bundles(placed: Mapping[str, Placed], stack: str) -> dict[tuple[str, ...], dict[str, int]]:
-    """Axes -> {name: the dimension that they cut} of what travels together."""
+    """Axes that FSDP cuts over -> {name of a tensor: the dimension that is cut}. One collective gathers each entry."""
     bundles: dict[tuple[str, ...], dict[str, int]] = {}
     for path, p in placed.items():
         if p.fsdp and p.stack == stack:
@@ -97,12 +100,12 @@ def _bundles(placed: Mapping[str, Placed], stack: str) -> dict[tuple[str, ...], 
 
 
 def cut(params: Params, placed: Mapping[str, Placed], axes: Axes) -> Params:
-    """This rank's shards of whole parameters; under pp, of stacks as sharding.pipeline.cut.store pads them."""
+    """This rank's shards of whole parameters. Under pp, sharding.pipeline.cut.store must have padded the stacks."""
     return {path: cut_one(x, placed[path], axes) for path, x in params.items()}
 
 
 def cut_one(x: Tensor, placed: Placed, axes: Axes, *, row: bool = False) -> Tensor:
-    """This rank's shard, a copy. row: x is one layer's row of a stack, which pp leaves whole."""
+    """This rank's shard of one parameter, a copy. row: x is one layer's row of a stack, so pp does not cut it."""
     for axis, dim in placed.explicit:
         if not (row and axis == "pp"):
             x = shard(x, axes[axis], dim - row)
@@ -112,9 +115,10 @@ def cut_one(x: Tensor, placed: Placed, axes: Axes, *, row: bool = False) -> Tens
 
 
 def sum_replicated(grads: Params, placed: Mapping[str, Placed], axes: Axes) -> Params:
-    """Gradients of which each is summed over the axes its parameter is replicated on.
+    """The gradients, each summed over the axes that its parameter is replicated over.
 
-    One collective a set of axes (two where tp or pp are among them); sums are float32 (float64 for float64).
+    Gradients with the same set of axes share their collectives: one over the data axes together, one each over pp and
+    tp. Sums are float32 (float64 for float64).
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for path in grads:
@@ -130,7 +134,7 @@ def sum_replicated(grads: Params, placed: Mapping[str, Placed], axes: Axes) -> P
 
 
 def sum_over(x: Tensor, axes: Axes, names: tuple[str, ...] = AXES) -> Tensor:
-    """The sum over the named axes: one collective for the data axes together, one for each other."""
+    """The sum over the named axes: one collective for all data axes together, and one each for pp and tp."""
     data = tuple(name for name in names if name in DATA)
     for axis in [axes[name] for name in names if name not in DATA] + ([axes.over(*data)] if data else []):
         x = all_reduce(x, axis)
@@ -138,9 +142,9 @@ def sum_over(x: Tensor, axes: Axes, names: tuple[str, ...] = AXES) -> Tensor:
 
 
 def sum_over_shards(values: Mapping[str, Tensor], placed: Mapping[str, Placed], axes: Axes) -> Tensor:
-    """Σ over paths of a scalar that each rank has worked out from its shard: every element counts once.
+    """Sum over all paths and shards of a scalar that each rank computed from its shard, e.g. a sum of squares.
 
-    So path by path the sum goes over exactly the axes that cut it.
+    Each path is summed over exactly the axes that cut it, so that every element counts once.
     """
     groups: dict[tuple[str, ...], list[Tensor]] = {}
     for path, value in values.items():

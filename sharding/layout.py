@@ -1,4 +1,4 @@
-"""How a program is spread over a mesh: what the model's functions take to know their rank's share."""
+"""How a program is spread over a mesh. The model's functions take a Layout to know which part is this rank's."""
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ class Layout:
     """
     Attributes:
       axes: this rank's view of the mesh.
-      fsdp: cut weights, gradients and optimizer state over dp, ep and cp; else they are replicated there. Over dr they
-        always are.
-      reshard: where a block is recomputed selectively, gather its weights once more in the backward pass instead of
-        keeping them. Recomputed in full, it always gathers them again; without recomputation it always keeps them.
+      fsdp: cut weights, gradients and optimizer state over dp, ep and cp; otherwise they are replicated over these
+        axes. Over dr they are always replicated.
+      reshard: only for blocks under selective recomputation: gather the weights again in the backward pass instead of
+        keeping them. Full recomputation always gathers them again; without recomputation they are always kept.
       pipeline: the schedule over pp.
-      gather_dtype: what FSDP gathers weights in, where they are given in the master dtype; gradients are then summed
-        over ranks in that, at twice the traffic of a sum in bfloat16. None: weights are given in the dtype they compute
-        in, and so are the sums.
+      gather_dtype: the compute dtype, when the step is given weights in the master dtype: FSDP casts them to it before
+        it gathers them. Gradients are then summed over ranks in the master dtype (float32: twice the traffic of
+        bfloat16). None: the step is given weights in the compute dtype, and gradients are summed in it.
     """
 
     axes: Axes = ONE
@@ -36,15 +36,16 @@ class Layout:
     gather_dtype: torch.dtype | None = None
 
     def place(self, cfg: ModelConfig) -> dict[str, rules.Placed]:
-        """Where the model's parameters live; errors as rules.place."""
+        """Path -> how the parameter is cut (rules.place, with its errors)."""
         return _place(cfg, self)
 
 
 def find_gather_dtype(reduce: str, compute_dtype: torch.dtype) -> torch.dtype | None:
-    """Layout.gather_dtype by config.fsdp.reduce: what gradients are summed in, compute or float32. Raises UserError."""
+    """Layout.gather_dtype for config.fsdp.reduce, the dtype of gradient sums. UserError for an unknown value."""
     if reduce not in ("compute", "float32"):
         raise UserError(
-            f"config.fsdp.reduce={reduce!r}: write compute, to sum gradients in the forward pass's dtype, or float32"
+            f"config.fsdp.reduce={reduce!r} is unknown; write compute, to sum gradients over ranks in the compute "
+            "dtype, or float32"
         )
     return compute_dtype if reduce == "float32" else None
 

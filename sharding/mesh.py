@@ -4,8 +4,8 @@
     dr  rows; weights are copies  cp  the sequence
     dp  rows; FSDP cuts weights   tp  heads and widths
 
-dr, data replicas, makes FSDP a hybrid: its gathers stay within dp, ep and cp, and gradients are summed over dr once a
-step. It can be written, dr2,dp8, or follow from how many ranks share the weights (`hybrid`).
+dr (data replicas) makes FSDP hybrid: weights are gathered within dp, ep and cp only, and gradients are summed over dr
+once a step. Write it in the mesh (dr2,dp8), or let `hybrid` derive it from config.fsdp.shard_size.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from qwen3f.errors import UserError
 
 AXES = ("pp", "dr", "dp", "ep", "cp", "tp")  # ranks are numbered with the last one fastest
 ROWS = ("dr", "dp", "ep")  # the axes that cut the batch's rows
-FSDP = ("dp", "ep", "cp")  # those that FSDP cuts a dense weight over
-DATA = ("dr", "dp", "ep", "cp")  # those over which tokens are cut
-MOST_DEVICES = 2**20  # far above what there is; what is counted one by one would take for ever
-_USUAL = ("pp", "dp", "ep", "cp", "tp")  # what a mistyped axis is taken for
+FSDP = ("dp", "ep", "cp")  # the axes that FSDP cuts a dense weight over
+DATA = ("dr", "dp", "ep", "cp")  # the axes that cut the batch's tokens
+MOST_DEVICES = 2**20  # far above real clusters; a plan that loops over more devices would not end
+_USUAL = ("pp", "dp", "ep", "cp", "tp")  # suggestions for a mistyped axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,11 @@ class MeshShape:
 
 
 def parse_mesh(text: str, devices: int | None = None) -> MeshShape:
-    """`dp8,tp2,pp4`, in any order; empty: one device. One axis may have the size -1, which fills `devices`.
+    """The shape that a text such as `dp8,tp2,pp4` names; axes in any order, empty text for one device.
 
-    Raises UserError for what is not an axis and a positive size; for more than MOST_DEVICES; for -1 on two axes,
-    without a number of devices, or where the other axes don't divide it.
+    One axis may have the size -1: it becomes `devices` divided by the other sizes. Raises UserError for a part that is
+    not an axis and a positive size; for more than MOST_DEVICES; and for -1 on two axes, without `devices`, or where the
+    other sizes don't divide `devices`.
     """
     sizes: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
@@ -65,7 +66,9 @@ def parse_mesh(text: str, devices: int | None = None) -> MeshShape:
             raise UserError(f"config.mesh={text}: axis {axis} stands twice; write it once")
         sizes[axis] = int(match[2])
         if sizes[axis] == 0:
-            raise UserError(f"config.mesh={text}: axis {axis} needs a size of at least 1, or -1 for what is left")
+            raise UserError(
+                f"config.mesh={text}: axis {axis} needs a size of at least 1, or -1 for all remaining devices"
+            )
     shape = MeshShape(**_fill(text, sizes, devices))
     if shape.size > MOST_DEVICES:
         raise UserError(f"config.mesh={text}: {shape.size:,} devices are more than {MOST_DEVICES:,}; write lower sizes")
@@ -78,12 +81,15 @@ def _fill(text: str, sizes: dict[str, int], devices: int | None) -> dict[str, in
     if not open_axes:
         return sizes
     if len(open_axes) > 1:
-        raise UserError(f"config.mesh={text}: -1 stands on {' and '.join(open_axes)}; one axis can take what is left")
+        raise UserError(
+            f"config.mesh={text}: only one axis can have the size -1, but {' and '.join(open_axes)} have it; write a "
+            "number for the others"
+        )
     (axis,) = open_axes
     if devices is None:
         raise UserError(
-            f"config.mesh={text}: {axis}-1 takes what a number of devices leaves, and without one (as for "
-            f"--config.plan=True) it can't be known; write {axis} with its size"
+            f"config.mesh={text}: {axis}-1 takes all remaining devices, but the number of devices is unknown here (as "
+            f"with --config.plan=True); write {axis} with its size"
         )
     taken = math.prod(size for size in sizes.values() if size != -1)
     if devices % taken:
@@ -96,10 +102,10 @@ def _fill(text: str, sizes: dict[str, int], devices: int | None) -> dict[str, in
 
 
 def hybrid(shape: MeshShape, shard_size: int, fsdp: bool = True) -> MeshShape:
-    """The mesh on which FSDP shards over `shard_size` ranks, which are all of ep and cp and a part of dp: the rest of
-    dp becomes dr. 0 leaves the mesh as it is. fsdp: config.fsdp.enabled.
+    """The mesh on which FSDP shards the weights over `shard_size` ranks: dp is split into a smaller dp and a dr.
 
-    Raises UserError for a size that ep, cp and a divisor of dp don't make, and for one that has no effect.
+    shard_size: the new dp · ep · cp; 0 leaves the mesh as it is. fsdp: config.fsdp.enabled. Raises UserError unless
+    shard_size is ep · cp times a divisor of dp, and for a shard_size without FSDP.
     """
     if shard_size == 0:
         return shape
@@ -107,26 +113,26 @@ def hybrid(shape: MeshShape, shard_size: int, fsdp: bool = True) -> MeshShape:
     if shard_size < 0:
         raise UserError(f"{key}: write how many ranks share the weights, or 0 for all of dp, ep and cp")
     if not fsdp:
-        raise UserError(f"{key} has no effect with config.fsdp.enabled=False; leave out the one or the other")
+        raise UserError(f"{key} has no effect with config.fsdp.enabled=False; leave out one of the two")
     whole = shape.ep * shape.cp
     if shard_size % whole or shape.dp % (shard_size // whole):
         sizes = ", ".join(str(whole * n) for n in divisors(shape.dp))
         raise UserError(
-            f"{key} doesn't fit config.mesh with dp={shape.dp} · ep={shape.ep} · cp={shape.cp}: it is ep · cp times a "
-            f"divisor of dp; write one of {sizes}"
+            f"{key} doesn't fit config.mesh with dp={shape.dp} · ep={shape.ep} · cp={shape.cp}: it must be ep · cp "
+            f"times a divisor of dp; write one of {sizes}"
         )
     inner = shard_size // whole
     return dataclasses.replace(shape, dr=shape.dr * (shape.dp // inner), dp=inner)
 
 
 def divisors(number: int) -> list[int]:
-    """Of a positive number, rising; 1 and itself among them."""
+    """All divisors of a positive number in rising order, 1 and the number included."""
     low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return low + [number // n for n in reversed(low) if n * n != number]
 
 
 def nearest(axis: str, size: int, possible: Iterable[int]) -> str:
-    """For an error: the possible sizes of an axis next to one that is not, `tp2 or tp4`."""
+    """For an error message: the possible sizes just below and just above a wrong one, e.g. "tp2 or tp4"."""
     sizes = list(possible)
     around = {max((n for n in sizes if n < size), default=None), min((n for n in sizes if n > size), default=None)}
     return " or ".join(f"{axis}{n}" for n in sorted(around - {None}))

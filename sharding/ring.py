@@ -1,15 +1,15 @@
 """Ring attention: causal attention over a sequence that is cut over the cp axis (Liu et al. 2023, arXiv:2310.01889).
 
-Keys and values go round the ring; at every step a rank attends to those that have come, and merges the result with
-what it has by the log-sum-exp of every row. The backward pass sends keys and values round again, and their gradients
-after them: a step's share of the gradients follows from the merged output and log-sum-exp, so nothing else is kept.
-The next keys travel while a rank computes with those it has. Keys in the future of a rank's queries cost nothing, and
-every rank runs the same operators on the same shapes.
+Keys and values are passed round the ring of ranks. At every step a rank attends to the keys that it has received and
+merges the result with its earlier results by each row's log-sum-exp. The next keys are sent while a rank computes. The
+backward pass passes keys and values round again, and their gradients behind them. It needs only the merged output and
+log-sum-exp, so nothing else is saved. Keys in the future of a rank's queries cost no time, and every rank runs the same
+operators on the same shapes.
 
-How a model uses it: zigzag.split_sequence cuts the batch; rotary tables are made from the batch's positions; once a
-batch, zigzag.ring_ranges(batch["starts"], axes.cp) says what each step sees; every layer calls ring_attention(q, k, v,
-axes.cp, ranges). The loss is a sum over the rank's own tokens. Selective recomputation keeps RING_ATTENTION, else it
-sends everything once more.
+How a model uses it: sequence_split.split_sequence cuts the batch. Rotary tables are made from the batch's positions.
+sequence_split.ring_ranges(batch["starts"], axes.cp), once per batch, gives the keys that are visible at each step.
+Every layer calls ring_attention(q, k, v, axes.cp, ranges). The loss is a sum over the rank's own tokens. Selective
+recomputation saves the outputs of RING_ATTENTION; otherwise the recomputation would send everything again.
 
 B batch · H query heads · K key/value heads · T positions of this rank · d head_dim
 """
@@ -30,11 +30,11 @@ def ring_attention(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, H, T, d], log-sum-exp [B, H, T]) of this rank's queries over the keys and values of all ranks.
 
-    Both are differentiable, once, in q, k and v; what is differentiated is the sum of all ranks' scalars. Arguments as
-    for kernels.flash_attention, which it is when cp is 1. Parts are merged and gradients summed over ranks in float32
-    (float64 for float64), and rounded once.
+    Both can be differentiated once, in q, k and v; backward() differentiates the sum of all ranks' scalars. Arguments
+    are those of kernels.flash_attention, which is called when cp is 1. Partial results are merged, and gradients summed
+    over ranks, in float32 (float64 for float64) and rounded once.
 
-    ranges: as zigzag.ring_ranges gives them. Raises ValueError for arguments that do not fit together.
+    ranges: from sequence_split.ring_ranges. Raises ValueError for arguments that do not fit together.
     """
     if k_BKTd.shape[2] != q_BHTd.shape[2]:
         raise ValueError(f"a rank holds as many keys as queries, got {k_BKTd.shape[2]} and {q_BHTd.shape[2]}")
@@ -61,8 +61,8 @@ def ring_traffic(
 ) -> tuple[Traffic, Traffic]:
     """What a rank sends in one layer's forward pass, and in its backward pass.
 
-    size: of cp. batch, kv_heads, length: of a rank, length after the cut. Recomputing the attention costs a forward
-    pass more.
+    size: the size of cp. batch, kv_heads, length: those of one rank; length is T, after the cut. Recomputation of the
+    attention sends a forward pass's messages once more.
     """
     hops, elements = size - 1, 2 * batch * kv_heads * length * head_dim
     wide = torch.promote_types(dtype, torch.float32)
@@ -116,8 +116,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator qwen3f::ring_attention_backward: (dq, dk, dv).
 
-    Gradients of keys and values set out from the first rank that they visit, follow them round, and come home one hop
-    after the last; their owner's own share waits there.
+    A block of keys and values visits every rank. Each rank adds its contribution to the gradients of that block, which
+    follow the block one hop behind and reach the block's owner after the last step. The owner adds its own
+    contribution there.
     """
     axis, ranges = Axis("cp", size, index, group), RingRanges(lo, hi, first, last)
     kv, dq, home, following = torch.stack([k, v]), 0, 0, None
@@ -177,6 +178,6 @@ RING_ATTENTION = torch.ops.qwen3f.ring_attention.default
 
 
 def _like(x_BHTd: Tensor) -> Tensor:
-    """Uninitialised, laid out as [B, T, H, d]: what the output projection wants to see."""
+    """Uninitialised [B, H, T, d] with the memory layout [B, T, H, d], so that the output projection needs no copy."""
     batch, heads, length, d = x_BHTd.shape
     return x_BHTd.new_empty(batch, length, heads, d).transpose(1, 2)

@@ -1,9 +1,9 @@
 """Where every parameter lives: one table from paths to the dimension that each mesh axis cuts.
 
-Dimensions are counted in the stored (stacked) shape, so dim 0 of a layer's parameter is the stack. What a row doesn't
-name is replicated: over tp norms and routers are. FSDP then cuts one more dimension, the first that is left and divides
-(the stack's apart), over dp, ep and cp; for experts without ep, which already holds different experts. Over dr nothing
-is ever cut.
+Dimensions are counted in the stored (stacked) shape, so dim 0 of a layer's parameter is the stack. An axis that a row
+does not name leaves the parameter replicated: norms and routers are replicated over tp. FSDP then cuts one more
+dimension over dp, ep and cp: the first one that the table left whole and that divides, never the stack's. Experts are
+already cut over ep, so FSDP cuts them over dp and cp only. Nothing is ever cut over dr.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ RULES: list[tuple[str, dict[str, int]]] = [
     (r".*\.mlp\.gate\.weight", {"pp": 0}),  # the router
     (r".*\.mlp\.(gate|up)_proj\.weight", {"pp": 0, "tp": 1}),
     (r".*\.mlp\.down_proj\.weight", {"pp": 0, "tp": 2}),
-    (r"model\.visual\..*", {}),  # the tower: every rank of tp and cp has it, and of pp the first stage uses it
+    (r"model\.visual\..*", {}),  # the vision tower: replicated over tp, cp and pp; only pp's first stage uses it
     (r".*\.(input_layernorm|post_attention_layernorm|q_norm|k_norm)\.weight", {"pp": 0}),
 ]
 
@@ -40,9 +40,9 @@ RULES: list[tuple[str, dict[str, int]]] = [
 class Placed:
     """How one parameter is cut on a mesh.
 
-    explicit: (axis, dim) by the table, for axes of size > 1. fsdp: the axes that FSDP cuts `fsdp_dim` over, in the
-    mesh's order; none when it is off, when no dimension divides (fsdp_dim None), or on a mesh without such axes.
-    stack: as ParamSpec's.
+    explicit: (axis, dim) pairs from the table, for axes of size > 1. fsdp: the axes that FSDP cuts `fsdp_dim` over, in
+    the mesh's order. It is empty when FSDP is off, when no dimension divides (fsdp_dim None), or when those axes have
+    size 1. stack: as ParamSpec.stack.
     """
 
     explicit: tuple[tuple[str, int], ...]
@@ -52,7 +52,7 @@ class Placed:
 
     @property
     def cuts(self) -> dict[str, int]:
-        """axis -> the dimension it cuts, over all axes that cut one."""
+        """axis -> the dimension it cuts, for every axis that cuts one (table and FSDP)."""
         return dict(self.explicit) | {axis: self.fsdp_dim for axis in self.fsdp}
 
 
@@ -67,9 +67,10 @@ def rule(path: str) -> dict[str, int]:
 def place(cfg: ModelConfig, shape: MeshShape, fsdp: bool = True) -> dict[str, Placed]:
     """Every parameter of the model on a mesh of this shape.
 
-    UserError, with path, dim and axis, when a dimension of the table doesn't divide. Sizes count units that must stay
-    whole: heads, where the dimension is made of heads. Key/value heads fewer than tp are replicated over it if tp is a
-    multiple of their number. The stack is cut over pp in equal stages, the last ones padded.
+    Raises UserError, with path, dim and axis, when a dimension of the table doesn't divide. Heads are never split, so
+    dimensions of attention are counted in heads. If there are fewer key/value heads than tp ranks and tp is a multiple
+    of their number, key/value projections are replicated over tp. The stack is cut over pp in equal stages; the last
+    stages are padded.
     """
     return {path: _place(cfg, path, spec, shape, fsdp) for path, spec in P.abstract_params(cfg).items()}
 
@@ -108,7 +109,7 @@ def _kv_replicated(cfg: ModelConfig, path: str, axis: str, size: int) -> bool:
 
 
 def _units(cfg: ModelConfig, path: str, spec: P.ParamSpec, dim: int) -> tuple[int, str]:
-    """How many things that must not be cut the dimension holds, and what they are called."""
+    """(count, name) of the units that the dimension consists of and that must not be split, such as (16, "heads")."""
     if "self_attn" in path:
         return spec.shape[dim] // cfg.head_dim, "heads"
     if ".experts." in path and dim == 1:
@@ -117,7 +118,10 @@ def _units(cfg: ModelConfig, path: str, spec: P.ParamSpec, dim: int) -> tuple[in
 
 
 def local_shape(spec: P.ParamSpec, placed: Placed, shape: MeshShape, stages: Slices) -> tuple[int, ...]:
-    """One rank's shape; of a stack, the rows of all its stages, padding included. stages: as the pipeline cuts it."""
+    """The shape of one rank's shard; a stack has the rows of all the rank's stages, padding included.
+
+    stages: how the pipeline cuts the layers.
+    """
     local = list(spec.shape)
     for axis, dim in placed.cuts.items():
         local[dim] = stages.rows(spec.layers) if axis == "pp" else local[dim] // getattr(shape, axis)
@@ -125,20 +129,20 @@ def local_shape(spec: P.ParamSpec, placed: Placed, shape: MeshShape, stages: Sli
 
 
 def placements(placed: Placed) -> tuple[Placement, ...]:
-    """DTensor's placements on a mesh of all axes."""
+    """DTensor's placements, one for each of AXES."""
     return tuple(Shard(placed.cuts[axis]) if axis in placed.cuts else Replicate() for axis in AXES)
 
 
 def replicated_axes(placed: Placed, shape: MeshShape) -> tuple[str, ...]:
-    """The axes of size > 1 that hold the same values: those that the gradient must be summed over."""
+    """The axes of size > 1 that do not cut the parameter. Its gradient must be summed over them."""
     return tuple(axis for axis in AXES if getattr(shape, axis) > 1 and axis not in placed.cuts)
 
 
 def check_batch(
     shape: MeshShape, rows: int, length: int, microbatches: int = 1, key: str = "config.batch_size"
 ) -> None:
-    """UserError when the global batch [rows, length] can't be cut: rows over dr, dp, ep, length over cp, tokens over
-    tp. key: what gives the rows."""
+    """UserError when the global batch [rows, length] can't be cut: rows over dr, dp, ep and micro-batches, length over
+    cp, tokens of a micro-batch over tp. key: the flag that sets the number of rows, for the message."""
     sizes = {axis: getattr(shape, axis) for axis in ROWS} | {"config.microbatches": microbatches}
     if rows % (parts := math.prod(sizes.values())):
         product = " · ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)

@@ -1,8 +1,9 @@
 """How a sequence is cut over the cp axis, and what each rank's queries see of each rank's keys.
 
-The cut is load-balanced: of 2·cp chunks of equal length rank r holds chunk r and chunk 2·cp − 1 − r, and with them as
-much of the causal triangle as every other rank. Places rise along a rank's positions, so a run of keys in the whole
-sequence is a run of keys on every rank: causality and documents together are one kernels.KeyRanges a pair of ranks.
+The cut is load-balanced (zigzag): the sequence is split into 2·cp equal chunks, and rank r holds chunks r and
+2·cp − 1 − r. So every rank computes the same share of the causal triangle. A rank's positions are in rising order, so
+keys that are contiguous in the whole sequence are contiguous on every rank. One kernels.KeyRanges per pair of ranks
+therefore describes causality and documents together.
 
 B batch · L positions of the whole sequence · T positions of a rank, L / cp
 """
@@ -17,7 +18,7 @@ from kernels.key_ranges import KeyRanges, key_ranges, ranges_from_segments
 from qwen3f.errors import UserError
 from sharding.axes import Axis
 
-# The batch's keys (contracts), by whether their last dimension is the sequence.
+# The batch's keys: SEQUENCE_KEYS have the sequence as their last dimension and are cut; WHOLE_KEYS are not cut.
 SEQUENCE_KEYS = frozenset(
     (
         "tokens",
@@ -38,7 +39,7 @@ WHOLE_KEYS = frozenset(("index", "pixel_values", "grids"))
 
 
 class RingRanges(NamedTuple):
-    """KeyRanges of every step of the ring, int32 [cp, B, T]: at step i the keys are those of the rank i places before.
+    """KeyRanges for every step of the ring, int32 [cp, B, T]. At step i the keys come from the rank i places earlier.
 
     Fields as in kernels.key_ranges.KeyRanges.
     """
@@ -63,11 +64,11 @@ def check_length(length: int, size: int) -> None:
 
 
 def split_sequence(batch: Mapping[str, Tensor], axis: Axis) -> dict[str, Tensor]:
-    """This rank's part of a batch of whole rows.
+    """This rank's part of a batch whose rows are whole. With cp 1, the batch unchanged.
 
-    Tensors of SEQUENCE_KEYS go from [..., L] to [..., T], those of WHOLE_KEYS stay. Two keys are added, which a rank
-    could not make from its part: starts, int32 [B, T], the place in the whole row where the token's document begins (0
-    without segments), and positions, the place in the row, if there are none. With cp 1 nothing is done.
+    Tensors of SEQUENCE_KEYS are cut from [..., L] to [..., T]; those of WHOLE_KEYS stay. Two keys are added that a rank
+    could not compute from its part: starts, int32 [B, T], the index in the whole row at which the token's document
+    begins (0 without segments); and, if the batch has no positions, positions, the token's index in the whole row.
 
     Raises UserError for a length that does not divide (see check_length), ValueError for a key that is in neither set.
     """
@@ -75,8 +76,8 @@ def split_sequence(batch: Mapping[str, Tensor], axis: Axis) -> dict[str, Tensor]
         return dict(batch)
     if unknown := batch.keys() - SEQUENCE_KEYS - WHOLE_KEYS:
         raise ValueError(
-            f"is the batch's {', '.join(sorted(unknown))} cut over cp? "
-            "add it to SEQUENCE_KEYS or WHOLE_KEYS in sharding/sequence_split.py"
+            f"the batch has unknown keys: {', '.join(sorted(unknown))}; in sharding/sequence_split.py add each to "
+            "SEQUENCE_KEYS if its last dimension is the sequence, else to WHOLE_KEYS"
         )
     tokens, segments = batch["tokens"], batch.get("segments")
     check_length(tokens.shape[-1], axis.size)
@@ -87,15 +88,15 @@ def split_sequence(batch: Mapping[str, Tensor], axis: Axis) -> dict[str, Tensor]
 
 
 def merge_sequence(gathered: Tensor, size: int) -> Tensor:
-    """[..., L] in the sequence's order, from the ranks' parts [..., T] concatenated in the order of ranks."""
-    chunks = gathered.chunk(2 * size, -1)  # rank r's are number 2r and 2r + 1
+    """[..., L] in the sequence's order. gathered: the ranks' parts [..., T], concatenated in the order of ranks."""
+    chunks = gathered.chunk(2 * size, -1)  # rank r has chunks 2r and 2r + 1 of this list
     return gathered if size == 1 else torch.cat([*chunks[::2], *chunks[::-2]], -1)
 
 
 def ring_ranges(starts_BT: Tensor, axis: Axis) -> RingRanges:
-    """What this rank's queries see at every step: of their own document, what is not after themselves.
+    """The keys that this rank's queries attend to at every step: those of the same document, not after the query.
 
-    starts_BT: this rank's part, as split_sequence gives it; zeros for attention across documents.
+    starts_BT: this rank's `starts` from split_sequence; zeros for attention across documents.
     """
     chunk, final = starts_BT.shape[1] // 2, 2 * axis.size - 1
     local = torch.arange(2 * chunk, device=starts_BT.device)
@@ -103,7 +104,7 @@ def ring_ranges(starts_BT: Tensor, axis: Axis) -> RingRanges:
     after_BT = (place + 1).expand_as(starts_BT)
 
     def keys_before(bound_BT: Tensor, rank: int) -> Tensor:
-        """How many of the rank's keys stand before a place of the whole sequence."""
+        """How many of the keys of `rank` have an index in the whole sequence below bound_BT."""
         return sum((bound_BT - c * chunk).clamp(0, chunk) for c in (rank, final - rank))
 
     ranks = [(axis.index - step + axis.size) % axis.size for step in range(axis.size)]

@@ -1,4 +1,4 @@
-"""State on a mesh: outside the step every leaf is a DTensor, inside it is this rank's plain shard."""
+"""The training state on a mesh: outside the step every leaf is a DTensor, inside it this rank's shard, a Tensor."""
 
 import functools
 from collections.abc import Callable, Collection, Mapping
@@ -19,7 +19,7 @@ from sharding.rules import placements
 
 
 def local_shards(state: Any) -> Any:
-    """A pytree's DTensors as this rank's shards, of the same storage; plain tensors stay."""
+    """Replace the DTensors of a pytree by this rank's shards, without copies; plain tensors stay."""
     return tree.map(lambda x: x.to_local() if isinstance(x, DTensor) else x, state)
 
 
@@ -32,9 +32,9 @@ def init_shards(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> P.Params:
-    """This rank's shards of what params.init_params gives. One layer of one parameter at a time is made whole.
+    """This rank's shards of the parameters that params.init_params gives.
 
-    paths: of these alone; None: of all.
+    Memory: only one layer of one parameter exists whole at a time. paths: the parameters to make; None: all.
     """
     placed, axes = layout.place(cfg), layout.axes
     stages = make_slices(cfg, layout.pipeline, axes.pp.size)
@@ -55,7 +55,7 @@ def init_shards(
 
 
 def cut_params(cfg: ModelConfig, params: P.Params, layout: Layout) -> P.Params:
-    """This rank's shards, copies, of whole parameters in the model's order; on one device the parameters themselves."""
+    """This rank's shards (copies) of whole parameters, whose layers are in the model's order. One device: no copy."""
     if layout.axes.shape.size == 1:
         return params
     stored = store(cfg, params, make_slices(cfg, layout.pipeline, layout.axes.pp.size))
@@ -63,9 +63,10 @@ def cut_params(cfg: ModelConfig, params: P.Params, layout: Layout) -> P.Params:
 
 
 def whole_params(cfg: ModelConfig, params: P.Params, layout: Layout, dtype: torch.dtype) -> P.Params:
-    """Parameters of a training state, whole, in the model's order and in `dtype`, on every rank; all call it together.
+    """Gather the parameters of a training state on every rank: whole, layers in the model's order, in `dtype`.
 
-    They travel in `dtype`. What is plain and in that dtype already is not copied.
+    All ranks must call it together. Tensors are cast to `dtype` before they are sent; a plain tensor that has the dtype
+    already is not copied.
     """
     out = {path: leaf.to(dtype) for path, leaf in params.items()}
     if layout.axes.shape.size == 1:
@@ -75,10 +76,10 @@ def whole_params(cfg: ModelConfig, params: P.Params, layout: Layout, dtype: torc
 
 
 def as_dtensors(state: Any, cfg: ModelConfig, layout: Layout, mesh: DeviceMesh) -> Any:
-    """A pytree of this rank's shards (fsdp.cut) as DTensors of the same storage, without communication.
+    """Wrap a pytree of this rank's shards (fsdp.cut) in DTensors, without copies or communication.
 
-    A leaf belongs to the parameter that its last key names: params, moments and gradients are placed alike. Any other
-    is replicated. Under pp a stack's global shape has the padding of all stages.
+    A leaf whose last key is a parameter's path is placed as that parameter: params, moments and gradients are placed
+    alike. Any other leaf is replicated. Under pp a stack's global shape includes the padding of all stages.
     """
     placed = layout.place(cfg)
     leaves, spec = tree.flatten(state)
@@ -100,9 +101,9 @@ def _dtensor(local: Tensor, mesh: DeviceMesh, where: tuple[Placement, ...], shap
 
 
 def on_shards(step: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-    """A step over plain shards, (state, batch) -> (new state, metrics), as one over a state of DTensors.
+    """Wrap a step over plain shards, (state, batch) -> (new state, metrics), so that its states hold DTensors.
 
-    The new state's leaves are placed as the old one's. A state of plain tensors goes through untouched.
+    Leaves of the new state are placed as those of the old one. A state of plain tensors passes through.
     """
 
     @functools.wraps(step)
@@ -114,5 +115,5 @@ def on_shards(step: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, 
 
 
 def placed_like(old: Tensor, new: Tensor) -> Tensor:
-    """A rank's shard `new` as a DTensor that is placed as `old` is; itself, where that is a plain tensor."""
+    """Wrap this rank's shard `new` in a DTensor placed as `old`; return `new` itself if `old` is a plain tensor."""
     return _dtensor(new, old.device_mesh, old.placements, old.shape) if isinstance(old, DTensor) else new

@@ -1,10 +1,11 @@
 """Tensor parallelism: what a block does differently when its weights are cut over tp.
 
-Column-parallel products (q, k, v, gate, up) see the whole sequence and make this rank's heads or columns;
-row-parallel ones (o, down) make a part of the sum over all. Between blocks the residual stream is cut (Korthikanti et
-al. 2022, arXiv:2205.05198): gathered before the first, summed and cut again after the second. It is cut along the
-tokens of all rows together, as one row, so that neither takes a copy. Embedding, head and loss are cut along the
-vocabulary. For generation (Axis.whole) the stream is not cut: nothing is gathered, sums are summed for all ranks.
+Column-parallel products (q, k, v, gate, up) take all tokens and compute this rank's heads or columns. Row-parallel
+products (o, down) compute this rank's term of a sum over ranks. Between them the residual stream is cut by tokens
+(sequence parallelism, Korthikanti et al. 2022, arXiv:2205.05198): it is gathered before column-parallel products, and
+reduce-scattered after row-parallel ones. The B rows are flattened to one row of N tokens before the cut, so neither
+collective needs a copy. Embedding, head and loss are cut along the vocabulary. In generation (Axis.whole) every rank
+holds the whole residual stream: nothing is gathered, and row-parallel products end in an all-reduce.
 
 B batch · T sequence · N = B·T tokens (n: this rank's part) · D hidden · V vocabulary (v: this rank's) · C columns of a
 layer (this rank's) · S ranks of tp
@@ -24,19 +25,22 @@ Layer = tuple[Tensor, Tensor | None]  # weight and bias
 
 
 def all_tokens(x_1nD: Tensor, tp: Axis) -> Tensor:
-    """[1, N, D] for a column-parallel product; the gradients of all ranks' columns add up. Without tp, x itself."""
+    """Gather the tokens of all ranks, [1, N, D]; the backward pass sums their gradients over ranks. Without tp, x."""
     return x_1nD if tp.size == 1 or tp.whole else gather(x_1nD.squeeze(0), tp, 0).unsqueeze(0)
 
 
 def own_tokens(x_BTD: Tensor, tp: Axis) -> Tensor:
-    """[1, n, D]: this rank's tokens of the sum over ranks; where tp is whole [B, T, D]. Without tp, x itself."""
+    """Sum x over ranks. Returns this rank's tokens [1, n, D]; all tokens [B, T, D] if tp.whole; x without tp."""
     if tp.whole:
         return all_reduce(x_BTD, tp)
     return x_BTD if tp.size == 1 else reduce_scatter(x_BTD.flatten(0, 1), tp, 0).unsqueeze(0)
 
 
 def row_parallel(linear: nn.Linear, x: Tensor, tp: Axis) -> Tensor:
-    """linear(x) where x [B, T, this rank's part] and the weight's columns are cut: own_tokens. The bias comes once."""
+    """linear(x) where x [B, T, this rank's part] and the weight's columns are cut over tp; result as own_tokens.
+
+    The bias is added once, after the sum over ranks.
+    """
     if tp.size == 1:
         return linear(x)
     y_1nD = own_tokens(F.linear(x, linear.weight), tp)
@@ -44,9 +48,10 @@ def row_parallel(linear: nn.Linear, x: Tensor, tp: Axis) -> Tensor:
 
 
 def kv_rows(linear: nn.Linear, heads: int, tp: Axis) -> Layer:
-    """The rows of a key or value projection that this rank's queries need.
+    """Weight and bias of a key or value projection, with only the rows that this rank's queries need.
 
-    heads: in the whole model. Where they are fewer than ranks, every rank holds all and several ranks use the same one.
+    heads: key/value heads of the whole model. If they are fewer than the ranks of tp, every rank holds all of them and
+    uses one, which it shares with other ranks.
     """
     if heads % tp.size == 0:
         return linear.weight, linear.bias
@@ -57,10 +62,10 @@ def kv_rows(linear: nn.Linear, heads: int, tp: Axis) -> Layer:
 
 
 def column_parallel(x_1nD: Tensor, layers: Sequence[Layer], tp: Axis) -> list[Tensor]:
-    """Each layer of all tokens, [1, N, this rank's columns]; without tp, of x.
+    """Each layer applied to all tokens: one [1, N, this rank's columns] per layer. Without tp, each layer applied to x.
 
-    Compiled, the gradients of the weights are computed while those of x are summed over ranks. Not otherwise: schedules
-    that put off the weights' gradients (sharding.pipeline.deferred_grads) want to see F.linear.
+    In compiled code the weights' gradients are computed while the gradient of x is summed over ranks. Uncompiled code
+    calls F.linear, because schedules that defer the weights' gradients (sharding.pipeline.deferred_grads) intercept it.
     """
     if tp.size > 1 and not tp.whole and torch.compiler.is_compiling():
         weights, biases = zip(*layers)
@@ -99,8 +104,8 @@ class _ColumnParallel(torch.autograd.Function):
 
 
 def embedding(tokens_BT: Tensor, weight_vD: Tensor, tp: Axis) -> Tensor:
-    """Rows of the embedding, [B, T, D]; with tp own_tokens of it. A token beyond the vocabulary is F.embedding's
-    error, as on one device."""
+    """The tokens' embeddings [B, T, D]; with tp, as own_tokens returns them. For a token outside the vocabulary
+    F.embedding raises, as on one device."""
     if tp.size == 1:
         return F.embedding(tokens_BT, weight_vD)
     size = len(weight_vD)
@@ -108,33 +113,33 @@ def embedding(tokens_BT: Tensor, weight_vD: Tensor, tp: Axis) -> Tensor:
     here = (local_BT >= 0) & (local_BT < size)
     outside = (tokens_BT < 0) | (tokens_BT >= size * tp.size)
     rows_BTD = F.embedding(torch.where(here, local_BT, torch.where(outside, size, 0)), weight_vD)
-    return own_tokens(torch.where(here[..., None], rows_BTD, 0), tp)  # not a product: one row may be NaN
+    return own_tokens(torch.where(here[..., None], rows_BTD, 0), tp)  # where, not a product: 0 · NaN is NaN
 
 
 def linear_cross_entropy(
     hidden_1nD: Tensor, weight_vD: Tensor, targets_N: Tensor, weights_N: Tensor, tp: Axis
 ) -> Tensor:
-    """Σ weights · nll over the whole vocabulary, the same on every rank; N = B·T.
+    """Σ over tokens of weight · nll, a scalar, the same on every rank; the vocabulary is cut over tp. N = B·T.
 
-    As kernels.cross_entropy.linear_cross_entropy; a target beyond the vocabulary makes it NaN.
+    As kernels.cross_entropy.linear_cross_entropy; a target beyond the vocabulary makes the sum NaN.
     """
     nll_N = -token_log_probs(all_tokens(hidden_1nD, tp).squeeze(0), weight_vD, targets_N, tp)
     return (nll_N * torch.where(targets_N == cross_entropy.IGNORE, 0, weights_N).to(nll_N.dtype)).sum()
 
 
 def known_rows(weight_vD: Tensor, tp: Axis, num_ids: int) -> Tensor:
-    """This rank's rows of ids below num_ids (0: all). ValueError where a rank has none."""
+    """This rank's rows of the head, only those of ids below num_ids (0: all). ValueError if no row is left."""
     first = tp.index * len(weight_vD)
     if num_ids and num_ids <= first:
-        raise ValueError(f"a head of {num_ids} ids leaves none for rank {tp.index} of tp={tp.size}")
+        raise ValueError(f"a head of {num_ids} ids leaves no row for rank {tp.index} of tp={tp.size}")
     return weight_vD[: num_ids - first] if num_ids else weight_vD
 
 
 def token_log_probs(hidden_ND: Tensor, weight_vD: Tensor, targets_N: Tensor, tp: Axis, num_ids: int = 0) -> Tensor:
     """log p(target) of each token over the whole vocabulary, the same on every rank; 0 where the target is IGNORE.
 
-    hidden_ND: all tokens'. As kernels.cross_entropy.token_log_probs; a target beyond the vocabulary makes it NaN.
-    num_ids: ids from here on have no probability; 0: all have.
+    hidden_ND: hidden states of all tokens. num_ids: ids from num_ids on get probability 0; 0 allows all ids. As
+    kernels.cross_entropy.token_log_probs; a target beyond the vocabulary gives NaN.
     """
     known = known_rows(weight_vD, tp, num_ids)
     local = cross_entropy.lse_and_target(hidden_ND, known, targets_N, tp.index * len(weight_vD))
@@ -146,9 +151,9 @@ def token_log_probs(hidden_ND: Tensor, weight_vD: Tensor, targets_N: Tensor, tp:
 
 
 def entropy(hidden_ND: Tensor, weight_vD: Tensor, tp: Axis, num_ids: int = 0) -> Tensor:
-    """Entropy of each token's distribution over the whole vocabulary, nats, the same on every rank; no gradient.
+    """[N]: the entropy in nats of each token's distribution over the whole vocabulary, the same on every rank.
 
-    num_ids: as in token_log_probs.
+    No gradient. num_ids: as in token_log_probs.
     """
     lse_N, mean_N = cross_entropy.lse_and_mean_logit(hidden_ND, known_rows(weight_vD, tp, num_ids))
     if tp.size > 1:

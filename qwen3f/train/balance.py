@@ -1,18 +1,18 @@
-"""Balancing the routers of a mixture of experts: the losses that push them, and the figures that show how they stand.
+"""Balancing the routers of a mixture of experts: the losses, and metrics of how evenly experts are used.
 
-The loss of one layer is E·Σ f·P: f_e is how often a token chooses expert e (Σ f = k), P_e the mean of its softmax.
-Only P has a gradient. Balanced, the loss is k, the number of experts a token takes, not 1. The modes of
-`router_balance` differ in what f counts:
+The loss of one layer is E·Σ f·P: f_e is how often a token chooses expert e (Σ f = k), P_e the mean of its softmax
+probability. Only P has a gradient. With perfect balance the loss is k, the number of experts per token, not 1. The
+modes of `router_balance` differ in the tokens that f counts:
 
   micro: this micro-batch, layer by layer (Switch Transformer, arXiv:2101.03961).
-  hf: this micro-batch, f and P averaged over layers before they are multiplied, as transformers does. Layers can make
-    up for each other, so it sees less.
+  hf: this micro-batch, with f and P averaged over layers before the product, as in transformers. Imbalances of
+    different layers can cancel out, so this loss detects fewer of them.
   global: all micro-batches of the step so far, layer by layer: Qwen3's (arXiv:2501.11873). Specialised micro-batches
-    are not punished if the whole batch is even. The first micro-batch of a step knows only itself.
-  global_exact: all micro-batches of the step, known from a forward pass before the first gradient.
+    are not punished if the whole batch is even. The first micro-batch of a step has only its own counts.
+  global_exact: all micro-batches of the step, counted by an extra forward pass before the first gradient.
 
-A step's loss sums its micro-batches, each by its share of the step's real tokens (padding is never counted), and
-averages over sparse layers. With `global_exact` it is the same however the batch is cut.
+A step's loss is the sum over micro-batches, weighted by their share of the step's real tokens (padding never counts),
+averaged over sparse layers. With `global_exact` it does not depend on the number of micro-batches.
 
 S sparse layers · E experts
 """
@@ -45,12 +45,14 @@ def add(a: Load | None, b: Load) -> Load:
 
 
 def balance_loss(mode: str, stats: RouterStats, load: Load, others: Load | None, total_tokens: Tensor) -> Tensor:
-    """One micro-batch's part of the step's balancing loss, a scalar in the statistics' floating dtype.
+    """One micro-batch's part of the step's balancing loss, a scalar in the dtype of the statistics.
 
     Args:
-      load: what the micro-batch counts, on a mesh that of all ranks; stats are the rank's, and so is the part.
-      others: for "global" what the step has counted before this micro-batch (None: nothing); for "global_exact" what
-        the whole step counts, this micro-batch included (None: there is no other micro-batch). Else unused.
+      mode: router_balance.
+      stats: this rank's; the result is this rank's part too.
+      load: the micro-batch's counts, on a mesh summed over all ranks.
+      others: for "global" the sum of the loads before this micro-batch (None: there are none); for "global_exact" the
+        load of the whole step, this micro-batch included (None: there is no other micro-batch). Else unused.
       total_tokens: real tokens of the whole step.
     """
     known = load
@@ -74,9 +76,9 @@ def load_metrics(load: Load) -> dict[str, Tensor]:
     """How evenly the experts are used, from a step's counts.
 
     expert_load: float32 [S, E], each expert's share of its layer's choices. Scalars: load_entropy, −Σ share·ln share,
-    the mean over layers, ln E if even; load_max_violation, the fullest expert of any layer over the mean one, minus 1;
-    load_mean_violation, the mean of |load / mean load − 1|; dropped_share, of all choices. Without a real token all
-    shares are 0.
+    averaged over layers (ln E if even); load_max_violation, the largest load / mean load of any layer, minus 1;
+    load_mean_violation, the mean of |load / mean load − 1|; dropped_share, the share of choices that were dropped.
+    Without real tokens all shares are 0.
     """
     choices_S1 = load.counts.sum(1, keepdim=True)
     share_SE = load.counts.to(torch.float32) / choices_S1.clamp(min=1)
@@ -91,7 +93,8 @@ def load_metrics(load: Load) -> dict[str, Tensor]:
 
 
 def heat_map(share_SE: Tensor, cell: int = 8) -> Tensor:
-    """uint8 [S·cell, E·cell, 3], RGB: white is the even share, blue less (full: none), red more (full: twice that)."""
+    """A picture, uint8 RGB [S·cell, E·cell, 3]: white is the even share, blue is less (deepest: 0), red is more
+    (deepest: twice the even share or above)."""
     excess_SE = (share_SE.cpu() * share_SE.shape[1] - 1).clamp(-1, 1)
     red, blue = 1 - (-excess_SE).clamp(min=0), 1 - excess_SE.clamp(min=0)
     picture = torch.stack((red, torch.minimum(red, blue), blue), -1).mul(255).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Prepared batches for the loop: drawn by all ranks together, with one message a step."""
+"""Prepared batches for the loop. All ranks draw a batch together; they exchange one message per step."""
 
 from types import TracebackType
 from typing import Self
@@ -14,11 +14,11 @@ from qwen3f.train.state import TrainState
 
 
 class Feed:
-    """A context manager around a Loader. Between the batches it says where the run stands in the data.
+    """A context manager around a Loader; it keeps track of the run's position in the data.
 
     Attributes:
-      position: the place in the data order of the last batch's first example. consumed: examples that it used.
-      state: the loader's, behind the last batch; see Loader.
+      position: index, in the data order, of the last batch's first example. consumed: examples that the batch used.
+      state: the loader's state after the last batch; see Loader.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class Feed:
         self._loader.close()
 
     def next(self, state: TrainState) -> Batch | None:
-        """The step's batch; None if a rank has been asked to stop. UserError, on all ranks, for data that has an end or
-        cannot be read on one of them."""
+        """The next step's batch; None if a rank has received a signal to stop. Raises UserError, on all ranks, if the
+        data ends or one rank cannot read it."""
         batch, stopping = self._world.agree(lambda: next(self._loader), bool(self._stop.name), UserError)
         if stopping:
             return None
@@ -52,7 +52,10 @@ class Feed:
         prepared = self._stage.prepare(state, batch, more)
         consumed = int(prepared.get("consumed", given))
         if not 0 <= consumed <= given:
-            raise UserError(f"the stage's prepare says that {consumed} examples are used up, and got {given}")
+            raise UserError(
+                f"the stage's prepare returned consumed={consumed}; it must lie between 0 and {given}, the number of "
+                "examples that it was given"
+            )
         self.position += self.consumed
         self.consumed, self.state = consumed, self._loader.state
         if "consumed" in prepared or given > self._batch_size:

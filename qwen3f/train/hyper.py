@@ -1,4 +1,4 @@
-"""The optimizers' hyperparameters, checked. Imports no torch: a wrong one is refused at once."""
+"""The optimizers' hyperparameters, checked. Imports no torch, so that a wrong value is refused at once."""
 
 import dataclasses
 import re
@@ -6,14 +6,14 @@ import re
 from qwen3f.errors import UserError
 
 LEAST_EPS = 2.0**-126  # float32's smallest normal number; a smaller one may count as 0
-MOST_ITERATIONS = 20  # of Newton–Schulz: what 20 leave small is noise
+MOST_ITERATIONS = 20  # of Newton–Schulz; singular values that are still small after 20 are noise
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """b1, b2, eps as in the paper; weight_decay is decoupled and scaled by the learning rate; clip_norm 0: no clip.
+    """b1, b2, eps as in the paper; weight_decay is decoupled and scaled by the learning rate; clip_norm 0: no clipping.
 
-    rates: (pattern of whole paths, what the learning rate is multiplied by); the first that matches, 1 where none does.
+    rates: (regular expression for whole paths, factor of the learning rate); the first match counts, 1 without a match.
     """
 
     b1: float = 0.9
@@ -29,25 +29,25 @@ class AdamW:
                 raise UserError(f"config.optimizer.{name} must be in [0, 1), got {getattr(self, name)}")
         if not LEAST_EPS <= self.eps < float("inf"):
             raise UserError(
-                f"config.optimizer.eps must be at least {LEAST_EPS:.3g}, got {self.eps}: where a gradient is 0, as in "
-                "rows of the embedding that no batch has had, the update would be 0/0; write e.g. "
+                f"config.optimizer.eps must be at least {LEAST_EPS:.3g}, got {self.eps}: where gradients are 0, as in "
+                "embedding rows of tokens that were in no batch, the update would be 0/0; write e.g. "
                 "--config.optimizer.eps=1e-8"
             )
         for name in ("weight_decay", "clip_norm"):
             if not getattr(self, name) >= 0.0:
-                raise UserError(f"config.optimizer.{name} must be a number from 0 on, got {getattr(self, name)}")
+                raise UserError(f"config.optimizer.{name} must be at least 0, got {getattr(self, name)}")
         for pattern, factor in self.rates:
             if not 0.0 <= factor < float("inf"):
-                raise UserError(f"config.optimizer.rates: {pattern}={factor} must be a number from 0 on")
+                raise UserError(f"config.optimizer.rates: the factor of {pattern} must be at least 0, got {factor}")
 
     def rate(self, path: str) -> float:
-        """What the learning rate of this path is multiplied by; 0: it is frozen."""
+        """The factor of this path's learning rate; 0: the parameter is frozen."""
         return next((factor for pattern, factor in self.rates if re.fullmatch(pattern, path)), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Muon(AdamW):
-    """Muon for what weight decay applies to (matrices and an untied head), AdamW with the fields above for the rest.
+    """Muon for parameters with weight decay (matrices and an untied head), AdamW with AdamW's fields for the others.
 
     momentum, iterations: see qwen3f.train.muon. update_rms: root mean square of a Muon update, relative to the learning
     rate; 0.2 is about AdamW's.
@@ -72,19 +72,19 @@ KINDS: dict[str, type[AdamW]] = {"adamw": AdamW, "muon": Muon}
 
 
 def make_hyper(kind: str, **fields: float | str) -> AdamW:
-    """The hyperparameters of an optimizer by its name; fields that only another one has are left out.
+    """The hyperparameters of the optimizer `kind`; fields that only another optimizer has are ignored.
 
-    rates: as parse_rates takes them.
+    rates: text, as parse_rates takes it.
     """
     if kind not in KINDS:
-        raise UserError(f"config.optimizer.kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
+        raise UserError(f"config.optimizer.kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
     own = {field.name for field in dataclasses.fields(KINDS[kind])}
     fields |= {"rates": parse_rates(fields["rates"])} if "rates" in fields else {}
     return KINDS[kind](**{name: value for name, value in fields.items() if name in own})
 
 
 def parse_rates(text: str) -> tuple[tuple[str, float], ...]:
-    """`PATTERN=FACTOR,…` as AdamW.rates. Raises UserError for another form, or what is no regular expression."""
+    """Parse `PATTERN=FACTOR,…` into AdamW.rates. UserError for another form or an invalid regular expression."""
     out = []
     for piece in filter(None, (part.strip() for part in text.split(","))):
         pattern, _, factor = piece.rpartition("=")
@@ -95,7 +95,7 @@ def parse_rates(text: str) -> tuple[tuple[str, float], ...]:
             out.append((pattern, float(factor)))
         except (re.error, ValueError, OverflowError, RecursionError) as error:
             raise UserError(
-                f"--config.optimizer.rates: {piece[:80]!r} is no pattern and factor ({error}); write e.g. "
+                f"--config.optimizer.rates: {piece[:80]!r} is not PATTERN=FACTOR ({error}); write e.g. "
                 r"--config.optimizer.rates='model\.embed_tokens\..*=0,.*norm.*=0.1'"
             ) from error
     return tuple(out)

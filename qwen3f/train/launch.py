@@ -1,4 +1,4 @@
-"""A training run on as many ranks as its mesh has: this process alone, ranks that it starts, or a launcher's."""
+"""A training run on the ranks of its mesh: this process alone, processes that it starts, or those of torchrun."""
 
 import os
 import sys
@@ -17,12 +17,11 @@ from qwen3f.train.stage import find_stage
 
 
 def run(config: ConfigDict, workdir: Path, progress: bool = True, **options: Any) -> None:
-    """Train as `config` says. The process must have been started as `python sys.argv…`: ranks are started so too.
+    """Train as `config` says. The process must have been started as `python sys.argv…`, because ranks are started so.
 
-    options: stage and make_step, as loop.run's.
-
-    Raises UserError, before any process starts, for what cannot run, and as ranks.decide; and as loop.run. Of ranks
-    that were started here and failed, the exit code or a TrainingError.
+    options: stage and make_step of loop.run. Raises UserError for a configuration that cannot run, before any process
+    starts (also as ranks.decide), and whatever loop.run raises. If ranks that were started here fail, the process exits
+    with their exit code, or a TrainingError is raised.
     """
     stage = options.get("stage") or find_stage(config.stage)
     device = find_device(config.device).type
@@ -33,7 +32,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True, **options: Any
     shape = setup.layout.axes.shape
     decision = ranks.decide(os.environ, shape.size, ranks.local_devices(device), device, sys.argv)
     if decision.mode != "join" and (warning := cpu_warning(setup)):
-        print(warning, flush=True)  # an error that comes after it stays the one line of stderr
+        print(warning, flush=True)  # to stdout, so that a later error is the only line on stderr
     if decision.mode == "single":
         loop.run(config, workdir, progress, **options)
     elif decision.mode == "start":

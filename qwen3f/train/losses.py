@@ -1,4 +1,5 @@
-"""What a step differentiates: the objective's loss, and with experts their routers' (qwen3f/train/balance.py)."""
+"""The loss that a step differentiates: the objective's, and for a mixture of experts the routers' losses
+(qwen3f/train/balance.py)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,17 +21,21 @@ LossFn = Callable[..., Tensor]
 
 
 class Totals(NamedTuple):
-    """What a step's losses are divided by, of all its micro-batches and ranks: the objective's count, real tokens."""
+    """The divisors of a step's losses, over all its micro-batches and ranks.
+
+    count: the objective's divisor. tokens: real tokens, the divisor of the routers' losses.
+    """
 
     count: Tensor
     tokens: Tensor
 
 
 class Terms(NamedTuple):
-    """A micro-batch's parts of the step's loss; those of all micro-batches add up, and those of all ranks.
+    """One micro-batch's parts of the step's losses. The sum over micro-batches and ranks is the step's.
 
-    loss: the objective's. aux_loss, z_loss: the routers', without their coefficients; 0 for a dense model.
-    load: what the routers counted, on a mesh those of all ranks; None for a dense model. figures: the objective's.
+    loss: the objective's. aux_loss, z_loss: the routers', without their coefficients; 0 for a dense model. load: how
+    often the routers chose each expert, already summed over all ranks; None for a dense model. figures: the
+    objective's.
     """
 
     loss: Tensor
@@ -49,7 +54,7 @@ def add_terms(a: Terms | None, b: Terms) -> Terms:
 
 
 def sum_totals(cfg: ModelConfig, batch: Batch, axes: Axes, objective: Objective = NEXT_TOKEN) -> Totals:
-    """Of the whole step, from this rank's rows of the batch, which cp has not cut."""
+    """The whole step's divisors. batch: this rank's rows, whole (before cp cuts them)."""
     count, tokens = sum_over(divisor(objective, batch), axes, ROWS), routed_tokens(batch)
     return Totals(count, sum_over(tokens, axes, ROWS) if cfg.sparse_layers else tokens)
 
@@ -64,12 +69,12 @@ def sum_ranks(terms: Terms, axes: Axes) -> Terms:
 
 
 def batch_tokens(batch: Batch) -> Tensor:
-    """The number of tokens that are predicted and count, an int64 scalar tensor."""
+    """The number of predicted tokens with a loss weight other than 0, an int64 scalar tensor."""
     return (predicted(batch) & (batch["loss_weights"] != 0)).sum()
 
 
 def routed_tokens(batch: Batch) -> Tensor:
-    """The number of real tokens, predicted or not, an int64 scalar tensor: what the routers' losses are divided by."""
+    """The number of tokens that are not padding, an int64 scalar tensor: the divisor of the routers' losses."""
     real = model.real_tokens(batch)
     return torch.ones_like(batch["tokens"]).sum() if real is None else real.sum()
 
@@ -81,12 +86,12 @@ def make_loss(
     dropout: bool = False,
     layout: Layout = ONE_DEVICE,
 ) -> LossFn:
-    """loss(params, batch, total_weight, dropout_stream=None) -> Σ loss_weights · nll / total_weight, nats a token.
+    """loss(params, batch, total_weight, dropout_stream=None) -> Σ loss_weights · nll / total_weight, nats per token.
 
-    float32 (float64 for a float64 model). total_weight is `batch_weight` of *all* micro-batches and ranks that make
-    up the step, so that cutting a batch never changes the loss. A batch in which nothing is predicted gives 0 and
-    zero gradients, not NaN. The routers' losses are no part of it. With execution=model.REFERENCE the function composes
-    with torch.func. On a mesh it is this rank's share: the shares of all ranks add up to the loss.
+    float32 (float64 for a float64 model). total_weight is `batch_weight` of *all* micro-batches and ranks of the step,
+    so that the cut of a batch never changes the loss. A batch in which nothing is predicted gives 0 and zero gradients,
+    not NaN. The routers' losses are not included. With execution=model.REFERENCE the function works with torch.func. On
+    a mesh it returns this rank's share: the sum over all ranks is the loss.
     """
     both = _make_loss_and_stats(cfg, execution, dropout, layout, NEXT_TOKEN)
 
@@ -106,13 +111,12 @@ def make_differentiated(
     dropout: bool = False,
     layout: Layout = ONE_DEVICE,
 ) -> Callable[..., tuple[Tensor, Terms]]:
-    """fn(trainable, frozen, micro-batch, totals, others=None, dropout_stream=None) -> (what a step differentiates by
-    the trainable parameters, its Terms).
+    """fn(trainable, frozen, micro-batch, totals, others=None, dropout_stream=None) -> (the scalar that a step
+    differentiates by `trainable`, its Terms).
 
     The scalar is the objective's loss plus, if it has router_losses, router_aux_loss_coef · aux_loss plus
-    router_z_loss_coef · z_loss. trainable and frozen are the model's parameters together. others: the load of other
-    micro-batches, see balance.balance_loss.
-    On a mesh both are this rank's share.
+    router_z_loss_coef · z_loss. trainable and frozen together are the model's parameters. others: the load of other
+    micro-batches, see balance.balance_loss. On a mesh both results are this rank's share.
     """
     both = _make_loss_and_stats(cfg, execution, dropout, layout, objective)
 
@@ -134,7 +138,7 @@ def make_differentiated(
 
 
 def token_terms(loss: Tensor, figures: Figures) -> Terms:
-    """Terms without routers."""
+    """The Terms of a dense model."""
     return Terms(loss, torch.zeros_like(loss), torch.zeros_like(loss), None, figures)
 
 
@@ -146,7 +150,10 @@ def router_terms(
     axes: Axes,
     part: float = 1.0,
 ) -> Terms:
-    """A rank's Terms of its routers, with a loss of 0 and no figures. part: theirs of the model's sparse layers."""
+    """The routers' part of a rank's Terms, with a loss of 0 and no figures.
+
+    part: the fraction of the model's sparse layers that `stats` covers (a slice of a pipeline has only some).
+    """
     load = _sum_load(balance.load_of(stats), axes)
     share = part / axes.tp.size  # the routers of all ranks of tp see the same tokens
     aux = _share(balance.balance_loss(cfg.router_balance, stats, load, others, totals.tokens), share)
@@ -155,7 +162,7 @@ def router_terms(
 
 
 def add_router_losses(cfg: ModelConfig, objective: Objective, loss: Tensor, terms: Terms) -> Tensor:
-    """What is differentiated: loss, plus the routers' losses by their coefficients where the objective has them."""
+    """loss plus the routers' losses times their coefficients; loss alone if the objective has no router_losses."""
     if not objective.router_losses:
         return loss
     for coefficient, term in ((cfg.router_aux_loss_coef, terms.aux_loss), (cfg.router_z_loss_coef, terms.z_loss)):
@@ -171,7 +178,7 @@ def make_load(
     dropout: bool = False,
     layout: Layout = ONE_DEVICE,
 ) -> Callable[..., balance.Load]:
-    """load(params, batch, dropout_stream=None) -> what the routers of a sparse model count; no gradients."""
+    """load(params, batch, dropout_stream=None) -> the Load of a forward pass of a sparse model; no gradients."""
     forward = model.make_forward(cfg, execution, dropout=dropout, layout=layout)
     outer = model.make_outer(cfg, layout)
 
@@ -199,7 +206,7 @@ def _make_loss_and_stats(
 
 
 def _share(x: Tensor, part: float) -> Tensor:
-    """A part of a value: of one that several ranks hold alike, or of a mean over more than is here."""
+    """part · x: this rank's share of a value that several ranks hold, or of a mean over layers of several slices."""
     return x if part == 1 else part * x
 
 

@@ -1,4 +1,4 @@
-"""What a step costs and how fast it went: FLOPs a token, the device's peak, tokens a second.
+"""A step's cost and speed: FLOPs per token, the device's peak FLOP/s, tokens per second.
 
 Model FLOPs utilization is `tokens_per_sec * flops_per_token(cfg, seq_len) / (peak_flops(device) * devices)`.
 """
@@ -29,23 +29,24 @@ MEASURE_SECONDS = 0.2
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Model FLOPs of one token's forward and backward pass, in a sequence of `seq_len` tokens.
 
-    6·N + 6·L·Hq·d·T, where N = `cfg.matmul_params()` (the parameters that multiply a token: the head and, of a
-    mixture, the active experts only; not the embedding's lookup), L layers, Hq query heads of d, T = seq_len.
-    A parameter costs one multiply and one add forward and twice that backward. Attention's two products cost
-    4·Hq·d·T a layer forward over all T keys; the causal mask leaves half of them, and the backward pass doubles
-    it again: 3 · 4/2. Recomputed activations don't count. Documents packed into one sequence count as one.
+    6·N + 6·L·Hq·d·T. N = `cfg.matmul_params()`: the parameters that a token is multiplied with, including the head, but
+    not the embedding; of a mixture only the active experts. L layers, Hq query heads of d, T = seq_len. A parameter
+    costs 2 FLOPs in the forward pass and 4 in the backward pass. Attention's two products cost 4·Hq·d·T per layer over
+    all T keys; the causal mask halves that, and forward plus backward are three times it: 3 · 4/2 = 6. Recomputation
+    does not count. Documents packed into one sequence count as one document.
     """
     attention = cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim * seq_len
     return 6.0 * cfg.matmul_params() + 6.0 * attention
 
 
 def peak_flops(device: torch.device) -> float:
-    """The device's peak in FLOP/s: a known CUDA card's dense bf16 rate from its datasheet, else a measured one.
+    """The device's peak in FLOP/s: for a known CUDA card the dense bf16 rate of its datasheet, else a measured rate.
 
     Sources: NVIDIA's datasheets of the H100 (SXM 989 TFLOP/s, PCIe 756, NVL 835), H200 (SXM 989, NVL 835), A100 (312),
     L40S (362), HGX B200 (2,250) and GB200 (2,500), all halved where the sheet counts sparsity, and the Ada
     architecture's whitepaper for the RTX 4090 (165, with fp32 accumulation). Other CUDA cards and MIG slices: the best
-    rate of a bf16 matrix product in about 0.2 s; the CPU: of an fp32 one with torch's threads. Measured once a process.
+    rate of bf16 matrix products within about 0.2 s. CPU: the same with fp32 and torch's threads. Measured once per
+    process.
     """
     known = _datasheet_peak(device)
     return _measured_peak(device) if known is None else known
@@ -57,15 +58,15 @@ def peak_source(device: torch.device) -> str:
 
 
 class Throughput(NamedTuple):
-    """The last mark of a run: tokens seen by then, and its time in seconds (`time.perf_counter()`)."""
+    """A point of a run from which speed is measured: tokens seen by then, and the time (`time.perf_counter()`, s)."""
 
     tokens: int
     time: float
 
     def advance(self, tokens: int, now: float) -> tuple[float, "Throughput"]:
-        """Tokens a second since this mark, and the next mark.
+        """(tokens per second since this point, the new point).
 
-        tokens: seen since the run began; now: seconds on this mark's clock. Raises ValueError unless `now` is later.
+        tokens: seen since the run began. now: `time.perf_counter()`. Raises ValueError unless `now` is later.
         """
         if now <= self.time:
             raise ValueError(f"throughput needs a later time than its mark's, {self.time} s; got {now} s")

@@ -1,7 +1,7 @@
-"""How many micro-batches a step's batch is cut into, where config.microbatches=0 leaves that open.
+"""How many micro-batches a step's batch is cut into, if config.microbatches=0.
 
-A pure function of the configuration and, on CUDA, of what card it is: every rank and a plan find the same number.
-Predicted peak memory decides (qwen3f.plan.memory), never what is free.
+The number depends only on the configuration and, on CUDA, on the kind of card, so that every rank and a plan find the
+same number. Predicted peak memory (qwen3f.plan.memory) decides, never the free memory.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from sharding.layout import Layout
 from sharding.mesh import ROWS, MeshShape, divisors
 from sharding.pipeline.cut import Pipeline
 
-FILLING = 4  # micro-batches a rank of pp that make the bubble small (Huang et al. 2019, arXiv:1811.06965, section 3.3)
+FILLING = 4  # micro-batches per rank of pp, for a small bubble (Huang et al. 2019, arXiv:1811.06965, section 3.3)
 
 
 def resolve(
@@ -37,9 +37,10 @@ def resolve(
     compute: torch.dtype,
     hardware: Hardware | None,
 ) -> int:
-    """config.microbatches, or for 0 the number that is chosen; hardware: None where memory is not to be heeded (CPU).
+    """config.microbatches; if that is 0, the number chosen here.
 
-    Raises UserError for a batch that cannot be cut so that every rank has work, and with a card as Case does.
+    hardware: the card whose memory limits the choice; None (CPU) ignores memory. Raises UserError for a batch that
+    cannot be cut so that every rank has work; with a card also as Case does.
     """
     if config.microbatches:
         return config.microbatches
@@ -52,7 +53,7 @@ def resolve(
 
 
 def choose_for(case: Case) -> Case:
-    """The case with the number of micro-batches that is chosen for it. Raises UserError as resolve does."""
+    """`case` with the chosen number of micro-batches. Raises UserError as resolve does."""
     table, limit = leaves(case), room(case.hardware)
 
     def fits(number: int) -> bool:
@@ -63,19 +64,20 @@ def choose_for(case: Case) -> Case:
 
 
 def choose(numbers: Sequence[int], pp: int, fits: Callable[[int], bool] = lambda number: True) -> int:
-    """One of `numbers` (of `candidates`): the fewest that fit; if none does, the most.
+    """The smallest of `numbers` (from `candidates`) that fits; if none fits, the largest.
 
-    Under pp of those with a small bubble: at least FILLING a rank, or the most where there are fewer. More of them
-    would shrink the bubble further, and take longer for the host and for what is gathered once a micro-batch.
+    With pp only numbers with a small bubble count: at least FILLING per rank of pp; if there is none, the largest. More
+    micro-batches would shrink the bubble further, but cost time on the host and one gather of the weights each.
     """
     filling = [number for number in numbers if pp == 1 or number >= FILLING * pp]
     return next(filter(fits, filling), numbers[-1])
 
 
 def candidates(shape: MeshShape, pipeline: Pipeline, batch_size: int, seq_len: int) -> tuple[int, ...]:
-    """All numbers of equal micro-batches, rising, that the mesh can cut the batch into and the schedule can run with
-    all ranks of pp at work; none above MOST_MICROBATCHES. Raises UserError, naming a batch size that would do, when
-    there is none.
+    """The numbers of micro-batches, rising, that are possible: the mesh can cut the batch into equal parts, the
+    schedule can run them, every rank of pp has work, and there are at most MOST_MICROBATCHES.
+
+    Raises UserError, with a batch size that would work, if there is no such number.
     """
     sharing = math.prod(getattr(shape, axis) for axis in ROWS)
     rows, rest = divmod(batch_size, sharing)
@@ -87,16 +89,16 @@ def candidates(shape: MeshShape, pipeline: Pipeline, batch_size: int, seq_len: i
         try:
             rules.check_batch(shape, batch_size, seq_len, number)
             found.append(number)
-        except UserError as error:  # of its tokens
+        except UserError as error:  # a micro-batch's tokens don't divide by tp
             refused = error
     if found:
         return tuple(found)
     if refused:
         raise refused
-    few = f", and each needs {shape.pp}, one for every rank of pp{shape.pp}" if shape.pp > 1 else ""
+    few = f", and each part needs at least {shape.pp} rows, one for every rank of pp{shape.pp}" if shape.pp > 1 else ""
     raise UserError(
-        f"config.batch_size={batch_size} can't fill the mesh {shape}: {sharing} ranks share its rows{few}; write a "
-        f"multiple of {sharing * shape.pp}"
+        f"config.batch_size={batch_size} can't fill the mesh {shape}: dr, dp and ep cut its rows into {sharing} equal "
+        f"parts{few}; write a multiple of {sharing * shape.pp}"
     )
 
 
@@ -109,24 +111,24 @@ def _runs(pipeline: Pipeline, ranks: int, microbatches: int) -> bool:
 
 
 def described(number: int, batch_size: int, axes: Axes) -> str:
-    """What was chosen, for a run's log."""
+    """A line for the run's log: the chosen number."""
     rows = batch_size // (axes.rows[1] * number)
     return f"microbatches: {number}, of {rows} row{'s' * (rows > 1)} each on a rank (config.microbatches=0)"
 
 
 def check_agreed(numbers: Sequence[int]) -> None:
-    """UserError unless all ranks, whose numbers these are, chose the same."""
+    """UserError unless all ranks chose the same number. numbers: one per rank."""
     other = next((rank for rank, number in enumerate(numbers) if number != numbers[0]), None)
     if other is not None:
         raise UserError(
-            f"config.microbatches=0: rank 0 chose {numbers[0]} and rank {other} {numbers[other]}, as their cards are "
-            f"not alike; write --config.microbatches={max(numbers)}, or name the smaller card by --config.hardware"
+            f"config.microbatches=0: rank 0 chose {numbers[0]} and rank {other} {numbers[other]}, because they have "
+            f"different cards; write --config.microbatches={max(numbers)}, or the smaller card as --config.hardware"
         )
 
 
 def evaluation_parts(rows: int, microbatches: int, axes: Axes) -> int:
-    """Parts in which a rank's share of an evaluation's batch of so many rows passes: under pp several, since its ranks
-    work at the same time on different ones."""
+    """The number of micro-batches for an evaluation's batch of `rows` rows. With pp several, so that all its ranks
+    work at the same time; else 1."""
     _, sharing = axes.rows
     return math.gcd(rows // sharing, microbatches) if axes.pp.size > 1 else 1
 
@@ -134,5 +136,5 @@ def evaluation_parts(rows: int, microbatches: int, axes: Axes) -> int:
 def check_evaluation(config: ConfigDict, microbatches: int, axes: Axes) -> None:
     """UserError for an evaluation's batch that the mesh cannot cut."""
     rows, (_, sharing) = config.eval.batch_size, axes.rows
-    parts = 1 if rows % sharing else evaluation_parts(rows, microbatches, axes)  # of a share that is whole
+    parts = 1 if rows % sharing else evaluation_parts(rows, microbatches, axes)  # check_batch refuses uneven rows
     rules.check_batch(axes.shape, rows, config.seq_len, parts, "config.eval.batch_size")

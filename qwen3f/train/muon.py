@@ -1,10 +1,10 @@
-"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): momentum, orthogonalised, for matrices.
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): orthogonalised momentum, for matrices.
 
 The step follows torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (Liu et al. 2025, arXiv:2502.16982): an update's
-root mean square is about `update_rms` times the learning rate whatever the shape, so AdamW's rate serves matrices too.
+root mean square is about `update_rms` times the learning rate, for any shape, so AdamW's learning rate fits.
 
-Deviations: it also updates an untied output head; the iteration runs on the Gram matrix where that is cheaper, and in
-float32 (float64 for float64) instead of bfloat16.
+Differences to torch: it also updates an untied output head. The iteration runs in float32 (float64 for float64) instead
+of bfloat16, and on the Gram matrix where that is cheaper.
 
 R rows · C columns of a matrix; N matrices of a stack (layers, experts); S, L the shorter and the longer side
 """
@@ -21,12 +21,12 @@ from qwen3f.params import Params
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic, from the reference implementation
 _EPS = 1e-7
-_GRAM_ITERATIONS = 6  # at most, on the Gram matrix: rounding makes eigenvalues below 0, which grow 12-fold in each
+_GRAM_ITERATIONS = 6  # limit for the Gram matrix: rounding gives eigenvalues below 0, which grow 12-fold each time
 
 
 class Options(NamedTuple):
-    """momentum: Nesterov's. weight_decay: decoupled and scaled by the rate. update_rms: root mean square of an update,
-    relative to the rate. iterations: of Newton–Schulz. rates: path -> what its rate is multiplied by."""
+    """momentum: Nesterov's. weight_decay: decoupled, scaled by the learning rate. update_rms: root mean square of an
+    update, relative to the learning rate. iterations: of Newton–Schulz. rates: path -> factor of its learning rate."""
 
     momentum: float
     weight_decay: float
@@ -38,7 +38,7 @@ class Options(NamedTuple):
 def update(
     params: Params, grads: Params, momenta: Params, lr: Tensor, scale: Tensor, options: Options
 ) -> tuple[Params, Params]:
-    """(parameters, momenta) after one step; the arguments are left as they are.
+    """(parameters, momenta) after one update; the arguments are not changed.
 
     Every leaf is a matrix [R, C] or a stack [.., R, C]. scale: the gradients' factor; lr and scale are scalar tensors.
     """
@@ -58,7 +58,7 @@ def update(
 def orthogonalize(matrices: Params, iterations: int) -> Params:
     """Each matrix with its singular values brought near 1 (0.7 to 1.2 after 5 iterations), in its own dtype.
 
-    Matrices of one shape, transposed or not, make one batch, whichever parameters they belong to.
+    Matrices of one shape, transposed or not, are processed as one batch, even if they belong to different parameters.
     """
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for path, x in matrices.items():
@@ -82,13 +82,13 @@ def _wide(x: Tensor) -> Tensor:
 def _newton_schulz(x_NSL: Tensor, iterations: int) -> Tensor:
     """x <- (a + b x xᵀ + c (x xᵀ)²) x, repeated.
 
-    On long matrices the same polynomials act on g = x xᵀ and are multiplied up to one factor: two products with the
-    long side in all, instead of two an iteration.
+    For long matrices the iteration runs on g = x xᵀ [S, S] instead, and collects the polynomials in one factor, which
+    is applied to x at the end. That takes two products with the long side in total, instead of two per iteration.
     """
     a, b, c = NEWTON_SCHULZ
     x_NSL = x_NSL / x_NSL.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)
     short, long = x_NSL.shape[1:]
-    if long < 2 * short or iterations > _GRAM_ITERATIONS:  # 10·(2·L + S) against 4·L + 8·iterations·S products of S × S
+    if long < 2 * short or iterations > _GRAM_ITERATIONS:  # the Gram form would cost more, or lose precision
         for _ in range(iterations):
             g_NSS = x_NSL @ x_NSL.mT
             x_NSL = torch.baddbmm(x_NSL, torch.baddbmm(g_NSS, g_NSS, g_NSS, beta=b, alpha=c), x_NSL, beta=a)

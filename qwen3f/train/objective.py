@@ -1,7 +1,7 @@
-"""What a stage minimises, as a value: what the model says about each token, and what that costs.
+"""An Objective says what a stage minimises: which number the model gives for each token, and what that number costs.
 
-B rows · T places of this rank's part of the sequence · L places of the whole row · S = L documents a row at most ·
-N = B·T · D hidden
+B rows · T positions of this rank's part of the sequence · L positions of the whole row · S = L, the most documents that
+a row can have · N = B·T · D hidden
 """
 
 import dataclasses
@@ -30,25 +30,27 @@ OUTPUTS = ("nll", "log_probs", "scores")
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A step's loss is Σ costs over all micro-batches and ranks, divided by the whole step's count. So are its figures.
+    """A step's loss is the sum of costs over all micro-batches and ranks, divided by the whole step's count.
+
+    Its figures (named values that are logged as metrics) are summed and divided in the same way.
 
     Attributes:
-      output: what the model says about a token. "nll": cross-entropy of its target, by the fused kernel; token and
-        document must then be None. "log_probs": log p(target), at the batch's temperature. "scores": of the scalar
-        head (ModelConfig.scalar_head).
-      token: (numbers [B, T], batch) -> (costs [B, T], figures of the same shape). None: the number itself. Both count
-        by loss_weights; where that is 0, and where nothing is predicted, they are left out and may be anything finite.
-        For a document that needs several sums, costs [C, B, T].
-      document: (sums [B, S], rows) -> (costs [B, S], figures of the same shape), where sums[b, k − 1] is
-        Σ loss_weights · token over segment k of a row ([C, B, S] of several), and rows is the batch with its rows
-        whole, also under cp. What it gives for a segment that a row does not have is left out. None: the loss is linear
-        in tokens.
-      count: batch -> this rank's part of the divisor, a scalar, from its whole rows. None: Σ loss_weights.
-      reports: the figures' names, all of which token and document give; each becomes a metric of the step.
-      entropy: token's batch has "entropy" [B, T], of the distribution at the batch's temperature, without a gradient.
-      num_ids: of log_probs: ids from here on have no probability, as for a sampler that never draws them (an embedding
-        may have rows that its tokenizer does not use); 0: all have.
-      router_losses: add those of a mixture's routers, by ModelConfig's coefficients. False: they are measured alone.
+      output: the number that the model gives for each token. "nll": cross-entropy of its target, by the fused kernel;
+        token and document must then be None. "log_probs": log p(target), at the batch's temperature. "scores": the
+        output of the scalar head (ModelConfig.scalar_head).
+      token: (numbers [B, T], batch) -> (costs [B, T], figures of the same shape). None: the cost is the number itself.
+        Costs and figures are multiplied by loss_weights. Where a weight is 0 or nothing is predicted, they are ignored,
+        but must be finite. For a `document` that needs C sums, costs are [C, B, T].
+      document: (sums [B, S], rows) -> (costs [B, S], figures of the same shape). sums[b, k − 1] is Σ loss_weights ·
+        cost over segment k of row b ([C, B, S] for C sums). rows: the batch with whole rows, also under cp. Results for
+        segments that a row does not have are ignored. None: the loss is the sum of the tokens' costs.
+      count: batch with whole rows -> this rank's part of the divisor, a scalar. None: Σ loss_weights.
+      reports: the names of all figures that token and document return; each becomes a metric of the step.
+      entropy: give `token` the key "entropy" [B, T] in its batch: the entropy of the distribution at the batch's
+        temperature, without a gradient.
+      num_ids: only for log_probs: ids from num_ids on get probability 0, as for a sampler that never draws them (an
+        embedding may have more rows than its tokenizer has ids); 0: all ids are allowed.
+      router_losses: add the routers' losses, with ModelConfig's coefficients. False: they are only logged.
     """
 
     output: Output = "nll"
@@ -75,27 +77,27 @@ NEXT_TOKEN = Objective()
 
 
 class MicroBatch(NamedTuple):
-    """own: the batch with this rank's part of every row; rows: with the rows whole. One and the same without cp."""
+    """own: the batch with this rank's part of every row. rows: the batch with whole rows. Without cp: the same."""
 
     own: Batch
     rows: Batch
 
 
 def batch_weight(batch: Batch) -> Tensor:
-    """Σ loss_weights over predicted tokens: the default divisor, a float64 scalar tensor.
+    """Σ loss_weights over predicted tokens, a float64 scalar tensor: the default divisor.
 
-    float64, so that the order of the sum (compiled, sharded) never shows in the loss.
+    float64, so that the order of summation (compiled, sharded) does not change the loss.
     """
     return torch.where(predicted(batch), batch["loss_weights"], 0.0).sum(dtype=torch.float64)
 
 
 def predicted(batch: Batch) -> Tensor:
-    """bool [B, T]"""
+    """bool [B, T]: whether the position has a target."""
     return batch["targets"] != cross_entropy.IGNORE
 
 
 def divisor(objective: Objective, batch: Batch) -> Tensor:
-    """This rank's part of what the step's loss is divided by, a float64 scalar tensor. batch: whole rows."""
+    """This rank's part of the divisor of the step's loss, a float64 scalar tensor. batch: with whole rows."""
     if objective.count is not None:
         return objective.count(batch).to(torch.float64)
     if objective.output == "scores":
@@ -104,30 +106,30 @@ def divisor(objective: Objective, batch: Batch) -> Tensor:
 
 
 def document_sums(values_BT: Tensor, segments_BT: Tensor, size: int) -> Tensor:
-    """[B, size]: at k − 1 the sum over the places of segment k, 0 where there is none; padding (0) is left out.
+    """[B, size]: element k − 1 is the sum of the values in segment k, 0 if there is none; padding (segment 0) is left
+    out. For values [C, B, T], [C, B, size].
 
-    A segment's places must lie side by side. Sums are made pairwise in one order, so they repeat bit for bit. Of values
-    [C, B, T] of the same segments, [C, B, size].
+    A segment must be contiguous. Sums are pairwise and in a fixed order, so results repeat bit for bit.
     """
     total, length, reach = values_BT, values_BT.shape[-1], 1
-    while reach < length:  # afterwards total[t] sums the last 2·reach places of t's segment, up to t
+    while reach < length:  # after each round total[t] sums up to 2·reach values of t's segment that end at t
         same = segments_BT[:, reach:] == segments_BT[:, :-reach]
         total = torch.cat((total[..., :reach], total[..., reach:] + torch.where(same, total[..., :-reach], 0)), -1)
         reach *= 2
     ends = torch.ones_like(segments_BT, dtype=torch.bool)
     ends[:, :-1] = segments_BT[:, 1:] != segments_BT[:, :-1]
-    place = torch.where(ends, segments_BT, 0).to(torch.int64)  # slot 0 takes what is no end, and padding
+    place = torch.where(ends, segments_BT, 0).to(torch.int64)  # slot 0, dropped, takes all but the segments' last sums
     slots = values_BT.new_zeros(*values_BT.shape[:-1], size + 1)
     return slots.scatter(-1, place.expand_as(total), torch.where(place > 0, total, 0))[..., 1:]
 
 
 def segments_of(batch: Batch) -> Tensor:
-    """int [B, T]; one document a row where the batch has none."""
+    """The batch's segments, int [B, T]; without that key, one document per row."""
     return batch["segments"] if "segments" in batch else torch.ones_like(batch["tokens"])
 
 
 def has_document(rows: Batch) -> Tensor:
-    """bool [B, S], whether a row has the segment k at k − 1."""
+    """bool [B, S]: element k − 1 says whether the row has segment k."""
     segments = segments_of(rows)
     return document_sums(torch.ones_like(segments, dtype=torch.float32), segments, segments.shape[1]) > 0
 
@@ -140,11 +142,11 @@ def make_numbers(
     entropy: bool = False,
     num_ids: int = 0,
 ) -> Callable[[Tensor, P.Params, Batch], tuple[Tensor, Tensor | None]]:
-    """numbers(hidden, outer parameters, batch) -> (what the model says of each token [B, T], entropy [B, T] or None).
+    """numbers(hidden, outer parameters, batch) -> (the model's number for each token [B, T], entropy [B, T] or None).
 
-    Of this rank's part of the sequence, the same on all ranks of tp; float32 (float64 for float64). A log-probability
-    is 0 where nothing is predicted. The temperature divides the hidden states, in their dtype, before the head.
-    num_ids: as Objective's.
+    [B, T] is this rank's part of the sequence; all ranks of tp get the same. float32 (float64 for float64). A
+    log-probability is 0 where nothing is predicted. The hidden states are divided by the temperature, in their dtype,
+    before the head. num_ids: as Objective's.
     """
     tp = layout.axes.tp
 
@@ -170,7 +172,7 @@ def make_numbers(
 
 
 def check_model(cfg: ModelConfig, objective: Objective) -> None:
-    """Raises UserError where the model's end does not give what the objective reads."""
+    """UserError if the model's head (vocabulary or scalar) is not the one that the objective needs."""
     needed = objective.output == "scores"
     if needed != cfg.scalar_head:
         raise UserError(
@@ -187,9 +189,9 @@ def make_head(
 ) -> HeadFn:
     """head(hidden, outer parameters, micro-batch, count) -> this rank's shares of the loss and of the figures.
 
-    All that the model's end has to know of an objective. hidden [B, T, D], or this rank's part of it
-    (sharding.tensor.own_tokens), behind the final norm; outer parameters: whole but for tp's cut. count: the step's
-    divisor; where it is 0 everything is 0. The shares of all ranks add up.
+    hidden: [B, T, D] after the final norm, or with tp this rank's part of it (sharding.tensor.own_tokens). outer
+    parameters: whole, except for tp's cut. count: the step's divisor; if it is 0, all results are 0. The sum of the
+    shares over all ranks is the loss, and the figures.
     """
     check_model(cfg, objective)
     if objective.output == "nll":
@@ -207,7 +209,7 @@ def make_head(
 def cost_shares(
     objective: Objective, numbers: Tensor, micro: MicroBatch, count: Tensor | float, layout: Layout = ONE_DEVICE
 ) -> tuple[Tensor, Figures]:
-    """What an objective other than nll makes of the numbers [B, T] of this rank's part of the rows; as HeadFn."""
+    """The shares of loss and figures, as make_head's, from the model's numbers [B, T]; not for output "nll"."""
     batch, axes = micro.own, layout.axes
     counts = batch["loss_weights"] != 0
     if objective.output == "log_probs":
@@ -220,7 +222,7 @@ def cost_shares(
     shares = {name: _share(x.sum(), axes.tp.size) for name, x in figures.items()}
     if objective.document is None:
         total = _share(costs.sum(), axes.tp.size)
-    else:  # every rank of cp and tp has the same sums
+    else:  # all ranks of cp and tp compute the same sums, so each takes an equal share
         size, copies = micro.rows["tokens"].shape[1], axes.tp.size * axes.cp.size
         sums = all_reduce(document_sums(costs, segments_of(batch), size), axes.cp)
         costs, figures = objective.document(sums, micro.rows)
@@ -228,7 +230,7 @@ def cost_shares(
         total = _share(torch.where(there, costs, 0).sum(), copies)
         shares |= {name: _share(torch.where(there, x, 0).sum(), copies) for name, x in figures.items()}
     if shares.keys() != set(objective.reports):
-        raise ValueError(f"Objective.reports={objective.reports}, and its functions gave {sorted(shares)}")
+        raise ValueError(f"Objective.reports={objective.reports}, but token and document returned {sorted(shares)}")
     return _divide(total, count), {name: _divide(shares[name].detach(), count) for name in objective.reports}
 
 
@@ -256,7 +258,7 @@ def _weighted(x: Tensor | Figures, counts: Tensor, weights: Tensor) -> Tensor | 
 
 
 def _share(x: Tensor, ranks: int) -> Tensor:
-    """A rank's share of what `ranks` ranks hold alike."""
+    """One rank's share of a value that `ranks` ranks all have."""
     return x if ranks == 1 else x / ranks
 
 

@@ -1,11 +1,11 @@
 """The optimizer's update and global-norm clipping, as pure functions of pytrees.
 
 AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) follows torch.optim.AdamW. Compiled, the formula becomes one kernel
-a leaf: gradient, clip factor, both moments and the parameter are read once and written once. Uncompiled, torch's fused
-AdamW kernel does the same. Muon, for matrices, is in qwen3f.train.muon.
+per leaf, which reads and writes every tensor once. Uncompiled, torch's fused AdamW kernel does the same. Muon, for
+matrices, is in qwen3f.train.muon.
 
-What a path's rate is multiplied by is said by patterns, of which the first that matches counts; 0 freezes: no gradient,
-no moments, no decay, and no part in the norm.
+AdamW.rates gives factors of the learning rate by patterns of paths. Factor 0 freezes a parameter: it has no gradient,
+no moments and no weight decay, and does not count in the gradient norm.
 """
 
 import re
@@ -25,15 +25,15 @@ from sharding.rules import Placed
 
 
 class OptimizerState(NamedTuple):
-    """m: first moment (AdamW) or momentum (Muon) of every trainable path; v: second moment of AdamW's. The parameters'
-    dtype."""
+    """m: path -> first moment (AdamW) or momentum (Muon), for every trainable path. v: path -> second moment, for
+    paths that AdamW updates. Both have the parameters' dtype."""
 
     m: Params
     v: Params
 
 
 class Rule(NamedTuple):
-    """What the update does to one leaf. decays: whether weight decay applies. rate: as AdamW.rate. muon: by Muon."""
+    """How one leaf is updated. decays: with weight decay. rate: as AdamW.rate. muon: by Muon, else by AdamW."""
 
     decays: bool
     rate: float
@@ -41,10 +41,10 @@ class Rule(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What one update depends on beside the trees, scalar tensors.
+    """The scalar tensors that an update depends on.
 
-    step: updates done before this one, an integer. lr, scale: the rate, the gradients' factor. apply: bool; where False
-    everything is returned unchanged, decided on the device.
+    step: updates done before this one, an integer. lr: the learning rate. scale: the gradients' factor. apply: bool; if
+    False, parameters and moments are returned unchanged (decided on the device, without a sync).
     """
 
     step: Tensor
@@ -54,16 +54,16 @@ class Scalars(NamedTuple):
 
 
 def check_rates(hyper: AdamW, paths: Iterable[str]) -> None:
-    """UserError for a pattern that matches no path, and when nothing is left to train."""
+    """UserError for a pattern that matches no path, and if all parameters are frozen."""
     paths = list(paths)
     for pattern, _ in hyper.rates:
         if not any(re.fullmatch(pattern, path) for path in paths):
             raise UserError(
-                f"--config.optimizer.rates: {pattern!r} matches none of the model's parameters, whole paths such as "
-                f"{paths[0]} and {paths[len(paths) // 2]}"
+                f"--config.optimizer.rates: {pattern!r} matches none of the model's parameters; write a regular "
+                f"expression for whole paths, such as {paths[0]} or {paths[len(paths) // 2]}"
             )
     if not trainable(hyper, paths):
-        raise UserError("--config.optimizer.rates freezes every parameter; leave one that is trained")
+        raise UserError("--config.optimizer.rates freezes every parameter; leave at least one to train")
 
 
 def trainable(hyper: AdamW, paths: Iterable[str]) -> frozenset[str]:
@@ -83,21 +83,21 @@ def leaf_rules(hyper: AdamW, decay: Mapping[str, bool]) -> dict[str, Rule]:
 
 
 def init(hyper: AdamW, decay: Mapping[str, bool], params: Params) -> OptimizerState:
-    """Zero moments of what is trained. decay: path -> whether weight decay applies (ParamSpec.decay)."""
+    """Zero moments for the trained parameters. decay: path -> whether weight decay applies (ParamSpec.decay)."""
     matrices = by_muon(hyper, decay)
     m = {path: torch.zeros_like(p) for path, p in params.items() if hyper.rate(path)}
     return OptimizerState(m, {path: torch.zeros_like(p) for path, p in m.items() if path not in matrices})
 
 
 def global_norm(grads: Params, placed: Mapping[str, Placed] | None = None, axes: Axes = ONE) -> Tensor:
-    """√Σ‖g‖² over all leaves, float32 (float64 for float64 gradients). placed: how shards are cut on a mesh."""
+    """√Σ‖g‖² over all leaves, a float32 scalar (float64 for float64). placed, axes: on a mesh, how leaves are cut."""
     squares = {path: g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() for path, g in grads.items()}
     total = torch.stack([*squares.values()]).sum() if placed is None else sum_over_shards(squares, placed, axes)
     return total.sqrt()
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What to multiply gradients with so that their norm is at most max_norm (torch's clip_grad_norm_ formula)."""
+    """The factor that scales gradients to a norm of at most max_norm (torch's clip_grad_norm_ formula); 0: factor 1."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norm)
 
 
@@ -109,9 +109,9 @@ def update(
     state: OptimizerState,
     at: Scalars,
 ) -> tuple[Params, OptimizerState]:
-    """One step of the optimizer; the arguments are left as they are. What is frozen is returned as it is.
+    """One update: (new parameters, new state). The arguments are not changed; frozen parameters are returned as is.
 
-    rules: as leaf_rules makes them. grads: of what is trained.
+    rules: from leaf_rules. grads: of the trained parameters.
     """
     matrices = [path for path in params if rules[path].muon]
     rest = {path: p for path, p in params.items() if rules[path].rate and not rules[path].muon}
@@ -132,7 +132,7 @@ def update(
         got = muon.update(old[0], grads, old[1], at.lr, at.scale, options)
         for tree, before, after in zip((new, m), old, got):
             tree.update({path: torch.where(at.apply, after[path], before[path]) for path in before})
-    # in the order of params: a state keeps its structure from step to step
+    # in the order of params, so that the state keeps its structure from step to step
     new = {path: new.get(path, params[path]) for path in params}
     return new, OptimizerState({path: m[path] for path in params if path in m}, v)
 
@@ -174,7 +174,7 @@ def _fused(
     grads: Params,
     at: Scalars,
 ) -> None:
-    """In place on trees = [params, m, v]: the kernel behind torch.optim.AdamW(fused=True)."""
+    """Update trees = [params, m, v] in place by the kernel behind torch.optim.AdamW(fused=True)."""
     step, lr, scale, apply = at
     withhold = (~apply).to(torch.float32)
     count = (step + 1).to(torch.float32)
@@ -183,7 +183,7 @@ def _fused(
         groups.setdefault((rules[path].decays, rules[path].rate), []).append(path)
     for (decays, factor), paths in groups.items():
         leaves = [[tree[path] for path in paths] for tree in trees]
-        # On CUDA the kernel reads a float32 rate from the device, without a sync; on the CPU a number costs nothing.
+        # On CUDA the kernel reads the rate, float32, from the device, without a sync. On the CPU .item() costs nothing.
         rate = _times(lr, factor)
         torch._fused_adamw_(
             leaves[0],

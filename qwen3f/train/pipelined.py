@@ -27,8 +27,8 @@ def make_pipelined_gradients(
 ) -> Callable[..., tuple[P.Params, losses.Terms]]:
     """fn(trained, frozen, masters, micro-batches, totals, stream) -> (this rank's sums of gradients, its Terms).
 
-    As train.step's sums of one micro-batch after another, over pp of more than one rank (sharding.pipeline.schedule).
-    masters and stream are not used. The Terms' load has rows for all S layers, on each rank those of all slices.
+    The counterpart of train.step's `_make_summed_gradients` for pp of more than one rank (sharding.pipeline.schedule).
+    masters and stream are not used. The load in Terms covers all S sparse layers, on every rank.
     """
     deferred = Deferred() if layout.pipeline.splits else None
     head = make_head(cfg, execution, layout, objective)
@@ -47,7 +47,7 @@ def make_pipelined_gradients(
         totals: losses.Totals,
         stream: Tensor | None,
     ) -> tuple[P.Params, losses.Terms]:
-        order = P.abstract_params(cfg)  # gathers go in one order on all ranks
+        order = P.abstract_params(cfg)  # all ranks must gather in the same order
         params = {path: {**trained, **frozen}[path] for path in order}
         sums, carries = gradients(params, frozenset(trained), parts, totals)
         return sums, _join(cfg, sliced.slices, carries, layout)
@@ -58,8 +58,8 @@ def make_pipelined_gradients(
 def make_pipelined_outputs(
     cfg: ModelConfig, execution: model.Execution, layout: Layout, head: Callable[..., Any]
 ) -> Callable[[P.Params, list[MicroBatch], Any], list[Any]]:
-    """fn(params, micro-batches, shared) -> head(hidden, outer parameters, micro-batch, shared) of each, without
-    gradients; [] on ranks without the last slice."""
+    """fn(params, micro-batches, shared) -> [head(hidden, outer parameters, micro-batch, shared) for each micro-batch],
+    without gradients; [] on ranks without the last slice."""
 
     def program(run: SliceFn, last: bool) -> schedule.Program:
         def of_slice(leaves: Any, micro: MicroBatch, shared: Any, carry: None, x: Tensor | None) -> tuple[Any, None]:
@@ -105,8 +105,11 @@ def _with_losses(
     objective: Objective,
     last: bool,
 ) -> schedule.Program:
-    """program(leaves, micro-batch, totals, the slice's Terms so far, x) -> (hidden states for the next slice or what is
-    differentiated, the slice's Terms with this micro-batch's)."""
+    """program(leaves, micro-batch, totals, carry, x) -> (out, new carry); see schedule.SlicedModel.
+
+    The carry is the sum of the slice's Terms over the micro-batches so far. On the last slice `out` is the scalar to
+    differentiate; on the others it is the hidden states, to which the routers' losses are attached.
+    """
 
     def program(
         leaves: Any, micro: MicroBatch, totals: losses.Totals, carry: losses.Terms | None, x: Tensor | None
@@ -130,7 +133,7 @@ def _with_losses(
 
 
 def _join(cfg: ModelConfig, slices: Slices, carries: dict[int, losses.Terms], layout: Layout) -> losses.Terms:
-    """A rank's Terms from those of its slices; its load from those of all ranks."""
+    """This rank's Terms: the sum over its slices, with the load of all ranks. carries: slice -> its Terms."""
     terms = [*carries.values()]
     loss, aux, z = (sum(field[1:], start=field[0]) for field in list(zip(*terms))[:3])
     figures = {name: sum(part.figures[name] for part in terms) for name in terms[0].figures}

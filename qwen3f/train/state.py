@@ -1,4 +1,4 @@
-"""TrainState: everything a run continues from, as one pytree of tensors."""
+"""TrainState: everything that a run needs to resume, as one pytree of tensors."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ from sharding.state import as_dtensors, init_shards
 
 
 class TrainState(NamedTuple):
-    """step: updates done. tokens_seen: predicted tokens so far. position: the next example's place in the data order.
+    """step: steps done (a step may have several updates: StepOptions.updates). tokens_seen: predicted tokens so far.
+    position: index of the next example in the data order.
 
     seed is the source of all randomness inside a step (dropout). step, seed, tokens_seen and position are int64
     scalars on the parameters' device.
@@ -39,9 +40,10 @@ def init_state(
     layout: Layout = ONE_DEVICE,
     mesh: DeviceMesh | None = None,
 ) -> TrainState:
-    """A fresh run: parameters from `seed`, zero moments, nothing seen.
+    """The state of a new run: parameters initialised from `seed`, zero moments, counters 0.
 
-    On a mesh, of the same values whatever its shape, and every leaf a DTensor. mesh: the one that layout is of.
+    The values do not depend on the mesh. mesh: the mesh that `layout` describes; every leaf is then a DTensor. None:
+    one device, plain tensors.
     """
     if mesh is None:
         params = P.init_params(cfg, seed, device=device, dtype=dtype)
@@ -59,9 +61,9 @@ def from_params(
     layout: Layout = ONE_DEVICE,
     mesh: DeviceMesh | None = None,
 ) -> TrainState:
-    """A run that starts from given parameters: on a mesh, this rank's shards (sharding.state.cut_params).
+    """The state of a run that starts from given parameters.
 
-    hyper: the optimizer's, which decides what moments there are.
+    params: whole; on a mesh, this rank's shards (sharding.state.cut_params). hyper: decides which moments there are.
     """
     device = next(iter(params.values())).device
 

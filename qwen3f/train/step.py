@@ -1,6 +1,6 @@
 """The pure training step of every stage: gradients of an objective, and the optimizer's update.
 
-B rows of the global batch · M micro-batches · K updates · T sequence
+B rows of the global batch · M micro-batches · K updates · T sequence length
 """
 
 import dataclasses
@@ -34,26 +34,27 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """How a step is made; never what it minimises.
+    """How a step computes. What it minimises is the Objective.
 
     Attributes:
-      optimizer, schedule: of the update. Its rate and bias correction count updates.
-      microbatches: an update's rows are cut into this many equal parts, whose gradients are summed; the loss is
-        normalised by the count of the whole, so the cut changes nothing but what looks at one part: dropout's mask,
-        the balancing loss (except with router_balance="global_exact"), and which experts are full (moe_drop_tokens).
-      microbatch_rows: instead, rows of a part on this rank; as many parts as the batch has. 0: by microbatches.
-      updates: the batch is cut into this many equal parts, in order, each with an update of its own. A state's step
-        counts batches: step · updates updates are behind it.
+      optimizer, schedule: for the update. The learning rate and the bias correction count updates, not steps.
+      microbatches: an update's rows are cut into this many equal parts, whose gradients are summed. The loss is divided
+        by the count of the whole batch, so the number of parts changes no result, except where something depends on one
+        part alone: dropout's mask, the balancing loss (unless router_balance="global_exact"), and which experts are
+        full (moe_drop_tokens).
+      microbatch_rows: if not 0, replaces microbatches: rows of a micro-batch on this rank; their number follows.
+      updates: the batch is cut into this many equal parts, in order; each gets its own update. TrainState.step counts
+        batches, so a state has had step · updates updates.
       compute_dtype: dtype of the forward and backward pass (None: the parameters'). Master weights, moments and the
         update keep the parameters' dtype.
       cross_documents: attention ignores document boundaries.
       donate: the state's storage is reused for the new state (see transforms.jit); the old state must not be used.
-      before_update: called when the first gradients have been queued and nothing has been written into the state yet;
-        as one graph (execution.compile="step"), before the whole step. A copy of the donated state that is under way is
-        joined there.
-      layout: the mesh that the step runs on. The state's leaves are then DTensors (sharding.state), the batch is this
-        rank's share: its rows of every micro-batch, cut over dr, dp and ep (rows equal over cp and tp). All ranks call
-        the step together; the new state and metrics are those of one device.
+      before_update: called before anything is written into the donated state, after the first gradients have been
+        queued (with execution.compile="step", before the step). The loop waits there for a checkpoint's copy of the
+        state that is in progress.
+      layout: the mesh that the step runs on. On a mesh the state's leaves are DTensors (sharding.state), and the batch
+        holds this rank's rows of every micro-batch: rows are cut over dr, dp and ep, and equal over cp, tp and pp. All
+        ranks call the step together. The new state and metrics equal those of one device.
     """
 
     optimizer: AdamW
@@ -75,7 +76,8 @@ class StepOptions:
             return self.microbatches
         if rows % self.microbatch_rows:
             raise UserError(
-                f"a batch of {rows} rows on a rank is no multiple of its micro-batch's {self.microbatch_rows}"
+                f"a rank's batch has {rows} rows, which is no multiple of the {self.microbatch_rows} rows of a "
+                "micro-batch (StepOptions.microbatch_rows)"
             )
         return rows // self.microbatch_rows
 
@@ -83,16 +85,18 @@ class StepOptions:
 def make_train_step(cfg: ModelConfig, objective: Objective, options: StepOptions) -> TrainStep:
     """step(state, batch) -> (state, metrics), pure: the same state and batch give the same result, bit for bit.
 
-    Metrics (0-d tensors on the device): loss (the objective's, before the update, without the routers' losses; of
-      next-token prediction nats a predicted token), grad_norm before and grad_norm_clipped after clipping, lr, tokens
-      (predicted in this batch), finite (1 if loss and gradient norm are; otherwise parameters and moments are left as
-      they were), and the objective's figures. A sparse model adds aux_loss and router_z_loss, the routers' losses
-      without their coefficients, and what balance.load_metrics gives. With several updates: the means of theirs, the
-      last lr, all tokens, finite if all are, and withheld, how many updates were not.
+    Metrics (0-d tensors on the device):
+      loss: the objective's, before the update, without the routers' losses; for NEXT_TOKEN nats per predicted token.
+      grad_norm, grad_norm_clipped: before and after clipping. lr: the learning rate. tokens: predicted in this batch.
+      finite: whether loss and gradient norm are; if not, parameters and moments stay as they were.
+      The objective's figures. For a sparse model also aux_loss and router_z_loss (the routers' losses without their
+      coefficients) and balance.load_metrics, whose expert_load is [S, E].
+    With several updates per step these are means over the updates, except lr (the last), tokens (the sum) and finite
+    (all updates are); withheld is then the number of updates that were not finite.
 
-    Raises UserError when the batch does not divide or is no batch (`check_batch`), for rates that match no parameter,
-    and for what a mesh cannot do: Muon, which needs whole matrices; attention_dropout; one graph with ep, whose splits
-    the host must know; and for an invariant execution with experts, or over pp, cp or tp.
+    Raises UserError for a batch that does not divide or is malformed (`check_batch`), for rates without a matching
+    parameter, and for what a mesh cannot do: Muon, which needs whole matrices; attention_dropout; config.compile=step
+    with ep, because the host must know ep's splits; an invariant execution with experts, or over pp, cp or tp.
     """
     check_mesh(cfg, options.optimizer, options.execution, options.layout)
     optimizer.check_rates(options.optimizer, P.abstract_params(cfg))
@@ -128,8 +132,8 @@ def make_train_step(cfg: ModelConfig, objective: Objective, options: StepOptions
 
 
 def check_batch(batch: Batch, vocab_size: int) -> None:
-    """Raises UserError for a batch that lacks a key or has tensors of several shapes; on a CPU also for ids that the
-    vocabulary has not (a look at those on another device would wait for it)."""
+    """UserError for a batch that lacks a key or whose tensors differ in shape; on the CPU also for ids outside the
+    vocabulary (on another device this check would wait for it)."""
     shape = batch["tokens"].shape if "tokens" in batch else None
     for key in ("tokens", "targets", "loss_weights"):
         if key not in batch:
@@ -138,7 +142,7 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
             raise UserError(f"the batch's {key!r} has shape {list(batch[key].shape)}, its 'tokens' {list(shape)}")
     for key, other in (("tokens", None), ("targets", cross_entropy.IGNORE)):
         ids = batch[key]
-        if type(ids) is not Tensor or ids.device.type != "cpu" or not ids.numel():  # of ranks that are played, others
+        if type(ids) is not Tensor or ids.device.type != "cpu" or not ids.numel():  # LocalTensors have another type
             continue
         ids = ids if other is None else torch.where(ids == other, 0, ids)
         least, most = int(ids.min()), int(ids.max())
@@ -150,7 +154,7 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
 
 
 def check_mesh(cfg: ModelConfig, hyper: AdamW, execution: model.Execution, layout: Layout) -> None:
-    """UserError for what a mesh, or an invariant execution on it, cannot do, as make_train_step lists it."""
+    """UserError for what a mesh, or an invariant execution, cannot do; make_train_step lists it."""
     axes = layout.axes
     if execution.invariant and (cfg.sparse_layers or max(axes.pp.size, axes.cp.size, axes.tp.size) > 1):
         raise UserError(
@@ -161,17 +165,20 @@ def check_mesh(cfg: ModelConfig, hyper: AdamW, execution: model.Execution, layou
         return
     if axes.ep.size > 1 and cfg.sparse_layers and execution.compile == "step":
         raise UserError(
-            f"config.compile=step with ep={axes.ep.size}, whose splits the host must know: write compile=block, or use "
-            "dp for ep"
+            f"config.compile=step with ep={axes.ep.size}, where the host must know how many rows each rank gets, is not "
+            "supported; write compile=block, or dp in place of ep in config.mesh"
         )
     if isinstance(hyper, Muon):
-        raise UserError("optimizer.kind=muon needs whole matrices, which a mesh cuts; write optimizer.kind=adamw")
+        raise UserError(
+            "config.optimizer.kind=muon needs whole matrices, which a mesh cuts; write optimizer.kind=adamw"
+        )
     if cfg.attention_dropout > 0:
-        raise UserError("model.attention_dropout is not supported on a mesh; set it to 0 or train on one device")
+        raise UserError("config.model.attention_dropout is not supported on a mesh; set it to 0 or train on one device")
 
 
 def check_recomputation(cfg: ModelConfig, execution: model.Execution) -> None:
-    """UserError for what torch 2.13 fails at, with an error of its own that says nothing to a user; torch 2.11 can."""
+    """UserError for recomputation that torch 2.13 can't compile into one graph. Its own error would not tell a user
+    what is wrong. torch 2.11 can compile it."""
     policy, recent = cfg.gradient_checkpointing, torch.__version__ >= (2, 13)
     whole = policy == "full" or (policy == "selective" and cfg.sparse_layers)
     if recent and execution.compile == "step" and whole:
@@ -184,8 +191,10 @@ def check_recomputation(cfg: ModelConfig, execution: model.Execution) -> None:
 def _make_gradients(
     cfg: ModelConfig, objective: Objective, options: StepOptions
 ) -> Callable[[TrainState, Batch, int], tuple[P.Params, losses.Terms]]:
-    """gradients(state, an update's batch, its number) -> (gradients of what is trained, in this rank's shards and
-    summed over ranks; the whole update's Terms)."""
+    """gradients(state, an update's batch, its number) -> (gradients of the trained parameters, the update's Terms).
+
+    Gradients are this rank's shards, summed over ranks; Terms are those of all ranks.
+    """
     layout, axes = options.layout, options.layout.axes
     placed, masters = layout.place(cfg), layout.gather_dtype is not None
     if masters and layout.gather_dtype != options.compute_dtype:
@@ -215,8 +224,10 @@ def _make_gradients(
 def _make_summed_gradients(
     cfg: ModelConfig, objective: Objective, execution: model.Execution, layout: Layout
 ) -> Callable[..., tuple[P.Params, losses.Terms]]:
-    """fn(trained, frozen, masters, micro-batches, totals, stream) -> (sums of gradients, Terms): one micro-batch after
-    another. masters: the parameters whose dtype the sums have."""
+    """fn(trained, frozen, masters, micro-batches, totals, stream) -> (sums of gradients, sums of Terms).
+
+    It runs one micro-batch after the other. masters: the master parameters; the sums have their dtype.
+    """
     options = {"dropout": cfg.attention_dropout > 0, "layout": layout}
     differentiate = grad_and_value(losses.make_differentiated(cfg, objective, execution, **options), has_aux=True)
     exact = cfg.router_balance == "global_exact" and bool(cfg.sparse_layers) and objective.router_losses
@@ -232,7 +243,7 @@ def _make_summed_gradients(
     ) -> tuple[P.Params, losses.Terms]:
         streams = [None if stream is None else rng.fold(stream, index) for index in range(len(parts))]
         whole = None
-        if count is not None and len(parts) > 1:  # a lone micro-batch is the whole step: it knows all counts
+        if count is not None and len(parts) > 1:  # a single micro-batch has all counts already
             for part, part_stream in zip(parts, streams):
                 whole = balance.add(whole, count({**trained, **frozen}, part.own, part_stream))
         grads, terms = None, None
@@ -248,10 +259,12 @@ def _make_summed_gradients(
 
 
 def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[TrainState, Metrics]]:
-    """update(state, gradients, Terms, its batch, its number, examples) -> (state, metrics). examples: what the whole
-    batch has consumed, given with the last update of a step; None before."""
+    """update(state, gradients, Terms, the update's batch, its number, examples) -> (state, metrics).
+
+    examples: how many examples the step's batch consumed, on the step's last update; None on the others.
+    """
     axes, placed, hyper = options.layout.axes, options.layout.place(cfg), options.optimizer
-    rules = optimizer.leaf_rules(hyper, P.decays(cfg))  # here: a graph is no place for patterns
+    rules = optimizer.leaf_rules(hyper, P.decays(cfg))  # outside update, so that no pattern is matched while compiling
 
     def update(
         state: TrainState,
@@ -294,14 +307,14 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
 
 
 def _any_image(batch: Batch, axes: Axes) -> Tensor:
-    """bool scalar: whether a token of the update's batch, on any rank, is an image's."""
+    """bool scalar tensor: whether any rank's part of the update's batch has an image token."""
     if "visual_index" not in batch:
         return torch.zeros((), dtype=torch.bool, device=batch["tokens"].device)
     return sum_over((batch["visual_index"] > 0).sum(), axes, ROWS) > 0
 
 
 def _unless_idle(seen: Tensor, old: P.Params, new: P.Params) -> P.Params:
-    """`new`, but the vision tower's as it was where no image was seen: zero gradients would let it decay."""
+    """`new`, but with the vision tower's old values if no image was seen: weight decay would shrink an idle tower."""
     return {
         path: torch.where(seen, leaf, old[path]) if path.startswith(P.VISUAL) and leaf is not old[path] else leaf
         for path, leaf in new.items()
@@ -317,8 +330,10 @@ def _together(history: list[Metrics]) -> Metrics:
 
 
 def visible(batch: Batch, cross_documents: bool) -> dict[str, Tensor]:
-    """What the model gets to see of each row: without segments, attention crosses document boundaries; padding stays
-    known. What a batch says of the whole (0-d tensors) is left out."""
+    """The batch's tensors that have rows, as the model gets them; 0-d tensors are left out.
+
+    cross_documents: replace segments, which bound attention to a document, by `real`, which only marks padding.
+    """
     rows = {key: value for key, value in batch.items() if value.dim()}
     if cross_documents and "segments" in rows:
         rows["real"] = rows.pop("segments") != 0
@@ -326,7 +341,7 @@ def visible(batch: Batch, cross_documents: bool) -> dict[str, Tensor]:
 
 
 def cut_batch(rows: Batch, parts: int, layout: Layout = ONE_DEVICE) -> list[MicroBatch]:
-    """`parts` micro-batches of this rank's rows, as `visible` gives them; under cp with its part of each."""
+    """Cut this rank's rows, from `visible`, into `parts` micro-batches; under cp, `own` has its part of every row."""
     whole = split_batch(rows, parts)
     if layout.axes.cp.size == 1:
         return [MicroBatch(part, part) for part in whole]
@@ -334,10 +349,10 @@ def cut_batch(rows: Batch, parts: int, layout: Layout = ONE_DEVICE) -> list[Micr
 
 
 def split_batch(batch: Batch, parts: int) -> list[dict[str, Tensor]]:
-    """Equal parts along the batch dimension; UserError when it does not divide. 0-d tensors go into none."""
+    """Cut a batch into equal parts along its rows, without 0-d tensors. UserError if the rows do not divide."""
     rows = batch["tokens"].shape[0]
     if rows % parts:
-        raise UserError(f"batch_size {rows} cannot be cut into {parts} equal microbatches; make it a multiple")
+        raise UserError(f"a batch of {rows} rows cannot be cut into {parts} equal parts; make its rows a multiple")
     chunks = {key: value.split(rows // parts) for key, value in batch.items() if value.dim()}
     return [{key: values[i] for key, values in chunks.items()} for i in range(parts)]
 
@@ -353,12 +368,12 @@ def _stack(leaf: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def _accumulate(total: P.Params | None, part: dict[str, object], like: Mapping[str, Tensor], only: bool) -> P.Params:
-    """Add one micro-batch's per-layer gradients to the stacked sum, kept in the master dtype.
+    """Add one micro-batch's per-layer gradients to the stacked sum, which has the master dtype.
 
-    A lone micro-batch needs no sum: its gradients are stacked as they are, and the update casts them.
+    only: there is no other micro-batch; its gradients are stacked in their own dtype, and the update casts them.
     """
     if only:
-        # pop: a leaf's layers are freed as soon as they are stacked
+        # pop frees a parameter's per-layer gradients as soon as they are stacked
         return {path: _stack(part.pop(path)) for path in list(part)}
     if total is None:
         return {

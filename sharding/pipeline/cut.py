@@ -1,9 +1,9 @@
 """How a pipeline cuts the model: which layers a stage holds, and in which order the ranks of pp store them.
 
-The model is cut into `count` runs of equal height, one a stage; the last run is shorter where the layers don't divide,
-or where it is to be, since it has the head and the loss as well. Its missing rows are padding: stored, never computed.
-A rank with several stages holds them one after another, so its part of a stack is one block of rows, and a stack stored
-in this order is cut over pp in equal blocks.
+The layers are cut into `count` stages of equal height. The last stage may have fewer layers: because the layers don't
+divide, or by choice, since it computes the head and the loss too. Its missing rows are padding: stored, never computed.
+A rank with several stages stores them one after another, so its part of a stack is one block of rows, and pp cuts a
+stack that is stored in this order into equal blocks.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ class Pipeline:
     """A schedule of torch.distributed.pipelining: 1F1B and interleaved 1F1B (Narayanan et al. 2021, arXiv:2104.04473),
     interleaved zero bubble and ZBV (Qi et al. 2023, arXiv:2401.10241).
 
-    stages: of a rank; 1f1b has one, zbv two. layers: of each stage but the last, which holds what is left; 0: as equal
-    as can be. Raises UserError for another number of stages, or an unknown schedule.
+    stages: stages per rank; 1f1b has one, zbv two. layers: layers of every stage but the last, which holds the rest; 0:
+    as equal as possible. Raises UserError for another number of stages, or an unknown schedule.
     """
 
     schedule: str = "1f1b"
@@ -40,17 +40,17 @@ class Pipeline:
         wanted = {"1f1b": 1, "zbv": 2}.get(self.schedule, max(1, self.stages))
         if self.stages != wanted:
             raise UserError(
-                f"config.pipeline.schedule={self.schedule} can't have config.pipeline.stages={self.stages} a rank; "
-                f"write {wanted}"
+                f"config.pipeline.schedule={self.schedule} can't have config.pipeline.stages={self.stages}; "
+                f"write config.pipeline.stages={wanted}"
             )
 
     @property
     def splits(self) -> bool:
-        """Whether the gradients of weights are put off behind those of a stage's input."""
+        """Whether the schedule computes weights' gradients later than the gradients of a stage's input."""
         return self.schedule in ("zero_bubble", "zbv")
 
     def check(self, ranks: int, microbatches: int) -> None:
-        """UserError for micro-batches that the schedule cannot run on so many ranks."""
+        """UserError for a number of micro-batches that the schedule cannot run on `ranks` ranks of pp."""
         if self.schedule == "1f1b" and microbatches < ranks:
             raise UserError(
                 f"config.microbatches={microbatches} leaves ranks of pp{ranks} without work; write at least {ranks}"
@@ -64,11 +64,11 @@ class Pipeline:
 
 
 def make_slices(cfg: ModelConfig, pipeline: Pipeline, ranks: int) -> "Slices":
-    """Where the model's layers live; without a pipeline, of one rank, they are one stage, whatever `pipeline` says.
+    """Which stage and rank holds which layers. With one rank there is one stage, and `pipeline` is ignored.
 
-    UserError for an empty stage, for DeepStack's taps beyond the first one, which has the tower, and unless all stages
-    have the same number of dense layers and of sparse ones (padding may be of any kind), so that stacks of both kinds
-    are cut in equal blocks.
+    Raises UserError for an empty stage; for DeepStack taps outside the first stage, which has the vision tower; and
+    unless all stages have the same number of dense and of sparse layers, so that both kinds of stacks are cut into
+    equal blocks (padding counts as either kind).
     """
     if ranks == 1:
         return Slices(cfg.num_hidden_layers)
@@ -79,23 +79,26 @@ def make_slices(cfg: ModelConfig, pipeline: Pipeline, ranks: int) -> "Slices":
 
 
 def heights(layers: int, count: int) -> range:
-    """How many layers each of `count` stages but the last can hold, so that the last has one at least and no more than
-    the others. The first is that of the most equal stages; none where one of those would be empty.
+    """The possible numbers of layers per stage, for all `count` stages but the last, which holds the rest.
+
+    The last stage must get at least one layer and no more than the others. The first number gives the most equal
+    stages. The range is empty if the most equal stages would leave one empty.
     """
     return range(math.ceil(layers / count), (layers - 1) // (count - 1) + 1 if count > 1 else layers + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """
-    Attributes:
-      layers: of the model. ranks: of pp. per_rank: stages of a rank.
-      folded: the second half of the stages goes back over the ranks, so that rank 0 has the first and the last stage (a
-        V); otherwise stage s is on rank s mod ranks. Needs two stages a rank.
-      each: layers of every stage but the last, one of `heights`; 0: the first of them.
+    """How the layers are cut into stages, and which rank holds each stage.
 
-    Raises UserError when a stage would be empty or the last one the longest, ValueError for a fold of other than two
-    stages a rank.
+    Attributes:
+      layers: number of layers of the model. ranks: size of pp. per_rank: stages per rank.
+      folded: the second half of the stages is assigned to the ranks in reverse order (a V), so that rank 0 has the
+        first and the last stage. Otherwise stage s is on rank s mod ranks. Needs two stages per rank.
+      each: layers of every stage but the last, one of `heights`; 0: the first of `heights`.
+
+    Raises UserError when a stage would be empty or the last one the longest, ValueError for folded stages with
+    per_rank other than 2.
     """
 
     layers: int
@@ -112,7 +115,7 @@ class Slices:
             others = (n for n in range(1, self.layers + 1) if heights(self.layers, n * self.per_rank))
             raise UserError(
                 f"model.num_hidden_layers={self.layers} leaves a stage empty: pp={self.ranks} with {self.per_rank} "
-                f"stages a rank cut it into {self.count} stages of {possible.start}; {_advice(self.ranks, others)}"
+                f"stages per rank makes {self.count} stages of {possible.start} layers; {_advice(self.ranks, others)}"
             )
         if self.height not in possible:
             values = f"{possible[0]} to {possible[-1]}" if len(possible) > 1 else possible[0]
@@ -136,7 +139,7 @@ class Slices:
         return self.ranks - 1 - place if self.folded and turn else place
 
     def slices_of(self, rank: int) -> tuple[int, ...]:
-        """A rank's stages in the model's order, which is that of its rows."""
+        """A rank's stages in the model's order. The rank stores their rows in this order."""
         return tuple(stage for stage in range(self.count) if self.rank_of(stage) == rank)
 
     def layers_of(self, stage: int) -> tuple[int, ...]:
@@ -154,10 +157,10 @@ class Slices:
         return layer if layer < self.layers else None
 
     def layer_order(self, kind: Sequence[int] | None = None) -> tuple[int | None, ...]:
-        """The layer of each stored row of a stack, None for padding; all ranks' rows, rank after rank.
+        """The layer in each stored row of a stack, None for padding; rows of all ranks, rank after rank.
 
-        kind: the layers that the stack is of (ParamSpec.layers), rising; None for all. Its rows of a stage are as many
-        as the stage with most of them has.
+        kind: the layers that the stack contains (ParamSpec.layers), rising; None for all. Every stage gets as many rows
+        as the stage with the most of these layers.
         """
         members = set(range(self.layers) if kind is None else kind)
         by_stage = [[layer for layer in self.layers_of(stage) if layer in members] for stage in range(self.count)]
@@ -198,20 +201,25 @@ def _check_taps(cfg: ModelConfig, stages: Slices) -> None:
         fitting = [n for n, each in possible.items() if each and each.start >= taps]
         raise UserError(
             f"model.vision_deepstack_layers has {taps} taps, which are added behind the first layers, but stage 0 of "
-            f"{stages.count}, which has the tower, holds {first}; "
-            f"{_advice(stages.ranks, fitting)}"
+            f"{stages.count}, which has the vision tower, holds only {first} layers; {_advice(stages.ranks, fitting)}"
         )
 
 
 def _advice(ranks: int, possible: Iterable[int]) -> str:
-    """What to write instead of so many ranks. Where no number of them would do, a rank has several stages."""
+    """The end of an error message: what to write instead of pp=`ranks`, given the sizes of pp that are possible.
+
+    If no size is possible, the rank must have several stages, so the message says to lower their number.
+    """
     if sizes := nearest("pp", ranks, possible):
         return f"write in config.mesh {sizes}"
     return "lower config.pipeline.stages, or write config.pipeline.schedule=1f1b with config.pipeline.stages=1"
 
 
 def store(cfg: ModelConfig, params: P.Params, stages: Slices) -> P.Params:
-    """Stacks in the model's order as all ranks store them: reordered, padding zero. Other parameters stay."""
+    """Reorder stacks from the model's order to the order in which all ranks store them; padding rows are zero.
+
+    Other parameters stay.
+    """
     out = dict(params)
     for path, order, kind in _stacks(cfg, params, stages):
         rows = [row for row, layer in enumerate(order) if layer is not None]
@@ -232,7 +240,7 @@ def restore(cfg: ModelConfig, params: P.Params, stages: Slices) -> P.Params:
 def _stacks(
     cfg: ModelConfig, params: P.Params, stages: Slices
 ) -> list[tuple[str, tuple[int | None, ...], dict[int, int]]]:
-    """(path, its layer_order, layer -> row in the model's order) of every parameter among params that pp cuts."""
+    """For every parameter in params that pp cuts: (path, its layer_order, layer -> row in the model's order)."""
     table = P.abstract_params(cfg)
     kinds = {path: table[path].layers for path in params if table[path].pipelined}
     return [(p, stages.layer_order(kind), {layer: i for i, layer in enumerate(kind)}) for p, kind in kinds.items()]
@@ -241,9 +249,10 @@ def _stacks(
 def pipeline_traffic(
     stages: Slices, rank: int, microbatches: int, tokens: int, hidden: int, dtype: torch.dtype
 ) -> tuple[Traffic, Traffic]:
-    """What a rank sends in a step: hidden states to the next stage, and their gradients to the one before.
+    """What a rank sends in a step: (hidden states to next stages, their gradients to previous stages).
 
-    tokens: of a rank's micro-batch, after cp and tp have cut it. Between two stages of one rank nothing is sent.
+    tokens: tokens of a rank's micro-batch, after the cut over cp and tp. hidden: the hidden size. Between two stages of
+    the same rank nothing is sent.
     """
 
     def sent(step: int) -> Traffic:

@@ -1,10 +1,10 @@
-"""Gradients of linear layers' weights that are computed later: what zero-bubble schedules fill their bubbles with
-(Qi et al. 2023, arXiv:2401.10241).
+"""Computes the gradients of linear layers' weights later than the rest of the backward pass.
 
-A backward pass under `Deferred` is whole but for one product a linear layer, dyᵀ·x, for which it keeps x and dy. So the
-graph is walked once, recomputes once, and may hold operators that make gradients ahead. torch's pipelining can also
-split a backward pass by walking the graph twice; these allow only one walk, and torch 2.11 gets the gradients of
-operators with several outputs wrong.
+Zero-bubble schedules (Qi et al. 2023, arXiv:2401.10241) fill their bubbles with this work. A backward pass under
+`Deferred` computes everything except one product per linear layer, dyᵀ·x, for which it keeps x and dy. So autograd
+walks the graph once and recomputes once, and operators that compute gradients in their forward pass (the fused loss)
+work. torch's pipelining can instead walk the graph twice; such operators allow only one walk, and torch 2.11 computes
+wrong gradients for operators with several outputs.
 
 N tokens · I inputs · O outputs
 """
@@ -22,10 +22,11 @@ Put = tuple[GradientEdge, Tensor, Tensor]
 
 
 class Deferred(TorchFunctionMode):
-    """Within it F.linear, which nn.Linear calls, puts off its weight's gradient; compiled code goes past it.
+    """A torch function mode. F.linear (also within nn.Linear) defers the gradient of its weight. Compiled code is not
+    affected.
 
-    The forward pass must run within it, and so must what recomputes it: autograd leaves the mode when it calls that, so
-    enter it inside what is recomputed (`within`).
+    Run the forward pass within the mode, and its recomputation too. autograd leaves the mode when it calls a recomputed
+    function, so wrap that function itself (`within`).
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,7 @@ class Deferred(TorchFunctionMode):
         return run
 
     def take(self) -> Callable[[], None]:
-        """What computes and accumulates the gradients put off so far; from here on it starts anew."""
+        """A function that computes and accumulates the gradients deferred so far. The mode's list becomes empty."""
         waiting, self.waiting = self.waiting, []
         return functools.partial(_accumulate, waiting)
 
@@ -84,7 +85,11 @@ class _Linear(torch.autograd.Function):
 
 
 def _accumulate(waiting: list[Put]) -> None:
-    """Leaves one by one, so that one gradient is alive at a time; what was gathered together goes back together."""
+    """Compute the deferred gradients and pass them to autograd.
+
+    Gradients of leaves are passed on one by one, so that only one is in memory. Gradients of weights that FSDP gathered
+    go in one backward call, because weights gathered together are reduce-scattered together.
+    """
     gathered = []
     for edge, x, dy in waiting:
         grad_OI = dy.flatten(0, -2).t() @ x.flatten(0, -2)

@@ -1,9 +1,9 @@
 """A pipeline's outputs without gradients, for evaluation and for log-probabilities.
 
-torch's schedules have an `eval` that walks through the training schedule and leaves out its backward passes. It is not
-used: with zbv it fails, 1f1b takes no fewer micro-batches than ranks, and from torch 2.13 on the receive buffers are
-made anew whenever evaluation and training alternate. Forward passes alone need no schedule: micro-batch m is on slice s
-at time m + s.
+torch's schedules have an `eval` method, which runs the training schedule without its backward passes. It is not used:
+it fails with zbv, needs at least as many micro-batches as ranks with 1f1b, and from torch 2.13 on allocates new receive
+buffers whenever evaluation and training alternate. Forward passes need no schedule: micro-batch m is on slice s at
+time m + s.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ from sharding.pipeline.schedule import Params, SlicedModel
 
 
 def make_forward(model: SlicedModel, layout: Layout) -> Callable[[Params, Sequence[Any], Any], list[Any]]:
-    """forward(params, microbatches, shared) -> what the last slice's program gives for each micro-batch, in order;
+    """forward(params, microbatches, shared) -> the outputs of the last slice's program, one per micro-batch, in order;
     [] on ranks without that slice.
 
-    params, micro-batches and shared as for schedule.make_gradients; any number of micro-batches, of one shape. Programs
-    get no carry. All ranks call it together; it builds no graph and keeps nothing.
+    params, microbatches and shared: as for schedule.make_gradients. There may be any number of micro-batches, all of
+    one shape. The programs' carry is None. All ranks call it together; it builds no autograd graph and saves nothing.
     """
     pp, slices = layout.axes.pp, model.slices
 
@@ -64,9 +64,10 @@ def make_forward(model: SlicedModel, layout: Layout) -> Callable[[Params, Sequen
 
 
 def work_order(slices: Slices, microbatches: int) -> list[tuple[int, int]]:
-    """(micro-batch, slice) of all ranks' work, in the one order in which every rank goes through it.
+    """(micro-batch, slice) of all ranks' work, in the order in which every rank walks through it.
 
-    Every rank handles its messages in this order, at the sender's place in it, so none waits for one that comes later.
+    A rank sends and receives a message when it reaches the sender's entry. All ranks have the same order, so no message
+    waits for a later one.
     """
     work = [(index, number) for index in range(microbatches) for number in range(slices.count)]
     return sorted(work, key=lambda task: (sum(task), -task[1]))

@@ -1,12 +1,12 @@
 """Pipeline parallelism: a rank's gradients of all micro-batches of a step, by one of torch's pipeline schedules.
 
-A pure function around functions of the slices, which know the model: parameters and micro-batches in, sums of gradients
-and what the slices carried from micro-batch to micro-batch out. torch.distributed.pipelining orders the work and sends
-hidden states; it wants a module a slice, which here owns nothing: for the time of a step it holds the leaves that the
-step was given.
+make_gradients returns a pure function. It takes parameters and micro-batches, calls the slices' functions, which know
+the model, and returns sums of gradients and each slice's last carry (what a slice passes from one micro-batch to the
+next). torch.distributed.pipelining orders the work and sends hidden states. It needs one nn.Module per slice; these
+modules own no parameters and only hold the leaves of the current step.
 
-Leaves are per-layer views of the stack, and each adds its gradient to a row of the stack's sum, in float32, whatever
-dtype it has itself.
+Leaves are per-layer views of the stacks. Each leaf adds its gradient to a row of the stack's sum, which is float32
+whatever the leaf's dtype.
 """
 
 import dataclasses
@@ -39,15 +39,16 @@ class SlicedModel:
     """A model as a pipeline sees it: functions of the slices that this rank has.
 
     Attributes:
-      slices: where the layers are.
-      programs: slice -> program(leaves, micro-batch, shared, carry, x) -> (out, carry). leaves: what select gave for
-        it. shared: what the step gave for all micro-batches. carry: what the slice returned for the micro-batch before,
-        None for the first; tensors, kept without gradients. x: the hidden states of the slice before, None on the
-        first. out: hidden states for the next slice; of the last one, in training, the scalar to differentiate.
-      select: this rank's leaves, stacks as tuples of their rows, -> slice -> the leaves of its program.
+      slices: which slice and rank holds which layers.
+      programs: slice -> program(leaves, micro-batch, shared, carry, x) -> (out, carry). leaves: from select. shared: a
+        value that all micro-batches of the step get. carry: the carry that the slice returned for the previous
+        micro-batch (None for the first), a pytree of tensors, detached. x: the previous slice's hidden states, None on
+        the first slice. out: hidden states for the next slice; in training the last slice returns the scalar to
+        differentiate instead.
+      select: (this rank's leaves; a stack is a tuple of its rows) -> {slice: the leaves of its program}.
       empty_hidden: (micro-batch, params, device) -> an empty tensor like the hidden states between slices.
-      stacked: the paths of stacks.
-      deferred: what puts off weights' gradients, where the schedule does.
+      stacked: the paths of parameters that are stacks.
+      deferred: the mode that defers weights' gradients; None if the schedule does not split the backward pass.
     """
 
     slices: Slices
@@ -62,7 +63,7 @@ Gradients = Callable[[Params, Set[str], Sequence[Any], Any], tuple[Params, dict[
 
 
 def check(cfg: ModelConfig, pipeline: Pipeline, compile: str, ranks: int, microbatches: int) -> None:
-    """UserError for what a pipeline over `ranks` ranks cannot run; as Pipeline.check and make_slices.
+    """UserError for a configuration that a pipeline over `ranks` ranks cannot run (also Pipeline.check, make_slices).
 
     compile: the mode, as in qwen3f.model.Execution.
     """
@@ -71,39 +72,41 @@ def check(cfg: ModelConfig, pipeline: Pipeline, compile: str, ranks: int, microb
     check_compile(compile)
     if pipeline.schedule in _SPLIT and cfg.gradient_checkpointing == "selective":
         raise UserError(
-            f"model.gradient_checkpointing=selective with config.pipeline.schedule={pipeline.schedule}, which keeps "
-            "the inputs of matrix products anyway; write none or full"
+            f"model.gradient_checkpointing=selective saves nothing with config.pipeline.schedule={pipeline.schedule}, "
+            "which keeps the inputs of matrix products anyway; write none or full"
         )
     if cfg.sparse_layers and cfg.router_balance in ("hf", "global_exact"):
         raise UserError(
-            f"model.router_balance={cfg.router_balance} needs what all layers or all micro-batches count, which a "
-            "slice of a pipeline doesn't know; write global or micro"
+            f"model.router_balance={cfg.router_balance} needs the experts' counts of all layers or all micro-batches, "
+            "which a stage of a pipeline doesn't know; write model.router_balance=global or micro"
         )
 
 
 def check_compile(compile: str) -> None:
-    """UserError for a mode that no pipeline can run in."""
+    """UserError for a compilation mode that a pipeline cannot use."""
     if compile == "step":
-        raise UserError("config.compile=step makes one graph, which a pipeline cannot be; write config.compile=block")
+        raise UserError(
+            "config.compile=step compiles the step into one graph, which a pipeline cannot be; write "
+            "config.compile=block"
+        )
 
 
 def make_gradients(model: SlicedModel, layout: Layout) -> Gradients:
-    """gradients(params, trainable, microbatches, shared) -> (this rank's gradients, slice -> its last carry), over pp.
+    """gradients(params, trainable, microbatches, shared) -> (this rank's gradients, {slice: its last carry}).
 
     Args (of the function):
-      params: this rank's shards in the compute dtype; with layout.gather_dtype, those that FSDP cuts in the master
-        dtype. Stacks hold its slices' rows (Slices.layer_order_of), padding included, which nothing reads. What is in
-        no stack is there on every rank.
+      params: this rank's shards in the compute dtype; with layout.gather_dtype, those that FSDP cuts are in the master
+        dtype. Stacks hold the rows of this rank's slices (Slices.layer_order_of) and padding rows, which nothing reads.
+        Parameters outside the stacks are present on every rank.
       trainable: the paths to differentiate by.
-      microbatches: of one shape; the same on all ranks of pp.
-      shared: given to every program.
-    Gradients have the structure of the trainable params, summed over micro-batches in float32 (float64 for float64):
-    zero for padding and for what another slice uses. They still need sum_replicated, which over pp adds up what the
-    first and the last slice contribute to a tied embedding.
+      microbatches: all of one shape; the same on all ranks of pp.
+      shared: passed to every program.
+    Gradients have the structure of the trainable params and are summed over micro-batches in float32 (float64 for
+    float64). They are zero for padding and for parameters that only other slices use. They still need sum_replicated:
+    over pp it adds the first and the last slice's gradients of a tied embedding.
 
-    All ranks call it together. Between calls it keeps torch's schedule, whose receive buffers hold the hidden states of
-    all micro-batches and their gradients, for each shape of micro-batches it has seen. Raises UserError as
-    Pipeline.check.
+    All ranks call it together. For each shape of micro-batches it has seen, it keeps torch's schedule, whose receive
+    buffers hold the hidden states of all micro-batches and their gradients. Raises UserError as Pipeline.check.
     """
     pp = layout.axes.pp
     adapters = {number: _Adapter(run) for number, run in model.programs.items()}
@@ -127,14 +130,17 @@ def make_gradients(model: SlicedModel, layout: Layout) -> Gradients:
         with torch.enable_grad():
             schedule.step(index=numbers, target=numbers, return_outputs=False)
         for stage in torch_stages:
-            stage.clear_runtime_states()  # gradients at the receive buffers
+            stage.clear_runtime_states()  # frees the gradients of the receive buffers
         return sums, {number: adapter.end() for number, adapter in adapters.items()}
 
     return gradients
 
 
 class _Adapter(nn.Module):
-    """A slice as torch's schedules want it. The first one is called without hidden states."""
+    """A slice as an nn.Module, for torch's schedules, which call the first slice's without hidden states.
+
+    begin, before a step, sets what the program gets; end, after it, returns the last carry.
+    """
 
     def __init__(self, run: Program) -> None:
         super().__init__()
@@ -157,14 +163,15 @@ class _Adapter(nn.Module):
 
 
 class _Stage(pipelining.PipelineStage):
-    """torch 2.11 first tries the connections to both neighbours; to its own rank (zbv) gloo has none."""
+    """torch 2.11 first tests the connections to both neighbours. With zbv a neighbour can be on the same rank; gloo has
+    no connection from a rank to itself, so that one is skipped."""
 
     def _get_init_p2p_neighbors_ops(self) -> list[torch.distributed.P2POp]:
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
 class _Attach(torch.autograd.Function):
-    """x itself; its backward hands the attached scalar a gradient of one, so that it need not be sent on."""
+    """Returns x. Its backward pass gives the attached scalar a gradient of one, so the scalar is not sent on."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, scalar: Tensor) -> Tensor:
@@ -177,7 +184,7 @@ class _Attach(torch.autograd.Function):
 
 
 def attach(x: Tensor, scalar: Tensor) -> Tensor:
-    """Hidden states for the next slice, x, whose backward pass differentiates a loss of this slice as well."""
+    """x, hidden states for the next slice; their backward pass also differentiates `scalar`, a loss of this slice."""
     return _Attach.apply(x, scalar) if scalar.requires_grad else x
 
 
@@ -189,9 +196,9 @@ def _build(
     hidden: Tensor,
     device: torch.device,
 ) -> tuple[pipelining.schedules._PipelineSchedule, list[pipelining.PipelineStage]]:
-    """torch's schedule and its stages, for micro-batches whose hidden states are like `hidden`, on the meta device.
+    """torch's schedule and its stages. hidden: a tensor on the meta device, shaped as a micro-batch's hidden states.
 
-    Shapes are told, so that torch need not run every slice once to learn them.
+    own: slice -> its module, for this rank's slices. Shapes are given, so torch need not run every slice to learn them.
     """
     hidden, count = hidden.requires_grad_(), model.slices.count
     loss = torch.empty((), dtype=_wide(hidden.dtype), device="meta", requires_grad=True)
@@ -209,7 +216,7 @@ def _build(
         )
         for number, adapter in own.items()
     ]
-    # losses are normalised by the whole step's weight, so the sum of micro-batches is what is wanted
+    # each loss is already divided by the whole step's weight, so micro-batches are summed, not averaged
     options = {"n_microbatches": microbatches, "loss_fn": lambda loss, target: loss, "scale_grads": False}
     if layout.pipeline.schedule in _SINGLE:
         return _SINGLE[layout.pipeline.schedule](made[0], **options), made
@@ -217,7 +224,7 @@ def _build(
 
 
 def _leaves(x: Tensor, total: Tensor | None, stacked: bool) -> Tensor | tuple[Tensor, ...]:
-    """A leaf, or for a stack one for each of its rows. total: where its gradient goes; None of a frozen one."""
+    """The parameter as a leaf; a stack as one leaf per row. total: the sum of its gradients; None if it is frozen."""
     if total is None:
         return x.detach().unbind(0) if stacked else x.detach()
     if not stacked:
@@ -226,11 +233,11 @@ def _leaves(x: Tensor, total: Tensor | None, stacked: bool) -> Tensor | tuple[Te
 
 
 def _leaf(x: Tensor, total: Tensor) -> Tensor:
-    """The same values as something to differentiate by; what autograd accumulates goes to `total`."""
+    """x as a leaf of the autograd graph, without a copy; its gradients are added to `total`."""
 
     def move(leaf: Tensor) -> None:
-        # not leaf.grad = total: dynamo refuses a leaf whose gradient has another dtype than its own
-        if leaf.grad is not None:  # None where an operator gave no gradient: its weight's is put off
+        # not leaf.grad = total: dynamo refuses a leaf whose gradient has a different dtype
+        if leaf.grad is not None:  # None: the weight's gradient is deferred
             total.add_(leaf.grad)
             leaf.grad = None
 

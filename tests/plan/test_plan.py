@@ -249,7 +249,7 @@ def test_the_first_stage_of_large_resolves_on_its_mesh():
             "every stage needs the same number of each",
         ),
         ({"mesh": "pp2"}, "config.microbatches=1 leaves ranks of pp2 without work; write at least 2"),
-        ({"mesh": "pp2", "microbatches": 3, "pipeline": Pipeline("interleaved", 2)}, "cut it into"),
+        ({"mesh": "pp2", "microbatches": 3, "pipeline": Pipeline("interleaved", 2)}, "makes 4 stages of"),
         ({"mesh": "dp2", "hyper": Muon()}, "write optimizer.kind=adamw"),
         ({"mesh": "dp2", "model": {"attention_dropout": 0.1}}, "set it to 0"),
         ({"preset": "debug_moe", "mesh": "ep2", "execution": Execution("step")}, "write compile=block"),

@@ -72,7 +72,7 @@ def test_gradients_summed_in_float32_are_twice_as_many_bytes(policy):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"mesh": "dp-1,tp2"}, "dp-1 takes what a number of devices leaves"),
+        ({"mesh": "dp-1,tp2"}, "dp-1 takes all remaining devices"),
         ({"mesh": "dp8", "fsdp.shard_size": 3}, "config.fsdp.shard_size=3 doesn't fit config.mesh with dp=8"),
         ({"mesh": "dp8", "fsdp.shard_size": 4, "fsdp.enabled": False}, "has no effect with config.fsdp.enabled=False"),
         ({"mesh": "dr2,dp3"}, "config.batch_size=64 doesn't divide by dr=2 · dp=3; make it a multiple of 6"),

@@ -47,7 +47,7 @@ def test_a_mesh_fills_all_devices_or_none(shape, open_axis, devices):
         (
             "dp-1,tp2",
             None,
-            r"config.mesh=dp-1,tp2: dp-1 takes what a number of devices leaves, .*write dp with its size",
+            r"config.mesh=dp-1,tp2: dp-1 takes all remaining devices, .*write dp with its size",
         ),
         ("dp-1,tp-1", 8, r"-1 stands on dp and tp"),
         ("tp3,dp-1", 8, r"8 devices are no multiple of tp3 = 3, so no dp fills them"),

@@ -257,5 +257,5 @@ def test_objectives_that_cannot_be_are_refused(wrong):
 def test_figures_that_were_not_announced_are_an_error():
     cfg = presets.get("nano").replace(vocab_size=40, num_hidden_layers=1, hidden_size=32)
     step = make_train_step(cfg, Objective("log_probs", surrogate), StepOptions(AdamW(), SCHEDULE))
-    with pytest.raises(ValueError, match=r"reports=\(\), and its functions gave \['clipped'\]"):
+    with pytest.raises(ValueError, match=r"reports=\(\), but token and document returned \['clipped'\]"):
         step(state.init_state(cfg, 0), packed())

@@ -143,7 +143,7 @@ def test_what_a_stage_may_not_do_is_one_line_at_the_first_step(tmp_path):
         loop.run(config, tmp_path / "b", False, stage=Changed(dataset=OtherKeys()))
     with pytest.raises(TrainingError, match="step 1: the objective's figure margin is nan"):
         loop.run(config, tmp_path / "c", False, stage=Changed(objective=objective))
-    with pytest.raises(UserError, match="says that 99 examples are used up, and got 8"):
+    with pytest.raises(UserError, match="consumed=99; it must lie between 0 and 8"):
         loop.run(config, tmp_path / "d", False, stage=Changed(prepare=lambda s, b, m: {**b, "consumed": 99}))
     for name in "abcd":
         assert not list((tmp_path / name).glob("checkpoints/*")), name

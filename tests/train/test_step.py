@@ -215,5 +215,5 @@ def test_crossing_documents_is_a_choice():
 
 def test_batches_that_do_not_divide_are_refused():
     cfg = tiny()
-    with pytest.raises(UserError, match="6 cannot be cut into 4"):
+    with pytest.raises(UserError, match="6 rows cannot be cut into 4"):
         make_train_step(cfg, AdamW(), SCHEDULE, microbatches=4)(state.init_state(cfg, 0), random_batch(6, 8, 61))
