@@ -1,4 +1,4 @@
-"""What evaluations asked and were answered, in workdir/answers/step-N.jsonl: of the first and the last evaluations."""
+"""Questions and answers of evaluations, in workdir/answers/step-N.jsonl: of the first and the last few evaluations."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -8,13 +8,13 @@ from typing import Any
 from qwen3f.files import write_atomically
 
 FOLDER = "answers"
-_LAST = 3  # evaluations that are kept beside the first
+_LAST = 3  # keep the first evaluation and this many of the last
 
 
 class AnswersFolder:
-    """Writes one file an evaluation. What is there of steps after start_step, of a run that went back, is removed.
+    """Writes one file per evaluation. Files of steps after start_step, from before the run went back, are removed.
 
-    say: called with a line, once, when nothing can be written; a run goes on without.
+    say: called with a line, once, if a file cannot be written; no error is raised.
     """
 
     def __init__(self, workdir: Path, start_step: int, say: Callable[[str], None]) -> None:
@@ -22,10 +22,10 @@ class AnswersFolder:
         self._remove([path for path in self._files() if path.name > self._name(start_step)])
 
     def write(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
-        """A JSON object a line."""
+        """Write one JSON object per line."""
         text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         try:
-            # of a text that is no Unicode, such as half of a pair of surrogates, a mark stays
+            # errors="replace": a lone surrogate, which UTF-8 cannot encode, becomes "?"
             write_atomically(self._folder / self._name(step), text.encode(errors="replace"))
         except OSError as error:
             if not self._failed:

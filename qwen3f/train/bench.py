@@ -1,11 +1,11 @@
 """The training step's speed and memory on GPUs: python -m qwen3f.train.bench "preset=qwen3-1.7b rows=4" "mesh=dp2" …
 
-An argument is a case, `key=value` words (the fields of Case); all run one after another, on as many GPUs of this host
-as the largest mesh has. Random tokens; float32 master weights under a bfloat16 forward and backward pass, the donated
-fused update: what `launch.py` trains with. A line a case: milliseconds a step, tokens/s and MFU (as README.md has
-it) of each GPU, peak memory, how long communication takes and how much of it nothing hides, the share of a step in
-which the GPU had nothing to do, and what the plan predicts. Without a mesh, or with a smaller one, other GPUs do the
-same: what one GPU does, all do at once.
+Each argument is a case: words `key=value` (the fields of Case). Cases run one after another, on as many GPUs of this
+host as the largest mesh has. The step is that of `launch.py`: float32 master weights, bfloat16 forward and backward
+pass, donated fused update; tokens are random. Each case prints a line: milliseconds per step, tokens/s and MFU per GPU
+(defined in README.md), peak memory, milliseconds per step of computation, of collectives, of collectives that no
+computation hides, and of idleness, and the plan's prediction. If a case has no mesh while others have one, all GPUs run
+it at the same time, each by itself.
 """
 
 import dataclasses
@@ -44,14 +44,15 @@ _PARTS = {"computing": "computing", "collectives": "communicating", "not hidden"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """
+    """One case of the benchmark.
+
     Attributes:
-      mesh: as config.mesh; empty: one GPU. preset: of qwen3f/presets.py. layers: cut the model to so many; 0: all.
-      rows: of the batch of each rank of dr, dp and ep; tp, cp and pp share them. tokens: of a row. documents: mean
-        length of those packed into a row; 0: one document. microbatches: parts that the batch is cut into.
-      remat: what is recomputed: none, selective or full. pure: bfloat16 weights and moments.
-      compile: as config.compile. reduce: as config.fsdp.reduce. schedule, stages, stage_layers: as config.pipeline's
-        schedule, stages and layers. steps: timed ones.
+      mesh: as config.mesh; empty: one GPU. preset: from qwen3f/presets.py. layers: number of layers to keep; 0: all.
+      rows: rows of the batch per rank of dr, dp and ep. tokens: tokens per row. documents: mean length of the documents
+        packed into a row; 0: one document per row. microbatches: parts that the batch is cut into.
+      remat: recomputation: none, selective or full. pure: bfloat16 weights and moments.
+      compile: as config.compile. reduce: as config.fsdp.reduce. schedule, stages, stage_layers: as schedule, stages and
+        layers of config.pipeline. steps: number of timed steps.
     """
 
     mesh: str = ""
@@ -90,8 +91,8 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of one rank: seconds of a step, the largest memory in bytes; seconds of a step in which it computed, in which
-    collectives ran, in which nothing else did, and in which nothing ran."""
+    """One rank's results. peak: the largest allocated memory in bytes. Seconds per step: in total; with computation;
+    with collectives; exposed: with collectives, but no computation; idle: with neither."""
 
     seconds: float
     peak: int
@@ -102,13 +103,13 @@ class Measured:
 
 
 def parse_case(text: str) -> Case:
-    """UserError for a word that is no key and value of Case."""
+    """A case from text, words `key=value`. UserError for a word that is not a key and value of Case."""
     kinds = {field.name: field.type for field in dataclasses.fields(Case)}
     values: dict[str, object] = {}
     for word in text.split():
         key, equals, value = word.partition("=")
         if key not in kinds or not equals:
-            raise UserError(f"'{word}' is no part of a case; write key=value with one of {', '.join(kinds)}")
+            raise UserError(f"'{word}' is not part of a case; write key=value, with one of the keys {', '.join(kinds)}")
         if kinds[key] is bool:
             if value.lower() not in ("true", "false"):
                 raise UserError(f"'{word}': write {key}=True or {key}=False")
@@ -117,12 +118,13 @@ def parse_case(text: str) -> Case:
         try:
             values[key] = kinds[key](value)
         except ValueError as error:
-            raise UserError(f"'{word}': {value!r} is no {kinds[key].__name__}") from error
+            raise UserError(f"'{word}': {value!r} is not of type {kinds[key].__name__}") from error
     return Case(**values)
 
 
 def random_batch(rows: int, length: int, vocabulary: int, mean: int, seed: int = 0) -> Batch:
-    """A batch on the GPU: uniform tokens; mean 0: one document a row, else documents of exponential length."""
+    """A batch on the GPU with uniformly random tokens. mean: mean length of the documents, which are of exponential
+    length; 0: one document per row."""
     g = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocabulary, (rows, length + 1), generator=g)
     starts = torch.rand(rows, length, generator=g) < 1 / mean if mean else torch.zeros(rows, length, dtype=torch.bool)
@@ -140,7 +142,7 @@ def random_batch(rows: int, length: int, vocabulary: int, mean: int, seed: int =
 
 
 def measure(case: Case, world: World) -> Measured:
-    """The case on this rank; all ranks of the world call it together."""
+    """Measure the case on this rank; all ranks of the world call it together."""
     cfg, shape, hyper = case.model, case.shape, AdamW()
     mesh = make_mesh(shape, "cuda") if shape.size > 1 else None
     gather_dtype = find_gather_dtype(case.reduce, COMPUTE)
@@ -161,7 +163,7 @@ def measure(case: Case, world: World) -> Measured:
     step = make_train_step(cfg, NEXT_TOKEN, options)
 
     def run(times: int) -> float:
-        """Seconds a step, by the host's clock, from all ranks' start to this one's end."""
+        """Seconds per step by the host's clock, from the common start of all ranks to this rank's end."""
         nonlocal state
         torch.cuda.synchronize()
         world.highest(0)
@@ -198,7 +200,7 @@ def _covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def plan(case: Case) -> MeshPlan:
-    """What is planned for the case, on an H100."""
+    """The plan of the case, on H100s."""
     execution = model.Execution(find_compile_mode(case.compile, torch.device("cuda")))
     options = {"reduce": case.reduce, "pipeline": case.pipeline, "execution": execution, "compute": COMPUTE}
     sizes = case.batch_size, case.tokens
@@ -206,12 +208,12 @@ def plan(case: Case) -> MeshPlan:
 
 
 def report(case: Case, text: str, by_rank: list[Measured]) -> str:
-    """A line; what differs between ranks is the longest, the largest, or from the least to the most."""
+    """The line of a case: time of the slowest rank; other values as the range over ranks, if they differ."""
     seconds, devices = max(m.seconds for m in by_rank), case.shape.size
     speed = case.batch_size * case.tokens / seconds / devices
     mfu = speed * flops_per_token(case.model, case.tokens) / peak_flops(torch.device("cuda"))
     ending = ""
-    if not case.pure and not case.documents:  # which a plan doesn't know
+    if not case.pure and not case.documents:  # plans know neither pure bfloat16 nor packed documents
         planned = plan(case)
         room = max(memory.peak for memory in planned.memory)
         ending = f"; planned {planned.time.step * 1e3:.1f} ms, {room / 2**30:.1f} GiB"
@@ -246,7 +248,10 @@ def main(texts: list[str]) -> int:
     sizes = {parse_case(text).shape.size for text in texts}
     largest = max(sizes)
     if sizes - {1, largest}:
-        raise UserError(f"cases on meshes of {sorted(sizes)} GPUs; run those of one size together")
+        raise UserError(
+            f"the cases have meshes of {sorted(sizes)} GPUs; put only meshes of one size (and cases without a mesh) "
+            "into one command"
+        )
     shape = next(case.shape for case in map(parse_case, texts) if case.shape.size == largest)
     command = ["-m", "qwen3f.train.bench", *texts]
     decision = ranks.decide(os.environ, largest, ranks.local_devices("cuda"), "cuda", command)

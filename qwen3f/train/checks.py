@@ -1,6 +1,7 @@
-"""What of a configuration can be refused by itself: words, numbers and places. Imports no torch, so that is at once.
+"""Checks of a configuration that need nothing else: words, numbers and paths. Imports no torch, so they are fast.
 
-`cli.run_stage` asks before it imports a stage, `setup.make_setup` again for whoever calls that.
+`cli.run_stage` runs them before it imports a stage; `setup.make_setup` runs them for callers that skip the command
+line.
 """
 
 import functools
@@ -22,7 +23,7 @@ from qwen3f.train.hyper import KINDS as OPTIMIZERS
 from qwen3f.train.hyper import make_hyper
 from sharding.mesh import divisors, hybrid, nearest, parse_mesh
 
-# What each key may be; tests hold it against the modules that use the words.
+# The allowed words of each key. Tests compare them with the modules that use them.
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float64"),
     "compile": ("auto", "off", "block", "step"),
@@ -57,7 +58,7 @@ CHOICES = {
     "dpo.reference_log_probs": ("cached", "live"),
     "online.judge": ("task", "rule", "reward_model"),
 }  # fmt: skip
-CHOICES_OF = {  # of a stage, where others count
+CHOICES_OF = {  # stage -> its own words, in place of those above
     "export_hf": {"dtype": ("bfloat16", "float16", "float32", "stored")},
     "eval": {"attention": ("auto", "reference", "sdpa", "flash")},
 }
@@ -77,19 +78,19 @@ NOT_NEGATIVE = (
     "samples.keep", "samples.show", "rollout.cache_tokens", "limit", "batch_tokens",
 )  # fmt: skip
 SHARES = ("schedule.min_ratio", "data.holdout", "data.switches")  # from 0 to 1
-PLACES = ("init_from", "out", "path")  # of tools, that have to be given
-_OPTIONAL = {"generate": ("out",)}
-_ZERO = {"eval": ("max_new_tokens",)}  # POSITIVE ones of which 0 means something in a stage
+PLACES = ("init_from", "out", "path")  # paths that tools (stages without a model) must be given
+_OPTIONAL = {"generate": ("out",)}  # stage -> PLACES that it does not need
+_ZERO = {"eval": ("max_new_tokens",)}  # stage -> POSITIVE keys that may be 0 there
 SECONDS = ("watchdog", "checkpoint.timeout", "collective_timeout", "judge.deadline")
 _LONGEST = 10**6  # seconds, 11 days; poll counts milliseconds in 31 bits
-MOST_MICROBATCHES = 2**12  # of a step; plans lay them out one by one
+MOST_MICROBATCHES = 2**12  # per step; a plan simulates each one
 ROWS = ("batch_size", "eval.batch_size")
 
 
 def check(config: ConfigDict, workdir: Path | None = None) -> None:
-    """Raises UserError, naming key and value, for what no run or tool can do.
+    """Raises UserError, with key and value, for a configuration that no run or tool can execute.
 
-    workdir: of the run; None: places are not looked at. Where one has begun, init_from need not be there any more.
+    workdir: of the run; None: init_from's path is not checked. If the workdir has a run, init_from may be gone.
     """
     values = dict(_values(config))
     for key, value in values.items():
@@ -108,7 +109,7 @@ def check(config: ConfigDict, workdir: Path | None = None) -> None:
     looked = workdir is not None and not (workdir / "config.json").is_file()
     if looked and (place := values.get("init_from")) and not exists(user_path(place, "config.init_from")):
         raise UserError(
-            f"config.init_from={place}: there is no {place}; give a workdir, its checkpoints/N, or a Hugging Face "
+            f"config.init_from={place}: there is no {place}; write a workdir, its checkpoints/N, or a Hugging Face "
             "directory"
         )
     if "model" in config:
@@ -116,9 +117,9 @@ def check(config: ConfigDict, workdir: Path | None = None) -> None:
 
 
 def check_workdir(workdir: Path) -> None:
-    """Raises UserError unless a run could write in `workdir`; makes nothing. What is there may still refuse."""
+    """UserError unless a run could write in `workdir`. Creates nothing; files in the workdir are checked later."""
     try:
-        workdir.lstat() if "\0" in str(workdir) else None  # which exists() takes for a name that is free
+        workdir.lstat() if "\0" in str(workdir) else None  # raises for a NUL byte; exists() would return False
         place = next(place for place in (workdir, *workdir.absolute().parents) if place.exists() or place.is_symlink())
         if not place.exists():
             raise UserError(
@@ -139,21 +140,21 @@ def check_workdir(workdir: Path) -> None:
 
 
 def at_least(config: ConfigDict, key: str, low: int) -> None:
-    """Raises UserError for a key, such as "eval.every", whose value is less."""
+    """Raises UserError if the value of a key, such as "eval.every", is less than `low`."""
     if not (value := get(config, key)) >= low:
         raise UserError(f"config.{key} must be at least {low}, got {value}")
 
 
 def find_model(config: ConfigDict) -> ModelConfig:
-    """config.model. Raises UserError for what is no model, as limits.check_layers, and for rows that the model has no
-    positions for."""
+    """config.model. Raises UserError for an invalid model (also as limits.check_layers), and for a config.seq_len with
+    more tokens than the model has positions."""
     cfg = ModelConfig.from_dict(config.model.to_dict())
     names = ("num_hidden_layers", "vision_num_hidden_layers", "num_experts")
     check_layers(cfg, ", ".join(f"config.model.{name}" for name in names))
     if config.seq_len > cfg.max_position_embeddings:
         raise UserError(
             f"config.seq_len={config.seq_len} exceeds config.model.max_position_embeddings="
-            f"{cfg.max_position_embeddings}; shorten the one or raise the other"
+            f"{cfg.max_position_embeddings}; lower seq_len or raise max_position_embeddings"
         )
     return cfg
 
@@ -164,13 +165,13 @@ def get(config: ConfigDict, key: str) -> Any:
 
 
 def steps_of(config: ConfigDict, key: str, updates: int = 1) -> int:
-    """What a key says as a share of the run, below 1, or as a number of steps, from 1 on; in updates, of which a step
-    has so many."""
+    """The number of updates that a key stands for. A value below 1 is a share of config.steps, any other a number of
+    steps. updates: updates per step."""
     return int(_exact_steps(config, key) * updates)
 
 
 def _exact_steps(config: ConfigDict, key: str) -> Fraction:
-    value = Fraction(str(get(config, key)))  # as it was written: 0.29 of 100 is 29, which the product of floats is not
+    value = Fraction(str(get(config, key)))  # exact decimal: 0.29 of 100 is 29, but 0.29 * 100 as floats is not
     return value * config.steps if value < 1 else value
 
 
@@ -185,7 +186,8 @@ def _check_run(config: ConfigDict) -> None:
     if config.checkpoint.keep_best and config.checkpoint.best_metric.startswith("val_") and not config.eval.every:
         raise UserError(
             f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs config.checkpoint.best_metric="
-            f"{config.checkpoint.best_metric}, which config.eval.every=0 measures only at the end; write how many steps"
+            f"{config.checkpoint.best_metric}, but with config.eval.every=0 that is measured only at the end; write "
+            "config.eval.every=STEPS"
         )
     warmup, decay = (_exact_steps(config, key) for key in ("schedule.warmup", "schedule.decay"))
     if warmup + (decay if config.schedule.kind == "wsd" else 0) > config.steps:
@@ -196,9 +198,9 @@ def _check_run(config: ConfigDict) -> None:
         )
     make_hyper(**config.optimizer.to_dict())
     shape = None
-    if "-1" not in config.mesh:  # which the number of devices fills
+    if "-1" not in config.mesh:  # its size depends on the number of devices
         shape = hybrid(parse_mesh(config.mesh), config.fsdp.shard_size, config.fsdp.enabled)
-    if config.init_from:  # the model is another
+    if config.init_from:  # its model will replace config.model
         return
     cfg = find_model(config)
     if shape is not None:
@@ -227,7 +229,7 @@ def _check_number(key: str, value: Any) -> None:
     if type(value) not in (int, float):
         return
     bits = 32 if key in ROWS or (key.startswith("model.") and type(value) is int) else 63
-    if not abs(value) < 2**bits:  # nor is nan; before a whole number of any length meets a float
+    if not abs(value) < 2**bits:  # also refuses nan; first, as comparing a huge int with a float may overflow
         raise UserError(f"config.{key}={str(value)[:40]}: write a finite number below 2^{bits}")
     if key in SECONDS and value > _LONGEST:
         raise UserError(f"config.{key} must be at most {_LONGEST:,} seconds, got {value}")

@@ -1,5 +1,6 @@
-"""What words of a configuration stand for: device, dtype, compile mode, layout. Pure but for asking what devices there
-are; setup and plan both start here.
+"""Turns words of a configuration into objects: device, dtype, compile mode, layout. setup and plan use this module.
+
+Only find_device looks at the machine; the other functions are pure.
 """
 
 import torch
@@ -16,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def find_device(name: str) -> torch.device:
-    """The device that config.device names: auto, cpu or cuda. Raises UserError for any other, or if it is not there."""
+    """The device that config.device names: auto, cpu or cuda. UserError for another name, or a missing CUDA device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -31,7 +32,7 @@ def find_device(name: str) -> torch.device:
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype that config.dtype names; auto is bfloat16 on CUDA, else float32. Raises UserError."""
+    """The compute dtype that config.dtype names; auto is bfloat16 on CUDA, else float32. UserError for another name."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
@@ -45,7 +46,7 @@ def find_compile_mode(mode: str, device: torch.device) -> str:
 
 
 def find_execution(config: ConfigDict, device: torch.device) -> Execution:
-    """How config.compile and config.attention say that the model runs; attention "invariant" is model.INVARIANT."""
+    """The Execution for config.compile and config.attention; for attention "invariant" it is model.INVARIANT."""
     if config.attention != "invariant":
         return Execution(find_compile_mode(config.compile, device), config.attention)
     if config.compile not in ("auto", "off"):
@@ -54,7 +55,10 @@ def find_execution(config: ConfigDict, device: torch.device) -> Execution:
 
 
 def find_layout(config: ConfigDict, devices: int | None, compute_dtype: torch.dtype) -> Layout:
-    """The layout of config.mesh, fsdp and pipeline, on axes that have sizes alone. Raises UserError."""
+    """The layout of config.mesh, config.fsdp and config.pipeline; its axes have sizes, but no process groups yet.
+
+    devices: the number that fills a size of -1. Raises UserError.
+    """
     shape = hybrid(parse_mesh(config.mesh, devices), config.fsdp.shard_size, config.fsdp.enabled)
     return Layout(
         axes=sizes_only(shape),

@@ -1,21 +1,20 @@
-"""What a run on a CPU would take, said before it starts where that is more than anybody waits for."""
+"""A warning, before a run on a CPU starts, that it would take very long or too much memory."""
 
 import os
 
 from qwen3f.train.metrics import flops_per_token, peak_flops
 from qwen3f.train.setup import Setup
 
-_BYTES = 16  # of a parameter: itself, its gradient and AdamW's two moments, float32
-_STEP, _RUN = 60.0, 86_400.0  # seconds from which it is said
+_BYTES = 16  # per parameter: itself, its gradient and AdamW's two moments, float32
+_STEP, _RUN = 60.0, 86_400.0  # warn from this many seconds per step, or per run
 _UNITS = (("years", 365 * 86_400.0), ("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("s", 1.0))
 
 
 def cpu_warning(setup: Setup) -> str:
-    """A line for a run on the CPU whose step takes a minute, that takes a day, or that memory is too small for; else
-    "".
+    """A line for a run on the CPU if a step takes a minute, the run a day, or memory is too small; else "".
 
-    Times are by the rate of a matrix product on all threads (metrics.peak_flops), which a step does not reach; memory
-    is of weights, gradients and moments alone.
+    These are lower bounds: times follow from the speed of a matrix product on all threads (metrics.peak_flops), memory
+    from weights, gradients and moments without activations.
     """
     if setup.device.type != "cpu":
         return ""
@@ -28,8 +27,8 @@ def cpu_warning(setup: Setup) -> str:
         f"warning: a model of {_short(cfg.total_params_estimate())} parameters on this CPU: a step of "
         f"{config.batch_size} × {config.seq_len} tokens takes at least {_time(step)}, all {config.steps:,} at least "
         f"{_time(step * config.steps)}, and weights, gradients and moments {need / 2**30:.3g} GiB (this machine has "
-        f"{there / 2**30:.3g}). The preset nano is made for a CPU, as in experiments/demo.py; --config.plan=True says "
-        "what a GPU would take"
+        f"{there / 2**30:.3g}). The preset nano is made for a CPU, as in experiments/demo.py; --config.plan=True "
+        "prints the time on a GPU"
     )
 
 

@@ -1,4 +1,4 @@
-"""The stage's evaluators, each in its turn."""
+"""Runs the stage's evaluators when they are due."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from qwen3f.train.stage import Evaluator, Interrupted
 
 
 class Evaluations:
-    """values: what was found last, by the names in the log."""
+    """values: name in the log -> the last value of every evaluator."""
 
     def __init__(self, evaluators: Mapping[str, Evaluator], logger: Logger) -> None:
         self._evaluators, self._logger = evaluators, logger
@@ -19,18 +19,19 @@ class Evaluations:
         self._said = False
 
     def due(self, step: int, last: bool) -> list[str]:
-        """The evaluators whose turn it is."""
+        """The names of the evaluators to run after this step. last: it is the run's last step."""
         return [name for name, one in self._evaluators.items() if last or (one.every and step % one.every == 0)]
 
     def run(self, names: list[str], step: int, params: Params) -> dict[str, float]:
-        """What they find; of one that was asked to stop, and of those after it, nothing."""
+        """Run these evaluators; returns name in the log -> value. If one is interrupted, it and those after it return
+        nothing."""
         found: dict[str, float] = {}
         answers: list[dict[str, Any]] = []
         for name in names:
             try:
                 values = self._evaluators[name].run(params)
             except Interrupted:
-                self._logger.write(f"step {step}: the evaluation was broken off")
+                self._logger.write(f"step {step}: the evaluation was interrupted by a signal")
                 break
             self._logger.write(f"step {step}: {self._evaluators[name].say(values)}")
             found |= {f"{name}_{key}": value for key, value in values.items()}
@@ -41,10 +42,10 @@ class Evaluations:
         return found
 
     def say_lacking(self, options: ConfigDict, values: Mapping[str, float]) -> None:
-        """A line in the log, once, where config.checkpoint.keep_best goes by a best_metric that nothing measures.
+        """Warn, once, that config.checkpoint.keep_best has no effect because nothing measures best_metric.
 
-        options: config.checkpoint. values: of this step, by the names in the log. A name that begins as an evaluator's
-        is judged when that one has run, any other by what is read of a step.
+        options: config.checkpoint. values: name in the log -> value, of this step. A metric with the prefix of an
+        evaluator is looked for after that evaluator has run, any other among the step's own values.
         """
         metric = options.best_metric
         if self._said or not options.keep_best or metric in values:
@@ -55,6 +56,6 @@ class Evaluations:
             others = "" if owner else "".join(f", or what {name}_… gives" for name in self._evaluators)
             self._said = True
             self._logger.write(
-                f"no checkpoint is kept as one of the best: config.checkpoint.best_metric={metric} is nothing that the "
-                f"run measures; write one of {', '.join(there)}{others}, or --config.checkpoint.keep_best=0"
+                f"no checkpoint is kept as one of the best: the run does not measure config.checkpoint.best_metric="
+                f"{metric}; write one of {', '.join(there)}{others}, or --config.checkpoint.keep_best=0"
             )

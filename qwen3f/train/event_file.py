@@ -1,4 +1,4 @@
-"""TensorBoard's events, in the order that they come, without its writer's thread, which a full disk ends for good.
+"""Writes TensorBoard's event files. torch's SummaryWriter is not used, because a full disk ends its writer thread.
 
 An event is a protocol buffer, framed by its length and checksums (TensorFlow's TFRecord format).
 """
@@ -20,9 +20,10 @@ _numbers = itertools.count()
 
 
 class EventFile:
-    """Writes a new file of events into `directory`; a context manager. say: as PatientFile's.
+    """Writes a new event file into `directory`; a context manager. say: as PatientFile's.
 
-    start_step: TensorBoard hides what older files there have of later steps. What add_… take is on disk after `flush`.
+    start_step: TensorBoard hides events of later steps in the directory's older files. add_… only take events; `flush`
+    writes them.
     """
 
     def __init__(self, directory: Path, start_step: int, say: Callable[[str], None]) -> None:
@@ -32,7 +33,7 @@ class EventFile:
         from torch.utils.tensorboard import summary
 
         self._event, self._summary = Event, summary
-        # The reader takes a directory's files in the order of their names.
+        # TensorBoard reads a directory's files in the order of their names.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers):06d}"
         self._file = PatientFile(directory / name, say)
         self._records = RecordWriter(self._file)
@@ -45,11 +46,11 @@ class EventFile:
         self._add(step, summary=self._summary.scalar(tag, value))
 
     def add_text(self, tag: str, text: str, step: int) -> None:
-        """Markdown."""
+        """text: Markdown."""
         self._add(step, summary=self._summary.text(tag, text))
 
     def add_image(self, tag: str, picture: Tensor, step: int) -> None:
-        """uint8 [height, width, 3], on the CPU."""
+        """picture: uint8 [height, width, 3], on the CPU."""
         self._add(step, summary=self._summary.image(tag, picture, dataformats="HWC"))
 
     def flush(self) -> None:

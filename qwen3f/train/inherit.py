@@ -1,7 +1,7 @@
-"""The model of a run that starts from weights: theirs, but for what the user wrote on the command line.
+"""The model of a run that starts from weights: the weights' own model, except for keys set on the command line.
 
-A preset then says the run alone (steps, rates, lengths). What it says of the model, such as a rotary base, would be
-read wrongly into weights that were trained with another one.
+The preset then only decides how the run trains (steps, rates, lengths). Its model settings, such as the rotary base,
+would be wrong for weights that were trained with others.
 """
 
 from collections.abc import Collection
@@ -17,13 +17,13 @@ from qwen3f.train import workdir as W
 
 
 def inherit_model(config: ConfigDict, workdir: Path, chosen: Collection[str] = ()) -> ConfigDict:
-    """`config` with the model of config.init_from; as it is where that is empty.
+    """`config` with the model of config.init_from; unchanged if init_from is empty.
 
-    chosen: keys that the user has set, "model.rope_theta"; these stay, and so does how the model is trained
-      (workdir.TRAINING_FIELDS) and what it may have more than the weights (source.PARTS, a tower).
-    With config.abf (stage 3) a lower rotary base and a shorter context are raised to config.model's, and a rope_scaling
-    there is kept.
-    Raises UserError as source.read_model_config; a run of `workdir` that goes on needs init_from no more.
+    chosen: keys that the user has set, such as "model.rope_theta"; they keep the user's values. Unchanged are also how
+    the model is trained (workdir.TRAINING_FIELDS) and parts that the weights may lack (source.PARTS, e.g. a vision
+    tower). With config.abf (stage 3) a lower rotary base and a shorter context are raised to config.model's, and a
+    rope_scaling of config.model is kept.
+    Raises UserError as source.read_model_config, unless `workdir` already has a run: that run has its own model.
     """
     if not config.init_from:
         return config
@@ -31,7 +31,7 @@ def inherit_model(config: ConfigDict, workdir: Path, chosen: Collection[str] = (
 
 
 def inherit_from(config: ConfigDict, theirs: ModelConfig, chosen: Collection[str] = ()) -> ConfigDict:
-    """As inherit_model, of weights whose model is `theirs`."""
+    """As inherit_model, for weights whose model is `theirs`."""
     kept = {key.split(".")[1] for key in chosen if key.startswith("model.")} | W.TRAINING_FIELDS | set(source.PARTS)
     if not theirs.vision_enabled:
         kept |= source.OF_VISION
@@ -49,7 +49,7 @@ def inherit_from(config: ConfigDict, theirs: ModelConfig, chosen: Collection[str
 
 
 def _sections(head_dim: int) -> tuple[int, int, int]:
-    """Rotary pairs by time, height and width in Qwen3-VL's proportions: 24, 20 and 20 of 64."""
+    """How many rotary pairs encode time, height and width, in Qwen3-VL's proportions: 24, 20 and 20 of 64."""
     of_side = head_dim // 2 * 5 // 16
     return head_dim // 2 - 2 * of_side, of_side, of_side
 

@@ -1,8 +1,8 @@
 """One writer at a time in a workdir.
 
-The operating system holds the lock for an open file: whatever ends the process, SIGKILL too, frees it, and a file that
-is left behind locks nobody out. Linux passes it on to NFS servers, so runs on two hosts see each other where the mount
-has locks. Readers (inspect, generate, plan) take none.
+The lock is flock on an open file. The operating system releases it when the process ends, even by SIGKILL, so a lock
+file that is left behind blocks nobody. Linux passes flock on to NFS servers: runs on two hosts see each other's lock if
+the mount supports locks. Readers (inspect, generate, plan) take no lock.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NAME = ".lock"
 
-_HELD: set[int] = set()  # open files of this process; a forked worker must not keep them when this process is gone
+_HELD: set[int] = set()  # locked files; forked workers close them, else they would keep the lock after this process
 
 
 def _close_in_child() -> None:
@@ -37,7 +37,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 @contextlib.contextmanager
 def only_writer(workdir: Path, world: "World") -> Iterator[None]:
-    """`held` for a run of several ranks, which all call this together: rank 0 holds the lock, all raise its errors."""
+    """`held` for all ranks of a run, which enter it together: rank 0 holds the lock; its errors are raised on all."""
     with contextlib.ExitStack() as stack:
         world.together(lambda: stack.enter_context(held(workdir)) if world.main else None, UserError)
         yield
@@ -45,12 +45,12 @@ def only_writer(workdir: Path, world: "World") -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
-    """Under it, no other run writes into `workdir`, which is made; one that was made and stays empty is removed.
+    """A context in which no other run writes into `workdir`. Missing directories are made, and removed if they stay
+    empty.
 
-    flag: what names the directory on the command line, for messages.
-
-    Raises UserError, with nothing in the workdir changed: another process has the lock (the message names host and
-    process), or the directory cannot be written. Says so, and goes on, on a file system that has no locks.
+    flag: the flag that gives the directory, for messages. Raises UserError, without a change to the workdir, if another
+    process has the lock (the message names host and process), or if the directory cannot be written. On a file system
+    without locks it prints a line and continues.
     """
     made: list[Path] = []
     try:
@@ -65,14 +65,14 @@ def held(workdir: Path, flag: str = "--workdir") -> Iterator[None]:
         yield
     finally:
         _HELD.discard(handle)
-        with contextlib.suppress(OSError):  # left behind, it does no harm
+        with contextlib.suppress(OSError):  # a lock file that stays does no harm
             (workdir / NAME).unlink()
         _remove(made)
         os.close(handle)
 
 
 def _locked(workdir: Path, made: list[Path], flag: str) -> int:
-    """The open, locked file, with this process's name in it. Adds to `made` the directories that were missing."""
+    """The handle of the locked file; it contains host and process id. Appends directories that were made to `made`."""
     while True:
         made += [place for place in (workdir, *workdir.parents) if not place.exists() and place not in made]
         workdir.mkdir(parents=True, exist_ok=True)
@@ -86,8 +86,11 @@ def _locked(workdir: Path, made: list[Path], flag: str) -> int:
                 f"{workdir} is in use: {holder} writes there; wait for it or end it, or choose another {flag}"
             ) from error
         except OSError as error:
-            print(f"{workdir} has no locks ({error.strerror}): nothing keeps a second run out of it", flush=True)
-        if _is_there(handle, workdir / NAME):  # and was not removed, by whoever had it, between opening and locking
+            print(
+                f"the file system of {workdir} has no locks ({error.strerror}): don't start a second run there",
+                flush=True,
+            )
+        if _is_there(handle, workdir / NAME):  # else the previous holder removed it between our open and lock: retry
             break
         os.close(handle)
     content = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
@@ -101,13 +104,13 @@ def _is_there(handle: int, path: Path) -> bool:
         there = os.fstat(handle)
         return there.st_nlink > 0 and os.path.samestat(there, path.stat())
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESTALE):  # by NFS's words
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # ESTALE: NFS's word for a removed file
             return False
         raise
 
 
 def _holder(handle: int) -> str:
-    """Who holds the lock, in words. It may have taken the lock a moment ago, and not yet have written its name."""
+    """Who holds the lock, in words. Retries, because the holder may not yet have written its name."""
     for _ in range(20):
         try:
             holder = json.loads(os.pread(handle, 4096, 0))
@@ -118,7 +121,7 @@ def _holder(handle: int) -> str:
 
 
 def _remove(made: list[Path]) -> None:
-    """Remove the directories of `made`, the deepest first, as far as they are empty."""
+    """Remove the directories of `made`, the deepest first, until one is not empty."""
     with contextlib.suppress(OSError):
         for place in made:
             place.rmdir()

@@ -25,7 +25,7 @@ BAR_FORMAT = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}{postfix} [{elap
 
 
 class Logger(Protocol):
-    """What the training loop tells; see MetricLogger."""
+    """The interface between the training loop and a logger; see MetricLogger."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def advance(self, step: int, loss: float | None = None, tokens_per_sec: float | None = None) -> None: ...
@@ -36,7 +36,7 @@ class Logger(Protocol):
 
 
 class SilentLogger:
-    """Of the ranks but the first, which would say the same."""
+    """The logger of all ranks but rank 0: it does nothing, because rank 0 logs the same values."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
@@ -60,16 +60,16 @@ class SilentLogger:
 class MetricLogger:
     """Writes the metrics of one run; a context manager.
 
-    workdir: gets `metrics.jsonl` (one JSON object a logged step), `tensorboard/` and, when asked for, `wandb/`.
-    total_steps: steps the run is to have in the end. start_step: steps already done (0 for a new run); what a run
-        that got further had logged for later steps is dropped from metrics.jsonl and hidden in TensorBoard.
+    workdir: gets `metrics.jsonl` (one JSON object per logged step), `tensorboard/` and, with wandb, `wandb/`.
+    total_steps: steps that the run has in the end. start_step: steps already done (0 for a new run). Entries of later
+        steps, from before the run went back, are dropped from metrics.jsonl and hidden in TensorBoard.
     wandb_mode: "off", "offline" (written into workdir, nothing sent) or "online".
     run_config: the resolved configuration, JSON-like, shown by wandb.
     progress: whether to draw the bar on stderr.
 
-    A full disk ends no run here: lines and events wait until they can be written, which is said (`PatientFile`).
-    Raises UserError for an unknown `wandb_mode`, wandb not installed or not logged in, or a metrics.jsonl in `workdir`
-    that this class didn't write.
+    A full disk does not end the run: lines and events wait in memory until they can be written, and a line says so
+    (`PatientFile`). Raises UserError for an unknown `wandb_mode`, wandb not installed or not logged in, or a
+    metrics.jsonl in `workdir` that this class didn't write.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class MetricLogger:
         path = workdir / "metrics.jsonl"
         kept, self._last_step = _kept(path, start_step)
         workdir.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:  # what is open closes again, should a later one fail to open
-            # wandb comes first, as it may refuse: nothing of an older run is dropped before.
+        with contextlib.ExitStack() as stack:  # if one fails to open, those already open are closed
+            # wandb first, because it may fail: then nothing of an older run has been dropped
             self._wandb_run: Any = None
             if wandb is not None:
                 self._wandb_run = stack.enter_context(_wandb_run(wandb, workdir, wandb_mode, run_config))
@@ -121,7 +121,7 @@ class MetricLogger:
             self._wandb_run.log({"step": step} | values)
 
     def advance(self, step: int, loss: float | None = None, tokens_per_sec: float | None = None) -> None:
-        """Moves the bar to `step` steps done and shows what is given; what isn't keeps its last value."""
+        """Moves the bar to `step` steps done, and shows the given values; a value of None keeps the last one."""
         if loss is not None:
             self._shown["loss"] = f"loss {loss:.4f}"
         if tokens_per_sec is not None:
@@ -142,7 +142,7 @@ class MetricLogger:
         self._tensorboard.flush()
 
     def answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
-        """Keeps what an evaluation asked and was answered, in answers/; see AnswersFolder."""
+        """Saves an evaluation's questions and answers in answers/; see AnswersFolder."""
         self._answers.write(step, answers)
 
     def write(self, line: str) -> None:
@@ -151,7 +151,7 @@ class MetricLogger:
             tqdm.write(line, file=sys.stdout)
 
     def close(self) -> None:
-        """Flushes and closes all of it; more calls do nothing."""
+        """Flushes and closes all files; later calls do nothing."""
         self._open.close()
 
     def __enter__(self) -> Self:
@@ -162,10 +162,10 @@ class MetricLogger:
 
 
 def _kept(path: Path, start_step: int) -> tuple[int, int]:
-    """(bytes, last step) of a metrics.jsonl's lines that a run from `start_step` keeps: none, and −1, if that is the
-    beginning.
+    """(bytes, last step) of the lines of metrics.jsonl that a run from `start_step` keeps; (0, −1) if it keeps none.
 
-    A last line without an end, which a killed process left, isn't among them. One line is in memory at a time.
+    A new run (start_step 0) keeps none. A last line without a newline, from a killed process, is dropped. Only one line
+    is in memory at a time.
     """
     size, last, keeps = 0, -1, start_step > 0
     if not path.exists():
@@ -181,12 +181,12 @@ def _kept(path: Path, start_step: int) -> tuple[int, int]:
                 if keeps:
                     size, last = size + len(line), step
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no text that a run wrote ({error}): move it away") from error
+        raise UserError(f"{path} is not a text file that a run wrote ({error}): move it away") from error
     return size, last
 
 
 def _cut(path: Path, size: int) -> None:
-    """Leaves the first bytes of the file, where it is: that needs no room on a disk that is full."""
+    """Truncate the file to its first `size` bytes, in place: that works on a full disk."""
     if path.exists() and size < path.stat().st_size:
         os.truncate(path, size)
 
@@ -200,7 +200,7 @@ def _step_of(line: str, where: str) -> int:
 
 @contextlib.contextmanager
 def _console() -> Iterator[None]:
-    """Printing, of which a full disk behind stdout or stderr is no reason to end a run; a reader that left is."""
+    """A context for printing: ignores a full disk behind stdout or stderr, but not a closed pipe (BrokenPipeError)."""
     try:
         yield
     except BrokenPipeError:
@@ -215,7 +215,7 @@ def _import_wandb(mode: str) -> ModuleType | None:
     if mode == "off":
         return None
     if mode == "offline":
-        os.environ["WANDB_ERROR_REPORTING"] = "false"  # read on import; else its telemetry tries the network even so
+        os.environ["WANDB_ERROR_REPORTING"] = "false"  # read on import; without it wandb's telemetry uses the network
     try:
         import wandb
     except ModuleNotFoundError as error:
@@ -227,7 +227,7 @@ def _import_wandb(mode: str) -> ModuleType | None:
 
 @contextlib.contextmanager
 def _wandb_run(wandb: ModuleType, workdir: Path, mode: str, run_config: Mapping[str, Any]) -> Iterator[Any]:
-    run_id = workdir / "wandb_run_id"  # a resumed run goes on in the same curve
+    run_id = workdir / "wandb_run_id"  # a resumed run continues the same curve
     if not run_id.exists():
         run_id.write_text(uuid.uuid4().hex[:12])
     try:
@@ -262,7 +262,7 @@ def _progress_bar(total_steps: int, start_step: int, progress: bool) -> Iterator
         file=sys.stderr,
         dynamic_ncols=True,
         bar_format=BAR_FORMAT,
-        # In a file every update is a line: one in half a minute will do there.
+        # in a file every update is a new line, so update only twice a minute there
         mininterval=0.1 if sys.stderr.isatty() else 30.0,
         miniters=1,
     )

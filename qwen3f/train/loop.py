@@ -1,4 +1,7 @@
-"""The training loop of every stage: data in, steps, metrics and checkpoints out. The effects of a run happen here."""
+"""The training loop of every stage: it draws data, runs steps, logs metrics, evaluates and saves checkpoints.
+
+A run's side effects happen here; the step itself is pure.
+"""
 
 import contextlib
 import dataclasses
@@ -46,9 +49,9 @@ MakeStep = Callable[[ModelConfig, Objective, StepOptions], TrainStep]
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What a run has from its start to its end.
+    """The objects that a run uses from its start to its end.
 
-    run: what its stage was made for. resolved: the configuration, JSON. stop: what signals set. progress: as run's.
+    run: as the stage got it. stop: set by signals. resolved: the configuration, JSON-like. progress: as in `run`.
     """
 
     run: Run
@@ -81,14 +84,13 @@ def run(
     stage: StageModule | None = None,
     make_step: MakeStep = make_train_step,
 ) -> dict[str, float]:
-    """Train as `config` says, from where `workdir` stands; returns what the evaluators found last.
+    """Train as `config` says, from the last checkpoint in `workdir` if there is one. Returns the evaluators' values.
 
-    world: the ranks of config.mesh, all of which call this together; they share `workdir`, in which only rank 0 writes
-    but for the checkpoints. stage: instead of the one that config.stage names. make_step: makes the step, from model,
-    objective and options.
-    SIGTERM or SIGINT, to any rank, ends it after the step it is in, with a checkpoint; the same command then goes on
-    from there. Raises UserError, with nothing in the workdir changed, when the run cannot start; TrainingError when it
-    breaks.
+    progress: whether to draw a bar. world: the ranks of config.mesh, which all call this together. They share
+    `workdir`; only rank 0 writes there, except for checkpoints. stage: replaces the one that config.stage names.
+    make_step: (model, objective, options) -> the step.
+    SIGTERM or SIGINT, to any rank, ends the run after its current step, with a checkpoint; the same command resumes it.
+    Raises UserError, with the workdir unchanged, if the run cannot start; TrainingError if it fails later.
     """
     setup = make_setup(config, world.size).on(world.axes)
     check_agreed(world.gather(setup.microbatches))
@@ -98,7 +100,7 @@ def run(
     resolved = json.loads(config.to_json_best_effort())
     with (
         only_writer(workdir, world),
-        StopRequest() as stop,  # around the checkpoints: it also waits for the last one
+        StopRequest() as stop,  # encloses the checkpoints, so that a signal does not cut off the wait for the last one
         open_checkpoints(setup, workdir, world) as checkpoints,
     ):
         W.check_same_run(workdir, resolved)
@@ -116,12 +118,12 @@ def run(
                 try:
                     return _train(session, start, spikes, logger)
                 except LossSpike as spike:
-                    # start's state is what the steps wrote into: they have it donated
+                    # the steps wrote into start's storage (it is donated), so it has to be restored
                     start, spikes = _behind_spike(session, start, spikes, spike, logger)
 
 
 def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict[str, float]:
-    """From a state to the last step, or to where a signal stops it; what the evaluators found last."""
+    """Train from `start` to the last step, or until a signal. Returns the evaluators' last values."""
     config, stage, first = s.setup.config, s.stage, number(start.state.step)
     tokenizer = s.world.first(W.keep_tokenizer(s.workdir, stage.tokenizer) if s.world.main else None)
     options = s.setup.step_options(
@@ -156,8 +158,8 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
                 for index, text in enumerate(stage.texts()):
                     logger.text(step, f"text/{index}", text)
             if due or saving:
-                finite.flush()  # a state is judged and saved only once its update is known to be sound
-            if due and not s.run.stopping():  # a signal leaves no time for it
+                finite.flush()  # evaluate and save a state only after its update is known to be finite
+            if due and not s.run.stopping():  # after a signal there is no time for an evaluation
                 values |= evaluations.run(due, step, state.params)
                 if "expert_load" in metrics:
                     logger.image(step, "expert_load", heat_map(metrics["expert_load"]))
@@ -173,7 +175,7 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
             if saving:
                 save(step, state, values, last)
             alive()
-            if due or saving:  # neither counts as training time
+            if due or saving:  # not training time
                 readings.restart(step)
         stopped = stopped or (step > first and s.run.stopping())
         if stopped:
@@ -183,10 +185,10 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
             save.finish()
             reporting.ended(step)
             asked = [name for name in s.world.gather(s.stop.name) if name]
-            logger.write(f"{asked[0]}: stopped after step {step}; the same command goes on from there")
+            logger.write(f"{asked[0]}: stopped after step {step}; the same command resumes from there")
             return evaluations.values
     if step == first:
-        logger.write(f"at step {first} of {config.steps}: nothing left to train; raise --config.steps to go on")
+        logger.write(f"at step {first} of {config.steps}: nothing left to train; raise --config.steps to train further")
         evaluations.run(evaluations.due(first, True), first, state.params)
     stage.finish(state, logger)
     save.finish()
@@ -198,7 +200,7 @@ def _train(s: Session, start: Start, spikes: SpikeGuard, logger: Logger) -> dict
 def _next(
     feed: Feed, state: Any, done: int, first: int, finite: FiniteCheck, save: Saver
 ) -> dict[str, torch.Tensor] | None:
-    """The next step's batch; where the data ends or cannot be read, what was trained so far is not lost."""
+    """The next step's batch. If the data ends or cannot be read, save a checkpoint before the error is raised."""
     try:
         return feed.next(state)
     except UserError:
@@ -210,7 +212,7 @@ def _next(
 
 @contextlib.contextmanager
 def _open_logger(s: Session, start: int) -> Iterator[Logger]:
-    """Rank 0's logger, and the run's configuration in the workdir; the other ranks' loggers do nothing."""
+    """Rank 0's logger; it also writes config.json. Other ranks get a logger that does nothing."""
     if not s.world.main:
         yield SilentLogger()
         return
@@ -230,7 +232,8 @@ def _open_logger(s: Session, start: int) -> Iterator[Logger]:
 
 def _open_feed(s: Session, start: Start) -> Feed:
     setup, config, position = s.setup, s.setup.config, number(start.state.position)
-    parts = 1 if s.stage.microbatch_rows else setup.microbatches * s.stage.updates  # else prepare makes the rows
+    # with microbatch_rows, prepare makes the rows, so the order of the loader's rows does not matter
+    parts = 1 if s.stage.microbatch_rows else setup.microbatches * s.stage.updates
     loader = Loader(
         s.stage.dataset,
         config.batch_size,
@@ -258,7 +261,7 @@ def _keeper(s: Session, options: StepOptions) -> Callable[[int, Any], str]:
 
 
 def _meta(s: Session, spikes: SpikeGuard, feed: Feed, tokenizer: Any) -> Callable[[], dict[str, Any]]:
-    """What is saved beside the state. tokenizer: what is known of its files."""
+    """() -> the meta that is saved beside a state. tokenizer: sizes and checksums of its files."""
 
     def meta() -> dict[str, Any]:
         known = {"config": s.resolved, W.TOKENIZER: tokenizer, "spikes": spikes.record, "data": feed.state}
@@ -270,17 +273,17 @@ def _meta(s: Session, spikes: SpikeGuard, feed: Feed, tokenizer: Any) -> Callabl
 def _behind_spike(
     s: Session, start: Start, guard: SpikeGuard, spike: LossSpike, logger: Logger
 ) -> tuple[Start, SpikeGuard]:
-    """What to go on with: the last checkpoint, with its place in the data order moved behind the spike.
+    """After a spike: the last checkpoint, with its position in the data order moved behind the spike, and its guard.
 
-    A stream's state stays the checkpoint's: the loader passes over what lies between.
+    The state of a streaming data set stays the checkpoint's: the loader skips the examples in between.
     """
     Saver(s.checkpoints, s.setup.config.checkpoint.on_failure, dict, logger).wait()
     before, meta = roll_back(s.setup, s.checkpoints, start.state, s.world)
     first = number(before.position)
     guard = guard.rolled_back(spike, meta.get("spikes", {}), first)
     logger.write(
-        f"{spike}; back to step {int(before.step)}, and on without examples {first} to {spike.end - 1} of the data "
-        f"order (rollback {guard.record['rollbacks']} of {s.setup.spikes.rollbacks})"
+        f"{spike}; back to step {int(before.step)}, skipping examples {first} to {spike.end - 1} of the data order "
+        f"(rollback {guard.record['rollbacks']} of {s.setup.spikes.rollbacks})"
     )
     return Start(before._replace(position=torch.full_like(before.position, spike.end)), meta), guard
 
@@ -303,4 +306,4 @@ def _announce(s: Session, start: int, logger: Logger) -> None:
         logger.text(start, f"train/{index}", text)
         logger.write(f"--- train {index}\n{text}")
     if start:
-        logger.write(f"going on from step {start}")
+        logger.write(f"resuming from step {start}")

@@ -1,4 +1,4 @@
-"""What a run that has ended says: where things are, and which commands go on from there."""
+"""The lines that a finished run prints: where its files are, and which commands to run next."""
 
 import shlex
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ EXPORT = "--config experiments/export_hf.py --config.init_from={workdir} --confi
 
 
 def next_steps(workdir: Path, cfg: ModelConfig, step: int, commands: Sequence[str]) -> list[str]:
-    """Lines to print. step: of the last checkpoint. commands: as Stage.next."""
+    """The lines to print. step: the last checkpoint's. commands: as Stage.next."""
     there = [f"{W.CHECKPOINTS}/{step}", "metrics.jsonl", "tensorboard", W.CONFIG, W.TOKENIZER]
     fill = {"workdir": shlex.quote(str(workdir)), "preset": find_preset(cfg)}
     return [
@@ -31,7 +31,7 @@ def next_steps(workdir: Path, cfg: ModelConfig, step: int, commands: Sequence[st
 
 
 def find_preset(cfg: ModelConfig) -> str:
-    """The preset with the sizes of `cfg`, or the word PRESET where there is none."""
+    """The name of the preset with the sizes of `cfg`, or the word PRESET if there is none."""
     sizes = _sizes(cfg)
     return next((name for name in presets.PRESETS if _sizes(presets.get(name)) == sizes), "PRESET")
 

@@ -1,6 +1,6 @@
-"""What the model says, without gradients, on any mesh: sums of the next-token loss, and a number a token.
+"""The model's outputs without gradients, on any mesh: sums of the next-token loss, and one number per token.
 
-B rows of this rank · T sequence
+B rows of this rank · T sequence length
 """
 
 import functools
@@ -36,13 +36,13 @@ def make_eval_step(
 ) -> Callable[[P.Params, Batch], tuple[Tensor, Tensor]]:
     """eval_step(params, batch) -> (summed nats, summed weight) over the batch's predicted tokens.
 
-    microbatches: the batch is cut into this many equal parts, which pass one after another; any number does, under pp
-    too, where as many as in training keep all ranks at work. It changes nothing, except where experts have a capacity:
-    that is counted from the tokens of a micro-batch, as in training.
+    microbatches: the batch is cut into this many equal parts, which run one after another. Any number works; with pp,
+    as many as in training keep all ranks busy. It does not change the result, except with moe_drop_tokens: an expert's
+    capacity follows from the tokens of a micro-batch, as in training.
 
-    On a mesh params are DTensors, the batch is this rank's share, and the sums are those of all ranks. Under pp all
-    schedules evaluate alike. Raises UserError when the batch size is no multiple of microbatches, and for what a
-    pipeline cannot be cut into.
+    On a mesh params are DTensors, the batch is this rank's share, and the sums are those of all ranks. With pp the
+    schedule makes no difference. Raises UserError if the batch size is no multiple of microbatches, and for a model
+    that cannot be cut into the pipeline's stages.
     """
     axes = layout.axes
     if axes.pp.size > 1:
@@ -79,14 +79,14 @@ def make_outputs(
     microbatches: int = 1,
     compute_dtype: torch.dtype | None = None,
 ) -> Callable[[P.Params, Batch], Tensor]:
-    """outputs(params, batch) -> [B, T], float32 (float64 for float64): what an Objective of that output is given.
+    """outputs(params, batch) -> [B, T], float32 (float64 for float64), without gradients: one number per token.
 
-    "log_probs": of the targets, at the batch's temperature, 0 where nothing is predicted; "nll" is their negative;
-    "scores": of the scalar head; "entropy": of the distribution at the batch's temperature. Without
-    gradients. num_ids: as Objective's.
+    output: "log_probs": of the targets, at the batch's temperature, 0 where nothing is predicted; "nll": their
+    negative; "scores": of the scalar head; "entropy": of the distribution at the batch's temperature. These are the
+    numbers that an Objective with this output gets. num_ids: as Objective's.
 
-    On a mesh params are DTensors and the batch is this rank's rows; the result is of the same rows, whole, on every
-    rank of cp, tp and pp. microbatches: as for make_eval_step.
+    On a mesh params are DTensors and the batch holds this rank's rows; the result covers these rows whole (T = the
+    whole sequence) and is the same on all ranks of cp, tp and pp. microbatches: as for make_eval_step.
     """
     axes = layout.axes
     entropy = output == "entropy"
@@ -114,7 +114,7 @@ def make_outputs(
         dtype = torch.promote_types(layout.gather_dtype or compute[P.EMBED].dtype, torch.float32)
         empty = torch.zeros(len(batch["tokens"]), *parts[0].own["tokens"].shape[1:], dtype=dtype)
         own = torch.cat(found) if found else empty.to(batch["tokens"].device)
-        own = all_reduce(own, axes.pp)  # the last slice's, and zeros
+        own = all_reduce(own, axes.pp)  # ranks without the last slice have zeros
         if axes.cp.size > 1:
             own = merge_sequence(gather(own, axes.cp, 1), axes.cp.size)
         return -own if output == "nll" else own

@@ -1,4 +1,4 @@
-"""A log file that outlives a full disk, or a mount that is gone for a while: what can't be written waits."""
+"""A log file for disks that may be full, or mounts that may be away for a while: records wait until they fit."""
 
 import contextlib
 import os
@@ -8,15 +8,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-_MOST = 2**26  # bytes that may wait; what comes beyond is lost, and counted
+_MOST = 2**26  # bytes that may wait; further records are dropped and counted
 
 
 class PatientFile:
     """Appends whole records to a file; a context manager. None of its methods raises OSError.
 
-    Records that cannot be written wait in memory, in order, and are tried again with each `flush`. A part of a record
-    that got into the file is cut off again. say: called with a line when that begins, when it is over, and at the end
-    for what was lost.
+    Records that cannot be written wait in memory, in order; each `flush` tries again. A partly written record is cut
+    off again. say: called with a line when writing starts to fail, when it works again, and at the end if records were
+    lost.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
@@ -28,7 +28,7 @@ class PatientFile:
         self._failing = False
 
     def write(self, record: bytes) -> None:
-        """Take a record, which the next `flush` writes."""
+        """Queue a record; the next `flush` writes it."""
         if self._bytes + len(record) > _MOST:
             self._lost += 1
             return
@@ -36,7 +36,7 @@ class PatientFile:
         self._bytes += len(record)
 
     def flush(self) -> None:
-        """Write what waits, as far as it goes."""
+        """Write the waiting records, as many as possible."""
         if not self._waiting:
             return
         try:
@@ -71,26 +71,28 @@ class PatientFile:
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         size = os.fstat(self._file).st_size
         self._whole = size if self._whole is None else min(size, self._whole)
-        if size > self._whole:  # what a write that failed left
+        if size > self._whole:  # a failed write left a part of a record
             os.ftruncate(self._file, self._whole)
 
     def _append(self, record: bytes) -> None:
         view = memoryview(record)
-        while view:  # a disk that fills up takes a part first
+        while view:  # on a disk that fills up, os.write may write only a part
             view = view[os.write(self._file, view) :]
         self._whole += len(record)
 
     def _give_up(self, error: OSError) -> None:
         if self._file is not None and self._whole is not None:
-            with contextlib.suppress(OSError):  # else `_open` does it
+            with contextlib.suppress(OSError):  # if it fails, `_open` does it later
                 os.ftruncate(self._file, self._whole)
         self._shut()
         if not self._failing:
             self._failing = True
-            self._say(f"{self._path} cannot be written ({error.strerror or error}); its lines wait until it can")
+            self._say(
+                f"{self._path} cannot be written ({error.strerror or error}); its records wait in memory until it can"
+            )
 
     def _shut(self) -> None:
-        """Close; the next `flush` opens anew, for a mount that has come back."""
+        """Close the file; the next `flush` opens it again, in case a lost mount is back."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 os.close(self._file)

@@ -1,4 +1,4 @@
-"""What is logged of a step: its metrics, the speed, and what the stage says of its batch."""
+"""The values that are logged for a step: its metrics, the speed, and the stage's figures of its batch."""
 
 import math
 import time
@@ -13,12 +13,15 @@ from qwen3f.train.setup import Setup
 from qwen3f.train.state import TrainState
 from sharding.state import local_shards
 
-_UNLOGGED = ("tokens", "finite")  # the one is in tokens_seen, the other of no interest in a log of sound steps
+_UNLOGGED = ("tokens", "finite")  # tokens_seen has the tokens; logged steps are finite
 
 
 class Readings:
-    """start: steps done before. ranks: of the run. reports: figures of the objective, which must be finite.
-    figures: the stage's, of a batch."""
+    """Reads a step's values, and measures the speed.
+
+    start: steps done before. ranks: number of ranks. reports: the objective's figures, which must be finite. figures:
+    the stage's function, batch -> values.
+    """
 
     def __init__(
         self,
@@ -34,20 +37,21 @@ class Readings:
         self.restart(start)
 
     def restart(self, step: int) -> None:
-        """Leave the time since the last reading out of the speed: it went into something else than training."""
+        """Don't count the time since the last reading in the speed, because it was not spent on training."""
         self._watch = Throughput(step * self._tokens, time.perf_counter())
 
     def read(
         self, step: int, metrics: Mapping[str, Tensor], state: TrainState, batch: dict[str, Tensor]
     ) -> dict[str, float]:
-        """Waits for the device. Raises TrainingError for a figure of the objective that is not finite."""
+        """Name in the log -> value. Waits for the device. TrainingError if a figure of the objective is not finite."""
         names = [name for name, value in metrics.items() if value.dim() == 0 and name not in _UNLOGGED]
         values = {name: metrics[name].item() for name in names}
         for name in self._reports:
             if math.isfinite(values["loss"]) and not math.isfinite(values[name]):
                 raise TrainingError(
                     f"step {step}: the objective's figure {name} is {values[name]}, though its loss is finite; the "
-                    "checkpoints before it are untouched. Mend the stage's token or document function"
+                    "checkpoints before it are untouched. Correct the token or document function of the stage's "
+                    "Objective"
                 )
         speed, self._watch = self._watch.advance(step * self._tokens, time.perf_counter())
         values |= {"tokens_per_sec": speed, "mfu": speed * self._flops, "tokens_seen": number(state.tokens_seen)}
@@ -58,5 +62,5 @@ class Readings:
 
 
 def number(scalar: Tensor) -> int:
-    """Of a plain tensor, or of a DTensor, which every rank holds whole."""
+    """The value of a scalar: a plain tensor, or a replicated DTensor."""
     return local_shards(scalar).item()

@@ -1,4 +1,4 @@
-"""When a run writes its report, and what it must not cost: little of the run's time, and never the run."""
+"""When a run writes its report. Reports take only a small share of the time, and their failure never ends the run."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -9,14 +9,15 @@ from torch import Tensor
 from qwen3f.train.run_record import RunRecord, facts
 from qwen3f.train.stage import Run, Stage
 
-_SHARE = 1 / 20  # of a run's time that its reports may take, the last one aside
-_FIRST = 5.0  # seconds of a run before there is anything to look at
+_SHARE = 1 / 20  # the largest share of a run's time that reports may take, except the last one
+_FIRST = 5.0  # no report in a run's first seconds
 
 
 class ReportWriter:
-    """report.html of a directory. Whatever is wrong with it is said once, and what it tells of goes on.
+    """Writes report.html in a directory. A failure is reported once, by `say`; no error is raised.
 
-    share: of the time, at most, that reports take which are written when `due`. after: seconds until the first one is.
+    share: if reports are written only when `due`, they take at most this share of the time. after: seconds until the
+    first one is due.
     """
 
     def __init__(self, directory: Path, share: float, say: Callable[[str], None], after: float = 0.0) -> None:
@@ -28,7 +29,7 @@ class ReportWriter:
         return time.perf_counter() >= self._next
 
     def write(self) -> Path | None:
-        """None where it cannot be written."""
+        """Write the report. Returns its path, or None if it cannot be written."""
         began = time.perf_counter()
         try:
             from qwen3f.report.write import write_report  # matplotlib takes a while to import
@@ -46,7 +47,7 @@ class ReportWriter:
 
 
 class Reporting:
-    """run.json and report.html of a run, on rank 0 and with config.report; else its methods do nothing."""
+    """Writes a run's run.json and report.html. Methods do nothing on ranks other than 0 or without config.report."""
 
     def __init__(self, run: Run, stage: Stage, start: int, say: Callable[[str], None]) -> None:
         self._report = ReportWriter(run.workdir, _SHARE, say, _FIRST)
@@ -56,7 +57,7 @@ class Reporting:
             self._record.save(start)
 
     def evaluated(self, step: int, metrics: Mapping[str, Tensor]) -> None:
-        """After an evaluation, and after its numbers are logged."""
+        """Call it after an evaluation, when its values have been logged."""
         if self._record is None:
             return
         self._record.save(step, metrics.get("expert_load"))
@@ -64,7 +65,7 @@ class Reporting:
             self._report.write()
 
     def ended(self, step: int) -> list[str]:
-        """At the end of a run, or where a signal stopped it: lines that say where the report is."""
+        """Call it at the end of a run, also after a signal. Returns lines to print: where the report is."""
         if self._record is None:
             return []
         self._record.save(step)

@@ -1,4 +1,4 @@
-"""What a run begins with: its tokenizer, and its state (resumed, taken from another run, or fresh)."""
+"""What a run starts with: its tokenizer, and its state (resumed, from init_from's weights, or new)."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from sharding.state import as_dtensors, init_shards, local_shards
 
 
 def open_checkpoints(setup: Setup, workdir: Path, world: World = ALONE) -> Checkpointer:
-    """The run's checkpoints, by config.checkpoint. Raises UserError for values that they can't have."""
+    """A Checkpointer for the run, as config.checkpoint says. Raises UserError for invalid values."""
     options = setup.config.checkpoint
     keep = Retention(
         options.keep, options.keep_every, options.keep_best, metric=options.best_metric, mode=options.best_mode
@@ -42,14 +42,15 @@ def open_checkpoints(setup: Setup, workdir: Path, world: World = ALONE) -> Check
 
 
 class Start(NamedTuple):
-    """state: to train on from. meta: saved with it, {} if it is of no checkpoint."""
+    """state: the state to continue from. meta: saved with it; {} if it is not from a checkpoint."""
 
     state: TrainState
     meta: dict[str, Any]
 
 
 def find_tokenizer(setup: Setup, workdir: Path) -> str:
-    """Where a run's tokenizer is: as configured, else its own from before, else init_from's; "" if it is to be made."""
+    """The path of the run's tokenizer: config.data.tokenizer, else the one in the workdir, else init_from's; "" if the
+    stage must train one."""
     if setup.config.data.tokenizer:
         return setup.config.data.tokenizer
     if (workdir / W.TOKENIZER).exists():
@@ -58,9 +59,9 @@ def find_tokenizer(setup: Setup, workdir: Path) -> str:
 
 
 def check_tokenizer(tokenizer: Tokenizer, cfg: ModelConfig) -> None:
-    """UserError unless the tokenizer's ids are those of the model."""
+    """UserError unless the tokenizer's vocabulary fits the model's."""
     here, there = tokenizer.vocab_size, cfg.vocab_size
-    # Qwen3's embedding has rows beyond its tokenizer's last id; a trained tokenizer fills the model's vocabulary.
+    # Qwen3's embedding has more rows than its tokenizer has ids; a trained tokenizer has exactly the model's vocabulary
     if here > there or (here < there and not tokenizer.pads_vocab):
         raise UserError(
             f"the tokenizer {tokenizer.path} has {here} tokens and the model {there}; write "
@@ -69,15 +70,16 @@ def check_tokenizer(tokenizer: Tokenizer, cfg: ModelConfig) -> None:
 
 
 def starting_state(setup: Setup, checkpoints: Checkpointer, world: World = ALONE) -> Start:
-    """The state to go on from: config.resume's or the last checkpoint, else init_from's weights, else fresh.
+    """The state to continue from: the checkpoint of config.resume, else the last one, else init_from's weights, else a
+    new state.
 
-    config.resume goes back once: when the last checkpoint is behind that step and was saved with it, the run is past
-    it, and the same command goes on from the last one.
+    config.resume goes back only once. If the last checkpoint is of a later step and was saved by a run with the same
+    config.resume, the run has already gone back, and resumes from the last checkpoint.
 
-    A damaged last checkpoint is named, and the one before it used. Checkpoints later than the one used are moved aside,
-    never deleted. Raises DamagedCheckpoint if config.resume's, or every one, is damaged.
+    A damaged last checkpoint is reported, and the one before it is used. Checkpoints later than the used one are moved
+    aside, never deleted. Raises DamagedCheckpoint if that of config.resume, or every one, is damaged.
     """
-    # rank 0's: on a network's file system others may see the last one late
+    # rank 0's list, because on a network file system other ranks may see the last checkpoint late
     candidates = world.first(_candidates(checkpoints, setup.config.resume) if world.main else None)
     if candidates:
         state, meta = _restored(checkpoints, _shapes(setup), candidates, setup.config.checkpoint.cast)
@@ -87,7 +89,7 @@ def starting_state(setup: Setup, checkpoints: Checkpointer, world: World = ALONE
 
 
 def _candidates(checkpoints: Checkpointer, resume: int | None) -> list[int]:
-    """The steps to go on from, the best first; none for a new run."""
+    """The steps of the checkpoints to try, in this order; none for a new run."""
     steps = checkpoints.steps()
     if resume is None:
         return steps[::-1]
@@ -95,15 +97,15 @@ def _candidates(checkpoints: Checkpointer, resume: int | None) -> list[int]:
     if last.get("resume") != resume:
         return [resume]
     print(
-        f"config.resume={resume}: the run has gone back there and is past it, so it goes on; to go back again, move "
-        f"the later checkpoints out of {checkpoints.directory}",
+        f"config.resume={resume}: the run has already gone back to this step and has later checkpoints, so it resumes "
+        f"from the last one; to go back again, move the later checkpoints out of {checkpoints.directory}",
         flush=True,
     )
     return [step for step in steps[::-1] if step >= resume]
 
 
 def _config(checkpoints: Checkpointer, step: int) -> dict[str, Any]:
-    """What a checkpoint was saved with; {} for a damaged one, which is named when it is tried."""
+    """The configuration that a checkpoint was saved with; {} for a damaged one, which is reported when it is tried."""
     try:
         return checkpoints.read_meta(step).get("config", {})
     except DamagedCheckpoint:
@@ -111,14 +113,14 @@ def _config(checkpoints: Checkpointer, step: int) -> dict[str, Any]:
 
 
 def roll_back(setup: Setup, checkpoints: Checkpointer, state: TrainState, world: World = ALONE) -> Start:
-    """The last whole checkpoint, or, if there is none yet, what the run began with; in the storage of `state`.
+    """The last undamaged checkpoint, or, if there is none yet, the run's first state; copied into `state`'s storage.
 
-    As in `starting_state`, checkpoints that are damaged are named and moved aside.
+    As in `starting_state`, damaged checkpoints are reported and moved aside.
     """
     checkpoints.wait()
     live = local_shards(state)
     if steps := world.first(checkpoints.steps()):
-        like = tree.map(lambda leaf: leaf.to("meta"), live)  # a second state might not fit on the device
+        like = tree.map(lambda leaf: leaf.to("meta"), live)  # the device may have no room for a second state
         before, meta = _restored(checkpoints, like, steps[::-1], setup.config.checkpoint.cast)
     else:
         before, meta = Start(local_shards(_first_state(setup, world)), {})
@@ -135,7 +137,7 @@ def _first_state(setup: Setup, world: World) -> TrainState:
 
 
 def _shapes(setup: Setup) -> TrainState:
-    """This rank's state without values: beside the one that is restored a second might not fit."""
+    """This rank's state on the meta device, without values: the device may have no room for a second state."""
     shapes = {path: shard.local for path, shard in param_shards(setup.model, setup.layout).items()}
     params = {path: torch.empty(shape, dtype=setup.master_dtype, device="meta") for path, shape in shapes.items()}
     return from_params(setup.model, params, 0, setup.optimizer)
@@ -146,7 +148,7 @@ def _place(setup: Setup, world: World) -> dict[str, Any]:
 
 
 def _restored(checkpoints: Checkpointer, like: TrainState, candidates: list[int], cast: bool) -> Start:
-    """The first of the candidates' checkpoints that is whole; later ones are moved aside."""
+    """The first of the candidates' checkpoints that is not damaged; later ones are moved aside."""
     for number, step in enumerate(candidates, 1):
         try:
             start = Start(*checkpoints.restore(like, step, cast))
@@ -161,9 +163,9 @@ def _restored(checkpoints: Checkpointer, like: TrainState, candidates: list[int]
 
 
 def initial_weights(setup: Setup, world: World) -> Params:
-    """init_from's, as master weights, this rank's shards; what the model has more starts fresh.
+    """init_from's weights, in the master dtype, this rank's shards. Parameters that init_from lacks are initialised.
 
-    Says what of the model the run changes (source.CHANGEABLE), and what starts fresh.
+    Prints which of the model's settings the run changes (source.CHANGEABLE), and which parameters are initialised.
     """
     place = setup.config.init_from
     backend = setup.config.checkpoint.backend

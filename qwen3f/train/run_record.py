@@ -1,6 +1,6 @@
-"""What a run was, beside its configuration and its numbers: run.json in the workdir, for the report.
+"""run.json in the workdir: facts for the report that are not in the configuration or the metrics.
 
-Versions, commit, machine, what was announced at the start, where parameters lie, and what it took in time.
+Versions, commit, machine, the lines that the stage printed at the start, placement of parameters, and time.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from sharding.mesh import AXES
 from sharding.pipeline.cut import make_slices
 
 RUN = "run.json"
-_DIGITS = 5  # of an expert's share
+_DIGITS = 5  # decimals of an expert's share
 
 
 class RunRecord:
-    """run.json, rewritten whole by each `save`. Sessions of processes before this one stay in it.
+    """Writes run.json; each `save` rewrites the whole file. It keeps the sessions of earlier processes of the run.
 
-    facts: as `facts` gives them. start: steps done before. say: called with a line, once, if it cannot be written.
+    facts: from `facts`. start: steps done before. say: called with a line, once, if the file cannot be written.
     """
 
     def __init__(self, workdir: Path, facts: Mapping[str, Any], start: int, say: Callable[[str], None]) -> None:
@@ -44,7 +44,7 @@ class RunRecord:
         self._load: dict[str, Any] = {}
 
     def save(self, step: int, expert_load: Tensor | None = None) -> None:
-        """step: done so far. expert_load: [S, E], of balance.load_metrics; what is not given stays."""
+        """step: steps done so far. expert_load: [S, E], from balance.load_metrics; None keeps the last one."""
         self._session |= {"step": step, "seconds": round(time.perf_counter() - self._clock, 3)}
         if expert_load is not None:
             shares = [[round(share, _DIGITS) for share in layer] for layer in expert_load.tolist()]
@@ -61,7 +61,7 @@ class RunRecord:
 
 
 def facts(setup: Setup, lines: Sequence[str]) -> dict[str, Any]:
-    """What is known when a run starts. lines: what the stage says of its data."""
+    """The facts that are known when a run starts. lines: Stage.lines."""
     shape = setup.layout.axes.shape
     return {
         "commit": _commit(),
@@ -82,7 +82,7 @@ def facts(setup: Setup, lines: Sequence[str]) -> dict[str, Any]:
 
 
 def _placement(setup: Setup) -> list[dict[str, Any]]:
-    """Every parameter: its whole shape, which axis of the mesh cuts which dimension, a rank's shape."""
+    """For every parameter: its whole shape, which axis cuts which dimension, and the shape of one rank's shard."""
     layout, shape = setup.layout, setup.layout.axes.shape
     slices = make_slices(setup.model, layout.pipeline, shape.pp)
     rows, placed = [], layout.place(setup.model)
@@ -114,7 +114,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Of the code that runs, "-dirty" behind it where files were changed; "" where git cannot tell."""
+    """The commit of the running code, with the suffix "-dirty" if files were changed; "" if git cannot tell."""
     command = ["git", "-C", str(Path(__file__).parents[2]), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()

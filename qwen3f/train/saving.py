@@ -10,8 +10,10 @@ from qwen3f.train.state import TrainState
 
 
 class Saver:
-    """meta: what is saved beside the state, asked for at each save. on_failure: config.checkpoint.on_failure.
-    saved: the step of the last save, until it is known to have failed; 0 for none."""
+    """Saves a run's checkpoints, and applies config.checkpoint.on_failure to failed saves ("the policy" below).
+
+    meta: () -> what is saved beside the state. saved: the step of the last save, 0 for none or once it has failed.
+    """
 
     def __init__(
         self, checkpoints: Checkpointer, on_failure: str, meta: Callable[[], dict[str, Any]], logger: Logger
@@ -23,7 +25,8 @@ class Saver:
         return self._checkpoints.should_save(step, last)
 
     def __call__(self, step: int, state: TrainState, values: dict[str, float], last: bool) -> None:
-        """Begin to save; `last` waits for nothing to come. Raises CheckpointWriteError, by the policy."""
+        """Start to save. If an earlier write hangs, only the last step is saved. Raises CheckpointWriteError, by the
+        policy."""
         stuck = self.wait()
         if stuck and not last:
             return
@@ -31,14 +34,14 @@ class Saver:
             self._checkpoints.save(step, state, self._meta(), values, overlap=True)
             self.saved = step
         except CheckpointWriteError as error:
-            if isinstance(error, OldCheckpointStays) and not stuck:  # else it may be of the save before this one
+            if isinstance(error, OldCheckpointStays) and not stuck:  # if stuck, the error may be the earlier save's
                 self.saved = step
             elif last:
                 raise
             self.failed(error)
 
     def wait(self) -> bool:
-        """Wait for the last save; whether it hangs. Raises CheckpointWriteError, by the policy."""
+        """Wait for the last save; returns whether its write hangs. Raises CheckpointWriteError, by the policy."""
         try:
             self._checkpoints.wait()
         except CheckpointWriteError as error:
@@ -50,9 +53,9 @@ class Saver:
         return False
 
     def keep(self, step: int, state: TrainState) -> None:
-        """Save the state with which a run ends early, unless the last save is of this step and comes to the disk.
+        """Save the state with which a run ends early, unless the last save was of this step and succeeds.
 
-        Raises CheckpointWriteError: when the save can't begin, else by the policy.
+        Raises CheckpointWriteError if the save can't start; later failures by the policy.
         """
         if self.saved == step:
             self.wait()
@@ -60,14 +63,14 @@ class Saver:
             self(step, state, {}, True)
 
     def finish(self) -> None:
-        """Wait for the last save of a run. Raises CheckpointWriteError, whatever the policy, where it has failed."""
+        """Wait for the run's last save. Raises CheckpointWriteError if it failed, whatever the policy."""
         try:
             self._checkpoints.wait()
         except OldCheckpointStays as error:
             self.failed(error)
 
     def failed(self, error: CheckpointWriteError) -> None:
-        """Say that a save failed; or raise it."""
+        """Raise the error if the policy is "stop"; else log it."""
         if self._on_failure == "stop":
             raise error
-        self._logger.write(f"{error}; going on, as config.checkpoint.on_failure says")
+        self._logger.write(f"{error}; the run continues, because config.checkpoint.on_failure={self._on_failure}")

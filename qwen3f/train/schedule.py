@@ -1,6 +1,6 @@
 """Learning-rate schedules as pure functions of the step, usable on the device inside a compiled update.
 
-Step s counts from 0. Warm-up: peak·(s+1)/warmup, so the first update is not wasted at rate 0.
+Step s counts updates from 0. Warm-up: peak·(s+1)/warmup, so that the first update does not have rate 0.
 """
 
 import dataclasses
@@ -16,9 +16,11 @@ KINDS = ("cosine", "wsd", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """kind: "cosine" decays from the end of warm-up to `total_steps`; "wsd" (warmup-stable-decay, arXiv:2404.06395)
-    holds `peak` and decays over the last `decay_steps`, along `decay_shape` "linear" or "cosine"; "constant" holds.
-    Past total_steps the rate stays at `min_lr`.
+    """A learning-rate schedule; call it with a step.
+
+    kind: "cosine" decays from the end of warm-up to `total_steps`; "wsd" (warmup-stable-decay, arXiv:2404.06395)
+    holds `peak` and decays over the last `decay_steps`, along `decay_shape` "linear" or "cosine"; "constant" holds
+    `peak`. After total_steps the rate stays at `min_lr` (constant: at `peak`).
     """
 
     kind: str
@@ -31,15 +33,18 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UserError(f"schedule.kind {self.kind!r} is unknown; use one of {', '.join(KINDS)}")
+            raise UserError(f"config.schedule.kind={self.kind!r} is unknown; use one of {', '.join(KINDS)}")
         if self.decay_shape not in ("linear", "cosine"):
-            raise UserError(f"schedule.decay_shape {self.decay_shape!r} is unknown; use linear or cosine")
+            raise UserError(f"config.schedule.decay_shape={self.decay_shape!r} is unknown; use linear or cosine")
         if not 0.0 <= self.min_lr <= self.peak:
-            raise UserError(f"schedule: min_lr ({self.min_lr}) must lie between 0 and the peak rate ({self.peak})")
+            raise UserError(
+                f"the schedule's min_lr ({self.min_lr}) must lie between 0 and the peak rate ({self.peak}); write "
+                "config.schedule.peak_lr of at least 0 and config.schedule.min_ratio from 0 to 1"
+            )
         if self.warmup_steps + self.decay_steps > self.total_steps:
             raise UserError(
-                f"schedule: warmup_steps ({self.warmup_steps}) + decay_steps ({self.decay_steps}) exceed the "
-                f"{self.total_steps} steps of the run"
+                f"the schedule's warmup_steps ({self.warmup_steps}) + decay_steps ({self.decay_steps}) exceed the "
+                f"{self.total_steps} steps of the run; lower config.schedule.warmup or config.schedule.decay"
             )
 
     def __call__(self, step: Tensor) -> Tensor:

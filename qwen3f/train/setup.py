@@ -1,4 +1,4 @@
-"""From a configuration to the checked, typed objects that any run is made of. Nothing is read but the config."""
+"""From a configuration to the checked, typed objects that a run consists of. Reads no files."""
 
 import dataclasses
 from typing import Any
@@ -29,7 +29,7 @@ from sharding.pipeline import schedule as pipeline
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A run, decided. config holds the plain numbers (steps, batch_size, …), already checked."""
+    """The checked settings of a run. config has the plain numbers (steps, batch_size, …), also checked."""
 
     config: ConfigDict
     model: ModelConfig
@@ -38,25 +38,25 @@ class Setup:
     execution: model.Execution
     device: torch.device
     compute_dtype: torch.dtype
-    layout: Layout  # whose axes have sizes alone, until there are ranks: `on`
-    microbatches: int  # config.microbatches, or for 0 the number chosen
+    layout: Layout  # its axes have sizes only; once ranks exist, `on` adds groups and indices
+    microbatches: int  # config.microbatches, or the number chosen if that is 0
 
     def on(self, axes: Axes) -> "Setup":
-        """The setup as a rank has it that stands at a place of the mesh. UserError when that is another mesh."""
+        """The setup of one rank, with the axes that it has joined. UserError if they are of another mesh."""
         if axes.shape != self.layout.axes.shape:
             raise UserError(
-                f"config.mesh={self.config.mesh} asks for {self.layout.axes.shape.size} devices and there are "
+                f"config.mesh={self.config.mesh} needs {self.layout.axes.shape.size} devices, but there are "
                 f"{axes.shape.size} ranks; start the run by launch.py"
             )
         return dataclasses.replace(self, layout=dataclasses.replace(self.layout, axes=axes))
 
     @property
     def master_dtype(self) -> torch.dtype:
-        """Of the state's parameters and moments: float32, where that is no less than the compute dtype."""
+        """The dtype of the state's parameters and moments: float32 (float64 if the compute dtype is float64)."""
         return torch.promote_types(self.compute_dtype, torch.float32)
 
     def step_options(self, updates: int = 1, **others: Any) -> StepOptions:
-        """How the run's step is made. updates: of the optimizer in one."""
+        """The StepOptions of the run. updates: optimizer updates per step."""
         return StepOptions(
             self.optimizer,
             find_schedule(self.config, updates),
@@ -70,7 +70,10 @@ class Setup:
 
 
 def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
-    """Raises UserError, naming key and value, for anything that cannot run. devices: for a mesh that fills them."""
+    """The setup for this machine. devices: the number that fills a size of -1 in config.mesh.
+
+    Raises UserError, with key and value, for a configuration that cannot run.
+    """
     checks.check(config)
     device = find_device(config.device)
     asked = device.type == "cuda" and not config.microbatches
@@ -78,10 +81,9 @@ def make_setup(config: ConfigDict, devices: int | None = None) -> Setup:
 
 
 def setup_on(config: ConfigDict, device: torch.device, hardware: Hardware | None, devices: int | None = None) -> Setup:
-    """The setup as of a device that need not be here; what a run refuses, a plan does too.
+    """The setup for a device that this machine may lack. Plans use it, so that they refuse what a run refuses.
 
-    config: as checks.check has passed it. hardware: as microbatches.resolve takes it. devices, and what is raised: as
-    make_setup has them.
+    config: after checks.check. hardware: as for microbatches.resolve. devices and errors: as for make_setup.
     """
     check_size(cfg := checks.find_model(config), "config.model")
     compute_dtype = find_dtype(config.dtype, device)
@@ -117,7 +119,7 @@ def _check_mesh(
     layout: Layout,
     parts: int,
 ) -> None:
-    """What no rank could run, as long as there is none."""
+    """UserError for a mesh that the run's ranks could not use; called before any rank exists."""
     shape = layout.axes.shape
     layout.place(cfg)
     rules.check_batch(shape, config.batch_size, config.seq_len, parts)
@@ -130,18 +132,19 @@ def _check_mesh(
 
 
 def _check_graph(config: ConfigDict, device: torch.device, compute_dtype: torch.dtype) -> None:
-    """torch 2.11's compiler takes a random state that efficient attention keeps on the CPU for one on the device, and
-    writes other results of the graph there: "CUDA driver error: invalid argument"."""
+    """UserError for a graph that torch 2.11 compiles wrongly. Efficient attention keeps a random state on the CPU; the
+    compiler treats it as a tensor on the device, and the step fails with "CUDA driver error: invalid argument"."""
     own = config.attention in ("flash", "reference")
     if config.compile == "step" and device.type == "cuda" and compute_dtype == torch.float32 and not own:
         raise UserError(
-            f"config.compile=step with config.dtype=float32 on CUDA and config.attention={config.attention}: torch's "
-            "efficient attention can't be part of that graph; write --config.attention=flash or --config.compile=block"
+            f"config.compile=step with config.dtype=float32 on CUDA and config.attention={config.attention}: torch "
+            "can't compile its efficient attention into that graph; write --config.attention=flash or "
+            "--config.compile=block"
         )
 
 
 def find_schedule(config: ConfigDict, updates: int = 1) -> Schedule:
-    """The schedule of config.schedule; it counts updates, of which a step has so many. Raises UserError."""
+    """The schedule of config.schedule, which counts updates. updates: updates per step. Raises UserError."""
     s = config.schedule
     return Schedule(
         kind=s.kind,
@@ -155,6 +158,6 @@ def find_schedule(config: ConfigDict, updates: int = 1) -> Schedule:
 
 
 def share_of_steps(config: ConfigDict, key: str, updates: int = 1) -> int:
-    """checks.steps_of. Raises UserError for less than 0."""
+    """As checks.steps_of; UserError for a negative value."""
     at_least(config, key, 0)
     return checks.steps_of(config, key, updates)

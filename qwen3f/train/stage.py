@@ -1,7 +1,7 @@
-"""What a stage gives the training loop: data, an objective, evaluations, and what happens around the pure step.
+"""The interface between a stage and the training loop: data, an objective, evaluations, and hooks around the step.
 
-A stage is a module with two functions. `check(setup)` raises UserError for what cannot run, before any process starts.
-`make(run)` opens its data and returns a Stage; it runs on every rank.
+A stage is a module with two functions. `check(setup)` raises UserError for a configuration that cannot run, before any
+process starts. `make(run)` opens the stage's data and returns a Stage; it is called on every rank.
 """
 
 import dataclasses
@@ -30,17 +30,17 @@ PACKAGE = "qwen3f.stages"
 
 
 class Interrupted(Exception):
-    """Raised by an evaluation that was asked to stop (Run.stopping); its values are left out."""
+    """Raised by an evaluation that stops early because Run.stopping() is true. Its values are not logged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a stage is made for.
+    """The run that a stage is made for.
 
     Attributes:
       setup: the checked configuration. workdir: of the run. world: its ranks. progress: whether to draw bars on stderr.
-      stopping: whether a rank has been asked to end the run. All ranks ask together, so between two batches of an
-        evaluation, say, which then raises Interrupted.
+      stopping: () -> whether any rank has received a signal to end the run. All ranks must call it together, e.g.
+        between two batches of an evaluation, which then raises Interrupted.
     """
 
     setup: Setup
@@ -56,9 +56,12 @@ def shown(values: Mapping[str, float]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """every: steps between two runs; 0: only at the end. run: parameters -> {name: value}, on all ranks together.
-    say: what to print of the values. answers: of the last run, what was asked and answered, as logger.answers takes
-    it; none of an evaluation that asks nothing."""
+    """One evaluation.
+
+    every: steps between two runs; 0: only at the end. run: parameters -> {name: value}, called on all ranks together.
+    say: values -> the line to print. answers: the questions and answers of the last run, as logger.answers takes them;
+    empty for an evaluation without questions.
+    """
 
     every: int
     run: Callable[[Params], dict[str, float]]
@@ -88,28 +91,31 @@ def no_memory() -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """
+    """What a stage gives the loop.
+
     Attributes:
-      tokenizer: kept in the workdir.
-      dataset: what a Loader draws examples from.
+      tokenizer: saved in the workdir.
+      dataset: the examples that the Loader draws from.
       objective: what a step minimises.
-      evaluators: by name, which goes before their values' names: "val" and "loss" are logged as "val_loss".
-      prepare: (state, batch, more) -> the batch that the step gets, whose keys are those of contracts.md. more() gives
-        the next examples. If it says "consumed", that many examples count as used, else all that were given. What ranks
-        do differently in it must end with all of them agreed.
-      finish: (state, logger), at the end of a run that reached its last step.
-      save, load: what the stage must remember, JSON, in a checkpoint's meta; load is called before the first step of a
-        run that goes on from one, and after going back to one.
-      figures: a batch -> what to log of it.
-      texts: what to show in TensorBoard beside the figures.
-      lines: what to print at the start.
+      evaluators: name -> Evaluator. The name is a prefix of its values' names: "val" and "loss" are logged as
+        "val_loss".
+      prepare: (state, batch, more) -> the batch for the step (keys: sharding/sequence_split.py). more() returns the
+        next examples. If the result has a key "consumed", that many examples count as used; else all examples that
+        were given. All ranks must return batches that belong to the same step.
+      finish: (state, logger), called at the end of a run that reached its last step.
+      save, load: save returns what the stage must remember, as JSON, for a checkpoint's meta. load gets it back before
+        the first step of a run that resumes from a checkpoint ({} without one), and after a rollback to one.
+      figures: batch -> values to log for it.
+      texts: () -> texts to show in TensorBoard, at logged steps.
+      lines: lines to print at the start.
       cross_documents: attention ignores document boundaries.
       samples: texts to show at the start, in the log and in TensorBoard.
-      updates: of the optimizer in a step; see StepOptions.
-      microbatch_rows: rows of a micro-batch on a rank, where prepare decides how many there are; see StepOptions.
-      complete: the stage -> the stage that runs, called once, by all ranks together: for what `make` cannot do, where a
-        host's first rank goes before the others and none can wait for another, such as to read weights on a mesh.
-      next: what launch.py can be given after a whole run, a line each; {workdir} and {preset} in them are filled in.
+      updates: optimizer updates per step; see StepOptions.
+      microbatch_rows: rows of a micro-batch on a rank, if prepare decides how many there are; see StepOptions.
+      complete: stage -> the stage that runs. All ranks call it once, together. Here a stage can do what needs several
+        ranks at once, such as reading weights on a mesh. `make` cannot, because a host's first rank calls it before
+        the others.
+      next: arguments of launch.py to suggest after a complete run, one line each; {workdir} and {preset} are filled in.
     """
 
     tokenizer: Tokenizer
@@ -137,9 +143,9 @@ class StageModule(Protocol):
 
 
 def find_stage(name: str) -> StageModule:
-    """The stage that config.stage names: a file of qwen3f/stages, or the import path of a module of one's own.
+    """The stage that config.stage names: a file of qwen3f/stages, or the import path of any other module.
 
-    Raises UserError if there is none, or it lacks check or make.
+    Raises UserError if there is no such module, or it has no function check or make.
     """
     package = importlib.import_module(PACKAGE)
     place = name if "." in name else f"{PACKAGE}.{name}"
@@ -148,7 +154,10 @@ def find_stage(name: str) -> StageModule:
     except (ModuleNotFoundError, ValueError):
         there = False
     if not there:
-        raise UserError(f"config.stage={name!r}: there is no module {place}; write {', '.join(package.names())}")
+        raise UserError(
+            f"config.stage={name!r}: there is no module {place}; write one of {', '.join(package.names())}, or the "
+            "import path of your own"
+        )
     module = importlib.import_module(place)
     for function in ("check", "make"):
         if not callable(getattr(module, function, None)):

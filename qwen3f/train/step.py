@@ -165,8 +165,8 @@ def check_mesh(cfg: ModelConfig, hyper: AdamW, execution: model.Execution, layou
         return
     if axes.ep.size > 1 and cfg.sparse_layers and execution.compile == "step":
         raise UserError(
-            f"config.compile=step with ep={axes.ep.size}, where the host must know how many rows each rank gets, is not "
-            "supported; write compile=block, or dp in place of ep in config.mesh"
+            f"config.compile=step with ep={axes.ep.size}, where the host must know how many rows each rank gets, is "
+            "not supported; write compile=block, or dp in place of ep in config.mesh"
         )
     if isinstance(hyper, Muon):
         raise UserError(

@@ -1,9 +1,9 @@
 """A run's directory: config.json, tokenizer/, metrics.jsonl, tensorboard/, checkpoints/, nonfinite/; for the report
 run.json (run_record), answers/ (answers_folder) and report.html itself.
 
-A configuration is not overwritten without a copy, and checkpoints are moved aside; what was logged of steps after the
-one that a run goes on from is dropped. A directory of another model or tokenizer is refused. What the checkpoints say
-of both, which their manifests guard, counts more than the files beside them.
+An old config.json is copied before it is overwritten, and checkpoints are moved aside, not deleted. When a run resumes
+from a step, log entries of later steps are dropped. A directory with another model or tokenizer is refused. Checkpoints
+record both, protected by their manifests; where they differ from the files in the directory, the checkpoints count.
 """
 
 import io
@@ -33,7 +33,7 @@ from qwen3f.train.optimizer import trainable
 CONFIG, TOKENIZER, CHECKPOINTS, NONFINITE = "config.json", "tokenizer", "checkpoints", "nonfinite"
 
 
-# How a model is trained: its function and a run's state do not depend on it.
+# Fields of the model that only affect training: the function of the model and the form of a state don't depend on them.
 TRAINING_FIELDS = frozenset({
     "gradient_checkpointing", "attention_dropout", "router_aux_loss_coef", "router_balance", "router_z_loss_coef",
     "moe_drop_tokens", "moe_capacity_factor", "initializer_range", "embed_initializer_range",
@@ -41,7 +41,7 @@ TRAINING_FIELDS = frozenset({
 
 
 def read_config(workdir: Path) -> dict[str, Any] | None:
-    """The configuration that a run left in `workdir`, or None. Raises UserError if it is no such file."""
+    """The content of config.json in `workdir`, or None if there is none. UserError if no run wrote that file."""
     path = workdir / CONFIG
     if not path.exists():
         return None
@@ -58,11 +58,11 @@ def read_config(workdir: Path) -> dict[str, Any] | None:
 
 
 def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
-    """Raises UserError, naming what differs, if `workdir` belongs to a run whose state has another form or meaning.
+    """Raises UserError, with what differs, if `workdir` belongs to a run whose state `config` can't continue.
 
-    That is another stage, model or optimizer, by the last checkpoint that can be read, else by config.json, which must
-    agree with it; a tokenizer other than config.data.tokenizer, or chats of another kind than config.chat_template; or
-    a tokenizer whose files are not those that the run began with.
+    Checked are stage, model and optimizer, by the last readable checkpoint (else config.json; both must agree);
+    config.data.tokenizer and config.chat_template, if set; and that the tokenizer's files are unchanged since the run
+    began.
     """
     there, meta = read_config(workdir), _last_meta(workdir)
     saved = meta.get("config") or there or config
@@ -87,15 +87,15 @@ def check_same_run(workdir: Path, config: dict[str, Any]) -> None:
         )
     if (kind := config.get("chat_template")) and kept.exists() and (has := kind_of(load_tokenizer(kept)).name) != kind:
         raise UserError(
-            f"--config.chat_template={kind} is not the kind of chats that the run in {workdir} began with, which is "
+            f"--config.chat_template={kind} is not the chat template that the run in {workdir} began with, which is "
             f"{has}; leave the flag out, or choose another --workdir"
         )
 
 
 def check_tokenizer(workdir: Path, meta: Mapping[str, Any]) -> None:
-    """Compares the workdir's tokenizer/ with what a checkpoint's `meta` says of it under "tokenizer".
+    """Compares the workdir's tokenizer/ with the sizes and checksums in a checkpoint's meta["tokenizer"].
 
-    Raises UserError naming the file that has changed, is gone, or has come. A meta without that key says nothing.
+    Raises UserError, with the file that was changed, removed or added. A meta without that key is not checked.
     """
     place, wanted = workdir / TOKENIZER, meta.get(TOKENIZER)
     if wanted is None:
@@ -103,16 +103,18 @@ def check_tokenizer(workdir: Path, meta: Mapping[str, Any]) -> None:
     there = manifest.describe_all(place)
     for name in sorted(wanted | there):
         if wanted.get(name) != there.get(name):
-            what = "is gone" if name not in there else "has come" if name not in wanted else "has changed"
+            what = "was removed" if name not in there else "was added" if name not in wanted else "has changed"
             raise UserError(
                 f"{place / name} {what} since the checkpoints beside it were trained: the same text would get other "
-                "ids; put it back as it was, or begin another --workdir"
+                "ids; restore the directory as it was, or choose another --workdir"
             )
 
 
 def write_config(workdir: Path, config: dict[str, Any], step: int) -> list[str]:
-    """Write config.json; returns 'key: old -> new' for what differs from the one there, which is kept beside it, as
-    config.until-step-N.json, and so are those that were kept there before."""
+    """Write config.json. Returns 'key: old -> new' for every key that differs from the old config.json.
+
+    step: N in the name of the old file's copy, config.until-step-N.json. Earlier copies stay.
+    """
     old = read_config(workdir)
     if old == config:
         return []
@@ -133,9 +135,9 @@ def write_config(workdir: Path, config: dict[str, Any], step: int) -> list[str]:
 
 
 def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> dict[str, manifest.Entry]:
-    """Save the tokenizer in the workdir, once: a run keeps the one it began with. `load_tokenizer` opens it there.
+    """Save the tokenizer in the workdir, unless one is there: a run keeps its first one. `load_tokenizer` opens it.
 
-    Returns name -> size and sha256 of its files, for a checkpoint's meta: see `check_tokenizer`.
+    Returns file name -> size and sha256, for a checkpoint's meta: see `check_tokenizer`.
     """
     place = workdir / TOKENIZER
     if not place.exists():
@@ -150,7 +152,7 @@ def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> dict[str, manifest.En
 
 
 def keep_batch(workdir: Path, step: int, batch: Mapping[str, np.ndarray]) -> Path:
-    """Write a step's batch to nonfinite/step-N.npz, an array a key, so that the step can be run again alone."""
+    """Write a step's batch to nonfinite/step-N.npz, one array per key, so that the step can be repeated alone."""
     write_atomically(path := workdir / NONFINITE / f"step-{step}.npz", to_npz(batch))
     return path
 
@@ -162,24 +164,24 @@ def to_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _last_meta(workdir: Path) -> dict[str, Any]:
-    """What the last checkpoint that is whole, as far as this goes, was saved with; {} if there is none."""
+    """The meta of the last checkpoint whose meta can be read; {} if there is none."""
     with Checkpointer(workdir / CHECKPOINTS, every=0, keep=0) as checkpoints:
         for step in reversed(checkpoints.steps()):
             try:
                 return checkpoints.read_meta(step)
             except DamagedCheckpoint:
-                continue  # the run names it, and goes on from the one before
+                continue  # the run reports it, and resumes from the one before
     return {}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> its two values, of what another stage, model or optimizer would have otherwise."""
+    """Key -> (old, new), for keys whose values make it another stage, model or optimizer."""
     keys = [("model", key) for key in new["model"] if key not in TRAINING_FIELDS] + [("optimizer", "kind")]
     values = {f"{section}.{key}": (old.get(section, {}).get(key), new[section].get(key)) for section, key in keys}
     values["stage"] = old.get("stage"), new.get("stage")
     rates = [section.get("optimizer", {}).get("rates", "") for section in (old, new)]
     if _frozen(rates[0], new["model"]) != _frozen(rates[1], new["model"]):
-        values["optimizer.rates"] = rates[0], rates[1]  # other leaves have moments
+        values["optimizer.rates"] = rates[0], rates[1]  # the state has moments for other leaves
     return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
 
 

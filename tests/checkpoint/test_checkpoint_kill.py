@@ -104,7 +104,7 @@ def test_kills_at_random_moments_change_nothing(kills, make, forker, tmp_path):
         assert code == -signal.SIGKILL, said
         assert "damaged" not in said
         if "model:" in said:  # it got as far as to say where it goes on
-            assert (f"going on from step {before}" in said) == (before is not None), said
+            assert (f"resuming from step {before}" in said) == (before is not None), said
         steps.append(checkpoints.latest() or 0)
         kinds |= {path.suffix for path in checkpoints.directory.glob("*.*")}
     assert steps == sorted(steps)

@@ -23,9 +23,9 @@ def test_a_case_is_its_words():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("rows", r"'rows' is no part of a case; write key=value with one of mesh, preset"),
-        ("row=4", r"'row=4' is no part of a case"),
-        ("rows=four", r"'rows=four': 'four' is no int"),
+        ("rows", r"'rows' is not part of a case; write key=value, with one of the keys mesh, preset"),
+        ("row=4", r"'row=4' is not part of a case"),
+        ("rows=four", r"'rows=four': 'four' is not of type int"),
         ("pure=yes", r"'pure=yes': write pure=True or pure=False"),
     ],
 )

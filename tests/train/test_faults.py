@@ -133,7 +133,7 @@ def test_a_signal_while_something_else_goes_on(place, stopped, saved, make, tmp_
     assert time.monotonic() - begin < 60
     said = capsys.readouterr().out
     assert f"SIGTERM: stopped after step {stopped}" in said
-    assert ("broken off" in said) == (place is in_evaluation)
+    assert ("the evaluation was interrupted" in said) == (place is in_evaluation)
     with Checkpointer(tmp_path / "w" / "checkpoints", 0, 0) as checkpoints:
         assert checkpoints.steps() == saved
     run(config, tmp_path / "w", progress=False)
@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(make, tmp_path
     said = capsys.readouterr().out
     assert "checkpoints/6 is damaged" in said
     assert "checkpoints/4 is damaged" in said
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
     assert_same_bits(straight, final_state(config, tmp_path, 6))
     assert {p.name for p in (tmp_path / "checkpoints.aside1").iterdir()} == {"4", "6"}
 
@@ -184,7 +184,7 @@ def test_steps_that_are_not_finite_are_kept_and_passed_over_as_often_as_allowed(
     attempt(tmp_path / "two", 2)
     said = capsys.readouterr().out
     assert "step 3 is not finite" in said
-    assert "2 of 2 such steps passed over" in said
+    assert "2 of 2 such steps skipped" in said
     with pytest.raises(TrainingError, match=r"step 5 is not finite.* kept in .*nonfinite/step-5\.npz"):
         attempt(tmp_path / "one", 1)
     assert {p.name for p in (tmp_path / "two" / "nonfinite").iterdir()} == {"step-3.npz", "step-5.npz"}
@@ -310,7 +310,7 @@ def test_one_byte_makes_a_run_go_back_one_checkpoint(make, tmp_path, capsys, dam
     said = capsys.readouterr().out
     assert "checkpoints/4 is damaged" in said
     assert "state/params.model.norm.weight/0" in said
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
     assert_same_bits(straight, final_state(config, tmp_path, 4))
 
 

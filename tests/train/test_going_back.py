@@ -47,7 +47,7 @@ def test_the_same_command_goes_on(make, tmp_path, capsys, keep):
     assert (tmp_path / "checkpoints" / "4").exists() == (keep == 0)
     for expected in ((7, 8), None):
         assert steps_of(back, tmp_path) == expected
-        assert "config.resume=4: the run has gone back there and is past it, so it goes on" in capsys.readouterr().out
+        assert "config.resume=4: the run has already gone back to this step" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.glob("checkpoints.aside*")) == ["checkpoints.aside1"]
     longer = make(steps=10, **rare)
     assert steps_of(longer, tmp_path) == (9, 10)

@@ -212,7 +212,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fcntl.flock", flock)
     with held(tmp_path / "w"):
         (tmp_path / "w" / "x").touch()
-    assert "w has no locks (No locks available): nothing keeps a second run out" in capsys.readouterr().out
+    assert "w has no locks (No locks available): don't start a second run there" in capsys.readouterr().out
 
 
 def test_a_name_that_is_not_written_yet(tmp_path, monkeypatch):

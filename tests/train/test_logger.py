@@ -274,7 +274,7 @@ def test_what_a_full_disk_does_not_take_comes_when_there_is_room(tmp_path, monke
             logger.image(2, "load", torch.zeros(4, 4, 3, dtype=torch.uint8))
             logger.log(3, {"loss": 3.0})
             said = capsys.readouterr().out
-            assert f"metrics.jsonl cannot be written ({os.strerror(error)}); its lines wait until it can" in said
+            assert f"metrics.jsonl cannot be written ({os.strerror(error)}); its records wait in memory" in said
             assert said.count("cannot be written") == 2  # of TensorBoard's too, each once
             assert [line["step"] for line in lines(tmp_path)] in ([1], [1, 2])  # and no torn line
         logger.log(4, {"loss": 4.0})

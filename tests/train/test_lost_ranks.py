@@ -42,7 +42,7 @@ def alone(make, tmp_path):
 
 def _assert_went_on(done, workdir, losses):
     assert done.returncode == 0, done.stderr
-    assert f"going on from step {CHECKPOINT}" in done.stdout
+    assert f"resuming from step {CHECKPOINT}" in done.stdout
     found = metrics(workdir)
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     assert [line["loss"] for line in found] == pytest.approx(losses, rel=1e-3)
@@ -69,9 +69,9 @@ def test_a_rank_that_hangs_is_shown_and_ends_the_run(make, tmp_path):
     begin = time.monotonic()
     done = _launched(tmp_path, make(steps=7, mesh="dp2", watchdog=10.0, **{"eval.every": 0}), "stuck")
     assert done.returncode == 1
-    assert "rank 1 of 2 has not come through a step in 10 s; it is at lost_ranks.py:" in done.stderr
+    assert "rank 1 of 2 has not finished a step in 10 s; it is at lost_ranks.py:" in done.stderr
     assert "(stuck):" in done.stderr
     assert "in stuck" in done.stderr  # its stack
-    assert "rank 0 of 2 has not come through a step in 10 s; it waits for other ranks, at" in done.stderr
+    assert "rank 0 of 2 has not finished a step in 10 s; it waits for other ranks, at" in done.stderr
     assert done.stderr.splitlines()[-1] == "error: rank 1 of 2 ended with exit code 1; the others were ended"
     assert time.monotonic() - begin < 120

@@ -93,9 +93,9 @@ def test_other_frozen_leaves_in_a_workdir_are_an_error(make, tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("model.norm", "has no pattern"), ("=2", "has no pattern"), ("(=1", "no pattern and factor"),
-        ("a{99999999999}=0", "no pattern and factor"), ("(" * 2000 + ")" * 2000 + "=0", "no pattern and factor"),
-        ("a=x", "no pattern and factor"), ("nothing=0", "'nothing' matches none of the model's parameters"),
+        ("model.norm", "has no pattern"), ("=2", "has no pattern"), ("(=1", "is not PATTERN=FACTOR"),
+        ("a{99999999999}=0", "is not PATTERN=FACTOR"), ("(" * 2000 + ")" * 2000 + "=0", "is not PATTERN=FACTOR"),
+        ("a=x", "is not PATTERN=FACTOR"), ("nothing=0", "'nothing' matches none of the model's parameters"),
         (".*=0", "freezes every parameter"), (".*=-1", "from 0 on"), (".*=nan", "from 0 on"), (".*=inf", "from 0 on"),
     ],
 )  # fmt: skip

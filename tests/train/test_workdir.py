@@ -72,8 +72,8 @@ def grown(tokenizers, workdir):
 CHANGES = {
     "another tokenizer": (swapped, "tokenizer.model has changed"),
     "one bit": (lambda _, w: flip(w / "tokenizer" / "tokenizer.model", 3000), "tokenizer.model has changed"),
-    "nothing left": (lambda _, w: shutil.rmtree(w / "tokenizer"), "tokenizer.model is gone"),
-    "one more file": (grown, "tokenizer.json has come"),
+    "nothing left": (lambda _, w: shutil.rmtree(w / "tokenizer"), "tokenizer.model was removed"),
+    "one more file": (grown, "tokenizer.json was added"),
 }
 
 

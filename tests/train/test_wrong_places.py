@@ -58,12 +58,12 @@ def test_a_plan_whose_pictures_cannot_be_written(make, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"\xff\xfe\n", "is no text that a run wrote"),
+        (b"\xff\xfe\n", "is not a text file that a run wrote"),
         (b'{"step": Infinity}\n', "line 1 is not a JSON object"),
         (b'{"step": NaN}\n', "line 1 is not a JSON object"),
         (b"[" * 10**5 + b"\n", "line 1 is not a JSON object"),
         (b'{"step": ' + b"9" * 5000 + b"}\n", "line 1 is not a JSON object"),
-        (None, "is no text that a run wrote"),
+        (None, "is not a text file that a run wrote"),
     ],
     ids=range(6),
 )

@@ -1,4 +1,4 @@
-"""The batch of a step that went wrong, from all ranks, in a file."""
+"""Saves the batch of a faulty step, with the rows of all ranks, in a file."""
 
 import io
 from collections.abc import Mapping
@@ -13,16 +13,14 @@ from sharding.axes import Axes
 
 
 def keep_batch(workdir: Path, step: int, batch: Mapping[str, Tensor], world: World, axes: Axes, parts: int) -> str:
-    """Write a step's batch, as it was prepared, with the rows of all ranks in the batch's order.
+    """Write a step's prepared batch, with the rows of all ranks in the global batch's order.
 
-    Returns the words "kept in" and where; or, as a full disk is no reason to end a run that passes such steps over, why
-    it could not be kept.
-
-    parts: micro-batches of a step, each of which the ranks share. All ranks call it together.
+    Returns words for a message: "kept in" and the path; or "lost" and why the file could not be written (a full disk does not end
+    the run). parts: number of micro-batches of the step; every rank has rows of each. All ranks call it together.
     """
     own = {key: value.cpu().numpy() for key, value in batch.items()}
     rank, ranks = axes.rows
-    first = all(axes[name].index == 0 for name in ("pp", "cp", "tp"))  # of the ranks with the same rows
+    first = all(axes[name].index == 0 for name in ("pp", "cp", "tp"))  # one rank of those that have the same rows
     told = world.gather_bytes(rank.to_bytes(4) + W.to_npz(own) if first else b"") if world.size > 1 else []
     if not world.main:
         return "kept"
@@ -32,11 +30,12 @@ def keep_batch(workdir: Path, step: int, batch: Mapping[str, Tensor], world: Wor
     try:
         return f"kept in {W.keep_batch(workdir, step, own)}"
     except OSError as error:
-        return f"which could not be kept ({error})"
+        return f"lost, because it could not be written ({error})"
 
 
 def _join(shares: list[np.ndarray], parts: int) -> np.ndarray:
-    """[B, …] from the ranks' [B / ranks, …], each of which has its rows of one micro-batch after another."""
+    """[B, …] in the global order, from the ranks' shares [B / ranks, …], which have their rows micro-batch by
+    micro-batch."""
     if shares[0].ndim == 0:
         return shares[0]
     parts = parts if len(shares[0]) % parts == 0 else 1

@@ -1,4 +1,4 @@
-"""Noticing a loss that is not finite without making the host wait for the device."""
+"""Detects a loss or gradient that is not finite, without making the host wait for the device."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -19,11 +19,11 @@ class _Pending(NamedTuple):
 
 
 class FiniteCheck:
-    """Reads each step's verdict while the next one runs. The step itself has withheld a bad update already.
+    """Checks each step's result while the next step runs. The step itself has already left out a bad update.
 
-    skips: how many bad steps are passed over before one ends the run. dump: called with (step, batch) of each bad step;
-    writes the batch somewhere and returns words that say where. say: called with a line for each step passed over.
-    judge: called with (step, loss, first, rows) of each good one; may raise.
+    skips: how many bad steps are skipped before one ends the run. dump: called with (step, batch) of each bad step;
+    writes the batch to a file and returns words that say where. say: called with a line for each skipped step. judge:
+    called with (step, loss, first, rows) of each good step; may raise.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class FiniteCheck:
     def __call__(
         self, step: int, metrics: dict[str, Tensor], batch: Mapping[str, Tensor], first: int, rows: int
     ) -> None:
-        """Take note of `step`, whose batch used examples first … first+rows−1; judge the step before."""
+        """Record `step`, whose batch used examples first … first+rows−1; check the step before it."""
         values = torch.stack([metrics[name].to(torch.float64) for name in ("finite", "loss", "grad_norm")])
         ready = None
         if values.is_cuda:
@@ -51,7 +51,7 @@ class FiniteCheck:
         self._pending = _Pending(step, first, rows, batch, values, ready)
 
     def flush(self) -> None:
-        """Judge the last step noted. Raises TrainingError if it is not finite and no skip is left, and as `judge`."""
+        """Check the last recorded step. TrainingError if it is not finite and no skip is left; also as `judge`."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -65,13 +65,13 @@ class FiniteCheck:
         last = pending.first + pending.rows - 1
         what = (
             f"step {pending.step} is not finite: loss {loss}, gradient norm {norm}, on examples {pending.first} to "
-            f"{last} of the data order, {place}. Its update was withheld"
+            f"{last} of the data order; its batch is {place}. Its update was not applied"
         )
         if self._bad <= self._skips:
-            self._say(f"{what}; {self._bad} of {self._skips} such steps passed over")
+            self._say(f"{what}; {self._bad} of {self._skips} such steps skipped")
             return
         raise TrainingError(
-            f"{what} and it was not saved; the checkpoints before it are untouched. Try a lower "
-            "config.schedule.peak_lr or a longer warmup, or let such steps pass: "
+            f"{what} and not saved; the checkpoints before it are untouched. Write a lower config.schedule.peak_lr or "
+            "a larger config.schedule.warmup, or skip such steps: "
             f"--config.nonfinite_skips={2 * self._skips or 10}"
         )

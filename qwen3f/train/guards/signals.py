@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first asks the loop to stop after the step it is in, the second ends the process at once."""
+"""SIGTERM and SIGINT: the first makes the loop stop after its current step, the second ends the process at once."""
 
 import os
 import signal
@@ -10,12 +10,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """A context manager under which the first of SIGNALS sets `name` instead of ending the process.
+    """A context manager: the first signal of SIGNALS sets `name` instead of ending the process.
 
-    name: the signal that asked, such as "SIGTERM"; "" as long as none did. The second one exits with 128 + its number,
-    without any clean-up: a checkpoint that is being written then is lost, a committed one cannot be.
+    name: the signal received, such as "SIGTERM"; "" if there was none. The second signal exits with 128 + its number,
+    without any clean-up: a checkpoint that is being written is then lost; a committed one is not.
 
-    Outside the main thread Python allows no handlers: signals keep their meaning there, and `name` stays "".
+    Outside the main thread Python allows no handlers: signals then keep their meaning, and `name` stays "".
     """
 
     def __init__(self) -> None:
@@ -35,5 +35,5 @@ class StopRequest:
         if self.name:
             os._exit(128 + number)
         self.name = signal.Signals(number).name
-        # not print: the signal may have come inside another print
-        os.write(2, f"\n{self.name}: stopping after this step; once more to stop at once\n".encode())
+        # not print, because the signal may have interrupted another print
+        os.write(2, f"\n{self.name}: stopping after this step; send it again to stop at once\n".encode())

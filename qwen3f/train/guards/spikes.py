@@ -1,9 +1,9 @@
-"""Loss spikes: go back to the last checkpoint and leave out the data that led there.
+"""Loss spikes: go back to the last checkpoint and skip the data that led to the spike.
 
-After PaLM (Chowdhery et al. 2022, section 5.1), who did so by hand. Every loss but the spikes' goes into a window; a
-loss is a spike when it exceeds the window's median by more than `threshold` robust deviations. One of these is
-1.4826 times the median distance from the median (the standard deviation, were the losses normal), and at least
-LEAST of the median, so that a loss that hardly moves is no reason to go back.
+This follows PaLM (Chowdhery et al. 2022, section 5.1), where it was done by hand. A window holds the last losses that
+were no spikes. A loss is a spike if it exceeds the window's median by more than `threshold` robust deviations. A robust
+deviation is 1.4826 times the median distance from the median (for normally distributed losses, the standard deviation),
+but at least LEAST times the median, so that an almost constant loss does not trigger a rollback.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ from typing import Any
 
 from qwen3f.errors import TrainingError
 
-NORMAL = 1.4826  # standard deviation over median absolute deviation
+NORMAL = 1.4826  # of a normal distribution: standard deviation / median absolute deviation
 LEAST = 0.01
 
 
 class LossSpike(Exception):
-    """step: whose loss it is. end: the place in the data order after that step's examples."""
+    """step: the step with the spike. end: index in the data order after that step's examples."""
 
     def __init__(self, step: int, end: int, what: str) -> None:
         super().__init__(what)
@@ -27,8 +27,8 @@ class LossSpike(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class SpikePolicy:
-    """threshold: robust deviations above the median, 0: no judgement. window: losses that the median is of; nothing is
-    judged before so many. rollbacks: how many in a run, before a spike ends it."""
+    """threshold: robust deviations above the median; 0: no check. window: number of losses in the window; there is no
+    check until it is full. rollbacks: how many a run may have; the next spike ends it."""
 
     threshold: float
     window: int
@@ -36,10 +36,10 @@ class SpikePolicy:
 
 
 class SpikeGuard:
-    """Judges losses by `policy`. What it knows is its `record`, which goes into a checkpoint: so a resumed run judges
-    every step as the undisturbed one, and goes back as often.
+    """Checks losses by `policy`. Its whole state is its `record`, which is saved in checkpoints. So a resumed run makes
+    the same decisions as a run without interruption.
 
-    record: of the checkpoint that the run goes on from; {} for a new run.
+    record: from the checkpoint that the run resumes from; {} for a new run.
     """
 
     def __init__(self, policy: SpikePolicy, record: dict[str, Any]) -> None:
@@ -50,11 +50,11 @@ class SpikeGuard:
 
     @property
     def record(self) -> dict[str, Any]:
-        """For JSON: the window's losses; rollbacks so far; [first, end) of each span of the data order left out."""
+        """For JSON: the window's losses; rollbacks so far; [first, end) of each skipped span of the data order."""
         return {"losses": list(self._losses), "rollbacks": self._rollbacks, "skipped": self._skipped}
 
     def judge(self, step: int, loss: float, first: int, rows: int) -> None:
-        """Take note of a finite loss, of examples first … first + rows − 1; of a spike don't, but raise LossSpike."""
+        """Add a finite loss, of examples first … first + rows − 1, to the window; raise LossSpike if it is a spike."""
         if not self._policy.threshold:
             return
         if len(self._losses) == self._policy.window:
@@ -63,21 +63,20 @@ class SpikeGuard:
             limit = middle + self._policy.threshold * max(spread, LEAST * abs(middle))
             if loss > limit:
                 what = (
-                    f"the loss of step {step}, {loss:.4f}, exceeds {limit:.4f}: the last {len(self._losses)} losses' "
-                    f"median {middle:.4f} and {self._policy.threshold:g} robust deviations"
+                    f"the loss of step {step}, {loss:.4f}, exceeds {limit:.4f}: the median of the last "
+                    f"{len(self._losses)} losses, {middle:.4f}, plus {self._policy.threshold:g} robust deviations"
                 )
                 raise LossSpike(step, first + rows, what)
         self._losses.append(loss)
 
     def rolled_back(self, spike: LossSpike, record: dict[str, Any], first: int) -> "SpikeGuard":
-        """The guard to go on with from a checkpoint of `record`, whose next example was `first` and now is spike.end.
-
-        Raises TrainingError if no rollback is left.
+        """The guard after a rollback. record: of the checkpoint that the run goes back to. first: the checkpoint's next
+        example; the run continues with example spike.end instead. Raises TrainingError if no rollback is left.
         """
         if self._rollbacks == self._policy.rollbacks:
             raise TrainingError(
                 f"{spike}; {self._rollbacks} of {self._policy.rollbacks} rollbacks are used up. The checkpoints are "
-                "untouched. Try a lower config.schedule.peak_lr, or more: --config.spike.rollbacks=10"
+                "untouched. Write a lower config.schedule.peak_lr, or allow more: --config.spike.rollbacks=10"
             )
         guard = SpikeGuard(self._policy, record)
         guard._rollbacks = self._rollbacks + 1

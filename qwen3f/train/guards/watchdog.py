@@ -1,4 +1,4 @@
-"""Ending a run that hangs, in a collective, a data worker or a file system, with the stacks that show where."""
+"""Ends a run that hangs (in a collective, a data worker or a file system), and prints stacks that show where."""
 
 import faulthandler
 import os
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_BACKUP = 5.0  # seconds after which the interpreter's own thread acts, which needs no lock, if ours could not
-_BEHIND = 2.0  # seconds that a rank which only waits for others lives on, so that the culprit is the first to end
-# Frames in which a rank waits for another one.
+_BACKUP = 5.0  # seconds after which faulthandler's thread acts, which needs no interpreter lock, if ours could not
+_BEHIND = 2.0  # a rank that only waits for others ends this many seconds later, so that the culprit ends first
+# files in the stack of a rank that waits for other ranks
 _WAITING = (
     "torch/distributed/",
     "torch/_ops.py",
@@ -24,11 +24,11 @@ _WAITING = (
 
 @contextmanager
 def watchdog(seconds: float, who: str = "the run") -> Iterator[Callable[[], None]]:
-    """A context that yields alive(); between two calls of it, and before the first, at most `seconds` may pass.
+    """A context that yields alive(). Call it at least once every `seconds`, also for the first time; 0: no limit.
 
-    Otherwise a line, which says who is where, and every thread's stack go to stderr, and the process exits with code 1,
-    at once; a rank that only waits for others, 2 s later. If the hang holds the interpreter's lock, the stacks come 5 s
-    later and without the line. 0: no limit. What is on disk stays.
+    Otherwise the watchdog prints to stderr a line that says where `who` hangs, and every thread's stack, and the
+    process exits with code 1. A rank that only waits for others exits 2 s later. If the hang holds the interpreter's
+    lock, the stacks come 5 s later and without the line. Files on disk are not changed.
     """
     if seconds <= 0:
         yield lambda: None
@@ -52,7 +52,7 @@ def watchdog(seconds: float, who: str = "the run") -> Iterator[Callable[[], None
         waits = any(part in frame.filename.replace(os.sep, "/") for frame in stack for part in _WAITING)
         at = f"{Path(stack[-1].filename).name}:{stack[-1].lineno}"
         where = f"it waits for other ranks, at {at}" if waits else f"it is at {at} ({stack[-1].name})"
-        print(f"{who} has not come through a step in {seconds:g} s; {where}:", file=sys.__stderr__, flush=True)
+        print(f"{who} has not finished a step in {seconds:g} s; {where}:", file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(sys.__stderr__)
         if waits:
             time.sleep(_BEHIND)

@@ -34,9 +34,9 @@ def test_a_step_is_passed_over_on_a_full_disk_too(tmp_path, monkeypatch, full):
     check(7, BAD, BATCH, 0, 2)
     check.flush()
     [line] = said
-    assert "1 of 1 such steps passed over" in line
+    assert "1 of 1 such steps skipped" in line
     if full:
-        assert "which could not be kept ([Errno 28] No space left on device" in line
+        assert "lost, because it could not be written ([Errno 28] No space left on device" in line
     else:
         assert f"kept in {tmp_path}/nonfinite/step-7.npz" in line
         with np.load(tmp_path / "nonfinite" / "step-7.npz") as kept:

@@ -93,7 +93,7 @@ def test_a_run_goes_back_and_on_behind_the_spike(make, tmp_path, spikes, capsys,
     run(config, tmp_path / "w", progress=False, make_step=make_step)
     said = capsys.readouterr().out
     assert "the loss of step 8, " in said
-    assert "back to step 6, and on without examples 24 to 31 of the data order (rollback 1 of 2)" in said
+    assert "back to step 6, skipping examples 24 to 31 of the data order (rollback 1 of 2)" in said
     assert calls == [*range(0, 32, 4), *([] if log_every == 1 else [32]), *range(32, 64, 4)]
     state = final_state(config, tmp_path / "w", 14)
     assert (int(state.step), int(state.position)) == (14, 32 + 8 * 4)
@@ -154,7 +154,7 @@ def test_two_spikes_behind_one_checkpoint_and_one_before_any(make, tmp_path, spi
     make_step, _ = spikes(18, 30, 38)  # in step 5, then, 20 examples on, in steps 3 and 5 once more
     run(config, tmp_path / "w", progress=False, make_step=make_step)
     said = capsys.readouterr().out
-    assert "back to step 0, and on without examples 0 to 19 of the data order (rollback 1 of 3)" in said
+    assert "back to step 0, skipping examples 0 to 19 of the data order (rollback 1 of 3)" in said
     with Checkpointer(tmp_path / "w" / "checkpoints", 0, 0) as checkpoints:
         last = checkpoints.read_meta(14)["spikes"]
         assert int(final_state(config, tmp_path / "w", 14).position) == last["skipped"][-1][1] + 14 * 4

@@ -33,7 +33,7 @@ def test_a_hang_ends_the_process_with_every_threads_stack():
     done = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, check=False, timeout=50)
     assert done.returncode == 1
     assert done.stdout == "trained\n"  # 0.9 s in steps of 0.3 s
-    assert "the run has not come through a step in 0.5 s; it is at <string>:" in done.stderr
+    assert "the run has not finished a step in 0.5 s; it is at <string>:" in done.stderr
     assert "(stuck_step):" in done.stderr
     assert "in stuck_step" in done.stderr
     assert "in stuck_loader" in done.stderr
