@@ -1,7 +1,7 @@
 """Runs an experiment: python launch.py --config experiments/X.py[:preset] [--workdir DIR] [--config.key=value …].
 
-The same command again goes on from the workdir's last checkpoint. Wrong input ends with one line and exit code 2, a
-run that broke with exit code 1.
+The same command resumes from the workdir's last checkpoint. Wrong input prints one line and exits with code 2; a run
+that fails later exits with code 1.
 """
 
 import os
@@ -15,7 +15,7 @@ from qwen3f import cli
 from qwen3f.errors import TrainingError, UserError
 from qwen3f.files import user_path
 
-sys.argv = cli.with_flag_files(sys.argv)  # first: ml_collections reads it as soon as --config is defined
+sys.argv = cli.with_flag_files(sys.argv)  # before --config is defined, because ml_collections then reads sys.argv
 _CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/X.py[:preset]", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/ and the experiment's name.")
 _PROGRESS = flags.DEFINE_bool("progress", True, "Show progress bars on stderr.")
@@ -41,9 +41,9 @@ def guarded(argv: list[str]) -> None:
         sys.exit(cli.report(error, 2, _CONFIG.value))
     except TrainingError as error:
         sys.exit(cli.report(error, 1, _CONFIG.value))
-    except BrokenPipeError:  # whoever read our output has left, as in "… | head"; Python would complain at exit too
+    except BrokenPipeError:  # the reader of stdout has exited, as in "… | head"; else Python also complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # what the shell reports for SIGPIPE
+        sys.exit(141)  # the shell's exit code for SIGPIPE
     except OSError as error:
         if (problem := cli.full_disk(error)) is None:
             raise

@@ -155,7 +155,7 @@ def test_the_contracts_command_asks_for_its_hosts(tmp_path, monkeypatch):
         cli.run_stage(config, tmp_path / "w", False)
     line = "torchrun --nnodes=8 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --rdzv-id=qwen3f "
     assert str(caught.value).endswith(
-        f"run this on each of 8 such hosts, with one of them for HOST: {line}{shlex.join(command)}"
+        f"run this on each of 8 such hosts, with the name of one of them as HOST: {line}{shlex.join(command)}"
     )
     assert not (tmp_path / "w").exists()
 

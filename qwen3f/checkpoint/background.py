@@ -1,4 +1,4 @@
-"""Work in a thread of its own, which a deadline may be set to."""
+"""Work in a background thread, with an optional deadline."""
 
 import atexit
 import os
@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 
 class Background:
-    """Runs `work` in a daemon thread: one that never ends does not keep the process from ending.
+    """Runs `work` in a daemon thread. So work that never ends does not stop the process from ending.
 
-    name: the thread's, as a stack dump shows it. error: what `work` raised, once it has ended.
+    name: of the thread, for stack dumps; it completes "the process ended before it could …". error: the exception that
+    `work` raised, set when it has ended.
     """
 
     def __init__(self, name: str, work: Callable[[], None]) -> None:
@@ -30,7 +31,8 @@ class Background:
             self.error = error
 
     def ended(self, timeout: float = 0.0) -> bool:
-        """Waits for the end, until `timeout` seconds after the beginning (0: for ever); whether it has come."""
+        """Wait for the end of the work, at most until `timeout` seconds after its start (0: no limit). Returns whether
+        it has ended."""
         left = max(0.0, self._since + timeout - time.monotonic()) if timeout else None
         self._thread.join(left)
         return not self._thread.is_alive()
@@ -41,12 +43,13 @@ _THREADS: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 @atexit.register
 def _leave() -> None:
-    """Ends the process here if work is still under way, which is an error.
+    """Exit with code 1 if work is still running.
 
-    The interpreter's own end would abort instead, whenever a thread inside a C++ library next asks for its lock.
+    The interpreter's normal exit would abort instead, as soon as a thread in a C++ library requests the interpreter's
+    lock.
     """
     if names := [thread.name for thread in _THREADS if thread.is_alive()]:
-        print(f"the process ends while it still had to {', '.join(names)}", file=sys.stderr)
+        print(f"the process ended before it could {', '.join(names)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

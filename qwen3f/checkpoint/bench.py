@@ -1,12 +1,13 @@
-"""What writing and reading a state costs here, and by Orbax's own array handler over jax.Arrays of the same memory.
+"""Benchmark: the cost of writing and reading a state, here and with Orbax's own handler for jax.Arrays.
 
     python -m qwen3f.checkpoint.bench --preset=qwen3-1.7b --dir=DIR
 
-The state is of a preset's parameters and AdamW's two moments, float32, on the CPU. Each case runs in a process of its
-own, which says its seconds by the clock, those of its processors, and the most memory that it took above the state's.
-Cases: write and read whole; and with Orbax's handler, whose arrays lie on 4 devices of one process, on 2 when read.
-Ours reads the half that one of two ranks has, and stall is what a save holds up: the second copy of a state that lies
-on the GPU, if there is one, into the host's memory. DIR needs room for two states.
+The state has a preset's parameters and AdamW's two moments, float32, on the CPU. Each case runs in its own process, and
+prints seconds by the clock, seconds of CPU time, and the peak memory in addition to the state.
+
+Cases: ours_write, ours_read, orbax_write, orbax_read: the whole state. ours_read_half: the half that one of two ranks
+needs. orbax_write_4, orbax_read_2: arrays on 4, or 2, devices of one process. ours_stall: the time for which a save
+stops training: the second copy of a state, on the GPU if there is one, into host memory. DIR needs room for two states.
 """
 
 import os
@@ -30,10 +31,10 @@ from qwen3f.checkpoint.shards import Shard, whole
 from qwen3f.checkpoint.snapshot import Snapshot
 from qwen3f.checkpoint.tree import Name, Part, nest, spec_of
 
-_PRESET = flags.DEFINE_string("preset", "debug", "Whose parameters and moments the state has.")
-_LAYERS = flags.DEFINE_integer("layers", 0, "Instead of the preset's.")
+_PRESET = flags.DEFINE_string("preset", "debug", "The preset whose parameters and moments the state has.")
+_LAYERS = flags.DEFINE_integer("layers", 0, "Number of layers; 0: the preset's.")
 _DIR = flags.DEFINE_string("dir", None, "A new directory on the disk to measure.")
-_CASE = flags.DEFINE_string("case", "", "One case alone, in this process.")
+_CASE = flags.DEFINE_string("case", "", "Run only this case, in this process.")
 
 CASES = (
     "ours_stall",
@@ -49,7 +50,7 @@ _FIELDS = ("params", "m", "v")
 
 
 def main(argv: list[str]) -> None:
-    if not _DIR.value:  # not `required`, which would hold for every process that imports this module
+    if not _DIR.value:  # not required=True, which would apply to every process that imports this module
         sys.exit("error: --dir is missing; write --dir=NEW, a directory on the disk to measure")
     place = Path(_DIR.value)
     if _CASE.value:
@@ -57,8 +58,8 @@ def main(argv: list[str]) -> None:
         cfg = cfg.replace(num_hidden_layers=_LAYERS.value) if _LAYERS.value else cfg
         print(measure(_CASE.value, place, P.abstract_params(cfg)), flush=True)
         return
-    if place.exists():  # it is deleted at the end
-        raise app.UsageError(f"--dir={place} is there already; name a new directory")
+    if place.exists():  # the directory is deleted at the end
+        raise app.UsageError(f"--dir={place} exists already; write a new directory")
     place.mkdir(parents=True)
     for case in CASES:
         state = [f"--preset={_PRESET.value}", f"--layers={_LAYERS.value}"]
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(case: str, place: Path, table: Mapping[str, P.ParamSpec]) -> str:
-    """Run one case and say what it took. table: of the parameters."""
+    """Run one case; returns a line with its cost. table: path -> ParamSpec of the parameters."""
     backend, what, *devices = case.split("_")
     device = {"read": "meta", "stall": "cuda" if torch.cuda.is_available() else "cpu"}.get(what, "cpu")
     state = {(field, path): _filled(spec.shape, device) for field in _FIELDS for path, spec in table.items()}
@@ -80,8 +81,8 @@ def measure(case: str, place: Path, table: Mapping[str, P.ParamSpec]) -> str:
     run()
     done = time.perf_counter()
     return (
-        f"{case:<15} {size / 1e9:.2f} GB: {done - imported:6.2f} s, {time.process_time() - processors:6.2f} s of "
-        f"processors, {(_peak() - memory) / 1e9:5.2f} GB more memory; before, {imported - before:.2f} s to import and "
+        f"{case:<15} {size / 1e9:.2f} GB: {done - imported:6.2f} s, {time.process_time() - processors:6.2f} s of CPU "
+        f"time, {(_peak() - memory) / 1e9:5.2f} GB more memory; before that {imported - before:.2f} s to import and "
         f"open, {memory / 1e9:.2f} GB"
     )
 
@@ -98,7 +99,7 @@ def _ours(what: str, devices: list[str], place: Path, state: dict[Name, torch.Te
     directory = place / "ours"
     if what == "stall":
         snapshot = Snapshot()
-        _copy(snapshot, state)  # as the first save, which touches the memory
+        _copy(snapshot, state)  # like the first save, which accesses the memory for the first time
         snapshot.finish()
         return lambda: _copy(snapshot, state)
     orbax.load(what == "write")
@@ -112,7 +113,7 @@ def _ours(what: str, devices: list[str], place: Path, state: dict[Name, torch.Te
 
 
 def _copy(snapshot: Snapshot, state: dict[Name, torch.Tensor]) -> None:
-    """As a save does it, and what writes into the state next waits for it."""
+    """Copy the state as a save does, and wait for it as the next write into the state would."""
     snapshot.begin(state)
     snapshot.join()
     if torch.cuda.is_available():
@@ -120,7 +121,7 @@ def _copy(snapshot: Snapshot, state: dict[Name, torch.Tensor]) -> None:
 
 
 def _half(shape: torch.Size) -> Shard:
-    """The first half of the largest dimension, as one of two ranks has it."""
+    """The Shard of one of two ranks: the first half of the largest dimension."""
     cut = max(range(len(shape)), key=lambda d: shape[d])
     local = [size // 2 if d == cut else size for d, size in enumerate(shape)]
     box = tuple(slice(0, size) for size in local)
@@ -128,7 +129,7 @@ def _half(shape: torch.Size) -> Shard:
 
 
 def _orbaxs(what: str, devices: list[str], place: Path, state: dict[Name, torch.Tensor]) -> Callable[[], Any]:
-    """By a handler as Orbax comes, without our zarr.py."""
+    """As _ours, with Orbax's unchanged handler, without our zarr.py."""
     count = int(devices[0]) if devices else 1
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(count, 1)}"
     jax, ocp = orbax.import_jax_and_orbax()

@@ -1,11 +1,12 @@
 """Checkpoints: a pytree of tensors and a small JSON record, written in the background.
 
-On disk, `directory/<step>/state` holds the leaves, by one of two backends (see orbax.py and dcp.py), `meta/metadata` is
-JSON as Orbax writes it, and `manifest.json` lists every file's size and sha256. By default plain JAX reads all of it
-and nothing is pickled. The leaves are whole, whatever mesh wrote them, so any other reads them (shards.py).
+On disk, `directory/<step>/state` holds the leaves, written by one of two backends (orbax.py, dcp.py), `meta/metadata`
+is JSON as Orbax writes it, and `manifest.json` lists every file's size and sha256. With the default backend plain JAX
+can read everything, and nothing is pickled. Leaves are stored whole, so any mesh can read what another one has written
+(shards.py).
 
-What is kept: a step's directory appears by one rename after everything in it has been written, and leaves by one rename
-before anything in it is deleted, so a directory that bears a step's number is always whole.
+A step's directory gets its name by one rename after all its files have been written, and is renamed again before any
+file in it is deleted. So a directory whose name is a step's number is always complete.
 """
 
 import importlib
@@ -42,28 +43,29 @@ BACKENDS = ("orbax", "dcp")
 
 
 class StuckWrite(CheckpointWriteError):
-    """A checkpoint has been written for longer than allowed; it may still end. No other can be begun meanwhile."""
+    """Writing a checkpoint takes longer than allowed. It may still finish; no other save can start until then."""
 
 
 class Checkpointer:
-    """Saves and restores the training state under `directory`, one subdirectory a step.
+    """Saves and restores the training state under `directory`, in one subdirectory per step.
 
-    directory: a local directory; made by the first save, only read before that.
-    every: steps between checkpoints; 0 saves after the last step alone.
-    keep: which stay: a number of the latest (0: all), or more rules.
+    directory: a local directory; the first save makes it.
+    every: steps between checkpoints; 0 saves only after the last step.
+    keep: keep this many of the latest checkpoints (0: all), or a Retention with more rules.
     asynchronous: whether `save` returns before the files are written.
-    backend: "orbax" or "dcp" writes. Orbax's are always read; DCP's, a part of which is a pickle, by "dcp" alone.
+    backend: writes "orbax" or "dcp". Orbax's checkpoints can always be read; DCP's, which contain a pickle, only with
+      "dcp".
     timeout: seconds that one write may take before StuckWrite is raised; 0: no limit.
-    world: the ranks that save and restore together, in a directory that all of them see.
-    shard_of: what each of them has of a leaf (qwen3f.checkpoint.shards.shards); None: all of it.
+    world: the ranks that save and restore together. All of them must see the directory.
+    shard_of: which part of a leaf each rank has (qwen3f.checkpoint.shards.shards); None: every rank has the whole leaf.
 
-    A context manager: a save that is under way when the process ends, neither waited for nor closed, is lost.
-    One run at a time may save under a directory; any number may read. Raises UserError for a negative number, an
-    unknown backend, DCP on several ranks, or a `directory` that is a file.
+    A context manager: it waits for the last save. Without it (or close or wait), a save in progress is lost when the
+    process ends. One run at a time may save under a directory; any number may read. Raises UserError for a negative
+    number, an unknown backend, DCP on several ranks, or a `directory` that is a file.
 
     All ranks of the world make it together, and call save, wait, close, restore, restore_part and set_aside together,
-    with the same arguments but for their shards. What one of them raises, all raise, with the same words, and the
-    Checkpointer goes on on all of them. The other methods, `steps` among them, tell what this rank sees.
+    with the same arguments except their shards. An error on one rank is raised on all, with the same text, and the
+    Checkpointer stays usable. The other methods, such as `steps`, return what this rank sees.
     """
 
     def __init__(
@@ -90,21 +92,21 @@ class Checkpointer:
                 "--workdir"
             )
         self.every, self.asynchronous, self.backend, self.timeout = every, asynchronous, backend, timeout
-        self.world, self._writers = world, world.apart()  # a conversation of the threads that write
+        self.world, self._writers = world, world.apart()  # the writer threads exchange messages in their own group
         self._shard_of = shard_of or (lambda name, shape: whole(shape, world.main))
         self.retention = keep if isinstance(keep, Retention) else Retention(keep)
         self._snapshot = Snapshot()
         self._writing: Background | None = None
-        self._step = 0  # of the write under way
+        self._step = 0  # step of the write in progress
         self._prepared: Background | None = None
-        self._clean = False  # whether a dead process's leftovers are gone
+        self._clean = False  # whether files that a killed process left have been deleted
 
     def should_save(self, step: int, last: bool) -> bool:
         """Whether the state after `step` steps is to be saved; `last` marks the run's final step."""
         return last or (self.every > 0 and step % self.every == 0)
 
     def prepare(self, state: Any) -> None:
-        """Begin, in the background, what the first save of `state` would else wait for: host memory and imports."""
+        """Allocate host memory and import modules in the background, so that the first save need not wait."""
         shards, leaves = self._shards(data_leaves(state))
 
         def work() -> None:
@@ -121,20 +123,19 @@ class Checkpointer:
         metrics: Mapping[str, float] | None = None,
         overlap: bool = False,
     ) -> None:
-        """Copies `state` to host memory and has it written. What is queued on the GPU later does not touch the copy.
+        """Copy `state` to host memory, and write it in the background. GPU work queued later does not affect the copy.
 
-        state: a pytree of tensors on any device, DTensors among them; None and tensors without elements hold no data
-            and are not written.
-        meta: what JSON can hold (tuples come back as lists, integer keys as strings).
-        metrics: numbers that `keep` may choose the best by; those not finite are left out.
-        overlap: the copy from a GPU may run beside what is queued next, which may read the state; call `join` before
-            anything writes into it.
+        state: a pytree of tensors or DTensors on any device; None and tensors without elements are not written.
+        meta: JSON-like (tuples come back as lists, integer keys as strings).
+        metrics: numbers by which `keep` may choose the best; values that are not finite are left out.
+        overlap: the copy from a GPU may run at the same time as work that is queued later. That work may read the
+            state; call `join` before anything writes into it.
 
-        At most one write runs: a save waits for the one before it. Raises UserError, writing nothing, when `step` or a
-        later one is there already; CheckpointWriteError when this write can't begin or the one before it failed;
-        StuckWrite when that one does not end.
+        At most one write runs at a time: a save waits for the previous one. Raises UserError, without writing, if there
+        is a checkpoint of `step` or a later one; CheckpointWriteError if this write can't start or the previous one
+        failed; StuckWrite if the previous one does not end.
         """
-        meta = json.loads(json.dumps(meta))  # fails here rather than in the writer's thread
+        meta = json.loads(json.dumps(meta))  # so that a wrong meta fails here, not in the writer's thread
         kept = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
         shards, leaves = self._shards(data_leaves(state))
         self.wait()
@@ -147,7 +148,7 @@ class Checkpointer:
         try:
             copies = self.world.together(begin, UserError, CheckpointWriteError)
         except (UserError, CheckpointWriteError):
-            self._snapshot.finish()  # where this rank's copy has begun
+            self._snapshot.finish()  # this rank's copy may have started
             raise
         if not overlap:
             self.join()
@@ -161,17 +162,17 @@ class Checkpointer:
             self.wait()
 
     def join(self) -> None:
-        """Makes what is queued next on the GPU run after the copy of an overlapping `save`. The host does not wait."""
+        """Make GPU work queued from now on wait for the copy of an overlapping `save`. The host does not wait."""
         self._snapshot.join()
 
     def wait(self) -> None:
-        """Returns when the last save is on disk and what it replaces is gone.
+        """Wait until the last save is on disk and the checkpoints that it replaces are deleted.
 
-        Raises CheckpointWriteError, once, if the write failed, as commit.OldCheckpointStays if an old checkpoint could
-        not be deleted; StuckWrite, each time, while the write does not end in `timeout`.
+        Raises CheckpointWriteError, once, if the write failed (its subclass commit.OldCheckpointStays if an old
+        checkpoint could not be deleted); StuckWrite, at every call, while the write exceeds `timeout`.
         """
         if self._prepared is not None:
-            self._prepared.ended()  # did it fail, `save` meets the same error
+            self._prepared.ended()  # if it failed, `save` raises the same error
             self._prepared = None
         if self._writing is not None:
             self.world.together(self._check_ended, StuckWrite)
@@ -183,12 +184,12 @@ class Checkpointer:
         if not self._writing.ended(self.timeout):
             raise StuckWrite(
                 f"the checkpoint of step {self._step} has not been written to {self.directory} within "
-                f"{self.timeout:g} s ({commit.kept(self.directory)}), and no other can be begun meanwhile: see whether "
+                f"{self.timeout:g} s ({commit.kept(self.directory)}), and no other can start until then: check whether "
                 "the disk or network mount hangs, or write a larger --config.checkpoint.timeout"
             )
 
     def close(self) -> None:
-        """Waits as `wait` does and frees the snapshot's memory."""
+        """As `wait`; then frees the host memory of the copy."""
         self.wait()
         self._snapshot = Snapshot()
 
@@ -197,13 +198,13 @@ class Checkpointer:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            self.world = ALONE  # the other ranks may not come here
+            self.world = ALONE  # after an error the other ranks may not reach this point
         try:
             self.close()
         except CheckpointWriteError as failure:
             if error is None:
                 raise
-            error.add_note(str(failure))  # the error that ended the run stays the one reported
+            error.add_note(str(failure))  # report the error that ended the run, with this one as a note
 
     def steps(self) -> list[int]:
         """The steps whose checkpoints are complete, ascending."""
@@ -221,44 +222,44 @@ class Checkpointer:
         return self.directory / str(step)
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """The `meta` saved with `step`. Raises UserError when it isn't there, DamagedCheckpoint if it has changed."""
+        """The `meta` saved with `step`. UserError if there is no checkpoint, DamagedCheckpoint if it was changed."""
         with _reading(directory := self.path(step)):
             manifest.verify(directory, lambda name: name == META)
             return read_object(directory / META)
 
     def read_tree(self, step: int) -> dict[Name, LeafSpec]:
-        """Path -> shape and dtype of every leaf saved with `step`; reads no values. Raises as `read_meta`."""
+        """Path -> shape and dtype of every leaf of `step`, without reading values. Raises as `read_meta`."""
         backend = self._reader(directory := self.path(step))
         with _reading(directory):
             manifest.verify(directory, _needed(backend, None))
             return backend.read_tree(directory / STATE)
 
     def restore(self, like: State, step: int | None = None, cast: bool = False) -> tuple[State, dict[str, Any]]:
-        """The state and meta saved at `step` (the latest by default), every bit as it was.
+        """(state, meta) as saved at `step` (by default the latest), bit for bit.
 
-        like: a pytree of tensors giving structure, shapes, dtypes and devices (the CPU for the meta device); its
-            values are not read or written. On a mesh leaves come back as DTensors where they are, or as this rank's
-            shards; each rank reads its own.
+        like: a pytree of tensors with the structure, shapes, dtypes and devices of the result (for the meta device it
+            is on the CPU); its values are not used. On a mesh its leaves are DTensors or this rank's shards, and so are
+            the result's; each rank reads only its own part.
         cast: floating-point leaves saved with another dtype are converted, as `Tensor.to` does.
 
-        Waits for a save under way, and raises what `wait` raises. Before loading anything, raises UserError when the
-        step isn't there or its tree is not like `like`, and DamagedCheckpoint when its files aren't those of its
-        manifest (reading them once for it).
+        Waits for a save in progress, and raises as `wait`. Before it loads anything, it raises UserError if there is no
+        such checkpoint or its tree differs from `like`, and DamagedCheckpoint if its files differ from its manifest
+        (they are read once for this check).
         """
         return self._restore(like, step, None, cast)
 
     def restore_part(
         self, field: str, like: State, step: int | None = None, cast: bool = False
     ) -> tuple[State, dict[str, Any]]:
-        """`restore` of one field of the saved state, such as "params", to which `like` belongs.
+        """`restore` for one field of the saved state, such as "params". like: as for `restore`, for that field.
 
-        By Orbax the rest of the state is not read, nor its checksums compared: damage there does not matter.
+        With Orbax the other fields are neither read nor checked, so damage there does not matter.
         """
         return self._restore(like, step, field, cast)
 
     def _restore(self, like: State, step: int | None, field: str | None, cast: bool) -> tuple[State, dict[str, Any]]:
         self.wait()
-        step = self.world.first(self.latest() if step is None else step)  # rank 0 sees the last one first
+        step = self.world.first(self.latest() if step is None else step)  # other ranks may see the last one later
         if step is None:
             raise UserError(f"{self.directory} holds no checkpoint: save one first, or choose another --workdir")
         directory = self.directory / str(step)
@@ -291,13 +292,13 @@ class Checkpointer:
         return pytree.tree_unflatten(out, pytree.tree_structure(like)), meta
 
     def _verify(self, directory: Path, needed: Callable[[str], bool]) -> None:
-        """Rank 0 looks at all files' names and sizes, then each rank into its share of them."""
+        """Check against the manifest: rank 0 checks all files' names and sizes, each rank the content of its share."""
         self._agreed(directory, lambda: manifest.check_names(directory) if self.world.main else None)
         share = (self.world.rank, self.world.size)
         self._agreed(directory, lambda: manifest.check_content(directory, needed, share))
 
     def _agreed(self, directory: Path, work: Callable[[], T]) -> T:
-        """work(), which reads a checkpoint, on all ranks; what is wrong with it, raised by all."""
+        """Run work(), which reads a checkpoint, on all ranks; errors are raised on all."""
 
         def checked() -> T:
             try:
@@ -308,10 +309,10 @@ class Checkpointer:
         return self.world.together(checked, DamagedCheckpoint, UserError)
 
     def set_aside(self, after: int) -> Path | None:
-        """Moves the checkpoints later than `after` out of the way, to continue from an earlier step; deletes none.
+        """Move the checkpoints later than `after` to another directory, so that a run can resume from an earlier step.
 
-        Returns the directory that they lie in now (see `commit.move_aside`), or None where there were none. Raises
-        CheckpointWriteError where they can't be moved.
+        Returns that directory (see `commit.move_aside`), or None if there were none. Raises CheckpointWriteError if
+        they can't be moved.
         """
         self.wait()
         moved = self.world.together(
@@ -321,7 +322,7 @@ class Checkpointer:
         return moved and Path(moved)
 
     def _shards(self, leaves: dict[Name, Tensor]) -> tuple[dict[Name, Shard], dict[Name, Tensor]]:
-        """What this rank has of the leaves: which part, and its values."""
+        """({path: this rank's Shard}, {path: this rank's tensor}) of the leaves."""
         local = {name: local_shards(leaf) for name, leaf in leaves.items()}
         return {name: self._shard_of(name, leaf.shape) for name, leaf in local.items()}, local
 
@@ -335,7 +336,7 @@ class Checkpointer:
             )
 
     def _begin(self, leaves: dict[Name, Tensor]) -> dict[Name, Tensor]:
-        """Make the directory ready, and begin the copy of what this rank writes."""
+        """Prepare the directory, and start the copy of the leaves that this rank writes."""
         if self.world.main:
             if self._clean:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -345,7 +346,7 @@ class Checkpointer:
         return self._snapshot.begin(leaves)
 
     def _write(self, step: int, parts: dict[Name, Part], meta: dict[str, Any], metrics: dict[str, float]) -> None:
-        """In the writer's thread: the files, the rename; then the checkpoints that `keep` gives up."""
+        """In the writer's thread: write the files, rename the directory, delete expired checkpoints."""
         backend, world = _backend(self.backend), self._writers
         commit.commit(
             self.directory, step, parts, meta, metrics, backend=backend, world=world, before=self._snapshot.finish
@@ -358,30 +359,30 @@ class Checkpointer:
             return _backend("orbax")
         if self.backend != "dcp":
             raise UserError(
-                f"{directory} was written by DCP, a part of which is a pickle and can run code when it is read; if you "
+                f"{directory} was written by DCP and contains a pickle, which can run code when it is read; if you "
                 "trust whoever wrote it, write --config.checkpoint.backend=dcp (for inspect.py --config.backend=dcp)"
             )
         return _backend("dcp")
 
 
 def _written(shards: dict[Name, Shard], leaves: dict[Name, Tensor]) -> dict[Name, Tensor]:
-    """Those leaves of which this rank writes something."""
+    """The leaves of which this rank writes a part."""
     return {name: leaf for name, leaf in leaves.items() if shards[name].writes and shards[name].pieces}
 
 
 def _needed(backend: Backend, field: str | None) -> Callable[[str], bool]:
-    """Whether a checkpoint's file is read to restore one field; None: to read the leaves' names and shapes alone."""
+    """(file name) -> whether the file is needed to restore one field; field None: to read only names and shapes."""
     needed = backend.needed_for(field)
     return lambda name: name == META or (name.startswith(f"{STATE}/") and needed(name.removeprefix(f"{STATE}/")))
 
 
 def _backend(name: str) -> Backend:
-    return importlib.import_module(f"qwen3f.checkpoint.{name}")  # neither imports what it stands on before it is used
+    return importlib.import_module(f"qwen3f.checkpoint.{name}")  # only the backend that is used is imported
 
 
 @contextmanager
 def _reading(directory: Path) -> Iterator[None]:
-    """What can't be read or made sense of, as DamagedCheckpoint."""
+    """A context that turns errors of reading or parsing files into DamagedCheckpoint."""
     try:
         yield
     except DamagedCheckpoint:

@@ -1,6 +1,6 @@
-"""A checkpoint comes to the disk whole or not at all, and all ranks of a run agree on which.
+"""Writes a checkpoint atomically: it is complete or not there, and all ranks know which.
 
-They write into a directory under another name, each its own files. One rename gives it its step's number.
+Each rank writes its own files into a directory with another name. One rename gives the directory its step's number.
 """
 
 import errno
@@ -24,15 +24,15 @@ from qwen3f.processes.world import World
 T = TypeVar("T")
 
 STATE, META = "state", "meta/metadata"
-WRITING, DELETED = ".writing", ".deleted"  # our suffixes for a checkpoint that is being written, or deleted
+WRITING, DELETED = ".writing", ".deleted"  # suffixes of a checkpoint that is being written, or being deleted
 
 
 class CheckpointWriteError(TrainingError):
-    """A checkpoint could not be written (disk full, directory gone, …); those written before it are untouched."""
+    """A checkpoint could not be written (disk full, directory gone, …). Earlier checkpoints are not changed."""
 
 
 class OldCheckpointStays(CheckpointWriteError):
-    """A checkpoint is written and whole, but one that it replaces could not be deleted."""
+    """A checkpoint was written completely, but one that it replaces could not be deleted."""
 
 
 class Backend(Protocol):
@@ -53,14 +53,14 @@ def steps(directory: Path) -> list[int]:
 
 
 def clean(directory: Path) -> None:
-    """Make the directory; delete what a killed process left half written or half deleted."""
+    """Make the directory; delete checkpoints in it that a killed process left half written or half deleted."""
     directory.mkdir(parents=True, exist_ok=True)
     for path in [path for suffix in (WRITING, DELETED) for path in directory.glob(f"*{suffix}")]:
         _remove(path)
 
 
 def guarded(directory: Path, step: int, work: Callable[[], T]) -> T:
-    """work(), whose every error becomes a CheckpointWriteError."""
+    """Run work(); any error becomes a CheckpointWriteError."""
     try:
         return work()
     except CheckpointWriteError:
@@ -72,12 +72,12 @@ def guarded(directory: Path, step: int, work: Callable[[], T]) -> T:
 
 
 def kept(directory: Path) -> str:
-    """What is there, in words."""
+    """Words for a message: which checkpoint is the last complete one."""
     try:
         there = steps(directory)
     except OSError as error:
-        return f"what is there cannot be read: {error}"
-    return f"the last whole one is of step {there[-1]}" if there else "there is none before it"
+        return f"the directory cannot be read: {error}"
+    return f"the last complete one is of step {there[-1]}" if there else "there is no earlier one"
 
 
 def commit(
@@ -91,11 +91,10 @@ def commit(
     world: World,
     before: Callable[[], None],
 ) -> None:
-    """Write a checkpoint. All ranks together, each with its own parts; the rest is rank 0's.
+    """Write a checkpoint. All ranks call it together, each with its own parts; rank 0 writes everything else.
 
-    before: returns when the parts' values are there.
-
-    Raises, on all ranks alike, CheckpointWriteError: then nothing of it is left.
+    before: called first; waits until the parts' values have been copied to host memory. Raises CheckpointWriteError, on
+    all ranks; then none of the checkpoint's files are left.
     """
     writing = directory / f"{step}{WRITING}"
 
@@ -105,7 +104,7 @@ def commit(
     def begin() -> None:
         before()
         if world.main:
-            shutil.rmtree(writing, ignore_errors=True)  # of a try before that failed
+            shutil.rmtree(writing, ignore_errors=True)  # left by an earlier attempt that failed
             writing.mkdir()
             (writing / STATE).mkdir()
 
@@ -137,28 +136,29 @@ def commit(
         agreed(lambda: publish() if world.main else None)
     except CheckpointWriteError:
         if world.main:
-            shutil.rmtree(writing, ignore_errors=True)  # on a full disk its space is needed
+            shutil.rmtree(writing, ignore_errors=True)  # frees its space, in case the disk is full
         raise
 
 
 def delete_expired(directory: Path, step: int, retention: Retention, world: World) -> None:
-    """Delete what the retention gives up, after `step` was written: rank 0 does. All ranks together.
+    """After `step` was written, delete the checkpoints that the retention does not keep. Rank 0 deletes; all ranks call
+    it together.
 
-    Raises, on all ranks alike, OldCheckpointStays: for whatever goes wrong, since the new one is there.
+    Any error is raised as OldCheckpointStays, on all ranks, because the new checkpoint is complete.
     """
 
     def delete() -> None:
-        what = f"what config.checkpoint.keep gives up in {directory}"
+        what = f"checkpoints in {directory} that config.checkpoint.keep does not keep"
         try:
-            asked = retention.keep and retention.best  # else no metric decides, and no manifest is read for it
+            asked = retention.keep and retention.best  # only then metrics decide, and manifests have to be read
             known = {there: _metrics(directory / str(there)) if asked else {} for there in steps(directory)}
             for old in retention.expired({there: values or {} for there, values in known.items()}):
-                if known[old] is None:  # it may be among the best: the next save looks again
+                if known[old] is None:  # unreadable metrics: it may be among the best, so the next save decides
                     continue
                 place = directory / str(old)
-                what = f"{place}, which config.checkpoint.keep gives up,"
+                what = f"{place}, which config.checkpoint.keep does not keep,"
                 _remove(place.rename(place.with_name(f"{old}{DELETED}")))
-        except Exception as error:  # a rank that left here alone would leave the others waiting
+        except Exception as error:  # every error: if rank 0 left here alone, the other ranks would wait for ever
             raise OldCheckpointStays(
                 f"the checkpoint of step {step} is written, but {what} could not be deleted: {error}"
             ) from error
@@ -167,12 +167,12 @@ def delete_expired(directory: Path, step: int, retention: Retention, world: Worl
 
 
 def move_aside(directory: Path, after: int) -> Path | None:
-    """Move the checkpoints later than `after` into a directory of their own; returns it, or None if there are none.
+    """Move the checkpoints later than `after` into a new directory; returns it, or None if there are none.
 
-    It is `directory`'s name with ".asideN", beside it. Where that is another file system, since `directory` is a link,
-    it is beside what the link leads to, or else within.
+    The new directory is next to `directory` and has its name plus ".asideN". If `directory` is a link to another file
+    system, it is next to the link's target, or else inside the target.
 
-    Raises CheckpointWriteError. What was moved before stays so: the latest are moved first.
+    Raises CheckpointWriteError. The latest checkpoints are moved first; those already moved are not moved back.
     """
     try:
         later = [step for step in steps(directory) if step > after]
@@ -194,7 +194,8 @@ def move_aside(directory: Path, after: int) -> Path | None:
 
 
 def _moved(directory: Path, later: Iterable[int], aside: Path) -> bool:
-    """Whether they could be moved there; False, with nothing changed, for another file system."""
+    """Move checkpoints to `aside`. Returns whether that worked; False, with nothing changed, if it is on another file
+    system."""
     aside.mkdir()
     try:
         for step in later:
@@ -209,7 +210,7 @@ def _moved(directory: Path, later: Iterable[int], aside: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """A directory with all that is in it; of a link the link alone, since what it leads to may be someone's archive."""
+    """Delete a directory with its content. Of a link only the link is deleted: its target may be an archive."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -217,7 +218,7 @@ def _remove(path: Path) -> None:
 
 
 def _metrics(checkpoint: Path) -> dict[str, float] | None:
-    """What it was saved with. Of a damaged one nothing is known: it can't be among the best. None: the disk failed."""
+    """The metrics of a checkpoint; {} for a damaged one, which can't be among the best; None if the disk failed."""
     try:
         return manifest.metrics(checkpoint)
     except DamagedCheckpoint:

@@ -1,11 +1,11 @@
-"""Leaves on disk by torch.distributed.checkpoint (DCP), for people without JAX. For trusted checkpoints only.
+"""Leaves on disk by torch.distributed.checkpoint (DCP), for use without JAX. Only for checkpoints that you trust.
 
-DCP's `.metadata` is a pickle, and reading it can run any code that whoever wrote it put there; the manifest's checksums
-say that nothing changed since, not who wrote it. So such a checkpoint is opened only by a run that asks for this
-backend: `config.checkpoint.backend="dcp"`.
+DCP's `.metadata` is a pickle: reading it can run code that its author put there. The manifest's checksums only show
+that the file was not changed since, not who wrote it. So such a checkpoint is opened only by a run with
+`config.checkpoint.backend="dcp"`.
 
-`directory` is what `dcp.load` reads, with the keys "params/model.norm.weight": a leaf's path joined by slashes. All
-leaves share a file, so restoring one field checks them all.
+`dcp.load` can read `directory`. Its keys are leaves' paths joined by slashes, such as "params/model.norm.weight". All
+leaves share a file, so restoring one field checks the whole file.
 """
 
 import warnings
@@ -24,13 +24,13 @@ METADATA = ".metadata"
 
 
 def load(main: bool) -> None:
-    """Nothing is left to do: importing this module has imported torch's."""
+    """Does nothing: importing this module has imported everything."""
 
 
 def write(directory: Path, parts: dict[Name, Part], main: bool) -> list[str]:
-    """Write whole leaves to an empty directory, through to the disk. OSError if it fails.
+    """Write whole leaves to an empty directory, and flush them to the disk. OSError if it fails.
 
-    Returns no names: there is one rank, and all files are its own.
+    Returns []: names are needed only for several ranks, which this backend does not support.
     """
     writer = torch_dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
     leaves = {"/".join(name): part.values for name, part in parts.items()}
@@ -41,7 +41,7 @@ def write(directory: Path, parts: dict[Name, Part], main: bool) -> list[str]:
 
 
 def read_tree(directory: Path) -> dict[Name, LeafSpec]:
-    """Path -> shape and dtype of every leaf. Unpickles. Raises DamagedCheckpoint for what `write` doesn't write."""
+    """Path -> shape and dtype of every leaf. Unpickles. DamagedCheckpoint for files that `write` can't have written."""
     try:
         metadata = torch_dcp.FileSystemReader(directory).read_metadata()
     except Exception as error:  # unpickling may raise anything
@@ -60,7 +60,7 @@ def read_tree(directory: Path) -> dict[Name, LeafSpec]:
 def read(directory: Path, wanted: dict[Name, Part]) -> dict[Name, Tensor]:
     """Some or all of `read_tree`'s leaves, whole, on the CPU.
 
-    Raises DamagedCheckpoint, before any memory is taken, when the files can't hold their bytes.
+    Raises DamagedCheckpoint, before it allocates memory, if the files are smaller than the leaves.
     """
     size = sum(path.stat().st_size for path in directory.glob("*.distcp"))
     if size < (least := sum(part.spec.bytes for part in wanted.values())):
@@ -75,5 +75,5 @@ def read(directory: Path, wanted: dict[Name, Part]) -> dict[Name, Tensor]:
 
 
 def needed_for(field: str | None) -> Callable[[str], bool]:
-    """Whether a file is read to restore the leaves under `field`: they all share one. None: for `read_tree` alone."""
+    """(file name) -> whether the file is needed to restore the leaves under `field`; None: only for `read_tree`."""
     return lambda file: field is not None or file == METADATA

@@ -1,4 +1,4 @@
-"""The stage inspect: what lies in a workdir's checkpoint, and whether its files are the ones that were written."""
+"""The stage inspect: prints the content of a checkpoint, and checks whether its files are unchanged."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from qwen3f.train import workdir as W
 
 
 def run(config: ConfigDict, workdir: Path, progress: bool = True) -> list[str]:
-    """Print, and return, the lines of `report` for config.path; the workdir is not used. Raises as it does."""
+    """Print and return the lines of `report` for config.path; raises as `report`. The workdir is not used."""
     if not config.path:
         raise UserError("config.path is missing; write --config.path=W, a workdir or its checkpoints/N")
     lines = report(config.path, config.verify, config.backend)
@@ -22,9 +22,10 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> list[str]:
 
 
 def report(path: str, verify: bool, backend: str = "orbax") -> list[str]:
-    """Lines of text about the checkpoint at `path`, its values unread unless `verify`. backend: see Checkpointer.
+    """Lines of text about the checkpoint at `path`. verify: also read all files and compare their checksums. backend:
+    see Checkpointer.
 
-    Raises UserError if there is none, DamagedCheckpoint naming the file that is not as it was written.
+    Raises UserError if there is no checkpoint, DamagedCheckpoint, with the file's name, if a file was changed.
     """
     directory, is_hf, step = source.locate(path, "config.path")
     if is_hf:

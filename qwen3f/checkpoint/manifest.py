@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: the size and sha256 of every file, so that damage is found before it is trained on.
+"""A checkpoint's manifest: the size and sha256 of every file, so that damage is found before a run uses it.
 
 `manifest.json` in the checkpoint's directory: {"files": {"state/…": {"bytes": …, "sha256": …}, …}, "metrics": {…}}.
 """
@@ -18,15 +18,15 @@ from qwen3f.strict_json import read_object
 NAME = "manifest.json"
 THREADS = 4
 Entry = dict[str, Any]  # {"bytes": …, "sha256": …} of a file
-CHUNK = 2**24  # bytes; reading and hashing so many at once leaves the interpreter's lock to the training loop
+CHUNK = 2**24  # bytes per read; large reads and hashes leave the interpreter's lock to the training loop
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint whose files are not the ones that were written."""
+    """A checkpoint's files are not those that were written."""
 
 
 def describe(directory: Path, names: Sequence[str]) -> dict[str, Entry]:
-    """Name -> size and sha256 of files below `directory`, as they are; reads each once. OSError if the disk fails."""
+    """Name -> size and sha256 of files below `directory`. Reads each file once. OSError if the disk fails."""
     paths = [directory / name for name in names]
     return {
         name: {"bytes": path.stat().st_size, "sha256": digest}
@@ -35,14 +35,14 @@ def describe(directory: Path, names: Sequence[str]) -> dict[str, Entry]:
 
 
 def describe_all(directory: Path) -> dict[str, Entry]:
-    """`describe` of all files below `directory`. Raises DamagedCheckpoint where one is a symbolic link."""
+    """`describe` of all files below `directory`. Raises DamagedCheckpoint if one is a symbolic link."""
     return describe(directory, list(_files(directory)))
 
 
 def write(directory: Path, metrics: Mapping[str, float], described: Mapping[str, Entry] | None = None) -> None:
-    """Describe all files below `directory`. metrics: finite. OSError if the disk fails.
+    """Write manifest.json for all files below `directory`. metrics: finite numbers. OSError if the disk fails.
 
-    described: those that need not be read again, as `describe` gave them, perhaps on other hosts.
+    described: entries of files that need not be read again, from `describe`, perhaps of other hosts.
     """
     files = dict(described or {})
     files |= describe(directory, [name for name in _files(directory) if name not in files])
@@ -51,9 +51,9 @@ def write(directory: Path, metrics: Mapping[str, float], described: Mapping[str,
 
 
 def verify(directory: Path, needed: Callable[[str], bool] = lambda name: True) -> int:
-    """The number of files whose content is as the manifest says: those whose name is `needed`.
+    """Check all names and sizes, then the content of the files whose name is `needed`; returns how many these are.
 
-    Raises as check_names, which comes first, and check_content.
+    Raises as check_names and check_content.
     """
     check_names(directory)
     return check_content(directory, needed)
@@ -64,8 +64,9 @@ def check_names(directory: Path) -> None:
 
     Names in the manifest are compared with what lies in the directory and never opened.
 
-    Raises DamagedCheckpoint naming the first file that is missing, unknown, of another size, a symbolic link or
-    anything else but a file or directory; or a name in the manifest that leads out of the directory.
+    Raises DamagedCheckpoint, with the name, for the first file that is missing, unknown, of another size, or neither a
+    regular file nor a directory (such as a symbolic link); also for a name in the manifest that leads out of the
+    directory.
     """
     wanted, there = entries(directory), _files(directory)
     for name in sorted(wanted | there):
@@ -81,10 +82,11 @@ def check_names(directory: Path) -> None:
 def check_content(
     directory: Path, needed: Callable[[str], bool] = lambda name: True, share: tuple[int, int] = (0, 1)
 ) -> int:
-    """Reads files and compares their sha256 with the manifest's, after check_names; returns how many it has read.
+    """Read files and compare their sha256 with the manifest's; call check_names first. Returns how many it read.
 
-    needed: by their name, those to be read. share: (place, count) of those that read them, each some, of like sizes.
-    Raises DamagedCheckpoint naming a file that cannot be read or is of other content.
+    needed: (file name) -> whether to read it. share: (index, count): `count` readers share the files in parts of
+    similar size, and this is reader `index`. Raises DamagedCheckpoint, with the name, for a file that cannot be read or
+    whose content differs.
     """
     wanted, (place, count) = entries(directory), share
     read = sorted(filter(needed, wanted), key=lambda name: (-wanted[name][0], name))[place::count]
@@ -99,7 +101,7 @@ def check_content(
 
 
 def metrics(directory: Path) -> dict[str, float]:
-    """The metrics that `write` got. Raises DamagedCheckpoint if they can't be read."""
+    """The metrics in the manifest. Raises DamagedCheckpoint if they can't be read."""
     values = _read(directory).get("metrics", {})
     if not isinstance(values, dict) or not all(isinstance(value, int | float) for value in values.values()):
         raise DamagedCheckpoint(f"{directory} is damaged: the metrics in its {NAME} are not names and numbers")
@@ -114,7 +116,7 @@ def _read(directory: Path) -> dict[str, Any]:
 
 
 def entries(directory: Path) -> dict[str, tuple[int, str]]:
-    """Name -> (bytes, sha256) of each file, as they were written. Raises DamagedCheckpoint."""
+    """Name -> (bytes, sha256) of every file in the manifest. DamagedCheckpoint if it can't be read."""
     try:
         found = {name: (entry["bytes"], entry["sha256"]) for name, entry in _read(directory)["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
@@ -126,13 +128,13 @@ def entries(directory: Path) -> dict[str, tuple[int, str]]:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """Name -> path of all files but the manifest, sorted by name. Nothing is followed out of the directory."""
+    """Name -> path of all files except the manifest, sorted by name. Symbolic links are errors, and not followed."""
     found: dict[str, Path] = {}
     for folder, folders, files in os.walk(directory):  # does not enter a directory behind a symbolic link
         for name in (*folders, *files):
             path = Path(folder, name)
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise DamagedCheckpoint(f"{directory} is damaged: {path} is no file or directory of its own")
+                raise DamagedCheckpoint(f"{directory} is damaged: {path} is not a regular file or directory")
         paths = [Path(folder, name) for name in files]
         found |= {path.relative_to(directory).as_posix(): path for path in paths}
     found.pop(NAME, None)

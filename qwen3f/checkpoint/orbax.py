@@ -1,9 +1,10 @@
-"""Leaves on disk by Orbax, which plain JAX reads too.
+"""Leaves on disk in Orbax's format, which plain JAX can read too.
 
-`directory/<leaf's path joined by dots>/` holds a leaf as a Zarr array (zarr.py) of plain files: so damage has a leaf's
-name, and one part of a state is read and checked without the others. `_METADATA` holds the paths. Nothing is pickled.
+`directory/<leaf's path joined by dots>/` holds a leaf as a Zarr array (zarr.py) of plain files. So a damaged file shows
+which leaf is damaged, and a part of a state can be read and checked alone. `_METADATA` holds the paths. Nothing is
+pickled.
 
-JAX is imported by rank 0's saves only, and is held to the CPU.
+Only rank 0 imports JAX, only for saving, and lets it use only the CPU.
 """
 
 import base64
@@ -26,26 +27,27 @@ from qwen3f.strict_json import read_object
 
 NAMES = "_METADATA"
 SHARDINGS = "_sharding"
-ARRAYS = "array_metadatas"  # a directory of Orbax's beside the leaves', where it has written them
+ARRAYS = "array_metadatas"  # a directory of Orbax's own, if Orbax itself wrote the leaves
 
 
 def load(main: bool) -> None:
-    """Import what `write` uses, which for rank 0, with JAX's start, takes seconds, of the interpreter's lock too."""
+    """Import what `write` needs. On rank 0 that includes JAX's start, which takes seconds and holds the interpreter's
+    lock."""
     zarr.load()
     if main:
         import_jax_and_orbax()[0].devices("cpu")
 
 
 def write(directory: Path, parts: dict[Name, Part], main: bool) -> list[str]:
-    """Write this rank's part of every leaf, through to the disk; returns its files' names below `directory`.
+    """Write this rank's part of every leaf, and flush it to the disk. Returns its files' names below `directory`.
 
-    directory: there already, and empty but for what other ranks write. main: whether this is rank 0, which also writes
-    what the ranks' files have in common. OSError or ValueError if it fails.
+    directory: exists, and is empty except for other ranks' files. main: whether this is rank 0, which also writes the
+    metadata. OSError or ValueError if it fails.
     """
     if main:
         jax, ocp = import_jax_and_orbax()
         _handler().save(epath(directory), args=ocp.args.PyTreeSave(nest(parts)))
-        # What Orbax notes of a jax.Array's place, and reads where a program does not name another.
+        # Orbax records a jax.Array's sharding, and uses it when a program restores without giving one.
         where = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": str(jax.devices("cpu")[0])})
         shardings = {base64.b64encode(".".join(name).encode()).decode(): where for name in parts}
         (directory / SHARDINGS).write_text(json.dumps(shardings))
@@ -55,9 +57,9 @@ def write(directory: Path, parts: dict[Name, Part], main: bool) -> list[str]:
 
 
 def read_tree(directory: Path) -> dict[Name, LeafSpec]:
-    """Path -> shape and dtype of every leaf; reads no values, and nothing outside `directory`.
+    """Path -> shape and dtype of every leaf. Reads no values, and nothing outside `directory`.
 
-    Raises DamagedCheckpoint for names that lead elsewhere, and for arrays that are not stored as `write` does.
+    Raises DamagedCheckpoint for names that lead out of it, and for arrays that are not in the format of `write`.
     """
     try:
         metadata = read_object(directory / NAMES)
@@ -73,9 +75,9 @@ def read_tree(directory: Path) -> dict[Name, LeafSpec]:
 
 
 def read(directory: Path, wanted: dict[Name, Part]) -> dict[Name, Tensor]:
-    """This rank's tensors of some or all of `read_tree`'s leaves, on the CPU; of their files it reads what it needs.
+    """This rank's parts of some or all of `read_tree`'s leaves, on the CPU. Reads only the files that it needs.
 
-    Raises DamagedCheckpoint, before any memory is taken, when files that it needs don't hold exactly their bytes.
+    Raises DamagedCheckpoint, before it allocates memory, if one of these files has the wrong size.
     """
     places = {name: directory / ".".join(name) for name in wanted}
     for name, part in wanted.items():
@@ -85,14 +87,14 @@ def read(directory: Path, wanted: dict[Name, Part]) -> dict[Name, Tensor]:
 
 
 def needed_for(field: str | None) -> Callable[[str], bool]:
-    """Whether a file, by its name below a checkpoint's state, is read to restore the leaves under `field` alone.
+    """(file name below state/) -> whether the file is needed to restore the leaves under `field`.
 
-    field: None for `read_tree` alone.
+    field: None: only for `read_tree`.
     """
 
     def needed(file: str) -> bool:
         leaf, _, rest = file.partition("/")
-        # The shapes of all leaves are read; what does not lie in a leaf's directory is of all of them.
+        # the shapes of all leaves are always read, and so are files outside the leaves' directories
         of_all = not rest or leaf == ARRAYS or rest == zarr.ARRAY
         return of_all or (field is not None and (leaf == field or leaf.startswith(f"{field}.")))
 
@@ -107,15 +109,15 @@ def _checked(joined: str) -> str:
 
 @functools.cache
 def _handler() -> Any:
-    """Orbax's handler of pytrees, whose leaves are Parts."""
+    """Orbax's handler for pytrees, extended to write leaves that are Parts."""
     jax, ocp = import_jax_and_orbax()
 
-    class Parts(ocp.type_handlers.ArrayHandler):  # known to readers as what it extends: a jax.Array's
+    class Parts(ocp.type_handlers.ArrayHandler):  # so that the checkpoint says its leaves are jax.Arrays
         async def serialize(self, values: Sequence[Part], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
             zarr.write({Path(info.parent_dir, info.name): part for info, part in zip(infos, values)}, create=True)
-            return []  # nothing is left to wait for
+            return []  # no futures: everything has been written
 
-        def memory_size(self, values: Sequence[Part]) -> Sequence[tuple[int, int]]:  # Orbax up to 0.11 logs it
+        def memory_size(self, values: Sequence[Part]) -> Sequence[tuple[int, int]]:  # Orbax up to 0.11 logs this
             return [(part.spec.bytes, part.spec.bytes) for part in values]
 
     handler = Parts()
@@ -125,14 +127,14 @@ def _handler() -> Any:
 
 @functools.cache
 def import_jax_and_orbax() -> tuple[ModuleType, ModuleType]:
-    """Imports jax and orbax.checkpoint under this project's rules, once (about a second)."""
-    # Read when JAX is imported: on a GPU machine it would otherwise take the card's memory from torch.
+    """Import jax and orbax.checkpoint, once (about a second), configured for this project."""
+    # Read when JAX is imported. Without it JAX would take the GPU's memory from torch.
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # for a program that imported jax before us
     jax.config.update("jax_enable_x64", True)  # else int64 and float64 would be truncated
-    if hasattr(jax.config, "jax_enable_preemption_service"):  # else JAX takes SIGTERM for itself
+    if hasattr(jax.config, "jax_enable_preemption_service"):  # else JAX handles SIGTERM itself
         jax.config.update("jax_enable_preemption_service", False)
     import orbax.checkpoint as ocp
 
@@ -141,15 +143,15 @@ def import_jax_and_orbax() -> tuple[ModuleType, ModuleType]:
 
 
 def _quiet_orbax(record: logging.LogRecord) -> bool:
-    """A filter on absl's logger, which Orbax shares with the user: of Orbax's own records drops those below a warning.
+    """A filter for absl's logger, which Orbax and the user share: drops Orbax's own records below a warning.
 
-    An error of a write is raised too, and `Checkpointer` reports it.
+    Errors of a write are also raised, and `Checkpointer` reports them.
     """
     return f"{os.sep}orbax{os.sep}" not in record.pathname or record.levelno >= logging.WARNING
 
 
 def epath(path: Path) -> Any:
-    """The path in the type that Orbax's handlers require."""
+    """The path as the type that Orbax's handlers require."""
     from etils import epath as etils_epath
 
     return etils_epath.Path(path)

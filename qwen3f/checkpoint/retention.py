@@ -1,4 +1,4 @@
-"""Which checkpoints stay."""
+"""Decides which checkpoints are kept."""
 
 import dataclasses
 import math
@@ -9,12 +9,12 @@ from qwen3f.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """A checkpoint stays if any of the rules keeps it; the latest always does.
+    """A checkpoint is kept if any of these rules keeps it. The latest is always kept.
 
-    keep: how many of the latest stay; 0 keeps all. every: those of steps that are a multiple of it stay for good; 0:
-    none. best: how many with the best `metric` stay. metric: such as "val_loss"; checkpoints saved without it, or with
-    a value that is not finite, are not among the best. mode: whether the best is the "min" or the "max". Raises
-    UserError for a negative number or another mode.
+    keep: keep this many of the latest; 0 keeps all. every: keep those of steps that are a multiple of this; 0: none.
+    best: keep this many with the best `metric`. metric: such as "val_loss"; checkpoints saved without it, or with a
+    value that is not finite, are not among the best. mode: "min" if a lower metric is better, "max" if a higher one is.
+    Raises UserError for a negative number or another mode.
     """
 
     keep: int
@@ -31,13 +31,13 @@ class Retention:
             raise UserError(f"config.checkpoint.best_mode is {self.mode!r}: write min or max")
 
     def expired(self, saved: Mapping[int, Mapping[str, float]]) -> list[int]:
-        """The steps, ascending, that no rule keeps. saved: step -> its metrics, of the whole checkpoints there are."""
+        """The steps, ascending, that no rule keeps. saved: step -> its metrics, for all complete checkpoints."""
         steps = sorted(saved)
         if not self.keep or not steps:
             return []
         sign = 1 if self.mode == "min" else -1
         measured = {step: value for step in steps if math.isfinite(value := saved[step].get(self.metric, math.nan))}
-        ranked = sorted(measured, key=lambda step: (sign * measured[step], step))  # of equals the earlier
+        ranked = sorted(measured, key=lambda step: (sign * measured[step], step))  # of equal ones the earlier is better
         kept = {*steps[-self.keep :], *ranked[: self.best]}
         if self.every:
             kept |= {step for step in steps if step % self.every == 0}

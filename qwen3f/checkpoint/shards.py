@@ -1,7 +1,7 @@
-"""Where this rank's part of a state lies in the whole that a checkpoint stores.
+"""The place of this rank's part of a state in the whole state that a checkpoint stores.
 
-On disk a stack has the model's layers in the model's order, without padding, whatever the mesh: so any mesh, and any
-program, opens what any other has written. Nothing is laid out anew: a rank's rows go where their layers are.
+On disk a stack has its layers in the model's order, without padding, for every mesh. So any mesh, and any other
+program, can read it. A rank writes its rows directly to the places of their layers; nothing is reordered first.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ class Shard:
     """One rank's part of one leaf.
 
     Attributes:
-      shape: of the whole, in the model's order of layers and without padding.
-      local: of this rank's tensor, padding included.
-      chunk: what one file holds of the whole; the last along a dimension may reach beyond it.
-      pieces: (box of this rank's tensor, box of the whole), each one chunk's. Padding is in none.
-      writes: whether this rank is the one of those with the same values that stores them.
+      shape: shape of the whole leaf, with layers in the model's order and without padding.
+      local: shape of this rank's tensor, padding included.
+      chunk: shape of the part of the whole in one file; the last chunk of a dimension may reach beyond the whole.
+      pieces: (box in this rank's tensor, box in the whole leaf) pairs, one per chunk. They leave out padding.
+      writes: whether this rank writes its values. Of ranks with the same values only one does.
     """
 
     shape: tuple[int, ...]
@@ -40,17 +40,18 @@ ShardOf = Callable[[tuple[str, ...], Sequence[int]], Shard]  # (a leaf's path, i
 
 
 def whole(shape: Sequence[int], writes: bool = True) -> Shard:
-    """A leaf of which every rank has all; one file."""
+    """The Shard of a leaf that every rank has whole; it is stored in one file."""
     shape = tuple(shape)
     box = tuple(slice(0, size) for size in shape)
     return Shard(shape, shape, shape, ((box, box),), writes)
 
 
 def shards(cfg: ModelConfig, layout: Layout) -> ShardOf:
-    """The shards of a state that is laid out so: params and moments alike, known by the last key of their paths.
+    """A function (leaf's path, its local shape) -> Shard, for a state with this layout.
 
-    Any other leaf is whole, the same on all ranks. Errors as Layout.place and make_slices; the function's ValueError
-    for a leaf whose local shape is not the layout's.
+    A leaf whose last key is a parameter's path (params and moments) is cut as that parameter. Any other leaf is whole
+    and the same on all ranks. Errors as Layout.place and make_slices; the function raises ValueError for a leaf whose
+    local shape is not the layout's.
     """
     table = param_shards(cfg, layout)
     first = _writes({}, layout)
@@ -73,7 +74,7 @@ def param_shards(cfg: ModelConfig, layout: Layout) -> dict[str, Shard]:
 
 def _shard(spec: P.ParamSpec, placed: Placed, layout: Layout, stages: Slices) -> Shard:
     local, start = list(spec.shape), [0] * len(spec.shape)
-    for axis in AXES:  # of several that cut a dimension, the first is the slowest
+    for axis in AXES:  # if several axes cut a dimension, the first one varies slowest
         if axis in placed.cuts and axis != "pp":
             dim = placed.cuts[axis]
             local[dim] //= layout.axes[axis].size
@@ -90,7 +91,7 @@ def _shard(spec: P.ParamSpec, placed: Placed, layout: Layout, stages: Slices) ->
 
 
 def _rows(order: Sequence[int | None], layers: Sequence[int], height: int) -> list[tuple[slice, slice]]:
-    """(rows here, rows of the whole) of each stage that a rank has, padding left out."""
+    """(rows of this rank's stack, rows of the whole stack) for each stage of a rank, without padding."""
     place = {layer: row for row, layer in enumerate(layers)}
     out = []
     for first in range(0, len(order), height):

@@ -1,4 +1,4 @@
-"""The leaves of a state as a checkpoint knows them: their paths, shapes and dtypes."""
+"""The leaves of a state in a checkpoint: their paths, shapes and dtypes."""
 
 import dataclasses
 import math
@@ -39,10 +39,10 @@ def spec_of(leaf: Tensor) -> LeafSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One rank's part of a leaf: what it writes of it, or what it reads.
+    """One rank's part of a leaf, to write or to read.
 
-    spec: of the whole leaf, as it is stored. values: this rank's tensor, on the CPU; None where it writes nothing, and
-    where it reads.
+    spec: of the whole leaf, as it is stored. shard: the place of this rank's part in it. values: this rank's tensor, on
+    the CPU; None if this rank does not write the leaf, and for reading.
     """
 
     spec: LeafSpec
@@ -51,14 +51,14 @@ class Part:
 
 
 def data_leaves(state: Any) -> dict[Name, Tensor]:
-    """The leaves of a pytree that are written: all but None and tensors without elements.
+    """Path -> leaf, for the leaves of a pytree that are written: all but None and tensors without elements.
 
-    Raises TypeError for a leaf of another kind and ValueError for paths that can't be told apart on disk.
+    Raises TypeError for a leaf that is neither a tensor nor None, ValueError for paths that would collide on disk.
     """
     leaves = {name: leaf for name, leaf in named_leaves(state).items() if holds_data(leaf)}
     joined: dict[str, Name] = {}
     for name in leaves:
-        # A leaf's directory is its path joined by dots: of two that join alike, one would be kept without a word.
+        # A leaf's directory is its path joined by dots. Of two equal ones, one would silently overwrite the other.
         other = joined.setdefault(".".join(name), name)
         if other != name:
             raise ValueError(f"the state's leaves {other} and {name} would share a name on disk: rename one")
@@ -74,7 +74,7 @@ def holds_data(leaf: Any) -> bool:
 
 
 def nest(flat: Mapping[Name, Any]) -> dict[str, Any]:
-    """Nested dicts, a level a part of the path."""
+    """Nested dicts with one level per part of the path."""
     nested: dict[str, Any] = {}
     for name, leaf in flat.items():
         node = nested
@@ -85,7 +85,7 @@ def nest(flat: Mapping[Name, Any]) -> dict[str, Any]:
 
 
 def check_same_tree(on_disk: dict[Name, LeafSpec], here: dict[Name, LeafSpec], where: str, cast: bool) -> None:
-    """Raises UserError naming the leaves of which one side has none, or another shape or dtype.
+    """Raises UserError, with the leaves that one side lacks or that differ in shape or dtype.
 
     cast: floating-point leaves may differ in dtype.
     """

@@ -1,6 +1,6 @@
-"""A leaf on disk: a Zarr array (version 2, not compressed) of files with a rank's part each, or a pipeline stage's.
+"""A leaf on disk: a Zarr array (version 2, not compressed). Each file holds one rank's part, or one pipeline stage's.
 
-So a rank writes whole files, and no file has two writers; any mesh reads what any other has written.
+So ranks write whole files, and no file has two writers. Any mesh can read what another one has written.
 """
 
 import functools
@@ -26,28 +26,28 @@ ARRAY = ".zarray"
 
 @functools.cache
 def load() -> ModuleType:
-    """tensorstore, which is imported by the first call."""
+    """The module tensorstore, imported at the first call."""
     import tensorstore
 
     return tensorstore
 
 
 def read_spec(directory: Path) -> LeafSpec:
-    """An array's shape and dtype. Raises as read_object, and ValueError or KeyError for what `write` doesn't write."""
+    """An array's shape and dtype. Raises as read_object; ValueError or KeyError for another format than `write`'s."""
     array = read_object(directory / ARRAY)
     shape = tuple(int(size) for size in array["shape"])
     if min(shape, default=1) < 1:
         raise ValueError(f"the shape of {directory.name} is {list(shape)}")
     code = str(array["dtype"])
-    # Numpy's codes, such as <f4, and the names of types that numpy doesn't have, such as bfloat16.
+    # numpy's codes, such as <f4, or the name of a type that numpy doesn't have, such as bfloat16
     spec = LeafSpec(shape, np.dtype(code).name if code[:1] in "<>|" else code)
     if not isinstance(getattr(torch, spec.dtype, None), torch.dtype):
-        raise ValueError(f"the dtype of {directory.name} is {code}, which torch has not")
+        raise ValueError(f"the dtype of {directory.name} is {code}, which torch does not have")
     return spec
 
 
 def check(directory: Path, part: Part) -> None:
-    """DamagedCheckpoint unless the array is one of plain files, and those that `part` needs have exactly their size."""
+    """DamagedCheckpoint unless the array is stored as plain files, and those that `part` needs have the right size."""
     array, leaf, spec = read_object(directory / ARRAY), directory.name, part.spec
     chunk = tuple(int(size) for size in array["chunks"])
     fits = len(chunk) == len(spec.shape) and all(1 <= size <= whole for size, whole in zip(chunk, spec.shape))
@@ -55,7 +55,7 @@ def check(directory: Path, part: Part) -> None:
         raise DamagedCheckpoint(f"{directory.parent} is damaged: {leaf} is not stored as whole, plain chunks")
     size = LeafSpec(chunk, spec.dtype).bytes
     boxes = [[range(s.start // c, -(-s.stop // c)) for s, c in zip(box, chunk)] for _, box in part.shard.pieces]
-    there = len(os.listdir(directory))  # no more names are made than can be there, whatever the shape says
+    there = len(os.listdir(directory))  # limit for the number of names to check, in case a damaged shape is huge
     indices = itertools.chain.from_iterable(itertools.product(*box) for box in boxes)
     few = any(math.prod(map(len, box)) > there for box in boxes)
     if few or any(not _is_whole(directory / _file(index), size) for index in indices):
@@ -66,7 +66,7 @@ def check(directory: Path, part: Part) -> None:
 
 
 def read(wanted: Mapping[Path, Part]) -> dict[Path, Tensor]:
-    """This rank's tensors of the arrays in these directories; padding is zero. ValueError for what can't be read."""
+    """This rank's parts of the arrays in these directories; padding is zero. ValueError for an unreadable array."""
     ts, out, copies = load(), {}, []
     for directory, part in wanted.items():
         shard = part.shard
@@ -81,9 +81,9 @@ def read(wanted: Mapping[Path, Part]) -> dict[Path, Tensor]:
 
 
 def write(parts: Mapping[Path, Part], *, create: bool) -> None:
-    """Write this rank's parts into arrays in these directories, through to the disk. ValueError or OSError if it fails.
+    """Write this rank's parts into the arrays in these directories, and flush them. ValueError or OSError if it fails.
 
-    create: make the arrays; otherwise they may not be there yet, and are not looked at.
+    create: write the arrays' metadata too. If False, another rank does; it may not exist yet, and is not read.
     """
     ts, writes = load(), []
     how = {"create": True} if create else {"open": True, "assume_metadata": True}
@@ -92,7 +92,7 @@ def write(parts: Mapping[Path, Part], *, create: bool) -> None:
     for store, part in zip(stores, parts.values()):
         if part.values is not None:
             values, store = _numpy(part.values), store.result()
-            # Its memory stays as it is until the write has ended: no copy of it is needed.
+            # the values do not change until the write has ended, so tensorstore need not copy them
             writes += [
                 store[there].write(values[here], can_reference_source_data_indefinitely=True)
                 for here, there in part.shard.pieces
@@ -101,7 +101,7 @@ def write(parts: Mapping[Path, Part], *, create: bool) -> None:
 
 
 def files_of(part: Part) -> list[str]:
-    """The names of the files that hold a rank's part, as it writes them."""
+    """The names of the files that a rank writes for its part."""
     if part.values is None:
         return []
     chunk = part.shard.chunk
@@ -137,7 +137,7 @@ def _array(part: Part) -> dict[str, Any]:
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
-    """The same memory; a type that numpy doesn't have as ml_dtypes has it."""
+    """The tensor as a numpy array of the same memory; dtypes that numpy lacks are those of ml_dtypes."""
     name = str(tensor.dtype).removeprefix("torch.")
     if not hasattr(ml_dtypes, name):
         return tensor.numpy()
@@ -146,7 +146,7 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 def _finish(futures: list[Any]) -> None:
-    """Wait for all, as none may be left with memory or files that are given up; then raise the first error."""
+    """Wait for all futures, because each uses memory or files that are released later; then raise the first error."""
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         raise errors[0]

@@ -3,9 +3,9 @@
 B batch · T sequence · D hidden · H query heads · K key/value heads · d head_dim. Head counts are read from the local
 weights, so the same code runs on a tensor-parallel shard.
 
-A query sees keys up to its own, within one document when the batch is packed. A packed row's documents are runs of
-equal segment numbers. Padding (segment 0) is a run like any other, so its rows attend to themselves and never produce
-NaN; their loss weight is 0.
+A query attends to the keys up to its own position; in a packed batch only to those of its own document. A document is a
+contiguous run of equal segment numbers. Padding (segment 0) is a run like any other: it attends to itself and so never
+gives NaN; its loss weight is 0.
 """
 
 import functools
@@ -37,12 +37,12 @@ BACKENDS = ("auto", "reference", "sdpa", "flash")
 
 
 class AttentionMask(NamedTuple):
-    """What a block's attention needs to know; at most one is set, none means plain causal.
+    """Which keys each query sees, in one of four forms. At most one is set; none means plain causal attention.
 
-    allowed: bool [B, 1, T, T], True where attention is allowed (for torch's attention and the formula).
-    ranges: the same as the run of keys that each query sees (for kernels.flash_attention).
-    documents: the same as lengths (for kernels.document_attention).
-    ring: the same for every step of ring attention, where the sequence is cut over cp (for sharding.ring).
+    allowed: bool [B, 1, T, T], True where a query sees a key (for torch's attention and the formula).
+    ranges: the contiguous range of keys that each query sees (for kernels.flash_attention).
+    ring: ranges for every step of ring attention, when the sequence is cut over cp (for sharding.ring).
+    documents: the documents as runs of positions (for kernels.document_attention).
     """
 
     allowed: Tensor | None = None
@@ -52,8 +52,11 @@ class AttentionMask(NamedTuple):
 
 
 def check_heads(cfg: ModelConfig, backend: str, cp: int = 1) -> None:
-    """Raises UserError for heads, of the model or its vision tower, of a size that flash attention does not take, where
-    `backend` asks for it; of the model also where `cp` ranks share the sequence: each step of their ring is one."""
+    """UserError if heads of the model or its vision tower have a size that flash attention does not support.
+
+    It is checked for backend "flash", and for the model's heads also with cp > 1, because every step of ring attention
+    calls flash attention.
+    """
     sizes = {"head_dim": cfg.head_dim}
     if cfg.vision_enabled:
         size = cfg.vision_hidden_size // cfg.vision_num_attention_heads
@@ -64,20 +67,21 @@ def check_heads(cfg: ModelConfig, backend: str, cp: int = 1) -> None:
             what = f"cp{cp} in config.mesh" if ring else "config.attention=flash"
             instead = "leave cp out" if ring else "write --config.attention=auto"
             raise UserError(
-                f"{what} takes heads of 16 to 256 numbers, a multiple of 8, and config.model.{name} is {size}; "
+                f"{what} needs a head size that is a multiple of 8 from 16 to 256, but config.model.{name} is {size}; "
                 f"{instead}, or write another size"
             )
 
 
 def make_mask(segments_BT: Tensor | None, backend: str, head_dim: int, compiled: bool = False) -> AttentionMask:
-    """The mask in the form that `backend` takes. None segments: plain causal attention.
+    """The mask in the form that `backend` needs. segments_BT None: plain causal attention.
 
-    "auto" picks by measurement (kernels/bench): on a GPU packed documents go to our flash attention, which leaves
-    out what lies between them; everything else, also heads of a size that it does not take, to torch's
-    scaled_dot_product_attention (cuDNN's, on a GPU); on a CPU document by document, unless blocks are compiled.
+    "auto" takes the fastest by measurement (kernels/bench). On a GPU, packed documents use our flash attention, which
+    skips keys of other documents. On a CPU, packed documents are computed one by one, unless blocks are compiled.
+    Everything else, also head sizes that flash attention does not support, uses torch's scaled_dot_product_attention
+    (on a GPU cuDNN's).
     """
     if backend not in (*BACKENDS, "invariant"):
-        raise UserError(f"attention backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+        raise UserError(f"config.attention={backend!r} is unknown; use one of {', '.join(BACKENDS)}, invariant")
     if segments_BT is None:
         return AttentionMask()
     ranges = key_ranges.ranges_from_segments(segments_BT)
@@ -93,7 +97,7 @@ def _takes_flash(backend: str, x: Tensor, head_dim: int) -> bool:
 
 
 def batch_mask(batch: Mapping[str, Tensor], execution: Execution, head_dim: int, cp: Axis) -> AttentionMask:
-    """The mask of a batch; under cp, of this rank's part of it, as sharding.sequence_split.split_sequence cuts it."""
+    """The mask of a batch; under cp of this rank's part, from sharding.sequence_split.split_sequence."""
     if cp.size > 1:
         return AttentionMask(ring=ring_ranges(batch["starts"], cp))
     return make_mask(batch.get("segments"), execution.backend, head_dim, execution.compile != "off")
@@ -104,11 +108,11 @@ def attend(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: AttentionMask, 
     if mask.ranges is not None or backend == "flash":
         return flash_attention.flash_attention(q_BHTd, k_BKTd, v_BKTd, ranges=mask.ranges)[0]
     if torch.compiler.is_compiling() and q_BHTd.dtype == torch.float64 and not q_BHTd.is_cuda:
-        # torch 2.11 compiles CPU's fused kernel for float64 with a log-sum-exp of the wrong dtype
+        # torch 2.11 compiles the CPU's fused kernel for float64 with a log-sum-exp of the wrong dtype
         return attend_reference(q_BHTd, k_BKTd, v_BKTd, mask, 0.0, None)
     grouped = q_BHTd.shape[1] != k_BKTd.shape[1]
     if grouped and not q_BHTd.is_cuda:
-        # CPU's fused kernel takes equal head counts only; with enable_gqa torch falls back to the unfused one.
+        # the CPU's fused kernel needs equal head counts; with enable_gqa torch falls back to the unfused one
         k_BKTd, v_BKTd = (_repeat_heads(x, q_BHTd.shape[1]) for x in (k_BKTd, v_BKTd))
         grouped = False
     if mask.documents is not None:
@@ -121,10 +125,10 @@ def attend(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: AttentionMask, 
 def attend_reference(
     q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: AttentionMask, dropout: float, stream: Tensor | None
 ) -> Tensor:
-    """The formula, with all scores in memory; composes with torch.func, and is the one that has dropout.
+    """The formula, with all scores in memory. It works with torch.func, and only it has dropout.
 
-    dropout zeroes probabilities and scales the rest by 1/(1−dropout), as transformers' eager attention does; the mask
-    is a function of `stream` (an int64 scalar tensor) and the element's place alone.
+    dropout zeroes probabilities and scales the others by 1/(1−dropout), as transformers' eager attention does. The
+    dropout mask depends only on `stream` (an int64 scalar tensor) and the element's index.
     """
     heads, length = q_BHTd.shape[1], q_BHTd.shape[2]
     k, v = _repeat_heads(k_BKTd, heads), _repeat_heads(v_BKTd, heads)
@@ -148,10 +152,10 @@ def attend_invariant(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask: Atten
 
 
 def attend_cached(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cache: PagedLayer, backend: str) -> Tensor:
-    """Attention of the new tokens over the cache with them in it (written in place); [B, H, T, d].
+    """Write the new keys and values into the cache, and attend to it: [B, H, T, d].
 
-    On a CPU the query heads that share a key/value head are laid out as further rows of its queries: torch's kernel
-    then sees equal head counts, and the cache is never repeated.
+    For torch's kernel, query heads that share a key/value head become additional query rows of one head: head counts
+    are then equal, and the cache need not be repeated.
     """
     keys, values = extend(cache, k_BKTd, v_BKTd)
     if backend == "invariant":
@@ -171,15 +175,15 @@ def attend_cached(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, cache: PagedLa
 
 
 def _repeat_heads(x_BKTd: Tensor, heads: int) -> Tensor:
-    """Key/value head j serves query heads j·g … j·g+g−1."""
+    """[B, heads, T, d]: repeat each key/value head j for its g query heads, j·g … j·g+g−1."""
     return x_BKTd.repeat_interleave(heads // x_BKTd.shape[1], dim=1)
 
 
 class Attention(nn.Module):
-    """Skeleton of one layer's attention: lives on the meta device, weights come through functional_call.
+    """Skeleton of one layer's attention, on the meta device; functional_call supplies the weights.
 
-    fused: on a GPU, norm and rotate queries and keys in one kernel. Under tp, x and the result are this rank's part of
-    the tokens (sharding.tensor), and the heads between are this rank's.
+    fused: on a GPU, one kernel normalises and rotates queries and keys. Under tp, x and the result have this rank's
+    part of the tokens (sharding.tensor); attention in between has all tokens and this rank's heads.
     """
 
     def __init__(self, cfg: ModelConfig, backend: str, fused: bool, axes: Axes = ONE) -> None:

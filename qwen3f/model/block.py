@@ -1,4 +1,4 @@
-"""One pre-norm transformer block, and the function of its parameters that runs it."""
+"""One pre-norm transformer block, as a module without parameters and as a pure function of its parameters."""
 
 import functools
 
@@ -22,8 +22,8 @@ from sharding.layout import ONE_DEVICE, Layout
 class Block(nn.Module):
     """x + Attention(RMSNorm(x)), then x + MLP(RMSNorm(x)); x_BTD. A sparse block's MLP is a mixture of experts.
 
-    Returns (x,), followed in a sparse block by the fields of RouterStats: a flat tuple of tensors, which checkpoint and
-    compile pass on in every version. real_BT: bool, False for padding; only routers ask.
+    Returns (x,), in a sparse block followed by the fields of RouterStats. It is a flat tuple of tensors, because
+    checkpoint and compile support that in every torch version. real_BT: bool, False for padding; used by routers only.
     """
 
     def __init__(self, cfg: ModelConfig, execution: Execution, sparse: bool, layout: Layout = ONE_DEVICE) -> None:
@@ -56,16 +56,17 @@ class Block(nn.Module):
 def block_fn(
     cfg: ModelConfig, execution: Execution, sparse: bool, layout: Layout = ONE_DEVICE, gathered: bool = False
 ) -> LayerFn:
-    """(layer parameters, x, cos, sin, mask, real, stream) -> as Block, for any layer of one kind: dense, or sparse.
+    """(layer parameters, x, cos, sin, mask, real, stream) -> Block's outputs, for all dense or all sparse layers.
 
-    Layer parameters are this rank's shards; the function gathers what FSDP has cut, unless it has been `gathered`.
+    Layer parameters are this rank's shards. The function gathers those that FSDP has cut, unless `gathered` says that
+    they are whole already.
 
-    Two kinds of block run uncompiled in any case: with experts over ep, whose splits the host must know, and under
-    schedules that put off weights' gradients, past which compiled code would go.
+    Two kinds of block are never compiled: blocks with experts over ep, because the host must know the splits; and
+    blocks under schedules that defer weights' gradients, because compiled code does not call the deferring F.linear.
     """
     if execution.invariant:
         _check_invariant(sparse, layout)
-    # not by a transform: vmap lets no module draw its first weights, though these are thrown away
+    # outside torch.func's transforms: under vmap a module may not initialise its weights, even on the meta device
     with torch.device("meta"), torch._C._DisableFuncTorch():
         skeleton = Block(cfg, execution, sparse, layout)
     open_to_host = layout.pipeline.splits or (sparse and layout.axes.ep.size > 1)
@@ -85,6 +86,6 @@ def _fixed_rows(run: LayerFn) -> LayerFn:
 def _check_invariant(sparse: bool, layout: Layout) -> None:
     if sparse or any(axis.size > 1 for axis in (layout.axes.tp, layout.axes.cp, layout.axes.pp)):
         raise UserError(
-            "model.INVARIANT takes dense models on one device or with their rows cut over dp; leave out tp, cp and pp, "
-            "or use another execution"
+            "model.INVARIANT takes dense models only, on one device or over dp; leave out experts, tp, cp and pp, or "
+            "use another execution"
         )

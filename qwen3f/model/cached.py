@@ -1,6 +1,6 @@
-"""The model with a key/value cache: one function for the prompt (T > 1) and for the tokens after it (T = 1).
+"""The model with a KV cache: one function for the prompt (T > 1) and for the tokens after it (T = 1).
 
-B rows · T new tokens of each · D hidden · P pages of a row
+B rows · T new tokens per row · D hidden · P pages per row
 """
 
 from collections.abc import Callable, Mapping
@@ -23,18 +23,19 @@ def make_cached_forward(cfg: ModelConfig, execution: Execution = EAGER, layout: 
     """forward(params, cache, batch, *, table, span, features=None) -> (hidden states of the new tokens [B, T, D], the
     cache).
 
-    The cache is given up: its storage is written to and returned (qwen3f.model.kv_cache). batch:
+    The cache is donated: its storage is written to and returned (qwen3f.model.kv_cache). batch:
         tokens     int64 [B, T]
-        positions  int64 [B, T], of each token in its row
-        slots      int64 [B, T], where its keys go: page · page size + place; below the page size for padding, whose
-                   hidden states mean nothing
-        rotary     int64 [B, T] or [B, 3, T], where it turns to; default: positions
-        visual_index  int32 [B, T], where there are features, see vision.deepstack.place_features
-    table: int64 [B, P], the pages of each row, or an int, see PagedLayer. span: no row is longer, with the new tokens.
+        positions  int64 [B, T], each token's index in its row
+        slots      int64 [B, T], where a token's keys and values go: page · page size + index in the page; below the
+                   page size (page 0) for padding, whose hidden states are meaningless
+        rotary     int64 [B, T] or [B, 3, T], positions for the rotation; default: positions
+        visual_index  int32 [B, T], only with features, see vision.deepstack.place_features
+    table: int64 [B, P], the pages of each row, or an int, see PagedLayer. span: an upper limit for the length of the
+    rows, with the new tokens. features: the images', from the vision tower.
 
-    Skeletons are built here, once, since that cannot happen inside a compiled step. No gradients flow through the
-    cache. Attention's dropout is off, and nothing is recomputed. moe_drop_tokens has no effect: what a row gets must
-    not depend on the rows beside it.
+    Skeletons are built here, once, because modules can't be built inside a compiled step. No gradients flow through the
+    cache. There is no dropout and no recomputation. moe_drop_tokens has no effect, because a row's result must not
+    depend on other rows.
     """
     cfg = cfg.replace(gradient_checkpointing="none", moe_drop_tokens=False)
     body = make_body(cfg, execution, layout)

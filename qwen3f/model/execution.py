@@ -1,4 +1,4 @@
-"""How a model runs; never what it computes."""
+"""How a model runs (compilation, kernels). An Execution never changes which function the model computes."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,24 +13,25 @@ from qwen3f.model.moe import EXPERT_FORMS
 COMPILE_MODES = ("off", "block", "step")
 FUSED = ("norm", "rotation", "swiglu")  # norms with their residual; norm and rotation of queries and keys; SwiGLU
 
-# The faster by measurement on an H100 (kernels/bench): torch.compile fuses the formulas with what stands around them;
-# without it every kernel wins. On a CPU the formulas run in any case.
+# compile mode -> the kernels that are faster than the formulas, measured on an H100 (kernels/bench). On a CPU the
+# formulas always run.
 _FASTEST = {"off": FUSED, "block": FUSED, "step": FUSED}
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """
+    """How a model runs.
+
     Attributes:
-      compile: "off"; "block" compiles one transformer block, used for all layers, where that can be (block_fn), and the
-        update; "step" says that the caller compiles the whole step into one graph.
+      compile: "off"; "block" compiles one transformer block, which all layers use (exceptions: block_fn), and the
+        update; "step" means that the caller compiles the whole step into one graph.
       attention: see qwen3f.model.attention.BACKENDS.
       experts: "grouped" or "reference", see qwen3f.model.moe.
       loss: "chunked" or "reference", see kernels.cross_entropy.
-      kernels: which elementwise operators run our kernels on a GPU instead of the formulas: "auto", the faster by
-        measurement, or a tuple of FUSED.
-      invariant: what a token gets does not depend on the tokens beside it, bit for bit (qwen3f.model.invariant). Slow.
-        For dense models, uncompiled, on one device or with their rows cut over dp.
+      kernels: the elementwise operators that run our kernels on a GPU instead of the formulas: a tuple of names from
+        FUSED, or "auto" for those that measured faster.
+      invariant: a token's result does not depend on the rest of the batch, bit for bit (qwen3f.model.invariant). Slow.
+        For dense models, uncompiled, on one device or over dp.
     """
 
     compile: str = "off"
@@ -50,11 +51,11 @@ class Execution:
         if self.kernels != "auto" and not set(self.kernels) <= set(FUSED):
             raise UserError(f"kernels {self.kernels!r} are unknown; use auto or some of {', '.join(FUSED)}")
         if self.invariant and (self.compile != "off" or self.fused):
-            raise UserError("an invariant execution takes compile='off' and kernels=(), as model.INVARIANT has them")
+            raise UserError("an invariant execution needs compile='off' and kernels=(); use model.INVARIANT")
 
     @property
     def backend(self) -> str:
-        """Of attention."""
+        """The attention backend."""
         return "invariant" if self.invariant else self.attention
 
     @property
@@ -63,22 +64,22 @@ class Execution:
 
 
 def refuse_dropout(cfg: ModelConfig, execution: Execution) -> None:
-    """Raises UserError for training with attention_dropout by an execution that has none."""
+    """UserError for training with attention_dropout by an invariant execution."""
     if execution.invariant and cfg.attention_dropout:
         raise UserError(
-            "config.attention=invariant has no dropout, and config.model.attention_dropout is "
+            "config.attention=invariant has no dropout, but config.model.attention_dropout is "
             f"{cfg.attention_dropout}; write --config.model.attention_dropout=0, or --config.attention=auto"
         )
 
 
 def refuse_vmap(execution: Execution, tensors: Iterable[Tensor]) -> None:
-    """Raises UserError where torch.func.vmap goes over `tensors`: only REFERENCE's formulas can be mapped."""
+    """UserError if one of `tensors` is batched by torch.func.vmap, which only REFERENCE's formulas support."""
     if torch.compiler.is_compiling() or execution.attention == "reference":
         return
     if any(_is_mapped(tensor) for tensor in tensors):
         raise UserError(
-            "torch.func.vmap cannot go over the default kernels; give the model execution=model.REFERENCE, whose "
-            "formulas compose with torch.func's transforms"
+            "torch.func.vmap does not work with the default kernels; use execution=model.REFERENCE, whose formulas "
+            "work with torch.func's transforms"
         )
 
 
@@ -92,7 +93,7 @@ def _is_mapped(tensor: Tensor) -> bool:
 
 
 EAGER = Execution()
-# composes with torch.func.vmap, grad and jvp
+# works with torch.func.vmap, grad and jvp
 REFERENCE = Execution(attention="reference", experts="reference", loss="reference", kernels=())
-# a token's log-probability is the same in any batch, with a cache or without: training can take a rollout at its word
+# A token's log-probability is the same in any batch, with or without a cache, so training gets exactly a rollout's.
 INVARIANT = Execution(invariant=True, kernels=())

@@ -1,10 +1,10 @@
-"""Products and attention whose result for a token does not depend on the tokens beside it, bit for bit.
+"""Matrix products and attention whose result for a token does not depend on the rest of the batch, bit for bit.
 
-A library's matrix product picks its kernel, and with it the order of its sums, by the shape. So here every product has
-one fixed number of rows, and attention fixed blocks of keys, counted from the first key of the document: what a token
-gets is the same in a batch of any size, packed or not, in a training pass or one token at a time with a cache. Slow;
-for a trainer that wants the sampler's log-probabilities to be its own (He et al. 2025, "Defeating Nondeterminism in LLM
-Inference", Thinking Machines Lab). Gradients are the ordinary ones.
+A library chooses a matrix product's kernel, and so the order of its sums, by the shapes. Here every product has a fixed
+number of rows, and attention works in fixed blocks of keys, counted from the document's first key. So a token's result
+is the same in a batch of any size, packed or not, in a training pass or token by token with a KV cache. It is slow. It
+is for reinforcement learning, where the trainer's log-probabilities then equal the sampler's (He et al. 2025,
+"Defeating Nondeterminism in LLM Inference", Thinking Machines Lab). The backward pass uses ordinary operators.
 
 B rows · T tokens · H query heads · K key/value heads · G = H/K · S keys · d head_dim · N tokens · D inputs · F outputs
 """
@@ -20,12 +20,12 @@ from torch.overrides import TorchFunctionMode
 
 from kernels.cross_entropy import IGNORE
 
-ROWS = 16  # of every product; below 8 CPU libraries take other kernels
-KEYS = 64  # of a block of attention
+ROWS = 16  # rows of every product; with fewer than 8, CPU libraries use other kernels
+KEYS = 64  # keys per block of attention
 
 
 class FixedRows(TorchFunctionMode):
-    """Within, F.linear (and with it every nn.Linear) is `linear`, and F.silu and F.gelu are `silu` and `gelu`."""
+    """A mode in which F.linear (so also nn.Linear), F.silu and F.gelu call `linear`, `silu` and `gelu` of this file."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -34,14 +34,14 @@ class FixedRows(TorchFunctionMode):
 
 
 def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """F.linear with ROWS tokens a product."""
+    """F.linear as products of ROWS tokens each."""
     out = _Product.apply(x.flatten(0, -2), weight_FD).unflatten(0, x.shape[:-1])
     return out if bias_F is None else out + bias_F
 
 
 def silu(x: Tensor, inplace: bool = False) -> Tensor:
-    """F.silu by operators that give a number the same wherever it stands: on a CPU F.silu itself computes the last few
-    of a tensor otherwise than the others. inplace changes nothing."""
+    """F.silu by operators whose result for an element does not depend on its index: on a CPU, F.silu itself computes
+    the last few elements of a tensor differently. inplace is ignored."""
     small = (-x.abs()).exp()
     return x * (torch.where(x >= 0, 1.0, small) / (1 + small))
 
@@ -57,8 +57,8 @@ _FIXED: dict[Callable[..., Any], Callable[..., Any]] = {F.linear: linear, F.silu
 
 
 def token_log_probs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """log p(target) of each token, float32 (float64 for float64) [N]; 0 where the target is IGNORE, NaN where
-    it is another number below 0."""
+    """log p(target) of each token, [N], float32 (float64 for float64); 0 where the target is IGNORE, NaN for any other
+    negative target."""
     logits_NV = linear(hidden_ND, head_VD)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     chosen_N = logits_NV.gather(-1, targets_N.clamp(min=0)[:, None])[:, 0]
@@ -69,13 +69,13 @@ def token_log_probs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Te
 def attend(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, first_BT: Tensor, seen_BT: Tensor) -> Tensor:
     """softmax(q kᵀ/√d) v, [B, H, T, d]; query t of row b sees keys first[b, t] … seen[b, t] − 1, at least one.
 
-    Neighbouring queries with one `first` are a document. Waits for the device.
+    Adjacent queries with the same `first` form a document. Waits for the device.
     """
     return _Attention.apply(q_BHTd, k_BKSd, v_BKSd, first_BT, seen_BT)
 
 
 def _product(x_ND: Tensor, weight_FD: Tensor) -> Tensor:
-    """x Wᵀ in products of ROWS rows each."""
+    """x Wᵀ, as products of ROWS rows each."""
     missing = -len(x_ND) % ROWS
     blocks = F.pad(x_ND, (0, 0, 0, missing)).contiguous().split(ROWS)
     return torch.cat([torch.mm(block, weight_FD.t()) for block in blocks])[: len(x_ND)]
@@ -126,7 +126,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _documents(first_BT: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """(row, first query, last query + 1, first key) of each run of queries that begin at one key."""
+    """(row, first query, last query + 1, first key) of each run of adjacent queries with the same first key."""
     for b, firsts in enumerate(first_BT.tolist()):
         start = 0
         for t in range(1, len(firsts) + 1):
@@ -138,8 +138,8 @@ def _documents(first_BT: Tensor) -> Iterator[tuple[int, int, int, int]]:
 def _document(q_Nd: Tensor, k_Sd: Tensor, v_Sd: Tensor, seen_N: Tensor) -> Tensor:
     """Attention of N queries over the S keys of their document; query n sees the first seen[n].
 
-    Twice over the keys, block by block: the scores and their maximum, then the sums. A block of which a query sees
-    nothing adds exact zeros, so that it does not matter how many there are.
+    It goes through the blocks of keys twice: for the scores and their maximum, then for the sums. A block in which a
+    query sees no key adds exact zeros, so the number of such blocks does not change the result.
     """
     missing = -len(k_Sd) % KEYS
     k_blocks, v_blocks = (F.pad(x, (0, 0, 0, missing)).contiguous().split(KEYS) for x in (k_Sd, v_Sd))

@@ -1,14 +1,14 @@
-"""Keys and values of the tokens so far, in pages, so that a new token costs one pass of one token.
+"""The paged KV cache: keys and values of the tokens so far, so that a new token costs a pass of one token only.
 
-A row's tokens lie in its pages, in order; its table lists them. Which pages a row has is decided elsewhere
-(qwen3f.infer.pages); here they are numbers. Page 0 belongs to no row: padding is written there, and never read.
+A row's tokens are in its pages, in order; the row's table lists the pages' numbers. qwen3f.infer.pages decides which
+pages a row has. Page 0 belongs to no row: padding is written there, and never read.
 
-What one call adds is much smaller than the cache, and a functional update (`index_put`) would copy all of it for every
-token. So the update writes into the cache's own storage, and purity is kept one level up, as with JAX's donation: the
-cache that goes into a pass is given up, and the same storage comes out. Layers are separate tensors, not one stack: a
-compiled pass then writes into its inputs in place, where a write through a view of a stack would copy the stack.
+A functional update (`index_put`) would copy the whole cache for every token. So the update writes into the cache's own
+storage, and the cache is donated, as in JAX: the cache that is passed in must not be used again, and its storage is
+returned. Layers are separate tensors instead of one stack, because a compiled pass can write into its inputs in place,
+but a write through a view of a stack would copy the stack.
 
-L layers · B rows · T new tokens of each · K key/value heads · P pages of a row · d head_dim
+L layers · B rows · T new tokens per row · K key/value heads · P pages per row · d head_dim
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from qwen3f.config import ModelConfig
 
 
 class KVCache(NamedTuple):
-    """keys, values: a tensor [pages, K, page size, d] a layer."""
+    """keys, values: one tensor [pages, K, page size, d] per layer."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -38,13 +38,14 @@ class KVCache(NamedTuple):
 
 
 class PagedLayer(NamedTuple):
-    """What one layer's attention needs in order to extend its cache and look into it; takes the mask's place.
+    """One layer's part of the cache, with what its attention needs to extend and read it; it replaces the mask.
 
-    keys, values: [pages, K, page size, d], written to.
-    slots: int64 [B, T], page · page size + place of each new token; below the page size for padding.
-    seen: int32 [B, T]: new token t may see positions 0 … seen[t]−1 of its row.
-    table: int64 [B, P], or an int where row b's only page is number table + b: then nothing is gathered.
-    span: no row is longer; at most P · page size.
+    keys, values: [pages, K, page size, d], written in place.
+    slots: int64 [B, T], page · page size + index in the page, of each new token; below the page size for padding.
+    seen: int32 [B, T]: new token t sees positions 0 … seen[t]−1 of its row.
+    table: int64 [B, P], the pages of each row. Or an int, if row b has the single page table + b: then the pages are
+      contiguous and need no gather.
+    span: an upper limit for the length of the rows; at most P · page size.
     """
 
     keys: Tensor
@@ -56,10 +57,10 @@ class PagedLayer(NamedTuple):
 
 
 def init_cache(cfg: ModelConfig, params: P.Params, pages: int, page_size: int) -> KVCache:
-    """An empty cache of `pages` pages beside page 0, on the parameters' device and in their dtype.
+    """An empty cache of `pages` pages in addition to page 0, on the parameters' device and in their dtype.
 
-    The number of key/value heads is read from the weights, so on a tensor-parallel shard it is the local one. Zeros,
-    since what is masked still takes part in a product with probability 0.
+    The number of key/value heads is read from the weights, so on a tensor-parallel shard it is the local one. The cache
+    is filled with zeros, because masked values are multiplied by probability 0 and so must be finite.
     """
     weights = params[P.LAYERS + "self_attn.k_proj.weight"]
     shape = (1 + pages, weights[0].shape[0] // cfg.head_dim, page_size, cfg.head_dim)
@@ -71,25 +72,25 @@ def init_cache(cfg: ModelConfig, params: P.Params, pages: int, page_size: int) -
 
 
 def bytes_of_token(cfg: ModelConfig, params: P.Params) -> int:
-    """Bytes that a token takes in the cache."""
+    """Bytes per token in the cache, over all layers."""
     weights = params[P.LAYERS + "self_attn.k_proj.weight"]
     return 2 * len(weights) * weights[0].shape[0] * weights[0].element_size()
 
 
 def grow_cache(cache: KVCache, pages: int, page_size: int) -> KVCache:
-    """The same pages in a larger cache: more of them, longer ones, or both."""
+    """Copy the pages into a larger cache: with more pages, longer pages, or both."""
     more = 1 + pages - cache.pages
     grown = [F.pad(x, (0, 0, 0, page_size - cache.page_size, 0, 0, 0, more)) for x in (*cache.keys, *cache.values)]
     return KVCache(tuple(grown[: len(cache.keys)]), tuple(grown[len(cache.keys) :]))
 
 
 def copy_pages(cache: KVCache, copies: Sequence[tuple[int, int, int]]) -> KVCache:
-    """Copies pages (from, to, tokens), one after the other: the first `tokens` of a page, with zeros behind them.
+    """Copy pages, in order; each copy is (from, to, tokens): the first `tokens` of a page, with zeros after them.
 
-    Zeros, since what stands there belongs to another row, and may not be finite.
+    Zeros, because the rest of the page belongs to another row and may not be finite.
     """
     groups: list[list[tuple[int, int, int]]] = [[]]
-    for copy in copies:  # what one copy writes may be what a later one reads
+    for copy in copies:  # a copy that reads a page which this group writes starts a new group
         if any(copy[0] == written for _, written, _ in groups[-1]):
             groups.append([])
         groups[-1].append(copy)
@@ -103,17 +104,17 @@ def copy_pages(cache: KVCache, copies: Sequence[tuple[int, int, int]]) -> KVCach
 
 
 def erase_pages(cache: KVCache, pages: Sequence[int] | None = None) -> None:
-    """Zeros in pages, or in all of them."""
+    """Fill the given pages with zeros; None: all pages."""
     which = slice(None) if pages is None else torch.tensor(pages, device=cache.keys[0].device)
     for x in (*cache.keys, *cache.values):
         x[which] = 0
 
 
 def paged_layers(cache: KVCache, batch: Mapping[str, Tensor], table: Tensor | int, span: int) -> list[PagedLayer]:
-    """What each layer gets for a batch with "slots" and "positions" [B, T].
+    """One PagedLayer per layer, for a batch with "slots" and "positions" [B, T].
 
-    Padding sees what the token before it sees, or one position: never none, and never fewer, since a kernel may tell
-    from a tile's last token how far all of its tokens see (kernels.key_ranges).
+    A padding token sees as many positions as the token before it, and at least one: a kernel may take the last token of
+    a tile for the furthest position that the tile sees (kernels.key_ranges).
     """
     real = batch["slots"] >= cache.page_size
     seen = torch.where(real, batch["positions"] + 1, 1).cummax(1).values.to(torch.int32)
@@ -121,7 +122,7 @@ def paged_layers(cache: KVCache, batch: Mapping[str, Tensor], table: Tensor | in
 
 
 def extend(layer: PagedLayer, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, Tensor]:
-    """Write the new keys and values in place; returns those of positions 0 … span−1, each [B, K, span, d].
+    """Write the new keys and values in place. Returns keys and values of positions 0 … span−1, each [B, K, span, d].
 
     IndexError (CPU; a device assertion on CUDA) for a page that the cache lacks.
     """
@@ -134,7 +135,7 @@ def extend(layer: PagedLayer, k_BKTd: Tensor, v_BKTd: Tensor) -> tuple[Tensor, T
 
 
 def rows_of(pages: Tensor, table: Tensor | int, rows: int, span: int) -> Tensor:
-    """[B, K, span, d]: a layer's pages at positions 0 … span−1 of each row. table, span: as in PagedLayer."""
+    """[B, K, span, d]: a layer's keys or values at positions 0 … span−1 of each row. table, span: as in PagedLayer."""
     if isinstance(table, int):
         return pages[table : table + rows, :, :span]
     used = -(-span // pages.shape[2])
@@ -144,5 +145,5 @@ def rows_of(pages: Tensor, table: Tensor | int, rows: int, span: int) -> Tensor:
 
 
 def dense_allowed(layer: PagedLayer) -> Tensor:
-    """bool [B, 1, T, span], True where a new token may see a position."""
+    """bool [B, 1, T, span], True where a new token sees a position."""
     return (torch.arange(layer.span, device=layer.seen.device) < layer.seen[..., None])[:, None]

@@ -21,8 +21,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class SwiGLU(nn.Module):
     """down(act(gate(x)) · up(x)); act is SiLU unless cfg.hidden_act says otherwise.
 
-    fused: on a GPU, run the kernel of kernels/swiglu.py. Under tp, x and the result are this rank's part of the
-    tokens (sharding.tensor), and the columns between are this rank's.
+    fused: on a GPU, run the kernel of kernels/swiglu.py. Under tp, x and the result have this rank's part of the tokens
+    (sharding.tensor); the hidden layer in between has all tokens and this rank's columns.
     """
 
     def __init__(self, cfg: ModelConfig, fused: bool = False, axes: Axes = ONE) -> None:

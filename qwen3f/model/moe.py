@@ -1,12 +1,12 @@
 """Mixture of experts as in Qwen3-MoE: a softmax router, the top-k experts of each token, by default no token dropped.
 
-kernels/moe_dispatch.py orders the choices of all tokens by expert, kernels/fused_experts.py runs the experts on them.
-The work is that of the top-k experts of each token, however many there are, and the host waits for nothing.
+kernels/moe_dispatch.py sorts the rows of all tokens by expert; kernels/fused_experts.py runs the experts on them. Only
+the top-k experts of each token are computed, and the host never waits for the device.
 
-What the router did comes out as data beside the layer's result, so that recomputing a layer counts nothing twice; the
-losses made of it are in qwen3f/train/balance.py.
+The router's statistics are an output of the layer, so that a recomputed layer is not counted twice. The losses that use
+them are in qwen3f/train/balance.py.
 
-N tokens · K experts a token · R = N·K rows · E experts · D hidden · F expert width
+N tokens · K experts per token · R = N·K rows · E experts · D hidden · F expert width
 """
 
 import math
@@ -27,12 +27,13 @@ EXPERT_FORMS = ("grouped", "reference")
 
 
 class RouterStats(NamedTuple):
-    """What a router did with the real tokens of one call. All are sums, so those of several calls or ranks add up.
+    """Statistics of a router over the real tokens of one call. All are sums, so they can be added over calls and ranks.
 
     counts: int64 [E], how often each expert was among a token's top k, dropped or not. probs: [E], Σ over tokens of the
-    softmax, with its gradient. tokens: int64 scalar. log_z: scalar, Σ over tokens of logsumexp(logits)²; it has a
-    gradient if the config's router_z_loss_coef is above 0. dropped: int64 scalar, how many choices found their expert
-    full. Floats are float32 (float64 for float64). A whole model's have a leading axis of sparse layers.
+    softmax, with its gradient. tokens: int64 scalar, number of real tokens. log_z: scalar, Σ over tokens of
+    logsumexp(logits)²; it has a gradient if the config's router_z_loss_coef is above 0. dropped: int64 scalar, number
+    of choices that were dropped because their expert was full. Floats are float32 (float64 for float64). For a whole
+    model every field has a leading axis of sparse layers.
     """
 
     counts: Tensor
@@ -43,7 +44,7 @@ class RouterStats(NamedTuple):
 
 
 def route(probs_NE: Tensor, top_k: int, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(weights [N, K] in `dtype`, experts [N, K] int64), the likeliest expert first.
+    """(weights [N, K] in `dtype`, experts [N, K] int64), the most probable expert first.
 
     probs_NE: softmax over all experts in float32 (float64 for float64). `normalize` makes the top k sum to 1.
     """
@@ -54,7 +55,7 @@ def route(probs_NE: Tensor, top_k: int, normalize: bool, dtype: torch.dtype) -> 
 
 
 class ExpertLinear(nn.Module):
-    """The same linear layer of all experts, [E, out, in]; a holder of its weight's name."""
+    """The weight [E, out, in] of one linear layer for all experts. It only gives the weight its name."""
 
     def __init__(self, experts: int, rows: int, columns: int) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class ExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """Σ over a token's experts of weight · down(act(gate(x)) · up(x)); the weight comes after down."""
+    """Σ over a token's experts of weight · down(act(gate(x)) · up(x)); the weight is applied after down."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class Experts(nn.Module):
         return moe_dispatch.combine(y_RD, weights_NK, where)
 
     def reference(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
-        """The formula, with every token through every expert; composes with torch.func."""
+        """The formula: every token goes through every expert. Works with torch.func."""
         return fused_experts.reference(x_ND, weights_NK, experts_NK, *self._weights(), self.act)
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,14 +95,14 @@ class Experts(nn.Module):
 class SparseMLP(nn.Module):
     """Router and experts of one layer. form: how the experts run, one of EXPERT_FORMS.
 
-    With moe_drop_tokens an expert takes ceil(moe_capacity_factor · N·K / E) rows of a call, N counting padding too: a
-    static number. It keeps those of the heaviest weight. A dropped choice adds zero, and the token's other weights stay
-    as they are, so they no longer sum to 1. On one device this saves no work: a dropped row still goes through its
-    expert.
+    With moe_drop_tokens an expert takes at most ceil(moe_capacity_factor · N·K / E) rows of a call, those with the
+    largest weights. N includes padding, so the capacity is a static number. A dropped choice adds zero, and the token's
+    other weights do not change, so they no longer sum to 1. On one device this saves no work: a dropped row still goes
+    through its expert.
 
-    On a mesh every rank of tp routes all tokens and has a slice of each expert, and ranks of ep have different experts.
-    x and the result are this rank's part of the tokens (sharding.tensor); statistics and capacity are of the rank's
-    tokens.
+    On a mesh every rank of tp routes all tokens and has a slice of each expert; ranks of ep have different experts. x
+    and the result have this rank's part of the tokens (sharding.tensor). Statistics and capacity cover the tokens that
+    the rank routes.
     """
 
     def __init__(self, cfg: ModelConfig, form: str, axes: Axes = ONE) -> None:
@@ -128,7 +129,7 @@ class SparseMLP(nn.Module):
         dropped = real_N.new_zeros((), dtype=torch.int64)
         if self.capacity_factor is not None:
             fair = self.capacity_factor * experts_NK.numel() / self.num_experts
-            capacity = math.ceil(fair * (1 - 1e-12))  # 1.1 · 100 / 10 is a little more than 11
+            capacity = math.ceil(fair * (1 - 1e-12))  # in floats 1.1 · 100 / 10 is a little more than 11
             kept_NK = moe_dispatch.within_capacity(weights_NK, experts_NK, real_N, self.num_experts, capacity)
             weights_NK = torch.where(kept_NK, weights_NK, 0.0)
             dropped = (~kept_NK & real_N[:, None]).sum()

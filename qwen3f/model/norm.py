@@ -1,6 +1,6 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), in Qwen3's order of casts, and its use on queries and keys.
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) with Qwen3's order of casts, and L2 norm for queries and keys.
 
-x_…D: any leading dimensions, D normalised.
+x: [.., D] with any leading dimensions; D is normalised.
 """
 
 import torch
@@ -10,7 +10,7 @@ from kernels import rmsnorm
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight · x/√(mean(x²)+eps) over the last dimension; the cast back comes before the weight, as transformers does.
+    """weight · x/√(mean(x²)+eps) over the last dimension. As in transformers, the cast back precedes the weight.
 
     Internal precision is float32, or float64 for float64 input. Returns x's dtype.
     """

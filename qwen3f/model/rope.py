@@ -1,5 +1,6 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) with YaRN scaling (Peng et al. 2023, arXiv:2309.00071),
-and of tokens that have a place in time, height and width interleaved MRoPE (Qwen3-VL, arXiv:2511.21631, §2.1).
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) with YaRN scaling (Peng et al. 2023, arXiv:2309.00071).
+
+Tokens with positions in time, height and width use interleaved MRoPE (Qwen3-VL, arXiv:2511.21631, §2.1).
 
 B batch · T sequence · H heads · d head_dim
 """
@@ -22,12 +23,12 @@ def inverse_frequencies(cfg: ModelConfig, dtype: torch.dtype, device: torch.devi
 
 
 def _yarn(inv_freq: Tensor, yarn: RopeScaling, theta: float, head_dim: int) -> tuple[Tensor, float]:
-    """Slow frequencies are divided by the factor, fast ones kept, with a linear ramp between (transformers' form).
+    """Divides slow frequencies by the factor and keeps fast ones, with a linear ramp in between (transformers' form).
 
-    Static: it applies at every length.
+    It is static: it applies to texts of every length.
     """
 
-    def dimension(rotations: float) -> float:  # the pair that turns `rotations` times over the original context
+    def dimension(rotations: float) -> float:  # the pair that makes `rotations` full turns over the original context
         length = yarn.original_max_position_embeddings
         return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
@@ -48,8 +49,8 @@ def _yarn(inv_freq: Tensor, yarn: RopeScaling, theta: float, head_dim: int) -> t
 def rope_tables(cfg: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin, each [B, T, d/2] in `dtype`, for int64 positions [B, T], or [B, 3, T] in time, height and width.
 
-    Angles are computed in float32 (float64 for a float64 model) and cast at the end, as transformers does. Only half
-    the table is kept: the two halves of a head turn by the same angles.
+    Angles are computed in float32 (float64 for a float64 model) and cast at the end, as transformers does. The tables
+    have d/2 columns, because both halves of a head rotate by the same angles.
     """
     wide = torch.promote_types(dtype, torch.float32)
     inv_freq, scale = inverse_frequencies(cfg, wide, positions.device)
@@ -62,8 +63,10 @@ def rope_tables(cfg: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tupl
 
 
 def pair_axes(cfg: ModelConfig, device: torch.device) -> Tensor:
-    """int64 [d/2], the axis that a rotary pair turns by: time, height and width (0, 1, 2) in turns, each of the last
-    two as often as mrope_section says."""
+    """int64 [d/2]: the axis whose position rotates each pair: 0 time, 1 height, 2 width.
+
+    The axes alternate. mrope_section says how many pairs height and width get; all others are time's.
+    """
     pair = torch.arange(cfg.head_dim // 2, device=device)
     _, height, width = cfg.mrope_section
     turns = pair % 3

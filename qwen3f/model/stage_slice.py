@@ -1,5 +1,7 @@
-"""What one slice of a pipelined model computes, whoever orders the work: from tokens or hidden states to the next
-slice's hidden states, or to what a head makes of the last ones.
+"""The function of one slice (stage) of a pipelined model. It does not depend on the schedule.
+
+The first slice takes tokens, the others take hidden states. The last slice returns the head's output, the others return
+hidden states.
 
 B batch · T sequence · n this rank's tokens (sharding.tensor) · D hidden · S sparse layers of the slice
 """
@@ -50,11 +52,12 @@ def make_slice(
     number: int,
     deferred: Deferred | None = None,
 ) -> SliceFn:
-    """run(outer, layers, batch, x, head) -> (hidden states for the next slice; of the last one head(hidden states
-    behind the final norm, outer parameters made whole), RouterStats of its S sparse layers or None).
+    """run(outer, layers, batch, x, head) -> (output, RouterStats of the slice's S sparse layers or None).
 
-    outer, layers: as select_leaves gives them. x: the hidden states of the slice before, as empty_hidden; None on the
-    first. deferred: what puts off its layers' weight gradients.
+    output: hidden states for the next slice; the last slice returns head(hidden states after the final norm, outer
+    parameters, gathered). outer, layers: from select_leaves. x: the previous slice's hidden states, shaped as
+    empty_hidden; None on the first slice. number: the slice's number. deferred: the mode that defers the gradients of
+    its layers' weights.
     """
     kinds = {cfg.is_sparse(layer) for layer in slices.layers_of(number)}
     blocks = {sparse: _block(cfg, execution, sparse, layout, deferred) for sparse in kinds}
@@ -79,7 +82,7 @@ def make_slice(
 
 
 def _block(cfg: ModelConfig, execution: Execution, sparse: bool, layout: Layout, deferred: Deferred | None) -> LayerFn:
-    """As block_fn; with its weights' gradients put off. Recomputation then stands around `deferred`."""
+    """As block_fn; with `deferred`, weights' gradients are deferred, also inside the recomputation."""
     if deferred is None:
         return block_fn(cfg, execution, sparse, layout)
     run = deferred.within(block_fn(cfg.replace(gradient_checkpointing="none"), execution, sparse, layout))
@@ -91,9 +94,9 @@ def _block(cfg: ModelConfig, execution: Execution, sparse: bool, layout: Layout,
 def select_leaves(
     cfg: ModelConfig, slices: Slices, rank: int, leaves: Mapping[str, Tensor | tuple[Tensor, ...]]
 ) -> dict[int, tuple[P.Params, Layers]]:
-    """slice -> (what it uses of embedding, norm and head; layer -> its parameters), for each slice of a rank.
+    """For each slice of a rank: slice -> (its parameters outside the layers, {layer: its parameters}).
 
-    leaves: the rank's shards; a stack may come as a tuple of its rows. Padding is left out.
+    leaves: the rank's shards; a stack may be a tuple of its rows. Padding is left out.
     """
     own = slices.slices_of(rank)
     layers: dict[int, P.Params] = {layer: {} for number in own for layer in slices.layers_of(number)}
@@ -112,7 +115,8 @@ def select_leaves(
 
 
 def _outer_paths(cfg: ModelConfig, slices: Slices, number: int) -> list[str]:
-    """What the slice uses besides layers, on all ranks in the same order: they are gathered together."""
+    """Paths of the parameters that the slice uses outside its layers, in the same order on all ranks: one collective
+    gathers them."""
     tower = [path for path in P.abstract_params(cfg) if path.startswith(P.VISUAL)]
     first, last = [P.EMBED, *tower], [P.FINAL_NORM, P.head_path(cfg)]
     return first * (number == 0) + last * (number == slices.count - 1)
@@ -121,9 +125,9 @@ def _outer_paths(cfg: ModelConfig, slices: Slices, number: int) -> list[str]:
 def empty_hidden(
     cfg: ModelConfig, layout: Layout, tokens: torch.Size, params: P.Params, device: torch.device | str
 ) -> Tensor:
-    """Room for the hidden states between two slices, of this rank's tokens [B, T]: [B, T, D], or with tp [1, n, D].
+    """An empty tensor for the hidden states between two slices: [B, T, D], or with tp [1, n, D].
 
-    Their dtype is the embedding's once it is gathered.
+    tokens: [B, T], the shape of this rank's tokens. The dtype is that of the gathered embedding.
     """
     tp = layout.axes.tp.size
     shape = tokens if tp == 1 else (1, tokens.numel() // tp)

@@ -1,5 +1,5 @@
-"""The model as a pure function: tokens, and features of images in their places, through embedding, blocks, final norm
-and head.
+"""The model as a pure function: embedding (with image features in place of their placeholders), blocks, final norm,
+head.
 
 B batch · T sequence · D hidden · V vocabulary · L layers
 """
@@ -35,7 +35,7 @@ from sharding.tensor import embedding
 class ModelOutput(NamedTuple):
     """logits [B, T, V] in the parameters' dtype; hidden [B, T, D] after the final norm.
 
-    router: what the routers did, with a leading axis of sparse layers; None for a dense model.
+    router: the routers' statistics, with a leading axis of sparse layers; None for a dense model.
     """
 
     logits: Tensor
@@ -56,16 +56,17 @@ def apply(
     """Logits for a batch.
 
     Args:
-      params: as qwen3f.params.init_params gives them. Their dtype is the compute dtype. A stacked leaf may also come
-        as a tuple of its layers.
-      batch: "tokens" int64 [B, T]; optional "positions" int64 [B, T] (default 0 … T−1) and "segments" int32 [B, T]
-        (default: one document a row; 0 is padding) and "real" bool [B, T] (default: segments != 0), False for what
-        routers are not to count. With a vision tower also "pixel_values" [B, P, values], "grids" [B, n, 3] and, made
-        if absent, "visual_index" [B, T] and "positions" [B, 3, T] (contracts.md); without "pixel_values" placeholders
-        are words, as in transformers. Other keys are ignored.
+      params: as from qwen3f.params.init_params. Their dtype is the compute dtype. A stacked leaf may also be a tuple of
+        its layers.
+      batch: "tokens" int64 [B, T]. Optional: "positions" int64 [B, T] (default 0 … T−1); "segments" int32 [B, T], the
+        number of the token's document, 0 for padding (default: one document per row); "real" bool [B, T], False for
+        tokens that routers do not count (default: segments != 0). With a vision tower also "pixel_values"
+        [B, P, values] and "grids" [B, n, 3] (patches of each image in time, height and width); "visual_index" [B, T]
+        and "positions" [B, 3, T] are computed if absent. Without "pixel_values", placeholders of images are ordinary
+        tokens, as in transformers. Other keys are ignored.
       dropout_stream: int64 scalar tensor; attention_dropout applies exactly when it is given.
-    Raises UserError for images without a tower, for placeholders that are not as many as their features, and as
-    with_places, IndexError (CPU) for a token beyond the vocabulary.
+    Raises UserError for images without a tower, if the number of placeholders differs from that of the features, and as
+    with_places; IndexError (CPU) for a token beyond the vocabulary.
     """
     run = make_forward(cfg, execution, dropout=dropout_stream is not None)
     hidden, stats = run(params, with_places(batch, cfg), dropout_stream)
@@ -77,12 +78,12 @@ def make_forward(
 ) -> Forward:
     """forward(params, batch, dropout_stream=None) -> (hidden, router), as in ModelOutput.
 
-    On a mesh, params are this rank's shards, except that embedding, final norm and head must have gone through
-    `make_outer`; hidden is this rank's part of the sequence, and what routers did is the rank's.
+    On a mesh, params are this rank's shards, but embedding, final norm and head must first go through `make_outer`.
+    hidden is this rank's part of the sequence, and the statistics are this rank's.
 
-    Skeletons are built here, once, since that cannot happen inside a compiled step. dropout: whether the function will
-    be called with a dropout_stream; attention with dropout runs the reference formula. Arguments as in `apply`. Raises
-    UserError for dropout by model.INVARIANT.
+    Skeletons are built here, once, because modules can't be built inside a compiled step. dropout: whether the function
+    will be called with a dropout_stream; attention then uses the reference formula. Arguments of the function as in
+    `apply`. Raises UserError for dropout with model.INVARIANT.
     """
     if dropout and cfg.attention_dropout:
         refuse_dropout(cfg, execution)
@@ -103,9 +104,9 @@ def make_forward(
 def make_sight(
     cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVICE
 ) -> Callable[[P.Params, Mapping[str, Tensor]], Visual | None]:
-    """see(params, batch) -> what the tower says of the batch's images, and where it goes; None without images.
+    """see(params, batch) -> the vision tower's features of the batch's images, and their places; None without images.
 
-    The batch needs "visual_index" beside them (contracts.md). Params as for make_forward's function.
+    The batch needs "visual_index" too (with_places adds it). Params as for make_forward's function.
     """
     tower = make_tower(cfg, execution.attention, execution.compile, layout) if cfg.vision_enabled else None
 
@@ -113,7 +114,10 @@ def make_sight(
         if "pixel_values" not in batch:
             return None
         if tower is None:
-            raise UserError("the batch has images, but the model no vision tower: model.vision_enabled is False")
+            raise UserError(
+                "the batch has images, but the model has no vision tower (config.model.vision_enabled=False); use a "
+                "model with one, or leave out pixel_values"
+            )
         if execution.invariant:
             raise UserError("model.INVARIANT is for batches without images; use another execution")
         features = tower(params, batch["pixel_values"], batch["grids"])
@@ -123,24 +127,27 @@ def make_sight(
 
 
 def with_places(batch: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """A batch of images with what it may lack: visual_index and the positions.
+    """The batch; if it has images, with visual_index and positions added where they are absent.
 
-    Raises UserError as position_ids, for images without grids, for a row with fewer patches than its grids name, and
+    Raises UserError as position_ids, for images without grids, for a row with fewer patches than its grids need, and
     for patches of another size than the model's.
     """
     if "pixel_values" not in batch:
         return dict(batch)
     if "grids" not in batch:
-        raise UserError("the batch has pixel_values and no grids; give t, h, w in patches of each image, [B, n, 3]")
+        raise UserError(
+            "the batch has pixel_values but no grids; add grids [B, n, 3]: time, height and width of each image, in "
+            "patches"
+        )
     tokens, grids, values = batch["tokens"], batch["grids"], batch["pixel_values"].shape[-1]
     check_counts(tokens, grids, cfg)
     check_patches(grids, batch["pixel_values"])
     if values != cfg.vision_patch_values:
         raise UserError(
-            f"pixel_values holds patches of {values} values, and the model takes {cfg.vision_patch_values}; make them "
-            "with its own config (image_patches)"
+            f"pixel_values holds patches of {values} values, but the model takes {cfg.vision_patch_values}; make the "
+            "patches with the model's own config (image_patches)"
         )
-    if not batch["pixel_values"].shape[1]:  # room for no patch: kernels need one
+    if not batch["pixel_values"].shape[1]:  # no patches; kernels need at least one
         return {key: x for key, x in batch.items() if key != "pixel_values"}
     made = {"visual_index": visual_index(tokens, cfg)}
     if "positions" not in batch:
@@ -149,14 +156,14 @@ def with_places(batch: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tens
 
 
 def positions_of(batch: Mapping[str, Tensor]) -> Tensor:
-    """int64 [B, T] or [B, 3, T]; 0 … T−1 where the batch has none."""
+    """The batch's positions, int64 [B, T] or [B, 3, T]; 0 … T−1 if it has none."""
     tokens = batch["tokens"]
     positions = batch.get("positions")
     return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape) if positions is None else positions
 
 
 def real_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """bool [B, T], False for padding; None if the batch tells nothing of padding."""
+    """bool [B, T], False for padding; None if the batch has neither "real" nor "segments"."""
     if "real" in batch:
         return batch["real"]
     return batch["segments"] != 0 if "segments" in batch else None
@@ -165,9 +172,9 @@ def real_tokens(batch: Mapping[str, Tensor]) -> Tensor | None:
 def make_body(cfg: ModelConfig, execution: Execution, layout: Layout = ONE_DEVICE) -> Forward:
     """body(params, tokens, positions, masks, real, dropout_stream=None, visual=None) -> as make_forward's function.
 
-    tokens: [B, T]. positions: [B, T] or [B, 3, T]. masks: what each layer's attention may see; an AttentionMask, or a
-    PagedLayer that also holds the layer's earlier keys and values (qwen3f.model.cached). real: bool [B, T] or None, as
-    real_tokens gives it. visual: as make_sight's function gives it.
+    tokens: [B, T]. positions: [B, T] or [B, 3, T]. masks: one per layer: an AttentionMask, or a PagedLayer, which also
+    holds the layer's earlier keys and values (qwen3f.model.cached). real: bool [B, T] or None, from real_tokens.
+    visual: from make_sight's function.
     """
     ahead = _weights_ahead(cfg, execution, layout)
     kinds = {cfg.is_sparse(layer) for layer in range(cfg.num_hidden_layers)}
@@ -196,17 +203,17 @@ Inject = Callable[[int, Tensor], Tensor]
 
 
 def enter(x: Tensor, visual: Visual | None) -> tuple[Tensor, Inject | None]:
-    """(embedded tokens with features in their places, what run_layers is to inject)."""
+    """(embedded tokens with the images' features at their places, the `inject` function for run_layers)."""
     if visual is None:
         return x, None
     return splice(x, visual), lambda layer, hidden: inject(hidden, visual, layer)
 
 
 class LayerInputs(NamedTuple):
-    """What all layers of a forward pass are given.
+    """The inputs of a forward pass that all layers share.
 
-    cos, sin: as rope_tables gives them. masks: by layer, see make_body. real: bool [B, T] or None, for routers.
-    dropout_stream: int64 scalar or None.
+    cos, sin: from rope_tables. masks: one per layer, see make_body. real: bool [B, T] or None, for routers.
+    dropout_stream: int64 scalar tensor or None.
     """
 
     cos: Tensor
@@ -226,14 +233,14 @@ def run_layers(
     ahead: GatherAhead | None = None,
     inject: Inject | None = None,
 ) -> tuple[Tensor, RouterStats | None]:
-    """(hidden states after the last of `layers`, what their routers did): the body of a model, or of a slice of it.
+    """Run the layers of a model, or of a slice of it: (hidden states after the last layer, the routers' statistics).
 
     Args:
-      blocks: by kind, sparse or not, as block_fn makes them.
-      layers: the model's number of each layer -> its parameters, in order.
+      blocks: {whether sparse: block function from block_fn}.
+      layers: number of each layer in the model -> its parameters, in order.
       x: hidden states, [B, T, D] or this rank's part of them (sharding.tensor.own_tokens).
-      ahead: gathers a layer's weights while the one before is computed.
-      inject: inject(layer, hidden states behind it) -> what the next layer gets in their place.
+      ahead: gathers a layer's weights while the one before is computed; None: block functions gather them.
+      inject: (layer, its output) -> the hidden states for the next layer.
     """
     routed: list[list[Tensor]] = []
     weights = ahead.begin([*layers.values()]) if ahead else [*layers.values()]
@@ -256,9 +263,10 @@ def run_layers(
 
 
 def _weights_ahead(cfg: ModelConfig, execution: Execution, layout: Layout) -> GatherAhead | None:
-    """How a layer's weights are gathered while the one before is computed; None if the block itself gathers them.
+    """A GatherAhead that gathers a layer's weights while the one before is computed; None if the block gathers them.
 
-    It does where it is recomputed, to gather them again, and inside one graph of the step, whose compiler orders it.
+    The block gathers them under recomputation, which has to gather them again, and with compile="step", because the
+    compiler then orders the gathers.
     """
     if not gathers_ahead(cfg, execution):
         return None
@@ -266,31 +274,31 @@ def _weights_ahead(cfg: ModelConfig, execution: Execution, layout: Layout) -> Ga
 
 
 def gathers_ahead(cfg: ModelConfig, execution: Execution) -> bool:
-    """Whether FSDP's weights of a layer travel while the one before is computed. A pipeline's stages never do it."""
+    """Whether a layer's weights are gathered while the one before is computed. In a pipeline they never are."""
     return cfg.gradient_checkpointing == "none" and execution.compile != "step"
 
 
 def make_outer(cfg: ModelConfig, layout: Layout) -> Callable[[P.Params], P.Params]:
-    """A function that makes embedding, final norm and head whole where FSDP has cut them; stacks stay cut."""
+    """A function that gathers embedding, vision tower, final norm and head where FSDP has cut them; stacks stay cut."""
     return make_gather(layout.place(cfg), layout.axes, stack="", dtype=layout.gather_dtype)
 
 
 def head_weight(cfg: ModelConfig, params: P.Params) -> Tensor:
-    """[V, D]; of a model with a scalar head [1, D]."""
+    """The head's weight [V, D]; for a model with a scalar head [1, D]."""
     return params[P.head_path(cfg)]
 
 
 def layer_stacks(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """path -> the layer of each row, for every parameter of the transformer's blocks."""
+    """path of a stack -> the layer in each of its rows, for all parameters of the transformer's blocks."""
     return {path: spec.layers for path, spec in P.abstract_params(cfg).items() if spec.stack == P.LAYERS}
 
 
 def unstack_layers(params: P.Params, stacks: Mapping[str, tuple[int, ...]]) -> dict[int, P.Params]:
-    """layer -> its parameters, names relative to the block; `stacks` as layer_stacks gives it.
+    """layer -> its parameters, with names relative to the block. stacks: from layer_stacks.
 
-    Raises KeyError for a stack that params lack or the model does not have, ValueError for one of another height.
+    Raises KeyError for a stack that is missing or that the model does not have, ValueError for a wrong number of rows.
 
-    One unbind a leaf: indexing a stack layer by layer makes its backward write zeros of the whole stack every time.
+    It uses one unbind per stack: the backward pass of indexing would write a whole stack of zeros for every layer.
     """
     if unknown := [path for path in params if path.startswith(P.LAYERS) and path not in stacks]:
         raise KeyError(unknown[0])

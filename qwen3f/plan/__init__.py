@@ -1,4 +1,5 @@
-"""What a mesh would do, by arithmetic alone: placements, memory, collectives, pipeline and time of a step.
+"""Predicts what a mesh would do, by arithmetic alone: placements, memory, collectives, pipeline and time of a step.
 
-`make` is pure: a Case in, a MeshPlan out; no device, no tensor. Text and pictures are made of the MeshPlan elsewhere.
+`make.make` is a pure function from Case to MeshPlan, without devices or tensors. text.py and picture.py render a
+MeshPlan.
 """

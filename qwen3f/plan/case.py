@@ -1,4 +1,4 @@
-"""What a plan is made for: model, mesh, batch and policies, checked; and the sizes that one rank sees of them."""
+"""The input of a plan: model, mesh, batch and policies, checked; and the resulting sizes on one rank."""
 
 import dataclasses
 
@@ -22,13 +22,14 @@ ONE_F_ONE_B = Pipeline()
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """batch_size: rows of a step over all ranks. automatic: microbatches follow from the rest (config.microbatches=0),
-    so a case with other policies has its own. compute: the dtype of forward and backward. fsdp: whether weights are cut
-    over dp, ep and cp; reduce: what their gradients are summed in, "compute" or "float32"; reshard: whether selective
-    recomputation gathers them again (sharding.layout). pipeline and execution matter where pp > 1. reference: whether
-    frozen weights, as many as the model's, lie beside them. of_answers: whether a stage makes the rows of what the
-    model answers; batch_size is then the most that an update can have. Raises UserError for what does not divide or
-    cannot run together.
+    """What to plan. Raises UserError for sizes that do not divide, and for settings that cannot run together.
+
+    batch_size: rows of a step over all ranks. automatic: microbatches was chosen (config.microbatches=0), so that it is
+    chosen anew for a case with other policies. compute: the dtype of forward and backward pass. fsdp: whether weights
+    are cut over dp, ep and cp; reduce: the dtype in which their gradients are summed, "compute" or "float32"; reshard:
+    whether selective recomputation gathers them again (sharding.layout). reference: whether a frozen reference model of
+    the same size is in memory too. of_answers: the stage makes rows from the model's answers; batch_size is then the
+    largest number that an update can have.
     """
 
     model: ModelConfig
@@ -60,7 +61,7 @@ class Case:
 
     @property
     def cut(self) -> Slices:
-        """Where the layers are."""
+        """Which stage and rank holds which layers."""
         return make_slices(self.model, self.pipeline, self.mesh.pp)
 
     def layers_on(self, rank: int) -> tuple[int, ...]:
@@ -93,7 +94,7 @@ class Case:
 
     @property
     def tokens_tp(self) -> int:
-        """Tokens whose residual stream a rank holds: tp cuts the sequence between products."""
+        """Tokens of the residual stream on a rank: between matrix products tp cuts the tokens (sharding.tensor)."""
         return self.tokens // self.mesh.tp
 
     @property
@@ -114,7 +115,7 @@ class Case:
 
     @property
     def expert_rows(self) -> int:
-        """Rows that a rank's experts take, if routing is even."""
+        """Rows that a rank's experts compute, if routing is even."""
         return self.tokens * self.model.num_experts_per_tok
 
     @property
@@ -132,7 +133,7 @@ def make_case(
     hardware: Hardware,
     microbatches: int,
 ) -> Case:
-    """The Case of a configuration and what setup and plan have read from it; microbatches: as resolved, at least 1."""
+    """The Case of a configuration. The other arguments are objects already made from it; microbatches: at least 1."""
     return Case(
         model=cfg,
         mesh=layout.axes.shape,
@@ -153,6 +154,6 @@ def make_case(
 
 
 def _holds_reference(config: ConfigDict) -> bool:
-    """Whether a run of the stage keeps a reference's weights: dpo, unless by files; grpo, for its KL."""
+    """Whether the stage keeps a reference model in memory: dpo, unless log-probabilities are cached; grpo with a KL."""
     of_dpo = "dpo" in config and config.dpo.get("reference_log_probs", "live") == "live"
     return of_dpo or ("grpo" in config and config.grpo.kl_coef > 0)

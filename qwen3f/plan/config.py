@@ -1,4 +1,4 @@
-"""From a configuration to the Case that is planned: as setup reads it, but of cards that need not be here."""
+"""From a configuration to the Case that is planned, for cards that this machine need not have."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from qwen3f.train.setup import setup_on
 
 
 def from_config(config: ConfigDict) -> Case:
-    """Raises UserError, naming key and value, for what make_setup refuses on any device."""
+    """The Case of a configuration. Raises UserError, with key and value, for whatever make_setup refuses."""
     check(config)
     hardware = find_hardware(config.hardware)
     setup = setup_on(config, torch.device("cuda"), hardware)
@@ -24,7 +24,8 @@ def from_config(config: ConfigDict) -> Case:
 
 
 def _of_answers(config: ConfigDict, case: Case) -> Case:
-    """An update of grpo, whose rows are made of answers: a row each is the most that there can be."""
+    """The case of one update of grpo. Its rows are packed from answers; planned is the largest number of rows, one per
+    answer."""
     rows, ranks = config.rollout.microbatch_rows, case.mesh.dr * case.mesh.dp * case.mesh.ep
     most = math.ceil(config.batch_size * config.rollout.samples / (config.updates * rows * ranks))
     parts = case.microbatches * min(math.ceil(most / case.microbatches), MOST_MICROBATCHES // case.microbatches)
@@ -34,12 +35,12 @@ def _of_answers(config: ConfigDict, case: Case) -> Case:
 
 
 def find_hardware(text: str) -> Hardware:
-    """What config.hardware names; `auto` is this machine's card, without one an H100. UserError for a card of unknown
-    rates."""
+    """The Hardware that config.hardware names. `auto` is this machine's card, or an H100 if it has none. UserError if
+    that card's rates are not known."""
     hardware = parse_hardware(text, this_card() or TABLE["h100"])
     if hardware.name not in TABLE:
         raise UserError(
-            f"config.hardware={text}: of this machine's {hardware.name} no rates are known; write a card that is, "
-            f"{' or '.join(TABLE)}, or with other numbers, as h100,peak=312e12,products=250e12,memory=79e9"
+            f"config.hardware={text}: the rates of this machine's card, {hardware.name}, are not known; write "
+            f"{' or '.join(TABLE)}, or one with changed numbers, e.g. h100,peak=312e12,products=250e12,memory=79e9"
         )
     return hardware

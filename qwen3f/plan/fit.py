@@ -1,11 +1,12 @@
-"""What to change so that a run fits: the smallest change of its configuration that does, found by planning others.
+"""Finds the smallest change of a configuration with which the run fits, by planning changed configurations.
 
-Which of two changes is the smaller, the first of these that tells them apart:
+Changes are compared by these criteria, in this order:
 
-1. the same devices, before twice, four times … as many of them, as dp, tp or pp; another card stands beside those;
-2. fewer keys beside that;
-3. what comes first in `_SETTINGS`: what costs least time first, and what changes rounding last;
-4. of meshes: the one whose step is the fastest, by the plan.
+1. The number of devices: the same, twice, four times … as many, added to dp, tp or pp. A change to cards with more
+   memory is reported in addition to one with more devices.
+2. The number of other keys that change; fewer are better.
+3. The order in `_SETTINGS`: settings that cost the least time come first, those that change rounding last.
+4. For meshes: the planned step time.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from sharding.mesh import MeshShape
 
 Values = tuple[tuple[str, object], ...]  # (key of the configuration, value)
 
-# Of one key no two are tried together. Values that a configuration has already are left out.
+# A change has at most one value of each key. Values that the configuration already has are left out.
 _SETTINGS: Values = (
     ("microbatches", 0),
     ("fsdp.enabled", True),
@@ -37,12 +38,12 @@ _SETTINGS: Values = (
     ("fsdp.reduce", "compute"),
     ("dtype", "bfloat16"),
 )
-_FACTORS = tuple(2**n for n in range(1, 7))  # of the devices
+_FACTORS = tuple(2**n for n in range(1, 7))  # times as many devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """values: what to write. case: with them. peak: its fullest rank's bytes."""
+    """values: the keys to set. case: the resulting Case. peak: peak memory of its fullest rank, in bytes."""
 
     values: Values
     case: Case
@@ -54,15 +55,17 @@ class Change:
 
 
 def smallest_changes(config: ConfigDict) -> tuple[Change, ...]:
-    """The smallest change with which a configuration that does not fit does. Where the same devices can't do it: that
-    to more of them, and beside it that to cards with more memory, if there are such. None where nothing tried fits.
+    """The smallest change with which the configuration fits, as a tuple of one.
+
+    If no change on the same devices fits, it returns up to two: the smallest one with more devices, and the smallest
+    one with cards of more memory. The tuple is empty if nothing that is tried fits.
     """
     settings = list(_combined(config))
     for values in settings[1:]:
         if (change := _fitting(config, values)) is not None:
             return (change,)
     own = from_config(config)
-    fewest = _state(own) / room(own.hardware)  # devices, for the state alone
+    fewest = _state(own) / room(own.hardware)  # lower bound for the number of devices: the state must fit
     factors = [factor for factor in _FACTORS if factor * own.mesh.size >= fewest]
     more = (_fastest(config, factor, own.hardware.node, values) for factor in factors for values in settings)
     cards = (_fitting(config, (*card, *values)) for values in settings for card in _cards(config, own.hardware))
@@ -71,13 +74,13 @@ def smallest_changes(config: ConfigDict) -> tuple[Change, ...]:
 
 
 def _state(own: Case) -> float:
-    """Bytes of the whole state, once: the fewest that another dtype leaves of it."""
+    """Bytes of one copy of the whole state, in float32 (a change may set the dtype to bfloat16)."""
     alone = dataclasses.replace(own, mesh=MeshShape())
     return sum(state_bytes(alone, leaves(alone))) * torch.float32.itemsize / own.master
 
 
 def _fitting(config: ConfigDict, values: Values) -> Change | None:
-    """The change of these values, if the configuration then fits; None too where it could not run."""
+    """The change that sets these values; None if the configuration then does not fit or cannot run."""
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict(dict(values))
     try:
@@ -89,7 +92,7 @@ def _fitting(config: ConfigDict, values: Values) -> Change | None:
 
 
 def _combined(config: ConfigDict) -> Iterator[Values]:
-    """No settings, one, two …, of each number in their order."""
+    """All combinations of settings: none, single ones, pairs, …; those of one size in the order of _SETTINGS."""
     there = config.to_dict()
     open_ = [(key, value) for key, value in _SETTINGS if _differs(there, key, value)]
     for count in range(len({key for key, _ in open_}) + 1):
@@ -109,15 +112,15 @@ def _differs(there: dict, key: str, value: object) -> bool:
 
 
 def _fastest(config: ConfigDict, factor: int, node: int, values: Values) -> Change | None:
-    """The change to so many times the devices, with these values too, whose step is the fastest of those that fit."""
+    """Among changes to `factor` times the devices (and these values) that fit, the one with the fastest step."""
     changes = (_fitting(config, (("mesh", mesh), *values)) for mesh in _larger(config, factor, node))
     there = [change for change in changes if change is not None]
     return min(there, key=lambda change: make(change.case).time.step, default=None)
 
 
 def _larger(config: ConfigDict, factor: int, node: int) -> Iterator[str]:
-    """config.mesh with so many times the devices, a power of two, as dp, tp and pp in every way that leaves tp within a
-    node."""
+    """Meshes with `factor` (a power of two) times the devices: dp, tp and pp are doubled in every way that keeps tp
+    within a node."""
     sizes = {axis: int(size) for axis, size in re.findall(r"([a-z]+)(\d+)", config.mesh)}
     for doubled in itertools.combinations_with_replacement(("dp", "tp", "pp"), factor.bit_length() - 1):
         larger = dict(sizes)
@@ -128,7 +131,7 @@ def _larger(config: ConfigDict, factor: int, node: int) -> Iterator[str]:
 
 
 def _cards(config: ConfigDict, own: Hardware) -> Iterable[Values]:
-    """Cards with more memory than the configuration's own, with the numbers that it changes, but the memory's."""
+    """config.hardware for the cards with more memory; other numbers that the configuration changes are kept."""
     _, *changed = (part.strip() for part in config.hardware.split(","))
     kept = [part for part in changed if not part.startswith("memory")]
     rows = sorted(TABLE.values(), key=lambda row: row.memory)

@@ -1,4 +1,4 @@
-"""What a plan knows of the devices: rates, memory and how they are joined."""
+"""A plan's data about devices: rates, memory and how they are connected."""
 
 import dataclasses
 import difflib
@@ -12,13 +12,14 @@ from qwen3f.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """One kind of device. Rates are a device's, in FLOP/s or bytes/s, at what large operators reach in practice.
+    """One kind of device. Rates are per device, in FLOP/s or bytes/s, as large operators reach them in practice.
 
-    peak: dense bf16 of the datasheet, which MFU is counted against. products: matrix products; grouped: those of
-    experts. attention_forward, attention_backward: causal attention, of the 2 and the 5 products it needs, the mask's
-    half left out. copy: memory, read plus written. memory: nominal, in bytes: what torch finds on a card of that name,
-    never what is free on one. node: devices that links join. link, network: what a device sends to others of its node,
-    and beyond it, in collectives. latency: seconds a collective takes beside its bytes.
+    peak: dense bf16 rate of the datasheet; MFU is relative to it. products: rate of matrix products. grouped: of the
+    experts' grouped products. attention_forward, attention_backward: of causal attention, counting its 2 and 5 matrix
+    products without the masked half. copy: memory bandwidth, bytes read plus written. memory: total bytes that torch
+    reports for a card of that name (not the free ones). node: devices that fast links connect. link, network: what a
+    device sends in collectives to devices of its node, and to other nodes. latency: seconds that a collective takes in
+    addition to the time for its bytes.
     """
 
     name: str
@@ -37,9 +38,9 @@ class Hardware:
 
 # H100 SXM5 80GB. peak: NVIDIA's datasheet. Measured on one such card (torch 2.11, Triton 3.6): products 690 to 800
 # TFLOP/s, copy 3.0 TB/s, cuDNN's causal attention 544 and 428 TFLOP/s (H16 KV8 d128, T 4,096, B4), experts 14.8 TFLOP
-# in 33.8 ms (30B-A3B, 4 layers, B4 T 4,096, forward and backward). memory: what torch finds. link: NCCL's gather and
-# scatter between two H200s of a host, of 34 MB a rank, as tp has them (208 and 201 GB/s; an all-to-all of 268 MB 290).
-# Not measured, assumed: network at 0.8 of DGX H100's 400 Gb/s a GPU; latency.
+# in 33.8 ms (30B-A3B, 4 layers, B4 T 4,096, forward and backward). memory: as torch reports it. link: NCCL's gather and
+# scatter of 34 MB per rank between two H200s of a host, as in tp (208 and 201 GB/s; an all-to-all of 268 MB: 290).
+# Assumed, not measured: network, 0.8 of a DGX H100's 400 Gb/s per GPU; latency.
 _H100 = Hardware(
     name="h100",
     peak=989e12,
@@ -54,25 +55,26 @@ _H100 = Hardware(
     network=0.8 * 50e9,
     latency=15e-6,
 )
-# H200 SXM: the H100's processor with other memory (datasheet: 141 GB, 4.8 TB/s, of which the H100's share is assumed).
+# H200 SXM: the H100's processor with other memory (datasheet: 141 GB, 4.8 TB/s). copy is assumed, not measured: about
+# the same fraction of the datasheet's rate as on the H100.
 _H200 = dataclasses.replace(_H100, name="h200", copy=4.3e12, memory=139.7 * 2**30)
 
 TABLE: dict[str, Hardware] = {hardware.name: hardware for hardware in (_H100, _H200)}
-_NAMES = ((r"NVIDIA H100 80GB HBM3", "h100"), (r"NVIDIA H200", "h200"))  # of cards, as CUDA gives them; no MIG slice
+_NAMES = ((r"NVIDIA H100 80GB HBM3", "h100"), (r"NVIDIA H200", "h200"))  # (name that CUDA reports, row); no MIG slices
 
 
 def card(name: str, memory: int) -> Hardware:
-    """The card that CUDA gives this name and so many bytes: a row of the table, or one with the card's own name.
+    """The Hardware for a card with the name and the bytes of memory that CUDA reports.
 
-    That one's memory is rounded down to whole GiB, since drivers differ in a little of it; its rates are the H100's, so
-    only its memory is of use.
+    For an unknown card it has that name, the H100's rates (so only its memory is meaningful), and the memory rounded
+    down to whole GiB, because it differs slightly between drivers.
     """
     row = next((row for pattern, row in _NAMES if re.fullmatch(pattern, name)), None)
     return TABLE[row] if row else dataclasses.replace(_H100, name=name, memory=float(memory >> 30 << 30))
 
 
 def this_card() -> Hardware | None:
-    """That of the current CUDA device; None where there is none."""
+    """The Hardware of the current CUDA device; None without one."""
     if not torch.cuda.is_available():
         return None
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -80,9 +82,8 @@ def this_card() -> Hardware | None:
 
 
 def parse_hardware(text: str, auto: Hardware = _H100) -> Hardware:
-    """`h100`, or a row of the table with other numbers: `h100,node=4,link=2e11`; `auto` is the row given.
-
-    Raises UserError, naming the part.
+    """Parse `h100`, or a row of the table with changed numbers: `h100,node=4,link=2e11`. The name `auto` stands for the
+    argument `auto`. Raises UserError, with the wrong part.
     """
     name, *changes = (part.strip() for part in text.split(","))
     if name != "auto" and name not in TABLE:

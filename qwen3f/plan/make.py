@@ -1,4 +1,4 @@
-"""The plan of one mesh: everything there is to say about a step, as one frozen record."""
+"""Makes the plan of one mesh: all predictions about a step, as one frozen record."""
 
 import dataclasses
 
@@ -13,14 +13,16 @@ from qwen3f.train.metrics import flops_per_token
 from qwen3f.train.microbatches import choose_for
 from sharding.pipeline.cut import heights
 
-WORTH_TELLING = 0.02  # share of a step that another cut saves, below which the model's own error is larger
+WORTH_TELLING = 0.02  # suggest another cut only if it saves this share of a step; the plan's own error is about that
 
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """Seconds of a step. compute: the busiest rank's work in forward and backward; exposed: its collectives that
-    nothing hides; waiting: its bubble; update: the optimizer and what else happens once a step. mfu: model FLOPs (those
-    of qwen3f.train.metrics) over the datasheet's peak of all devices.
+    """Seconds of a step, on the busiest rank.
+
+    compute: forward and backward pass. exposed: collectives that do not overlap with computation. waiting: the
+    pipeline's bubble. update: the optimizer and everything else that happens once a step. mfu: model FLOPs (as in
+    qwen3f.train.metrics) / (step · peak FLOP/s of all devices, from the datasheet).
     """
 
     step: float
@@ -34,9 +36,11 @@ class Time:
 
 @dataclasses.dataclass(frozen=True)
 class MeshPlan:
-    """memory: a rank's, by pipeline rank. stages: seconds of one micro-batch on each, forward and backward, with the
-    collectives that nothing hides. ideal_bubble: the papers' formula, for equal stages; timeline.bubble: this model's,
-    whose stages are not equal.
+    """A plan.
+
+    memory: one entry per rank of pp. stages: for each stage, seconds of one micro-batch, forward and backward, with
+    exposed collectives. ideal_bubble: share of time by the papers' formula, for equal stages. timeline.bubble: the
+    share for this model, whose stages are not equal.
     """
 
     setup: Case
@@ -50,17 +54,17 @@ class MeshPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether a run has room for it on every rank."""
+        """Whether a run's peak memory fits on every rank."""
         return self.peak <= room(self.setup.hardware)
 
     @property
     def peak(self) -> int:
-        """Bytes of the fullest rank at its fullest."""
+        """Peak memory of the fullest rank, in bytes."""
         return max(rank.peak for rank in self.memory)
 
 
 def make(setup: Case) -> MeshPlan:
-    """Pure arithmetic. Raises UserError, in one line, for a mesh on which the model cannot be placed."""
+    """The plan of a Case, by pure arithmetic. Raises UserError for a mesh on which the model cannot be placed."""
     table = leaves(setup)
     lines = collectives(setup, table)
     schedule = (
@@ -88,20 +92,21 @@ def make(setup: Case) -> MeshPlan:
 
 
 def by_policy(setup: Case) -> dict[str, MeshPlan]:
-    """gradient_checkpointing -> the plan with that policy, for those that can run; where micro-batches are chosen, with
-    those that are chosen for it.
+    """gradient_checkpointing -> the plan with that policy, for policies that can run.
+
+    If the number of micro-batches was chosen automatically, it is chosen anew for every policy.
     """
     cases = {}
     for policy in REMAT_POLICIES:
         try:
             cases[policy] = dataclasses.replace(setup, model=setup.model.replace(gradient_checkpointing=policy))
-        except UserError:  # by the pipeline's schedule, or as one graph
+        except UserError:  # the policy can't run with this pipeline schedule or compilation mode
             continue
     return {policy: make(choose_for(case) if case.automatic else case) for policy, case in cases.items()}
 
 
 def faster_cut(plan: MeshPlan) -> MeshPlan | None:
-    """The fastest plan that fits with another config.pipeline.layers; None unless that is worth telling."""
+    """The fastest plan that fits, with another config.pipeline.layers; None if it saves less than WORTH_TELLING."""
     if plan.setup.mesh.pp == 1:
         return None
     others = []
@@ -109,7 +114,7 @@ def faster_cut(plan: MeshPlan) -> MeshPlan | None:
         pipeline = dataclasses.replace(plan.setup.pipeline, layers=layers)
         try:
             others.append(make(dataclasses.replace(plan.setup, pipeline=pipeline)))
-        except UserError:  # its stages would have unequal numbers of dense layers and sparse ones
+        except UserError:  # stages with unequal numbers of dense or sparse layers
             continue
     best = min((other for other in others if other.fits), key=lambda other: other.time.step, default=plan)
     return best if best.time.step <= plan.time.step * (1 - WORTH_TELLING) else None
@@ -117,7 +122,7 @@ def faster_cut(plan: MeshPlan) -> MeshPlan | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Stage:
-    """Seconds of one micro-batch on one stage; exposed is the part of all three that is waiting for collectives."""
+    """Seconds of one micro-batch on one stage. exposed: the part of the other three that waits for collectives."""
 
     forward: float
     backward_input: float
@@ -130,9 +135,9 @@ class _Stage:
 
 
 def _stage(setup: Case, lines: tuple[Collective, ...], stage: int) -> _Stage:
-    """Layers of the stage, with the embedding on the first and the head on the last.
+    """The times of a stage: its layers, on the first stage also the embedding, on the last also the head.
 
-    What overlaps computation costs what it takes longer than that; the rest adds to it.
+    Collectives that overlap with computation cost only the time by which they exceed it; the others cost all of theirs.
     """
     hardware, layers = setup.hardware, setup.cut.layers_of(stage)
     parts, here = [work.layer(setup, setup.model.is_sparse(layer)) for layer in layers], {"layer"}

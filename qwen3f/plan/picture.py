@@ -1,4 +1,4 @@
-"""A MeshPlan as pictures: who is where on the mesh, and when the pipeline does what. PNG, by Pillow."""
+"""A MeshPlan as PNG pictures: the ranks' places on the mesh, and the pipeline's timeline."""
 
 import io
 import math
@@ -17,13 +17,13 @@ _KINDS = {
     "I": ("backward, inputs", (116, 178, 105)),
     "W": ("backward, weights", (235, 171, 92)),
 }
-# Neighbouring nodes differ; so do devices beside each other, by a lighter shade of every second.
+# Colours of nodes, in turn. Every second device of a node has a lighter shade.
 _NODES = [(91, 143, 217), (235, 171, 92), (116, 178, 105), (203, 110, 110), (148, 120, 190), (120, 180, 190)]
 _MOST_DEVICES = 4096
 
 
 def timeline_png(plan: MeshPlan) -> bytes:
-    """One row a pipeline rank, one box an action with its micro-batch; stages after the rank's first are darker."""
+    """One row per rank of pp, one box per action with its micro-batch; stages after a rank's first are darker."""
     row = 46
     ranks = plan.timeline.ranks
     image, draw = _page(_WIDTH, 2 * _MARGIN + 70 + row * len(ranks))
@@ -58,18 +58,18 @@ def _slot(draw: ImageDraw.ImageDraw, slot: Slot, ranks: int, x0: float, x1: floa
 
 
 def mesh_png(plan: MeshPlan) -> bytes:
-    """Every device as a square with its rank: a band a pipeline stage, a group of squares the ranks of tp.
+    """Every device is a square with its rank. A band is a rank of pp; adjacent squares are the ranks of tp.
 
-    Devices of one node have one colour. Of a mesh of more than 4,096 devices the first are drawn.
+    Devices of one node have one colour. Only the first 4,096 devices are drawn.
     """
     s, mesh = plan.setup, plan.setup.mesh
     drawn = min(mesh.size, _MOST_DEVICES)
-    groups = math.prod(getattr(mesh, axis) for axis in DATA)  # in a stage
+    groups = math.prod(getattr(mesh, axis) for axis in DATA)  # groups of tp per rank of pp
     cell = max(5, min(44, 20_000 // drawn))
     gap = max(2, cell // 5)
     group = mesh.tp * cell + gap
     a_line = max(1, min(groups, (_WIDTH - _LEFT - _MARGIN) // group))
-    nodes = s.hardware.node // math.gcd(s.hardware.node, mesh.tp)  # groups that fill whole nodes
+    nodes = s.hardware.node // math.gcd(s.hardware.node, mesh.tp)  # the fewest groups that fill whole nodes
     a_line -= a_line % nodes if a_line > nodes else 0
     band = math.ceil(groups / a_line) * (cell + gap) + 30
     bands = math.ceil(drawn / (groups * mesh.tp))

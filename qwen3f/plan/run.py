@@ -1,4 +1,4 @@
-"""`--config.plan=True`: print what the mesh would do, and draw it in the workdir; no device is needed or touched."""
+"""`--config.plan=True`: print the plan of the mesh, and draw it in the workdir; no device is needed or used."""
 
 from pathlib import Path
 
@@ -14,7 +14,10 @@ from qwen3f.plan.text import render
 
 
 def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
-    """Raises UserError, in one line, for a mesh on which the configuration cannot run; nothing is written then."""
+    """Print the plan of a configuration, and write its pictures to workdir/plan.
+
+    Raises UserError, before it writes anything, for a mesh on which the configuration cannot run.
+    """
     setup = from_config(config)
     policies = by_policy(setup)
     plan = policies[setup.model.gradient_checkpointing]

@@ -1,10 +1,10 @@
-"""Pipeline schedules as data: what each rank does in which order, when, and what of the time is a bubble.
+"""Pipeline schedules as data: each rank's actions in order, their times, and the bubble.
 
 The orders are those of torch.distributed.pipelining (Narayanan et al. 2021, arXiv:2104.04473, for 1f1b and interleaved;
-Qi et al. 2023, arXiv:2401.10241, and 2024, arXiv:2405.15362, for zero_bubble and zbv), which a test compares them with.
-Times come from walking through them with this model's durations, padding and head included.
+Qi et al. 2023, arXiv:2401.10241, and 2024, arXiv:2405.15362, for zero_bubble and zbv); a test compares them with torch.
+`simulate` computes times from the durations of the model's stages, which differ because of padding and the head.
 
-p ranks · v stages a rank, as sharding.pipeline.cut places them · m micro-batches
+p ranks · v stages per rank, as sharding.pipeline.cut places them · m micro-batches
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Action:
-    """One stage's work on one micro-batch. kind: F forward, B whole backward, I input's gradient, W weights'."""
+    """One stage's work on one micro-batch. kind: F forward, B whole backward, I gradient of the input, W of weights."""
 
     kind: str
     stage: int
@@ -32,7 +32,8 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """rank -> its slots in order. in_flight: per rank the most (stage, micro-batch) activations alive at once."""
+    """ranks: per rank its slots in order. in_flight: per rank the most activations (of one stage and micro-batch) in
+    memory at once."""
 
     ranks: tuple[tuple[Slot, ...], ...]
     in_flight: tuple[int, ...]
@@ -43,13 +44,13 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Share of all ranks' time in which they wait."""
+        """The share of all ranks' time that they spend waiting."""
         busy = sum(slot.end - slot.start for slots in self.ranks for slot in slots)
         return 1.0 - busy / (self.seconds * len(self.ranks)) if self.seconds else 0.0
 
 
 def orders(schedule: str, ranks: int, stages: int, microbatches: int) -> tuple[tuple[Action, ...], ...]:
-    """rank -> its actions in order. stages: a rank's. sharding.pipeline.schedule.check refuses what cannot run."""
+    """rank -> its actions in order. stages: per rank. sharding.pipeline.schedule.check refuses what cannot run."""
     if schedule == "1f1b":
         return tuple(_one_f_one_b(rank, ranks, microbatches) for rank in range(ranks))
     if schedule == "zbv":
@@ -70,8 +71,8 @@ def _one_f_one_b(rank: int, ranks: int, microbatches: int) -> tuple[Action, ...]
 def _interleaved(schedule: str, rank: int, ranks: int, stages: int, microbatches: int) -> tuple[Action, ...]:
     zero_bubble = schedule == "zero_bubble"
     total = stages * microbatches
-    group = microbatches // max(1, microbatches // ranks)  # micro-batches that pass through a stage in turn
-    hop = 1 if zero_bubble else 2  # more forwards ahead for each rank before the last
+    group = microbatches // max(1, microbatches // ranks)  # micro-batches that a stage runs before the next stage does
+    hop = 1 if zero_bubble else 2  # additional warm-up forwards per rank of distance from the last rank
     warm = min((stages - 1) * group + hop * (ranks - 1 - rank), total)
 
     def turn(count: int, backward: bool) -> tuple[int, int]:
@@ -84,7 +85,7 @@ def _interleaved(schedule: str, rank: int, ranks: int, stages: int, microbatches
     forwards = [Action("F", *turn(i, False)) for i in range(total)]
     backwards = [turn(i, True) for i in range(total)]
     out = forwards[:warm]
-    lag = rank  # zero bubble: weights' gradients come so many backwards later, and fill the end
+    lag = rank  # zero bubble: weights' gradients are computed this many backwards later, so they fill the end
     done = 0
     for i, at in enumerate(backwards):
         if warm + i < total:
@@ -97,8 +98,8 @@ def _interleaved(schedule: str, rank: int, ranks: int, stages: int, microbatches
 
 
 def _v_shaped(rank: int, ranks: int, microbatches: int) -> tuple[Action, ...]:
-    """Two stages a rank: on the way down the ranks, and on the way up again."""
-    steps = max(2 * ranks - 1, microbatches)  # the pattern needs as many; those beyond the last one fall out
+    """zbv: two stages per rank, one on the way down the ranks (0 to p − 1), one on the way back up."""
+    steps = max(2 * ranks - 1, microbatches)  # the pattern needs this many micro-batches; surplus ones are removed
     down, up, left = rank, 2 * ranks - 1 - rank, ranks - rank
     pattern = [("F", down)] * (2 * left - 1) + [("F", up), ("F", down)] * rank
     pattern += [("F", up), ("I", up), ("W", up)] * left
@@ -122,10 +123,10 @@ def simulate(
     backward_weight: Sequence[float],
     send: float = 0.0,
 ) -> Timeline:
-    """When each action runs: as soon as its rank is free and its input is there.
+    """The times of all actions: each starts as soon as its rank is free and its input has arrived.
 
-    forward, backward_input, backward_weight: stage -> seconds of one micro-batch; a whole backward takes both. send:
-    seconds from the end of an action to when its result is at another rank. Raises ValueError for orders that deadlock.
+    forward, backward_input, backward_weight: stage -> seconds of one micro-batch; a whole backward (B) takes the sum of
+    the last two. send: seconds for sending a result to another rank. Raises ValueError for orders that deadlock.
     """
     last = len(forward) - 1
     ranks = len(order)
@@ -169,12 +170,12 @@ def simulate(
                 place[rank] += 1
                 moved = True
     if any(place[rank] < len(order[rank]) for rank in range(ranks)):
-        raise ValueError(f"a pipeline order deadlocks: ranks stand at actions {place}")
+        raise ValueError(f"a pipeline order deadlocks: the ranks wait at their actions number {place}")
     return Timeline(tuple(map(tuple, slots)), tuple(in_flight(actions) for actions in order))
 
 
 def in_flight(actions: Sequence[Action]) -> int:
-    """The most forwards whose activations are still needed: until B, or until W where the backward is split."""
+    """The largest number of forwards whose activations are in memory at once: until their B, or W if it is split."""
     alive = most = 0
     for action in actions:
         alive += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
@@ -185,11 +186,11 @@ def in_flight(actions: Sequence[Action]) -> int:
 def ideal_bubble(
     schedule: str, ranks: int, stages: int, microbatches: int, forward: float, backward_input: float, weight: float
 ) -> float:
-    """Share of a rank's time in the bubble by the papers' formulas, for equal stages; times are a rank's for one
-    micro-batch (all its stages).
+    """The bubble's share of a rank's time by the papers' formulas, for equal stages. forward, backward_input, weight:
+    seconds of one micro-batch on all stages of a rank (F, I, W below).
 
-    1F1B: (p−1)(F+I+W); interleaved: that over v; zero bubble (ZB-H1, v=1): (p−1)(F+I−W), likewise over v; zbv: none,
-    if F, I and W are equal too.
+    Bubble in seconds: 1F1B (p−1)(F+I+W); interleaved that / v; zero bubble (ZB-H1 for v=1) (p−1)(F+I−W) / v; zbv 0,
+    which holds if F, I and W are equal.
     """
     whole = forward + backward_input + weight
     left = {"zero_bubble": max(0.0, forward + backward_input - weight), "zbv": 0.0}.get(schedule, whole)

@@ -13,15 +13,15 @@ GIB = 2**30
 
 
 def render(plan: MeshPlan, policies: Mapping[str, MeshPlan], changes: Sequence[Change] | None = None) -> str:
-    """policies: the plans with each gradient_checkpointing, as make.by_policy gives them. changes: of a plan that does
-    not fit, what would, as fit.smallest_changes gives them; None: nothing is said of it."""
+    """The whole text. policies: from make.by_policy. changes: for a plan that does not fit, those of
+    fit.smallest_changes; None: no line about changes."""
     parts = [_heading(plan), _parameters(plan), [*_memory(plan), *_changes(plan, changes)], _policies(plan, policies)]
     parts += [_collectives(plan), _pipeline(plan), _time(plan)]
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
 def table(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> list[str]:
-    """Rows of cells in aligned columns; those in `left` start at the same place, the others end there."""
+    """Lines with aligned columns; columns in `left` are aligned left, the others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     at_left = set(left)
     return [
@@ -31,7 +31,7 @@ def table(rows: Sequence[Sequence[str]], left: Iterable[int] = (0,)) -> list[str
 
 
 def bytes_of(count: float) -> str:
-    """1536 -> 1.5 KiB"""
+    """A number of bytes as text, e.g. 1536 -> 1.5 KiB."""
     unit = 0
     while abs(count) >= 1024 and unit < 5:
         count, unit = count / 1024, unit + 1
@@ -53,8 +53,8 @@ def _heading(plan: MeshPlan) -> list[str]:
     if s.mesh.pp > 1:
         padding = s.cut.height * s.cut.count - cfg.num_hidden_layers
         layers += f" in {s.cut.count} stages of {s.cut.height}" + (f" ({padding} of them padding)" if padding else "")
-    answers = ["of an update, with a row for every answer, the most there can be; what generation takes does not count"]
-    tower = ["of the vision tower its parameters count; what patches take, memory and time, does not"]
+    answers = ["planned: one update with a row for every answer, the largest possible; generation is not planned"]
+    tower = ["of the vision tower only the parameters are planned, not the memory and time of its patches"]
     return [
         f"plan: {s.mesh.size} × {s.hardware.name}: {axes}",
         f"{cfg.total_params_estimate():,} parameters ({cfg.active_params_estimate():,} a token), {layers}",
@@ -123,7 +123,7 @@ def _changes(plan: MeshPlan, changes: Sequence[Change] | None) -> list[str]:
     if changes is None:
         return []
     if not changes:
-        return ["does not fit, nor with recomputation, more micro-batches, 64 times the devices or other cards"]
+        return ["does not fit, not even with recomputation, more micro-batches, 64 times the devices or other cards"]
 
     def described(change: Change) -> str:
         case, what = change.case, []
@@ -187,7 +187,7 @@ def _pipeline(plan: MeshPlan) -> list[str]:
 
 
 def _runs(times: Sequence[float]) -> str:
-    """Seconds by stage, those that read alike together: 9.1 ms on stages 0 to 2, 13.2 ms on stage 3."""
+    """Times by stage as text, with equal ones grouped: 9.1 ms on stages 0 to 2, 13.2 ms on stage 3."""
     out = []
     for text, run in itertools.groupby(enumerate(map(_seconds, times)), key=lambda place: place[1]):
         (first, _), *more = run
@@ -199,12 +199,12 @@ def _time(plan: MeshPlan) -> list[str]:
     t, hardware = plan.time, plan.setup.hardware
     lines = [
         f"a step takes {_seconds(t.step)}: {_seconds(t.compute)} computing, {_seconds(t.exposed)} in collectives "
-        f"beyond what that hides, {_seconds(t.waiting)} in the bubble, {_seconds(t.update)} in the update",
+        f"that it does not hide, {_seconds(t.waiting)} in the bubble, {_seconds(t.update)} in the update",
         f"{t.tokens_per_second:,.0f} tokens/s, {t.mfu:.1%} MFU of {hardware.peak / 1e12:.4g} TFLOP/s",
     ]
     if plan.setup.mesh.size > 1:
         lines.append(
-            "assumed, not measured: what is marked as overlapping takes no time while there is something to compute; "
-            "the network's rate, and latency"
+            "assumed, not measured: collectives marked as overlapping take no time while there is computation; the "
+            "network's rate and latency"
         )
     return lines

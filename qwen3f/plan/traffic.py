@@ -1,8 +1,8 @@
-"""The collectives of one step, as one rank takes part in them: how many, how many bytes, how long.
+"""The collectives of one step from the view of one rank: their number, bytes and time.
 
-Each line of the table is a kind of collective with the number of calls a step. `bytes` is the whole tensor of all of
-them together: what a gather returns, a reduce-scatter or all-reduce takes, an all-to-all or a send hands over. `sent`
-is what the rank puts on the wire by a ring algorithm: (n−1)/n of the bytes, twice that for an all-reduce.
+A Collective stands for all calls of one kind in a step. `bytes` is the size of the whole tensors of these calls
+together: the output of a gather, the input of a reduce-scatter or all-reduce, the tensor that an all-to-all or a send
+sends. `sent` is what the rank sends with a ring algorithm: (n−1)/n of the bytes, twice that for an all-reduce.
 
 N tokens of a rank's micro-batch · D hidden · m micro-batches
 """
@@ -23,11 +23,12 @@ from sharding.ring import ring_traffic
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """what: in words. op: gather, reduce_scatter, all_reduce, all_to_all or send. axes: those it runs over, together.
+    """All calls of one kind of collective in a step.
 
-    when: forward or backward of a "layer", of the "first" or the "last" stage; "pipeline", between stages; or "step",
-    once a step.
-    overlaps: whether computation goes on meanwhile. calls and bytes: a step's, of a rank of the busiest stage.
+    what: a description. op: gather, reduce_scatter, all_reduce, all_to_all, send or shift. axes: the axes that it runs
+    over, as one group. size: ranks of the group. when: "layer forward", "first forward" (on the first stage), "last
+    forward", the same with "backward"; "pipeline", between stages; or "step", once a step. calls, bytes: per step, on a
+    rank of pp with the most layers. overlaps: whether it overlaps with computation.
     """
 
     what: str
@@ -47,10 +48,10 @@ class Collective:
 
 
 def members(mesh: MeshShape, hardware: Hardware, axes: Sequence[str]) -> tuple[int, int]:
-    """(ranks of a group over these axes, how many of them share a node).
+    """(ranks of a group over these axes, how many of them are on one node).
 
-    Ranks are numbered with tp fastest and fill nodes in order. A group that does not lie evenly on nodes counts as if
-    each node held one of it.
+    Ranks are numbered with tp fastest and fill nodes in order. For a group that is spread unevenly over nodes, the
+    second number is 1.
     """
     strides, stride = {}, 1
     for axis in reversed(AXES):
@@ -66,11 +67,10 @@ def members(mesh: MeshShape, hardware: Hardware, axes: Sequence[str]) -> tuple[i
 
 
 def seconds(collective: Collective, mesh: MeshShape, hardware: Hardware) -> float:
-    """How long a rank's share of a step's calls takes, alone on the wires.
+    """The time of all these calls in a step, if nothing else uses the links.
 
-    A ring within a node runs at the link's rate. A ring over nodes passes each boundary once for every member on a
-    node, over that member's port. Rows of an all-to-all for other nodes leave by the rank's own port, and so does what
-    one rank sends to a neighbour on another node.
+    A ring within a node runs at the link's rate. A ring over several nodes uses the network ports of all its members on
+    a node. In an all-to-all, rows for other nodes use the rank's own port, and so does a send to another node.
     """
     count, near = members(mesh, hardware, collective.axes)
     if near == count:
@@ -86,7 +86,7 @@ def seconds(collective: Collective, mesh: MeshShape, hardware: Hardware) -> floa
 
 
 def collectives(setup: Case, table: Sequence[Leaf]) -> tuple[Collective, ...]:
-    """All of one step; what runs over axes of size 1 is left out."""
+    """All collectives of one step, without those over axes of size 1."""
     found = [*_fsdp(setup, table), *_tensor(setup), *_loss(setup), *_ring(setup), *_experts(setup), *_pipeline(setup)]
     return tuple(c for c in [*found, *_once(setup, table)] if c.size > 1 and c.calls)
 
@@ -97,7 +97,7 @@ def layers_per_rank(setup: Case) -> int:
 
 
 def sparse_per_rank(setup: Case) -> int:
-    """Those of them that have experts."""
+    """Layers with experts that the busiest rank computes."""
     return sum(map(setup.model.is_sparse, setup.layers_on(setup.busiest)))
 
 
@@ -106,11 +106,12 @@ def _size(mesh: MeshShape, axes: Sequence[str]) -> int:
 
 
 def _fsdp(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
-    """What is cut over the same axes travels together: a layer's leaves, and what a stage has beside its layers.
+    """FSDP's gathers and reduce-scatters. One collective covers all leaves of a layer that are cut over the same axes,
+    and one all parameters of a stage outside its layers.
 
-    Schedules that put off the gradients of weights scatter a layer's bundle in two parts: the norms', then the linear
-    layers' (sharding/pipeline/deferred_grads.py). Experts are not put off. Only layers that are gathered ahead
-    (model.transformer) travel while there is something to compute. The tower's layers are the first stage's.
+    Schedules that defer the gradients of weights scatter a layer's gradients in two parts: first the norms', then the
+    linear layers' (sharding/pipeline/deferred_grads.py). Experts' gradients are not deferred. Only gathers ahead
+    (model.transformer) overlap with computation. The vision tower's layers belong to the first stage.
     """
     policy, out = setup.model.gradient_checkpointing, []
     ahead = setup.mesh.pp == 1 and gathers_ahead(setup.model, setup.execution)
@@ -137,7 +138,7 @@ def _fsdp(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
 
 
 def _bundles(setup: Case, table: Sequence[Leaf]) -> list[tuple[str, str, list[Leaf]]]:
-    """(what, the stage that has it, its leaves) of what is gathered at one time."""
+    """(description, "layer" or the stage that has them, leaves) of leaves that are gathered at the same time."""
     stacks: dict[str, list[Leaf]] = {"": []}
     for leaf in table:
         stacks.setdefault(leaf.stack, []).append(leaf)
@@ -152,17 +153,18 @@ def _bundles(setup: Case, table: Sequence[Leaf]) -> list[tuple[str, str, list[Le
 
 
 def _rows(setup: Case, leaf: Leaf) -> set[int]:
-    """The layers of a leaf that the busiest rank computes; of one in no stack itself."""
+    """The layers of a leaf that the busiest rank computes; {0} for a leaf outside the stacks."""
     if leaf.stack == P.LAYERS:
         return {*leaf.layers} & {*setup.layers_on(setup.busiest)}
     return {*(leaf.layers or [0])}
 
 
 def _tensor(setup: Case) -> list[Collective]:
-    """Before attention and MLP the sequence is gathered, after them the partial sums are scattered; and the adjoints.
+    """tp's collectives: the sequence is gathered before attention and MLP, and partial sums are reduce-scattered after
+    them; the backward pass does the opposite.
 
-    Recomputation gathers it again, unless what was gathered is kept. In full, attention's sums are scattered again too,
-    and those of experts, but not a dense MLP's: recomputation ends where the last kept value is made.
+    Recomputation gathers again, unless the gathered tensors are kept. Full recomputation also reduce-scatters again for
+    attention and for experts, but not for a dense MLP, whose output no backward pass needs.
     """
     policy = setup.model.gradient_checkpointing
     again = policy == "full" or (policy == "selective" and setup.reshard)
@@ -181,8 +183,8 @@ def _tensor(setup: Case) -> list[Collective]:
 
 
 def _loss(setup: Case) -> list[Collective]:
-    """The embedding's partial sums, the sequence before the head, and two numbers a token and shard of the loss, which
-    a scalar head has not."""
+    """tp's collectives outside the layers: the embedding's partial sums, the sequence before the head, and for the loss
+    two numbers per token and rank (not with a scalar head)."""
     m, tp = setup.microbatches, (("tp",), setup.mesh.tp)
     stream = m * setup.tokens * setup.model.hidden_size * setup.itemsize
     lines = [
@@ -222,7 +224,7 @@ def _ring(setup: Case) -> list[Collective]:
 
 
 def _experts(setup: Case) -> list[Collective]:
-    """Rows to the ranks that have their experts and back, if routing is even; before them, how many go where."""
+    """ep's collectives, if routing is even: the numbers of rows, then rows to their experts' ranks and back."""
     layers = setup.microbatches * sparse_per_rank(setup)
     rows = setup.expert_rows * setup.model.hidden_size * setup.itemsize
     counts = setup.model.num_experts * 8
@@ -236,7 +238,7 @@ def _experts(setup: Case) -> list[Collective]:
 
 
 def _pipeline(setup: Case) -> list[Collective]:
-    """Hidden states to the next stage, their gradients back; of the rank that sends most."""
+    """Hidden states to the next stage, and their gradients back, on the rank that sends the most."""
     if setup.mesh.pp == 1:
         return []
     sizes = setup.microbatches, setup.tokens_tp, setup.model.hidden_size, setup.compute
@@ -249,8 +251,8 @@ def _pipeline(setup: Case) -> list[Collective]:
 
 
 def _once(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
-    """Sums that a step ends or begins with: gradients of what is replicated, the leaves of the same axes together, in
-    float32; the norm's squares; and loss, weights and counts.
+    """All-reduces at the start and end of a step: gradients of replicated leaves, in float32, those with the same axes
+    together; the squares for the gradient norm; and loss, weights and counts.
     """
     mesh, wide, trained = setup.mesh, setup.master, [leaf for leaf in table if leaf.trained]
     sizes: dict[str, list[tuple[tuple[str, ...], int]]] = {
@@ -267,7 +269,7 @@ def _once(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
     sizes["losses"] = [(over, 3 * wide) for over in _one_by_one(everyone)]
     sparse = sparse_per_rank(setup)
     rows = _one_by_one(tuple(axis for axis in everyone if axis in ROWS))
-    # the loss's weight, for routers the real tokens, the predicted ones, and a tower's, all of whole rows
+    # the loss's weight and the predicted tokens; with experts the real tokens; with a tower whether there are images
     counts = 2 + bool(sparse) + setup.model.vision_enabled
     sizes["weight and tokens of the batch"] = [(over, 8) for over in rows * counts]
     if sparse:
@@ -286,6 +288,6 @@ def _once(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
 
 
 def _one_by_one(axes: Sequence[str]) -> list[tuple[str, ...]]:
-    """What one sum over these axes is made of: one collective for the data axes, one for each other."""
+    """The collectives of one sum over these axes: one for all data axes together, and one each for pp and tp."""
     data = tuple(axis for axis in axes if axis in DATA)
     return [(axis,) for axis in axes if axis not in DATA] + ([data] if data else [])

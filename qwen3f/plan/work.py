@@ -1,7 +1,7 @@
-"""What one rank computes: FLOPs of matrix products and bytes of everything else, and how long they take.
+"""The work of one rank: FLOPs of matrix products, bytes of everything else, and the time that these take.
 
 Products run at the hardware's rates. Everything else (norms, rotations, activations, the softmax of the loss, the
-optimizer) moves memory at the copy rate: the bytes are those of the fused kernels, each operand read or written once.
+optimizer) moves memory at the copy rate, as fused kernels do: every operand is read or written once.
 
 N tokens of a rank's micro-batch · R rows of its experts · D hidden · H, K heads · d head_dim · I, F widths · V, E
 """
@@ -13,13 +13,13 @@ from qwen3f.plan.case import Case
 from qwen3f.plan.hardware import Hardware
 from qwen3f.plan.memory import Leaf
 
-BACKWARD_ATTENTION = 2.5  # times the forward's FLOPs: five products instead of two
-MERGED = 27.0  # bytes that an element of attention's output costs at a step of the ring: casts to float32 and sums
+BACKWARD_ATTENTION = 2.5  # FLOPs relative to the forward pass: five products instead of two
+MERGED = 27.0  # bytes moved per element of attention's output in each step of the ring: casts to float32 and sums
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """FLOPs by kind of product, and bytes read and written otherwise."""
+    """FLOPs by kind of product, and bytes that everything else reads and writes."""
 
     products: float = 0.0
     grouped: float = 0.0
@@ -45,7 +45,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """Work of a micro-batch, three ways. backward_input includes what is recomputed."""
+    """Work of a micro-batch: forward, and the two parts of the backward pass. backward_input includes recomputation."""
 
     forward: Work
     backward_input: Work
@@ -58,7 +58,7 @@ def layer(setup: Case, sparse: bool) -> Pass:
     n, stream = setup.tokens, setup.tokens_tp * cfg.hidden_size
     q, kv = setup.heads * cfg.head_dim, setup.kv_heads * cfg.head_dim
     matrices = cfg.hidden_size * (2 * q + 2 * kv)
-    # forward, backward, in elements: two norms and two sums of the residual stream, norm and rotation of q and k
+    # elements moved in forward and backward: two norms and two sums of the residual stream, norm and rotation of q, k
     elements = [9 * stream + 2 * n * (q + kv), 12 * stream + 3 * n * (q + kv)]
     grouped = 0.0
     if sparse:
@@ -82,15 +82,15 @@ def layer(setup: Case, sparse: bool) -> Pass:
 
 
 def embedding(setup: Case) -> Pass:
-    """The lookup, and the scatter of its gradient into a zeroed table."""
+    """The lookup, and the scatter of its gradient into a table of zeros."""
     stream = setup.tokens * setup.model.hidden_size
     table = setup.vocabulary * setup.model.hidden_size
     return Pass(Work(bytes=2.0 * stream * setup.itemsize), Work(), Work(bytes=(2.0 * stream + table) * setup.itemsize))
 
 
 def head(setup: Case) -> Pass:
-    """Final norm, head and loss. On a whole vocabulary the forward makes the gradients; shards compute logits twice. A
-    scalar head is one row, which every rank of tp has."""
+    """Final norm, head and loss. Without tp the forward pass computes the gradients too; with tp the logits are
+    computed twice. A scalar head is one row, which every rank of tp has."""
     norm = Work(bytes=2.0 * setup.tokens_tp * setup.model.hidden_size * setup.itemsize)
     if setup.model.scalar_head:
         hidden = setup.tokens * setup.model.hidden_size
@@ -106,9 +106,9 @@ def head(setup: Case) -> Pass:
 
 
 def update(setup: Case, table: Sequence[Leaf]) -> Work:
-    """Everything once a step over a rank's parameters: casts, sums of gradients, their norm, the optimizer.
+    """The work per step on a rank's parameters: casts, sums of gradients, their norm, the optimizer.
 
-    Muon's products are not counted: it is charged as AdamW is.
+    Muon's matrix products are not counted; it counts like AdamW.
     """
     total, master = 0.0, setup.master
     for leaf in table:

@@ -1,7 +1,8 @@
-"""Functions run in processes of their own, each call with a deadline, after which its process is killed.
+"""Runs functions in separate processes. A call that exceeds its deadline is killed with its process.
 
-For work that may hang or take all memory: in a thread it could not be ended, and a time limit by signal ends no C code
-and works in no thread. Arguments and results are JSON, a line each; so nothing that a process writes is run here.
+It is for work that may hang or take all memory. A thread could not be killed; a time limit by signal does not interrupt
+C code, and works only in the main thread. Arguments and results are lines of JSON, so that no output of such a process
+is executed here.
 """
 
 import atexit
@@ -23,23 +24,24 @@ from typing import Any, Self
 
 from qwen3f.polling import ready
 
-LINE_BYTES = 1 << 20  # of a result; a longer one is a failure
-START_SECONDS = 60.0  # for a process to come up and import the function
+LINE_BYTES = 1 << 20  # limit for a result; a longer one is a failure
+START_SECONDS = 60.0  # limit for a process to start and import the function
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """value: what the function returned, None if it failed. failure: why, "" if it did not."""
+    """value: what the function returned, None if it failed. failure: why it failed, "" if it succeeded."""
 
     value: Any = None
     failure: str = ""
 
 
 class Killable:
-    """Worker processes that call "module:function" of this Python; a context manager. Threads may share it.
+    """Worker processes that call functions given as "module:function"; a context manager. Threads may share it.
 
-    count: processes, started when they are first needed. deadline: seconds of a call, once its process is up and has
-    loaded the function's module and further `modules`. If this process is killed, calls under way are, too.
+    count: number of processes; each is started when it is first needed. deadline: seconds per call, counted from when
+    its process has started and loaded the function's module and `modules`. If this process is killed, running calls
+    are killed too.
     """
 
     def __init__(self, count: int, deadline: float) -> None:
@@ -51,7 +53,10 @@ class Killable:
         self._lock, self._children = threading.Lock(), set[_Child]()
 
     def call(self, function: str, modules: Sequence[str] = (), /, **arguments: Any) -> Outcome:
-        """The function's result. Waits for a free process; a call that fails or is late costs only itself."""
+        """Call the function with `arguments`; waits for a free process. Never raises for a call that fails or is late.
+
+        modules: to import before the deadline counts; missing ones are ignored.
+        """
         child, sound = self._free.get(), False
         try:
             if child is not None and not child.alive():
@@ -61,13 +66,13 @@ class Killable:
             outcome, sound = child.call(function, modules, arguments, self.deadline)
             return outcome
         finally:
-            if child is not None and not sound:  # of a call that Ctrl-C ended the answer would be the next one's
+            if child is not None and not sound:  # else, after Ctrl-C, the next call would read this call's answer
                 self._end(child)
                 child = None
             self._free.put(child)
 
     def map(self, calls: Sequence[tuple[str, dict[str, Any]]], modules: Sequence[str] = ()) -> list[Outcome]:
-        """The outcomes of (function, arguments), in order; as many at a time as there are processes."""
+        """The outcomes of calls (function, arguments), in order; as many calls at a time as there are processes."""
         return list(self._threads.map(lambda call: self.call(call[0], modules, **call[1]), calls))
 
     def close(self) -> None:
@@ -103,7 +108,7 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,  # so that what it starts can be ended with it
+            start_new_session=True,  # its own process group, so that its children can be killed with it
         )
         self._rest = b""
 
@@ -118,7 +123,7 @@ class _Child:
         try:
             self._process.stdin.write(line)
             self._process.stdin.flush()
-            self._line(time.monotonic() + START_SECONDS)  # it has imported what it needs
+            self._line(time.monotonic() + START_SECONDS)  # an empty line: the imports are done
             found = json.loads(self._line(time.monotonic() + deadline))
         except TimeoutError:
             return Outcome(failure=f"took longer than {deadline:g} s"), False
@@ -147,12 +152,12 @@ class _Child:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):  # what was not yet written
+            with contextlib.suppress(OSError):  # closing stdin may flush unwritten input
                 pipe.close()
 
 
 def shared(count: int, deadline: float) -> Callable[[], Killable]:
-    """A function that makes one Killable at its first call, and ends it with this process."""
+    """A function that makes one Killable at its first call, and closes it when this process exits."""
     lock, made = threading.Lock(), []
 
     def get() -> Killable:

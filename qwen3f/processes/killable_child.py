@@ -1,4 +1,4 @@
-"""What a process of `killable` runs: calls in, results out, a JSON line each, until the pipe closes."""
+"""The program of a `killable` process: reads calls and writes results, one line of JSON each, until the pipe closes."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen3f.polling import ready
 
-INSIDE = "QWEN3F_KILLABLE"  # set in such a process: whoever would start one for a call need not
+INSIDE = "QWEN3F_KILLABLE"  # environment variable that is set in such a process, so that it does not start another one
 MEMORY_BYTES = 8 << 30
 _F_SETSIG = 10  # Linux, fcntl(2)
 
@@ -26,7 +26,7 @@ def find(name: str) -> Any:
 
 
 def _load(name: str, modules: Sequence[str]) -> Callable[..., Any]:
-    """`find`, with what the function may need in memory. What is not there fails where it is needed."""
+    """Import `modules`, then `find`. A module that is missing is ignored: the call fails later if it needs it."""
     for module in modules:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
@@ -39,7 +39,7 @@ def main() -> None:
     most = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a function prints is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a function prints must not look like an answer
     for line in sys.stdin:
         name, modules, arguments = json.loads(line)
         loaded = _outcome(_load, name, modules)
@@ -49,21 +49,23 @@ def main() -> None:
         try:
             text = json.dumps(found)
         except (TypeError, ValueError) as error:
-            text = json.dumps({"failure": f"its result is no JSON: {error}"})
+            text = json.dumps({"failure": f"its result is not JSON: {error}"})
         print(text, file=answers, flush=True)
 
 
 @contextlib.contextmanager
 def _ended_with_parent() -> Iterator[None]:
-    """Meanwhile, if the parent is killed, its end of the pipe closes, and a signal ends this process and what it has
-    started: a call that hangs would go on for ever, as nobody is left to end it. The kernel sends it, so that what
-    holds the interpreter is ended too. Nothing else comes through the pipe before the call has its answer. Where
-    there is no such signal, as on other systems than Linux, a call goes on."""
+    """A context in which this process and its children are killed if the parent is killed. Otherwise a call that hangs
+    would run for ever.
+
+    The kernel sends SIGKILL when the parent's end of the pipe closes, so it also works while C code holds the
+    interpreter. The parent sends nothing else during a call. Only Linux has this signal; elsewhere a call continues.
+    """
     pipe, flags = sys.stdin.fileno(), 0
-    with contextlib.suppress(OSError):  # a system that has no such signal
+    with contextlib.suppress(OSError):  # the system has no such signal
         flags = _ask_for_signal(pipe) if sys.platform == "linux" else 0
     try:
-        if ready(pipe, select.POLLHUP, 0):  # it was gone before
+        if ready(pipe, select.POLLHUP, 0):  # the parent ended before the signal was set up
             os.killpg(0, signal.SIGKILL)
         yield
     finally:
@@ -72,7 +74,7 @@ def _ended_with_parent() -> Iterator[None]:
 
 
 def _ask_for_signal(pipe: int) -> int:
-    """SIGKILL to this process's group when something comes through the pipe, or it closes. Returns the pipe's flags."""
+    """Have the kernel send SIGKILL to this process group when the pipe gets data or closes. Returns the new flags."""
     fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(pipe, _F_SETSIG, signal.SIGKILL)
     flags = fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC

@@ -1,8 +1,8 @@
-"""Starting a host's ranks and seeing them to their end.
+"""Starts a host's ranks and waits for them.
 
-torch's elastic launcher does this too, and is what starts ranks on several hosts. Here it falls short in one thing:
-asked to end, it gives ranks 30 s (in torch 2.11), too few to save a large model, and ends with an error. Ranks meet
-at a store that this process serves, and find the variables that torchrun would set.
+For ranks on several hosts, use torchrun. On one host torchrun has a disadvantage: when it gets SIGTERM, it gives ranks
+only 30 s (in torch 2.11), too little to save a large model, and exits with an error. The ranks meet at a store in this
+process, and get the environment variables that torchrun would set.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from torch.distributed import TCPStore
 from qwen3f.errors import TrainingError
 
 _POLL = 0.1  # seconds
-_GRACE = 2.0  # seconds that the others get to end by themselves, once one rank has failed
+_GRACE = 2.0  # seconds that the other ranks get to end by themselves after one has failed
 _HOST = "127.0.0.1"
-_PARENT = "QWEN3F_LAUNCHER"  # our process's number, for its ranks
+_PARENT = "QWEN3F_LAUNCHER"  # environment variable of the ranks: the launcher's process id
 _PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 def run_ranks(command: Sequence[str], world: int, environment: Mapping[str, str], restarts: int) -> int:
-    """Run `python command…` once a rank and wait for all of them; returns the exit code to end with.
+    """Run `python command…` once per rank, and wait for all ranks. Returns the exit code for this process.
 
-    0 when all ended with 0; 2 when one reported wrong input; after SIGTERM or SIGINT, which are passed on to the ranks,
-    that of the first rank that failed. environment: the ranks', but for what torchrun sets. restarts: how often all
-    ranks are started again after one is lost. Raises TrainingError when no restart is left, which names the first rank
-    that ended otherwise, or one that is stopped and kept that one waiting; all are ended then. If this process is
-    killed, its ranks get SIGTERM.
+    The code is 0 if all ranks exit with 0; 2 if one reports wrong input; and after SIGTERM or SIGINT, which are passed
+    on to the ranks, that of the first rank that failed. environment: for the ranks, without torchrun's variables.
+    restarts: how often all ranks are restarted after one is lost; then TrainingError is raised. It names the first rank
+    that failed, or a rank that is stopped (SIGSTOP) and for which that one waited. All other ranks have been killed
+    then. If this process is killed, its ranks get SIGTERM.
     """
     for attempt in range(restarts + 1):
         code, failed, stopped = _run_once(command, world, environment, attempt)
@@ -52,19 +52,19 @@ def run_ranks(command: Sequence[str], world: int, environment: Mapping[str, str]
 
 
 def end_with_parent() -> None:
-    """For a rank: if run_ranks started it, SIGTERM comes once that process is gone."""
+    """Called by a rank: if run_ranks started it, it gets SIGTERM when the launcher's process ends."""
     parent = int(os.environ.get(_PARENT, 0))
     if parent:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it was gone before
+        if os.getppid() != parent:  # the launcher ended before prctl was called
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run_once(
     command: Sequence[str], world: int, environment: Mapping[str, str], attempt: int
 ) -> tuple[int, int | None, int | None]:
-    """(exit code, the rank that failed first, one that is stopped, and so keeps the others waiting); no rank if none
-    failed, or if we were told to stop."""
+    """(exit code, first rank that failed, a stopped rank for which the others wait). The ranks are None if there is no
+    such rank, and after SIGTERM or SIGINT."""
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     common = {
         **environment,
@@ -72,7 +72,7 @@ def _run_once(
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": _HOST,
         "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # env:// then takes our store, instead of having rank 0 serve one
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # makes env:// connect to our store, instead of one that rank 0 serves
         "TORCHELASTIC_RESTART_COUNT": str(attempt),
         _PARENT: str(os.getpid()),
     }
@@ -80,10 +80,10 @@ def _run_once(
     with _passed_on(ranks) as told:
         for rank in range(world):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # A session of its own: Ctrl-C in a terminal reaches us alone, and each rank once, from us.
+            # own session: Ctrl-C in a terminal then reaches only this process, which passes it on once to each rank
             process = subprocess.Popen([sys.executable, *command], env=common | own, start_new_session=True)
             ranks.append(process)
-            for number in told:  # which came before this rank did
+            for number in told:  # signals that came before this rank was started
                 process.send_signal(number)
         try:
             failed = _first_failure(ranks)
@@ -99,7 +99,8 @@ def _run_once(
 
 
 def _first_failure(ranks: Sequence[subprocess.Popen]) -> int | None:
-    """Wait until all have ended with 0, or one otherwise; of several together, one that a signal ended comes first."""
+    """Wait until all ranks exited with 0 (returns None), or one failed (returns it). If several failed at the same
+    time, one that a signal killed is returned first."""
     while True:
         codes = [process.poll() for process in ranks]
         failed = [rank for rank, code in enumerate(codes) if code]
@@ -111,16 +112,16 @@ def _first_failure(ranks: Sequence[subprocess.Popen]) -> int | None:
 
 
 def _is_stopped(process: subprocess.Popen) -> bool:
-    """Whether it runs, and is held by a signal (Linux, proc(5))."""
+    """Whether the process exists and is stopped by a signal or a debugger (Linux, proc(5))."""
     try:
         state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
         return process.poll() is None and state in "Tt"
-    except (OSError, IndexError):  # it has just ended, or the system keeps no such file
+    except (OSError, IndexError):  # it has just ended, or the system has no /proc
         return False
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """A rank that still runs or was killed, with what it started, such as data workers."""
+    """Kill a rank that still runs, and its children, such as data workers; also the children of a killed rank."""
     if process.poll() is None or process.returncode < 0:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -135,7 +136,7 @@ def _wait(ranks: Sequence[subprocess.Popen], seconds: float) -> None:
 
 @contextlib.contextmanager
 def _passed_on(ranks: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
-    """SIGTERM and SIGINT go to the ranks; yields a list that they are added to."""
+    """A context that passes SIGTERM and SIGINT on to the ranks. Yields the list of signals received so far."""
     told: list[int] = []
 
     def handle(number: int, frame: object) -> None:

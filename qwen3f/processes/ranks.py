@@ -1,7 +1,7 @@
-"""How a process comes to its rank: alone, started here, or joining torchrun or Slurm.
+"""How a process gets its rank: it runs alone, starts ranks on this host, or joins those of torchrun or Slurm.
 
-`decide` is pure: from the environment, the mesh's size and this host's devices to a Decision. `start` runs the command
-once a local rank; each of these finds torchrun's variables and so joins. `joined` makes the process group.
+`decide` is pure: from the environment, the mesh's size and this host's devices it makes a Decision. `start` runs the
+command once per local rank; these processes find torchrun's variables and so join. `joined` makes the process group.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ from qwen3f.processes.world import World, open_world
 from sharding.mesh import MeshShape
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-CPU_RANKS = 8  # that a host with fewer cores offers too: to try a mesh, however slowly
+CPU_RANKS = 8  # a host with fewer cores may run this many ranks too, slowly, so that a mesh can be tried
 _POLL = 0.05  # seconds
-_LINGER = 5.0  # seconds; longer than processes.run_ranks leaves ranks to live on after one has failed
+_LINGER = 5.0  # seconds; more than launcher._GRACE, after which the launcher kills the other ranks
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What this process is to do.
+    """What this process has to do.
 
     mode: "single", run without process groups; "start", start `world` ranks on this host; "join", be rank `rank` of
     `world` with device `local_rank` of this host. device: cpu or cuda. init: where ranks meet, as
@@ -56,9 +56,9 @@ def decide(
 ) -> Decision:
     """The Decision for a mesh of `world` devices on a host with `local_devices` of kind `device` (cpu or cuda).
 
-    command: what this process was called with, for the hint of what to run instead. Raises UserError if a launcher
-    started another number of ranks than the mesh has, if the launcher's variables are incomplete, or if the mesh needs
-    more devices than this host has: with the torchrun line that starts it on several.
+    command: this process's arguments, for the hint what to run instead. Raises UserError if a launcher started a number
+    of ranks other than the mesh's, or set its variables incompletely; and if the mesh needs more devices than this host
+    has. The last message contains the torchrun command for several hosts.
     """
     if "TORCHELASTIC_RUN_ID" in environment or "WORLD_SIZE" in environment:
         return _torchrun(environment, world, local_devices, device)
@@ -68,19 +68,19 @@ def decide(
         return Decision("single", 1, device)
     if world > local_devices:
         raise UserError(
-            f"the mesh needs {world} devices, this host has {local_devices} ({device}); {_how(world, local_devices)}: "
-            f"{torchrun_line(world, local_devices, command)}"
+            f"config.mesh needs {world} devices, this host has {local_devices} ({device}); {_how(world, local_devices)}"
+            f": {torchrun_line(world, local_devices, command)}"
         )
     return Decision("start", world, device)
 
 
 def _how(world: int, local_devices: int) -> str:
     nodes = world // _a_host(world, local_devices)
-    return f"run this on each of {nodes} such hosts, with one of them for HOST" if nodes > 1 else "run"
+    return f"run this on each of {nodes} such hosts, with the name of one of them as HOST" if nodes > 1 else "run"
 
 
 def _a_host(world: int, local_devices: int) -> int:
-    """Ranks a host: the most that divide the mesh, so that all hosts run the same command."""
+    """Ranks per host: the largest number that divides the mesh's size, so that all hosts run the same command."""
     return max(n for n in range(1, max(1, local_devices) + 1) if world % n == 0)
 
 
@@ -96,7 +96,7 @@ def torchrun_line(world: int, local_devices: int, command: Sequence[str]) -> str
 def _torchrun(environment: Mapping[str, str], world: int, local_devices: int, device: str) -> Decision:
     values = _numbers("torchrun", environment, _TORCHRUN, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
     _check_world("torchrun", values["WORLD_SIZE"], world, "--nnodes times --nproc-per-node")
-    # the agent serves the store itself and tells so by a variable, which env:// looks for
+    # torchrun's agent serves the store; env:// knows from a variable that it has to connect to it
     return _join(world, device, local_devices, values["RANK"], values["LOCAL_RANK"], "env://")
 
 
@@ -105,7 +105,7 @@ def _slurm(environment: Mapping[str, str], world: int, local_devices: int, devic
     values = _numbers("srun", environment, _SLURM, whole)
     _check_world("srun", values["SLURM_STEP_NUM_TASKS"], world, "--ntasks")
     host = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
-    # Slurm knows no port. A job's number gives the same one on all hosts, and two jobs on a host seldom the same.
+    # Slurm gives no port. The job's number gives the same port on all hosts, and rarely the same for two jobs.
     port = 10_000 + values["SLURM_JOB_ID"] % 50_000
     if environment.get("MASTER_PORT"):
         port = _numbers("srun", environment, (), ("MASTER_PORT",))["MASTER_PORT"]
@@ -119,11 +119,11 @@ def _join(world: int, device: str, local_devices: int, rank: int, local_rank: in
     if local_devices < 1:
         raise UserError(f"rank {rank}: this host has no {device} device; write --config.device=cpu")
     if device == "cuda" and local_devices == 1:
-        local_rank = 0  # with --gpus-per-task a rank sees one device alone
+        local_rank = 0  # with srun's --gpus-per-task every rank sees only one device
     if local_rank >= local_devices:
         raise UserError(
             f"rank {rank} is number {local_rank} of its host, which has {local_devices} devices ({device}); start at "
-            f"most {local_devices} ranks a host"
+            f"most {local_devices} ranks per host"
         )
     return Decision("join", world, device, rank, local_rank, init)
 
@@ -131,15 +131,15 @@ def _join(world: int, device: str, local_devices: int, rank: int, local_rank: in
 def _check_world(launcher: str, started: int, world: int, option: str) -> None:
     if started != world:
         raise UserError(
-            f"{launcher} started {started} ranks, the mesh has {world} devices; make {option} {world}, or choose a "
-            f"mesh of {started} with --config.mesh"
+            f"{launcher} started {started} ranks, but config.mesh has {world} devices; make {option} {world}, or write "
+            f"a --config.mesh of {started} devices"
         )
 
 
 def _numbers(
     launcher: str, environment: Mapping[str, str], needed: Sequence[str], whole: Sequence[str]
 ) -> dict[str, int]:
-    """The whole numbers among a launcher's variables, all of which must be there."""
+    """A launcher's variables as numbers: those of `whole`. UserError if one of `needed` is unset, or no number."""
     missing = [name for name in needed if not environment.get(name)]
     if missing:
         raise UserError(f"{launcher} left {', '.join(missing)} unset; start the ranks with {launcher} again")
@@ -148,7 +148,7 @@ def _numbers(
             raise UserError(f"{name}={environment[name]!r} is not a number; start the ranks with {launcher}")
     values = {name: int(environment[name]) for name in whole}
     if values.get("MASTER_PORT", 1) not in range(1, 2**16):
-        raise UserError(f"MASTER_PORT={values['MASTER_PORT']} is no port; set one from 1 to {2**16 - 1}")
+        raise UserError(f"MASTER_PORT={values['MASTER_PORT']} is not a port; set a number from 1 to {2**16 - 1}")
     return values
 
 
@@ -161,13 +161,13 @@ def first_host(nodelist: str) -> str:
 
 
 def local_devices(device: str) -> int:
-    """Devices of a kind that this host offers to ranks."""
+    """How many ranks this host can run with devices of a kind (cpu or cuda)."""
     return torch.cuda.device_count() if device == "cuda" else max(CPU_RANKS, os.cpu_count() or 1)
 
 
 def all_devices(environment: Mapping[str, str], device: str) -> int:
-    """What an axis of size -1 is filled up to: the ranks that a launcher has started, else this host's devices or
-    cores."""
+    """The number of devices that an axis of size -1 fills: the ranks that a launcher started, else this host's devices
+    or cores."""
     started = environment.get("WORLD_SIZE") or environment.get("SLURM_STEP_NUM_TASKS", "1")
     if started.isdecimal() and ("WORLD_SIZE" in environment or started != "1"):
         return int(started)
@@ -175,24 +175,24 @@ def all_devices(environment: Mapping[str, str], device: str) -> int:
 
 
 def start(decision: Decision, command: Sequence[str], *, restarts: int = 0) -> int:
-    """Run `python command…` once a rank on this host and wait; as processes.run_ranks."""
+    """Run `python command…` once per rank on this host, and wait; result and errors as launcher.run_ranks."""
     if decision.mode != "start":
         raise ValueError(f"start takes a decision to start ranks, got {decision}")
     environment = dict(os.environ)
     if decision.device == "cpu" and "OMP_NUM_THREADS" not in environment:
-        # ranks on CPUs share the cores; unless the user chose, each gets its part, as torchrun's ranks get one
+        # ranks on a CPU share its cores, so each gets an equal part, unless the user set the variable
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // decision.world))
     return run_ranks(command, decision.world, environment, restarts)
 
 
 def meet(store: dist.Store, rank: int, world: int, *, timeout: datetime.timedelta) -> dist.Store:
-    """The part of a store that these ranks have for themselves, once all of them are there.
+    """Wait for all ranks; returns a part of the store (a prefix) that only the ranks of this attempt use.
 
-    torchrun's agents start ranks again with the store that those before them had, where a rank would find the addresses
-    of dead ones; TORCHELASTIC_RESTART_COUNT tells attempts apart on one host alone, since an agent counts only what its
-    own ranks lost. So rank 0 draws a name and tells it to all who say that they are here, each under a name drawn too,
-    until those of this attempt have taken it, which nobody from before does. Raises TrainingError if that takes longer
-    than `timeout`.
+    When torchrun restarts ranks, they get the store of the previous attempt, which still has the addresses of dead
+    ranks. TORCHELASTIC_RESTART_COUNT can't serve as prefix: an agent counts only failures of its own host. So rank 0
+    draws a random prefix. Every other rank writes a random key of its own under here/RANK, and waits for rank 0 to
+    answer under that key. Then it confirms under taken/PREFIX/RANK. A rank of the previous attempt can't confirm,
+    because it is dead. Raises TrainingError if this takes longer than `timeout`.
     """
     store.set_timeout(timeout)
     drawn = uuid.uuid4().hex
@@ -201,7 +201,7 @@ def meet(store: dist.Store, rank: int, world: int, *, timeout: datetime.timedelt
         try:
             name = store.get(f"name/{drawn}").decode()
         except dist.DistStoreError as error:
-            raise TrainingError(f"rank 0 of {world} has not come in {timeout.total_seconds():g} s") from error
+            raise TrainingError(f"rank 0 of {world} did not join within {timeout.total_seconds():g} s") from error
         store.set(f"taken/{name}/{rank}", "")
         return dist.PrefixStore(name, store)
     missing = list(range(1, world))
@@ -209,7 +209,7 @@ def meet(store: dist.Store, rank: int, world: int, *, timeout: datetime.timedelt
     while missing:
         if time.monotonic() > until:
             who = ", ".join(map(str, missing))
-            raise TrainingError(f"of {world} ranks these have not come in {timeout.total_seconds():g} s: {who}")
+            raise TrainingError(f"of {world} ranks these did not join within {timeout.total_seconds():g} s: {who}")
         for other in missing:
             if store.check([f"here/{other}"]):
                 store.set(f"name/{store.get(f'here/{other}').decode()}", drawn)
@@ -219,28 +219,28 @@ def meet(store: dist.Store, rank: int, world: int, *, timeout: datetime.timedelt
 
 
 def found(decision: Decision, *, timeout: datetime.timedelta) -> dist.Store:
-    """What `meet` gives, from where the ranks of a decision to join meet.
+    """Connect to the store of a decision to join, and `meet` there.
 
-    Raises TrainingError where a rank, or the host that all ask, does not come in time, or goes again.
+    Raises TrainingError if a rank, or the host of the store, does not answer in time, or ends meanwhile.
     """
     try:
         store, rank, world = next(dist.rendezvous(decision.init, decision.rank, decision.world, timeout=timeout))
         return meet(store, rank, world, timeout=timeout)
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise TrainingError(
-            f"rank {decision.rank} of {decision.world} could not meet the others ({str(error).splitlines()[0]}); see "
-            "whether all have started, and reach the first one's host and port"
+            f"rank {decision.rank} of {decision.world} could not meet the others ({str(error).splitlines()[0]}); check "
+            "that all ranks have started, and that they can reach the host and port of rank 0"
         ) from error
 
 
 @contextlib.contextmanager
 def joined(decision: Decision, shape: MeshShape, *, timeout: float) -> Iterator[World]:
-    """This rank's World, within the process group of all. timeout: seconds until a collective on CUDA without its peers
-    ends the process (gloo notices a peer that is gone at once).
+    """A context that joins the process group of all ranks, and yields this rank's World.
 
-    Standard output is rank 0's alone. A rank that fails with something but our own errors lives on for a few seconds
-    before it reports: mostly it has lost a peer, and whoever started the ranks should see that one first. So do ranks
-    but 0 with our own errors, which are mostly those of all ranks.
+    timeout: seconds after which a collective on CUDA whose peers are missing ends the process (gloo notices a lost peer
+    at once). Only rank 0 prints to stdout. A rank that fails waits a few seconds before it raises: usually it has lost
+    a peer, and the launcher should see that peer's failure first. Only rank 0 raises UserError and TrainingError at
+    once, because usually all ranks have the same one.
     """
     if decision.mode != "join":
         raise ValueError(f"joined takes a decision to join, got {decision}")

@@ -1,7 +1,7 @@
-"""The ranks of a run as their host programs see them: who this one is, and what they agree on.
+"""A rank's view of the run: its number, and exchange of small values with the other ranks.
 
-Collectives over devices belong to the step; here small JSON values travel between hosts, over gloo. A rank that never
-comes does not end the wait: that is for the watchdog, or for the launcher, which ends all ranks when one is lost.
+The step's collectives are on devices. Here the host programs exchange small JSON values over gloo. There is no timeout
+for a rank that does not answer: the watchdog ends such a run, or the launcher, when a rank is lost.
 """
 
 import dataclasses
@@ -18,16 +18,17 @@ from sharding.axes import ONE, Axes, axes_of, make_mesh
 from sharding.mesh import MeshShape
 
 T = TypeVar("T")
-_PATIENCE = datetime.timedelta(days=7)  # rank 0 of a host may prepare a corpus for long
+_PATIENCE = datetime.timedelta(days=7)  # a host's first rank may tokenise a corpus for a long time
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """
+    """One rank of a run.
+
     Attributes:
-      rank, size: of all ranks. local_rank: on this host.
-      mesh, axes: the devices, and this rank's view of them; None and ONE where there is one rank.
-      group: of gloo, for what hosts tell each other; None where there is one rank.
+      rank, size: this rank's number, and the number of ranks. local_rank: this rank's number on its host.
+      mesh, axes: the mesh of devices, and this rank's view of it; None and ONE if there is one rank.
+      group: the gloo group for exchange between ranks; None if there is one rank.
 
     Every rank must call the same methods in the same order, from one thread.
     """
@@ -45,7 +46,7 @@ class World:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, which JSON can hold, in the order of ranks."""
+        """Every rank's value, in the order of ranks. Values must be JSON-like."""
         return [json.loads(text) for text in self.gather_bytes(json.dumps(value).encode())]
 
     def gather_bytes(self, content: bytes) -> list[bytes]:
@@ -65,7 +66,7 @@ class World:
         return self.gather(value if self.main else None)[0]
 
     def highest(self, value: int) -> int:
-        """The largest of the ranks' numbers: one small message, for every step."""
+        """The largest of the ranks' numbers. One small message, so it can be called at every step."""
         if self.size == 1:
             return value
         out = torch.tensor(value)
@@ -73,15 +74,15 @@ class World:
         return int(out)
 
     def together(self, work: Callable[[], T], *errors: type[Exception]) -> T:
-        """work() of this rank, once every rank has done its own; if one of `errors` is raised anywhere, by all.
+        """Run work() on every rank, and wait for all; returns this rank's result.
 
-        All raise that of the lowest rank that failed, of the same type and with the same words. Another kind of error
-        is raised at once, here alone: it ends the run.
+        If work() raises one of `errors` on some rank, all ranks raise an error of the same type and text, that of the
+        lowest such rank. Any other error is raised at once on its rank alone, which ends the run.
         """
         return self.agree(work, False, *errors)[0]
 
     def agree(self, work: Callable[[], T], flag: bool, *errors: type[Exception]) -> tuple[T, bool]:
-        """(as `together`, whether any rank's flag is set), in one small message."""
+        """(result as of `together`, whether any rank's flag is set), with one small message for both."""
         result, error = None, None
         try:
             result = work()
@@ -99,15 +100,15 @@ class World:
         raise errors[kind](words) from error
 
     def first_on_host(self, work: Callable[[], T], *errors: type[Exception]) -> T:
-        """work() of this rank; the first rank of each host does its own before the others begin.
+        """Run work() on each host's first rank, then on the other ranks; returns this rank's result.
 
-        So what the one leaves on the disk, the others find there. Errors as `together`.
+        So the others find the files that the first one wrote. Errors as `together`.
         """
         before = self.together(work if self.local_rank == 0 else lambda: None, *errors)
         return self.together(work if self.local_rank else lambda: before, *errors)
 
     def apart(self) -> "World":
-        """The same ranks with a conversation of their own, as for a thread."""
+        """The same ranks with another gloo group, for use in another thread."""
         return self if self.size == 1 else dataclasses.replace(self, group=_talk())
 
 
@@ -115,8 +116,8 @@ ALONE = World()
 
 
 def open_world(shape: MeshShape, device_type: str, local_rank: int) -> World:
-    """The World of a mesh as big as the default process group, which must exist. All ranks call it together."""
-    if shape.size == 1:  # torchrun with one rank: there is nobody to talk to
+    """The World for a mesh of the default process group's size. That group must exist. All ranks call it together."""
+    if shape.size == 1:  # torchrun with one rank
         return ALONE
     mesh = make_mesh(shape, device_type)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, mesh, axes_of(mesh), _talk())

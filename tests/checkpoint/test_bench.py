@@ -12,5 +12,5 @@ def test_every_case_of_one_device_runs(tmp_path):
     assert list(bench.CASES)[:6] == ours + orbaxs
     for case in bench.CASES[:6]:  # the others need JAX with several devices, from its start
         said = bench.measure(case, tmp_path, table)
-        assert re.fullmatch(rf"{case} +0\.00 GB: .* s of processors, .* GB more memory; before, .* GB", said), said
+        assert re.fullmatch(rf"{case} +0\.00 GB: .* s of CPU time, .* GB more memory; before that .* GB", said), said
     assert {path.name for path in tmp_path.iterdir()} == {"ours", "orbax"}

@@ -89,7 +89,7 @@ def test_a_pickle_is_opened_by_the_dcp_backend_alone(tmp_path, how):
         "tree": lambda: checkpoints.read_tree(3),
         "inspect": lambda: inspect.report(str(tmp_path), verify=True),
     }
-    with pytest.raises(UserError, match=r"a part of which is a pickle .* write --config\.checkpoint\.backend=dcp"):
+    with pytest.raises(UserError, match=r"contains a pickle, .* write --config\.checkpoint\.backend=dcp"):
         ways[how]()
     assert not (tmp_path / "executed").exists()
 
@@ -152,8 +152,8 @@ LIES = {
     "huge chunk": (ARRAY, lambda v: v.update(chunks=[10**9, 10**9]), "not stored as whole, plain chunks"),
     "tiny chunks": (ARRAY, lambda v: v.update(chunks=[1, 1]), "is not in 30 files of 4 bytes"),
     "compressed": (ARRAY, lambda v: v.update(compressor={"id": "zstd", "level": 1}), "not stored as whole, plain"),
-    "dtype": (ARRAY, lambda v: v.update(dtype="__builtins__"), "which torch has not"),
-    "dtype object": (ARRAY, lambda v: v.update(dtype="|O"), "which torch has not"),
+    "dtype": (ARRAY, lambda v: v.update(dtype="__builtins__"), "which torch does not have"),
+    "dtype object": (ARRAY, lambda v: v.update(dtype="|O"), "which torch does not have"),
     "no record": (ARRAY, lambda v: v.clear(), "cannot be read"),
 }
 

@@ -32,7 +32,7 @@ def test_a_failed_write_surfaces_and_harms_nothing(tmp_path, at, caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [r.getMessage() for r in caplog.records] == []  # we raise the error itself, and nobody else reports it
     ways = {"save": lambda: c.save(3, small, {}), "wait": c.wait, "close": c.close}
-    words = r"step 2 could not be written .*\(the last whole one is of step 1\): .*File too large"
+    words = r"step 2 could not be written .*\(the last complete one is of step 1\): .*File too large"
     with pytest.raises(CheckpointWriteError, match=words):
         ways.get(at, lambda: c.__exit__(None, None, None))()
     assert c.steps() == [1]  # keep=1 deleted nothing
@@ -88,7 +88,7 @@ def test_a_write_that_hangs_does_not_keep_the_process(tmp_path):
     assert run.stdout.count("step 2 has not been written") == 2
     *_, error, farewell = run.stderr.splitlines()
     assert "StuckWrite" in error
-    assert farewell == "the process ends while it still had to write checkpoint 2"
+    assert farewell == "the process ended before it could write checkpoint 2"
     with Checkpointer(tmp_path, every=1, keep=1) as c:
         assert c.steps() == [1]
         c.restore({"w": torch.ones(3)}, 1)

@@ -355,7 +355,7 @@ def said_by_all(folder, case):
 def test_what_fails_on_one_rank_fails_on_all_and_the_next_save_works(folder):
     disk, memory = said_by_all(folder, "full_disk")
     assert "step 2 could not be written" in disk
-    assert "the last whole one is of step 1" in disk
+    assert "the last complete one is of step 1" in disk
     assert os.strerror(errno.EFBIG) in disk
     assert "step 2 could not be written" in memory
     assert "division by zero" in memory

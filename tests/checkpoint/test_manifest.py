@@ -134,7 +134,7 @@ def test_a_symbolic_link_is_not_followed(saved, what):
     inside = payload(place) if what == "file" else place / "state"
     inside.rename(saved / "elsewhere")
     inside.symlink_to(saved / "elsewhere")
-    with pytest.raises(DamagedCheckpoint, match=f"{inside.name} is no file or directory of its own"):
+    with pytest.raises(DamagedCheckpoint, match=f"{inside.name} is not a regular file or directory"):
         manifest.verify(place)
 
 

@@ -160,7 +160,7 @@ def test_the_line_of_a_plan():
     assert "fits: --config.mesh=dp16,tp2,pp4 (128 × h100, 4 micro-batches, peak " in line
     assert ", or --config.hardware=h200,node=4 (64 × h200, peak " in line
     (line,) = lines(configured("pretrain_s1.py:large", batch_size=1))
-    assert line == "does not fit, nor with recomputation, more micro-batches, 64 times the devices or other cards"
+    assert line == "does not fit, not even with recomputation, more micro-batches, 64 times the devices or other cards"
 
 
 def test_what_no_run_can_do_is_neither_planned_nor_recommended(monkeypatch):

@@ -76,7 +76,7 @@ def test_results_in_order(killable):
         ("fails", "ValueError: no"),
         ("hangs", "took longer than 2 s"),
         ("dies", "its process ended: exit code 3"),
-        ("no_json", "its result is no JSON"),
+        ("no_json", "its result is not JSON"),
         ("long", "more than 1,048,576 bytes"),
         ("missing", "AttributeError"),
     ],

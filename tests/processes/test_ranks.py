@@ -58,21 +58,21 @@ def test_decisions(environment, world, devices, device, wanted):
             {},
             16,
             8,
-            "run this on each of 2 such hosts, with one of them for HOST: torchrun --nnodes=2 --nproc-per-node",
+            "run this on each of 2 such hosts, with the name of one of them as HOST: torchrun --nnodes=2",
         ),
         ({}, 2, 0, "needs 2 devices, this host has 0"),
-        (TORCHRUN, 16, 8, "torchrun started 8 ranks, the mesh has 16 devices; make --nnodes times --nproc-per-node 16"),
+        (TORCHRUN, 16, 8, "torchrun started 8 ranks, but config.mesh has 16 devices; make --nnodes times"),
         (TORCHRUN, 1, 8, "mesh of 8 with --config.mesh"),
-        (SLURM, 4, 8, "srun started 8 ranks, the mesh has 4 devices; make --ntasks 4"),
+        (SLURM, 4, 8, "srun started 8 ranks, but config.mesh has 4 devices; make --ntasks 4"),
         ({**TORCHRUN, "MASTER_PORT": ""}, 8, 8, "torchrun left MASTER_PORT unset"),
         ({**TORCHRUN, "RANK": "five"}, 8, 8, "RANK='five' is not a number"),
         ({**TORCHRUN, "MASTER_PORT": "abc"}, 8, 8, "MASTER_PORT='abc' is not a number"),
-        ({**TORCHRUN, "MASTER_PORT": "65536"}, 8, 8, "MASTER_PORT=65536 is no port"),
+        ({**TORCHRUN, "MASTER_PORT": "65536"}, 8, 8, "MASTER_PORT=65536 is not a port"),
         ({**SLURM, "MASTER_PORT": "abc"}, 8, 8, "MASTER_PORT='abc' is not a number"),
         ({**TORCHRUN, "RANK": "8"}, 8, 8, "there is no rank 8 of 8: the ranks are 0 to 7"),
         ({**SLURM, "SLURM_PROCID": "8"}, 8, 8, "there is no rank 8 of 8"),
         ({**SLURM, "SLURM_STEP_NODELIST": "a[1-"}, 8, 8, "SLURM_STEP_NODELIST='a[1-' names no host"),
-        ({**TORCHRUN, "LOCAL_RANK": "4"}, 8, 4, "at most 4 ranks a host"),
+        ({**TORCHRUN, "LOCAL_RANK": "4"}, 8, 4, "at most 4 ranks per host"),
         (TORCHRUN, 8, 0, "no cuda device"),
     ],
 )
@@ -209,12 +209,12 @@ def test_ranks_that_start_again_share_a_part_of_the_store_that_is_new(server, la
             assert not any(part.check(["address"]) for part in parts)
             parts[0].set("address", str(count))
             assert [part.get("address") for part in parts] == [str(count).encode()] * 3
-            with pytest.raises(TrainingError, match="rank 0 of 3 has not come in 0.2 s"):
+            with pytest.raises(TrainingError, match="rank 0 of 3 did not join within 0.2 s"):
                 _met(server, 1, 3, seconds=0.2)
 
 
 def test_ranks_that_do_not_come_are_named(server):
-    with pytest.raises(TrainingError, match="of 3 ranks these have not come in 0.2 s: 1, 2"):
+    with pytest.raises(TrainingError, match="of 3 ranks these did not join within 0.2 s: 1, 2"):
         _met(server, 0, 3, seconds=0.2)
 
 

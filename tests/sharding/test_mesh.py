@@ -49,7 +49,7 @@ def test_a_mesh_fills_all_devices_or_none(shape, open_axis, devices):
             None,
             r"config.mesh=dp-1,tp2: dp-1 takes all remaining devices, .*write dp with its size",
         ),
-        ("dp-1,tp-1", 8, r"-1 stands on dp and tp"),
+        ("dp-1,tp-1", 8, r"only one axis can have the size -1, but dp and tp have it"),
         ("tp3,dp-1", 8, r"8 devices are no multiple of tp3 = 3, so no dp fills them"),
         ("dp-2", 8, r"'dp-2' is not an axis and a size"),
         ("dp", 8, r"'dp' is not an axis and a size; write e.g. dp8,tp2 with axes of pp, dr, dp, ep, cp, tp$"),

@@ -217,7 +217,7 @@ def test_a_full_disk_stops_the_run_or_not_by_policy(make, tmp_path, policy, caps
     config.checkpoint.update(on_failure=policy, asynchronous=False)
     try:
         if policy == "stop":
-            with pytest.raises(TrainingError, match=r"step 4 could not be written .*last whole one is of step 2"):
+            with pytest.raises(TrainingError, match=r"step 4 could not be written .*last complete one is of step 2"):
                 run(config, tmp_path, progress=False, make_step=filling)
         else:
             run(config, tmp_path, progress=False, make_step=filling)
@@ -286,7 +286,7 @@ def test_a_directory_that_cannot_be_written_is_named_and_the_run_goes_on_by_poli
 
     config = make(steps=6, **{"checkpoint.every": 2, "eval.every": 0})
     monkeypatch.setattr(Path, "mkdir", denied)
-    with pytest.raises(TrainingError, match=r"step 2 could not be .*there is none before it.*Permission denied"):
+    with pytest.raises(TrainingError, match=r"step 2 could not be .*there is no earlier one.*Permission denied"):
         run(config, tmp_path / "stop", progress=False)
     config.checkpoint.on_failure = "go_on"
     run(config, tmp_path / "w", progress=False)

@@ -204,9 +204,9 @@ def test_what_does_not_fit_is_named():
     batch = our_batch(cfg, [row(random.Random(1), "tit")], torch.float32)
     with pytest.raises(UserError, match="row 0 has .* placeholders"):
         model.apply(cfg, p, {**batch, "tokens": torch.ones_like(batch["tokens"])})
-    with pytest.raises(UserError, match="patches of 22 values, and the model takes 24"):
+    with pytest.raises(UserError, match="patches of 22 values, but the model takes 24"):
         model.apply(cfg, p, {**batch, "pixel_values": batch["pixel_values"][..., :-2]})
-    with pytest.raises(UserError, match="pixel_values and no grids"):
+    with pytest.raises(UserError, match="pixel_values but no grids"):
         model.apply(cfg, p, {key: x for key, x in batch.items() if key != "grids"})
     text = cfg.replace(vision_enabled=False)
     with pytest.raises(UserError, match="model no vision tower"):

@@ -15,8 +15,9 @@ from sharding.axes import Axes
 def keep_batch(workdir: Path, step: int, batch: Mapping[str, Tensor], world: World, axes: Axes, parts: int) -> str:
     """Write a step's prepared batch, with the rows of all ranks in the global batch's order.
 
-    Returns words for a message: "kept in" and the path; or "lost" and why the file could not be written (a full disk does not end
-    the run). parts: number of micro-batches of the step; every rank has rows of each. All ranks call it together.
+    Returns words for a message: "kept in" and the path; or "lost" and why the file could not be written (a full disk
+    does not end the run). parts: number of micro-batches of the step; every rank has rows of each. All ranks call it
+    together.
     """
     own = {key: value.cpu().numpy() for key, value in batch.items()}
     rank, ranks = axes.rows
