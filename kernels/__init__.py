@@ -1,1 +1,1 @@
-"""Operators behind the model and the losses: one public function a file, each beside its plain reference."""
+"""Operators of the model and the losses: one public function per file, each with a plain torch reference."""

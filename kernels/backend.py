@@ -1,7 +1,7 @@
 """Which implementation of an operator runs: Triton on CUDA, the plain formula on a CPU, Triton's interpreter in tests.
 
-Importing this module is how a kernel's file gets at triton, so that the package also imports where triton is not to be
-had (macOS): there the formulas run, and `triton` and `tl` are empty shells.
+Kernel files import triton from this module, so that the package can also be imported on platforms without Triton
+(macOS). There the formulas run, and `triton` and `tl` are empty stand-ins.
 """
 
 import contextlib
@@ -23,16 +23,13 @@ _interpreting = False
 
 
 def runs_triton(*tensors: Tensor) -> bool:
-    """True if an operator on these tensors is to run its Triton kernel.
-
-    float64 never does: the kernels accumulate in float32.
-    """
+    """Whether an operator on these tensors runs its Triton kernel: not for float64, as kernels sum in float32."""
     return all(x.dtype != torch.float64 and (x.is_cuda or _interpreting) for x in tensors)
 
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Within, operators on CPU tensors run their Triton kernels in Triton's interpreter: slow, for tests.
+    """A context in which operators on CPU tensors run their kernels in Triton's interpreter: slow, for tests.
 
     Raises RuntimeError unless TRITON_INTERPRET=1 was set before triton was first imported.
     """

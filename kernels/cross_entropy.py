@@ -1,19 +1,19 @@
-"""Cross-entropy straight from hidden states and the head's weight, without ever holding all logits.
+"""Cross-entropy from hidden states and the head's weight, without all logits in memory.
 
-The logits of a 151,936-word vocabulary at 16,384 tokens take 10 GB in float32. Here a chunk of tokens at a time goes
-through the head and the softmax, so at most one chunk's logits exist. Two operators:
+The logits of 16,384 tokens with a vocabulary of 151,936 take 10 GB in float32. Here one chunk of tokens at a time goes
+through the head and the softmax, so at most one chunk's logits exist. There are two operators:
 
-- the scalar loss makes its gradients in the forward pass, while a chunk's logits are there: three products in all. The
-  idea is that of Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989). On CUDA the gradient is written over the
-  logits by one Triton kernel (kernels/softmax_gradient.py) and the weight's gradient is summed by the product itself,
-  by default in the weight's dtype. So every chunk rounds it: in bfloat16 its relative error is 2.1e-3 after 8 chunks,
-  where one rounding leaves 1.5e-3 (H100). `float32_sum` avoids that for 1.5% of time and a float32 gradient beside it
-  (1.16 GiB at D 2,048).
-- log Σ exp and the target's logit of each token, with a true backward for any upstream gradients, which computes the
-  logits again (four products). Losses that are nonlinear in log-probabilities (RL, DPO) are built on it, and so is
-  everything over a vocabulary that is cut into shards: each shard's two numbers are merged by `merge_shards`.
+- The scalar loss computes its gradients in the forward pass, while a chunk's logits exist: three products in total, as
+  in Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989). On CUDA a Triton kernel (kernels/softmax_gradient.py)
+  overwrites the logits with their gradient, and the matrix product itself adds to the weight's gradient, by default in
+  the weight's dtype. So every chunk rounds that gradient: in bfloat16 its relative error is 2.1e-3 after 8 chunks,
+  and 1.5e-3 with a single rounding (H100). `float32_sum` rounds once; it costs 1.5% more time and memory for a float32
+  gradient (1.16 GiB at D 2,048).
+- log Σ exp and the target's logit of each token, with a backward pass for any upstream gradients, which computes the
+  logits again (four products). Losses that are nonlinear in log-probabilities (RL, DPO) use it, and everything with a
+  vocabulary that is cut into shards: `merge_shards` merges the two numbers of every shard.
 
-Same input, same bits, on one device and version. N tokens · D hidden · V vocabulary (or this shard's) · S shards
+Results repeat bit for bit on one device and version. N tokens · D hidden · V vocabulary (or this shard's) · S shards
 """
 
 from collections.abc import Callable
@@ -26,16 +26,16 @@ from kernels import softmax_gradient
 from kernels.backend import check_devices, runs_triton
 
 IGNORE = softmax_gradient.IGNORE
-_CHUNK_BYTES = 640 << 20  # logits alive at once on a GPU: 2,048 tokens of 151,936 bfloat16
+_CHUNK_BYTES = 640 << 20  # logits in memory at once on a GPU: 2,048 tokens of 151,936 bfloat16
 _CHUNK_LOGITS_CPU = 1 << 21  # on a CPU: 8 MiB, which stay in its cache (54 ms instead of 65 at V 4,096, N 2,048)
-_MIN_CHUNK = 128  # tokens; below, products are too thin to be fast
-_ROW_BYTES = 16  # a row of logits is a multiple; else cuBLAS needs 5 to 8 times as long (H100, 151,669 columns)
+_MIN_CHUNK = 128  # tokens; products with fewer rows are slow
+_ROW_BYTES = 16  # rows of logits are padded to a multiple; else cuBLAS takes 5 to 8 times as long (H100, V 151,669)
 
 
 def reference(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor, *, z_loss: float = 0.0
 ) -> Tensor:
-    """`linear_cross_entropy` with all logits in memory; composes with torch.func.
+    """`linear_cross_entropy` with all logits in memory; works with torch.func.
 
     Logits are rounded to hidden's dtype, then softmax runs in float32 (float64 for float64), as in transformers.
     """
@@ -57,15 +57,15 @@ def linear_cross_entropy(
 
     In float32 (float64 for float64). z_loss as in PaLM (arXiv:2204.02311, section 5) keeps lse near 0.
 
-    First-order gradients in hidden and weight, made in the forward pass if one of them requires them. Uncompiled, the
-    backward pass scales them in place, so that no second copy of the weight's gradient exists: a second backward pass
-    over the same graph (retain_graph=True) raises RuntimeError. An upstream gradient of 1 costs nothing there; another
-    one rounds the gradients once more, so put a divisor that is known beforehand into the weights.
+    First-order gradients in hidden and weight, computed in the forward pass if one of them requires a gradient. In
+    uncompiled code the backward pass scales them in place, to save a copy of the weight's gradient; so a second
+    backward pass over the same graph (retain_graph=True) raises RuntimeError. With an upstream gradient of 1 scaling
+    costs nothing. Any other value rounds the gradients once more, so put a known divisor into the weights.
 
     Args:
       hidden_ND, weight_VD: one floating dtype and device.
-      targets_N: int64 in [0, V), or IGNORE: no loss and a gradient of exactly 0, if the row's hidden is finite (it is
-        read, so that all rows are one product). Another value makes the loss NaN, or raises an error on a CPU.
+      targets_N: int64 in [0, V), or IGNORE: no loss, and a gradient of exactly 0 if the row's hidden is finite (it is
+        part of the product with all rows). Any other value makes the loss NaN, or raises an error on a CPU.
       weights_N: floating, not differentiated.
       float32_sum: on a GPU, sum the weight's gradient over chunks in float32 (a CPU always does).
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit together.
@@ -86,8 +86,8 @@ def token_log_probs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
     """log p(target) of each token, float32 (float64 for float64) [N]; 0 with a gradient of exactly 0 where the
     target is IGNORE, if the row's hidden is finite.
 
-    A true backward in hidden and weight for any upstream gradient; it computes the logits again. Arguments and errors
-    as in `linear_cross_entropy`.
+    Differentiable in hidden and weight for any upstream gradient; the backward pass computes the logits again.
+    Arguments and errors as in `linear_cross_entropy`.
     """
     _check(hidden_ND, weight_VD, targets_N)
     lse_N, target_N = _lse_and_known_target(hidden_ND, weight_VD, targets_N)
@@ -99,10 +99,10 @@ def lse_and_target(
 ) -> tuple[Tensor, Tensor]:
     """(log Σ exp(logits), the target's logit) of each token, float32 (float64 for float64), both differentiable.
 
-    For a vocabulary that is cut into shards: weight holds rows [vocab_start, vocab_start + V) of the head, targets
-    count in the whole vocabulary, and a target elsewhere (or IGNORE) has logit 0 without a gradient. Merge the shards'
-    results with `merge_shards`, after a collective with a true adjoint if they lie on several ranks. Then
-    log p = target − lse, and the gradients in each shard's weight are its part of the whole; those in hidden add up.
+    For a vocabulary that is cut into shards: weight has rows [vocab_start, vocab_start + V) of the head. Targets are
+    ids of the whole vocabulary; a target in another shard (or IGNORE) has logit 0 without a gradient. Merge the shards'
+    results with `merge_shards`; if they are on several ranks, gather them by a differentiable collective first. Then
+    log p = target − lse. Each shard's weight gets its part of the gradient; sum hidden's gradients over shards.
 
     Arguments and errors as in `linear_cross_entropy`.
     """
@@ -114,7 +114,7 @@ def lse_and_target(
 def lse_and_mean_logit(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
     """(log Σ exp(logits), Σ softmax · logits) of each token, float32 (float64 for float64); no gradients.
 
-    Their difference is the entropy of softmax, in nats. A chunk of tokens at a time, as all else here.
+    Their difference is the entropy of the softmax, in nats. It works on one chunk of tokens at a time.
     """
     parts, whole = [], _whole(weight_VD)
     for hidden in hidden_ND.split(_chunk_size(weight_VD)):
@@ -126,12 +126,12 @@ def lse_and_mean_logit(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Te
 
 
 def merge_shards(lse_SN: Tensor, target_SN: Tensor) -> tuple[Tensor, Tensor]:
-    """`lse_and_target` of the whole vocabulary from those of its shards; differentiable."""
+    """`lse_and_target` of the whole vocabulary from the results of its shards; differentiable."""
     return lse_SN.logsumexp(0), target_SN.sum(0)
 
 
 def _lse_and_known_target(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a whole vocabulary: a target that it lacks has logit NaN, so that a broken batch shows."""
+    """`lse_and_target` for a whole vocabulary; a target outside it has logit NaN, so that a wrong batch is noticed."""
     lse, target = _lse_and_target_op(hidden, weight, targets, 0)
     known = ((targets >= 0) & (targets < len(weight))) | (targets == IGNORE)
     return lse, torch.where(known, target, float("nan"))
@@ -166,7 +166,7 @@ def _(
 def _keep_gradients(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]
 ) -> None:
-    ctx.set_materialize_grads(False)  # else autograd fills two tensors with zeros, one of them the weight's size
+    ctx.set_materialize_grads(False)  # else autograd makes two tensors of zeros, one as large as the weight
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
 
@@ -179,7 +179,7 @@ _loss_and_gradients_op.register_autograd(_scale_gradients, setup_context=_keep_g
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    if type(x) is not Tensor:  # being traced: no side effects, and the product fuses with what follows
+    if type(x) is not Tensor:  # while tracing: no side effects; the compiler fuses the product
         return (_widen(x) * factor).to(x.dtype)
     if runs_triton(x):
         softmax_gradient.scale_(x, factor)
@@ -246,10 +246,9 @@ _lse_and_target_op.register_autograd(_lse_and_target_backward, setup_context=_ke
 def _gradients(
     hidden: Tensor, weight: Tensor, softmax: Callable[[Tensor, slice], Tensor], float32_sum: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(d_hidden, d_weight), where softmax(logits, rows) gives the gradient in a chunk's logits; it may overwrite them,
-    and a kernel does.
+    """(d_hidden, d_weight). softmax(logits, rows) returns the gradient of a chunk's logits; kernels write it in place.
 
-    At least one chunk, be it empty.
+    There is at least one chunk, possibly empty.
     """
     size = _chunk_size(weight)
     chunks = [slice(i, min(i + size, len(hidden))) for i in range(0, max(len(hidden), 1), size)]
@@ -264,8 +263,8 @@ def _gradients(
     for rows in chunks:
         h = hidden[rows]
         d_logits = torch.mm(h, whole.t(), out=buffer[: len(h)])
-        softmax(d_logits[:, : len(weight)], rows)  # in place, as kernels do
-        d_logits[:, len(weight) :] = 0  # where hidden is not finite they are not 0 by themselves
+        softmax(d_logits[:, : len(weight)], rows)  # in place: here softmax is a kernel
+        d_logits[:, len(weight) :] = 0  # logits of the padding; not 0 by themselves if hidden is not finite
         torch.mm(d_logits, whole, out=d_hidden[rows])
         if rows.start == 0:
             torch.mm(d_logits.t(), h, **wide, out=d_weight)
@@ -275,9 +274,9 @@ def _gradients(
 
 
 def _whole(weight_VD: Tensor) -> Tensor:
-    """The weight, or where a row of logits would not be aligned, as V may be odd, a copy with rows of zeros behind it.
+    """The weight; if rows of logits would not be aligned (e.g. V is odd), a copy with rows of zeros appended.
 
-    Nobody reads their logits.
+    The logits of the appended rows are not used.
     """
     together = _ROW_BYTES // weight_VD.itemsize
     missing = -len(weight_VD) % together
@@ -287,7 +286,7 @@ def _whole(weight_VD: Tensor) -> Tensor:
 def _gradients_formula(
     hidden: Tensor, weight: Tensor, softmax: Callable[[Tensor, slice], Tensor], chunks: list[slice]
 ) -> tuple[Tensor, Tensor]:
-    """The weight's gradient is summed in float32 even for half-precision inputs."""
+    """As `_gradients`, in plain torch. The weight's gradient is summed in float32, also for half-precision inputs."""
     d_hidden, d_weight = [], None
     for rows in chunks:
         h = hidden[rows]
@@ -299,7 +298,7 @@ def _gradients_formula(
 
 
 def _loss_and_d_logits(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """(the chunk's loss, its gradient in the logits, in their dtype): one exponential, three passes, all in place."""
+    """(the chunk's loss, its gradient with respect to the logits, in their dtype); one exponential, in place."""
     wide, index = _widen(logits_NV), _index(targets_N)
     weight = _effective_weights(targets_N, weights_N, wide.dtype)[:, None]
     top = wide.amax(-1, keepdim=True)
@@ -328,7 +327,7 @@ def _d_logits(
 
 
 def _local(targets_N: Tensor, vocab_start: int, size: int) -> tuple[Tensor, Tensor]:
-    """(column of each target in a shard [N, 1], 0 where it lies elsewhere; whether it lies here [N])."""
+    """(column of each target in this shard [N, 1], 0 if it is in another; whether it is in this shard [N])."""
     known = (targets_N >= vocab_start) & (targets_N < vocab_start + size)
     return torch.where(known, targets_N - vocab_start, 0)[:, None], known
 
@@ -357,7 +356,7 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _chunk_size(weight_VD: Tensor) -> int:
-    """Tokens a chunk: a power of two, so that the tiles of hidden's gradient fill an H100 ([2,048, D] do)."""
+    """Tokens per chunk: a power of two, so that the tiles of hidden's gradient fill an H100 (as [2,048, D] does)."""
     logits = _CHUNK_BYTES // weight_VD.itemsize if weight_VD.is_cuda else _CHUNK_LOGITS_CPU
     return 1 << (max(logits // len(weight_VD), _MIN_CHUNK).bit_length() - 1)
 

@@ -1,19 +1,19 @@
 """Programmatic dependent launch (Hopper and later): a kernel starts while the one before it on its stream still runs.
 
-Between two kernels of a decoding step the card idles for a microsecond or more, as long as a small one takes. Within
-`chain()` a kernel of decoding starts when all programs of the one before have called `release`, begins to read, and
-calls `wait` before it touches what that one computes.
+Between two kernels of a decoding step the card idles for a microsecond or more, which is as long as a small kernel
+takes. Within `chain()`, a decoding kernel starts when all programs of the previous kernel have called `release`. It
+starts to read, and calls `wait` before it uses results of the previous kernel.
 
-What a kernel may do before its wait: read what the kernel just before it does not write. All earlier ones have ended by
-then, since that kernel released this one after its own wait. So weights, tables and the cache of earlier tokens may be
-read, what the kernel before has computed may not; and nothing may be written. Every kernel waits, also where it then
-has nothing to do: what comes later relies on the whole chain.
+Before its wait a kernel may only read tensors that the previous kernel does not write: weights, tables, the cache of
+earlier tokens. Kernels before the previous one have ended by then, because the previous kernel calls release after its
+own wait. Before its wait a kernel must not write anything. Every kernel must wait, even one with nothing left to do,
+because later kernels rely on the whole chain.
 
-When to release: at once where the next kernel has much to read before its wait (one row: its weights). Else near the
-end: a program that starts early takes its place on a multiprocessor that happens to be free, so large programs, one a
-multiprocessor, end up two on one and none on another.
+When to release: at once, if the next kernel has much to read before its wait (with one row: its weights). Otherwise
+near the end. A program that starts early is placed on any multiprocessor that is free, so of large programs, meant for
+one multiprocessor each, two may share one while another stays idle.
 
-Outside `chain()` a kernel is launched as usual: nothing says there that the kernel before it did not write a weight.
+Outside `chain()` kernels are launched as usual, because there the previous kernel may have written a weight.
 
 CUDA programming guide, "Programmatic dependent launch and synchronization". Valid under graph capture.
 """
@@ -33,8 +33,10 @@ _CHAINED: contextvars.ContextVar[bool] = contextvars.ContextVar("chained", defau
 
 @contextlib.contextmanager
 def chain() -> Iterator[None]:
-    """Within, kernels are launched dependently where the card can. The caller promises, for each kernel in it: the one
-    just before it on the stream does not write what this one reads as weight, table, angle, length, residual or cache.
+    """A context in which decoding kernels are launched dependently, if the card supports it.
+
+    The caller promises for each kernel: the previous kernel on the stream does not write the weights, table, angles,
+    lengths, residual or earlier cache entries that this kernel reads.
     """
     token = _CHAINED.set(True)
     try:
@@ -49,7 +51,7 @@ def _supported(device: torch.device) -> bool:
 
 
 def on(x: Tensor) -> bool:
-    """Whether kernels on this tensor are launched this way: their PDL constant and their option launch_pdl."""
+    """Whether kernels on this tensor are launched dependently: the value for their PDL and launch_pdl."""
     return _CHAINED.get() and _supported(x.device)
 
 
@@ -62,6 +64,6 @@ def wait(PDL: tl.constexpr):
 
 @triton.jit
 def release(PDL: tl.constexpr):
-    """Let the next kernel start once all programs have come here. After the wait: see above."""
+    """Let the next kernel start once all programs have called this. Only after `wait`."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()

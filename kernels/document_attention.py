@@ -1,7 +1,7 @@
-"""Attention of packed rows document by document, for torch's attention on a CPU: what lies between documents is never
-computed, where a dense mask pays for all of it.
+"""Attention of packed rows, document by document, with torch's attention on a CPU.
 
-Uncompiled alone: how many documents there are, and how long, is read on the host.
+Scores between different documents are never computed; with a dense mask they would be. Only for uncompiled code,
+because the host reads the number and lengths of the documents.
 
 B rows · T positions of a row · H heads · d head_dim · n positions of several documents
 """
@@ -14,19 +14,19 @@ from torch import Tensor
 
 
 def can(x: Tensor) -> bool:
-    """Whether this tensor's values can be read here and now: on the CPU, of one process, by no compiler."""
+    """Whether the host can read this tensor's values: a plain tensor on the CPU, and not while compiling."""
     return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class Run(NamedTuple):
-    """`count` neighbouring documents of `length` positions each; they may lie in several rows."""
+    """`count` adjacent documents of `length` positions each; they may be in several rows."""
 
     count: int
     length: int
 
 
 def runs_of(starts_BT: Tensor) -> tuple[Run, ...]:
-    """All documents, row after row. starts: the place in its row where a position's document begins."""
+    """All documents, row after row. starts_BT: for each position, the index in its row at which its document begins."""
     rows, length = starts_BT.shape
     first = starts_BT + torch.arange(rows, device=starts_BT.device)[:, None] * length
     lengths = torch.unique_consecutive(first.flatten(), return_counts=True)[1]
@@ -43,7 +43,7 @@ def attend(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor, runs: tuple[Run, ...]
 
 
 def _alike(q_nHd: Tensor, k_nHd: Tensor, v_nHd: Tensor, run: Run, causal: bool) -> Tensor:
-    """Documents of one length as a batch. One of a single position sees itself: its value."""
+    """Attention of a run's documents as one batch. In a document of one position the result is its value."""
     if run.length == 1:
         return v_nHd
     q, k, v = (x.unflatten(0, run).transpose(1, 2) for x in (q_nHd, k_nHd, v_nHd))

@@ -1,8 +1,8 @@
 """FlashAttention-2 (Dao 2023, arXiv:2307.08691) with grouped heads and packed documents, forward and backward.
 
-The kernels are in flash_attention_forward.py and flash_attention_backward.py; they read and write tiles with the tensor
-memory accelerator, so they need a Hopper GPU or newer. Scores are never in memory; what is kept for the backward pass
-beside the inputs is the output and the log-sum-exp of every row.
+The kernels are in flash_attention_forward.py and flash_attention_backward.py. They read and write tiles with the tensor
+memory accelerator, so they need a Hopper GPU or newer. Scores are never in memory. The backward pass needs the inputs,
+the output and the log-sum-exp of every row.
 
 B batch · H query heads · K key/value heads, H a multiple of K · T queries · S keys · d head_dim
 """
@@ -18,7 +18,7 @@ from kernels.flash_attention_backward import key_kernel, query_kernel, rows_kern
 from kernels.flash_attention_forward import CAUSAL, FULL, RANGES, forward_kernel
 from kernels.key_ranges import KeyRanges, dense_mask
 
-_PAD = 128  # rows' statistics are padded to a multiple of every tile's height
+_PAD = 128  # rows' statistics are padded to a multiple of this, which is a multiple of every tile's height
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,7 +31,7 @@ def reference(
     ranges: KeyRanges | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As flash_attention, with all scores in memory in at least float32; composes with torch.func."""
+    """As flash_attention, with all scores in memory in at least float32; works with torch.func."""
     group, scale = q_BHTd.shape[1] // k_BKSd.shape[1], _scale(q_BHTd, scale)
     wide = torch.promote_types(q_BHTd.dtype, torch.float32)
     k, v = (x.repeat_interleave(group, dim=1) for x in (k_BKSd, v_BKSd))
@@ -60,9 +60,9 @@ def flash_attention(
 
     Args:
       q, k, v: one dtype of float16, bfloat16, float32 (float64 runs the formula) and device; query head h uses
-        key/value head h // (H / K). Any strides with stride 1 along d and the others multiples of 16 bytes, so both [B,
-        H, T, d] and a transposed [B, T, H, d] do; the output has the layout of the latter. d: 16 … 256, a multiple of
-        16 bytes.
+        key/value head h // (H / K). The stride along d must be 1, the others multiples of 16 bytes; both [B, H, T, d]
+        and a transposed [B, T, H, d] have that. The output has the layout of the latter. d: 16 … 256, a multiple of 16
+        bytes.
       causal: query t sees keys up to t; needs T = S. Ignored when ranges are given.
       ranges: which keys each query sees, see kernels.key_ranges (packed documents, chunks of a ring, windows).
       scale: of the scores, positive; default d^−½.
@@ -75,15 +75,15 @@ def flash_attention(
 
 
 def fits(head_dim: int) -> bool:
-    """Whether flash_attention takes heads of this size in half and single precision alike."""
+    """Whether flash_attention supports heads of this size, in half and in single precision."""
     return 16 <= head_dim <= 256 and head_dim % 8 == 0
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(out, lse) of attention over the union of disjoint sets of keys, from those over each set.
+    """(out, lse) of attention over the union of disjoint sets of keys, from the results for each set.
 
-    parts: (out [..., T, d], lse [..., T]) as flash_attention gives them. In the outs' dtype; plain torch, so gradients
-    flow to outs and lses. Rows that see nothing anywhere stay 0 and −∞.
+    parts: (out [..., T, d], lse [..., T]) pairs, as from flash_attention. The result has the outs' dtype. It is plain
+    torch, so gradients flow to outs and lses. Rows that see no key in any part stay 0 and −∞.
     """
     lses = torch.stack([lse for _, lse in parts])
     lse = lses.logsumexp(0)
@@ -100,7 +100,7 @@ class Tiles(NamedTuple):
 
 
 def forward_tiles(D: int, itemsize: int, ragged: bool) -> Tiles:
-    """By measurement on an H100 at D 128; D is head_dim rounded up to a power of two. ragged: ranges are given."""
+    """The fastest tiles on an H100 at D 128. D: head_dim, rounded up to a power of two. ragged: with ranges."""
     if itemsize == 4:
         return Tiles(32, 32, 4, 2)
     return Tiles(128, 64, 8, 2) if D == 256 else Tiles(64, 64, 4, 3)
@@ -292,7 +292,7 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 
 def _like(x_BHTd: Tensor) -> Tensor:
-    """Uninitialised, laid out as [B, T, H, d]: what the output projection wants to see."""
+    """Uninitialised [B, H, T, d] with the memory layout [B, T, H, d], so that the output projection needs no copy."""
     batch, heads, length, d = x_BHTd.shape
     return x_BHTd.new_empty(batch, length, heads, d).transpose(1, 2)
 
@@ -322,7 +322,7 @@ def _is_aligned(x: Tensor) -> bool:
 
 
 def _layout_fits(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can load tiles of x; it minds strides of axes of size 1 too."""
+    """Whether the tensor memory accelerator can load tiles of x. Strides of axes of size 1 count too."""
     return x.stride(-1) == 1 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
 
 

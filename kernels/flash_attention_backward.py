@@ -1,11 +1,11 @@
-"""FlashAttention-2's backward pass in Triton, in two kernels that each own what they write.
+"""FlashAttention-2's backward pass in Triton, in two kernels: one for dQ, one for dK and dV.
 
-There are no atomics, so a rerun is bit-identical. The price is that scores and their gradients are computed twice: 7
-tile products where a kernel with atomics needs 5.
+Every program writes its own tiles, so there are no atomics and a rerun is bit-identical. Therefore scores and their
+gradients are computed twice: 7 tile products, where a kernel with atomics needs 5.
 
 With P = exp(scale·QKᵀ − lse), dP = dO·Vᵀ and Δ = rowsum(dO·O) − dlse:  dS = P·(dP − Δ),  dV = Pᵀ·dO,
-dQ = scale·dS·K,  dK = scale·dSᵀ·Q. The term dlse is the gradient that reaches the log-sum-exp itself (ring attention
-merges chunks with it).
+dQ = scale·dS·K,  dK = scale·dSᵀ·Q. dlse is the upstream gradient of the log-sum-exp (ring attention uses the
+log-sum-exp to merge chunks).
 
 B batch · H query heads · K key/value heads · T queries · S keys · d head_dim, padded to the power of two D
 """
@@ -19,9 +19,9 @@ def rows_kernel(
     out, d_out, lse_ptr, d_lse_ptr, rows_ptr, scale, T, PADDED, H,
     HAS_DLSE: tl.constexpr, BM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """rows [B, H, 2, PADDED]: −lse in units of unscaled scores, and −Δ; what the products' accumulators start from.
+    """rows [B, H, 2, PADDED]: −lse in units of unscaled scores, and −Δ. The products' accumulators start from them.
 
-    Rows that see nothing (lse −∞) and those beyond T get −∞, which makes their probabilities 0. scale: times log2(e).
+    Rows that see no key (lse −∞) and rows beyond T get −∞, which makes their probabilities 0. scale: scale · log2(e).
     """
     tiles = PADDED // BM
     start_m = tl.program_id(0) % tiles * BM
@@ -67,7 +67,7 @@ def query_kernel(
     GROUP: tl.constexpr, MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d_queries: one program a tile of BM queries, which walks over its keys as the forward pass does."""
+    """Computes d_queries. One program per tile of BM queries; it loops over the keys as the forward pass does."""
     tiles = tl.cdiv(T, BM)
     start_m = (tiles - 1 - tl.program_id(0) % tiles) * BM
     head = tl.program_id(0) // tiles
@@ -105,7 +105,7 @@ def _walk_queries(
     MASKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Everything is held transposed, keys first: then no operand of a product has to be turned over."""
+    """Adds to dk and dv. Scores are kept transposed, keys first, so that no operand of a product is transposed."""
     for start in tl.range(begin, end, BM):
         start = tl.multiple_of(start, BM)
         q = queries.load([b, h, start, 0]).reshape([BM, D])
@@ -127,7 +127,7 @@ def _walk_queries(
 
 @triton.jit
 def _column_bounds(column, T, S, first_ptr, last_ptr, MASK: tl.constexpr):
-    """Queries first … last−1 see the key, and no other does; keys beyond S are given the last one's."""
+    """(first, last): only queries first … last−1 can see the key. Keys beyond S get the last key's bounds."""
     if MASK == 2:
         column = tl.minimum(column, S - 1)
         first, last = tl.load(first_ptr + column), tl.load(last_ptr + column)
@@ -144,9 +144,10 @@ def key_kernel(
     GROUP: tl.constexpr, MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d_keys, d_values: one program a tile of BN keys, which walks over the queries of all heads that share them.
+    """Computes d_keys and d_values. One program per tile of BN keys; it loops over the queries of all heads that share
+    them.
 
-    Queries beyond T have probability 0 (rows_kernel), keys beyond S are never stored: neither needs a mask.
+    Queries beyond T have probability 0 (rows_kernel), and keys beyond S are never stored, so neither needs a mask.
     """
     tiles = tl.cdiv(S, BN)
     start_n = tl.program_id(0) % tiles * BN

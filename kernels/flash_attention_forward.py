@@ -1,19 +1,19 @@
 """FlashAttention-2's forward pass in Triton (Dao 2023, arXiv:2307.08691).
 
-One program takes BM queries of one head and walks over the key tiles that they can see: tiles at both ends of the run
-are masked, those between are not. Scores live in units of log2, so that the exponential is one instruction.
+One program takes BM queries of one head and loops over the key tiles that they can see. Tiles at both ends of the range
+are masked, tiles in between are not. Scores are scaled by log2(e), so that the exponential is one instruction (exp2).
 
 B batch · H query heads · K key/value heads · T queries · S keys · d head_dim, padded to the power of two D
 """
 
 from kernels.backend import tl, triton
 
-FULL, CAUSAL, RANGES = 0, 1, 2  # how queries see keys: all, key ≤ query, or as the tensors lo and hi say
+FULL, CAUSAL, RANGES = 0, 1, 2  # the keys that a query sees: all, those up to itself, or lo … hi−1
 
 
 @triton.jit
 def row_bounds(rows, T, S, lo_ptr, hi_ptr, MASK: tl.constexpr):
-    """lo and hi of the rows; those beyond T are given the last row's."""
+    """lo and hi of the rows; rows beyond T get the last row's."""
     if MASK == 2:
         rows = tl.minimum(rows, T - 1)
         lo, hi = tl.load(lo_ptr + rows), tl.load(hi_ptr + rows)
@@ -26,7 +26,8 @@ def row_bounds(rows, T, S, lo_ptr, hi_ptr, MASK: tl.constexpr):
 
 @triton.jit
 def key_tiles(start_m, T, S, lo_ptr, hi_ptr, MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """(begin, full_from, full_to, end) of a query tile: masked tiles, then full ones, then masked ones again."""
+    """(begin, full_from, full_to, end) of a query tile's keys. Key tiles from full_from to full_to need no mask; those
+    before and after do."""
     top_lo, top_hi = row_bounds(start_m, T, S, lo_ptr, hi_ptr, MASK)
     bottom_lo, bottom_hi = row_bounds(tl.minimum(start_m + BM, T) - 1, T, S, lo_ptr, hi_ptr, MASK)
     begin = top_lo // BN * BN
@@ -66,9 +67,9 @@ def forward_kernel(
     GROUP: tl.constexpr, MASK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """queries, keys, values, out: descriptors [B, heads, positions, d]; what lies outside is read as 0, never written.
+    """queries, keys, values, out: descriptors [B, heads, positions, d]; elements outside are read as 0, not written.
 
-    scale: of the scores, times log2(e). Last tiles first: under a causal mask they take longest.
+    scale: scale of the scores · log2(e). Last tiles run first, because under a causal mask they take longest.
     """
     tiles = tl.cdiv(T, BM)
     start_m = (tiles - 1 - tl.program_id(0) % tiles) * BM
@@ -84,7 +85,7 @@ def forward_kernel(
 
     acc = tl.zeros([BM, D], tl.float32)
     total = tl.zeros([BM], tl.float32)
-    top = tl.full([BM], -1e30, tl.float32)  # finite, so that a row that has seen nothing makes no NaN
+    top = tl.full([BM], -1e30, tl.float32)  # finite, so that a row that sees no key gives no NaN
     if MASK == 2:
         acc, total, top = _walk(
             acc, total, top, q, keys, values, b, h // GROUP, begin, tl.minimum(full_from, end), lo, hi, scale,

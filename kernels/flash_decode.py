@@ -1,7 +1,7 @@
-"""Attention of a few new tokens over a long cache, whose keys are split over many programs (flash-decoding).
+"""Attention of a few new tokens over a long KV cache, whose keys are split over many programs (flash-decoding).
 
-With one new token a row there are only batch × heads queries, far too few programs to read a cache at full bandwidth.
-So each program takes one slice of one row's keys for all query heads that share them, and a second kernel merges the
+With one new token per row there are only batch × heads queries, too few programs to read the cache at full bandwidth.
+So each program takes one slice of one row's keys, for all query heads that share them, and a second kernel merges the
 slices by their log-sum-exp (Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding for long-context inference").
 
 B batch · H query heads · K key/value heads · G = H/K · T new tokens · S cache slots · d head_dim, padded to the power
@@ -18,9 +18,9 @@ from kernels.backend import check_devices, runs_triton, tl, triton
 from kernels.flash_attention import reference as attention_reference
 from kernels.key_ranges import key_ranges
 
-_PROGRAMS = 512  # about four a multiprocessor
-_BLOCK = 64  # keys a step
-MAX_ROWS = 128  # G · T: what one program holds as queries
+_PROGRAMS = 512  # about four per multiprocessor
+_BLOCK = 64  # keys per step
+MAX_ROWS = 128  # limit for G · T, the queries of one program
 
 
 def reference(q_BHTd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, seen_BT: Tensor, scale: float) -> Tensor:
@@ -37,7 +37,7 @@ def flash_decode(
     Args:
       q, k, v: one dtype of float16, bfloat16, float32 (float64 runs the formula) and device, stride 1 along d. k and v
         may be slices of a larger cache. H · T / K at most 128, d 16 … 256.
-      seen: int32 [B, T]; 0 gives a row of zeros. What lies in slots that no token of a row sees does not matter.
+      seen: int32 [B, T]; 0 gives a row of zeros. Slots that no token of a row sees may have any values.
       scale: positive; default d^−½.
     The number of splits follows from the shapes alone, so reruns are bit-identical. Raises ValueError for arguments
     that do not fit.
@@ -54,7 +54,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tens
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not runs_triton(q) or not q.numel() or not k.numel():
         unseen_BS = torch.arange(k.shape[2], device=q.device) >= F.pad(seen, (1, 0)).amax(1, keepdim=True)
-        v = v.masked_fill(unseen_BS[:, None, :, None], 0)  # in a product, probability 0 does not end a NaN
+        v = v.masked_fill(unseen_BS[:, None, :, None], 0)  # 0 · NaN is NaN, even with probability 0
         return out.copy_(reference(q, k, v, seen, scale))
     (batch, heads, length, d), (_, kv_heads, slots, _) = q.shape, k.shape
     rows = heads // kv_heads * length
@@ -85,7 +85,7 @@ def _split_kernel(
     q_ptr, k_ptr, v_ptr, seen_ptr, partial_ptr, lse_ptr, scale, sqb, sqh, sqt, skb, skh, skt, svb, svh, svt, T, K,
     SPLIT, rows, d, GROUP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One slice of SPLIT keys for the R rows (g, t) of one key/value head: unnormalised output and log2-sum-exp2."""
+    """One slice of SPLIT keys for the R rows (g, t) of one key/value head: its normalised output and log2-sum-exp2."""
     b, kh = (tl.program_id(0) // K).to(tl.int64), (tl.program_id(0) % K).to(tl.int64)
     row, column = tl.arange(0, R), tl.arange(0, D)
     g, t = row // T, row % T
@@ -124,7 +124,7 @@ def _split_kernel(
 
 @triton.jit
 def _merge_kernel(partial_ptr, lse_ptr, out_ptr, rows, d, splits, SPLITS: tl.constexpr, D: tl.constexpr):
-    """Row (g, t) of one key/value head: the mean of its slices, weighted by their sums of exponentials."""
+    """One row (g, t) of one key/value head: the mean of its slices' outputs, weighted by their sums of exponentials."""
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column, split = tl.arange(0, D), tl.arange(0, SPLITS)
     place = (head * splits + split) * rows + row
@@ -151,7 +151,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> None:
         raise ValueError(f"q, k and v do not fit together: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if heads // kv_heads * length > MAX_ROWS:
         raise ValueError(
-            f"q has {length} tokens of {heads // kv_heads} heads a key/value head; at most {MAX_ROWS} rows"
+            f"q has {length} tokens × {heads // kv_heads} query heads per key/value head; at most {MAX_ROWS} fit"
         )
     if not 16 <= d <= 256:
         raise ValueError(f"head_dim must be 16 … 256, got {d}")

@@ -1,8 +1,9 @@
-"""kernels.head_sample for a vocabulary that is cut over ranks: each has the logits of its ids, all find the same token.
+"""kernels.head_sample for a vocabulary that is cut over ranks: each rank has the logits of its ids; all find the same
+token.
 
-The first half gives this rank's logits, and of each tile the greatest, the sum of exponentials and the place. These
-sums, a fiftieth of the logits, are exchanged between the halves. The second half finds the tile from all ranks' sums;
-the rank that has it finds the id, and the others give 0, so that a sum over ranks tells all.
+`head_shard` computes this rank's logits, and for each tile the greatest logit, its id and the sum of exponentials. The
+ranks exchange these per-tile sums, which are a fiftieth of the logits. `choose` finds the tile from all ranks' sums.
+The rank that has the tile finds the id; the others return 0, so a sum over ranks gives the id to all.
 
 B rows · D hidden · v ids of a rank · t tiles of a rank · S ranks
 """
@@ -21,9 +22,9 @@ def head_shard(
 ) -> tuple[Tensor, Tensor]:
     """(logits float32 [B, v], sums float32 [3, B, t]) of this rank's ids; arguments as head_sample's.
 
-    num_ids: of this rank's ids those that can be drawn, 0 … v. sums: of each tile the greatest tempered logit, the sum
-    of exponentials less that, and the greatest's place, −1 where a logit is not finite. Float64 runs the formula, with
-    one tile.
+    num_ids: the first num_ids of this rank's ids can be drawn, 0 … v. sums: for each tile the greatest tempered logit,
+    the sum of exp(tempered logit − greatest), and the greatest's id on this rank, −1 if a logit is not finite. float64
+    runs the formula, with one tile.
     """
     row_product.check(x_BD, {"norm": (norm_D, x_BD.shape[-1])}, {"head": head_vD})
     if not 0 <= num_ids <= len(head_vD):
@@ -47,10 +48,10 @@ def head_shard(
 def choose(
     logits_Bv: Tensor, sums_S3Bt: Tensor, num_ids: int, inv_temperature_B: Tensor, uniform_B: Tensor, shard: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids int64 [B], logprob [B], finite bool [B]) as head_sample has them, on the rank that has the id; 0 elsewhere.
+    """(ids int64 [B], logprob [B], finite bool [B]) as from head_sample, on the rank that has the id; 0 on the others.
 
-    sums: of all ranks in their order. num_ids: as in head_shard. shard: this rank's number. Of a row that is not finite
-    the ranks' ids add up to one below the vocabulary's.
+    sums: of all ranks, in their order. num_ids: as in head_shard. shard: this rank's number. For a row with logits that
+    are not finite, the sum of the ranks' ids is still an id of the vocabulary.
     """
     (B, v), (S, _, _, tiles) = logits_Bv.shape, sums_S3Bt.shape
     if not runs_triton(logits_Bv) or not B:
@@ -107,7 +108,7 @@ def _choose_formula(
 
 
 def _first(possible: Tensor, fits: Tensor) -> Tensor:
-    """Along dimension 0 the first place that is possible and fits; if none fits (sums round) the last possible one."""
+    """Along dimension 0, the first index that is possible and fits; if none fits (rounding), the last possible one."""
     places = torch.arange(len(possible), device=possible.device)[:, None]
     first = torch.where(possible & fits, places, len(possible)).amin(0)
     return torch.minimum(first, torch.where(possible, places, 0).amax(0))
@@ -118,5 +119,5 @@ def _scale(inv_temperature_B: Tensor) -> Tensor:
 
 
 def _finite(top_B: Tensor) -> Tensor:
-    """0 for a shard without a finite logit."""
+    """Replace −∞, of a shard without a finite logit, by 0."""
     return torch.where(top_B == float("-inf"), 0.0, top_B)

@@ -1,8 +1,8 @@
-"""Attention masks in which every query sees one run of keys, lo ≤ key < hi, and the runs only move forward.
+"""Attention masks in which every query sees one contiguous range of keys, lo ≤ key < hi, and lo and hi never decrease.
 
-Causal attention, packed documents, sliding windows, a cache of which a part is filled and the chunks of ring attention
-are all of this form. A kernel can then tell from the bounds at a tile's two ends which tiles are empty and which need
-no mask.
+Causal attention, packed documents, sliding windows, partly filled caches and the chunks of ring attention have this
+form. From the bounds of the first and last query of a tile, a kernel knows which tiles are empty and which need no
+mask.
 
 B batch · T queries · S keys
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 class KeyRanges(NamedTuple):
     """Query t sees the keys lo[t] … hi[t]−1 (none if hi ≤ lo); lo and hi must never decrease along a row.
 
-    lo, hi: int32 [B, T], 0 ≤ lo, hi ≤ S. first, last: int32 [B, S], the same seen from the keys: key s can be seen by
-    no query outside first[s] … last[s]−1. `key_ranges` makes them.
+    lo, hi: int32 [B, T], 0 ≤ lo, hi ≤ S. first, last: int32 [B, S], the same from the view of the keys: all queries
+    that see key s are in first[s] … last[s]−1. `key_ranges` computes them.
     """
 
     lo: Tensor
@@ -27,7 +27,7 @@ class KeyRanges(NamedTuple):
 
 
 def key_ranges(lo_BT: Tensor, hi_BT: Tensor, keys: int) -> KeyRanges:
-    """From the bounds alone; integers of any kind. They are not checked (that would wait for the device)."""
+    """KeyRanges from lo and hi, of any integer dtype. They are not checked, because that would wait for the device."""
     lo, hi = (x.to(torch.int32).contiguous() for x in (lo_BT, hi_BT))
     key = torch.arange(keys, dtype=torch.int32, device=lo.device).expand(lo.shape[0], keys).contiguous()
     first = torch.searchsorted(hi, key, right=True, out_int32=True)
@@ -36,14 +36,15 @@ def key_ranges(lo_BT: Tensor, hi_BT: Tensor, keys: int) -> KeyRanges:
 
 
 def document_ranges(starts_BT: Tensor, ends_BT: Tensor, causal: bool) -> KeyRanges:
-    """Self-attention within documents: position t's document is starts[t] … ends[t]−1."""
+    """KeyRanges for self-attention within documents; the document of position t is starts[t] … ends[t]−1."""
     length = starts_BT.shape[1]
     after = torch.arange(1, length + 1, dtype=torch.int32, device=starts_BT.device)
     return key_ranges(starts_BT, after.expand_as(starts_BT) if causal else ends_BT, length)
 
 
 def ranges_from_segments(segments_BT: Tensor, causal: bool = True) -> KeyRanges:
-    """Documents are runs of equal segment numbers; padding (0) is a run like any other, so no row is empty."""
+    """KeyRanges for documents given as runs of equal segment numbers. Padding (0) is a run too, so every query sees at
+    least one key."""
     length = segments_BT.shape[1]
     place = torch.arange(length, dtype=torch.int32, device=segments_BT.device)
     new = torch.ones_like(segments_BT, dtype=torch.bool)
@@ -56,10 +57,11 @@ def ranges_from_segments(segments_BT: Tensor, causal: bool = True) -> KeyRanges:
 
 
 def ranges_from_cu_seqlens(cu_seqlens: Tensor, length: int, causal: bool = True) -> KeyRanges:
-    """One packed row of `length` tokens, B = 1. cu_seqlens: integers [n + 1], document i is cu[i] … cu[i+1]−1.
+    """KeyRanges for one packed row of `length` tokens, B = 1.
 
-    Non-decreasing from 0; repeats are empty documents, so a list of static size can be filled up with its last number.
-    Tokens from the last number on see nothing: their output is 0 and their log-sum-exp −∞.
+    cu_seqlens: integers [n + 1], non-decreasing from 0; document i is cu[i] … cu[i+1]−1. Repeated numbers are empty
+    documents, so a tensor of static size can be padded with its last number. Tokens from the last number on see no key:
+    their output is 0 and their log-sum-exp −∞.
     """
     if cu_seqlens.dim() != 1 or not len(cu_seqlens):
         raise ValueError(f"cu_seqlens must be [documents + 1], got {tuple(cu_seqlens.shape)}")

@@ -1,9 +1,9 @@
-"""A product added to the residual stream in one launch, for decoding a few rows: attention's and the MLP's way back.
+"""x + h Wᵀ in one launch, for decoding a few rows: the last product of attention or of the MLP, and the residual.
 
-The output is narrow and the sums are long, so the sums are cut over a program's warps (kernels.row_product), always in
-the same order: no atomics, a rerun is bit-identical.
+The output is narrow and the sums are long, so each sum is split over a program's warps (kernels.row_product) in a fixed
+order. There are no atomics, so a rerun is bit-identical.
 
-B rows · N what is summed over · D hidden
+B rows · N input features, which are summed over · D hidden
 """
 
 import torch
@@ -22,9 +22,9 @@ def reference(h_BN: Tensor, weight_DN: Tensor, x_BD: Tensor) -> Tensor:
 def linear_residual(h_BN: Tensor, weight_DN: Tensor, x_BD: Tensor) -> Tensor:
     """x + h Wᵀ, [B, D], a new tensor; no gradients.
 
-    Args: all contiguous and of one dtype: float16, bfloat16 or float32 (float64 runs the formula). weight_DN as of
-      torch's Linear, also a layer of a stack.
-    Product and sum in float32, rounded once, where the formula rounds the product too. Raises ValueError for arguments
+    Args: all contiguous and of one dtype: float16, bfloat16 or float32 (float64 runs the formula). weight_DN: as in
+      torch's Linear; it may be a layer of a stack.
+    Product and sum are float32 and rounded once; the formula also rounds the product. Raises ValueError for arguments
     that do not fit.
     """
     row_product.check(h_BN, {}, {"weight": weight_DN}, x_name="h")

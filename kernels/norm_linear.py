@@ -1,7 +1,7 @@
-"""RMSNorm and up to three products side by side in one launch, for decoding: q, k and v of a few rows.
+"""RMSNorm and up to three matrix products in one launch, for decoding: q, k and v of a few rows.
 
-The norm costs no pass of its own, and its rounding differs from norm and products apart: see kernels.row_product. No
-atomics and a cut that follows from the shapes: a rerun is bit-identical.
+The norm needs no separate pass; its rounding differs from that of separate operators: see kernels.row_product. There
+are no atomics, and the tiles follow from the shapes, so a rerun is bit-identical.
 
 B rows · D hidden · N outputs of a weight
 """
@@ -29,7 +29,7 @@ def norm_linear(
 
     Args:
       x_BD, norm_D: [B, D] and [D] of one dtype, contiguous. float16, bfloat16 or float32 (float64 runs the formula).
-      weights: one to three [N, D] as of torch's Linear, contiguous, also layers of a stack.
+      weights: one to three [N, D] as in torch's Linear, contiguous; they may be layers of a stack.
       biases: one [N] for each, or None.
     Sums in float32, rounded once at the end. Raises ValueError for arguments that do not fit.
     """
@@ -49,7 +49,7 @@ def _kernel(
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SLICES: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile; tiles of one weight after the other's. Tiles of the same outputs are neighbours and share L2."""
+    """One tile. Tiles are ordered by weight; those with the same outputs are adjacent, to share weights in L2."""
     row_tiles = tl.cdiv(rows, BM)
     block = tl.program_id(0) // row_tiles
     weight_ptr, bias_ptr, N, offset = first_ptr, first_bias_ptr, first_N, 0

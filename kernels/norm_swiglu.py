@@ -1,7 +1,7 @@
 """RMSNorm, the gate and up products and SwiGLU in one launch, for decoding a few rows.
 
-Each tile holds rows of gate and up in turn, so that both numbers of a pair lie in one thread. The norm costs no pass of
-its own: see kernels.row_product. A rerun is bit-identical.
+Each tile has rows of gate and up alternately, so that both numbers of a pair are in one thread. The norm needs no
+separate pass: see kernels.row_product. A rerun is bit-identical.
 
 B rows · D hidden · F intermediate size
 """
@@ -25,8 +25,8 @@ def norm_swiglu(x_BD: Tensor, norm_D: Tensor, eps: float, gate_FD: Tensor, up_FD
 
     Args:
       x_BD, norm_D: [B, D] and [D] of one dtype, contiguous. float16, bfloat16 or float32 (float64 runs the formula).
-      gate_FD, up_FD: as of torch's Linear, contiguous, also layers of a stack.
-    Rounding: kernels.row_product's for the norm; gate, up and silu stay in float32, and the result is rounded once.
+      gate_FD, up_FD: as in torch's Linear, contiguous; they may be layers of a stack.
+    Rounding: the norm as in kernels.row_product; gate, up and silu stay in float32, and the result is rounded once.
     Raises ValueError for arguments that do not fit.
     """
     row_product.check(x_BD, {"norm": (norm_D, x_BD.shape[-1])}, {"gate": gate_FD, "up": up_FD})
@@ -41,7 +41,7 @@ def _kernel(
     HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BN/2 outputs: weight rows 2i of the tile are gate's, 2i + 1 up's."""
+    """One tile with BN/2 outputs: its weight rows 2i are gate's, 2i + 1 up's."""
     row_tiles = tl.cdiv(rows, BM)
     first = (tl.program_id(0) // row_tiles) * (BN // 2)
     row = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)

@@ -1,6 +1,6 @@
-"""python -m kernels.bench [kernel …] prints one table: our kernels and what else computes the same, on this card.
+"""python -m kernels.bench [kernel …] prints a table: our kernels against other implementations, on this card.
 
-Ratios are the rival's time over ours, forward / backward: above 1 ours is faster. All figures are of the same run.
+Ratios are the rival's time / our time, forward / backward: above 1, ours is faster. All figures are from one run.
 """
 
 import sys
@@ -15,7 +15,7 @@ MODULES = (rmsnorm, rope, swiglu, attention, cross_entropy, moe, decode)
 
 
 def row(case: Case, ceiling: float) -> str:
-    """One line of a markdown table; `ceiling` in bytes or FLOP a second."""
+    """One line of a markdown table. ceiling: in bytes/s or FLOP/s."""
     measured = {name: measure(case, name) for name in case.entries}
     ours = measured.pop("ours")
     cells = [case.kernel, case.shape]
@@ -39,7 +39,7 @@ def _ratios(ours: Measured, other: Measured) -> str:
 
 
 def main(names: list[str]) -> None:
-    """names: of kernels, none for all. Ends the process with one line for another name, and without a GPU."""
+    """names: of kernels; empty for all. Exits with one line for an unknown name, and without a GPU."""
     if not torch.cuda.is_available():
         sys.exit("error: kernels are timed on a GPU, and torch finds no CUDA device here")
     cases = [case for module in MODULES for case in module.cases()]

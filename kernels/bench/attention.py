@@ -13,7 +13,7 @@ from kernels.bench.case import Case
 from kernels.key_ranges import KeyRanges, ranges_from_cu_seqlens
 
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
-_SCORES_THAT_FIT = 1 << 30  # elements of all scores; the formula keeps several copies
+_SCORES_THAT_FIT = 1 << 30  # limit for the number of scores with which the formula, which keeps several copies, runs
 
 
 def cases() -> list[Case]:
@@ -38,7 +38,7 @@ def _formula(q: Tensor, k: Tensor, v: Tensor, ranges: KeyRanges | None = None) -
 
 
 def _flops(batch: int, seen: float) -> float:
-    """Two products over the (query, key) pairs that are seen in a row."""
+    """FLOPs of two products. seen: number of visible (query, key) pairs per row."""
     return 4.0 * batch * HEADS * HEAD_DIM * seen
 
 
@@ -69,7 +69,7 @@ def _causal(batch: int, length: int) -> Case:
 
 
 def documents(length: int, mean: int) -> Tensor:
-    """int32 cu_seqlens [length + 1] of one row: exponential lengths, filled up with the total. The same every time."""
+    """int32 cu_seqlens [length + 1] of one row: documents of exponential length, padded with the total. Fixed seed."""
     g = torch.Generator().manual_seed(0)
     sizes = torch.empty(4 * length // mean + 64).exponential_(1 / mean, generator=g).long() + 1
     ends = sizes.cumsum(0).clamp(max=length)
@@ -92,7 +92,7 @@ def _documents(length: int, mean: int) -> Case:
         return create_block_mask(same, None, None, length, length, device="cuda")
 
     def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """It knows no grouped heads, so keys and values are repeated."""
+        """varlen_attn does not support grouped heads, so keys and values are repeated."""
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))

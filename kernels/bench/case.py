@@ -1,4 +1,4 @@
-"""One row of the benchmark: a kernel at a shape, its inputs, and everything that computes the same."""
+"""One row of the benchmark: a kernel at a shape, its inputs, and all implementations that are compared."""
 
 import dataclasses
 import functools
@@ -14,16 +14,17 @@ Entry = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """
+    """One row of the table.
+
     Attributes:
-      kernel, shape: what the table says.
-      inputs: makes fresh random inputs on the device; those that require gradients are differentiated.
-      entries: name -> function of the inputs, "ours" first. A rival that raises (not installed, out of memory) is left
-        out of the table with the reason.
-      forward, backward: bytes that a perfect kernel moves, each input and output once; or FLOPs (see `unit`).
+      kernel, shape: texts for the table.
+      inputs: makes new random inputs on the device; those that require gradients are differentiated.
+      entries: name -> function of the inputs, "ours" first. For a rival that raises (not installed, out of memory) the
+        table shows the reason instead of a time.
+      forward, backward: bytes that a perfect kernel moves (each input and output once), or FLOPs (see `unit`).
       unit: "bytes" or "flops".
-      joint: forward and backward are timed together (gradients are made in the forward); `forward` counts both.
-      copies: above 0, so many sets of inputs are called in turn within one CUDA graph, for calls of microseconds.
+      joint: time forward and backward pass together (gradients are made in the forward pass); `forward` counts both.
+      copies: if above 0, this many sets of inputs are used in turn within one CUDA graph, for calls of microseconds.
     """
 
     kernel: str
@@ -39,7 +40,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Milliseconds; backward None where there is none of its own. note: why there is no figure."""
+    """Milliseconds; backward is None if it is not timed separately. note: why there is no time."""
 
     forward: float | None
     backward: float | None
@@ -68,7 +69,7 @@ def measure(case: Case, name: str) -> Measured:
             torch.autograd.grad(ys, wanted, grads)
 
         return Measured(timing.milliseconds(both), None)
-    # Inputs keep requires_grad: what a forward pass stores for its backward is part of its cost.
+    # inputs keep requires_grad, because saving tensors for the backward pass is part of the forward pass's cost
     forward = timing.milliseconds(lambda: entry(*inputs))
     if not wanted:
         return Measured(forward, None)

@@ -1,4 +1,4 @@
-"""Linear cross-entropy over Qwen3's vocabulary: loss, hidden's and the weight's gradient, timed together."""
+"""Linear cross-entropy over Qwen3's vocabulary: the loss and the gradients of hidden and weight, timed together."""
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ def _naive(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> 
 
 
 def _liger(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """The weights are all 1, and it has none for tokens."""
+    """Without token weights, which it does not support; here they are all 1."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(

@@ -1,7 +1,7 @@
 """The kernels of one decoding step at Qwen3-0.6B's and 8B's shapes, against torch's operators one after the other.
 
-A call takes microseconds, so calls are timed within a CUDA graph, over enough sets of weights and pages that none lies
-in L2 when its turn comes (in a model the other layers see to that).
+A call takes microseconds, so calls are timed within a CUDA graph. It uses enough sets of weights and pages in turn that
+none is still in the L2 cache, as in a model with many layers.
 """
 
 import math
@@ -22,7 +22,7 @@ from kernels.paged_attention import paged_attention
 BATCHES, CONTEXTS = (1, 16, 64, 256), (128, 1024)
 HEAD_DIM, VOCABULARY, IDS, EPS = 128, 151_936, 151_669, 1e-6
 PAGE, TABLE = 64, 64  # tokens of a page, pages of a row: up to 4096 tokens
-_ROTATE = 200e6  # bytes of all sets: four times an H100's L2
+_ROTATE = 200e6  # bytes of all sets together: four times an H100's L2 cache
 
 
 class Model(NamedTuple):
@@ -134,7 +134,7 @@ def _head(model: Model, batch: int) -> Case:
 
 
 def _attention(model: Model, batch: int, context: int) -> Case:
-    """Every row holds `context` tokens, in pages in a random order."""
+    """Every row has `context` tokens in the cache, in pages in random order."""
     K, used = model.kv_heads, context // PAGE + 1
     features = (model.heads + 2 * K) * HEAD_DIM
 
@@ -154,7 +154,7 @@ def _attention(model: Model, batch: int, context: int) -> Case:
         qkv: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor,
         table: Tensor, lengths: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Norm, rotation, writes by index, pages gathered, torch's attention."""
+        """By torch: norm, rotation, indexed writes, gather of the pages, attention."""
         q, k, v = qkv.view(batch, 1, -1, HEAD_DIM).split((model.heads, K, K), 2)
         q, k = qk_norm_rope.reference(q, k, q_norm, k_norm, cos[:, None], sin[:, None], EPS)
         k_pages[table[:, used - 1], :, context % PAGE], v_pages[table[:, used - 1], :, context % PAGE] = (

@@ -1,4 +1,4 @@
-"""The experts of a Qwen3-30B-A3B layer, from the router's choices on: order, MLPs, weighted sum."""
+"""The experts of a Qwen3-30B-A3B layer after the router: sorting by expert, MLPs, weighted sum."""
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ def case(tokens: int, hidden: int, width: int, experts: int, top_k: int) -> Case
 def inputs(
     tokens: int, hidden: int, width: int, experts: int, top_k: int, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Tensor, ...]:
-    """(x, weights, choices, gate, up, down, gate and up joined): natural routing, by scores that favour no expert."""
+    """(x, weights, choices, gate, up, down, gate and up concatenated). Routing is by random scores, without a bias."""
     x, scores = (torch.randn(tokens, n, device="cuda") for n in (hidden, experts))
     weights, choices = scores.softmax(-1).topk(top_k)
     gate, up = (torch.randn(experts, width, hidden, device="cuda", dtype=dtype) / hidden**0.5 for _ in range(2))
@@ -84,7 +84,7 @@ def liger(
 
 
 class _Joined(torch.autograd.Function):
-    """gate and up as the one tensor that rivals want, without the time of joining them."""
+    """gate and up as one tensor, which rivals need, without the cost of concatenating them."""
 
     @staticmethod
     def forward(ctx: object, gate: Tensor, up: Tensor, joined: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def _case(rows: int, size: int, residual: bool) -> Case:
 
 
 def _liger(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """Not in place: its backward would overwrite the gradient it is given."""
+    """Not in place, because its backward pass would overwrite the upstream gradient."""
     if residual is None:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 

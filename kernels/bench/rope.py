@@ -62,7 +62,8 @@ def _apart(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor
 
 
 def _liger_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair:
-    """In place, forward and backward: it has no other way. Of the tables one row: it would copy expanded ones."""
+    """In place in both directions, because it has no other form. It gets one row of the tables, because it would copy
+    expanded ones."""
     from liger_kernel.ops.rope import LigerRopeFunction
 
     q, k = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos[:1], sin[:1], None, 1, _D)

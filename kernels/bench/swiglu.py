@@ -1,4 +1,4 @@
-"""SwiGLU of Qwen3-1.7B's width, from separate and from joined projections."""
+"""SwiGLU of Qwen3-1.7B's width, with gate and up as two tensors, and as one (joined)."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Timing on a CUDA device: medians of runs with a cold L2 cache, and the two ceilings of the card."""
+"""Timing on a CUDA device: medians of runs with a cold L2 cache; the card's copy bandwidth and matrix rate."""
 
 import math
 import statistics
@@ -12,8 +12,8 @@ _SLEEP_CYCLES = 1_000_000  # about 0.5 ms: the device waits while the host queue
 def milliseconds(fn: Callable[[], object], budget_ms: float = 150.0, warmup: int = 3) -> float:
     """Median device time of one call, from as many calls as fit into `budget_ms` (8 to 100).
 
-    Before each one the L2 cache is filled with other data, as it would be in a training step; by reading, since lines
-    written to would still have to go to memory while the call is timed.
+    Before each call the L2 cache is filled with other data, as in a training step. It is filled by reads, because
+    written lines would go to memory during the timed call.
     """
     for _ in range(warmup):
         fn()
@@ -23,7 +23,7 @@ def milliseconds(fn: Callable[[], object], budget_ms: float = 150.0, warmup: int
 
 
 def milliseconds_in_a_graph(calls: list[Callable[[], object]], replays: int = 20) -> float:
-    """Median over replays of one CUDA graph of all calls, in turn, of the time a call; at least 50 calls a graph."""
+    """Median time per call, over replays of a CUDA graph that makes the calls in turn, at least 50 in total."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -59,20 +59,20 @@ def _runs(fn: Callable[[], object], count: int) -> list[float]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read plus bytes written a second by a 2 GiB device-to-device copy."""
+    """Bytes per second, read plus written, of a 1 GiB device-to-device copy."""
     source = torch.randint(0, 1 << 30, (1 << 28,), dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / (milliseconds(lambda: target.copy_(source)) * 1e-3)
 
 
 def matrix_rate(size: int = 8192) -> float:
-    """FLOP a second of a square bf16 matrix product on random data."""
+    """FLOP/s of a square bf16 matrix product on random data."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / (milliseconds(lambda: a @ b) * 1e-3)
 
 
 def peak_extra_bytes(fn: Callable[[], object]) -> int:
-    """The most memory that one call had allocated beyond what was there before it, its results included."""
+    """Peak memory of one call in addition to what was allocated before it; its results are included."""
     fn()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
