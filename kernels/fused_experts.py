@@ -1,20 +1,20 @@
 """The MLPs of all experts as one operator: Σ over a token's experts of weight · down(silu(gate(x)) · up(x)).
 
-Three products forward and six backward, with as little as possible between them:
+It computes three products in the forward pass and six in the backward pass, with few kernels in between:
 
-- forward: gate and up are two accumulators over the same rows of x, which are read where they lie (no sorted copy of
-  x), with SwiGLU as epilogue; then down, and the weighted sum of each token's rows.
-- backward: s = dout·down, again from rows where they lie, gives with the forward's gate and up, in one epilogue, the
-  gradients of gate, up and the routing weight (h·s by row, so the expert's output is never needed) and weight·h for
-  down's gradient. Then dx's rows as the sum of two products in one accumulator, their sum by token, and the gradients
-  of the three weights.
+- Forward: one kernel computes gate and up in two accumulators. It reads the rows of x from their place in x (there is
+  no sorted copy), and applies SwiGLU at the end. Then come down and the weighted sum of each token's rows.
+- Backward: one kernel computes s = dout·down. At its end it computes, from s and the forward pass's gate and up, the
+  gradients of gate, up and the routing weight (Σ h·s per row, so the expert's output is not needed), and weight·h, for
+  down's gradient. Then come dx's rows as the sum of two products in one accumulator, their sum per token, and the
+  gradients of the three weights.
 
-Kept for the backward pass besides the inputs: gate and up, [R, F] each. The idea of recomputing everything else is
-SonicMoE's (arXiv:2512.14080) and Liger-Kernel's; the kernels are ours. A deviation: the expert's output is rounded to
-x's dtype before it is weighted and added in float32, and gate and up before SwiGLU, which is one float32 expression.
-No atomics: a rerun gives the same bits.
+Saved for the backward pass are the inputs, gate and up ([R, F] each). Everything else is recomputed, as in SonicMoE
+(arXiv:2512.14080) and Liger-Kernel. Rounding differs from the formula: an expert's output is rounded to x's dtype
+before it is weighted and added in float32; gate and up are rounded before SwiGLU, which is computed in float32. There
+are no atomics, so a rerun gives the same bits.
 
-N tokens · K experts a token · R = N·K rows, sorted by expert · E experts · D hidden · F expert width
+N tokens · K experts per token · R = N·K rows, sorted by expert · E experts · D hidden · F expert width
 """
 
 from collections.abc import Callable
@@ -31,7 +31,8 @@ from kernels.grouped_gemm import Schedule, Tile, stride, weight_tile
 def experts_mlp(
     x_ND: Tensor, weights_NK: Tensor, where: moe_dispatch.Plan, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
 ) -> Tensor:
-    """[N, D] in x's dtype: Σ_k weights[n, k] · down(silu(gate(x[n])) · up(x[n])) with the weights of expert k of n.
+    """[N, D] in x's dtype: Σ_k weights[n, k] · down(silu(gate(x[n])) · up(x[n])), with gate, up and down of the k-th
+    expert of token n.
 
     Args:
       x_ND, weights_NK, gate_EFD, up_EFD, down_EDF: one floating dtype and device; first-order gradients in all.
@@ -53,7 +54,7 @@ def reference(
     down_EDF: Tensor,
     act: Callable[[Tensor], Tensor] = F.silu,
 ) -> Tensor:
-    """The formula, with every token through every expert; composes with torch.func. act: instead of SiLU."""
+    """The formula: every token goes through every expert. Works with torch.func. act: the activation."""
     gate_NEF, up_NEF = (torch.einsum("nd,efd->nef", x_ND, w) for w in (gate_EFD, up_EFD))
     y_NED = torch.einsum("nef,edf->ned", act(gate_NEF) * up_NEF, down_EDF)
     weights_NE = torch.zeros_like(y_NED[..., 0]).scatter(1, experts_NK, weights_NK)
@@ -107,7 +108,7 @@ def _halves(x):
 
 @triton.jit
 def _activation_part(s, weight, gate, up, dgate, dup, wh, rows, end, f0, F):
-    """Gradients of some columns from s = dout·down; returns Σ h·s by row."""
+    """Writes the gradients of some columns, from s = dout·down; returns Σ h·s per row."""
     f = f0 + tl.arange(0, s.shape[1])
     at = rows.to(tl.int64)[:, None] * F + f[None, :]
     mask = (rows[:, None] < end) & (f[None, :] < F)
@@ -149,7 +150,7 @@ def _activation_kernel(
             w_tile = weight_tile(down_w, expert, f0, k0, F, D, stride_e, 1, stride_d, TMA, False, BN, BK)
             acc = tl.dot(dout_tile, w_tile, acc, input_precision="ieee")
         weight = tl.load(weights + choice, mask=rows < end, other=0.0).to(tl.float32)[:, None]
-        # In parts: all of it at once would need more registers than there are.
+        # in parts, because the whole tile at once would need too many registers
         parts = (acc,)
         for _ in tl.static_range(PIECES):
             finer = ()
@@ -185,7 +186,7 @@ def launch_activation(
     dout: Tensor, weights: Tensor, down_w: Tensor, gate: Tensor, up: Tensor, order: Tensor, plan: Schedule,
     tile: Tile,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dgate, dup, weight·h, each [R, F]; Σ h·s by row, float32 [R])."""
+    """(dgate, dup, weight·h, each [R, F]; Σ h·s per row, float32 [R])."""
     hidden, width = down_w.shape[1:]
     dgate, dup, weighted = (torch.empty_like(gate) for _ in range(3))
     dots = dout.new_empty(triton.cdiv(width, tile.n), len(order), dtype=torch.float32)
@@ -308,7 +309,7 @@ def _backward_formula(
     linear, outer = grouped_gemm.linear_formula, grouped_gemm.outer_formula
     dout_RD, x_RD = dout[token_R], x[token_R]
     s = linear(dout_RD, down_w.mT, counts)
-    # elementwise as the kernel does it: wide, rounded once
+    # elementwise as in the kernel: in float32, rounded once
     wide = torch.promote_types(x.dtype, torch.float32)
     weight, gate, up, s = (t.to(wide) for t in (weights.flatten()[order][:, None], gate, up, s))
     sigmoid = gate.sigmoid()

@@ -1,12 +1,12 @@
-"""Grouped linear layers: rows sorted by expert, each expert's slice through its own weight.
+"""Grouped linear layers: rows are sorted by expert, and each expert's rows are multiplied by its own weight.
 
-The work is that of the rows alone, whatever the number of experts: no capacity, padding or dropped row. On a GPU the
-host never learns the counts: a small kernel turns them into a list of row blocks of one expert each, of static length,
-and programs without a block end at once. Blocks of one expert follow each other, so its weight stays in the L2 cache.
-On a CPU it is one product an expert, in a loop. (torch.nn.functional.grouped_mm in torch 2.11 to 2.13 refuses float64
-and rows that are not a multiple of 16 bytes.)
+There is no capacity, no padding and no dropped row, so the work depends only on the number of rows. On a GPU the host
+does not read the counts: a small kernel turns them into a list of row blocks, each of one expert. The list has a static
+length, and programs without a block end at once. Blocks of one expert are adjacent, so that its weight stays in the L2
+cache. On a CPU it is a loop with one product per expert. (torch.nn.functional.grouped_mm in torch 2.11 to 2.13 does not
+support float64, or rows that are not a multiple of 16 bytes.)
 
-The kernels accumulate in float32, round once, and add in a fixed order: a rerun gives the same bits.
+The kernels accumulate in float32, round once, and add in a fixed order, so a rerun gives the same bits.
 
 N rows · E experts · D input width · F output width
 In kernels, y[rows, columns] = Σ_K a b: M × N tiles of y in steps of K; BM, BN, BK are the tile's sizes.
@@ -22,7 +22,7 @@ from kernels.backend import check_devices, runs_triton, tl, triton
 
 
 def reference(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
-    """y[n] = weight[expert of row n] x[n], each row with its own copy of the weight; composes with torch.func.grad."""
+    """y[n] = weight[expert of row n] x[n], with a copy of the weight for every row; works with torch.func.grad."""
     experts = torch.arange(weight_EFD.shape[0], device=x_ND.device)
     expert_N = experts.repeat_interleave(counts_E.to(x_ND.device), output_size=x_ND.shape[0])
     return torch.einsum("nd,nfd->nf", x_ND, weight_EFD[expert_N])
@@ -33,8 +33,8 @@ def grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
 
     Args:
       x_ND, weight_EFD: one floating dtype and device; gradients of any order in both.
-      counts_E: int64, rows of each expert, sum N, on the same device. On a CPU the sum is checked. On a GPU it cannot
-        be without waiting for it: there rows that no count covers are left unwritten.
+      counts_E: int64, the number of rows of each expert, with sum N, on the same device. On a CPU the sum is checked.
+        On a GPU a check would wait for the device; there, rows beyond the sum are not written.
     Raises ValueError for shapes, dtypes, devices or counts that do not fit together.
     """
     _check(x_ND, weight_EFD, counts_E)
@@ -42,11 +42,12 @@ def grouped_linear(x_ND: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
 
 
 class Tile(NamedTuple):
-    """How one product is cut up.
+    """The tiles of one product.
 
-    m, n, k: BM, BN, BK. per_sm: programs a multiprocessor that each loop over many tiles; 0: a program a tile.
-    flat: such a loop fetches the next tile's first operands while it writes the last one. tma: operands that lie in
-    memory as tiles come through the copy engine. pieces: log2 of the number of parts in which a long epilogue is done.
+    m, n, k: BM, BN, BK. warps, stages: of a program. per_sm: programs per multiprocessor, each of which loops over many
+    tiles; 0: one program per tile. flat: such a loop loads the next tile's first operands while it writes the current
+    tile. tma: load operands with a suitable layout through the copy engine (TMA). pieces: log2 of the number of parts
+    in which a long epilogue is computed.
     """
 
     m: int
@@ -76,14 +77,14 @@ def tile_of(kind: str, dtype: torch.dtype) -> Tile:
 
 
 class Schedule(NamedTuple):
-    """tiles: int32 [T, 3], expert, first row and end of its rows for each block of rows. count: int32 [1], how many."""
+    """tiles: int32 [T, 3]: each block's expert, first row, and the end of the expert's rows. count: int32 [1], blocks."""
 
     tiles: Tensor
     count: Tensor
 
 
 def schedule(offsets_E1: Tensor, rows: int, block: int) -> Schedule:
-    """The row blocks of all experts, without the host knowing their number. offsets: int32 [E + 1], first rows."""
+    """The row blocks of all experts, computed on the device. offsets: int32 [E + 1], each expert's first row."""
     experts = len(offsets_E1) - 1
     length = triton.cdiv(rows, block) + experts
     tiles, count = offsets_E1.new_empty(length, 3), offsets_E1.new_empty(1)
@@ -93,7 +94,7 @@ def schedule(offsets_E1: Tensor, rows: int, block: int) -> Schedule:
     return Schedule(tiles, count)
 
 
-@triton.jit(do_not_specialize=("length",))  # it follows the rows, see moe_dispatch
+@triton.jit(do_not_specialize=("length",))  # it depends on the number of rows, see moe_dispatch
 def _schedule_kernel(
     offsets, tiles, count, experts, length, BM: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -119,7 +120,7 @@ def weight_tile(
     w, expert, n0, k0, N, K, stride_e, stride_n, stride_k,
     TMA: tl.constexpr, K_INNER: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """[BK, BN] of an expert's weight. With TMA, w describes [E·N, K] (K_INNER) or [E·K, N]."""
+    """A tile [BK, BN] of an expert's weight. With TMA, w is a descriptor of [E·N, K] (K_INNER) or [E·K, N]."""
     if TMA:
         if K_INNER:
             tile = w.load([expert * N + n0, k0]).T
@@ -156,7 +157,7 @@ def _linear_kernel(
             b_now = b
             k0 = step * BK
             if PARTS == 2:  # noqa: SIM102 (one is the compiler's)
-                if step >= steps:  # not two products a step: the second would wait for the first
+                if step >= steps:  # the second product follows the first; two per step would wait for each other
                     a_now = a2
                     b_now = b2
                     k0 -= steps * BK
@@ -200,7 +201,7 @@ def _outer_kernel(
         at = row_b.to(tl.int64)[:, None] * N + n[None, :]
         b_tile = tl.load(b + at, mask=(rows[:, None] < end) & (n[None, :] < N), other=0.0)
         row_b = rows + BK
-        if TOP_K > 0:  # one step ahead, so that no load waits for another
+        if TOP_K > 0:  # load the order one step ahead, so that the row's load does not wait for it
             row_b = tl.load(order + row_b, mask=row_b < end, other=0) // TOP_K
         acc = tl.dot(a_tile.T, b_tile, acc, input_precision="ieee")
     out = y + expert.to(tl.int64) * stride_e + m[:, None] * stride_m + n[None, :] * stride_n
@@ -210,14 +211,14 @@ def _outer_kernel(
 def launch_linear(
     a: Tensor, weight_EFD: Tensor, plan: Schedule, tile: Tile, second: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """y = a weight[expert]ᵀ, for rows in the order of experts; plus the same of `second`, of the same shapes."""
+    """y = a weight[expert]ᵀ for rows sorted by expert; with second = (a2, weight2), the sum of both products."""
     a2, weight2 = second or (a, weight_EFD)
     columns, width = weight_EFD.shape[1:]
     k_inner = weight_EFD.stride(2) == 1
     weight_EFD, weight2 = (w if w.stride() == weight_EFD.stride() else w.contiguous() for w in (weight_EFD, weight2))
     y = a.new_empty(a.shape[0], columns)
     tma = tile.tma and all(tiled(x) for x in (a, a2)) and all(tiled(w) or tiled(w.mT) for w in (weight_EFD, weight2))
-    tma = tma and (k_inner or width % tile.k == 0)  # the rows after the last are the next expert's
+    tma = tma and (k_inner or width % tile.k == 0)  # else a tile would read rows of the next expert
     operands = (a, weight_EFD, a2, weight2)
     if tma:
         operands = [describe(x, tile.m, tile.k) if x.dim() == 2 else describe_weight(x, tile) for x in operands]
@@ -242,7 +243,8 @@ def launch_outer(
 ) -> Tensor:
     """aᵀ b over each expert's rows, [E, M, N], or [E, N, M] if `swap`. With order, row r of b is b[order[r] // top_k].
 
-    Of the last rows of an expert's last block, a's are multiplied by zero: a NaN there spreads to this expert too.
+    An expert's last block may include rows of a that belong to the next expert; they are multiplied by zeros. So a NaN
+    in them reaches this expert too.
     """
     experts, rows, columns = len(offsets_E1) - 1, a_RM.shape[1], b.shape[1]
     y = a_RM.new_empty((experts, columns, rows) if swap else (experts, rows, columns))
@@ -256,9 +258,10 @@ def launch_outer(
 
 
 def programs(x: Tensor, tile: Tile, blocks: int) -> tuple[int, int]:
-    """(how many programs share `blocks` tiles, PROGRAMS as the kernels take it).
+    """(number of programs for `blocks` tiles, the kernels' constant PROGRAMS).
 
-    That is compiled in, so it must not follow the number of rows, which under expert parallelism is new every time.
+    PROGRAMS is a compile-time constant, so it must not depend on the number of rows, which changes with every call
+    under expert parallelism.
     """
     if not tile.per_sm:
         return blocks, 0
@@ -268,7 +271,7 @@ def programs(x: Tensor, tile: Tile, blocks: int) -> tuple[int, int]:
 
 @triton.jit
 def stride(PROGRAMS: tl.constexpr):
-    """From one tile of a program to its next; PROGRAMS is 0 where each has one at most."""
+    """The distance from one tile of a program to its next one. PROGRAMS is 0 if every program has at most one tile."""
     if PROGRAMS == 0:
         return tl.num_programs(0)
     else:
@@ -276,19 +279,19 @@ def stride(PROGRAMS: tl.constexpr):
 
 
 def tiled(x: Tensor) -> bool:
-    """Whether the copy engine can read x: contiguous rows, all at multiples of 16 bytes."""
+    """Whether the copy engine can read x: contiguous, with every row at a multiple of 16 bytes."""
     return x.is_contiguous() and x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
 
 
 def describe(x: Tensor, rows: int, columns: int) -> object:
-    """A descriptor with which kernels load blocks [rows, columns] of a matrix; beyond its edges are zeros."""
+    """A TMA descriptor for loads of blocks [rows, columns] of a matrix; elements beyond its edges are read as 0."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(x, [rows, columns])
 
 
 def describe_weight(weight_EFD: Tensor, tile: Tile) -> object:
-    """The same of an expert weight, or of a transposed view of one, as weight_tile reads it."""
+    """A TMA descriptor of the experts' weight, or of a transposed view of it, for weight_tile."""
     if weight_EFD.stride(2) == 1:
         return describe(weight_EFD.flatten(0, 1), tile.n, tile.k)
     return describe(weight_EFD.mT.flatten(0, 1), tile.k, tile.n)
@@ -316,7 +319,7 @@ def _outer(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
 
 
 def linear_formula(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """grouped_linear as a loop over experts; waits for counts that are on a GPU."""
+    """grouped_linear as a loop over experts. If the counts are on a GPU, it waits for the device."""
     out = x.new_empty(x.shape[0], weight.shape[1])
     for expert, rows in _slices(counts, x.shape[0]):
         if rows.stop > rows.start:
@@ -333,7 +336,7 @@ def outer_formula(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
 
 
 def offsets_of(counts_E: Tensor, rows: int) -> Tensor:
-    """int32 [E + 1], where each expert's rows begin; never outside the rows, whatever the counts."""
+    """int32 [E + 1]: each expert's first row, clamped to the number of rows in case counts are wrong."""
     return torch.nn.functional.pad(counts_E.cumsum(0), (1, 0)).clamp(0, rows).to(torch.int32)
 
 

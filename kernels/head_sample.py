@@ -1,9 +1,10 @@
-"""From the residual stream to the next token in two launches: final norm, head, and one choice a row.
+"""From the residual stream to the next token in two launches: final norm, head, and sampling of one token per row.
 
-The first kernel writes the logits once, in float32, and for each tile of the vocabulary the greatest tempered logit,
-where it lies, and the sum of exponentials. The second, one program a row, finds the tile that the choice falls into
-from these, and reads the logits of that tile alone. No atomics: a rerun is bit-identical. bfloat16 logits would be off
-by up to 0.06 at 16 and more, which log-probs show; hence float32.
+The first kernel writes the logits in float32, and for each tile of the vocabulary the greatest tempered logit (logit
+divided by the temperature), its id, and the sum of exponentials. The second kernel, one program per row, uses these to
+find the tile of the sampled token, and reads only the logits of that tile. There are no atomics, so a rerun is
+bit-identical. Logits are float32, because bfloat16 would change logits of 16 and above by up to 0.06, which is visible
+in log-probabilities.
 
 B rows · D hidden · V vocabulary · BM, BN rows and ids of a tile
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 from kernels import dependent_launch, rmsnorm, row_product
 from kernels.backend import check_devices, runs_triton, tl, triton
 
-_WARP_TILES = 512  # tiles of the vocabulary a warp of the second kernel holds; not tuned on a card yet
+_WARP_TILES = 512  # tiles of the vocabulary per warp of the second kernel; not tuned on a card
 
 
 def reference(
@@ -30,11 +31,11 @@ def reference(
     scale_B1 = torch.where(inv_temperature_B == 0, 1.0, inv_temperature_B)[:, None]
     tempered = real * scale_B1
     top_B1 = tempered.amax(-1, keepdim=True)
-    probs = (tempered - top_B1).exp()  # times the sum
+    probs = (tempered - top_B1).exp()  # unnormalised
     sums = probs.cumsum(-1, dtype=torch.float64)
     target = uniform_B.double() * sums[:, -1]
     drawn = torch.searchsorted(sums, target[:, None], right=True)[:, 0]
-    possible = torch.where(probs > 0, torch.arange(num_ids, device=x_BD.device), 0).amax(-1)  # the last one
+    possible = torch.where(probs > 0, torch.arange(num_ids, device=x_BD.device), 0).amax(-1)  # last id with probability
     ids = torch.where(inv_temperature_B == 0, real.argmax(-1), torch.minimum(drawn, possible))
     chosen = tempered.gather(1, ids[:, None]) - top_B1
     return ids, chosen[:, 0] - sums[:, -1].log().to(wide), logits, finite
@@ -46,21 +47,22 @@ def head_sample(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(ids int64 [B], logprob float32 [B], logits float32 [B, V], finite bool [B]) of each row's next token.
 
-    The logits are head · rmsnorm(x)·g, in float32 from the products on; the norm is rounded as in
-    kernels.row_product. The token is drawn from softmax(logits · inv_temperature) over ids below num_ids by inverting
-    the distribution function in the order of the vocabulary: the first id whose cumulative probability exceeds
-    uniform[b]. So a row's token depends on its logits and its uniform alone. A token of probability 0 is never drawn.
+    The logits are head · (rmsnorm(x)·g), float32 from the product on; the norm is rounded as in kernels.row_product.
+    The token is drawn from softmax(logits · inv_temperature) over the ids below num_ids: it is the first id, in the
+    order of the vocabulary, whose cumulative probability exceeds uniform[b]. So a row's token depends only on its
+    logits and its uniform number. A token of probability 0 is never drawn.
 
     Args:
       x_BD, norm_D: [B, D] and [D] of one dtype, contiguous. float16, bfloat16 or float32 (float64 runs the formula, and
         logits and logprob are float64).
-      head_VD: [V, D], contiguous; the embedding where the two are tied.
-      num_ids: 1 … V; ids from there on are padding: their logits are given, but neither drawn nor summed.
-      inv_temperature_B: float32 [B], at least 0. 0 takes the greatest logit, of equal ones the lowest id.
+      head_VD: [V, D], contiguous; for a tied head the embedding.
+      num_ids: 1 … V; ids from num_ids on are padding: their logits are returned, but they have no probability.
+      inv_temperature_B: float32 [B], 1/temperature, at least 0. 0 takes the greatest logit (of equal ones the lowest
+        id).
       uniform_B: float32 or float64 [B] in [0, 1).
-    Returns logprob: of the chosen token under the distribution it was drawn from; with inv_temperature 0 under
-      softmax(logits). finite: whether the logits below num_ids are. Where not, the id means nothing but is below
-      num_ids, and the logprob means nothing.
+    Returns logprob: of the chosen token under the distribution that it was drawn from; with inv_temperature 0 under
+      softmax(logits). finite: whether all logits below num_ids are finite. If not, id and logprob are meaningless, but
+      the id is below num_ids.
     Raises ValueError for arguments that do not fit.
     """
     row_product.check(x_BD, {"norm": (norm_D, x_BD.shape[-1])}, {"head": head_VD})
@@ -90,9 +92,8 @@ def _logits_kernel(
     HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile of logits; its rows' greatest tempered logit, Σ exp(tempered − that), and where it lies.
-
-    The place is -1 if a logit is not finite.
+    """One tile of logits; for each of its rows the greatest tempered logit, Σ exp(tempered − greatest), and the id of
+    the greatest, or −1 if a logit is not finite.
     """
     row_tiles, blocks = tl.cdiv(rows, BM), tl.cdiv(V, BN)
     block = tl.program_id(0) // row_tiles
@@ -110,7 +111,7 @@ def _logits_kernel(
     good = real & (tl.abs(logits) < float("inf"))
     tempered = tl.where(good, logits * _scale(inv_temperature_ptr, row, rows)[:, None], float("-inf"))
     top, place = tl.max(tempered, axis=1, return_indices=True)
-    shift = tl.where(top == float("-inf"), 0.0, top)  # a tile past num_ids
+    shift = tl.where(top == float("-inf"), 0.0, top)  # −∞: all ids of the tile are padding
     total = tl.sum(tl.exp(tempered - shift[:, None]), axis=1)
     wrong = tl.sum(tl.where(good, 0, tl.where(real, 1, 0)), axis=1)
     at = row.to(tl.int64) * blocks + block
@@ -121,7 +122,7 @@ def _logits_kernel(
 
 @triton.jit
 def _first(possible, fits, index, none):
-    """The first index that is possible and fits; if none fits the last possible one (sums round); else 0."""
+    """The first index that is possible and fits; if none fits (because sums round), the last possible one; else 0."""
     first = tl.min(tl.where(possible & fits, index, none), axis=0)
     last = tl.max(tl.where(possible, index, 0), axis=0)
     return tl.minimum(first, last)
@@ -133,10 +134,11 @@ def _choose_kernel(
     V, num_ids, blocks, stride, shard,
     SHARDS: tl.constexpr, BN: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row: the tile, then the id within it. The sums are float64, so that a small id's share is not rounded off.
+    """One row: finds the tile, then the id within it. Sums are float64, so that small probabilities are not lost.
 
-    Of a vocabulary that is cut into SHARDS (kernels.head_shards), V, num_ids, blocks, logits and places are one
-    shard's; the tiles' sums are all shards', `stride` numbers apart. 0 is written where not `shard` has the id.
+    For a vocabulary that is cut into SHARDS (kernels.head_shards), V, num_ids, blocks, logits and places are those of
+    one shard; the tiles' sums are those of all shards, `stride` numbers apart. If another shard than `shard` has the
+    id, 0 is written.
     """
     dependent_launch.wait(PDL)
     dependent_launch.release(PDL)
@@ -174,7 +176,7 @@ def _choose_kernel(
     best = tl.sum(tl.where(block == best_block, places, 0), axis=0).to(tl.int32)
     greedy = tl.load(inv_temperature_ptr + row) == 0
     chosen = tl.where(greedy, best, drawn)
-    chosen = tl.minimum(tl.maximum(chosen, 0), num_ids - 1)  # whatever a row that is not finite led to
+    chosen = tl.minimum(tl.maximum(chosen, 0), num_ids - 1)  # a row that is not finite may have led to any number
     finite = tl.min(places, axis=0) >= 0
     if SHARDS > 1:
         mine = tl.where(greedy, best_block, drawn_block) // blocks == shard

@@ -1,14 +1,14 @@
-"""Tokens to experts and back: the order of rows by expert, rows taken in that order, and their weighted sums.
+"""Tokens to experts and back: sort rows by expert, take rows in that order, and sum them per token with weights.
 
-Nothing waits for the device and no shape depends on the routing. The order is a counting sort: how often each expert
-occurs in each block of choices, one running sum over (expert, block), and each choice's rank among the equal ones of
-its block. It is stable, so rows of one expert keep the order of their tokens, and all sums run in a fixed order: a
-rerun gives the same bits.
+A choice is one of the K experts of a token; each choice becomes a row. Nothing waits for the device, and no shape
+depends on the routing. Rows are sorted by a counting sort: count each expert in each block of choices, sum the counts
+over (expert, block), and add each choice's rank among those of the same expert in its block. The sort is stable, so
+rows of one expert keep the order of their tokens. All sums have a fixed order, so a rerun gives the same bits.
 
-Dropless by default: every choice is a row. In capacity mode, `within_capacity` says which choices an expert has room
-for; the others get the weight zero.
+By default no choice is dropped. In capacity mode, `within_capacity` says which choices an expert has room for; the
+others get weight zero.
 
-N tokens · K experts a token · R = N·K rows, sorted by expert · E experts · D hidden
+N tokens · K experts per token · R = N·K rows, sorted by expert · E experts · D hidden
 """
 
 from typing import NamedTuple
@@ -22,8 +22,8 @@ from kernels.backend import check_devices, runs_triton, tl, triton
 class Plan(NamedTuple):
     """Where each choice of each token goes.
 
-    order: int32 [R], row r is choice order[r], which is number order[r] % K of token order[r] // K. place: int32
-    [N, K], the row of each choice. offsets: int32 [E + 1], the first row of each expert, and R.
+    order: int32 [R]: row r is choice order[r], which is expert number order[r] % K of token order[r] // K. place: int32
+    [N, K], the row of each choice. offsets: int32 [E + 1], the first row of each expert, then R.
     """
 
     order: Tensor
@@ -37,9 +37,9 @@ class Plan(NamedTuple):
 
 
 def plan(experts_NK: Tensor, num_experts: int) -> Plan:
-    """The order of rows for experts_NK, int64 [N, K] with values in [0, num_experts).
+    """The Plan for experts_NK, int64 [N, K] with values in [0, num_experts).
 
-    Values out of that range give an undefined order (never an illegal access); checking them would wait for the device.
+    Values outside that range give an undefined order, but never an illegal access; a check would wait for the device.
     Raises ValueError for another dtype or shape.
     """
     _check_experts(experts_NK, num_experts)
@@ -47,7 +47,7 @@ def plan(experts_NK: Tensor, num_experts: int) -> Plan:
 
 
 def count(experts_NK: Tensor, marks_N: Tensor, num_experts: int) -> Tensor:
-    """int64 [E]: how many choices each expert got from the tokens whose mark (bool [N]) is True."""
+    """int64 [E]: how often each expert was chosen by tokens whose mark (bool [N]) is True."""
     _check_experts(experts_NK, num_experts)
     if marks_N.shape != experts_NK.shape[:1] or marks_N.dtype != torch.bool:
         raise ValueError(f"marks must be bool [{len(experts_NK)}], got {marks_N.dtype} {tuple(marks_N.shape)}")
@@ -56,9 +56,9 @@ def count(experts_NK: Tensor, marks_N: Tensor, num_experts: int) -> Tensor:
 
 
 def within_capacity(weights_NK: Tensor, experts_NK: Tensor, real_N: Tensor, num_experts: int, capacity: int) -> Tensor:
-    """bool [N, K]: whether a choice is among the `capacity` heaviest of its expert.
+    """bool [N, K]: whether a choice is among its expert's `capacity` choices with the largest weights.
 
-    Of equal weights the earlier token stays. Padding (real_N False) comes after every real token.
+    Of equal weights the earlier token's comes first. Padding (real_N False) comes after all real tokens.
     """
     priority_R = torch.where(real_N[:, None], weights_NK.detach(), -1.0).flatten()
     heavy_first_R = priority_R.sort(descending=True, stable=True).indices
@@ -69,7 +69,7 @@ def within_capacity(weights_NK: Tensor, experts_NK: Tensor, real_N: Tensor, num_
 
 
 def take(x_ND: Tensor, where: Plan) -> Tensor:
-    """[R, D]: x's rows in the order of experts, each once a choice. The gradient is a sum in a fixed order."""
+    """[R, D]: x's rows sorted by expert, one for each choice. The gradient is a sum in a fixed order."""
     _check_rows("x", x_ND, where.place.shape[0], where)
     return torch.ops.qwen3f.moe_take(x_ND, where.order, where.place)
 
@@ -77,7 +77,7 @@ def take(x_ND: Tensor, where: Plan) -> Tensor:
 def combine(y_RD: Tensor, weights_NK: Tensor, where: Plan) -> Tensor:
     """[N, D]: Σ over a token's choices of weight · y[its row], added in float32 (float64 for float64), rounded once.
 
-    On a CPU each product is rounded before the sum, as by the formula. Gradients in y and weights.
+    On a CPU each product is rounded before the sum, as in the formula. Differentiable in y and weights.
     Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     _check_rows("y", y_RD, where.order.shape[0], where)
@@ -90,12 +90,13 @@ def combine(y_RD: Tensor, weights_NK: Tensor, where: Plan) -> Tensor:
 
 
 def reference(y_RD: Tensor, weights_NK: Tensor | None, place_NK: Tensor) -> Tensor:
-    """combine in plain PyTorch; composes with torch.func. weights None: all one."""
+    """combine in plain torch; works with torch.func. weights None: all are 1."""
     y_NKD = y_RD[place_NK]
     return (y_NKD if weights_NK is None else y_NKD * weights_NK[..., None]).sum(1)
 
 
-# Not specialised for what follows the rows: over ep that is new every time, and a multiple of 16 or not.
+# R and blocks change with every call under expert parallelism. Specialised, Triton would compile anew whenever their
+# being a multiple of 16 changes.
 @triton.jit(do_not_specialize=("R", "blocks"))
 def _count_kernel(
     experts, marks, counts, R, E, blocks, MARKED: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
@@ -172,12 +173,12 @@ def launch_combine(y_RD: Tensor, weights_NK: Tensor | None, place_NK: Tensor) ->
 
 
 def _block(num_experts: int) -> int:
-    """Choices a program compares with all experts at once."""
+    """Choices per program, which compares them with all experts at once."""
     return max(16, 16384 // triton.next_power_of_2(num_experts))
 
 
 def _counts(experts: Tensor, marks: Tensor | None, num_experts: int) -> Tensor:
-    """int32 [E, blocks]"""
+    """int32 [E, blocks]: how often each expert occurs in each block of choices."""
     block = _block(num_experts)
     blocks = triton.cdiv(experts.numel(), block)
     counts = experts.new_empty(num_experts, blocks, dtype=torch.int32)

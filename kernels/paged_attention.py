@@ -1,14 +1,15 @@
-"""Attention of one new token a row over a paged cache: norm and rotation of q and k, the write, and flash-decoding.
+"""Attention of one new token per row over a paged KV cache: norm and rotation of q and k, the write to the cache, and
+flash-decoding.
 
-A program takes one row's blocks s, s + S, s + 2S, … of one key/value head, for all G query heads that share it: so a
-row of any length is spread evenly over the S splits, and S follows from the shapes alone (a CUDA graph fits every
-length). The program whose blocks hold the new position has the new key and value in registers: it attends to them
-there and writes them to their page, which no other program reads. With more than one split a second kernel merges them
-by log-sum-exp (Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding for long-context inference"). No atomics: a rerun is
-bit-identical. Pages: Kwon et al. 2023, arXiv:2309.06180.
+A program takes the blocks s, s + S, s + 2S, … of one row and one key/value head, for all G query heads that share it.
+So a row of any length is spread evenly over the S splits. S follows from the shapes alone, so one CUDA graph works for
+all lengths. The program whose blocks contain the new position has the new key and value in registers: it attends to
+them there, and writes them to their page, from which no other program reads them. With more than one split a second
+kernel merges them by log-sum-exp (Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding for long-context inference"). There
+are no atomics, so a rerun is bit-identical. Pages: Kwon et al. 2023, arXiv:2309.06180.
 
-B rows · H query heads · K key/value heads · G = H/K · d head_dim · F = d/2 frequencies · P pages of a row · PAGE tokens
-of a page · S splits
+B rows · H query heads · K key/value heads · G = H/K · d head_dim · F = d/2 frequencies · P pages per row · PAGE tokens
+per page · S splits
 """
 
 import math
@@ -19,21 +20,21 @@ from torch import Tensor
 from kernels import dependent_launch, qk_norm_rope, rope
 from kernels.backend import check_devices, runs_triton, tl, triton
 
-# By sweeps on an H200 at Qwen3-0.6B's heads, 1 to 256 rows of 128 and 1,024 tokens. One warp has no other to wait for
-# when it finds a maximum or a sum; so many small programs hide each other's waits for memory.
-_BLOCK = 16  # tokens a step: 4 KiB of keys and as much of values at d = 128 in bfloat16
-_STAGES = 3  # two steps on their way while one is worked on: 16 KiB, fourteen programs a multiprocessor
-_WARP_NUMBERS = 2048  # of the output that a warp holds, 64 registers a thread
-_PROGRAMS = 512  # about four a multiprocessor of 132
+# Found by sweeps on an H200 with Qwen3-0.6B's heads, 1 to 256 rows of 128 and 1,024 tokens. In a program of one warp, a
+# maximum or sum needs no wait for other warps; many small programs hide each other's waits for memory.
+_BLOCK = 16  # tokens per step: 4 KiB of keys and 4 KiB of values at d = 128 in bfloat16
+_STAGES = 3  # two steps are loaded while one is computed: 16 KiB, fourteen programs per multiprocessor
+_WARP_NUMBERS = 2048  # numbers of the output per warp, 64 registers per thread
+_PROGRAMS = 512  # about four for each of 132 multiprocessors
 _MERGE_WARPS = 4
-MAX_GROUP = 64  # query heads of one key/value head: what one program holds
+MAX_GROUP = 64  # limit for the query heads per key/value head, which one program holds
 
 
 def reference(
     qkv: Tensor, q_norm_d: Tensor | None, k_norm_d: Tensor | None, eps: float, cos_BF: Tensor, sin_BF: Tensor,
     k_pages: Tensor, v_pages: Tensor, table_BP: Tensor, lengths_B: Tensor,
 ) -> Tensor:  # fmt: skip
-    """As paged_attention, with the rows' pages gathered and all scores in memory. Writes into the pages."""
+    """As paged_attention, in plain torch: gathers the rows' pages, and has all scores in memory. Writes the pages."""
     (B, _), (_, K, PAGE, d) = qkv.shape, k_pages.shape
     G = qkv.shape[1] // (K * d) - 2
     q_B1Hd, k_B1Kd, v_B1Kd = qkv.view(B, 1, -1, d).split((G * K, K, K), dim=2)
@@ -64,21 +65,21 @@ def paged_attention(
 ) -> Tensor:  # fmt: skip
     """softmax(q kᵀ/√d) v of each row's new token over positions 0 … lengths[b], its own included; [B, H·d].
 
-    Writes the new key and value into page table[b, lengths[b] // PAGE] at lengths[b] % PAGE. Rounded where
-    kernels.qk_norm_rope rounds; scores, softmax and sums in float32, the probabilities of cached tokens in qkv's dtype.
+    Writes the new key and value into page table[b, lengths[b] // PAGE] at index lengths[b] % PAGE. Queries and keys are
+    rounded as in kernels.qk_norm_rope; scores, softmax and sums are float32, cached tokens' probabilities qkv's dtype.
 
     Args:
       qkv: [B, (H + 2K)·d], contiguous: a row's query heads, key heads, value heads. float16, bfloat16 or float32
         (float64 runs the formula).
-      q_norm_d, k_norm_d: [d], weights of the heads' RMSNorm with `eps`; None both for a model without.
-      cos_BF, sin_BF: [B, d/2], each row's angles at its new position, as qwen3f.model.rope.rope_tables gives them.
-      k_pages, v_pages: [pages, K, PAGE, d], contiguous (also one layer of a stack); PAGE a power of two, d one of
-        16 … 256. Written to.
-      table_BP: int32 [B, P], contiguous; entries past page lengths[b] // PAGE are never used.
-      lengths_B: int32 [B], tokens in the cache before this one, each below P·PAGE (not checked: that would wait for
-        the device). What lies in the pages beyond does not matter.
-    Page 0 is a dump: any number of idle rows (table 0, length 0) write there at once and attend to themselves alone.
-    Otherwise no two rows may write into one page. Raises ValueError for arguments that do not fit.
+      q_norm_d, k_norm_d: [d], weights of the heads' RMSNorm with `eps`; both None for a model without.
+      cos_BF, sin_BF: [B, d/2], of each row's new position, as from qwen3f.model.rope.rope_tables.
+      k_pages, v_pages: [pages, K, PAGE, d], contiguous (may be one layer of a stack), written in place; PAGE a power of
+        two, d a power of two from 16 to 256.
+      table_BP: int32 [B, P], contiguous; entries after index lengths[b] // PAGE are never used.
+      lengths_B: int32 [B], tokens in the cache before this one, each below P·PAGE (not checked, because that would wait
+        for the device). Slots from lengths[b] on may have any values.
+    Idle rows have table 0 and length 0: any number of them may write to page 0 at the same time, and each attends only
+    to itself. Two other rows must not write into one page. Raises ValueError for arguments that do not fit.
     """
     _check(qkv, k_pages, v_pages, table_BP, lengths_B)
     _check_vectors(qkv, q_norm_d, k_norm_d, cos_BF, sin_BF, k_pages.shape[-1])
@@ -89,9 +90,9 @@ def paged_attention(
 
 @triton.jit
 def _rotated(x_ptr, partner_ptr, weight_ptr, column, cos, sin, eps, mask, HALF: tl.constexpr, HAS_NORM: tl.constexpr):
-    """Heads [R, d] normalised and rotated, rounded where kernels.qk_norm_rope rounds; as float32.
+    """Heads [R, d], normalised and rotated, rounded as in kernels.qk_norm_rope; returned as float32.
 
-    Each column is read beside its partner, d/2 away, since the columns of one tile cannot be swapped.
+    Each column is loaded together with its partner, d/2 away, because columns of a tile can't be swapped.
     """
     x = tl.load(x_ptr, mask=mask, other=0.0)
     dtype = x.dtype
@@ -114,15 +115,16 @@ def _split_kernel(
     HAS_NORM: tl.constexpr, GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split of one row and key/value head: R ≥ G query rows; the output, or its part and log2-sum-exp2.
+    """One split of one row and key/value head, with R ≥ G query rows. Writes the output; with several splits, this
+    split's output and log2-sum-exp2.
 
-    A split without a block leaves its part as it was: the merge does not read it.
+    A split without blocks writes nothing, and the merge ignores it.
     """
     b, kh, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
     row, column = tl.arange(0, R), tl.arange(0, D)
     dtype = k_ptr.dtype.element_ty
-    # What the kernel before has no part in, so ahead of the wait. No load here needs the number of another but its
-    # page's; later pages are looked up a step ahead: within one step the pipeline would wait for both.
+    # Loads that do not depend on the previous kernel, so they come before the wait. Page numbers are loaded one step
+    # ahead: in the same step, the load of the keys would have to wait for the load of their page number.
     length = tl.load(lengths_ptr + b)
     at = split * BLOCK + tl.arange(0, BLOCK)
     page_at = tl.load(table_ptr + b * P + tl.minimum(at // PAGE, P - 1))
@@ -187,7 +189,7 @@ def _split_kernel(
 
 @triton.jit
 def _seen(q, k, v, use, top, total, acc, scale, PRECISION: tl.constexpr):
-    """One block of keys and values [BLOCK, d] added to the running maximum [R], sum [R] and output [R, d]."""
+    """Add a block of keys and values [BLOCK, d] to the running maximum [R], sum [R] and output [R, d]."""
     scores = tl.dot(q, k.T, input_precision=PRECISION) * scale
     scores = tl.where(use[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
@@ -204,14 +206,14 @@ def _merge_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One query head of one row: the mean of its splits' parts, weighted by their sums of exponentials."""
+    """One query head of one row: the mean of its splits' outputs, weighted by their sums of exponentials."""
     head, g = tl.program_id(0), tl.program_id(1)
     column, split = tl.arange(0, D), tl.arange(0, PADDED)
     length = tl.load(lengths_ptr + head // K)
     dependent_launch.wait(PDL)
     dependent_launch.release(PDL)
     place = (head * SPLITS + split) * GROUP + g
-    # all at once, whatever was written: a load that waits for the length would come a microsecond later
+    # load all splits, written or not: a load that first waits for the length would start a microsecond later
     lse = tl.load(lse_ptr + place, mask=split < SPLITS, other=0.0)
     parts = tl.load(
         partial_ptr + place.to(tl.int64)[:, None] * D + column[None, :], mask=(split < SPLITS)[:, None], other=0.0
@@ -224,7 +226,7 @@ def _merge_kernel(
 
 
 def splits_of(rows: int, kv_heads: int, pages: int, page: int) -> int:
-    """Splits of every row: enough programs to fill the card, none without a block at the greatest length."""
+    """The number of splits per row: enough programs to fill the card, but not more splits than blocks in a full row."""
     return max(1, min(triton.cdiv(pages * page, _BLOCK), _PROGRAMS // (rows * kv_heads)))
 
 

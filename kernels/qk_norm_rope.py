@@ -1,9 +1,9 @@
-"""Qwen3's way of queries and keys to attention in one launch: RMSNorm of each head, then rotary positions.
+"""RMSNorm of each head of queries and keys, then rotary positions, in one launch (Qwen3's QK-norm and RoPE).
 
-Forward: one read and one write of q and k, where norm and rotation apart take two. Backward: one read of q, k and both
-gradients, one write; the norm is computed again. As in kernels.rmsnorm a fixed number of programs walk over the heads
-with the weights' gradients in registers, and a second kernel adds their partial sums: no atomics, a rerun on the same
-card is bit-identical.
+The forward pass reads and writes q and k once; separate norm and rotation would do so twice. The backward pass reads q,
+k and both gradients once, writes once, and computes the norm again. As in kernels.rmsnorm, a fixed number of programs
+loop over the heads with the weights' gradients in registers, and a second kernel adds their partial sums. There are no
+atomics, so a rerun on the same card is bit-identical.
 
 B batch · T sequence · H query heads · K key heads · d head_dim · F = d/2 frequencies · P programs
 """
@@ -19,7 +19,7 @@ from kernels.rope import Config, head_offset, table_offset
 def reference(
     q_BTHd: Tensor, k_BTKd: Tensor, q_weight_d: Tensor, k_weight_d: Tensor, cos_BTF: Tensor, sin_BTF: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Norm, then rotation, in plain torch; composes with torch.func."""
+    """Norm, then rotation, in plain torch; works with torch.func."""
     q, k = rmsnorm.reference(q_BTHd, q_weight_d, eps), rmsnorm.reference(k_BTKd, k_weight_d, eps)
     return rope.reference(q, k, cos_BTF, sin_BTF)
 
@@ -27,10 +27,10 @@ def reference(
 def qk_norm_rope(
     q_BTHd: Tensor, k_BTKd: Tensor, q_weight_d: Tensor, k_weight_d: Tensor, cos_BTF: Tensor, sin_BTF: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """kernels.rope.rope of kernels.rmsnorm.rms_norm(q, q_weight, eps), and of k.
+    """kernels.rope.rope applied to rms_norm(q, q_weight, eps) and rms_norm(k, k_weight, eps) of kernels.rmsnorm.
 
-    Rounded where those two round: the normalised head, its product with the weight, the rotated head. The backward
-    works in float32 throughout (float64 for float64) and keeps q and k alone.
+    It rounds where these operators round: the normalised head, its product with the weight, the rotated head. The
+    backward pass computes in float32 (float64 for float64), and saves only q and k.
 
     Args: q, k, cos, sin as in `rope`; q_weight_d, k_weight_d: [d], q's dtype.
     Returns q and k, normalised and rotated, contiguous. First-order gradients in q, k and both weights.
@@ -48,18 +48,18 @@ def qk_norm_rope(
 
 
 def forward_config(half: int) -> Config:
-    """2048 pairs a program: each thread has eight 16-byte loads in flight."""
+    """2048 pairs per program, so that each thread has eight 16-byte loads in flight."""
     return Config(rows=max(1, 2048 // triton.next_power_of_2(half)), warps=4)
 
 
 def backward_config(half: int) -> Config:
-    """2048 pairs a program, three on a processor: the fastest on an H100."""
+    """2048 pairs per program, three programs per multiprocessor: the fastest on an H100."""
     return Config(rows=max(1, 2048 // triton.next_power_of_2(half)), warps=4, per_processor=3)
 
 
 @triton.jit
 def _normalise(first, second, size, eps):
-    """Both halves times 1/√(mean square), and that factor."""
+    """(both halves of the heads times 1/√(mean square + eps), that factor)."""
     rstd = tl.rsqrt(tl.sum(first * first + second * second, axis=1) / size + eps)[:, None]
     return first * rstd, second * rstd, rstd
 
@@ -114,9 +114,9 @@ def _backward_rows(
     dy_b, dy_t, dy_h, x_b, x_t, x_h, table_b, table_t, eps,
     HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """With dz = dy turned back, n = x·rstd and m = dz·w: dx = rstd·(m − n·mean(m·n)), dw = Σ dz·n over these tiles.
+    """Handles tile `block` and every P-th tile after it.
 
-    They are tile `block` and every P-th after it.
+    With dz = dy rotated back, n = x·rstd and m = dz·w: dx = rstd·(m − n·mean(m·n)), dw = Σ dz·n over these tiles.
     """
     col = tl.arange(0, BLOCK)[None, :]
     first_weight = tl.load(weight_ptr + col, mask=col < half, other=0.0).to(tl.float32)
@@ -163,7 +163,7 @@ def _backward_kernel(
         dq_out_ptr, q_ptr, q_weight_ptr, dq_ptr, partial_ptr, cos_ptr, sin_ptr, program, q_rows, T, half,
         dq_b, dq_t, dq_h, q_b, q_t, q_h, table_b, table_t, eps, H, ROWS, BLOCK, STAGES,
     )  # fmt: skip
-    last = tl.num_programs(0) - 1 - program  # from the other end: who has a tile of q more has one of k less
+    last = tl.num_programs(0) - 1 - program  # reversed, so that a program with one more tile of q has one less of k
     _backward_rows(
         dk_out_ptr, k_ptr, k_weight_ptr, dk_ptr, partial_ptr + 2 * half, cos_ptr, sin_ptr, last, k_rows, T, half,
         dk_b, dk_t, dk_h, k_b, k_t, k_h, table_b, table_t, eps, K, ROWS, BLOCK, STAGES,

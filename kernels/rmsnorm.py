@@ -1,8 +1,8 @@
-"""RMSNorm with an optional residual added first, forward and backward, each one pass over memory.
+"""RMSNorm with an optional residual that is added first; forward and backward pass each read memory once.
 
-Backward: a fixed number of programs walk over the rows with the weight's gradient in registers (float32) and write one
-partial row each, which a second kernel adds up. No atomics: a rerun on the same card is bit-identical. While a row is
-worked on, the next ones are on their way to shared memory (Triton's pipelined loop), so memory never waits.
+In the backward pass a fixed number of programs loop over the rows with the weight's gradient in registers (float32).
+Each writes one partial row, and a second kernel adds these up. There are no atomics, so a rerun on the same card is
+bit-identical. While a row is computed, the next ones are loaded to shared memory (Triton's pipelined loop).
 
 N rows · D normalised · P programs
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 from kernels import backend, dependent_launch
 from kernels.backend import runs_triton, tl, triton
 
-MAX_SIZE = 16_384  # one row lies in the registers of one program
+MAX_SIZE = 16_384  # a whole row must fit into the registers of one program
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def reference(
     x: Tensor, weight_D: Tensor, eps: float, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The formula of qwen3f.model.norm.rms_norm in plain torch; composes with torch.func."""
+    """The formula of qwen3f.model.norm.rms_norm in plain torch; works with torch.func."""
     if residual is not None:
         x = x + residual
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -33,15 +33,15 @@ def reference(
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """weight · x/√(mean(x²)+eps) over the last dimension; with a residual, of x + residual, and that sum as well.
+    """weight · x/√(mean(x²)+eps) over the last dimension. With a residual: (the norm of x + residual, x + residual).
 
-    Rounded where qwen3f.model.norm does: the sum, then the normalised row before the weight, then the product. Inside,
-    and in the backward throughout, float32 (float64 for float64 inputs, by the formula). Kept for the backward: x or
-    the sum, and 1/√(…) of each row in float32.
+    It rounds where qwen3f.model.norm does: the sum, the normalised row, and its product with the weight. In between,
+    and in the whole backward pass, it computes in float32 (float64 for float64 inputs, by the formula). Saved for the
+    backward pass: x or the sum, and 1/√(…) of each row in float32.
 
     Args:
-      x: [..., D] in bfloat16, float16, float32 or float64; D ≤ MAX_SIZE, adjacent in memory. Rows at one common
-        distance are read in place (any cut out of a wider tensor), others are copied first.
+      x: [..., D] in bfloat16, float16, float32 or float64; D ≤ MAX_SIZE, adjacent in memory. Rows with a constant
+        stride are read in place (such as a part of a wider tensor), others are copied first.
       weight_D: [D], x's dtype.
       residual: like x.
     Returns [..., D] contiguous in x's dtype; with a residual (normed, x + residual). First-order gradients.
@@ -54,8 +54,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, residual: Tensor | None = 
 
 
 class Config(NamedTuple):
-    """How a kernel is launched: rows of a tile and warps of a program; where programs loop also the loop's stages,
-    programs on a multiprocessor, and whether the weight stays in registers."""
+    """How a kernel is launched: rows per tile and warps per program. For programs that loop also: the loop's stages,
+    programs per multiprocessor, and whether the weight stays in registers."""
 
     rows: int
     warps: int
@@ -65,7 +65,7 @@ class Config(NamedTuple):
 
 
 def forward_config(size: int) -> Config:
-    """One row a program; short rows several, so that a thread has four 16-byte loads in flight."""
+    """One row per program; of short rows several, so that a thread has four 16-byte loads in flight."""
     block = triton.next_power_of_2(size)
     if block <= 1024:
         return Config(rows=max(1, 4096 // block), warps=4)
@@ -73,9 +73,8 @@ def forward_config(size: int) -> Config:
 
 
 def backward_config(size: int, itemsize: int) -> Config:
-    """By measurement on an H100: a row or 4096 elements, the next two on their way; short rows in large tiles at once.
-
-    The longest rows fill the registers.
+    """The fastest on an H100: tiles of one row or 4096 elements, with two more loaded ahead; short rows in large tiles,
+    without loading ahead. The longest rows need all registers.
     """
     block = triton.next_power_of_2(size)
     if block > 8192:
@@ -154,7 +153,7 @@ def _sum_kernel(partial_ptr, out_ptr, programs, size, PROGRAMS: tl.constexpr, BL
 
 
 def sum_programs(partial_PD: Tensor, dtype: torch.dtype) -> Tensor:
-    """[D] in `dtype` from float32 [P, D], in a fixed order, by Triton; P up to a few thousand."""
+    """Sum float32 [P, D] over P in a fixed order, by Triton: [D] in `dtype`. P: up to a few thousand."""
     programs, size = partial_PD.shape
     out = partial_PD.new_empty(size, dtype=dtype)
     _sum_kernel[(triton.cdiv(size, 16),)](
@@ -165,7 +164,7 @@ def sum_programs(partial_PD: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; 2 for the interpreter, so that programs loop."""
+    """The number of multiprocessors of a CUDA device; 2 for the interpreter, so that programs loop in tests."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -206,7 +205,7 @@ def launch_backward(
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, sum, rstd [...]) on any device; without a residual, sum is x or out and not to be used."""
+    """(out, sum, rstd [...]) on any device. Without a residual, don't use `sum`: it is x or out."""
     x_ND, residual_ND = _rows(x), None if residual is None else _rows(residual)
     if runs_triton(x):
         with torch.cuda.device_of(x):
@@ -252,7 +251,7 @@ def _norm_backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[N, D] with D adjacent; a view if the rows of x lie at one common distance."""
+    """[N, D] with D adjacent; a view if the rows of x have a constant stride."""
     x_ND = x.reshape(-1, x.shape[-1])
     return x_ND if x_ND.stride(1) == 1 or x_ND.shape[1] == 1 else x_ND.contiguous()
 

@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) of queries and keys in one launch.
 
-A program rotates a tile of heads, of q or of k: one read and one write of each element. The gradient is the rotation
-by the opposite angle, the same kernel. No sums, so a rerun is bit-identical.
+A program rotates a tile of heads of q or k; each element is read and written once. The gradient is a rotation by the
+opposite angle, with the same kernel. There are no sums, so a rerun is bit-identical.
 
 B batch · T sequence · H query heads · K key heads · d head_dim · F = d/2 frequencies
 """
@@ -19,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def reference(q_BTHd: Tensor, k_BTKd: Tensor, cos_BTF: Tensor, sin_BTF: Tensor) -> tuple[Tensor, Tensor]:
-    """qwen3f.model.rope.apply_rope on both, in plain torch; composes with torch.func."""
+    """qwen3f.model.rope.apply_rope for q and k, in plain torch; works with torch.func."""
 
     def turn(x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
@@ -39,9 +39,9 @@ def rope(
     Args:
       q_BTHd, k_BTKd: bfloat16, float16, float32 or float64, d even and ≤ MAX_HEAD_DIM, adjacent in memory; any other
         strides, e.g. [B, H, T, d] transposed.
-      cos_BTF, sin_BTF: of that dtype, F adjacent; the batch may be expanded (stride 0). Not differentiated. Any table
-        will do: with YaRN's factor, or of several axes (`mrope_tables`).
-      inplace: write into q and k, and return them. Only where no gradient is recorded.
+      cos_BTF, sin_BTF: of q's dtype, F adjacent; the batch dimension may be expanded (stride 0). Not differentiated.
+        Any tables work, e.g. with YaRN's factor, or of several axes (`mrope_tables`).
+      inplace: write into q and k, and return them. Only without gradients.
     Returns q and k rotated, contiguous unless in place. Gradients of any order in q and k.
     Raises ValueError for shapes, dtypes, devices or strides other than these.
     """
@@ -60,14 +60,14 @@ def rope(
 def mrope_tables(
     positions_3BT: Tensor, inv_freq_F: Tensor, sections: tuple[int, int, int], dtype: torch.dtype, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, F] of Qwen3-VL's interleaved MRoPE: frequencies take turns between time, height and width.
+    """cos and sin [B, T, F] of Qwen3-VL's interleaved MRoPE, in which frequencies alternate between the three axes.
 
-    Frequency i turns with height if i % 3 = 1 and i < 3·sections[1], with width if i % 3 = 2 and i < 3·sections[2], and
-    with time otherwise. Angles are float32 at least.
+    Frequency i uses the height if i % 3 = 1 and i < 3·sections[1], the width if i % 3 = 2 and i < 3·sections[2], and
+    otherwise the time. Angles are at least float32.
 
     Args:
-      positions_3BT: int64 positions on the three axes. inv_freq_F: radians a position.
-      sections: frequencies of each axis, e.g. (24, 20, 20); sum F. scale: factor on cos and sin.
+      positions_3BT: int64 positions in time, height and width. inv_freq_F: radians per position.
+      sections: number of frequencies of each axis, e.g. (24, 20, 20); their sum is F. scale: factor of cos and sin.
     """
     size = inv_freq_F.shape[0]
     if len(sections) != 3 or sum(sections) != size or positions_3BT.shape[0] != 3:
@@ -85,7 +85,7 @@ def mrope_tables(
 
 
 class Config(NamedTuple):
-    """Heads of a tile and warps of a program; where programs loop also the loop's stages and programs a processor."""
+    """Heads per tile, warps per program; for programs that loop also stages, and programs per multiprocessor."""
 
     rows: int
     warps: int
@@ -94,13 +94,13 @@ class Config(NamedTuple):
 
 
 def rope_config(half: int) -> Config:
-    """2048 pairs a program: each thread has eight 16-byte loads in flight."""
+    """2048 pairs per program, so that each thread has eight 16-byte loads in flight."""
     return Config(rows=max(1, 2048 // triton.next_power_of_2(half)), warps=4)
 
 
 @triton.jit
 def head_offset(row, T, stride_b, stride_t, stride_h, HEADS: tl.constexpr):
-    """Offsets (int64) of the given heads of a [B, T, HEADS, d] tensor, numbered with HEADS fastest."""
+    """Offsets (int64) of heads in a [B, T, HEADS, d] tensor. row: their numbers, counted with HEADS fastest."""
     token = row // HEADS
     batch, time = (token // T).to(tl.int64), (token % T).to(tl.int64)
     return batch * stride_b + time * stride_t + (row % HEADS).to(tl.int64) * stride_h
@@ -157,7 +157,7 @@ def _rope_kernel(
 def launch(
     q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin: Tensor, inverse: bool, config: Config
 ) -> None:
-    """Rotates q into q_out and k into k_out by Triton; they may be the same."""
+    """Rotate q into q_out and k into k_out by Triton. Input and output may be the same tensor."""
     _, T, H, d = q.shape
     q_rows, k_rows = (x.numel() // d for x in (q, k))
     if not q_rows + k_rows:
@@ -177,7 +177,7 @@ def same_strides(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x with d adjacent: gradients come in any strides."""
+    """x with d adjacent; a copy if needed, because gradients may have any strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -226,7 +226,7 @@ _rope.register_autograd(_gradients, setup_context=_save)
 
 
 def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """ValueError unless these are q, k and tables that belong together."""
+    """ValueError unless shapes, dtypes, strides and devices of q, k and the tables fit together."""
     if q.dtype not in DTYPES:
         raise ValueError(f"q is {q.dtype}; it may be {', '.join(str(d) for d in DTYPES)}")
     if q.dim() != 4 or q.shape[-1] % 2 or not 0 < q.shape[-1] <= MAX_HEAD_DIM:

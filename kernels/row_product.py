@@ -1,20 +1,20 @@
-"""Few rows times a large weight, within a Triton kernel: the loop that the products of one decoding step share.
+"""The product of a few rows with a large weight, within a Triton kernel: a loop that the kernels of decoding share.
 
-With B rows such a product does 2·B operations for each number of the weight: below about 200 rows on an H100 it is as
-fast as the weight arrives. So many bytes are kept on their way (Triton's pipelined loop). Three forms:
+With B rows such a product does 2·B operations per number of the weight. Below about 200 rows on an H100, loading the
+weight limits the speed, so the loop keeps many loads in flight (Triton's pipelined loop). It has three forms:
 
-- one row: products and sums in float32 without tensor cores, so nothing is padded to 16 rows;
-- up to SLICED_ROWS rows: each of a program's four warps multiplies its own slice of every step on the tensor cores, and
-  the slices are added at the end. So the few tiles of a narrow output have enough warps, and no atomics are needed;
-- more rows: an ordinary tile of the tensor cores.
+- One row: products and sums in float32, without tensor cores, so nothing is padded to 16 rows.
+- Up to SLICED_ROWS rows: each of a program's four warps multiplies its own slice of every step on the tensor cores; the
+  slices are added at the end. So even the few tiles of a narrow output occupy enough warps, without atomics.
+- More rows: an ordinary tensor-core tile.
 
-In the first two forms the rows' RMSNorm costs no pass of its own: the loop multiplies x by the norm's weight g and adds
-up x², and the caller multiplies the sums by 1/√(mean x² + eps). Rounding: norm and product apart round x/√(…), then its
-product with g, to the dtype of x. Here x·g is rounded once, and with one row not at all; all else is float32. In the
-third form the norm is a kernel of its own, since it would cost every tile what it saves; in the second one too for
-float16, whose range x·g may leave.
+In the first two forms the rows' RMSNorm needs no separate pass: the loop multiplies x by the norm's weight g and sums
+x², and the caller multiplies the result by 1/√(mean x² + eps). Rounding: separate operators round x/√(…), and then its
+product with g, to the dtype of x. Here only x·g is rounded, with one row not even that; everything else is float32. In
+the third form the norm is a separate kernel, because every tile would repeat its work. In the second form it is one for
+float16 too, because x·g may overflow.
 
-B rows · D what is summed over · N outputs · BM, BN, BK rows, outputs and step of a tile
+B rows · D input features, which are summed over · N outputs · BM, BN, BK rows, outputs and step of a tile
 """
 
 from typing import NamedTuple
@@ -25,23 +25,23 @@ from torch import Tensor
 from kernels import dependent_launch, rmsnorm
 from kernels.backend import check_devices, tl, triton
 
-# By sweeps on an H200 (132 multiprocessors) at Qwen3-0.6B's shapes and 1, 64 and 256 rows, within a chain; stages and
-# tiles of 64 rows by whole passes of Qwen3-0.6B and 8B.
-ROW_PROGRAMS = 264  # one row: programs wanted, two a multiprocessor
-ROW_TILE = 1024  # one row: numbers of the weight a warp and step, four 16-byte loads a thread
-ROW_WHOLE = 8192  # one row: bytes of the weight that a warp asks for at once at most, 64 registers a thread
+# Found by sweeps on an H200 (132 multiprocessors) with Qwen3-0.6B's shapes and 1, 64 and 256 rows, within a chain;
+# stages and tiles of 64 rows by whole forward passes of Qwen3-0.6B and 8B.
+ROW_PROGRAMS = 264  # one row: target number of programs, two per multiprocessor
+ROW_TILE = 1024  # one row: numbers of the weight per warp and step, four 16-byte loads per thread
+ROW_WHOLE = 8192  # one row: the most bytes of the weight that a warp loads at once, 64 registers per thread
 SLICED_ROWS = 32
-SLICES = 4  # one a warp
-ONE_TILE_ROWS = 64  # all rows in one tile
-TILES = 128  # up to that many rows: tiles wanted, one a multiprocessor; narrower ones read x more often from L2
-LEAST_TILES = 96  # more rows: tiles at least
-MOST = 128  # rows and outputs of a tile
-STAGES = 4  # steps: three on their way while one is worked on
-LONG, LONG_STAGES = 2048, 6  # numbers summed over from which more steps are worth their start
+SLICES = 4  # one per warp
+ONE_TILE_ROWS = 64  # up to this many rows are in one tile
+TILES = 128  # up to ONE_TILE_ROWS: target number of tiles, one per multiprocessor; more would read x from L2 more often
+LEAST_TILES = 96  # above ONE_TILE_ROWS: the fewest tiles
+MOST = 128  # the most rows, and the most outputs, of a tile
+STAGES = 4  # steps in the pipeline: three are loaded while one is computed
+LONG, LONG_STAGES = 2048, 6  # for sums over at least LONG numbers, more stages are faster
 
 
 class Config(NamedTuple):
-    """Rows, outputs and step of a tile (a step of 2-byte numbers; of float32 half), slices of it, stages, warps."""
+    """Rows, outputs and step of a tile (step: 2-byte numbers; half as many for float32), slices, stages, warps."""
 
     rows: int
     outputs: int
@@ -52,7 +52,7 @@ class Config(NamedTuple):
 
 
 def config(B: int, N: int, D: int) -> Config:
-    """How B rows and N outputs, sums over D numbers, are cut, from these three alone; `outputs` from B and N."""
+    """The tiles for B rows, N outputs and sums over D numbers. `outputs` depends only on B and N."""
     if B == 1:
         outputs = _outputs(N, ROW_PROGRAMS, 4, 32)
         warps = 8 if triton.cdiv(N, outputs) <= ROW_PROGRAMS else 4
@@ -67,7 +67,8 @@ def config(B: int, N: int, D: int) -> Config:
 
 
 def _tile(B: int, N: int) -> tuple[int, int]:
-    """(rows, outputs) of the tile that reads least for each of its numbers, of those that leave LEAST_TILES tiles."""
+    """(rows, outputs) of the tile that reads the least per number of its result, among those that give at least
+    LEAST_TILES tiles."""
     shapes = [
         (rows, outputs)
         for rows in (ONE_TILE_ROWS, MOST)
@@ -78,7 +79,7 @@ def _tile(B: int, N: int) -> tuple[int, int]:
 
 
 def _outputs(N: int, programs: int, least: int, most: int) -> int:
-    """The widest tile, a power of two, that leaves so many programs."""
+    """The widest tile, a power of two from `least` to `most`, that gives at least `programs` programs."""
     outputs = most
     while outputs > least and triton.cdiv(N, outputs) < programs:
         outputs //= 2
@@ -93,9 +94,9 @@ def row_product(
 ):  # fmt: skip
     """(x·g Wᵀ float32 [BM, BN], Σx² [BM]) of BM rows and BN rows of weights; without HAS_NORM (x Wᵀ, 0).
 
-    x_ptr: contiguous [rows, D]. norm_ptr: g [D]. weight_N: pointers [BN] to rows of D adjacent numbers. row: [BM]
-    numbers of rows; those from `rows` on give 0. With one row WHOLE > 0 says that all weights are asked for at once,
-    that many numbers of each row, before the wait of a dependent launch; 0: in steps of BK, after it.
+    x_ptr: contiguous [rows, D]. norm_ptr: g [D]. weight_N: pointers [BN] to rows of D adjacent numbers. row: [BM] row
+    numbers; rows from `rows` on give 0. WHOLE, for one row: above 0, all weights are loaded at once, WHOLE numbers per
+    row, before the wait of a dependent launch; 0: in steps of BK, after the wait.
     """
     inside = row < rows
     wide_row = row.to(tl.int64) * D
@@ -106,7 +107,7 @@ def row_product(
             k = tl.arange(0, WHOLE)
             weight = tl.load(weight_N[:, None] + k[None, :], mask=(k < D)[None, :], other=0.0)
             dependent_launch.wait(PDL)
-            dependent_launch.release(PDL)  # the next kernel asks for its weights while this one waits for x
+            dependent_launch.release(PDL)  # so the next kernel starts to load its weights while this one waits for x
             x = tl.load(x_row + k, mask=k < D, other=0.0).to(tl.float32)
             if HAS_NORM:
                 square += tl.sum(x * x, axis=0)
@@ -160,17 +161,17 @@ def row_product(
 
 
 def norms(x: Tensor, cut: Config) -> bool:
-    """Whether the product's own loop applies the norm. With more rows a pass of its own costs less."""
+    """Whether the product's loop applies the norm. With more rows a separate pass costs less."""
     return cut.rows == 1 or (cut.slices > 1 and x.dtype != torch.float16)
 
 
 def normed(x_BD: Tensor, norm_D: Tensor, eps: float, cut: Config) -> Tensor:
-    """What a kernel with a norm reads: x itself, or where its loop does not norm, x normed."""
+    """The input for a kernel with a norm: x, or rmsnorm(x)·g if the kernel's loop does not apply the norm."""
     return x_BD if norms(x_BD, cut) else rmsnorm.rms_norm(x_BD, norm_D, eps)
 
 
 def options(x: Tensor, cut: Config) -> dict[str, object]:
-    """What every kernel around `row_product` is launched with."""
+    """The constants and options for the launch of a kernel that uses `row_product`."""
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     pdl, size = dependent_launch.on(x), x.element_size()
     whole = triton.next_power_of_2(x.shape[1])
@@ -183,9 +184,9 @@ def options(x: Tensor, cut: Config) -> dict[str, object]:
 
 
 def check(x_BD: Tensor, vectors: dict[str, tuple[Tensor, int]], weights: dict[str, Tensor], x_name: str = "x") -> None:
-    """ValueError naming the argument unless x is [B, D], `vectors` are of their lengths and `weights` are [N, D].
+    """ValueError, with the argument's name, unless x is [B, D], `vectors` have their lengths and `weights` are [N, D].
 
-    All contiguous, of x's dtype, on one device.
+    All must be contiguous, of x's dtype, and on one device.
     """
     if x_BD.dim() != 2 or not x_BD.is_floating_point() or not x_BD.is_contiguous() or not x_BD.shape[1]:
         raise ValueError(

@@ -1,10 +1,11 @@
-"""Softmax of blocks of logits in Triton: statistics of the rows, and the logits' gradient written over the logits.
+"""Softmax of rows of logits in Triton: statistics of the rows, and the gradient, which overwrites the logits.
 
-One program a row. It keeps a running maximum and sum for each of its threads (online softmax, Milakov & Gimelshein,
-arXiv:1805.02867) and joins them once at the end, so that no barrier interrupts the stream of loads. The row's second
-read, for the gradient, goes backward: what the first read brought last is still in the L2 cache then.
+There is one program per row. Each of its threads keeps a running maximum and sum (online softmax, Milakov & Gimelshein,
+arXiv:1805.02867); they are merged once at the end, so that no barrier interrupts the loads. The row is read a second
+time for the gradient, backward, because its end is then still in the L2 cache.
 
-Accumulates in float32; the same input gives the same bits. int64 offsets, any row stride, columns contiguous.
+Sums are float32; the same input gives the same bits. Offsets are int64; rows may have any stride, columns must be
+contiguous.
 
 N rows (tokens) · V columns (a vocabulary, or one shard of it)
 """
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from kernels.backend import tl, triton
 
-IGNORE = -100  # written out in the kernel: it reads no plain globals
+IGNORE = -100  # the kernel repeats this number, because kernels can't read plain globals
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """block: columns read at a time, a power of two ≥ 8; warps a program; stages: one more than blocks in flight."""
+    """block: columns per step, a power of two ≥ 8. warps: per program. stages: blocks in flight plus one."""
 
     block: int
     warps: int
@@ -29,13 +30,13 @@ class Launch:
 
 
 def launch_for(vocabulary: int) -> Launch:
-    """By measurement on an H100 at V 151,936. Two programs an SM: the rows at work then about fit into its L2 cache."""
+    """The fastest on an H100 at V 151,936: two programs per multiprocessor, whose rows about fit into the L2 cache."""
     block = min(max(triton.next_power_of_2(vocabulary), 512), 16384)
     return Launch(block, warps=block // 512, stages=1)
 
 
 def statistics(logits_NV: Tensor, targets_N: Tensor, vocab_start: int) -> tuple[Tensor, Tensor]:
-    """(log Σ exp, the target's logit) of each row, float32; a target outside of [vocab_start, +V) has logit 0."""
+    """(log Σ exp, the target's logit) of each row, float32; logit 0 for a target outside [vocab_start, +V)."""
     lse_N, target_N = (torch.empty(len(logits_NV), dtype=torch.float32, device=logits_NV.device) for _ in range(2))
     _run(_statistics_kernel, logits_NV, targets_N, vocab_start, lse_N, target_N)
     return lse_N, target_N
@@ -65,7 +66,7 @@ def loss_and_gradient_(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, 
 def scale_(x: Tensor, factor: Tensor) -> None:
     """x *= factor, a float32 scalar on the device, in float32. Reads and writes nothing if factor is 1.
 
-    autograd is told of the write, so that a backward pass over a scaled gradient raises instead of scaling it twice.
+    It increases x's autograd version, so that a second backward pass raises an error instead of scaling again.
     """
     block = 4096
     if x.numel():
@@ -94,7 +95,7 @@ def _run(kernel: object, logits_NV: Tensor, *args: Tensor | float) -> None:
 
 @triton.jit
 def _columns(BLOCK: tl.constexpr):
-    """Column numbers as [BLOCK / 8, 8]: a thread holds eight side by side, 16 bytes of bfloat16."""
+    """Column numbers as [BLOCK / 8, 8], so that each thread has eight adjacent columns, 16 bytes of bfloat16."""
     return tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
 
 
@@ -102,7 +103,7 @@ def _columns(BLOCK: tl.constexpr):
 def _maximum_and_sum(row_ptr, vocabulary, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """(max x, Σ exp(x − max)) of a row."""
     columns = _columns(BLOCK)
-    # The least float, not −inf: −inf − (−inf) is NaN. It holds where a thread has no column at all.
+    # The lowest float instead of −inf, because −inf − (−inf) is NaN; it remains for threads without a column.
     top = tl.full([BLOCK // 8], -3.4028234663852886e38, tl.float32)
     total = tl.zeros([BLOCK // 8], tl.float32)
     for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
@@ -200,13 +201,13 @@ def _loss_and_gradient_kernel(
         tl.store(loss_ptr + row, 0.0)
         _write_zeros(row_ptr, vocabulary, BLOCK)
     else:
-        # read before the first write: the reduction below holds every thread until all have read
+        # read before the row is overwritten; the reduction below makes all threads wait for this read
         known = (target >= 0) & (target < vocabulary)
         of_target = tl.load(row_ptr + target, known, other=float("nan")).to(tl.float32)
         top, total = _maximum_and_sum(row_ptr, vocabulary, BLOCK, STAGES)
         log_total = tl.log(total)
         lse = top + log_total
-        # (top − of_target) first: exact where both are huge
+        # (top − of_target) first, because that is exact when both are huge
         tl.store(loss_ptr + row, weight * ((top - of_target) + log_total + z_loss * lse * lse))
         of_exp = weight * (1.0 + 2.0 * z_loss * lse) / total
         _write_gradient(row_ptr, vocabulary, target, top, of_exp, -weight, BLOCK, STAGES)

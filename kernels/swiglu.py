@@ -1,11 +1,10 @@
 """SwiGLU's elementwise part (Shazeer 2020, arXiv:2002.05202): silu(gate) · up, forward and backward.
 
-Nothing is kept but the inputs: the backward computes silu again, so a layer stores two [N, I] tensors, not four.
-Every element is read once and written once; each is computed alone, so a rerun is bit-identical.
+Only the inputs are saved: the backward pass computes silu again, so a layer stores two [N, I] tensors instead of four.
+Every element is read and written once and computed alone, so a rerun is bit-identical.
 
-Both products around it stay separate kernels. Fused into the product before it, the activation could be written from
-the accumulators of gate and up, and gate and up would be written for the backward all the same: reading them again here
-is all that would be saved.
+The matrix products before and after it stay separate kernels. Fusing it with the product before would save little: gate
+and up must be written for the backward pass anyway, so only their read here would be saved.
 
 N rows · I intermediate size
 """
@@ -23,7 +22,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def reference(gate: Tensor, up: Tensor) -> Tensor:
-    """F.silu(gate) · up; composes with torch.func."""
+    """F.silu(gate) · up; works with torch.func."""
     return F.silu(gate) * up
 
 
@@ -32,13 +31,13 @@ def reference_joined(gate_up: Tensor) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up; silu is rounded to the dtype before the product, as F.silu(gate) * up does.
+    """silu(gate) · up; silu is rounded to the dtype before the product, as in F.silu(gate) * up.
 
-    The backward works in float32 throughout (float64 for float64).
+    The backward pass computes in float32 (float64 for float64).
 
     Args:
       gate, up: [..., I] of one shape, dtype (bfloat16, float16, float32 or float64) and device, I adjacent in memory.
-        Rows at one common distance (the halves of a joined projection) are read in place, others copied first.
+        Rows with a constant stride (e.g. the halves of a joined projection) are read in place, others are copied first.
     Returns [..., I] contiguous, of that dtype. First-order gradients in both.
     Raises ValueError for shapes, dtypes, devices or strides other than these.
     """
@@ -51,7 +50,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_joined(gate_up: Tensor) -> Tensor:
-    """[..., I] from [..., 2I], whose first half is the gate; its gradient is one tensor too. Otherwise as `swiglu`."""
+    """As `swiglu`, with gate and up as one tensor: [..., I] from [..., 2I], whose first half is the gate. The gradient
+    is one tensor too."""
     _check(gate_up, "gate_up")
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up must be [..., 2I], got {tuple(gate_up.shape)}")
@@ -59,7 +59,7 @@ def swiglu_joined(gate_up: Tensor) -> Tensor:
 
 
 class Config(NamedTuple):
-    """Elements and warps of a program."""
+    """Elements and warps per program."""
 
     block: int = 1024
     warps: int = 4
