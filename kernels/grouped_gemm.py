@@ -77,7 +77,7 @@ def tile_of(kind: str, dtype: torch.dtype) -> Tile:
 
 
 class Schedule(NamedTuple):
-    """tiles: int32 [T, 3]: each block's expert, first row, and the end of the expert's rows. count: int32 [1], blocks."""
+    """tiles: int32 [T, 3]: each block's expert, first row, end of the expert's rows. count: int32 [1], blocks."""
 
     tiles: Tensor
     count: Tensor
