@@ -38,7 +38,9 @@ class AdamW:
                 raise UserError(f"config.optimizer.{name} must be at least 0, got {getattr(self, name)}")
         for pattern, factor in self.rates:
             if not 0.0 <= factor < float("inf"):
-                raise UserError(f"config.optimizer.rates: the factor of {pattern} must be at least 0, got {factor}")
+                raise UserError(
+                    f"config.optimizer.rates: the factor of {pattern} must be finite and at least 0, got {factor}"
+                )
 
     def rate(self, path: str) -> float:
         """The factor of this path's learning rate; 0: the parameter is frozen."""

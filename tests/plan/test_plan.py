@@ -174,7 +174,7 @@ def test_micro_batches_of_answers_are_those_of_the_run(mesh, parts):
     config.rollout.update(samples=16, microbatch_rows=2)
     case = from_config(config)
     assert (case.rows, case.microbatches) == (2, parts)
-    assert "a row for every answer, the most there can be" in render(make(case), {}, None)
+    assert "a row for every answer, the largest possible" in render(make(case), {}, None)
 
 
 # -- nodes -------------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_decisions(environment, world, devices, device, wanted):
         ),
         ({}, 2, 0, "needs 2 devices, this host has 0"),
         (TORCHRUN, 16, 8, "torchrun started 8 ranks, but config.mesh has 16 devices; make --nnodes times"),
-        (TORCHRUN, 1, 8, "mesh of 8 with --config.mesh"),
+        (TORCHRUN, 1, 8, "write a --config.mesh of 8 devices"),
         (SLURM, 4, 8, "srun started 8 ranks, but config.mesh has 4 devices; make --ntasks 4"),
         ({**TORCHRUN, "MASTER_PORT": ""}, 8, 8, "torchrun left MASTER_PORT unset"),
         ({**TORCHRUN, "RANK": "five"}, 8, 8, "RANK='five' is not a number"),

@@ -94,5 +94,5 @@ def test_lengths_that_divide():
 
 def test_a_key_that_nobody_knows():
     batch = {"tokens": torch.zeros(1, 8), "rewards": torch.zeros(1, 8)}
-    with pytest.raises(ValueError, match="rewards cut over cp.*SEQUENCE_KEYS or WHOLE_KEYS"):
+    with pytest.raises(ValueError, match="unknown keys: rewards;.*SEQUENCE_KEYS.*WHOLE_KEYS"):
         split_sequence(batch, axes(2)[0])

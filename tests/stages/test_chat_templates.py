@@ -175,7 +175,7 @@ def test_an_unknown_template_is_refused_until_one_is_chosen_which_then_stays(roo
     train(root, place, tmp_path / "w", chat_template="instruct-2507")
     assert SHOWN["instruct-2507"][0] in capsys.readouterr().out
     train(root, place, tmp_path / "w")  # goes on by what the workdir keeps
-    with pytest.raises(UserError, match="--config.chat_template=coder is not the kind .* which is instruct-2507"):
+    with pytest.raises(UserError, match="--config.chat_template=coder is not the chat template .* is instruct-2507"):
         train(root, place, tmp_path / "w", chat_template="coder")
     train(root, tmp_path / "w", tmp_path / "w2")
     assert SHOWN["instruct-2507"][0] in capsys.readouterr().out

@@ -96,7 +96,8 @@ def test_other_frozen_leaves_in_a_workdir_are_an_error(make, tmp_path):
         ("model.norm", "has no pattern"), ("=2", "has no pattern"), ("(=1", "is not PATTERN=FACTOR"),
         ("a{99999999999}=0", "is not PATTERN=FACTOR"), ("(" * 2000 + ")" * 2000 + "=0", "is not PATTERN=FACTOR"),
         ("a=x", "is not PATTERN=FACTOR"), ("nothing=0", "'nothing' matches none of the model's parameters"),
-        (".*=0", "freezes every parameter"), (".*=-1", "from 0 on"), (".*=nan", "from 0 on"), (".*=inf", "from 0 on"),
+        (".*=0", "freezes every parameter"), (".*=-1", "at least 0"), (".*=nan", "at least 0"),
+        (".*=inf", "at least 0"),
     ],
 )  # fmt: skip
 def test_wrong_rates_are_named(make, tmp_path, text, words):

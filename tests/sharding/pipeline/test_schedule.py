@@ -292,8 +292,8 @@ def test_messages_are_those_of_the_formula(name, on_ranks):
     [
         ({}, ONE_STAGE, Execution(compile="step"), 4, "write config.compile=block"),
         ({"gradient_checkpointing": "selective"}, ZBV, Execution(), 4, "write none or full"),
-        (MOE | {"router_balance": "hf"}, ONE_STAGE, Execution(), 4, "write global or micro"),
-        (MOE | {"router_balance": "global_exact"}, ONE_STAGE, Execution(), 4, "write global or micro"),
+        (MOE | {"router_balance": "hf"}, ONE_STAGE, Execution(), 4, "router_balance=global or micro"),
+        (MOE | {"router_balance": "global_exact"}, ONE_STAGE, Execution(), 4, "router_balance=global or micro"),
         ({}, ONE_STAGE, Execution(), 1, "write at least 2"),
         ({}, ZERO, Execution(), 5, "write 4 or 6"),
         ({"num_hidden_layers": 5}, INTERLEAVED, Execution(), 4, "leaves a stage empty"),
