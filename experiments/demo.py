@@ -12,15 +12,15 @@ from qwen3f.stages.configs import pretrain_config
 
 def get_config() -> ConfigDict:
     config = pretrain_config("nano")
-    # What decides is when the model learns to copy from its context: after 1,100 steps so, never within the run with
-    # AdamW. Muon's updates have a fixed size, so small weights learn faster; a low base leaves more pairs that tell
-    # near positions apart.
+    # The result depends on when the model learns to copy from its context. With these settings it does so after 1,100
+    # steps; with AdamW it does not within this run. Muon's updates have a fixed size, so small initial weights learn
+    # faster. A low rotary base gives more pairs of dimensions that tell near positions apart.
     config.model.initializer_range = 0.03
     config.model.rope_theta = 1e3
     config.steps = 2500
     config.batch_size = 8
     config.seq_len = 256
-    # Muon's matrices learn at 1e-2 in AdamW's measure, the embedding and the norms at 3e-2.
+    # Muon trains the matrices at a rate that equals 1e-2 for AdamW; the embedding and the norms learn at 3e-2.
     config.optimizer.kind = "muon"
     config.optimizer.update_rms = 0.2 / 3
     config.optimizer.weight_decay = 0.07

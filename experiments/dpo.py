@@ -4,9 +4,10 @@
     python launch.py --config experiments/dpo.py:small --config.init_from=W --config.data.mixture=ultrafeedback@DIR \
         --config.dpo.loss=ipo
 
-The preset after the colon says the run (default small); the model is that of the weights in W, and so is the
-reference; its log-probabilities are computed once and kept (--config.dpo.reference_log_probs=live keeps its weights).
-Without a network: answers to generated problems, better by rule. Rates are ours; large models' is TRL's.
+The preset after the colon sets steps, rates and batch (default small). The model comes from the weights in W, and these
+are also the reference. Its log-probabilities are computed once and stored;
+--config.dpo.reference_log_probs=live keeps its weights in memory instead. Without a network, a rule decides which of
+two answers to a generated problem is better. The learning rates of tiny presets are ours; the others use TRL's.
 """
 
 from ml_collections import ConfigDict

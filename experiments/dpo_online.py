@@ -4,8 +4,9 @@
     python launch.py --config experiments/dpo_online.py:small --config.init_from=W \
         --config.online.judge=reward_model --config.online.reward_model=W3
 
-The preset after the colon says the run (default small); the model is that of the weights in W. W3 is of
-experiments/reward_model.py. Prompts whose answers are all alike to the judge are left out and counted. Rates are ours.
+The preset after the colon sets steps, rates and batch (default small). The model comes from the weights in W. W3 is a
+workdir of experiments/reward_model.py. A prompt is left out, and counted, if the judge ranks all of its answers equal.
+The learning rates are ours.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +30,7 @@ def get_config(preset: str = "small") -> ConfigDict:
         config.data.difficulties = "1"
         config.data.kinds = "number_theory,sequence" if preset == "nano" else ""
         config.steps, config.batch_size = (100, 16) if preset == "nano" else (300, 32)
-        if preset != "nano":  # a GPU answers many at a time
+        if preset != "nano":  # a GPU generates many answers at a time
             config.online.rows, config.online.cache_tokens = 1024, 512 * 1024
         config.eval.every = 25
         config.checkpoint.every = 25

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.stage = "export_hf"
     config.init_from = ""  # a workdir (its last checkpoint), its checkpoints/N, or a Hugging Face directory
     config.out = ""  # the directory to write
-    config.dtype = "bfloat16"  # of the stored weights: bfloat16, float16, float32, or stored to keep what is there
-    config.max_shard_gb = 5.0  # weights beyond it are cut into several files with an index; 10^9 bytes each
+    config.dtype = "bfloat16"  # dtype to write: bfloat16, float16, float32, or stored to keep that of the checkpoint
+    config.max_shard_gb = 5.0  # largest file in 10^9 bytes; larger weights are split into several files with an index
     config.tokenizer = True  # False: weights alone
     return config

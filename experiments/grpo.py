@@ -4,17 +4,19 @@
     python launch.py --config experiments/grpo.py:qwen3-0.6b --config.init_from=DIR --config.tasks=gsm8k@DIR2
     python launch.py --config experiments/grpo.py:nano_vl --config.init_from=W_VL --workdir W
 
-The preset after the colon says the run (default small); the model is that of the weights in W_SFT. The tiny ones ask
-generated problems, nano_vl about generated pictures (W_VL: of experiments/multimodal.py:nano_vl); the others GSM8K and
-MATH, from the Hub or from local copies. (On policy, centred advantages, clip 0.2/0.28, no KL: what worked at 1.7B and
-below, see Qwen3 technical report, §4.2, for the stage; the rates are ours.)
+The preset after the colon sets steps, rates and batch (default small). The model comes from the weights in W_SFT. The
+tiny presets train on generated problems; nano_vl on questions about generated pictures (W_VL is a workdir of
+experiments/multimodal.py:nano_vl). The others use GSM8K and MATH, from the Hub or from local copies. Updates are on
+policy, with centred advantages, clipping at 0.2/0.28 and no KL, which worked at 1.7B parameters and below. For the
+stage see the Qwen3 technical report, §4.2; the learning rates are ours.
 """
 
 from ml_collections import ConfigDict
 
 from qwen3f.stages.configs import grpo_config
 
-# nano: from fine-tuning by Muon, AdamW at 2e-4 and above unlearns (qwen3f/rl/trial/README.md). debug: the trial's rate.
+# nano: after fine-tuning by Muon, AdamW at 2e-4 and above makes answers worse. debug: the rate that the trial found.
+# See qwen3f/rl/trial/README.md.
 PEAK_LR = {"nano": 1e-4, "nano_vl": 1e-4, "debug": 1e-4, "debug_moe": 1e-4}
 
 
@@ -34,7 +36,7 @@ def get_config(preset: str = "small") -> ConfigDict:
         if preset in ("nano", "nano_vl"):
             config.steps, config.batch_size, config.rollout.samples = 60, 8, 8
             config.rollout.draws, config.rollout.microbatch_rows = 2, 8
-        else:  # all of a step's answers at the same time: 1,024
+        else:  # generate all 1,024 answers of a step at the same time
             config.batch_size, config.rollout.rows, config.rollout.microbatch_rows = 64, 1024, 64
             config.rollout.cache_tokens = 1024 * config.seq_len
     else:

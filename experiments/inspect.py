@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "inspect"
     config.path = ""
-    config.backend = "orbax"  # dcp also opens checkpoints that are in part a pickle: of people that you trust
-    config.verify = True  # read every file and compare its checksum; False: sizes and names of the tree alone
+    # dcp also opens checkpoints of torch.distributed.checkpoint. Part of these is a pickle: only open files you trust.
+    config.backend = "orbax"
+    config.verify = True  # read every file and compare its checksum; False: check only names and sizes
     return config

@@ -7,8 +7,9 @@
 chats@DIR reads rows of messages whose parts are text, images, and videos: GIF, APNG and WebP files, directories
 and lists of frames (qwen3f/data/multimodal/README.md).
 
-The preset after the colon is that of the model (default qwen3-vl-2b); without a tower in init_from, a fresh one is put
-on its language model. Parts are frozen, or given other rates, by patterns: mergers alone, as Qwen3-VL's first stage, is
+The preset after the colon names the model (default qwen3-vl-2b). If init_from has no vision tower, a fresh one is added
+to its language model. --config.optimizer.rates freezes parts, or gives them other learning rates, by patterns of their
+names. To train only the mergers, as Qwen3-VL's first stage does, write
 --config.optimizer.rates='model\\.visual\\.(merger|deepstack_merger_list)\\..*=1,.*=0'.
 """
 
@@ -28,7 +29,7 @@ def get_config(preset: str = "qwen3-vl-2b") -> ConfigDict:
     config.optimizer.weight_decay = 0.0
     config.seq_len = 8192
     config.steps, config.batch_size = 2000, 32
-    if preset in SMALL:  # from scratch, on generated pictures in their own size, with descriptions beside questions
+    if preset in SMALL:  # from scratch, on generated pictures at their own size: questions and descriptions
         config.data.mixture = "images=0.5,captions=0.5"
         config.data.min_pixels, config.data.max_pixels = 64 * 64, 128 * 128
         config.seq_len, config.data.patches, config.data.images = 512, 1024, 8
@@ -39,13 +40,14 @@ def get_config(preset: str = "qwen3-vl-2b") -> ConfigDict:
         config.data.min_side = config.data.max_side = 96
         config.data.patches, config.data.images = 18 * 36, 18
         config.data.mixture = "images=0.6,captions=0.4"
-        config.model.update(vocab_size=576, num_attention_heads=4, num_key_value_heads=4, head_dim=32)  # a token a word
+        # vocab_size=576: one token per word
+        config.model.update(vocab_size=576, num_attention_heads=4, num_key_value_heads=4, head_dim=32)
         config.model.update(mrope_section=(6, 5, 5), vision_patch_size=16, vision_image_size=96)
         config.optimizer.kind, config.optimizer.update_rms = "muon", 0.2 / 3
         config.schedule.kind, config.schedule.decay, config.schedule.min_ratio = "wsd", 0.7, 0.0
         config.schedule.peak_lr = 1e-2
         config.steps, config.batch_size = 760, 8
-        config.eval.every, config.checkpoint.every = 0, 380  # held-out answers at the end alone
+        config.eval.every, config.checkpoint.every = 0, 380  # evaluate only at the end
     if preset == "seed_vl":
         config.data.max_pixels = 672**2
     return config

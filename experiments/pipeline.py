@@ -1,16 +1,16 @@
-"""The whole way to a model that reasons, in one command: S1, S2, S3, cold start, RL, fusion, general RL, evaluation.
+"""All stages to a model that reasons, in one command: S1, S2, S3, cold start, RL, fusion, general RL, evaluation.
 
     python launch.py --config experiments/pipeline.py:nano --workdir P
     python launch.py --config experiments/pipeline.py:nano --config.set.grpo.steps=10 --workdir P
     python launch.py --config experiments/pipeline.py:nano --config.stages=sft_cold_start,grpo --workdir P
     python launch.py --config experiments/pipeline.py:large --config.mesh=dp8,tp2,pp4 --config.plan=True
 
-The preset after the colon is a row of the tables below (default nano): nano runs on two CPU cores within half an hour,
-debug and debug_moe on a GPU, nano_vl learns to see. P gets a directory a stage, pipeline.json, which says what ran
-from what, and report.html. The same command again goes on where it stopped. A stage's own keys are set by
---config.set.STAGE.KEY, those of the questions that every checkpoint is asked by --config.set.measure.KEY.
---config.stages runs stages alone, again where they are done; --config.skip leaves some out. Results of changed settings
-are never reused: the command stops and says what to write.
+The preset after the colon names one of the tables below (default nano): nano runs on two CPU cores within half an hour,
+debug and debug_moe on a GPU, nano_vl learns to see. P gets a directory for each stage; pipeline.json, which records
+what each stage ran and from which checkpoint; and report.html. The same command again resumes where it stopped.
+--config.set.STAGE.KEY sets a key of a stage, --config.set.measure.KEY a key of the evaluation that runs after each
+stage. --config.stages runs only the named stages, even if they are done already; --config.skip leaves some out. If
+settings of a finished stage have changed, its result is not reused: the command stops and says what to write.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from qwen3f.errors import UserError
 from qwen3f.pipeline.stages import PipelineStage, pipeline_config
 
-Row = tuple[str, int, dict[str, Any]]  # experiment, budget in seconds with the measures after it, overrides
+Row = tuple[str, int, dict[str, Any]]  # experiment, budget in seconds (its measurement included), overrides
 
 PURPOSES = {
     "pretrain_s1": "learns to write from general text",
@@ -43,13 +43,13 @@ _EASY = {"data.kinds": "number_theory,sequence", "data.difficulties": "1"}  # wh
 
 
 def _often(steps: int, questions: int = 0) -> dict[str, Any]:
-    """Evaluations and checkpoints every so many steps. questions: of a stage's own evaluations."""
+    """Evaluations and checkpoints every `steps` steps. questions: number of questions in the stage's evaluations."""
     return {"eval.every": steps, "checkpoint.every": steps, **({"eval.questions": questions} if questions else {})}
 
 
-# At 1e-4, without a warmup, AdamW's first steps unlearned in debug.
+# At 1e-4 without a warmup, AdamW's first steps made debug's answers worse.
 _GENTLE = {"schedule.peak_lr": 3e-5}
-# The better answer is learnt as well: by the difference alone, right answers became fewer in debug.
+# Add the next-token loss of the better answer: DPO's loss alone made right answers fewer in debug.
 _LEARN = {"dpo.sft_weight": 1.0}
 _TEXT = {"batch_size": 8, "seq_len": 256, "eval.max_docs": 16, "sample.tokens": 32, **_MUON}
 
@@ -72,20 +72,21 @@ NANO: dict[str, Row] = {
     "grpo_general": ("grpo_general.py:nano", 120, {**_often(5, 64), "steps": 10, **_GENTLE}),
     "dpo": ("dpo.py:nano", 100, {
         **_often(25, 64), "steps": 25, "data.problems": 8192, "data.max_samples": 300, "data.max_heldout": 100,
-        "schedule.peak_lr": 2e-5, **_LEARN,  # at 1e-4 no more pairs were ranked right, and fewer answers were
+        "schedule.peak_lr": 2e-5, **_LEARN,  # 1e-4 ranked no more pairs right and gave fewer right answers
     }),
     "evaluation": ("eval.py", 60, {"benchmarks": "reasoning", "limit": 170, "max_new_tokens": 200, **_EASY}),
 }  # fmt: skip
 _NANO_ASKED = {"benchmarks": "reasoning", "limit": 64, "max_new_tokens": 200, **_EASY}  # 64 of each kind
 
 # 25M parameters on one GPU.
-_EAGER = {"compile": "off"}  # runs of a minute or two; whether compiling pays in them is not measured
+_EAGER = {"compile": "off"}  # runs last a minute or two; nobody has measured whether compiling them saves time
 _GPU_TEXT = {**_EAGER, "batch_size": 32, "seq_len": 1024, "eval.max_docs": 64, "sample.tokens": 32}
-_GPU_TOKENS = 300  # of an answer, which the hardest problems need
+_GPU_TOKENS = 300  # tokens of an answer, at most; the hardest problems need them
 _GPU_CHATS = {**_EAGER, "data.difficulties": "1,2,3", "eval.max_new_tokens": _GPU_TOKENS}
-# Sorting is what reinforcement teaches: few worked solutions of it, many questions, and a place that is right counts.
+# Reinforcement teaches sorting: fine-tuning shows few worked solutions of it, reinforcement asks many questions and
+# also rewards each number that is in the right place.
 _KINDS = "arithmetic,algebra,number_theory,logic,word_problem,sequence,sorting"
-# 64 questions a step
+# For reinforcement; a step has 64 questions.
 _GPU_ASKED = {
     **_GPU_CHATS, "data.problems": 10_000, "rollout.max_new_tokens": _GPU_TOKENS, "judge.processes": 8,
 }  # fmt: skip
@@ -117,7 +118,8 @@ DEBUG: dict[str, Row] = {
         **_often(20, 256), **_GPU_ASKED, "data.kinds": _KINDS, "tasks": "reasoning=0.5,procedures=0.5", "steps": 20,
         **_GENTLE,
     }),
-    # Of its own answers: pairs that are given, as nano's, cost right answers here. 256 questions: 43 to 84 pairs.
+    # Online, on the model's own answers: given pairs, as in nano, made right answers fewer here. 256 questions give 43
+    # to 84 pairs.
     "dpo": ("dpo_online.py:{}", 85, {
         **_often(20, 256), **_EAGER, **_LEARN, "data.kinds": "sorting", "data.difficulties": "1,2,3",
         "data.problems": 10_000, "online.task": "procedures", "online.samples": 8, "online.temperature": 1.0,
@@ -134,21 +136,22 @@ _DEBUG_ASKED = {
     "data.difficulties": "1,2,3", "data.problems": 65_536,
 }  # fmt: skip
 
-# A text model gets a tower, and sees; on two CPU cores.
+# A text model gets a vision tower and learns to see; on two CPU cores.
 NANO_VL: dict[str, Row] = {
     "pretrain_s1": ("pretrain_s1.py:nano", 200, {
         **_TEXT, **_TO_ZERO, **_often(250), "steps": 500, "schedule.peak_lr": 3e-2,
         "data.mixture": "embedded=0.5,reasoning=0.5", "model.vocab_size": 2048, "model.initializer_range": 0.03,
         "model.num_attention_heads": 4, "model.num_key_value_heads": 4, "model.head_dim": 32,  # as multimodal's
     }),
-    # longer than by itself: the text model's tokenizer cuts numbers into digits, so a bar is read in two steps
+    # More steps than multimodal.py alone: the text model's tokenizer splits numbers into digits, so reading a bar's
+    # value takes two tokens.
     "multimodal": ("multimodal.py:nano_vl", 1140, {**_often(325), "steps": 1300}),
     "pictures": ("generate.py", 60, {
         "max_new_tokens": 64, "temperature": 0.0, "thinking": False, "min_pixels": 64 * 64, "max_pixels": 128 * 128,
     }),
 }  # fmt: skip
 
-# The experiments as they are: 235B parameters need data and devices of one's own.
+# The experiments without changes: 235B parameters need your own data and devices.
 LARGE: dict[str, Row] = {
     name: (f"{name}.py:large", 0, {}) for name in (*PURPOSES,) if name not in ("multimodal", "evaluation", "pictures")
 } | {"evaluation": ("eval.py", 0, {"benchmarks": "gsm8k,math,mmlu", "prompt": "chat"})}

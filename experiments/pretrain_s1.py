@@ -28,6 +28,6 @@ def get_config(preset: str = "small") -> ConfigDict:
     config.schedule.peak_lr = PEAK_LR.get(preset, 3e-4)
     if preset == "nano":
         config.batch_size, config.steps = 8, 1000
-    if preset == "large":  # made for meshes like dp16,tp2,pp4
+    if preset == "large":  # for meshes such as dp16,tp2,pp4
         config.model.gradient_checkpointing = "full"
     return config

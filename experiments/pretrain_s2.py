@@ -2,9 +2,10 @@
 
     python launch.py --config experiments/pretrain_s2.py:small --config.init_from=W1 --workdir W2
 
-Stage 1's model goes on from its weights at a third of its peak rate, falling linearly over the whole stage to 1% of
-that. (Qwen3 technical report, §3.2: "accelerate the learning rate decay"; the numbers are ours.) The model is that of
-the weights in W1, with its rotary base and context; the preset after the colon says the run alone: steps, rates, batch.
+Training continues from stage 1's weights. The learning rate starts at a third of stage 1's peak and falls linearly over
+the whole stage to 1% of that. (Qwen3 technical report, §3.2: "accelerate the learning rate decay"; the numbers are
+ours.) The model comes from the weights in W1, with its rotary base and context; the preset after the colon only sets
+steps, rates and batch.
 """
 
 from ml_collections import ConfigDict

@@ -4,12 +4,13 @@
     python launch.py --config experiments/pretrain_s3.py:small,yarn …     # YaRN over stage 1's context as well
     python launch.py --config experiments/pretrain_s3.py:small --config.mesh=dp8,tp2,pp4
 
-Three quarters of the tokens are of documents longer than half the context, a quarter of documents longer than an eighth
-(technical report, §3.2: 16,384 to 32,768 and 4,096 to 16,384 tokens); shorter ones are left out.
+Three quarters of the tokens come from documents longer than half the context, a quarter from documents between an
+eighth and half of it (technical report, §3.2: 16,384 to 32,768 and 4,096 to 16,384 tokens). Shorter documents are left
+out.
 
-The model is that of init_from's weights, as in every stage that starts from some. A rotary base below 1,000,000 is
-raised, and a line says so; a higher one, or a longer context, stays. YaRN is off by default: Qwen3 trains with ABF
-alone and adds YaRN at inference (technical report, §3.2). nano runs at 2,048 tokens.
+The model comes from init_from, as in every stage that starts from weights. A rotary base below 1,000,000 is raised, and
+a log line says so; a higher base, or a longer context, stays. YaRN is off by default: Qwen3 trains with ABF alone and
+adds YaRN at inference (technical report, §3.2). nano runs at 2,048 tokens.
 """
 
 from ml_collections import ConfigDict

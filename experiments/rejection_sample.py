@@ -1,5 +1,4 @@
-"""Questions of a task's training split answered by a model; the right answers become chats to fine-tune on, or the
-best and the worst one a pair for DPO.
+"""Samples answers to a task's training questions: right answers become chats, or the best and worst a pair for DPO.
 
     python launch.py --config experiments/rejection_sample.py --config.init_from=W2 --config.out=DIR \
         --config.data.kinds=number_theory,sequence --config.data.difficulties=1
@@ -11,10 +10,10 @@ best and the worst one a pair for DPO.
     python launch.py --config experiments/dpo.py:nano --config.init_from=W2 --workdir W4 \
         --config.data.mixture=pairs@DIR
 
-W2 is a workdir, its checkpoints/N or a Hugging Face directory of a model that thinks. DIR gets samples.jsonl, rows of
-messages (of a pair: chosen and rejected ones) with the thought under reasoning_content, and rejection_summary.json with
-the settings and counts. The same command again goes on where it stopped; a larger --config.questions adds to what is
-there. The workdir is not used.
+W2 is a workdir, its checkpoints/N or a Hugging Face directory of a model that thinks. DIR gets samples.jsonl and
+rejection_summary.json. Each row of samples.jsonl has messages (a pair has chosen and rejected messages), with the
+thought under reasoning_content. The summary has the settings and counts. The same command again resumes where it
+stopped; a larger --config.questions adds answers to DIR. --workdir has no effect.
 """
 
 from ml_collections import ConfigDict
@@ -24,19 +23,19 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "rejection_sample"
     config.init_from = ""
-    config.chat_template = ""  # hybrid or thinking-2507; "": that of the template beside the weights
-    config.out = ""  # a directory of its own
-    config.task = "reasoning"  # whose questions are asked, and which judges the answers
-    config.questions = 1000  # so many of the training split, the first ones; 0: all
-    config.rows = "chats"  # what is kept: chats, right answers; or pairs, a question's best and worst answer
+    config.chat_template = ""  # hybrid or thinking-2507; "": recognise it by the template stored with the weights
+    config.out = ""  # directory to write; it must hold nothing else
+    config.task = "reasoning"  # the task that asks the questions and judges the answers
+    config.questions = 1000  # answer this many questions of the training split, the first ones; 0: all
+    config.rows = "chats"  # what to write: chats (right answers), or pairs (best and worst answer of a question)
     config.samples = 4  # answers to each question
-    config.keep = 2  # right answers kept of each question, at most, the first ones that differ; 0: all; of chats alone
-    config.data = ConfigDict()  # which questions; as in fine-tuning
-    config.data.kinds = ""  # of generated problems, arithmetic,logic; "": all
-    config.data.difficulties = ""  # of generated problems, 1,2; "": all
-    config.data.problems = 32_768  # that are generated, both splits together
+    config.keep = 2  # rows=chats: keep at most this many different right answers of a question, the first; 0: all
+    config.data = ConfigDict()  # which questions; the same keys as in fine-tuning
+    config.data.kinds = ""  # kinds of generated problems, such as arithmetic,logic; "": all
+    config.data.difficulties = ""  # difficulties of generated problems, such as 1,2; "": all
+    config.data.problems = 32_768  # number of problems to generate, training and held-out together
     config.data.problem_seed = 0
-    config.max_new_tokens = 512  # an answer that has not ended there is left out
+    config.max_new_tokens = 512  # a longer answer is cut off and left out
     config.temperature = 0.6  # Qwen3's for thinking
     config.seed = 0
     config.batch_size = 64  # answers at a time

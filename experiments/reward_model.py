@@ -1,12 +1,12 @@
-"""A reward model: a model that answers, with a head that scores answers, learns which of two is better.
+"""Trains a reward model: a language model with a scalar head learns to score the better of two answers higher.
 
     python launch.py --config experiments/reward_model.py:nano --config.init_from=W --workdir W2
     python launch.py --config experiments/reward_model.py:small --config.init_from=W \
         --config.data.mixture=ultrafeedback@DIR --config.reward_model.margin=0.5
 
-The preset after the colon says the run (default small); the model is that of the weights in W. Without a network:
-answers to generated problems, better by rule (right, in the asked form, short). --config.data.mixture=pairs@DIR reads
-pairs of one's own.
+The preset after the colon sets steps, rates and batch (default small). The model comes from the weights in W. Without a
+network, a rule decides which of two answers to a generated problem is better: right, in the requested form, short.
+--config.data.mixture=pairs@DIR reads your own pairs.
 """
 
 from ml_collections import ConfigDict

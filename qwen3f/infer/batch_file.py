@@ -1,13 +1,13 @@
-"""Questions in a JSONL file, answers in another: rows are read as they are needed, and a run that stopped goes on.
+"""Questions from a JSONL file, answers to another: rows are read when needed, and a run that stopped can be resumed.
 
-A row is {"prompt": "…"} or {"messages": […]}, beside it any field of TextOptions for this row alone, and an "id" that
-its answer gets too. A line of the answers:
+A row is {"prompt": "…"} or {"messages": […]}. It may have any field of TextOptions, for this row only, and an "id",
+which its answer gets too. A line of the answers:
 
     {"row": 0, "hash": "…", "id": …, "answer": "…", "finish_reason": "stop", "prompt_tokens": 9, "tokens": 31}
 
-row: the question's number from 0; answers stand in the order in which they ended. hash: of the row, of how it is
-answered, and of the model; by it a later run knows what is done. A row whose finish_reason begins with "error" is not:
-a later run asks it again, and its new line takes the place of the old one.
+row: the question's number from 0; answers are in the order in which they ended. hash: of the row, its options and the
+model; a later run compares it to find the rows that are done. A row whose finish_reason begins with "error" is not
+done: a later run computes it again, and the new line replaces the old one.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ from qwen3f.infer.text_generator import Answer
 from qwen3f.infer.text_request import FIELDS, NO_CHAT, Content, TextOptions, chat_messages
 from qwen3f.limits import ROW_BYTES
 
-_START = b'{"row": '  # of every line of the answers
+_START = b'{"row": '  # every line of the answers begins so
 
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
     """A question.
 
-    number: from 0. place: "file:line", for messages. stream: of its draws. id: as the row has it.
+    number: from 0. place: "file:line", for error messages. stream: Request.stream. id: the row's "id", or None.
     """
 
     number: int
@@ -47,7 +47,7 @@ class Ask:
     id: Any = None
 
     def digest(self, model: str) -> int:
-        """64 bits that change with the question, with how it is answered, and with the model."""
+        """A hash of 64 bits of the question, its options, its random stream, its id and the model."""
         content = self.content if isinstance(self.content, str) else list(self.content)
         values = [content, dataclasses.asdict(self.options), self.stream, self.id, model]
         text = json.dumps(values, sort_keys=True).encode()
@@ -55,14 +55,14 @@ class Ask:
 
 
 class BadRow(UserError):
-    """A row that cannot be asked; the message names file and line."""
+    """A row that cannot be used; the message names file and line."""
 
 
 def read_asks(path: Path, options: TextOptions) -> Iterator[Ask | BadRow]:
-    """The rows of a file, one by one; blank lines are none.
+    """Yields the rows of a file; blank lines are no rows.
 
-    options: what rows leave open. A row with a seed of its own draws the same wherever it stands; the others' draws
-    depend on config.seed and on their number.
+    options: for fields that a row does not set. A row with its own seed draws the same wherever it stands in the file;
+    the draws of other rows depend on config.seed and on their number.
     """
     number = 0
     for line, text in enumerate(_lines(path), 1):
@@ -79,7 +79,7 @@ def read_asks(path: Path, options: TextOptions) -> Iterator[Ask | BadRow]:
 
 
 def _lines(path: Path) -> Iterator[bytes | None]:
-    """Lines; None for one that is too long."""
+    """Yields the lines; None for a line that is too long."""
     most = ROW_BYTES.value()
     with path.open("rb") as file:
         while text := file.readline(most + 1):
@@ -111,7 +111,7 @@ def _read_ask(text: bytes, number: int, place: str, options: TextOptions) -> Ask
     try:
         text = json.dumps([content, row.get("id")], ensure_ascii=False, allow_nan=False)
     except ValueError as error:  # Python reads NaN, and a number such as 1e999 as infinite
-        raise UserError('"id" holds a number that JSON cannot carry: write it as a text') from error
+        raise UserError('"id" holds a number that JSON cannot write: write it as a text') from error
     check_encodable(text)
     return Ask(number, place, content, options, 0 if "seed" in own else number, row.get("id"))
 
@@ -129,27 +129,27 @@ def _content(row: dict[str, Any], options: TextOptions) -> Content:
 
 
 class AnswerFile:
-    """The answers, which grow; see the module's text. A context manager: nobody else writes meanwhile.
+    """The file of the answers; see the module's docstring. A context manager that locks the file for this process.
 
     Args:
-      path: made if it is not there. What a run that was killed left of a last line is cut off. The first answer that is
-        written takes the lines of rows that failed away.
+      path: created if it does not exist. An incomplete last line, from a run that was killed, is cut off. The first
+        `write` removes the lines of rows that failed.
       model: names the model, for hashes.
       rows: number of questions.
 
-    Raises UserError, with nothing changed: another process writes there, or it holds something else.
+    Raises UserError, and changes nothing, if another process has locked the file or if it holds something else.
     """
 
     def __init__(self, path: Path, model: str, rows: int) -> None:
         self.path, self.model, self.count = path, model, 0
         self._done = array("Q", bytes(8 * rows))  # the hash of each row that is answered
-        self._failed = False  # whether there are lines of rows that failed
+        self._failed = False  # whether the file has lines of rows that failed
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "AnswerFile":
         with self._stack as stack:
             try:
-                # no buffer, which `close` would have to write
+                # unbuffered: else `close` would have to write the buffer, and could fail
                 self._file = stack.enter_context(self.path.open("a+b", buffering=0))
             except OSError as error:
                 raise UserError(f"config.out={self.path} cannot be opened ({error.strerror}); name a file") from error
@@ -169,12 +169,13 @@ class AnswerFile:
                 raise self._unwritten(error) from error
 
     def has(self, ask: Ask) -> bool:
-        """Whether the row is answered. Raises UserError if another one is, or the same in another way."""
+        """Whether the file has the row's answer. Raises UserError if it has the answer to another row or other settings
+        under this number."""
         there = self._done[ask.number]
         if there and there != ask.digest(self.model):
             raise UserError(
-                f"config.out={self.path} holds for row {ask.number} another answer than {ask.place} asks for: the "
-                "row, the settings or the model have changed; choose another config.out, or write what they were"
+                f"config.out={self.path} has an answer to row {ask.number} that does not belong to {ask.place}: the "
+                "row, the settings or the model have changed; choose another --config.out, or restore them"
             )
         return bool(there)
 
@@ -198,7 +199,7 @@ class AnswerFile:
             raise self._unwritten(error) from error
 
     def _drop_failed(self) -> None:
-        """Put a file without the lines of rows that failed in this one's place, where one of both is at any time."""
+        """Replace the file by one without the lines of rows that failed. The replacement is atomic."""
         path = self.path.resolve()
         fresh = path.with_name(path.name + ".new")
         try:
@@ -227,7 +228,7 @@ class AnswerFile:
         end = 0
         with self.path.open("rb") as lines:
             if not os.path.samestat(os.fstat(lines.fileno()), os.fstat(self._file.fileno())):
-                raise self._taken()  # who holds the lock has just put another file there
+                raise self._taken()  # the process that holds the lock has just replaced the file
             for number, text in enumerate(lines, 1):
                 if not text.endswith(b"\n"):
                     if text[: len(_START)] != _START[: len(text)]:
@@ -247,8 +248,8 @@ class AnswerFile:
             raise self._foreign(number) from error
         if row >= len(self._done):
             raise UserError(
-                f"config.out={self.path}, line {number} answers row {row}, and there are {len(self._done)} rows; "
-                "choose another config.out"
+                f"config.out={self.path}, line {number} answers row {row}, but there are only {len(self._done)} rows; "
+                "choose another --config.out"
             )
         if _failed(line):
             self._failed = True
@@ -257,17 +258,15 @@ class AnswerFile:
         self._done[row] = digest
 
     def _taken(self) -> UserError:
-        return UserError(f"config.out={self.path}: another process writes there; wait for it")
+        return UserError(f"config.out={self.path}: another process writes to it; wait, or choose another file")
 
     def _unwritten(self, error: OSError) -> UserError:
         return UserError(
-            f"config.out={self.path} cannot be written ({error.strerror}): mend that; the same command then goes on"
+            f"config.out={self.path} cannot be written ({error.strerror}): repair that, then run the same command"
         )
 
     def _foreign(self, number: int) -> UserError:
-        return UserError(
-            f"config.out={self.path}, line {number} is no answer that this program has written; choose another file"
-        )
+        return UserError(f"config.out={self.path}, line {number} is not an answer of this program; choose another file")
 
 
 def _failed(line: dict[str, Any]) -> bool:
@@ -275,7 +274,7 @@ def _failed(line: dict[str, Any]) -> bool:
 
 
 def survey(asks: Iterator[Ask | BadRow], on_bad_row: str) -> tuple[int, int]:
-    """(rows, bad ones among them). Raises the first bad one unless on_bad_row is "skip"."""
+    """(number of rows, number of bad ones among them). Raises the first bad one unless on_bad_row is "skip"."""
     rows = bad = 0
     for ask in asks:
         rows += 1
@@ -287,7 +286,7 @@ def survey(asks: Iterator[Ask | BadRow], on_bad_row: str) -> tuple[int, int]:
 
 
 def prompt_asks(prompts: str | Sequence[str], options: TextOptions) -> Iterator[Ask]:
-    """config.prompt or config.prompts as rows. Raises UserError for one that is no text."""
+    """config.prompt or config.prompts as rows. Raises UserError for a prompt that is empty or no text."""
     one = isinstance(prompts, str)
     for number, prompt in enumerate([prompts] if one else prompts):
         place = "config.prompt" if one else f"config.prompts[{number}]"

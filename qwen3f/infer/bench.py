@@ -1,12 +1,12 @@
 """The engine's speed: python -m qwen3f.infer.bench [--cases first,decode,workload,profile,peers] [--model qwen3-0.6b]
 
-On a GPU: random weights in bfloat16 at a released model's shape, since speed does not ask what is said. A rate's bound
-is a step that reads all weights and the cache once at BANDWIDTH, or computes the products at FLOPS, the longer of both.
-Peers: transformers' generate with a static cache (compiled), and its continuous batching.
---tp 2 cuts the model over so many GPUs; the bound is then that of all of them.
+On a GPU: random weights in bfloat16 at a released model's shape, since speed does not depend on the text. The bound is
+the rate of a step that reads all weights and the cache once at BANDWIDTH, or computes the products at FLOPS, whichever
+takes longer. Peers: transformers' generate with a static cache (compiled), and its continuous batching.
+--tp 2 splits the model over two GPUs; the bound is then that of both together.
 
---device cpu takes a small model, as in --model nano --batches 64x128 --cases decode,peers: float32 and no bound; the
-peer is transformers' generate as it is, drawing and greedy. OMP_NUM_THREADS says how many cores.
+--device cpu takes a small model, such as --model nano --batches 64x128 --cases decode,peers: float32, without a bound.
+The peer is transformers' generate, sampling and greedy. OMP_NUM_THREADS sets the number of cores.
 """
 
 import argparse
@@ -34,19 +34,19 @@ from sharding.mesh import MeshShape
 from sharding.state import init_shards
 
 BANDWIDTH = {"H200": 4.3e12, "H100": 3.0e12}  # bytes/s of a large copy; another card's bound is the H100's
-FLOPS = 700e12  # bfloat16 products as cuBLAS reaches them on either
+FLOPS = 700e12  # what cuBLAS reaches for bfloat16 products on either card
 DRAWN = SamplingParams(temperature=0.6)
 CASES = ("first", "decode", "workload", "profile", "peers")
 
 
 def bound(cfg: ModelConfig, params: P.Params, batch: int, context: int, tp: Axis) -> float:
-    """tokens/s of decoding that the memory or arithmetic of a card, which holds params, allows."""
-    head = 0 if cfg.tie_word_embeddings else params[P.EMBED].numel()  # an embedding of its own is hardly read
+    """Upper bound of decoding in tokens/s, by the memory and arithmetic of a card that holds params."""
+    head = 0 if cfg.tie_word_embeddings else params[P.EMBED].numel()  # an untied embedding is read only for few ids
     weights = sum(leaf.numel() for leaf in params.values()) - head
     active = weights
     if cfg.num_experts:
         experts = sum(leaf.numel() for path, leaf in params.items() if ".experts." in path)
-        read = 1 - (1 - cfg.num_experts_per_tok / cfg.num_experts) ** batch  # share of experts that some row asks for
+        read = 1 - (1 - cfg.num_experts_per_tok / cfg.num_experts) ** batch  # share of experts that a row selects
         weights, active = (
             weights - experts * (1 - read),
             weights - experts * (1 - cfg.num_experts_per_tok / cfg.num_experts),
@@ -66,7 +66,7 @@ def synchronize() -> None:
 def decode_rate(
     engine: Engine, vocabulary: int, batch: int, context: int, new: int = 256, way: SamplingParams = DRAWN
 ) -> float:
-    """tokens/s of `batch` rows that have about `context` tokens, prefill not counted."""
+    """Decoding rate in tokens/s of `batch` rows with about `context` tokens each; prefill is not counted."""
     length = context - new // 2 if context > new else max(1, context - 32)
     prompts = [[(7 * row + at) % vocabulary for at in range(length)] for row in range(batch)]
     rows = engine.submit([engine.request(prompt, new, sampling=way) for prompt in prompts])
@@ -84,14 +84,17 @@ def decode_rate(
 
 
 def workload(count: int = 256) -> tuple[list[list[int]], list[int]]:
-    """The public workload of nano-vllm's bench, by its seed: prompts and answers of 100 to 1,024 tokens."""
+    """The public workload of nano-vllm's bench, with its seed: prompts and answers of 100 to 1,024 tokens.
+
+    Returns (prompts, lengths of the answers).
+    """
     chance = random.Random(0)
     prompts = [[chance.randint(0, 10000) for _ in range(chance.randint(100, 1024))] for _ in range(count)]
     return prompts, [chance.randint(100, 1024) for _ in range(count)]
 
 
 def table(cfg: ModelConfig, params: P.Params, cases: list[tuple[int, int]], tp: Axis) -> None:
-    rows = max(EngineOptions.rows, *(batch for batch, _ in cases))  # all of a case at a time
+    rows = max(EngineOptions.rows, *(batch for batch, _ in cases))  # so that all rows of a case run together
     engine = Engine(cfg, params, max_tokens=cases_room(cases), options=EngineOptions(rows=rows, tp=tp))
     if params[P.EMBED].device.type == "cpu":
         for batch, context in cases:
@@ -124,7 +127,7 @@ def run_workload(cfg: ModelConfig, params: P.Params, tp: Axis) -> None:
 
 
 def profile(cfg: ModelConfig, params: P.Params, batch: int, context: int, tp: Axis) -> None:
-    """Kernels of a decoding pass, and the share of the time that the card is idle."""
+    """Print the kernels of a decoding pass, its time, and the time that the GPU is busy."""
     options = EngineOptions(rows=max(EngineOptions.rows, batch), tp=tp)
     engine = Engine(cfg, params, max_tokens=cases_room([(batch, context)]), options=options)
     rows = engine.submit([engine.request([1 + row] * context, 200, sampling=DRAWN) for row in range(batch)])
@@ -147,7 +150,7 @@ def profile(cfg: ModelConfig, params: P.Params, batch: int, context: int, tp: Ax
 
 
 def first(cfg: ModelConfig, params: P.Params, tp: Axis) -> None:
-    """Seconds from the start of this process, imports and random weights included, to a first token and to 32 more."""
+    """Print the seconds from the start of this process (imports, random weights) to the first token and to 32 more."""
     engine = Engine(cfg, params, max_tokens=4096, options=EngineOptions(tp=tp))
     for new in (1, 32):
         engine.generate([list(range(100, 228))], DRAWN, max_new_tokens=new)
@@ -158,7 +161,8 @@ def first(cfg: ModelConfig, params: P.Params, tp: Axis) -> None:
 
 
 def peers_on_cpu(cfg: ModelConfig, cases: list[tuple[int, int]]) -> None:
-    """transformers' generate, prefill not counted: tokens/s of as many new tokens as decode_rate measures."""
+    """Decoding rate of transformers' generate in tokens/s, over as many new tokens as decode_rate measures; prefill is
+    not counted."""
     import transformers
 
     from qwen3f.interop.config import to_hf
@@ -186,8 +190,8 @@ def peers_on_cpu(cfg: ModelConfig, cases: list[tuple[int, int]]) -> None:
 
 
 def peers(cfg: ModelConfig, cases: list[tuple[int, int]]) -> None:
-    """transformers' generate with a static cache, its forward pass compiled, prefill not counted: tokens/s; and its
-    continuous batching over paged SDPA, prefill counted."""
+    """Rates of transformers in tokens/s: generate with a static cache and a compiled forward pass, prefill not counted;
+    and continuous batching over paged SDPA, prefill counted."""
     import transformers
 
     from qwen3f.interop.config import to_hf
@@ -237,15 +241,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default="decode,workload", help=f"of {', '.join(CASES)}")
     parser.add_argument("--model", default="qwen3-0.6b", help="a preset")
-    parser.add_argument("--layers", type=int, default=0, help="cut the model to so many layers")
+    parser.add_argument("--layers", type=int, default=0, help="cut the model to this many layers")
     parser.add_argument("--batches", default="1x128,64x128,64x1024,256x128", help="batch x context, several")
-    parser.add_argument("--tp", type=int, default=1, help="devices that the model is cut over")
+    parser.add_argument("--tp", type=int, default=1, help="devices that the model is split over")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     return parser.parse_args(arguments)
 
 
 def check_arguments(asked: argparse.Namespace) -> None:
-    """Raises UserError for what no case can run with."""
+    """Raises UserError for arguments that no case can run with."""
     cases = asked.cases.split(",")
     if not set(cases) <= set(CASES):
         raise UserError(f"--cases={asked.cases}: write some of {', '.join(CASES)}")
@@ -253,9 +257,9 @@ def check_arguments(asked: argparse.Namespace) -> None:
     if asked.tp < 1:
         raise UserError(f"--tp={asked.tp}: write 1 or more")
     if asked.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda: there is none; write --device=cpu, with a small model such as --model=nano")
+        raise UserError("--device=cuda: there is no GPU; write --device=cpu and a small model, such as --model=nano")
     if asked.device == "cpu" and "profile" in cases:
-        raise UserError("--cases=profile counts a GPU's kernels; leave out --device=cpu, or profile")
+        raise UserError("--cases=profile needs a GPU; leave out --device=cpu, or leave profile out of --cases")
     check(model_of(asked), asked.tp)
     if asked.tp > 1 and "peers" in cases:
         raise UserError("--cases=peers runs on one device; leave out --tp")
@@ -278,7 +282,7 @@ def model_of(asked: argparse.Namespace) -> ModelConfig:
 
 
 def run_cases(asked: argparse.Namespace, tp: Axis) -> None:
-    """On each of the ranks of tp."""
+    """Run the cases; all ranks of tp call this."""
     cfg = model_of(asked)
     cases = batches_of(asked.batches)
     dtype = torch.bfloat16 if asked.device == "cuda" else torch.float32
@@ -309,7 +313,7 @@ def main(arguments: list[str]) -> int:
         return 0
     with ranks.joined(decision, MeshShape(tp=asked.tp), timeout=300) as world:
         run_cases(asked, world.axes.tp)
-        gc.collect()  # NCCL ends only once no CUDA graph is left that it is part of
+        gc.collect()  # NCCL only ends when no CUDA graph that contains its kernels is left
     return 0
 
 

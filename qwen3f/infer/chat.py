@@ -1,13 +1,14 @@
-"""An interactive chat: a question a line, answers printed while they come. It goes on from its own history.
+"""An interactive chat: one question per line, answers printed while they are written, with the history of the chat.
 
     /think, /no_think   in a question: Qwen3's soft switches, for this answer and those that follow; alone on a line
-                        they go with the next question
-    /reset              forget what was said
-    /quit               end; the end of the input does too
-    Ctrl-C              stops the answer; what was said of it stays in the history
+                        they are added to the next question
+    /reset              forget the history
+    /quit               end the chat, as the end of the input does
+    Ctrl-C              stop the answer; the part that was written stays in the history
 
-History is as the model knows it from training: the chat template leaves earlier thoughts out, so a thought that was
-stopped leaves nothing. Its beginning is that of the turn before, and the engine's cache has it.
+The history has the form that the model knows from training: the chat template leaves out the thoughts of earlier turns,
+so a thought that was stopped leaves nothing in it. A turn's prompt begins like that of the turn before, so the engine
+finds its keys in the cache.
 """
 
 import dataclasses
@@ -32,9 +33,9 @@ class Chat:
     """The state of a chat.
 
     Args:
-      options: of every answer; thinking=False leaves switches without effect.
-      out: where answers go.
-      interrupted: asked after each pass of the engine; True stops the answer.
+      options: for every answer; with thinking=False switches have no effect.
+      out: where answers are printed.
+      interrupted: called after each pass of the engine; True stops the answer.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Chat:
             return False
         if line == "/reset":
             self.messages, self._switch, self._turn = [], "", 0
-            _note("the chat begins anew")
+            _note("the history is empty now")
         elif line in SWITCHES:
             self._set_switch(line)
         elif line:
@@ -67,13 +68,13 @@ class Chat:
     def _set_switch(self, switch: str) -> None:
         if not self._kind.asks:
             often = "always" if self._kind.always else "never"
-            _note(f"the model, whose chats are of the kind {self._kind.name}, {often} thinks, and has no switches")
+            _note(f"this model {often} thinks: its chat template, {self._kind.name}, has no switches")
             return
         if self._options.thinking is False:
             _note("config.thinking is False, so the model never thinks, and switches have no effect")
             return
         self._switch = switch
-        _note(f"{switch} goes with your next question")
+        _note(f"{switch} will be added to your next question")
 
     def _ask(self, question: str) -> None:
         """Ask, print the answer, and add both to the history; nothing is added if this raises."""
@@ -91,28 +92,28 @@ class Chat:
         if answer.finish_reason == "cancelled":
             _note("stopped")
         elif answer.finish_reason == "length":
-            _note(f"cut after {answer.tokens} tokens; config.max_new_tokens allows more where the model has room")
+            _note(f"cut after {answer.tokens} tokens; a larger --config.max_new_tokens allows longer answers")
         self.messages = [*messages, said(answer.text, self._kind)]
         self._switch = ""
         self._turn += 1
 
     def _request(self, messages: list[Message]) -> Request:
-        """For an answer that is shorter than the options say where the chat leaves no more room."""
+        """The request for an answer. It gets fewer than max_new_tokens tokens if the chat leaves no more room."""
         generator, options = self._generator, self._options
         try:
             asked = make_request(
                 generator.cfg, generator.tokenizer, messages, options.changed(max_new_tokens=1), self._turn
             )
         except UserError as error:
-            raise UserError(f"{error}, or begin anew by /reset" if self.messages else str(error)) from error
+            raise UserError(f"{error}, or write /reset" if self.messages else str(error)) from error
         room = generator.cfg.max_position_embeddings - len(asked.prompt)
         return dataclasses.replace(asked, max_new_tokens=min(options.max_new_tokens, room))
 
 
 def said(text: str, kind: TemplateKind = HYBRID) -> Message:
-    """An answer as history has it. A thought that has not ended is one all the same.
+    """An answer as a message of the history. A thought that was cut off counts as a thought too.
 
-    kind: of the model's chats; where they always think, the prompt holds the thought's beginning.
+    kind: of the model's chat template. If it always thinks, the prompt already holds the `<think>`.
     """
     if not kind.thinks:
         return {"role": "assistant", "content": text}
@@ -124,9 +125,9 @@ def said(text: str, kind: TemplateKind = HYBRID) -> Message:
 
 
 def run_chat(generator: TextGenerator, options: TextOptions) -> None:
-    """A chat over stdin and stdout, until it ends. Remarks go to stderr.
+    """Run a chat over stdin and stdout until it ends. Remarks go to stderr.
 
-    Ctrl-C while nothing is being answered: at a terminal it clears the line, else it ends the process with code 130.
+    Ctrl-C while no answer is being written clears the line at a terminal; else it ends the process with code 130.
     """
     terminal = sys.stdin.isatty()
     if terminal:
@@ -144,7 +145,8 @@ def run_chat(generator: TextGenerator, options: TextOptions) -> None:
 
 
 class _Interrupts:
-    """Ctrl-C: while answering, a wish to stop that is heard between two passes; a second one ends all."""
+    """Handler of Ctrl-C. While an answer is written, the first one sets `stop`, which is read between two passes; the
+    second one raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.answering = self.stop = False
@@ -166,7 +168,7 @@ def _interrupts() -> Iterator[_Interrupts]:
 
 
 def _lines(terminal: bool) -> Iterator[str]:
-    """Lines of stdin; those that are not UTF-8 are left out, and said."""
+    """Lines of stdin. Lines that are not UTF-8 are left out, with a note on stderr."""
     while True:
         try:
             line = input("> ").encode("utf-8", "surrogateescape") if terminal else sys.stdin.buffer.readline()
@@ -183,7 +185,7 @@ def _lines(terminal: bool) -> Iterator[str]:
         try:
             yield line.decode()
         except UnicodeDecodeError:
-            _note("error: the line is not UTF-8, so it was not asked")
+            _note("error: the line is not UTF-8, so it was left out")
 
 
 def _note(text: str) -> None:

@@ -1,4 +1,4 @@
-"""The engine's side of the device: parameters, cache, and a plan turned into tensors and passes.
+"""The device side of the engine: holds parameters and cache, and runs a plan as passes over tensors.
 
 B places of a batch · T tokens of a chunk · P pages of a row
 """
@@ -37,19 +37,21 @@ from qwen3f.infer.thinking import forced_token
 from qwen3f.model.kv_cache import bytes_of_token, copy_pages, erase_pages, grow_cache, init_cache
 from sharding.axes import ONE, Axis
 
-CPU_CACHE = 2 << 30  # bytes at most, where max_tokens is 0
-GPU_LEAST, GPU_SHARE = 2 << 30, 0.85  # bytes at least, and a share of the free memory at most, likewise
-GPU_PAGE = 64
-COLD = 1e-4  # temperatures up to it are not the graph's: logits over them may be infinite in float32
-CPU_ROUNDING = 64  # pages of a CPU are a multiple of it
+# Size of the cache where max_tokens is 0: at most CPU_CACHE bytes on a CPU; on a GPU GPU_LEAST bytes at first, and at
+# most GPU_SHARE of the free memory.
+CPU_CACHE = 2 << 30
+GPU_LEAST, GPU_SHARE = 2 << 30, 0.85
+GPU_PAGE = 64  # tokens of a page
+COLD = 1e-4  # the graph does not sample at temperatures up to this: logits / temperature could overflow float32
+CPU_ROUNDING = 64  # the size of a CPU's pages is a multiple of this
 
 
 @dataclasses.dataclass
 class Pending:
-    """A pass on its way: its rows, the place of each in the batch, and what the places draw.
+    """A pass in flight.
 
-    drawn: of the places. packed: the same as fused.Result has it, on the host once `ready` has come; where this is
-    given, `drawn` is not.
+    rows: its rows. places: the place of each row in the batch. The drawn tokens are in one of two forms. drawn: tensors
+    on the device, by place. packed: the same in the form of fused.Result.packed, on the host once `ready` has occurred.
     """
 
     rows: list[Row]
@@ -71,9 +73,9 @@ class Pending:
 
 
 class Device:
-    """Runs plans. Holds what lies on the device: parameters and cache, over tp this rank's part of both.
+    """Runs plans. Holds parameters and cache; with tp, this rank's shards of both.
 
-    overlaps: whether a pass may be launched before the one before is read.
+    overlaps: whether a pass may be launched before the tokens of the pass before are read.
     """
 
     def __init__(
@@ -102,11 +104,11 @@ class Device:
         self._own_pages = not page_size and not self.overlaps  # each row has one page of its own
         self.page_size = page_size or (GPU_PAGE if self.overlaps else CPU_ROUNDING)
         self.max_tokens = max_tokens or self._room()
-        # pages that a cache has at first, where nothing says how large it is to be; it grows by being made anew
+        # pages of the first cache, if max_tokens does not set its size; a larger cache replaces it when needed
         few = max(1, GPU_LEAST // bytes_of_token(cfg, self._params) // GPU_PAGE)
         self._least = 0 if max_tokens or self._own_pages else few
         self._cache, self._graphs = None, None
-        # the fused pass turns a token by its place alone
+        # the fused pass computes rotary angles from positions in the row, which is wrong for pictures
         fits = fused.fits(cfg, params[P.EMBED].dtype) and not cfg.vision_enabled
         self._fused = self.overlaps and not execution.invariant and fits
         if self._fused and not (16 <= self.page_size <= 256 and self.page_size & (self.page_size - 1) == 0):
@@ -119,14 +121,17 @@ class Device:
 
     @property
     def longest(self) -> int:
-        """Tokens that a row can ever have."""
+        """The largest number of tokens that a row can have."""
         if self._own_pages:
             return _rounded(self.max_tokens)
         return max(1, self.max_tokens // self.page_size) * self.page_size
 
     def outgrown(self, rows: int, longest: int) -> bool:
-        """Whether so many rows of that length need another cache: longer pages than max_tokens allows for as many as
-        there are, or more of them."""
+        """Whether the cache must be replaced to hold `rows` rows of `longest` tokens each.
+
+        Shared pages: it has fewer pages than these rows should have. Own pages: the rows need a larger page size, and
+        the present number of pages at that size would exceed max_tokens.
+        """
         if self._cache is None:
             return False
         if not self._own_pages:
@@ -136,14 +141,14 @@ class Device:
         return (self._cache.pages - 1) * self._own_size(longest) > self.max_tokens
 
     def wasteful(self, rows: int, longest: int) -> bool:
-        """Whether pages are so long, for what is asked now, that shorter ones would serve twice as many of the rows."""
+        """Whether pages that just fit `longest` tokens would let at least twice as many of the rows run at once."""
         if self._cache is None or not self._own_pages:
             return False
         now, then = (min(rows, max(1, self.max_tokens // size)) for size in (self.page_size, _rounded(longest)))
         return 2 * now <= then
 
     def drop_cache(self) -> None:
-        """Give up what pages hold, and their memory; `make_room` makes new ones."""
+        """Free the cache and drop its contents; `make_room` allocates a new one."""
         if self._least:
             self._least = max(self._least, 2 * (self._cache.pages - 1))
         if self._own_pages:
@@ -151,15 +156,16 @@ class Device:
         self._cache, self._graphs = None, None  # graphs read the cache where it lies
 
     def _pages(self, rows: int, longest: int) -> int:
-        """That a cache of pages which rows share should have."""
+        """Number of pages for `rows` rows of `longest` tokens, in a cache whose pages rows share."""
         most = max(1, self.max_tokens // self.page_size)
         return min(most, max(self._least, rows * -(-longest // self.page_size))) if self._least else most
 
     def make_room(self, rows: int, longest: int) -> tuple[int, int]:
-        """(pages, page size) once there is room for so many rows of that length, as far as max_tokens allows.
+        """Make room for `rows` rows of `longest` tokens each, as far as max_tokens allows. Returns (pages, page size).
 
-        Where a row is a page there is one more: a row can copy what it shares with one that has ended. Their number
-        then grows by doubling, since what there is must be copied.
+        If each row has one page of its own, there is one page more than rows, so that a new row can copy the beginning
+        that it shares with a row that has ended. The number of pages then doubles when it grows, since growing copies
+        the cache.
         """
         self._expected = rows
         size = self._own_size(longest) if self._own_pages else self.page_size
@@ -175,7 +181,7 @@ class Device:
         return self._cache.pages - 1, size
 
     def _own_size(self, longest: int) -> int:
-        """Of a page that holds a row of that length."""
+        """Size of a page that holds a row of `longest` tokens."""
         return max(self.page_size, _rounded(min(longest, self.max_tokens)))
 
     def update(self, params: P.Params) -> None:
@@ -199,7 +205,7 @@ class Device:
         self._params = fresh
 
     def erase(self, pages: Sequence[int]) -> None:
-        """Zeros in place of what is not finite: even what is masked takes part in a product, with probability 0."""
+        """Set pages to 0. They may hold NaN, and attention multiplies even masked values, by probability 0."""
         if pages:
             erase_pages(self._cache, pages)
 
@@ -208,10 +214,10 @@ class Device:
             erase_pages(self._cache)
 
     def launch(self, plan: Plan, before: Pending | None) -> Pending:
-        """Start the plan's passes, which follow on `before`."""
+        """Start the plan's passes. before: the pass launched before them, whose tokens they may need."""
         if plan.copies:
             self._cache = copy_pages(self._cache, plan.copies)
-        self.erase(plan.erase)  # after the copies, which may still read there
+        self.erase(plan.erase)  # after the copies, which may read these pages
         if plan.chunks:
             self._launch_prefill(plan.chunks)
         if not plan.decode:
@@ -253,7 +259,7 @@ class Device:
         numbers[4] = -1
         numbers[:, places] = np.array([self._place(row, known) for row in rows]).T
         if self._fused:
-            return self._replay(rows, numbers)  # it has a table of its own; making one here would wait for the card
+            return self._replay(rows, numbers)  # it makes its own table; making one here would wait for the GPU
         if table is None:
             table = self._table(rows)
         inputs = Inputs(*torch.from_numpy(numbers).to(self.device))
@@ -276,7 +282,7 @@ class Device:
         return Pending(list(rows), places, agreed(drawn, self._tp))
 
     def _as_training(self, drawn: Drawn, hidden_BD: Tensor, rows: Sequence[Row], places: Sequence[int]) -> Drawn:
-        """`drawn` with the training step's log-probabilities of rows on which nothing but a temperature acts."""
+        """`drawn` with the training step's log-probabilities, for rows without filters, penalty or forced token."""
         temperature, exact = torch.ones(len(hidden_BD)), torch.zeros(len(hidden_BD), dtype=torch.bool)
         for row, place in zip(rows, places):
             way = row.request.sampling
@@ -287,7 +293,7 @@ class Device:
         return drawn._replace(log_probs=torch.where(exact.to(self.device), log_probs, drawn.log_probs))
 
     def _replay(self, rows: Sequence[Row], numbers: np.ndarray) -> Pending:
-        """The same by a CUDA graph. What its sampler does not know is drawn again, from the logits that it leaves."""
+        """Decode by a CUDA graph. Rows whose sampling the graph does not know draw again from the graph's logits."""
         if self._graphs is None:
             model_and_cache = self.cfg, self._params, self._cache
             self._graphs = DecodeGraphs(*model_and_cache, self._execution, self.num_ids, self._rows, self._tp)
@@ -316,7 +322,7 @@ class Device:
         return Pending(list(rows), list(range(count)), packed=host, ready=ready)
 
     def _place(self, row: Row, known: Mapping[int, int]) -> tuple[int, ...]:
-        """What Inputs has of a row. known: the place of each row in the pass before."""
+        """The row's values for the fields of Inputs. known: row number -> its place in the pass before."""
         place = row.cached
         slot = row.pages[place // self.page_size] * self.page_size + place % self.page_size
         token = row.tokens[place] if place < len(row.tokens) else -1 - known[row.number]
@@ -328,14 +334,14 @@ class Device:
         ):
             return rows[0].pages[0]
         most = max(len(row.pages) for row in rows)
-        # filled up with a page of the row's own: page 0 has what any row's padding wrote, which may not be finite
+        # fill up with one of the row's own pages: padding of any row writes to page 0, so it may not be finite
         return torch.tensor([row.pages + row.pages[-1:] * (most - len(row.pages)) for row in rows], device=self.device)
 
     def _span(self, longest: int) -> int:
         return min(_rounded(longest), max(longest, self.page_size)) if self._own_pages else longest
 
     def _choices(self, rows: Sequence[Row], places: Sequence[int], only: Sequence[int] | None = None) -> list[Choice]:
-        """How rows choose, by groups that choose alike; of the rows with numbers `only`, or of all."""
+        """Groups of rows with the same sampling parameters. only: indices into `rows` to include; None: all."""
         groups: dict[SamplingParams, list[int]] = {}
         for number in range(len(rows)) if only is None else only:
             groups.setdefault(rows[number].request.sampling, []).append(number)
@@ -355,12 +361,12 @@ class Device:
 
 
 def _rounded(tokens: int) -> int:
-    """A number of tokens as a CPU's page has it."""
+    """`tokens` rounded up to the size of a CPU's page."""
     return -(-tokens // CPU_ROUNDING) * CPU_ROUNDING
 
 
 def unstacked(cfg: ModelConfig, params: P.Params) -> P.Params:
-    """Stacks as tuples of their layers, which are views."""
+    """params with each stack of layers as a tuple of its layers, which are views."""
     stacked = {path for path, spec in P.abstract_params(cfg).items() if spec.stack}
     return {
         path: leaf.unbind(0) if path in stacked and isinstance(leaf, Tensor) else leaf for path, leaf in params.items()
@@ -368,13 +374,13 @@ def unstacked(cfg: ModelConfig, params: P.Params) -> P.Params:
 
 
 def is_plain(way: SamplingParams) -> bool:
-    """Whether the graph's sampler draws so: greedy, or at a temperature alone."""
+    """Whether the sampler of the CUDA graph can do this: greedy, or a temperature without filters and penalty."""
     filtered = way.top_k or way.top_p < 1 or way.min_p
     cold = 0 < way.temperature <= COLD
     return not (way.presence_penalty or cold or (filtered and way.temperature))
 
 
 def _forced(row: Row) -> int:
-    """The token that the thinking budget sets next, or −1."""
+    """The token that the thinking budget forces next, or −1."""
     token = forced_token(row.request.budget, row.launched) if row.thinks else None
     return -1 if token is None else token

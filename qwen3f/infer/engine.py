@@ -1,9 +1,9 @@
-"""The generation engine: many requests at once over one cache of pages, each answered as if it were alone.
+"""The generation engine: many requests at once over one paged KV cache; each gets the answer that it would get alone.
 
-A loop of three parts: the scheduler says what is next (on the host), a pass computes it (pure functions of parameters
-and cache), and what it drew is handed to its rows. On a GPU the next pass is launched before the last one's tokens are
-read, so that the card never waits for the host; a row that has ended is noticed one pass late, and that pass's token
-is dropped.
+The loop has three parts. The scheduler plans the next pass, on the host. The pass computes it: pure functions of
+parameters and cache. Its tokens are added to their rows. On a GPU the next pass is launched before the tokens of the
+last one are read, so that the GPU never waits for the host. So the host learns one pass late that a row has ended, and
+drops the extra token.
 """
 
 import contextlib
@@ -31,16 +31,17 @@ from sharding.axes import ONE, Axis
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """What decides speed and memory, never results.
+    """Settings that change speed and memory, never results.
 
     Attributes:
-      rows: answers at a time, at most.
-      chunk: tokens of a prefill pass, padding included.
-      page_size: tokens of a page. 0: on a GPU 64; on a CPU the longest request, so that a row is one page and attention
-        reads the cache where it lies.
-      tp: ranks that share the model, as World.axes.tp: params are this rank's shards (sharding.state.cut_params, or
-        source.read_params on a mesh), and all ranks call the same methods with the same arguments in the same order.
-      room: what errors call max_tokens: its key, where a configuration sets it.
+      rows: answers computed at a time, at most.
+      chunk: tokens of a prefill pass, at most, padding included.
+      page_size: tokens of a page. 0: 64 on a GPU; on a CPU the length of the longest request, so that a row has one
+        page and attention reads the cache without a copy.
+      tp: the ranks that share the model, as World.axes.tp. params are then this rank's shards (of
+        sharding.state.cut_params, or of source.read_params on a mesh), and all ranks must call the same methods with
+        the same arguments in the same order.
+      room: the name of max_tokens in error messages, such as config.max_tokens.
     Raises UserError for a number that is too small.
     """
 
@@ -60,19 +61,18 @@ DEFAULT = EngineOptions()
 
 
 class Engine:
-    """Answers requests. See `generate` for many at once, `submit` and `step` for one after the other.
+    """Answers requests. `generate` answers many and returns; `submit` and `step` let the caller add requests meanwhile.
 
     Args:
-      cfg, params: as for qwen3f.model.apply; the dtype of params is that of the computation and of the cache.
-      max_tokens: room of the cache, in tokens of all rows together. 0: what requests need; at most what 85% of a GPU's
-        free memory holds, and on a CPU 2 GiB.
+      cfg, params: as for qwen3f.model.apply; computation and cache have the dtype of params.
+      max_tokens: tokens that the cache can hold, of all rows together. 0: as many as the requests need, at most 85% of
+        a GPU's free memory, or 2 GiB on a CPU.
       seed: of the random streams.
       execution: how the model runs; its `compile` has no effect.
-      tokenizer: where stop texts are asked for; its stop ids are the default, and ids that it lacks are never drawn.
-      num_ids: ids from here on are never drawn (Qwen3's embedding has rows that its tokenizer doesn't use). 0: the
-        tokenizer's number, or without one the vocabulary's.
-    Raises UserError for a model without a vocabulary, or one that tp does not divide, and for a cache that is too small
-    for anything.
+      tokenizer: needed for stop texts. Its stop ids are the default stop_ids; ids that it lacks are never drawn.
+      num_ids: only ids below this are drawn (Qwen3's embedding has rows that its tokenizer does not use). 0: the size
+        of the tokenizer, or of the vocabulary if there is no tokenizer.
+    Raises UserError for a reward model, for a model that tp does not divide, and for numbers that cannot work.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class Engine:
     ) -> None:
         if cfg.scalar_head:
             raise UserError(
-                "this is a reward model (model.scalar_head=True), which scores and writes no text; name another, "
-                "--config.init_from=W"
+                "this is a reward model (model.scalar_head=True): it scores answers and writes no text; name another "
+                "model by --config.init_from=W"
             )
         self.cfg, self.tokenizer, self.seed = cfg, tokenizer, seed
         if max_tokens < 0:
@@ -105,7 +105,7 @@ class Engine:
         self._rows, self._room = options.rows, options.room
         self._pending: Pending | None = None
         self._open: dict[int, Row] = {}  # rows that have not ended, by number
-        self._calls: deque[tuple[Row, int, float]] = deque()  # of on_token, to be made between two passes
+        self._calls: deque[tuple[Row, int, float]] = deque()  # calls of on_token to make before the next pass
         self._decoders: dict[int, tuple[StreamDecoder, str]] = {}
         self._number = 0
 
@@ -125,11 +125,11 @@ class Engine:
         Args:
           prompts: token ids.
           sampling, max_new_tokens: one for all, or one for each prompt.
-          streams: of each answer, its random stream's name (Request.stream); default 0, 1, 2, …
-          pictures: of each prompt.
+          streams: Request.stream of each answer, prompts · n numbers; default 0, 1, 2, …
+          pictures: Request.pictures of each prompt.
           request: further fields of Request, the same for all. stop_ids are the tokenizer's by default.
-        Raises UserError, before anything is computed, for a request that cannot run. Whatever else ends it early, as
-        Ctrl-C does, leaves the engine as if nothing had been asked.
+        Raises UserError for a request that cannot run, before anything is computed. If anything else ends it early,
+        such as Ctrl-C, the engine drops these requests and can be used again.
         """
         if n < 1:
             raise UserError(f"n must be at least 1 answer to a prompt, got {n}")
@@ -163,22 +163,22 @@ class Engine:
     def request(self, prompt: Sequence[int], max_new_tokens: int, **fields: Any) -> Request:
         """A request, checked against the model. stop_ids are the tokenizer's by default.
 
-        Raises UserError for a prompt that is empty, too long, or has ids that the model lacks, and so on.
+        Raises UserError for a request that the model cannot answer, see check_request.
         """
         if "stop_ids" not in fields and self.tokenizer is not None:
             fields["stop_ids"] = tuple(self.tokenizer.stop_ids)
         try:
             ids = tuple(map(operator.index, prompt))
         except TypeError:
-            raise UserError("a prompt holds what is no token id; give integers, as a tokenizer's encode does") from None
+            raise UserError("a prompt must be token ids; give integers, as a tokenizer's encode returns them") from None
         asked = Request(ids, max_new_tokens, **fields)
         check_request(asked, self.cfg, self.tokenizer)
         return asked
 
     def submit(self, requests: Iterable[Request]) -> list[Row]:
-        """Let requests wait for their turn; none is computed yet.
+        """Add requests to the queue; `step` computes them.
 
-        Raises UserError for one that the cache can never hold.
+        Raises UserError for a request that the cache can never hold.
         """
         rows = []
         for asked in requests:
@@ -211,9 +211,9 @@ class Engine:
         self._pool.grow(*self._device.make_room(count, longest))
 
     def step(self) -> bool:
-        """Compute what is next; False if there was nothing left to do.
+        """Compute the next pass; False if nothing was left to do.
 
-        After an error, or Ctrl-C, no row has lost a token: another call goes on. Raises what an on_token raises.
+        After an error or Ctrl-C no row has lost a token, and the next call continues. Raises what an on_token raises.
         """
         with self._whole():
             found = self._compute()
@@ -221,7 +221,7 @@ class Engine:
         return found
 
     def _compute(self) -> bool:
-        under_way = self._pending is not None
+        in_flight = self._pending is not None
         if self._must_know():
             self._collect()
         plan = self._scheduler.plan()
@@ -233,7 +233,7 @@ class Engine:
             self._hand_out(before)
         if self._pending is not None and not self._device.overlaps:
             self._collect()
-        return under_way or bool(plan)
+        return in_flight or bool(plan)
 
     def run(self, rows: Sequence[Row]) -> None:
         """Compute until these rows have ended."""
@@ -257,9 +257,10 @@ class Engine:
                 self._end(row, "cancelled")
 
     def update(self, params: P.Params) -> None:
-        """New weights, of the same shapes, for all that is computed from now on.
+        """Use new weights, of the same shapes, from the next pass on.
 
-        What pages hold is forgotten; answers on their way go on under the new weights, from the tokens that they have.
+        The contents of all pages are dropped. Rows that have not ended keep their tokens and continue under the new
+        weights.
         """
         self._settle()
         for row in self._open.values():
@@ -269,7 +270,7 @@ class Engine:
         self._device.update(params)
 
     def _start_over(self) -> None:
-        """A new, empty cache; rows wait again, and go on from the tokens that they have."""
+        """Drop the cache and begin with an empty one; rows go back to the queue and keep the tokens that they have."""
         self._settle()
         self._scheduler.restart()
         self._device.drop_cache()
@@ -285,7 +286,8 @@ class Engine:
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
-        """What stops a pass half-way leaves nothing half done: all rows wait again, with the tokens that they have."""
+        """If the body raises: drop the pass in flight, erase the cache and put all rows back into the queue. They keep
+        their tokens."""
         try:
             yield
         except BaseException:
@@ -300,13 +302,13 @@ class Engine:
             raise
 
     def _settle(self) -> None:
-        """Read the pass on its way."""
+        """Read the pass in flight."""
         with self._whole():
             self._collect()
         self._call()
 
     def _call(self) -> None:
-        """Make the calls of on_token that are due: all of them, then raise what the first one raised that failed."""
+        """Make all calls of on_token that are due, then raise the first error that one of them raised."""
         failure = None
         while self._calls:
             try:
@@ -346,7 +348,7 @@ class Engine:
             return False
         decoder, text = self._decoders.get(row.number) or (StreamDecoder(self.tokenizer), "")
         text += decoder.push(token)
-        begun = max(0, len(text) - max(map(len, row.request.stop_texts)) + 1)  # in what stands before nothing begins
+        begun = max(0, len(text) - max(map(len, row.request.stop_texts)) + 1)  # no stop text can begin before this
         self._decoders[row.number] = (decoder, text[begun:])
         return any(stop in text for stop in row.request.stop_texts)
 
@@ -362,7 +364,7 @@ def _longest(rows: Iterable[Row]) -> int:
 
 
 def completion(row: Row, prompt_index: int = 0, sample_index: int = 0) -> Completion:
-    """What a row has, as a value."""
+    """The row's answer so far."""
     return Completion(
         row.tokens[len(row.request.prompt) :], list(row.logprobs), row.finish_reason, prompt_index, sample_index
     )

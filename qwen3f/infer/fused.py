@@ -1,10 +1,11 @@
-"""A decoding pass of a few kernels a layer: one new token a row, as `passes.make_decode` has it, and its choice.
+"""A decoding pass of few GPU kernels per layer: what `passes.make_decode` computes, and drawing the next token.
 
-Five launches a dense layer: norm and products for q, k and v; norm, rotation, cache write and attention; product and
-residual; norm and SwiGLU; product and residual. Rounding differs from the blocks that train (kernels.row_product).
+A dense layer takes five launches: norm and products for q, k and v; norm, rotation, cache write and attention; product
+and residual; norm and SwiGLU; product and residual. Results differ from those of the training blocks by rounding
+(kernels.row_product).
 
-Cut over tp, a rank has some of the heads and of the MLP's columns; both products with a residual then give a part of a
-sum over ranks, to which rank 0 alone adds the residual.
+With tp, a rank has a share of the heads and of the MLP's columns. The two products with a residual then give partial
+sums, which are added over the ranks; only rank 0 adds the residual.
 
 B rows · D hidden · V vocabulary (v: this rank's) · P pages of a row
 """
@@ -36,13 +37,13 @@ from sharding.collectives import stack_now, sum_now
 
 
 class Places(NamedTuple):
-    """One decoding pass, a place of the batch each.
+    """Inputs of a decoding pass, by place of the batch.
 
     Attributes:
-      tokens: int64 [B], the token to feed, or −1 − i: the one that place i of the pass before has drawn.
-      positions: int64 [B], of that token in its row; 0 for an idle place.
-      uniform: float64 [B] in [0, 1), what the token is drawn by.
-      inv_temperature: float32 [B]; 0 is greedy.
+      tokens: int64 [B], the token to feed, or −1 − i for the token that place i of the pass before has drawn.
+      positions: int64 [B], position of that token in its row; 0 for an idle place.
+      uniform: float64 [B], the random number in [0, 1) that chooses the next token.
+      inv_temperature: float32 [B], 1 / temperature; 0 is greedy.
       table: int32 [B, P], the pages of each row; 0 for an idle place.
     """
 
@@ -54,9 +55,8 @@ class Places(NamedTuple):
 
 
 class Result(NamedTuple):
-    """ids int64 [B], log_probs float32 [B], logits float32 [B, V] ([B, v]), finite bool [B]; see kernels.head_sample.
-
-    packed: float64 [3, B], ids, log_probs and finite in one, for the host.
+    """ids int64 [B], log_probs float32 [B], logits float32 [B, V] (with tp [B, v]), finite bool [B]; see
+    kernels.head_sample. packed: float64 [3, B], ids, log_probs and finite in one tensor, for one copy to the host.
     """
 
     ids: Tensor
@@ -74,7 +74,7 @@ FusedDecode = Callable[..., tuple[Result, KVCache]]
 
 
 def fits(cfg: ModelConfig, dtype: torch.dtype) -> bool:
-    """Whether the kernels take this model."""
+    """Whether the kernels support this model and dtype."""
     size = cfg.head_dim
     return (
         cfg.qk_norm in ("rms", "none")
@@ -90,7 +90,8 @@ def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int
     """decode(params, cache, places, last, angles) -> (result, the cache with the new tokens in it).
 
     last: ids that the pass before has drawn. angles: rope_tables of positions 0, 1, …, each [positions, d/2]. tp: its
-    ranks call this together, each with its shards; the result is the same on all but for logits, of a rank's ids.
+    ranks call this together, each with its shards. All get the same result, except logits, which each rank has for its
+    own ids.
     """
     stacks = layer_stacks(cfg)
     experts = make_experts(cfg, execution) if cfg.sparse_layers else None
@@ -122,7 +123,7 @@ def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int
 
 
 def _adder(like_BD: Tensor, tp: Axis) -> Callable[..., Tensor]:
-    """linear_residual(h, weight, x), of h and weight that are cut over tp."""
+    """add(h, weight, x) = x + h · weightᵀ, where h and weight are this rank's shards over tp."""
     if tp.size == 1:
         return linear_residual
     blank_BD = torch.zeros_like(like_BD)
@@ -143,7 +144,7 @@ def _embed(ids_B: Tensor, weight_vD: Tensor, tp: Axis) -> Tensor:
 
 
 def _chosen(cfg: ModelConfig, params: P.Params, x_BD: Tensor, places: Places, num_ids: int, tp: Axis) -> Result:
-    """From the last layer's hidden states to a token a row."""
+    """The next token of each row, from the last layer's hidden states."""
     head, norm = model.head_weight(cfg, params), (params[P.FINAL_NORM], cfg.rms_norm_eps)
     if tp.size == 1:
         asked = head, num_ids, places.inv_temperature, places.uniform

@@ -1,4 +1,4 @@
-"""Answers to a batch of prompts as tensors: all at once (`generate`) or as they come (`stream`). The engine makes them.
+"""Answers to a batch of prompts as tensors, by the engine: all at once (`generate`) or token by token (`stream`).
 
 B rows · T columns of the prompts · N new tokens
 """
@@ -24,19 +24,19 @@ from qwen3f.infer.thinking import ThinkingBudget
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """What is asked of each row, beside its prompt.
+    """Options of `stream` and `generate`, beside the prompts.
 
     Attributes:
-      stop_ids: a row stops after any of these; then it yields pad_id (default: the first stop id).
-      prompt_lengths: B numbers; row b's prompt is its last prompt_lengths[b] columns, the rest is padding on the left,
-        whatever its ids. Default: T for all. A padded row gets the tokens that it gets alone.
-      request_ids: B numbers that name the rows to the random stream; default 0 … B−1. A row's draws depend on
+      stop_ids: a row stops after any of these; then it yields pad_id (default: the first stop id, or 0).
+      prompt_lengths: B numbers; row b's prompt is its last prompt_lengths[b] columns. The columns before are padding,
+        with any ids. Default: T for all. A padded row gets the same tokens as it gets alone.
+      request_ids: B numbers that name the random streams of the rows; default 0 … B−1. A row's draws depend on
         (seed, request id, position in the row).
       budget: a limit on thinking, counted in the answer's tokens.
-      num_ids: ids from here on are never chosen (Qwen3's embedding has rows that its tokenizer doesn't use). Default:
+      num_ids: only ids below this are chosen (Qwen3's embedding has rows that its tokenizer does not use). Default:
         vocab_size.
       execution: how the model runs; its compile has no effect.
-      pictures: of each row its images and videos, see infer.pictures; () for none.
+      pictures: images and videos of each row, see infer.pictures; () for none.
     """
 
     stop_ids: Sequence[int] = ()
@@ -57,8 +57,8 @@ def generate(
 ) -> Tensor:
     """The prompts with their answers: int64 [B, T] -> [B, T + N], N = max_new_tokens.
 
-    options: fields of SamplingParams (temperature, top_p, …) and of Requests (stop_ids, …); the rest as `stream` has
-    it. A row that stops keeps its stop id and is filled up with pad_id.
+    options: fields of SamplingParams (temperature, top_p, …) and of Requests (stop_ids, …). Other arguments and errors
+    are those of `stream`. A row that stops keeps its stop id and is filled up with pad_id.
     """
     sampling = SamplingParams(**{name: options.pop(name) for name in _SAMPLING & options.keys()})
     new = list(stream(cfg, params, tokens, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, **options))
@@ -77,14 +77,14 @@ def stream(
     seed: int = 0,
     **options: Any,
 ) -> Iterator[Tensor]:
-    """The new token of each row, int64 [B], step by step; ends after max_new_tokens or when every row has stopped.
+    """Yields the next token of each row, int64 [B]; ends after max_new_tokens or when every row has stopped.
 
     Args:
       params: as for qwen3f.model.apply; their dtype is the compute dtype.
       tokens: int64 [B, T], on the parameters' device.
       options: fields of Requests.
-    Rows may grow past max_position_embeddings, as in transformers; prompts may not. Raises UserError at once for input
-    that cannot run, and on a step whose logits are not finite.
+    An answer may go beyond max_position_embeddings, as in transformers; a prompt may not. Raises UserError at once for
+    input that cannot run, and later if the model's logits are not finite.
     """
     asked = Requests(**options)
     if max_new_tokens < 0:
@@ -127,7 +127,7 @@ def stream(
 
 
 def _in_step(engine: Engine, rows: list[Row], device: torch.device, pad_id: int) -> Iterator[Tensor]:
-    """The rows' tokens place by place; pad_id behind a row's end."""
+    """Yields the tokens of all rows place by place; pad_id for rows that have ended."""
     place = 0
     while True:
         while any(not row.finish_reason and row.answered <= place for row in rows):

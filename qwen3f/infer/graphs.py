@@ -1,9 +1,8 @@
-"""CUDA graphs of the fused decoding pass: one for each size of batch and of table, over the same buffers.
+"""CUDA graphs of the fused decoding pass: one for each size of batch and page table.
 
-A launch constant of a kernel follows from shapes alone, so a graph is keyed by its shapes: places B, and pages P of the
-table. Both are rounded up, and what is idle writes to page 0. To capture a graph takes as long as tens of passes, and
-as thousands where its kernels must be compiled: a pass that fits a larger graph takes that, until its own size has come
-WORTH times.
+The launch parameters of kernels depend only on shapes, so the key of a graph is (places B, pages P of the table). Both
+are rounded up; idle places write to page 0. Capturing a graph takes as long as tens of passes, or thousands if its
+kernels must be compiled first. So a pass uses a larger graph that exists, until its own size has occurred WORTH times.
 """
 
 import dataclasses
@@ -21,14 +20,18 @@ from qwen3f.model.kv_cache import KVCache
 from qwen3f.model.rope import rope_tables
 from sharding.axes import ONE, Axis
 
-SMALL = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # places; above multiples of 32
-LEAST_WIDTH = 4
-WORTH = 64  # passes of a size that a larger graph runs before the size has its own
+SMALL = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # numbers of places of a graph; above these, multiples of 32
+LEAST_WIDTH = 4  # pages of a graph's table, at least
+WORTH = 64  # after this many passes of a size in a larger graph, the size gets its own graph
 
 
 @dataclasses.dataclass
 class _Graph:
-    """numbers: int64 [4, B], what `run` is given, chances as their bits. pages: of each row, as table has them."""
+    """A captured graph and the buffers that it reads.
+
+    numbers: int64 [4, B], the arguments `numbers` and `chances` of `run`; chances as the bits of their float64. pages:
+    the pages of each row that `table` holds now.
+    """
 
     graph: torch.cuda.CUDAGraph
     angles: tuple[Tensor, ...]
@@ -39,10 +42,10 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Runs decoding passes for parameters and a cache that stay where they are.
+    """Runs decoding passes. Parameters and cache must stay at the same addresses.
 
-    rows: places at most. tp: its ranks capture and run the same graphs in the same order; which ones follows from
-    `run`'s arguments.
+    rows: places of a batch, at most. tp: its ranks capture and run the same graphs in the same order; the arguments of
+    `run` determine which.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class DecodeGraphs:
         tp: Axis = ONE.tp,
     ) -> None:
         self._decode = make_fused_decode(cfg, execution, num_ids, tp)
-        # Over ranks NCCL's own threads talk to the card meanwhile, which would end a capture that watches all threads
+        # With tp, NCCL's threads call CUDA during a capture; a capture in mode "global" would fail because of them
         self._watched = "global" if tp.size == 1 else "thread_local"
         self._cfg, self.params, self._cache = cfg, params, cache
         self._own = False  # whether params are this object's copy
@@ -67,10 +70,11 @@ class DecodeGraphs:
         self._pool = None
 
     def run(self, numbers: np.ndarray, chances: np.ndarray, pages: Sequence[Sequence[int]], expected: int) -> Result:
-        """One pass. Its result is overwritten by the next one; `last` has its ids.
+        """Run one pass. The next pass overwrites its result; `last` has its ids.
 
         numbers: int64 [2, B], tokens and positions as in Places. chances: float64 [2, B], uniform and inv_temperature.
-        pages: of each row. expected: rows that will soon be computed at a time; a first graph has places for them.
+        pages: the pages of each row. expected: number of rows that will soon run together; if a new graph is needed and
+        no larger one exists, it gets places for so many.
         """
         graph = self._fitting(_places(numbers.shape[1]), _width(max(map(len, pages))), _places(expected))
         host = torch.zeros(graph.numbers.shape, dtype=torch.int64, pin_memory=True)
@@ -81,18 +85,21 @@ class DecodeGraphs:
             table = torch.zeros(graph.table.shape, dtype=torch.int32, pin_memory=True)
             for row, own in zip(table.numpy(), pages):
                 row[: len(own)] = own
-            graph.pages = []  # unknown, should the copy be interrupted
+            graph.pages = []  # unknown if the copy is interrupted
             graph.table.copy_(table, non_blocking=True)
             graph.pages = [list(own) for own in pages]
         graph.graph.replay()
         return graph.result
 
     def update(self, params: P.Params) -> None:
-        """Other weights. They are copied into those that the graphs read; these belong to the caller the first time."""
+        """Use other weights. They are copied into the tensors that the graphs read.
+
+        The first time these tensors still belong to the caller: the weights are cloned and all graphs captured anew.
+        """
         if not self._own:
             self._graphs.clear()
             self._asked.clear()
-            self._pool = None  # ends with its graphs; torch refuses it to others while a tensor in it is held
+            self._pool = None  # the pool ends with its graphs; torch does not reuse it while a tensor in it is alive
             self.params = {path: _each(torch.clone, leaf) for path, leaf in params.items()}
             self._own = True
             return
@@ -100,7 +107,7 @@ class DecodeGraphs:
             _each(Tensor.copy_, self.params[path], leaf)
 
     def _fitting(self, count: int, width: int, expected: int) -> "_Graph":
-        """The graph of that size, or a larger one while the size is rare."""
+        """The graph of this size, or a larger one while passes of this size are rare."""
         if (count, width) in self._graphs:
             return self._graphs[count, width]
         larger = [size for size in self._graphs if size[0] >= count and size[1] >= width]
@@ -127,7 +134,7 @@ class DecodeGraphs:
             self.last[:count] = result.ids
             return result
 
-        kept = self.last.clone()  # an idle pass compiles the kernels and wakes NCCL; it draws for nobody
+        kept = self.last.clone()  # the warm-up pass below compiles kernels and starts NCCL; its ids are not used
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -142,7 +149,7 @@ class DecodeGraphs:
 
 
 def _each(function: Callable[..., Tensor], *leaves: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    """function of leaves that are tensors, or tuples of layers."""
+    """Apply `function` to leaves: tensors, or tuples with a tensor for each layer."""
     if isinstance(leaves[0], Tensor):
         return function(*leaves)
     return tuple(function(*layer) for layer in zip(*leaves, strict=True))

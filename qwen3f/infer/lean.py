@@ -1,9 +1,10 @@
-"""A decoding pass of few operators a layer, for a CPU: what `passes.make_decode` computes, without the blocks' modules.
+"""A decoding pass of few operators per layer, for a CPU: what `passes.make_decode` computes, without modules.
 
-With one new token a row an operator takes microseconds, as long as it takes to reach it. So: products that go where
-they are read from, no module between parameters and operators, masks made once for all layers, and attention as two
-batches of products, faster for a single query than torch's kernel under a mask. Rounding differs from the blocks that
-train. Beyond some thousand tokens in the cache it is the cache's memory that a pass waits for.
+With one new token per row an operator takes microseconds, as long as the overhead of calling it. So this pass writes
+products directly to where they are read, calls operators on parameters without modules, makes masks once for all
+layers, and computes attention as two batched products, which for a single query is faster than torch's kernel with a
+mask. Results differ from those of the training blocks by rounding. Beyond some thousand cached tokens, reading the
+cache takes most of the time.
 
 B rows · D hidden · H query heads · K key/value heads · G = H/K · d head_dim · F = d/2 · S positions looked at
 """
@@ -25,10 +26,10 @@ from qwen3f.model.transformer import layer_stacks, unstack_layers
 
 
 class _Places(NamedTuple):
-    """What all layers share.
+    """Tensors that all layers share.
 
-    cos, sin: [B, 1, F]. written: int64 [B·K], where new keys go, in pages seen as [pages · K · page size, d].
-    bias: [B·K, 1, S], 0 where a row may look and −∞ elsewhere. table, span: as in PagedLayer.
+    cos, sin: [B, 1, F]. written: int64 [B·K], indices of new keys in the pages viewed as [pages · K · page size, d].
+    bias: [B·K, 1, S], 0 where a row may attend and −∞ elsewhere. table, span: as in PagedLayer.
     """
 
     cos: Tensor
@@ -40,7 +41,7 @@ class _Places(NamedTuple):
 
 
 def fits(cfg: ModelConfig, execution: model.Execution, dtype: torch.dtype) -> bool:
-    """Whether this pass computes the model as `execution` asks for it."""
+    """Whether this pass supports the model, `execution` and dtype."""
     plain = execution.attention in ("auto", "sdpa") and not execution.invariant
     return plain and cfg.qk_norm in ("rms", "none") and dtype in (torch.float32, torch.float64)
 
@@ -72,7 +73,7 @@ def _places(cfg: ModelConfig, cache: KVCache, inputs: Inputs, table: Table, span
     cos, sin = rope_tables(cfg, (inputs.positions + inputs.offsets)[:, None], dtype)
     head_K = torch.arange(heads)
     written_BK = ((inputs.slots // size)[:, None] * heads + head_K) * size + (inputs.slots % size)[:, None]
-    # an idle place looks at one position, never at none
+    # an idle place attends to one position: with none, its softmax would be NaN
     seen_B = torch.where(inputs.slots >= size, inputs.positions, 0)
     hidden_BS = torch.arange(span) > seen_B[:, None]
     bias_BS = torch.zeros(hidden_BS.shape, dtype=dtype).masked_fill_(hidden_BS, float("-inf"))

@@ -1,4 +1,4 @@
-"""Answers by all ranks of a run, each with an engine of its own on the whole weights: every rank gets all of them."""
+"""All ranks of a run answer a share of the prompts, each with its own engine and whole weights; all get all answers."""
 
 import dataclasses
 import json
@@ -17,13 +17,13 @@ from qwen3f.processes.world import World
 def check_cache(prompts: Iterable[Sequence[int]], max_new_tokens: int, cache_tokens: int, flag: str) -> None:
     """Raises UserError unless a cache of cache_tokens (0: as many as fit a device) holds each prompt with its answer.
 
-    flag: the key of cache_tokens.
+    flag: the flag that sets cache_tokens, for the message.
     """
     longest = max(map(len, prompts), default=0) + max_new_tokens
     if 0 < cache_tokens < longest:
         raise UserError(
             f"{flag}={cache_tokens} has no room for the longest prompt with an answer of {max_new_tokens} tokens, "
-            f"{longest} in all; write that or more, or 0 for what a device has free"
+            f"{longest} in all; write {longest} or more, or 0 for all of a device's free memory"
         )
 
 
@@ -36,11 +36,14 @@ def generate_on_ranks(
     max_new_tokens: int,
     pictures: Sequence[Pictures | None] | None = None,
 ) -> list[list[Completion]]:
-    """By prompt, a completion for each of its random streams, of which all prompts have as many. pictures: of each
-    prompt.
+    """Completions of each prompt, one for each of its random streams; the same list on every rank.
 
-    A completion depends on weights, prompt and stream, never on the number of ranks. All ranks call this together.
-    Raises UserError on all of them for a prompt that one cannot answer.
+    All ranks call this together. A completion depends on weights, prompt and stream, never on the number of ranks.
+
+    Args:
+      streams: random streams of each prompt, the same number for all prompts.
+      pictures: of each prompt.
+    Raises UserError on all ranks for a prompt that one of them cannot answer.
     """
     mine = range(world.rank, len(prompts), world.size)
 
@@ -66,9 +69,8 @@ def generate_on_ranks(
 
 
 def _written(found: Sequence[Completion]) -> bytes:
-    """As other ranks get it: what is short as JSON, in which a million numbers would take a second, then the numbers.
-
-    The length of the JSON, 8 bytes; it; int64 ids of all; float64 log-probabilities of all.
+    """Completions as bytes for other ranks: the length of a JSON text (8 bytes), the JSON text, all ids as int64, all
+    log-probabilities as float64. Ids and log-probabilities are not in the JSON: a million numbers would take a second.
     """
     head = json.dumps([[len(x.ids), x.finish_reason, x.prompt_index, x.sample_index] for x in found]).encode()
     ids = np.array([token for one in found for token in one.ids], np.int64)

@@ -1,11 +1,12 @@
-"""Pages of the key/value cache: which are free, who uses them, and what can be shared. On the host; no tensors.
+"""Pages of the KV cache: which are free, which rows use them, which can be shared. On the host, without tensors.
 
-A page holds the keys and values of `size` successive tokens of a row. Rows that begin with the same tokens share their
-full pages; of a page that two rows share in part, the second one gets a copy. A page that nobody uses any more keeps
-what it holds, for a later row with the same beginning, until its room is needed: the least recently used goes first.
+A page holds the keys and values of `size` successive tokens of a row. Rows that begin with the same tokens share full
+pages. If only part of a page is the same, the second row gets a copy of it. A page that no row uses any more keeps its
+contents for later rows with the same beginning, until the page is needed: the least recently used is taken first.
 
-Only what is known to be finite is shared: of a row that has drawn a token from it. A row that is to fail would take
-others with it. What a row draws is shared once it has given its pages back.
+Pages are shared only if their contents are known to be finite, which a row shows by drawing a token from them.
+Otherwise one row with infinite or NaN values would break the others. The tokens of an answer can be shared once its row
+has released its pages.
 """
 
 import bisect
@@ -17,12 +18,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 ROOT = 0
-"""Page 0 takes what idle places of a batch write. No row has it; it is the parent of every row's first page."""
+"""Idle places of a batch write to page 0. No row has it; it counts as the parent of every row's first page."""
 
 
 class Owner(Protocol):
-    """A row whose keys lie in a page. tokens: all of it. cached: how many of them have their keys in pages. checked:
-    whether these are known to be finite."""
+    """A row whose keys are in a page. tokens: all of its tokens. cached: how many of them have their keys in pages.
+    checked: whether these keys are known to be finite."""
 
     tokens: list[int]
     cached: int
@@ -31,12 +32,12 @@ class Owner(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """What pages hold of a row already.
+    """Pages that already hold the beginning of a row.
 
     Attributes:
-      pages: full pages, in order, that the row may share.
-      partial: the page to copy for what follows, or None.
-      tokens: how many tokens these hold of the row, `partial` included.
+      pages: full pages that the row can share, in order.
+      partial: a page whose beginning holds the tokens after these, to be copied, or None.
+      tokens: number of tokens of the row that these pages hold, `partial` included.
     """
 
     pages: tuple[int, ...]
@@ -46,9 +47,10 @@ class Match:
 
 @dataclasses.dataclass
 class _Content:
-    """Tokens start … of `owner`, while it has the page; what was left of them (`tokens`) when it gave the page back.
+    """The contents of a page.
 
-    vouched: whether these keys and values are finite, of which the owner otherwise tells.
+    While `owner` has the page, these are its tokens from `start` on. Once it has released the page, owner is None and
+    `tokens` holds them. vouched: keys and values are finite, whatever owner.checked says.
     """
 
     parent: int
@@ -71,7 +73,7 @@ _Known = tuple[list[int], int]  # tokens, and the page that holds them
 
 
 class _Siblings:
-    """Pages that follow on the same page, sorted by their tokens: those that begin as a row does lie side by side."""
+    """Pages with the same parent, sorted by their tokens, so that pages with the same beginning are neighbours."""
 
     def __init__(self) -> None:
         self._sorted: list[_Known] = []
@@ -100,23 +102,25 @@ class _Siblings:
             del self._sorted[bisect.bisect_left(self._sorted, (self._keys.pop(page), page))]
 
     def walks(self, tokens: list[int]) -> tuple[Iterator[_Known], Iterator[_Known]]:
-        """Forward and backward from where `tokens` would lie: in each walk a page has no more of the beginning of
-        `tokens` than the one before."""
+        """Iterators over the pages, forward and backward from the place where `tokens` would be inserted.
+
+        In each of the two, the number of leading tokens that a page shares with `tokens` never increases.
+        """
         middle = bisect.bisect_left(self._sorted, (tokens, 0))
         backward = (self._sorted[i] for i in range(middle - 1, -1, -1))
         return itertools.islice(self._sorted, middle, None), backward
 
     def nearest(self, tokens: list[int]) -> tuple[int, int]:
-        """(a page that has the most of the beginning of `tokens`, how many of them); there must be one page."""
+        """(the page that shares the most leading tokens with `tokens`, how many). There must be at least one page."""
         middle = bisect.bisect_left(self._sorted, (tokens, 0))
         beside = self._sorted[max(0, middle - 1) : middle + 1]
         return max(((page, common_length(known, tokens)) for known, page in beside), key=lambda found: found[1])
 
 
 class PagePool:
-    """`count` pages of `size` tokens each, numbered from 1; page 0 is none of them.
+    """`count` pages of `size` tokens each, numbered from 1; page 0 is not one of them.
 
-    Every page is either free, or used by some rows, or kept: used by none, holding what `match` can find.
+    A page is either free; or used by one or more rows; or kept: no row uses it, and `match` can find its contents.
     """
 
     def __init__(self, count: int, size: int) -> None:
@@ -126,7 +130,7 @@ class PagePool:
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._contents: dict[int, _Content] = {}
         self._children: dict[int, _Siblings] = {}
-        self._offered: dict[int, _Siblings] = {}  # of the children those that `match` looks at
+        self._offered: dict[int, _Siblings] = {}  # the part of _children that `match` looks at
 
     @property
     def available(self) -> int:
@@ -134,7 +138,7 @@ class PagePool:
         return len(self._free) + len(self._kept)
 
     def take(self) -> int:
-        """A page for one user, the lowest free one; if none is free, the kept one that was used the longest ago.
+        """A page for one user: the free page with the lowest number, or the least recently used of the kept pages.
 
         Raises IndexError if all pages are in use.
         """
@@ -150,7 +154,7 @@ class PagePool:
         self._kept.pop(page, None)
 
     def release(self, page: int, user: Owner | None = None) -> None:
-        """Count one user less. The last one leaves the page kept, or free if it holds nothing that `describe` told."""
+        """Count one user less. Without users the page is kept if `describe` has told its contents, else it is free."""
         content = self._contents.get(page)
         if content is not None and content.owner is not None and content.owner is user:
             content.owner, content.tokens = None, content.held(self.size)
@@ -167,9 +171,9 @@ class PagePool:
             heapq.heappush(self._free, page)
 
     def describe(self, page: int, parent: int, owner: Owner, start: int) -> None:
-        """Tell that `page` holds the keys of owner.tokens[start: start + size], as far as they are cached.
+        """Note that `page` holds the keys of owner.tokens[start: start + size], as far as they are cached.
 
-        parent: the page before, or ROOT. Nothing is noted behind a page that has been forgotten.
+        parent: the page of the tokens before, or ROOT. If the parent has been forgotten, nothing is noted.
         """
         if parent == ROOT or parent in self._contents:
             self._contents[page] = _Content(parent, owner, start)
@@ -178,15 +182,17 @@ class PagePool:
                 self.offer([page])
 
     def offer(self, pages: Iterable[int]) -> None:
-        """Let `match` find these pages: their row has drawn a token. What a row that has, or that is vouched for, gets
-        or leaves is offered without."""
+        """Let `match` find these pages. The caller knows that their row has drawn a token.
+
+        `describe` does this itself for rows that are checked, and `vouch` for the pages that it is given.
+        """
         for page in pages:
             if page in self._contents:
                 parent = self._contents[page].parent
                 self._offered.setdefault(parent, _Siblings()).put(page, self._children[parent].tokens(page))
 
     def match(self, tokens: Sequence[int], most: int) -> Match:
-        """The longest beginning of `tokens`, at most `most` of them, that pages hold and that is known to be finite."""
+        """Pages with the longest beginning of `tokens` that is known to be finite, at most `most` tokens of it."""
         pages: list[int] = []
         parent, at = ROOT, 0
         while True:
@@ -197,7 +203,10 @@ class PagePool:
             parent, at = best, at + length
 
     def promised(self, tokens: Sequence[int], found: Match, count: int) -> Owner | None:
-        """The row that is to hold the first `count` of `tokens` and has drawn no token yet, or None. found: of them."""
+        """A row that will hold the first `count` of `tokens` but has drawn no token yet, or None.
+
+        found: what `match` gave for `tokens`.
+        """
         parent, at = found.pages[-1] if found.pages else ROOT, len(found.pages) * self.size
         while parent in self._children:
             page, length = self._children[parent].nearest(list(tokens[at : at + self.size]))
@@ -209,7 +218,7 @@ class PagePool:
         return None
 
     def clear(self) -> None:
-        """Forget what pages hold, since the weights have changed. Rows keep the pages that they use."""
+        """Forget the contents of all pages, since the weights have changed. Rows keep the pages that they use."""
         self._contents.clear()
         self._children.clear()
         self._offered.clear()
@@ -218,7 +227,7 @@ class PagePool:
         self._kept.clear()
 
     def grow(self, count: int, size: int) -> None:
-        """More pages, or longer ones; longer only while no row has more than one page."""
+        """Set a larger number of pages, or a larger page size. The size may change only while no row has two pages."""
         for page in range(self.count + 1, count + 1):
             heapq.heappush(self._free, page)
             self._users.append(0)
@@ -244,23 +253,23 @@ class PagePool:
         return self._users[page]
 
     def vouch(self, pages: Iterable[int]) -> None:
-        """Tell that what these pages hold now is finite."""
+        """Note that the contents of these pages are finite."""
         pages = [page for page in pages if page in self._contents]
         for page in pages:
             self._contents[page].vouched = True
         self.offer(pages)
 
     def forget_doubtful(self, pages: Iterable[int]) -> list[int]:
-        """Forget those of a row's pages that it has alone and that nobody vouched for. Returns them, to be erased."""
+        """Forget the row's pages that no other row uses and that nobody vouched for. Returns them, to be erased."""
         contents = self._contents
         alone = (page for page in pages if self._users[page] == 1)
         doubtful = [page for page in alone if page not in contents or not contents[page].vouched]
-        for page in reversed(doubtful):  # what follows on a page first, so that no long row nests calls without end
+        for page in reversed(doubtful):  # children first: else `forget` would recurse once for each page of a long row
             self.forget(page)
         return doubtful
 
     def _longest(self, parent: int, tokens: list[int]) -> tuple[int | None, int]:
-        """(the page behind `parent` that holds the most of the beginning of `tokens`, or None; how many of them)."""
+        """(the child of `parent` that holds the most leading tokens of `tokens`, or None; how many)."""
         best, length = None, 0
         if parent not in self._offered:
             return best, length
@@ -277,7 +286,7 @@ class PagePool:
         return best, length
 
     def forget(self, page: int) -> None:
-        """Drop what a page holds and all that follows on it; of these pages the kept ones become free."""
+        """Drop the contents of a page and of all pages that follow on it. Those of them that are kept become free."""
         for child in list(self._children.pop(page, ())):
             self.forget(child)
         self._offered.pop(page, None)
@@ -293,7 +302,7 @@ class PagePool:
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Number of leading tokens that the two sequences share."""
     if a == b:
         return len(a)
     return next((place for place, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -1,7 +1,7 @@
-"""What the engine computes: a pass over prompt tokens, and a pass that gives each row its next token.
+"""The engine's passes: prefill, over prompt tokens, and decoding, which gives each row its next token.
 
-Pure functions of (params, cache, numbers of the batch), with the cache given up and returned. Which rows and pages they
-are for is the scheduler's business.
+Pure functions of (params, cache, batch). They return the cache; the caller must not use the one that it passed in any
+more. The scheduler decides which rows and pages a batch has.
 
 B rows · T tokens of a chunk · P pages of a row · V vocabulary
 """
@@ -25,15 +25,15 @@ from sharding.layout import ONE_DEVICE, Layout
 
 
 class Inputs(NamedTuple):
-    """One decoding pass, a place of the batch each; all int64 [B].
+    """Inputs of a decoding pass, one number for each place of the batch; all int64 [B].
 
     Attributes:
-      tokens: the token to feed, or −1 − i: the token that place i of the pass before has drawn.
-      positions: of that token in its row.
-      slots: where its keys go, page · page size + place; below the page size for an idle place.
+      tokens: the token to feed, or −1 − i for the token that place i of the pass before has drawn.
+      positions: position of that token in its row.
+      slots: where its keys are written, page · page size + place in the page; below the page size for an idle place.
       streams: the row's random stream, see sampling.streams_at.
-      forced: the token to take in place of the drawn one, or −1.
-      offsets: what to add to the position for the rotary one, see infer.pictures.Places.
+      forced: the token to take instead of the drawn one, or −1.
+      offsets: rotary position minus position, see infer.pictures.Places.
     """
 
     tokens: Tensor
@@ -45,7 +45,10 @@ class Inputs(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How places of the batch choose: `rows` int64, or None for all; `seen` int64 [rows, most], −1 where nothing is."""
+    """How some places of the batch choose their token.
+
+    rows: int64, the places; None: all. seen: int64 [rows, most], the tokens of each answer, filled up with −1; or None.
+    """
 
     sampling: SamplingParams
     rows: Tensor | None
@@ -53,7 +56,7 @@ class Choice(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """ids: int64 [B]. log_probs: float32 [B]. finite: bool [B], whether the place's logits were."""
+    """Drawn tokens. ids: int64 [B]. log_probs: float32 [B]. finite: bool [B], whether the logits were finite."""
 
     ids: Tensor
     log_probs: Tensor
@@ -66,8 +69,10 @@ Decode = Callable[..., tuple[Tensor, KVCache]]
 
 
 def make_prefill(cfg: ModelConfig, execution: model.Execution, layout: Layout = ONE_DEVICE) -> Prefill:
-    """prefill(params, cache, batch, *, table, span, features) -> the cache with the chunks in it; batch and features as
-    in model.cached."""
+    """prefill(params, cache, batch, *, table, span, features) -> the cache with the keys and values of the chunks.
+
+    batch and features as in model.cached.
+    """
     forward = model.make_cached_forward(cfg, execution, layout)
 
     def prefill(
@@ -85,7 +90,10 @@ def make_prefill(cfg: ModelConfig, execution: model.Execution, layout: Layout = 
 
 
 def make_decode(cfg: ModelConfig, execution: model.Execution, layout: Layout = ONE_DEVICE) -> Decode:
-    """decode(params, cache, inputs, last, *, table, span) -> (hidden [B, D], cache). last: ids of the pass before."""
+    """decode(params, cache, inputs, last, *, table, span) -> (hidden [B, D], cache).
+
+    last: int64, the ids that the pass before has drawn, by place.
+    """
     forward = model.make_cached_forward(cfg, execution, layout)
 
     @torch.no_grad()
@@ -105,8 +113,10 @@ def make_decode(cfg: ModelConfig, execution: model.Execution, layout: Layout = O
 
 
 def make_experts(cfg: ModelConfig, execution: model.Execution) -> Callable[[P.Params, Tensor, Tensor], Tensor]:
-    """experts(layer, h_BD, real_B) -> [B, D]: what the mixture of experts of a sparse layer, whose parameters `layer`
-    are, adds; every token gets its experts. real_B: false where a place is idle."""
+    """experts(layer, h_BD, real_B) -> [B, D]: output of a sparse layer's mixture of experts. No token is dropped.
+
+    layer: the parameters of that layer. real_B: bool, false for idle places.
+    """
     with torch.device("meta"):
         skeleton = SparseMLP(cfg.replace(moe_drop_tokens=False), execution.experts)
 
@@ -119,19 +129,20 @@ def make_experts(cfg: ModelConfig, execution: model.Execution) -> Callable[[P.Pa
 
 
 def logits_of(hidden_BD: Tensor, head_VD: Tensor, execution: model.Execution) -> Tensor:
-    """[B, V]"""
+    """The logits [B, V]."""
     return invariant.linear(hidden_BD, head_VD) if execution.invariant else F.linear(hidden_BD, head_VD)
 
 
 @torch.no_grad()
 def training_log_probs(ids_B: Tensor, hidden_BD: Tensor, head_VD: Tensor, temperature_B: Tensor) -> Tensor:
-    """float32 [B]: those that an invariant training step has of these tokens (train.objective.make_numbers)."""
+    """float32 [B]: log-probabilities of these tokens, as an invariant training step computes them
+    (train.objective.make_numbers)."""
     scaled_BD = hidden_BD / temperature_B[:, None].to(hidden_BD.dtype)
     return invariant.token_log_probs(scaled_BD, head_VD, ids_B).float()
 
 
 def fed(tokens_B: Tensor, last: Tensor) -> Tensor:
-    """The tokens to feed: given, or drawn by the pass before; see Inputs."""
+    """The token ids to feed, where references to the pass before are replaced by its ids; see Inputs.tokens."""
     return torch.where(tokens_B >= 0, tokens_B, last[(-1 - tokens_B).clamp(min=0)])
 
 
@@ -139,10 +150,10 @@ def fed(tokens_B: Tensor, last: Tensor) -> Tensor:
 def draw(
     logits_BV: Tensor, inputs: Inputs, choices: Sequence[Choice], num_ids: int, banned: Sequence[int] = ()
 ) -> Drawn:
-    """The next token of each place, by its own way of choosing; ids from num_ids on and banned ones are never drawn."""
+    """The next token of each place, by the place's Choice. Only ids below num_ids are drawn, and never banned ones."""
     logits_BV = logits_BV[:, :num_ids]
-    finite_B = logits_BV.amax(-1).isfinite() & logits_BV.amin(-1).isfinite()  # both hand on a NaN
-    if logits_BV.is_cuda or not finite_B.all():  # to ask would wait for a GPU
+    finite_B = logits_BV.amax(-1).isfinite() & logits_BV.amin(-1).isfinite()  # amax and amin propagate NaN
+    if logits_BV.is_cuda or not finite_B.all():  # on a GPU always: reading finite_B on the host would wait for it
         logits_BV = torch.where(finite_B[:, None], logits_BV, 0)
     if banned:
         ids = torch.tensor(banned, device=logits_BV.device)
@@ -161,7 +172,7 @@ def draw(
 
 @torch.no_grad()
 def force(drawn: Drawn, logits_BV: Tensor, forced_B: Tensor) -> Drawn:
-    """`drawn` with the forced tokens in place, and the log-probabilities that the model gave them (temperature 1)."""
+    """`drawn` with the forced tokens instead, and the model's log-probabilities of them at temperature 1."""
     ids_B = torch.where(forced_B >= 0, forced_B, drawn.ids)
     found_B = log_prob(logits_BV, forced_B.clamp(min=0))
     return Drawn(ids_B, torch.where(forced_B >= 0, found_B, drawn.log_probs), drawn.finite)
@@ -171,5 +182,5 @@ def _choose(logits_BV: Tensor, choice: Choice, stream_B: Tensor) -> tuple[Tensor
     seen_BV = None
     if choice.seen is not None:
         room = logits_BV.new_zeros(len(logits_BV), 1 + logits_BV.shape[1], dtype=torch.bool)
-        seen_BV = room.scatter(1, 1 + choice.seen, True)[:, 1:]  # what is nothing falls into place 0
+        seen_BV = room.scatter(1, 1 + choice.seen, True)[:, 1:]  # the filler −1 goes to column 0, which is cut off
     return sample(logits_BV, choice.sampling, stream_B, seen_BV)

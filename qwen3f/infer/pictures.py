@@ -1,8 +1,8 @@
-"""Images and video in an engine's prompts: what they are, where they stand, and how the page pool tells them apart.
+"""Images and videos in an engine's prompts: their pixels, their positions, and how the page pool tells them apart.
 
-Two prompts with the same placeholders and other pixels must not share keys. So in a row's tokens a placeholder is a
-number of its own, below zero, that follows from the pixels of its image and its place in it: pages are then found by
-tokens, as those of words are.
+Two prompts with the same placeholders but different pixels must not share keys. So each placeholder in a row's tokens
+is replaced by a negative number, a hash of its image's pixels plus its place in the image. The page pool can then
+compare images as it compares words, by tokens.
 """
 
 import dataclasses
@@ -20,8 +20,11 @@ from qwen3f.vision.mrope import is_visual, merged_grids, next_position, position
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pictures:
-    """A prompt's images and videos, in order: pixels float32 [N, patch values], grids int [n, 3], as
-    vision.preprocess.image_patches and vision.video.video_patches give them, one behind the other."""
+    """A prompt's images and videos, concatenated in order.
+
+    pixels: float32 [N patches, values of a patch]. grids: int [n images, 3]. Both as vision.preprocess.image_patches
+    and vision.video.video_patches give them.
+    """
 
     pixels: Tensor
     grids: Tensor
@@ -35,8 +38,12 @@ class Pictures:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Places:
-    """Of a prompt of T tokens: tokens, placeholders as above; index int32 [T], see mrope.visual_index; rotary int64
-    [3, T]; offset: what to add to the place of a token behind the prompt for its position on all three axes."""
+    """Positions of a prompt of T tokens.
+
+    tokens: the prompt, with placeholders replaced by negative numbers as above. index: int32 [T], see
+    mrope.visual_index. rotary: int64 [3, T], rotary positions. offset: rotary position of a token after the prompt, the
+    same on all three axes, minus its position in the row.
+    """
 
     tokens: list[int]
     index: np.ndarray
@@ -45,12 +52,13 @@ class Places:
 
 
 def place(prompt: Sequence[int], pictures: Pictures | None, cfg: ModelConfig) -> Places:
-    """Raises UserError where placeholders and features are not as many, or a placeholder ends the prompt."""
+    """The Places of a prompt. Raises UserError if the numbers of placeholders and features differ, or if a placeholder
+    ends the prompt."""
     tokens = torch.tensor([list(prompt)])
     grids = torch.zeros(1, 1, 3, dtype=torch.int64) if pictures is None else pictures.grids[None]
     rotary = position_ids(tokens, grids, cfg)
     if is_visual(tokens[:, -1:], cfg).any():
-        raise UserError("a prompt ends within an image; write <|vision_end|> and what is asked behind it")
+        raise UserError("a prompt ends within an image; write <|vision_end|> and the question after it")
     index = visual_index(tokens, cfg)[0].numpy()
     keys = list(prompt)
     if pictures is not None:
@@ -61,7 +69,7 @@ def place(prompt: Sequence[int], pictures: Pictures | None, cfg: ModelConfig) ->
 
 
 def _numbers(pictures: Pictures, cfg: ModelConfig) -> list[int]:
-    """A number below zero for each merged feature."""
+    """A negative number for each merged feature, from a hash of its image's pixels and its place in the image."""
     if pictures.pixels.shape[0] != int(pictures.grids.prod(-1).sum()):
         raise UserError(f"{pictures.pixels.shape[0]} patches are given for the grids {pictures.grids.tolist()}")
     out: list[int] = []
@@ -77,7 +85,7 @@ def _numbers(pictures: Pictures, cfg: ModelConfig) -> list[int]:
 
 
 def vision_ids(cfg: ModelConfig) -> tuple[int, ...]:
-    """What a model never writes: an image has its place in prompts alone."""
+    """Ids that the engine never draws: images occur only in prompts."""
     if not cfg.vision_enabled:
         return ()
     return (cfg.image_token_id, cfg.video_token_id, cfg.vision_start_token_id, cfg.vision_end_token_id)

@@ -1,4 +1,4 @@
-"""A chat's prompt with images and video in the first user's turn, from files to ids and pixels."""
+"""Prompts of a chat with images and a video in the first user's turn: from files to token ids and pixels."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from qwen3f.vision.video import video_limits, video_patches
 
 
 class Shown(NamedTuple):
-    """An image or a video: its patches and grid, and what stands for it in the text."""
+    """An image or a video: its patches and grid, and the segments with placeholders that stand for it in the text."""
 
     patches: np.ndarray
     grid: Grid
@@ -31,7 +31,9 @@ class Shown(NamedTuple):
 
 
 def read_images(paths: str, cfg: ModelConfig, min_pixels: int, max_pixels: int) -> list[Shown]:
-    """paths: with commas between. Raises UserError as read_image. The limits are checked: run.check_shown."""
+    """Read images. paths: separated by commas. min_pixels, max_pixels: already checked by run.check_shown.
+
+    Raises UserError for a file that cannot be read or used."""
     found = []
     for path in filter(None, map(str.strip, paths.split(","))):
         image = read_image(user_path(path, "config.images"))
@@ -46,10 +48,10 @@ def read_images(paths: str, cfg: ModelConfig, min_pixels: int, max_pixels: int) 
 
 
 def read_video(place: str, fps: float | None, cfg: ModelConfig, min_pixels: int, max_pixels: int) -> Shown:
-    """A directory of frames, taken at `fps`, or a GIF, whose own time is taken where fps is None.
+    """Read a video: a directory of frames taken at `fps`, or a GIF. fps=None takes the GIF's own times.
 
-    min_pixels, max_pixels: an image's; a video's follow by vision.video.video_limits, as in training. Raises UserError:
-    no frames, no rate or one that is not positive, a frame to look at that cannot be read.
+    min_pixels, max_pixels: limits of an image; vision.video.video_limits derives those of a video, as in training.
+    Raises UserError if there are no frames, if fps is missing or not positive, or if a sampled frame cannot be read.
     """
     if fps is not None and not 0 < fps < math.inf:
         raise UserError(f"config.video_fps={fps}: write a positive number of frames a second")
@@ -70,7 +72,7 @@ def _shown_video(
     if not frames:
         raise UserError(f"the video {place} holds no frame: files ending in {', '.join(FRAME_SUFFIXES)} are read")
     if fps is None:
-        raise UserError(f"the video {place} does not say how fast it is: write --config.video_fps=FRAMES_A_SECOND")
+        raise UserError(f"the video {place} has no frame rate: write --config.video_fps=FRAMES_PER_SECOND")
     patches, grid, times = video_patches(frames, fps, cfg, min_pixels=limits[0], max_pixels=limits[1])
     return Shown(patches, grid, video_segments(times, merged_tokens(grid, cfg) // grid[0]))
 
@@ -82,8 +84,11 @@ def encode_shown(
     *,
     thinking: bool | None,
 ) -> list[int]:
-    """Ids of the chat with all that is shown at the beginning of the first user's turn. A user's text that names a
-    special token is words. shown: what stands for each image or video."""
+    """Token ids of the chat with all images and videos at the beginning of the first user's turn.
+
+    shown: the segments that stand for each image or video. A special token written in a user's text is encoded as
+    plain words.
+    """
     first = next(i for i, message in enumerate(messages) if message["role"] == "user")
     for message in messages:
         if PICTURE in message["content"]:

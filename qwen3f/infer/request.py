@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what comes back."""
+"""Requests to the engine, their answers, and the engine's state of a request."""
 
 import dataclasses
 from array import array
@@ -16,16 +16,16 @@ class Request:
 
     Attributes:
       prompt: token ids, at least one.
-      max_new_tokens: the answer ends there, if not before.
+      max_new_tokens: the answer has at most this many tokens.
       sampling: how tokens are chosen.
-      seed, stream: name the random stream: the token at a place depends on (seed, stream, place) and its logits alone,
-        so never on what else is in the batch. seed: the engine's by default.
-      stop_ids: the answer ends with any of these, which it keeps.
+      seed, stream: name the random stream. The token at a place depends only on (seed, stream, place) and its logits,
+        never on other requests in the batch. seed: the engine's by default.
+      stop_ids: the answer ends with the first of these ids, and keeps it.
       stop_texts: the answer ends with the token that completes one of these texts; needs the engine's tokenizer.
       budget: a limit on thinking.
-      pictures: images and videos, whose placeholders the prompt holds, as many as merged features.
-      on_token: called with (token id, log-probability) as they come, between two passes; it may cancel rows. What it
-        raises ends the call that computes, once the pass's other tokens have been handed out.
+      pictures: images and videos. The prompt must hold one placeholder for each of their merged features.
+      on_token: called with (token id, log-probability) of each new token, between two passes; it may cancel rows. If it
+        raises, the other tokens of the pass are still delivered; then the running step, run or generate raises.
     """
 
     prompt: tuple[int, ...]
@@ -46,10 +46,10 @@ class Completion:
 
     Attributes:
       ids: its tokens, without the prompt; a stop id that ended it is the last of them.
-      logprobs: of each token, natural, under the distribution that it was drawn from: temperature and filters (top-k,
-        top-p, min-p, penalty) included. A greedy token's is at temperature 1. A token that the thinking budget set has
-        the one that the model gave it.
-      finish_reason: "stop" (an id or a text), "length" (max_new_tokens), or "error: …".
+      logprobs: natural log-probability of each token under the distribution that it was drawn from, with temperature
+        and filters (top-k, top-p, min-p, penalty). Greedy tokens have their value at temperature 1; so have tokens that
+        the thinking budget forced.
+      finish_reason: "stop" (a stop id or stop text), "length" (max_new_tokens), or "error: …".
       prompt_index, sample_index: which prompt it answers, and which of its n answers it is.
     """
 
@@ -61,15 +61,19 @@ class Completion:
 
 
 class Row:
-    """A request on its way.
+    """The engine's state of a request that waits or is being computed.
 
-    number: its place in the order of arrival. stream: its random stream, see sampling.streams_at. places: where the
-    prompt's tokens stand, of a model with a vision tower; None: one behind the other. features: what the tower says of
-    its pictures, from their first token to their last.
-    tokens: prompt and answer so far, as far as known to the host. cached: tokens whose keys lie in pages, or will when
-    what has been launched is done. launched: tokens of the answer that have been launched. checked: whether a token has
-    been drawn from the pages that it has; then all that it has written there is finite. waits_for: a row that is to be
-    checked first, since this one begins like it.
+    Attributes:
+      number: its place in the order of arrival.
+      stream: its random stream, see sampling.streams_at.
+      places: positions of the prompt's tokens, for a model with a vision tower; None: 0, 1, 2, …
+      features: output of the vision tower for its pictures; kept while tokens of a picture are still to be computed.
+      tokens: prompt and answer so far, as known to the host.
+      cached: number of tokens whose keys are in pages, or will be once the passes in flight are done.
+      launched: number of tokens of the answer whose pass has been launched.
+      checked: whether a token has been drawn from its pages. Then all that it wrote there is finite.
+      waits_for: a row with the same beginning; this row waits until that one is checked, to share its pages.
+      answered: number of tokens of the answer that the host knows.
     """
 
     def __init__(self, request: Request, number: int, stream: int = 0, places: Places | None = None) -> None:
@@ -92,7 +96,7 @@ class Row:
 
     @property
     def different(self) -> array:
-        """The answer's tokens, each once. Only what is new since the last time is looked at."""
+        """The distinct tokens of the answer. A call only scans the tokens that are new since the last call."""
         for token in self.tokens[self._read :]:
             if token not in self._told:
                 self._told.add(token)

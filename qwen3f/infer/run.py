@@ -1,4 +1,4 @@
-"""The stage generate: questions from the configuration, from a file or from a chat; answers on stdout or in a file."""
+"""The stage generate: questions from the configuration, a file or a chat; answers on stdout or in a file."""
 
 import contextlib
 import dataclasses
@@ -44,9 +44,11 @@ ON_BAD_ROW = ("error", "skip")
 
 @dataclasses.dataclass
 class Summary:
-    """What a run did: rows answered, of these failed; bad rows; done: rows that a run before had answered.
+    """Counts and times of a run.
 
-    Rows that failed in a file are asked again by the next run.
+    answered: rows with an answer, failed ones included. failed: rows whose answer is an error; the next run with the
+    same file computes them again. bad: rows that cannot be used. done: rows that an earlier run answered. begin, first,
+    end: seconds of a clock.
     """
 
     answered: int = 0
@@ -56,7 +58,7 @@ class Summary:
     tokens: int = 0
     prompt_tokens: int = 0
     begin: float = 0.0
-    first: float = 0.0  # when the first token was there
+    first: float = 0.0  # the time of the first token
     end: float = 0.0
 
     def add(self, answer: Answer) -> None:
@@ -66,7 +68,7 @@ class Summary:
         self.prompt_tokens += answer.prompt_tokens
 
     def text(self) -> str:
-        failed = "failed, which the same command asks again"
+        failed = "failed; the same command computes them again"
         counts = {"answered before": self.done, "bad rows left out": self.bad, failed: self.failed}
         rest = "".join(f"; {count} {name}" for name, count in counts.items() if count)
         if not self.tokens:
@@ -79,13 +81,14 @@ class Summary:
 
 
 def run(config: ConfigDict, workdir: Path, progress: bool = True) -> Summary | None:
-    """Answer config.prompt, each of config.prompts or each row of config.input, and say on stderr how fast.
+    """Answer config.prompt, each of config.prompts or each row of config.input, and print the speed on stderr.
 
-    Without any of these: a chat over stdin. The workdir is not used. With config.mesh=tpN the model is cut over N
-    devices: as one of the ranks, or starting them. Raises UserError, before any token is made or any process starts,
-    for keys that are missing or do not go together, for rows that are malformed, and as qwen3f.interop.source and
-    ranks.decide do; for a row that is too long when it is its turn, after those before it. Ctrl-C ends the process with
-    code 130.
+    Without any of these: a chat over stdin. The workdir is not used. With config.mesh=tpN the model is split over N
+    devices; this process is then one of the ranks, or starts them. Ctrl-C ends the process with code 130.
+
+    Raises UserError before any token is generated or any process starts: for keys that are missing or do not go
+    together, for malformed rows, and as qwen3f.interop.source and ranks.decide do. Only a row that is too long raises
+    later, when its turn comes.
     """
     check(config)
     device = find_device(config.device).type
@@ -100,15 +103,15 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> Summary | N
         return None
     with ranks.joined(decision, shape, timeout=config.collective_timeout) as world:
         summary = answer_all(config, progress, world)
-        gc.collect()  # NCCL ends only once no CUDA graph is left that it is part of
+        gc.collect()  # NCCL only ends when no CUDA graph that contains its kernels is left
         return summary
 
 
 def find_mesh(config: ConfigDict, devices: int) -> MeshShape:
-    """The mesh of config.mesh. Raises UserError for axes that cut no model, and for a chat."""
+    """The mesh of config.mesh. Raises UserError for axes other than tp, and for a chat on several devices."""
     shape = parse_mesh(config.mesh, devices)
     if shape.size != shape.tp:
-        raise UserError(f"config.mesh={config.mesh}: generation cuts a model over tp alone; write tp{shape.size}")
+        raise UserError(f"config.mesh={config.mesh}: generation has only tp; write --config.mesh=tp{shape.size}")
     if shape.size > 1 and _is_chat(config):
         raise UserError(
             f"config.mesh={config.mesh}: a chat over stdin runs on one device; leave out config.mesh, or give "
@@ -118,7 +121,7 @@ def find_mesh(config: ConfigDict, devices: int) -> MeshShape:
 
 
 def answer_all(config: ConfigDict, progress: bool = True, world: World = ALONE) -> Summary | None:
-    """As `run`, on the devices of `world`, whose ranks all call this together; rank 0 writes."""
+    """As `run`, on the devices of `world`. All ranks call this together; rank 0 writes."""
     options = check(config)
     device = find_device(config.device)
     dtype = find_dtype(config.dtype, device)
@@ -135,7 +138,7 @@ def answer_all(config: ConfigDict, progress: bool = True, world: World = ALONE) 
         for ask in asks():
             _request(cfg, tokenizer, ask, shown)
     if config.chat and never_saw_chats(place) and world.main:
-        hint = f"{pretrained_only(config.init_from)}; to have it go on with a text write --config.chat=False"
+        hint = f"{pretrained_only(config.init_from)}; to let it continue a text write --config.chat=False"
         print(hint, file=sys.stderr, flush=True)
 
     def generator() -> TextGenerator:
@@ -159,7 +162,7 @@ def answer_all(config: ConfigDict, progress: bool = True, world: World = ALONE) 
             _print(_passes(config, generator(), asks(), summary, shown), several=rows > 1)
     except KeyboardInterrupt:
         if world.main:
-            print("stopped" + ("; the same command goes on" if config.out else ""), file=sys.stderr, flush=True)
+            print("stopped" + ("; the same command resumes" if config.out else ""), file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     if world.main:
         print(summary.text(), file=sys.stderr, flush=True)
@@ -168,7 +171,7 @@ def answer_all(config: ConfigDict, progress: bool = True, world: World = ALONE) 
 
 @contextlib.contextmanager
 def _answer_file(config: ConfigDict, place: str, rows: int, world: World) -> Iterator[AnswerFile | None]:
-    """The file of the answers on rank 0, None on others; its errors are raised by all."""
+    """The file of the answers on rank 0, None on other ranks. If it cannot be opened, all ranks raise the error."""
     with contextlib.ExitStack() as stack:
         file = AnswerFile(user_path(config.out, "config.out"), _model_name(config, place), rows) if world.main else None
         world.together(lambda: stack.enter_context(file) if file else None, UserError)
@@ -176,7 +179,7 @@ def _answer_file(config: ConfigDict, place: str, rows: int, world: World) -> Ite
 
 
 def _answered(world: World, file: AnswerFile | None, asks: Callable[[], Iterator[Ask]]) -> Callable[[Ask], bool]:
-    """Whether a row has its answer in the file, which rank 0 reads."""
+    """A function that tells whether the file has the answer to a row. Rank 0 reads the file for all ranks."""
     if world.size == 1:
         return file.has
 
@@ -192,8 +195,8 @@ def _is_chat(config: ConfigDict) -> bool:
 
 
 def _model_name(config: ConfigDict, place: str) -> str:
-    """What answers come from besides the row and its options: the model, and where they are given, the kind of its
-    chats and what is shown."""
+    """A name for everything that an answer depends on besides the row and its options: the model, and if set, the chat
+    template, images and video."""
     names = ("chat_template", "images", "video", "video_fps")
     given = {name: config[name] for name in names if config[name] not in ("", None)}
     if config.images:
@@ -202,7 +205,7 @@ def _model_name(config: ConfigDict, place: str) -> str:
 
 
 def _check_kind(tokenizer: Tokenizer, options: TextOptions) -> None:
-    """Raises UserError for options that the kind of the model's chats has not."""
+    """Raises UserError for options that the kind of the model's chat template does not have."""
     try:
         if options.chat:
             check_thinking(kind_of(tokenizer), options.thinking, "--config.thinking")
@@ -212,7 +215,7 @@ def _check_kind(tokenizer: Tokenizer, options: TextOptions) -> None:
 
 
 def check_shown(config: ConfigDict, cfg: ModelConfig) -> None:
-    """Raises UserError for images and a video that cannot be asked about; does not look at them."""
+    """Raises UserError if the settings of images and video do not go together; does not read the files."""
     if config.video_fps is not None and not config.video:
         raise UserError(
             f"config.video_fps={config.video_fps} goes with config.video: write --config.video=DIR, or leave it out"
@@ -232,7 +235,7 @@ def check_shown(config: ConfigDict, cfg: ModelConfig) -> None:
 
 
 def _shown(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer) -> list[Shown]:
-    """The images and the video that every prompt asks about. Raises UserError as check_shown, and for files."""
+    """The images and the video for every prompt. Raises UserError as check_shown, and for unreadable files."""
     check_shown(config, cfg)
     if not (config.images or config.video):
         return []
@@ -243,8 +246,8 @@ def _shown(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer) -> list[S
 
 
 def check(config: ConfigDict) -> TextOptions:
-    """What the configuration says of answers. Raises UserError for keys that are missing or do not go together, and
-    for places that are not there; looks at no model."""
+    """The options for answers in the configuration. Raises UserError for keys that are missing or do not go together,
+    and for files that do not exist; does not read the model."""
     if not config.init_from:
         raise UserError(
             "config.init_from is missing; write --config.init_from=DIR, a Hugging Face directory, a workdir or its "
@@ -284,7 +287,7 @@ def check(config: ConfigDict) -> TextOptions:
 
 
 def _stdin_is_given() -> bool:
-    """Whether somebody may write there: a terminal, a pipe or a file; not /dev/null, as services have it."""
+    """Whether stdin is a terminal, a pipe, a socket or a file, not /dev/null as in services."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
         return sys.stdin.isatty() or stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
@@ -293,7 +296,7 @@ def _stdin_is_given() -> bool:
 
 
 def _asks(config: ConfigDict, options: TextOptions, rows: int) -> Iterator[Ask]:
-    """Those of the first `rows` rows that can be asked. Others may be appended meanwhile: they are the next run's."""
+    """The usable ones of the first `rows` rows. Rows that are appended meanwhile are left to the next run."""
     return (ask for ask in itertools.islice(_rows(config, options), rows) if not isinstance(ask, BadRow))
 
 
@@ -314,7 +317,7 @@ def _request(cfg: ModelConfig, tokenizer: Tokenizer, ask: Ask, shown: Sequence[S
 def _passes(
     config: ConfigDict, generator: TextGenerator, asks: Iterable[Ask], summary: Summary, shown: Sequence[Shown]
 ) -> Iterator[list[tuple[Ask, Answer]]]:
-    """After each pass the rows under way, and those that it has ended. Counts in `summary`."""
+    """Yields after each pass the unfinished rows and those that it finished. Counts in `summary`."""
     asked: dict[int, Ask] = {}
 
     def requests() -> Iterator[Request]:
@@ -343,7 +346,7 @@ def _passes(
 
 
 def _write(passes: Iterator[list[tuple[Ask, Answer]]], file: AnswerFile | None, rows: int, progress: bool) -> None:
-    """Answers into the file, in the order in which they end; without one they are only made."""
+    """Write answers to the file in the order in which they end. Ranks without a file only compute them."""
     start, hidden = (file.count, not progress) if file else (0, True)
     with tqdm(desc="answers", total=rows, initial=start, file=sys.stderr, disable=hidden) as bar:
         for pairs in passes:
@@ -355,7 +358,7 @@ def _write(passes: Iterator[list[tuple[Ask, Answer]]], file: AnswerFile | None, 
 
 
 def _print(passes: Iterator[list[tuple[Ask, Answer]]], several: bool) -> None:
-    """Answers on stdout in the order of the rows, while they are written; several with their prompt above them."""
+    """Print answers to stdout while they grow, in the order of the rows. If there are several, print prompts above."""
     waiting: dict[int, tuple[Ask, Answer]] = {}
     begun = False
     for pairs in passes:

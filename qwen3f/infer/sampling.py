@@ -1,8 +1,8 @@
 """From logits to token ids: greedy or filtered sampling, a pure function of (logits, parameters, random stream).
 
 Order of operations: presence penalty, temperature, top-k, top-p, min-p, draw. The penalty comes first as in vLLM; the
-rest is the order of transformers' generate. (vLLM applies min-p before top-k and top-p. The two orders differ only
-where all three are in use, since min-p takes away tokens that would have counted towards top-p.)
+rest is the order of transformers' generate. (vLLM applies min-p before top-k and top-p. The two orders can differ only
+if min-p is used with top-p, since min-p removes tokens that would have counted towards top-p.)
 
 B rows · V vocabulary · N tiles of n ids
 """
@@ -27,10 +27,10 @@ class SamplingParams:
     """How the next token is chosen.
 
     temperature: divides the logits; 0 is greedy (the largest logit after the penalty; the filters then change nothing).
-    top_k: keep the k largest logits, and what equals the k-th; 0 keeps all.
-    top_p: keep the fewest likely tokens whose probabilities sum to at least top_p; 1 keeps all.
+    top_k: keep the k largest logits, and all that equal the k-th; 0 keeps all.
+    top_p: keep the likeliest tokens, as few as have probabilities that sum to at least top_p; 1 keeps all.
     min_p: keep tokens at least min_p times as probable as the likeliest; 0 keeps all.
-    presence_penalty: taken from the logits of every token that the answer already has (the prompt does not count).
+    presence_penalty: subtracted from the logits of every token that the answer already has (the prompt does not count).
     Raises UserError for a value outside its range.
     """
 
@@ -68,8 +68,8 @@ def sample(
       logits_BV: any floating dtype. Computed in float32 at least, and in float64 where there are filters.
       stream_B: int64 [B], one random stream a row (see `streams`); not read when greedy.
       seen_BV: bool [B, V], the tokens of the answer so far; read only if there is a presence penalty.
-    The log-probability is of the distribution that the token is drawn from; of a greedy token, at temperature 1.
-    A row's token depends on its own logits, stream and seen tokens alone. Logits must be finite.
+    The log-probability belongs to the distribution that the token is drawn from; for a greedy token, to temperature 1.
+    A row's token depends only on its own logits, stream and seen tokens. Logits must be finite.
     """
     if params.presence_penalty:
         logits_BV = penalise(logits_BV, seen_BV, params.presence_penalty)
@@ -91,11 +91,12 @@ def uniform(stream_B: Tensor) -> Tensor:
 
 
 def _invert(probs_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(the first id whose sum of probabilities up to it exceeds uniform · their total, int64 [B]; the total, float64).
+    """(the first id at which the cumulative probability exceeds uniform · total, int64 [B]; the total, float64 [B]).
 
-    In two steps, first among tiles of the vocabulary, then within one, since a running sum is slow; it is float64.
-    uniform has 52 bits, so uniform · total stays below the total even when rounded, and the tile exists. Within it the
-    other order of summation is made up for; a token of probability 0 is never drawn.
+    Works in two steps, over the sums of tiles, then within one tile, since a float64 cumulative sum over the whole
+    vocabulary is slow. uniform has 52 bits, so uniform · total stays below the total even when rounded, and the tile
+    exists. Within the tile the sums may round differently, so the target is clamped to the tile's range. A token of
+    probability 0 is never drawn.
     """
     tiles_BNn = _tiles(probs_BV, 0.0)
     end_BN = tiles_BNn.sum(-1).cumsum(-1, dtype=torch.float64)
@@ -110,45 +111,45 @@ def _invert(probs_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _largest(logits_BV: Tensor) -> Tensor:
-    """argmax, of equal ones the first, in two steps: on a CPU `amax` is many times faster."""
+    """argmax, the first of equal values. In two steps, since on a CPU `amax` is many times faster than `argmax`."""
     tiles_BNn = _tiles(logits_BV, -math.inf)
     tile_B1 = tiles_BNn.amax(-1).argmax(-1, keepdim=True)
     return tile_B1[:, 0] * TILE + _tile(tiles_BNn, tile_B1).argmax(-1)
 
 
 def _tiles(x_BV: Tensor, filled: float) -> Tensor:
-    """[B, N, TILE]; the last tile is filled up."""
+    """[B, N, TILE]; the last tile is padded with `filled`."""
     missing = -x_BV.shape[-1] % TILE
     return (F.pad(x_BV, (0, missing), value=filled) if missing else x_BV).unflatten(-1, (-1, TILE))
 
 
 def _tile(tiles_BNn: Tensor, tile_B1: Tensor) -> Tensor:
-    """[B, TILE], one of each row."""
+    """[B, TILE]: the tile of each row that tile_B1 names."""
     return tiles_BNn.gather(1, tile_B1[..., None].expand(-1, 1, TILE))[:, 0]
 
 
 def log_prob(logits_BV: Tensor, ids_B: Tensor) -> Tensor:
-    """float32 [B]: of each row's token, at temperature 1."""
+    """float32 [B]: the log-probability of each row's token at temperature 1."""
     logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     return (logits_BV.gather(-1, ids_B[:, None])[:, 0] - logits_BV.logsumexp(-1)).float()
 
 
 def temper(logits_BV: Tensor, temperature: float) -> Tensor:
-    """Logits over the temperature, the largest of a row 0: so no temperature, however small, makes it infinite."""
+    """Logits divided by the temperature, shifted so that the largest of a row is 0: no temperature can overflow it."""
     logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
     return shifted_BV if temperature == 1 else shifted_BV / max(float(temperature), torch.finfo(shifted_BV.dtype).tiny)
 
 
 def filter_logits(logits_BV: Tensor, params: SamplingParams) -> Tensor:
-    """As `temper`, with −inf for what top-k, top-p and min-p take away; float64 [B, V]. temperature > 0."""
+    """As `temper`, with −inf for tokens that top-k, top-p and min-p remove; float64 [B, V]. temperature > 0."""
     logits_BV = temper(logits_BV.double(), params.temperature)
     if params.top_k:
         kth_B1 = logits_BV.topk(min(params.top_k, logits_BV.shape[-1]), dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -math.inf)
     if params.top_p < 1:
         ascending_BV, order_BV = logits_BV.sort(-1)
-        # what lies at or below a token in likelihood; a token goes if that mass is not needed to reach top_p
+        # cumsum: the mass of a token and of all less likely ones; without this mass the rest still reaches top_p
         gone_BV = ascending_BV.softmax(-1).cumsum(-1) <= 1 - params.top_p
         gone_BV[:, -1] = False
         logits_BV = logits_BV.masked_fill(torch.zeros_like(gone_BV).scatter(-1, order_BV, gone_BV), -math.inf)
@@ -159,9 +160,9 @@ def filter_logits(logits_BV: Tensor, params: SamplingParams) -> Tensor:
 
 
 def penalise(logits_BV: Tensor, seen_BV: Tensor, presence_penalty: float) -> Tensor:
-    """logits − presence_penalty where a token was seen, whatever the number of times (OpenAI's and vLLM's definition).
+    """float64: logits − presence_penalty for each token that was seen, once or more (as OpenAI and vLLM define it).
 
-    seen_BV: bool [B, V]. Float64.
+    seen_BV: bool [B, V].
     """
     return logits_BV.double() - presence_penalty * seen_BV
 
@@ -173,8 +174,7 @@ def stream_of(seed: int, request: int) -> int:
 
 
 def streams_at(stream_B: Tensor, position_B: Tensor) -> Tensor:
-    """int64 [B]: the random stream of a row's token, from the row's stream and the token's position in the row alone.
-
-    So a row draws the same tokens in any batch, at any place.
+    """int64 [B]: the random stream of a token. It depends only on the row's stream and the token's position in the row,
+    so a row draws the same tokens in any batch, at any place.
     """
     return rng.fold(stream_B, position_B)

@@ -1,7 +1,8 @@
-"""Who is computed next: admission by free pages, prefill in chunks, decoding of all other rows, preemption.
+"""Which rows are computed next: admission by free pages, prefill in chunks, decoding of all other rows, preemption.
 
-On the host; no tensors. Prefill computes the keys of all tokens of a row but the last. The last one is fed by decoding,
-which gives the first new token: so n answers to one prompt share its prefill, each with its own last token.
+Runs on the host, without tensors. Prefill computes keys and values for all tokens of a prompt except the last. Decoding
+feeds the last one, and that pass gives the first new token. So n answers to one prompt share its prefill, and each
+feeds the last token itself.
 """
 
 import dataclasses
@@ -10,12 +11,12 @@ from collections import deque
 from qwen3f.infer.pages import ROOT, Match, PagePool
 from qwen3f.infer.request import Row
 
-WORTH_WAITING = 16  # tokens that a row could share with one that has drawn no token yet
+WORTH_WAITING = 16  # a row waits for an unchecked row if it can share more than this many additional tokens with it
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """rows: at most so many at a time. chunk: tokens of a prefill pass, padding included."""
+    """rows: rows computed at a time, at most. chunk: tokens of a prefill pass, at most, padding included."""
 
     rows: int
     chunk: int
@@ -35,11 +36,11 @@ class Plan:
     """What to compute, in this order.
 
     Attributes:
-      copies: pages to copy, (from, to, tokens): so many tokens of the page.
-      erase: pages to set to 0, since they may hold what is not finite.
-      chunks: one prefill pass, a row of the batch each.
-      decode: rows that take their next token.
-      preempted: rows that have lost their pages and wait again.
+      copies: (from, to, tokens): copy the first `tokens` tokens of page `from` to page `to`.
+      erase: pages to set to 0, since they may hold numbers that are not finite.
+      chunks: the rows of one prefill pass.
+      decode: rows that draw their next token.
+      preempted: rows that have lost their pages and are back in the queue.
     """
 
     copies: list[tuple[int, int, int]]
@@ -53,7 +54,7 @@ class Plan:
 
 
 class Scheduler:
-    """Rows from their arrival to their end. The caller computes each plan, then asks for the next one."""
+    """Schedules rows from their arrival to their end. The caller computes each plan, then calls `plan` again."""
 
     def __init__(self, pool: PagePool, limits: Limits) -> None:
         self.pool, self.limits = pool, limits
@@ -65,9 +66,10 @@ class Scheduler:
         self.waiting.append(row)
 
     def finish(self, row: Row) -> list[int]:
-        """Give back what the row has. Its pages stay to be found by rows with the same beginning.
+        """Remove the row and release its pages. They keep their contents for rows with the same beginning.
 
-        Returns pages to erase, before the next plan: of a row from which no token has been drawn they are forgotten.
+        Returns pages that the caller must erase before the next plan. These are the pages of a row that has drawn no
+        token: their contents may not be finite, so they are forgotten.
         """
         if row not in self.active:
             self.waiting.remove(row)
@@ -76,7 +78,7 @@ class Scheduler:
         return self._release(row)
 
     def restart(self) -> list[int]:
-        """Take their pages from all rows; they wait again, in their order, and go on from the tokens that they have.
+        """Take the pages away from all rows; the rows go back to the queue, in their order, and keep their tokens.
 
         Returns pages to erase, as `finish`.
         """
@@ -84,7 +86,7 @@ class Scheduler:
         return [page for row in rows for page in self._preempt(row)]
 
     def plan(self) -> Plan:
-        """What to compute now; nothing for decoding where no row is ready. Empty when no row is left."""
+        """What to compute now. Its decode list is empty if no row is ready; all is empty when no row is left."""
         copies = self._admit()
         chunks = self._chunks()
         busy = {chunk.row.number for chunk in chunks}
@@ -93,7 +95,7 @@ class Scheduler:
         decode = []
         for row in list(self.active):
             ready = row.cached == len(row.request.prompt) - 1 + row.launched and row.number not in busy
-            waits = row.launched >= row.request.max_new_tokens  # for its last token
+            waits = row.launched >= row.request.max_new_tokens  # its last token is in flight
             if not ready or waits or (preempted and row in preempted):
                 continue
             if row.cached < len(row.pages) * self.pool.size or self._make_room(row, preempted, erase):
@@ -127,8 +129,8 @@ class Scheduler:
         growing = sum(map(self._grows, self.active)) if self.waiting and len(self.active) < self.limits.rows else 0
         while self.waiting and len(self.active) < self.limits.rows and len(held) < self.limits.rows:
             row = self.waiting.popleft()
-            on_the_way = row.launched > row.answered  # preempted while its token was
-            if on_the_way or (row.waits_for is not None and row.waits_for.pages and not row.waits_for.checked):
+            in_flight = row.launched > row.answered  # it was preempted while its token was in flight
+            if in_flight or (row.waits_for is not None and row.waits_for.pages and not row.waits_for.checked):
                 held.append(row)
                 continue
             found = self.pool.match(row.tokens, len(row.tokens) - 1)
@@ -146,7 +148,7 @@ class Scheduler:
         return copies
 
     def _awaited(self, row: Row, found: Match) -> Row | None:
-        """One that, once it has drawn a token, offers much more of the row than pages do now."""
+        """A row that is not checked yet and shares many more tokens with `row` than the pages in `found`, or None."""
         enough = found.tokens + WORTH_WAITING
         return self.pool.promised(row.tokens, found, enough) if len(row.tokens) > enough else None
 
@@ -155,21 +157,21 @@ class Scheduler:
         return _length(row) > len(row.pages) * self.pool.size
 
     def _allocate(self, row: Row, found: Match, copies: list[tuple[int, int, int]], growing: int) -> bool:
-        """Pages for a row, if one is then left for each of the `growing` rows."""
+        """Give the row its pages, if enough remain for each of the `growing` rows to get one more; else False."""
         size = self.pool.size
         for page in found.pages:
             self.pool.share(page)
         if found.partial is not None:
-            self.pool.share(found.partial)  # so that it is not taken before it is copied
+            self.pool.share(found.partial)  # so that `take` does not give it away before it is copied
         needed = -(-len(row.tokens) // size) - len(found.pages)
         partial = found.partial
         enough = self.pool.available >= needed + growing
-        if not enough and partial is not None:  # it may itself be the page that is missing
+        if not enough and partial is not None:  # without the copy its page is free again, which may be enough
             self.pool.release(partial)
             partial = None
             enough = self.pool.available >= needed + growing
         if not enough:
-            for page in reversed(found.pages):  # so that the last ones are taken first, if any
+            for page in reversed(found.pages):  # reversed, so that `take` gives the last pages of the row away first
                 self.pool.release(page)
             return False
         own = [self.pool.take() for _ in range(needed)]
@@ -188,13 +190,16 @@ class Scheduler:
         self.pool.describe(row.pages[place], parent, row, place * self.pool.size)
 
     def _chunks(self) -> list[Chunk]:
-        """The row that came first, and others with about as much to prefill: a pass is as wide as its widest chunk."""
+        """Chunks of one pass: the oldest row, and rows with a similar number of tokens left to prefill.
+
+        A pass is as wide as its widest chunk, so similar lengths need little padding.
+        """
         counts = [(min(len(row.tokens) - 1 - row.cached, self.limits.chunk), row) for row in self.active]
         counts = [(count, row) for count, row in counts if count > 0]
         if not counts:
             return []
         first, others = counts[0], counts[1:]
-        others.sort(key=lambda pair: (pair[0] > first[0], abs(pair[0] - first[0])))  # what is narrower adds no padding
+        others.sort(key=lambda pair: (pair[0] > first[0], abs(pair[0] - first[0])))  # shorter ones first: no wider pass
         chunks: list[Chunk] = []
         widest = 0
         for count, row in (first, *others):
@@ -205,7 +210,10 @@ class Scheduler:
         return chunks
 
     def _make_room(self, row: Row, preempted: list[Row], erase: list[int]) -> bool:
-        """A page for the row's next token; others that came later, or the row itself, lose theirs if there is none."""
+        """Give the row a page for its next token; False if the row was preempted instead.
+
+        While no page is available, the row that came last loses its pages; that may be `row` itself.
+        """
         while not self.pool.available:
             last = max(self.active, key=lambda other: other.number)
             erase += self._preempt(last)
@@ -222,7 +230,7 @@ class Scheduler:
         return self._release(row)
 
     def _release(self, row: Row) -> list[int]:
-        """Returns the pages of which nobody knows whether they are finite: of a row that has drawn nothing."""
+        """Release the row's pages. Returns those whose contents may not be finite, if the row has drawn no token."""
         doubtful: list[int] = []
         if row.checked:
             self.pool.vouch(row.pages)
@@ -235,5 +243,5 @@ class Scheduler:
 
 
 def _length(row: Row) -> int:
-    """Tokens of which the row may need the keys."""
+    """Number of tokens whose keys the row may need, at most."""
     return len(row.request.prompt) + row.request.max_new_tokens - 1

@@ -1,6 +1,6 @@
-"""The engine's vision: features of the pictures in a prefill pass, for chunks that may begin or end within an image.
+"""Vision in the engine: features of the pictures in a prefill pass, whose chunks may begin or end within an image.
 
-B rows of the pass · T tokens of a chunk · K features of a row, of the row with the most · D width
+B rows of the pass · T tokens of a chunk · K features of the row that has the most · D width
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,11 @@ from sharding.layout import ONE_DEVICE
 
 
 class Sight:
-    """A row's pictures go through the tower when the first of their tokens is computed; what it says of them is kept
-    until the last one is. Pages that were found need none, and a row that has lost its pages goes through it anew."""
+    """Runs the vision tower for rows with pictures.
+
+    The tower runs when the first token of a row's pictures is prefilled; its output is kept until the last one is. If
+    all these tokens are found in shared pages, the tower does not run. If a row has lost its pages, it runs again.
+    """
 
     def __init__(self, cfg: ModelConfig, execution: model.Execution) -> None:
         self._cfg = cfg.replace(gradient_checkpointing="none")
@@ -35,8 +38,8 @@ class Sight:
     def look(
         self, params: P.Params, batch: Mapping[str, np.ndarray], chunks: Sequence[Chunk]
     ) -> tuple[dict[str, np.ndarray], Features | None]:
-        """(the batch with rotary [B, 3, T] and visual_index [B, T], and placeholders as the vocabulary has them; the
-        features of its rows, or None where no token is an image's)."""
+        """(the batch with rotary [B, 3, T] and visual_index [B, T], and image_token_id as the id of placeholders;
+        features of its rows, or None if no token belongs to a picture)."""
         rows, width = len(chunks), batch["tokens"].shape[1]
         rotary, index = np.zeros((rows, 3, width), np.int64), np.zeros((rows, width), np.int32)
         for number, chunk in enumerate(chunks):
@@ -50,7 +53,7 @@ class Sight:
         seen = [self._features(params, chunk.row) if index[n].any() else None for n, chunk in enumerate(chunks)]
         for chunk in chunks:
             if not chunk.row.places.index[chunk.start + chunk.count :].any():
-                chunk.row.features = None  # some megabytes a picture
+                chunk.row.features = None  # frees some megabytes for each picture
         return batch, _joined([features for features in seen if features is not None], seen)
 
     @torch.no_grad()
@@ -65,7 +68,7 @@ class Sight:
 
 
 def _joined(known: Sequence[Features], rows: Sequence[Features | None]) -> Features | None:
-    """Features of all rows, [B, K, D]; zeros where a row has none."""
+    """Features of all rows, [B, K, D]; zeros where a row has none. None if no row has any."""
     if not known:
         return None
     most = max(features.merged.shape[1] for features in known)

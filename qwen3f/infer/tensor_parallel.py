@@ -1,8 +1,8 @@
-"""An engine over ranks that each hold a part of the model: what is agreed on, since all must do the same.
+"""Tensor-parallel generation: which models can be split, and how ranks agree on tokens and sizes.
 
-Every rank runs the same engine with the same requests. It has its shards of the weights by the placement table
-(sharding.rules), the cache of its own key/value heads and the logits of its own ids. The host decides by numbers alone
-that are the same on all ranks, so that all launch the same passes in the same order.
+Every rank runs the same engine with the same requests. A rank has its shards of the weights by the placement table
+(sharding.rules), the cache of its own key/value heads and the logits of its own ids. All decisions on the host use only
+numbers that are equal on all ranks, so all ranks launch the same passes in the same order.
 
 B rows · V vocabulary (v: this rank's)
 """
@@ -23,7 +23,7 @@ from sharding.mesh import divisors
 
 
 def generation_layout(cfg: ModelConfig, tp: Axis) -> Layout:
-    """How the model is spread, for params as for passes. Raises UserError for a model that tp ranks cannot share."""
+    """The layout of parameters and passes over tp. Raises UserError for a model that tp ranks cannot share."""
     if tp.size == 1:
         return ONE_DEVICE
     check(cfg, tp.size)
@@ -42,18 +42,17 @@ def check(cfg: ModelConfig, size: int) -> None:
         common = math.gcd(*counts.values())
         sizes = [f"tp{n}" for n in divisors(common)]
         raise UserError(
-            f"tp={size} does not divide the model's {', '.join(uncut)}, and generation cuts whole ones alone; write "
-            f"{' or '.join(sizes)} in config.mesh"
+            f"tp={size} does not divide the model's {', '.join(uncut)}; write --config.mesh={' or '.join(sizes)}"
         )
 
 
 def whole_logits(logits_Bv: Tensor, tp: Axis) -> Tensor:
-    """[B, V]"""
+    """The logits of all ranks, [B, V]."""
     return gather(logits_Bv, tp, 1)
 
 
 def agreed(drawn: Drawn, tp: Axis) -> Drawn:
-    """What rank 0 has drawn: two GPUs may round a sum differently, and a token that differs would part the ranks."""
+    """Rank 0's draws. GPUs may round a sum differently; with different tokens the ranks would no longer do the same."""
     if tp.size == 1:
         return drawn
     packed = torch.stack([drawn.ids.double(), drawn.log_probs.double(), drawn.finite.double()])

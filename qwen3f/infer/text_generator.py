@@ -1,4 +1,4 @@
-"""Text in, text out: answers as they grow, on the engine.
+"""Text in, text out: answers by the engine, also piece by piece while they are written.
 
 gen = TextGenerator(cfg, params, tokenizer)
 print(gen.generate("What is the meaning of life?", max_new_tokens=256))
@@ -20,9 +20,9 @@ from qwen3f.infer.text_request import Content, TextOptions, make_request
 
 
 class Answer:
-    """A row's text as it grows.
+    """The text of an answer while it is written.
 
-    text: what `read` has given so far. A stop id is no part of it, nor is a stop text and what stands behind it.
+    text: all text that `read` has returned so far. It ends before a stop id or stop text.
     """
 
     def __init__(self, row: Row, tokenizer: Tokenizer) -> None:
@@ -33,12 +33,12 @@ class Answer:
 
     @property
     def finish_reason(self) -> str:
-        """ "" while it grows; then as a Completion's, or "cancelled"."""
+        """ "" while the answer is written; then as Completion.finish_reason, or "cancelled"."""
         return self.row.finish_reason
 
     @property
     def tokens(self) -> int:
-        """Of the answer, the stop id included."""
+        """Number of tokens of the answer, the stop id included."""
         return self.row.answered
 
     @property
@@ -46,10 +46,10 @@ class Answer:
         return len(self.row.request.prompt)
 
     def read(self) -> str:
-        """The text that has come since the last call.
+        """The new text since the last call.
 
-        Held back is what may turn out to be the beginning of a stop text or half a character; the answer's end decides:
-        half a character becomes U+FFFD.
+        Text that may be the beginning of a stop text, and half a character, are held back until later tokens, or the
+        end of the answer, decide. At the end half a character becomes U+FFFD.
         """
         asked, ended = self.row.request, bool(self.finish_reason)
         start = len(asked.prompt) + self._tokens
@@ -70,18 +70,18 @@ class Answer:
 
 
 def _held_from(text: str, stops: Sequence[str]) -> int:
-    """Where the longest end of `text` begins that a stop text begins with; len(text) if there is none."""
+    """Index of the longest suffix of `text` that is the beginning of a stop text; len(text) if there is none."""
     longest = max(map(len, stops), default=1) - 1
     first = max(0, len(text) - longest)
     return next((i for i in range(first, len(text)) if any(s.startswith(text[i:]) for s in stops)), len(text))
 
 
 class TextGenerator:
-    """Answers texts. Every answer is as it is alone, whatever else is answered beside it.
+    """Answers texts. An answer does not depend on the other requests that are answered at the same time.
 
     Args:
-      cfg, params, tokenizer: of the model; the dtype of params is that of the computation.
-      execution, max_tokens, options: as Engine has them.
+      cfg, params, tokenizer: of the model; it computes in the dtype of params.
+      execution, max_tokens, options: as for Engine.
     """
 
     def __init__(
@@ -102,14 +102,14 @@ class TextGenerator:
     def generate(self, text: Content, **options: Any) -> str:
         """The answer to a text or to a chat's messages.
 
-        options: fields of TextOptions: max_new_tokens, thinking, temperature, seed, stop, chat=False to go on with the
-        text, … With thinking the answer begins with its <think> block. Raises UserError for what cannot be answered,
-        and if the model's logits are not finite.
+        options: fields of TextOptions: max_new_tokens, thinking, temperature, seed, stop, chat=False to continue the
+        text, … With thinking the answer begins with its <think> block. Raises UserError for a request that cannot be
+        answered, and if the model's logits are not finite.
         """
         return "".join(self.stream(text, **options))
 
     def stream(self, text: Content, **options: Any) -> Iterator[str]:
-        """The same answer in pieces, as they come; leaving it early ends the answer. Raises UserError at once."""
+        """The same answer in pieces, while it is written. Leaving the loop cancels it. Raises UserError at once."""
         return self._pieces(make_request(self.cfg, self.tokenizer, text, TextOptions().changed(**options)))
 
     def _pieces(self, asked: Request) -> Iterator[str]:
@@ -119,10 +119,11 @@ class TextGenerator:
             raise_error(answer)
 
     def answer(self, requests: Iterable[Request]) -> Iterator[list[Answer]]:
-        """After each pass the answers under way, in the order of the requests, and those that the pass has ended.
+        """Yields after each pass the unfinished answers and those that it finished, in the order of the requests.
 
-        Requests are taken when there is room for them, twice as many as are computed at a time. If taking one raises,
-        that is passed on when the answers under way have ended. Leaving early, or any other error, ends all.
+        Takes requests from the iterable when there is room, up to twice as many as run at a time. If the iterable
+        raises UserError, the answers in progress are finished first, then the error is raised. Leaving the loop early,
+        or any other error, cancels all answers.
         """
         coming, failure = iter(requests), None
         under_way: list[Answer] = []
@@ -149,7 +150,7 @@ class TextGenerator:
             raise failure
 
     def _submit(self, asked: Request) -> Row:
-        """A row; one that has failed already if the cache can never hold it."""
+        """The row of a request. If the cache can never hold it, the row has an error as its finish_reason."""
         try:
             return self._engine.submit([asked])[0]
         except UserError as error:

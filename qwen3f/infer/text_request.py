@@ -1,4 +1,4 @@
-"""What is asked in words as a request to the engine: the chat format, how tokens are chosen, the longest answer."""
+"""Turns a text or a chat with options into a request to the engine: chat format, sampling, length of the answer."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams
 from qwen3f.infer.thinking import CLOSING, ThinkingBudget
 
 Content = str | Sequence[Message]
-"""A user's text (or with chat=False one to go on with), or the messages of a chat that ends with a user's turn."""
+"""A user's text (with chat=False a text to continue), or the messages of a chat that ends with a user's turn."""
 
 NO_CHAT = "messages need the chat format; write chat=True, or a prompt that is a text"
 
@@ -31,18 +31,18 @@ class TextOptions:
     """How a text is answered. The names are those of experiments/generate.py and of a batch file's rows.
 
     Attributes:
-      chat: the text is a user's turn in Qwen3's chat format; False: text to go on with.
-      system: the chat's system message, where it has none of its own.
-      thinking: let the model think first, unless the last soft switch in the chat is /no_think. False: never; switches
-        then have no effect, as Qwen3 has it. (There the model itself writes the empty block after /no_think; here it
-        stands in the prompt: the same tokens.) None: as the model's chat template does by itself. Models that always
-        think, or never, have no switches.
-      thinking_budget: tokens; then thinking ends with Qwen3's closing sentence.
-      max_new_tokens: the answer ends there, if not before.
-      temperature … presence_penalty: None is what Qwen3 recommends for the mode, and greedy without chat.
+      chat: the text is a user's turn in Qwen3's chat format; False: text to continue.
+      system: system message, for a chat that does not begin with one.
+      thinking: True lets the model think first, unless the last soft switch in the chat is /no_think. False: never;
+        switches then have no effect, as in Qwen3. None: the default of the model's chat template. Models that always
+        think, or never, have no switches. (After /no_think Qwen3 writes an empty thinking block itself; here the block
+        is in the prompt, with the same tokens.)
+      thinking_budget: after this many tokens, thinking ends with Qwen3's closing sentence.
+      max_new_tokens: the answer has at most this many tokens.
+      temperature … presence_penalty: None means what Qwen3 recommends for the mode, and greedy without chat.
       seed: of the random stream.
-      stop: the answer ends before the first of these texts, wherever tokens are cut; a list becomes a tuple.
-    Raises UserError, which begins with a field's name, for a value that is none.
+      stop: the answer ends before the first of these texts, even if it begins within a token. A list becomes a tuple.
+    Raises UserError for a bad value; the message begins with the name of the field.
     """
 
     chat: bool = True
@@ -85,7 +85,7 @@ class TextOptions:
         choose_sampling(self, self.thinking is not False)
 
     def changed(self, **values: Any) -> "TextOptions":
-        """With other values. Raises UserError for a name or a value that is none."""
+        """A copy with other values. Raises UserError for an unknown name or a bad value."""
         if unknown := [name for name in values if name not in FIELDS]:
             raise UserError(f"{unknown[0]} is unknown; write one of {', '.join(FIELDS)}")
         if values.get("chat") is False:
@@ -99,7 +99,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(TextOptions))
 
 
 def choose_sampling(options: TextOptions, thinks: bool) -> SamplingParams:
-    """Qwen3's recommendation for the mode (greedy without chat), with each value that the options set."""
+    """Qwen3's recommendation for the mode (greedy without chat), where each value that the options set replaces its."""
     base = (THINKING if thinks else NON_THINKING) if options.chat else GREEDY
     given = {name: getattr(options, name) for name in _SAMPLING}
     return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
@@ -113,11 +113,13 @@ def make_request(
     stream: int = 0,
     shown: Sequence[Shown] = (),
 ) -> Request:
-    """The request that asks for an answer to `content`. stream: tells its draws from others' of the same seed.
-    shown: images and videos at the beginning of the chat's first question.
+    """The request for an answer to `content`.
 
-    Raises UserError for a text that is empty or not UTF-8, for messages that are malformed, and for what exceeds the
-    model's positions together with its answer; for thinking that the kind of the model's chats has not; and as
+    Args:
+      stream: requests with the same seed and different streams draw differently.
+      shown: images and videos, placed at the beginning of the chat's first question.
+    Raises UserError for a text that is empty or not UTF-8; for malformed messages; for a prompt and answer that exceed
+    the model's positions; for thinking if the model's chat template has none, or the reverse; and as
     qwen3f.data.chat.recognise.kind_of does.
     """
     thinks = False
@@ -155,19 +157,20 @@ def make_request(
 
 
 def check_kind(tokenizer: Tokenizer, options: TextOptions) -> bool:
-    """Whether the model's chats think, switches aside. Raises UserError for what their kind has not."""
+    """Whether the model thinks with these options, if no switch says otherwise. Raises UserError for options that the
+    kind of its chat template does not have."""
     kind = kind_of(tokenizer)
     thinks = check_thinking(kind, options.thinking)
     if options.thinking_budget is not None and not thinks:
         raise UserError(
-            f"thinking_budget needs a chat that thinks, and the model's, of the kind {kind.name}, never do: leave it "
-            f"out, or choose a template that can, --config.chat_template={HYBRID.name}"
+            f"thinking_budget needs a model that thinks, and chats of the kind {kind.name} never do: leave it out, or "
+            f"write --config.chat_template={HYBRID.name}"
         )
     return thinks
 
 
 def chat_messages(content: Content, system: str) -> list[Message]:
-    """The messages of a chat. Raises UserError for what is none, or does not end with a question."""
+    """The messages of a chat. Raises UserError for an empty text, or a chat that does not end with a user's turn."""
     messages = [{"role": "user", "content": _not_empty(content)}] if isinstance(content, str) else list(content)
     if system and messages and isinstance(messages[0], Mapping) and messages[0].get("role") != "system":
         messages = [{"role": "system", "content": system}, *messages]
@@ -195,7 +198,7 @@ def _not_empty(text: str) -> str:
 
 
 def _check_kinds(options: TextOptions) -> None:
-    """Values come from JSON too, where nothing has checked their types."""
+    """Checks the types of all fields: values may come from JSON, where nothing else does."""
     kinds = {bool: "true or false", str: "a text", int: "a whole number", float: "a number", tuple: "a list of texts"}
     for field in dataclasses.fields(options):
         value, optional = getattr(options, field.name), field.default is None or field.name == "thinking"

@@ -4,7 +4,7 @@ import dataclasses
 
 from qwen3f.errors import UserError
 
-# As the report prints it, with the full stop after the tag.
+# Exactly as the report prints it, with the full stop after the tag.
 CLOSING = (
     "Considering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
     "</think>.\n\n"
@@ -15,7 +15,7 @@ CLOSING = (
 class ThinkingBudget:
     """A limit on thinking, for prompts after which the model thinks first.
 
-    tokens: how many tokens of an answer may go by, `<think>` included, before `end_id` must have come.
+    tokens: if the first `tokens` tokens of the answer, `<think>` included, hold no `end_id`, the closing is forced.
     end_id: the id of `</think>`.
     closing_ids: CLOSING in the model's tokens; must contain end_id.
     """
@@ -35,11 +35,14 @@ class ThinkingBudget:
 
 
 def forced_token(budget: ThinkingBudget, place: int) -> int | None:
-    """What the budget sets at the answer's `place`, counted from 0, while thinking is still open; None: nothing."""
+    """The token that the budget forces at `place` of the answer, from 0, while thinking is still open; or None."""
     number = place - budget.tokens
     return budget.closing_ids[number] if 0 <= number < len(budget.closing_ids) else None
 
 
 def still_thinks(budget: ThinkingBudget, place: int, token: int) -> bool:
-    """Whether thinking is still open behind the answer's token at `place`, if it was before. Later is too late."""
+    """Whether thinking is still open after the answer's `token` at `place`, if it was open before it.
+
+    An end_id at a place beyond the budget does not count: the closing is being forced.
+    """
     return place >= budget.tokens or token != budget.end_id

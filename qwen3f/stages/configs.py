@@ -1,4 +1,4 @@
-"""Each stage's default configuration: the keys of every run, and a section with its own. Imports no torch."""
+"""Default configuration of each stage: the keys of every training run and the stage's own. Imports no torch."""
 
 from ml_collections import ConfigDict
 
@@ -7,21 +7,21 @@ from qwen3f.train.defaults import run_config
 
 def pretrain_config(preset: str) -> ConfigDict:
     config = run_config(preset, "pretrain")
-    # Adjusted base frequency (Xiong et al. 2023, arXiv:2309.16039): init_from's weights with a lower rotary base or a
-    # shorter context than config.model go on with config.model's. False: with theirs.
+    # Adjusted base frequency (Xiong et al. 2023, arXiv:2309.16039). True: raise the rotary base and the context of
+    # init_from's model to those of config.model, where they are lower. False: keep those of init_from.
     config.abf = False
     _text(config.data)
     config.eval.max_docs = 0  # held-out documents to use; 0: all
-    config.eval.compare_gzip = False  # also say what gzip -9 needs for the held-out text
+    config.eval.compare_gzip = False  # at the end, also print the bits a byte of gzip -9 on the held-out text
     config.context_warmup = ConfigDict()
-    config.context_warmup.length = 0  # tokens that attention may look back over at first; 0: no such warmup
-    config.context_warmup.steps = 0.5  # how long: below 1 a share of the steps, else a number of steps
+    config.context_warmup.length = 0  # during this warmup attention sees only this many tokens back; 0: no warmup
+    config.context_warmup.steps = 0.5  # length of the warmup: below 1 a share of config.steps, else a number of steps
     config.sample = _sample()
     return config
 
 
 def _text(data: ConfigDict) -> None:
-    """What pretraining reads, and how it becomes rows. Without data.tokenizer one of model.vocab_size is trained."""
+    """The text of pretraining and its packing. Without data.tokenizer the run trains one of model.vocab_size tokens."""
     # embedded: Python's standard library; reasoning: generated problems; files@DIR: .txt, .jsonl, .json, .parquet,
     # .arrow; or the name of a data set (qwen3f.data.sources.adapters.registry) with a local copy, NAME@DIR. Several of
     # them with weights: embedded=0.7,reasoning=0.3
@@ -29,23 +29,28 @@ def _text(data: ConfigDict) -> None:
     data.root = ""  # DIR for mixture=files
     data.text_key = "text"  # field of .jsonl and .json, column of .parquet and .arrow
     data.holdout = 0.05  # share of the documents kept for validation
-    data.max_samples = 0  # documents of each source to use, at most; 0: all
-    data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written
-    data.max_epochs = ""  # readings of a source before it is dropped: 4, or reasoning=4,fineweb=1; "": no limit
-    data.length_mix = ""  # shares of documents by length, long=0.75,medium=0.25: over seq_len / 2, over / 8
-    data.packing = "concat"  # concatenate and cut, or best_fit: whole documents, with padding
-    data.long_documents = "cut"  # or drop: best_fit's documents that are longer than seq_len
-    data.streaming = False  # documents as they are read, also from the Hub; False: from a cache of tokens
-    data.shuffle_buffer = 0  # documents of a stream that are shuffled together
+    data.max_samples = 0  # use at most this many documents of each source; 0: all
+    # t multiplies each weight in the mixture by (tokens of the source)^(1/t): 1 samples in proportion to the sizes,
+    # larger values come nearer to the weights as written. 0: weights as written.
+    data.temperature = 0.0
+    # Read a source at most this many times, then drop it from the mixture: 4, or reasoning=4,fineweb=1; "": no limit.
+    data.max_epochs = ""
+    # Share of tokens by the length of their document, such as long=0.75,medium=0.25. long: more than seq_len / 2
+    # tokens; medium: more than seq_len / 8; short: the rest. "": documents of all lengths alike.
+    data.length_mix = ""
+    data.packing = "concat"  # concat: concatenate documents and cut rows; best_fit: whole documents, with padding
+    data.long_documents = "cut"  # packing=best_fit: cut documents that are longer than seq_len, or drop them
+    data.streaming = False  # True: read documents while training, also from the Hub; False: build a token cache first
+    data.shuffle_buffer = 0  # streaming=True: shuffle within a buffer of this many documents; 0: no shuffling
     data.reset_positions = True  # positions restart at each document
-    data.cross_documents = False  # attention may look into the documents before
+    data.cross_documents = False  # attention may look into earlier documents of the row
 
 
 def _sample() -> ConfigDict:
-    """Text at the end of a run."""
+    """Text that the model writes at the end of a run."""
     sample = ConfigDict()
-    sample.prompts = ("import ", "def main(", "The ")  # continued at the end of the run
-    sample.tokens = 64
+    sample.prompts = ("import ", "def main(", "The ")  # the model continues these
+    sample.tokens = 64  # tokens to generate for each prompt; 0: no samples
     sample.temperature = 0.7
     return sample
 
@@ -54,50 +59,55 @@ def sft_config(preset: str) -> ConfigDict:
     config = run_config(preset, "sft")
     _chat_template(config)
     _chats(config.data)
-    config.eval.max_rows = 256  # held-out rows of each source for the loss; 0: all
-    config.eval.task = "reasoning"  # whose held-out questions are answered, greedily; "": none
-    config.eval.questions = 256  # so many of them, of the kinds and difficulties that data names
-    config.eval.modes = "thinking"  # in which they are answered: thinking, plain, or thinking,plain
+    config.eval.max_rows = 256  # measure the loss on this many held-out rows of each source; 0: all
+    config.eval.task = "reasoning"  # evaluations answer held-out questions of this task, greedily; "": none
+    config.eval.questions = 256  # number of these questions, of the kinds and difficulties in config.data; 0: none
+    config.eval.modes = "thinking"  # modes of the answers: thinking, plain, or thinking,plain
     config.eval.max_new_tokens = 256
-    config.show_samples = 3  # samples that are shown at the start, with what is trained marked
+    config.show_samples = 3  # print this many samples at the start, with the trained tokens marked
     return config
 
 
 def _chat_template(config: ConfigDict) -> None:
     """The format of chats."""
-    # hybrid, instruct-2507, thinking-2507 or coder (qwen3f/data/chat/kinds.py); "": that of the template beside the
-    # tokenizer, without one hybrid.
+    # hybrid, instruct-2507, thinking-2507 or coder (qwen3f/data/chat/kinds.py). "": recognise it by the template stored
+    # with the tokenizer; hybrid if there is none.
     config.chat_template = ""
 
 
 def _chats(data: ConfigDict) -> None:
-    """What is trained on; see qwen3f.data.chat.corpus."""
+    """The training data; see qwen3f.data.chat.corpus."""
     # reasoning, reasoning-plain: generated problems, with and without their working; chats@DIR: files of messages; or a
     # data set's name (qwen3f.data.sources.adapters.registry), with @DIR for a local copy. Several with weights:
     # reasoning=0.7,reasoning-plain=0.3
     data.mixture = "reasoning"
-    data.root = ""  # the directory of the one source
-    data.kinds = ""  # of generated problems, arithmetic,logic; "": all
-    data.difficulties = ""  # of generated problems, 1,2; "": all
-    data.problems = 32_768  # that are generated, both splits together
+    data.root = ""  # directory of the source, if the mixture is one source without @DIR
+    data.kinds = ""  # kinds of generated problems, such as arithmetic,logic; "": all
+    data.difficulties = ""  # difficulties of generated problems, such as 1,2; "": all
+    data.problems = 32_768  # number of problems to generate, training and held-out together
     data.problem_seed = 0
-    data.turns = "last"  # a sample for each answer, its prompt as inference renders it; or all, in one sequence
-    data.switches = 0.0  # share of samples that say their mode, by /think or /no_think
-    data.judge = ""  # keep only answers that this task calls right: reasoning
-    data.long_chats = "drop"  # of samples longer than seq_len: drop, cut_end (behind the last answer that fits), error
-    data.on_bad_row = "error"  # or skip, counted
-    data.max_samples = 0  # of each source, at most; 0: all
-    data.max_heldout = 1000  # held-out samples of each source, at most
-    data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written
-    data.max_epochs = ""  # readings of a source before it is dropped: 4, or reasoning=4; "": no limit
+    # last: one sample for each answer, with its prompt as inference renders it. all: one sample for a whole chat, with
+    # all of its answers.
+    data.turns = "last"
+    data.switches = 0.0  # share of the samples that name their mode by /think or /no_think
+    data.judge = ""  # keep only answers that this task calls right, such as reasoning; "": keep all
+    # What to do with samples longer than seq_len: drop, error, or cut_end (cut after the last answer that fits).
+    data.long_chats = "drop"
+    data.on_bad_row = "error"  # a row that cannot be used: error, or skip (the skipped rows are counted)
+    data.max_samples = 0  # use at most this many samples of each source; 0: all
+    data.max_heldout = 1000  # use at most this many held-out samples of each source
+    data.temperature = 0.0  # as in pretraining (_text above): 0 takes the weights as written, 1 the sizes
+    data.max_epochs = ""  # read a source at most this many times: 4, or reasoning=4; "": no limit
 
 
 def reward_model_config(preset: str) -> ConfigDict:
     config = _preference_config(preset, "reward_model")
     config.model.scalar_head = True
     config.reward_model = ConfigDict()
-    config.reward_model.margin = 0.0  # times a pair's own margin (of ratings, else 1): the lead it must have
-    config.reward_model.centre = 0.0  # weight of the squared sum of both scores, which keeps them around 0: 0.01
+    # The better score must lead by this times the pair's own margin: the difference of its ratings, or 1 without them.
+    config.reward_model.margin = 0.0
+    # Weight of (score of the better + score of the worse)² in the loss, which keeps scores near 0. Try 0.01.
+    config.reward_model.centre = 0.0
     config.checkpoint.best_metric, config.checkpoint.best_mode = "val_accuracy", "max"
     return config
 
@@ -105,13 +115,15 @@ def reward_model_config(preset: str) -> ConfigDict:
 def dpo_config(preset: str) -> ConfigDict:
     config = _preference_config(preset, "dpo")
     config.dpo = _dpo()
-    # cached: computed once, kept in data.cache; live: the reference's weights stay in memory, beside the policy's
+    # cached: compute the reference's log-probabilities once and store them in data.cache. live: keep the reference's
+    # weights in memory beside the policy's.
     config.dpo.reference_log_probs = "cached"
-    config.eval.task = "reasoning"  # whose held-out questions are answered, greedily, and compared with the reference
-    config.eval.questions = 0  # so many of them; 0: none
-    config.eval.thinking = True  # whether they ask for a thought
+    # Evaluations answer held-out questions of this task, greedily, and compare the answers with the reference's.
+    config.eval.task = "reasoning"
+    config.eval.questions = 0  # number of these questions; 0: none
+    config.eval.thinking = True  # let the model think before it answers them
     config.eval.max_new_tokens = 256
-    config.eval.cache_tokens = 65_536  # room for keys and values while answering, on a rank; 0: what a device has free
+    config.eval.cache_tokens = 65_536  # tokens of the KV cache for these answers, on each rank; 0: all free memory
     config.checkpoint.best_metric, config.checkpoint.best_mode = "val_accuracy", "max"
     return config
 
@@ -125,32 +137,35 @@ def dpo_online_config(preset: str) -> ConfigDict:
     config.data.problem_seed = 0
     config.dpo = _dpo()
     online = config.online = ConfigDict()
-    online.task = "reasoning"  # whose prompts are answered
-    online.thinking = True  # whether they ask for a thought
-    online.samples = 4  # answers to each prompt: the best and the worst are a pair
+    online.task = "reasoning"  # the task that gives the prompts
+    online.thinking = True  # let the model think before it answers
+    online.samples = 4  # answers to each prompt; the best and the worst become a pair
     online.temperature = 0.9
-    online.max_new_tokens = 256  # an answer that has not ended there is worse than any that has
-    # task: its judge, right or wrong; rule: right, then well formed, then short; reward_model
+    online.max_new_tokens = 256  # a longer answer is cut off, and ranks below every answer that ended
+    # task: right answers rank above wrong ones, by the task's judge. rule: right, then well formed, then short.
+    # reward_model: by the scores of online.reward_model.
     online.judge = "task"
     online.reward_model = ""  # a workdir, its checkpoints/N or a Hugging Face directory
-    online.fill = 0.5  # share of batch_size in pairs that a step waits for, asking further prompts
-    online.rounds = 8  # of prompts that a step asks, at most
-    online.rows = 256  # answers at a time on a rank
-    online.cache_tokens = 65_536  # room for keys and values while answering, on a rank; 0: what a device has free
-    config.eval.questions = 128  # held-out questions that are answered, greedily; 0: none
+    # A step asks further batches of prompts until it has fill * batch_size pairs, at most online.rounds batches.
+    online.fill = 0.5
+    online.rounds = 8
+    online.rows = 256  # answers that a rank generates at a time
+    online.cache_tokens = 65_536  # tokens of the KV cache while generating, on each rank; 0: all free memory
+    config.eval.questions = 128  # evaluations answer this many held-out questions, greedily; 0: none
     config.checkpoint.best_metric, config.checkpoint.best_mode = "val_wins", "max"
     return config
 
 
 def _dpo() -> ConfigDict:
     dpo = ConfigDict()
-    # sigmoid, sigmoid_norm (by length), hinge, ipo, cdpo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero,
-    # apo_down
+    # sigmoid, sigmoid_norm (log-ratios divided by the length), hinge, ipo, cdpo, robust, exo_pair, nca_pair, bco_pair,
+    # sppo_hard, apo_zero, apo_down
     dpo.loss = "sigmoid"
-    dpo.beta = 0.1  # how strongly the policy is held to the reference
-    dpo.label_smoothing = 0.0  # share of pairs that are taken to be the wrong way round: cdpo, robust, exo_pair
-    dpo.sft_weight = 0.0  # of next-token prediction of the better answers, which is added
-    dpo.router_losses = False  # add a mixture's, by model.router_aux_loss_coef and router_z_loss_coef
+    dpo.beta = 0.1  # larger values hold the policy closer to the reference
+    dpo.label_smoothing = 0.0  # assumed share of pairs with the wrong order; for loss=cdpo, robust and exo_pair
+    dpo.sft_weight = 0.0  # weight of the better answers' next-token loss, which is added
+    # Mixture of experts: add the router losses, by model.router_aux_loss_coef and model.router_z_loss_coef.
+    dpo.router_losses = False
     dpo.reference = ""  # a workdir, its checkpoints/N or a Hugging Face directory; "": init_from
     return dpo
 
@@ -159,62 +174,64 @@ def _preference_config(preset: str, stage: str) -> ConfigDict:
     config = run_config(preset, stage)
     _chat_template(config)
     _pairs(config.data)
-    config.eval.max_rows = 256  # held-out rows of each source; 0: all
-    config.show_samples = 2  # answers that are shown at the start: those of a pair are neighbours
+    config.eval.max_rows = 256  # evaluate on this many held-out rows of each source; 0: all
+    config.show_samples = 2  # print this many answers at the start; the two of a pair follow each other
     return config
 
 
 def _pairs(data: ConfigDict) -> None:
-    """What is trained on; see qwen3f.data.pairs.corpus."""
-    # right-or-wrong, boxed-or-not, short-or-padded: answers to generated problems, better by rule, each with -plain for
-    # answers without working; pairs@DIR: files of pairs of chats; or a data set's name with @DIR. Several with weights
+    """The training data; see qwen3f.data.pairs.corpus."""
+    # right-or-wrong, boxed-or-not, short-or-padded: answers to generated problems, where a rule decides which is
+    # better; add -plain to each name for answers without working. pairs@DIR: files of pairs of chats. Or the name of a
+    # data set with @DIR. Several with weights, as here.
     data.mixture = "right-or-wrong=0.4,boxed-or-not=0.3,short-or-padded=0.3"
-    data.root = ""  # the directory of the one source
-    data.kinds = ""  # of generated problems, arithmetic,logic; "": all
-    data.difficulties = ""  # of generated problems, 1,2; "": all
-    data.problems = 32_768  # that are generated, both splits together
+    data.root = ""  # directory of the source, if the mixture is one source without @DIR
+    data.kinds = ""  # kinds of generated problems, such as arithmetic,logic; "": all
+    data.difficulties = ""  # difficulties of generated problems, such as 1,2; "": all
+    data.problems = 32_768  # number of problems to generate, training and held-out together
     data.problem_seed = 0
-    data.long_pairs = "drop"  # of pairs that do not fit into a row of seq_len: drop, or error
-    data.on_bad_row = "error"  # or skip, counted
-    data.max_samples = 0  # pairs of each source, at most; 0: all
-    data.max_heldout = 1000  # held-out pairs of each source, at most
-    data.temperature = 0.0  # t: weights times tokens^(1/t), so 1 is in proportion to the sizes; 0: as written
-    data.max_epochs = ""  # readings of a source before it is dropped: 4, or pairs=4; "": no limit
+    data.long_pairs = "drop"  # what to do with pairs that do not fit into a row of seq_len: drop, or error
+    data.on_bad_row = "error"  # a row that cannot be used: error, or skip (the skipped rows are counted)
+    data.max_samples = 0  # use at most this many pairs of each source; 0: all
+    data.max_heldout = 1000  # use at most this many held-out pairs of each source
+    data.temperature = 0.0  # as in pretraining (_text above): 0 takes the weights as written, 1 the sizes
+    data.max_epochs = ""  # read a source at most this many times: 4, or pairs=4; "": no limit
 
 
 def grpo_config(preset: str) -> ConfigDict:
     config = run_config(preset, "grpo")
     _chat_template(config)
-    # reasoning, code, gsm8k[@DIR], math[@DIR]; visual, of a model with a tower on one device. Several with weights:
-    # reasoning=0.7,code=0.3
+    # reasoning, procedures, code, gsm8k[@DIR], math[@DIR]; visual, for a model with a vision tower on one device.
+    # Several with weights: reasoning=0.7,code=0.3
     config.tasks = "reasoning"
-    # by name with weights: of qwen3f/rl/rewards.py, module:function, or reward_model, which judge.reward_model names
+    # NAME=WEIGHT,…: a reward of qwen3f/rl/rewards.py, your own module:function, or reward_model (the model that
+    # judge.reward_model names)
     config.rewards = "correct=1"
-    config.sandbox = "auto"  # for code: auto, bubblewrap, landlock; none: without one (qwen3f/sandbox/tiers.py)
+    config.sandbox = "auto"  # for tasks=code: auto, bubblewrap, landlock; none: no sandbox (qwen3f/sandbox/tiers.py)
     config.batch_size = 16  # prompts of a step
-    config.updates = 1  # of the optimizer for a step's completions, which are cut into so many parts
-    config.microbatches = 1  # of an update, at least; how many there are is up to rollout.microbatch_rows
+    config.updates = 1  # split the completions of a step into this many parts, with one optimizer update for each
+    config.microbatches = 1  # micro-batches of an update, at least; rollout.microbatch_rows decides how many there are
     data = config.data
-    data.kinds = ""  # of generated problems, arithmetic,logic; "": all
-    data.difficulties = ""  # of generated problems, 1,2; "": all
-    data.problems = 32_768  # that are generated, both splits together
+    data.kinds = ""  # kinds of generated problems, such as arithmetic,logic; "": all
+    data.difficulties = ""  # difficulties of generated problems, such as 1,2; "": all
+    data.problems = 32_768  # number of problems to generate, training and held-out together
     data.problem_seed = 0
-    data.max_samples = 0  # questions of each task, at most; 0: all
-    _generated_pictures(data)  # of the task visual
+    data.max_samples = 0  # use at most this many questions of each task; 0: all
+    _generated_pictures(data)  # for tasks=visual
     config.rollout = _rollout()
     config.advantages = ConfigDict()  # qwen3f/rl/advantages.py
-    config.advantages.baseline = "mean"  # or leave_one_out
-    config.advantages.scale = "none"  # group, batch, or none: centred alone
-    config.advantages.combine = "sum_then_normalize"  # of several rewards, or normalize_then_sum
+    config.advantages.baseline = "mean"  # subtract the mean reward of the prompt's completions, or leave_one_out
+    config.advantages.scale = "none"  # divide by the standard deviation of the group or of the batch, or by none
+    config.advantages.combine = "sum_then_normalize"  # for several rewards; or normalize_then_sum
     config.grpo = _grpo()
     config.judge = ConfigDict()
-    config.judge.processes = 2  # that judge, on each rank
+    config.judge.processes = 2  # judging processes on each rank
     config.judge.reward_model = ""  # a workdir, its checkpoints/N or a Hugging Face directory
-    config.judge.deadline = 20.0  # seconds of one reward of one completion, before it counts as failed
+    config.judge.deadline = 20.0  # seconds that one reward of one completion may take before it counts as failed
     config.samples = ConfigDict()
-    config.samples.keep = 200  # steps whose completions stay in samples/; 0: all
-    config.samples.show = 3  # completions of a logged step in TensorBoard
-    config.eval.questions = 256  # held-out ones, of all tasks together; 0: none
+    config.samples.keep = 200  # keep the completions of this many steps in samples/, the last ones; 0: all
+    config.samples.show = 3  # completions that TensorBoard gets at each logged step
+    config.eval.questions = 256  # held-out questions of an evaluation, all tasks together; 0: none
     config.eval.max_new_tokens = 512
     config.eval.temperature = 0.0  # 0: greedy
     config.schedule.kind = "constant"
@@ -224,24 +241,29 @@ def grpo_config(preset: str) -> ConfigDict:
 
 
 def _rollout() -> ConfigDict:
-    """What is sampled, and what of it is trained on; see qwen3f/rl/prepare.py."""
+    """How completions are sampled, and which of them are trained on; see qwen3f/rl/prepare.py."""
     rollout = ConfigDict()
-    rollout.samples = 8  # completions of a prompt
+    rollout.samples = 8  # completions of each prompt
     rollout.max_new_tokens = 512
-    rollout.temperature = 1.0  # trained at, too
-    rollout.thinking = True
-    rollout.rows = 256  # completions at a time on a rank
-    rollout.cache_tokens = 131_072  # room for keys and values while sampling, on a rank; 0: what a device has free
-    rollout.microbatch_rows = 1  # rows of seq_len in a micro-batch on a rank
-    rollout.draws = 1  # batches of prompts that a step may draw to replace groups without a difference; 1: keep those
-    rollout.mask_truncated = False  # completions that did not end count in no loss
-    # trainer: computed anew; sampler: the engine's own; auto: the engine's with attention=invariant, where the first
-    # step has found them to be the trainer's bit for bit
+    rollout.temperature = 1.0  # of sampling; the loss uses log-probabilities at this temperature too
+    rollout.thinking = True  # let the model think before it answers
+    rollout.rows = 256  # completions that a rank generates at a time
+    rollout.cache_tokens = 131_072  # tokens of the KV cache while sampling, on each rank; 0: all free memory
+    rollout.microbatch_rows = 1  # rows of seq_len in a micro-batch, on each rank
+    # A prompt whose completions all get the same reward teaches nothing. A step may draw up to this many batches of
+    # prompts to replace such prompts. 1: draw one batch and train on all of it.
+    rollout.draws = 1
+    rollout.mask_truncated = False  # leave completions that did not end out of the loss
+    # Who computes the log-probabilities of the old policy. trainer: the trainer, in a pass of its own. sampler: the
+    # generation engine. auto: the engine, if attention=invariant and the first step shows that both agree bit for bit;
+    # else the trainer.
     rollout.old_logprobs = "auto"
-    rollout.correction = "none"  # between sampler and trainer: token_ or sequence_, truncate or mask
-    rollout.correction_low = 0.0  # of the masks
+    # Weights for the ratio of trainer to sampler probabilities, per token or per sequence: token_truncate and
+    # sequence_truncate cap it at correction_high; token_mask and sequence_mask drop tokens outside low … high; or none.
+    rollout.correction = "none"
+    rollout.correction_low = 0.0  # lower bound, for the two masks only
     rollout.correction_high = 2.0
-    rollout.top_entropy = 1.0  # share of the tokens, those of the highest entropy, that are trained on
+    rollout.top_entropy = 1.0  # train only on this share of the tokens, those with the highest entropy; 1: all
     return rollout
 
 
@@ -249,15 +271,16 @@ def _grpo() -> ConfigDict:
     """The loss; see qwen3f.rl.policy.GRPO."""
     grpo = ConfigDict()
     grpo.loss = "dapo"  # grpo, dr_grpo, dapo, bnpo, cispo, sapo, gspo, luspo or vespo
-    grpo.clip_low = 0.2
-    grpo.clip_high = 0.28
-    grpo.dual_clip = 0.0  # bound of the ratio where the advantage is negative, such as 3; 0: none
-    grpo.cispo_cap = 5.0
-    grpo.sapo_temperatures = (1.0, 1.05)
-    grpo.kl_coef = 0.0  # of the KL to the weights of init_from; 0: no reference
-    grpo.kl = "k3"  # its estimate: k1, k2 or k3
-    grpo.kl_ratio = True  # times the ratio
-    grpo.router_losses = False  # add a mixture's, by model.router_aux_loss_coef and router_z_loss_coef
+    grpo.clip_low = 0.2  # clip the ratio of new to old policy at 1 - clip_low
+    grpo.clip_high = 0.28  # and at 1 + clip_high
+    grpo.dual_clip = 0.0  # cap of the ratio where the advantage is negative, such as 3; 0: none
+    grpo.cispo_cap = 5.0  # loss=cispo: largest weight of a token
+    grpo.sapo_temperatures = (1.0, 1.05)  # loss=sapo: for positive advantages, and for the others
+    grpo.kl_coef = 0.0  # weight of the KL to the weights of init_from; 0: no reference model
+    grpo.kl = "k3"  # estimator of the KL: k1, k2 or k3
+    grpo.kl_ratio = True  # multiply the KL estimate by the ratio of new to old policy
+    # Mixture of experts: add the router losses, by model.router_aux_loss_coef and model.router_z_loss_coef.
+    grpo.router_losses = False
     return grpo
 
 
@@ -265,30 +288,32 @@ def multimodal_config(preset: str) -> ConfigDict:
     config = run_config(preset, "multimodal")
     _chat_template(config)
     _pictures(config.data)
-    config.eval.max_rows = 256  # held-out rows of each source for the loss and for answers; 0: all
+    config.eval.max_rows = 256  # measure loss and answers on this many held-out rows of each source; 0: all
     return config
 
 
 def _generated_pictures(data: ConfigDict) -> None:
-    data.pictures = 16_384  # that are generated, both splits together
+    """Generated pictures, and the size of any picture."""
+    data.pictures = 16_384  # number of pictures to generate, training and held-out together
     data.picture_seed = 0
-    data.min_side = 64  # pixels of their sides
+    data.min_side = 64  # shortest and longest side of a generated picture, in pixels
     data.max_side = 128
-    data.picture_kinds = ""  # shapes,bar,line,pie,text; "": all
-    data.min_pixels = 65_536  # pictures are scaled to lie between
-    data.max_pixels = 16_777_216
+    data.picture_kinds = ""  # some of shapes,bar,line,pie,text; "": all
+    data.min_pixels = 65_536  # every picture is scaled to have at least this many pixels,
+    data.max_pixels = 16_777_216  # and at most this many
 
 
 def _pictures(data: ConfigDict) -> None:
-    """What is trained on; see qwen3f.data.multimodal.dataset."""
-    # images, captions: generated pictures; chats@DIR, llava-instruct-150k@DIR: files; others as sft's, without
-    # pictures. Several with weights, which share out rows: images=0.5,captions=0.5
+    """The training data; see qwen3f.data.multimodal.dataset."""
+    # images, captions: questions about generated pictures, and descriptions of them. chats@DIR,
+    # llava-instruct-150k@DIR: files. Or a text source of sft. Several with weights, which are shares of the rows:
+    # images=0.5,captions=0.5
     data.mixture = "images"
     _generated_pictures(data)
-    data.problems = 4_096  # of generated problems, where the mixture has them
-    data.patches = 16_384  # room of a row for patches; a longer chat is left out
-    data.images = 16  # and for pictures; a video is one
-    data.turns = "last"  # a sample for each answer, or all, in one
-    data.on_bad_row = "error"  # or skip, counted
-    data.max_samples = 0  # of each source, at most; 0: all
-    data.max_heldout = 1000
+    data.problems = 4_096  # number of problems to generate, if the mixture has generated problems
+    data.patches = 16_384  # patches that a row can hold; a chat with more is left out
+    data.images = 16  # pictures that a row can hold; a video counts as one
+    data.turns = "last"  # last: one sample for each answer; all: one sample for a whole chat
+    data.on_bad_row = "error"  # a row that cannot be used: error, or skip (the skipped rows are counted)
+    data.max_samples = 0  # use at most this many samples of each source; 0: all
+    data.max_heldout = 1000  # use at most this many held-out samples of each source

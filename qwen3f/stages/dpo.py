@@ -1,8 +1,8 @@
-"""Direct preference optimisation: of two answers to a prompt the better one is to become likelier, without a reward
-model (Rafailov et al. 2023, arXiv:2305.18290).
+"""Direct preference optimisation: makes the better of two answers likelier, without a reward model (Rafailov et al.
+2023, arXiv:2305.18290).
 
-A row of the data holds whole pairs; the loss is the mean over the pairs of the whole batch. The reference's
-log-probabilities come from a file that is made once, or from its weights, beside the policy's: preference.reference.
+A row holds whole pairs; the loss is the mean over the pairs of the whole batch. The log-probabilities of the reference
+come from a file that is computed once, or from its weights in memory: see preference.reference.
 
 N pairs · B rows · T places of a row · S documents, P pairs of a row at most
 """
@@ -50,14 +50,15 @@ REPORTS = (
 
 @dataclasses.dataclass(frozen=True)
 class DPO:
-    """
+    """The loss of preference pairs.
+
     Attributes:
       loss: one of LOSSES.
-      beta: β, how strongly the policy is held to the reference; positive.
-      label_smoothing: ε, the share of pairs that are taken to be the wrong way round: of cdpo, robust and exo_pair.
-      sft_weight: of the mean of −log π over the better answer's tokens, which is added (RPO: Pang et al. 2024,
-        arXiv:2404.19733). Deviation from TRL's "sft", a mean over the batch's tokens: here each answer counts alike.
-      router_losses: add those of a mixture's routers, as in pretraining.
+      beta: β, positive; larger values hold the policy closer to the reference.
+      label_smoothing: ε, the assumed share of pairs with the wrong order; for cdpo, robust and exo_pair.
+      sft_weight: weight of an added term, the mean of −log π over the better answer's tokens (RPO: Pang et al. 2024,
+        arXiv:2404.19733). Each answer counts alike; TRL's "sft" differs, it is a mean over the tokens of the batch.
+      router_losses: add the router losses of a mixture of experts, as in pretraining.
 
     Raises UserError for values that cannot work.
     """
@@ -85,12 +86,12 @@ class DPO:
         if self.label_smoothing and not smoothed:
             raise UserError(
                 f"--config.dpo.label_smoothing={self.label_smoothing} does nothing to --config.dpo.loss={self.loss}: "
-                f"write 0, or one of {', '.join(SMOOTHED)} for the loss"
+                f"write --config.dpo.label_smoothing=0, or one of {', '.join(SMOOTHED)} as --config.dpo.loss"
             )
 
 
 class Answers(NamedTuple):
-    """Of answers, tensors of one shape: log π summed over an answer, log π − log π_ref summed, and its tokens (≥ 1)."""
+    """Tensors of one shape, over an answer's tokens: Σ log π, Σ (log π − log π_ref), and the number of tokens (≥ 1)."""
 
     log_prob: Tensor
     log_ratio: Tensor
@@ -110,7 +111,7 @@ def _hinge(c: Answers, r: Answers, h: DPO) -> Tensor:
 
 
 def _ipo(c: Answers, r: Answers, h: DPO) -> Tensor:
-    """Azar et al. 2023, arXiv:2310.12036, eq. 17, on means over an answer's tokens, as its authors told TRL."""
+    """Azar et al. 2023, arXiv:2310.12036, eq. 17, with means over an answer's tokens, as its authors advised TRL."""
     return (c.log_ratio / c.length - r.log_ratio / r.length - 1 / (2 * h.beta)) ** 2
 
 
@@ -121,7 +122,7 @@ def _cdpo(c: Answers, r: Answers, h: DPO) -> Tensor:
 
 
 def _robust(c: Answers, r: Answers, h: DPO) -> Tensor:
-    """Chowdhury et al. 2024, arXiv:2403.00409: unbiased where a share ε of the pairs is the wrong way round."""
+    """Chowdhury et al. 2024, arXiv:2403.00409: unbiased if a share ε of the pairs has the wrong order."""
     z, e = h.beta * (c.log_ratio - r.log_ratio), h.label_smoothing
     return ((1 - e) * F.softplus(-z) - e * F.softplus(z)) / (1 - 2 * e)
 
@@ -145,17 +146,17 @@ def _bco_pair(c: Answers, r: Answers, h: DPO) -> Tensor:
 
 
 def _sppo_hard(c: Answers, r: Answers, h: DPO) -> Tensor:
-    """Wu et al. 2024, arXiv:2405.00675, eq. 4.7 where the better answer wins for certain."""
+    """Wu et al. 2024, arXiv:2405.00675, eq. 4.7, with a win probability of 1 for the better answer."""
     return (c.log_ratio - 0.5 / h.beta) ** 2 + (r.log_ratio + 0.5 / h.beta) ** 2
 
 
 def _apo_zero(c: Answers, r: Answers, h: DPO) -> Tensor:
-    """D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7: for better answers that beat the policy's own."""
+    """D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7: for data whose better answers beat the policy's own."""
     return torch.sigmoid(-h.beta * c.log_ratio) + torch.sigmoid(h.beta * r.log_ratio)
 
 
 def _apo_down(c: Answers, r: Answers, h: DPO) -> Tensor:
-    """As apo_zero, eq. 8: for better answers that do not."""
+    """The same paper, eq. 8: for data whose better answers are worse than the policy's own."""
     return torch.sigmoid(h.beta * c.log_ratio) + torch.sigmoid(-h.beta * (c.log_ratio - r.log_ratio))
 
 
@@ -178,9 +179,10 @@ BY_LENGTH = ("ipo", "sigmoid_norm")
 
 
 def pair_costs(chosen: Answers, rejected: Answers, hyper: DPO) -> tuple[Tensor, Figures]:
-    """(cost of each pair, figures of the same shape without a gradient). Formulas as in TRL 1.16, but for cdpo.
+    """(cost of each pair, metrics of the same shape without a gradient). Formulas are those of TRL 1.16, except cdpo.
 
-    reward: β · (log π − log π_ref). accuracy: whether the better answer has the higher reward; of equals not.
+    A reward is β · (log π − log π_ref). accuracy: 1 where the better answer has the higher reward; 0 where they are
+    equal.
     """
     costs = LOSSES[hyper.loss](chosen, rejected, hyper)
     if hyper.sft_weight:
@@ -204,12 +206,13 @@ def preference_loss(
     hyper: DPO,
     lengths: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Figures]:
-    """(mean loss, means of the figures of `pair_costs`) over N pairs; 0 of none.
+    """(mean loss, means of the metrics of `pair_costs`) over N pairs; 0 without pairs.
 
     Args:
-      chosen_logp, rejected_logp: [N], log π summed over each answer. ref_chosen, ref_rejected: the reference's.
-      lengths: (chosen [N], rejected [N]), tokens of the answers; counted as 1 where there are none.
-    Raises ValueError where the loss needs lengths and there are none.
+      chosen_logp, rejected_logp: [N], log π summed over each answer.
+      ref_chosen, ref_rejected: [N], the same for the reference.
+      lengths: (chosen [N], rejected [N]), numbers of tokens of the answers; 0 counts as 1.
+    Raises ValueError if lengths is None and the loss needs it.
     """
     if lengths is None:
         if hyper.loss in BY_LENGTH or hyper.sft_weight:
@@ -225,11 +228,11 @@ def preference_loss(
 
 
 def make_objective(hyper: DPO) -> Objective:
-    """The loss of packed pairs, whose batch has ref_logprobs [B, T].
+    """The loss over packed pairs; the batch has ref_logprobs [B, T].
 
-    Of its figures kl is ½ Σ (log π − log π_ref)² over the tokens of an answer, the mean of both answers: where they are
-    the policy's own, an estimate of its divergence from the reference (Schulman 2020, "Approximating KL divergence",
-    k2); of others a distance that is never negative. The rest are those of `pair_costs`.
+    Its metrics are those of `pair_costs`, and kl: ½ Σ (log π − log π_ref)² over the tokens of an answer, averaged over
+    the two answers. If the policy wrote the answers, kl estimates KL(π, π_ref) (Schulman 2020, "Approximating KL
+    divergence", k2). For other answers it is only a distance that is never negative.
     """
 
     def token(log_probs: Tensor, batch: Batch) -> tuple[Tensor, Figures]:
@@ -246,7 +249,7 @@ def make_objective(hyper: DPO) -> Objective:
 
 
 def answers_of(log_ratio_BS: Tensor, rows: Batch) -> tuple[Answers, Answers]:
-    """The better and the worse answers [B, P], from the sums of log-ratios over documents."""
+    """The better and the worse answers, tensors [B, P], from the sums of log-ratios over documents [B, S]."""
     weights = counted(rows)
     reference = sums_of((weights * rows["ref_logprobs"]).to(log_ratio_BS.dtype), rows)
     lengths = sums_of((weights != 0).to(log_ratio_BS.dtype), rows)
@@ -262,7 +265,7 @@ def read_hyper(config: ConfigDict) -> DPO:
 
 
 def check(setup: Setup) -> None:
-    """Raises UserError for what of dpo, data and eval cannot run."""
+    """Raises UserError for settings in dpo, data and eval that cannot run."""
     config, hyper = setup.config, read_hyper(setup.config)
     check_model(setup.model, make_objective(hyper))
     check_pairs(setup)
@@ -277,7 +280,7 @@ def check(setup: Setup) -> None:
 def make(run: Run) -> Stage:
     setup, hyper = run.setup, read_hyper(run.setup.config)
     if not (setup.config.init_from or setup.config.dpo.reference):
-        raise UserError("the policy is held to the model that it starts from: write --config.init_from=W")
+        raise UserError("DPO holds the policy to the model that it starts from: write --config.init_from=W")
     tokenizer, corpus = open_pairs(run, PairLayout(setup.config.seq_len))
     return Stage(
         tokenizer=tokenizer,
@@ -292,7 +295,7 @@ def make(run: Run) -> Stage:
 
 
 def _asked(run: Run, tokenizer: Tokenizer) -> tuple[Asked | None, list[str]]:
-    """The held-out questions that are answered at each evaluation, and what to print of them."""
+    """(the held-out questions of each evaluation, or None; lines to print about them)."""
     config = run.setup.config
     if not config.eval.questions:
         return None, []
@@ -307,7 +310,7 @@ def _asked(run: Run, tokenizer: Tokenizer) -> tuple[Asked | None, list[str]]:
 
 
 def _with_reference(run: Run, stage: Stage, corpus: ChatCorpus, hyper: DPO) -> Stage:
-    """The stage with the reference, in its rows or beside the policy, and with evaluations."""
+    """`stage` with the reference (its log-probabilities in the rows, or its weights in memory) and the evaluators."""
     asked, said = _asked(run, stage.tokenizer)
     reference = find_reference(run)
     values = log_ratios(evaluation_outputs(run.setup, "log_probs"))
@@ -316,7 +319,7 @@ def _with_reference(run: Run, stage: Stage, corpus: ChatCorpus, hyper: DPO) -> S
         live = Live(run, reference)
         values = live.before(values)
         changes["prepare"] = lambda state, batch, more: live.add_to(batch)
-        lines = [f"reference: {reference.place}, its weights beside the policy's"]
+        lines = [f"reference: {reference.place}, with its weights in memory"]
     else:
         corpus, lines = with_log_probs(run, reference, corpus)
     memory = {"reference": reference.digest}

@@ -1,8 +1,8 @@
-"""Online DPO: the policy answers prompts several times, a judge ranks the answers, and the best and the worst of each
-prompt are a pair to learn from (Guo et al. 2024, arXiv:2402.04792).
+"""Online DPO: the policy answers each prompt several times, a judge ranks the answers, and the best and the worst
+become a training pair (Guo et al. 2024, arXiv:2402.04792).
 
-The loss is that of `dpo`, held to a reference whose weights stay in memory. A prompt whose answers are all alike to the
-judge teaches nothing: it is left out and counted, and further prompts are asked until the step has pairs enough.
+The loss is that of `dpo`; the reference's weights stay in memory. A prompt whose answers the judge ranks equal teaches
+nothing: it is left out and counted, and the step draws further prompts until it has enough pairs.
 
 R rows of a step over all ranks · T places of a row
 """
@@ -44,7 +44,7 @@ from sharding.pipeline.cut import Pipeline
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Questions as a Loader's dataset: an example stands for the question of its place; `prepare` makes the rows."""
+    """Questions as a Loader's dataset. Its examples are placeholders: Rollouts.prepare makes the rows."""
 
     questions: tuple[Question, ...]
 
@@ -61,7 +61,7 @@ class Prompts:
 
 
 def check(setup: Setup) -> None:
-    """Raises UserError for what of online, dpo, data and eval cannot run."""
+    """Raises UserError for settings in online, dpo, data and eval that cannot run."""
     config = setup.config
     check_model(setup.model, make_objective(read_hyper(config)))
     _task(setup)
@@ -70,7 +70,8 @@ def check(setup: Setup) -> None:
     at_least(config, "eval.questions", 0)
     if not config.online.temperature > 0:
         raise UserError(
-            f"--config.online.temperature={config.online.temperature}: answers that differ need more than 0"
+            f"--config.online.temperature={config.online.temperature}: the answers to a prompt must differ; write a "
+            "number above 0, such as 1.0"
         )
     if not 0 < config.online.fill <= 1:
         raise UserError(f"--config.online.fill={config.online.fill}: write a share of batch_size above 0, at most 1")
@@ -81,20 +82,20 @@ def check(setup: Setup) -> None:
     if 2 * config.online.max_new_tokens >= config.seq_len:
         raise UserError(
             f"--config.seq_len={config.seq_len} has no room for a prompt and two answers of "
-            f"--config.online.max_new_tokens={config.online.max_new_tokens}: raise the one or lower the other"
+            f"--config.online.max_new_tokens={config.online.max_new_tokens}: raise seq_len or lower max_new_tokens"
         )
 
 
 def make(run: Run) -> Stage:
     setup, config = run.setup, run.setup.config
     if not (config.init_from or config.dpo.reference):
-        raise UserError("the policy is held to the model that it starts from: write --config.init_from=W")
+        raise UserError("online DPO holds the policy to the model that it starts from: write --config.init_from=W")
     tokenizer, task, online = open_tokenizer(run), _task(setup), config.online
     check_thinking(kind_of(tokenizer), online.thinking, "--config.online.thinking")
     questions, long = fitting(tokenizer, tuple(task.questions("train")), config.online.thinking, _room(setup))
     if not questions:
         raise UserError(f"--config.online.task={task.name}: none of {long} prompts fits; raise --config.seq_len")
-    if online.cache_tokens < _room(setup) + online.max_new_tokens:  # else it holds all that fit, however long
+    if online.cache_tokens < _room(setup) + online.max_new_tokens:  # else the cache holds the longest prompt that fits
         prompts = (prompt_ids(tokenizer, question, online.thinking) for question in questions)
         check_cache(prompts, online.max_new_tokens, online.cache_tokens, "--config.online.cache_tokens")
     left_out = f"; {long:,} are too long and left out" if long else ""
@@ -110,7 +111,7 @@ def make(run: Run) -> Stage:
 
 
 def _complete(run: Run, stage: Stage, tokenizer: Tokenizer, task: Task) -> Stage:
-    """The stage with the weights that it holds beside the policy's."""
+    """`stage` with the weights of the reference and of a reward model, and what needs them."""
     config, reference = run.setup.config, find_reference(run)
     live, memory = Live(run, reference), {"reference": reference.digest}
     online = config.online
@@ -126,7 +127,7 @@ def _complete(run: Run, stage: Stage, tokenizer: Tokenizer, task: Task) -> Stage
         prepare=rollouts.prepare,
         evaluators={"val": wins.evaluator()} if questions else {},
         figures=lambda batch: rollouts.figures,
-        lines=(*stage.lines, f"reference: {reference.place}, its weights beside the policy's", *lines),
+        lines=(*stage.lines, f"reference: {reference.place}, with its weights in memory", *lines),
         save=lambda: memory,
         load=lambda before: check_reference(before, memory, reference.place, "--config.dpo.reference"),
     )
@@ -146,17 +147,17 @@ def _task(setup: Setup) -> Task:
 
 
 def _room(setup: Setup) -> int:
-    """Tokens of the longest prompt that fits into a row twice, with two answers."""
+    """Length in tokens of the longest prompt such that two copies of it, each with an answer, fit into a row."""
     return setup.config.seq_len // 2 - setup.config.online.max_new_tokens + 1
 
 
 class Rollouts:
-    """Prompts to rows of pairs. Every rank finds the same pairs and takes its share of the rows.
+    """Makes rows of pairs from prompts. Every rank finds the same pairs and takes its share of the rows.
 
     Attributes:
-      figures: of the last step: asked, its prompts; ties, the share of them that gave no pair; reward, the mean of what
-        the judge said; ended, the share of answers that ended; answer_tokens, their mean length; rollout_seconds and
-        reward_seconds, how long they were written and judged.
+      figures: metrics of the last step. asked: number of prompts. ties: share of the prompts that gave no pair. reward:
+        mean reward. ended: share of answers that ended. answer_tokens: mean length of an answer. rollout_seconds,
+        reward_seconds: time for generating and for judging.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class Rollouts:
         self.figures: dict[str, float] = {}
 
     def prepare(self, state: TrainState, batch: Batch, more: More) -> Batch:
-        """The step's rows, from the prompts of `batch` and of what `more` gives."""
+        """The step's rows, from the prompts of `batch` and of further batches from `more`."""
         config, pairs, seen = self._run.setup.config, [], Counter()
         for round_ in range(config.online.rounds):
             if round_:
@@ -177,8 +178,9 @@ class Rollouts:
                 break
         if not pairs:
             raise UserError(
-                f"step {number(state.step) + 1}: the judge {config.online.judge} finds all answers to each of "
-                f"{seen['asked']} prompts alike; raise --config.online.samples or .temperature, or write another judge"
+                f"step {number(state.step) + 1}: --config.online.judge={config.online.judge} ranks all answers equal "
+                f"for each of {seen['asked']} prompts; raise --config.online.samples or --config.online.temperature, "
+                "or write another --config.online.judge"
             )
         self.figures = {
             "asked": float(seen["asked"]),
@@ -196,7 +198,7 @@ class Rollouts:
         places = np.array(sorted({place for own in self._run.world.gather(batch["index"].tolist()) for place in own}))
         questions = [self._prompts.questions[i] for i in self._prompts.order(places, config.seed).tolist()]
         prompts = [prompt_ids(self._tokenizer, question, config.online.thinking) for question in questions]
-        # A run that goes on writes what it would have written.
+        # The key depends on the step, so a resumed run samples the same answers.
         key = (config.seed, "online", number(state.step), round_)
         began = time.perf_counter()
         answers = self._sampler.answers(state.params, prompts, config.online.samples, config.online.temperature, *key)
@@ -214,7 +216,7 @@ class Rollouts:
         return found
 
     def _rows(self, pairs: Sequence[NewPair]) -> dict[str, Tensor]:
-        """This rank's rows: whole micro-batches, as many on all ranks, and as many as the pipeline can run."""
+        """This rank's rows: whole micro-batches, the same number on all ranks, which the pipeline schedule can run."""
         setup = self._run.setup
         place, rows = setup.layout.axes.rows, microbatch_rows(setup)
         batch = pack(pairs, setup.config.seq_len, place[1] * rows, self._tokenizer.pad_id)
@@ -227,7 +229,7 @@ class Rollouts:
 
 
 def _runnable(pipeline: Pipeline, ranks: int, parts: int) -> int:
-    """The fewest micro-batches, `parts` or more, that the schedule can run."""
+    """The smallest number of micro-batches, at least `parts`, that the pipeline schedule can run."""
     while ranks > 1:
         try:
             pipeline.check(ranks, parts)

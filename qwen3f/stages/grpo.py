@@ -1,7 +1,8 @@
 """Reinforcement learning with verifiable rewards: GRPO and its relatives (DeepSeekMath, arXiv:2402.03300).
 
-A step asks a batch of prompts, lets the policy answer each several times, judges the answers by rules, and trains on
-them with the advantage of each over its prompt's others. Losses: qwen3f/rl/policy.py. A batch: qwen3f/rl/prepare.py.
+In a step the policy answers each prompt of a batch several times; rules judge the answers; and the policy is trained on
+them, each with its advantage over the other answers to its prompt. Losses: qwen3f/rl/policy.py. How a batch is made:
+qwen3f/rl/prepare.py.
 """
 
 import dataclasses
@@ -48,8 +49,8 @@ from sharding.state import whole_params
 __all__ = ["GRPO", "check", "make", "policy_loss"]
 
 MODEL_FLAG = "--config.judge.reward_model"
-APART = 2e-3  # KL between sampler and trainer that rounding does not reach: a wrong pass of one of them
-SHOWN_REASONS = 3  # of rewards that failed, in a step's line
+APART = 2e-3  # rounding never reaches this KL between sampler and trainer; a larger one shows a wrong forward pass
+SHOWN_REASONS = 3  # reasons of failed rewards in the line of a step
 
 
 def check(setup: Setup) -> None:
@@ -69,8 +70,8 @@ def check(setup: Setup) -> None:
         raise UserError(f"--config.rollout.top_entropy={rollout.top_entropy} must lie in (0, 1], 1 for all tokens")
     check_mode(rollout.correction, rollout.correction_low, rollout.correction_high)
     if hyper.loss == "vespo" and (rollout.correction != "none" or rollout.top_entropy < 1):
-        raise UserError("--config.grpo.loss=vespo is not linear in its advantages: write rollout.correction=none, "
-                        "top_entropy=1")  # fmt: skip
+        raise UserError("--config.grpo.loss=vespo is not linear in its advantages: write "
+                        "--config.rollout.correction=none and --config.rollout.top_entropy=1")  # fmt: skip
     if rollout.old_logprobs == "sampler" and rollout.correction != "none":
         raise UserError(
             f"--config.rollout.old_logprobs=sampler and --config.rollout.correction={rollout.correction} would count "
@@ -79,19 +80,20 @@ def check(setup: Setup) -> None:
         )
     if rollout.max_new_tokens >= config.seq_len:
         raise UserError(
-            f"--config.rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in rows of seq_len="
-            f"{config.seq_len}; shorten the one or raise the other"
+            f"--config.rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in rows of "
+            f"--config.seq_len={config.seq_len}; lower max_new_tokens or raise seq_len"
         )
     if not config.judge.deadline > 0:
-        raise UserError(f"--config.judge.deadline={config.judge.deadline}: write seconds that one reward may take")
+        raise UserError(f"--config.judge.deadline={config.judge.deadline}: write the seconds that a reward may take, "
+                        "such as 20")  # fmt: skip
     _check_rewards(setup)
     tasks = find_tasks(setup)
     if any(isinstance(task, CodeTask) for _, task, _ in tasks):
         find_tier(config.sandbox)
     if not config.init_from:
         raise UserError(
-            "reinforcement learning needs a model that answers already: write --config.init_from=W, a workdir of "
-            "fine-tuning or a Hugging Face directory"
+            "reinforcement learning needs a model that can already answer: write --config.init_from=W, where W is a "
+            "workdir of fine-tuning or a Hugging Face directory"
         )
 
 
@@ -101,8 +103,8 @@ def _check_rewards(setup: Setup) -> None:
         check_reward_model(config.judge.reward_model, setup, MODEL_FLAG)
     elif config.judge.reward_model:
         raise UserError(
-            f"{MODEL_FLAG}={config.judge.reward_model}: no reward asks it; write --config.rewards=…,{MODEL}=1, or "
-            "leave it out"
+            f"{MODEL_FLAG}={config.judge.reward_model}: --config.rewards does not use it; write "
+            f"--config.rewards=…,{MODEL}=1, or leave {MODEL_FLAG} out"
         )
 
 
@@ -164,7 +166,7 @@ def make(run: Run) -> Stage:
 
 
 def _with_memory(run: Run, stage: Stage) -> Stage:
-    """The stage that knows by which weights the KL's reference began."""
+    """`stage`, which stores a digest of the KL reference's weights in checkpoints and checks it on resume."""
     place, digest = find_weights(run, run.setup.config.init_from, "config.init_from")
     memory = {"reference": digest}
     return dataclasses.replace(
@@ -205,12 +207,12 @@ def _lines(setup: Setup, hyper: GRPO, questions: Questions) -> list[str]:
             "--config.rollout.samples=1: a completion has no others to be compared with, so every advantage is 0"
         )
     if hyper.loss == "bnpo":
-        out.append("--config.grpo.loss=bnpo: over the whole update, where it is dapo")
+        out.append("--config.grpo.loss=bnpo: here the mean is over the whole update, so it equals dapo")
     return out
 
 
 class Steps:
-    """Stage.prepare, and what there is to log of the steps since the last reading."""
+    """Stage.prepare: makes the batch of each step. Keeps the metrics of the steps since they were last read."""
 
     def __init__(self, run: Run, tools: R.Tools, questions: Questions, options: R.Options) -> None:
         setup = run.setup
@@ -232,7 +234,7 @@ class Steps:
         self._tokens, self._began, self._prepared = 0, 0.0, 0.0
 
     def __call__(self, state: TrainState, batch: Batch, more: More) -> Batch:
-        """The step's batch. Raises UserError where nothing could be judged."""
+        """The step's batch. Raises UserError if no completion could be judged."""
         setup, given = self._run.setup, 1
         self._began = time.perf_counter()
 
@@ -255,25 +257,25 @@ class Steps:
         if gaps.get("sampler_kl", 0.0) > APART and self._run.world.main:
             kl, gap = gaps["sampler_kl"], gaps["sampler_gap"]
             words = f"sampler and trainer disagree: KL {kl:.2g} (bf16 has about 1e-4), {gap:.3g} at the worst token"
-            print(f"step {step}: {words}; the answers are not all the policy's", file=sys.stderr, flush=True)
+            print(f"step {step}: {words}; the policy did not sample all answers", file=sys.stderr, flush=True)
         self._record(step, drawn, gaps, rows)
         consumed = torch.tensor(given * setup.config.batch_size, dtype=torch.int64, device=setup.device)
         self._prepared = time.perf_counter()
         return {**rows, "consumed": consumed}
 
     def ask_model(self, model: R.ModelReward) -> None:
-        """Its scores are a reward from here on."""
+        """From now on, use the scores of `model` as a reward."""
         self._tools = dataclasses.replace(self._tools, model=model)
 
     def figures(self, batch: Batch) -> dict[str, float]:
-        """Means over the steps since the last time."""
+        """Means over the steps since the last call."""
         now, history, self._history = time.perf_counter(), self._history, []
         if not history:
             return {}
         setup = self._run.setup
         names = {name: [one[name] for one in history if name in one] for one in history for name in one}
         means = {name: sum(values) / len(values) for name, values in names.items()}
-        speed = self._tokens / (now - self._began)  # of the last step: what it trained on
+        speed = self._tokens / (now - self._began)  # of the last step, counting the tokens that it trained on
         flops = flops_per_token(setup.model, setup.config.seq_len)
         peak = peak_flops(setup.device) * self._run.world.size
         update = now - self._prepared
@@ -293,7 +295,7 @@ class Steps:
         config, world = self._run.setup.config, self._run.world
         ranks = self._run.setup.layout.axes.rows[1]
         real = world.gather((rows["segments"] != 0).sum().item())
-        self._tokens = sum(real) * ranks // world.size  # each row is on world.size / ranks ranks
+        self._tokens = sum(real) * ranks // world.size  # world.size / ranks ranks hold the same rows
         padding = 1 - self._tokens / (rows["segments"].numel() * ranks)
         self._history.append({**R.figures(drawn), **gaps, "padding": padding})
         if not world.main:
@@ -306,20 +308,21 @@ class Steps:
             print(f"step {step}: rewards failed: " + "; ".join(f"{why} ({n} times)" for why, n in worst), flush=True)
 
     def _agree(self, step: int, gaps: dict[str, float]) -> None:
-        """After a process's first comparison: say how near sampler and trainer are, and whose log-probs are the old
-        ones from here on."""
+        """After a process's first comparison: print how closely sampler and trainer agree, and decide whose
+        log-probabilities are those of the old policy from now on."""
         setup, self._first = self._run.setup, False
         gap = gaps.get("sampler_gap")
-        corrected = self._options.correction != "none"  # which has their ratio already
+        corrected = self._options.correction != "none"  # the correction already applies the ratio of the two
         if setup.config.rollout.old_logprobs == "auto" and setup.execution.invariant and gap == 0 and not corrected:
             self._options = dataclasses.replace(self._options, trust_sampler=True)
         whose = "sampler" if self._options.trust_sampler else "trainer"
         if self._run.world.main:
             same = "were not compared" if gap is None else f"agree {'bit for bit' if gap == 0 else f'to {gap:.3g}'}"
-            print(f"step {step}: log-probs of sampler and trainer {same}; old ones: the {whose}'s", flush=True)
+            print(f"step {step}: log-probs of sampler and trainer {same}; old_logprobs: the {whose}'s", flush=True)
 
     def _reference(self) -> Callable[[Batch], Tensor]:
-        """Log-probs of the frozen policy that the run began with, from its weights; never the state's."""
+        """log_probs(rows) of the frozen policy that the run began with. Its weights stay in memory; the state's are
+        never used, so a resumed run has the same reference."""
         run, setup = self._run, self._run.setup
         outputs = make_outputs(setup.model, setup.execution, **self._fields)
         weights = {k: p.to(setup.compute_dtype) for k, p in initial_weights(setup, run.world).items()}
@@ -332,7 +335,7 @@ def _shown(line: Mapping[str, object]) -> str:
 
 
 def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]], options: R.Options) -> Evaluator:
-    """ "accuracy" and "well_formed" of held-out answers; of several tasks also each as "accuracy/TASK"."""
+    """Evaluates "accuracy" and "well_formed" on held-out answers; for several tasks also "accuracy/TASK" for each."""
     setup, config = run.setup, run.setup.config
     asked: list[tuple[str, Task, tuple[Question, ...]]] = [
         (name, task, first_questions(task, "heldout", max(1, config.eval.questions // len(tasks))))
@@ -365,7 +368,7 @@ def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]], o
 def _marks(
     asked: list[tuple[str, Task, tuple[Question, ...]]], answers: list[Answer], thinking: bool
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """What is logged, and the answers as logger.answers takes them."""
+    """(metrics to log, the answers as logger.answers takes them)."""
     sums, place, each = dict[str, list[float]](), 0, dict[str, float]()
     lines: list[dict[str, Any]] = []
     for name, task, questions in asked:

@@ -1,7 +1,8 @@
-"""Training on chats with pictures: next-token prediction of what the assistant writes, with text mixed in.
+"""Training on chats with pictures: next-token prediction of the assistant's tokens, with text chats mixed in.
 
-Qwen3-VL (arXiv:2511.21631, §3) trains its mergers alone first, then everything. Which parts learn, and how fast, is
-config.optimizer.rates (qwen3f.train.optimizer): patterns of paths, such as TOWER and ALIGNER below.
+Qwen3-VL (arXiv:2511.21631, §3) first trains its mergers alone, then everything. config.optimizer.rates
+(qwen3f.train.optimizer) sets which parts learn, and how fast, by patterns of parameter paths, such as TOWER and ALIGNER
+below.
 """
 
 import dataclasses
@@ -30,13 +31,14 @@ from qwen3f.train.restore import check_tokenizer, find_tokenizer
 from qwen3f.train.setup import Setup, at_least
 from qwen3f.train.stage import Evaluator, Interrupted, Run, Stage
 
-# The parts of a model for config.optimizer.rates: what sees, what makes tokens of it (DeepStack's mergers too).
+# Patterns for config.optimizer.rates: the vision tower, and the mergers that turn its output into tokens (also those
+# of DeepStack).
 TOWER = r"model\.visual\.(patch_embed|pos_embed|blocks|deepstack_fusion_list)\..*"
 ALIGNER = r"model\.visual\.(merger|deepstack_merger_list)\..*"
 
 
 def check(setup: Setup) -> None:
-    """Raises UserError for what of data and eval cannot run."""
+    """Raises UserError for settings in data and eval that cannot run."""
     check_model(setup.model, NEXT_TOKEN)
     if setup.execution.invariant:
         raise UserError("config.attention=invariant is for text, not for images; write --config.attention=auto")
@@ -73,8 +75,8 @@ def _data_config(setup: Setup) -> VisualDataConfig:
 
 
 def _figures(batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """What to log of a batch: the shares of its places that are padding, supervised and pictures', and of its patches
-    that are used."""
+    """Metrics of a batch: shares of its places that are padding, supervised, and visual tokens; share of its patch
+    places that are used."""
     patches = batch["grids"].prod(-1).sum(1).float() / batch["pixel_values"].shape[1]
     return {
         "padding": (batch["segments"] == 0).float().mean().item(),
@@ -85,9 +87,11 @@ def _figures(batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 
 def _evaluator(run: Run, corpus: VisualCorpus, tokenizer: Tokenizer) -> Evaluator:
-    """ "loss" on held-out answers by source; on one device also "exact", the share of answers that greedy decoding
-    gives to the letter, "blind", the same with the pictures of other rows, and "majority", what a topic's commonest
-    answer reaches; each of all questions and by topic."""
+    """Evaluates "loss" on held-out chats, by source; on one device also the answers, over all questions and by topic.
+
+    "exact": share of answers that greedy decoding gives to the letter. "blind": the same with the pictures of other
+    rows. "majority": the share that always answering a topic's most frequent answer would reach.
+    """
     evaluate = make_heldout_loss(run, corpus.heldout)
     asks = run.world.size == 1 and corpus.heldout
     answered = _make_answered(run, corpus) if asks else lambda params: ({}, [])
@@ -112,7 +116,7 @@ def _evaluator(run: Run, corpus: VisualCorpus, tokenizer: Tokenizer) -> Evaluato
 
 
 def _in_own_words(run: Run, corpus: VisualCorpus, tokenizer: Tokenizer, params: Params) -> list[dict[str, Any]]:
-    """A few held-out questions with their pictures and what the model answers, for the report."""
+    """A few held-out questions with their pictures and the model's answers, for the report."""
     setup, lines = run.setup, []
     compute = {path: leaf.to(setup.compute_dtype) for path, leaf in params.items()}
     for dataset in corpus.heldout.values():
@@ -122,8 +126,8 @@ def _in_own_words(run: Run, corpus: VisualCorpus, tokenizer: Tokenizer, params: 
 
 
 def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], tuple[dict[str, float], list[dict[str, Any]]]]:
-    """answered(params) -> {"exact", "exact/TOPIC", "blind", …} over the held-out rows that have topics, and the marks
-    behind "exact" as logger.answers takes them."""
+    """answered(params) -> ({"exact", "exact/TOPIC", "blind", …} over held-out rows that have topics, the marks of
+    "exact" as logger.answers takes them)."""
     setup, config = run.setup, run.setup.config
     exact = make_exact(setup.model, setup.execution)
     rows = config.eval.batch_size
@@ -160,7 +164,7 @@ def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], tuple[d
 
 
 def _with_other_pictures(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same questions about other pictures of the same sizes' places: patches are turned round over all rows."""
+    """The same batch with other pictures of the same sizes: rolls the patches by half over all rows of the batch."""
     used = torch.arange(batch["pixel_values"].shape[1]) < batch["grids"].prod(-1).sum(1)[:, None]
     patches = batch["pixel_values"][used]
     shuffled = batch["pixel_values"].clone()
@@ -174,7 +178,7 @@ def _mean(marks: Mapping[str, list[float]]) -> float:
 
 
 def _majority(chats: Iterable[Document]) -> dict[str, list[float]]:
-    """By topic, for each of its questions: whether the topic's most frequent answer is right."""
+    """By topic, a mark for each question: 1 if the topic's most frequent answer is right for it, else 0. Unordered."""
     answers: dict[str, Counter[bytes]] = defaultdict(Counter)
     for chat in chats:
         answers[chat.group][chat.ids[chat.trained].tobytes()] += 1

@@ -1,4 +1,4 @@
-"""Pretraining: next-token prediction on packed text, with an attention that may look back less far at first."""
+"""Pretraining: next-token prediction on packed text. Attention may see a shorter context at first (context_warmup)."""
 
 import shlex
 
@@ -32,12 +32,12 @@ from sharding.state import local_shards, whole_params
 
 
 def make_train_step(cfg: ModelConfig, optimizer: AdamW, schedule: Schedule, **options: object) -> TrainStep:
-    """Pretraining's step, step(state, batch) -> (state, metrics), on its own. options: as StepOptions has them."""
+    """The training step, step(state, batch) -> (state, metrics), without a run. options: fields of StepOptions."""
     return make_step(cfg, NEXT_TOKEN, StepOptions(optimizer, schedule, **options))
 
 
 def check(setup: Setup) -> None:
-    """Raises UserError for what of context_warmup, sample and data cannot run."""
+    """Raises UserError for settings in context_warmup, sample and data that cannot run."""
     config = setup.config
     check_model(setup.model, NEXT_TOKEN)
     for key in ("context_warmup.length", "sample.tokens", "eval.max_docs"):
@@ -59,7 +59,7 @@ def make(run: Run) -> Stage:
         if not warmup:
             return batch
         limited = limit_context(batch, config.context_warmup.length)["segments"]
-        # chosen on the device: a look at the step from here would wait for the one before it
+        # torch.where chooses on the device: reading the step on the host would wait for the step before
         return {**batch, "segments": torch.where(local_shards(state.step) < warmup, limited, batch["segments"])}
 
     def finish(state: TrainState, logger: Logger) -> None:
@@ -86,7 +86,7 @@ def make(run: Run) -> Stage:
 
 
 def _next(setup: Setup) -> tuple[str, ...]:
-    """The stage of pretraining that comes after one like this, as far as its configuration tells; then chats."""
+    """Commands to run next: generate, the next pretraining stage as far as the configuration shows it, fine-tuning."""
     config = setup.config
     prompt = shlex.quote(next(iter(config.sample.prompts), "The ")).replace("{", "{{").replace("}", "}}")
     stages = () if config.data.length_mix else ("s3",) if config.init_from else ("s2",)
@@ -110,7 +110,7 @@ def _warmup_steps(setup: Setup) -> int:
 
 
 def _evaluator(run: Run, corpus: Corpus) -> Evaluator:
-    """Loss and bits a byte of the held-out text."""
+    """Evaluates loss and bits a byte on the held-out text."""
     setup, config = run.setup, run.setup.config
     eval_step = make_eval_step(
         setup.model,
@@ -142,7 +142,7 @@ def _evaluator(run: Run, corpus: Corpus) -> Evaluator:
 
 
 def _samples(setup: Setup, corpus: Corpus, params: Params, step: int, logger: Logger) -> None:
-    """Continue each prompt and show it. params: whole."""
+    """Continue each prompt and log the text. params: whole tensors, not shards."""
     options, tokenizer = setup.config.sample, corpus.tokenizer
     prompts = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in options.prompts]
     room = sum(len(ids) + options.tokens for ids in prompts) + 64 * len(prompts)

@@ -1,8 +1,8 @@
 """A reward model: the policy's backbone with a scalar head, trained to score the better of two answers higher.
 
-The score of an answer is read at its last token, by position. Bradley–Terry (Ouyang et al. 2022, arXiv:2203.02155, eq.
-1), with margins (Touvron et al. 2023, arXiv:2307.09288, eq. 2) and a centring term (Eisenstein et al. 2023,
-arXiv:2312.09244) by configuration.
+The score of an answer is the head's output at the answer's last token. The loss is Bradley–Terry (Ouyang et al. 2022,
+arXiv:2203.02155, eq. 1). Configuration can add margins (Touvron et al. 2023, arXiv:2307.09288, eq. 2) and a centring
+term (Eisenstein et al. 2023, arXiv:2312.09244).
 
 N pairs · B rows · T places of a row · S documents, P pairs of a row at most
 """
@@ -33,11 +33,12 @@ REPORTS = ("chosen_score", "rejected_score", "score_margin", "accuracy")
 
 @dataclasses.dataclass(frozen=True)
 class RewardLoss:
-    """
+    """The loss of a reward model.
+
     Attributes:
-      margin: times each pair's own margin (of rated data the difference of the ratings, else 1), by which the better
-        score must lead; 0: none.
-      centre: weight of the squared sum of both scores, which keeps scores around 0; 0: none.
+      margin: the better score must lead by `margin` times the pair's own margin. That is the difference of the ratings
+        in rated data, else 1. 0: no margin.
+      centre: weight of (chosen score + rejected score)², which keeps scores near 0; 0: no such term.
 
     Raises UserError for values that cannot work.
     """
@@ -54,7 +55,10 @@ class RewardLoss:
 def pair_costs(
     chosen: Tensor, rejected: Tensor, margins: Tensor | float = 0.0, centre: float = 0.0
 ) -> tuple[Tensor, Figures]:
-    """(cost of each pair, figures of the same shape without a gradient), from the scores. accuracy: of equals 0."""
+    """(cost of each pair, metrics of the same shape without a gradient), from scores of any shape.
+
+    accuracy: 1 where the chosen score is higher; equal scores count as 0.
+    """
     costs = F.softplus(rejected - chosen + margins)
     if centre:
         costs = costs + centre * (chosen + rejected) ** 2
@@ -70,16 +74,17 @@ def pair_costs(
 def pairwise_loss(
     chosen: Tensor, rejected: Tensor, margins: Tensor | float = 0.0, centre: float = 0.0
 ) -> tuple[Tensor, Figures]:
-    """(mean loss, means of the figures) over the scores [N] of better and worse answers; 0 of none. As in TRL 1.16."""
+    """(mean loss, means of the metrics) over N pairs, from their scores [N]; 0 without pairs. As in TRL 1.16."""
     costs, figures = pair_costs(chosen, rejected, margins, centre)
     count = max(1, len(chosen))
     return costs.sum() / count, {name: values.sum() / count for name, values in figures.items()}
 
 
 def make_objective(hyper: RewardLoss) -> Objective:
-    """The loss of packed pairs, whose loss_weights are 1 at each document's last place and 0 elsewhere.
+    """The loss over packed pairs. loss_weights [B, T] must be 1 at each document's last place and 0 elsewhere.
 
-    With a margin the batch has margins [B, T]: a pair's own, at the last place of its better answer, 0 elsewhere.
+    With hyper.margin the batch also has margins [B, T]: each pair's own margin at the last place of its better answer,
+    0 elsewhere.
     """
 
     def document(scores_BS: Tensor, rows: Batch) -> tuple[Tensor, Figures]:
@@ -102,17 +107,17 @@ def read_hyper(config: ConfigDict) -> RewardLoss:
 def score(outputs: Callable[[Params, Batch], Tensor], params: Params, batch: Batch) -> Tensor:
     """[B, S]: the score of each document, read at its last place; 0 where a row has no such document.
 
-    A document ends where its segment does, whatever its ids are: padding may have any id, on either side.
+    A document ends where its segment id ends. Token ids do not matter, so padding may have any id, on either side.
 
     Args:
-      outputs: train.outputs.make_outputs of the model with output="scores"; any mesh.
-      params, batch: as for `outputs`. The batch holds each document whole, its last token among tokens.
+      outputs: what train.outputs.make_outputs gives for output="scores", on any mesh.
+      params, batch: arguments of `outputs`. The batch must hold each document whole, its last token included.
     """
     return scores_at_ends(outputs(params, batch), batch)
 
 
 def check(setup: Setup) -> None:
-    """Raises UserError for what of reward_model, data and eval cannot run."""
+    """Raises UserError for settings in reward_model, data and eval that cannot run."""
     check_model(setup.model, make_objective(read_hyper(setup.config)))
     check_pairs(setup)
 
@@ -135,7 +140,7 @@ def make(run: Run) -> Stage:
 
 
 def _next(config: ConfigDict) -> str:
-    """Reinforcement of the model that this one came from, by this one's scores."""
+    """The command to run next: reinforcement of the model that this run started from, by this run's scores."""
     policy = shlex.quote(config.init_from or "W").replace("{", "{{").replace("}", "}}")
     return (
         f"--config experiments/grpo.py:PRESET --config.init_from={policy} --config.rewards=reward_model "

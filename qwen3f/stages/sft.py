@@ -1,8 +1,8 @@
-"""Supervised fine-tuning: next-token prediction of what an assistant writes, in packed chats.
+"""Supervised fine-tuning: next-token prediction of the assistant's tokens, in packed chats.
 
-The long-CoT cold start and the fusion of thinking modes (Qwen3 technical report, arXiv:2505.09388, §4.1 and §4.3) are
-this stage with other data. The loss is summed over supervised tokens and divided by their number in the whole batch,
-over micro-batches and ranks.
+The long-CoT cold start and the fusion of thinking modes (Qwen3 technical report, arXiv:2505.09388, §4.1 and §4.3) both
+use this stage, with different data. The loss is the mean over the supervised tokens of the whole batch: all
+micro-batches of all ranks.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ _NEXT = (
 
 
 def check(setup: Setup) -> None:
-    """Raises UserError for what of data, eval and show_samples cannot run."""
+    """Raises UserError for settings in data, eval and show_samples that cannot run."""
     config = setup.config
     check_model(setup.model, NEXT_TOKEN)
     check_data(_data_config(setup))
@@ -95,7 +95,7 @@ def _asks(run: Run) -> bool:
 
 
 def _shown(setup: Setup, corpus: ChatCorpus, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """A few samples of the first rows, with what is trained marked."""
+    """A few samples of the first rows, with the trained tokens marked."""
     count, seed = setup.config.show_samples, setup.config.seed
     rows = np.arange(min(count, setup.config.batch_size))
     if not len(rows):
@@ -105,7 +105,8 @@ def _shown(setup: Setup, corpus: ChatCorpus, tokenizer: Tokenizer) -> tuple[str,
 
 
 def _evaluator(run: Run, corpus: ChatCorpus, tokenizer: Tokenizer) -> Evaluator:
-    """ "loss" on held-out answers, of several sources each; and how questions are answered."""
+    """Evaluates the loss on held-out chats ("loss", and "loss/NAME" if there are several sources) and the answers to
+    held-out questions."""
     config, evaluate, asks = run.setup.config, make_heldout_loss(run, corpus.heldout), _asks(run)
     questions = _questions(run.setup) if asks else (None, ())
     answers: list[dict[str, Any]] = []
@@ -126,7 +127,10 @@ def _evaluator(run: Run, corpus: ChatCorpus, tokenizer: Tokenizer) -> Evaluator:
 
 
 def make_heldout_loss(run: Run, heldout: Mapping[str, Indexed]) -> Callable[[Params], dict[str, float]]:
-    """evaluate(params) -> {"loss": nats a supervised token of the held-out split, "loss/NAME": of each source}."""
+    """evaluate(params) -> {"loss": nats per supervised token of the held-out split, "loss/NAME": the same by source}.
+
+    "loss/NAME" is only there for several sources.
+    """
     setup, config = run.setup, run.setup.config
     rows, axes = config.eval.batch_size, setup.layout.axes
     eval_step = make_eval_step(
@@ -172,8 +176,10 @@ def _questions(setup: Setup) -> tuple[Task, tuple[Question, ...]]:
 def _answered(
     run: Run, tokenizer: Tokenizer, params: Params, task: Task | None, questions: tuple[Question, ...]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Exact match and form; of the first mode under their own names, of a second one with "_MODE" behind them. And the
-    answers, as logger.answers takes them."""
+    """(shares of right and well-formed answers, the answers as logger.answers takes them).
+
+    Names of the second mode's shares end in "_MODE".
+    """
     setup, config = run.setup, run.setup.config
     cfg = dataclasses.replace(setup.model, gradient_checkpointing="none")
     compute = whole_params(setup.model, params, setup.layout, setup.compute_dtype)

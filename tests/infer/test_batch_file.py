@@ -108,10 +108,10 @@ def test_new_rows_behind_the_old_ones_are_added(answer, tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"seed": 1}, "holds for row 0 another answer than .*in.jsonl:1 asks for"),
+        ({"seed": 1}, "has an answer to row 0 that does not belong to .*in.jsonl:1"),
         ({"rows": [{"prompt": "other"}, ROWS[1]]}, "holds for row 0 another answer"),
-        ({"rows": ROWS[:1]}, "line . answers row ., and there are 1 rows"),
-        ({"out": "notes.txt"}, "config.out=.*notes.txt, line 1 is no answer that this program has written"),
+        ({"rows": ROWS[:1]}, "line . answers row ., but there are only 1 rows"),
+        ({"out": "notes.txt"}, "config.out=.*notes.txt, line 1 is not an answer of this program"),
         ({"out": "torn.txt"}, "config.out=.*torn.txt, line 1 is no answer"),
         ({"out": "in.jsonl"}, "config.out=.* is config.input"),
     ],
@@ -133,7 +133,7 @@ def test_what_is_in_the_way_is_left_as_it_is(answer, tmp_path, change, words):
 
 def test_another_process_that_writes_there_is_an_error(answer, tmp_path):
     write(tmp_path / "in.jsonl", ROWS[:1])
-    with AnswerFile(tmp_path / "out.jsonl", "m", 1), pytest.raises(UserError, match="another process writes there"):
+    with AnswerFile(tmp_path / "out.jsonl", "m", 1), pytest.raises(UserError, match="another process writes to it"):
         answer()
 
 
@@ -147,8 +147,8 @@ BAD = [
     ('{"prompt": 3}', '"prompt" must be a text'),
     ('{"prompt": "\\ud800"}', "lone surrogate"),
     ('{"prompt": "a", "id": "\\ud800"}', "lone surrogate"),
-    ('{"prompt": "a", "id": [NaN]}', '"id" holds a number that JSON cannot carry'),
-    ('{"prompt": "a", "id": 1e999}', '"id" holds a number that JSON cannot carry'),
+    ('{"prompt": "a", "id": [NaN]}', '"id" holds a number that JSON cannot write'),
+    ('{"prompt": "a", "id": 1e999}', '"id" holds a number that JSON cannot write'),
     ('{"prompt": "a", "stop": ["\\ud800"]}', "stop: Character 0 .* lone surrogate"),
     ('{"prompt": "a", "temprature": 1}', "the field 'temprature' is unknown"),
     ('{"prompt": "a", "temperature": -1}', "temperature must be 0"),
@@ -252,7 +252,7 @@ def test_rows_that_failed_are_asked_again(answer, tmp_path, capsys):
     write(tmp_path / "in.jsonl", rows)
     summary, first = answer(max_tokens=64)
     assert [line["finish_reason"][:5] for line in first] == ["lengt", "error", "lengt", "error"]
-    assert "; 2 failed, which the same command asks again" in capsys.readouterr().err
+    assert "; 2 failed; the same command computes them again" in capsys.readouterr().err
     out.chmod(0o640)
     link = tmp_path / "link.jsonl"
     link.symlink_to(out)
@@ -278,7 +278,7 @@ def test_lines_of_failed_rows_stay_until_there_is_an_answer(answer, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr("qwen3f.infer.batch_file.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(
-            UserError, match=r"config\.out=.*out\.jsonl cannot be written \(full\): mend that; the same"
+            UserError, match=r"config\.out=.*out\.jsonl cannot be written \(full\): repair that, then run the same"
         ):
             answer()
     assert out.read_bytes() == before
@@ -298,7 +298,7 @@ def test_a_file_that_another_process_has_just_replaced_is_an_error(answer, tmp_p
         lock(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(UserError, match="another process writes there"):
+    with pytest.raises(UserError, match="another process writes to it"):
         answer()
 
 
@@ -325,7 +325,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(source, answer, tmp_p
     command = [sys.executable, "-c", FULL, source[0], file, str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "cannot be written (File too large): mend that; the same command then goes on" in done.stdout
+    assert "cannot be written (File too large): repair that, then run the same command" in done.stdout
     assert out.stat().st_size == 300
     complete = out.read_bytes().count(b"\n")
     summary, lines = answer(max_new_tokens=8)

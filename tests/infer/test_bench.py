@@ -17,8 +17,8 @@ from sharding.axes import ONE
         ("--batches 4", "--batches=4: write batch x context"),
         ("--batches 1x8,0x8", "--batches=1x8,0x8: write batch x context"),
         ("--tp 0", "--tp=0: write 1 or more"),
-        ("--cases profile", "--cases=profile counts a GPU's kernels; leave out --device=cpu"),
-        ("--device cuda", "--device=cuda: there is none; write --device=cpu"),
+        ("--cases profile", "--cases=profile needs a GPU; leave out --device=cpu"),
+        ("--device cuda", "--device=cuda: there is no GPU; write --device=cpu"),
     ],
 )
 def test_bad_arguments_are_named(arguments, words, monkeypatch):

@@ -127,7 +127,7 @@ def test_switches_go_with_a_question(generator, capsys):
     assert [message["content"] for message in chat.messages[::2]] == ["a /no_think", "b /no_think"]
     expected = generator.generate("a /no_think", thinking=True, max_new_tokens=12, seed=4)
     assert printed.startswith(expected + "\n")
-    assert "(/no_think goes with your next question)" in capsys.readouterr().err
+    assert "(/no_think will be added to your next question)" in capsys.readouterr().err
     chat, _ = talk(generator, ["/think", "a"], OPTIONS.changed(thinking=False))
     assert chat.messages[0] == user("a")
     assert "switches have no effect" in capsys.readouterr().err
@@ -159,7 +159,7 @@ def test_a_chat_that_fills_the_context_says_so_and_goes_on_after_reset(generator
     chat, _ = talk(generator, ["a", "word " * 60], options)
     assert len(chat.messages) == 2
     error = capsys.readouterr().err
-    assert "and the model takes 256 with the answer; shorten it, or begin anew by /reset" in error
+    assert "and the model takes 256 with the answer; shorten it, or write /reset" in error
     chat.enter("/reset")
     assert chat.enter("b")
     assert chat.messages[0] == user("b")
@@ -200,8 +200,8 @@ def test_a_chat_over_a_pipe(start, generator, tmp_path):
     _, expected = talk(generator, ["What is é7?", "/no_think", "And é8?", "/reset", "What is é7?"])
     assert out.decode() == expected
     notes = err.decode()
-    assert "(error: the line is not UTF-8, so it was not asked)" in notes
-    assert "(the chat begins anew)" in notes
+    assert "(error: the line is not UTF-8, so it was left out)" in notes
+    assert "(the history is empty now)" in notes
     assert "Traceback" not in notes
     assert list(tmp_path.iterdir()) == []
 
@@ -279,6 +279,6 @@ def test_ctrl_c_while_a_file_is_answered_leaves_what_can_go_on(start, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "stopped; the same command goes on" in err.decode()
+    assert "stopped; the same command resumes" in err.decode()
     assert "Traceback" not in err.decode()
     assert 0 < out.read_bytes().count(b"\n") < rows

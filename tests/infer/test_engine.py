@@ -275,7 +275,7 @@ def test_cancelled_rows_end_and_give_their_room_back():
         ({"stop_ids": (97,)}, r"stop_ids: \[97\] must be token ids"),
         ({"stop_texts": ("x",)}, "stop_texts need the tokenizer"),
         ({"budget": ThinkingBudget(1, 99, (99,))}, r"budget: \[99\] must be token ids"),
-        ({"prompts": [[1.5]]}, "a prompt holds what is no token id"),
+        ({"prompts": [[1.5]]}, "a prompt must be token ids"),
         ({"n": 0}, "n must be at least 1 answer to a prompt, got 0"),
         ({"sampling": [GREEDY, GREEDY]}, "sampling has 2 values for 1 prompts"),
         ({"streams": [1, 2]}, "streams has 2 values for 1 prompts with 1 answers each"),

@@ -150,7 +150,7 @@ def test_thinking_ends_at_the_budget(source, answers):
         ({"max_tokens": -1}, "config.max_tokens must be at least 0"),
         ({"on_bad_row": "stop"}, "config.on_bad_row='stop': write error or skip"),
         ({"dtype": "int8"}, "config.dtype='int8'"),
-        ({"mesh": "dp2"}, "config.mesh=dp2: generation cuts a model over tp alone; write tp2"),
+        ({"mesh": "dp2"}, "config.mesh=dp2: generation has only tp; write --config.mesh=tp2"),
         ({"mesh": "tp4"}, r"tp=4 does not divide the model's 2 key/value heads.*; write tp1 or tp2 in config\.mesh"),
     ],
 )

@@ -127,7 +127,7 @@ def test_an_evaluation_asks_the_model_that_is_its_own(tmp_path):
     "changes, words",
     [
         ({"set__pictures__top_p": 3.0}, "--config.set.pictures.top_p must lie in"),
-        ({"set__pictures__mesh": "dp2"}, "--config.set.pictures.mesh=dp2: generation cuts a model over tp alone"),
+        ({"set__pictures__mesh": "dp2"}, "--config.set.pictures.mesh=dp2: generation has only tp"),
         ({"set__pictures__max_pixels": 1}, "--config.set.pictures.max_pixels=1 leave no size for an image"),
         ({"set__pictures__chat": False}, "--config.set.pictures.chat=True"),
         ({"skip": "multimodal"}, "its model sees no pictures: .* write --config.set.pictures.init_from=W"),

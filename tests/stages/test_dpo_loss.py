@@ -196,7 +196,7 @@ def test_ids_of_the_padding_change_nothing():
         ({"loss": "sigmod"}, "config.dpo.loss=sigmod: write one of sigmoid, "),
         ({"beta": 0.0}, "config.dpo.beta=0.0: write a positive number"),
         ({"beta": float("nan")}, "config.dpo.beta=nan"),
-        ({"label_smoothing": 0.1}, "label_smoothing=0.1 does nothing to --config.dpo.loss=sigmoid: write 0, or"),
+        ({"label_smoothing": 0.1}, "label_smoothing=0.1 does nothing to --config.dpo.loss=sigmoid: write"),
         ({"loss": "robust", "label_smoothing": 0.5}, "write a share below 0.5"),
         ({"loss": "exo_pair"}, "write a share below 0.5 and above 0"),
         ({"sft_weight": -1.0}, "config.dpo.sft_weight=-1.0"),

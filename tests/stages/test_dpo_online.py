@@ -188,7 +188,7 @@ def test_the_logged_reward_is_the_mean_of_what_the_judge_says_where_it_can_tell(
         ({"online.judge": "me"}, "config.online.judge='me' is unknown; use one of task, rule, reward_model"),
         ({"online.judge": "reward_model"}, "none is named; write --config.online.reward_model=W"),
         ({"online.samples": 1}, "config.online.samples must be at least 2"),
-        ({"online.temperature": 0.0}, "online.temperature=0.0: answers that differ need more than 0"),
+        ({"online.temperature": 0.0}, "online.temperature=0.0: the answers to a prompt must differ; write a number"),
         ({"online.fill": 0.0}, "online.fill=0.0"),
         ({"online.task": "x"}, "config.online.task=x: there is no such task"),
         ({"online.task": "visual"}, "config.online.task=visual asks about pictures"),
@@ -215,5 +215,5 @@ def test_a_step_of_nothing_but_ties_is_an_error_that_says_what_to_do(root, tmp_p
     """The task calls every answer of random weights wrong, and none of one token ends."""
     config = configured(root, batch_size=2, microbatches=1)
     config.online.update(judge="task", max_new_tokens=1, rounds=2, samples=2)
-    with pytest.raises(UserError, match="step 1: the judge task finds all answers to each of 4 prompts alike; raise"):
+    with pytest.raises(UserError, match="step 1: --config.online.judge=task ranks all answers equal for each of 4 "):
         loop.run(config, tmp_path, False)

@@ -164,8 +164,8 @@ def test_where_the_engine_is_the_trainer_bit_for_bit_its_log_probs_are_the_old_o
         config.update_from_flattened_dict({"rollout.old_logprobs": old, "model.vocab_size": size})
         loop.run(config, tmp_path / old, progress=False)
         said = capsys.readouterr().out
-        assert "step 1: log-probs of sampler and trainer agree bit for bit; old ones: the " in said
-        assert f"old ones: the {'sampler' if old == 'auto' else 'trainer'}'s" in said
+        assert "step 1: log-probs of sampler and trainer agree bit for bit; old_logprobs: the " in said
+        assert f"old_logprobs: the {'sampler' if old == 'auto' else 'trainer'}'s" in said
         found[old] = metrics(tmp_path / old)
         assert [line["ratio_gap"] for line in found[old]] == [0.0] * 3
     assert ["sampler_kl" in line for line in found["auto"]] == [True, False, False]
@@ -180,7 +180,7 @@ def test_where_the_ratio_is_in_the_advantages_it_is_in_no_old_log_probs(root, tm
     config = small(root, "corrected", steps=1, dtype="float32", attention="invariant", microbatches=1)
     config.update_from_flattened_dict({"rollout.correction": "token_truncate", "model.vocab_size": 266})
     loop.run(config, tmp_path, progress=False)
-    assert "agree bit for bit; old ones: the trainer's" in capsys.readouterr().out
+    assert "agree bit for bit; old_logprobs: the trainer's" in capsys.readouterr().out
 
 
 def test_the_sandbox_that_is_named_holds_for_rewards_and_evaluation(root, tmp_path, monkeypatch):
@@ -294,7 +294,7 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
         ({"grpo.loss": "vespo", "rollout.correction": "token_mask"}, "vespo is not linear"),
         ({"tasks": "code", "sandbox": "jail"}, "sandbox=jail: write auto"),
         ({"rewards": "correct,reward_model"}, "none is named; write --config.judge.reward_model=W"),
-        ({"judge.reward_model": "W"}, "judge.reward_model=W: no reward asks it"),
+        ({"judge.reward_model": "W"}, "judge.reward_model=W: --config.rewards does not use it"),
         ({"data.kinds": "poems"}, "data.kinds is 'poems'"),
         ({"model.scalar_head": True}, "scalar_head=True does not go with a stage"),
     ],
