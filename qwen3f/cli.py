@@ -1,4 +1,4 @@
-"""What stands behind launch.py: flags parsed with errors a person can act on, and dispatch to the stage."""
+"""The code of launch.py: parses flags, with errors that say what to write, and runs the stage."""
 
 import errno
 import functools
@@ -19,7 +19,7 @@ from qwen3f.files import is_file
 from qwen3f.flag_hints import as_flags, check_value, hint
 from qwen3f.train import checks
 
-# config.stage -> the module whose run(config, workdir, progress) does that; any other stage is one of training
+# config.stage -> the module whose run(config, workdir, progress) does it; all other stages train
 TOOLS = {
     "eval": "qwen3f.eval.run",
     "export_hf": "qwen3f.interop.export",
@@ -30,28 +30,28 @@ TOOLS = {
 }
 TRAIN = "qwen3f.train.launch"
 INHERIT = "qwen3f.train.inherit"
-PLAN = "qwen3f.plan.run"  # instead, where config.plan is set: what the mesh would do
-OWN_FLAGS = ("config", "workdir", "progress", "verbosity", "help", "flagfile")  # and of absl's what matters
+PLAN = "qwen3f.plan.run"  # replaces TRAIN if config.plan is set: prints what the mesh would do
+OWN_FLAGS = ("config", "workdir", "progress", "verbosity", "help", "flagfile")  # ours, and the useful ones of absl
 NO_CONFIG = "--config is missing; write e.g. --config experiments/demo.py"
 
-# Turns of the loop in which a thread of libgomp (torch's on Linux) waits for the others before it sleeps. libgomp's own
-# choice is 300,000, which takes the processor from the very thread that is waited for where a machine has more to do
-# than processors. A step of the demo's model on two cores, by libgomp's choice, 10,000, 1,000, and
-# OMP_WAIT_POLICY=passive: shared with others (load 7 to 12) 3.3 to 7.2, 1.4 to 2.0, 0.8 to 0.9, 0.4 to 1.0 s; with the
+# How many times a waiting thread of libgomp (torch's OpenMP library on Linux) spins before it sleeps. libgomp's default
+# is 300,000. On a machine with more work than processors, the spinning thread then takes the processor from the thread
+# that it waits for. Times of a step of the demo's model on two cores with the default, 10,000, 1,000, and
+# OMP_WAIT_POLICY=passive: on a busy machine (load 7 to 12) 3.3 to 7.2, 1.4 to 2.0, 0.8 to 0.9, 0.4 to 1.0 s; with the
 # cores to itself (by a real-time priority) 0.20, -, 0.20 to 0.21, 0.24 to 0.25 s.
 _SPINS = "1000"
 
 
 def yield_while_waiting(environment: MutableMapping[str, str]) -> None:
-    """Set how torch's threads wait for each other, unless the user has. To be called before torch is imported."""
+    """Set how torch's threads wait for each other, unless the user has. Call this before torch is imported."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
         environment["GOMP_SPINCOUNT"] = _SPINS
 
 
 def with_flag_files(argv: list[str]) -> list[str]:
-    """The command line with the lines of each --flagfile in its place.
+    """The command line, where the lines of each --flagfile replace it.
 
-    A file that cannot be read ends with one line on stderr and exit code 2.
+    If a file cannot be read, prints one line on stderr and exits with code 2.
     """
     try:
         return [*argv[:1], *flags.FLAGS.read_flags_from_files(argv[1:])]
@@ -61,9 +61,10 @@ def with_flag_files(argv: list[str]) -> list[str]:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's flags parser, for app.run: what cannot be parsed ends with one line on stderr and exit code 2.
+    """absl's flags parser, for app.run. If parsing fails, prints one line on stderr and exits with code 2.
 
-    An experiment that is not here is looked for beside launch.py. --help prints and ends with exit code 0.
+    An experiment that is not in the current directory is searched beside launch.py. --help prints the help and exits
+    with code 0.
     """
     try:
         argv = usage.locate(argv)
@@ -84,20 +85,21 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def run_stage(config: ConfigDict, workdir: Path, progress: bool, chosen: Collection[str] = ()) -> None:
-    """Run the stage that `config.stage` names, or with config.plan the plan. Raises UserError for an unknown one.
+    """Run the stage that `config.stage` names, or with config.plan its plan. Raises UserError for an unknown stage.
 
-    chosen: keys that the user has set, such as "model.rope_theta": of the model the only ones that count beside weights
-      to start from, see qwen3f.train.inherit; of a pipeline's stages those that the whole pipeline's leave alone.
+    chosen: keys that the user has set, such as "model.rope_theta". A run that starts from weights takes the weights'
+      model except for these keys (see qwen3f.train.inherit). In a pipeline, values of the whole pipeline do not replace
+      these keys of a stage.
     """
     known = [*stages.names(), *TOOLS]
-    if config.stage not in known and "." not in config.stage:  # with a dot: the import path of one's own
+    if config.stage not in known and "." not in config.stage:  # with a dot: the import path of the user's own stage
         raise UserError(f"config.stage={config.stage!r} is unknown; use one of {', '.join(known)}")
     if not progress and not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     if config.stage not in TOOLS:
         checks.check_workdir(workdir)
     checks.check(config, workdir)
-    # imports torch: once what can be checked without it is known to be right
+    # imports torch, so it comes after all checks that do not need torch
     stage = importlib.import_module(TOOLS.get(config.stage) or (PLAN if config.get("plan") else TRAIN))
     if config.stage not in TOOLS:
         config = importlib.import_module(INHERIT).inherit_model(config, workdir, chosen)
@@ -108,25 +110,26 @@ def run_stage(config: ConfigDict, workdir: Path, progress: bool, chosen: Collect
 
 
 def full_disk(error: OSError) -> TrainingError | None:
-    """What to report of an error that comes of a disk without room; None of another one."""
+    """The error to report if `error` was caused by a full disk; None for other errors."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return None
     where = f" (writing {error.filename})" if error.filename else ""
     return TrainingError(
-        f"{error.strerror}{where}: make room where --workdir and --config.data.cache lie, or choose another place; the "
-        "same command then goes on from the last checkpoint"
+        f"{error.strerror}{where}: make room on the disk of --workdir and --config.data.cache, or choose another one; "
+        "the same command then resumes from the last checkpoint"
     )
 
 
 def report(error: Exception, code: int, config: ConfigDict | None = None) -> int:
-    """Print an error on one line, with the keys of `config` as the flags that they are; returns the exit code."""
+    """Print an error on one line, where flags replace the keys of `config`. Returns the exit code."""
     text = " ".join(str(error).split())
     print(f"error: {as_flags(text, _keys(config)) if config is not None else text}", file=sys.stderr, flush=True)
     return code
 
 
 def _parsed(argv: list[str]) -> list[str]:
-    """What is left once absl has taken the flags. Its errors, and UserError for those of ml_collections."""
+    """The arguments that remain after absl has parsed the flags. Raises absl's errors, and UserError for those of
+    ml_collections."""
     try:
         return flags.FLAGS(argv)
     except ValueError as error:
@@ -134,7 +137,10 @@ def _parsed(argv: list[str]) -> list[str]:
 
 
 def _check_overrides(argv: list[str]) -> None:
-    """Every --config.key must exist in the experiment. ml_collections says so too, but by a traceback."""
+    """Raises UserError for a --config.key that the experiment does not have, or a value of another type.
+
+    ml_collections would raise errors with a traceback.
+    """
     experiment, overrides = next(iter(usage.given(argv)), None), []
     for i, argument in enumerate(argv[1:], 1):
         flag, equals, value = argument.lstrip("-").partition("=")
@@ -156,25 +162,26 @@ def _check_overrides(argv: list[str]) -> None:
         *sections, last = name.removeprefix("config.").split(".")
         section = functools.reduce(lambda section, key: section[key], sections, config)
         if flag != name and section.get_type(last) is not bool:
-            raise UserError(f"--{flag}: only what is True or False is written so; write --{name}=VALUE")
+            raise UserError(f"--{flag}: the form --noKEY is only for keys that are True or False; write --{name}=VALUE")
         if value is not None:
             check_value(name, value, section.get_type(last))
             _check_fixed(name, value, section[last])
 
 
 def _check_fixed(name: str, value: str, there: object) -> None:
-    """Raises UserError for what an experiment is by itself: its stage, and what no text stands for.
+    """Raises UserError for keys that the command line cannot change: the stage, and values without a text form.
 
     there: the key's value in the experiment.
     """
     if not usage.can_be_written(there):
-        raise UserError(f"--{name} is the experiment's own; did you mean --config.stages, or --config.skip?")
+        raise UserError(f"--{name} cannot be set; did you mean --config.stages, or --config.skip?")
     if name.rpartition(".")[2] != "stage" or value == there or ("." in value and there not in TOOLS):
-        return  # with a dot: the import path of a stage of one's own
+        return  # with a dot: the import path of the user's own stage
     if there == "pipeline":
         raise UserError(f"--{name}={value}: this experiment is a pipeline; did you mean --config.stages={value}?")
     raise UserError(
-        f"--{name}={value}: the keys are those of {there!r}; give an experiment of {value!r}, or leave it out"
+        f"--{name}={value}: this experiment is for the stage {there!r}; give --config an experiment for {value!r}, or "
+        f"leave --{name} out"
     )
 
 

@@ -1,19 +1,19 @@
-"""How this project calls torch.compile, in one place: one graph a function and shape, and few shapes.
+"""All calls of torch.compile: one graph for each function and shape, and few shapes.
 
-What is fixed in compiled code, so that another value means another graph:
+Compiled code has these values fixed; another value needs another graph:
 
-- all sizes: rows of a micro-batch and sequence length (a run has one of each, and its evaluation one); in step mode the
-  number of micro-batches too, which are repeated in the graph;
-- the form of the inputs: dtypes, which kind of mask, with or without padding marks and dropout, whether gradients are
-  on, and whether a block's input needs one.
+- all sizes: rows of a micro-batch and sequence length (a run has one of each, its evaluation another); in step mode
+  also the number of micro-batches, which are unrolled in the graph;
+- the form of the inputs: dtypes, kind of mask, with or without padding marks and dropout, whether gradients are on, and
+  whether the input of a block needs a gradient.
 
-What changes from call to call without another graph: everything that is data. That is the layer (all layers of a kind
-share a graph), the lengths of documents, and how many rows each expert gets: together they are tokens · top-k rows, and
-each expert's share lies in offsets. Under ep the rows that come from other ranks would be a size, another one every
-time; those blocks run uncompiled (qwen3f.model.block).
+Everything that is data can change without another graph: the layer (all layers of a kind share a graph), the lengths of
+documents, and the number of rows of each expert (together they are tokens · top-k rows, and offsets separate the
+experts). With ep the number of rows from other ranks would be a size that changes in every call; those blocks run
+uncompiled (qwen3f.model.block).
 
-How many: MOST_SHAPES graphs of one function, which is one kind of block of one model, its update or its step.
-A run needs three a kind of block (training, with and without a gradient of the input, and evaluation) and one
+A function (a kind of block of one model, its update, or its step) can have at most MOST_SHAPES graphs. A run needs
+three for each kind of block (training, with and without a gradient of the input, and evaluation) and one for the
 update. The number of models in a process is not limited. torch keeps compiled code until the process ends.
 """
 
@@ -28,16 +28,16 @@ from qwen3f.errors import UserError
 
 MOST_SHAPES = 128
 
-# Of torch._dynamo.config, while a compiled function is called and with it perhaps compiled.
+# Settings of torch._dynamo.config during a call of a compiled function, which may compile it.
 _SETTINGS = {
-    "automatic_dynamic_shapes": False,  # else sizes that have changed once become symbols
+    "automatic_dynamic_shapes": False,  # else sizes that have changed once become symbolic
     "recompile_limit": MOST_SHAPES,
     "trace_autograd_ops": True,  # torch.autograd.grad is part of the graph
 }
 
 
 def _made_anew(result: Any) -> Any:
-    """The same tuples, lists and dicts. torch 2.11 gives back what a NamedTuple's _replace has made as an empty one."""
+    """The result in new tuples, lists and dicts. torch 2.11 returns a NamedTuple made by _replace as an empty one."""
     if isinstance(result, dict):
         return {key: _made_anew(value) for key, value in result.items()}
     if hasattr(result, "_fields"):
@@ -48,9 +48,9 @@ def _made_anew(result: Any) -> Any:
 
 
 def compile_static(fn: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
-    """`fn`, compiled anew for every shape that it is called with; torch.autograd.grad may be part of it.
+    """`fn`, compiled once for every shape that it is called with; torch.autograd.grad may be part of it.
 
-    fullgraph: what can't be traced is an error. False: it runs uncompiled, and so does what exceeds MOST_SHAPES.
+    fullgraph: code that can't be traced is an error. False: it runs uncompiled, and so do calls beyond MOST_SHAPES.
 
     Raises UserError at the call that needs more than MOST_SHAPES graphs. Don't compile the result again as part of
     another function.
@@ -62,13 +62,13 @@ def compile_static(fn: Callable[..., Any], *, fullgraph: bool = True) -> Callabl
     def entry(*args: Any, **kwargs: Any) -> Any:
         return _made_anew(fn(*args, **kwargs))
 
-    # torch counts the graphs of a code object, and a def has one for all the functions that it makes. By that count the
-    # ninth model of a process would find no room. So each function gets a code object of its own.
+    # torch counts graphs by code object, and a def has the same code object for all functions that it makes. Then the
+    # limit would count the models of a process together. So each function gets its own code object.
     name = getattr(fn, "__name__", type(fn).__name__)
     code = entry.__code__.replace(co_name=name)  # the name is for torch's logs
     own = types.FunctionType(code, entry.__globals__, name, closure=entry.__closure__)
     compiled = torch.compile(own, fullgraph=fullgraph)
-    # config.patch would take 30 µs a call; this takes about as long as torch.compile(dynamic=False), which does it too
+    # config.patch would take 30 µs for each call. torch.compile(dynamic=False) uses this faster patcher too.
     change = config._make_closure_patcher(**_SETTINGS)
 
     @functools.wraps(fn)

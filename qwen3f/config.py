@@ -84,7 +84,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
-    scalar_head: bool = False  # a score a token instead of logits: a reward model
+    scalar_head: bool = False  # a head that gives one score for each token instead of logits: a reward model
     # attention
     attention_bias: bool = False
     attention_dropout: float = 0.0
@@ -99,7 +99,7 @@ class ModelConfig:
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
     router_aux_loss_coef: float = 0.001
-    router_balance: str = "global"  # what the balancing loss counts, see qwen3f.train.balance: one of ROUTER_BALANCE
+    router_balance: str = "global"  # tokens that the balancing loss counts; see qwen3f.train.balance
     router_z_loss_coef: float = 0.0
     norm_topk_prob: bool = True
     moe_drop_tokens: bool = False
@@ -113,15 +113,15 @@ class ModelConfig:
     vision_patch_size: int = 16
     vision_image_size: int = 768
     vision_num_channels: int = 3
-    vision_deepstack_layers: tuple[int, ...] = (5, 11, 17)  # whose outputs DeepStack taps, from 0
+    vision_deepstack_layers: tuple[int, ...] = (5, 11, 17)  # DeepStack's taps: layers of the tower, from 0
     vision_merger_spatial_factor: int = 2
     vision_temporal_patch_size: int = 2  # frames of a patch; an image is repeated
     vision_merger: str = "mlp"  # neighbouring patches to a token: "mlp" (Qwen3-VL), "pool_linear" (their mean)
-    # "llm_inject" (Qwen3-VL): tap i, merged, is added behind layer i of the language model; "vit_fuse": taps are added
-    # to the tower's own output
+    # "llm_inject" (Qwen3-VL): merged tap i is added to the output of layer i of the language model. "vit_fuse": taps
+    # are added to the tower's own output.
     vision_deepstack_mode: str = "llm_inject"
-    mrope_section: tuple[int, ...] = (24, 20, 20)  # rotary pairs that turn by time, by height and by width
-    # what the tokenizer calls <|image_pad|>, <|video_pad|>, <|vision_start|> and <|vision_end|>
+    mrope_section: tuple[int, ...] = (24, 20, 20)  # rotary pairs that rotate by time, by height and by width
+    # ids of <|image_pad|>, <|video_pad|>, <|vision_start|> and <|vision_end|> in the tokenizer
     image_token_id: int = 151655
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
@@ -129,7 +129,7 @@ class ModelConfig:
     # training
     gradient_checkpointing: str = "none"  # "none", "full" (recompute a block), "selective" (keep matrix products)
     initializer_range: float = 0.02
-    embed_initializer_range: float = 0.0  # of the embedding alone; 0: initializer_range
+    embed_initializer_range: float = 0.0  # for the embedding only; 0: initializer_range
 
     def __post_init__(self) -> None:
         # Config files and Hugging Face write booleans, dicts and lists where the frozen form needs names and tuples.
@@ -179,14 +179,14 @@ class ModelConfig:
 
     @property
     def injected_taps(self) -> int:
-        """How many of the first layers get a tap of the tower added behind them."""
+        """The number of layers of the language model, the first ones, to whose outputs a tap is added."""
         inject = self.vision_enabled and self.vision_deepstack_mode == "llm_inject"
         return len(self.vision_deepstack_layers) if inject else 0
 
     # -- counts ------------------------------------------------------------------------------------------------------
 
     def total_params_estimate(self) -> int:
-        """Number of parameters: exact, from the parameter table. (The name is the seed's.)"""
+        """Number of parameters: exact, from the parameter table, despite the name."""
         from qwen3f import params  # the table is built from a config, so it imports this module
 
         return sum(spec.numel for spec in params.abstract_params(self).values())
@@ -198,8 +198,8 @@ class ModelConfig:
         return sum(params.active_numel(self, path, spec) for path, spec in params.abstract_params(self).items())
 
     def matmul_params(self) -> int:
-        """Active parameters that a token is multiplied with: the head counts (tied too), the lookup doesn't, nor does
-        the vision tower, through which patches pass."""
+        """Number of parameters in the matrix products of a token: the head counts, even if tied; the embedding lookup
+        does not, nor does the vision tower, which processes patches."""
         from qwen3f import params
 
         table = params.abstract_params(self)
@@ -255,12 +255,12 @@ class ModelConfig:
         return cls.from_dict(values)
 
 
-# YaRN in other programs: near names with another meaning.
+# Names of YaRN settings in other programs that look similar and mean something else.
 _OTHER_YARN = {
     "attn_factor": "it multiplies the default; write attention_factor = attn_factor · (0.1·ln(factor) + 1)",
-    "mscale": "of DeepSeek; write attention_factor, what cosines and sines are multiplied by",
-    "mscale_all_dim": "of DeepSeek; write attention_factor, what cosines and sines are multiplied by",
-    "extrapolation_factor": "only 1 has a form here; leave it out",
+    "mscale": "of DeepSeek; write attention_factor, the factor of cosines and sines",
+    "mscale_all_dim": "of DeepSeek; write attention_factor, the factor of cosines and sines",
+    "extrapolation_factor": "only 1 is supported; leave it out",
 }
 
 
@@ -268,7 +268,7 @@ def _check_keys(where: str, values: Mapping[str, Any], cls: type) -> None:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known and key in _OTHER_YARN and cls is RopeScaling:
-            raise UserError(f"{where}: '{key}' has another meaning than any key here: {_OTHER_YARN[key]}")
+            raise UserError(f"{where}: '{key}' has no key of the same meaning here: {_OTHER_YARN[key]}")
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
@@ -361,8 +361,8 @@ def _validate_vision(cfg: ModelConfig) -> None:
     if cfg.vision_hidden_size % (4 * cfg.vision_num_attention_heads):
         raise UserError(
             f"config.model.vision_hidden_size ({cfg.vision_hidden_size}) must be a multiple of 4 · "
-            f"config.model.vision_num_attention_heads ({cfg.vision_num_attention_heads}): a head turns by height "
-            "and by width"
+            f"config.model.vision_num_attention_heads ({cfg.vision_num_attention_heads}): half of a head's rotary "
+            "pairs is for height, half for width"
         )
     if cfg.vision_image_size % cfg.vision_patch_size:
         raise UserError(
@@ -372,13 +372,13 @@ def _validate_vision(cfg: ModelConfig) -> None:
     taps, layers = cfg.vision_deepstack_layers, cfg.vision_num_hidden_layers
     if list(taps) != sorted(set(taps)) or (taps and not 0 <= taps[0] <= taps[-1] < layers):
         raise UserError(
-            f"config.model.vision_deepstack_layers ({list(taps)}) must rise and be layers of the tower, 0 … "
-            f"{layers - 1}"
+            f"config.model.vision_deepstack_layers ({list(taps)}) must be in ascending order, and layers of the tower, "
+            f"0 … {layers - 1}"
         )
     if cfg.injected_taps > cfg.num_hidden_layers:
         raise UserError(
-            f"config.model.vision_deepstack_layers has {len(taps)} taps, more than config.model.num_hidden_layers "
-            f"({cfg.num_hidden_layers}), behind which they are added"
+            f"config.model.vision_deepstack_layers has {len(taps)} layers, more than config.model.num_hidden_layers "
+            f"({cfg.num_hidden_layers}), to whose outputs they are added; write fewer"
         )
     sections = cfg.mrope_section
     if len(sections) != 3 or min(sections) < 0 or sum(sections) != cfg.head_dim // 2:

@@ -1,4 +1,4 @@
-"""Files that are either wholly there or not at all, and stay; files that are read whole, up to a size; users' paths."""
+"""Atomic and durable writes of files; reading whole files up to a size; paths from users."""
 
 import os
 import uuid
@@ -10,9 +10,9 @@ from qwen3f.limits import FILE_BYTES, Limit
 
 
 def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Write a file under a temporary name and rename it into place, on disk; makes the directory if there is none.
+    """Write a file under a temporary name, sync it to disk and rename it. Creates the directory if needed.
 
-    content: whole, or in pieces, of a file that is too long to be in memory beside what it is made of.
+    content: the whole content, or its pieces, for a file that is too large for memory.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -36,9 +36,9 @@ def read_bounded(path: Path, most: Limit = FILE_BYTES) -> bytes:
 
 
 def user_path(place: str | Path, where: str) -> Path:
-    """`place` with the home directory in place of ~ or ~USER. where: the key or flag that named it, for the error.
+    """`place`, where the home directory replaces ~ or ~USER. where: the key or flag that named it, for the error.
 
-    Raises UserError if there is no such user, or no home of this one.
+    Raises UserError if the user or the home directory does not exist.
     """
     try:
         return Path(place).expanduser()
@@ -48,17 +48,17 @@ def user_path(place: str | Path, where: str) -> Path:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is such a file. A name that is too long is none, nor is what may not be looked at."""
+    """Whether the path is a file. False for a name that is too long, and if there is no permission to look."""
     return _looked_at(Path.is_file, path)
 
 
 def exists(path: str | Path) -> bool:
-    """Likewise, of anything there."""
+    """Whether the path exists; as is_file otherwise."""
     return _looked_at(Path.exists, path)
 
 
 def is_directory(path: str | Path) -> bool:
-    """Likewise, of a directory."""
+    """Whether the path is a directory; as is_file otherwise."""
     return _looked_at(Path.is_dir, path)
 
 
@@ -68,7 +68,7 @@ def decode_text(content: bytes) -> str:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file's content, or the names in a directory, are on the disk."""
+    """Waits until the content of a file, or the entries of a directory, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -77,7 +77,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(directory: Path, synced: Collection[Path] = ()) -> None:
-    """`sync` of everything below `directory` and of itself, but for the files `synced`."""
+    """`sync` for `directory` and everything below it, except the files in `synced`."""
     for folder, _, files in os.walk(directory, topdown=False):
         for name in files:
             if (path := Path(folder, name)) not in synced:

@@ -1,12 +1,12 @@
-"""Numbers from JSON and from users, of which whole ones may be larger than any float."""
+"""Numbers from JSON and from users: integers may be larger than any float."""
 
 import math
 import numbers
 
 
 def as_finite(value: object) -> float | None:
-    """The number as a float. None for NaN, infinity, one that no float can hold, and what is no number, as true is."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's are
+    """The number as a float. None for NaN, infinity, numbers beyond float, and other values, booleans included."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's numbers are numbers.Real too
         return None
     try:
         found = float(value)

@@ -1,4 +1,4 @@
-"""What to say of flags that do not fit: the key that was meant, the kind of value it takes, keys as flags."""
+"""Hints for wrong flags: the key that was probably meant, the type of its value, and keys written as flags."""
 
 import difflib
 import re
@@ -8,7 +8,7 @@ from absl import flags
 
 from qwen3f.errors import UserError
 
-# What other training programs call a key of ours, where the name alone would mislead.
+# Our key -> its names in other training programs, where a similar spelling would suggest a wrong key.
 ALIASES = {
     "schedule.peak_lr": "lr learning_rate max_lr base_lr peak_learning_rate",
     "schedule.min_ratio": "min_lr lr_min final_lr",
@@ -55,14 +55,14 @@ _PARSERS = {
     float: (flags.FloatParser(), "a number"),
     bool: (flags.BooleanParser(), "True or False"),
 }
-_MOST = 12  # keys that are listed
+_MOST = 12  # keys in a list, at most
 
 
 def hint(name: str, known: Sequence[str]) -> str:
-    """What to write instead of the unknown `name`, one of `known`; both as "config.optimizer.kind".
+    """A hint for the unknown `name`: one of `known` to write instead. Names look like "config.optimizer.kind".
 
-    By the last part of a dotted name first, since sections are what people leave out; of several with that last part,
-    such as steps, the one most like the whole name.
+    The last part of a name is compared first, since people forget sections. If several keys have the same last part,
+    such as steps, the one most similar to the whole name is taken.
     """
     inside = [key for key in known if key.startswith(f"{name}.")]
     if inside:
@@ -86,7 +86,7 @@ def hint(name: str, known: Sequence[str]) -> str:
 
 
 def check_value(flag: str, value: str, kind: type) -> None:
-    """Raises UserError unless `value` can be read as one of its key's type."""
+    """Raises UserError unless `value` can be parsed as the type of its key."""
     parser, words = _PARSERS.get(kind, (None, ""))
     try:
         if parser is not None:
@@ -96,7 +96,7 @@ def check_value(flag: str, value: str, kind: type) -> None:
 
 
 def as_flags(text: str, keys: Sequence[str]) -> str:
-    """`text` with --config. before each of `keys`: functions call them "data.packing" and "config.steps"."""
+    """`text`, where flags replace keys: "data.packing" and "config.steps" become --config.data.packing and so on."""
     longest_first = sorted(keys, key=len, reverse=True)
     every = "|".join(map(re.escape, longest_first))
     dotted = "|".join(re.escape(key) for key in longest_first if "." in key) or "(?!)"
@@ -104,7 +104,7 @@ def as_flags(text: str, keys: Sequence[str]) -> str:
 
 
 def _short(key: str) -> str:
-    """A key's section, "config.data.…"."""
+    """The section of a key, such as "config.data.…"."""
     first, dot, rest = key.partition(".")
     section, below, _ = rest.partition(".")
     return f"{first}{dot}{section}.…" if below else key

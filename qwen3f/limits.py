@@ -1,6 +1,6 @@
-"""What a file may ask for before the work begins. A few kilobytes can name sizes that take hours and all memory.
+"""Limits on sizes in files, checked before the work begins: a file of a few kilobytes can ask for hours and all memory.
 
-Each limit is far above what real data needs, and an environment variable raises it for all processes of a run.
+Each limit is far above the needs of real data. An environment variable can raise it for all processes of a run.
 """
 
 import os
@@ -18,42 +18,43 @@ class Limit:
     default: int
 
     def value(self) -> int:
-        """Raises UserError for a variable that is no positive integer."""
+        """The limit. Raises UserError if the environment variable is not a positive integer."""
         text = os.environ.get(self.variable, "") or str(self.default)
         if not text.isdecimal() or len(text) > 18 or int(text) < 1:
             raise UserError(f"the environment variable {self.variable} is {text!r}: write a positive integer")
         return int(text)
 
     def exceeded(self, unit: str) -> str:
-        """The end of an error's text."""
+        """The end of an error message: the limit, and how to raise it."""
         return f"over the limit of {self.value():,} {unit}; if you trust the file, set {self.variable} higher"
 
 
 FILE_BYTES = Limit("QWEN3F_MAX_FILE_BYTES", 2**26)
-"""Of a file that is read whole: JSON, a tokenizer's. The index of the largest Qwen3 has 4 MB, its tokenizer 11."""
+"""Size of a file that is read whole: JSON, a tokenizer. The index of the largest Qwen3 has 4 MB, its tokenizer 11."""
 
 RESULTS_BYTES = Limit("QWEN3F_MAX_RESULTS_BYTES", 2**31)
-"""Of an evaluation's results, with every prompt. MMLU's with five examples have some 70 MB."""
+"""Size of an evaluation's results with all prompts. Those of MMLU with five examples have about 70 MB."""
 
 ROW_BYTES = Limit("QWEN3F_MAX_ROW_BYTES", 2**26)
-"""Of one row of a data set, decompressed. A book has one or two MB."""
+"""Size of one decompressed row of a data set. A book has one or two MB."""
 
 EXPANSION = Limit("QWEN3F_MAX_EXPANSION", 250)
-"""How many times its size on disk a file of rows may grow, from EXPANSION_BYTES on. Text grows five to twenty times."""
+"""Largest ratio of decompressed to compressed size of a file of rows. Text has 5 to 20."""
 
 EXPANSION_BYTES = 2**28
+"""Decompressed size from which EXPANSION is checked."""
 
 PIXELS = Limit("QWEN3F_MAX_PIXELS", 2**26)
-"""Of an image: 8,192 × 8,192, which take 192 MiB."""
+"""Pixels of an image: 8,192 × 8,192, which take 192 MiB."""
 
 MODEL_TENSORS = Limit("QWEN3F_MAX_MODEL_TENSORS", 2**18)
-"""Layers times experts, and layers of a vision tower. Qwen3-235B-A22B has 12,032, a tower of Qwen3-VL 24 or 27."""
+"""Layers times experts, and layers of a vision tower. Qwen3-235B-A22B has 12,032, Qwen3-VL's towers have 24 or 27."""
 
 MODEL_PARAMETERS = Limit("QWEN3F_MAX_MODEL_PARAMETERS", 2**44)
 
 
 def check_layers(cfg: ModelConfig, where: str) -> None:
-    """Raises UserError for more than MODEL_TENSORS; `where` names the model."""
+    """Raises UserError for a model with more than MODEL_TENSORS tensors. where: name of the model, for the error."""
     counts = {"num_hidden_layers × num_experts": cfg.num_hidden_layers * max(1, cfg.num_experts)}
     if cfg.vision_enabled:
         counts["vision_num_hidden_layers"] = cfg.vision_num_hidden_layers

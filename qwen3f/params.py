@@ -1,4 +1,4 @@
-"""The parameter table: one record a path, and the pytree of tensors made from it.
+"""The parameter table: one record for each path, and the pytree of tensors made from it.
 
 Parameters are a flat `dict[str, Tensor]`. Paths are Hugging Face's names without the layer index: the layers of a kind
 are stacked on a leading axis, e.g. `model.layers.self_attn.q_proj.weight: [L, Hq·d, D]`. In a model that mixes dense
@@ -22,26 +22,26 @@ Params = dict[str, Tensor]
 EMBED = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-SCORE = "score.weight"  # the scalar head, in the place of the vocabulary's
+SCORE = "score.weight"  # the scalar head, instead of the vocabulary's
 LAYERS = "model.layers."  # the stack of transformer blocks
 
-VISUAL = "model.visual."  # the vision tower, with what makes tokens of its patches
+VISUAL = "model.visual."  # the vision tower, with the mergers that turn patches into tokens
 PATCH_EMBED = VISUAL + "patch_embed.proj."
 POSITIONS = VISUAL + "pos_embed.weight"
 VISUAL_BLOCKS = VISUAL + "blocks."  # the stack of its blocks
 MERGER = VISUAL + "merger."
-TAP_MERGERS = VISUAL + "deepstack_merger_list."  # a stack: one a tap (vision_deepstack_mode=llm_inject)
-TAP_FUSIONS = VISUAL + "deepstack_fusion_list."  # a stack: one a tap below the last layer (vit_fuse)
+TAP_MERGERS = VISUAL + "deepstack_merger_list."  # a stack: one for each tap (vision_deepstack_mode=llm_inject)
+TAP_FUSIONS = VISUAL + "deepstack_fusion_list."  # a stack: one for each tap below the last layer (vit_fuse)
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """What is known about one parameter before it exists.
+    """The description of a parameter.
 
-    shape: global shape, with the layer axis first when stacked. mean, std: of the normal distribution it starts from;
-    std 0 is a constant. decay: whether weight decay applies (matrices and the head; not embeddings, norms, biases).
-    stack: the prefix of the stack that it belongs to, such as LAYERS; "" when it is not stacked. layers: of a stacked
-    one, the layer of each row of the leading axis, else None.
+    shape: global shape, with the layer axis first when stacked. mean, std: of the normal distribution of initial
+    values; std 0 means the constant mean. decay: whether weight decay applies (matrices and the head; not embeddings,
+    norms, biases). stack: prefix of the stack that it belongs to, such as LAYERS; "" when it is not stacked. layers:
+    the layer of each row of the leading axis when stacked, else None.
     """
 
     shape: tuple[int, ...]
@@ -58,7 +58,8 @@ class ParamSpec:
 
     @property
     def pipelined(self) -> bool:
-        """Whether pp cuts it: a stack of the language model. The tower is stage 0's, replicated as the embedding is."""
+        """Whether pp cuts it: only stacks of the language model. Stage 0 runs the tower, whose parameters are
+        replicated like the embedding."""
         return self.stack == LAYERS
 
     @property
@@ -112,15 +113,16 @@ def abstract_params(cfg: ModelConfig) -> dict[str, ParamSpec]:
 
 
 def fused_taps(cfg: ModelConfig) -> tuple[int, ...]:
-    """The tower's layers whose outputs vit_fuse adds to the last one's, which is a tap of itself."""
+    """The tower's layers whose outputs vit_fuse adds to the output of the last layer. The last layer is not one of
+    them: its own output needs no fusion."""
     if cfg.vision_deepstack_mode != "vit_fuse":
         return ()
     return tuple(layer for layer in cfg.vision_deepstack_layers if layer < cfg.vision_num_hidden_layers - 1)
 
 
 def _tower(cfg: ModelConfig) -> dict[str, ParamSpec]:
-    """The vision tower's part of the table. Names are Hugging Face's, but for what it fuses (q, k, v) and shapes as a
-    convolution (a patch is flat here). All products have biases."""
+    """The vision tower's part of the table. Names are Hugging Face's, with two exceptions: q, k and v are separate
+    here, and the patch embedding is a matrix for flat patches, no convolution. All products have biases."""
     width, inner, std = cfg.vision_hidden_size, cfg.vision_intermediate_size, cfg.initializer_range
     table: dict[str, ParamSpec] = {}
 
@@ -150,7 +152,7 @@ def _tower(cfg: ModelConfig) -> dict[str, ParamSpec]:
     linear("mlp.linear_fc2.", width, inner, **block)
     fusion = {"stack": TAP_FUSIONS, "height": len(fused_taps(cfg))}
     norm("norm.", width, **fusion)
-    linear("linear.", width, width, constant=0.0, **fusion)  # the tower starts as one without taps
+    linear("linear.", width, width, constant=0.0, **fusion)  # zero at first, so that the taps change nothing
     joined = width * cfg.vision_merger_spatial_factor**2
     if cfg.vision_merger == "mlp":
         norm(MERGER + "norm.", width)
@@ -169,7 +171,7 @@ def _tower(cfg: ModelConfig) -> dict[str, ParamSpec]:
 
 
 def head_path(cfg: ModelConfig) -> str:
-    """The parameter that makes outputs of the last hidden states."""
+    """Path of the parameter that maps the last hidden states to the outputs."""
     return SCORE if cfg.scalar_head else EMBED if cfg.tie_word_embeddings else HEAD
 
 
@@ -179,7 +181,7 @@ def decays(cfg: ModelConfig) -> dict[str, bool]:
 
 
 def active_numel(cfg: ModelConfig, path: str, spec: ParamSpec) -> int:
-    """Elements of this parameter that one token uses: the share top-k/E of the experts, all of anything else."""
+    """Number of elements of this parameter that one token uses: a share top-k/E of the experts, all of others."""
     if ".experts." in path:
         return spec.numel * cfg.num_experts_per_tok // cfg.num_experts
     return spec.numel
@@ -188,10 +190,10 @@ def active_numel(cfg: ModelConfig, path: str, spec: ParamSpec) -> int:
 def init_params(
     cfg: ModelConfig, seed: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Params:
-    """Fresh parameters. Element i of a layer's parameter depends on (seed, path, layer, i) alone.
+    """Initial parameters. Element i of a layer's parameter depends only on (seed, path, layer, i).
 
-    So any mesh, pipeline split or order of creation starts from the same numbers. Values are drawn in float32 and then
-    cast, so a float64 model starts from the float32 model's values.
+    So any mesh, pipeline split or order of creation gives the same numbers. Values are drawn in float32 and then cast,
+    so a float64 model starts from the values of the float32 model.
     """
     return {path: _init_one(path, spec, seed, device, dtype) for path, spec in abstract_params(cfg).items()}
 
@@ -207,7 +209,7 @@ def _init_one(path: str, spec: ParamSpec, seed: int, device: torch.device | str,
 
 
 def init_layer(path: str, spec: ParamSpec, seed: int, layer: int | None, device: torch.device | str) -> Tensor:
-    """One row of a stack, or (layer None) a parameter that isn't stacked, as init_params makes it, in float32."""
+    """Initial values of one row of a stack, or (layer None) of an unstacked parameter, as in init_params; float32."""
     shape = spec.shape if layer is None else spec.shape[1:]
     if spec.std == 0.0:
         return torch.full(shape, spec.mean, device=device)
@@ -216,7 +218,7 @@ def init_layer(path: str, spec: ParamSpec, seed: int, layer: int | None, device:
 
 
 def check_params(cfg: ModelConfig, params: Params) -> None:
-    """Raises UserError naming the first parameter that is missing, unknown or of another shape than the table's."""
+    """Raises UserError naming the first parameter that is missing, unknown or has another shape than in the table."""
     table = abstract_params(cfg)
     for path in [*table, *params]:
         if path not in params:

@@ -1,9 +1,9 @@
-"""Named model configurations: sizes for tests and laptops, the seed's, and the released Qwen3 and Qwen3-VL models.
+"""Named model configurations: sizes for tests and laptops, small to large, and the released Qwen3 and Qwen3-VL models.
 
-Sizes of the released models: Qwen3 technical report (arXiv:2505.09388), tables 1 and 2. Deviations from the seed's
-table, each explained there by a count it could not reach: `debug*` use head_dim 128 and a vocabulary of 32,768 untied;
-`large` has experts of width 1,536 (12,288 is the dense width and would make 1.8T parameters). `medium` and `large`
-reach 131,072 tokens by YaRN over 32,768, as Qwen3 does at inference.
+Sizes of the released models are from the Qwen3 technical report (arXiv:2505.09388), tables 1 and 2. `debug*` have
+head_dim 128 and an untied vocabulary of 32,768. `large` has experts of width 1,536 (with 12,288, the dense width, it
+would have 1.8T parameters). `medium` and `large` reach 131,072 tokens by YaRN over 32,768, as Qwen3 does at inference.
+qwen3f/README.md says why they differ from what was described.
 """
 
 import difflib
@@ -36,9 +36,10 @@ _8B = _dense(36, 4096, 32, 8, 12288, False)
 _30B = _dense(48, 2048, 32, 4, 6144, False, **_MOE, moe_intermediate_size=768)
 _235B = _dense(94, 4096, 64, 4, 12288, False, **_MOE, moe_intermediate_size=1536)
 
-# Learns on two CPU cores in minutes: small enough to see 5M tokens. Its token vectors start large, as they are seen too
-# rarely to grow: with 0.09 throughout, runs of a minute ended at 1.99 bits a byte instead of 1.84. Two heads of 64, as
-# normalised scores reach √head_dim: heads of 32 attend less sharply and learn to copy later. Rotary base before ABF.
+# Learns on two CPU cores in minutes: small enough to train on 5M tokens. Its embedding starts large, since a token
+# occurs too rarely for its vector to grow: with 0.09 everywhere, runs of a minute ended at 1.99 bits a byte instead of
+# 1.84. It has two heads of 64: normalised attention scores are at most √head_dim, so heads of 32 attend less sharply
+# and learn to copy later. The rotary base is that before ABF.
 _NANO = {
     **_dense(3, 128, 2, 2, 352, False),
     "head_dim": 64,
@@ -51,7 +52,7 @@ _NANO = {
 
 
 def _tower(layers: int, hidden: int, width: int, taps: tuple[int, ...], heads: int = 16) -> dict[str, Any]:
-    """A vision tower of Qwen3-VL's kind."""
+    """Fields of a vision tower like Qwen3-VL's."""
     return {
         "vision_enabled": True,
         "vision_num_hidden_layers": layers,
@@ -70,7 +71,7 @@ _TINY_TOWER = {
     "vision_patch_size": 8,
     "vision_image_size": 128,
     "vision_temporal_patch_size": 1,
-    # of the tokenizers that are trained here (sentencepiece_tokenizer.SPECIAL_TOKENS)
+    # ids in tokenizers that this project trains (sentencepiece_tokenizer.SPECIAL_TOKENS)
     **dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), (6, 7, 9, 10))),
 }
 
@@ -96,7 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-vl-235b-a22b": {**_235B, **_VL_400M},
     "debug_vl": {**_DEBUG, **_TINY_TOWER},
     "nano_vl": {**_NANO, **_TINY_TOWER, "vocab_size": 1024, "mrope_section": (12, 10, 10)},
-    # the seed's tower: patches of 14, layers 4, 8, …, 24 fused within it, tokens as means
+    # another tower: patches of 14 pixels, layers 4, 8, …, 24 fused within it, tokens as means of patches
     "seed_vl": {
         **_SMALL,
         **_tower(24, 1024, 4096, (3, 7, 11, 15, 19, 23)),

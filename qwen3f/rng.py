@@ -41,8 +41,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def bits(stream: Tensor | int, index: Tensor) -> Tensor:
     """64 random bits as int64 for each element of `index` (int64); `stream` is a key or an int64 scalar tensor."""
-    # & -1 changes nothing, but hides from torch.compile that an index is a sum of places times strides: it would
-    # multiply the strides by the constant beforehand, beyond 64 bits
+    # & -1 changes no value. It hides from torch.compile that an index is a sum of places times strides: torch.compile
+    # would multiply strides and constant at compile time, to numbers beyond 64 bits.
     return _mix((index & -1) * _GOLDEN + stream)
 
 

@@ -1,7 +1,7 @@
-"""How a layer's skeleton runs as a function of its parameters: gathered, recomputed or not, compiled or not.
+"""Runs a layer's skeleton as a function of its parameters, with gathering, recomputation and compilation as configured.
 
-A skeleton is a module on the meta device that owns nothing. The language model's blocks and the vision tower's are
-skeletons alike.
+A skeleton is a module on the meta device, without weights of its own. The blocks of the language model and of the
+vision tower are skeletons.
 """
 
 import functools
@@ -20,8 +20,8 @@ from sharding.ring import RING_ATTENTION
 
 LayerFn = Callable[..., tuple[Tensor, ...]]
 
-# What "selective" recomputation keeps: the outputs of matrix products (experts' included) and of attention, and the
-# router's choice and order, which are small. Everything else is elementwise and cheaper to compute again than to keep.
+# Operators whose outputs "selective" recomputation keeps: matrix products (also of experts), attention, and the
+# router's choice and order, which are small. Everything else is elementwise, and cheaper to recompute than to keep.
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -37,7 +37,7 @@ _KEPT = {
     RING_ATTENTION,
     torch.ops.aten.topk.default,
     torch.ops.aten.sort.stable,
-    # what ranks have sent each other, except weights and tokens, which are gathered again
+    # communication between ranks, except weights and tokens, which are gathered again
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_to_all_single.default,
 }
@@ -57,12 +57,12 @@ def layer_fn(
     compiled: bool = False,
     around: Callable[[LayerFn], LayerFn] | None = None,
 ) -> LayerFn:
-    """(a layer's parameters, *args) -> skeleton(*args) with them, for any layer of a stack (ParamSpec.stack).
+    """fn(a layer's parameters, *args) -> skeleton(*args) with these parameters, for any layer of a stack.
 
-    Parameters are this rank's shards, by their names in the skeleton; the function gathers what FSDP has cut, unless it
-    has been `gathered`. around: what to put around it, within recomputation. Recomputation, by
-    cfg.gradient_checkpointing, sits inside the compiled region, where its policy sees the operators. Keep the function:
-    compiled code is its own.
+    Parameters are this rank's shards, keyed by their names in the skeleton. The function gathers the ones that FSDP has
+    cut; gathered=True: the caller has done so. stack: as in ParamSpec.stack. around: wraps the function inside the
+    recomputed region. Recomputation (cfg.gradient_checkpointing) is inside the compiled region, where its policy sees
+    the operators. Call layer_fn once and keep the function: each one has its own compiled code.
     """
     whole = make_gather(layout.place(cfg), layout.axes, stack=stack, dtype=layout.gather_dtype)
 
@@ -80,7 +80,7 @@ def _recomputed(run: LayerFn, policy: str, kept: Set[object]) -> LayerFn:
     def keep(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    options = {"use_reentrant": False, "preserve_rng_state": False}  # the block's only randomness is its stream
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # a block's random numbers come from its stream
     if policy == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep)
 

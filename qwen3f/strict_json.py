@@ -1,4 +1,4 @@
-"""JSON files from strangers: an object, no key twice, of a bounded size. A UTF-8 signature (BOM) is no part of it."""
+"""Reads untrusted JSON files: they must be an object of bounded size without repeated keys. A UTF-8 BOM is allowed."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from qwen3f.limits import FILE_BYTES, Limit
 
 
 def read_object(path: Path, most: Limit = FILE_BYTES) -> dict[str, Any]:
-    """The JSON object in `path`. Raises UserError naming the file: missing, too large, no JSON, or a key twice."""
+    """The JSON object in `path`. Raises UserError for a file that is missing, too large, not JSON, or repeats a key."""
     if not path.is_file():
         raise UserError(f"there is no file {path}; give a directory that holds it")
 

@@ -1,8 +1,8 @@
-"""Function transforms: `grad_and_value` and `jit`, as their JAX namesakes, over pytrees of torch tensors.
+"""Function transforms: `grad_and_value` and `jit`, like those of JAX, over pytrees of torch tensors.
 
 `torch.func.grad_and_value` refuses saved-tensor hooks (so no activation checkpointing), custom ops with a registered
-autograd formula, and compiled functions. The version here has its signature and results but stands on
-`torch.autograd.grad` over leaves made from the pytree, so all of these compose.
+autograd formula, and compiled functions. This version has the same signature and results, but uses
+`torch.autograd.grad` over leaves made from the pytree, so all of these work.
 """
 
 import functools
@@ -24,9 +24,9 @@ def grad_and_value(
     Args:
       fn: returns a 0-d floating tensor, or (that, aux) when has_aux. It must not write to its arguments.
       argnums: which positional arguments to differentiate; each is a pytree of floating tensors.
-    Gradients have the structure, shape and dtype of those arguments; what `fn` does not use gets zeros. Value and aux
-    come detached. Deviation from torch.func: one order of differentiation only; the result cannot be nested in
-    torch.func transforms (the pure loss can).
+    Gradients have the structure, shape and dtype of those arguments; leaves that `fn` does not use get zeros. Value and
+    aux are detached. Deviation from torch.func: only first derivatives; the result cannot be nested in torch.func
+    transforms (the pure loss can).
     """
 
     @functools.wraps(fn)
@@ -60,7 +60,7 @@ _ZERO = torch.zeros((), requires_grad=True)
 
 
 def _variable(leaf: Tensor) -> Tensor:
-    """The same values as something to differentiate by.
+    """The same values as a tensor that gradients can be taken for.
 
     torch 2.11 cannot trace requires_grad_(). Inside a compiled step, adding a zero that requires gradients does the
     same; it fuses with the cast to the compute dtype.
@@ -73,12 +73,13 @@ def _detach(x: Any) -> Any:
 
 
 def jit(fn: Callable[..., Any], *, compile: bool = True, donate: bool = False) -> Callable[..., Any]:
-    """Compile a pure function into one graph a shape (see compilation.py), torch.autograd.grad inside it included.
+    """Compile a pure function into one graph for each shape (see compilation.py), with torch.autograd.grad inside it.
 
-    donate: the first argument's storage is given up. `fn` must then return a tuple whose first element has the first
-      argument's structure; every changed leaf is written into the old leaf's storage and the old leaves are returned,
-      so a state is never held twice. The caller must not use the old state again: it *is* the new one. Compiled, the
-      write happens where the value is computed. Uncompiled, it happens after `fn`, so the peak holds both.
+    donate: reuse the storage of the first argument, the state. `fn` must then return a tuple whose first element has
+      the structure of that argument. Every changed leaf is written into the old leaf's storage and the old leaves are
+      returned, so memory never holds two states. The caller must not use the old state again: it *is* the new one.
+      Compiled, the write happens where the value is computed. Uncompiled, it happens after `fn`, so at its peak memory
+      holds both.
     compile: False gives the same semantics without torch.compile.
     """
     body = _donating(fn) if donate else fn

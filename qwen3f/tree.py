@@ -1,4 +1,4 @@
-"""Pytrees: nested dicts, tuples and NamedTuples of tensors. A thin, named face over torch's own pytree library."""
+"""Pytrees: nested dicts, tuples and NamedTuples of tensors. Short names for functions of torch's pytree library."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ def map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def named_leaves(tree: Any) -> dict[tuple[str, ...], Any]:
-    """Path -> leaf: a NamedTuple's fields, a dict's keys, a sequence's indices: ("params", "model.norm.weight")."""
+    """Path -> leaf. A path has fields of NamedTuples, keys of dicts, indices: ("params", "model.norm.weight")."""
     pairs, _ = pytree.tree_flatten_with_path(tree)
     return {tuple(_key_name(key) for key in path): leaf for path, leaf in pairs}
 

@@ -1,4 +1,4 @@
-"""What launch.py says of itself: experiments, presets, the keys that are used most. Imports no torch."""
+"""The help of launch.py: experiments, presets, and the most used keys. Imports no torch."""
 
 import ast
 import sys
@@ -14,29 +14,29 @@ ROOT = Path(__file__).resolve().parents[1]  # where launch.py and experiments/ a
 
 _HELP = ("help", "helpshort", "helpfull", "h", "?")
 
-# What most people set, of any training run's keys; all of them are in qwen3f/train/defaults.py and stages/configs.py.
+# The most used keys of training runs. All keys are in qwen3f/train/defaults.py and qwen3f/stages/configs.py.
 COMMON = {
     "data.mixture": "embedded, reasoning, files@DIR, a data set's name with @DIR, or several with weights",
     "init_from": "start from these weights: a workdir, its checkpoints/N, or a Hugging Face directory",
-    "steps": "of training",
+    "steps": "training steps",
     "batch_size": "rows of a step, over all devices",
     "seq_len": "tokens of a row",
     "schedule.peak_lr": "learning rate",
     "optimizer.kind": "adamw or muon",
-    "mesh": "devices by axis, such as dp4,tp2; empty: one",
-    "microbatches": "parts that a step's batch is cut into; 0: chosen",
+    "mesh": "devices by axis, such as dp4,tp2; empty: one device",
+    "microbatches": "parts that a step's batch is split into; 0: chosen automatically",
     "model.gradient_checkpointing": "none, full or selective: recompute to save memory",
     "eval.every": "steps between evaluations",
     "checkpoint.every": "steps between checkpoints",
-    "resume": "a step of the workdir to go back to, once; else its last",
-    "plan": "True: only say what the mesh would do, without devices",
+    "resume": "a step of the workdir to go back to, once; default: its last checkpoint",
+    "plan": "True: only print what the mesh would do; needs no device",
     "device": "auto, cpu or cuda",
     "wandb": "off, offline or online",
 }
 
 
 def locate(argv: list[str]) -> list[str]:
-    """The command line with an experiment that is not here, but beside launch.py, by its full path."""
+    """The command line, where an experiment that is not here but beside launch.py gets its full path."""
     out = list(argv)
     for i, before, name in _experiments(argv):
         file, colon, argument = name.partition(":")
@@ -46,17 +46,17 @@ def locate(argv: list[str]) -> list[str]:
 
 
 def asked(argv: list[str]) -> bool:
-    """Whether the command line asks for help, before anything that is no flag."""
+    """Whether the command line has a flag for help."""
     return any(argument.startswith("-") and argument.lstrip("-") in _HELP for argument in argv[1:])
 
 
 def given(argv: list[str]) -> list[str]:
-    """What the command line gives as --config, however often."""
+    """The values of all --config flags on the command line."""
     return [name for _, _, name in _experiments(argv)]
 
 
 def experiments() -> dict[str, str]:
-    """experiments/X.py -> the first sentence of what it says of itself."""
+    """experiments/X.py -> the first line of its docstring."""
     files = sorted((ROOT / "experiments").glob("*.py"))
     return {str(path.relative_to(ROOT)): _description(path).splitlines()[0] for path in files}
 
@@ -68,24 +68,24 @@ def overview() -> str:
     ]
     lines += ["", "experiments:", *_table(experiments())]
     lines += ["", f"presets (model sizes): {', '.join(presets.PRESETS)}"]
-    lines += ["", "keys that are used most, in a training run:"]
+    lines += ["", "the most used keys of a training run:"]
     lines += _table({f"--config.{key}": meaning for key, meaning in COMMON.items()})
     lines += ["", "flags:"]
     lines += _table({
         "--workdir": "directory of the run; default: runs/ and the experiment's name",
-        "--noprogress": "no progress bars, and of log lines the warnings alone, on stderr",
-        "--config X --help": "what this experiment is, and all of its keys",
+        "--noprogress": "no progress bars, and only warnings in the log on stderr",
+        "--config X --help": "the description of an experiment, and all of its keys",
     })  # fmt: skip
     lines += [
         "",
-        "The same command again goes on from the workdir's last checkpoint. Wrong input ends with one line and exit",
-        "code 2, a run that broke with exit code 1. Begin with: python launch.py --config experiments/demo.py",
+        "The same command again resumes from the workdir's last checkpoint. Wrong input ends with one line and exit",
+        "code 2, a failed run with exit code 1. Begin with: python launch.py --config experiments/demo.py",
     ]
     return "\n".join(lines)
 
 
 def of_experiment(name: str, config: ConfigDict) -> str:
-    """The text of --config NAME --help: the experiment's own words, and its keys with their values."""
+    """The text of --config NAME --help: the experiment's docstring, and its keys with their values."""
     keys = sorted(f"--config.{key}={value!r}" for key, value in flat(config) if can_be_written(value))
     lines = [_description(Path(name.partition(":")[0])), ""]
     if "chain" in config:
@@ -99,12 +99,12 @@ def can_be_written(value: object) -> bool:
 
 
 def launcher() -> str:
-    """How the user has written launch.py, for commands that are printed."""
+    """The path of launch.py as the user has written it, for commands that are printed."""
     return sys.argv[0] if Path(sys.argv[0]).name == "launch.py" else "launch.py"
 
 
 def flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(key with dots, value) of every key that is no section."""
+    """(key with dots, value) of every key that is not a section."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             yield from flat(value, f"{prefix}{key}.")
@@ -113,7 +113,7 @@ def flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _experiments(argv: list[str]) -> Iterator[tuple[int, str, str]]:
-    """(place in argv, what stands before the name there, name) of each --config."""
+    """(index in argv, text before the name in that argument, name) of each --config."""
     for i, argument in enumerate(argv[1:], 1):
         flag, equals, value = argument.partition("=")
         if flag in ("--config", "-config"):

@@ -1,1 +1,1 @@
-"""Whole stages on one GPU, each beside its peer in the same run: python -m qwen3f.bench.NAME."""
+"""Speed of whole stages on one GPU, compared with their peers in the same run: python -m qwen3f.bench.NAME."""

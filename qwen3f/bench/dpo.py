@@ -1,11 +1,11 @@
-"""DPO with kept reference log-probs beside SFT on the same rows, and TRL's DPO: python -m qwen3f.bench.dpo
+"""Compares DPO with cached reference log-probs, SFT on the same rows, and TRL's DPO: python -m qwen3f.bench.dpo
 
-Rows of random pairs, as stages/dpo.py has them: neighbouring documents, a shared prompt, answers alone counted. SFT
-counts the same tokens. Both are launch.py's steps: float32 master weights, bfloat16 passes, compiled blocks, donated
-update. "reference" is the pass that makes the kept log-probs, once for all epochs.
+Rows hold random pairs, as in stages/dpo.py: neighbouring documents with a shared prompt, of which only the answers
+count. SFT counts the same tokens. Both run the step of launch.py: float32 master weights, bfloat16 passes, compiled
+blocks, donated update. "reference" is the pass that computes the cached log-probs, once for all epochs.
 
-The peer is TRL's DPOTrainer on the same pairs in one micro-batch, all of one length so that it pads nothing, with
-precomputed reference log-probs (no second model), float32 weights under bfloat16 autocast, nothing recomputed.
+The peer is TRL's DPOTrainer on the same pairs in one micro-batch. All have the same length, so it needs no padding. It
+has precomputed reference log-probs (no second model), float32 weights under bfloat16 autocast, and no recomputation.
 """
 
 import argparse
@@ -32,7 +32,8 @@ from qwen3f.train.outputs import make_outputs
 
 
 def pair_rows(rows: int, length: int, document: int, prompt: int, vocabulary: int) -> Batch:
-    """Rows full of pairs of random documents, on the CPU; `document` tokens each, of which `prompt` are shared."""
+    """Rows full of pairs of random documents, on the CPU. A document has `document` tokens; the first `prompt` tokens
+    are the same in both documents of a pair."""
     chance = torch.Generator().manual_seed(0)
     pairs = length // (2 * document)
     ids = torch.randint(0, vocabulary, (rows, pairs, 2, document + 1), generator=chance)
@@ -55,7 +56,7 @@ def pair_rows(rows: int, length: int, document: int, prompt: int, vocabulary: in
 
 
 def pairs_of(batch: Batch, document: int, prompt: int) -> list[dict[str, list[int]]]:
-    """The same pairs as TRL has them."""
+    """The same pairs in TRL's form."""
     out = []
     for tokens, targets, segments in zip(batch["tokens"], batch["targets"], batch["segments"]):
         count = int(segments.max())
@@ -82,7 +83,7 @@ def measure_reference(cfg: ModelConfig, batch: Batch, device: torch.device) -> d
 
 
 def _figures(cfg: ModelConfig, batch: Batch, seconds: float, peak: float | None, share: float = 1.0) -> dict[str, Any]:
-    """share: of a training step's FLOPs. MFU counts attention within documents alone."""
+    """Figures of a row. share: of a training step's FLOPs. MFU counts attention only within documents."""
     tokens = int((batch["segments"] > 0).sum())
     document = int(batch["positions"].max()) + 1
     work = share * flops_per_token(cfg, document) * tokens
@@ -113,7 +114,7 @@ def measure_trl(cfg: ModelConfig, batch: Batch, asked: argparse.Namespace, place
 
     class Given(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset  # ids already
+            return dataset  # it has token ids already
 
     args = DPOConfig(
         output_dir=str(place / "trl"), per_device_train_batch_size=len(pairs), gradient_accumulation_steps=1,
@@ -134,13 +135,13 @@ def measure_trl(cfg: ModelConfig, batch: Batch, asked: argparse.Namespace, place
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="sft,dpo,reference,trl", help="of sft, dpo, reference, trl")
+    parser.add_argument("--cases", default="sft,dpo,reference,trl", help="some of sft, dpo, reference, trl")
     parser.add_argument("--preset", default="qwen3-0.6b")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--seq_len", type=int, default=4096)
     parser.add_argument("--document", type=int, default=512, help="tokens of an answer with its prompt")
-    parser.add_argument("--prompt", type=int, default=128, help="of them the prompt's")
-    parser.add_argument("--trl_steps", type=int, default=5, help="TRL's that are timed")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt, part of --document")
+    parser.add_argument("--trl_steps", type=int, default=5, help="timed steps of TRL")
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args(arguments)
     device, cfg = device_of(asked.device), presets.get(asked.preset)
@@ -173,7 +174,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _compared(found: dict[str, dict[str, Any]]) -> list[str]:
-    """What the figures together say."""
+    """Ratios between the rows."""
     out = []
     if "tokens_s" in found.get("sft", {}) and "tokens_s" in found.get("dpo", {}):
         out.append(f"DPO over SFT, tokens/s: {found['dpo']['tokens_s'] / found['sft']['tokens_s']:.3f}")

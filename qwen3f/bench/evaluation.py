@@ -1,15 +1,15 @@
-"""Evaluation beside lm_eval's Hugging Face backend on the same requests: python -m qwen3f.bench.evaluation
+"""Compares evaluation with lm_eval's Hugging Face backend on the same requests: python -m qwen3f.bench.evaluation
 
-choices   questions as MMLU has them: --subjects, each with a prefix of five solved questions, four choices of one
-          letter. A sample of whole subjects: 246 questions each, as MMLU's 57 have on average.
-answers   --prompts, greedy, --new tokens each; behind the same --shots solved examples, as GSM8K's behind 5.
+choices   questions in the form of MMLU: --subjects subjects, each with a prefix of five solved questions, and four
+          choices of one letter. Whole subjects: 246 questions each, the average of MMLU's 57.
+answers   --prompts prompts, greedy, --new tokens each, after the same --shots solved examples (GSM8K has 5).
 
-Random weights at a released model's shape (in bfloat16 on a GPU) and a vocabulary made on the spot, the same for both;
-text is in, log-likelihoods or text are out, so both tokenise too. The peer is lm_eval's HFLM on transformers'
-scaled_dot_product_attention, with the fastest of --peer_batches and --answer_batches, found on a part of the work.
-Ours is timed at its second call (the first captures graphs), the engine's making included. "difference" is the largest
-between both sides' log-likelihoods, "same" the share of answers that are equal: rounding differs, so in bfloat16 the
-one is not small and the other not 1.
+Both sides have the same random weights at a released model's shape (bfloat16 on a GPU) and the same vocabulary, made on
+the spot. Text goes in; log-likelihoods or text come out, so both also tokenise. The peer is lm_eval's HFLM with
+transformers' scaled_dot_product_attention, at the fastest of --peer_batches and --answer_batches, which is found on a
+part of the work. Ours is timed at its second call (the first captures graphs), with the time to make the engine.
+"difference" is the largest difference of log-likelihoods between the two sides, "same" the share of equal answers. They
+round differently, so in bfloat16 the difference is not small and the share is not 1.
 """
 
 import argparse
@@ -36,7 +36,7 @@ END = "\u2603"  # a text that ends an answer, and never comes
 
 
 def sentence(chance: random.Random, letters: int) -> str:
-    """Words of 2 to 9 letters, about so many letters together."""
+    """Random words of 2 to 9 letters, about `letters` letters together."""
     words, room = [], letters
     while room > 0:
         words.append("".join(chance.choices(string.ascii_lowercase, k=chance.randint(2, 9))))
@@ -45,7 +45,7 @@ def sentence(chance: random.Random, letters: int) -> str:
 
 
 def mmlu(subjects: int, questions: int, letters: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Questions in the form of MMLU's prompts, about as many a subject. letters: of a question with its choices."""
+    """`questions` questions in the form of MMLU's prompts, evenly over subjects. letters: length of a question."""
     chance = random.Random(seed)
 
     def asked() -> str:
@@ -58,12 +58,12 @@ def mmlu(subjects: int, questions: int, letters: int, seed: int = 0) -> list[dic
         shots = "".join(f"{asked()} {chance.choice(LETTERS)}\n\n" for _ in range(5))
         for _ in range(questions * (subject + 1) // subjects - questions * subject // subjects):
             out.append({"context": head + shots + asked(), "choices": list(LETTERS), "answer": chance.randrange(4)})
-    chance.shuffle(out)  # as a sample of all subjects comes
+    chance.shuffle(out)  # as a random sample of all subjects would be
     return out
 
 
 class Sides:
-    """Both models on the same weights, made when they are first needed."""
+    """Our evaluator and lm_eval's models, with the same weights. The peer is made when it is first needed."""
 
     def __init__(self, asked: argparse.Namespace, place: Path, device: torch.device) -> None:
         cfg = presets.get(asked.preset)
@@ -92,7 +92,7 @@ class Sides:
         return self._peers[batch]
 
     def fastest(self, run: Callable[[Any], object], batches: Sequence[int]) -> int:
-        """The batch size that takes least on a part; one that does not fit is none."""
+        """The batch size that is fastest on a part of the work. Sizes that do not fit are left out."""
         found = {}
         for batch in batches:
             try:
@@ -104,7 +104,7 @@ class Sides:
 
 
 def requests(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """lm_eval's."""
+    """Requests in lm_eval's form."""
     from lm_eval.api.instance import Instance
 
     return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in arguments]
@@ -197,16 +197,16 @@ def answers(report: Report, sides: Sides) -> None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"type": lambda text: [int(part) for part in text.split(",")]}
-    parser.add_argument("--cases", default="choices,answers", help="of choices, answers")
+    parser.add_argument("--cases", default="choices,answers", help="some of choices, answers")
     parser.add_argument("--preset", default="qwen3-0.6b")
     parser.add_argument("--subjects", type=int, default=7, help="MMLU has 57")
     parser.add_argument("--questions", type=int, default=1722, help="of all subjects together; MMLU has 14042")
-    parser.add_argument("--letters", type=int, default=160, help="of a question at most, and of a prompt")
-    parser.add_argument("--peer_batches", default=[16, 32, 64], help="sequences at a time, tried", **sizes)
+    parser.add_argument("--letters", type=int, default=160, help="letters of a question or prompt, at most")
+    parser.add_argument("--peer_batches", default=[16, 32, 64], help="batch sizes to try for choices", **sizes)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--shots", type=int, default=0, help="solved examples before each prompt, the same for all")
     parser.add_argument("--new", type=int, default=256)
-    parser.add_argument("--answer_batches", default=[64, 128, 256], help="sequences at a time, tried", **sizes)
+    parser.add_argument("--answer_batches", default=[64, 128, 256], help="batch sizes to try for answers", **sizes)
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args(arguments)
     device = device_of(asked.device)

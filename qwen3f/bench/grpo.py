@@ -1,13 +1,13 @@
-"""A step of GRPO beside TRL's: python -m qwen3f.bench.grpo [--preset=qwen3-0.6b] [--prompts=16] [--new=512]
+"""Compares a step of GRPO with TRL's: python -m qwen3f.bench.grpo [--preset=qwen3-0.6b] [--prompts=16] [--new=512]
 
-Ours is stages/grpo.py as launch.py runs it (its prepare, its objective, the donated step; checkpoints and evaluation
-are left out): float32 master weights, bfloat16 passes, rewards judged in processes, the trainer's own log-probs
-computed anew. Random weights at a released model's shape and a vocabulary made on the spot, so nearly every completion
-has all its tokens; prompts are the generated problems'.
+Ours is stages/grpo.py as launch.py runs it (its prepare, objective and donated step; without checkpoints and
+evaluation): float32 master weights, bfloat16 passes, rewards in processes, log-probs of the trainer in a pass of their
+own. Weights are random at a released model's shape, and the vocabulary is made on the spot, so nearly every completion
+has the full length. Prompts are generated problems.
 
-The peer is TRL's GRPOTrainer with its transformers backend: the same prompts, samples, lengths and weights, pure
-bfloat16 (which spares it the master weights), a reward that costs nothing, nothing recomputed; it trains on the
-sampler's policy without old log-probs, as it does by default. Times are medians over the steps after the first.
+The peer is TRL's GRPOTrainer with its transformers backend: the same prompts, samples, lengths and weights. It has pure
+bfloat16 (no master weights), a reward that costs nothing, and no recomputation; it computes no old log-probs, which is
+its default. Times are medians over the steps after the first.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from qwen3f.train.step import make_train_step
 
 
 def make_config(asked: argparse.Namespace, tokenizer: Path) -> Any:
-    """Of the stage; sampling room for all completions at once."""
+    """The configuration of the stage, with a KV cache for all completions at once."""
     config = grpo_config(asked.preset)
     config.device, config.seed = asked.device, 0
     config.batch_size, config.steps, config.seq_len = asked.prompts, 1000, asked.seq_len
@@ -158,7 +158,7 @@ def measure_trl(setup: Setup, place: Path, asked: argparse.Namespace) -> dict[st
 
 
 def _timed(generate: Callable[..., Any], out: list[tuple[float, int]], device: torch.device) -> Callable[..., Any]:
-    """Notes (seconds, completions' tokens) of each call."""
+    """`generate`, which appends (seconds, tokens of the completions) of each call to `out`."""
 
     def timed(*args: Any, **named: Any) -> Any:
         synchronize(device)
@@ -173,18 +173,18 @@ def _timed(generate: Callable[..., Any], out: list[tuple[float, int]], device: t
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="ours,trl", help="of ours, trl")
+    parser.add_argument("--cases", default="ours,trl", help="some of ours, trl")
     parser.add_argument("--preset", default="qwen3-0.6b")
-    parser.add_argument("--prompts", type=int, default=16, help="of a step")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts of a step")
     parser.add_argument("--samples", type=int, default=8, help="completions of a prompt")
     parser.add_argument("--new", type=int, default=512, help="tokens of a completion")
-    parser.add_argument("--seq_len", type=int, default=4096, help="of our packed rows")
-    parser.add_argument("--rows", type=int, default=4, help="of our micro-batch")
+    parser.add_argument("--seq_len", type=int, default=4096, help="tokens of our packed rows")
+    parser.add_argument("--rows", type=int, default=4, help="rows of our micro-batch")
     parser.add_argument("--judges", type=int, default=4, help="our reward processes")
-    parser.add_argument("--steps", type=int, default=3, help="ours that are timed")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of ours")
     parser.add_argument("--no_idle", action="store_true", help="do not profile a step for the GPU's idle share")
     parser.add_argument("--trl_rows", type=int, default=16, help="completions of TRL's micro-batch")
-    parser.add_argument("--trl_steps", type=int, default=1, help="TRL's that are timed")
+    parser.add_argument("--trl_steps", type=int, default=1, help="timed steps of TRL")
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args(arguments)
     device = device_of(asked.device)

@@ -1,12 +1,13 @@
-"""A mixture's training step beside transformers': python -m qwen3f.bench.moe [--preset=qwen3-30b-a3b] [--layers=4]
+"""Compares the training step of a mixture of experts with transformers':
+python -m qwen3f.bench.moe [--preset=qwen3-30b-a3b] [--layers=4]
 
-The whole step on random tokens, one document a row: forward, backward, clipping, AdamW. Two precisions: "pure",
-bfloat16 weights and moments; "master", float32 ones under bfloat16 passes.
+The whole step on random tokens, one document per row: forward, backward, clipping, AdamW. There are two precisions.
+"pure": bfloat16 weights and moments. "master": float32 weights and moments, bfloat16 passes.
 
-transformers at its best: grouped_mm experts, each layer compiled, head and loss compiled together, cuDNN's attention,
-fused AdamW, no balancing loss (ours has its own). Its "master" is a bfloat16 module with float32 copies of the weights
-that AdamW updates: under autocast compiled experts would fall back to a loop, since grouped_mm takes bfloat16 alone
-there. At few layers the head is over half of the FLOPs.
+transformers gets its fastest settings: grouped_mm experts, each layer compiled, head and loss compiled together,
+cuDNN's attention, fused AdamW, no balancing loss (ours has one). Its "master" is a bfloat16 module with float32 copies
+of the weights, which AdamW updates. Autocast is not used: compiled experts would then fall back to a loop, since
+grouped_mm only takes bfloat16. With few layers the head has over half of the FLOPs.
 """
 
 import argparse
@@ -75,8 +76,10 @@ def measure_transformers(cfg: ModelConfig, batch: Batch, pure: bool) -> dict[str
 
 
 def make_update(parameters: list[torch.nn.Parameter], pure: bool) -> Callable[[], None]:
-    """AdamW by .grad, which it frees. Not pure: on float32 copies, a parameter at a time, so that no more than one has
-    a float32 gradient."""
+    """A function that updates the parameters by AdamW and frees their gradients.
+
+    Not pure: it updates float32 copies, one parameter at a time, so that only one float32 gradient exists at a time.
+    """
     options = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
     if pure:
         optimizer = torch.optim.AdamW(parameters, **options)
@@ -105,10 +108,10 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="ours,transformers", help="of ours, transformers")
-    parser.add_argument("--precisions", default="pure,master", help="of pure, master")
+    parser.add_argument("--cases", default="ours,transformers", help="some of ours, transformers")
+    parser.add_argument("--precisions", default="pure,master", help="some of pure, master")
     parser.add_argument("--preset", default="qwen3-30b-a3b")
-    parser.add_argument("--layers", type=int, default=4, help="cut the model to so many; 0: all")
+    parser.add_argument("--layers", type=int, default=4, help="cut the model to this many; 0: all")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--seq_len", type=int, default=4096)
     parser.add_argument("--device", default="auto")

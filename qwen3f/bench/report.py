@@ -1,4 +1,4 @@
-"""What the benches share: a clock, peak memory, one table with a JSON line for each of its rows, and failing peers."""
+"""Shared parts of the benchmarks: clock, peak memory, and a table of results in which peers may fail."""
 
 import contextlib
 import gc
@@ -21,7 +21,7 @@ _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 def version_of(package: str) -> str:
-    """ "" if it is not installed."""
+    """The version of a package; "" if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -29,7 +29,7 @@ def version_of(package: str) -> str:
 
 
 def device_of(name: str) -> torch.device:
-    """The one that a flag names; "auto": CUDA where there is some."""
+    """The device that a flag names; "auto": CUDA if there is a GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -45,7 +45,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def clock(fn: Callable[[], Any], device: torch.device, repeats: int = 5, warm: int = 2) -> float:
-    """Seconds of fn, the median by the host's clock, each time until the device has finished."""
+    """Median time of fn in seconds, by the host's clock, until the device has finished."""
     for _ in range(warm):
         fn()
     seconds = []
@@ -66,13 +66,13 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """The largest memory in use since reset_peak; None where it is not counted."""
+    """The peak of allocated GPU memory since reset_peak in GiB; None without a GPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 @contextlib.contextmanager
 def cudnn_first(device: torch.device) -> Iterator[None]:
-    """scaled_dot_product_attention by cuDNN where it can, the fastest on Hopper; then as torch likes."""
+    """scaled_dot_product_attention prefers cuDNN, the fastest on Hopper, then torch's usual order."""
     if device.type != "cuda":
         yield
         return
@@ -92,7 +92,7 @@ def busy_share(fn: Callable[[], Any], device: torch.device) -> float | None:
         synchronize(device)
         seconds = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as place:
-        # a trace's file: the events as Python objects take 0.1 ms each, and a rollout has 10⁵
+        # through a trace file: as Python objects the events would take 0.1 ms each, and a rollout has 10⁵
         profile.export_chrome_trace(f"{place}/trace.json")
         events = json.loads(Path(f"{place}/trace.json").read_text())["traceEvents"]
     return busy_microseconds(events) * 1e-6 / seconds
@@ -109,10 +109,10 @@ def busy_microseconds(events: Sequence[Mapping[str, Any]]) -> float:
 
 
 class Report:
-    """Rows of figures, printed as JSON when they come and together as a table at the end.
+    """Rows of results. Each is printed as JSON at once, and all as a table at the end.
 
     Attributes:
-      rows: all figures so far. failed: whether a peer did.
+      rows: all rows so far. failed: whether a peer has failed.
     """
 
     def __init__(self, title: str, device: torch.device) -> None:
@@ -125,28 +125,28 @@ class Report:
         print(self._title, flush=True)
 
     def add(self, **figures: Any) -> dict[str, Any]:
-        """None is left out."""
+        """Add a row; figures that are None are left out."""
         row = {key: value for key, value in figures.items() if value is not None}
         self.rows.append(row)
         print(json.dumps(row, ensure_ascii=False), flush=True)
         return row
 
     def peer(self, names: dict[str, str], package: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """`run`'s figures beside `names`; where the peer is missing, does not fit or fails, the row says so."""
+        """Add a row of `names` and the figures of run(). If the peer is missing, does not fit or fails, it says so."""
         try:
             return self.add(**names, **run())
         except ImportError as error:
             note = f"{package} not installed" if not version_of(package) else f"cannot import: {error}"
         except torch.OutOfMemoryError:
             note = "does not fit"
-        except Exception as error:  # what others' code raises: the figures so far are not to be lost
+        except Exception as error:  # a peer may raise anything; the results so far must not be lost
             traceback.print_exc()
             self.failed, note = True, f"failed: {type(error).__name__}"
         print(f"{names}: {note}", file=sys.stderr, flush=True)
         return self.add(**names, note=note)
 
     def finish(self) -> int:
-        """Prints the table; the exit code."""
+        """Prints the table. Returns the exit code: 1 if a peer has failed."""
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         print(f"\n{self._title}\n\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
         for row in self.rows:

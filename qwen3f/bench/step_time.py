@@ -1,4 +1,4 @@
-"""How long the step that launch.py trains with takes on a given batch."""
+"""Measures the training step of launch.py on a given batch."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from qwen3f.train.step import StepOptions, make_train_step
 
 
 class StepTime(NamedTuple):
-    """seconds: of a step. peak: GiB, None where it is not counted."""
+    """seconds: time of a step. peak: memory in GiB, None without a GPU."""
 
     seconds: float
     peak: float | None
@@ -31,8 +31,8 @@ def step_time(
     cross_documents: bool = False,
     repeats: int = 10,
 ) -> StepTime:
-    """On the batch's device: random weights in `master` under passes in the compute dtype, compiled blocks on a GPU,
-    the donated fused update."""
+    """Measures a step on the batch's device: random weights in the dtype `master`, passes in the compute dtype,
+    compiled blocks on a GPU, and the donated fused update."""
     device, hyper = batch["tokens"].device, AdamW()
     options = StepOptions(
         hyper,

@@ -11,7 +11,7 @@ from qwen3f.interop.config import to_hf
 
 
 def copied(cfg: ModelConfig, params: P.Params, attention: str = "sdpa") -> Any:
-    """On the parameters' device, in their dtype."""
+    """transformers' module with the weights `params`, on their device and in their dtype."""
     import transformers
 
     weight = params[P.EMBED]
@@ -23,5 +23,5 @@ def copied(cfg: ModelConfig, params: P.Params, attention: str = "sdpa") -> Any:
     tensors = {key: keys.fetch(slot, params) for key, slot in keys.slots(cfg).items()}
     missing, unknown = module.load_state_dict(tensors, strict=False)
     if unknown or set(missing) - {P.HEAD}:  # a tied head is the embedding
-        raise ValueError(f"transformers' module lacks {unknown}, and has {missing} beside ours")
+        raise ValueError(f"transformers' module lacks {unknown}, and has {missing}, which ours lacks")
     return module

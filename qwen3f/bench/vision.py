@@ -1,15 +1,15 @@
-"""The vision tower, preprocessing and a training step with pictures: python -m qwen3f.bench.vision [--towers=…]
+"""Measures vision tower, preprocessing and a training step with pictures: python -m qwen3f.bench.vision [--towers=…]
 
 Random weights in the compute dtype (bfloat16 on a GPU), random pixels. A case is a row of --patches patches: images of
-one size, or of mixed ones. "train" is forward and backward to every parameter of the tower. Peers, on the same images:
+one size, or of mixed sizes. "train" is forward and backward to every parameter of the tower. Peers, on the same images:
 
-    transformers         its module as it comes, scaled_dot_product_attention an image at a time
+    transformers         its module unchanged, scaled_dot_product_attention for one image at a time
     transformers varlen  the same with torch's varlen_attn (FlashAttention-2) over all images, its blocks compiled
-    batched sdpa         images of one size as a batch, plain layers compiled: what a careful author would write
-    products alone       cuBLAS on the tower's matrix products and no more: no tower can be faster with it
+    batched sdpa         images of one size as a batch, compiled plain layers: what a careful author would write
+    products alone       only the tower's matrix products, by cuBLAS: a lower bound of the time
 
-MFU counts vision.md's FLOPs (a product of n patches a frame for attention) over the datasheet's peak. `step` is the
-whole step of `launch.py`, float32 master weights, as many images as fit the row. `pixels` runs on one core.
+MFU counts the FLOPs of `flops` (attention within a frame) over the datasheet's peak. `step` is the whole step of
+`launch.py`, with float32 master weights and as many images as fit the row. `pixels` runs on one core.
 """
 
 import argparse
@@ -38,8 +38,11 @@ from qwen3f.vision.tower import make_tower
 
 
 def grids_of(case: str, patches: int, cfg: ModelConfig) -> list[Grid]:
-    """Images that together have at most so many patches. case: a side in pixels, or "LOW-HIGH" for mixed ones, of which
-    the last is narrow and fills the room, so that no case needs a graph of its own."""
+    """Grids of images with at most `patches` patches together.
+
+    case: a side in pixels, or "LOW-HIGH" for mixed sizes. In a mixed case a last, narrow image fills the row, so that
+    all mixed cases have the same shape and need one compiled graph.
+    """
     low, mixed, high = case.partition("-")
     unit = cfg.vision_merger_spatial_factor
     sides = [int(side) // (cfg.vision_patch_size * unit) for side in (low, high or low)]
@@ -53,7 +56,7 @@ def grids_of(case: str, patches: int, cfg: ModelConfig) -> list[Grid]:
 
 
 def flops(cfg: ModelConfig, grids: Sequence[Grid]) -> float:
-    """Of the tower's forward pass: its products, 2 FLOPs a weight and row, and attention over a frame's patches."""
+    """FLOPs of the tower's forward pass: 2 for each weight and row of a product, and attention within each frame."""
     counts = peers.product_shapes(cfg, sum(t * h * w for t, h, w in grids))
     products = sum(2 * times * rows * inner * outer for times, rows, inner, outer in counts)
     attention = 4 * cfg.vision_num_hidden_layers * cfg.vision_hidden_size * sum(t * (h * w) ** 2 for t, h, w in grids)
@@ -61,7 +64,7 @@ def flops(cfg: ModelConfig, grids: Sequence[Grid]) -> float:
 
 
 def tower_params(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> P.Params:
-    """Of the tower alone, a stack as the tuple of its layers, as a training step has them."""
+    """Parameters of the tower only; a stack is the tuple of its layers, as in a training step."""
     short = cfg.replace(num_hidden_layers=max(1, len(cfg.vision_deepstack_layers)))
     table = P.abstract_params(short)
     own = {p: leaf for p, leaf in P.init_params(short, 0, device=device, dtype=dtype).items() if p.startswith(P.VISUAL)}
@@ -137,7 +140,7 @@ def run_tower(
 
 
 def step(report: Report, name: str, case: str, sizes: tuple[int, int, int], device: torch.device) -> None:
-    """The whole training step: rows of images, each followed by words up to the row's end."""
+    """Measures the whole training step. A row has images first, then words up to its end."""
     rows, tokens, patches = sizes
     cfg = presets.get(name).replace(max_position_embeddings=max(tokens, presets.get(name).max_position_embeddings))
     grids = grids_of(case, min(patches, (tokens - 1) * cfg.vision_merger_spatial_factor**2), cfg)
@@ -180,7 +183,7 @@ def picture_batch(cfg: ModelConfig, grids: list[Grid], rows: int, tokens: int, p
 
 
 def pixels(report: Report, sides: Sequence[int], seconds: float) -> None:
-    """Preprocessing of noise, one thread: images a second, beside transformers' processor on pillow."""
+    """Measures preprocessing of noise in images per second on one thread, and transformers' pillow processor."""
     cfg = presets.get("qwen3-vl-2b")
     torch.set_num_threads(1)
     for side in sides:
@@ -197,7 +200,7 @@ def pixels(report: Report, sides: Sequence[int], seconds: float) -> None:
 
 
 def _rate(fn: Callable[[], object], seconds: float) -> float:
-    """Calls a second of the fastest fifth: other programs only ever add to what a call takes."""
+    """Calls per second, by the fastest fifth of the calls: other programs can only make calls slower."""
     took = []
     fn()
     until = time.perf_counter() + seconds
@@ -210,15 +213,15 @@ def _rate(fn: Callable[[], object], seconds: float) -> float:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="towers,step,pixels", help="of towers, step, pixels")
+    parser.add_argument("--cases", default="towers,step,pixels", help="some of towers, step, pixels")
     parser.add_argument("--towers", default="qwen3-vl-2b,qwen3-vl-8b", help="presets whose tower runs")
     parser.add_argument("--sizes", default="256,512,256-1024", help="sides of images in pixels, LOW-HIGH: mixed")
-    parser.add_argument("--patches", type=int, default=32_768, help="of a case together")
-    parser.add_argument("--model", default="qwen3-vl-2b", help="of the training step")
+    parser.add_argument("--patches", type=int, default=32_768, help="patches of a case")
+    parser.add_argument("--model", default="qwen3-vl-2b", help="preset of the training step")
     parser.add_argument("--step", default="2x4096x8192", help="rows x tokens x patches of a row")
     parser.add_argument("--step_size", default="512", help="sides of the step's images")
     parser.add_argument("--pixels", default="256,512,1024", help="widths of preprocessed images")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each preprocessing rate")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds to measure each preprocessing rate")
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args(arguments)
     device = device_of(asked.device)

@@ -1,4 +1,4 @@
-"""The vision tower as others run it: transformers' module, and plain layers over a batch of images of one size.
+"""Peers of the vision tower: transformers' module, and plain layers over a batch of images of one size.
 
 N images · n patches of an image · P patches of all · C width · H heads
 """
@@ -16,18 +16,18 @@ from qwen3f.interop.vision_config import to_hf
 from qwen3f.vision.merger import make_merger
 from qwen3f.vision.preprocess import MAX_PIXELS, MIN_PIXELS, Grid
 
-VARLEN = "flash_varlen"  # transformers packs frames for an attention that has "flash" in its name
+VARLEN = "flash_varlen"  # transformers packs frames only for an attention with "flash" in its name
 
 
 class Passes(NamedTuple):
-    """forward: without gradients. train: and backward, to all parameters."""
+    """forward: forward pass without gradients. train: forward and backward to all parameters."""
 
     forward: Callable[[], Any]
     train: Callable[[], Any]
 
 
 def make_passes(forward: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor]) -> Passes:
-    """leaves: parameters. The gradient that comes in is random, the same each time."""
+    """The two passes of a model. leaves: its parameters. The gradient of the outputs is random, the same each time."""
     seeds: list[Tensor] = []
 
     def only_forward() -> None:
@@ -46,7 +46,7 @@ def make_passes(forward: Callable[[], Sequence[Tensor]], leaves: Sequence[Tensor
 
 
 def random_pixels(cfg: ModelConfig, patches: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[P, values]"""
+    """Random pixels [P, values of a patch] in [−1, 1)."""
     values = cfg.vision_num_channels * cfg.vision_temporal_patch_size * cfg.vision_patch_size**2
     return torch.rand(patches, values, device=device, dtype=dtype) * 2 - 1
 
@@ -55,7 +55,7 @@ def random_pixels(cfg: ModelConfig, patches: int, device: torch.device, dtype: t
 
 
 def transformers_passes(cfg: ModelConfig, grids: list[Grid], device: torch.device, attention: str) -> Passes:
-    """attention: sdpa, uncompiled; or varlen, with compiled blocks."""
+    """Passes of transformers' tower. attention: "sdpa", uncompiled; or "varlen", with compiled blocks."""
     import transformers
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
@@ -82,7 +82,7 @@ def transformers_passes(cfg: ModelConfig, grids: list[Grid], device: torch.devic
 
 
 def register_varlen() -> None:
-    """torch's FlashAttention-2 over packed frames."""
+    """Registers torch's FlashAttention-2 over packed frames as an attention of transformers."""
     from torch.nn.attention.varlen import varlen_attn
     from transformers import AttentionInterface
 
@@ -113,7 +113,8 @@ def pil_processor(cfg: ModelConfig, image: Any) -> Callable[[], Any]:
 
 
 class Block(nn.Module):
-    """Of the tower, over [N, n, C], every patch seeing the n of its image: no mask, so any attention kernel will do."""
+    """A block of the tower over [N, n, C]. A patch attends to all n of its image, so no mask is needed and any kernel
+    works."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -136,7 +137,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Tower(nn.Module):
-    """Patches by a product; positions and angles, which are the same for all images, given from outside."""
+    """A tower of plain layers. Positions and angles are arguments, since they are the same for all images."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -156,7 +157,7 @@ class Tower(nn.Module):
 
 
 def batched_passes(cfg: ModelConfig, grids: list[Grid], device: torch.device) -> Passes:
-    """grids: all alike."""
+    """Passes of the plain tower. grids: must all be equal."""
     ((t, h, w),) = set(grids)
     dtype, count = compute_dtype(device), t * h * w
     with torch.device(device):
@@ -181,10 +182,10 @@ def batched_passes(cfg: ModelConfig, grids: list[Grid], device: torch.device) ->
 
 
 def product_passes(cfg: ModelConfig, grids: list[Grid], device: torch.device) -> Passes:
-    """The tower's matrix products by cuBLAS and nothing else, not even attention's: what no tower undercuts.
+    """Only the tower's matrix products, by cuBLAS, without those of attention: no tower can be faster.
 
-    All layers read the same weights here, which can only make them faster. Training has a second and a third product
-    for each, the gradients of its input and of its weight.
+    All layers read the same weights here, which can only make them faster. Training adds two products for each: the
+    gradients of its input and of its weight.
     """
     dtype = compute_dtype(device)
     counts = product_shapes(cfg, sum(t * h * w for t, h, w in grids))
@@ -215,7 +216,7 @@ def product_passes(cfg: ModelConfig, grids: list[Grid], device: torch.device) ->
 
 
 def product_shapes(cfg: ModelConfig, patches: int) -> list[tuple[int, int, int, int]]:
-    """(how many, rows, inner, outer) of the tower's products."""
+    """(count, rows, inner, outer) of the tower's products [rows, inner] · [inner, outer]."""
     width, inner, depth = cfg.vision_hidden_size, cfg.vision_intermediate_size, cfg.vision_num_hidden_layers
     values = cfg.vision_num_channels * cfg.vision_temporal_patch_size * cfg.vision_patch_size**2
     count, mergers = cfg.vision_merger_spatial_factor**2, 1 + len(cfg.vision_deepstack_layers)

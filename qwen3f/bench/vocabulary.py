@@ -1,6 +1,6 @@
-"""A tokenizer of any size, made on the spot, that both this project and transformers read: no model's files are needed.
+"""Makes a tokenizer of any size, for this project and for transformers, so that benchmarks need no model's files.
 
-Its merges are all pairs of bytes, then all pairs with a third byte, so English takes about a token for two letters.
+Its merges are all pairs of bytes, then all pairs with a third byte. English takes about one token for two letters.
 """
 
 import itertools
@@ -14,12 +14,12 @@ from qwen3f.errors import UserError
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VISIBLE = ("<think>", "</think>")
-_COMMON = b" etaoinshrdlcumwfgypbvkABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # first, so that their pairs come first too
+_COMMON = b" etaoinshrdlcumwfgypbvkABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # their pairs come first
 _QWEN3 = 151_669  # ids of the released tokenizer
 
 
 def write_tokenizer(place: Path, vocab_size: int) -> QwenTokenizer:
-    """As many ids as a model's vocabulary has, but no more than Qwen3's tokenizer. Raises UserError below 300."""
+    """Writes a tokenizer with vocab_size ids, but no more than Qwen3's has. Raises UserError for less than 300."""
     if vocab_size < 300:
         raise UserError(f"a vocabulary of {vocab_size} has no room for the bytes and merges; use 300 or more")
     names = SPECIAL + VISIBLE
@@ -55,7 +55,7 @@ def write_tokenizer(place: Path, vocab_size: int) -> QwenTokenizer:
 
 
 def transformers_tokenizer(place: Path) -> Any:
-    """The same one, as transformers reads it."""
+    """The same tokenizer, read by transformers."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(

@@ -1,1 +1,1 @@
-"""Stages one after the other, each a process of its own, with a record of what ran from what."""
+"""Runs stages one after the other, each in its own process, and records what ran from which checkpoint."""

@@ -1,4 +1,4 @@
-"""The stages as a command line has them: which starts from which, with which settings, and what those depend on."""
+"""The stages of a command line as steps: source, settings, and a hash of everything that a result depends on."""
 
 import dataclasses
 import difflib
@@ -21,26 +21,28 @@ from qwen3f.train import checks
 
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 
-# Keys that say how and where a stage runs. Its weights do not depend on them.
+# Keys that set how and where a stage runs. Changing them does not make its result stale.
 NEUTRAL = frozenset({
     "device", "mesh", "hardware", "plan", "restarts", "watchdog", "collective_timeout", "wandb", "init_from", "resume",
     "log_every", "show_samples", "eval.every", "data.cache", "data.workers", "data.num_threads", "batch_tokens",
     "chunk", "report",
 })  # fmt: skip
-_KINDS = {"eval": "evaluation", "generate": "pictures"}  # of config.stage; any other one trains
+_KINDS = {"eval": "evaluation", "generate": "pictures"}  # config.stage -> kind; every other stage trains
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A stage of the chain as it is set now.
+    """A stage of the pipeline with its present settings.
 
     Attributes:
-        number: from 1, skipped ones counted. config: of its experiment, complete.
-        overrides: in what that differs from the experiment, and what of its model the user has set.
-        insisted: of these the keys whose values are the experiment's own.
-        shared: keys whose values are the whole pipeline's.
-        source: the stage whose checkpoint it starts from; "" for the first, and one with an init_from of its own.
-        asks: whether the shared questions are put to its checkpoint.
+        number: from 1; skipped stages count too.
+        config: the stage's complete configuration.
+        overrides: key -> value for keys that differ from the experiment, and for keys of the model that the user set.
+        insisted: keys in `overrides` that the user set to the value that the experiment has anyway.
+        shared: keys that take the value of the whole pipeline.
+        source: the stage whose checkpoint it starts from; "" for the first stage, and for one with its own init_from.
+        skipped: whether --config.skip names it.
+        asks: whether its checkpoint answers the shared questions.
     """
 
     number: int
@@ -66,7 +68,7 @@ class Step:
         return _KINDS.get(self.config.stage, "training")
 
     def checkpoint(self, directory: Path) -> Path:
-        """Where its weights are, once it has trained."""
+        """The checkpoint that it ends with."""
         return directory / self.workdir / CHECKPOINTS / str(self.config.steps)
 
     def trained(self, directory: Path) -> bool:
@@ -87,9 +89,10 @@ class Step:
 
 
 def steps_of(config: ConfigDict, chosen: Collection[str] = ()) -> tuple[Step, ...]:
-    """The chain. Raises UserError for config.skip and for what of a stage's settings cannot run; imports no torch.
+    """The steps of a pipeline's configuration. Imports no torch.
 
-    chosen: keys that the user has set, such as "set.grpo.seed".
+    chosen: keys that the user has set, such as "set.grpo.seed". Raises UserError for a bad config.skip, and for
+    settings of a stage that cannot run.
     """
     names = [stage.name for stage in config.chain]
     skipped = set(parse_names(config.skip, names, "--config.skip"))
@@ -104,7 +107,7 @@ def steps_of(config: ConfigDict, chosen: Collection[str] = ()) -> tuple[Step, ..
         start = "" if one.init_from or skip else source
         if not (skip or start or one.init_from or number == 1):
             raise UserError(
-                f"{stage.name} starts from weights, and every stage before it is skipped: write "
+                f"{stage.name} needs weights to start from, but every stage before it is skipped: write "
                 f"--config.set.{stage.name}.init_from=W, or leave a stage out of --config.skip"
             )
         if not skip:
@@ -132,19 +135,20 @@ def steps_of(config: ConfigDict, chosen: Collection[str] = ()) -> tuple[Step, ..
 
 
 def _asks(one: ConfigDict, after: Sequence[str], configs: dict[str, ConfigDict]) -> bool:
-    """A model that has only read text answers nothing; the last such is asked, for the next stage's "before"."""
+    """Whether a stage's checkpoint is asked. Models after pretraining cannot answer, so only the last of them is asked,
+    for the "before" of the next stage."""
     return one.stage != "pretrain" or not after or configs[after[0]].stage != "pretrain"
 
 
 def _insisted(name: str, one: ConfigDict, chosen: Collection[str], overrides: Collection[str]) -> tuple[str, ...]:
-    """Keys of the model that the user has set as the experiment has them: beside weights to start from, only what is
-    written on a stage's command line counts."""
+    """Keys of the model that the user has set to the experiment's own value. They matter: a stage that starts from
+    weights takes the weights' model, except for keys that are written on its command line."""
     own = sorted(key for key in own_keys(name, chosen) if key.startswith("model.") and key not in overrides)
     return tuple(key for key in own if checks.get(one, key) is not None)
 
 
 def _config(config: ConfigDict, stage: PipelineStage, chosen: Collection[str]) -> tuple[ConfigDict, tuple[str, ...]]:
-    """The stage's own settings, with those of the whole pipeline where it has none; and the keys of these."""
+    """(the stage's configuration, with the pipeline's values where it sets none; the keys of these values)."""
     one = config.set[stage.name].copy_and_resolve_references()
     shared = {"seed": config.seed, "device": config.device}
     shared |= {"mesh": config.mesh, "hardware": config.hardware} if one.stage not in _KINDS else {}
@@ -152,7 +156,7 @@ def _config(config: ConfigDict, stage: PipelineStage, chosen: Collection[str]) -
 
 
 def share(one: ConfigDict, shared: dict[str, Any], own: Collection[str]) -> tuple[str, ...]:
-    """Gives a configuration the pipeline's values of the keys that it has, but for its `own`; returns these keys."""
+    """Sets the pipeline's values for all keys that the configuration has, except its `own`; returns these keys."""
     given = {key: value for key, value in shared.items() if key in one and key not in own}
     with one.unlocked():
         one.update(given)
@@ -160,18 +164,18 @@ def share(one: ConfigDict, shared: dict[str, Any], own: Collection[str]) -> tupl
 
 
 def own_keys(name: str, chosen: Collection[str]) -> set[str]:
-    """ "steps" for "set.grpo.steps" of the stage grpo: what the user has set of it, its default too."""
+    """Keys of a stage that the user has set, default values included: "steps" for "set.grpo.steps"."""
     start = f"set.{name}."
     return {key.removeprefix(start) for key in chosen if key.startswith(start)}
 
 
 def _check(name: str, one: ConfigDict, shared: Collection[str] = ()) -> None:
-    """Raises UserError in the pipeline's words for what launch.py would refuse before the stage starts."""
+    """Raises UserError, with the pipeline's flags, for settings that launch.py would refuse before the stage starts."""
     known = one.copy_and_resolve_references()
     with known.unlocked():
         for key in checks.PLACES:
             if key in known:
-                known[key] = known[key] or "W"  # as a later stage's is, once the one before it has run
+                known[key] = known[key] or "W"  # a placeholder: the stage before will set it
     try:
         checks.check(known)
     except UserError as error:
@@ -179,17 +183,19 @@ def _check(name: str, one: ConfigDict, shared: Collection[str] = ()) -> None:
 
 
 def in_pipeline(text: str, name: str, one: ConfigDict, shared: Collection[str] = ()) -> str:
-    """An error of a stage with its keys as the pipeline's: --config.set.grpo.steps for --config.steps. shared: keys
-    that keep their names, as Step's."""
+    """An error of a stage, where the pipeline's flags replace its own: --config.set.grpo.steps for --config.steps.
+
+    shared: keys that keep their names, as in Step.
+    """
     keys = sorted((key for key, _ in usage.flat(one)), key=len, reverse=True)
     every = "|".join(re.escape(key) for key in keys if key not in shared)
-    text = as_flags(text, keys)  # what a stage's own process says has them already
+    text = as_flags(text, keys)  # errors of a stage's own process have flags already
     return re.sub(rf"(?<![\w./-])--config\.({every})(?![\w-]|\.\w)", rf"--config.set.{name}.\1", text)
 
 
 def parse_names(text: str, known: Sequence[str], flag: str) -> tuple[str, ...]:
-    """ "grpo,dpo" as a tuple. Raises UserError for an unknown name, with the nearest, a repeated one, and another
-    order than the chain's."""
+    """Parses stage names such as "grpo,dpo". Raises UserError for an unknown name (and suggests the nearest), for a
+    repeated name, and for names that are not in the order of the stages."""
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     for name in names:
         if name not in known:
@@ -204,9 +210,9 @@ def parse_names(text: str, known: Sequence[str], flag: str) -> tuple[str, ...]:
 
 
 def inputs_of(step: Step, record: Record) -> str:
-    """Hash of what the stage's result depends on: its settings, and the stage and checkpoint that it starts from.
+    """A hash of everything that the stage's result depends on: its settings, and the checkpoint that it starts from.
 
-    The stage it starts from must be done.
+    The stage that it starts from must be done.
     """
     values = {key: value for key, value in usage.flat(step.config) if not is_neutral(key)}
     parts: list[Any] = [step.stage.experiment, values]
@@ -221,7 +227,7 @@ def inputs_of(step: Step, record: Record) -> str:
 
 
 def digest(checkpoint: Path) -> str:
-    """sha256 of a checkpoint's manifest, which has those of all its files; "" without one."""
+    """sha256 of a checkpoint's manifest, which has the sha256 of all its files; "" if there is no manifest."""
     try:
         return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
     except OSError:
@@ -229,9 +235,9 @@ def digest(checkpoint: Path) -> str:
 
 
 def lost(there: StageRecord, directory: Path) -> str:
-    """What has become of the checkpoint that a stage ended with: "is gone", "has changed since", or "" if it is there.
+    """What happened to the checkpoint that a stage ended with: "is gone", "has changed since", or "" for nothing.
 
-    Of a stage that trains nothing: "".
+    "" too for a stage that does not train.
     """
     place = checkpoint_of(there)
     if place is None or digest(directory / place) == there.weights:
@@ -240,7 +246,7 @@ def lost(there: StageRecord, directory: Path) -> str:
 
 
 def checkpoint_of(done: StageRecord) -> str | None:
-    """A trained stage's last checkpoint, relative to the pipeline's directory; None of one that trains nothing."""
+    """A trained stage's last checkpoint, relative to the pipeline's directory; None for a stage that does not train."""
     return f"{done.workdir}/{CHECKPOINTS}/{done.steps}" if done.steps else None
 
 

@@ -1,4 +1,4 @@
-"""Which stages a command runs, and which results are stale: decided before anything starts or moves."""
+"""Decides which stages a command runs and which results are stale, before anything starts or moves."""
 
 import dataclasses
 import json
@@ -13,14 +13,18 @@ from qwen3f.train import checks
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """How a stage stands. state: done; stale: done, from other inputs; open: not done. inputs: now, "" if unknown."""
+    """The state of a stage.
+
+    state: "done"; "stale" (done, but from other inputs than now); or "open" (not done). inputs: the hash of its present
+    inputs (chain.inputs_of); "" if unknown.
+    """
 
     state: str
     inputs: str
 
 
 def survey(steps: Sequence[Step], record: Record) -> dict[str, Standing]:
-    """Of every stage that is not skipped, in order."""
+    """The Standing of every stage that is not skipped, in order."""
     out: dict[str, Standing] = {}
     for step in steps:
         if step.skipped:
@@ -35,15 +39,17 @@ def survey(steps: Sequence[Step], record: Record) -> dict[str, Standing]:
 
 
 def choose(steps: Sequence[Step], record: Record, directory: Path, asked: Sequence[str]) -> tuple[str, ...]:
-    """The stages to run, in order. asked: those of --config.stages, in order; none: all that are not done.
+    """The stages to run, in order. asked: the names of --config.stages, in order; empty: all stages that are not done.
 
-    The same --config.stages again go on with those that are left, see Record. Raises UserError for a stage without its
-    inputs, and without --config.stages for results that are stale.
+    The same --config.stages again resumes with the stages that are left, see Record. Raises UserError for a stage whose
+    inputs are missing, and, without --config.stages, for stale results.
     """
     standing = survey(steps, record)
     if asked:
         if skipped := [step.name for step in steps if step.skipped and step.name in asked]:
-            raise UserError(f"--config.stages names {skipped[0]}, which --config.skip leaves out; take it out of one")
+            raise UserError(
+                f"--config.stages names {skipped[0]}, which --config.skip leaves out; remove it from one of them"
+            )
         left = _left(standing, record, directory, tuple(asked))
         _check_inputs(steps, standing, record, directory, left)
     else:
@@ -59,35 +65,36 @@ def choose(steps: Sequence[Step], record: Record, directory: Path, asked: Sequen
 def check_kept(
     steps: Sequence[Step], record: Record, directory: Path, needed: Collection[str], left: Collection[str] = ()
 ) -> None:
-    """Raises UserError unless each stage that is needed has the checkpoint that it ended with.
+    """Raises UserError unless each needed stage still has the checkpoint that it ended with.
 
-    left: stages that are still to run; they and what comes from them are not looked at.
+    left: stages that are still to run; they, and stages that come from them, are not checked.
     """
     changing = set(left) | _after(steps, left)
     gone = [name for name in needed if name not in changing and lost(record.stage(name), directory)]
     if gone:
         there = record.stage(gone[0])
         raise UserError(
-            f"{directory / checkpoint_of(there)}, which {gone[0]} ended with, {lost(there, directory)}: write "
-            f"--config.stages={','.join(_again(steps, record, directory, gone))} to train it again, or put it back"
+            f"{directory / checkpoint_of(there)}, the checkpoint of {gone[0]}, {lost(there, directory)}: write "
+            f"--config.stages={','.join(_again(steps, record, directory, gone))} to train it again, or restore it"
         )
 
 
 def goes_on(step: Step, record: Record, standing: Standing) -> bool:
-    """Whether a stage goes on in its directory; else that is moved aside, and the stage begins anew."""
+    """Whether a stage resumes in its directory. If not, the directory is moved aside and the stage begins again."""
     there = record.stage(step.name)
     return there.status not in ("done", "stale") and there.inputs == standing.inputs
 
 
 def begun_otherwise(step: Step, record: Record, inputs: str, directory: Path) -> bool:
-    """Whether a stage that is not done has trained from other inputs than it would go on with."""
+    """Whether a stage that is not done has already trained, from other inputs than the present ones."""
     there = record.stage(step.name)
     began = any((directory / there.workdir / CHECKPOINTS).glob("[0-9]*"))
     return bool(there.inputs) and there.inputs != inputs and began
 
 
 def _left(standing: dict[str, Standing], record: Record, directory: Path, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """What of `asked` is to run. Where the same was asked before, and what of it has run is sound, only the rest."""
+    """The stages of `asked` to run. If the last command had the same --config.stages and was stopped, and the results
+    of its finished stages are sound, these are only the rest."""
     ran = asked[: len(asked) - len(record.left)]
     if asked != record.asked or asked != ran + record.left:
         return asked
@@ -96,7 +103,7 @@ def _left(standing: dict[str, Standing], record: Record, directory: Path, asked:
 
 
 def _check_sound(steps: Sequence[Step], standing: dict[str, Standing], record: Record, directory: Path) -> None:
-    """Raises UserError for results that are stale, and for a stage that began otherwise than it would go on."""
+    """Raises UserError for stale results, and for an unfinished stage that began from other inputs."""
     for step in steps:
         if step.name not in standing:
             continue
@@ -107,7 +114,7 @@ def _check_sound(steps: Sequence[Step], standing: dict[str, Standing], record: R
             raise UserError(
                 f"{step.name} {'ran' if found.state == 'stale' else 'began'} {_why(step, record)}, so what is in "
                 f"{directory / there.workdir}, and what came from it, is stale: write --config.stages={names} to run "
-                "that again (the old directories are moved aside), or put back what was changed"
+                "these stages again (the old directories are moved aside), or undo the change"
             )
 
 
@@ -133,8 +140,8 @@ def _check_inputs(
 
 
 def _without(steps: Sequence[Step], name: str, sound: Collection[str]) -> list[str]:
-    """All that --config.skip has to name for a stage to start from the nearest one of `sound` before it, in order; []
-    where there is none."""
+    """The names for --config.skip with which the stage would start from the nearest stage of `sound` before it, in
+    order; [] if there is no such stage."""
     out, there = [step.name for step in steps if step.skipped], [step.name for step in steps]
     for step in reversed(steps[: there.index(name)]):
         if step.skipped or step.kind != "training":
@@ -146,7 +153,7 @@ def _without(steps: Sequence[Step], name: str, sound: Collection[str]) -> list[s
 
 
 def _check_starts(steps: Sequence[Step], record: Record, directory: Path, left: Sequence[str]) -> None:
-    """Raises UserError unless the checkpoints that stages start from are those that the stages before ended with."""
+    """Raises UserError unless every stage to run finds the checkpoint of its source, unchanged."""
     for step in steps:
         if step.name in left and step.source and step.source not in left:
             there = record.stage(step.source)
@@ -154,26 +161,26 @@ def _check_starts(steps: Sequence[Step], record: Record, directory: Path, left: 
                 names = ",".join(_again(steps, record, directory, [step.source, *left]))
                 raise UserError(
                     f"{step.name} starts from {directory / checkpoint_of(there)}, which {what}: write "
-                    f"--config.stages={names} to train from there again, or put it back"
+                    f"--config.stages={names} to train from there again, or restore it"
                 )
 
 
 def _check_own_start(step: Step, goes_on: bool, directory: Path) -> None:
-    """Raises UserError for an init_from of the stage's own that is not there, or holds no weights. A run that has begun
-    needs it no more."""
+    """Raises UserError if the stage's own init_from does not exist or has no weights. A run that has begun does not
+    need it any more."""
     if goes_on and (directory / step.workdir / "config.json").is_file():
         return
     from qwen3f.interop import source  # imports torch
 
     try:
-        checks.check(step.config, directory / step.workdir / "new")  # where no run has begun
+        checks.check(step.config, directory / step.workdir / "new")  # a directory without a run
         source.pinned(step.config.init_from)
     except UserError as error:
         raise UserError(in_pipeline(str(error), step.name, step.config, step.shared)) from error
 
 
 def _again(steps: Sequence[Step], record: Record, directory: Path, names: Collection[str]) -> list[str]:
-    """`names`, with those before and between them that have to run for --config.stages to take them; in order."""
+    """`names`, and the stages before and between them that must run too, in order: what --config.stages must name."""
     again, standing = set(names), survey(steps, record)
     for step in reversed(steps):
         source = step.source if step.name in again else ""
@@ -187,7 +194,7 @@ def _again(steps: Sequence[Step], record: Record, directory: Path, names: Collec
 
 
 def _after(steps: Sequence[Step], names: Collection[str]) -> set[str]:
-    """What comes from stages, straight or by others."""
+    """The stages that come from `names`, directly or through other stages."""
     out = set[str]()
     for step in steps:
         if step.source in names or step.source in out:

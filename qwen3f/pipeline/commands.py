@@ -1,4 +1,4 @@
-"""The commands that a pipeline starts: launch.py with a stage's experiment and its flags."""
+"""The command lines that a pipeline starts: launch.py with a stage's experiment and its flags."""
 
 import json
 import os
@@ -29,20 +29,20 @@ def planning(step: Step, workdir: Path) -> list[str]:
 
 
 def foreseeing(described: list[dict[str, Any]]) -> Command:
-    """described: see foresee.described."""
-    ways = os.pathsep.join([str(usage.ROOT), *filter(None, sys.path)])  # wherever launch.py was started
+    """The command that checks stages before they start. described: what foresee.described returns."""
+    ways = os.pathsep.join([str(usage.ROOT), *filter(None, sys.path)])  # works from any current directory
     return Command([sys.executable, *FORESEE, json.dumps(described)], environment={"PYTHONPATH": ways})
 
 
 def asking(config: ConfigDict, init_from: str, mode: str, workdir: Path) -> list[str]:
-    """config: of experiments/eval.py. mode: thinking or plain."""
+    """The command that asks a model questions. config: of experiments/eval.py. mode: thinking or plain."""
     own = {k: v for k, v in differing(config, EVAL).items() if k not in ("init_from", "thinking")}
     flags = [*flags_of(own), f"--config.init_from={init_from}", f"--config.thinking={mode == 'thinking'}"]
     return _launch(EVAL, flags, workdir, False)
 
 
 def showing(step: Step, init_from: str, picture: Path, prompt: str, out: Path) -> list[str]:
-    """A question about a picture."""
+    """The command that asks a model a question about a picture."""
     more: dict[str, Any] = {"init_from": init_from, "images": picture, "prompt": prompt, "out": out}
     return _launch(step.stage.experiment, flags_of({**step.overrides, **more}), out.parent, False)
 

@@ -1,10 +1,10 @@
-"""What stages would refuse when their turn comes, found before the first of them starts.
+"""Checks the settings of all stages before the first one starts, so that none is refused when its turn comes.
 
     python -m qwen3f.pipeline.foresee '[{"name": "grpo", …}]'
 
-Each stage's own checks, with the model that the stages before it will have made: they read no weights, and of data
-only whether the directories are there. In a process of its own, as they import torch, which the pipeline's process does
-without.
+Runs each stage's own checks, with the model that the stages before it will produce. They read no weights, and of the
+data they only check that directories exist. The checks import torch, so they run in their own process: the pipeline's
+process imports no torch.
 """
 
 import json
@@ -25,9 +25,9 @@ from qwen3f.pipeline.commands import EVAL
 from qwen3f.pipeline.stages import MEASURE, differing
 from qwen3f.train import checks
 
-_TO_COME = "(of the pipeline)"  # weights that an earlier stage will have written
-_WEIGHTS = ("dpo.reference", "online.reward_model", "judge.reward_model")  # that a stage holds beside its own
-_DATA = {  # keys that may name places, and in which form: several names with weights, several, or a place alone
+_TO_COME = "(of the pipeline)"  # stands for weights that an earlier stage will write
+_WEIGHTS = ("dpo.reference", "online.reward_model", "judge.reward_model")  # keys for weights beside the stage's own
+_DATA = {  # keys that may name directories; their form: several names with weights, several names, or one directory
     "data.mixture": "weights", "tasks": "weights", "benchmarks": "names", "eval.benchmarks": "names",
     "eval.task": "names", "online.task": "names", "data.root": "place", "data.tokenizer": "place",
 }  # fmt: skip
@@ -36,8 +36,10 @@ _DATA = {  # keys that may name places, and in which form: several names with we
 def described(
     steps: Sequence[Step], names: Collection[str], questions: ConfigDict, directory: Path
 ) -> list[dict[str, Any]]:
-    """What `main` takes, JSON: all steps that are not left out, of which those in `names` are looked at, and the shared
-    questions, if there are any. directory: of the pipeline."""
+    """The argument of `main`, ready for JSON: all steps that are not skipped, and the shared questions, if any.
+
+    names: the steps to check; the others only pass their model on. directory: of the pipeline.
+    """
     found = [
         {
             "name": step.name,
@@ -63,7 +65,7 @@ def described(
 
 
 def check(described_: Sequence[Mapping[str, Any]]) -> None:
-    """Raises UserError, in the pipeline's words, for the first stage that its own checks refuse."""
+    """Raises UserError, with the pipeline's flags, for the first stage whose own checks fail."""
     model: ConfigDict | None = None
     to_come: list[str] = []  # where earlier stages will write weights
     for one in described_:
@@ -93,7 +95,7 @@ def _config(one: Mapping[str, Any]) -> ConfigDict:
 
 
 def _with_model(config: ConfigDict, model: ConfigDict | None, one: Mapping[str, Any]) -> ConfigDict:
-    """With the model of the weights that it will start from."""
+    """`config` with the model of the weights that the stage will start from."""
     from qwen3f.train.inherit import inherit_from, inherit_model
 
     if one["follows"]:
@@ -119,7 +121,7 @@ def _check_training(config: ConfigDict, to_come: Collection[str]) -> None:
 
 
 def _check_asking(config: ConfigDict, model: ConfigDict | None, to_come: Collection[str]) -> None:
-    """Of an evaluation, or of questions about pictures."""
+    """The checks of an evaluation, or of questions about pictures."""
     from qwen3f.eval import run as evaluation
     from qwen3f.infer import run as generation
     from qwen3f.interop import source
@@ -137,8 +139,8 @@ def _check_asking(config: ConfigDict, model: ConfigDict | None, to_come: Collect
     else:
         if not cfg.vision_enabled:
             raise UserError(
-                "its model sees no pictures: keep a stage that teaches it to, write config.init_from=W, or add it to "
-                "--config.skip"
+                "its model has no vision tower: keep a stage that trains one, write config.init_from=W, or add this "
+                "stage to --config.skip"
             )
         config.prompt, config.images = "?", "picture"
         generation.check(config)
@@ -147,7 +149,7 @@ def _check_asking(config: ConfigDict, model: ConfigDict | None, to_come: Collect
 
 
 def _check_places(config: ConfigDict, to_come: Collection[str]) -> None:
-    """Raises UserError for data that is named and is not there."""
+    """Raises UserError if a key names data that does not exist."""
     from qwen3f.data.mixture import parse_weights
 
     for key, value in usage.flat(config):
@@ -160,11 +162,11 @@ def _check_places(config: ConfigDict, to_come: Collection[str]) -> None:
             named = value.split(",")
         for place in (name.partition("@")[2].strip() for name in named):
             if place and not exists(user_path(place, where)) and not _is_to_come(place, where, to_come):
-                raise UserError(f"{where}={value}: there is no {place}; name a directory that is there")
+                raise UserError(f"{where}={value}: there is no {place}; name a directory that exists")
 
 
 def _is_to_come(place: str, where: str, to_come: Collection[str]) -> bool:
-    """Whether an earlier stage will write there what is not there yet. where: as user_path."""
+    """Whether `place` does not exist yet, but an earlier stage will write it. where: as for user_path."""
     path = user_path(place, where).absolute()
     return not exists(path) and any(path.is_relative_to(Path(one).absolute()) for one in to_come)
 

@@ -1,5 +1,5 @@
-"""What a stage's checkpoint can do: the held-out loss that it logged, and the shared questions, asked by
-experiments/eval.py in a process of its own."""
+"""Measures of a stage's checkpoint: held-out results that the stage logged, and answers to the shared questions, which
+experiments/eval.py asks in its own process."""
 
 import contextlib
 import json
@@ -19,8 +19,8 @@ Measure = dict[str, float | None]
 FOLDER = "measures"  # in a stage's workdir
 MODES = ("thinking", "plain")
 _SETTINGS = "settings.json"  # beside the answers
-_RECORDS = "records"  # of qwen3f.eval.records, in a mode's folder
-# Logged by evaluations of a stage: those that say what it is for, and what they are called beside other stages'.
+_RECORDS = "records"  # in a mode's folder, written by qwen3f.eval.records
+# config.stage -> {logged name: name of the measure}, for the logged results that show what the stage is for.
 _LOGGED = {
     "pretrain": {"val_loss": "val_loss"},
     "multimodal": {name: name for name in ("val_exact", "val_blind", "val_majority")},
@@ -31,9 +31,10 @@ _LOGGED = {
 
 
 def logged(step: Step, workdir: Path) -> dict[str, Measure]:
-    """Of the last evaluation in metrics.jsonl. Losses by source, "val_loss/embedded": only those can be compared.
+    """The stage's logged measures at its last evaluation in metrics.jsonl.
 
-    value: None for what was no finite number.
+    Losses are by source, such as "val_loss/embedded": only these can be compared between stages. The value is None if
+    it was not finite.
     """
     names, last = _LOGGED.get(step.config.stage, {}), dict[str, float | None]()
     for line in (workdir / "metrics.jsonl").read_text().split("\n") if names else ():
@@ -44,18 +45,18 @@ def logged(step: Step, workdir: Path) -> dict[str, Measure]:
     losses = {key: value for key, value in last.items() if key.startswith("val_loss/")}
     if not losses and "val_loss" in last:  # of one source
         losses = {f"val_loss/{step.config.data.mixture}": last["val_loss"]}
-    short = {key: key.partition("@")[0] for key in losses}  # without a directory, where that names it
+    short = {key: key.partition("@")[0] for key in losses}  # without the directory, if the name stays unique
     return {short[key] if list(short.values()).count(short[key]) == 1 else key: _of(x) for key, x in losses.items()}
 
 
 def answered(folder: Path) -> dict[str, Measure]:
-    """Of both modes' results.json: "reasoning_thinking" for the benchmark reasoning, by its first metric. Raises
-    FileNotFoundError where one is not there yet."""
+    """Measures from the results.json of both modes: "reasoning_thinking" is the first metric of the benchmark
+    reasoning, with thinking. Raises FileNotFoundError if a file does not exist yet."""
     return {f"{name}_{mode}": one for mode in MODES for name, one in _answers(folder / mode).items()}
 
 
 def has_answers(folder: Path) -> bool:
-    """Whether a mode's folder has answers to all that is asked, in a file that can be read."""
+    """Whether the folder of a mode has a readable results.json, which is written once all questions are answered."""
     try:
         return bool(_answers(folder))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -63,8 +64,8 @@ def has_answers(folder: Path) -> bool:
 
 
 def is_answered(folder: Path, settings: Mapping[str, Any], known: Mapping[str, Measure]) -> bool:
-    """Whether the answers in `folder` are to today's questions, and among the measures that are known. Files that are
-    missing or damaged hold no answers."""
+    """Whether the answers in `folder` belong to the present questions, and the known measures include them. Missing or
+    damaged files count as no answers."""
     try:
         asked = (folder / _SETTINGS).read_text() == _text(settings)
     except (OSError, ValueError):
@@ -73,8 +74,7 @@ def is_answered(folder: Path, settings: Mapping[str, Any], known: Mapping[str, M
 
 
 def clear_other(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Remove answers that were given to other questions or by other rules than `settings`; keep settings beside
-    them."""
+    """Remove answers to other questions, or with other settings, than `settings`; write `settings` to the folder."""
     path, text = folder / _SETTINGS, _text(settings)
     if folder.is_dir() and (not path.is_file() or path.read_text() != text):
         shutil.rmtree(folder)
@@ -83,8 +83,8 @@ def clear_other(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def clear_unfit(folder: Path, config: ConfigDict, place: str) -> None:
-    """Remove the records of a mode that was stopped where they could not be gone on with: the checkpoint lay at another
-    place, since the pipeline's directory was renamed, or was another; or the device had another dtype.
+    """Remove the records of a stopped mode if they cannot be resumed: the checkpoint had another path (the pipeline's
+    directory was renamed) or other weights, or the device used another dtype.
 
     config: of experiments/eval.py. place: of the weights.
     """
@@ -98,7 +98,7 @@ def clear_unfit(folder: Path, config: ConfigDict, place: str) -> None:
         dtype = str(find_dtype(config.dtype, find_device(config.device))).removeprefix("torch.")
         model = source.pinned(place)
         weights = source.weights_digest(place) if any("weights" in head for head in heads) else ""
-    except UserError:  # whoever asks says it
+    except UserError:  # the command that asks the questions will report it
         return
     for head in heads:
         same_weights = weights.startswith(str(head.get("weights", "")))
@@ -116,7 +116,7 @@ def _text(settings: Mapping[str, Any]) -> str:
 
 
 def _answers(folder: Path) -> dict[str, Measure]:
-    """Of one mode, by benchmark."""
+    """The measures of one mode, by benchmark."""
     out = {}
     for name, one in json.loads((folder / "results.json").read_text())["benchmarks"].items():
         metric = next(iter(one["metrics"].values()), {})
@@ -125,7 +125,7 @@ def _answers(folder: Path) -> dict[str, Measure]:
 
 
 def _head(path: Path) -> dict[str, Any]:
-    """The first line of a file of records, which says what they depend on; {} if there is none."""
+    """The first line of a file of records, which has everything that they depend on; {} if it cannot be read."""
     try:
         with path.open("rb") as file:
             found = json.loads(file.readline())
@@ -139,5 +139,5 @@ def _of(value: float | None) -> Measure:
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no other numbers."""
+    """The value, or None if it is not finite: JSON has only finite numbers."""
     return None if as_finite(value) is None else value

@@ -1,4 +1,4 @@
-"""A few held-out pictures with a question each, for a model that sees."""
+"""A few held-out pictures with a question each, for a model with a vision tower."""
 
 import json
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ QUESTIONS = "questions.json"
 
 
 def draw(folder: Path, task: VisualTask) -> Iterator[tuple[Path, str]]:
-    """(picture's file, question) of the task's first held-out ones; writes them to `folder`, and what is asked with the
-    right answers to questions.json."""
+    """Yields (file of the picture, question) for the task's first held-out questions. Writes the pictures to `folder`,
+    and the questions with their right answers to questions.json."""
     found = list(islice(task.questions("heldout"), COUNT))
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     rows = []
@@ -27,20 +27,22 @@ def draw(folder: Path, task: VisualTask) -> Iterator[tuple[Path, str]]:
 
 
 def said(folder: Path) -> Iterator[str]:
-    """A line for each: question, what the model said, the right answer."""
+    """Yields a line for each picture: question, the model's answer, right answer."""
     for number, row in enumerate(json.loads((folder / QUESTIONS).read_text())):
         yield f"{row['picture']}: {row['prompt']} {answer(folder, number)!r}, right is {row['gold']!r}"
 
 
 def place_of(folder: Path, number: int) -> Path:
-    """Of the answer to a question."""
+    """The file of the answer to a question."""
     return folder / f"{number}.jsonl"
 
 
 def answer(folder: Path, number: int) -> str | None:
-    """What the model said to a question; None where there is no whole answer."""
+    """The model's answer to a question; None if there is no complete answer."""
     try:
-        lines = place_of(folder, number).read_bytes().strip(b"\n").split(b"\n")  # no other end: a text may hold U+2028
+        lines = (
+            place_of(folder, number).read_bytes().strip(b"\n").split(b"\n")
+        )  # not splitlines: a text may hold U+2028
         return str(json.loads(lines[-1])["answer"])
     except (OSError, ValueError, LookupError, TypeError):
         return None

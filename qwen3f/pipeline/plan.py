@@ -1,4 +1,4 @@
-"""`--config.plan=True`: what a mesh would do in each stage that can be planned, and why the others cannot."""
+"""`--config.plan=True`: prints what a mesh would do in each stage that can be planned, and why others cannot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +11,17 @@ from qwen3f.pipeline import commands
 from qwen3f.pipeline.chain import Step, in_pipeline
 from qwen3f.pipeline.process import Command, Signals
 
-_SAMPLES = ("grpo", "dpo_online")  # stages in which every rank writes answers, with the whole model
+_SAMPLES = ("grpo", "dpo_online")  # stages in which every rank generates answers with a whole copy of the model
 
 
 def run(config: ConfigDict, steps: Sequence[Step], directory: Path) -> None:
-    """Prints a plan a stage, each made by a process of its own; pictures go to DIRECTORY/plan.
+    """Prints a plan for each stage, made in its own process; pictures go to DIRECTORY/plan.
 
     Raises UserError, at the end, if no stage could be planned.
     """
     from qwen3f.plan.config import find_hardware  # imports torch
 
-    find_hardware(config.hardware)  # refused at once, not stage by stage
+    find_hardware(config.hardware)  # an unknown card is an error at once, not for each stage
     planned, refused = list[str](), dict[str, str]()
     with Signals().caught() as signals:
         for step in steps:
@@ -47,11 +47,11 @@ def run(config: ConfigDict, steps: Sequence[Step], directory: Path) -> None:
 
 
 def _not_planned(step: Step) -> str:
-    """Why a stage has no plan; "" if it has."""
+    """Why a stage cannot be planned; "" if it can."""
     from qwen3f.plan.config import find_hardware
 
     if step.kind != "training":
-        return "it trains nothing: each device answers its share of the questions, with the whole model"
+        return "it does not train: each device answers its share of the questions with the whole model"
     if step.config.stage not in _SAMPLES:
         return ""
     cfg = ModelConfig.from_dict(step.config.model.to_dict())

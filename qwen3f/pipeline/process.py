@@ -1,4 +1,4 @@
-"""Commands as processes of their own: signals are passed on, an error line is kept, and they end with this process."""
+"""Runs commands in their own processes: passes signals on, keeps their error line, ends them with this process."""
 
 import contextlib
 import ctypes
@@ -13,13 +13,13 @@ from types import MappingProxyType
 from typing import BinaryIO, NamedTuple
 
 _POLL = 0.1  # seconds
-_DRAIN = 5.0  # seconds that what the command left behind may hold its stderr open
+_DRAIN = 5.0  # seconds to wait for stderr after a command's end: processes that it left behind may hold it open
 _MARK = b"error: "
 _PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 class Command(NamedTuple):
-    """quiet: its stdout goes nowhere, else where ours goes. environment: variables beside ours."""
+    """A command. quiet: discard its stdout; else it goes where ours goes. environment: variables to add to ours."""
 
     words: Sequence[str]
     quiet: bool = False
@@ -27,8 +27,8 @@ class Command(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """command: its number among those that ran. code: its exit code; negative, the signal that ended it. error: the
-    last line "error: …" of its stderr, without that word; "" if there was none."""
+    """A command that failed. command: its index among the commands that ran together. code: its exit code; if negative,
+    minus the signal that ended it. error: the text of the last line "error: …" of its stderr; "" if there was none."""
 
     command: int
     code: int
@@ -36,7 +36,7 @@ class Failure(NamedTuple):
 
 
 class Signals:
-    """SIGTERM and SIGINT while a pipeline runs: kept, and passed on to the processes that run now, each once."""
+    """Catches SIGTERM and SIGINT while a pipeline runs, and passes each of them on once to the running processes."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -45,7 +45,7 @@ class Signals:
 
     @property
     def name(self) -> str:
-        """Of the first that came; "" if none has."""
+        """The name of the first signal that arrived; "" if none has."""
         return self.names[0] if self.names else ""
 
     @contextlib.contextmanager
@@ -58,10 +58,10 @@ class Signals:
                 signal.signal(number, handler)
 
     def run(self, *commands: Command, meanwhile: Callable[[], None] = lambda: None) -> Failure | None:
-        """Run commands at the same time; the first one that fails ends the others, and is returned.
+        """Run commands at the same time. When one fails, the others are ended and the failure is returned.
 
-        meanwhile: called some times a second. What a command writes to stderr goes where ours goes, but for its error
-        line, which is the caller's to say. If this process is killed, the commands get SIGTERM.
+        meanwhile: called about ten times per second. The stderr of commands goes to ours, except lines "error: …",
+        which the caller can print. If this process is killed, the commands get SIGTERM.
         """
         errors: list[list[str]] = [[] for _ in commands]
         readers = []
@@ -69,7 +69,7 @@ class Signals:
             for command, lines in zip(commands, errors):
                 process = _start(command, _share(len(commands)))
                 self._processes.append(process)
-                for number in self._numbers:  # which came before it was started
+                for number in self._numbers:  # signals that arrived before it was started
                     process.send_signal(number)
                 readers.append(threading.Thread(target=_pass_on, args=(process.stderr, lines), daemon=True))
                 readers[-1].start()
@@ -79,7 +79,7 @@ class Signals:
                 meanwhile()
                 time.sleep(_POLL)
         finally:
-            for process in self._processes:  # of a command that failed, the others; of meanwhile() that raised, all
+            for process in self._processes:  # the others after a failure, or all if meanwhile() raised
                 if process.poll() is None:
                     process.terminate()
             for process in self._processes:
@@ -108,14 +108,14 @@ def _start(command: Command, environment: dict[str, str]) -> subprocess.Popen:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL if command.quiet else None,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C in a terminal reaches us alone, and the command once, from us
+        start_new_session=True,  # so that Ctrl-C in a terminal reaches only us, and we pass it on once
         preexec_fn=_end_with_parent,
         env=os.environ | environment | command.environment,
     )
 
 
 def _share(commands: int) -> dict[str, str]:
-    """Each of several commands gets its part of the cores, unless the user has set how many threads there are."""
+    """OMP_NUM_THREADS that gives each of several commands its share of the cores, unless the user has set it."""
     if commands == 1 or "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // commands))}
@@ -129,9 +129,10 @@ def _end_with_parent() -> None:
 
 
 def _pass_on(stream: BinaryIO, errors: list[str]) -> None:
-    """stderr line by line (a progress bar's end in a carriage return), so that error lines can be kept back.
+    """Copy a command's stderr to ours line by line (lines of a progress bar end in a carriage return), except error
+    lines, which go to `errors`.
 
-    Where ours takes no more, it is read on: else the command would wait.
+    If writing to our stderr fails, continue to read: else the command would block.
     """
     rest = b""
     while chunk := os.read(stream.fileno(), 1 << 16):

@@ -1,4 +1,4 @@
-"""pipeline.json: what ran from what. Rewritten whole, by a rename, so that it is valid whatever ends the process."""
+"""pipeline.json: the record of all stages. Each write replaces the file atomically, so it is always valid."""
 
 import dataclasses
 import json
@@ -17,18 +17,24 @@ STATUSES = ("waiting", "running", "done", "failed", "skipped", "stale")
 
 @dataclasses.dataclass(frozen=True)
 class StageRecord:
-    """A stage as it stands.
+    """The state of a stage.
 
     Attributes:
-        name, purpose, experiment: as PipelineStage's. overrides: keys in which it differs from the experiment.
+        name, purpose, experiment: as in PipelineStage.
+        overrides: key -> value for keys that differ from the experiment.
         workdir: relative to the pipeline's directory.
-        start: the stage whose checkpoint it starts from; None: of none. init_from: that checkpoint, relative.
-        inputs: hash of its configuration and of what it starts from; "" as long as that is not there.
-        status: one of STATUSES. error: why it failed or stopped, one line.
-        commit: of the code that it last ran by.
-        started: seconds since 1970; None: never. seconds: that it ran, over all its attempts. budget_s: or None.
-        steps: that it trained. weights: sha256 of the manifest of the checkpoint that it ended with.
-        measures: {name: {"value", "low", "high", "n"}} of the checkpoint that it ends with; low, high and n may be
+        start: the stage whose checkpoint it starts from, or None.
+        init_from: the checkpoint that it starts from: relative if it is of `start`, else the stage's own init_from.
+        inputs: hash of everything that its result depends on (chain.inputs_of); "" before it has started.
+        status: one of STATUSES.
+        error: why it failed or stopped, in one line.
+        commit: of the code with which it last ran.
+        started: seconds since 1970; None: never.
+        seconds: time that it ran, over all attempts.
+        budget_s: its time budget in seconds, or None.
+        steps: training steps, once it is done.
+        weights: sha256 of the manifest of the checkpoint that it ended with.
+        measures: {name: {"value", "low", "high", "n"}} of the checkpoint that it ended with; low, high and n may be
             None.
     """
 
@@ -59,8 +65,9 @@ class Record:
     """The whole pipeline.
 
     Attributes:
-        asked: the --config.stages of the command that runs or was stopped; () without them, and once it has ended, the
-            questions after its stages included. left: of these what is still to run, in order.
+        asked: the --config.stages of the command that runs or was stopped; () if it had none, or once it has ended
+            (with the questions after its stages).
+        left: the stages of `asked` that are still to run, in order.
     """
 
     preset: str
@@ -83,7 +90,7 @@ class Record:
 
 
 def write(directory: Path, record: Record) -> None:
-    """OSError if the disk fails; what was there stays then."""
+    """Write pipeline.json atomically. Raises OSError if the disk fails; the old file then stays."""
     head = {"preset": record.preset, "seed": record.seed, "commit": record.commit, "budget_s": record.budget_s}
     stages = []
     for stage in record.stages:
@@ -95,7 +102,7 @@ def write(directory: Path, record: Record) -> None:
 
 
 def read(directory: Path) -> Record | None:
-    """None where there is none. Raises UserError for a file that is no such record."""
+    """The record in a directory, or None if there is none. Raises UserError for a file that is not a valid record."""
     path = directory / NAME
     if not path.exists():
         return None
@@ -111,12 +118,12 @@ def read(directory: Path) -> Record | None:
         return Record(content["preset"], content["seed"], records, asked, left, content["commit"])
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is not what a pipeline writes ({error!r}): put it back, or choose another --workdir"
+            f"{path} is not a pipeline's record ({error!r}): restore it, or choose another --workdir"
         ) from error
 
 
 def commit() -> str:
-    """Of the code, short; "" where that is in no git repository."""
+    """The short hash of the code's commit; "" outside a git repository."""
     command = ["git", "-C", str(usage.ROOT), "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

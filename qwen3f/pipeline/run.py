@@ -1,4 +1,4 @@
-"""Runs the stages of a pipeline one after the other, from where its directory stands."""
+"""Runs the stages of a pipeline one after the other, and resumes from the state in its directory."""
 
 import contextlib
 import dataclasses
@@ -24,12 +24,12 @@ from qwen3f.train import checks, lock
 from qwen3f.train.reporting import ReportWriter
 
 _EVERY = 30.0  # seconds between two writes of the record while a stage runs
-_SHARE = 0.02  # of the time, at most, that goes into a report while a stage runs
-_PATIENCE = 120.0  # seconds that a stage of a pipeline that was killed gets to save and end
+_SHARE = 0.02  # largest share of the time for writing the report while a stage runs
+_PATIENCE = 120.0  # seconds to wait for a stage whose pipeline was killed to save and end
 
 
 class Task(NamedTuple):
-    """A command, and the part of config.set whose keys its errors name."""
+    """A command, with the name and configuration of the section of config.set that its errors refer to."""
 
     command: Command
     name: str
@@ -37,18 +37,18 @@ class Task(NamedTuple):
 
 
 class Stopped(Exception):
-    """A signal asked for the end."""
+    """A signal has stopped the pipeline."""
 
 
 def run(config: ConfigDict, workdir: Path, progress: bool = True, chosen: Collection[str] = ()) -> None:
-    """Run what is not done, or what config.stages names; with config.plan only say what a mesh would do.
+    """Run the stages that are not done, or those of config.stages; with config.plan only print what a mesh would do.
 
-    chosen: keys that the user has set, such as "set.grpo.seed": a stage keeps these, also where they are its
-      experiment's own, and gets the pipeline's seed, mesh, device and hardware for the others.
+    chosen: keys that the user has set, such as "set.grpo.seed". A stage keeps these values, even if they equal the
+      experiment's. For other keys it takes the seed, mesh, device and hardware of the pipeline.
 
-    SIGTERM and SIGINT end the stage that runs after its step, with a checkpoint; the same command then goes on. Raises
-    UserError, before any stage starts and with nothing moved, for what cannot run; TrainingError for a stage that
-    failed.
+    SIGTERM and SIGINT end the running stage after its current step, with a checkpoint; the same command then resumes.
+    Raises UserError for settings that cannot run, before any stage starts or anything is moved; TrainingError for a
+    stage that failed.
     """
     steps = chain.steps_of(config, chosen)
     if config.plan:
@@ -63,18 +63,19 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True, chosen: Collec
             names = [step.name for step in steps if run_.record.stage(step.name).status == "waiting"]
             at = f" before {names[0]}" if names else ""
             at = f" in {run_.now}" if run_.now else at
-            print(f"{signals.name}: stopped{at}; the same command goes on from there", flush=True)
+            print(f"{signals.name}: stopped{at}; the same command resumes there", flush=True)
         except PermissionError as error:
             raise UserError(
-                f"--workdir={workdir}: {error.filename} in it cannot be changed ({error.strerror}); make all of it "
-                "writable, the same command then goes on"
+                f"--workdir={workdir}: {error.filename} in it cannot be changed ({error.strerror}); make the whole "
+                "directory writable, then run the same command"
             ) from error
 
 
 class Pipeline:
-    """A pipeline on its way.
+    """A running pipeline.
 
-    questions: of experiments/eval.py, for the shared ones. record: as pipeline.json has it. now: the stage that runs.
+    questions: configuration of experiments/eval.py for the shared questions. record: the contents of pipeline.json.
+    now: name of the stage that runs.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Pipeline:
         self._end(left)
 
     def _foresee(self, left: Collection[str]) -> None:
-        """Raises UserError for what a stage that is left would refuse when its turn comes."""
+        """Raises UserError for settings that a stage of `left` would refuse when its turn comes."""
         if not left:
             return
         described = foresee.described(self.steps, left, self.questions, self.directory)
@@ -116,10 +117,10 @@ class Pipeline:
         if failure and failure.code == 2:
             raise UserError(failure.error)
         if failure:
-            raise TrainingError(f"the stages could not be looked through: {failure.error or failure.code}")
+            raise TrainingError(f"the stages could not be checked: {failure.error or failure.code}")
 
     def _check_kept(self, left: Sequence[str] = ()) -> None:
-        """Raises UserError where a checkpoint is gone that is to be asked, or that is what the pipeline has made.
+        """Raises UserError if a needed checkpoint is gone: one that must still answer questions, or the last one.
 
         left: stages that are still to run.
         """
@@ -160,7 +161,8 @@ class Pipeline:
         self._report()
 
     def _work(self, step: Step, place: str) -> dict[str, measure.Measure]:
-        """The stage itself, and its measures but for shared questions that the next stage is to run beside."""
+        """Runs the stage and returns its measures. With config.overlap the shared questions are asked later, beside the
+        next stage."""
         if step.kind == "pictures":
             return self._show(step, place)
         if step.kind == "evaluation":
@@ -175,8 +177,8 @@ class Pipeline:
         return found
 
     def _make_place(self, step: Step, standing: Standing) -> None:
-        """Of results by other inputs, or that are to be made anew, the directory is moved aside; of a killed run we
-        wait for the end."""
+        """Makes the stage's directory ready: waits for the end of a killed pipeline's stage, and moves the directory
+        aside unless the stage resumes in it."""
         place = self.directory / step.workdir
         _wait_until_free(place)
         if goes_on(step, self.record, standing):
@@ -188,7 +190,7 @@ class Pipeline:
             print(f"{place} moved aside, to {aside.name}", flush=True)
 
     def _train(self, step: Step, init_from: str) -> None:
-        if step.trained(self.directory):  # and stopped in its measures
+        if step.trained(self.directory):  # the pipeline was stopped while it measured the stage
             return
         command = commands.training(step, init_from, self.directory / step.workdir, self.progress)
         self._run_beside(step, [Task(Command(command), step.name, step.config)])
@@ -198,10 +200,10 @@ class Pipeline:
     def _show(self, step: Step, place: str) -> dict[str, measure.Measure]:
         folder = self.directory / step.workdir
         seen = next((one.config.data for one in self.steps if one.name == step.source), {})
-        # of the kinds and sizes that the model has learnt to see
+        # pictures of the kinds and sizes that the model was trained on
         task = drawn_task(seen) if "picture_kinds" in seen else VisualTask()
         for number, (picture, prompt) in enumerate(pictures.draw(folder, task)):
-            if pictures.answer(folder, number) is not None:  # it could not go on there: a picture's name counts
+            if pictures.answer(folder, number) is not None:  # the file is complete and cannot be written again
                 continue
             out = pictures.place_of(folder, number)
             out.unlink(missing_ok=True)
@@ -212,7 +214,7 @@ class Pipeline:
         return {}
 
     def _asking(self, step: Step) -> list[Task]:
-        """The shared questions to that stage's checkpoint."""
+        """The tasks that ask the stage's checkpoint the shared questions."""
         folder = self.directory / step.workdir / measure.FOLDER
         measure.clear_other(folder, measure.settings_of(self.questions))
         return _both_modes(MEASURE, self.questions, str(step.checkpoint(self.directory)), folder)
@@ -222,7 +224,7 @@ class Pipeline:
         return [step for step in self.steps if not step.skipped and standing[step.name].state == "done"]
 
     def _unasked(self) -> list[Step]:
-        """Stages that are done, whose checkpoints have not been asked the shared questions as they are now."""
+        """Finished stages whose checkpoints have not answered the present shared questions."""
         settings, out = measure.settings_of(self.questions), []
         for step in self._done():
             folder, known = self.directory / step.workdir / measure.FOLDER, self.record.stage(step.name).measures
@@ -231,7 +233,7 @@ class Pipeline:
         return out
 
     def _ask_of(self, steps: Sequence[Step]) -> None:
-        """One after the other, after all stages."""
+        """Asks the shared questions of these stages' checkpoints, one after the other."""
         for step in steps:
             self.now = step.name
             self._run(step, self._asking(step))
@@ -244,14 +246,14 @@ class Pipeline:
         _say(step, found)
 
     def _run_beside(self, step: Step, tasks: Sequence[Task]) -> None:
-        """With config.overlap, the checkpoints before it are asked the shared questions at the same time."""
+        """Runs tasks; with config.overlap, earlier checkpoints answer the shared questions at the same time."""
         others = self._unasked() if self.config.overlap else []
         self._run(step, [*tasks, *(task for other in others for task in self._asking(other))])
         for other in others:
             self._take(other)
 
     def _run(self, step: Step, tasks: Sequence[Task]) -> None:
-        """At the same time. Raises Stopped after a signal, TrainingError where a command failed; the record says so."""
+        """Runs tasks at the same time. Records the outcome and raises Stopped after a signal, or as _fail."""
         begin, before = time.monotonic(), self.record.stage(step.name).seconds
 
         def seconds() -> float:
@@ -270,9 +272,9 @@ class Pipeline:
         self._keep_stage(step, seconds=seconds())
 
     def _fail(self, step: Step, error: str, code: int = 1) -> None:
-        with contextlib.suppress(OSError):  # a full disk is what it may have failed of; its own words count more
+        with contextlib.suppress(OSError):  # the disk may be full; the stage's own error is more useful
             self._end_stage(step, status="failed", error=error)
-        words = f"stage {step.name} failed: {error} (the same command goes on from there)"
+        words = f"stage {step.name} failed: {error} (the same command resumes there)"
         raise UserError(words) if code == 2 else TrainingError(words)
 
     def _meanwhile(self, step: Step, seconds: Callable[[], float]) -> Callable[[], None]:
@@ -283,7 +285,7 @@ class Pipeline:
             if time.monotonic() - last < _EVERY:
                 return
             last = time.monotonic()
-            with contextlib.suppress(OSError):  # the stage says it better
+            with contextlib.suppress(OSError):  # the stage will report the error itself
                 self._keep_stage(step, seconds=seconds())
             if self._writer.due:
                 self._report()
@@ -300,12 +302,12 @@ class Pipeline:
         self._keep()
 
     def _end_stage(self, step: Step, **changes: object) -> None:
-        """A stage that ended before its time. One that is done stays so: only questions to its checkpoint ended."""
+        """Records that a stage ended early. A finished stage stays "done": only questions to its checkpoint ended."""
         if self.record.stage(step.name).status != "done":
             self._keep_stage(step, **changes)
 
     def _keep(self, **changes: object) -> None:
-        """The record on disk, with what has become stale, or sound again, marked so."""
+        """Updates the status of stages that have become stale, or are valid again, and writes the record."""
         self.record = dataclasses.replace(self.record, **changes)
         for name, found in survey(self.steps, self.record).items():
             if found.state != "open":
@@ -329,7 +331,7 @@ class Pipeline:
 
 
 def _questions(config: ConfigDict, chosen: Collection[str]) -> ConfigDict:
-    """The shared ones, on the pipeline's device where they have none."""
+    """The configuration of the shared questions, on the pipeline's device unless they have their own."""
     one = config.set[MEASURE].copy_and_resolve_references()
     own = {*differing(one, commands.EVAL), *chain.own_keys(MEASURE, chosen)}
     chain.share(one, {"device": config.device}, own)
@@ -337,8 +339,10 @@ def _questions(config: ConfigDict, chosen: Collection[str]) -> ConfigDict:
 
 
 def _both_modes(name: str, config: ConfigDict, place: str, folder: Path) -> list[Task]:
-    """config's questions to the weights in `place`, but for a mode that has its answers. name: of config in
-    config.set."""
+    """Tasks that ask the questions of `config` to the weights in `place`, in each mode without answers yet.
+
+    name: the section of config.set that has `config`.
+    """
     left = [mode for mode in measure.MODES if not measure.has_answers(folder / mode)]
     for mode in left:
         measure.clear_unfit(folder / mode, config, place)
@@ -353,17 +357,18 @@ def _say(step: Step, found: Mapping[str, measure.Measure]) -> None:
 
 
 def _opened(config: ConfigDict, steps: Sequence[Step], directory: Path) -> Record:
-    """The record of `directory`, with the stages as they are set now. Raises UserError for another pipeline's."""
+    """The record of `directory`, with the present settings. Raises UserError for the record of another pipeline."""
     fresh = tuple(step.fresh_record() for step in steps)
     there = record.read(directory)
     if there is None:
         if (directory / "config.json").exists():
-            raise UserError(f"--workdir={directory} is a single run's; choose another for the pipeline")
+            raise UserError(f"--workdir={directory} has a single run; choose another directory for the pipeline")
         return Record(config.preset, config.seed, fresh)
     if there.preset != config.preset or [one.name for one in there.stages] != [step.name for step in steps]:
         raise UserError(
-            f"--workdir={directory} holds the pipeline {there.preset!r}"
-            f"{' with other stages' if there.preset == config.preset else ''}, not {config.preset!r}; choose another"
+            f"--workdir={directory} has the pipeline {there.preset!r}"
+            f"{' with other stages' if there.preset == config.preset else ''}, not {config.preset!r}; choose another "
+            "directory"
         )
     stages = []
     for one, step in zip(there.stages, steps):
@@ -377,7 +382,7 @@ def _opened(config: ConfigDict, steps: Sequence[Step], directory: Path) -> Recor
 
 
 def _wait_until_free(place: Path) -> None:
-    """Raises UserError where another process writes there for longer than a killed pipeline's stage takes to end."""
+    """Waits until no process writes to `place`. Raises UserError if that takes longer than _PATIENCE."""
     until, said = time.monotonic() + _PATIENCE, False
     while place.exists():
         try:
@@ -385,8 +390,8 @@ def _wait_until_free(place: Path) -> None:
                 return
         except UserError as error:
             if not isinstance(error.__cause__, BlockingIOError) or time.monotonic() > until:
-                raise  # another reason than that it is in use stays
+                raise  # waiting only helps if the directory is in use
             if not said:
-                print(f"{place} is still written to, by a stage whose pipeline is gone: waiting for it", flush=True)
+                print(f"a stage whose pipeline has ended still writes to {place}: waiting for it", flush=True)
             said = True
             time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""What a pipeline is: its stages in order, and the configuration that experiments/pipeline.py makes of them."""
+"""The stages of a pipeline, and the configuration that experiments/pipeline.py makes from them."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from qwen3f import cli, usage
 from qwen3f.train import checks
 
-MEASURE = "measure"  # under config.set, beside the stages: how every checkpoint is asked the same questions
+MEASURE = "measure"  # section of config.set for the shared questions, which every checkpoint answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +17,11 @@ class PipelineStage:
     """One stage: an experiment that starts from the stage before it.
 
     Attributes:
-        name: what --config.stages and --config.set name it.
-        purpose: what it is for, a plain sentence for tables and the report.
+        name: its name in --config.stages and --config.set.
+        purpose: what it is for, in a plain sentence for tables and the report.
         experiment: "experiments/X.py[:preset]".
-        seconds: its budget, measures of its checkpoint included (with config.overlap of those before it); 0: none. A
-            budget ends nothing; what exceeded its own is said at the end.
+        seconds: its time budget, with the shared questions to its checkpoint (with config.overlap: to the checkpoints
+            before it); 0: none. A stage that exceeds its budget is not stopped; the end of the pipeline says so.
     """
 
     name: str
@@ -36,41 +36,41 @@ Overrides = Mapping[str, Any]  # key with dots -> value
 def pipeline_config(
     preset: str, stages: Sequence[tuple[PipelineStage, Overrides]], measure: Overrides, *, overlap: bool = False
 ) -> ConfigDict:
-    """The configuration of a pipeline. config.set holds each stage's own, its overrides applied.
+    """The configuration of a pipeline. config.set has the configuration of each stage, with its overrides.
 
-    measure: of experiments/eval.py, for the questions that are asked of checkpoints.
+    measure: overrides of experiments/eval.py for the shared questions.
     """
     config = ConfigDict()
     config.stage = "pipeline"
     config.preset = preset
-    config.chain = tuple(stage for stage, _ in stages)  # of qwen3f.pipeline.stages.PipelineStage, in order
-    # Names with commas. stages: run these alone; one that is done runs again, its old directory is moved aside, and
-    # what came from it is stale. "": all that are not done yet. skip: leave these out, what follows starts before them.
+    config.chain = tuple(stage for stage, _ in stages)  # PipelineStage objects, in order
+    # Run only these stages, such as grpo,dpo. A stage that is done runs again: its old directory is moved aside, and
+    # the results of later stages that came from it become stale. "": all stages that are not done.
     config.stages = ""
-    config.skip = ""
+    config.skip = ""  # leave these stages out; a stage after them starts from the last stage before them
     config.seed = 0  # of every stage that does not set its own
-    config.mesh = ""  # of every training stage; questions are asked on one device
+    config.mesh = ""  # of every training stage; questions run on one device
     config.device = "auto"  # of every stage: auto, cpu or cuda
-    config.plan = False  # only say what the mesh would do in each stage; needs no device
+    config.plan = False  # only print what the mesh would do in each stage; needs no device
     config.hardware = "auto"  # the card that a plan is for
-    config.overlap = overlap  # ask a checkpoint's questions while the next stage runs, where a device has room for both
-    config.report = True  # keep report.html, of all stages, written anew as they go; each stage's own is set below
-    # The stages' own keys: --config.set.grpo.steps=10, as --config.steps=10 of that experiment alone.
+    config.overlap = overlap  # ask a checkpoint's questions while the next stage trains; the device must have room
+    config.report = True  # keep report.html of all stages up to date; --config.set.STAGE.report is for a stage's own
+    # Keys of each stage: --config.set.grpo.steps=10 does what --config.steps=10 does for that experiment alone.
     config.set = ConfigDict({stage.name: resolved(stage.experiment, overrides) for stage, overrides in stages})
     config.set[MEASURE] = resolved("experiments/eval.py", measure)
     return config
 
 
 def resolved(experiment: str, overrides: Overrides) -> ConfigDict:
-    """An experiment's configuration with keys changed, each of which it must have."""
+    """An experiment's configuration with some keys changed. It must have all of them."""
     config = cli.load_experiment(str(usage.ROOT / experiment))
     config.update_from_flattened_dict(dict(overrides))
     return config
 
 
 def differing(config: ConfigDict, experiment: str) -> dict[str, Any]:
-    """Key -> value of what differs from the experiment by itself. A dict in the place of a value, such as
-    model.rope_scaling, is a value too."""
+    """Key -> value for keys whose values differ from those of the experiment. A dict that replaces a single value, such
+    as model.rope_scaling, counts as a value."""
     before = dict(usage.flat(resolved(experiment, {})))
     out = {}
     for key, value in usage.flat(config):

@@ -1,4 +1,4 @@
-"""What a pipeline says at its end: a row a stage, with what it measured before and after."""
+"""The table at the end of a pipeline: a row for each measure of a stage, before and after it."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def duration(seconds: float) -> str:
 
 
 def lines(record: Record) -> list[str]:
-    """The table."""
+    """The lines of the table."""
     rows = [("stage", "measure", "before", "after", "time")]
     for stage in record.stages:
         before = record.stage(stage.start).measures if stage.start else {}
@@ -46,7 +46,7 @@ def lines(record: Record) -> list[str]:
 
 
 def word(measure: str) -> str:
-    """What a measure is called in the table."""
+    """The name of a measure in the table."""
     benchmark, _, mode = measure.rpartition("_")
     if mode in MODES:
         return f"{benchmark} right, {mode}"
@@ -60,7 +60,7 @@ def over_budget(record: Record) -> list[str]:
 
 
 def say(name: str, measure: Mapping[str, float | None] | None) -> str:
-    """A share in percent with its interval of 95%, or a loss. measure: None where there is none."""
+    """A share in percent with its 95% interval, or a loss. measure: None if there is none."""
     if measure is None:
         return "-"
     if measure["value"] is None:  # a loss that was NaN, or infinite
@@ -74,7 +74,7 @@ def say(name: str, measure: Mapping[str, float | None] | None) -> str:
 
 
 def next_commands(steps: Sequence[Step], record: Record, directory: Path) -> list[str]:
-    """What one does with the last model."""
+    """Commands that use the last model."""
     trained = [record.stage(step.name) for step in steps if not step.skipped and step.kind == "training"]
     if not trained or trained[-1].status != "done":
         return []

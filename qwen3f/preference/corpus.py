@@ -1,4 +1,4 @@
-"""What stages that train on pairs share: the tokenizer and the corpus of a run."""
+"""The tokenizer and the corpus of a run, for stages that train on pairs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from qwen3f.train.stage import Run
 
 
 def check_pairs(setup: Setup) -> None:
-    """Raises UserError for what of data and eval cannot run."""
+    """Raises UserError for settings in data and eval that cannot run."""
     check_data(_data_config(setup))
     for key in ("eval.max_rows", "show_samples"):
         at_least(setup.config, key, 0)
 
 
 def open_tokenizer(run: Run) -> Tokenizer:
-    """The model's. Raises UserError if there is none, or it is another model's."""
+    """The model's tokenizer. Raises UserError if there is none, or if it belongs to another model."""
     place = find_tokenizer(run.setup, run.workdir)
     if not place:
         raise UserError(
@@ -48,7 +48,7 @@ def open_pairs(run: Run, layout: PairLayout) -> tuple[Tokenizer, ChatCorpus]:
 
 
 def with_parts(corpus: ChatCorpus, change: Callable[[PairDataset], PairDataset]) -> ChatCorpus:
-    """The corpus with each of its datasets changed: those of the held-out split, then those of the other."""
+    """The corpus with `change` applied to each dataset: first those of the held-out split, then those of training."""
     heldout = {name: change(dataset) for name, dataset in corpus.heldout.items()}
     parts = tuple(map(change, corpus.parts))
     train = dataclasses.replace(corpus.train, parts=parts) if isinstance(corpus.train, Mixture) else parts[0]
@@ -56,7 +56,7 @@ def with_parts(corpus: ChatCorpus, change: Callable[[PairDataset], PairDataset])
 
 
 def shown(setup: Setup, corpus: ChatCorpus, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """A few answers of the first rows, with what counts marked."""
+    """A few answers of the first rows, with the tokens that count marked."""
     count, seed = setup.config.show_samples, setup.config.seed
     rows = np.arange(min(count, setup.config.batch_size))
     if not len(rows):

@@ -1,4 +1,4 @@
-"""How held-out pairs are ranked: accuracy, margin, calibration.
+"""Evaluates the ranking of held-out pairs: accuracy, margin, calibration.
 
 P pairs · S documents of a row at most
 """
@@ -20,11 +20,12 @@ BINS = 10
 
 
 def ranking(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
-    """What the values [P] of better and worse answers say, P ≥ 1.
+    """Metrics from the values [P] of the better and the worse answers, P ≥ 1.
 
-    loss: mean −log σ(margin), nats a pair. accuracy: share of pairs whose better answer has the higher value; of equals
-    none. margin: mean difference. calibration: expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3) of
-    σ(|margin|) as the probability that the answer with the higher value is the better one, over BINS equal bins.
+    loss: mean −log σ(margin), in nats per pair. accuracy: share of pairs whose better answer has the higher value;
+    equal values do not count. margin: mean of chosen − rejected. calibration: expected calibration error (Guo et al.
+    2017, arXiv:1706.04599, eq. 3), over BINS equal bins, of σ(|margin|) as the probability that the answer with the
+    higher value is the better one.
 
     Raises TrainingError for values that are not finite.
     """
@@ -46,9 +47,9 @@ def ranking(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
 
 
 def make_evaluator(run: Run, heldout: Mapping[str, PairDataset], values: Values, scale: float = 1.0) -> Evaluator:
-    """`ranking` of held-out pairs, over all and, where there are several, of each source: "accuracy/NAME".
+    """Evaluates `ranking` on held-out pairs, over all, and for several sources also each: "accuracy/NAME".
 
-    values: (params, batch) -> [B, S], a value of each document. scale: of the values.
+    values: (params, batch) -> [B, S], a value for each document. scale: multiplies the values.
     """
     config = run.setup.config.eval
 

@@ -1,4 +1,4 @@
-"""What ranks answers: a task's judge, the rule of `wins`, or a reward model."""
+"""Judges that rank answers: a task's own judge, the rule of `wins`, or a reward model."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,13 +22,15 @@ Prompt = Sequence[int]
 Rewards = list[list[float | None]]
 Judge = Callable[[Sequence[Question], Sequence[Prompt], Sequence[Sequence[Written]]], Rewards]
 
-_LONGEST = 2.0**40  # tokens: a rule's lengths stay below it
-_STRIDE = 128  # a batch's rows have a multiple of so many places, or config.seq_len: few shapes, which any cp can cut
+_LONGEST = 2.0**40  # no answer has so many tokens, so the length only decides between otherwise equal answers
+_STRIDE = 128  # rows are padded to a multiple of this, or to config.seq_len: few shapes, which cp can divide
 
 
 def task_judge(task: Task) -> Judge:
-    """1 for a right answer, 0 for a wrong one, None where the task cannot tell. Equal answers to a question, of which a
-    trained model writes many, are judged once."""
+    """Rewards: 1 for a right answer, 0 for a wrong one, None if the task cannot tell.
+
+    Equal answers to a question are judged once: a trained model writes many of them.
+    """
 
     def judge(
         questions: Sequence[Question], prompts: Sequence[Prompt], answers: Sequence[Sequence[Written]]
@@ -43,7 +45,7 @@ def task_judge(task: Task) -> Judge:
 
 
 def rule_judge(quality: Callable[[Question, Written], tuple[float, bool, int]]) -> Judge:
-    """A number that orders answers as their quality (`wins.quality`) does."""
+    """Rewards: numbers that order answers by their quality (`wins.quality`)."""
 
     def reward(question: Question, answer: Written) -> float:
         right, formed, shortness = quality(question, answer)
@@ -58,22 +60,22 @@ def rule_judge(quality: Callable[[Question, Written], tuple[float, bool, int]]) 
 
 
 def check_reward_model(place: str, setup: Setup, flag: str) -> None:
-    """Raises UserError unless there is a reward model at `place`, which `flag` names, with the run's vocabulary."""
+    """Raises UserError unless there is a reward model at `place`, the value of `flag`, with the run's vocabulary."""
     if not place:
-        raise UserError(f"a reward model is to judge, and none is named; write {flag}=W")
+        raise UserError(f"the run needs a reward model: write {flag}=W, a workdir of experiments/reward_model.py")
     there = source.read_model_config(place, flag)
     if not there.scalar_head or there.vocab_size != setup.model.vocab_size:
         raise UserError(
-            f"{flag}={place} is no reward model of a vocabulary of {setup.model.vocab_size}: "
+            f"{flag}={place} is not a reward model with a vocabulary of {setup.model.vocab_size}: "
             "train one from this model by experiments/reward_model.py"
         )
 
 
 class RewardModel:
-    """A reward model on all ranks of a run: scores of documents of ids, read at their last token.
+    """A reward model on all ranks of a run. It scores documents of ids at their last token.
 
-    Its weights are held in the dtype of the forward pass, sharded as the run's: make it in Stage.complete. Raises
-    UserError as `check_reward_model`.
+    Its weights stay in memory in the dtype of the forward pass, sharded like the run's, so create it in Stage.complete.
+    Raises UserError as `check_reward_model`.
     """
 
     def __init__(self, run: Run, place: str, flag: str) -> None:
@@ -87,7 +89,8 @@ class RewardModel:
         self._outputs = make_outputs(cfg, setup.execution, setup.layout, "scores", compute_dtype=setup.compute_dtype)
 
     def scores(self, documents: Sequence[Sequence[int]]) -> list[float]:
-        """Of each document, on every rank; all ranks give the same documents. Padding and neighbours change nothing.
+        """The score of each document. All ranks pass the same documents and get all scores. A score does not depend on
+        padding or on other documents.
 
         Raises UserError for a document longer than config.seq_len or empty, TrainingError for a score that is not
         finite.

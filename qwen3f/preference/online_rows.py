@@ -1,4 +1,4 @@
-"""Answers that were just written, ranked and packed into a step's rows.
+"""Ranks and packs answers that were just sampled into a step's rows.
 
 R rows over all ranks · T places of a row
 """
@@ -16,7 +16,8 @@ from qwen3f.data.packing.concat import IGNORED_TARGET
 
 
 class Written(NamedTuple):
-    """ids: what the model wrote, <|im_end|> among them if it ended. text: without that."""
+    """An answer. ids: the tokens that the model wrote, with <|im_end|> if the answer ended. text: without <|im_end|>.
+    ended: whether the answer ended by itself."""
 
     ids: tuple[int, ...]
     text: str
@@ -32,10 +33,10 @@ class NewPair(NamedTuple):
 
 
 def best_and_worst(answers: Sequence[Written], rewards: Sequence[float | None]) -> tuple[int, int] | None:
-    """(which answer has the highest reward, which the lowest); None where they are equal: nothing is to be learnt.
+    """(index of the answer with the highest reward, index of that with the lowest); None if they are equal.
 
-    An answer that did not end is worse than any that did, whatever its reward; one without a reward (None) is left out.
-    Of equals the first counts. Answers of the same ids are one.
+    An answer that did not end ranks below every answer that did, whatever its reward. Answers without a reward (None)
+    are left out. Of equal answers the first is taken. A best and a worst answer with the same ids count as equal.
     """
     ranked = [(a.ended, r if a.ended else 0.0) for a, r in zip(answers, rewards, strict=True) if r is not None]
     places = [i for i, reward in enumerate(rewards) if reward is not None]
@@ -48,7 +49,7 @@ def best_and_worst(answers: Sequence[Written], rewards: Sequence[float | None]) 
 
 
 def pack(pairs: Sequence[NewPair], seq_len: int, multiple: int, pad_id: int) -> dict[str, Tensor]:
-    """A step's rows [R, T], R a multiple of `multiple`, filled up with rows of padding; keys as `PairDataset`'s.
+    """A step's rows [R, T]. R is a multiple of `multiple`; further rows are padding. Keys as in `PairDataset`.
 
     Every pair must fit into a row.
     """

@@ -1,4 +1,4 @@
-"""A dataset's rows through a function of the model, batch by batch on all ranks; every rank gets all results.
+"""Applies a function of the model to a dataset's rows, batch by batch on all ranks; every rank gets all results.
 
 R rows of a batch over all ranks · B of this rank · T places · S documents of a row at most
 """
@@ -49,9 +49,10 @@ def log_ratios(outputs: Values) -> Values:
 def passes(
     run: Run, dataset: PairDataset, most: int, values: Callable[[Batch], Tensor]
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """(a batch of R rows, what `values` says of its own rows, joined: [R, …]), both on the CPU, of `measured_rows`.
+    """Yields (a batch of R rows, its values [R, …] joined from all ranks), both on the CPU, for `measured_rows`.
 
-    The batch is filled up with rows of padding. All ranks iterate together. most: rows; 0 for all, in their order.
+    The last batch is filled up with rows of padding. All ranks iterate together. most: rows, at most; 0: all, in order.
+    values: gets this rank's rows on the device.
     """
     rows = (dataset[i] for i in measured_rows(dataset, most))
     for batch in batches_of_one_shape(rows, run.setup.config.eval.batch_size):
@@ -59,7 +60,7 @@ def passes(
 
 
 def joined_rows(run: Run, batch: Batch, values: Callable[[Batch], Tensor]) -> Tensor:
-    """What `values` says of this rank's rows of a batch of R rows, joined with the other ranks': [R, …] on the CPU."""
+    """Applies `values` to this rank's share of a batch of R rows; joins the results of all ranks: [R, …] on the CPU."""
     setup, world, size = run.setup, run.world, len(batch["tokens"])
     place = setup.layout.axes.rows
     own = torch.from_numpy(Share(*place).rows(size))

@@ -1,4 +1,4 @@
-"""A task's questions as prompts of a model."""
+"""Questions of a task as prompts for a model."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -14,16 +14,16 @@ from qwen3f.tasks.task import Question, Task
 
 
 def task_of(name: str, flag: str, data: ConfigDict) -> Task:
-    """The task; that of generated problems with the kinds, difficulties and numbers of config.data. Raises UserError.
+    """The task of this name. config.data sets kinds, difficulties and number of generated problems. Raises UserError.
 
-    flag: what names the task on the command line.
+    flag: the flag that names the task, for errors.
     """
     fields = {key: data[key] for key in ("kinds", "difficulties", "problems", "problem_seed")}
     return open_text_task(name, flag, generated_problems(ChatDataConfig(**fields), [name]))
 
 
 def prompt_ids(tokenizer: Tokenizer, question: Question, thinking: bool) -> tuple[int, ...]:
-    """The question as a user's turn, up to where the model begins to write."""
+    """Token ids of the question as a user's turn, up to where the model begins to write."""
     turns = [{"role": "user", "content": question.prompt}]
     return tuple(encode_chat(tokenizer, turns, add_generation_prompt=True, enable_thinking=thinking))
 
@@ -31,7 +31,7 @@ def prompt_ids(tokenizer: Tokenizer, question: Question, thinking: bool) -> tupl
 def fitting(
     tokenizer: Tokenizer, questions: Sequence[Question], thinking: bool, room: int
 ) -> tuple[tuple[Question, ...], int]:
-    """(the questions whose prompts have at most `room` tokens, how many have more)."""
+    """(the questions whose prompts have at most `room` tokens, the number of the others)."""
     short = tuple(question for question in questions if len(prompt_ids(tokenizer, question, thinking)) <= room)
     return short, len(questions) - len(short)
 
@@ -39,12 +39,14 @@ def fitting(
 def held_out(
     tokenizer: Tokenizer, task: Task, count: int, thinking: bool, room: int
 ) -> tuple[tuple[Question, ...], list[str]]:
-    """(of the first `count` held-out questions those whose prompts fit, what to print of the others).
+    """(those of the first `count` held-out questions whose prompts fit, lines to print about the others).
 
-    Raises UserError where questions are to be asked and none fits.
+    Raises UserError if count is not 0 and no question fits.
     """
     questions, long = fitting(tokenizer, tuple(islice(task.questions("heldout"), count)), thinking, room)
     if count and not questions:
-        why = f"no prompt of {long} has room beside an answer; lower max_new_tokens" if long else "there is none"
+        why = (
+            f"none of {long} prompts leaves room for an answer; lower max_new_tokens" if long else "it has no question"
+        )
         raise UserError(f"--config.eval.questions={count} of {task.name}: {why}, or write --config.eval.questions=0")
     return questions, [f"held-out questions: {long:,} are too long and left out"] if long else []

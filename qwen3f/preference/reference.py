@@ -1,8 +1,8 @@
-"""The reference's log-probabilities: from a file, which is made once, or from its weights beside the policy's.
+"""The reference's log-probabilities: from a file that is made once, or from its weights in memory beside the policy's.
 
-A file holds one number for each token of a token cache. Its name has a digest of what the numbers depend on: the tokens
-(and so data and tokenizer), the weights' files, the model, the dtype that they were computed in, and seq_len. Another
-of these is another file, so none is ever read for what it is not.
+A file holds one number for each token of a token cache. Its name has a digest of everything that the numbers depend on:
+the tokens (and so data and tokenizer), the weights' files, the model, the dtype of the computation, and seq_len. If one
+of them changes, the name changes, so a file is never read for other settings.
 """
 
 import dataclasses
@@ -33,12 +33,12 @@ from qwen3f.train.setup import Setup
 from qwen3f.train.stage import Run
 from sharding.state import as_dtensors
 
-_FORMAT = 1  # of the files; raise it when the same weights would give other numbers
+_FORMAT = 1  # format of the files; raise it when a change of code gives other numbers for the same weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The model that a policy is held to: what config.init_from named when the run began, or config.dpo.reference.
+    """The reference model: config.dpo.reference, or the model of config.init_from when the run began.
 
     place: as in init_from, pinned to a step. digest: of its weights' files. cfg: the model.
     """
@@ -80,37 +80,38 @@ def find_weights(run: Run, named: str, flag: str) -> tuple[str, str]:
 
 
 def check_reference(before: Mapping[str, Any], now: Mapping[str, str], place: str, flag: str) -> None:
-    """Raises UserError where a run goes on with another reference than it began with.
+    """Raises UserError if a run resumes with another reference than it began with.
 
-    before: from its checkpoint. place: of the reference. flag: the key that names it.
+    before: from the run's checkpoint. place: of the reference. flag: the flag that names it.
     """
     if before.get("reference", now["reference"]) != now["reference"]:
         raise UserError(
-            f"{place} holds other weights than those of the reference that this run began with; name them by their "
-            f"checkpoints/N in {flag}, or choose another --workdir"
+            f"{place} has other weights than the reference that this run began with; write {flag}=…/checkpoints/N with "
+            "the step of the old weights, or choose another --workdir"
         )
 
 
 def check_vocabulary(place: str, setup: Setup) -> None:
-    """Raises UserError unless the model at `place` predicts the ids of the run's."""
+    """Raises UserError unless the model at `place` writes text with the run's vocabulary."""
     there = source.read_model_config(place, "--config.dpo.reference")
     if there.scalar_head or there.vocab_size != setup.model.vocab_size:
         raise UserError(
-            f"--config.dpo.reference={place} has {'a scalar head' if there.scalar_head else there.vocab_size} and the "
-            f"policy a vocabulary of {setup.model.vocab_size}: name a model of text with the same one"
+            f"--config.dpo.reference={place} has "
+            f"{'a scalar head' if there.scalar_head else f'a vocabulary of {there.vocab_size}'}, the policy a "
+            f"vocabulary of {setup.model.vocab_size}: name a model that writes text, with the same vocabulary"
         )
 
 
 def file_of(reference: Reference, cache: TokenCache, seq_len: int, dtype: torch.dtype) -> Path:
-    """Where the reference's log-probabilities of a cache's tokens are, or will be: beside it."""
+    """The file for the reference's log-probabilities of a cache's tokens, in the directory of the cache."""
     known = (_FORMAT, cache.path.name, reference.digest, json.dumps(reference.cfg.to_dict()), seq_len, str(dtype))
     return cache.path.with_name(f"reference-{stable_hash(repr(known).encode()):016x}.npy")
 
 
 def with_log_probs(run: Run, reference: Reference, corpus: ChatCorpus) -> tuple[ChatCorpus, list[str]]:
-    """(the corpus with ref_logprobs in its rows, what to print), from files. All ranks call it together.
+    """(the corpus with ref_logprobs from files in its rows, lines to print). All ranks call this together.
 
-    Files that are missing are made first; only then are the weights read, once, and let go again.
+    Files that are missing are made first. Only in that case the reference's weights are read; they are freed again.
     """
     seq_len, dtype = run.setup.config.seq_len, run.setup.compute_dtype
     datasets = (*corpus.heldout.values(), *corpus.parts)
@@ -136,7 +137,7 @@ def with_log_probs(run: Run, reference: Reference, corpus: ChatCorpus) -> tuple[
 
 
 def _compute(run: Run, dataset: PairDataset, params: Params, outputs: Values) -> np.ndarray:
-    """The log-probability of each token of a token cache that is in a row and predicted, else 0."""
+    """[tokens of the token cache]: the log-probability of each token that is in a row and predicted, else 0."""
     found: np.ndarray | None = None
     for rows, values in _numbered(run, dataset, params, outputs):
         if run.stopping():
@@ -178,7 +179,7 @@ class Live:
         self._of_steps: dict[int, Values] = {}
 
     def add_to(self, batch: Batch) -> dict[str, Tensor]:
-        """A step's batch with ref_logprobs; as many micro-batches as the step cuts it into."""
+        """A step's batch with ref_logprobs, computed in the same micro-batches as the step uses."""
         parts = len(batch["tokens"]) // microbatch_rows(self._setup)
         if parts not in self._of_steps:
             self._of_steps[parts] = make_outputs(
@@ -192,7 +193,7 @@ class Live:
         return {**batch, "ref_logprobs": self._of_steps[parts](self.params, batch)}
 
     def before(self, values: Values) -> Values:
-        """A function of batches that have ref_logprobs as one of batches of an evaluation, that have none."""
+        """`values`, a function of batches with ref_logprobs, as a function of evaluation batches, which have none."""
         return lambda params, batch: values(params, {**batch, "ref_logprobs": self._of_evaluation(self.params, batch)})
 
 

@@ -1,4 +1,4 @@
-"""Answers of the model that is trained, on all ranks of a run: each writes its share with the whole weights."""
+"""Answers of the model in training: each rank of a run generates a share of them with a whole copy of the weights."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from sharding.state import whole_params
 
 @dataclasses.dataclass(frozen=True)
 class SamplerOptions:
-    """max_new_tokens: an answer ends there, if not before. cache_tokens: room of the engine's cache, on a rank. key: of
-    cache_tokens in the configuration. rows: answers at a time, on a rank."""
+    """max_new_tokens: tokens of an answer, at most. cache_tokens: tokens of the KV cache on a rank; 0: all free memory.
+    key: the flag that sets cache_tokens, for errors. rows: answers that a rank generates at a time."""
 
     max_new_tokens: int
     cache_tokens: int
@@ -29,7 +29,7 @@ class SamplerOptions:
 
 
 class Sampler:
-    """Answers prompts on all ranks together, which all get all answers. One engine, made when it is first used."""
+    """Answers prompts on all ranks together; all ranks get all answers. The first call makes the engine."""
 
     def __init__(self, run: Run, cfg: ModelConfig, tokenizer: Tokenizer, options: SamplerOptions) -> None:
         self._run, self._tokenizer, self._options = run, tokenizer, options
@@ -39,11 +39,11 @@ class Sampler:
     def answers(
         self, params: Params, prompts: Sequence[Sequence[int]], count: int, temperature: float, *key: int | str
     ) -> list[list[Written]]:
-        """`count` answers to each prompt, by prompt, of the policy at `params`, as the run's state has them.
+        """`count` answers to each prompt, by the policy with `params`, which are sharded as in the run's state.
 
-        Answer j to prompt i has a random stream of its own, of (key, i, j), whatever rank writes it. temperature: 0 for
-        the likeliest tokens. Raises UserError for a prompt that the engine cannot answer, TrainingError where the
-        model's logits are not finite.
+        The random stream of answer j to prompt i depends on (key, i, j), not on the rank that writes it. temperature: 0
+        is greedy. Raises UserError for a prompt that the engine cannot answer, TrainingError if the model's logits are
+        not finite.
         """
         setup = self._run.setup
         engine = self._updated(whole_params(self._cfg, params, setup.layout, setup.compute_dtype))

@@ -1,4 +1,4 @@
-"""How often a policy's answers beat the reference's, by rule: right, then in the asked form, then short."""
+"""How often a policy's answers beat the reference's, by rule: right, then in the requested form, then short."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,21 +19,24 @@ Quality = tuple[float, bool, int]
 
 
 def quality(task: Task, question: Question, answer: Written, thinking: bool) -> Quality:
-    """To be compared: whether the answer is right (an answer that did not end is not), has its form, and is short."""
+    """(whether the answer is right, whether it has the requested form, minus its length); larger is better.
+
+    An answer that did not end is neither right nor well formed.
+    """
     right = (task.judge(answer.text, question.gold) or 0.0) if answer.ended else 0.0
     formed = answer.ended and is_well_formed(answer.text, thinking, block_in_prompt=not thinking)
     return right, formed, -len(answer.ids)
 
 
 def win_rate(qualities: Sequence[Quality], of_reference: Sequence[Quality]) -> float:
-    """Share of the questions that the first answers better; equals count half."""
+    """Share of the questions where `qualities` are better; equal ones count half."""
     wins = [(a > b) + 0.5 * (a == b) for a, b in zip(qualities, of_reference, strict=True)]
     return sum(wins) / max(1, len(wins))
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """Held-out questions, how they are asked, and how they are answered: greedily."""
+    """Held-out questions, whether their prompts let the model think, and the options of answers (always greedy)."""
 
     task: Task
     questions: tuple[Question, ...]
@@ -42,10 +45,10 @@ class Asked:
 
 
 class Wins:
-    """How the policy answers questions, beside the reference's answers, which are written once.
+    """Compares the policy's answers to questions with the reference's, which are generated once.
 
-    reference: () -> (its model, its weights, sharded as the policy's); called once, at the first evaluation. Between
-    evaluations no weights and no cache are held.
+    reference: () -> (its model, its weights, sharded like the policy's); called once, at the first evaluation. Between
+    evaluations no weights and no cache stay in memory.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Wins:
         self._lines: list[dict[str, Any]] = []
 
     def evaluator(self) -> Evaluator:
-        """wins: `win_rate` over the reference. accuracy, well_formed: shares. tokens: of an answer."""
+        """wins: `win_rate` over the reference. accuracy, well_formed: shares. tokens: mean length of an answer."""
         return Evaluator(self._run.setup.config.eval.every, self._evaluate, _say, lambda: self._lines)
 
     def _evaluate(self, params: Params) -> dict[str, float]:
@@ -86,7 +89,7 @@ class Wins:
         return [quality(asked.task, question, own, asked.thinking) for question, own in pairs]
 
     def _line(self, number: int, question: Question, answer: Written, found: Quality) -> dict[str, Any]:
-        """As eval.answers.kept has them."""
+        """A line of the answers, in the form of eval.answers.kept."""
         mode = "thinking" if self._asked.thinking else "plain"
         line = {"mode": mode, "number": number, "mark": found[0], "formed": found[1], "ended": answer.ended}
         if number < KEPT_TEXTS:

@@ -1,6 +1,6 @@
-"""report.html: what a run or a pipeline did, in one file that needs nothing else. Its page: README.md beside this."""
+"""report.html: shows what a run or a pipeline did, in one file that needs no other. See README.md in this folder."""
 
 import logging
 
-# Of fonts and caches that it lacks, of which a page needs none: said into a run, it would only alarm.
+# matplotlib warns of missing fonts and caches. A page does not need them, and in a run's log the warnings would alarm.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""python -m qwen3f.report W [--picture=OUT.svg]: write W/report.html, or a picture of the whole, for a README."""
+"""python -m qwen3f.report W [--picture=OUT.svg]: write W/report.html, or a single figure for a README."""
 
 import argparse
 import sys
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        place = given.picture or given.workdir / NAME  # not the temporary file beside it, which the error names
+        place = given.picture or given.workdir / NAME  # the error itself names a temporary file
         other = "another --picture" if given.picture else "a copy of the directory, or write --picture=OUT.svg"
         print(f"error: {place} cannot be written ({error.strerror or error}); choose {other}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Questions that were asked of a finished model: results.json of evaluations, and held-out pictures of a pipeline."""
+"""Questions to a finished model and its answers: results.json of evaluations, and held-out pictures of a pipeline."""
 
 import base64
 import json
@@ -14,12 +14,12 @@ from qwen3f.strict_json import read_object
 RESULTS, QUESTIONS, MEASURES = "results.json", "questions.json", "measures"
 MODES = ("thinking", "plain")
 _USER = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
-_MOST_PICTURE = 2**17  # bytes of one
+_MOST_PICTURE = 2**17  # bytes of a picture, at most
 
 
 def read_asked(workdir: Path) -> tuple[Mapping[str, Any], ...]:
-    """A line an answer, as answers/ has them; of every mode below the workdir or its measures/. What cannot be read is
-    left out: the numbers are in pipeline.json too."""
+    """A line for each answer, as in answers/, from every mode in the workdir or its measures/. Files that cannot be
+    read are left out: pipeline.json has the numbers too."""
     lines: list[Mapping[str, Any]] = []
     for folder in (workdir, workdir / MEASURES):
         for mode in MODES:
@@ -29,12 +29,12 @@ def read_asked(workdir: Path) -> tuple[Mapping[str, Any], ...]:
 
 
 def read_pictures(workdir: Path) -> tuple[Mapping[str, Any], ...]:
-    """Likewise, of pictures and what a model said about them."""
+    """A line for each question about a picture, with the model's answer, as in answers/."""
     return tuple(_of_pictures(workdir)) if is_file(workdir / QUESTIONS) else ()
 
 
 def results_table(workdir: Path) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-    """(benchmark, metric and mode; {"value", "low", "high", "n"}) of an evaluation's workdir."""
+    """("BENCHMARK, METRIC, MODE", {"value", "low", "high", "n"}) for each result in the workdir of an evaluation."""
     rows = []
     for place, mode in ((workdir, ""), *((workdir / mode, mode) for mode in MODES)):
         if is_file(place / RESULTS):

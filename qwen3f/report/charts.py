@@ -1,4 +1,4 @@
-"""Which curves a stage has, as plain values: what is drawn together, its caption, and how it is thinned out."""
+"""The charts of a stage as plain values: which curves are drawn together, their captions, and how they are thinned."""
 
 import dataclasses
 import math
@@ -12,14 +12,14 @@ from qwen3f.report.data import Run
 from qwen3f.report.metrics_file import Series
 from qwen3f.report.words import figure
 
-MOST_POINTS = 300  # of a curve
-MOST_LINES = 4  # of a chart, which differ in their dashes
-_FARTHEST = 1e300  # of a point from 0: a sum or a difference of larger ones is no float
+MOST_POINTS = 300  # points of a curve, at most
+MOST_LINES = 4  # curves of a chart, at most: each has its own dashes
+_FARTHEST = 1e300  # values are clipped to this size: sums and differences of larger ones could overflow
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A curve. low, high: of what a point is the mean of; () where a point is one value. dots: mark each point."""
+    """A curve. low, high: a band around it (range of a mean, or an interval); () for none. dots: mark each point."""
 
     label: str
     x: tuple[float, ...]
@@ -31,7 +31,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """title: above it. caption: what is seen, in words. unit: of y, as Meaning's. axis: what x counts."""
+    """title: text above the chart. caption: explains it. unit: of y, as in Meaning. axis: what x counts."""
 
     title: str
     caption: str
@@ -42,8 +42,11 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """names: drawn together where they are logged. labels: what the curves are called there; by default what
-    Meaning.title says. stages: in which; () for all. part: of the page, quality or cost."""
+    """A chart to draw.
+
+    names: logged names that are drawn together, if they were logged. labels: of the curves; default: Meaning.title.
+    stages: kinds of stage that have the chart; () for all. part: of the page, "quality" or "cost".
+    """
 
     title: str
     names: tuple[str, ...]
@@ -52,7 +55,7 @@ class Plan:
     part: str = "quality"
 
 
-_EVALUATED = ("val_", "answers_", "bench_")  # how names of evaluations begin
+_EVALUATED = ("val_", "answers_", "bench_")  # names of evaluations begin with these
 RANKING = ("dpo", "reward_model")
 CHARTS = (
     Plan("Reward", ("reward",), stages=("grpo", "dpo_online")),
@@ -97,13 +100,13 @@ CHARTS = (
 
 
 def charts_of(run: Run, part: str) -> list[Chart]:
-    """Of what the run logged; a curve that is 0 throughout is none."""
+    """The charts of what the run logged. A curve that is always 0 is left out."""
     found = (_chart(run, plan) for plan in CHARTS if plan.part == part and (not plan.stages or run.kind in plan.stages))
     return [chart for chart in found if chart is not None]
 
 
 def main_chart(run: Run) -> Chart | None:
-    """The one curve that says how a stage went: the reward where there is one, else the loss."""
+    """The one chart that shows best how a stage went: the reward if there is one, else the loss."""
     return next(iter(charts_of(run, "quality")), None)
 
 
@@ -135,7 +138,7 @@ def _matching(patterns: tuple[str, ...], logged: Mapping[str, Any]) -> list[str]
 
 
 def _mode(run: Run, name: str) -> str:
-    """How the questions behind a name without a mode were asked, where another was asked otherwise."""
+    """The label for the mode of a name without one, if questions were also asked in the other mode; else ""."""
     asked = marks.first_mode(run)
     other = {"thinking": "plain", "plain": "thinking"}.get(asked)
     if other and f"{name}_{other}" in run.metrics.series:
@@ -157,7 +160,7 @@ def _line(run: Run, label: str, name: str, series: Series) -> Line:
 
 
 def _caption(run: Run, shown: list[tuple[str, names.Meaning, Series]], lines: list[Line]) -> str:
-    """Meaning of each curve, and from where to where it went."""
+    """The meaning of each curve, and its first and last value."""
     parts = []
     for (_, meaning, series), line in zip(shown, lines):
         better = f" {meaning.better.capitalize()} is better." if meaning.better else ""
@@ -182,7 +185,7 @@ def _course(meaning: names.Meaning, series: Series) -> str:
 
 
 def thinned(run: Run, values: int) -> str:
-    """How a curve is shown that has more values than points."""
+    """The sentence that says how a curve with more values than points was thinned."""
     text = (
         f"Each point is the mean of {math.ceil(values / MOST_POINTS)} logged values; the band spans the lowest and the "
         "highest"

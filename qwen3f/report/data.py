@@ -1,4 +1,4 @@
-"""What a report is made of: plain values, read by `read` and shown by `page`."""
+"""The data of a report: plain values, which `read` reads and `page` shows."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from qwen3f.report.metrics_file import NO_METRICS, Metrics
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """value and the bounds of its 95% interval, over n questions; without an interval low = high = nan and n = 0."""
+    """A value with the bounds of its 95% interval over n questions. Without an interval: low = high = nan and n = 0."""
 
     value: float
     low: float = math.nan
@@ -25,7 +25,7 @@ class Measure:
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """What was asked and answered at a step, an object each: lines of answers/ or samples/."""
+    """Questions and answers at a step: the lines of a file of answers/ or samples/."""
 
     step: int
     lines: tuple[Mapping[str, Any], ...]
@@ -33,13 +33,14 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A stage's workdir.
+    """The contents of a stage's workdir.
 
     Attributes:
-      config: config.json, {} where there is none. record: run.json, likewise.
-      answers: of evaluations, in order. samples: of the first and the last step that are kept.
-      pictures: title -> PNG, of a plan. results: of an evaluation, (what; its value with interval). counts: of a
-        rejection sampling. problems: what could not be read, a sentence each.
+      config, record: config.json and run.json; {} if there is none.
+      metrics: metrics.jsonl.
+      answers: of evaluations, in order. samples: of the first and the last step whose files are kept.
+      pictures: title -> PNG, from a plan. results: (name, value) for each result of an evaluation. counts: of a
+        rejection sampling. problems: a sentence for each file that could not be read.
     """
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -60,10 +61,16 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """before, after: measures by name, of what it started from and of what it ends with; before_step: in a single run
-    the step at which they were first taken. differences: after less before, where both are of the same questions.
-    asked: what its model answered to the pipeline's questions, lines as of answers/. status: as pipeline.json's, "" in
-    a single run."""
+    """A stage of a pipeline, or a single run.
+
+    Attributes:
+      before, after: measures by name, of the model that the stage started from and of the one that it ended with.
+      differences: after − before, for measures on the same questions.
+      asked: answers of its model to the pipeline's shared questions, lines as in answers/.
+      before_step: in a single run, the step of the first evaluation, which gives `before`.
+      origin: name of the stage, or path of the weights, that it started from.
+      status: as in pipeline.json; "" for a single run.
+    """
 
     name: str
     purpose: str
@@ -85,7 +92,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """pipeline: whether the stages follow one another, as pipeline.json says; else there is one. written: when."""
+    """A report. pipeline: whether it shows a pipeline; else it has one stage. written: date and time."""
 
     title: str
     stages: tuple[Stage, ...]

@@ -1,4 +1,4 @@
-"""The tables of a stage that are folded away: every number, configuration, placements, data, machine, experts."""
+"""The tables of a stage in collapsed sections: every number, configuration, placements, data, machine, experts."""
 
 import dataclasses
 import functools
@@ -14,8 +14,8 @@ from qwen3f.report.words import duration, figure
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """rows: of texts; the first cell of each names its row, below which stands the row's own text of `said`. note: for
-    all of it."""
+    """A table. rows: cells as texts; the first cell of a row is its name. said: a text for each row, shown below its
+    name. note: a text below the table."""
 
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -24,7 +24,7 @@ class Table:
 
 
 def every_number(run: Run) -> Table:
-    """All that was logged, known or not."""
+    """All logged numbers, with their meaning if it is known."""
     rows, texts = [], []
     for name, series in run.metrics.series.items():
         meaning = names.find(name, run.kind)
@@ -41,7 +41,7 @@ def _ends(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def groups(run: Run) -> Table | None:
-    """What held-out results are by kind: the last value of each "NAME/GROUP", and the first."""
+    """Held-out results by kind of question: the first and last value of each "NAME/GROUP"."""
     rows = []
     for name, series in run.metrics.series.items():
         meaning = names.find(name, run.kind)
@@ -53,19 +53,19 @@ def groups(run: Run) -> Table | None:
 
 
 def results(run: Run) -> Table | None:
-    """Of an evaluation."""
+    """The results of an evaluation."""
     rows = tuple((name, words.interval(one, "share"), f"{one.n:,}") for name, one in run.results)
     return Table(("benchmark, metric", "95% interval", "questions"), rows) if rows else None
 
 
 def counts(run: Run) -> Table | None:
-    """Of a rejection sampling: how many were asked, right, wrong, not ended, repeated."""
+    """The counts of a rejection sampling: asked, right, wrong, not ended, repeated."""
     rows = tuple((str(name), f"{value:,}") for name, value in run.counts.items() if isinstance(value, int))
     return Table(("what", "number"), rows) if rows else None
 
 
 def data_lines(run: Run) -> list[str]:
-    """What the stage said of its data: sources, what was dropped and why."""
+    """The stage's log lines about its data: sources, what was dropped and why."""
     lines = run.record.get("lines")
     return [str(line) for line in lines] if isinstance(lines, list) else []
 
@@ -74,7 +74,7 @@ _LOST = re.compile(r"drop|left out|skip|truncat|cut|too long|too_long")
 
 
 def lost_lines(run: Run) -> list[str]:
-    """Of these, what says that something was lost."""
+    """Those data lines that say that something was left out."""
     return [line for line in data_lines(run) if _LOST.search(line)]
 
 
@@ -93,7 +93,7 @@ def changed_keys(run: Run) -> Table | None:
         if not key.startswith("model.") and defaults.get(key, own) != value
     ]
     rows += [(f"config.{key}", _value(own[key]), "") for key in _MODEL if own.get(key) not in (None, 0, False)]
-    note = "" if defaults else "A stage of its own: its defaults are not known, so all keys are shown."
+    note = "" if defaults else "The defaults of this stage are not known, so all keys are shown."
     return Table(("key", "value", "by default"), tuple(rows), note)
 
 
@@ -136,7 +136,7 @@ def _value(value: object) -> str:
 
 
 def machine(run: Run) -> Table | None:
-    """What it ran on, by which code, and what it took."""
+    """The machine, code, versions and time of the run."""
     record = run.record
     if not record:
         return None
@@ -170,7 +170,7 @@ def _sessions(record: Mapping[str, Any]) -> str:
 
 
 def mesh(run: Run) -> str:
-    """Axes above 1, in words."""
+    """The mesh in words: the axes larger than 1."""
     axes = run.record.get("mesh")
     sizes = {axis: size for axis, size in axes.items() if size != 1} if isinstance(axes, dict) else {}
     if not sizes:
@@ -180,7 +180,7 @@ def mesh(run: Run) -> str:
 
 
 def placement(run: Run) -> Table | None:
-    """Every parameter, and which part of it a rank holds."""
+    """Every parameter, and the part of it that a rank holds."""
     rows = []
     for one in run.record.get("placement") or ():
         if not isinstance(one, dict):
@@ -200,8 +200,8 @@ def _shape(sizes: object) -> str:
 
 
 def experts(run: Run) -> list[Chart]:
-    """The load of each layer's experts relative to an even share: fullest, middle, emptiest; and it in words. None
-    where no load was noted."""
+    """A chart of the load of each layer's experts, relative to an even share: fullest, middle, emptiest. [] if no load
+    was recorded."""
     told = run.record.get("expert_load")
     shares = told.get("shares") if isinstance(told, dict) else None
     if not (isinstance(shares, list) and shares and all(isinstance(layer, list) and layer for layer in shares)):

@@ -1,7 +1,7 @@
-"""Charts as SVG, by matplotlib: light enough for a page of a hundred, and in whatever colours the page has.
+"""Draws charts as SVG by matplotlib: small enough for a page with a hundred, and in the colours of the page.
 
-Matplotlib draws in stand-in colours, which become `currentColor` and CSS variables; its texts stay texts, in the
-page's font. Curves differ by dashes and labels, so that colour only helps.
+Matplotlib draws in stand-in colours, which are then replaced by `currentColor` and CSS variables. Texts stay texts, in
+the page's font. Curves also differ by dashes and labels, so nobody needs to tell colours apart.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from qwen3f.report.charts import Chart, Line
 
-WIDTH, HEIGHT = 360, 200  # units of the picture, which are CSS pixels on a phone
-POINT = 72  # units an inch
+WIDTH, HEIGHT = 360, 200  # in units of the picture, which are CSS pixels on a phone
+POINT = 72  # units per inch
 FONT = 11
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-_STEPS = (1, 2, 2.5, 5, 10)  # between numbers on an axis
+_STEPS = (1, 2, 2.5, 5, 10)  # allowed steps between numbers on an axis, times a power of 10
 ID = "\N{SECTION SIGN}"
 MARKERS = ("o", "s", "^", "D")
 RC = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qwen3f",
     "font.size": FONT,
-    "font.family": "DejaVu Sans",  # which matplotlib brings; only for measuring
+    "font.family": "DejaVu Sans",  # comes with matplotlib; only used to measure texts
     "path.simplify": True,
     "axes.unicode_minus": True,
     "text.parse_math": False,  # a name may have dollars
@@ -40,7 +40,7 @@ RC = {
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Colours by their part: of text, of lines behind, of curves."""
+    """Colours of text, of grid lines, and of curves."""
 
     ink: str
     grid: str
@@ -57,7 +57,7 @@ _VARIABLES = {
 
 @functools.lru_cache(maxsize=512)
 def svg(chart: Chart) -> str:
-    """An <svg> with a title and a description, as wide as where it stands."""
+    """The chart as an <svg> element with a title; it takes the width of its container."""
     with mpl.rc_context(RC):
         figure = new_figure(WIDTH, HEIGHT)
         labels = [line.label for line in chart.lines if line.label]
@@ -69,13 +69,13 @@ def svg(chart: Chart) -> str:
 
 
 def _alternative(chart: Chart) -> str:
-    """What a reader who sees no picture is told; the caption beside it says the rest."""
+    """The text for readers who cannot see the picture; the caption beside it says the rest."""
     names = ", ".join(line.label for line in chart.lines if line.label)
     return f"{chart.title} by {chart.axis}" + (f": {names}" if names else "")
 
 
 def named(text: str, name: str) -> str:
-    """An SVG of `as_svg` whose ids are this page's own."""
+    """An SVG of `as_svg` whose ids begin with `name`, so that they are unique in a page."""
     return text.replace(ID, f"{name}-")
 
 
@@ -86,7 +86,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def plot(axes: Axes, chart: Chart, theme: Theme, labels: bool = True) -> None:
-    """Curves; labels: with their names at their ends, and what x counts."""
+    """Draws the curves. labels: also write their names at their ends, and the name of the x axis."""
     style(axes, chart.unit, theme)
     for number, line in enumerate(chart.lines):
         colour = theme.lines[number % len(theme.lines)]
@@ -105,7 +105,7 @@ def plot(axes: Axes, chart: Chart, theme: Theme, labels: bool = True) -> None:
 
 
 def bounds(lines: tuple[Line, ...], unit: str) -> tuple[float, float]:
-    """Of y: all means, and of the bands what is not far out. A share's lie between 0 and 1 if its values do."""
+    """The limits of the y axis: all means, and the bands without outliers; within 0 … 1 for shares in that range."""
     means = np.concatenate([line.y for line in lines])
     edges = np.concatenate([(*line.low, *line.high) for line in lines if line.low] or [means])
     low, high = min(means.min(), np.quantile(edges, 0.02)), max(means.max(), np.quantile(edges, 0.98))
@@ -151,7 +151,7 @@ def _short(value: float) -> str:
 
 
 def _name(axes: Axes, lines: tuple[Line, ...], theme: Theme) -> None:
-    """Names beside the curves' ends, moved apart."""
+    """Writes the names beside the ends of the curves, moved apart so that they do not overlap."""
     low, high = axes.get_ylim()
     height = axes.get_position().height * axes.figure.get_size_inches()[1] * POINT
     gap = 13 * (high - low) / height
@@ -165,7 +165,7 @@ def _name(axes: Axes, lines: tuple[Line, ...], theme: Theme) -> None:
 
 
 def apart(places: list[float], gap: float, highest: float) -> list[float]:
-    """The places moved up or down as little as leaves `gap` between them."""
+    """The places, moved so that they are at least `gap` apart and none is above `highest`."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     out = list(places)
     for before, after in itertools.pairwise(order):
@@ -178,7 +178,7 @@ def apart(places: list[float], gap: float, highest: float) -> list[float]:
 
 
 def as_svg(figure: Figure, title: str) -> str:
-    """The figure without what a page does not need. Its ids begin with ID, for which `named` puts a name."""
+    """The figure as SVG, without parts that a page does not need. Its ids begin with ID, which `named` replaces."""
     out = io.StringIO()
     FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = out.getvalue()

@@ -1,4 +1,4 @@
-"""How single questions were marked, where a run kept it: what intervals and paired differences are made of."""
+"""Marks of single questions, if a run kept them: the basis of intervals and paired differences."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from qwen3f.eval.statistics import Estimate, Paired, estimate, paired, wilson
 from qwen3f.finite import as_finite
 from qwen3f.report.data import Measure, Run, Stage
 
-# metric -> (evaluation, what a line says of it); of the accuracies a mode may stand behind
+# metric -> (evaluation, key of a line). A mode may follow the name of a metric, such as val_accuracy_plain.
 _KEPT = {
     "val_accuracy": ("val", "mark"),
     "val_well_formed": ("val", "formed"),
@@ -17,17 +17,17 @@ _KEPT = {
     "val_exact": ("val", "mark"),
 }
 Line = Mapping[str, Any]
-EXACT = "exact"  # the mode of lines behind val_exact
+EXACT = "exact"  # the mode of the lines that val_exact is computed from
 
 
 def marks(run: Run, name: str, step: int) -> list[float]:
-    """What the questions behind a logged name were marked at a step, in order; [] where that is not kept."""
+    """The marks of the questions that a logged value at a step is the mean of, in order; [] if they were not kept."""
     lines, key = _lines(run, name, step)
     return [value for line in lines if (value := _mark(line, key)) is not None]
 
 
 def _lines(run: Run, name: str, step: int) -> tuple[list[Line], str]:
-    """All lines of an evaluation, and under which key each has what the logged name is the mean of."""
+    """(all lines of the evaluation, the key of their mark) for a logged name."""
     base, mode = name, ""
     if base not in _KEPT:
         base, _, mode = name.rpartition("_")
@@ -41,21 +41,21 @@ def _lines(run: Run, name: str, step: int) -> tuple[list[Line], str]:
 
 
 def _mark(line: Line, key: str) -> float | None:
-    """A share of what is right; None where the task could not tell, or where it is damaged."""
+    """The mark, a number in 0 … 1; None if the task could not tell, or if the line is damaged."""
     value = line.get(key)
     found = float(value) if isinstance(value, bool) else as_finite(value)
     return found if found is not None and 0 <= found <= 1 else None
 
 
 def first_mode(run: Run) -> str:
-    """That whose results have no mode in their names; "" where there is one alone."""
+    """The mode whose results have no mode in their names; "" if the stage has no modes."""
     section = run.config.get("eval")
     modes = section.get("modes") if isinstance(section, dict) else None
     return modes.partition(",")[0].strip() if isinstance(modes, str) else ""
 
 
 def measure(run: Run, name: str, step: int) -> Measure:
-    """A logged value; with its interval where the marks that are kept are those it is the mean of."""
+    """A logged value, with its interval if all marks were kept that it is the mean of."""
     series = run.metrics.at(name)
     value, found = series.values[series.steps.index(step)], marks(run, name, step)
     if not found or not math.isclose(math.fsum(found) / len(found), value, abs_tol=1e-6):
@@ -65,7 +65,7 @@ def measure(run: Run, name: str, step: int) -> Measure:
 
 
 def band(run: Run, name: str) -> tuple[list[float], list[float], int] | None:
-    """Wilson's bounds of each value of a share, and of how many questions; None where that is not kept."""
+    """(lower, upper) Wilson bounds of each value of a share, and the number of questions; None if it is not known."""
     series = run.metrics.at(name)
     count = max((len(marks(run, name, texts.step)) for texts in run.answers), default=0)
     if not count or not all(0 <= value <= 1 for value in series.values):
@@ -75,7 +75,7 @@ def band(run: Run, name: str) -> tuple[list[float], list[float], int] | None:
 
 
 def difference_in_run(run: Run, name: str, before: int, after: int) -> Estimate | None:
-    """Of two evaluations that asked the same questions; None where these differ or not all of them are kept."""
+    """The difference of two evaluations with the same questions; None if they differ or not all marks were kept."""
     if not all(measure(run, name, step).has_interval for step in (before, after)):
         return None
     (old, key), (new, _) = (_lines(run, name, step) for step in (before, after))
@@ -83,7 +83,7 @@ def difference_in_run(run: Run, name: str, before: int, after: int) -> Estimate 
 
 
 def difference_of_stages(before: Stage, after: Stage, name: str) -> Estimate | None:
-    """Of two stages whose models were asked the same questions; None where these differ or are not kept."""
+    """The difference of two stages whose models answered the same questions; None if they differ or were not kept."""
     old, new = (
         [line for line in stage.asked if f"{line.get('evaluation')}_{line.get('mode')}" == name]
         for stage in (before, after)
@@ -92,8 +92,8 @@ def difference_of_stages(before: Stage, after: Stage, name: str) -> Estimate | N
 
 
 def _difference(before: Sequence[Line], after: Sequence[Line], key: str) -> Estimate | None:
-    """Over the questions that were judged both times. A question is known by its place, its mode, and its prompt where
-    that is kept."""
+    """The paired difference over the questions that were judged both times. Questions are the same if their order,
+    modes and (if kept) prompts are."""
     asked_before, asked_after = ([(line.get("mode"), line.get("prompt")) for line in some] for some in (before, after))
     if asked_before != asked_after:
         return None

@@ -1,4 +1,4 @@
-"""metrics.jsonl as series, whatever state it is in: being written, cut off, of a million lines, with NaN in it."""
+"""Reads metrics.jsonl into series, in any state: while it is written, cut off, a million lines long, or with NaN."""
 
 import dataclasses
 import json
@@ -12,15 +12,15 @@ import numpy as np
 from qwen3f.finite import as_finite
 from qwen3f.report.names import plain
 
-MOST_LINES = 5000  # that are parsed evenly from all, and as many again of those with evaluations
-_BLOCK = 2**24
-_LAST_STEP = 2**53  # a float tells no later ones apart
-_EVALUATED = (b'"val_', b'"answers_', b'"bench_')  # the names that evaluations begin with in the stages here
+MOST_LINES = 5000  # lines to parse, spread evenly over the file, and as many again of lines with evaluations
+_BLOCK = 2**24  # bytes
+_LAST_STEP = 2**53  # floats cannot tell larger steps apart
+_EVALUATED = (b'"val_', b'"answers_', b'"bench_')  # names of evaluations begin with these
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A metric's finite values, by step. missing: lines in which it was no finite number."""
+    """A metric's finite values, by step. missing: number of lines in which it was not finite."""
 
     steps: tuple[int, ...]
     values: tuple[float, ...]
@@ -29,8 +29,8 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """series: by name, in the order in which they came. lines: of the file; parsed: of them; broken: of these what is
-    no JSON object with a step."""
+    """series: by name, in order of first occurrence. lines: number of lines of the file. parsed: number of lines that
+    were parsed. broken: number of parsed lines that are not a JSON object with a step."""
 
     series: dict[str, Series]
     lines: int = 0
@@ -49,7 +49,7 @@ NO_METRICS = Metrics({})
 
 
 def read_metrics(path: Path, most: int = MOST_LINES) -> Metrics:
-    """What can be read; a last line without an end is being written, and left out. Raises OSError."""
+    """Everything that can be read. A last line without a line end is left out: it is being written. Raises OSError."""
     if not path.exists() or not path.stat().st_size:
         return NO_METRICS
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -68,7 +68,7 @@ def _line_ends(content: mmap.mmap) -> np.ndarray:
 
 
 def _chosen(content: mmap.mmap, ends: np.ndarray, most: int) -> list[int]:
-    """Numbers of the lines to parse: all, or the first, the last and others evenly, and likewise of evaluations."""
+    """Numbers of the lines to parse: all, or `most` spread evenly from first to last, and `most` of evaluations."""
     if len(ends) <= most:
         return list(range(len(ends)))
     evaluated = np.array(sorted(set(_lines_with(content, ends))), dtype=np.int64)
@@ -82,7 +82,7 @@ def _evenly(numbers: np.ndarray, most: int) -> list[int]:
 
 
 def _lines_with(content: mmap.mmap, ends: np.ndarray) -> Iterator[int]:
-    """Numbers of the lines of evaluations, some twice. Block by block: a mmap's own find compares byte by byte."""
+    """Yields the numbers of lines with evaluations, some twice. Searches block by block: the find of a mmap is slow."""
     longest = max(map(len, _EVALUATED))
     for start in range(0, len(content), _BLOCK):
         block = content[start : start + _BLOCK + longest]
@@ -111,7 +111,7 @@ def _series(lines: list[bytes], count: int) -> Metrics:
             if isinstance(value, str | bool | list | dict):
                 continue
             own_steps, own_values = steps.setdefault(name, []), values.setdefault(name, [])
-            while own_steps and own_steps[-1] >= step:  # a run that went back says it anew
+            while own_steps and own_steps[-1] >= step:  # the run went back to an earlier step and logged again
                 own_steps.pop(), own_values.pop()
             if (number := as_finite(value)) is None:
                 missing[name] = missing.get(name, 0) + 1

@@ -1,4 +1,4 @@
-"""What names in a log mean, for someone who sees them for the first time. A new metric is a line in metrics.tsv."""
+"""The meaning of logged names, for readers who see them for the first time. A new metric is a line in metrics.tsv."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ Better = Literal["higher", "lower", ""]
 
 @dataclasses.dataclass(frozen=True)
 class Meaning:
-    """title: short. meaning: a sentence. unit: of the values; "share" for one between 0 and 1, shown as percent."""
+    """title: short name. meaning: a sentence. unit: of the values; "share": values in 0 … 1, shown as percent."""
 
     title: str
     meaning: str
@@ -24,12 +24,12 @@ def _read() -> dict[str, Meaning]:
     return {name: Meaning(title, meaning, *(x.strip("-") for x in few)) for name, title, *few, meaning in cells}
 
 
-METRICS = _read()  # by name; "STAGE:NAME" where a name means something else in a stage
+METRICS = _read()  # by name; "STAGE:NAME" if a name has another meaning in a stage
 MODES = {"thinking": "thinking first", "plain": "at once"}
 
 
 def find(name: str, stage: str = "") -> Meaning | None:
-    """Of a logged name; "/GROUP" and "_MODE" behind a known one are said in its title. None for an unknown one."""
+    """The meaning of a logged name, or None if it is unknown. A "/GROUP" or "_MODE" in the name goes to its title."""
     base, _, group = name.partition("/")
     if base.startswith("bench_"):
         return dataclasses.replace(METRICS["bench"], title=f"{base.removeprefix('bench_')}: {group}")
@@ -49,7 +49,7 @@ def _known(base: str, stage: str) -> Meaning | None:
 
 
 def plain(name: object) -> str:
-    """As a text that can be written; of one that is no Unicode, such as half of a pair of surrogates, a mark stays."""
+    """The name as a text that can be encoded; characters that cannot, such as lone surrogates, become "?"."""
     return str(name).encode(errors="replace").decode()
 
 
@@ -64,9 +64,9 @@ PURPOSES = {
 
 
 def purpose_of(config: Mapping[str, Any]) -> str:
-    """What a run is for, in a sentence."""
+    """The purpose of a run, in a sentence."""
     kind = str(config.get("stage", ""))
     if kind == "pretrain":
-        begun = "goes on learning" if config.get("init_from") else "learns"
+        begun = "continues to learn" if config.get("init_from") else "learns"
         return f"Pretraining: the model {begun} to predict the next token of text."
     return PURPOSES.get(kind, f"A stage of its own: {kind}." if kind else "A training run.")

@@ -1,4 +1,4 @@
-"""A pipeline at a glance: one measure of all stages' models, a row each, before and after, with 95% intervals."""
+"""A pipeline at a glance: a measure before and after each stage, a row for each stage, with 95% intervals."""
 
 import functools
 
@@ -13,7 +13,7 @@ Row = tuple[str, Measure | None, Measure | None]
 
 
 def measured(report: Report) -> list[str]:
-    """Shares that at least two of the stages have."""
+    """Names of the shares that at least two stages have."""
     found = {name: 0 for stage in report.stages for name in stage.after if _is_share(name)}
     for stage in report.stages:
         for name in found.keys() & stage.after.keys():
@@ -27,8 +27,8 @@ def _is_share(name: str) -> bool:
 
 
 def rows_of(report: Report, name: str) -> tuple[Row, ...]:
-    """Of the stages that train: an evaluation asks questions of its own. One that was left out, or is done and was
-    never asked, as a model that has only read text, has no row."""
+    """(name, before, after) of the stages that train; an evaluation has other questions. A stage that was skipped, or
+    that is done but was never asked (such as pretraining), has no row."""
     ended = ("done", "skipped")
     trained = [stage for stage in report.stages if not stage.run.results]
     stages = [stage for stage in trained if stage.status not in ended or name in {*stage.before, *stage.after}]

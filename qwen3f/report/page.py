@@ -1,4 +1,4 @@
-"""A Report as HTML: one file, no script, nothing from elsewhere. Whatever a run wrote is text here, never markup."""
+"""Renders a Report as HTML: one file without scripts or external resources. Text of a run is escaped, never markup."""
 
 import base64
 import functools
@@ -50,7 +50,7 @@ def _environment() -> Environment:
 
 
 def _breakable(text: str) -> Markup:
-    """A name that may go on in the next line behind an underscore, a dot or a slash."""
+    """A name that may break into a new line after an underscore, a dot or a slash."""
     return Markup(re.sub(r"([_/]|\.(?=\w))", r"\1<wbr>", str(escape(text))))
 
 
@@ -58,9 +58,8 @@ def _lead(report: Report) -> str:
     if report.pipeline:
         done = sum(stage.status == "done" for stage in report.stages)
         return (
-            f"A language model of the Qwen3 family, trained in {len(report.stages)} stages, each going on from the "
-            f"weights of one before; {done} of them are done. This page says what each stage taught it, and what "
-            "that cost."
+            f"A language model of the Qwen3 family, trained in {len(report.stages)} stages, each from the weights of "
+            f"an earlier one; {done} of them are done. This page says what each stage taught it, and what that cost."
         )
     [stage] = report.stages
     count, total = stage.run.record.get("parameters"), stage.run.config.get("steps")
@@ -97,8 +96,8 @@ def _overviews(report: Report) -> list[dict[str, Any]]:
         counts = {m.n for _, _, m in rows if m and m.n}
         asked = f" {min(counts):,} questions." if len(counts) == 1 else ""
         caption = (
-            f"{meaning.meaning}{asked} A row a stage: the hollow dot is the model it started from, the filled one the "
-            "model it ends with, the bar its 95% interval."
+            f"{meaning.meaning}{asked} Each row is a stage: the hollow dot is the model that it started from, the "
+            "filled dot the model that it ended with, the bar its 95% interval."
         )
         out.append({"title": title, "svg": overview.dots(title, rows), "caption": caption})
     return out
@@ -139,12 +138,12 @@ def _stage(report: Report, stage: Stage, place: int) -> dict[str, Any]:
         "pictures": [(title, _data_uri(png)) for title, png in run.pictures.items() if png],
         "tables": _tables(stage, shown),
         "read": _read(run),
-        "problems": problems,  # to which the others add
+        "problems": problems,  # the calls of `shown` above add to this list
     }
 
 
 def _of_pipeline(report: Report, stage: Stage) -> list[texts.Exchange]:
-    """The questions that all stages' models are asked, answered before and after this one."""
+    """Shared questions of the pipeline, with the answers of the models before and after this stage."""
     before = next((one for one in report.stages if one.name == stage.origin), None)
     trained = before if before and stage.before else None
     return texts.of_stages((trained.name, trained.asked) if trained else None, (stage.name, stage.asked))
@@ -157,7 +156,7 @@ def _time(stage: Stage) -> str:
 
 
 def _meta(stage: Stage) -> str:
-    """Where it came from, how long it was, by which experiment, how it stands."""
+    """Origin, steps and time, experiment, and status, in a line."""
     steps = f"{stage.steps:,} steps in " if stage.steps else ""
     parts = (_origin(stage), f"{steps}{_time(stage)}", stage.experiment, _DONE.get(stage.status, stage.status))
     return "; ".join(filter(None, parts))
@@ -204,7 +203,7 @@ def _results(stage: Stage) -> list[dict[str, str]]:
 
 
 def _verdict(report: Report, stage: Stage) -> str:
-    """In a sentence what the stage brought, or that it brought nothing that can be seen."""
+    """A sentence about what the stage improved or worsened, or that no change can be shown."""
     changes = {name: _change(stage, name) for name in stage.after.keys() & stage.before.keys()}
     if not changes:
         return ""
@@ -243,7 +242,7 @@ def _titles(stage: Stage, logged: Sequence[str]) -> str:
 
 
 def _tables(stage: Stage, shown: Callable[..., Any]) -> list[tuple[str, details.Table]]:
-    """shown: as `_stage` has it."""
+    """The tables of a stage that have rows, with titles. shown: the function of `_stage`."""
     changed = tuple((f"--config.{key}", str(value)) for key, value in stage.overrides.items())
     made: dict[str, Callable[[Run], details.Table | None]] = {
         "Benchmarks": details.results,
@@ -260,13 +259,13 @@ def _tables(stage: Stage, shown: Callable[..., Any]) -> list[tuple[str, details.
 
 
 def _read(run: Run) -> str:
-    """How much of metrics.jsonl the curves are of."""
+    """A sentence about how many lines of metrics.jsonl the curves show."""
     metrics = run.metrics
     if not metrics.lines:
         return "" if run.results or run.counts or not run.config else "Nothing has been logged yet."
     if metrics.parsed < metrics.lines:
         return (
-            f"Curves are of {metrics.parsed:,} of the {metrics.lines:,} lines of metrics.jsonl, taken evenly, with "
+            f"Curves show {metrics.parsed:,} of the {metrics.lines:,} lines of metrics.jsonl: evenly spread ones, and "
             "evaluations."
         )
-    return f"Curves are of all {metrics.lines:,} lines of metrics.jsonl."
+    return f"Curves show all {metrics.lines:,} lines of metrics.jsonl."

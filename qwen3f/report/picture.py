@@ -1,7 +1,7 @@
-"""One compact figure of a whole pipeline, or run, that stands by itself: what a README shows.
+"""A single compact figure of a whole pipeline or run, for a README.
 
-A column a stage: above, the share of right answers after it, with 95% intervals; below, the curve of how it learnt.
-As SVG it has its own background, and both schemes' colours.
+Each stage is a column: above, the share of right answers after it, with 95% intervals; below, its training curve. The
+SVG has its own background, and light and dark colours.
 """
 
 import io
@@ -20,12 +20,13 @@ _LIGHT = draw.Theme("#1c2128", "#d5d9de", ("#0b57b7", "#b3470b", "#17734f", "#7b
 _DARK = draw.Theme("#e4e8ec", "#3a424b", ("#86b7ff", "#ffa066", "#5fcf9f", "#cf9bf5"))
 _PAPERS = ("#ffffff", "#14171b")
 _WIDTH, _ABOVE, _BELOW = 900, 214, 130
-_LEFT, _RIGHT, _GAP = 48, 14, 40  # beside the columns, and between them
+_LEFT, _RIGHT, _GAP = 48, 14, 40  # margins left and right of the columns, and the gap between them
 _SCALE = 2  # of a PNG
 
 
 def write_picture(workdir: Path, out: Path) -> Path:
-    """.svg or .png. Raises UserError for another ending, and as `read`; OSError if it cannot be written."""
+    """Writes the figure as .svg or .png. Raises UserError for another ending and as `read`, OSError if it cannot be
+    written."""
     if out.suffix not in (".svg", ".png"):
         raise UserError(f"--picture={out}: write a name that ends in .svg or .png")
     report = read(workdir)
@@ -92,14 +93,14 @@ def _said(stage: Stage, what: str, named_above: bool) -> str:
 
 
 def _broken(name: str, room: float) -> str:
-    """A name that does not fit goes on in a second line, behind its first underscore."""
+    """The name; if it does not fit, with a line break after its first underscore."""
     return name if 7 * len(name) < room else name.replace("_", "_\n", 1)
 
 
 def _accuracies(
     figure: draw.Figure, stages: list[Stage], measures: list[str], size: tuple[float, float], theme: draw.Theme
 ) -> None:
-    """A dot a stage and measure, with its interval; the measures' names at the right end of their dots."""
+    """Draws a dot with its interval for each stage and measure, and a legend of the measures."""
     room, height = size
     box = (_LEFT / _WIDTH, (_BELOW + 60) / height, (_WIDTH - _LEFT - _RIGHT) / _WIDTH, (_ABOVE - 64) / height)
     axes = figure.add_axes(box)

@@ -1,4 +1,4 @@
-"""From a directory to a Report: a pipeline's, or a single run's. What is missing or broken is said, never fatal."""
+"""Reads the directory of a pipeline or a run into a Report. Missing or broken files are reported and never fatal."""
 
 import dataclasses
 import datetime
@@ -22,12 +22,12 @@ from qwen3f.strict_json import read_object
 
 PIPELINE = "pipeline.json"
 _PICTURES = {"The mesh": "mesh.png", "The pipeline's time": "timeline.png"}
-_MOST_PICTURE = 2**19  # bytes of one, or the page grows too large
-_MOST_TEXTS = 2**25  # bytes of a file of samples
+_MOST_PICTURE = 2**19  # bytes of a picture, at most, so that the page stays small
+_MOST_TEXTS = 2**25  # bytes of a file of answers or samples, at most
 
 
 def read(workdir: Path) -> Report:
-    """Raises UserError if there is neither a pipeline nor a run in `workdir`, or it cannot be read."""
+    """The report of a workdir. Raises UserError if it has neither a pipeline nor a run, or cannot be read."""
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     try:
         told = read_object(workdir / PIPELINE) if (workdir / PIPELINE).is_file() else None
@@ -37,7 +37,7 @@ def read(workdir: Path) -> Report:
         return _pipeline(workdir, told, now)
     if not any((workdir / name).is_file() for name in ("metrics.jsonl", "config.json")):
         raise UserError(
-            f"{workdir} holds neither {PIPELINE} nor a run's config.json and metrics.jsonl; give the --workdir of a run"
+            f"{workdir} has neither {PIPELINE} nor a run's config.json or metrics.jsonl; give the --workdir of a run"
         )
     return Report(plain(workdir.absolute().name), (_single(workdir),), written=now)
 
@@ -60,7 +60,7 @@ def read_run(workdir: Path) -> Run:
         problems.append("There is no config.json, so the configuration is not shown.")
     metrics = read_file("metrics.jsonl", lambda: read_metrics(workdir / "metrics.jsonl"), NO_METRICS)
     if metrics.broken:
-        problems.append(f"{metrics.broken:,} lines of metrics.jsonl are no JSON object with a step; they are left out.")
+        problems.append(f"{metrics.broken:,} lines of metrics.jsonl are not JSON objects with a step and left out.")
     answers = [
         read_file(path.name, lambda path=path: _texts(path), Texts(0, ()))
         for path in _numbered(workdir / "answers")
@@ -95,11 +95,11 @@ def _texts(path: Path) -> Texts:
     if path.stat().st_size > _MOST_TEXTS:
         raise UserError(f"{path} has more than {_MOST_TEXTS:,} bytes")
     lines = []
-    for line in read_bounded(path).split(b"\n"):  # no other end of a line: a text may hold U+2028
+    for line in read_bounded(path).split(b"\n"):  # only \n ends a line: a text may hold U+2028
         try:
             found = json.loads(line.decode(errors="replace"))
         except (ValueError, RecursionError):
-            continue  # the last one may be half written
+            continue  # the last line may be incomplete
         if isinstance(found, dict):
             lines.append(found)
     return Texts(_step(path), tuple(lines))
@@ -145,7 +145,7 @@ _MEASURES = (
 
 
 def _measures(run: Run, step: int) -> dict[str, Measure]:
-    """What the evaluation at `step` found."""
+    """The measures of the evaluation at `step`."""
     return {name: measure(run, name, step) for name in _MEASURES if step in run.metrics.at(name).steps}
 
 
@@ -197,7 +197,7 @@ def _stage(workdir: Path, told: Mapping[str, Any], measured: Mapping[str, Mappin
 
 
 def _compared(stage: Stage, origin: Stage | None) -> Stage:
-    """With the differences of what both were asked."""
+    """The stage with its differences from `origin`, for questions that both were asked."""
     found = {name: difference_of_stages(origin, stage, name) for name in stage.after} if origin else {}
     return dataclasses.replace(stage, differences={name: one for name, one in found.items() if one})
 

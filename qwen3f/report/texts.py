@@ -1,4 +1,4 @@
-"""Which of a run's questions and answers are shown: the same ones of its first and its last evaluation, or step."""
+"""Chooses the questions and answers of a run to show: the same questions at its first and last evaluation or step."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ _MODES = {"thinking": "thinking first", "plain": "answering at once"}
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """when: of which step or stage. thought, text: what was written, apart. mark: right, wrong, a reward, or "" where
-    nobody judged. note: what else is to say."""
+    """An answer. when: its step or stage. thought, text: the two parts of it. mark: right, wrong, a reward, or "" if it
+    was not judged. note: a further remark."""
 
     when: str
     thought: str
@@ -28,7 +28,7 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """A question, and what was answered to it at one or several times. pictures: PNG as data URIs."""
+    """A question, with answers from one or several times. pictures: PNG files as data URIs."""
 
     question: str
     gold: str
@@ -38,7 +38,7 @@ class Exchange:
 
 
 def exchanges(run: Run) -> list[Exchange]:
-    """Of evaluations: a few questions of each mode, answered at the first and at the last one."""
+    """A few questions of each mode of the evaluations, with the answers of the first and the last evaluation."""
     if not run.answers:
         return []
     first, last = run.answers[0], run.answers[-1]
@@ -53,11 +53,11 @@ def exchanges(run: Run) -> list[Exchange]:
     return out
 
 
-Asked = tuple[str, Sequence[Mapping[str, Any]]]  # a stage's name, and what its model answered
+Asked = tuple[str, Sequence[Mapping[str, Any]]]  # a stage's name, and the answers of its model
 
 
 def of_stages(before: Asked | None, after: Asked) -> list[Exchange]:
-    """A few of a pipeline's questions in each mode, answered by the model of the stage before and by this one's."""
+    """A few shared questions of a pipeline in each mode, answered by the models before and after a stage."""
     name, lines = after
     out = []
     for (evaluation, mode), own in _by_mode(lines).items():
@@ -79,7 +79,7 @@ def _by_mode(lines: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[M
 
 
 def _choice(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """A right answer and a wrong one where there are both, then the first others: none is chosen for its beauty."""
+    """The first right answer and the first wrong one, if any, then the first others: no line is picked by hand."""
     picked: list[Mapping[str, Any]] = []
     for wanted in (1.0, 0.0):
         picked += [line for line in lines if line.get("mark") == wanted][:1]
@@ -88,8 +88,8 @@ def _choice(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def rollouts(run: Run) -> list[Exchange]:
-    """Of reinforcement learning: a question of the first step that is kept and one of the last, each with the best and
-    the worst of its answers."""
+    """Reinforcement learning: a question of the first kept step and one of the last, each with its best and its worst
+    answer."""
     out = []
     for texts in run.samples:
         groups: dict[Any, list[Mapping[str, Any]]] = {}
@@ -125,7 +125,7 @@ def _exchange(line: Mapping[str, Any], how: str, replies: Sequence[Reply]) -> Ex
 
 
 def _is_png(picture: object) -> bool:
-    """Only what the run itself writes: no address of any other place."""
+    """Whether it is a PNG as a data URI, as a run writes it; other addresses are refused."""
     head = "data:image/png;base64,"
     return isinstance(picture, str) and picture.startswith(head) and set(picture[len(head) :]) <= _BASE64
 
@@ -143,7 +143,7 @@ def _reply(line: Mapping[str, Any], when: str, judged: str = "mark") -> Reply:
 
 
 def apart(text: str) -> tuple[str, str]:
-    """(thought, answer). A thought that does not end takes all; an empty one is none."""
+    """(thought, answer). If the thought does not end, the answer is only the text before it."""
     if _OPEN not in text:
         return "", text.strip()
     head, _, rest = text.partition(_OPEN)

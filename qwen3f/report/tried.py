@@ -1,4 +1,4 @@
-"""What a damaged file makes fail is left out, and said; the rest of the page stands."""
+"""Leaves out parts of a page that fail because of a damaged file, and says so; the rest of the page is shown."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,7 +10,7 @@ _DAMAGED = (OSError, UserError, ValueError, TypeError, LookupError, AttributeErr
 
 
 def tried(problems: list[str], what: str, make: Callable[[], T], otherwise: T) -> T:
-    """What `make` gives; `otherwise`, and a sentence in `problems` that begins with `what`, where a file is damaged."""
+    """make(). If a damaged file makes it fail: `otherwise`, and `problems` gets a sentence that begins with `what`."""
     try:
         return make()
     except _DAMAGED as error:

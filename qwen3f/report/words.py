@@ -1,4 +1,4 @@
-"""Numbers and changes in words, so that nobody has to read a curve to know what happened."""
+"""Numbers and changes in words, so that readers need not read curves."""
 
 import math
 import re
@@ -11,7 +11,7 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def figure(value: float, unit: str = "") -> str:
-    """A number for people: shares as percent, large ones with commas, four digits else."""
+    """A number as text: shares as percent, large numbers with commas, others with four digits."""
     if not math.isfinite(value):
         return "no number"
     if unit == "share":
@@ -48,9 +48,10 @@ def duration(seconds: float) -> str:
 
 
 def change(before: Measure, after: Measure, meaning: Meaning, paired: Estimate | None = None) -> tuple[str, str]:
-    """(gain, loss or none, a sentence). none also where it cannot be told; with intervals by that of the difference.
+    """("gain", "loss" or "none", a sentence). "none" too if it cannot be told. If both have intervals, the interval of
+    the difference decides.
 
-    paired: the difference, where both are of the same questions; else that of two samples.
+    paired: the paired difference, if both measures are on the same questions; else two samples are compared.
     """
     delta = paired.value if paired else after.value - before.value
     if not (paired or (before.has_interval and after.has_interval)):

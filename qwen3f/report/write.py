@@ -1,4 +1,4 @@
-"""report.html into a workdir."""
+"""Writes report.html to a workdir."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ NAME = "report.html"
 
 
 def write_report(workdir: Path) -> Path:
-    """Of a run's or a pipeline's directory; a page is there wholly or not at all. Returns its path.
+    """Writes the report of a run or a pipeline, atomically. Returns its path.
 
-    Raises UserError if `workdir` is neither's, OSError if it cannot be written.
+    Raises UserError if `workdir` has neither, OSError if it cannot be written.
     """
     path = Path(workdir) / NAME
     write_atomically(path, render(read(Path(workdir))).encode(errors="replace"))

@@ -1,4 +1,4 @@
-"""Advantages: how much better a completion is than the others of its prompt. Pure functions, float64.
+"""Advantages: how much better a completion is than the other completions of its prompt. Pure functions, float64.
 
 N prompts · G completions of each · R rewards
 """
@@ -16,7 +16,7 @@ Scale = Literal["group", "batch", "none"]
 BASELINES: tuple[Baseline, ...] = ("mean", "leave_one_out")
 SCALES: tuple[Scale, ...] = ("group", "batch", "none")
 COMBINE = ("sum_then_normalize", "normalize_then_sum")
-EPSILON = 1e-4  # added to a standard deviation, as in TRL; never to a variance, where it would shrink small ones
+EPSILON = 1e-4  # added to the standard deviation, as in TRL; added to the variance it would change small deviations
 
 
 def group_advantages(
@@ -25,12 +25,13 @@ def group_advantages(
     """(R − baseline) / (std + epsilon), float64 [N, G] (Shao et al. 2024, arXiv:2402.03300, equation 3).
 
     Args:
-      rewards_NG: NaN is a completion that could not be judged: it is in no mean and no deviation, and gets 0.
-      baseline: of its group. "mean": of all. "leave_one_out": of the others (Ahmadian et al. 2024, arXiv:2402.14740).
-      scale: "group": the group's standard deviation, with n − 1. "batch": of all rewards, with n − 1. "none": as it is
-        (Liu et al. 2025, arXiv:2503.20783, Dr. GRPO).
-    A group of one that was judged gets 0, and so does a group whose rewards are all equal: exactly, whatever a mean's
-    rounding leaves over. Raises UserError for infinite rewards, another shape, or another name.
+      rewards_NG: NaN marks a completion that could not be judged. It counts in no mean and no deviation, and gets 0.
+      baseline: "mean": the mean of the group. "leave_one_out": the mean of the other completions of the group (Ahmadian
+        et al. 2024, arXiv:2402.14740).
+      scale: what to divide by. "group": the group's standard deviation, with n − 1. "batch": that of all rewards, with
+        n − 1. "none": 1 (Liu et al. 2025, arXiv:2503.20783, Dr. GRPO).
+    A group with one judged completion gets exactly 0, and so does a group whose rewards are all equal, without rounding
+    errors. Raises UserError for infinite rewards, another shape, or an unknown name.
     """
     check_names(baseline, scale)
     rewards = torch.as_tensor(rewards_NG).to(torch.float64)
@@ -61,15 +62,15 @@ def combine_rewards(
 ) -> tuple[Tensor, Tensor]:
     """(rewards [N, G], advantages [N, G]) of several rewards with weights.
 
-    A completion that one reward could not judge (NaN) is not judged. "sum_then_normalize": the weighted sum's
-    advantages. "normalize_then_sum": the weighted sum of each reward's own advantages, then over their mean and
-    deviation in the batch (GDPO, Liu et al. 2026, arXiv:2601.05242), so that a reward of small spread counts as well.
+    A completion counts as not judged if one of its rewards is NaN. "sum_then_normalize": the advantages of the weighted
+    sum. "normalize_then_sum": advantages of each reward, their weighted sum, then normalised by mean and standard
+    deviation over the batch (GDPO, Liu et al. 2026, arXiv:2601.05242), so that a reward with a small spread counts too.
     """
     if how not in COMBINE:
         raise UserError(f"combining rewards by {how!r}: write one of {', '.join(COMBINE)}")
     rewards = torch.as_tensor(rewards_RNG).to(torch.float64)
     weight_R11 = torch.tensor(list(weights), dtype=torch.float64)[:, None, None]
-    total = (weight_R11 * rewards).sum(0)  # NaN where one is
+    total = (weight_R11 * rewards).sum(0)  # NaN where one of the rewards is NaN
     if how == "sum_then_normalize":
         return total, group_advantages(total, baseline, scale)
     unjudged = total.isnan()
@@ -83,7 +84,7 @@ def combine_rewards(
 
 
 def tells_nothing(rewards_NG: Tensor) -> Tensor:
-    """bool [N]: groups without a difference between two judged completions; their advantages are all 0."""
+    """bool [N]: whether all judged completions of a group have the same reward; its advantages are then all 0."""
     rewards = torch.as_tensor(rewards_NG).to(torch.float64)
     return _all_equal(rewards, ~rewards.isnan())[:, 0]
 
@@ -100,13 +101,13 @@ def _mean(x: Tensor, counts: Tensor, dim: int) -> Tensor:
 
 
 def _deviation(x: Tensor, counts: Tensor, dim: int) -> Tensor:
-    """With n − 1, in two passes over what is centred; 0 where there is one number or none."""
+    """Standard deviation with n − 1 of the numbers that count, from centred values; 0 for one number or none."""
     centred = torch.where(counts, x - _mean(x, counts, dim), 0.0)
     return ((centred**2).sum(dim, keepdim=True) / (counts.sum(dim, keepdim=True) - 1).clamp(min=1)).sqrt()
 
 
 def _all_equal(x: Tensor, counts: Tensor) -> Tensor:
-    """bool [N, 1]; True for a row with one number or none."""
+    """bool [N, 1]: whether all numbers of a row that count are equal; True for one number or none."""
     high = torch.where(counts, x, -torch.inf).amax(1, keepdim=True)
     low = torch.where(counts, x, torch.inf).amin(1, keepdim=True)
     return high <= low

@@ -1,7 +1,7 @@
-"""What multiplies an advantage, token by token: corrections and filters that no gradient passes through.
+"""Weights that multiply the advantages, token by token: corrections and filters without a gradient.
 
-A policy's cost is linear in its advantage as long as that keeps its sign, so a factor of at least 0 may be put into the
-advantage before the step, which then needs to know nothing of it. (vespo's is not: it takes none.)
+The cost of a policy loss is linear in the advantage as long as the advantage keeps its sign. So a weight ≥ 0 can be
+multiplied into the advantage before the step, and the loss needs no change. (vespo is not linear and takes no weights.)
 
 [B, T] tokens
 """
@@ -20,7 +20,7 @@ MODES = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_
 def importance_weights(
     log_ratio_BT: Tensor, counts_BT: Tensor, segments_BT: Tensor, mode: str, low: float, high: float
 ) -> Tensor:
-    """w = π_trainer / π_sampler of what was sampled, bounded; [B, T], 1 where a token does not count.
+    """[B, T]: w = π_trainer / π_sampler of the sampled tokens, bounded; 1 where a token does not count.
 
     "token_truncate": min(w, high) (TIS, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
     training"). "token_mask": w, and 0 outside low … high (IcePop, Ling team 2025). "sequence_…": with w the product
@@ -28,7 +28,7 @@ def importance_weights(
 
     Args:
       log_ratio_BT: log π_trainer − log π_sampler.
-      low: masks alone have one; as in TRL it may be 0.
+      low: only used by the masks; as in TRL it may be 0.
     """
     check_mode(mode, low, high)
     if mode == "none":
@@ -45,24 +45,27 @@ def importance_weights(
 
 
 def check_mode(mode: str, low: float, high: float) -> None:
-    """Raises UserError for a mode that does not exist or bounds that leave nothing."""
+    """Raises UserError for a mode that does not exist, or bounds that exclude the ratio 1."""
     if mode not in MODES:
         raise UserError(f"--config.rollout.correction={mode}: write one of {', '.join(MODES)}")
     if mode != "none" and not 0 <= low <= 1 <= high:
         raise UserError(
-            f"--config.rollout.correction_low={low} and correction_high={high} must lie on both sides of 1, from 0 on"
+            f"--config.rollout.correction_low={low} must lie in 0..1, and --config.rollout.correction_high={high} be "
+            "at least 1"
         )
 
 
 def per_token(of_documents_BS: Tensor, segments_BT: Tensor) -> Tensor:
-    """[B, T]: at each token the number of its document; 0 at padding."""
+    """[B, T]: each token gets the value of its document in of_documents_BS; padding gets 0."""
     index = (segments_BT.to(torch.int64) - 1).clamp(min=0)
     return torch.where(segments_BT > 0, of_documents_BS.gather(1, index), 0.0)
 
 
 def entropy_threshold(entropies: Tensor, share: float) -> float:
-    """The entropy that `share` of the tokens reach (Wang et al. 2025, arXiv:2506.01939: 0.2); entropies: of all tokens
-    that count, of all ranks, in any order. −∞ for none."""
+    """The entropy that `share` of the tokens reach or exceed (Wang et al. 2025, arXiv:2506.01939, use 0.2).
+
+    entropies: of all tokens that count, of all ranks, in any order. −∞ if there are none.
+    """
     if not entropies.numel():
         return -torch.inf
     ordered = entropies.double().flatten().sort().values  # torch.quantile takes 2**24 numbers at most
@@ -72,10 +75,13 @@ def entropy_threshold(entropies: Tensor, share: float) -> float:
 
 
 def high_entropy(entropy_BT: Tensor, counts_BT: Tensor, threshold: float) -> Tensor:
-    """1 for tokens that count and reach the threshold, else 0; [B, T]."""
+    """[B, T]: 1 for tokens that count and reach the threshold, else 0."""
     return ((entropy_BT >= threshold) & counts_BT).to(entropy_BT.dtype)
 
 
 def sampler_kl(log_ratio: Tensor) -> Tensor:
-    """KL(sampler, trainer) of sampled tokens, by k3: e^d − d − 1 of d = log π_trainer − log π_sampler."""
+    """The k3 estimate of KL(sampler, trainer) for each sampled token: e^d − d − 1.
+
+    log_ratio: d = log π_trainer − log π_sampler, of any shape.
+    """
     return log_ratio.exp() - log_ratio - 1

@@ -2,8 +2,9 @@
 
     "correct=1,format=0.2,my_package.rewards:brevity=0.1"
 
-names three rewards with their weights; the last is any function (Sample) -> a number, or None for what it cannot judge.
-A fourth name, reward_model, is what a model says (qwen3f.preference.judges.RewardModel): no process here can hold it.
+names three rewards with their weights. The last one is any function (Sample) -> a number, or None for a sample that it
+cannot judge. The name reward_model stands for the score of a model (qwen3f.preference.judges.RewardModel), which is not
+computed in these processes.
 """
 
 import dataclasses
@@ -38,16 +39,17 @@ def parse_rewards(text: str) -> dict[str, float]:
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"--config.rewards names {name!r}, which cannot be imported: {error}") from error
         if not there:
-            raise UserError(f"--config.rewards names {name!r}, which is no function")
+            raise UserError(f"--config.rewards names {name!r}, which is not a function")
     return weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """
+    """Rewards of samples.
+
     Attributes:
-      values: reward -> one number a sample, NaN where it could not be judged.
-      failures: "reward: why" -> of how many samples.
+      values: name of the reward -> a number for each sample, NaN if it could not be judged.
+      failures: "reward: reason" -> number of samples.
     """
 
     values: dict[str, list[float]]
@@ -57,7 +59,8 @@ class Judged:
 class Judge:
     """Judges samples by several rewards; a context manager.
 
-    weights: of `parse_rewards`. processes: at a time. deadline: seconds of one reward of one sample.
+    weights: as parse_rewards returns them. processes: number of judging processes. deadline: seconds that one reward of
+    one sample may take.
     """
 
     def __init__(self, weights: dict[str, float], processes: int, deadline: float) -> None:
@@ -65,8 +68,8 @@ class Judge:
         self._killable = Killable(processes, deadline)
 
     def __call__(self, samples: Sequence[Sample]) -> Judged:
-        """Each reward of each sample, once. One that raises, hangs, or gives what is no number within ±BOUND is NaN,
-        and counted; so is one that says None."""
+        """Computes each reward of each sample once. A reward is NaN, and counted as a failure, if it raises, takes
+        longer than the deadline, or returns None or anything else than a number within ±BOUND."""
         calls = [
             ("qwen3f.rl.rewards:run_reward", {"name": name, "sample": dataclasses.asdict(sample)})
             for name in self.names
@@ -97,7 +100,7 @@ class Judge:
 
 def _read(outcome: Outcome) -> tuple[float, str]:
     if outcome.failure:
-        return math.nan, " ".join(outcome.failure.split())  # a line of the log
+        return math.nan, " ".join(outcome.failure.split())  # in one line, for the log
     if outcome.value is None:
         return math.nan, "cannot be judged"
     return outcome.value, ""

@@ -18,10 +18,10 @@ Shown = list[list[Pictures]]
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A prompt and what was sampled after it.
+    """A prompt with a completion.
 
-    prompt, ids: tokens. logprobs: the sampler's, of ids. advantage: of each of ids. counts: False leaves it out of the
-    loss. pictures: that the prompt shows.
+    prompt: its tokens. ids: the tokens of the completion. logprobs: the sampler's, of ids. advantage: of every token of
+    ids. counts: False leaves the document out of the loss. pictures: of the prompt.
     """
 
     prompt: Sequence[int]
@@ -33,11 +33,11 @@ class Document:
 
 
 def pack(documents: Sequence[Document], seq_len: int, multiple: int, pad_id: int) -> tuple[Arrays, Shown]:
-    """(rows of seq_len places, as many as are needed, rounded up to a multiple (and never none) by empty ones; the
-    pictures of each).
+    """(arrays [R, T] of packed rows, T = seq_len; the pictures of each row).
 
-    Each document is whole. Keys as in the contracts' batch, and sampler_logprobs. float32 but for the log-probs, which
-    are float64. Every document must fit a row.
+    R is a multiple of `multiple`, and not 0; rows that are not needed are empty. No document is cut, so each must fit a
+    row. Keys: tokens, targets, loss_weights, positions, segments, advantages (float32) and sampler_logprobs
+    (float64).
     """
     rows = best_fit([len(d.prompt) + len(d.ids) for d in documents], seq_len, "drop")
     if rows.dropped:
@@ -60,7 +60,7 @@ def pack(documents: Sequence[Document], seq_len: int, multiple: int, pad_id: int
             document, span = documents[index], slice(place, place + places)
             shown[row] += [document.pictures] if document.pictures is not None else []
             ids = [*document.prompt, *document.ids]
-            answer = slice(place + len(document.prompt) - 1, place + places)  # what predicts a sampled token
+            answer = slice(place + len(document.prompt) - 1, place + places)  # places that predict a sampled token
             out["tokens"][row, span], out["targets"][row, span] = ids[:-1], ids[1:]
             out["positions"][row, span], out["segments"][row, span] = range(places), number
             out["loss_weights"][row, answer] = document.counts
@@ -78,8 +78,11 @@ def pack_updates(
     pad_id: int,
     cfg: ModelConfig | None = None,
 ) -> list[Arrays]:
-    """Rows of each update, equally many: groups of documents are shared out in order and stay together. cfg: of a model
-    that is shown pictures, whose rows have them (sight.with_pixels)."""
+    """Packed rows of each update; all updates get the same number of rows.
+
+    documents: by group. Groups are divided among the updates in order, and a group stays in one update. cfg: given for
+    a model with pictures; the rows then have their pixels (sight.with_pixels).
+    """
     parts = np.array_split(np.arange(len(documents)), updates)
     packed = [pack([d for i in part for d in documents[i]], seq_len, multiple, pad_id) for part in parts]
     most = max(len(part["tokens"]) for part, _ in packed)
@@ -97,6 +100,6 @@ def pack_updates(
 
 
 def own_rows(packed: Sequence[Arrays], rank: int, ranks: int) -> Arrays:
-    """The rows of a rank: of each update in turn its equal part."""
+    """The rows of a rank: its equal share of each update, one update after the other."""
     each = [{key: np.array_split(value, ranks)[rank] for key, value in part.items()} for part in packed]
     return {key: np.concatenate([part[key] for part in each]) for key in each[0]}

@@ -1,6 +1,6 @@
-"""The policy's loss as an objective: which surrogate, what sums, and one divisor for the whole update.
+"""The policy's loss as an objective: a surrogate, sums, and one divisor for the whole update.
 
-| loss    | a token's or document's cost       | the update's loss          | source                                  |
+| loss    | cost of a token or document        | loss of the update         | source                                  |
 |---------|------------------------------------|----------------------------|-----------------------------------------|
 | grpo    | clipped, a token's ratio           | mean of documents' means   | arXiv:2402.03300                        |
 | dr_grpo | the same                           | Σ / (documents · longest)  | arXiv:2503.20783                        |
@@ -12,9 +12,9 @@
 | luspo   | the same                           | mean of cost · length      | arXiv:2602.05261                        |
 | vespo   | gamma weight of a document · log π | mean of tokens             | arXiv:2602.10693                        |
 
-Tokens are those with a loss weight. Documents are all of them, those without such a token too. Both are counted over
-the whole update, all micro-batches and ranks, so that no cut changes the gradient. (Deviation: TRL's bnpo divides by
-what a micro-batch has; so here it is dapo.)
+Tokens are those with a loss weight. Documents are all documents, also those without such a token. Both are counted over
+the whole update, all micro-batches and ranks, so the gradient does not depend on how the update is split. (Deviation:
+TRL's bnpo divides by the number of tokens in a micro-batch; here it equals dapo.)
 
 [B, T] tokens · [B, S] documents of a row · [C, B, T] several numbers a token
 """
@@ -54,26 +54,29 @@ AGGREGATION = {
     "vespo": TOKEN_MEAN,
 }
 LOSSES = tuple(AGGREGATION)
-OF_DOCUMENTS = ("gspo", "luspo", "vespo")  # whose ratio is a document's
+OF_DOCUMENTS = ("gspo", "luspo", "vespo")  # losses that take the ratio of a document, not of a token
 KINDS_OF_KL = ("k1", "k2", "k3")
 
 
 @dataclasses.dataclass(frozen=True)
 class GRPO:
-    """
+    """The loss of a policy.
+
     Attributes:
       loss: one of LOSSES.
-      clip_low, clip_high: the ratio counts from 1 − clip_low to 1 + clip_high (gspo's paper: 3e-4 and 4e-4).
-      dual_clip: where the advantage is negative the ratio counts up to this; above 1 + clip_high; 0: without bound.
+      clip_low, clip_high: the ratio of new to old policy is clipped to 1 − clip_low … 1 + clip_high (gspo's paper uses
+        3e-4 and 4e-4).
+      dual_clip: where the advantage is negative, the ratio is capped at this; more than 1 + clip_high; 0: no cap.
       cispo_cap: cispo's largest weight; see surrogates.cispo.
       sapo_temperatures: sapo's τ for positive advantages, and for others.
-      kl_coef: of the KL to a frozen reference; 0: none, and no reference.
-      kl: its estimate, one of KINDS_OF_KL. kl_ratio: multiply it by the ratio, so that its gradient is the reverse
-        KL's off policy too; see surrogates.kl_estimate.
-      router_losses: add those of a mixture's routers. The prompts of one task use few experts, and balancing them
-        changes what the model says (verl's mixtures on Megatron have none, too).
-      longest: tokens that a completion may have; dr_grpo's constant. 0: as many as the batch has columns, for rows that
-        hold a completion each.
+      kl_coef: weight of the KL to a frozen reference; 0: no KL, and no reference.
+      kl: estimator of the KL, one of KINDS_OF_KL.
+      kl_ratio: multiply the estimate by the ratio, so that off policy too its gradient is that of the reverse KL; see
+        surrogates.kl_estimate.
+      router_losses: add the router losses of a mixture of experts. Off by default: the prompts of one task use few
+        experts, and balancing them changes the model's answers. (verl on Megatron has them off, too.)
+      longest: tokens of a completion, at most; dr_grpo's constant. 0: the number of columns of the batch, for rows that
+        hold one completion each.
     Raises UserError for values that do not go together.
     """
 
@@ -96,7 +99,8 @@ class GRPO:
             raise UserError(f"--config.grpo.kl={self.kl}: write one of {', '.join(KINDS_OF_KL)}")
         if not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
             raise UserError(
-                f"--config.grpo.clip_low={self.clip_low} must lie in 0..1, and clip_high={self.clip_high} be at least 0"
+                f"--config.grpo.clip_low={self.clip_low} must lie in 0..1, and --config.grpo.clip_high="
+                f"{self.clip_high} be at least 0"
             )
         if self.dual_clip and self.dual_clip <= 1 + self.clip_high:
             raise UserError(
@@ -124,11 +128,11 @@ class GRPO:
 
 
 def policy_loss(log_probs_BT: Tensor, batch: Batch, hyper: GRPO) -> tuple[Tensor, Figures]:
-    """(the loss, a scalar with a gradient by log_probs_BT; figures) of a whole update's batch, as a step has them.
+    """(the loss, a scalar with a gradient for log_probs_BT; metrics) of the batch of a whole update.
 
-    batch: old_logprobs (default: log_probs_BT itself, without a gradient), advantages and loss_weights, all [B, T];
-    ref_logprobs where kl_coef > 0; segments (default: a row is one document); entropy, which is then reported.
-    Advantages may differ from token to token, as a correction (qwen3f.rl.correction) leaves them.
+    batch: advantages and loss_weights; old_logprobs (default: log_probs_BT, detached); ref_logprobs if kl_coef > 0;
+    entropy, to report it; all [B, T]. segments (default: a row is one document). Advantages may differ from token to
+    token, as after a correction (qwen3f.rl.correction).
     """
     blank = torch.zeros_like(log_probs_BT, dtype=torch.int64)
     rows = {"tokens": blank, "targets": blank, **batch}
@@ -137,11 +141,11 @@ def policy_loss(log_probs_BT: Tensor, batch: Batch, hyper: GRPO) -> tuple[Tensor
 
 
 def make_objective(hyper: GRPO, entropy: bool = True, num_ids: int = 0) -> Objective:
-    """What a step minimises. entropy: report the tokens' mean entropy. num_ids: the sampler's, see Objective.
+    """The objective that a step minimises. entropy: report the mean entropy. num_ids: the sampler's, see Objective.
 
-    Figures are means as the loss's: of tokens, or of documents' means. ratio_gap: |r − 1|, exactly 0 where all ratios
-    are exactly 1. clip_low, clip_high: share that a bound takes the gradient from. moved: KL(π_old, π), by k3. kl: to
-    the reference. entropy.
+    Metrics are averaged as the loss: over tokens, or over the means of documents. ratio_gap: |r − 1|, exactly 0 if all
+    ratios are exactly 1. clip_low, clip_high: share that a bound takes the gradient from. moved: KL(π_old, π), by k3.
+    kl: to the reference. entropy: of tokens.
     """
     reports = ("ratio_gap", "clip_low", "clip_high", "moved", *(("kl",) if hyper.kl_coef else ()))
     reports += ("entropy",) if entropy else ()
@@ -167,13 +171,13 @@ def _longest(hyper: GRPO, rows: Batch) -> int:
 
 
 def _log_ratio(log_prob: Tensor, batch: Batch) -> Tensor:
-    """Without old_logprobs 0, with the gradient of log π: what was sampled from is the policy itself."""
+    """log π − log π_old. Without old_logprobs π is the old policy too: the value is 0, with the gradient of log π."""
     old = batch["old_logprobs"].to(log_prob.dtype) if "old_logprobs" in batch else log_prob.detach()
     return log_prob - old
 
 
 def _others(hyper: GRPO, log_prob: Tensor, log_ratio: Tensor, batch: Batch, reports: tuple[str, ...]) -> Figures:
-    """What is reported of a token whatever the loss; "kl" with its gradient."""
+    """Metrics of a token that do not depend on the loss; "kl" has its gradient."""
     out = {"ratio_gap": (log_ratio.exp() - 1).abs(), "moved": log_ratio.exp() - log_ratio - 1}
     if hyper.kl_coef:
         out["kl"] = surrogates.kl_estimate(log_prob, batch["ref_logprobs"].to(log_prob.dtype), hyper.kl)
@@ -183,7 +187,7 @@ def _others(hyper: GRPO, log_prob: Tensor, log_ratio: Tensor, batch: Batch, repo
 
 
 def _by_tokens(hyper: GRPO, reports: tuple[str, ...]) -> tuple[Callable, Callable | None]:
-    """token and document functions of the losses whose ratio is a token's."""
+    """The token and document functions of the losses that take the ratio of a token."""
 
     def of_token(log_prob: Tensor, batch: Batch) -> tuple[Tensor, Figures]:
         log_ratio = _log_ratio(log_prob, batch)
@@ -220,15 +224,15 @@ def _by_tokens(hyper: GRPO, reports: tuple[str, ...]) -> tuple[Callable, Callabl
 
 
 def _by_documents(hyper: GRPO, reports: tuple[str, ...]) -> tuple[Callable, Callable]:
-    """token and document functions of the losses whose ratio is a document's."""
-    whole = ("clip_low", "clip_high")  # figures of a document, not of a token
+    """The token and document functions of the losses that take the ratio of a document."""
+    whole = ("clip_low", "clip_high")  # metrics of a document, not of a token
     of_tokens = tuple(name for name in reports if name not in whole)
 
     def token(log_prob: Tensor, batch: Batch) -> tuple[Tensor, Figures]:
         log_ratio, advantage = _log_ratio(log_prob, batch), batch["advantages"].to(log_prob.dtype)
         others = _others(hyper, log_prob, log_ratio, batch, reports)
         kl = others.get("kl", torch.zeros_like(log_prob))
-        if hyper.loss == "vespo":  # there only a weight: a ratio without bound would be no number
+        if hyper.loss == "vespo":  # the ratio is only a weight there; without bounds its exp could overflow
             log_ratio = log_ratio.clamp(-20.0, 20.0)
         figures = [others[name].detach() for name in of_tokens]
         return torch.stack([log_ratio, advantage, advantage * log_prob, kl, *figures]), {}
@@ -253,7 +257,7 @@ def _by_documents(hyper: GRPO, reports: tuple[str, ...]) -> tuple[Callable, Call
 
 
 def _means(hyper: GRPO, rows: Batch, reports: tuple[str, ...], sums: list[Tensor]) -> Figures:
-    """A document's figures from its sums, so that over the loss's divisor they give a mean."""
+    """Metrics of a document from its sums, scaled so that the divisor of the loss makes them means."""
     how = AGGREGATION[hyper.loss]
     if how == TOKEN_MEAN:
         return dict(zip(reports, sums))
@@ -263,6 +267,6 @@ def _means(hyper: GRPO, rows: Batch, reports: tuple[str, ...], sums: list[Tensor
 
 
 def _lengths(rows: Batch, dtype: torch.dtype) -> Tensor:
-    """[B, S], the number (the weights' sum) of each document's tokens that count."""
+    """[B, S]: the number of tokens of each document that count (the sum of their loss weights)."""
     weights = torch.where(predicted(rows), rows["loss_weights"], 0).to(dtype)
     return document_sums(weights, segments_of(rows), rows["tokens"].shape[1])

@@ -1,6 +1,6 @@
-"""A step's batch from prompts: completions, rewards, advantages, rows, and the log-probs that the loss compares with.
+"""Makes a step's batch from prompts: completions, rewards, advantages, rows, and log-probs of old and reference policy.
 
-All ranks have all completions and decide alike; each ends with its own rows of the same packing.
+All ranks have all completions and make the same decisions; at the end each takes its own share of the packed rows.
 
 N prompts · G completions of each · R rows of this rank · T places
 """
@@ -35,21 +35,22 @@ Outputs = Callable[[Params, Batch], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a step's batch is made with.
+    """Options of a step's batch.
 
     Attributes:
-      baseline, scale, combine: of advantages.combine_rewards.
-      draws: batches of prompts a step may draw until it has as many groups with a difference as one batch has prompts;
-        only those are trained on then. 1: one, and all of it.
-      mask_truncated: completions that did not end count in no loss; their rewards count in their group.
-      correction, low, high: of correction.importance_weights.
-      top_entropy: only the share of tokens with the highest entropy has an advantage; 1: all.
-      trust_sampler: the sampler's log-probs are the old ones, instead of the trainer's own, which are not computed
+      baseline, scale, combine: as for advantages.combine_rewards.
+      draws: batches of prompts that a step may draw, until it has as many groups with different rewards as a batch has
+        prompts. Only these groups are trained on. 1: draw one batch and train on all of it.
+      mask_truncated: leave completions that did not end out of the loss; their rewards still count in their group.
+      correction, low, high: as for correction.importance_weights.
+      top_entropy: train only on this share of the tokens, those with the highest entropy; 1: all.
+      trust_sampler: take the sampler's log-probs as those of the old policy. The trainer's own are then not computed,
         unless something else needs them.
-      seq_len, rows, updates, least_parts: T; rows of a micro-batch on a rank; updates of a step; micro-batches of an
-        update, at least.
-      thinking: whether completions are asked to think. begun: what of an answer the prompts hold already, a "<think>".
-      sight: how images are looked at, of a model that is asked about some.
+      seq_len: T. rows: rows of a micro-batch on a rank. updates: optimizer updates of a step. least_parts:
+        micro-batches of an update, at least.
+      thinking: whether the prompts let the model think. begun: the beginning of the answer that the prompts already
+        hold, such as "<think>".
+      sight: how images become patches; None for a model without images.
     """
 
     baseline: str
@@ -73,8 +74,11 @@ class Options:
 
 @dataclasses.dataclass
 class Group:
-    """A prompt's completions. place: in the data order. rewards: by name, of each. total, advantages: float64 [G].
-    pictures: that the prompt shows."""
+    """A prompt with its completions.
+
+    place: of the prompt in the data order. rewards: name -> a number for each completion. total, advantages: float64
+    [G]. pictures: of the prompt.
+    """
 
     place: int
     asked: Asked
@@ -88,7 +92,11 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """groups: all that were sampled. trained: those of them that the step trains on. seconds: of sampling, judging."""
+    """The completions of a step.
+
+    groups: all groups that were sampled. trained: the groups that the step trains on. draws: batches of prompts that
+    were drawn. failures: reason -> number of completions. seconds: for sampling, and for judging.
+    """
 
     groups: list[Group]
     trained: list[Group]
@@ -98,7 +106,7 @@ class Drawn:
 
 
 def draw(batch: Batch, more: More, asked: Sequence[Asked], tools: "Tools", options: Options) -> Drawn:
-    """Completions with rewards and advantages. Raises UserError if no completion of a batch could be judged."""
+    """Samples and judges completions. Raises UserError if no completion of a batch could be judged."""
     groups: list[Group] = []
     seconds, failures = [0.0, 0.0], dict[str, int]()
     wanted, draws, kept = 0, 0, list[Group]()
@@ -125,7 +133,8 @@ def draw(batch: Batch, more: More, asked: Sequence[Asked], tools: "Tools", optio
 
 @dataclasses.dataclass(frozen=True)
 class ModelReward:
-    """scores: of documents of ids, a prompt with its completion; all ranks give the same and get all."""
+    """The reward of a reward model. scores: scores documents of ids, each a prompt with its completion. All ranks pass
+    the same documents and get all scores."""
 
     weight: float
     scores: Callable[[Sequence[Sequence[int]]], list[float]]
@@ -133,7 +142,7 @@ class ModelReward:
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """What effects go through: the policy's sampler, the judge of this rank's share, the ranks, and a reward model."""
+    """Objects with side effects: the policy's sampler, the judge for this rank's share, the ranks, a reward model."""
 
     sampler: Sampler
     judge: Judge
@@ -144,12 +153,12 @@ class Tools:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the rewards, in the order of Group.rewards."""
+        """The weights of the rewards, in the order of Group.rewards."""
         return (*self.judge.weights, *((self.model.weight,) if self.model else ()))
 
 
 def _asked(batch: Batch, asked: Sequence[Asked], world: World) -> list[Group]:
-    """The groups of a batch over all ranks, by their places."""
+    """The groups of a batch of all ranks, sorted by place, without completions."""
     pairs = list(zip(batch["index"].tolist(), batch["question"].tolist()))
     everywhere = {place: number for told in world.gather(pairs) for place, number in told}
     return [Group(place, asked[number], [], []) for place, number in sorted(everywhere.items())]
@@ -181,7 +190,8 @@ def _seen(asked: Asked, rollout: Rollout, tools: Tools, options: Options) -> Sam
 
 
 def _judge(groups: list[Group], tools: Tools) -> dict[str, int]:
-    """Rewards of each completion, once; why some have none. Each rank judges its share; a model's is last."""
+    """Sets the rewards of all groups; returns why rewards failed. Each rank judges its share. The reward model's reward
+    comes last."""
     samples = [sample for group in groups for sample in group.samples]
     mine = range(tools.world.rank, len(samples), tools.world.size)
     found = tools.judge([samples[i] for i in mine])
@@ -212,7 +222,7 @@ def _check_some(found: Judged, samples: int) -> None:
 
 
 def _advantages(groups: list[Group], weights: Sequence[float], options: Options) -> None:
-    """Of all groups together, as a scale may be the batch's."""
+    """Sets the advantages of all groups at once, since scale="batch" needs them all."""
     names = list(groups[0].rewards)
     rewards = torch.tensor([[group.rewards[name] for group in groups] for name in names], dtype=torch.float64)
     total, advantages = combine_rewards(rewards, weights, options.combine, options.baseline, options.scale)
@@ -224,7 +234,7 @@ def _advantages(groups: list[Group], weights: Sequence[float], options: Options)
 
 
 def documents(groups: Sequence[Group], mask_truncated: bool) -> list[list[Document]]:
-    """Each group's completions, in order."""
+    """The completions of each group as documents, in order."""
     return [
         [
             Document(group.asked.ids, one.ids, one.logprobs, advantage, one.ended or not mask_truncated, group.pictures)
@@ -235,7 +245,7 @@ def documents(groups: Sequence[Group], mask_truncated: bool) -> list[list[Docume
 
 
 def make_rows(groups: Sequence[Group], pad_id: int, axes: Axes, options: Options, temperature: float) -> Batch:
-    """This rank's rows, CPU tensors; sampler_logprobs among them. As many on every rank."""
+    """This rank's rows as CPU tensors [R, T], with sampler_logprobs. Every rank gets the same number of rows."""
     rank, ranks = axes.rows
     multiple = ranks * options.rows * options.least_parts
     shape = options.updates, options.seq_len, multiple, pad_id
@@ -249,7 +259,11 @@ def make_rows(groups: Sequence[Group], pad_id: int, axes: Axes, options: Options
 
 @dataclasses.dataclass(frozen=True)
 class LogProbs:
-    """trainer, entropy: of this rank's rows, the targets' log-probs. reference: those of the frozen policy; or None."""
+    """Functions on this rank's rows, each giving [R, T].
+
+    trainer: log-probs of the targets. reference: those of the frozen policy, or None. entropy: of the predictions, or
+    None.
+    """
 
     trainer: Outputs
     reference: Callable[[Batch], Tensor] | None
@@ -257,10 +271,10 @@ class LogProbs:
 
 
 def compare(rows: Batch, params: Params, log_probs: LogProbs, tools: Tools, options: Options) -> dict[str, float]:
-    """Puts old_logprobs, ref_logprobs and the corrected advantages into `rows`, and takes the sampler's out.
+    """Adds old_logprobs, ref_logprobs and the corrected advantages to `rows`, and removes sampler_logprobs.
 
-    Returns what the sampler's log-probs and the trainer's differ by, over all ranks: their KL, the largest difference,
-    the mean weight of the correction. Nothing, where the sampler is taken at its word.
+    Returns how much the log-probs of sampler and trainer differ, over all ranks: their KL, the largest difference, and
+    the mean weight of the correction. Returns {} if the trainer's log-probs were not computed (options.trust_sampler).
     """
     sampler = rows.pop("sampler_logprobs")
     counts = rows["loss_weights"] != 0
@@ -290,12 +304,12 @@ def compare(rows: Batch, params: Params, log_probs: LogProbs, tools: Tools, opti
 
 
 def _first_of_row(axes: Axes) -> bool:
-    """Whether a rank is the first of those that have the same rows."""
+    """Whether this rank is the first one of the ranks that have the same rows."""
     return all(axes[name].index == 0 for name in ("cp", "tp", "pp"))
 
 
 def _everywhere(values: Tensor, tools: Tools) -> Tensor:
-    """The values of all rows, one after the other."""
+    """The values of the rows of all ranks, concatenated."""
     own = values.double().cpu().numpy().tobytes() if _first_of_row(tools.axes) else b""
     told = b"".join(tools.world.gather_bytes(own))
     return torch.frombuffer(bytearray(told), dtype=torch.float64) if told else torch.zeros(0, dtype=torch.float64)
@@ -305,7 +319,7 @@ def _everywhere(values: Tensor, tools: Tools) -> Tensor:
 
 
 def figures(drawn: Drawn) -> dict[str, float]:
-    """Means over a step's completions; the same on every rank but for what it took."""
+    """Metrics of a step's completions; the same on every rank, except the times."""
     samples = [sample for group in drawn.groups for sample in group.samples]
     total = torch.stack([group.total for group in drawn.groups])
     tokens = [sample.tokens for sample in samples]
@@ -331,13 +345,13 @@ def figures(drawn: Drawn) -> dict[str, float]:
 
 
 def _all_best(group: Group, best: Mapping[str, float]) -> bool:
-    """Whether each reward of each completion that was judged is the highest; False where none was."""
+    """Whether all judged completions have the highest value of each reward; False if none was judged."""
     judged = ~group.total.isnan().numpy()
     return bool(judged.any()) and all((np.array(group.rewards[name])[judged] == best[name]).all() for name in best)
 
 
 def lines(step: int, drawn: Drawn) -> list[dict[str, Any]]:
-    """Every completion, for samples/."""
+    """A line for samples/ for each completion."""
     out = []
     trained = {group.place for group in drawn.trained}
     for group in drawn.groups:

@@ -1,4 +1,4 @@
-"""What is asked: the questions of several tasks in fixed shares, as a Loader's dataset of numbers, and their ids."""
+"""The questions of several tasks in fixed shares: their token ids, and their order as a Loader's dataset of numbers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from qwen3f.tasks.task import Question, Task
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A question of a task, and the ids that a completion follows. name: the task's, as open_task takes it."""
+    """A question of a task. name: the task's name, as open_task takes it. ids: the token ids of the prompt."""
 
     name: str
     task: Task
@@ -27,7 +27,7 @@ class Asked:
 
 
 class Numbers:
-    """A part of a mixture whose examples are their own numbers, from `first` on."""
+    """A part of a mixture whose examples are placeholders with a number of a question: first, first + 1, …"""
 
     def __init__(self, first: int, count: int) -> None:
         self._first, self._count = first, count
@@ -49,12 +49,13 @@ class Numbers:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """
+    """The training questions of a run.
+
     Attributes:
       asked: all questions.
-      order: a dataset whose examples say which is asked ("question"): each task in its share, its questions each
-        once before one comes again.
-      too_long: left out, as their prompts leave no room for a completion.
+      order: a dataset whose examples have "question", an index into `asked`. Each task has its share; all of its
+        questions come once before one comes again.
+      too_long: number of questions that were left out, since their prompts leave no room for a completion.
     """
 
     asked: tuple[Asked, ...]
@@ -63,7 +64,7 @@ class Questions:
 
 
 def encode(tokenizer: Tokenizer, question: Question, thinking: bool, sight: Sight | None = None) -> tuple[int, ...]:
-    """A user's turn, and the beginning of an answer. sight: of a model with a tower, for a question with images."""
+    """Token ids of the question as a user's turn, and of the beginning of an answer. sight: needed if it has images."""
     turn = [{"role": "user", "content": question.prompt}]
     if question.images:
         return tuple(encode_shown(tokenizer, turn, sight.segments(question.images), thinking=thinking))
@@ -80,8 +81,8 @@ def ask(
 ) -> Questions:
     """The training questions of (name, task, weight).
 
-    longest: ids that a prompt may have. most: questions of each task, the first ones; 0: all. sight: as for encode.
-    Raises UserError for a task without a question that fits.
+    longest: token ids of a prompt, at most. most: use this many questions of each task, the first ones; 0: all. sight:
+    as for encode. Raises UserError for a task without a question that fits.
     """
     asked: list[Asked] = []
     parts, too_long = [], 0
@@ -105,7 +106,7 @@ def ask(
 
 
 def first_questions(task: Task, split: Split, count: int) -> tuple[Question, ...]:
-    """Raises UserError for a task without one."""
+    """The first `count` questions of a split. Raises UserError for a task without one."""
     found = tuple(islice(task.questions(split), count))
     if not found:
         raise UserError(f"--config.tasks={task.name} has no {split} question; write --config.eval.questions=0")

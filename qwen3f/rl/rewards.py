@@ -1,6 +1,6 @@
-"""Rewards of completions by rule, by name. What runs them, and counts their failures, is qwen3f/rl/judge.py.
+"""Rewards of completions by rule, by name. qwen3f/rl/judge.py runs them and counts their failures.
 
-Imports no torch: the processes that judge have nothing else to load.
+Imports no torch, so that the judging processes start quickly.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from qwen3f.tasks.equivalence import math_reward
 from qwen3f.tasks.registry import open_task
 from qwen3f.tasks.word_problems import WordProblems
 
-BOUND = 1000.0  # of a reward; beyond it is a mistake, and would drown all others
-OVERLONG_SHARE = 0.25  # of the longest completion, over which `overlong` falls
+BOUND = 1000.0  # largest size of a reward; a larger one is taken for a mistake, and would outweigh all others
+OVERLONG_SHARE = 0.25  # `overlong` falls over this last share of the longest possible completion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Sample:
 
     Attributes:
       task, prompt, gold: of the question.
-      text: what the model wrote, without <|im_end|>. ended: it wrote that; else it was cut at `longest` tokens.
-      thinking: whether it was asked to think.
-      tokens: that it wrote. longest: that it could have written.
+      text: what the model wrote, without <|im_end|>. ended: whether it wrote <|im_end|>; else it was cut off.
+      thinking: whether the prompt let it think.
+      tokens: number of tokens that it wrote. longest: number that it could have written.
     """
 
     task: str
@@ -43,7 +43,7 @@ class Sample:
 
 
 def correct(sample: Sample) -> float | None:
-    """What the sample's task judges; 0 for a completion that did not end."""
+    """The verdict of the sample's task; 0 for a completion that did not end."""
     return open_task(sample.task, "--config.tasks").judge(sample.text, sample.gold) if sample.ended else 0.0
 
 
@@ -53,32 +53,34 @@ def mathematics(sample: Sample) -> float | None:
 
 
 def places(sample: Sample) -> float:
-    """The share of gold's parts, which blanks separate, that the final answer has in their place; 0 for a completion
-    that did not end. Something to learn from where answers are seldom right as a whole: of five numbers, four."""
+    """The share of gold's parts, separated by blanks, that the final answer has in the right place; 0 for a completion
+    that did not end. Helps where whole answers are seldom right: four right numbers of five give 0.8."""
     answer = boxed_answer(sample.text) if sample.ended else None
     given, wanted = (answer or "").split(), normalised(sample.gold).split()
     return sum(a == b for a, b in zip(given, wanted)) / max(len(given), len(wanted), 1)
 
 
 def form(sample: Sample) -> float:
-    """1 if the completion ended and has the form that was asked for, a thinking block and an answer, or an answer."""
+    """1 if the completion ended and has the requested form: a thinking block and an answer, or only an answer."""
     return float(sample.ended and is_well_formed(sample.text, sample.thinking, block_in_prompt=not sample.thinking))
 
 
 def length(sample: Sample) -> float:
-    """Minus the share of the longest completion that was written."""
+    """Minus the completion's length, as a share of the longest possible one."""
     return -sample.tokens / sample.longest
 
 
 def overlong(sample: Sample) -> float:
-    """0 up to a length, then falling to −1 at the longest (DAPO, arXiv:2503.14476, equation 13)."""
+    """0 up to a length, then falling linearly to −1 at the longest (DAPO, arXiv:2503.14476, equation 13)."""
     room = max(1, round(OVERLONG_SHARE * sample.longest))
     return -max(0.0, min(1.0, (sample.tokens - (sample.longest - room)) / room))
 
 
 def language(sample: Sample) -> float:
-    """The share of letters that are of the prompt's commonest script (DeepSeek-R1, arXiv:2501.12948, §2.3.2, of words);
-    1 where the prompt or the completion has no letter."""
+    """The share of the completion's letters in the prompt's most frequent script; 1 if one of both has no letter.
+
+    DeepSeek-R1 (arXiv:2501.12948, §2.3.2) takes the share of words.
+    """
     asked = Counter(filter(None, map(_script, sample.prompt)))
     given = Counter(filter(None, map(_script, sample.text)))
     if not asked or not given:
@@ -87,7 +89,7 @@ def language(sample: Sample) -> float:
 
 
 def _script(letter: str) -> str:
-    """The first word of a letter's name, such as LATIN; "" for what is no letter. Kana count as Chinese characters."""
+    """The first word of a letter's Unicode name, such as LATIN; "" for other characters. Kana count as CJK."""
     if not letter.isalpha():
         return ""
     word = unicodedata.name(letter, "").partition(" ")[0]
@@ -103,12 +105,13 @@ REWARDS: dict[str, Callable[[Sample], float | None]] = {
     "overlong": overlong,
     "language": language,
 }
-# The highest that a completion can get, where that is known; of the others it is the highest of a step.
+# The highest value that a completion can get. For other rewards, the highest value of a step is taken.
 HIGHEST = {"correct": 1.0, "math": 1.0, "places": 1.0, "format": 1.0, "overlong": 0.0, "language": 1.0}
 
 
 def modules_for(names: Iterable[str], tasks: Iterable[str]) -> tuple[str, ...]:
-    """What takes long to load and these rewards need for samples of these tasks: no part of a sample's deadline."""
+    """Modules that these rewards need for samples of these tasks and that take long to import. They are imported before
+    the deadline of a sample begins."""
     names = set(names)
     asks = names & {"math"} or (
         "correct" in names and any(isinstance(open_task(task, "--config.tasks"), WordProblems) for task in tasks)
@@ -117,12 +120,12 @@ def modules_for(names: Iterable[str], tasks: Iterable[str]) -> tuple[str, ...]:
 
 
 def run_reward(name: str, sample: dict[str, Any]) -> float | None:
-    """One reward of one sample, as the processes call it. Raises ValueError for what is no reward."""
+    """One reward of one sample; the judging processes call this. Raises ValueError for a result that is no reward."""
     reward = REWARDS.get(name) or find(name)
     value = reward(Sample(**sample))
     if value is None:
         return None
-    if not isinstance(value, numbers.Real):  # numpy's are
+    if not isinstance(value, numbers.Real):  # numpy's numbers are numbers.Real too
         raise ValueError(f"it gave {value!r:.80}, which is no number")
     if not math.isfinite(value) or abs(value) > BOUND:
         raise ValueError(f"it gave {value}, which is not within ±{BOUND:g}")

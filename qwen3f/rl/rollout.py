@@ -1,7 +1,7 @@
-"""Completions of prompts by the policy: the engine on whole weights, each rank its share, all of them on every rank.
+"""Completions of prompts by the policy. Each rank generates a share with whole weights; all ranks get all completions.
 
-A completion depends on the weights, the seed and its name alone (its prompt's place in the data order, and which of the
-prompt's completions it is): never on the batch, the mesh, or how often a run was killed.
+A completion depends only on the weights, the seed and its name: the place of its prompt in the data order, and its
+number among the prompt's completions. It never depends on the batch, the mesh, or how often the run was resumed.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ Shown = Sequence[Pictures | None] | None
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """ids: what was sampled, the stop id that ended it included. logprobs: of each, under what it was drawn from.
-    ended: by a stop id, not by its length."""
+    """A completion. ids: the sampled tokens, with the stop id that ended it. logprobs: of each token, under the
+    distribution that it was drawn from. ended: whether a stop id ended it, not max_new_tokens."""
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -33,8 +33,9 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutOptions:
-    """samples: of a prompt. max_new_tokens, temperature: of each. rows: at a time on a rank. seed: of all.
-    cache_tokens: room of the engine's cache, on a rank; 0: what a device has free."""
+    """samples: completions of each prompt. max_new_tokens, temperature: of a completion. rows: completions that a rank
+    generates at a time. seed: of all random streams. cache_tokens: tokens of the KV cache on a rank; 0: all free
+    memory."""
 
     samples: int
     max_new_tokens: int
@@ -45,7 +46,7 @@ class RolloutOptions:
 
 
 class Sampler:
-    """Makes completions; the engine is made with the first weights, and kept."""
+    """Generates completions. The first call of `update` makes the engine; later ones give it new weights."""
 
     def __init__(
         self, cfg: ModelConfig, tokenizer: Tokenizer, execution: model.Execution, world: World, options: RolloutOptions
@@ -55,7 +56,7 @@ class Sampler:
         self._engine: Engine | None = None
 
     def update(self, params: Params) -> None:
-        """The weights from here on: whole, of the compute dtype (`whole_params`)."""
+        """Use these weights from now on: whole tensors in the compute dtype (`whole_params`)."""
         if self._engine is not None:
             self._engine.update(params)
             return
@@ -72,8 +73,11 @@ class Sampler:
     def __call__(
         self, prompts: Sequence[Sequence[int]], places: Sequence[int], pictures: Shown = None
     ) -> list[list[Rollout]]:
-        """`samples` completions of each prompt. places: their names, which must differ from step to step. pictures: of
-        each prompt."""
+        """`samples` completions of each prompt.
+
+        places: a number for each prompt that names its random streams; numbers must differ from step to step. pictures:
+        of each prompt.
+        """
         options = self.options
         sampling = SamplingParams(temperature=options.temperature)
         names = [[place * options.samples + number for number in range(options.samples)] for place in places]
@@ -83,7 +87,7 @@ class Sampler:
         self, prompts: Sequence[Sequence[int]], temperature: float, max_new_tokens: int, pictures: Shown = None
     ) -> list[Rollout]:
         """One completion of each prompt, for an evaluation."""
-        names = [[-1 - number] for number in range(len(prompts))]  # no training step's
+        names = [[-1 - number] for number in range(len(prompts))]  # negative: no training step has these streams
         found = self._shared(prompts, names, SamplingParams(temperature=temperature), max_new_tokens, pictures)
         return [group[0] for group in found]
 

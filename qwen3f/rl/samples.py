@@ -1,4 +1,4 @@
-"""Every completion of a run, kept: workdir/samples/step-N.jsonl, a line each; the oldest files go."""
+"""Writes every completion of a step to workdir/samples/step-N.jsonl, one line each, and deletes the oldest files."""
 
 import json
 import math
@@ -12,7 +12,7 @@ FOLDER = "samples"
 
 
 def write_samples(workdir: Path, step: int, lines: Sequence[dict[str, Any]], keep: int) -> None:
-    """A step's file, whole or not at all. keep: of the last so many steps; 0: of all. NaN is written as null."""
+    """Writes the file of a step, atomically. keep: keep the files of this many last steps; 0: all. NaN becomes null."""
     folder = workdir / FOLDER
     text = "".join(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
     write_atomically(folder / f"step-{step:08d}.jsonl", text.encode())

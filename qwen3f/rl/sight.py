@@ -1,7 +1,7 @@
-"""Questions about images: what stands for them in a prompt, and the pixels, grids and positions of a step's rows.
+"""Questions about images: their placeholders in a prompt, and the pixels, grids and positions of a step's rows.
 
-The engine never draws the ids of images, which the trainer's log-probabilities count as any others. A trained model
-thinks them as good as impossible; what it does not shows in sampler_kl.
+The engine never draws the ids of images, but the trainer's log-probabilities treat them as any other ids. A trained
+model gives them almost no probability; whatever it gives them shows as a difference in sampler_kl.
 
 R rows · T places · P patches of a row · n images of a row
 """
@@ -25,19 +25,20 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """How a model looks at images. cfg: with a tower. min_pixels, max_pixels: between which they are scaled."""
+    """How images become patches. cfg: of a model with a vision tower. min_pixels, max_pixels: limits after scaling."""
 
     cfg: ModelConfig
     min_pixels: int
     max_pixels: int
 
     def segments(self, images: Sequence[Image.Image]) -> list[list[Segment]]:
-        """What stands for each image. Raises UserError for one that is too narrow."""
+        """The segments of text with placeholders for each image. Raises UserError for an image that is too narrow."""
         limits = self.min_pixels, self.max_pixels
         grids = [image_grid(image.height, image.width, self.cfg, *limits) for image in images]
         return [image_segments(merged_tokens(grid, self.cfg)) for grid in grids]
 
     def look(self, images: Sequence[Image.Image]) -> Pictures | None:
+        """The patches of all images; None without images."""
         if not images:
             return None
         return Pictures.of([image_patches(image, self.cfg, self.min_pixels, self.max_pixels) for image in images])
@@ -46,8 +47,8 @@ class Sight:
 def with_pixels(rows: Arrays, shown: Sequence[Sequence[Pictures]], cfg: ModelConfig) -> Arrays:
     """rows with pixel_values [R, P, values], grids [R, n, 3], visual_index [R, T] and positions [R, 3, T].
 
-    shown: of each row, in the order of its documents. P and n are what the fullest row needs, rounded up to a power of
-    two: few shapes.
+    shown: pictures of each row, in the order of its documents. P and n are the numbers that the fullest row needs,
+    rounded up to a power of two, so that few different shapes occur.
     """
     pixels = [
         torch.cat([one.pixels for one in row]) if row else torch.zeros(0, cfg.vision_patch_values) for row in shown
@@ -66,7 +67,7 @@ def with_pixels(rows: Arrays, shown: Sequence[Sequence[Pictures]], cfg: ModelCon
 
 
 def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[R, N, …] of [N_r, …], filled up with zeros."""
+    """Stacks R tensors [N_r, …] to [R, N, …], filled up with zeros; N is a power of two."""
     most = 1 << (max(1, max(map(len, parts))) - 1).bit_length()
     out = parts[0].new_zeros(len(parts), most, *parts[0].shape[1:])
     for row, part in zip(out, parts):

@@ -1,7 +1,7 @@
-"""What a policy-gradient loss is made of: a formula a function, pure, with its source.
+"""Formulas of policy-gradient losses: a pure function for each formula, with its source.
 
-lr = log π − log π_old and r = exp(lr) of a token, or of a sequence (`sequence_ratio`); A its advantage. Results are
-costs to minimise, of the arguments' common shape. [B, T] tokens, or [B, S] documents.
+lr = log π − log π_old and r = exp(lr) belong to a token, or to a sequence (`sequence_ratio`); A is its advantage.
+Results are costs to minimise, with the shape of the arguments: [B, T] tokens or [B, S] documents.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Clip(NamedTuple):
-    """r counts from 1 − low to 1 + high; where A < 0 up to dual at most (0: no such bound)."""
+    """Bounds of r: 1 − low, 1 + high, and `dual` as an upper bound where A < 0 (0: no such bound)."""
 
     low: float
     high: float
@@ -22,9 +22,9 @@ class Clip(NamedTuple):
 def clipped(ratio: Tensor, advantage: Tensor, clip: Clip) -> Tensor:
     """−min(r · A, clip(r, 1 − low, 1 + high) · A).
 
-    PPO (Schulman et al. 2017, arXiv:1707.06347, equation 7); an upper bound of its own from DAPO (Yu et al. 2025,
-    arXiv:2503.14476, §3.1). dual: for A < 0 at most −dual · A (Ye et al. 2020, arXiv:1912.09729, equation 5), which a
-    first r that is capped gives too, as TRL's delta does.
+    PPO (Schulman et al. 2017, arXiv:1707.06347, equation 7); the separate upper bound is from DAPO (Yu et al. 2025,
+    arXiv:2503.14476, §3.1). With dual, the cost for A < 0 is at most −dual · A (Ye et al. 2020, arXiv:1912.09729,
+    equation 5). Capping the first r at dual gives the same; TRL's delta does this.
     """
     bounded = ratio.clamp(1 - clip.low, 1 + clip.high) * advantage
     if clip.dual:
@@ -38,7 +38,7 @@ def clipped_low(ratio: Tensor, advantage: Tensor, clip: Clip) -> Tensor:
 
 
 def clipped_high(ratio: Tensor, advantage: Tensor, clip: Clip) -> Tensor:
-    """1 where the upper bound takes the gradient away, else 0; where A < 0 that is the dual one."""
+    """1 where an upper bound takes the gradient away, else 0: 1 + high where A > 0, dual where A < 0."""
     beyond = (ratio > 1 + clip.high) & (advantage > 0)
     if clip.dual:
         beyond = beyond | ((ratio > clip.dual) & (advantage < 0))
@@ -48,8 +48,8 @@ def clipped_high(ratio: Tensor, advantage: Tensor, clip: Clip) -> Tensor:
 def cispo(log_prob: Tensor, ratio: Tensor, advantage: Tensor, cap: float) -> Tensor:
     """−sg(min(r, cap)) · A · log π (MiniMax-M1, arXiv:2506.13585, equations 4 and 5, without a lower bound).
 
-    cap is the weight's bound itself, not how far it may lie above 1 (ScaleRL, arXiv:2510.13786: 5). A cap below 1 would
-    scale every gradient.
+    cap bounds the weight itself, not its distance from 1 (ScaleRL, arXiv:2510.13786, uses 5). A cap below 1 would scale
+    every gradient.
     """
     return -ratio.clamp(max=cap).detach() * advantage * log_prob
 
@@ -63,8 +63,8 @@ def sapo(ratio: Tensor, advantage: Tensor, temperature_pos: float, temperature_n
 def sequence_ratio(log_ratio_sum: Tensor, length: Tensor) -> Tensor:
     """exp(Σ lr / |y|): a document's ratio (GSPO, Zheng et al. 2025, arXiv:2507.18071, equation 7).
 
-    The sum is over the document's tokens that count, length their number; over the length, because a product grows with
-    it: 0.012 a token is a factor of 3.3 after 100.
+    log_ratio_sum is the sum over the document's tokens that count, length is their number. Without the division a
+    ratio grows with the length: 0.012 per token makes a factor of 3.3 after 100 tokens.
     """
     return (log_ratio_sum / length.clamp(min=1)).exp()
 
@@ -82,9 +82,9 @@ def gamma_weight(log_ratio_sum: Tensor, advantage: Tensor) -> Tensor:
 def kl_estimate(log_prob: Tensor, ref_log_prob: Tensor, kind: str) -> Tensor:
     """An estimate of KL(π, π_ref) from one token (Schulman 2020, "Approximating KL divergence"), Δ = log π − log π_ref.
 
-    "k1": Δ. "k2": Δ²/2. "k3": e^(−Δ) + Δ − 1. As a loss each has its own gradient (Tang and Munos 2025,
-    arXiv:2506.09477): on policy k1's is 0 in expectation and k3's the forward KL's, unless they are multiplied by the
-    ratio; k2's is the reverse KL's.
+    "k1": Δ. "k2": Δ²/2. "k3": e^(−Δ) + Δ − 1. As a loss each has a different expected gradient (Tang and Munos 2025,
+    arXiv:2506.09477). On policy, k2 has that of the reverse KL. k1 has 0 and k3 that of the forward KL, unless they are
+    multiplied by the ratio.
     """
     delta = log_prob - ref_log_prob
     if kind == "k1":

@@ -1,4 +1,4 @@
-"""The tasks of config.tasks: generated problems, data sets, code, and for a model that sees, pictures."""
+"""The tasks of config.tasks: generated problems, data sets, code, and pictures for a model with a vision tower."""
 
 from ml_collections import ConfigDict
 
@@ -18,7 +18,7 @@ VISUAL = "visual"
 
 
 def find_tasks(setup: Setup) -> list[tuple[str, Task, float]]:
-    """(name, task, weight) of config.tasks; generated problems of the kinds and difficulties of config.data."""
+    """(name, task, weight) of config.tasks. config.data sets the kinds and difficulties of generated problems."""
     data = setup.config.data
     fields = {key: data[key] for key in ("kinds", "difficulties", "problems", "problem_seed")}
     weights = parse_weights(setup.config.tasks, "--config.tasks")
@@ -51,12 +51,12 @@ def _open(setup: Setup, name: str, problems: ReasoningSource | None) -> Task:
 
 
 def drawn_task(data: ConfigDict) -> VisualTask:
-    """The task of the pictures that a stage with this config.data draws. Raises UserError as `drawing`."""
+    """The task about the pictures that this config.data describes. Raises UserError as `drawing`."""
     drawn = drawing(data)
     return VisualTask(drawn.kinds, drawn.seed, drawn.count, drawn.min_side, drawn.max_side)
 
 
 def find_sight(setup: Setup, tasks: list[tuple[str, Task, float]]) -> Sight | None:
-    """How images are looked at, where a task has some."""
+    """The Sight for questions about images, or None if no task has images."""
     data = setup.config.data
     return Sight(setup.model, data.min_pixels, data.max_pixels) if any(name == VISUAL for name, *_ in tasks) else None

@@ -1,8 +1,8 @@
-"""DeepStack: what the tower saw in its earlier layers (arXiv:2406.04334), in two forms.
+"""DeepStack (arXiv:2406.04334): outputs of earlier layers of the tower, called taps, in two forms.
 
-llm_inject, Qwen3-VL's: each tap has a merger of its own and is added to the hidden states of the visual tokens behind
+llm_inject, Qwen3-VL's form: each tap has its own merger and is added to the hidden states of the visual tokens after
 one of the language model's first layers. vit_fuse: taps are added to the tower's last output, each through a LayerNorm
-and a layer that starts at zero, so the tower begins as one without taps.
+and a linear layer that starts at zero, so at the start of training the taps change nothing.
 
 B rows · T places of a sequence · n this rank's tokens (sharding.tensor) · K merged features of a row · C tower width ·
 D width of the language model
@@ -31,15 +31,18 @@ class Fusion(nn.Module):
 
 
 class Features(NamedTuple):
-    """What the tower says of a row's images: merged [B, K, D], and the same of each tap that is injected."""
+    """The tower's output for the images of each row: merged [B, K, D], and taps, each [B, K, D], to be injected."""
 
     merged: Tensor
     taps: tuple[Tensor, ...]
 
 
 class Visual(NamedTuple):
-    """Features, and where they go: there, bool [B, T, 1] (with tp [1, n, 1], this rank's tokens), whether a feature
-    takes a place; rows, int64 [B, T] ([1, n]), which one, of all rows' features one behind the other."""
+    """Features and their places in the sequence.
+
+    there: bool [B, T, 1], whether a feature goes to this place. rows: int64 [B, T], its index in the features of all
+    rows, flattened to [B·K]. With tp both hold this rank's tokens: [1, n, 1] and [1, n].
+    """
 
     features: Features
     there: Tensor
@@ -47,7 +50,8 @@ class Visual(NamedTuple):
 
 
 def place_features(features: Features, visual_index_BT: Tensor, tp: Axis) -> Visual:
-    """visual_index: 0 for a word, else 1 + the number of the row's feature; under cp, this rank's part."""
+    """The places of features. visual_index: 0 for a word, else 1 + the number of the feature in its row; with cp, this
+    rank's part."""
     batch, each, _ = features.merged.shape
     first = torch.arange(batch, device=visual_index_BT.device)[:, None] * each
     there = visual_index_BT > 0
@@ -58,12 +62,12 @@ def place_features(features: Features, visual_index_BT: Tensor, tp: Axis) -> Vis
 
 
 def splice(x: Tensor, visual: Visual) -> Tensor:
-    """Embedded tokens with features in the places of their placeholders."""
+    """Embedded tokens, where features replace their placeholders."""
     return torch.where(visual.there, _at(visual.features.merged, visual.rows).to(x.dtype), x)
 
 
 def inject(x: Tensor, visual: Visual, layer: int) -> Tensor:
-    """Hidden states behind a layer, with its tap, if there is one, added."""
+    """The hidden states after `layer`, plus the tap of this layer if it has one."""
     if layer >= len(visual.features.taps):
         return x
     return x + torch.where(visual.there, _at(visual.features.taps[layer], visual.rows).to(x.dtype), 0)

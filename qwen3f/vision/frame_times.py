@@ -1,6 +1,6 @@
-"""How long each frame of an animation is shown, by the blocks of its file: no pixel is decoded.
+"""How long each frame of an animation is shown, read from the blocks of its file without decoding pixels.
 
-GIF, APNG and WebP. pillow knows these times only frame by frame, after decoding what comes before.
+For GIF, APNG and WebP. pillow gives a frame's time only after decoding the frames before it.
 """
 
 import struct
@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 
 def frame_times(data: bytes) -> list[int]:
-    """Milliseconds of each frame that pillow gives of the file, 0 where it says none; of a still image 0.
+    """Milliseconds of each frame, for the same frames that pillow gives; 0 where the file has no time; [0] for a still
+    image.
 
-    A damaged file gives those up to the damage. An APNG's picture that is no part of the animation has 0.
+    A damaged file gives the frames before the damage. An APNG's default image that is not part of the animation gets 0.
     """
     walks = {b"GIF8": _gif, b"\x89PNG": _png, b"RIFF": _webp}
     times = []

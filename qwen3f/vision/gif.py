@@ -1,7 +1,7 @@
-"""A GIF, APNG or animated WebP as a video of one rate: each frame says how long it is shown, a long one is several.
+"""A GIF, APNG or animated WebP as a video with a constant frame rate: a frame that is shown longer is repeated.
 
-Frames are decoded when they are asked for, so of a long GIF only those that are looked at (vision.video.sample_frames)
-and what their file builds them on.
+Frames are decoded on access. So of a long GIF only the sampled frames (vision.video.sample_frames) are decoded, and the
+frames that they are built on in the file.
 """
 
 import math
@@ -17,17 +17,17 @@ from qwen3f.vision.rgb import to_rgb
 
 
 class HeldFrames(Sequence[Image.Image]):
-    """The frame that is shown at each tick. Ask for ticks in order: going back decodes the file from its beginning."""
+    """The frame that is shown at each tick. Access ticks in order: going back decodes the file from its beginning."""
 
     def __init__(self, image: Image.Image, name: str, ticks: Sequence[int]) -> None:
-        """ticks: of each frame. name: of the file, for errors."""
+        """ticks: number of ticks of each frame. name: of the file, for errors."""
         self._image, self._name, self._ends = image, name, np.cumsum(ticks)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, tick: int) -> Image.Image:
-        """In RGB. Raises UserError as to_rgb."""
+        """The frame at a tick, in RGB. Raises UserError as to_rgb."""
         self._image.seek(int(np.searchsorted(self._ends, tick, side="right")))
         frame = self._image.copy()
         frame.info = dict(self._image.info)
@@ -35,11 +35,11 @@ class HeldFrames(Sequence[Image.Image]):
 
 
 def gif_frames(image: Image.Image, name: str, fps: float | None = None) -> tuple[Sequence[Image.Image], float | None]:
-    """(frames, frames a second), as video_patches takes them.
+    """(frames, frames per second), as video_patches takes them.
 
-    image: opened from a file. fps: of the frames, whatever the file says. None: the file's own times, in ticks of the
-    longest time that all of them are multiples of; a frame without a time is not shown, and where none has one the rate
-    is None. Raises UserError for a file that ends before its frames do.
+    image: opened from a file. fps: each frame is shown once, at this rate. None: use the file's own times. A tick is
+    then the greatest common divisor of these times; a frame without a time is left out; if no frame has a time, the
+    returned rate is None. Raises UserError for a file that ends before its last frame.
     """
     count = getattr(image, "n_frames", 1)
     if fps is not None:
@@ -49,7 +49,7 @@ def gif_frames(image: Image.Image, name: str, fps: float | None = None) -> tuple
 
 
 def gif_ticks(image: Image.Image, name: str) -> tuple[list[int], float | None]:
-    """(ticks of each frame, ticks a second), without decoding one, as gif_frames has them."""
+    """(number of ticks of each frame, ticks per second or None), as in gif_frames, without decoding a frame."""
     count = getattr(image, "n_frames", 1)
     times = frame_times(Path(image.filename).read_bytes())
     if count != len(times):

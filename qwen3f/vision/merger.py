@@ -1,6 +1,6 @@
-"""From neighbouring patches to tokens of the language model.
+"""Merges neighbouring patches to tokens of the language model.
 
-Patches come in blocks of m × m that make one token, so neighbours are consecutive rows.
+A block of m × m patches makes one token. The patches of a block are consecutive.
 
 B rows · P patches · K = P/m² tokens · C tower width · D width of the language model
 """
@@ -13,8 +13,10 @@ from qwen3f.vision.vit import EPS
 
 
 class MLPMerger(nn.Module):
-    """Qwen3-VL's: the m² patches side by side through two layers with GELU. joined: LayerNorm over all of them together
-    (a tap's), not over each."""
+    """Qwen3-VL's merger: concatenates the m² patches and applies two linear layers with a GELU between them.
+
+    joined: LayerNorm over the concatenated patches (mergers of taps), else over each patch.
+    """
 
     def __init__(self, cfg: ModelConfig, joined: bool) -> None:
         super().__init__()

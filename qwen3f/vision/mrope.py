@@ -1,10 +1,10 @@
-"""Where each token of a row with images stands: in time, height and width, and which merged feature it is.
+"""Positions of the tokens of a row with images, in time, height and width; and the merged feature of each placeholder.
 
-Qwen3-VL's rules (transformers, Qwen3VLModel.get_rope_index): a word moves all three axes on by one; the tokens of a
-frame share the time they begin at and spread over height and width from there; what follows goes on behind the longer
-of the two. A video is a sequence of frames with words between them.
+Qwen3-VL's rules (transformers, Qwen3VLModel.get_rope_index): a word advances all three axes by one. All tokens of a
+frame have the time at which the frame begins; from there, height and width count rows and columns. The next token
+continues after the larger of height and width. A video is a sequence of frames with words between them.
 
-Deviation from transformers: images that touch, without a word between them, are one after the other (there, an error).
+Deviation from transformers: two images without a word between them follow each other (in transformers, an error).
 
 B rows · T sequence · n images or groups of frames of a row · K merged features of a row
 P patches of a row · V values of a patch
@@ -20,10 +20,10 @@ from qwen3f.errors import UserError
 
 
 class Places(NamedTuple):
-    """Of items that are the 1st, 2nd, … of a row's frames, one frame after the other.
+    """Places of items (patches or merged features), which are numbered over all frames of a row. All fields are [B, K].
 
-    image, start: which of the row's grids, and the item it begins with. frame: of that grid. local: place within the
-    frame. height, width: of the frame. there: whether the row has as many.
+    image: index of the row's grid that holds the item. start: number of the first item of that grid. frame: index of
+    the frame in that grid. local: place within the frame. height, width: of the frame. there: whether the item exists.
     """
 
     image: Tensor
@@ -36,10 +36,10 @@ class Places(NamedTuple):
 
 
 def places_of(items_BK: Tensor, grids_Bn3: Tensor) -> Places:
-    """Where items number items[b, k], from 0, of row b lie in its grids; [B, K] each. Static shapes, no host sync.
+    """The places of items[b, k], numbers from 0, in the grids of row b. Shapes are static; the host never waits.
 
-    grids: t, h, w of each image in items; those of no items (zeros) are none. Items beyond the last are in a frame of
-    1 × 1, not `there`.
+    grids: t, h, w of each image, counted in items; grids of zeros are no images. Items beyond the last get a frame of
+    1 × 1 and there = False.
     """
     if not grids_Bn3.shape[1]:
         grids_Bn3 = grids_Bn3.new_zeros(len(grids_Bn3), 1, 3)
@@ -65,12 +65,12 @@ def merged_grids(grids_Bn3: Tensor, cfg: ModelConfig) -> Tensor:
 
 
 def is_visual(tokens_BT: Tensor, cfg: ModelConfig) -> Tensor:
-    """bool [B, T]: the placeholders that features take the place of."""
+    """bool [B, T]: whether a token is a placeholder, which a feature replaces."""
     return (tokens_BT == cfg.image_token_id) | (tokens_BT == cfg.video_token_id)
 
 
 def visual_index(tokens_BT: Tensor, cfg: ModelConfig) -> Tensor:
-    """int32 [B, T]: 0 for a word, else 1 + the number of the row's merged feature that takes this place."""
+    """int32 [B, T]: 0 for a word, else 1 + the number of the row's merged feature that replaces this placeholder."""
     visual = is_visual(tokens_BT, cfg)
     return torch.where(visual, visual.cumsum(1), 0).to(torch.int32)
 
@@ -79,17 +79,17 @@ def position_ids(tokens_BT: Tensor, grids_Bn3: Tensor, cfg: ModelConfig, segment
     """int64 [B, 3, T]: positions in time, height and width.
 
     Args:
-      tokens: int64; placeholders stand in the order of grids, as many as merged features.
-      grids: t, h, w in patches of each image or video, in the order they come in a row; zero rows are none.
-      segments: document numbers; positions restart where they change. None: one document a row.
-    Raises UserError, naming the row, where the placeholders are not as many as the features.
+      tokens: int64; placeholders are in the order of grids, one for each merged feature.
+      grids: t, h, w in patches of each image or video, in the order of the row; rows of zeros are no images.
+      segments: document numbers; positions restart where they change. None: a row is one document.
+    Raises UserError, naming the row, if the numbers of placeholders and features differ.
     """
     check_counts(tokens_BT, grids_Bn3, cfg)
     length = tokens_BT.shape[1]
     visual = is_visual(tokens_BT, cfg)
     at = places_of(visual.cumsum(1) - 1, merged_grids(grids_Bn3, cfg))
     last = at.local == at.height * at.width - 1
-    # What the tokens after this one are moved on by: a whole frame counts once, with its last token.
+    # How far each token advances the positions after it. A frame does so once, at its last token.
     steps = torch.where(visual, torch.where(last, torch.maximum(at.height, at.width), 0), 1)
     before = steps.cumsum(1) - steps
     if segments_BT is not None:
@@ -103,22 +103,22 @@ def position_ids(tokens_BT: Tensor, grids_Bn3: Tensor, cfg: ModelConfig, segment
 
 
 def next_position(positions_B3T: Tensor) -> Tensor:
-    """int64 [B]: where the token behind a row stands, on all axes."""
+    """int64 [B]: the position, equal on all axes, of the token that would follow the row."""
     return positions_B3T.amax((1, 2)) + 1
 
 
 def check_patches(grids_Bn3: Tensor, pixels_BPV: Tensor) -> None:
-    """Raises UserError unless each row has room for the patches that its grids name: it would see the next row's."""
+    """Raises UserError unless each row has at least as many patches as its grids name."""
     for row, patches in enumerate(grids_Bn3.to(torch.int64).prod(-1).sum(1).tolist()):
         if patches > pixels_BPV.shape[1]:
             raise UserError(
-                f"row {row} has {patches} patches by its grids, and pixel_values {pixels_BPV.shape[1]} a row; give all "
-                "of them, rows filled up with zeros to the same number"
+                f"row {row} has {patches} patches by its grids, but pixel_values has only {pixels_BPV.shape[1]} in a "
+                "row; give all patches, with zeros after those of shorter rows"
             )
 
 
 def check_counts(tokens_BT: Tensor, grids_Bn3: Tensor, cfg: ModelConfig) -> None:
-    """Raises UserError unless each row has as many placeholders as merged features, and grids can be merged."""
+    """Raises UserError unless each row has one placeholder for each merged feature, and grids can be merged."""
     side = cfg.vision_merger_spatial_factor
     if (grids_Bn3 < 0).any() or (grids_Bn3[..., 1:] % side).any():
         raise UserError(f"grids must be numbers of patches, height and width multiples of {side}: {grids_Bn3.tolist()}")
@@ -128,5 +128,5 @@ def check_counts(tokens_BT: Tensor, grids_Bn3: Tensor, cfg: ModelConfig) -> None
         if tokens != features:
             raise UserError(
                 f"row {row} has {tokens} placeholders (<|image_pad|>, <|video_pad|>) for {features} features of its "
-                "images; write as many, and refuse those that a user has typed"
+                "images; write one for each feature, and remove those that a user has typed"
             )

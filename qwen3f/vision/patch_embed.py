@@ -1,6 +1,6 @@
-"""From flat patches to the tower's input: a product, and learned positions interpolated to each image's grid.
+"""Embeds flat patches: a matrix product, plus learned positions that are interpolated to each image's grid.
 
-A convolution whose stride is its size is this product over flat patches, and much faster than cuDNN's.
+The product over flat patches equals a convolution whose stride is its size, and is much faster than cuDNN's.
 
 B rows · P patches of a row · C tower width · S rows and columns of the table of positions
 """
@@ -14,9 +14,9 @@ from qwen3f.config import ModelConfig
 
 
 def patch_places(rows_BP: Tensor, columns_BP: Tensor, heights_BP: Tensor, widths_BP: Tensor, side: int) -> Tensor:
-    """Where each patch lies in a table of side × side learned positions: [B, P, 2] coordinates, 0 … side − 1.
+    """float64 [B, P, 2]: coordinates of each patch in a table of side × side learned positions, 0 … side − 1.
 
-    The corners of an image lie on the corners of the table; an image one patch high lies at the top. float64.
+    The corners of an image map to the corners of the table; an image that is one patch high maps to its top row.
     """
     places = []
     for index, size in ((rows_BP, heights_BP), (columns_BP, widths_BP)):
@@ -25,7 +25,7 @@ def patch_places(rows_BP: Tensor, columns_BP: Tensor, heights_BP: Tensor, widths
 
 
 def interpolated(table: Tensor, places_BP2: Tensor, side: int) -> Tensor:
-    """[B, P, C]: bilinear mixtures of four rows of the table [S², C], weighted and summed in at least float32."""
+    """[B, P, C]: bilinear interpolation of the table [S², C], computed in at least float32. side: S."""
     wide = torch.promote_types(table.dtype, torch.float32)
     floor = places_BP2.floor()
     part = (places_BP2 - floor).to(wide)
@@ -40,7 +40,7 @@ def interpolated(table: Tensor, places_BP2: Tensor, side: int) -> Tensor:
 
 
 def embed(cfg: ModelConfig, params: P.Params, pixels_BPV: Tensor, places_BP2: Tensor) -> Tensor:
-    """[B, P, C] in the parameters' dtype."""
+    """The tower's input [B, P, C], in the parameters' dtype."""
     weight, bias = params[P.PATCH_EMBED + "weight"], params[P.PATCH_EMBED + "bias"]
     x_BPC = F.linear(pixels_BPV.to(weight.dtype), weight, bias)
     return x_BPC + interpolated(params[P.POSITIONS], places_BP2, cfg.vision_grid_side).to(x_BPC.dtype)

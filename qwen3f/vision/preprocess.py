@@ -1,11 +1,11 @@
 """Images and video frames as flat patches, with pillow and numpy alone.
 
-The pixels are those of transformers' Qwen2VLImageProcessorPil with Qwen3-VL's settings, bit for bit on one version of
-pillow (version 13 changed what resizing gives). Pictures become RGB by qwen3f.vision.rgb, whose rule differs where it
-says so.
+The pixels equal those of transformers' Qwen2VLImageProcessorPil with Qwen3-VL's settings, bit for bit with the same
+version of pillow (version 13 changed the results of resizing). qwen3f.vision.rgb converts pictures to RGB and says
+where its rules differ from transformers.
 
-H, W height and width in pixels · h, w in patches · t groups of frames · p patch size · m patches of a merged token's
-side · C channels · T frames of a patch
+H, W height and width in pixels · h, w height and width in patches · t groups of frames · p pixels of a patch's side ·
+m patches of a merged token's side · C channels · T frames of a patch
 """
 
 import functools
@@ -21,10 +21,10 @@ from qwen3f.limits import PIXELS
 from qwen3f.vision.rgb import to_rgb
 
 MIN_PIXELS, MAX_PIXELS = 256**2, 4096**2
-"""What a Qwen3-VL image is scaled to lie between."""
+"""Smallest and largest number of pixels of a Qwen3-VL image after scaling."""
 
 MAX_RATIO = 200
-"""Of the longer side to the shorter one; exactly this passes."""
+"""Largest allowed ratio of the longer side to the shorter one."""
 
 Grid = tuple[int, int, int]
 
@@ -34,9 +34,9 @@ def image_patches(
 ) -> tuple[np.ndarray, Grid]:
     """(patches float32 [h·w, C·T·p·p] in [−1, 1], its grid (1, h, w) in patches).
 
-    Patches come in blocks of m × m that make one token, blocks row by row; a patch is (C, T, p, p), the image repeated
-    over T. Raises UserError for a picture that cannot be decoded (to_rgb), is narrower than 1 : 200, or limits that
-    leave no patch.
+    Blocks of m × m patches, row by row, make one token each. A patch is (C, T, p, p), with the image repeated over T.
+    Raises UserError for a picture that cannot be decoded (to_rgb) or is narrower than 1 : 200, and for limits that no
+    image can meet.
     """
     rgb = to_rgb(image)
     height, width = fit_size(rgb.height, rgb.width, token_side(cfg), min_pixels, max_pixels)
@@ -46,21 +46,21 @@ def image_patches(
 
 
 def image_grid(height: int, width: int, cfg: ModelConfig, min_pixels: int, max_pixels: int) -> Grid:
-    """The grid that image_patches gives for an upright image of this size, without looking at its pixels."""
+    """The grid that image_patches gives for an upright image of this size, without reading its pixels."""
     high, wide = fit_size(height, width, token_side(cfg), min_pixels, max_pixels)
     return 1, high // cfg.vision_patch_size, wide // cfg.vision_patch_size
 
 
 def merged_tokens(grid: Grid, cfg: ModelConfig) -> int:
-    """How many tokens of the language model an image or video of this grid takes."""
+    """The number of tokens of the language model for an image or video of this grid."""
     return math.prod(grid) // cfg.vision_merger_spatial_factor**2
 
 
 def fit_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width), multiples of `factor`, nearly of the same ratio and between the two numbers of pixels.
+    """(height, width), multiples of `factor` with nearly the same ratio, and min_pixels to max_pixels pixels.
 
-    transformers' smart_resize. Deviation: a side of less than factor / 2 becomes `factor` where the image has
-    min_pixels already (never with Qwen3-VL's limits); there it would be scaled down to one token.
+    This is transformers' smart_resize, with one deviation: if an image already has min_pixels, a side shorter than
+    factor / 2 becomes `factor` (never with Qwen3-VL's limits). transformers would scale such an image to one token.
     """
     check_limits(factor, min_pixels, max_pixels)
     check_ratio(height, width)
@@ -77,23 +77,23 @@ def fit_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: 
 
 
 def token_side(cfg: ModelConfig) -> int:
-    """Pixels of a merged token's side."""
+    """Side of a merged token in pixels. Raises UserError for a model whose images are not RGB."""
     if cfg.vision_num_channels != 3:
         raise UserError(f"model.vision_num_channels={cfg.vision_num_channels}: images are read as RGB; write 3")
     return cfg.vision_patch_size * cfg.vision_merger_spatial_factor
 
 
 def check_limits(factor: int, min_pixels: int, max_pixels: int, section: str = "") -> None:
-    """Raises UserError for limits that no image can keep, or only as a huge one. section: before their names on the
-    command line."""
+    """Raises UserError for limits that no image can meet, or only a huge one. section: prefix of their flags, for
+    errors."""
     if not 1 <= min_pixels <= max_pixels or max_pixels < factor**2:
         raise UserError(
             f"{section}min_pixels={min_pixels} and {section}max_pixels={max_pixels} leave no size for an image: write "
-            f"1 or more and at least {factor**2}, one token's pixels"
+            f"1 or more for min_pixels, and at least min_pixels and {factor**2} (one token) for max_pixels"
         )
     if min_pixels > PIXELS.default:
         raise UserError(
-            f"{section}min_pixels={min_pixels} makes of every image one of more than {PIXELS.default:,} pixels: write "
+            f"{section}min_pixels={min_pixels} would scale every image to more than {PIXELS.default:,} pixels: write "
             "less"
         )
 
@@ -105,13 +105,13 @@ def check_ratio(height: int, width: int) -> None:
 
 @functools.cache
 def _levels() -> np.ndarray:
-    """float32 [256]: (u / 255 − 0.5) / 0.5, rounded where transformers rounds."""
+    """float32 [256]: (u / 255 − 0.5) / 0.5 for each level u, with the same rounding as transformers."""
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     return (scaled - np.float32(0.5)) / np.float32(0.5)
 
 
 def flat_patches(frames_FHWC: Sequence[np.ndarray] | np.ndarray, cfg: ModelConfig) -> tuple[np.ndarray, Grid]:
-    """Frames of one size, whole groups of T, as flat patches and their grid."""
+    """(patches float32 [t·h·w, C·T·p·p], grid) of frames of one size, whose number is a multiple of T."""
     p, m, T = cfg.vision_patch_size, cfg.vision_merger_spatial_factor, cfg.vision_temporal_patch_size
     frames, height, width, channels = np.shape(frames_FHWC)
     t, h, w = frames // T, height // p, width // p

@@ -1,7 +1,7 @@
-"""Pictures of any kind as RGB, by one rule whether they come from a file or as pillow's objects.
+"""Converts pictures of any kind to RGB, by the same rules for files and for pillow's objects.
 
-What turns a picture upright (EXIF) is applied; what is transparent stands on white; 16 bits are scaled to 8.
-transformers does the first for files alone and the second for objects alone, and lets 16 bits saturate.
+EXIF rotation is applied; transparent pixels become white; 16-bit levels are scaled to 8 bits. transformers applies EXIF
+only to files, makes transparency white only for objects, and lets 16-bit levels saturate.
 """
 
 import numpy as np
@@ -11,12 +11,13 @@ from qwen3f.errors import UserError
 from qwen3f.limits import PIXELS
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""By content, whatever a file is called. Others are not tried: pillow opens EPS by starting Ghostscript."""
+"""Formats that are read; the content of a file decides, not its name. Others are refused: pillow would, for example,
+start Ghostscript for EPS."""
 
-_KNOWN = (*FORMATS, "MPO")  # a JPEG with further pictures behind the first, as phones write it; the first is taken
+_KNOWN = (*FORMATS, "MPO")  # MPO: a JPEG with more pictures after the first, as phones write it; the first is taken
 _WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _WHITE = (255, 255, 255, 255)
-# A PNG's transparent colour is in the file's own levels, and pillow's pixels are in 8 bits.
+# A PNG names its transparent colour in its own levels, but pillow's pixels have 8 bits.
 _KEYS_IN_8_BITS = {
     "L;2": lambda key: 85 * key,
     "L;4": lambda key: 17 * key,
@@ -25,7 +26,7 @@ _KEYS_IN_8_BITS = {
 
 
 def check_size(image: Image.Image, name: str) -> None:
-    """Raises UserError for more pixels than limits.PIXELS, which is known before anything is decoded, and for none."""
+    """Raises UserError for an image with more pixels than limits.PIXELS, or with none; decodes nothing."""
     width, height = image.size
     if width * height > PIXELS.value():
         raise UserError(f"{name} has {width:,} × {height:,} pixels, {PIXELS.exceeded('pixels')}, or scale it down")
@@ -34,14 +35,14 @@ def check_size(image: Image.Image, name: str) -> None:
 
 
 def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
-    """The picture upright, on white, in RGB; of an animation the frame it stands at.
+    """The picture upright, on white, in RGB; for an animation its current frame.
 
-    A greyscale of 16 bits (modes I;16 and I, values up to 65,535) keeps its levels: 257 of them make one of 8 bits.
-    The transparent colour of a PNG of 2, 4 or three times 16 bits is known only of an image that is not loaded yet; its
-    `info` is then given it in 8 bits.
+    16-bit greyscale (modes I;16 and I, values up to 65,535) is scaled to 8 bits: 257 levels become one. A PNG with 2 or
+    4 bits, or with three times 16 bits, names its transparent colour in its own levels. They can only be known before
+    the image is loaded; then image.info gets the colour in 8 bits.
 
-    Raises UserError, which calls it `name`: too many pixels, none, a format that is not one of FORMATS, values that
-    have no known range (mode F, or I beyond 16 bits), damaged data.
+    Raises UserError, with `name` for the image: too many pixels or none, a format that is not in FORMATS, values
+    without a known range (mode F, or I beyond 16 bits), damaged data.
     """
     if image.format is not None and image.format not in _KNOWN:
         raise UserError(f"{name} is a {image.format}; only {', '.join(FORMATS)} are decoded: convert it")
@@ -51,12 +52,12 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     levels_of_file = image.tile[0][3] if getattr(image, "tile", None) else ""
     try:
         image.load()
-        if levels_of_file in _KEYS_IN_8_BITS and "transparency" in image.info:  # once: a loaded image names none
+        if levels_of_file in _KEYS_IN_8_BITS and "transparency" in image.info:  # only once: a loaded image has no tile
             image.info["transparency"] = _KEYS_IN_8_BITS[levels_of_file](image.info["transparency"])
         image = ImageOps.exif_transpose(image)
         if image.mode not in _WIDE_MODES:
             return _on_white(image)
-    except Exception as error:  # a decoder may meet anything in a damaged file
+    except Exception as error:  # a decoder may raise anything for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name} cannot be read ({reason}): copy it again.") from error
     values = np.asarray(image)

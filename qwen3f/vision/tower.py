@@ -1,7 +1,7 @@
 """The vision tower as a pure function: patches through embedding, blocks and mergers to features of tokens.
 
-Shapes are static: a row has room for P patches, of which its grids say how many are there; the rest is padding, which
-sees itself alone and which no token asks for.
+Shapes are static: a row has room for P patches, and its grids say how many are used. The rest is padding: each padding
+patch attends only to itself, and no token uses it.
 
 B rows · P patches of a row · V values of a patch · n grids of a row · C tower width
 """
@@ -28,7 +28,7 @@ Tower = Callable[[P.Params, Tensor, Tensor], Features]
 
 
 class PatchInputs(NamedTuple):
-    """What follows from the grids: cos, sin and mask for every block, places [B, P, 2] in the table of positions."""
+    """Inputs derived from the grids: cos, sin and mask for all blocks, places [B, P, 2] in the table of positions."""
 
     cos: Tensor
     sin: Tensor
@@ -39,9 +39,9 @@ class PatchInputs(NamedTuple):
 def make_tower(cfg: ModelConfig, attention: str, compile: str, layout: Layout = ONE_DEVICE) -> Tower:
     """tower(params, pixel_values [B, P, V], grids [B, n, 3]) -> Features.
 
-    attention, compile: as in model.Execution. params: this rank's shards, of which those in no stack must have gone
-    through model.make_outer; a stack may come as a tuple of its layers. Ranks of tp and cp share out the patches of
-    their rows, and all of them get all features.
+    attention, compile: as in model.Execution. params: this rank's shards; those that are in no stack must be what
+    model.make_outer returns; a stack may be a tuple of its layers. Ranks of tp and cp divide the patches of their rows,
+    and all of them get all features.
     """
     inject, axes = cfg.vision_deepstack_mode == "llm_inject", layout.axes
     with torch.device("meta"):
@@ -89,8 +89,8 @@ def patch_inputs(
     axes: Axes = ONE,
     compiled: bool = False,
 ) -> PatchInputs:
-    """This rank's part, for rows with room for `count` patches; dtype: that of the tower. compiled: whether blocks
-    are."""
+    """Inputs for this rank's patches, for rows with room for `count` patches. dtype: of the tower. compiled: whether
+    the blocks are compiled."""
     place = torch.arange(count, device=grids_Bn3.device).expand(len(grids_Bn3), count)
     at = places_of(place, grids_Bn3)
     side = cfg.vision_merger_spatial_factor
@@ -113,7 +113,7 @@ def patch_inputs(
 
 
 def _rows(params: P.Params, stack: str) -> list[P.Params]:
-    """A stack's parameters layer by layer, by their names in the layer; none for a stack that the model lacks."""
+    """A stack's parameters as a dict for each layer, keyed by name within the layer; [] if the model has no stack."""
     leaves = {path.removeprefix(stack): leaf for path, leaf in params.items() if path.startswith(stack)}
     rows = {name: leaf.unbind(0) if isinstance(leaf, Tensor) else leaf for name, leaf in leaves.items()}
     return [dict(zip(rows, values)) for values in zip(*rows.values(), strict=True)]

@@ -1,7 +1,7 @@
-"""Video as frames: which are looked at, when they were shown, and their patches (Qwen3-VL's rules).
+"""Video as frames: which frames are sampled, their times, and their patches (Qwen3-VL's rules).
 
-A video is a list of pictures and the rate they were taken at; time is told to the model in words, before each group of
-frames. Deviation from transformers: without a rate it is an error here, where it takes 24 frames a second.
+A video is a list of pictures and their frame rate. The model reads the time as words before each group of frames.
+Deviation from transformers: a video without a frame rate is an error; transformers assumes 24 frames per second.
 """
 
 import math
@@ -17,20 +17,20 @@ from qwen3f.vision.preprocess import Grid, check_limits, check_ratio, flat_patch
 from qwen3f.vision.rgb import to_rgb
 
 MIN_PIXELS, MAX_PIXELS = 4096, 25_165_824
-"""Of a whole video, height · width · frames, as Qwen3-VL's released preprocessors have them."""
+"""Limits of height · width · frames of a whole video, as in Qwen3-VL's released preprocessors."""
 
 MIN_FRAMES, MAX_FRAMES = 4, 768
 
 
 def sample_frames(count: int, source_fps: float, fps: float = 2.0) -> list[int]:
-    """The numbers of the frames to look at, of `count` taken at source_fps, so that there are `fps` a second.
+    """Indices of the frames to sample, `fps` per second, from `count` frames taken at source_fps.
 
-    Evenly spread from the first to the last; at least MIN_FRAMES where there are as many, at most MAX_FRAMES. Raises
-    UserError for no frames and for rates that are not positive.
+    They are evenly spread from the first to the last frame; at least MIN_FRAMES (if the video has as many), at most
+    MAX_FRAMES. Raises UserError if there are no frames, and for rates that are not positive.
     """
     if count < 1:
         raise UserError("a video without frames cannot be read")
-    for name, rate in (("the video's own rate", source_fps), ("the rate to look at it", fps)):
+    for name, rate in (("the video's own rate", source_fps), ("the sampling rate", fps)):
         if not 0 < rate < math.inf:
             raise UserError(f"{name} is {rate} frames a second; give a positive number")
     wanted = min(max(int(min(count / source_fps * fps, MAX_FRAMES)), MIN_FRAMES), count)
@@ -38,7 +38,8 @@ def sample_frames(count: int, source_fps: float, fps: float = 2.0) -> list[int]:
 
 
 def timestamps(indices: Sequence[int], source_fps: float, group: int) -> list[float]:
-    """Seconds of each group of frames: the mean of its first and last. An incomplete one repeats the last frame."""
+    """Time of each group of frames in seconds: the mean of its first and last frame. An incomplete last group repeats
+    the last frame."""
     full = [*indices, *[indices[-1]] * (-len(indices) % group)]
     times = [index / source_fps for index in full]
     return [(times[i] + times[i + group - 1]) / 2 for i in range(0, len(times), group)]
@@ -47,7 +48,7 @@ def timestamps(indices: Sequence[int], source_fps: float, group: int) -> list[fl
 def fit_size(
     frames: int, height: int, width: int, factor: int, group: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """(height, width) of every frame, as preprocess.fit_size but for a whole video: transformers' rule for Qwen3-VL.
+    """(height, width) of every frame, where the limits are for the whole video: transformers' rule for Qwen3-VL.
 
     group: frames of a patch. Sides below `factor` are first scaled up to it.
     """
@@ -68,7 +69,7 @@ def fit_size(
 
 
 def video_limits(min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Of a whole video, from those of an image: in the proportion that Qwen3-VL's limits of both have."""
+    """(min_pixels, max_pixels) of a whole video from those of an image, in the same ratio as Qwen3-VL's limits."""
     low, high = MIN_PIXELS / preprocess.MIN_PIXELS, MAX_PIXELS / preprocess.MAX_PIXELS  # 1/16 and 3/2, exact
     return max(1, int(min_pixels * low)), int(max_pixels * high)
 
@@ -83,7 +84,7 @@ def video_grid(
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[Grid, list[float]]:
-    """(grid, seconds of each group) that video_patches gives for `count` frames of this size, without their pixels."""
+    """(grid, seconds of each group) that video_patches gives for `count` frames of this size; reads no pixels."""
     indices, group = sample_frames(count, source_fps, fps), cfg.vision_temporal_patch_size
     shown = max(len(indices), group)
     high, wide = fit_size(shown, height, width, token_side(cfg), group, min_pixels, max_pixels)
@@ -101,14 +102,14 @@ def video_patches(
 ) -> tuple[np.ndarray, Grid, list[float]]:
     """(patches float32 [t·h·w, C·T·p·p], grid (t, h, w), seconds of each of the t groups of frames).
 
-    frames: all of the video; those of sample_frames are decoded. A frame of another size than the first is scaled to
-    the same. Raises UserError as sample_frames and image_patches.
+    frames: all frames of the video; only those of sample_frames are decoded. All are scaled to the size that the first
+    frame gets. Raises UserError as sample_frames and image_patches.
     """
     indices = sample_frames(len(frames), source_fps, fps)
     group = cfg.vision_temporal_patch_size
     count, size = max(len(indices), group), None
     resized = []
-    for index in indices:  # one after the other: a whole video in its own size may be large
+    for index in indices:  # one at a time: all frames at their own size could take much memory
         picture = to_rgb(frames[index])
         if size is None:
             size = fit_size(count, picture.height, picture.width, token_side(cfg), group, min_pixels, max_pixels)
@@ -119,5 +120,5 @@ def video_patches(
 
 
 def frame_text(seconds: float) -> str:
-    """What stands before a group of frames."""
+    """The text before a group of frames."""
     return f"<{seconds:.1f} seconds>"

@@ -1,6 +1,6 @@
-"""The vision tower's blocks (Qwen3-VL, arXiv:2511.21631): pre-norm, with biases, patches turned by height and width.
+"""The vision tower's blocks (Qwen3-VL, arXiv:2511.21631): pre-norm, with biases, rotary positions in height and width.
 
-A patch sees the patches of its own frame. Rows are packed: frames one behind the other, then padding.
+A patch attends to the patches of its own frame. Rows are packed: one frame after the other, then padding.
 
 B rows · P patches of a row · C width · H heads · d head size
 """
@@ -23,10 +23,10 @@ THETA = 1e4  # rotary base
 
 
 class FrameMask(NamedTuple):
-    """What a patch may see, in the form that its attention takes; one of the three is set.
+    """The attention mask of patches, in the form of the attention that is used; exactly one field is set.
 
-    ranges: for kernels.flash_attention. allowed: bool [B, 1, P, patches of all ranks]. frames: patches of the
-    frames, for kernels.document_attention.
+    ranges: for kernels.flash_attention. allowed: bool [B, 1, P, patches of all ranks]. frames: runs of patches that
+    form a frame, for kernels.document_attention.
     """
 
     ranges: KeyRanges | None = None
@@ -35,8 +35,11 @@ class FrameMask(NamedTuple):
 
 
 def frame_mask(starts_BP: Tensor, ends_BP: Tensor, keys: int, backend: str, head_dim: int, compiled: bool) -> FrameMask:
-    """starts, ends: of each patch's frame; of padding itself alone, so that it is never an empty row. keys: patches of
-    the row on all ranks. compiled: whether blocks are."""
+    """The mask from the first and last + 1 patch of each patch's frame.
+
+    starts, ends: for padding, the patch itself, so that no row of the mask is empty. keys: patches of a row on all
+    ranks. compiled: whether the blocks are compiled.
+    """
     ranges = key_ranges(starts_BP, ends_BP, keys)
     on_gpu = starts_BP.is_cuda and flash_attention.fits(head_dim)
     if backend == "flash" or (backend == "auto" and on_gpu):
@@ -53,7 +56,7 @@ def attend(q_BHPd: Tensor, k_BHPd: Tensor, v_BHPd: Tensor, mask: FrameMask, back
     if mask.frames is not None:
         return document_attention.attend(q_BHPd, k_BHPd, v_BHPd, mask.frames, causal=False)
     odd = torch.compiler.is_compiling() and q_BHPd.dtype == torch.float64 and not q_BHPd.is_cuda
-    if backend != "reference" and not odd:  # torch 2.11 compiles CPU's kernel for float64 with a wrong dtype inside
+    if backend != "reference" and not odd:  # torch 2.11 compiles the CPU's float64 kernel with a wrong dtype
         return F.scaled_dot_product_attention(q_BHPd, k_BHPd, v_BHPd, attn_mask=mask.allowed)
     scores = (q_BHPd @ k_BHPd.transpose(-1, -2)) * q_BHPd.shape[-1] ** -0.5
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~mask.allowed, float("-inf"))
@@ -61,7 +64,7 @@ def attend(q_BHPd: Tensor, k_BHPd: Tensor, v_BHPd: Tensor, mask: FrameMask, back
 
 
 def rotary_tables(cfg: ModelConfig, rows_BP: Tensor, columns_BP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, P, d/2], in at least float32: the first half of the pairs turns by height, the other by width."""
+    """cos and sin [B, P, d/2], float32 or wider: the first half of the pairs rotates by row, the other by column."""
     wide = torch.promote_types(dtype, torch.float32)
     half = cfg.vision_hidden_size // cfg.vision_num_attention_heads // 2
     inverse = 1.0 / THETA ** (torch.arange(0, half, 2, dtype=wide, device=rows_BP.device) / half)
@@ -70,14 +73,14 @@ def rotary_tables(cfg: ModelConfig, rows_BP: Tensor, columns_BP: Tensor, dtype: 
 
 
 def rotate(x_BPHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As model.rope.apply_rope, but in the tables' dtype, float32 or wider, with one cast at the end."""
+    """As model.rope.apply_rope, but computed in the tables' dtype (float32 or wider), with one cast at the end."""
     first, second = x_BPHd.to(cos.dtype).chunk(2, dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BPHd.dtype)
 
 
 class Attention(nn.Module):
-    """Of this rank's patches to those of all ranks of cp and tp (qwen3f.vision.patch_split)."""
+    """Attention of this rank's patches to the patches of all ranks of cp and tp (qwen3f.vision.patch_split)."""
 
     def __init__(self, cfg: ModelConfig, backend: str, axes: Axes) -> None:
         super().__init__()

@@ -109,10 +109,10 @@ def test_new_rows_behind_the_old_ones_are_added(answer, tmp_path):
     "change, words",
     [
         ({"seed": 1}, "has an answer to row 0 that does not belong to .*in.jsonl:1"),
-        ({"rows": [{"prompt": "other"}, ROWS[1]]}, "holds for row 0 another answer"),
+        ({"rows": [{"prompt": "other"}, ROWS[1]]}, "has an answer to row 0 that does not belong"),
         ({"rows": ROWS[:1]}, "line . answers row ., but there are only 1 rows"),
         ({"out": "notes.txt"}, "config.out=.*notes.txt, line 1 is not an answer of this program"),
-        ({"out": "torn.txt"}, "config.out=.*torn.txt, line 1 is no answer"),
+        ({"out": "torn.txt"}, "config.out=.*torn.txt, line 1 is not an answer"),
         ({"out": "in.jsonl"}, "config.out=.* is config.input"),
     ],
 )
@@ -272,7 +272,7 @@ def test_lines_of_failed_rows_stay_until_there_is_an_answer(answer, tmp_path, mo
     write(tmp_path / "in.jsonl", [ROWS[0], {"prompt": "What?", "max_new_tokens": 120}])
     answer(max_tokens=64)
     before = out.read_bytes()
-    with pytest.raises(UserError, match="holds for row 0 another answer"):
+    with pytest.raises(UserError, match="has an answer to row 0 that does not belong"):
         answer(seed=1)
     assert out.read_bytes() == before
     with monkeypatch.context() as patch:

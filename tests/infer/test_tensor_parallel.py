@@ -254,8 +254,12 @@ def test_the_cache_is_as_large_as_the_smallest_rank_allows(two, monkeypatch):
 @pytest.mark.parametrize(
     "changes, size, words",
     [
-        ({"vocab_size": 96}, 4, "tp=4 does not divide the model's 2 key/value heads, .*; write tp1 or tp2 in config.m"),
-        ({}, 2, "tp=2 does not divide the model's 97 ids of the vocabulary, .*; write tp1 in config.mesh"),
+        (
+            {"vocab_size": 96},
+            4,
+            "tp=4 does not divide the model's 2 key/value heads, .*; write --config.mesh=tp1 or tp2",
+        ),
+        ({}, 2, "tp=2 does not divide the model's 97 ids of the vocabulary, .*; write --config.mesh=tp1"),
         ({"vocab_size": 96, **MOE, "moe_intermediate_size": 15}, 2, "15 columns of an expert.*; write tp1 in"),
     ],
 )

@@ -36,7 +36,7 @@ def files(place):
             "sft_fusion starts from grpo, which would be stale by then; write "
             "--config.stages=sft_cold_start,grpo,sft_fusion, or --config.skip=grpo",
         ),
-        ({"skip": "pretrain_s1"}, "pretrain_s2 starts from weights, and every stage before it is skipped: write --con"),
+        ({"skip": "pretrain_s1"}, "pretrain_s2 needs weights to start from, but every stage before it is skipped: "),
         ({"set__grpo__batch_size": 0}, "config.set.grpo.batch_size must be at least 1, got 0"),
         ({"set__grpo__grpo__loss": "ppo"}, "config.set.grpo.grpo.loss='ppo' is unknown; use one of grpo, dr_grpo"),
         ({"set__dpo__dpo__loss": "kto"}, "config.set.dpo.dpo.loss='kto' is unknown; use one of sigmoid"),
@@ -46,10 +46,10 @@ def files(place):
             "sft_cold_start ran with other settings (schedule.peak_lr: its default -> 0.0001), so what is in ",
         ),
         ({"set__sft_cold_start__steps": 4}, "(steps: 3 -> 4), so what is in "),
-        ({"set__sft_cold_start__steps": 4}, f"is stale: write --config.stages={LATER} to run that again"),
+        ({"set__sft_cold_start__steps": 4}, f"is stale: write --config.stages={LATER} to run these stages"),
         ({"skip": "grpo"}, "sft_fusion ran from grpo instead of sft_cold_start, so what is in "),
         ({"seed": 1}, "write --config.stages=pretrain_s1,pretrain_s2,"),
-        ({"preset": "debug"}, "holds the pipeline 'nano', not 'debug'; choose another"),
+        ({"preset": "debug"}, "has the pipeline 'nano', not 'debug'; choose another"),
     ],
 )  # fmt: skip
 def test_what_is_refused_is_so_in_one_line_and_nothing_is_changed(changes, words, done):
@@ -170,12 +170,12 @@ def test_directories_without_a_record_are_moved_aside(done):
 @pytest.mark.parametrize("content", ["{", '{"stages": 3}', '{"stages": [{"name": "x"}], "preset": "nano"}', "[]"])
 def test_a_record_that_is_none_is_named(content, done):
     (done / "pipeline.json").write_text(content)
-    with pytest.raises(UserError, match="pipeline.json is not what a pipeline writes"):
+    with pytest.raises(UserError, match="pipeline.json is not a pipeline's record"):
         toy.go(done)
 
 
 def test_a_single_run_s_directory_is_refused(done, tmp_path):
     (tmp_path / "W").mkdir()
     (tmp_path / "W" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="is a single run's; choose another for the pipeline"):
+    with pytest.raises(UserError, match="has a single run; choose another directory for the"):
         toy.go(tmp_path / "W")

@@ -130,7 +130,7 @@ def test_an_evaluation_asks_the_model_that_is_its_own(tmp_path):
         ({"set__pictures__mesh": "dp2"}, "--config.set.pictures.mesh=dp2: generation has only tp"),
         ({"set__pictures__max_pixels": 1}, "--config.set.pictures.max_pixels=1 leave no size for an image"),
         ({"set__pictures__chat": False}, "--config.set.pictures.chat=True"),
-        ({"skip": "multimodal"}, "its model sees no pictures: .* write --config.set.pictures.init_from=W"),
+        ({"skip": "multimodal"}, "its model has no vision tower: .* write --config.set.pictures.init_from=W"),
     ],
 )
 def test_questions_about_pictures_are_looked_at(changes, words):
@@ -170,7 +170,7 @@ def test_a_pipeline_ends_with_it_in_one_line_and_has_made_nothing(tmp_path, monk
 def test_a_fault_of_its_own_ends_the_pipeline_too(tmp_path, monkeypatch):
     toy.fake(monkeypatch.setattr)
     monkeypatch.setattr(commands, "FORESEE", ("-c", "import sys; sys.exit('error: no torch')"))
-    with pytest.raises(TrainingError, match="the stages could not be looked through: no torch"):
+    with pytest.raises(TrainingError, match="the stages could not be checked: no torch"):
         toy.go(tmp_path / "P")
 
 

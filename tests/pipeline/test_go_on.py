@@ -169,7 +169,7 @@ def test_a_last_checkpoint_that_is_gone_is_named_and_the_advice_works(what, done
 
 def test_a_last_checkpoint_that_was_trained_further_is_named(done):
     (done / "05_grpo" / "checkpoints" / "3" / "manifest.json").write_text('{"weights": "others"}')
-    with pytest.raises(UserError, match="05_grpo/checkpoints/3, which grpo ended with, has changed since: write"):
+    with pytest.raises(UserError, match="05_grpo/checkpoints/3, the checkpoint of grpo, has changed since: write"):
         go(done)
 
 
@@ -195,7 +195,7 @@ def test_stages_that_are_gone_are_advised_with_those_between_and_before_that_the
     toy.go(place)
     shutil.rmtree(place / "04_sft_cold_start")
     shutil.rmtree(place / "06_sft_fusion")
-    words = "sft_cold_start/checkpoints/3, which sft_cold_start ended with, is gone: write --config.stages="
+    words = "sft_cold_start/checkpoints/3, the checkpoint of sft_cold_start, is gone: write --config.stages="
     with pytest.raises(UserError, match=f"{words}pretrain_s3,sft_cold_start,grpo,sft_fusion to "):
         toy.go(place)
     found = toy.go(place, stages="pretrain_s3,sft_cold_start,grpo,sft_fusion")

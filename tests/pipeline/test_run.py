@@ -161,7 +161,7 @@ def test_a_signal_reaches_the_stage_and_the_same_command_goes_on(number, brief, 
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     name = signal.Signals(number).name
-    assert out.endswith(f"{name}: stopped in sft_cold_start; the same command goes on from there\n")
+    assert out.endswith(f"{name}: stopped in sft_cold_start; the same command resumes there\n")
     if number == signal.SIGTERM:  # what the stage gets; it ends after its step, with a checkpoint
         assert (tmp_path / "P" / "04_sft_cold_start" / "checkpoints" / "2").exists()
     one = toy.stage(toy.read(tmp_path / "P"), "sft_cold_start")
@@ -242,7 +242,7 @@ def test_a_stage_that_a_killed_pipeline_left_is_waited_for(tmp_path, capfd):
     found = toy.go(tmp_path / "P", skip=",".join(toy.NAMES[1:]))
     thread.join()
     assert toy.stage(found, "pretrain_s1")["status"] == "done"
-    assert capfd.readouterr().out.count("is still written to") == 1
+    assert capfd.readouterr().out.count("has ended still writes to") == 1
 
 
 def test_what_a_stage_says_comes_through(tmp_path, trouble, capfd):

@@ -117,7 +117,7 @@ def test_a_run_goes_on_with_the_reference_that_it_began_with(root, tmp_path):
     base.steps = 2
     loop.run(base, tmp_path / "base", progress=False)
     config.steps = 2
-    with pytest.raises(UserError, match="holds other weights than those of the reference that this run began with"):
+    with pytest.raises(UserError, match="has other weights than the reference that this run began with"):
         loop.run(config, tmp_path / "run", progress=False)
     config.dpo.reference = str(tmp_path / "base" / "checkpoints" / "1")
     loop.run(config, tmp_path / "run", progress=False)
@@ -129,10 +129,13 @@ def test_a_run_goes_on_with_the_reference_that_it_began_with(root, tmp_path):
     [
         ({"dpo.reference_log_probs": "mean"}, "reference_log_probs='mean' is unknown; use one of cached, live"),
         ({"init_from": ""}, "write --config.init_from=W"),
-        ({"dpo.reference": "reward"}, "has a scalar head and the policy a vocabulary of 300: name a model of text"),
+        ({"dpo.reference": "reward"}, "has a scalar head, the policy a vocabulary of 300: name a model that writes"),
         ({"eval.questions": -1}, "config.eval.questions must be at least 0"),
         ({"eval.questions": 3, "eval.task": "x"}, "config.eval.task=x: there is no such task"),
-        ({"eval.questions": 3, "eval.max_new_tokens": 2048}, "eval.questions=3 of reasoning: no prompt of 3 has room"),
+        (
+            {"eval.questions": 3, "eval.max_new_tokens": 2048},
+            "eval.questions=3 of reasoning: none of 3 prompts leaves room",
+        ),
         (
             {"eval.questions": 3, "eval.cache_tokens": 32},
             "config.eval.cache_tokens=32 has no room for the longest prompt",

@@ -262,7 +262,7 @@ def test_where_nothing_has_an_interval_none_is_spoken_of(tmp_path, stage, key, v
 
 
 def test_a_directory_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds neither pipeline.json nor a run's config.json"):
+    with pytest.raises(UserError, match="has neither pipeline.json nor a run's config.json"):
         read(tmp_path)
     (tmp_path / "pipeline.json").write_text("[]")
     with pytest.raises(UserError, match=r"pipeline\.json holds a JSON list"):

@@ -202,7 +202,7 @@ def test_rewards_are_named_with_weights():
         ("corect", "names 'corect': write one of correct"),
         (f"{BAD}:missing", "cannot be imported"),
         ("no.such:module", "cannot be imported"),
-        (f"{BAD}:number", "is no function"),
+        (f"{BAD}:number", "is not a function"),
         ("correct=0", "positive"),
     ):
         with pytest.raises(UserError, match=words):

@@ -186,7 +186,7 @@ def test_the_logged_reward_is_the_mean_of_what_the_judge_says_where_it_can_tell(
     "changes, words",
     [
         ({"online.judge": "me"}, "config.online.judge='me' is unknown; use one of task, rule, reward_model"),
-        ({"online.judge": "reward_model"}, "none is named; write --config.online.reward_model=W"),
+        ({"online.judge": "reward_model"}, "needs a reward model: write --config.online.reward_model=W"),
         ({"online.samples": 1}, "config.online.samples must be at least 2"),
         ({"online.temperature": 0.0}, "online.temperature=0.0: the answers to a prompt must differ; write a number"),
         ({"online.fill": 0.0}, "online.fill=0.0"),
@@ -207,7 +207,7 @@ def test_values_that_cannot_work_are_refused(changes, words, root, tmp_path):
 
 
 def test_a_model_of_text_is_no_reward_model(root, tmp_path):
-    with pytest.raises(UserError, match="is no reward model of a vocabulary of 300: train one"):
+    with pytest.raises(UserError, match="is not a reward model with a vocabulary of 300: train"):
         loop.run(configured(root, "reward", **{"online.reward_model": str(root / "dense")}), tmp_path, False)
 
 

@@ -223,7 +223,7 @@ def test_a_run_goes_on_with_the_reference_that_it_began_with(root, tmp_path):
     start.rename(tmp_path / "old")
     other.rename(start)
     config.steps = 2
-    with pytest.raises(UserError, match=r"other weights than those of the reference .* in --config.init_from, or"):
+    with pytest.raises(UserError, match=r"other weights than the reference .* write --config.init_from="):
         loop.run(config, tmp_path / "run", progress=False)
 
 
@@ -277,7 +277,7 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
         ),
         ({"rewards": "corect"}, "--config.rewards names 'corect'"),
         ({"rollout.samples": 0}, "config.rollout.samples must be at least 1"),
-        ({"rollout.max_new_tokens": 192}, "leaves no room for a prompt in rows of seq_len=192"),
+        ({"rollout.max_new_tokens": 192}, "leaves no room for a prompt in rows of --config.seq_len=192"),
         ({"rollout.temperature": 0.0}, "rollout.temperature=0.0"),
         ({"rollout.correction": "tis"}, "config.rollout.correction='tis' is unknown"),
         ({"rollout.top_entropy": 0.0}, "top_entropy=0.0"),
@@ -293,7 +293,7 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
         ({"judge.deadline": 1e7}, "judge.deadline must be at most 1,000,000 seconds"),
         ({"grpo.loss": "vespo", "rollout.correction": "token_mask"}, "vespo is not linear"),
         ({"tasks": "code", "sandbox": "jail"}, "sandbox=jail: write auto"),
-        ({"rewards": "correct,reward_model"}, "none is named; write --config.judge.reward_model=W"),
+        ({"rewards": "correct,reward_model"}, "needs a reward model: write --config.judge.reward_model=W"),
         ({"judge.reward_model": "W"}, "judge.reward_model=W: --config.rewards does not use it"),
         ({"data.kinds": "poems"}, "data.kinds is 'poems'"),
         ({"model.scalar_head": True}, "scalar_head=True does not go with a stage"),

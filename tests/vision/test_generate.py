@@ -108,7 +108,7 @@ def test_answers_to_other_pictures_or_in_another_kind_of_chats_need_another_file
     run(configure(source, **options), tmp_path)
     assert run(configure(source, **options), tmp_path).done == 1
     for changes in ({"images": two}, {"images": ""}, {"chat_template": "coder"}, {"min_pixels": 32 * 64}):
-        with pytest.raises(UserError, match="holds for row 0 another answer"):
+        with pytest.raises(UserError, match="has an answer to row 0 that does not belong"):
             run(configure(source, **{**options, **changes}), tmp_path)
 
 
@@ -175,7 +175,7 @@ def test_what_cannot_be_shown(source, tmp_path):
         ({"images": str(tmp_path / "none.png")}, "none.png cannot be read"),
         (
             {"images": one, "min_pixels": 10**30, "max_pixels": 10**31},
-            "--config.min_pixels=1000.* makes of every image",
+            "--config.min_pixels=1000.* would scale every image",
         ),
         ({"images": " , "}, "config.images=' , ' names no file"),
         ({"images": f"{one},{thin}"}, r"thin.png: an image of 900 × 3 pixels is narrower"),
@@ -190,7 +190,7 @@ def test_what_cannot_be_shown(source, tmp_path):
             "config.images .* not with config.input",
         ),
         ({"video": str(tmp_path / "empty"), "video_fps": 2.0}, "holds no frame"),
-        ({"video": one}, "does not say how fast"),
+        ({"video": one}, "has no frame rate"),
     ):
         with pytest.raises(UserError, match=words):
             run(configure(source, **changes), tmp_path)

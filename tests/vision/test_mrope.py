@@ -117,7 +117,7 @@ def test_counts_are_checked_row_by_row():
 def test_a_row_has_the_patches_that_its_grids_name():
     """Else it would see the next row's."""
     check_patches(torch.tensor([[[1, 4, 4]], [[0, 0, 0]]]), torch.zeros(2, 16, 5))
-    with pytest.raises(UserError, match="row 1 has 32 patches by its grids, and pixel_values 16 a row"):
+    with pytest.raises(UserError, match="row 1 has 32 patches by its grids, but pixel_values has only 16 in a"):
         check_patches(torch.tensor([[[1, 4, 4]], [[1, 4, 8]]]), torch.zeros(2, 16, 5))
     cfg = presets.get("nano_vl")
     tokens = torch.full((2, 24), cfg.image_token_id)

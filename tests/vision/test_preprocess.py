@@ -130,7 +130,7 @@ def test_limits_that_leave_no_size():
     for low, high in ((0, 5000), (5000, 4000), (1, 1023)):
         with pytest.raises(UserError, match=f"min_pixels={low} and max_pixels={high}"):
             fit_size(50, 50, 32, low, high)
-    with pytest.raises(UserError, match="min_pixels=100000000000 makes of every image one of more than 67,108,864"):
+    with pytest.raises(UserError, match="min_pixels=100000000000 would scale every image to more than 67,108,864"):
         fit_size(50, 50, 32, 10**11, 10**12)
 
 

@@ -1,1 +1,1 @@
-"""Whether reinforcement teaches a tiny model anything that its controls do not learn in the same time."""
+"""A trial: does reinforcement teach a tiny model more than other training (the controls) in the same time?"""

@@ -1,14 +1,17 @@
-"""Does reinforcement teach a tiny model what its controls do not learn? python -m qwen3f.rl.trial key=value …
+"""Does reinforcement teach a tiny model more than other training in the same time? Arguments are key=value …
 
     python -m qwen3f.rl.trial kinds=sorting base_seconds=60 start_steps=230 minutes=2.5 out=runs/trial
 
-A base is pretrained on other texts, once for all seeds. From it each seed makes a cold start on few worked solutions:
-fine-tuned at one rate after the other until its held-out accuracy no longer grows, of which the best checkpoint counts.
-From that same checkpoint three arms run for the same number of minutes: GRPO on many questions of which only the
-answers are known, of which the last weights count; more fine-tuning on the same solutions, and rounds of rejection
-sampling on the same questions, of which the checkpoint with the best held-out accuracy counts, the cold start's among
-them. All are then asked fresh held-out questions, greedily and at temperature 1. What is measured: out/trial.json, and
-a table. Keys: qwen3f/rl/trial/settings.py; commands for larger machines: qwen3f/rl/trial/README.md.
+A base is pretrained on other texts, once for all seeds. From it each seed makes a cold start: fine-tuning on few worked
+solutions, at one learning rate after the other, until held-out accuracy stops growing. Its best checkpoint is the start
+of three arms, which run for the same number of minutes:
+
+- GRPO on many questions with known answers but no solutions; its last weights count.
+- More fine-tuning on the same solutions; the checkpoint with the best held-out accuracy counts, or the cold start's.
+- Rounds of rejection sampling on the same questions as GRPO; likewise.
+
+All of them then answer new held-out questions, greedily and at temperature 1. Results: out/trial.json, and a table.
+Keys: qwen3f/rl/trial/settings.py. Commands for larger machines: qwen3f/rl/trial/README.md.
 """
 
 import json
@@ -53,9 +56,10 @@ def main(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _run(jobs: Sequence[Job], words: Sequence[str], together: bool) -> None:
-    """Each in its process, its output in DIRECTORY/log; together each with one thread, so that all have the same.
+    """Runs each job in its own process, with its output in DIRECTORY/log.
 
-    Raises TrainingError for one that fails.
+    together: run all at the same time, each with one thread, so that all have equal resources. Raises TrainingError if
+    a job fails.
     """
     threads = {"OMP_NUM_THREADS": "1"} if together else {}
     running: list[tuple[Job, subprocess.Popen[bytes]]] = []

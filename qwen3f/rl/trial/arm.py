@@ -1,7 +1,8 @@
-"""One run of a trial in a process of its own: python -m qwen3f.rl.trial.arm FORM DIRECTORY START SEED SETTINGS.
+"""One run of a trial in its own process: python -m qwen3f.rl.trial.arm FORM DIRECTORY START SEED SETTINGS BEGAN.
 
-It goes through the same stages as launch.py. The time of an arm is counted from the start of this process; when it is
-out, the stage is asked to stop as by SIGTERM from outside: after the step it is in, with a checkpoint.
+It runs the same stages as launch.py. BEGAN is the time at which the process was started; the time of an arm counts from
+there. When the time is over, the process sends SIGTERM to itself: the stage ends after its current step, with a
+checkpoint.
 """
 
 import contextlib
@@ -24,12 +25,12 @@ from qwen3f.eval import rejection
 from qwen3f.rl.trial import settings as S
 
 METRICS = "metrics.jsonl"
-LOOKS = 0.2  # seconds between two looks at whether a stage is to stop
-Curve = list[tuple[int, float]]  # (step, held-out accuracy) wherever it was measured
+LOOKS = 0.2  # seconds between two checks of whether a stage must stop
+Curve = list[tuple[int, float]]  # (step, held-out accuracy) of each evaluation
 
 
 def main(form: str, out: Path, start: str, seed: int, trial: S.Trial, began: float) -> None:
-    """Runs it, and for what is measured writes out/result.json."""
+    """Runs one form of a trial; all forms but the base are measured, and write out/result.json."""
     from qwen3f.rl.trial.measure import measure
 
     until = began + 60 * trial.minutes
@@ -54,7 +55,7 @@ def main(form: str, out: Path, start: str, seed: int, trial: S.Trial, began: flo
 
 
 def run(config: ConfigDict, workdir: Path, over: Callable[[], bool]) -> None:
-    """A stage of training, to its last step or until it is over."""
+    """Runs a stage of training to its last step, or until `over` returns True."""
     with stopping(over):
         cli.run_stage(config, workdir, False)
 
@@ -65,14 +66,14 @@ def after(until: float) -> Callable[[], bool]:
 
 @contextlib.contextmanager
 def stopping(over: Callable[[], bool]) -> Iterator[None]:
-    """Asks this process's stage to stop once that is so, or as soon after it as it listens."""
+    """While the body runs: sends SIGTERM to this process once over() is True and the stage handles SIGTERM."""
     done = threading.Event()
 
     def pass_over(number: int, frame: FrameType | None) -> None:
-        """A signal that comes just after the stage has ended is for nobody."""
+        """Ignores a signal that arrives just after the stage has ended."""
 
     def wait() -> None:
-        while not over() or signal.getsignal(signal.SIGTERM) is pass_over:  # or the stage does not listen yet
+        while not over() or signal.getsignal(signal.SIGTERM) is pass_over:  # the stage has no handler yet
             if done.wait(LOOKS):
                 return
         os.kill(os.getpid(), signal.SIGTERM)
@@ -89,10 +90,11 @@ def stopping(over: Callable[[], bool]) -> Iterator[None]:
 
 
 def plateau(trial: S.Trial, out: Path, base: str, seed: int) -> tuple[str, list[Curve]]:
-    """The cold start: fine-tuning at one rate after the other, each from the best checkpoint so far, until held-out
-    accuracy has not grown for `patience` evaluations. Returns that checkpoint, and the curve at each rate.
+    """The cold start. Returns its best checkpoint, and the curve at each rate.
 
-    So more of the same fine-tuning has little to add, and what an arm adds is not what the cold start left out.
+    Fine-tuning runs at one rate after the other, each from the best checkpoint so far, until held-out accuracy has not
+    grown for `patience` evaluations. After that, more of the same fine-tuning gains little, so a gain of an arm does
+    not come from a cold start that was stopped too early.
     """
     weights, curves = base, list[Curve]()
     places = [out / f"rate-{number}" for number in range(trial.start_rates)]
@@ -111,8 +113,7 @@ def at_plateau(workdir: Path, patience: int) -> Callable[[], bool]:
 
 
 def flat(measured: Curve, patience: int) -> bool:
-    """Whether none of the last `patience` values is above all before them; never while all are 0, before a model has
-    its first answer right."""
+    """Whether none of the last `patience` values exceeds all values before them. False while all values are 0."""
     values = [value for _, value in measured]
     return len(values) > patience and max(values) > 0 and max(values[-patience:]) <= max(values[:-patience])
 
@@ -120,12 +121,13 @@ def flat(measured: Curve, patience: int) -> bool:
 def reject(
     trial: S.Trial, out: Path, start: str, seed: int, until: float
 ) -> tuple[str, list[dict[str, Any]], list[Curve]]:
-    """Rounds of rejection sampling until the time is out.
+    """Rounds of rejection sampling until the time is over.
 
-    Returns the best weights by held-out accuracy, the start's among them; what each round kept; and each one's curve.
+    A round samples answers from the current weights, keeps the right ones, and fine-tunes the same weights on these and
+    the worked solutions. The end of the time stops the fine-tuning of the last round. A round without a right answer
+    ends the arm.
 
-    A round asks the weights that it has, keeps right answers, and fine-tunes the same weights on these and the worked
-    solutions. The last round's fine-tuning is cut off by the time; a round without a right answer ends the arm.
+    Returns the best weights by held-out accuracy (the start counts too), the counts of each round, and its curve.
     """
     weights, rounds, places = start, [], list[Path]()
     while time.time() < until:
@@ -138,10 +140,10 @@ def reject(
             break
         run(S.round_config(trial, weights, str(chats), seed + number), workdir, after(until))
         if not steps(workdir):
-            break  # the time was out before a step was done
+            break  # the time was over before the first checkpoint
         places.append(workdir)
         chosen = best([of(start), *places])
-        for place in places[:-1]:  # what is neither the best nor gone on from
+        for place in places[:-1]:  # delete checkpoints that are neither the best nor the last
             if of(chosen) != place and (place / "checkpoints").exists():
                 shutil.rmtree(place / "checkpoints")
         weights = str(workdir)
@@ -151,13 +153,13 @@ def reject(
 def curve(workdir: Path) -> Curve:
     place = workdir / METRICS
     written = place.read_text().splitlines(keepends=True) if place.exists() else []
-    lines = [json.loads(line) for line in written if line.endswith("\n")]  # the last one may be on its way
+    lines = [json.loads(line) for line in written if line.endswith("\n")]  # the last line may be incomplete
     return [(line["step"], line["val_accuracy"]) for line in lines if "val_accuracy" in line]
 
 
 def best(workdirs: Sequence[Path]) -> str:
-    """Of all their checkpoints that are there and were measured, the one with the best held-out accuracy, the first of
-    equals; without any, the last workdir."""
+    """The checkpoint of these workdirs with the best held-out accuracy, the first of equals. Only checkpoints that
+    exist and were evaluated count; without any, the last workdir."""
     measured = [
         (value, -number, -step)
         for number, workdir in enumerate(workdirs)
@@ -171,13 +173,13 @@ def best(workdirs: Sequence[Path]) -> str:
 
 
 def steps(workdir: Path) -> set[int]:
-    """Of the checkpoints that are there."""
+    """The steps of the checkpoints that exist."""
     place = workdir / "checkpoints"
     return {int(path.name) for path in place.iterdir() if path.name.isdigit()} if place.exists() else set()
 
 
 def of(weights: str) -> Path:
-    """The workdir of a checkpoint, or the workdir."""
+    """The workdir of a checkpoint; a workdir itself is returned as it is."""
     return Path(weights).parent.parent if Path(weights).parent.name == "checkpoints" else Path(weights)
 
 

@@ -1,4 +1,4 @@
-"""What a model is worth: fresh held-out questions answered greedily and at temperature 1."""
+"""Measures a model: answers to new held-out questions, greedily and at temperature 1."""
 
 import dataclasses
 from itertools import islice
@@ -16,11 +16,11 @@ from qwen3f.tasks.task import Question
 from qwen3f.tasks.working import right_working
 from qwen3f.train.choices import find_device, find_dtype
 
-TEST_SEED = 1_000_003  # of problems that no stage draws
+TEST_SEED = 1_000_003  # a seed of problems that no stage uses
 
 
 def test_questions(trial: Trial) -> tuple[Question, ...]:
-    """Held-out questions that no run has seen, evaluations that chose a checkpoint included."""
+    """Held-out questions that no run has used, also not to choose a checkpoint."""
     kinds = tuple(part.strip() for part in trial.kinds.split(","))
     difficulties = tuple(int(part) for part in trial.difficulties.split(","))
     problems = ReasoningSource(seed=TEST_SEED, num_problems=40 * trial.tests, kinds=kinds, difficulties=difficulties)
@@ -28,8 +28,11 @@ def test_questions(trial: Trial) -> tuple[Question, ...]:
 
 
 def measure(trial: Trial, weights: str) -> dict[str, Any]:
-    """{"greedy", "sampled": {"right", "right_working", "well_formed": estimate, "marks": [0 or 1]}} of the model at
-    `weights`, a workdir or its checkpoints/N. right_working: right, and every line of the derivation too."""
+    """{"greedy", "sampled": {"right", "right_working", "well_formed": estimate, "tokens", "marks": [0 or 1]}}.
+
+    weights: a workdir or its checkpoints/N. right_working: the answer is right, and so is every line of the working.
+    tokens: mean length of an answer.
+    """
     place = source.pinned(weights)
     cfg = source.read_model_config(place)
     device = find_device(trial.device)

@@ -1,4 +1,4 @@
-"""What a trial is told, and the configurations of its runs: the project's own experiments with what is said here."""
+"""The settings of a trial, and the configurations of its runs: the project's experiments with changes."""
 
 import ast
 import dataclasses
@@ -11,13 +11,13 @@ from qwen3f.data.sources.reasoning import DIFFICULTIES, PROCEDURES
 from qwen3f.errors import UserError
 
 ARMS = ("grpo", "more_sft", "rejection")
-FORMS = ("base", "start", "sft", "grpo", "sample")  # of configurations, to which single keys may be set
+FORMS = ("base", "start", "sft", "grpo", "sample")  # configurations whose keys the command line can set
 BASE = {"nano": "demo.py", "debug": "pretrain_s1.py:debug"}
 TASK = "procedures"
-GENTLER = 0.3  # of the cold start's rate, for fine-tuning that goes on from there
-ROW = 448  # tokens of a row: three worked sortings of five numbers
-WARMUP = 5  # steps of a run without an end
-ENDLESS = 1_000_000  # steps of a run that its time ends
+GENTLER = 0.3  # later fine-tuning has this share of the rate before
+ROW = 448  # tokens of a row: enough for three worked sortings of five numbers
+WARMUP = 5  # warmup steps of a run with a constant rate
+ENDLESS = 1_000_000  # steps of a run that ends by its time
 
 
 _POSITIVE = (
@@ -28,21 +28,29 @@ _POSITIVE = (
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """
+    """The settings of a trial.
+
     Attributes:
-      preset: nano or debug. device: auto, cpu or cuda. seeds: of cold starts and arms; 0,1,2.
-      out: directory of all runs and of the result. base: a pretrained workdir; "": made in out, once for all seeds.
-      base_seconds: of pretraining, at most. minutes: of each arm, from the start of its process to its last step.
-      kinds, difficulties: of the questions. solutions: worked ones that the cold start and more_sft have.
-      questions: that GRPO and rejection sampling may ask, both splits together. tests: fresh questions at the end.
-      new_tokens: where an answer is cut off, everywhere.
-      start_steps: of the cold start at each of its rates, at most. start_rates: how many, each GENTLER times the one
-        before. start_every, patience: steps between two evaluations, and how many of them without a better one end a
-        rate.
-      round_questions, round_steps: of a round of rejection sampling.
-      together: run the arms (of all seeds) at the same time, else one after the other. arms: which of them; arms= makes
-        and measures the cold starts alone.
-      changes: keys of single configurations, as ("grpo", "schedule.peak_lr", 3e-4); the command line writes
+      preset: nano or debug.
+      device: auto, cpu or cuda.
+      seeds: of cold starts and arms, such as 0,1,2.
+      out: directory of all runs and of the result.
+      base: a pretrained workdir; "": pretrain one in `out`, once for all seeds.
+      base_seconds: seconds of pretraining, at most.
+      minutes: time of each arm, from the start of its process to its last step.
+      kinds, difficulties: of the questions.
+      solutions: number of worked solutions for the cold start and more_sft.
+      questions: number of questions for GRPO and rejection sampling, both splits together.
+      tests: number of new questions at the end.
+      new_tokens: length of an answer, at most, in all runs.
+      start_steps: steps of the cold start at each of its rates, at most.
+      start_rates: number of these rates; each is GENTLER times the one before.
+      start_every: steps between two evaluations of the cold start. patience: a rate ends after this many evaluations
+        without a better one.
+      round_questions, round_steps: questions and training steps of a round of rejection sampling.
+      together: run the arms of all seeds at the same time, else one after the other.
+      arms: which arms to run; arms= only makes and measures the cold starts.
+      changes: keys of single configurations, such as ("grpo", "schedule.peak_lr", 3e-4); on the command line
         grpo.schedule.peak_lr=3e-4.
     """
 
@@ -95,14 +103,15 @@ def parse(words: Sequence[str]) -> Trial:
         form, dot, key = name.partition(".")
         if not equals or (name not in fields and not (dot and form in FORMS)) or name == "changes":
             raise UserError(
-                f"{word!r}: write key=value; keys are {', '.join(fields)}, and such as grpo.schedule.peak_lr"
+                f"{word!r}: write key=value, where key is one of {', '.join(fields)}, or a key of a configuration, "
+                "such as grpo.schedule.peak_lr"
             )
         if dot:
             changes.append((form, key, _literal(text)))
         else:
             given[name] = _value(word, text, fields[name].default)
     trial = Trial(**given, changes=tuple(changes))
-    start_config(trial, "W", trial.seeds[0], 0)  # what it refuses is said before anything is trained
+    start_config(trial, "W", trial.seeds[0], 0)  # so that its errors come before anything is trained
     return trial
 
 
@@ -122,7 +131,7 @@ def _as(word: str, text: str, kind: type) -> object:
     try:
         return kind(text)
     except ValueError:
-        raise UserError(f"{word}: {text!r} is no {kind.__name__}") from None
+        raise UserError(f"{word}: {text!r} is not of the type {kind.__name__}") from None
 
 
 def _literal(text: str) -> object:
@@ -136,7 +145,7 @@ def _literal(text: str) -> object:
 
 
 def base_config(trial: Trial) -> ConfigDict:
-    """Pretraining on other texts: none of the trial's task."""
+    """Pretraining, on texts that are not of the trial's task."""
     config = _load(BASE[trial.preset], trial, "base")
     config.data.mixture = "embedded=0.2,reasoning=0.8"
     config.model.vocab_size = 1024 if trial.preset == "nano" else presets.get(trial.preset).vocab_size
@@ -148,7 +157,7 @@ def base_config(trial: Trial) -> ConfigDict:
 
 
 def start_config(trial: Trial, weights: str, seed: int, number: int) -> ConfigDict:
-    """The cold start on few worked solutions, at its rate of that number."""
+    """The cold start on few worked solutions. number: 0 for the first rate, and so on."""
     config = _sft(trial, weights, seed + 100 * number)
     config.steps = trial.start_steps
     _hold(config, GENTLER**number)
@@ -160,7 +169,7 @@ def start_config(trial: Trial, weights: str, seed: int, number: int) -> ConfigDi
 
 
 def more_sft_config(trial: Trial, start: str, seed: int) -> ConfigDict:
-    """The same solutions for as long as the arms have; its best checkpoint by held-out accuracy stays."""
+    """More fine-tuning on the same solutions until the time is over; keeps the best checkpoint by held-out accuracy."""
     config = _sft(trial, start, seed + 1000)
     config.steps = ENDLESS
     _hold(config, GENTLER)
@@ -169,8 +178,8 @@ def more_sft_config(trial: Trial, start: str, seed: int) -> ConfigDict:
 
 
 def round_config(trial: Trial, weights: str, chats: str, seed: int) -> ConfigDict:
-    """Fine-tuning on what a round of rejection sampling kept, beside the worked solutions, at a rate that falls to 0 as
-    the cold start's experiment has it."""
+    """Fine-tuning on the answers of a round of rejection sampling and on the worked solutions. The rate falls to 0, as
+    in experiments/sft_cold_start.py."""
     config = _sft(trial, weights, seed)
     config.data.mixture = f"chats@{chats}=0.8,{TASK}=0.2"
     config.steps = trial.round_steps
@@ -180,22 +189,22 @@ def round_config(trial: Trial, weights: str, chats: str, seed: int) -> ConfigDic
 
 
 def _hold(config: ConfigDict, share: float) -> None:
-    """A constant rate, that share of the experiment's: a run that may end at any step has no time to fall."""
+    """Sets a constant rate, `share` of the experiment's: a run that may end at any step cannot plan a decay."""
     config.schedule.kind, config.schedule.warmup = "constant", WARMUP
     config.schedule.peak_lr *= share
 
 
 def _watch(config: ConfigDict, every: int) -> None:
-    """Held-out questions and checkpoints each so many steps; the best one stays."""
+    """Evaluates and saves every `every` steps, and keeps the best checkpoint."""
     config.eval.every = config.checkpoint.every = every
-    config.eval.max_rows = 16  # the time is for learning
+    config.eval.max_rows = 16  # few, to leave the time for training
     config.checkpoint.keep, config.checkpoint.keep_best = 1, 1
     config.checkpoint.best_metric, config.checkpoint.best_mode = "val_accuracy", "max"
 
 
 def grpo_config(trial: Trial, start: str, seed: int) -> ConfigDict:
-    """Reinforcement: many questions, answers only. An answer that is right in part counts in part, so that fewer groups
-    are all alike."""
+    """Reinforcement on many questions, with known answers only. Half of the reward is for the parts of an answer that
+    are right, so that fewer groups have equal rewards."""
     config = _load("grpo.py", trial, "grpo")
     config.init_from, config.seed = start, seed
     config.tasks = TASK
@@ -212,12 +221,12 @@ def grpo_config(trial: Trial, start: str, seed: int) -> ConfigDict:
     if trial.preset == "nano":
         config.batch_size, config.rollout.samples = 16, 8
         config.rollout.microbatch_rows = 4
-        config.rollout.old_logprobs = "sampler"  # in float32, one update of what was just sampled: the ratio is 1
+        config.rollout.old_logprobs = "sampler"  # float32 and one update per step: sampler and trainer agree
     return _changed(config, trial, "grpo")
 
 
 def sample_config(trial: Trial, weights: str, out: str, seed: int, first: int) -> ConfigDict:
-    """A round of rejection sampling. first: the round's number; each asks other questions."""
+    """A round of rejection sampling. first: the number of the round; each round asks other questions."""
     config = _load("rejection_sample.py", trial, "sample")
     config.init_from, config.out, config.seed = weights, out, seed
     config.task = TASK
@@ -253,12 +262,12 @@ def _load(file: str, trial: Trial, form: str) -> ConfigDict:
     config = cli.load_experiment(f"{usage.ROOT / 'experiments' / file}{preset}")
     config.device = trial.device
     if "compile" in config:
-        config.compile = "off"  # what compiling takes is a good part of such short runs
+        config.compile = "off"  # compiling would take much of the time of such short runs
     return config
 
 
 def _changed(config: ConfigDict, trial: Trial, form: str) -> ConfigDict:
-    """With the changes that the trial has for this form. Raises UserError for a key that is not there."""
+    """Applies the trial's changes for this form. Raises UserError for a key that does not exist."""
     for name, key, value in trial.changes:
         if name != form:
             continue

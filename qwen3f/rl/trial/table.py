@@ -1,4 +1,4 @@
-"""What a trial found, as lines of text."""
+"""The result of a trial as lines of text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ _COLUMNS = (
 
 
 def table(found: Mapping[str, Any]) -> list[str]:
-    """A line a seed and arm, in per cent with intervals of 95%; then by how much GRPO is above each of the others."""
+    """A line for each seed and arm, in per cent with 95% intervals; then the lead of GRPO over each of the others."""
     head = "".join(f"{way + ' ' + what.replace('_', ' '):>24}" for way, what in _COLUMNS)
     lines = [f"{'arm':<14}{'seed':>4}{head}{'tokens':>8}{'seconds':>9}"]
     for one in found["results"]:
