@@ -62,7 +62,7 @@ def launch(*arguments):
         (("--config", "experiments/pipeline.py", "--config.set.grpo.stage=dpo"), "is for the stage 'grpo'"),
         (
             ("--config", "experiments/demo.py", "--config.stage", "eval"),
-            "give an experiment of 'eval', or leave it out",
+            "give --config an experiment for 'eval', or leave",
         ),
         (("--config", "experiments/eval.py", "--config.stage=a.stage"), "is for the stage 'eval'"),
         (("--config", "experiments/demo.py", "--noconfig.stepz"), "did you mean config.steps?"),

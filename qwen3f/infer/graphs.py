@@ -74,7 +74,7 @@ class DecodeGraphs:
 
         numbers: int64 [2, B], tokens and positions as in Places. chances: float64 [2, B], uniform and inv_temperature.
         pages: the pages of each row. expected: number of rows that will soon run together; if a new graph is needed and
-        no larger one exists, it gets places for so many.
+        no larger one exists, it gets `expected` places.
         """
         graph = self._fitting(_places(numbers.shape[1]), _width(max(map(len, pages))), _places(expected))
         host = torch.zeros(graph.numbers.shape, dtype=torch.int64, pin_memory=True)

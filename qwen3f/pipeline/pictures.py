@@ -40,9 +40,8 @@ def place_of(folder: Path, number: int) -> Path:
 def answer(folder: Path, number: int) -> str | None:
     """The model's answer to a question; None if there is no complete answer."""
     try:
-        lines = (
-            place_of(folder, number).read_bytes().strip(b"\n").split(b"\n")
-        )  # not splitlines: a text may hold U+2028
+        # not splitlines: a text may hold U+2028
+        lines = place_of(folder, number).read_bytes().strip(b"\n").split(b"\n")
         return str(json.loads(lines[-1])["answer"])
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -22,7 +22,7 @@ Prompt = Sequence[int]
 Rewards = list[list[float | None]]
 Judge = Callable[[Sequence[Question], Sequence[Prompt], Sequence[Sequence[Written]]], Rewards]
 
-_LONGEST = 2.0**40  # no answer has so many tokens, so the length only decides between otherwise equal answers
+_LONGEST = 2.0**40  # more tokens than any answer has, so the length only decides between otherwise equal answers
 _STRIDE = 128  # rows are padded to a multiple of this, or to config.seq_len: few shapes, which cp can divide
 
 

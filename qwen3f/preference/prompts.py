@@ -45,8 +45,6 @@ def held_out(
     """
     questions, long = fitting(tokenizer, tuple(islice(task.questions("heldout"), count)), thinking, room)
     if count and not questions:
-        why = (
-            f"none of {long} prompts leaves room for an answer; lower max_new_tokens" if long else "it has no question"
-        )
+        why = f"none of {long} prompts leaves room for an answer; lower max_new_tokens" if long else "it has none"
         raise UserError(f"--config.eval.questions={count} of {task.name}: {why}, or write --config.eval.questions=0")
     return questions, [f"held-out questions: {long:,} are too long and left out"] if long else []

@@ -260,7 +260,11 @@ def test_the_cache_is_as_large_as_the_smallest_rank_allows(two, monkeypatch):
             "tp=4 does not divide the model's 2 key/value heads, .*; write --config.mesh=tp1 or tp2",
         ),
         ({}, 2, "tp=2 does not divide the model's 97 ids of the vocabulary, .*; write --config.mesh=tp1"),
-        ({"vocab_size": 96, **MOE, "moe_intermediate_size": 15}, 2, "15 columns of an expert.*; write tp1 in"),
+        (
+            {"vocab_size": 96, **MOE, "moe_intermediate_size": 15},
+            2,
+            "15 columns of an expert.*; write --config.mesh=tp1",
+        ),
     ],
 )
 def test_sizes_that_do_not_divide_are_named(changes, size, words):

@@ -129,7 +129,7 @@ def nested(directory, part, **changes):
         ("vision_config", {"num_position_embeddings": 26}, "num_position_embeddings is 26"),
         ("vision_config", {"rope_parameters": {"rope_theta": 5e5}}, "rope_parameters is"),
         ("vision_config", {"window_size": 112}, "the key 'window_size' is not known"),
-        ("vision_config", {"deepstack_visual_indexes": [2, 0]}, r"vision_deepstack_layers \(\[2, 0\]\) must rise"),
+        ("vision_config", {"deepstack_visual_indexes": [2, 0]}, r"vision_deepstack_layers \(\[2, 0\]\) must be in asc"),
         ("vision_config", {"depth": "4"}, "depth is '4'; it must be an integer"),
         ("vision_config", {"depth": 10**9}, "vision_num_hidden_layers is 1,000,000,000, over the limit of 262,144"),
         ("vision_config", {"quantization_config": {}}, "vision_config: quantization_config is set; give the directory"),
