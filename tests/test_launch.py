@@ -66,7 +66,7 @@ def launch(*arguments):
         ),
         (("--config", "experiments/eval.py", "--config.stage=a.stage"), "is for the stage 'eval'"),
         (("--config", "experiments/demo.py", "--noconfig.stepz"), "did you mean config.steps?"),
-        (("--config", "experiments/demo.py", "-noconfig.steps"), "is written so; write --config.steps=VALUE"),
+        (("--config", "experiments/demo.py", "-noconfig.steps"), "True or False; write --config.steps=VALUE"),
         (("--config.steps=3",), "--config is missing; write e.g. --config experiments/demo.py"),
     ],
 )
