@@ -59,7 +59,7 @@ def _lead(report: Report) -> str:
         done = sum(stage.status == "done" for stage in report.stages)
         return (
             f"A language model of the Qwen3 family, trained in {len(report.stages)} stages, each from the weights of "
-            f"an earlier one; {done} of them are done. This page says what each stage taught it, and what that cost."
+            f"one before it; {done} of them are done. This page says what each stage taught it, and what that cost."
         )
     [stage] = report.stages
     count, total = stage.run.record.get("parameters"), stage.run.config.get("steps")
