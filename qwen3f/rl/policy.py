@@ -178,7 +178,8 @@ def _log_ratio(log_prob: Tensor, batch: Batch) -> Tensor:
 
 def _others(hyper: GRPO, log_prob: Tensor, log_ratio: Tensor, batch: Batch, reports: tuple[str, ...]) -> Figures:
     """Metrics of a token that do not depend on the loss; "kl" has its gradient."""
-    out = {"ratio_gap": (log_ratio.exp() - 1).abs(), "moved": log_ratio.exp() - log_ratio - 1}
+    ratio = surrogates.ratio(log_ratio)
+    out = {"ratio_gap": (ratio - 1).abs(), "moved": ratio - log_ratio - 1}
     if hyper.kl_coef:
         out["kl"] = surrogates.kl_estimate(log_prob, batch["ref_logprobs"].to(log_prob.dtype), hyper.kl)
     if "entropy" in reports:
@@ -191,7 +192,7 @@ def _by_tokens(hyper: GRPO, reports: tuple[str, ...]) -> tuple[Callable, Callabl
 
     def of_token(log_prob: Tensor, batch: Batch) -> tuple[Tensor, Figures]:
         log_ratio = _log_ratio(log_prob, batch)
-        ratio, advantage = log_ratio.exp(), batch["advantages"].to(log_prob.dtype)
+        ratio, advantage = surrogates.ratio(log_ratio), batch["advantages"].to(log_prob.dtype)
         clip = hyper.clip
         if hyper.loss == "cispo":
             cost = surrogates.cispo(log_prob, ratio, advantage, hyper.cispo_cap)

@@ -11,12 +11,22 @@ import torch
 from torch import Tensor
 
 
+# The largest log-ratio that counts, as in verl. In float32 e^89 is infinite, and 0 · ∞ is NaN.
+MOST_LOG = 20.0
+
+
 class Clip(NamedTuple):
     """Bounds of r: 1 − low, 1 + high, and `dual` as an upper bound where A < 0 (0: no such bound)."""
 
     low: float
     high: float
     dual: float = 0.0
+
+
+def ratio(log_ratio: Tensor) -> Tensor:
+    """exp(lr), of at most MOST_LOG; beyond it without a gradient. An infinite ratio would make NaN of the gradient where
+    a bound leaves it out, and of the cost where the advantage is 0."""
+    return log_ratio.clamp(max=MOST_LOG).exp()
 
 
 def clipped(ratio: Tensor, advantage: Tensor, clip: Clip) -> Tensor:
@@ -61,12 +71,12 @@ def sapo(ratio: Tensor, advantage: Tensor, temperature_pos: float, temperature_n
 
 
 def sequence_ratio(log_ratio_sum: Tensor, length: Tensor) -> Tensor:
-    """exp(Σ lr / |y|): a document's ratio (GSPO, Zheng et al. 2025, arXiv:2507.18071, equation 7).
+    """A document's ratio: `ratio` of Σ lr / |y| (GSPO, Zheng et al. 2025, arXiv:2507.18071, equation 7).
 
     log_ratio_sum is the sum over the document's tokens that count, length is their number. Without the division a
     ratio grows with the length: 0.012 per token makes a factor of 3.3 after 100 tokens.
     """
-    return (log_ratio_sum / length.clamp(min=1)).exp()
+    return ratio(log_ratio_sum / length.clamp(min=1))
 
 
 def gamma_weight(log_ratio_sum: Tensor, advantage: Tensor) -> Tensor:
@@ -84,7 +94,7 @@ def kl_estimate(log_prob: Tensor, ref_log_prob: Tensor, kind: str) -> Tensor:
 
     "k1": Δ. "k2": Δ²/2. "k3": e^(−Δ) + Δ − 1. As a loss each has a different expected gradient (Tang and Munos 2025,
     arXiv:2506.09477). On policy, k2 has that of the reverse KL. k1 has 0 and k3 that of the forward KL, unless they are
-    multiplied by the ratio.
+    multiplied by the ratio. In k3 a Δ below −MOST_LOG counts as −MOST_LOG, without a gradient.
     """
     delta = log_prob - ref_log_prob
     if kind == "k1":
@@ -92,5 +102,6 @@ def kl_estimate(log_prob: Tensor, ref_log_prob: Tensor, kind: str) -> Tensor:
     if kind == "k2":
         return delta**2 / 2
     if kind == "k3":
+        delta = delta.clamp(min=-MOST_LOG)
         return torch.exp(-delta) + delta - 1
     raise ValueError(f"kl={kind!r}: write k1, k2 or k3")

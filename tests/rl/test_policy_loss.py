@@ -183,6 +183,26 @@ def test_a_batch_of_which_nothing_counts_is_a_finite_zero(name):
     assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+@pytest.mark.parametrize("log_prob, old", [(-1.0, -100.0), (-1.0, -1e5), (-200.0, -1.0)])
+@pytest.mark.parametrize("name", [*PLAIN, *(f"{name} k3" for name in LOSSES)])
+def test_a_policy_far_from_the_old_one_gives_finite_numbers(name, log_prob, old, advantage):
+    """e^99 is infinite in float32: of a cost that a bound keeps finite the gradient would be NaN."""
+    batch = {
+        "old_logprobs": torch.full((1, 2), old),
+        "ref_logprobs": torch.full((1, 2), old),
+        "advantages": torch.full((1, 2), advantage),
+        "loss_weights": torch.ones(1, 2),
+    }
+    logp = torch.full((1, 2), log_prob, requires_grad=True)
+    loss, figures = policy_loss(logp, batch, VARIANTS[name])
+    (grad,) = torch.autograd.grad(loss, logp)
+    assert torch.isfinite(loss) and torch.isfinite(grad).all()
+    assert all(torch.isfinite(figure) for figure in figures.values())
+    if name in PLAIN and advantage == 0:
+        assert loss == 0 and (grad == 0).all()
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_without_old_log_probs_the_ratio_is_one_and_the_gradient_of_log_prob(name):
     x = tensors(spread=0.0)
