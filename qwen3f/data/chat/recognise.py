@@ -1,21 +1,20 @@
 """Which kind of chat template lies beside a tokenizer, and whether the tokenizer can write its chats."""
 
+import functools
 import json
 import shutil
 import weakref
 from pathlib import Path
-from typing import Any
-
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen3f.data.chat.kinds import HYBRID, KINDS, TemplateKind, find_kind
 from qwen3f.data.chat.template import THINK, THOUGHTS, render
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.files import decode_text, read_bounded, write_atomically
+from qwen3f.processes.killable import Killable, Outcome
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+SECONDS = 10.0  # that a template may take for all probes
 _OURS = Path(__file__).with_name("jinja")
 _TURNS = ("<|im_start|>", "<|im_end|>")
 _THOUGHT = ("<think>", "</think>")
@@ -141,28 +140,25 @@ def _directory(tokenizer: Tokenizer) -> Path:
 
 
 def _recognise(path: Path, template: str) -> TemplateKind:
-    rendered = _rendered(template)
+    made = _rendered(template)
     for kind in KINDS.values():
-        if rendered == _expected(kind):
+        if made.value == _expected(kind):
             return kind
+    fails = f", as it fails ({made.failure})" if made.failure else ""
     raise UserError(
-        f"The chat template in {path} is of no kind that is known ({', '.join(KINDS)}), so chats would be written "
-        "otherwise than the model was trained on: choose the nearest kind with --config.chat_template=KIND, or give "
+        f"The chat template in {path} is of no kind that is known ({', '.join(KINDS)}){fails}, so chats would be "
+        "written otherwise than the model was trained on: choose the nearest kind with --config.chat_template=KIND, or give "
         "--config.data.tokenizer a directory with a template of Qwen3's."
     )
 
 
-def _rendered(template: str) -> list[str] | None:
-    """What a template makes of the probes; None if it can't."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _json
-    try:
-        compiled = environment.from_string(template)
-        return [compiled.render(messages=probe, **options) for probe in _PROBES for options in _OPTIONS]
-    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, RecursionError, OverflowError):
-        return None  # a template of another format may need other keys
+@functools.lru_cache(maxsize=16)
+def _rendered(template: str) -> Outcome:
+    """What a template renders for the probes, as a list of texts. A failure if it raises (a template of another format
+    may need other keys) or takes longer than SECONDS."""
+    with Killable(1, SECONDS) as process:
+        function = "qwen3f.data.chat.rendering:rendered"
+        return process.call(function, template=template, chats=_PROBES, options=_OPTIONS)
 
 
 def _expected(kind: TemplateKind) -> list[str]:
@@ -175,8 +171,3 @@ def _expected(kind: TemplateKind) -> list[str]:
             known = {key: value for key, value in options.items() if kind.asks or key != "enable_thinking"}
             texts.append(render(messages, kind=kind, **known))
     return texts
-
-
-def _json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    """JSON as transformers' filter tojson writes it; jinja2's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)

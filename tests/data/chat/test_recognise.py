@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3f.data.chat import kinds
+from qwen3f.data.chat import kinds, recognise
 from qwen3f.data.chat.kinds import KINDS
 from qwen3f.data.chat.recognise import check_chat_tokenizer, kind_of
 from qwen3f.data.tokenizers.qwen_tokenizer import QwenTokenizer
@@ -55,10 +55,22 @@ def test_other_templates_are_refused(name, directory):
         check_chat_tokenizer(QwenTokenizer.load(directory))
 
 
-@pytest.mark.parametrize("template", ["{{ broken", "{{ messages[0].absent.more }}", "{{ raise_exception('no') }}", "x"])
+@pytest.mark.parametrize(
+    "template",
+    ["{{ broken", "{{ messages[0].absent.more }}", "{{ raise_exception('no') }}", "x", "{{ 1 / 0 }}", "{{ 1e999 }}",
+     "{{ '{}'.format() }}", "{{ cycler().next() }}", "{{ 'ab'.encode('none') }}", "{{ 'a' * 10 ** 13 }}"],
+)  # fmt: skip
 def test_broken_templates_are_refused(template, directory):
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     with pytest.raises(UserError, match=r"template in .*tokenizer_config.json is of no kind that is known"):
+        check_chat_tokenizer(QwenTokenizer.load(directory))
+
+
+def test_a_template_that_runs_for_ever_is_ended(directory, monkeypatch):
+    monkeypatch.setattr(recognise, "SECONDS", 0.5)
+    endless = "{% for i in range(9 ** 5) %}{% for j in range(9 ** 5) %}{% endfor %}{% endfor %}"
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": endless}))
+    with pytest.raises(UserError, match=r"is of no kind that is known .*, as it fails \(took longer than 0.5 s\)"):
         check_chat_tokenizer(QwenTokenizer.load(directory))
 
 
