@@ -1,6 +1,7 @@
 """Atomic and durable writes of files; reading whole files up to a size; paths from users."""
 
 import os
+import stat
 import uuid
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -28,10 +29,13 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
 
 
 def read_bounded(path: Path, most: Limit = FILE_BYTES) -> bytes:
-    """A file's content. Raises UserError, before reading, for one that is too large; OSError if it cannot be read."""
-    size = path.stat().st_size
-    if size > most.value():
-        raise UserError(f"{path} has {size:,} bytes, {most.exceeded('bytes')}")
+    """A file's content. Raises UserError, before reading, for one that is too large, and for what is no file of a size,
+    as a pipe or /dev/zero behind a link; OSError if it cannot be read."""
+    there = path.stat()
+    if not stat.S_ISREG(there.st_mode) and not stat.S_ISDIR(there.st_mode):  # opening a directory says what it is
+        raise UserError(f"{path} is no file but a pipe or a device; put a file there")
+    if there.st_size > most.value():
+        raise UserError(f"{path} has {there.st_size:,} bytes, {most.exceeded('bytes')}")
     return path.read_bytes()
 
 

@@ -12,13 +12,13 @@ from qwen3f.config import ModelConfig
 from qwen3f.data.multimodal.dataset import Document, VisualDataset
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.eval.answers import KEPT_TEXTS
+from qwen3f.eval.last_query import last_query
 from qwen3f.infer.engine import Engine, completion
 from qwen3f.infer.pictures import Pictures
 from qwen3f.model import EAGER, Execution
 from qwen3f.params import Params
 from qwen3f.vision.preprocess import image_patches
 
-_USER = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 _PICTURE = re.compile(r"<\|vision_start\|>.*?<\|vision_end\|>", re.DOTALL)
 _SIDE = 256  # pixels of a kept picture, at most
 _CACHE, _PAGE = 4096, 64  # tokens: the KV cache has at least _CACHE, rounded up to a multiple of _PAGE
@@ -90,8 +90,7 @@ def _words(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 def _question(prompt: str) -> str:
     """The last user's turn, without what stands for pictures."""
-    turns = _USER.findall(prompt)
-    return _PICTURE.sub("", turns[-1] if turns else prompt).strip()
+    return _PICTURE.sub("", last_query(prompt)).strip()
 
 
 def _png(image: Image.Image) -> str:

@@ -2,18 +2,17 @@
 
 import base64
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qwen3f.errors import UserError
+from qwen3f.eval.last_query import last_query
 from qwen3f.files import is_file, read_bounded
 from qwen3f.strict_json import read_object
 
 RESULTS, QUESTIONS, MEASURES = "results.json", "questions.json", "measures"
 MODES = ("thinking", "plain")
-_USER = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 _MOST_PICTURE = 2**17  # bytes of a picture, at most
 
 
@@ -67,7 +66,7 @@ def _of_results(path: Path, mode: str) -> Iterator[Mapping[str, Any]]:
                 "evaluation": name,
                 "mode": mode,
                 "number": one.get("number"),
-                "prompt": _question(str(one.get("prompt", ""))),
+                "prompt": last_query(str(one.get("prompt", ""))),
                 "gold": str(one.get("gold", "")),
                 "text": str(outputs[0]),
                 "mark": next(iter(metrics.values()), None),
@@ -75,15 +74,10 @@ def _of_results(path: Path, mode: str) -> Iterator[Mapping[str, Any]]:
             }
 
 
-def _question(prompt: str) -> str:
-    turns = _USER.findall(prompt)
-    return turns[-1] if turns else prompt
-
-
 def _of_pictures(workdir: Path) -> Iterator[Mapping[str, Any]]:
     try:
         rows = json.loads(read_bounded(workdir / QUESTIONS))
-    except (OSError, UserError, ValueError):
+    except (OSError, UserError, ValueError, RecursionError):
         return
     for number, row in enumerate(rows if isinstance(rows, list) else ()):
         try:
@@ -94,9 +88,9 @@ def _of_pictures(workdir: Path) -> Iterator[Mapping[str, Any]]:
             lines = read_bounded(workdir / f"{number}.jsonl").strip(b"\n").split(b"\n")
             said = json.loads(lines[-1].decode(errors="replace"))
             text = str(said["answer"])
-            uri = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+            uri = "data:image/png;base64," + base64.b64encode(read_bounded(picture)).decode()
             right = " ".join(text.split()).rstrip(".").lower() == " ".join(str(row["gold"]).split()).rstrip(".").lower()
             yield {"evaluation": "pictures", "mode": "plain", "number": number, "prompt": str(row["prompt"]),
                    "gold": str(row["gold"]), "text": text, "mark": float(right), "pictures": [uri]}  # fmt: skip
-        except (OSError, UserError, ValueError, KeyError, TypeError, IndexError):
+        except (OSError, UserError, ValueError, KeyError, TypeError, IndexError, RecursionError):
             continue

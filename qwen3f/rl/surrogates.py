@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 # The largest log-ratio that counts, as in verl. In float32 e^89 is infinite, and 0 · ∞ is NaN.
 MOST_LOG = 20.0
 
@@ -24,8 +23,10 @@ class Clip(NamedTuple):
 
 
 def ratio(log_ratio: Tensor) -> Tensor:
-    """exp(lr), of at most MOST_LOG; beyond it without a gradient. An infinite ratio would make NaN of the gradient where
-    a bound leaves it out, and of the cost where the advantage is 0."""
+    """exp(lr), of at most MOST_LOG; beyond it without a gradient.
+
+    An infinite ratio would make NaN of the gradient where a bound leaves it out, and of the cost where A is 0.
+    """
     return log_ratio.clamp(max=MOST_LOG).exp()
 
 

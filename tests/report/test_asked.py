@@ -1,9 +1,11 @@
 """What a pipeline asked of its stages' models: shown before and after, and compared question by question."""
 
 import json
+import os
 
 import pytest
 
+from qwen3f.eval.last_query import last_query
 from qwen3f.report import texts
 from qwen3f.report.asked import read_pictures
 from qwen3f.report.page import render
@@ -62,6 +64,39 @@ def test_texts_with_other_ends_of_lines_than_json_s_are_read_whole(end, tmp_path
     (run / "0.jsonl").write_text(json.dumps({"answer": said}, ensure_ascii=False) + "\n")
     (picture,) = read_pictures(run)
     assert (picture["text"], picture["mark"]) == (said, 1.0)
+
+
+def test_pipes_and_devices_are_no_files_of_answers(tmp_path):
+    run = write_run(tmp_path / "W")
+    os.mkfifo(run / "answers" / "step-00000001.jsonl")  # opening it would wait for ever
+    (run / "answers" / "step-00000002.jsonl").symlink_to("/dev/zero")  # and this would take all memory
+    (stage,) = read(run).stages
+    assert len(stage.run.problems) == 2
+    assert all("is no file but a pipe or a device" in one for one in stage.run.problems)
+    assert len(stage.run.answers) == 4
+    (run / "0.png").write_bytes(b"PNG")
+    (run / "questions.json").write_text(json.dumps([{"picture": "0.png", "prompt": "What?", "gold": "a"}]))
+    (run / "0.jsonl").symlink_to("/dev/zero")
+    assert not read_pictures(run)
+
+
+@pytest.mark.parametrize("file", ["questions.json", "0.jsonl"])
+def test_json_that_is_nested_too_deeply_is_left_out(file, tmp_path):
+    (tmp_path / "0.png").write_bytes(b"PNG")
+    (tmp_path / "0.jsonl").write_text('{"answer": "a"}')
+    (tmp_path / "questions.json").write_text(json.dumps([{"picture": "0.png", "prompt": "What?", "gold": "a"}]))
+    assert read_pictures(tmp_path)
+    (tmp_path / file).write_text("[" * 100_000)
+    assert not read_pictures(tmp_path)
+
+
+def test_the_last_question_of_a_prompt_is_found_in_one_pass():
+    """A pattern that looks for the end from each beginning took minutes here."""
+    begun = "<|im_start|>user\n" * 200_000
+    assert last_query(begun) == begun
+    turns = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc\nd<|im_end|>\n"
+    assert last_query(turns + "<|im_start|>assistant\n") == "c\nd"
+    assert last_query("no chat") == "no chat"
 
 
 def test_a_right_answer_and_a_wrong_one_are_shown_as_both_models_gave_them(pipeline):

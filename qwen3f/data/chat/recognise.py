@@ -147,8 +147,8 @@ def _recognise(path: Path, template: str) -> TemplateKind:
     fails = f", as it fails ({made.failure})" if made.failure else ""
     raise UserError(
         f"The chat template in {path} is of no kind that is known ({', '.join(KINDS)}){fails}, so chats would be "
-        "written otherwise than the model was trained on: choose the nearest kind with --config.chat_template=KIND, or give "
-        "--config.data.tokenizer a directory with a template of Qwen3's."
+        "written otherwise than the model was trained on: choose the nearest kind with --config.chat_template=KIND, or "
+        "give --config.data.tokenizer a directory with a template of Qwen3's."
     )
 
 
