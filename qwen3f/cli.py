@@ -17,6 +17,7 @@ from qwen3f import stages, usage
 from qwen3f.errors import TrainingError, UserError
 from qwen3f.files import is_file
 from qwen3f.flag_hints import as_flags, check_value, hint
+from qwen3f.terminal import printable
 from qwen3f.train import checks
 
 # config.stage -> the module whose run(config, workdir, progress) does it; all other stages train
@@ -32,6 +33,7 @@ TRAIN = "qwen3f.train.launch"
 INHERIT = "qwen3f.train.inherit"
 PLAN = "qwen3f.plan.run"  # replaces TRAIN if config.plan is set: prints what the mesh would do
 OWN_FLAGS = ("config", "workdir", "progress", "verbosity", "help", "flagfile")  # ours, and the useful ones of absl
+LONGEST_ERROR = 10_000  # characters of a message that are printed
 NO_CONFIG = "--config is missing; write e.g. --config experiments/demo.py"
 
 # How many times a waiting thread of libgomp (torch's OpenMP library on Linux) spins before it sleeps. libgomp's default
@@ -121,8 +123,13 @@ def full_disk(error: OSError) -> TrainingError | None:
 
 
 def report(error: Exception, code: int, config: ConfigDict | None = None) -> int:
-    """Print an error on one line, where flags replace the keys of `config`. Returns the exit code."""
-    text = " ".join(str(error).split())
+    """Print an error on one line, where flags replace the keys of `config`. Returns the exit code.
+
+    A message may quote a file. So control characters are escaped, and at most LONGEST_ERROR characters are printed.
+    """
+    text = printable(" ".join(str(error).split()))
+    if len(text) > LONGEST_ERROR:
+        text = f"{text[:LONGEST_ERROR]} … ({len(text) - LONGEST_ERROR:,} characters more)"
     print(f"error: {as_flags(text, _keys(config)) if config is not None else text}", file=sys.stderr, flush=True)
     return code
 

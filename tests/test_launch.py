@@ -205,6 +205,13 @@ def test_contract_command_trains_on_the_embedded_corpus(tmp_path):
     assert "Traceback" not in errors
 
 
+def test_what_an_error_quotes_of_a_file_does_nothing_to_a_terminal(capsys):
+    assert cli.report(UserError("model_type is \x1b[2J\x1b]52;c;AAAA\x07 or \x9b1m\nnext"), 2) == 2
+    assert capsys.readouterr().err == "error: model_type is \\x1b[2J\\x1b]52;c;AAAA\\x07 or \\x9b1m next\n"
+    cli.report(UserError("x" * 10**6), 2)
+    assert capsys.readouterr().err == f"error: {'x' * 10_000} … (990,000 characters more)\n"
+
+
 @pytest.mark.parametrize("user", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
 def test_threads_yield_while_they_wait_unless_the_user_chose(user):
     program = "import os, runpy, sys; sys.argv = ['launch.py', '--help']\n"

@@ -23,8 +23,9 @@ from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.template import THINK, Message, last_switch, split_thought
 from qwen3f.errors import UserError
 from qwen3f.infer.request import Request
-from qwen3f.infer.text_generator import TextGenerator, raise_error
+from qwen3f.infer.text_generator import Answer, TextGenerator, raise_error
 from qwen3f.infer.text_request import TextOptions, make_request
+from qwen3f.terminal import shown
 
 SWITCHES = ("/think", "/no_think")
 
@@ -82,10 +83,10 @@ class Chat:
             question = f"{question} {self._switch}"
         messages = [*self.messages, {"role": "user", "content": question}]
         for (answer,) in self._generator.answer([self._request(messages)]):
-            print(answer.read(), end="", file=self._out, flush=True)
+            self._show(answer)
             if not answer.finish_reason and self._interrupted():
                 self._generator.cancel([answer])
-                print(answer.read(), end="", file=self._out)
+                self._show(answer)
                 break
         print(file=self._out, flush=True)
         raise_error(answer)
@@ -96,6 +97,9 @@ class Chat:
         self.messages = [*messages, said(answer.text, self._kind)]
         self._switch = ""
         self._turn += 1
+
+    def _show(self, answer: Answer) -> None:
+        print(shown(answer.read(), self._out), end="", file=self._out, flush=True)
 
     def _request(self, messages: list[Message]) -> Request:
         """The request for an answer. It gets fewer than max_new_tokens tokens if the chat leaves no more room."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from qwen3f import terminal
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.kinds import check_thinking
 from qwen3f.data.chat.recognise import kind_of
@@ -367,9 +368,10 @@ def _print(passes: Iterator[list[tuple[Ask, Answer]]], several: bool) -> None:
             ask, answer = next(iter(waiting.values()))
             piece = answer.read()
             if several and not begun and (piece or answer.finish_reason):
-                print(f"--- {ask.content if isinstance(ask.content, str) else ask.content[-1]['content']}")
+                prompt = ask.content if isinstance(ask.content, str) else ask.content[-1]["content"]
+                print(f"--- {terminal.shown(prompt, sys.stdout)}")
                 begun = True
-            print(piece, end="", flush=True)
+            print(terminal.shown(piece, sys.stdout), end="", flush=True)
             if not answer.finish_reason:
                 break
             raise_error(answer)

@@ -35,6 +35,7 @@ from qwen3f.rl.tasks import find_sight, find_tasks
 from qwen3f.sandbox.tiers import find_tier, preferred
 from qwen3f.tasks.code import CodeTask
 from qwen3f.tasks.task import Question, Task
+from qwen3f.terminal import printable
 from qwen3f.train.metrics import flops_per_token, peak_flops
 from qwen3f.train.next_steps import ASK, ASK_PICTURE, EXPORT
 from qwen3f.train.objective import check_model
@@ -305,7 +306,8 @@ class Steps:
         self._shown = [_shown(line) for line in kept[: config.samples.show]]
         if drawn.failures:
             worst = sorted(drawn.failures.items(), key=lambda pair: -pair[1])[:SHOWN_REASONS]
-            print(f"step {step}: rewards failed: " + "; ".join(f"{why} ({n} times)" for why, n in worst), flush=True)
+            reasons = "; ".join(f"{printable(why)} ({n} times)" for why, n in worst)
+            print(f"step {step}: rewards failed: {reasons}", flush=True)
 
     def _agree(self, step: int, gaps: dict[str, float]) -> None:
         """After a process's first comparison: print how closely sampler and trainer agree, and decide whose

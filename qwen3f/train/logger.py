@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qwen3f.errors import UserError
+from qwen3f.terminal import printable
 from qwen3f.train.answers_folder import AnswersFolder
 from qwen3f.train.event_file import EventFile
 from qwen3f.train.patient_file import PatientFile
@@ -146,9 +147,9 @@ class MetricLogger:
         self._answers.write(step, answers)
 
     def write(self, line: str) -> None:
-        """Prints a line to stdout without breaking the bar."""
+        """Prints a line, or a text that a model wrote, to stdout without breaking the bar."""
         with _console():
-            tqdm.write(line, file=sys.stdout)
+            tqdm.write(printable(line), file=sys.stdout)
 
     def close(self) -> None:
         """Flushes and closes all files; later calls do nothing."""

@@ -17,7 +17,7 @@ from qwen3f.data.chat import kinds
 from qwen3f.data.chat.template import render
 from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.infer.chat import Chat, said
-from qwen3f.infer.text_generator import TextGenerator
+from qwen3f.infer.text_generator import Answer, TextGenerator
 from qwen3f.infer.text_request import TextOptions, make_request
 from qwen3f.interop import hf
 
@@ -56,6 +56,19 @@ def test_each_turn_is_the_answer_to_the_whole_history(generator):
         expected += answer.text + "\n"
         history += [question, {"role": "assistant", "content": answer.text}]
     assert printed == expected
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_model_writes_does_nothing_to_a_terminal(generator, monkeypatch, terminal):
+    monkeypatch.setattr(Answer, "read", lambda self: "\x1b[2J\ta\n" if self.finish_reason else "")
+
+    class Out(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    out = Out()
+    Chat(generator, OPTIONS, out, lambda: False).enter("q")
+    assert out.getvalue() == ("\\x1b[2J\ta\n\n" if terminal else "\x1b[2J\ta\n\n")
 
 
 @pytest.mark.parametrize(

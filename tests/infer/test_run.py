@@ -13,6 +13,7 @@ from qwen3f.errors import UserError
 from qwen3f.infer.generate import generate
 from qwen3f.infer.run import run
 from qwen3f.infer.sampling import NON_THINKING, THINKING
+from qwen3f.infer.text_generator import Answer
 from qwen3f.infer.thinking import CLOSING
 from qwen3f.interop import hf
 
@@ -46,6 +47,15 @@ def test_chat_answers_what_generate_answers(source, answers, thinking):
     assert f"{summary.tokens} new tokens: the first after" in printed.err
     assert f"({len(ids)} prompt tokens)" in printed.err
     assert "tokens/s" in printed.err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_model_writes_does_nothing_to_a_terminal(answers, monkeypatch, terminal):
+    monkeypatch.setattr(Answer, "read", lambda self: "\x1b[2J" if self.finish_reason else "")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    printed, _ = answers(prompt="", prompts=("\x1b[1m", "b"), chat=False)
+    text, prompt = ("\\x1b[2J", "\\x1b[1m") if terminal else ("\x1b[2J", "\x1b[1m")
+    assert printed.out == f"--- {prompt}\n{text}\n--- b\n{text}\n"
 
 
 def test_several_answers_come_in_order_each_under_its_prompt(source, answers, tmp_path):

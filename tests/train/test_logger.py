@@ -212,10 +212,10 @@ def test_progress_bar_shows_loss_speed_and_time_left(tmp_path, capfd):
         logger._bar.mininterval = 0
         logger.advance(5)
         logger.advance(6, loss=2.34567, tokens_per_sec=7812.0)
-        logger.write("a line beside the bar")
+        logger.write("a \x1b[1mline beside the bar")
         logger.advance(8, loss=1.5)
     out, err = capfd.readouterr()
-    assert out == "a line beside the bar\n"
+    assert out == "a \\x1b[1mline beside the bar\n"
     assert " 50%|" in err
     assert "step 4/8" in err
     assert "step 6/8, loss 2.3457, 7.8k tokens/s [00:00<" in err
