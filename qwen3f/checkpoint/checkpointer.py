@@ -387,5 +387,5 @@ def _reading(directory: Path) -> Iterator[None]:
         yield
     except DamagedCheckpoint:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DamagedCheckpoint(f"{directory} is damaged or incomplete: {error}") from error

@@ -68,7 +68,7 @@ def read_tree(directory: Path) -> dict[Name, LeafSpec]:
         entries = [entry["key_metadata"] for entry in metadata["tree_metadata"].values()]
         names = [tuple(str(key["key"]) for key in keys) for keys in entries]
         return {name: zarr.read_spec(directory / _checked(".".join(name))) for name in names}
-    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DamagedCheckpoint(
             f"{directory} is damaged: its leaves' names or shapes cannot be read ({error})"
         ) from error

@@ -116,6 +116,20 @@ def test_a_broken_manifest_is_damage(saved, content):
         manifest.verify(place)
 
 
+@pytest.mark.parametrize("key", ["shape", "chunks", "dtype"])
+@pytest.mark.parametrize("value", [None, 3, "x", [], [1e999], [None], [[]], {}, ["9" * 5000]])
+def test_an_array_that_is_described_wrongly_is_damage(saved, key, value):
+    """By somebody who has written the manifest, too."""
+    place = saved / "checkpoints" / "7"
+    path = next(place.rglob("params.w/.zarray"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    (place / "manifest.json").unlink()
+    manifest.write(place, {})
+    like = {"w": torch.empty(5000), "b": torch.empty(3, dtype=torch.bfloat16)}
+    with Checkpointer(saved / "checkpoints", 0, 0) as checkpoints, pytest.raises(UserError, match="checkpoints.7"):
+        checkpoints.restore_part("params", like, 7)
+
+
 @pytest.mark.parametrize("name", ["../../secret", "{root}/secret", "state/../../../secret"])
 def test_names_in_a_manifest_lead_nowhere(saved, name):
     place, name = saved / "checkpoints" / "7", name.format(root=saved)

@@ -245,7 +245,14 @@ def _read_index(path: Path) -> dict:
         complete = {"vocab_size", "stats", "shards", "arrays"} <= index.keys()
         complete = complete and {"documents", "tokens"} <= index["stats"].keys()
         complete = complete and all({"tokens", "sha256"} <= shard.keys() for shard in index["shards"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        complete = complete and {OFFSETS, BYTES} == index["arrays"].keys()
+        if complete:
+            bits = [shard["trained"] for shard in index["shards"] if "trained" in shard]
+            complete = all("sha256" in record for record in (*index["arrays"].values(), *bits))
+            counts = [index["vocab_size"], *index["stats"].values(), *(shard["tokens"] for shard in index["shards"])]
+            if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+                raise TypeError("a count is no number")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"The token cache's file {path / INDEX} is unreadable: delete the directory {path}.") from error
     if version != FORMAT_VERSION or not complete:
         raise UserError(f"{path} is no token cache of format {FORMAT_VERSION}: delete the directory.")

@@ -68,6 +68,7 @@ _WORKINGS: Mapping[str, tuple[Any, ...]] = {
 }
 """The values that each key of `_workings` may have. Any other key must be off: None, False or ""."""
 
+_DIGITS = 10  # of an id; more than any vocabulary needs
 _NEEDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -185,7 +186,8 @@ def _read_vocab_and_merges(vocab_file: Path, merges_file: Path) -> Vocabulary:
     listed = read_object(config).get("added_tokens_decoder") if config.is_file() else None
     if listed is None:
         return _complete(vocab_file, tokens, ADDED_TOKENS)
-    if not isinstance(listed, dict) or not all(i.isdecimal() and isinstance(t, dict) for i, t in listed.items()):
+    numbered = isinstance(listed, dict) and all(i.isdecimal() and len(i) < _DIGITS for i in listed)
+    if not numbered or not all(isinstance(token, dict) for token in listed.values()):
         raise UserError(f"{config} has added_tokens_decoder in an unknown form: copy or download it again.")
     return _complete(config, tokens, _added(config, [{**token, "id": int(i)} for i, token in listed.items()]))
 
@@ -249,10 +251,11 @@ def _added(path: Path, listed: Any) -> dict[str, AddedToken]:
                     f"{path}: the added token {token['content']!r} has {odd[0]}=true, which Qwen3's never do."
                 )
             name, number = token["content"], token["id"]
-            if type(name) is not str or type(number) is not int:
+            if type(name) is not str or not name or type(number) is not int:
                 raise TypeError(f"{name!r}: {number!r}")
+            name.encode()
             added[name] = AddedToken(number, bool(token["special"]))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
         raise UserError(f"{path} lists an added token in an unknown form ({error!r}): download it again.") from error
     return added
 

@@ -42,15 +42,18 @@ def read_model(content: bytes) -> Model:
     pieces: list[Piece] = []
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
-    for number, value in _fields(content):
-        if number == _PIECES:
-            fields = dict(_fields(value))
-            (score,) = struct.unpack("<f", fields.get(_SCORE, bytes(4)))
-            pieces.append(Piece(fields.get(_TEXT, b"").decode(), score, fields.get(_TYPE, NORMAL)))
-        elif number == _TRAINER:
-            trainer |= dict(_fields(value))
-        elif number == _NORMALIZER:
-            normalizer |= dict(_fields(value))
+    try:
+        for number, value in _fields(content):
+            if number == _PIECES:
+                fields = dict(_fields(value))
+                (score,) = struct.unpack("<f", fields.get(_SCORE, bytes(4)))
+                pieces.append(Piece(fields.get(_TEXT, b"").decode(), score, fields.get(_TYPE, NORMAL)))
+            elif number == _TRAINER:
+                trainer |= dict(_fields(value))
+            elif number == _NORMALIZER:
+                normalizer |= dict(_fields(value))
+    except (TypeError, AttributeError, struct.error) as error:  # the library skips fields of an unknown kind
+        raise ValueError(f"a field is of another kind than in a model: {error}") from error
     return Model(
         pieces,
         trainer.get(_MODEL_TYPE, UNIGRAM),

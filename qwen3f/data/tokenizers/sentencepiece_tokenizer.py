@@ -164,7 +164,10 @@ class SentencePieceTokenizer:
         byte_ids = [self._processor.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
         if not all(self._processor.is_byte(i) for i in byte_ids):
             raise UserError(f"{self.path} has no byte pieces: train it with byte_fallback=True.")
-        table = [self._processor.id_to_piece(i).replace(_SPACE, " ").encode() for i in range(self.vocab_size)]
+        try:
+            table = [self._processor.id_to_piece(i).replace(_SPACE, " ").encode() for i in range(self.vocab_size)]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path} has a piece that is not UTF-8 ({error}): copy it again.") from error
         for value, i in enumerate(byte_ids):
             table[i] = bytes([value])
         return byte_ids, table
@@ -247,7 +250,11 @@ class SentencePieceTokenizer:
         Raises:
             UserError: a model trained elsewhere that has no such form; see `sentencepiece_export`.
         """
-        write_tokenizer_json(read_model(self._model), self.path, self._special_ids, AS_TEXT, Path(directory))
+        try:
+            model = read_model(self._model)
+        except ValueError as error:
+            raise UserError(f"{self.path} is damaged ({error}): copy it again.") from error
+        write_tokenizer_json(model, self.path, self._special_ids, AS_TEXT, Path(directory))
         self.save(directory)
 
 

@@ -237,11 +237,17 @@ def test_a_damaged_index_is_named(source, tokenizer, tmp_path, small_shards):
     file.write_text(json.dumps({**content, "stats": {**content["stats"], "tokens": 38}}))
     with pytest.raises(UserError, match=r"index.json is corrupt: delete the directory"):
         open_cache(cache.path)
-    for other in ({**content, "format": 99}, {"format": 2}, {**content, "shards": [{}]}):
+    arrays = content["arrays"]
+    others = [{"format": 99}, {"shards": [{}]}, {"arrays": {}}, {"arrays": {"../x": {"sha256": ""}}}]
+    others += [{"arrays": {key: {} for key in arrays}}]
+    for other in ({"format": 2}, *(content | changes for changes in others)):
         file.write_text(json.dumps(other))
         with pytest.raises(UserError, match="is no token cache of format 2: delete the directory"):
             open_cache(cache.path)
-    for broken in ("{", "[]", '"x"', json.dumps({**content, "stats": 1}), json.dumps({**content, "shards": 1})):
+    wrong = [{"stats": 1}, {"shards": 1}, {"arrays": None}, {"vocab_size": None}, {"vocab_size": "x"}]
+    wrong += [{"stats": {**content["stats"], "documents": n}} for n in (None, -1, 1.5, "2", [], 2**70)]
+    wrong += [{"shards": [{**content["shards"][0], "tokens": n}]} for n in (None, True, 1e300)]
+    for broken in ("{", "[]", '"x"', "[" * 10**5, *(json.dumps(content | changes) for changes in wrong)):
         file.write_text(broken)
         with pytest.raises(UserError, match=r"index.json is unreadable: delete the directory"):
             open_cache(cache.path)

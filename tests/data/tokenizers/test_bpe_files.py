@@ -101,6 +101,10 @@ def test_added_tokens_come_from_the_config(small_qwen, tmp_path):
         QwenTokenizer.load(tmp_path)
 
 
+def _added(name):
+    return f'{{"added_tokens_decoder": {{"261": {{"content": "{name}", "special": true}}}}}}'.encode()
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -114,6 +118,9 @@ def test_added_tokens_come_from_the_config(small_qwen, tmp_path):
         ("vocab.json", None, "There is .*merges.txt but no .*vocab.json"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "_config.json has added_tokens_decoder in"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"1": {}}}', "_config.json lists an added token in"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"%s": {}}}' % (b"9" * 5000), "added_tokens_decoder in"),
+        ("tokenizer_config.json", _added(r"\ud800"), "_config.json lists an added token in"),
+        ("tokenizer_config.json", _added(""), "_config.json lists an added token in"),
     ],
 )  # fmt: skip
 def test_damaged_vocab_and_merges_are_named(name, content, message, tmp_path):

@@ -204,6 +204,22 @@ def test_the_model_file_is_read_whole(tokenizer):
 
 
 @pytest.mark.parametrize(
+    "field", [b"\x08\x05", b"\x0dabcd", b"\x10\x01", b"\x0a\x02\x08\x05", b"\x0a\x05\x0a\x01z\x10\x05"]
+)
+def test_a_field_of_another_kind_is_damage(field, tokenizer, tmp_path):
+    """The library passes over some of them."""
+    (tmp_path / "m.model").write_bytes(tokenizer.path.read_bytes() + field)
+    with pytest.raises(UserError, match=r"m\.model"):
+        SentencePieceTokenizer.load(tmp_path / "m.model").export(tmp_path / "out")
+
+
+def test_a_piece_that_is_no_text_is_damage(tokenizer, tmp_path):
+    (tmp_path / "m.model").write_bytes(tokenizer.path.read_bytes() + b"\x0a\x04\x0a\x02\xff\xfe")
+    with pytest.raises(UserError, match=r"m.model has a piece that is not UTF-8"):
+        SentencePieceTokenizer.load(tmp_path / "m.model")
+
+
+@pytest.mark.parametrize(
     "options, words",
     [
         ({"model_type": "unigram"}, "its model_type is not bpe"),
