@@ -7,6 +7,7 @@ it can key caches of meta skeletons and compiled functions.
 import dataclasses
 import difflib
 import json
+import reprlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from qwen3f.errors import UserError
+
+_BRIEF = reprlib.Repr()  # YAML's aliases make of a few lines a value that is longer than memory
+_BRIEF.maxlevel = 2
 
 HIDDEN_ACTS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 QK_NORMS = ("rms", "l2", "none")
@@ -49,9 +53,8 @@ class RopeScaling:
         if not values or values.get("rope_type") == "default":
             return None
         if values.get("rope_type") != "yarn":
-            raise UserError(
-                f"config.model.rope_scaling: rope_type {values.get('rope_type')!r} is unknown; use 'yarn' or null"
-            )
+            kind = _BRIEF.repr(values.get("rope_type"))
+            raise UserError(f"config.model.rope_scaling: rope_type {kind} is unknown; use 'yarn' or null")
         _check_keys("config.model.rope_scaling", values, cls)
         for key in ("factor", "original_max_position_embeddings"):
             if values.get(key) is None:
@@ -143,7 +146,7 @@ class ModelConfig:
             given = getattr(self, name)
             numbers = () if given is None else given
             if not isinstance(numbers, list | tuple) or any(type(one) is not int for one in numbers):
-                raise UserError(f"config.model.{name} is {given!r}; write whole numbers, such as (0, 1)")
+                raise UserError(f"config.model.{name} is {_BRIEF.repr(given)}; write whole numbers, such as (0, 1)")
             object.__setattr__(self, name, tuple(numbers))
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
@@ -248,7 +251,7 @@ class ModelConfig:
             raise UserError(f"model config {path}: no such file")
         try:
             values = parse(path.read_text(encoding="utf-8-sig"))
-        except (ValueError, yaml.YAMLError) as error:
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
             raise UserError(f"model config {path}: cannot be parsed: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise UserError(f"model config {path}: expected a mapping of field names to values")
@@ -287,7 +290,7 @@ def _check_types(where: str, values: "RopeScaling | ModelConfig") -> None:
         kinds = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
         if type(value) not in kinds and not (float in kinds and type(value) is int):
             words = " or ".join(_TYPES.get(one, one.__name__) for one in kinds)
-            raise UserError(f"{where}.{field.name} is {value!r}; it must be of type {words}")
+            raise UserError(f"{where}.{field.name} is {_BRIEF.repr(value)}; it must be of type {words}")
 
 
 def _validate(cfg: ModelConfig) -> None:

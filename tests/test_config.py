@@ -1,6 +1,7 @@
 """ModelConfig: files, checks, and parameter counts against Qwen3's published ones."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -148,8 +149,24 @@ def test_wrong_files_are_named(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match=r"bad\.json: cannot be parsed"):
         ModelConfig.from_json(tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text("[" * 10**5)
+    with pytest.raises(UserError, match=r"bad\.json: cannot be parsed: maximum recursion"):
+        ModelConfig.from_json(tmp_path / "bad.json")
+    (tmp_path / "bad.yaml").write_text("{" * 2000)
+    with pytest.raises(UserError, match=r"bad\.yaml: cannot be parsed: maximum recursion"):
+        ModelConfig.from_yaml(tmp_path / "bad.yaml")
     with pytest.raises(UserError, match="did you mean 'small'"):
         presets.get("smal")
+
+
+def test_aliases_of_yaml_that_make_much_of_little_are_named_briefly(tmp_path):
+    lists = ["&a [x, x, x, x, x, x, x, x, x]"]
+    lists += [f"&{now} [{', '.join([f'*{before}'] * 9)}]" for before, now in pairwise("abcdefghijkl")]  # 9**12 in all
+    for name in ("hidden_size", "mlp_only_layers"):
+        (tmp_path / "c.yaml").write_text(f"{name}: [{', '.join(lists)}]\n")
+        with pytest.raises(UserError, match=rf"config\.model\.{name} is \[.*\]; ") as error:
+            ModelConfig.from_yaml(tmp_path / "c.yaml")
+        assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(

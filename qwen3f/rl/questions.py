@@ -97,7 +97,8 @@ def ask(
         if len(asked) == first:
             reason = f"; all {too_long - before} prompts are longer than {longest} tokens" if too_long > before else ""
             raise UserError(
-                f"--config.tasks={name} has no question to train on{reason}; name another task, or raise seq_len"
+                f"--config.tasks={name} has no question to train on{reason}; name another task, or raise "
+                "--config.seq_len"
             )
         parts.append(Numbers(first, len(asked) - first))
     return Questions(

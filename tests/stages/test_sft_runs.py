@@ -216,7 +216,10 @@ def test_tokenizers_that_cannot_write_chats(change, words, root, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"seq_len": 16}, r"thinking: None of the corpus's 121 documents fits into seq_len=16 .* raise seq_len"),
+        (
+            {"seq_len": 16},
+            r"thinking: None of the corpus's 121 documents fits into seq_len=16 .* raise --config.seq",
+        ),
         ({"data.long_chats": "error"}, r"x\.jsonl:61 has 2\d\d tokens, more than seq_len=128 takes"),
         ({"data.judge": "reasoning"}, r"has no sample to train on \(left out: .* no_answer\).*--config.data.judge=''"),
         ({"data.judge": "maths"}, r"--config\.data\.judge=maths: there is no such task"),

@@ -314,5 +314,6 @@ def _refuse_long(source: Source, split: Split, cache: TokenCache, seq_len: int) 
     first = next(islice(source.documents(split, Counter()), int(too_long[0]), None))
     raise UserError(
         f"{first.name} has {lengths[too_long[0]]:,} tokens, more than seq_len={seq_len} takes, and so have "
-        f"{too_long.size:,} of {len(lengths):,} samples: raise seq_len, or write --config.data.long_chats=drop."
+        f"{too_long.size:,} of {len(lengths):,} samples: raise --config.seq_len, or write "
+        "--config.data.long_chats=drop."
     )

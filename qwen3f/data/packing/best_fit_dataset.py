@@ -63,7 +63,7 @@ class BestFitDataset:
             other = "" if self.cache.has_trained else ", or write data.long_documents=cut"
             raise UserError(
                 f"None of the corpus's {self.cache.num_docs} documents fits into seq_len={self.seq_len} "
-                f"({rows.dropped} are longer): raise seq_len{other}."
+                f"({rows.dropped} are longer): raise --config.seq_len{other}."
             )
 
     def _lengths_of_chats(self, whole: np.ndarray) -> np.ndarray:

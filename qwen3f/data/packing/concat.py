@@ -57,7 +57,8 @@ class PackedDataset:
         if self.cache.num_tokens < self.seq_len + 1:
             raise UserError(
                 f"The corpus has {self.cache.num_tokens} tokens in {self.cache.num_docs} documents, fewer than one "
-                f"example of seq_len={self.seq_len} needs ({self.seq_len + 1}): lower seq_len or give more text."
+                f"example of seq_len={self.seq_len} needs ({self.seq_len + 1}): lower --config.seq_len or give more "
+                "text."
             )
 
     def __len__(self) -> int:

@@ -60,7 +60,8 @@ class PairDataset:
         pairs = best_fit(places[::2] + places[1::2] + 1, self.seq_len, "drop")
         if not len(pairs):
             raise UserError(
-                f"None of the {self.cache.num_docs // 2} pairs fits into seq_len={self.seq_len}: raise seq_len."
+                f"None of the {self.cache.num_docs // 2} pairs fits into seq_len={self.seq_len}: raise "
+                "--config.seq_len."
             )
         documents = (2 * pairs.document[:, None] + np.arange(2)).flatten()
         both = Rows(documents, np.zeros_like(documents), places[documents], 2 * pairs.starts, 2 * pairs.dropped)

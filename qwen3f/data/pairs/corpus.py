@@ -125,8 +125,8 @@ def _refuse_long(source: PairSource, split: Split, cache: TokenCache, layout: Pa
     first = next(islice(source.pairs(split, Counter()), int(too_long[0]), None))
     raise UserError(
         f"{first.chosen.name} and its counterpart take {lengths[too_long[0]]:,} places, more than "
-        f"seq_len={layout.seq_len}, and so do {too_long.size:,} of {len(lengths):,} pairs: raise seq_len, or write "
-        "--config.data.long_pairs=drop."
+        f"seq_len={layout.seq_len}, and so do {too_long.size:,} of {len(lengths):,} pairs: raise --config.seq_len, or "
+        "write --config.data.long_pairs=drop."
     )
 
 

@@ -120,7 +120,7 @@ def test_a_row_by_hand(make_cache):
 
 
 def test_user_errors(make_cache):
-    with pytest.raises(UserError, match=r"None of the corpus's 2 documents fits .* \(2 are longer\): raise seq_len"):
+    with pytest.raises(UserError, match=r"None of the corpus's 2 documents fits .* \(2 are longer\): raise --config.s"):
         BestFitDataset(make_cache([9, 8]), 4, long_documents="drop")
     with pytest.raises(UserError, match="long_documents is 'skip': write one of cut, drop"):
         BestFitDataset(make_cache([9, 8]), 4, long_documents="skip")

@@ -35,7 +35,7 @@ def test_every_conversation_once_with_its_bits(make_chat_cache, chats, seq_len, 
         if length > 1:
             kept[number] = length
     if not kept:
-        with pytest.raises(UserError, match=r"None of the corpus's .* documents fits .*: raise seq_len\.$"):
+        with pytest.raises(UserError, match=r"None of the corpus's .* documents fits .*: raise --config.seq_len\.$"):
             BestFitDataset(cache, seq_len, long_documents=policy)
         return
     data = BestFitDataset(cache, seq_len, long_documents=policy, pad_id=3)

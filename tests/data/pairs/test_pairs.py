@@ -271,7 +271,7 @@ def test_a_pair_that_does_not_fit_is_dropped_whole_and_counted(tmp_path):
     )
     with pytest.raises(UserError, match=r"x.jsonl:2, chosen and its counterpart take .* places, more than seq_len=100"):
         prepared(tmp_path, [GOOD, long], PairLayout(100), long_pairs="error")
-    with pytest.raises(UserError, match="None of the 2 pairs fits into seq_len=20: raise seq_len"):
+    with pytest.raises(UserError, match="None of the 2 pairs fits into seq_len=20: raise --config.seq_len"):
         prepared(tmp_path, [GOOD, long], PairLayout(20))
 
 
