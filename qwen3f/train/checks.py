@@ -183,12 +183,7 @@ def _check_run(config: ConfigDict) -> None:
             f"config.batch_size={config.batch_size} cannot be cut into config.microbatches={config.microbatches} equal "
             "parts; make batch_size a multiple"
         )
-    if config.checkpoint.keep_best and config.checkpoint.best_metric.startswith("val_") and not config.eval.every:
-        raise UserError(
-            f"config.checkpoint.keep_best={config.checkpoint.keep_best} needs config.checkpoint.best_metric="
-            f"{config.checkpoint.best_metric}, but with config.eval.every=0 that is measured only at the end; write "
-            "config.eval.every=STEPS"
-        )
+    _check_keep_best(config)
     warmup, decay = (_exact_steps(config, key) for key in ("schedule.warmup", "schedule.decay"))
     if warmup + (decay if config.schedule.kind == "wsd" else 0) > config.steps:
         what = "and config.schedule.decay " if config.schedule.kind == "wsd" else ""
@@ -205,6 +200,22 @@ def _check_run(config: ConfigDict) -> None:
     cfg = find_model(config)
     if shape is not None:
         _check_tp(config, cfg, shape.tp)
+
+
+def _check_keep_best(config: ConfigDict) -> None:
+    """A held-out metric chooses among checkpoints, so some steps before the last must both measure it and save."""
+    keep, metric = config.checkpoint.keep_best, config.checkpoint.best_metric
+    if not keep or not metric.startswith("val_"):
+        return
+    measured, saved = config.eval.every, config.checkpoint.every
+    what = f"config.checkpoint.keep_best={keep} needs config.checkpoint.best_metric={metric}, but with "
+    if not measured:
+        raise UserError(f"{what}config.eval.every=0 that is measured only at the end; write config.eval.every=STEPS")
+    if 0 < saved < config.steps and measured < config.steps <= math.lcm(measured, saved):
+        raise UserError(
+            f"{what}config.eval.every={measured} and config.checkpoint.every={saved} no step before the last of "
+            f"config.steps={config.steps} both measures and saves; write config.checkpoint.every={measured}"
+        )
 
 
 def _check_tp(config: ConfigDict, cfg: ModelConfig, tp: int) -> None:

@@ -54,6 +54,10 @@ WRONG = [
     ({"data.holdout": 2.0}, "config.data.holdout must be a share"),
     ({"checkpoint.backend": "x"}, "config.checkpoint.backend='x'"),
     ({"resume": -3}, "config.resume must be at least 0"),
+    (
+        {"steps": 100, "checkpoint.keep_best": 1, "eval.every": 30, "checkpoint.every": 40},
+        "no step before the last of config.steps=100 both measures and saves; write config.checkpoint.every=30",
+    ),
     ({"batch_size": 10**12}, "config.batch_size=1000000000000: write a finite number below 2^32"),
     ({"batch_size": 2**15, "microbatches": 2**15}, "config.microbatches=32768 must be at most 4096"),
     ({"model.num_hidden_layers": 10**9}, "config.model.num_experts: num_hidden_layers × num_experts is 1,000,000,000"),
