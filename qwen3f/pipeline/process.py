@@ -1,7 +1,7 @@
 """Runs commands in their own processes: passes signals on, keeps their error line, ends them with this process."""
 
 import contextlib
-import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import BinaryIO, NamedTuple
 
+from qwen3f.processes.parent import end_with
+
 _POLL = 0.1  # seconds
 _DRAIN = 5.0  # seconds to wait for stderr after a command's end: processes that it left behind may hold it open
 _MARK = b"error: "
-_PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 class Command(NamedTuple):
@@ -109,7 +110,7 @@ def _start(command: Command, environment: dict[str, str]) -> subprocess.Popen:
         stdout=subprocess.DEVNULL if command.quiet else None,
         stderr=subprocess.PIPE,
         start_new_session=True,  # so that Ctrl-C in a terminal reaches only us, and we pass it on once
-        preexec_fn=_end_with_parent,
+        preexec_fn=functools.partial(end_with, os.getpid()),
         env=os.environ | environment | command.environment,
     )
 
@@ -119,13 +120,6 @@ def _share(commands: int) -> dict[str, str]:
     if commands == 1 or "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // commands))}
-
-
-_LIBC = ctypes.CDLL(None)
-
-
-def _end_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _pass_on(stream: BinaryIO, errors: list[str]) -> None:

@@ -6,7 +6,6 @@ process, and get the environment variables that torchrun would set.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -18,12 +17,12 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 from qwen3f.errors import TrainingError
+from qwen3f.processes.parent import end_with
 
 _POLL = 0.1  # seconds
 _GRACE = 2.0  # seconds that the other ranks get to end by themselves after one has failed
 _HOST = "127.0.0.1"
 _PARENT = "QWEN3F_LAUNCHER"  # environment variable of the ranks: the launcher's process id
-_PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 def run_ranks(command: Sequence[str], world: int, environment: Mapping[str, str], restarts: int) -> int:
@@ -55,9 +54,7 @@ def end_with_parent() -> None:
     """Called by a rank: if run_ranks started it, it gets SIGTERM when the launcher's process ends."""
     parent = int(os.environ.get(_PARENT, 0))
     if parent:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # the launcher ended before prctl was called
-            os.kill(os.getpid(), signal.SIGTERM)
+        end_with(parent)
 
 
 def _run_once(

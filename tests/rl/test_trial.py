@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import os
+import select
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from qwen3f.errors import UserError
 from qwen3f.eval import rejection
+from qwen3f.polling import ready
 from qwen3f.rl.trial import arm
 from qwen3f.rl.trial.measure import test_questions as fresh_questions
 from qwen3f.rl.trial.settings import Trial, grpo_config, more_sft_config, parse, sample_config, start_config
@@ -145,6 +149,23 @@ def test_a_stage_is_stopped_in_time_and_other_signals_keep_their_meaning(begun):
     assert time.time() - began < 60
     assert signal.getsignal(signal.SIGTERM) is before
     assert any((begun / "stopped" / "checkpoints").iterdir())
+
+
+def test_an_arm_ends_with_the_trial_that_started_it(tmp_path):
+    stub, place = tmp_path / "python", tmp_path / "arm"
+    stub.write_text("#!/bin/sh\necho $$\nexec sleep 60\n")
+    stub.chmod(0o755)
+    code = (
+        "import sys\nfrom qwen3f.rl.trial import __main__ as trial\n"
+        f"sys.executable = {str(stub)!r}\ntrial._run([('grpo', {str(place)!r}, '', 0)], [], True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as trial:
+        while not ((place / "log").exists() and (place / "log").read_text().endswith("\n")):
+            time.sleep(0.02)
+        started = os.pidfd_open(int((place / "log").read_text()))
+        trial.kill()
+    assert ready(started, select.POLLIN, 20)
+    os.close(started)
 
 
 def test_all_arms_have_the_same_questions_and_start():

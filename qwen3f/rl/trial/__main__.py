@@ -14,6 +14,7 @@ All of them then answer new held-out questions, greedily and at temperature 1. R
 Keys: qwen3f/rl/trial/settings.py. Commands for larger machines: qwen3f/rl/trial/README.md.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3f.errors import TrainingError, UserError
+from qwen3f.processes.parent import end_with
 from qwen3f.rl.trial.settings import parse
 from qwen3f.rl.trial.table import table
 
@@ -68,8 +70,13 @@ def _run(jobs: Sequence[Job], words: Sequence[str], together: bool) -> None:
         Path(place).mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "qwen3f.rl.trial.arm", form, place, start, str(seed), json.dumps(list(words))]
         with (Path(place) / "log").open("wb") as log:
-            process = subprocess.Popen([*command, str(time.time())], stdout=log, stderr=log,
-                                       env={**os.environ, **threads})  # fmt: skip
+            process = subprocess.Popen(
+                [*command, str(time.time())],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **threads},
+                preexec_fn=functools.partial(end_with, os.getpid()),
+            )
         running.append((job, process))
         if not together:
             process.wait()
