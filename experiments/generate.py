@@ -16,7 +16,8 @@ temperature 0.7, top_p 0.8, top_k 20 and a presence penalty of 1.5. A temperatur
 decoding without thinking also needs --config.presence_penalty=0.
 
 The second command is a chat: one question per line, from the terminal or a pipe. /think and /no_think switch thinking
-as in Qwen3, /reset starts a new chat, /quit or the end of the input ends it. Ctrl-C stops an answer and keeps the chat.
+as in Qwen3, /reset starts a new chat, /quit or the end of the input ends it. Ctrl-C stops an answer; the part that was
+written stays in the chat.
 
 The third command answers the rows of a file, {"prompt": "…"} or {"messages": […]}. A row may have an "id" and its own
 value for any of the keys that qwen3f/infer/text_request.py lists (chat, thinking, temperature, seed, stop, …).

@@ -34,7 +34,7 @@ def get_config(preset: str = "small") -> ConfigDict:
 def _solve_generated_problems(config: ConfigDict, preset: str) -> None:
     """Problems that a tiny model can learn in minutes: nano two kinds on two CPU cores, debug all kinds on a GPU.
 
-    qwen3f/tasks/README.md shows the results.
+    qwen3f/tasks/README.md shows the results, those of debug without pretraining.
     """
     config.seq_len = 512
     if preset == "nano":

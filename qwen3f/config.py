@@ -18,7 +18,7 @@ import yaml
 
 from qwen3f.errors import UserError
 
-_BRIEF = reprlib.Repr()  # YAML's aliases make of a few lines a value that is longer than memory
+_BRIEF = reprlib.Repr()  # for errors: by aliases, a few lines of YAML can be a value that is larger than memory
 _BRIEF.maxlevel = 2
 
 HIDDEN_ACTS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -102,7 +102,7 @@ class ModelConfig:
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
     router_aux_loss_coef: float = 0.001
-    router_balance: str = "global"  # tokens that the balancing loss counts; see qwen3f.train.balance
+    router_balance: str = "global"  # one of ROUTER_BALANCE: what the balancing loss counts (qwen3f.train.balance)
     router_z_loss_coef: float = 0.0
     norm_topk_prob: bool = True
     moe_drop_tokens: bool = False

@@ -9,4 +9,4 @@ class UserError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A running run cannot continue, e.g. because its loss is not finite. `launch.py` exits with code 1."""
+    """A run that has started cannot continue, e.g. because its loss is not finite. `launch.py` exits with code 1."""

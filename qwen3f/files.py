@@ -29,10 +29,10 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
 
 
 def read_bounded(path: Path, most: Limit = FILE_BYTES) -> bytes:
-    """A file's content. Raises UserError, before reading, for one that is too large, and for what is no file of a size,
-    as a pipe or /dev/zero behind a link; OSError if it cannot be read."""
+    """A file's content. Raises UserError before reading if the file is too large, or is no regular file but a pipe or a
+    device such as /dev/zero (links are followed); OSError if it cannot be read."""
     there = path.stat()
-    if not stat.S_ISREG(there.st_mode) and not stat.S_ISDIR(there.st_mode):  # opening a directory says what it is
+    if not stat.S_ISREG(there.st_mode) and not stat.S_ISDIR(there.st_mode):  # a directory fails below
         raise UserError(f"{path} is no file but a pipe or a device; put a file there")
     if there.st_size > most.value():
         raise UserError(f"{path} has {there.st_size:,} bytes, {most.exceeded('bytes')}")

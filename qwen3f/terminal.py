@@ -1,4 +1,4 @@
-"""Text of strangers on a terminal: what a model, a file or its author wrote moves no cursor and writes no clipboard."""
+"""Makes untrusted text safe to print: text of a model or a file must not control the terminal or its clipboard."""
 
 from typing import TextIO
 
@@ -6,10 +6,10 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters, but for \n and \t, written out: an escape as the four characters \x1b."""
+    r"""The text with its control characters, except \n and \t, as codes: an escape becomes the four characters \x1b."""
     return text.translate(_CONTROLS)
 
 
 def shown(text: str, out: TextIO) -> str:
-    """`printable` where `out` is a terminal; a file or a pipe gets the text as it is."""
+    """`printable(text)` if `out` is a terminal. Files and pipes get the text unchanged."""
     return printable(text) if out.isatty() else text

@@ -45,7 +45,7 @@ def sentence(chance: random.Random, letters: int) -> str:
 
 
 def mmlu(subjects: int, questions: int, letters: int, seed: int = 0) -> list[dict[str, Any]]:
-    """`questions` questions in the form of MMLU's prompts, evenly over subjects. letters: length of a question."""
+    """`questions` questions in the form of MMLU's prompts, evenly over subjects. letters: of a question, at most."""
     chance = random.Random(seed)
 
     def asked() -> str:

@@ -93,7 +93,7 @@ class Chat:
         if answer.finish_reason == "cancelled":
             _note("stopped")
         elif answer.finish_reason == "length":
-            _note(f"cut after {answer.tokens} tokens; a larger --config.max_new_tokens allows longer answers")
+            _note(f"cut after {answer.tokens} tokens; --config.max_new_tokens allows more where the model has room")
         self.messages = [*messages, said(answer.text, self._kind)]
         self._switch = ""
         self._turn += 1

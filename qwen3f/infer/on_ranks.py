@@ -23,7 +23,7 @@ def check_cache(prompts: Iterable[Sequence[int]], max_new_tokens: int, cache_tok
     if 0 < cache_tokens < longest:
         raise UserError(
             f"{flag}={cache_tokens} has no room for the longest prompt with an answer of {max_new_tokens} tokens, "
-            f"{longest} in all; write {longest} or more, or 0 for all of a device's free memory"
+            f"{longest} in all; write {longest} or more, or 0 for most of a GPU's free memory (2 GiB on a CPU)"
         )
 
 

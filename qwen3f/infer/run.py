@@ -89,7 +89,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> Summary | N
 
     Raises UserError before any token is generated or any process starts: for keys that are missing or do not go
     together, for malformed rows, and as qwen3f.interop.source and ranks.decide do. Only a row that is too long raises
-    later, when its turn comes.
+    later, when its turn comes, after the answers to the rows before it.
     """
     check(config)
     device = find_device(config.device).type

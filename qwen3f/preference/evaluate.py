@@ -23,7 +23,7 @@ def ranking(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
     """Metrics from the values [P] of the better and the worse answers, P ≥ 1.
 
     loss: mean −log σ(margin), in nats per pair. accuracy: share of pairs whose better answer has the higher value;
-    equal values do not count. margin: mean of chosen − rejected. calibration: expected calibration error (Guo et al.
+    equal values count as wrong. margin: mean of chosen − rejected. calibration: expected calibration error (Guo et al.
     2017, arXiv:1706.04599, eq. 3), over BINS equal bins, of σ(|margin|) as the probability that the answer with the
     higher value is the better one.
 

@@ -19,7 +19,7 @@ from sharding.state import whole_params
 
 @dataclasses.dataclass(frozen=True)
 class SamplerOptions:
-    """max_new_tokens: tokens of an answer, at most. cache_tokens: tokens of the KV cache on a rank; 0: all free memory.
+    """max_new_tokens: tokens of an answer, at most. cache_tokens: Engine's max_tokens, on a rank.
     key: the flag that sets cache_tokens, for errors. rows: answers that a rank generates at a time."""
 
     max_new_tokens: int

@@ -60,7 +60,7 @@ def read_run(workdir: Path) -> Run:
         problems.append("There is no config.json, so the configuration is not shown.")
     metrics = read_file("metrics.jsonl", lambda: read_metrics(workdir / "metrics.jsonl"), NO_METRICS)
     if metrics.broken:
-        problems.append(f"{metrics.broken:,} lines of metrics.jsonl are not JSON objects with a step and left out.")
+        problems.append(f"{metrics.broken:,} lines of metrics.jsonl are left out: no JSON objects with a step.")
     answers = [
         read_file(path.name, lambda path=path: _texts(path), Texts(0, ()))
         for path in _numbered(workdir / "answers")

@@ -34,8 +34,7 @@ class Rollout:
 @dataclasses.dataclass(frozen=True)
 class RolloutOptions:
     """samples: completions of each prompt. max_new_tokens, temperature: of a completion. rows: completions that a rank
-    generates at a time. seed: of all random streams. cache_tokens: tokens of the KV cache on a rank; 0: all free
-    memory."""
+    generates at a time. seed: of all random streams. cache_tokens: Engine's max_tokens, on a rank."""
 
     samples: int
     max_new_tokens: int

@@ -21,7 +21,8 @@ def pretrain_config(preset: str) -> ConfigDict:
 
 
 def _text(data: ConfigDict) -> None:
-    """The text of pretraining and its packing. Without data.tokenizer the run trains one of model.vocab_size tokens."""
+    """The text of pretraining and its packing. Without data.tokenizer the run takes the tokenizer of init_from; without
+    that too it trains one of model.vocab_size tokens."""
     # embedded: Python's standard library; reasoning: generated problems; files@DIR: .txt, .jsonl, .json, .parquet,
     # .arrow; or the name of a data set (qwen3f.data.sources.adapters.registry) with a local copy, NAME@DIR. Several of
     # them with weights: embedded=0.7,reasoning=0.3
@@ -30,8 +31,8 @@ def _text(data: ConfigDict) -> None:
     data.text_key = "text"  # field of .jsonl and .json, column of .parquet and .arrow
     data.holdout = 0.05  # share of the documents kept for validation
     data.max_samples = 0  # use at most this many documents of each source; 0: all
-    # t multiplies each weight in the mixture by (tokens of the source)^(1/t): 1 samples in proportion to the sizes,
-    # larger values come nearer to the weights as written. 0: weights as written.
+    # t multiplies each weight in the mixture by (tokens of the source)^(1/t): 1 samples in proportion to weight times
+    # size, larger values come nearer to the weights as written. 0: weights as written.
     data.temperature = 0.0
     # Read a source at most this many times, then drop it from the mixture: 4, or reasoning=4,fineweb=1; "": no limit.
     data.max_epochs = ""
@@ -41,7 +42,7 @@ def _text(data: ConfigDict) -> None:
     data.packing = "concat"  # concat: concatenate documents and cut rows; best_fit: whole documents, with padding
     data.long_documents = "cut"  # packing=best_fit: cut documents that are longer than seq_len, or drop them
     data.streaming = False  # True: read documents while training, also from the Hub; False: build a token cache first
-    data.shuffle_buffer = 0  # streaming=True: shuffle within a buffer of this many documents; 0: no shuffling
+    data.shuffle_buffer = 0  # streaming=True: shuffle blocks of this many documents; 0: no shuffling
     data.reset_positions = True  # positions restart at each document
     data.cross_documents = False  # attention may look into earlier documents of the row
 
@@ -96,7 +97,7 @@ def _chats(data: ConfigDict) -> None:
     data.on_bad_row = "error"  # a row that cannot be used: error, or skip (the skipped rows are counted)
     data.max_samples = 0  # use at most this many samples of each source; 0: all
     data.max_heldout = 1000  # use at most this many held-out samples of each source
-    data.temperature = 0.0  # as in pretraining (_text above): 0 takes the weights as written, 1 the sizes
+    data.temperature = 0.0  # as in pretraining (_text above); 0: weights as written; 1: weight times size
     data.max_epochs = ""  # read a source at most this many times: 4, or reasoning=4; "": no limit
 
 
@@ -123,7 +124,7 @@ def dpo_config(preset: str) -> ConfigDict:
     config.eval.questions = 0  # number of these questions; 0: none
     config.eval.thinking = True  # let the model think before it answers them
     config.eval.max_new_tokens = 256
-    config.eval.cache_tokens = 65_536  # tokens of the KV cache for these answers, on each rank; 0: all free memory
+    config.eval.cache_tokens = 65_536  # tokens of the KV cache for these, on each rank; 0: as many as fit, see Engine
     config.checkpoint.best_metric, config.checkpoint.best_mode = "val_accuracy", "max"
     return config
 
@@ -146,11 +147,11 @@ def dpo_online_config(preset: str) -> ConfigDict:
     # reward_model: by the scores of online.reward_model.
     online.judge = "task"
     online.reward_model = ""  # a workdir, its checkpoints/N or a Hugging Face directory
-    # A step asks further batches of prompts until it has fill * batch_size pairs, at most online.rounds batches.
+    # A step draws batches of prompts until it has fill * batch_size pairs, but at most online.rounds batches in all.
     online.fill = 0.5
     online.rounds = 8
     online.rows = 256  # answers that a rank generates at a time
-    online.cache_tokens = 65_536  # tokens of the KV cache while generating, on each rank; 0: all free memory
+    online.cache_tokens = 65_536  # tokens of the KV cache while generating, on each rank; 0: as many as fit, see Engine
     config.eval.questions = 128  # evaluations answer this many held-out questions, greedily; 0: none
     config.checkpoint.best_metric, config.checkpoint.best_mode = "val_wins", "max"
     return config
@@ -194,7 +195,7 @@ def _pairs(data: ConfigDict) -> None:
     data.on_bad_row = "error"  # a row that cannot be used: error, or skip (the skipped rows are counted)
     data.max_samples = 0  # use at most this many pairs of each source; 0: all
     data.max_heldout = 1000  # use at most this many held-out pairs of each source
-    data.temperature = 0.0  # as in pretraining (_text above): 0 takes the weights as written, 1 the sizes
+    data.temperature = 0.0  # as in pretraining (_text above); 0: weights as written; 1: weight times size
     data.max_epochs = ""  # read a source at most this many times: 4, or pairs=4; "": no limit
 
 
@@ -248,7 +249,7 @@ def _rollout() -> ConfigDict:
     rollout.temperature = 1.0  # of sampling; the loss uses log-probabilities at this temperature too
     rollout.thinking = True  # let the model think before it answers
     rollout.rows = 256  # completions that a rank generates at a time
-    rollout.cache_tokens = 131_072  # tokens of the KV cache while sampling, on each rank; 0: all free memory
+    rollout.cache_tokens = 131_072  # tokens of the KV cache while sampling, on each rank; 0: as many as fit, see Engine
     rollout.microbatch_rows = 1  # rows of seq_len in a micro-batch, on each rank
     # A prompt whose completions all get the same reward teaches nothing. A step may draw up to this many batches of
     # prompts to replace such prompts. 1: draw one batch and train on all of it.

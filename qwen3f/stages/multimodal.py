@@ -164,7 +164,7 @@ def _make_answered(run: Run, corpus: VisualCorpus) -> Callable[[Params], tuple[d
 
 
 def _with_other_pictures(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same batch with other pictures of the same sizes: rolls the patches by half over all rows of the batch."""
+    """The same batch with exchanged pictures: rolls the used patches of all rows by half; the grids stay."""
     used = torch.arange(batch["pixel_values"].shape[1]) < batch["grids"].prod(-1).sum(1)[:, None]
     patches = batch["pixel_values"][used]
     shuffled = batch["pixel_values"].clone()

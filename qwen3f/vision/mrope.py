@@ -108,7 +108,7 @@ def next_position(positions_B3T: Tensor) -> Tensor:
 
 
 def check_patches(grids_Bn3: Tensor, pixels_BPV: Tensor) -> None:
-    """Raises UserError unless each row has at least as many patches as its grids name."""
+    """Raises UserError unless each row has at least as many patches as its grids name: else it sees the next row's."""
     for row, patches in enumerate(grids_Bn3.to(torch.int64).prod(-1).sum(1).tolist()):
         if patches > pixels_BPV.shape[1]:
             raise UserError(

@@ -1,7 +1,7 @@
 """Converts pictures of any kind to RGB, by the same rules for files and for pillow's objects.
 
-EXIF rotation is applied; transparent pixels become white; 16-bit levels are scaled to 8 bits. transformers applies EXIF
-only to files, makes transparency white only for objects, and lets 16-bit levels saturate.
+EXIF rotation is applied; transparent pictures are put on white; 16-bit levels are scaled to 8 bits. transformers
+applies EXIF only to files, puts only objects on white, and lets 16-bit levels saturate.
 """
 
 import numpy as np
@@ -38,8 +38,8 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     """The picture upright, on white, in RGB; for an animation its current frame.
 
     16-bit greyscale (modes I;16 and I, values up to 65,535) is scaled to 8 bits: 257 levels become one. A PNG with 2 or
-    4 bits, or with three times 16 bits, names its transparent colour in its own levels. They can only be known before
-    the image is loaded; then image.info gets the colour in 8 bits.
+    4 bits, or with three times 16 bits, names its transparent colour in its own levels. These are known only of an
+    image that is not loaded yet; for such an image, image.info gets the colour in 8 bits.
 
     Raises UserError, with `name` for the image: too many pixels or none, a format that is not in FORMATS, values
     without a known range (mode F, or I beyond 16 bits), damaged data.
