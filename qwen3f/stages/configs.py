@@ -183,7 +183,7 @@ def _preference_config(preset: str, stage: str) -> ConfigDict:
 def _pairs(data: ConfigDict) -> None:
     """The training data; see qwen3f.data.pairs.corpus."""
     # right-or-wrong, boxed-or-not, short-or-padded: answers to generated problems, where a rule decides which is
-    # better; add -plain to each name for answers without working. pairs@DIR: files of pairs of chats. Or the name of a
+    # better; a name with -plain: answers without working. pairs@DIR: files of pairs of chats. Or the name of a
     # data set with @DIR. Several with weights, as here.
     data.mixture = "right-or-wrong=0.4,boxed-or-not=0.3,short-or-padded=0.3"
     data.root = ""  # directory of the source, if the mixture is one source without @DIR
@@ -221,8 +221,10 @@ def grpo_config(preset: str) -> ConfigDict:
     _generated_pictures(data)  # for tasks=visual
     config.rollout = _rollout()
     config.advantages = ConfigDict()  # qwen3f/rl/advantages.py
-    config.advantages.baseline = "mean"  # subtract the mean reward of the prompt's completions, or leave_one_out
-    config.advantages.scale = "none"  # divide by the standard deviation of the group or of the batch, or by none
+    config.advantages.baseline = (
+        "mean"  # subtract the mean reward of the prompt's completions; leave_one_out: of others
+    )
+    config.advantages.scale = "none"  # group or batch: divide by the standard deviation of its rewards; none: do not
     config.advantages.combine = "sum_then_normalize"  # for several rewards; or normalize_then_sum
     config.grpo = _grpo()
     config.judge = ConfigDict()
