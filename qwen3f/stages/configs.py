@@ -221,9 +221,7 @@ def grpo_config(preset: str) -> ConfigDict:
     _generated_pictures(data)  # for tasks=visual
     config.rollout = _rollout()
     config.advantages = ConfigDict()  # qwen3f/rl/advantages.py
-    config.advantages.baseline = (
-        "mean"  # subtract the mean reward of the prompt's completions; leave_one_out: of others
-    )
+    config.advantages.baseline = "mean"  # subtract the mean reward of the group, or (leave_one_out) of its others
     config.advantages.scale = "none"  # group or batch: divide by the standard deviation of its rewards; none: do not
     config.advantages.combine = "sum_then_normalize"  # for several rewards; or normalize_then_sum
     config.grpo = _grpo()
