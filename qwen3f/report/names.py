@@ -69,4 +69,4 @@ def purpose_of(config: Mapping[str, Any]) -> str:
     if kind == "pretrain":
         begun = "continues to learn" if config.get("init_from") else "learns"
         return f"Pretraining: the model {begun} to predict the next token of text."
-    return PURPOSES.get(kind, f"A stage of its own: {kind}." if kind else "A training run.")
+    return PURPOSES.get(kind, f"A custom stage: {kind}." if kind else "A training run.")
