@@ -203,7 +203,7 @@ def _lines(setup: Setup, hyper: GRPO, questions: Questions) -> list[str]:
     out = [f"questions: {len(questions.asked):,} to train on, of {config.tasks}; rewards: {config.rewards}"]
     if questions.too_long:
         out.append(f"{questions.too_long:,} questions were left out: their prompts leave no room for a completion")
-    if config.rollout.samples == 1 and config.advantages.scale != "batch":
+    if config.rollout.samples == 1:
         out.append(
             "--config.rollout.samples=1: a completion has no others to be compared with, so every advantage is 0"
         )

@@ -308,11 +308,13 @@ def test_a_prompt_longer_than_the_context_is_left_out_and_said(root, tmp_path, c
     write([{"question": "q" * 400, "answer": "#### 1"}, {"question": "How much is 1 + 1?", "answer": "#### 2"}],
           tmp_path / "gsm8k" / "train.jsonl")  # fmt: skip
     write([{"question": "How much is 1 + 2?", "answer": "#### 3"}], tmp_path / "gsm8k" / "test.jsonl")
-    config = small(root, steps=1, tasks=f"gsm8k@{tmp_path}/gsm8k", **{"eval.questions": 1})
+    options = {"eval.questions": 1, "rollout.samples": 1, "advantages.scale": "batch"}
+    config = small(root, steps=1, tasks=f"gsm8k@{tmp_path}/gsm8k", **options)
     loop.run(config, tmp_path / "w", progress=False)
     said = capsys.readouterr().out
     assert "questions: 1 to train on" in said
     assert "1 questions were left out: their prompts leave no room" in said
+    assert "a completion has no others to be compared with, so every advantage is 0" in said
     config.update_from_flattened_dict({"rollout.cache_tokens": 32})
     with pytest.raises(UserError, match="config.rollout.cache_tokens=32 has no room for the longest prompt"):
         loop.run(config, tmp_path / "x", progress=False)
