@@ -56,7 +56,7 @@ def small_qwen(tmp_path_factory) -> QwenTokenizer:
 
 @pytest.fixture(scope="session")
 def make_cache() -> Callable[[list[int]], TokenCache]:
-    """make_cache(lengths): documents of those lengths (end-of-text included), two a shard; token n is 10 + n."""
+    """make_cache(lengths): documents of those lengths, two a shard; token n is 10 + n, the last of a document EOS."""
 
     def make(lengths: list[int]) -> TokenCache:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -71,7 +71,7 @@ def make_cache() -> Callable[[list[int]], TokenCache]:
 
 @pytest.fixture(scope="session")
 def make_chat_cache() -> Callable[[list[list[bool]]], TokenCache]:
-    """make_chat_cache(trained): chats of those bits, two a shard; token n of all is 10 + n."""
+    """make_chat_cache(trained): chats with those trained bits, two a shard; token n of the cache is 10 + n."""
 
     def make(trained: list[list[bool]]) -> TokenCache:
         offsets = np.cumsum([0, *map(len, trained)]).astype(np.int64)
@@ -112,5 +112,5 @@ def write_parquet(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def forked_workers(monkeypatch) -> None:
-    """Workers of `ordered_map` start by a fork, in milliseconds, instead of importing everything again."""
+    """Start workers of `ordered_map` by fork: this takes milliseconds, since they need not import everything again."""
     monkeypatch.setattr(ordered_map, "START_METHOD", "fork")

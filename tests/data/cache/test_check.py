@@ -1,4 +1,4 @@
-"""The command that checks token caches names what is damaged and says of the others what they hold."""
+"""The command that checks token caches names each damaged file, and prints what each intact cache holds."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from qwen3f.data.sources.registry import open_source
 
 @pytest.fixture
 def caches(tmp_path, write_jsonl, tokenizer, code_texts, monkeypatch):
-    """The directory of two caches, the training one of several shards; and these."""
+    """The caches of both splits, [heldout, train], in one directory; the training cache has several shards."""
     monkeypatch.setattr(cache_build, "SHARD_BYTES", 1000)
     write_jsonl([{"text": text} for text in code_texts])
     source = open_source(f"files@{tmp_path / 'corpus'}", holdout=0.3)

@@ -1,4 +1,4 @@
-"""The token cache holds exactly the split's tokens in shards, is published whole or not at all, and notices damage."""
+"""The token cache holds exactly the tokens of its split, is published only when it is complete, and reports damage."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ TEXTS = ["return self", "▁é\n", "", "x", "    value == 7\n" * 3]
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """A shard ends with the document that brings it to 20 bytes, 10 tokens: TEXTS make two."""
+    """Close a shard once it holds at least 20 bytes (10 tokens of two bytes): TEXTS fill two shards."""
     monkeypatch.setattr(cache_build, "SHARD_BYTES", 20)
 
 
@@ -114,7 +114,7 @@ def test_reading_over_shards(lengths, data):
 
 
 def test_open_shards_hold_no_descriptor(source, tokenizer, tmp_path, small_shards):
-    """A process may have 1,024 open; a terabyte of tokens has more shards."""
+    """A process may have 1,024 descriptors open, and a terabyte of tokens has more shards than that."""
     cache = build_or_open(source, "train", tokenizer, tmp_path / "caches")
     before = os.listdir("/proc/self/fd")
     caches = [open_cache(cache.path) for _ in range(20)]
@@ -257,7 +257,7 @@ def test_a_damaged_index_is_named(source, tokenizer, tmp_path, small_shards):
 
 
 def test_the_first_of_two_builders_wins(source, tokenizer, tmp_path, monkeypatch):
-    """While one process builds, another publishes: the slower one uses what is there and leaves no litter."""
+    """While one process builds, another publishes the same cache. The slower one uses that and leaves no files."""
     caches = tmp_path / "caches"
     publish = cache_build._publish
 
@@ -279,7 +279,7 @@ def test_the_first_of_two_builders_wins(source, tokenizer, tmp_path, monkeypatch
 
 
 def _build_slowly(corpus: str, model: Path, caches: Path) -> None:
-    """A document a batch, two a shard; hangs in the fourth, with half a shard written."""
+    """Build with one document a batch and two a shard; hang in the fourth batch, when half of shard 2 is written."""
     cache_build._BATCH_CHARS, cache_build.SHARD_BYTES = 1, 20
     tokenizer = SentencePieceTokenizer.load(model)
     encode, calls = tokenizer.encode_batch, []
@@ -297,7 +297,7 @@ def _build_slowly(corpus: str, model: Path, caches: Path) -> None:
 
 @pytest.fixture
 def killed(source, tokenizer, tmp_path):
-    """The directory of caches in which a build was killed after its first shard, two documents, and half the second."""
+    """Caches with a build that was killed: shard 1 (two documents) is complete, half of shard 2 is written."""
     caches = tmp_path / "caches"
     arguments = (source.name, tokenizer.path, caches)
     process = multiprocessing.get_context("fork").Process(target=_build_slowly, args=arguments)
@@ -319,12 +319,12 @@ def test_a_killed_build_loses_one_shard_at_most(source, tokenizer, tmp_path, kil
     (left,) = killed.iterdir()
     first = (left / "tokens-00000.bin").stat()
     with (left / torn).open("ab") as file:
-        file.write(b"half a shard")  # written, but not recorded
+        file.write(b"half a shard")  # bytes that progress.json does not list
     seen = []
     encode = tokenizer.encode_batch
     monkeypatch.setattr(tokenizer, "encode_batch", lambda texts, n: seen.extend(texts) or encode(texts, n))
     cache = build_or_open(source, "train", tokenizer, killed)
-    assert seen == ["x", TEXTS[4]]  # not the first shard's two again
+    assert seen == ["x", TEXTS[4]]  # the two documents of the first shard are not read again
     kept = (cache.path / "tokens-00000.bin").stat()
     assert (kept.st_ino, kept.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
     assert _files(cache) == _files(build_or_open(source, "train", tokenizer, tmp_path / "elsewhere"))

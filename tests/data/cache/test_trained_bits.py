@@ -1,4 +1,4 @@
-"""The trained bits of a chat's cache: those of its tokens, whatever the shards, threads, workers and kills."""
+"""A cache of chats stores for each token whether it is trained. Shards, threads, workers and kills change no bit."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def source(tmp_path, write_jsonl):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """A shard ends with the document that brings it to 300 bytes, 150 tokens."""
+    """Close a shard once it holds at least 300 bytes (150 tokens of two bytes)."""
     monkeypatch.setattr(cache_build, "SHARD_BYTES", 300)
 
 
@@ -73,7 +73,7 @@ def test_a_bit_a_token_and_its_checksum(source, small_qwen, tmp_path, small_shar
     cache = build_or_open(source, "train", small_qwen, tmp_path / "caches")
     files = _files(cache)
     index = json.loads(files["index.json"])
-    assert index["format"] == 2  # caches of text are as before
+    assert index["format"] == 2  # trained bits did not raise the number: caches of text have the same format
     start = 0
     for n, shard in enumerate(index["shards"]):
         content = files[f"trained-{n:05}.bin"]
@@ -130,7 +130,7 @@ def test_damage_is_named(source, small_qwen, tmp_path, small_shards):
 
 
 def _build_slowly(corpus: str, tokenizer: Path, caches: Path) -> None:
-    """A document a batch; hangs in the twentieth, with a part of a shard written."""
+    """Build with one document a batch; hang in the twentieth batch, when a part of a shard is written."""
     cache_build._BATCH_CHARS, cache_build.SHARD_BYTES = 1, 300
     opened = QwenTokenizer.load(tokenizer)
     encode, calls = opened.encode_segments_batch, []
@@ -162,7 +162,7 @@ def test_a_build_that_was_killed_keeps_the_bits_of_its_shards(source, small_qwen
     (left,) = caches.iterdir()
     done = json.loads((left / "progress.json").read_bytes())
     assert len(done) >= 2
-    for n in (len(done), len(done) + 1):  # what is not recorded is written again, whatever lies there
+    for n in (len(done), len(done) + 1):  # files of shards that progress.json does not list are written anew
         (left / f"trained-{n:05}.bin").write_bytes(b"half a shard")
     before = (left / "trained-00000.bin").stat()
     cache = build_or_open(source, "train", small_qwen, caches)

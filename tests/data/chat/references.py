@@ -1,4 +1,7 @@
-"""Templates of the kinds that we did not write: TRL's files. It has none of thinking-2507, whose end alone differs."""
+"""Reference templates that we did not write: TRL's files.
+
+TRL has none for thinking-2507, so it is made here: the hybrid template with another generation prompt at its end.
+"""
 
 from importlib import resources
 

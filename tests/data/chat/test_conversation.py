@@ -1,4 +1,4 @@
-"""What of a row cannot be learnt from is refused with file, row and mend; the rest is kept up to its last answer."""
+"""Rows that cannot be trained on are refused with file, row and remedy; other chats are kept up to the last answer."""
 
 import pytest
 from hypothesis import given
@@ -27,7 +27,7 @@ def test_a_row():
     assert found == Conversation(tuple(messages), "chats.jsonl:7", tuple(TOOLS), True, ("a", "4"))
     assert _read([Q, A], tools=None, answer=None, enable_thinking=None) == Conversation((Q, A), "chats.jsonl:7")
     assert _read([Q, A], tools=[]).tools is None
-    # Columns of parquet are there, empty, in every message.
+    # Parquet gives every message all columns, with null where a message lacks one.
     nulls = {"reasoning_content": None, "tool_calls": None, "reasoning": None, "name": None}
     assert _read([{**Q, **nulls}, {**A, **nulls}]).messages == ({**Q, **nulls}, {**A, **nulls})
 
@@ -187,7 +187,7 @@ def test_bad_columns_are_named(more, message):
 
 @pytest.mark.parametrize("key", ["reasoning", "thinking", "reasoning_content"])
 def test_a_thought_is_read_under_each_of_its_names(key):
-    """As transformers 5.24 reads it; what says nothing may stand beside it, and ids of calls."""
+    """As transformers 5.24 reads it. Keys without information (null or empty) and ids of calls may stand beside it."""
     (_, read) = checked_messages([Q, {**A, key: "t", "refusal": None, "audio": {}, "reasoning_details": []}], "x:1")
     assert split_thought(read) == ("t", A["content"])
     assert set(read) & {"reasoning", "thinking", "reasoning_content"} == {"reasoning_content"}

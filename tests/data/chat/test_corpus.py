@@ -130,7 +130,7 @@ def test_long_chats(base, small_qwen, turns):
     dropped, cut = prepared("drop").report[0], prepared("cut_end").report[0]
     assert cut.samples == dropped.samples
     assert dropped.shortened == 0
-    if turns == "last":  # a sample has one answer: there is no earlier end
+    if turns == "last":  # a sample trains one answer: there is no earlier answer to end at
         assert (cut.too_long, cut.shortened) == (dropped.too_long, 0)
     else:
         assert cut.shortened == dropped.too_long - cut.too_long > 0
@@ -163,7 +163,7 @@ def test_samples_that_all_fall_out(base, small_qwen, tmp_path):
 
 
 def test_no_sample_may_be_held_out(base, small_qwen, tmp_path, monkeypatch):
-    """As of answers that were sampled for training questions; and the cache is not read again for it."""
+    """For instance, answers may have been sampled for training questions only."""
     write([{"messages": [user("q"), answer("a")]}], tmp_path / "c/x.jsonl")
     config = replace(base, mixture=f"chats@{tmp_path}/c")
     corpus = prepare_chats(config, T, small_qwen, progress=False)
@@ -197,7 +197,7 @@ def test_rendered_samples_show_what_is_trained(mixed, small_qwen):
     }
     assert set(shown) <= known
     assert len(render_samples(batch, small_qwen, 10**6)) == sum(int(row.max()) for row in batch["segments"])
-    # What is shown is what the step gets, not what the source says.
+    # The marks come from the batch that the training step gets, not from the source.
     silent = {**batch, "loss_weights": torch.zeros_like(batch["loss_weights"])}
     assert "⟦" not in "".join(render_samples(silent, small_qwen, 6))
     metrics = corpus.train_metrics(batch)

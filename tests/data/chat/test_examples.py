@@ -1,4 +1,4 @@
-"""The mask of a chat, to the byte, and its ids, against transformers' rendering and TRL's template for training."""
+"""Loss masks and ids of chats, compared exactly with transformers' rendering and TRL's template for training."""
 
 import json
 from importlib import resources
@@ -25,7 +25,7 @@ def theirs(qwen_files) -> PreTrainedTokenizerFast:
 
 
 def _spans(tokenizer, ids, trained):
-    """[(text, trained)] of the runs of tokens."""
+    """[(text, trained)] of the runs of tokens with the same mark."""
     runs = []
     for token, mark in zip(ids, trained, strict=True):
         if not runs or runs[-1][1] != mark:
@@ -48,7 +48,7 @@ def test_the_mask_covers_exactly_what_the_model_writes(name, kind, request, thei
     assert whole.endswith(case.trained + "\n")
     prompt = whole.removesuffix(case.trained + "\n")
     assert _spans(tokenizer, ids, trained) == [(prompt, False), (case.trained, True), ("\n", False)]
-    # The prompt is the one that inference renders, text and ids.
+    # Text and ids of the prompt are those that inference renders.
     options = {"add_generation_prompt": True, "enable_thinking": case.enable_thinking}
     assert prompt == theirs.apply_chat_template(case.messages[:-1], tools=case.tools, tokenize=False, **options)
     assert ids[: trained.index(True)] == encode_chat(tokenizer, case.messages[:-1], tools=case.tools, **options)
@@ -60,7 +60,7 @@ def test_ids_are_those_of_one_rendering(name, qwen, theirs):
     case = CASES[name]
     ids, _ = chat_tokens(qwen, case.messages, case.tools, enable_thinking=case.enable_thinking)
     whole = theirs.apply_chat_template(case.messages, tools=case.tools, tokenize=True, return_dict=False)
-    assert (ids == whole) is case.same_ids  # the declared cases differ indeed
+    assert (ids == whole) is case.same_ids  # cases with same_ids=False must really differ
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def trl_template() -> str:
 
 
 def _of_trl(theirs, template, messages, tools=None):
-    """(ids, mask) of TRL's training template; the mask without the line end behind each <|im_end|>."""
+    """(ids, mask) of TRL's training template, but with False at the line end after each <|im_end|>."""
     made = theirs.apply_chat_template(
         messages, tools=tools, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -77,7 +77,7 @@ def _of_trl(theirs, template, messages, tools=None):
     end = theirs.convert_tokens_to_ids(END)
     after_end = [False, *(bool(m) and i == end for i, m in zip(ids, mask))][: len(ids)]
     assert sum(after_end) == sum(message["role"] == "assistant" for message in messages)
-    assert all(mask[n] for n in np.flatnonzero(after_end))  # TRL does train it
+    assert all(mask[n] for n in np.flatnonzero(after_end))  # TRL trains that line end, we do not
     return ids, [bool(m) and not after for m, after in zip(mask, after_end)]
 
 

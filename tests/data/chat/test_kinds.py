@@ -1,4 +1,4 @@
-"""Chats of each kind of template: as the template writes them, and what of them is trained."""
+"""Chats of each kind of template are rendered as the template writes them; the kind decides what is trained."""
 
 import pytest
 from hypothesis import given, settings
@@ -43,7 +43,7 @@ def test_any_chat_equals_the_reference(name, messages, tools):
 
 
 def test_coder_writes_xml():
-    """By hand from the template published with Qwen3-Coder-30B-A3B-Instruct, which no package of our tests has."""
+    """Expected text by hand from the template of Qwen3-Coder-30B-A3B-Instruct: no package of our tests has the file."""
     messages = [
         user("q"),
         answer(" Looking. ", calls=[call("search", {"q": "é", "n": 3, "l": [1, "é"], "b": True, "none": None})]),
@@ -116,7 +116,7 @@ def test_where_the_prompt_opens_the_thought_its_opening_is_not_trained(qwen_file
     assert trained(user("q"), answer("a", "t")) == f"t\n</think>\n\na{END}"
     assert trained(user("q"), answer("a")) == f"\n</think>\n\na{END}"
     assert trained(user("q"), answer("a"), enable_thinking=False) == f"a{END}"
-    # Of data: an answer without a thought does not teach to leave thoughts out, whatever a user writes.
+    # In training data, an answer without a thought must not teach to skip thinking, whatever the user writes.
     for text in ("q", "q /no_think", "q /think"):
         (sample,) = make_samples(Conversation((user(text), answer("a")), "x:1"), kind=THINKING)
         assert not sample.enable_thinking

@@ -1,5 +1,6 @@
-"""The kind of template beside a tokenizer is found by what it writes; unknown ones are refused, and tokenizers without
-the tokens of chats."""
+"""The kind of a tokenizer's chat template is recognised by the text that it renders. Unknown templates are refused, and
+so are tokenizers without the special tokens of chats.
+"""
 
 import json
 import shutil
@@ -35,9 +36,9 @@ def test_qwen3_s_own_files_and_trained_tokenizers_are_fine(qwen, small_qwen, tok
     for config in ({"chat_template": own}, {"chat_template": [{"name": "default", "template": own}]}, {}):
         (directory / "tokenizer_config.json").write_text(json.dumps(config))
         check_chat_tokenizer(QwenTokenizer.load(directory))
-    # Another text of the same meaning, as TRL keeps it.
+    # TRL's file is written differently but renders the same.
     content = _templates().joinpath("qwen3.jinja").read_bytes()
-    for written in (content, b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n")):  # as some editors save it
+    for written in (content, b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n")):  # also with BOM and CR LF
         (directory / "chat_template.jinja").write_bytes(written)
         check_chat_tokenizer(QwenTokenizer.load(directory))
 
@@ -104,7 +105,7 @@ def test_a_tokenizer_without_the_chat_s_tokens(missing, directory):
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_each_kind_is_found(kind, directory):
-    """By our text of it, and for those that TRL has by its own; a choice goes before what lies there."""
+    """By our file and, where TRL has one, by TRL's. --config.chat_template goes before the file that is there."""
     shutil.copyfile(Path(kinds.__file__).parent / "jinja" / f"{kind.name}.jinja", directory / "chat_template.jinja")
     (directory / "tokenizer_config.json").write_text('{"chat_template": "read by nobody, beside the other file"}')
     assert kind_of(QwenTokenizer.load(directory)) is kind

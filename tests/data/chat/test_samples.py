@@ -1,4 +1,6 @@
-"""Samples of a conversation: one an answer or one of all; when the prompt holds the empty block; switches."""
+"""Samples of a conversation: one for each answer or one for all answers; when the prompt holds the empty thinking
+block; the switches /think and /no_think.
+"""
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ def test_tokens_end_with_the_last_trained_one(name, all_turns, small_qwen, token
     case = CASES[name]
     samples = [Sample(tuple(case.messages), "x", case.tools, all_turns, case.enable_thinking)] * 2
     if all_turns and name == "thinking off, history":
-        return  # a thought in history, which all turns would train
+        return  # refused: with all turns the thought in the history would be trained too
     for each in (small_qwen, tokenizer):
         options = {"all_turns": all_turns, "enable_thinking": case.enable_thinking}
         ids, trained = chat_tokens(each, case.messages, case.tools, **options)
@@ -48,12 +50,12 @@ _PLAIN, _THOUGHT = answer("a"), answer("a", "t")
     "messages, more, enable_thinking",
     [
         ([user("q"), _THOUGHT], {}, True),
-        ([user("q"), _PLAIN], {}, False),  # the prompt holds the block: stopping to think is not taught unasked
+        ([user("q"), _PLAIN], {}, False),  # the prompt holds the block: do not teach to skip thinking unasked
         ([user("q"), answer("a", "\n")], {}, False),
-        ([user("q /no_think"), _PLAIN], {}, True),  # the model writes the empty block
+        ([user("q /no_think"), _PLAIN], {}, True),  # asked not to think, the model writes the empty block
         ([user("q /think"), _PLAIN], {}, False),
         ([user("q /no_think /think"), _THOUGHT], {}, True),
-        ([user("q /no_think"), _PLAIN, user("r"), _PLAIN], {}, True),  # the last switch still stands
+        ([user("q /no_think"), _PLAIN, user("r"), _PLAIN], {}, True),  # the switch of an earlier turn still holds
         ([user("q"), _PLAIN], {"enable_thinking": True}, True),
         ([user("q /no_think"), _PLAIN], {"enable_thinking": False}, False),
         ([user("q"), answer("", "t", [call("f", {})]), tool("/no_think"), _PLAIN], {}, False),
@@ -106,7 +108,7 @@ def test_switches_say_the_mode_of_their_share():
             assert sample == plain
         else:
             said[thinks] += 1
-            assert switch is thinks  # the last one is right
+            assert switch is thinks  # if there are two, the last one counts and is right
             assert sample.enable_thinking
             content = sample.messages[2]["content"]
             own, other = ("/think", "/no_think") if thinks else ("/no_think", "/think")
@@ -114,7 +116,7 @@ def test_switches_say_the_mode_of_their_share():
             both += content.count("/") == 2
             assert (*sample.messages[:2], sample.messages[3]) == (*conversation.messages[:2], conversation.messages[3])
     total = sum(said.values())
-    # Five standard deviations.
+    # Binomial counts: within five standard deviations of the mean.
     for found, p, n in ((said[True], share, count / 2), (said[False], share, count / 2), (both, 0.25, total)):
         assert abs(found - p * n) < 5 * (n * p * (1 - p)) ** 0.5
 
@@ -133,14 +135,14 @@ def test_switches_leave_alone_what_has_its_own_or_a_mode():
 
 @pytest.mark.parametrize("thought, last", [("t", None), (None, "t")])
 def test_switches_leave_alone_answers_beside_a_call_of_the_other_mode(thought, last):
-    """The call stands in sight behind the switch, which would ask for what it does not do."""
+    """An added switch would stand before the call too, and the call does not do what that switch asks for."""
     asked = (user("q"), answer("", thought, [call("f", {})]), tool("1"))
     called, answered = make_samples(_of(*asked, answer("a", last)), switches=1.0)
     assert last_switch(called.messages[:-1]) is bool(thought)
     assert answered.messages == (*asked, answer("a", last))
     assert answered.enable_thinking is bool(last)
     again = make_samples(_of(*asked, answer("a", last), user("r"), answer("b", last)), switches=1.0)[-1]
-    assert last_switch(again.messages[:-1]) is bool(last)  # calls before the question do not count
+    assert last_switch(again.messages[:-1]) is bool(last)  # calls before the last question do not matter
     for mode in (None, "t"):
         same = make_samples(_of(user("q"), answer("", mode, [call("f", {})]), tool("1"), answer("a", mode)), switches=1)
         assert [last_switch(sample.messages[:-1]) for sample in same] == [bool(mode)] * 2

@@ -1,4 +1,6 @@
-"""Sources of chats: every form of file, the data sets by name, one split for a question, the judge, and counts."""
+"""Sources of chats: file formats, data sets by name, one split for each question, the judge, and counts of rows that
+are left out.
+"""
 
 import json
 import shutil
@@ -49,7 +51,7 @@ def test_chats_of_every_form_of_file(file, tmp_path):
 
 @pytest.mark.parametrize("file", ["x.jsonl", "x.parquet", "x.arrow"])
 def test_a_calls_arguments_and_a_tools_parameters_are_its_own_in_every_form_of_file(file, tmp_path):
-    """Tables give each record the fields of all others, as nulls, which no chat may say."""
+    """Tables give each record the fields of all other records, as nulls. These nulls must not appear in a chat."""
     tools = [{"name": "f", "parameters": {"x": "number"}}, {"name": "g", "parameters": {"y": "string"}}]
     rows = [
         {"messages": [user("q"), answer("", None, [call(name, {key: 1})])], "tools": [tool]}
@@ -86,7 +88,7 @@ def test_tools_and_modes_of_a_row(tmp_path):
 
 
 def test_a_question_is_held_out_wherever_it_stands(tmp_path):
-    """Generated, in a file, with a switch: the same split; which is the task's."""
+    """A question is in the task's split whether it is generated, read from a file or has a switch."""
     heldout = {question.prompt for question in ReasoningTask(num_problems=300).questions("heldout")}
     train = {question.prompt for question in ReasoningTask(num_problems=300).questions("train")}
     for name in ("reasoning", "reasoning-plain"):
@@ -128,7 +130,7 @@ def test_rows_that_cannot_be_written_are_skipped_with_the_other_bad_ones(message
     counts = Counter()
     found = _both(_open(f"chats@{tmp_path}", on_bad_row="skip", **options), counts)
     assert len(Sample.tokenise(found, tokenizer, 1)[0]) == 5
-    assert counts == {"invalid_rows": 2}  # once a split
+    assert counts == {"invalid_rows": 2}  # one row, counted once for each split
     with pytest.raises(UserError, match="x.jsonl:6"):
         _both(_open(f"chats@{tmp_path}", **options))
 
@@ -153,7 +155,7 @@ def test_the_data_sets_by_name(name, tmp_path):
     counts = Counter()
     source = _open(f"{name}@{tmp_path}")
     found = _both(source, counts)
-    assert len({sample.name for sample in found}) == len(ROWS[name]) - counts.total() // 2  # both splits count
+    assert len({sample.name for sample in found}) == len(ROWS[name]) - counts.total() // 2  # both splits count a row
     plain = name in ("ultrachat", "openhermes-2.5")
     for sample in found:
         thought, content = split_thought(sample.messages[-1])
@@ -190,7 +192,7 @@ def test_worked_solutions_are_judged_not_the_answer_that_repeats_the_gold(tmp_pa
     counts = Counter()
     found = _both(_open(f"openmathinstruct-2@{tmp_path}", task=ReasoningTask()), counts)
     assert [sample.messages[0]["content"] for sample in found] == ["What is $2 + 3$?"]
-    assert counts == {"wrong_answers": 2}  # once a split
+    assert counts == {"wrong_answers": 2}  # one row, counted once for each split
 
 
 def test_bad_rows_are_an_error_with_file_and_row_or_counted(tmp_path):
@@ -256,5 +258,5 @@ def test_names_that_open_nothing(name, root, message, tmp_path):
 
 
 def test_the_share_that_is_held_out():
-    assert HOLDOUT == 0.05  # another one is another split for every stage
+    assert HOLDOUT == 0.05  # another share would change the split of every stage
     assert is_heldout(b"Compute 1 + 1.", 1.0)
