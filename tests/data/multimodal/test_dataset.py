@@ -1,4 +1,4 @@
-"""Chats with pictures as rows: what is trained, where pictures are, what is refused, and that no picture is cut."""
+"""Rows of chats with pictures: what is trained, where pictures stand, what is refused, and that no picture is cut."""
 
 import json
 from collections import Counter
@@ -35,7 +35,7 @@ def tokenizer(tmp_path_factory):
 
 
 def chats(folder, rows, **images):
-    """rows: messages, or whole rows."""
+    """Write a folder of chats and images, return its source name. A row may be given as its messages alone."""
     for name, image in images.items():
         image.save(folder / f"{name}.png")
     whole = [row if isinstance(row, dict) else {"messages": row} for row in rows]
@@ -79,7 +79,7 @@ def test_a_row_is_what_the_contract_says(tokenizer):
     real = (batch["segments"] != 0)[:, None].expand_as(places)
     assert torch.equal(places[real], batch["positions"][real])
     assert ((batch["visual_index"] > 0) == (batch["tokens"] == CFG.image_token_id)).all()
-    assert (batch["loss_weights"][batch["visual_index"] > 0] == 0).all()  # nobody learns to write placeholders
+    assert (batch["loss_weights"][batch["visual_index"] > 0] == 0).all()  # the model does not learn placeholders
     assert not (batch["targets"] == CFG.image_token_id).any()
 
 
@@ -104,7 +104,7 @@ def test_answers_alone_are_trained_and_pixels_are_the_pictures(tokenizer):
         assert not row["pixel_values"][done:].any()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if not kind.always])  # those need a thought
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if not kind.always])  # `always` needs a thought
 def test_a_sample_has_the_form_of_its_chat_template(kind, tokenizer):
     sample = next(open_source("images", settings(), kind).samples("train", Counter()))
     ids, _ = tokenise(sample, [image_segments(4)], tokenizer)
@@ -231,13 +231,13 @@ def test_a_truncated_picture_is_skipped_before_training_begins(tokenizer, tmp_pa
     good = [chat(text(f"q {n}"), image("one")) for n in range(40)]
     name = chats(tmp_path, [*good, chat(text("a"), image("cut"))], one=noise(64, 64), cut=noise(90, 90))
     whole = (tmp_path / "cut.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])  # its header is good
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])  # the header is still valid
     corpus = prepare_visual(settings(mixture=name, on_bad_row="skip"), SEQ_LEN, tokenizer, CFG)
     assert corpus.train.left_out["bad_images"] == 1
 
 
 def test_no_picture_is_ever_cut(tokenizer):
-    """What does not fit, by tokens or by patches, is left out whole and counted."""
+    """A chat that does not fit, by tokens or by patches, is left out whole and counted."""
     tight = settings(mixture="images", patches=100)
     with pytest.raises(UserError, match="no chat that fits into seq_len=20"):
         prepare_visual(tight, 20, tokenizer, CFG)

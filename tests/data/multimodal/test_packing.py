@@ -1,4 +1,4 @@
-"""Packing: every chat once, no row beyond its room, whatever the needs."""
+"""Packing puts every chat that fits into exactly one row, and fills no row beyond its room."""
 
 from hypothesis import given
 from hypothesis import strategies as st

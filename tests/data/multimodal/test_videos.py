@@ -1,4 +1,4 @@
-"""Videos in chats: rows are what transformers' processor and model make of the same frames; what is refused."""
+"""Rows of chats with videos equal what transformers' processor and model make of the frames; bad videos are refused."""
 
 import json
 from collections import Counter
@@ -25,7 +25,7 @@ from qwen3f.vision.preprocess import image_patches
 
 CFG = presets.get("nano_vl").replace(vision_patch_size=16, vision_temporal_patch_size=2)
 SEQ_LEN = 1024
-RELEASED = {"shortest_edge": 4096, "longest_edge": 25_165_824}  # of a video; of an image VisualDataConfig's own
+RELEASED = {"shortest_edge": 4096, "longest_edge": 25_165_824}  # for videos; images have VisualDataConfig's limits
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def tokenizer(tmp_path_factory):
 
 
 class TheirVideos(Qwen3VLVideoProcessor):
-    """Without torchvision, which is not here."""
+    """transformers' processor with a `normalize` that needs no torchvision, which is not installed."""
 
     def normalize(self, image, mean, std, inplace=False, **_):
         return (image - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
@@ -49,7 +49,7 @@ def resize_with_pillow(self, image, size, resample=None, **_):
 
 
 def theirs(frames, fps, size=RELEASED):
-    """(patches, grid, text) of all frames of a video by transformers' processor."""
+    """(patches, grid, text) that transformers' processor makes of all frames of a video."""
     processor = TheirVideos(patch_size=16, size=size, return_metadata=True, cap_pixels_per_frame=False)
     whole = torch.from_numpy(np.stack([np.asarray(frame.convert("RGB")) for frame in frames])).permute(0, 3, 1, 2)
     metadata = {"total_num_frames": len(frames), "fps": fps}
@@ -66,7 +66,7 @@ def theirs(frames, fps, size=RELEASED):
 
 
 def their_image(image):
-    patches, grid = image_patches(image, CFG)  # bit for bit theirs, tests/vision/test_preprocess.py
+    patches, grid = image_patches(image, CFG)  # equal to theirs bit for bit, see tests/vision/test_preprocess.py
     return patches, grid, "<|vision_start|>" + "<|image_pad|>" * (grid[1] * grid[2] // 4) + "<|vision_end|>"
 
 
@@ -85,7 +85,7 @@ def their_positions(ids, parts):
 
 
 def frames_of(seed, count, size=(96, 64)):
-    """Few colours, which a GIF keeps."""
+    """Random frames of at most 200 colours: a GIF stores them without loss."""
     draw = np.random.default_rng(seed)
     palette = draw.integers(0, 256, (200, 3), dtype=np.uint8)
     return [Image.fromarray(palette[draw.integers(0, 200, size[::-1])]) for _ in range(count)]
@@ -121,7 +121,7 @@ def settings(name, **changes):
 
 @pytest.fixture
 def seen(tmp_path, monkeypatch):
-    """(rows of chats, what transformers makes of what is seen in each)."""
+    """(name of a source of chats, for each chat the list of what transformers makes of its images and videos)."""
     monkeypatch.setattr(TorchvisionBackend, "resize", resize_with_pillow)
     film, long, held, two = frames_of(0, 9), frames_of(1, 30, (70, 50)), frames_of(2, 4, (64, 64)), frames_of(3, 2)
     directory(tmp_path / "film", film)
@@ -146,7 +146,7 @@ def seen(tmp_path, monkeypatch):
 
 
 def test_a_packed_chat_is_what_transformers_makes_of_it(seen, tokenizer):
-    """Tokens, grids, positions and pixels, several chats a row, at the limits of the released processors."""
+    """Tokens, grids and positions are equal, pixels within 1e-6; several chats a row, limits of the released models."""
     name, made = seen
     corpus = prepare_visual(settings(name), SEQ_LEN, tokenizer, CFG)
     samples = [s for split in ("train", "heldout") for s in open_source(name, settings(name)).samples(split, Counter())]
@@ -209,7 +209,7 @@ def test_videos_are_left_out_by_the_room_of_a_row(tokenizer, tmp_path):
     directory(tmp_path / "film", frames_of(0, 8))
     rows = [chat(video("film", fps=2), f"{number}") for number in range(30)]
     name = write(tmp_path, [*rows, chat(video("film", fps=2), video("film", fps=2), "both")])
-    for changes in ({"patches": 96}, {"images": 1}):  # 4 groups of 24 patches; a video is one picture
+    for changes in ({"patches": 96}, {"images": 1}):  # a video has 4 groups of 24 patches and counts as one picture
         corpus = prepare_visual(settings(name, **changes), SEQ_LEN, tokenizer, CFG)
         assert corpus.train.left_out["too_long"] == 1
         assert all(len(row) == 1 for row in corpus.train.rows)
@@ -257,7 +257,7 @@ def test_bad_videos_are_named_or_counted(part, words, tokenizer, tmp_path):
             (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     good = [chat(f"q {number}", *[video("film", fps=2)] * (number == 0)) for number in range(40)]
     name = write(tmp_path, [*good, chat("a", part)])
-    if part.get("video") != "cut.gif":  # its header is good
+    if part.get("video") != "cut.gif":  # its header is valid: only skip decodes all frames beforehand
         with pytest.raises(UserError, match=words) as raised:
             prepare_visual(settings(name), SEQ_LEN, tokenizer, CFG)
         assert "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""Best fit: whole documents, every token once, the same for the same lengths, and little padding."""
+"""Best-fit packing keeps documents whole, has every token once, is deterministic and pads little."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_every_token_once_and_no_document_cut(lengths, seq_len, policy):
         found = sorted(covered.get(d, []))
         if n == 1 or (policy == "drop" and d in too_long):
             assert not found
-        elif d in too_long:  # full rows and a rest
+        elif d in too_long:  # cut into full rows and a rest
             assert [begin for begin, _ in found] == list(range(0, n - 1, seq_len))
             assert [places for _, places in found[:-1]] == [seq_len] * (len(found) - 1)
             assert sum(places for _, places in found) == n - 1
@@ -41,14 +41,14 @@ def test_every_token_once_and_no_document_cut(lengths, seq_len, policy):
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=30))
 @example([6, 5, 5, 4, 4, 4, 2])
 def test_each_document_goes_where_the_least_room_is_left(lengths):
-    """The rows are those of the definition, written as a plain search."""
+    """Rows are as full as those of a plain search that follows the definition of best fit."""
     plain = []
     for d in sorted(range(len(lengths)), key=lambda d: (-lengths[d], d)):
         if lengths[d] == 1:
             continue
         rooms = [(12 - sum(lengths[e] - 1 for e in row), r) for r, row in enumerate(plain)]
         fitting = [room for room, _ in rooms if room >= lengths[d] - 1]
-        if fitting:  # of rows with equal room any will do: they are compared by their contents' lengths
+        if fitting:  # among rows with equal room any will do, since only the sums of rows are compared
             plain[next(r for room, r in rooms if room == min(fitting))].append(d)
         else:
             plain.append([d])

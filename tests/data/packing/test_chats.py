@@ -1,4 +1,4 @@
-"""Best fit of chats: every conversation once, in a segment of its own, and its trained bits go with its ids."""
+"""Best-fit packing of chats: each conversation that fits is there once, in its own segment, with its trained bits."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.data.packing.concat import PackedDataset, eval_windows
 from qwen3f.errors import UserError
 
-# Prompts and answers in turns; a chat ends with an answer.
+# Prompts and answers alternate; a chat ends with an answer.
 _CHAT = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4).map(
     lambda turns: [bit for prompt, answer in turns for bit in [False] * prompt + [True] * answer]
 )
@@ -65,7 +65,7 @@ def test_every_conversation_once_with_its_bits(make_chat_cache, chats, seq_len, 
             assert row["tokens"][places].tolist() == [10 + first + n for n in range(length - 1)]
             wanted = [10 + first + n if chats[number][n] else -100 for n in range(1, length)]
             assert row["targets"][places].tolist() == wanted
-            assert wanted[-1] != -100  # never half an answer: the last target ends one
+            assert wanted[-1] != -100  # no answer is cut: the last target is the last token of one
             found.append(number)
     assert sorted(found) == sorted(kept)
 

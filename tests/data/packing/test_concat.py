@@ -1,4 +1,4 @@
-"""Packing against a naive loop over tokens; the stream can be put together again from its examples."""
+"""Packing equals a naive loop over tokens, and the examples put together give the token stream again."""
 
 import math
 

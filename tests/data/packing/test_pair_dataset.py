@@ -1,4 +1,4 @@
-"""Pairs in rows: every pair once, its answers side by side in segments of their own; what stands beside the tokens."""
+"""Rows of pairs: each pair once, its two answers in neighbouring segments; columns of numbers follow their tokens."""
 
 import pickle
 
@@ -66,7 +66,7 @@ def test_every_pair_once_side_by_side(make_chat_cache, pairs, seq_len, scored):
 
 
 def test_numbers_beside_the_tokens_go_with_them(make_chat_cache, tmp_path):
-    """Of each target its own; through pickling, as for worker processes."""
+    """Each target gets its own number, also from a column that was pickled for a worker process."""
     cache = make_chat_cache([[False, True, True], [False, True], [False, False, True], [False, True]])
     with new_column(tmp_path / "x.npy", cache.num_tokens, np.dtype(np.float64)) as values:
         values[:] = np.arange(cache.num_tokens) / 7

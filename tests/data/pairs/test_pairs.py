@@ -1,4 +1,6 @@
-"""Pairs of rows, files and generated problems: one prompt, better by rule, one split a question; what is refused."""
+"""Preference pairs of files and generated problems: one prompt, the better answer by a rule, one split for each
+question; bad pairs are refused or counted.
+"""
 
 from collections import Counter
 
@@ -44,8 +46,8 @@ def test_pairs_of_files_have_one_prompt_and_two_answers(tmp_path):
     first, second = sorted(both(opened(rows, tmp_path)), key=lambda pair: pair.margin)
     assert (first.margin, second.margin) == (1.0, 2.5)
     assert first.chosen.name == f"{tmp_path / 'x.jsonl'}:1, chosen"
-    assert not first.chosen.enable_thinking  # neither thinks: the prompt holds the empty block
-    assert second.rejected.enable_thinking  # one does: both write their block
+    assert not first.chosen.enable_thinking  # no answer has a thought: the prompt holds the empty thinking block
+    assert second.rejected.enable_thinking  # one answer has a thought: both answers write their block
     assert second.chosen.tools is not None
     assert [s.messages[-1]["content"] for s in second] == ["x", "y"]
 
@@ -55,7 +57,7 @@ PREFIXES = [("\n they", " the"), ("the", "they"), ("a", "\n\nab"), ("<thinker> x
 
 @pytest.mark.parametrize("better, worse", PREFIXES)
 def test_both_answers_of_a_pair_have_the_ids_of_one_prompt(better, worse, tmp_path):
-    """Answers whose first characters would merge with the prompt's last ones, or have a common beginning."""
+    """Also if an answer's first characters could merge with the prompt's last ones, or both answers begin alike."""
     tokenizer = small_tokenizer(tmp_path / "tok")
     rows = [{"chosen": [user("q"), answer(better)], "rejected": [user("q"), answer(worse)]}]
     (pair,) = both(opened(rows, tmp_path / "d"))
@@ -103,7 +105,7 @@ def test_bad_pairs_are_named_or_counted(row, reason, words, tmp_path):
 
 
 def test_pairs_are_of_the_model_s_kind_of_chats(tmp_path):
-    """As chats are: without a place for thoughts there are none, and an answer is trained from its beginning."""
+    """As chats are: if the kind of template has no place for thoughts, a pair with a thought is refused."""
     plain, thinks = GOOD, {"chosen": [user("q"), answer("a", "t")], "rejected": [user("q"), answer("b")]}
     for kind in KINDS.values():
         source = opened([plain, plain | {"margin": 2}], tmp_path, template=kind)
@@ -136,7 +138,7 @@ def test_a_thought_before_the_last_answer_is_a_fault_where_there_is_no_place_for
 
 
 def test_equal_is_what_the_template_writes(tmp_path):
-    """Not the ids of calls; but 1, 1.0 and true are other words, and so are arguments in another order."""
+    """It has no ids of calls: these may differ. 1, 1.0 and true are different, and so is another order of arguments."""
     tie = {"chosen": [user("q"), called({"x": 1}, "c1")], "rejected": [user("q"), called({"x": 1}, "c2")]}
     counts = Counter()
     assert not both(opened([tie], tmp_path), counts)
@@ -161,7 +163,7 @@ def test_equal_is_what_the_template_writes(tmp_path):
                     both(opened([row], tmp_path))
     texts = {"chosen": [user("q"), called({"x": "1"})], "rejected": [user("q"), called({"x": 1})]}
     blank = {"chosen": [user("q"), called({"x": "1"})], "rejected": [user("q"), called({"x": " 1"})]}
-    for kind in KINDS.values():  # as XML both are 1
+    for kind in KINDS.values():  # XML writes both as 1
         assert bool(both(opened([texts], tmp_path, template=kind))) != kind.xml
         assert both(opened([blank], tmp_path, template=kind))
 
@@ -210,7 +212,7 @@ def test_ultrafeedback_gives_its_best_and_worst_with_the_ratings_difference(tmp_
 
 @pytest.mark.parametrize("kind", GENERATED)
 def test_generated_pairs_are_better_by_their_rule(kind):
-    """In both splits the better answer is right, boxed, without filling; the worse one lacks what its kind says."""
+    """In both splits the better answer is right and boxed; the worse one is wrong, not boxed or padded, by its kind."""
     judge = ReasoningTask().judge
     golds = {item.question: item.answer for split in ("train", "heldout") for item in PROBLEMS.problems(split)}
     source = open_pairs(kind, "", PROBLEMS)
@@ -262,7 +264,7 @@ def prepared(tmp_path, rows, layout, **changes):
 
 
 def test_a_pair_that_does_not_fit_is_dropped_whole_and_counted(tmp_path):
-    """A prompt that fills the context: neither it nor an answer is ever cut."""
+    """Here the prompt alone fills most of the context. Neither a prompt nor an answer is ever cut."""
     long = {side: [user("z" * 60), *GOOD[side][1:]] for side in GOOD}
     corpus = prepared(tmp_path, [GOOD, long], PairLayout(100))
     assert corpus.report[0].too_long == 2  # both answers

@@ -1,4 +1,4 @@
-"""What a stream cannot use names file and row, or is counted; from the thread of a loader as from a plain loop."""
+"""Rows that a stream cannot use give an error with file and row, or are counted; also in the thread of a loader."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.data.sources.adapters.real_rows import write
 
 @pytest.fixture
 def stream(tmp_path, small_qwen):
-    """stream(files): the loader's dataset over them; each is rows, or bytes as they are."""
+    """stream(files) writes files, each given as rows or as bytes, and returns the dataset that streams them."""
 
     def make(files, **options):
         write([{"text": f"fine {n}", "meta": "m"} for n in range(20)], tmp_path / "web/a.jsonl")
@@ -36,7 +36,7 @@ def stream(tmp_path, small_qwen):
     ],
 )
 def test_faults_name_file_and_row(stream, monkeypatch, name, content, message):
-    # The held-out documents are read first: they end before the fault, as in a stream of many shards.
+    # Held-out documents are read first. Hold out one, so that they end before the fault, as in a stream of many shards.
     monkeypatch.setattr("qwen3f.data.corpus.STREAM_HELDOUT_DOCUMENTS", 1)
     dataset = stream({name: content})
     with Loader(dataset, 2, 0, 0, "cpu", 300) as loader, pytest.raises(UserError, match=message):

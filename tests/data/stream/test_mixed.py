@@ -1,4 +1,4 @@
-"""Shares of a mixture read once: exact to one item, nothing lost, order kept."""
+"""A mixture that is read once has shares exact to one item, loses nothing and keeps the order of each part."""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The order of a stream: shares of characters, caps of epochs, blocks that are shuffled, and going on from any mark."""
+"""The order of a stream: shares of characters, caps of epochs, shuffled blocks, and resuming from any mark."""
 
 import json
 from collections import Counter

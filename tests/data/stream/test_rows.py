@@ -1,4 +1,4 @@
-"""Whole documents from a stream: every token once, groups by their size, resumed at every row."""
+"""Best-fit rows of a stream: whole documents, every token once in groups of any size, and resuming after a row."""
 
 from collections import Counter
 
