@@ -1,4 +1,4 @@
-"""Few documents, such as one long text, are split by position; a file of blanks alone is named."""
+"""A corpus of few documents, such as one long text, is split by position; an error names a file of blanks alone."""
 
 from collections import Counter
 

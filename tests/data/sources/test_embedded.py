@@ -45,7 +45,7 @@ def test_reads_python_files_below_root_in_order(tmp_path):
     assert [(d.name, d.text) for d in documents] == [
         ("a.py", "é = '▁'\n"),
         ("a/z.py", "z = 2\n"),
-        ("b.py", "b = 1\n"),  # CR LF is a line end, and a signature no part of the text
+        ("b.py", "b = 1\n"),  # CR LF is one line end; the byte order mark is no text
     ]
     assert counts == {"near_duplicate_files": 0, "undecodable_files": 1, "empty_files": 1}
     assert list(source.documents("heldout")) == []
@@ -83,7 +83,7 @@ def test_split_is_by_file_disjoint_and_stable(tmp_path):
     _write(tmp_path, {f"m{i}.py": _lines(f"m{i}", 6) for i in range(200)})
     names = _names(open_embedded(str(tmp_path), holdout=0.25))
     assert sorted(names["train"] + names["heldout"]) == sorted(f"m{i}.py" for i in range(200))
-    assert 30 <= len(names["heldout"]) <= 70  # 50 ± 6.1
+    assert 30 <= len(names["heldout"]) <= 70  # 50 expected, standard deviation 6.1
     assert names["heldout"][:3] == ["m1.py", "m101.py", "m105.py"]  # the same on every machine
     (tmp_path / "zzz.py").write_text("another = 1\n")
     again = _names(open_embedded(str(tmp_path), holdout=0.25))

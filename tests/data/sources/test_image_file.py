@@ -1,4 +1,4 @@
-"""Image files from strangers: named formats of a bounded size are read, nothing is run, the rest is one UserError."""
+"""Untrusted image files: only named formats of bounded size are read, no program is run, the rest is one UserError."""
 
 import io
 import os
@@ -18,7 +18,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 10
 
 @pytest.fixture
 def ghostscript(tmp_path, monkeypatch):
-    """The first `gs` on the path; it leaves this file when it runs."""
+    """Put a fake `gs` first on the PATH. Return the file that it creates when it runs."""
     ran = tmp_path / "ran"
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "gs"
@@ -34,7 +34,7 @@ def chunk(kind, content):
 
 
 def png_bomb(width, height, rows=None):
-    """A black picture of one bit a pixel, a thousandth of its size in bytes. rows: that it really has."""
+    """A black PNG of one bit a pixel, compressed to a thousandth. rows: how many it really has, each of one byte."""
     squeezed = zlib.compressobj(9)
     row = bytes(1 + (width + 7) // 8) if rows is None else b"0"
     rows = b"".join(squeezed.compress(row) for _ in range(height if rows is None else rows)) + squeezed.flush()
@@ -67,7 +67,7 @@ def test_of_a_jpeg_with_further_pictures_the_first_is_read(tmp_path):
     assert image_size(tmp_path / "x.jpg") == (24, 40)
 
 
-GREY, RGB = 0, 2  # a PNG's kinds of colour
+GREY, RGB = 0, 2  # colour types of PNG
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_pngs_transparent_colour_is_white_at_any_depth(depth, kind, row, clear
 def test_no_file_starts_a_program(name, tmp_path, ghostscript):
     (tmp_path / name).write_bytes(EPS)
     with Image.open(tmp_path / name) as image, pytest.raises(OSError):
-        image.load()  # what pillow does when it is not told which formats are meant
+        image.load()  # pillow starts `gs` if it is not told which formats to accept
     assert ghostscript.exists()
     ghostscript.unlink()
     for read in (lambda: read_image(tmp_path / name), ImageFile(tmp_path / name, "rows.json:3").open):
@@ -143,7 +143,7 @@ def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
 
 
 def test_damaged_files_are_one_error(tmp_path):
-    """Every beginning of a PNG, and each with one byte changed: a picture or a UserError, nothing else."""
+    """A PNG cut off at each byte, or with one byte changed, gives a picture or a UserError, nothing else."""
     content = encoded("PNG", (3, 3))
     path = tmp_path / "x.png"
     messages = []

@@ -28,7 +28,7 @@ def test_samples_keep_every_place_once(key, items, data):
 
 
 def test_uniform():
-    # 6,000 draws over 6 values: 1,000 expected each, standard deviation 28.9; 5 of them either way.
+    # 6,000 draws over 6 values: 1,000 expected each, standard deviation 28.9; 5 of these are allowed.
     draws = Draws("uniform")
     kinds = {
         "below": Counter(draws.below(6) for _ in range(6000)),

@@ -56,7 +56,7 @@ def test_linked_directories_are_read_once_and_circles_end(tmp_path):
     (root / "b" / "own.txt").write_text("own")
     (elsewhere / "deep" / "there.txt").write_text("there")
     (root / "a").symlink_to(elsewhere)
-    (root / "c").symlink_to(elsewhere / "deep")  # read below a already
+    (root / "c").symlink_to(elsewhere / "deep")  # read already, as a/deep
     (elsewhere / "back").symlink_to(root)
     assert [d.text for d in _read(_open(tmp_path))] == ["there", "own"]
     assert _open(tmp_path).other_files() == {"linked twice": 2}
@@ -180,7 +180,7 @@ def test_split_is_by_text_disjoint_and_stable(tmp_path, write_jsonl):
     train, heldout = ([d.text for d in _read(source, split)] for split in ("train", "heldout"))
     assert sorted(train + heldout) == sorted(row["text"] for row in rows)
     assert not set(train) & set(heldout)
-    assert 15 <= len(set(heldout)) <= 45  # 30 ± 4.9
+    assert 15 <= len(set(heldout)) <= 45  # 30 expected, standard deviation 4.9
     assert heldout[:3] == ["document 15", "document 26", "document 27"]  # the same on every machine
 
 

@@ -1,4 +1,4 @@
-"""Files that are damaged: how each is made, what its error says, and what is counted where bad rows are skipped."""
+"""Damaged files: how each is made, what its error says, and what is counted if bad rows are skipped."""
 
 import pyarrow
 import pyarrow.parquet

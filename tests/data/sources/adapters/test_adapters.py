@@ -1,4 +1,4 @@
-"""Each data set's rows, in its real schema, through its adapter: what a person would read off them."""
+"""Each adapter makes of its data set's rows, in their real schema, what a person would read from them."""
 
 from collections import Counter
 
@@ -155,7 +155,7 @@ def test_images(file, tmp_path, pictures):
     first = made[0].image.open()
     assert (first.mode, first.size, first.getpixel((2, 1))) == ("RGB", (3, 2), (255, 0, 0))
     assert made[1].image.open().getpixel((0, 0)) == (7, 7, 7)
-    made[1].image.path.write_bytes(b"no image")  # opened each time it is asked for, not before
+    made[1].image.path.write_bytes(b"no image")  # open() reads the file at each call, not before
     with pytest.raises(UserError, match=rf"{file}:2: the image .*2.png cannot be read: it is no whole file of JPEG"):
         made[1].image.open()
 

@@ -1,4 +1,4 @@
-"""Final answers: cases a person would read the same way, and boxes of random balanced content."""
+"""Final answers are read from solutions as a person would read them; also boxes of random balanced content."""
 
 import re
 import time
@@ -73,7 +73,7 @@ def test_boxes_that_never_close_take_no_time():
     begin = time.process_time()
     assert last_boxed("\\boxed{" * 100_000) is None
     assert last_boxed("\\boxed{5}" + "\\boxed{" * 100_000) == "5"
-    assert time.process_time() - begin < 10  # minutes, if each were followed to the end
+    assert time.process_time() - begin < 10  # following each box to the end would take minutes
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Files that are small on disk and endless in memory: refused before the work, in every reader, by a named limit."""
+"""Files that are small on disk and huge in memory: every reader refuses them early, and the error names the limit."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ MiB = 2**20
 
 
 def sparse(path):
-    """1 TB of zeros that take no room."""
+    """A file of 1 TB of zeros that takes no disk space."""
     path.touch()
     os.truncate(path, 2**40)
 
@@ -81,7 +81,7 @@ TEXT_BOMBS = {
 
 @pytest.fixture(autouse=True)
 def low_limits(monkeypatch):
-    """Of the usual a part, to be quick."""
+    """Lower the limits, so that small files exceed them and the tests are quick."""
     monkeypatch.setenv("QWEN3F_MAX_ROW_BYTES", str(2 * MiB))
     monkeypatch.setattr(limits, "EXPANSION_BYTES", MiB)
 
@@ -137,7 +137,7 @@ def test_by_default_books_and_repetitive_files_are_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("new", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
 def test_what_an_arrow_file_grows_to_is_what_pyarrow_makes_of_it(new, tmp_path):
-    """Buffers of 4,096 bytes and more, which the writer compresses; the sum over the largest message's."""
+    """The size is the sum of pyarrow's buffers in the largest message, here the batch; 0 for an uncompressed file."""
     columns = {
         "text": pyarrow.array([f"{i % 7} " * 900 for i in range(50)]),
         "n": pyarrow.array(np.arange(50) // 9),

@@ -1,4 +1,4 @@
-"""Where rows come from: every file format, the split, the Hub (a stand-in), each kind of damage, flat memory."""
+"""Rows come from every file format, the asked split and the Hub (a stand-in); damage is reported; memory is flat."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_json_lines_under_the_name_json_and_an_empty_list(tmp_path):
 
 
 def test_a_list_with_a_signature_loses_no_row(tmp_path):
-    """It was no JSON for the reader of lines, which skipped the whole of it."""
+    """A byte order mark before a list once sent the file to the reader of JSON lines, which skipped the whole list."""
     records = json.dumps(docs(1000))
     (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + records.encode())
     counts = Counter()
@@ -181,7 +181,7 @@ def _made(shard):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """`load_dataset` gives a stream of 300 rows that can be cut anywhere; the calls are recorded."""
+    """Replace `load_dataset`: it gives a stream of 300 rows that can be cut anywhere. Return the list of its calls."""
     calls = []
 
     def load_dataset(*args, **options):
@@ -223,7 +223,7 @@ class _Everything(IterableDataset):
 
 
 def test_a_worker_reads_the_whole_hub_stream(hub):
-    """`datasets` gives each worker of a DataLoader some files; here the caller divides, and must see every row."""
+    """`datasets` gives a worker of a DataLoader only some files. Our callers divide rows themselves and need all."""
     for workers in (0, 2):
         seen = Counter(DataLoader(_Everything(), batch_size=None, num_workers=workers))
         assert seen == {f"document {n}": max(workers, 1) for n in range(300)}
@@ -258,7 +258,7 @@ def test_offline_for_real(monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".jsonl", ".jsonl.zst", ".json"])
 def test_memory_does_not_grow_with_the_data(suffix, tmp_path):
-    """4 and 32 shards of 2 MB of text each: the peak, Python's and Arrow's, is the same within a quarter."""
+    """From 4 to 32 shards of 2 MB of text, the peaks of Python and Arrow grow by a quarter and 256 KiB at most."""
     shard = [{"text": f"{n} " * 1000} for n in range(1000, 1400)]
     first = write(shard, tmp_path / "few" / f"0{suffix}")
     for folder, count in (("few", 4), ("many", 32)):

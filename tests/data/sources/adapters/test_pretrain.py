@@ -1,4 +1,4 @@
-"""`data.mixture=fineweb@DIR`: a local copy of a text data set through the token cache, as any source."""
+"""`data.mixture=fineweb@DIR` reads a local copy of a text data set, through the token cache as any source."""
 
 import os
 from collections import Counter
@@ -52,7 +52,7 @@ def test_fingerprint_follows_files_and_options(tmp_path):
     seen.append(open_source(f"fineweb@{tmp_path}").fingerprint("train"))
     os.utime(path, ns=(1, 1))
     seen.append(open_source(f"pg19@{tmp_path}").fingerprint("train"))
-    write(ROWS["pg19"], tmp_path / "test.parquet")  # of no concern
+    write(ROWS["pg19"], tmp_path / "test.parquet")  # another split: changes nothing
     assert open_source(f"pg19@{tmp_path}").fingerprint("train") == seen[-1]
     assert len(set(seen)) == 5
 

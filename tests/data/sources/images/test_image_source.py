@@ -22,9 +22,9 @@ def test_splits_are_disjoint_and_without_repetitions_over_seeds():
         assert total + counts["repeated_pictures"] == count
         assert counts["repeated_pictures"] < 0.01 * count
     assert not drawn["train"] & drawn["heldout"]
-    assert not pixels["train"] & pixels["heldout"]  # no two descriptions of one image
+    assert not pixels["train"] & pixels["heldout"]  # no image is in both splits under two descriptions
     share = len(drawn["heldout"]) / sum(map(len, drawn.values()))
-    assert 0.166 < share < 0.234  # 5 standard deviations of 3,500
+    assert 0.166 < share < 0.234  # 0.2 within 5 standard deviations, for 3,500 pictures
 
 
 def test_kinds_take_turns():

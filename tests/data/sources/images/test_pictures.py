@@ -1,4 +1,4 @@
-"""Pictures: every answer is read again from the pixels, and a picture is a function of its arguments."""
+"""Generated pictures: every answer is checked by the pixels, and a picture depends on its arguments alone."""
 
 import hashlib
 import itertools
@@ -31,7 +31,7 @@ def _of_colours(item):
 
 
 def _shape(blob):
-    # Squares fill their box, discs π/4 of it; of the others a diamond ends in points, a triangle in its widest row.
+    # A square fills its box, a disc π/4 of it. A diamond ends in points, a triangle in its widest row, else: a ring.
     if blob.filled > 0.68:
         return "square" if blob.filled == 1 else "circle"
     if blob.first == blob.last == 1:
@@ -52,7 +52,7 @@ def test_shapes_are_counted_and_found_by_pixels():
         for names, counts in ((COLOURS, colours), (SHAPES, kinds)):
             said = re.findall(rf"(\d) ({'|'.join(names)})s?(?:,| and|$)", sums)
             assert counts == {name: int(n) for n, name in said}
-        # They touch neither each other nor the border: as many regions that are not background.
+        # Shapes touch neither each other nor the border: there are as many regions that are not background.
         rest = (np.asarray(item.image) != BACKGROUNDS[json.loads(item.parameters)["background"]]).any(-1)
         assert len(blobs(Image.fromarray(np.uint8(rest)).convert("RGB"), (1, 1, 1))) == len(found)
         assert not rest[[0, -1]].any()
@@ -72,7 +72,7 @@ def test_shapes_are_counted_and_found_by_pixels():
             expected = colour
         assert item.answer == str(expected), item
         asked[re.sub(r"(many|is the) (?!shape)\w+", r"\1 some", question)] += 1
-    assert len(asked) == 6, asked  # how many of all, of a colour and of a kind; colours of two places; a colour's shape
+    assert len(asked) == 6, asked  # counts: all, a colour, a kind; colour: left, top; shape of a colour
 
 
 def test_bars_have_the_heights_of_their_values():
@@ -84,7 +84,7 @@ def test_bars_have_the_heights_of_their_values():
         assert len({bar.bottom for bar in bars}) == 1
         heights = [bar.bottom - bar.top + 1 for bar in bars]
         assert np.argsort(heights).tolist() == np.argsort(values).tolist()
-        # A value is at least 1.9 pixels high, so heights relative to the tallest round to the values.
+        # One unit is at least 1.9 pixels high, so heights relative to the tallest bar round to the values.
         assert [round(h / max(heights) * max(values)) for h in heights] == values
         at = ["ABCDEFGH".index(name) for name in re.findall(r"\b([A-H])\b", item.question)]
         if match := re.fullmatch(r"Which bar is the (tallest|shortest)\?", item.question):
@@ -118,13 +118,13 @@ def test_lines_go_as_told():
 def test_pies_have_the_areas_of_their_shares():
     for item in _pictures("pie", 40):
         slices = _of_colours(item)
-        # One region a slice; the tip of a thin one may leave single pixels around the centre.
+        # Each slice is one region; the tip of a thin slice may leave single pixels around the centre.
         assert all(sum(region.area > 1 for region in regions) == 1 for regions in slices.values())
         areas = {colour: sum(region.area for region in regions) for colour, regions in slices.items()}
-        # 5 percent of the smallest pie are 130 pixels and its edges blur about 15.
+        # Shares are multiples of 5 percent: 130 pixels of the smallest pie, whose blurred edges have about 15.
         shares = {colour: 5 * round(20 * area / sum(areas.values())) for colour, area in areas.items()}
         assert shares == {c: int(n) for n, c in re.findall(r"(\d+) percent (\w+)", item.caption)}
-        # One description an image: slices by colour, each beginning where another ends.
+        # An image has only one description: its slices are sorted by colour, and each begins where another ends.
         described = json.loads(item.parameters)
         assert set(described) == {"kind", "size", "background", "slices"}
         slices = described["slices"]
@@ -225,7 +225,7 @@ def test_other_processes_give_the_same():
         for seed in ("0", "1")
     }
     assert len(outputs) == 1
-    # All but the pixels is pinned on every machine; those of text may follow FreeType's version.
+    # The digest pins everything but the pixels, on every machine: pixels of text may depend on FreeType's version.
     digest = hashlib.sha256()
     for kind in KINDS:
         for index in range(10):

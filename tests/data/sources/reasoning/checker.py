@@ -37,7 +37,7 @@ def value(text: str, names: dict[str, Fraction | Callable] | None = None) -> Fra
 
 
 def truth(text: str) -> bool:
-    """The truth value of a formula of true, false, not, and, or, implies; every binary part but the whole has ( )."""
+    """The truth value of a formula of true, false, not, and, or, implies; a binary part within another is in ( )."""
     tokens = text.replace("(", " ( ").replace(")", " ) ").split()
 
     def whole() -> bool:

@@ -1,4 +1,4 @@
-"""Solves a question from its text alone, by other ways than the generator's; shares no code with it."""
+"""Solves a question from its text alone, by other methods than the generator; shares no code with it."""
 
 import itertools
 import math

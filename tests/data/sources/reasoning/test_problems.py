@@ -71,7 +71,7 @@ def test_logic_words_agree_with_the_answer():
             if item.question.startswith("P is"):
                 assert steps[-1] == f"= {item.answer}"
             elif item.question.startswith("Knights"):
-                # One case a combination of roles, and the only possible one names the answer.
+                # There is one case for each combination of roles, and the only possible case gives the answer.
                 people = len(re.findall("says:", item.question))
                 assert len(steps) == 2**people + 2
                 (possible,) = [line for line in steps[1:-1] if line.endswith(" Possible.")]

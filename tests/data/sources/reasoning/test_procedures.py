@@ -1,4 +1,4 @@
-"""Procedures: answers equal an independent computation's, workings are checked line by line, questions are many."""
+"""Procedures: answers equal an independent computation, workings are checked line by line, questions are many."""
 
 import math
 import re
@@ -18,7 +18,7 @@ ITEMS = st.builds(
 
 
 def step(words, row):
-    """What a step of letters does, by places instead of slices."""
+    """The row of letters after one step, computed place by place; the source computes it by slices."""
     name, number = re.fullmatch(r"([a-z ]+?)(?: (\d))?", words).groups()
     n, size = int(number or 0), len(row)
     if name == "reverse":
@@ -38,7 +38,7 @@ def step(words, row):
 
 
 def solve(question):
-    """The answer, by whole numbers and places, without the columns and slices of the source."""
+    """The answer, computed with whole integers and places; the source uses columns of digits and slices."""
     if found := re.fullmatch(r"Take the letters (.+), then (.+)\.", question):
         row = found[1].split(" ")
         for words in found[2].split(", "):
@@ -103,7 +103,10 @@ def test_a_derivation_is_checked_line_by_line(item, random):
 
 @pytest.mark.parametrize("kind", PROCEDURES)
 def test_there_are_many_questions_of_each_kind_and_difficulty(kind):
-    """More than 10⁶: of n among m questions n²/2m are expected twice; 6,000 of 10⁶ would have 18."""
+    """There are more than 10⁶ questions.
+
+    Of n drawn among m questions, n²/2m repeat on average: 18 of 6,000 drawn among 10⁶. At most 10 may repeat here.
+    """
     for difficulty in DIFFICULTIES:
         asked = [problem(kind, difficulty, 3, index).question for index in range(6000)]
         assert len(asked) - len(set(asked)) <= 10

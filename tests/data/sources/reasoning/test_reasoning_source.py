@@ -27,7 +27,7 @@ def test_splits_are_disjoint_and_without_repetitions_over_seeds_and_sizes():
         assert counts["repeated_questions"] < 0.05 * count
         assert 0.17 * total < len(of_seed["heldout"]) < 0.23 * total  # 5 standard deviations of 3,000 are 0.037
     assert not set(questions["train"]) & set(questions["heldout"])
-    # What is held out at a small share is held out at a larger one: never trained on by mistake.
+    # What is held out at a small share is held out at a larger one too, so it is never trained on by mistake.
     smaller = {p.question for p in ReasoningSource(0.05, 0, 3000).problems("heldout")}
     assert smaller
     assert not smaller & {p.question for p in ReasoningSource(0.2, 0, 3000).problems("train")}
