@@ -210,7 +210,7 @@ def test_gzip_bits_per_byte(tmp_path, write_jsonl):
 
 
 def test_a_mixture_of_two_sources(config, write_jsonl, tmp_path):
-    """One tokenizer over both, a held-out split of each, and the shares of the weights."""
+    """A mixture has one tokenizer for both sources, a held-out split of each, and shares by weight."""
     prose = [f"Number {n} of the sentences about cats, and some more words" for n in range(40)]
     (tmp_path / "prose").mkdir()
     write_jsonl([{"text": text} for text in prose], "../prose/rows.jsonl")
@@ -240,5 +240,5 @@ def test_files_that_are_not_read_are_said_each_time(config, tmp_path, streaming)
         (root / name).write_text("x")
     line = f"data: {config.mixture}, files that are not read: 2 .csv, 1 .md"
     assert line in prepare(config, 16, progress=False).describe()
-    (root / "notes.md").unlink()  # and the cache stays
+    (root / "notes.md").unlink()  # the same cache is used
     assert line.replace(", 1 .md", "") in prepare(config, 16, progress=False).describe()

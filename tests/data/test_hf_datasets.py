@@ -1,7 +1,7 @@
 """Every data set from files in its real schema to batches of tensors, checked to the token.
 
-The expected ids come from Hugging Face's tokenizers, of the text a person would write for the row; which of them count
-comes from where their characters lie in that text. DataLoaders with and without workers give each example once.
+The expected ids come from Hugging Face's tokenizers and the text that a person would write for the row. Which ids are
+trained follows from their characters' places in it. DataLoaders with and without workers give each example once.
 """
 
 import os
@@ -79,7 +79,7 @@ def _chat(user, thinking, answer, before=""):
 
 
 def _off(user, answer, before=""):
-    """Where no switch says it, the prompt itself holds the empty block."""
+    """A chat without a thought and without a switch: the prompt holds the empty thinking block."""
     header = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     return f"{before}<|im_start|>user\n{user}<|im_end|>\n{header}⟦{answer}<|im_end|>⟧"
 
@@ -126,7 +126,7 @@ def test_cold_start_to_tokens(file, copies, small_qwen, theirs):
     root = copies(file, "openmathinstruct-2", "numinamath-cot")
     data = hf_datasets.load_sft_dataset("cold_start", small_qwen, T, root=root)
     numina = ROWS["numinamath-cot"]
-    wanted = {  # by row number: the data sets in turn
+    wanted = {  # by index: rows of the two data sets take turns
         0: _chat(
             "What is $2 + 3$?", "Adding gives $2 + 3 = 5$.\n\nSo $\\boxed{5}$.", "The final answer is $\\boxed{5}$."
         ),
@@ -355,7 +355,7 @@ def test_memory_stays_flat(tmp_path, small_qwen):
     assert many - few < 8 * 1024  # kB
 
 
-# -- one with what runs read -------------------------------------------------------------------------------------------
+# -- equal to what runs read -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cross, reset", [(False, True), (True, False)])
@@ -393,7 +393,7 @@ def test_what_is_left_out_is_counted_once(tmp_path, small_qwen, workers):
     text = ""
     for batch in DataLoader(data, num_workers=workers):
         text += small_qwen.decode(batch["tokens"][0][batch["segments"][0] > 0])
-    assert sorted(text.replace("<|endoftext|>", "")) == sorted("onetwothree")  # workers take turns
+    assert sorted(text.replace("<|endoftext|>", "")) == sorted("onetwothree")  # in the order of the workers
     assert data.counts == {"other_files": 3, "null_values": 1, "empty_texts": 1, "invalid_rows": 1}
     with pytest.raises(UserError, match=r"train.jsonl:5 has a int under 'text'"):
         list(hf_datasets.load_pretrain_dataset(1, small_qwen, 4, mixture=mixture))

@@ -76,7 +76,7 @@ def test_shares_of_tokens_are_exact_and_shared_within_a_class(corpus, packing):
     assert (places < len(made.parts[0])).sum() == 7_500
     if packing == "concat":
         tokens = sum((made.train[i]["segments"] > 0).sum() for i in places[:400].tolist())
-        assert tokens == 400 * 128  # no padding: a share of examples is one of tokens
+        assert tokens == 400 * 128  # no padding: shares of examples are shares of tokens
 
 
 def test_a_class_without_documents(corpus):

@@ -191,7 +191,7 @@ def test_bad_arguments(dataset, options):
 
 @pytest.fixture
 def forked(forked_workers, dataset):
-    """The dataset; a cache that is no file, and classes of a test, cannot go to processes that are spawned."""
+    """The dataset, with forked workers: a cache in memory and classes of a test cannot be sent to spawned ones."""
     return dataset
 
 
@@ -233,7 +233,7 @@ def test_a_worker_that_dies_ends_the_run(forked):
 
 
 def test_workers_build_no_more_than_their_share_ahead(forked):
-    """Back-pressure: 2 batches a worker, those in the queue, one waiting for a place, and the one taken."""
+    """At most: 2 batches for each of 2 workers, 2 in the queue, one that waits for a place there, and one taken."""
     dataset, asked = forked, multiprocessing.get_context("fork").Value("q", 0)
 
     class Counting(_Failing):
@@ -258,7 +258,7 @@ def test_batches_on_cuda_equal_those_on_the_host(make_cache):
 
 
 def test_of_a_streams_batch_each_row_is_looked_up_once():
-    """Not searched for among this rank's rows."""
+    """Searching all of this rank's rows for each row would be slow, so `in` is forbidden here."""
 
     class Searched(np.ndarray):
         def __contains__(self, row):

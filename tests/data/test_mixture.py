@@ -1,4 +1,4 @@
-"""Mixtures: exact shares, every example of a part once an epoch, the same wherever one starts."""
+"""Mixtures have exact shares, give each example of a part once an epoch, and are the same wherever reading starts."""
 
 import sys
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ def test_shares_are_exact_in_every_cycle_and_do_not_depend_on_where_one_starts(p
 
 
 def test_each_part_runs_through_its_epochs():
-    """70% of 30,000 places over 700 examples are 30 epochs, 30% over 1,000 are 9: nothing more or less often."""
+    """70% of 30,000 places over 700 examples are exactly 30 epochs, and 30% over 1,000 examples exactly 9."""
     mixed = mixture((700, 1000), (0.7, 0.3))
     order = mixed.order(np.arange(3 * CYCLE), 1)
     counts = np.bincount(order, minlength=1700)
@@ -63,7 +63,7 @@ def test_parts_are_interleaved_and_seeds_differ():
     mixed = mixture((5000, 5000), (1, 1))
     order = mixed.order(np.arange(2000), 1)
     runs = np.diff(np.flatnonzero(np.diff(order >= 5000)))
-    assert runs.max() < 25  # of a fair coin over 2,000 throws
+    assert runs.max() < 25  # a fair coin has no such run in 2,000 throws
     assert (order != mixed.order(np.arange(2000), 2)).mean() > 0.9
     assert (order % 5000)[:100].tolist() != sorted((order % 5000)[:100])
 
@@ -126,9 +126,7 @@ def test_caps_are_reached_exactly_and_the_others_renormalised(parts, seed):
     part = np.searchsorted(np.cumsum(lengths), order, side="right")
     assert np.bincount(part, minlength=len(parts)).tolist() == caps
     offset = 0
-    for n, (length, cap) in enumerate(
-        zip(lengths, caps)
-    ):  # whole epochs, and a part of the last one without repetition
+    for n, (length, cap) in enumerate(zip(lengths, caps)):  # whole epochs, then a part of one without repetitions
         counts = np.bincount(order[part == n] - offset, minlength=length)
         assert set(counts) <= {cap // length, -(-cap // length)}
         offset += length
@@ -139,7 +137,7 @@ def test_caps_are_reached_exactly_and_the_others_renormalised(parts, seed):
 
 
 def test_a_capped_source_is_dropped_and_the_rest_go_on_for_ever():
-    """700 examples twice at 70% last for 2,000 places; then the others share as 2 to 1, exactly in each cycle."""
+    """700 examples, twice, at 70% last for 2,000 places. Then the others share 2 to 1, exactly in each cycle."""
     made = [Part(name=n, length=length) for n, length in enumerate((700, 500, 300))]
     mixed = make_mixture(made, (0.7, 0.2, 0.1), max_epochs=(2, None, None))
     assert mixed.total(5) is None
@@ -148,7 +146,7 @@ def test_a_capped_source_is_dropped_and_the_rest_go_on_for_ever():
     assert (order < 700).sum() == 1400
     assert 1800 < last < 2200
     start = mixed_start(mixed, 5)
-    assert last < start <= last + 40  # dropped where it would have come again
+    assert last < start <= last + 40  # the source is dropped at its next place
     for cycle in range(3):
         after = order[start + cycle * CYCLE : start + (cycle + 1) * CYCLE]
         assert (after >= 1200).sum() == 3333
@@ -224,7 +222,10 @@ def test_temperature(temperature):
 
 
 def test_an_order_imports_nothing(monkeypatch):
-    """A loader's thread makes it, while another may import JAX, which changes what numpy.ma goes through."""
+    """A loader's thread computes the order, and another thread may import JAX at the same time.
+
+    JAX adds types to numpy. np.unique imports numpy.ma, which goes through these types and may then fail.
+    """
     mixed = mixture([3, 5], [1, 2])
     expected = mixed.order(np.arange(20), 0).tolist()
     monkeypatch.delattr(np, "ma", raising=False)

@@ -1,7 +1,7 @@
-"""1,000 examples straight equal 337, a restart on another number of ranks and workers, and the rest.
+"""1,000 examples read straight equal 337 and the rest, read after restarts on other numbers of ranks and workers.
 
-For every kind of data: indexed, indexed mixtures (with caps, lengths, best fit), streams, and mixtures of streams. The
-states go through JSON, as in a checkpoint. The examples are compared whole, with their place in the order.
+This holds for every kind of data: indexed, indexed mixtures (with caps, lengths, best fit), streams, and mixtures of
+streams. The states go through JSON, as in a checkpoint. Whole examples are compared, with their place in the order.
 """
 
 import json
@@ -110,7 +110,7 @@ def test_straight_equals_a_restart_on_other_ranks_and_workers(dataset):
     _assert_same(middle, straight[FIRST : FIRST + 300])
     rest, state = _take(dataset, 363, 33, 1, 2, FIRST + 300, state)
     _assert_same(rest, straight[FIRST + 300 :])
-    if state is not None:  # from an older state, what lies between is passed over
+    if state is not None:  # from an older state the loader skips the examples in between
         _, old = _take(dataset, 50, 10, 1, 0)
         again, later = _take(dataset, 20, 20, 1, 0, TOTAL - 20, old)
         _assert_same(again, straight[-20:])
@@ -119,7 +119,7 @@ def test_straight_equals_a_restart_on_other_ranks_and_workers(dataset):
 
 @pytest.mark.parametrize("dataset", [KINDS["mixture"], KINDS["shuffled stream"]], indirect=True)
 def test_spawned_workers_give_the_same(dataset):
-    """As in a training run; with the memory-mapped cache and the tokenizer in each of them."""
+    """Training runs spawn workers too. Each worker opens the memory-mapped cache and the tokenizer itself."""
     wanted, _ = _take(dataset, 60, 20, 1, 0)
     found, _ = _take(dataset, 60, 20, 1, 1)
     _assert_same(found, wanted)

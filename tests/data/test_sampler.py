@@ -1,4 +1,4 @@
-"""The stateless shuffle is a permutation an epoch, a new one for each epoch and seed."""
+"""The stateless shuffle gives one permutation for each epoch, a different one for each epoch and seed."""
 
 from collections import Counter
 
@@ -46,7 +46,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_orders_are_roughly_uniform():
-    # All 24 orders of 4 examples: 4,800 epochs, 200 expected each, standard deviation 13.8; 5 of them either way.
+    # All 24 orders of 4 examples: 4,800 epochs, 200 expected each, standard deviation 13.8; 5 of these are allowed.
     orders = Counter(tuple(row) for row in example_index(np.arange(4 * 4800), 4, 7).reshape(-1, 4).tolist())
     assert len(orders) == 24
     assert min(orders.values()) > 130

@@ -38,7 +38,7 @@ def small_tokenizer_json() -> dict:
 
 
 def small_files(directory: Path) -> dict[str, Path]:
-    """The same as vocab.json, merges.txt and tokenizer_config.json in `directory`; their paths by name."""
+    """Write it as vocab.json, merges.txt and tokenizer_config.json to `directory`; return the paths by name."""
     content = small_tokenizer_json()
     vocab = content["model"]["vocab"]
     files = {name: directory / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json")}

@@ -1,4 +1,4 @@
-"""The numpy pre-tokeniser cuts where Qwen's pattern does; ids of batches equal tiktoken's, with a full table too."""
+"""The numpy pre-tokeniser cuts where Qwen's pattern does; ids of batches equal tiktoken's, also with a full table."""
 
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -16,7 +16,7 @@ from qwen3f.data.tokenizers.bpe_files import PATTERN
 from qwen3f.data.tokenizers.fast_bpe import encode_texts
 from qwen3f.data.tokenizers.piece_table import PieceTable
 
-# Strings that meet every rule of the pattern, and any ASCII between them.
+# Strings that trigger every rule of the pattern, and any ASCII text between them.
 _BITS = st.one_of(
     st.sampled_from([" ", "  ", "\t", "\n", "\n\n", "\r\n", "\v", "\f", "\x1c", "'", "'s", "'LL", "'re", "'Ve", "''"]),
     st.sampled_from(

@@ -27,7 +27,7 @@ SPECIALS = {
     "</tool_response>": 151666, "<think>": 151667, "</think>": 151668,
 }  # fmt: skip
 
-# Characters that case folding, normalisation, the pattern or the cutting at special tokens could treat otherwise.
+# Characters that case folding, normalisation, the pattern or the cuts at special tokens may treat differently.
 _HARD = st.sampled_from([
     " ", "  ", "\t", "\n", "\r\n", "\u3000", "\x1c", "\x85", "\u2028", "'s", "'ſ", "'LL", "'", "12", "½", "٣", "é",
     "e\u0301", "\u0323", "\u0338", "\u0898", "\U00011935\U00011930", "가", "\u1100\u1161", "中文", "👩\u200d👧",
@@ -269,7 +269,7 @@ def test_files_that_transformers_saved_again_are_read(qwen, qwen_files, tmp_path
 
 @pytest.mark.parametrize("config", [None, {}, {"added_tokens_decoder": None, "model_max_length": 7}])
 def test_added_tokens_that_no_file_lists_are_saved(config, qwen, qwen_files, tmp_path):
-    """transformers would read <|im_start|> as plain text."""
+    """If the export did not list the added tokens, transformers would read <|im_start|> as plain text."""
     kind = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / "in" / name).parent.mkdir(exist_ok=True)

@@ -55,7 +55,7 @@ def trained(tmp_path_factory) -> SentencePieceTokenizer:
 
 @pytest.fixture(scope="module")
 def across_words(tmp_path_factory) -> SentencePieceTokenizer:
-    """Trained elsewhere, otherwise: pieces cross spaces, digits and line ends, and symbols are words."""
+    """A model of other training options: pieces cross spaces, digits and line ends; user-defined symbols are words."""
     place = tmp_path_factory.mktemp("across") / "other.model"
     options = {
         "split_by_whitespace": False,
@@ -177,7 +177,7 @@ def test_there_and_back(trained, exported, theirs, tmp_path):
 
 
 def test_the_last_pair_is_sentencepiece_s(across_words):
-    """Of each piece's text alone: sentencepiece gives the piece itself just where a pair is found, else its parts."""
+    """For each piece's text: sentencepiece gives the piece itself exactly if `last_pair` finds a pair, else parts."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(across_words.path))
     pieces = read_model(across_words.path.read_bytes()).pieces
     scores = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
@@ -207,7 +207,7 @@ def test_the_model_file_is_read_whole(tokenizer):
     "field", [b"\x08\x05", b"\x0dabcd", b"\x10\x01", b"\x0a\x02\x08\x05", b"\x0a\x05\x0a\x01z\x10\x05"]
 )
 def test_a_field_of_another_kind_is_damage(field, tokenizer, tmp_path):
-    """The library passes over some of them."""
+    """The sentencepiece library itself accepts some of these files."""
     (tmp_path / "m.model").write_bytes(tokenizer.path.read_bytes() + field)
     with pytest.raises(UserError, match=r"m\.model"):
         SentencePieceTokenizer.load(tmp_path / "m.model").export(tmp_path / "out")
@@ -238,5 +238,5 @@ def test_what_has_no_such_form_is_refused(options, words, tmp_path):
     with pytest.raises(UserError, match=rf"foreign.model cannot be written as tokenizer.json: {words}"):
         foreign.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    foreign.save(tmp_path / "kept")  # a run keeps it all the same
+    foreign.save(tmp_path / "kept")  # a run can keep a copy of it all the same
     assert load_tokenizer(tmp_path / "kept").fingerprint == foreign.fingerprint

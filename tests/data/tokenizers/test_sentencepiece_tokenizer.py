@@ -1,4 +1,4 @@
-"""The tokenizer is lossless, deterministic, deaf to special tokens in text, and explains what it refuses."""
+"""The tokenizer is lossless and deterministic, reads names of special tokens as text, and explains what it refuses."""
 
 import hashlib
 
@@ -75,7 +75,7 @@ def test_letters_and_punctuation_merge(tmp_path):
 
 @pytest.mark.parametrize("odd", [*"▁▅\0\x1f\t\r\x0b\x85\ufeff\ufffd\uffff⁇", "\u2028", "<unk>", "<0x41>", "</s>"])
 def test_no_character_keeps_its_line_from_being_learnt(odd, code_texts, tmp_path):
-    """Half a corpus has it in every line: what stands around it is learnt from there too."""
+    """Half of the corpus has the character in every line. The words around it must be learnt all the same."""
     plain, marked = ["alphabet\n"] * 300, [f"gamma{odd} delta{odd}\n"] * 300
     trained = train_sentencepiece([*plain, *marked, *code_texts], 360, tmp_path / "x.model")
     for word in ("alphabet", "gamma", " delta"):
@@ -86,7 +86,7 @@ def test_no_character_keeps_its_line_from_being_learnt(odd, code_texts, tmp_path
 
 @pytest.mark.parametrize("odd", "▁▅")
 def test_text_is_cut_at_what_sentencepiece_reserves(odd, tmp_path):
-    """The same model as from text that was cut by hand; what follows is no line start, so its spaces count."""
+    """The model equals that of text cut by hand. Text after a cut is no line start, so its leading spaces count."""
     whole = [f"    alpha{odd}    beta gamma{odd}{odd}delta\n"] * 200
     cut = ["alpha", "    beta gamma", "delta"] * 200
     a = train_sentencepiece(whole, 320, tmp_path / "a.model")

@@ -39,7 +39,7 @@ def test_stop_ids_and_padding(small_qwen, tokenizer):
 @given(st.data())
 def test_ids_one_by_one_give_the_same_text(small_qwen, tokenizer, data):
     for each in (small_qwen, tokenizer):
-        # Mostly single bytes, many of them no UTF-8.
+        # Most ids are single bytes, and many of their sequences are no UTF-8.
         ids = data.draw(st.lists(st.integers(0, each.vocab_size - 1), max_size=20))
         skip = data.draw(st.booleans())
         stream = StreamDecoder(each, skip_special=skip)
@@ -97,7 +97,7 @@ def test_load_takes_files_and_directories_of_both(path_of, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "notes.txt").touch()
     for path in (tmp_path / "sub", tmp_path / "absent", tmp_path / "absent.model", tmp_path / "notes.txt"):
-        # export_hf and generate have no key for it, so what all may do comes first
+        # export_hf and generate have no flag for a tokenizer, so the error first says what works for all
         with pytest.raises(
             UserError, match=rf"no tokenizer at {path}, .*: put one there; a run that trains may also w"
         ):
