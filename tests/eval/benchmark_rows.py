@@ -137,7 +137,7 @@ SPLITS = {
 
 
 def write(root, layout="jsonl"):
-    """Local copies of all, below `root`: as lines of JSON, parquet as the Hub names it, or what save_to_disk writes."""
+    """Write local copies of all below `root`: JSON lines, parquet named as on the Hub, or what save_to_disk writes."""
     for name, splits in SPLITS.items():
         place = root / name
         place.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Texts to score and to judge, with what goes wrong in practice among them."""
+"""Texts to score and to judge; many have faults that occur in practice."""
 
 from tests.eval.benchmark_rows import SPLITS
 

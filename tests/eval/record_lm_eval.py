@@ -3,8 +3,8 @@
     pip install --target L lm_eval==0.4.13 math-verify==0.9.0 antlr4-python3-runtime==4.11.0
     PYTHONPATH=L:. python -m tests.eval.record_lm_eval    (rewrites tests/eval/fixtures/lm_eval.json)
 
-In an environment of its own: lm_eval needs other versions of packages than what else is installed may have. The model
-is tests.eval.tiny_model's, whose weights are a function of the seed, exported and opened by lm_eval's HFLM.
+Use an environment of its own: lm_eval needs other versions of packages than our tests may have installed. The model is
+that of tests.eval.tiny_model, whose weights depend on the seed alone. It is exported, and lm_eval's HFLM opens it.
 """
 
 import json
@@ -46,7 +46,7 @@ def config_of(name, group, root):
     path = TASKS / YAML[name].format(group)
     config = load_yaml(path)
     files = {split: str(root / name / f"{split}.jsonl") for split in benchmark_rows.SPLITS[name]}
-    if group:  # a task of its own, with its rows alone
+    if group:  # each group is a task of its own, with its rows only
         column = "subject" if name == "mmlu" else "type"
         for split, file in files.items():
             rows = [row for row in benchmark_rows.SPLITS[name][split] if row[column] == group]
@@ -91,7 +91,7 @@ def asked(task, lm, limit=None, chat=False):
 
 
 def scores_of_given(task, texts):
-    """The metrics of each text as the answer to each document; without humaneval's, which runs programs."""
+    """The metrics of each text as the answer to each document. Not for humaneval, which would run programs."""
     out = []
     for number, doc in enumerate(task.eval_docs):
         rows = []

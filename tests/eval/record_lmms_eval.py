@@ -3,8 +3,8 @@
     pip install --no-deps --target L lmms_eval==0.7.3 loguru
     PYTHONPATH=L:. python -m tests.eval.record_lmms_eval    (rewrites tests/eval/fixtures/lmms_eval.json)
 
-Its requirements would bring torchvision, which changes transformers' default image processor, so only what holds the
-metrics is imported; what lmms_eval/api/metrics.py imports beside them is replaced by nothing.
+--no-deps: its requirements would bring torchvision, which changes transformers' default image processor. So only the
+modules with the metrics are imported, and mocks replace what these modules import.
 """
 
 import copy

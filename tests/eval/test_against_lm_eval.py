@@ -1,4 +1,4 @@
-"""Prompts, log-likelihoods, answers and scores are lm_eval 0.4.13's, recorded by record_lm_eval.py on the same rows."""
+"""Prompts, log-likelihoods, answers and scores equal those of lm_eval 0.4.13 (record_lm_eval.py) on the same rows."""
 
 import importlib.metadata
 import json
@@ -31,7 +31,7 @@ METRICS = {
     "math": {"exact_match": ("none", "exact_match"), "math_verify": ("none", "math_verify")},
     "triviaqa": {"exact_match": ("remove_whitespace", "exact_match")},
 }
-CLOSE = 1e-4  # of a log-likelihood in float32, another order of sums
+CLOSE = 1e-4  # for log-likelihoods in float32, summed in another order
 
 
 def antlr_is_sympys():
@@ -46,7 +46,7 @@ reads_latex = pytest.mark.skipif(not antlr_is_sympys(), reason="sympy reads LaTe
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Local copies of all data sets, a directory a layout."""
+    """Local copies of all data sets, one directory for each layout."""
     place = tmp_path_factory.mktemp("rows")
     for layout in LAYOUTS:
         benchmark_rows.write(place / layout, layout)
@@ -73,7 +73,7 @@ def asked(name, place, shots):
 
 
 def check(benchmark, questions, groups, evaluator, settings):
-    """Every recorded document, in the order of the groups."""
+    """Compare our records with every recorded document, in the order of the groups."""
     records = measure(evaluator, benchmark, questions, settings)
     recorded = [one for documents in groups.values() for one in documents]
     assert len(records) == len(recorded)
@@ -92,7 +92,7 @@ def check(benchmark, questions, groups, evaluator, settings):
 def cases():
     for number, which in enumerate(RECORDED["tasks"]):
         marks = reads_latex if which.startswith("math") else ()
-        if not which.startswith("humaneval"):  # whose scores need programs to run
+        if not which.startswith("humaneval"):  # its scores need programs to run
             yield pytest.param(which, LAYOUTS[number % len(LAYOUTS)], marks=marks, id=which)
 
 
@@ -113,7 +113,7 @@ def test_chats_are_the_harness_s(which, rows, evaluator):
 
 
 def test_programs_are_the_harness_s(rows, evaluator):
-    """What is completed, up to the harness's ends; the prompt stands before it."""
+    """Prompts and completions equal the harness's. Completions are cut at its stop texts."""
     benchmark, questions = asked("humaneval", rows / "parquet", 0)
     sampling = Sampling(tiny_model.NEW_TOKENS)
     recorded = RECORDED["tasks"]["humaneval/0"][""]
@@ -134,11 +134,11 @@ def test_given_answers_are_judged_as_the_harness_does(name, rows):
             theirs = {key: one["metrics"][filtered][metric] for key, (filtered, metric) in METRICS[name].items()}
             assert ours == theirs, one["text"]
             seen |= set(ours.items())
-    assert seen == {(key, mark) for key in METRICS[name] for mark in (0.0, 1.0)}  # both verdicts of each metric
+    assert seen == {(key, mark) for key in METRICS[name] for mark in (0.0, 1.0)}  # each metric has seen right and wrong
 
 
 def test_letters_that_grow_when_small_are_judged_as_the_harness_does():
-    """numpy's char.lower cuts a text to the room of the longest one: what exact_match_hf_evaluate gave for these."""
+    """These marks are exact_match_hf_evaluate's: numpy's char.lower cuts a text to the length of the longest one."""
     cases = (("İ", ["i", "x"], 1.0), ("istanbul", ["İstanbul"], 0.0), ("İstanbul", ["İstanbul", "Constantinople"], 0.0))
     for given, aliases, mark in cases:
         assert TRIVIAQA.score(Item("row", "", aliases), [given]) == {"exact_match": mark}

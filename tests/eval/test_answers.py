@@ -1,4 +1,4 @@
-"""Answers to a task's questions, and how they are judged: by hand, and whatever the size of a batch."""
+"""Answers to a task's questions do not depend on the size of a batch; their marks equal marks by hand."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def judged(text, thinking=True, ended=True):
     "text, thinking, expected",
     [
         (RIGHT, True, (1, 1)),
-        (RIGHT, False, (1, 0)),  # the prompt held a block, and here is one more
+        (RIGHT, False, (1, 0)),  # the prompt held a thinking block, and the answer has another
         (r"\boxed{4}", False, (1, 1)),
         (r"\boxed{4}", True, (1, 0)),  # without a thought
         ("<think>\n\n</think>\n\n\\boxed{4}", True, (1, 0)),
@@ -44,7 +44,7 @@ def judged(text, thinking=True, ended=True):
 )
 def test_an_answer_alone(text, thinking, expected):
     assert judged(text, thinking) == expected
-    assert judged(text, thinking, ended=False) == (0, 0)  # as right as it may be
+    assert judged(text, thinking, ended=False) == (0, 0)  # not ended: wrong, however right its text
 
 
 def test_groups_and_what_cannot_be_judged():
@@ -58,7 +58,7 @@ def test_groups_and_what_cannot_be_judged():
     questions = [LETTERS, LETTERS, NUMBERS, NUMBERS, NUMBERS]
     given = [said(r"\boxed{4}"), said(r"\boxed{5}"), said("?"), said("?", ended=False), said(r"\boxed{04}")]
     assert judge(Fussy(), questions, given, True) == {
-        "accuracy": 2 / 4,  # one is left out; the one that did not end is wrong
+        "accuracy": 2 / 4,  # the unjudged one is left out; the one that did not end is wrong
         "accuracy/difficulty 1": 2 / 4,
         "accuracy/letters": 1 / 2,
         "accuracy/numbers": 1 / 2,
@@ -77,7 +77,7 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("thinking", [True, False])
 def test_what_the_model_is_asked_and_what_of_its_ids_is_the_answer(small, thinking, monkeypatch):
-    """The ids come from a script here: an answer ends before the first stop id, one without any did not end."""
+    """A script gives the ids here. An answer ends before its first stop id; one without a stop id did not end."""
     cfg, p, tokenizer = small
     end, stop = tokenizer.special_id("<|im_end|>"), tokenizer.special_id("<|endoftext|>")
     script = [[*tokenizer.encode("ab"), end, 0, 0], [stop, 0, 0, 0, 0], tokenizer.encode("abcde")]
@@ -112,7 +112,7 @@ def test_what_the_model_is_asked_and_what_of_its_ids_is_the_answer(small, thinki
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_size_of_a_batch_changes_no_answer(small, temperature):
-    """float64: rows of other lengths beside a row move its logits by rounding alone."""
+    """In float64, other rows of a batch change a row's logits by rounding only, too little to change an answer."""
     cfg, p, tokenizer = small
     prompts = ["a", "what is this", "b" * 40, "c", "no " * 9]
     options = AnswerOptions(12, temperature, seed=2)

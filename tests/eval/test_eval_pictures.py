@@ -1,4 +1,4 @@
-"""Vision benchmarks asked of a model that sees: what it is shown, local copies, resuming, and what cannot be asked."""
+"""Vision benchmarks asked of a vision model: prompts and pictures, local copies, resuming, and what cannot be asked."""
 
 import base64
 import io
@@ -50,7 +50,7 @@ def write_parquet(place, name, numbers=(0, 1, 2)):
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    """(a directory with a small model that sees, in hf, and rows; its config, parameters and tokenizer)."""
+    """(directory, config, parameters, tokenizer) of a small vision model. The directory holds it in hf, and rows."""
     root = tmp_path_factory.mktemp("seeing")
     texts = [f"What is it? Answer the question using a single word or phrase. A cat, {i}.\n" for i in range(60)]
     tokenizer = train_sentencepiece(texts, 340, root / "t.model")
@@ -63,7 +63,7 @@ def seeing(tmp_path_factory):
 
 
 def test_a_model_that_sees_is_asked_about_each_picture(seeing, tmp_path):
-    """Chats as generate.py asks them, one by one; each answer is the engine's for that picture alone."""
+    """Prompts are chats as generate.py writes them. Each answer equals the engine's for that picture alone."""
     root, cfg, p, tokenizer = seeing
     config = configure(root, benchmarks="vqav2,textvqa,docvqa,chartqa", prompt="chat", **LIMITS)
     found = run.evaluate(config, tmp_path / "e", progress=False)["benchmarks"]
@@ -93,7 +93,7 @@ def test_raw_prompts_samples_and_few_at_a_time(seeing, tmp_path, monkeypatch):
 
 
 def test_every_form_of_a_picture_is_read(tmp_path):
-    """Bytes in parquet, and paths in JSON; pillow's, which the Hub gives, have another digest of the same pixels."""
+    """Bytes in parquet and paths in JSON. (The Hub gives pillow images: the same pixels, but another digest.)"""
     benchmark = {one.name: one for one in registry.VISION}["docvqa"]
     write_parquet(tmp_path / "parquet", "docvqa", [1])
     (tmp_path / "json" / "png").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The stage eval: files, resuming by sample, ranks, the errors before anything runs; and benchmarks while training."""
+"""The stage eval: its files, resuming by sample, ranks, bad rows, and the errors before anything runs."""
 
 import importlib.metadata
 import json
@@ -31,7 +31,7 @@ def whole(place, tmp_path_factory):
 
 
 def same(a, b):
-    """Everything but rounding: two results of the same questions."""
+    """Assert that two results of the same questions are equal, log-likelihoods within a relative 1e-6 of rounding."""
     assert a["benchmarks"].keys() == b["benchmarks"].keys()
     for name in a["benchmarks"]:
         for one, other in zip(a["benchmarks"][name]["samples"], b["benchmarks"][name]["samples"], strict=True):
@@ -81,7 +81,7 @@ def test_results_hold_every_question_and_the_settings_that_decide(place, whole, 
     assert "the first 2 questions of each subject" in text
     assert "at most 6 new tokens, greedy, " in text
     config = configure(place, limit=1, benchmarks="gsm8k", metrics="official")
-    run.evaluate(config, tmp_path / "official", progress=False)  # gsm8k has no other definition
+    run.evaluate(config, tmp_path / "official", progress=False)  # gsm8k has the harness's definition only
     assert "metrics of harness" in (tmp_path / "official" / "results.md").read_text()
     printed = capsys.readouterr().out
     assert text in printed
@@ -89,7 +89,7 @@ def test_results_hold_every_question_and_the_settings_that_decide(place, whole, 
 
 
 def test_a_run_that_was_cut_off_goes_on_by_sample(place, whole, tmp_path, monkeypatch):
-    """Broken off after five writes, with half a line behind them; every question is asked once."""
+    """The run breaks off after ten writes and leaves half a line. Resumed, it asks only questions without a record."""
     config, asked, writes = configure(place, chunk=1), [], []
     measure, add = run.measure, Records.add
 
@@ -111,7 +111,7 @@ def test_a_run_that_was_cut_off_goes_on_by_sample(place, whole, tmp_path, monkey
         run.evaluate(config, tmp_path / "e", progress=False)
     assert not (tmp_path / "e" / "results.json").exists()
     monkeypatch.setattr(Records, "add", add)
-    asked.pop()  # computed, but not written
+    asked.pop()  # its answer was computed but not written: it is asked again
     found = run.evaluate(config, tmp_path / "e", progress=False)
     assert len(asked) == len(set(asked)) == sum(x["questions"] for x in whole["benchmarks"].values())
     same(found, whole)
@@ -260,7 +260,7 @@ def test_one_benchmark_may_lie_in_the_root_itself(tmp_path):
 
 
 def test_a_task_is_asked_in_chats_and_judged_by_itself(tmp_path):
-    """Right answers count, one that is still thinking does not; the prompt is the chat template's."""
+    """Right answers count; one whose thought does not end does not. The prompt is that of the chat template."""
     benchmark = task_benchmark(ReasoningTask(num_problems=600))
     asked = load(benchmark, "", None, 0)
     questions = list(ReasoningTask(num_problems=600).questions("heldout"))
@@ -278,7 +278,7 @@ def test_a_task_is_asked_in_chats_and_judged_by_itself(tmp_path):
 
 @pytest.mark.parametrize("kind", ["instruct-2507", "thinking-2507"])
 def test_a_model_is_asked_in_its_own_kind_of_chats(place, tmp_path, kind):
-    """Which goes into the settings; what it cannot do is said; the thought that a prompt opens is an answer's."""
+    """The settings name the kind; a mode that it lacks is refused; a thought that the prompt opens is in the answer."""
     shutil.copytree(place / "hf", tmp_path / "hf")
     (tmp_path / "hf" / "chat_template.jinja").write_text(REFERENCES[kind])
     thinks = kind == "thinking-2507"

@@ -1,4 +1,6 @@
-"""Evaluator: against the model's plain forward pass, whatever is shared and batched; choices; perplexity; bad input."""
+"""The Evaluator's scores equal the model's plain forward pass, however sequences share work and batches; also choices,
+perplexity and bad input.
+"""
 
 import json
 import math
@@ -39,7 +41,7 @@ def plain(cfg, p, one):
 
 
 def few_shot(seed, prefixes=2, questions=5, choices=3):
-    """Questions behind long prefixes, choices of several tokens behind questions; some end where others go on."""
+    """Sequences of a long prefix, a question and a choice of several tokens; some end where others continue."""
     rand = random.Random(seed)
 
     def ids(n):
@@ -74,7 +76,7 @@ def test_scores_are_those_of_each_sequence_alone(kind, batch_tokens):
 
 
 def test_float32_does_not_depend_on_batch_order_or_company():
-    """1e-6 of a log-likelihood, relative: sums in another order."""
+    """Within a relative 1e-6 of a log-likelihood: other batches change the order of its sums."""
     p, sequences = tiny_model.weights(), few_shot(1)
     first = np.array([x.log_prob for x in Scorer(CFG, p, 10_000, model.EAGER)(sequences)])
     order = random.Random(0).sample(range(len(sequences)), len(sequences))
@@ -92,7 +94,7 @@ sequences = st.lists(
 @settings(max_examples=200)
 @given(sequences)
 def test_a_tree_holds_every_target_once_at_its_place(drawn):
-    """Ids from three, so that much is shared; each node's tokens are those of every sequence below it."""
+    """Only three ids are drawn, so that much is shared. Tokens up to a node begin every sequence that it scores."""
     asked = [Scored(tuple(ids), tuple(ids[-count:])) for ids, count in drawn for count in [min(count, len(ids))]]
     found = {}
 
@@ -124,7 +126,7 @@ def test_deeply_nested_beginnings_end():
 
 
 def test_a_few_shot_prefix_is_computed_once_a_subject(tokenizer):
-    """Counted work of 5-shot questions with one-token choices, as MMLU's: ≥ 5 times fewer tokens than one by one."""
+    """5-shot questions like MMLU's: over 20 times fewer tokens are computed than with each choice scored alone."""
     cfg = CFG.replace(max_position_embeddings=4096)
     ev = Evaluator(cfg, tiny_model.weights(), tokenizer, batch_tokens=40_000)
     shots = "".join(f"Question {i}: what is {i} and {i}?\nA. x\nB. y\nAnswer: A\n\n" for i in range(5))
@@ -135,13 +137,13 @@ def test_a_few_shot_prefix_is_computed_once_a_subject(tokenizer):
     ev.multiple_choice(questions)
     prefixes = sum(len(tokenizer.encode(f"About {s}.\n\n{shots}")) for s in ("birds", "law"))
     own = sum(len(tokenizer.encode(q["context"].rpartition("\n\n")[2])) for q in questions)
-    # a choice is two ids here, a blank and a letter: four rows of one more token a question
+    # A choice is two ids here, a blank and a letter. So each question adds four rows of one token.
     assert ev.counts["computed"] <= prefixes + own + 4 * len(questions)
     assert ev.counts["asked"] > 20 * ev.counts["computed"]
 
 
 def test_special_tokens_are_read_in_each_text_whatever_its_company(tmp_path):
-    """With a token that is named otherwise than those of chats, as Qwen3's <tool_call> is."""
+    """Also for a token whose name looks unlike <|im_end|>, such as Qwen3's <tool_call>."""
     made = small_tokenizer_json()
     made["added_tokens"][-1]["content"] = "<tool_call>"
     (tmp_path / "tokenizer.json").write_text(json.dumps(made))
@@ -183,7 +185,7 @@ def test_choices_alike_and_cut_contexts_are_counted(tokenizer):
     assert (one.alike, one.truncated, two.alike, two.truncated) == (True, False, False, True)
     assert (ev.counts["alike"], ev.counts["truncated"]) == (1, 2)
     assert one.log_probs[0] == one.log_probs[1]
-    # what was cut does not count: another beginning changes nothing
+    # The part that was cut has no effect: another beginning changes nothing.
     other = {**long, "context": "other " * 20 + "word " * 60}
     assert ev.choices([other])[0].log_probs == pytest.approx(two.log_probs, abs=1e-9)
 
@@ -225,7 +227,7 @@ def test_windows_predict_every_token_once_with_at_least_their_context(count, len
         whole = [0, *ids]
         end = one.targets[-1]
         assert list(one.tokens) == whole[end - len(one.tokens) : end]
-        if number:  # the first predicted token of a later window sees so many others
+        if number:  # of a later window, the first prediction sees at least `context` tokens
             assert len(one.tokens) - len(one.targets) + 1 >= context
 
 
@@ -237,7 +239,7 @@ def test_document_perplexity_counts_words_and_bytes(tokenizer):
     assert found["bits_per_byte"] == pytest.approx(-total / size / math.log(2))
     assert found["byte_perplexity"] == pytest.approx(math.exp(-total / size))
     assert found["word_perplexity"] == pytest.approx(math.exp(-total / 4))
-    # more context than the harness gives, one token at a time: what a sliding window is for
+    # With context=8 the window moves by one token, so each token has more context than in the harness.
     short = Evaluator(CFG.replace(max_position_embeddings=8), DOUBLE, tokenizer)
     ids = tokenizer.encode(texts[0])
     each = [plain(CFG, DOUBLE, Scored(tuple([tokenizer.eos_id, *ids][max(0, i - 7) : i + 1]), (ids[i],)))[0]
@@ -246,7 +248,7 @@ def test_document_perplexity_counts_words_and_bytes(tokenizer):
 
 
 def test_a_long_text_without_blanks_has_a_perplexity(tokenizer):
-    """One word, less likely than any float."""
+    """It is one word, and its probability is smaller than any float: the perplexity of words is infinite."""
     found = Evaluator(CFG, DOUBLE, tokenizer).document_perplexity(["今日は天気がいい" * 12])
     assert found["word_perplexity"] == math.inf
     assert math.isfinite(found["byte_perplexity"])

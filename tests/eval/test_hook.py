@@ -1,4 +1,4 @@
-"""Benchmarks that are asked while a stage trains."""
+"""Benchmarks that a stage runs while it trains."""
 
 import shutil
 
@@ -37,7 +37,7 @@ def training(place, **changes):
 
 @pytest.fixture(scope="module")
 def trained(place, tmp_path_factory):
-    """(what was found last, the workdir) of a run on one device."""
+    """(last metrics, workdir) of a run on one device."""
     (place / "text").mkdir()
     for i in range(30):
         (place / "text" / f"{i}.txt").write_text(f"document {i} with some words of its own, {i * i}. " * 4)
@@ -68,7 +68,7 @@ def of_rank(rank, config, workdir):
 
 @pytest.mark.parametrize("mesh", ["tp2", pytest.param("dp2", marks=pytest.mark.nightly)])
 def test_ranks_share_the_questions_of_a_stage(mesh, trained, place, tmp_path):
-    """In float32 the ranks' sums differ by rounding, and no answer here is that close."""
+    """Metrics equal those of one device exactly: sums differ by rounding in float32, too little to change an answer."""
     both = run_processes(of_rank, 2, training(place, mesh=mesh), tmp_path / "w")
     for found in both:
         assert {k: v for k, v in found.items() if "bench" in k} == {k: v for k, v in trained[0].items() if "bench" in k}

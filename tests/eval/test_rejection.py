@@ -31,7 +31,7 @@ GIVEN = [
     said("one"),
     said("one", r"\boxed{5}"),
     said("two", ended=False),
-    said(" one ", "\\boxed{4}\n"),  # blanks do not make it another one
+    said(" one ", "\\boxed{4}\n"),  # blanks alone do not make it a different answer
     said(""),
     Answer(r"\boxed{4}", True),
     said("two"),
@@ -70,7 +70,7 @@ def test_the_best_and_the_worst_answer_are_a_pair():
     (pair,), counts = ranked_pair(ReasoningTask(), 0, QUESTION, GIVEN)
     turns = [pair[side][1] for side in ("chosen", "rejected")]
     assert [(turn["reasoning_content"], turn["content"]) for turn in turns] == [
-        ("one", r"\boxed{4}"),  # of the shortest right ones the first; an empty thought is not well formed
+        ("one", r"\boxed{4}"),  # the first of the shortest right answers; an empty thought is not well formed
         ("one", r"\boxed{5}"),
     ]
     assert all(pair[side][0] == {"role": "user", "content": "2 + 2?"} for side in pair)
@@ -150,8 +150,8 @@ def test_right_answers_become_chats_that_fine_tuning_reads(configure, scripted, 
 
     source = open_chats(f"chats@{tmp_path / 'out'}", "", ReasoningSource(), task=ReasoningTask())
     samples, counts = list(source.documents("train")), Counter()
-    assert list(source.documents("heldout", counts)) == []  # no question of it was asked
-    assert not counts  # and the judge of fine-tuning has nothing to leave out
+    assert list(source.documents("heldout", counts)) == []  # no held-out question was asked
+    assert not counts  # the judge of fine-tuning leaves nothing out
     assert len(samples) == 11
     assert [sample.messages[0]["content"] for sample in samples] == [prompt for prompt, n in scripted if keeps(n)]
     assert samples[0].messages[1]["reasoning_content"] == "thought é 0"
@@ -161,7 +161,7 @@ def test_right_answers_become_chats_that_fine_tuning_reads(configure, scripted, 
 
 def test_pairs_are_what_dpo_reads(configure, scripted, tmp_path, capsys):
     summary = run(configure(rows="pairs"), tmp_path / "unused", progress=False)
-    assert summary["counts"]["kept"] == 3  # every other question has a wrong answer; lengths are equal
+    assert summary["counts"]["kept"] == 3  # those with a wrong answer: right answers of equal length make no pair
     assert (
         f"experiments/dpo.py trains on it by --config.data.mixture=pairs@{tmp_path / 'out'}" in capsys.readouterr().out
     )
@@ -184,7 +184,7 @@ class Killed(Exception):
 
 
 def test_a_run_that_was_cut_off_goes_on_to_the_same_files(configure, scripted, tmp_path, monkeypatch):
-    """It dies while the third batch of two questions is asked; half a line behind the last summary is cut off."""
+    """The run dies in its third batch of two questions. Half a line after the last recorded sample is removed."""
     run(configure(), tmp_path, progress=False)
     whole = contents(tmp_path / "out")
     assert sorted(whole) == [SUMMARY, SAMPLES]

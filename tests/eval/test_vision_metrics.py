@@ -1,4 +1,4 @@
-"""The vision benchmarks' metrics give what lmms_eval 0.7.3 gives, recorded; and where the official ones differ."""
+"""Metrics of the vision benchmarks equal recorded scores of lmms_eval 0.7.3; and where official metrics differ."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_official_anls_is_zero_at_a_half():
 
 
 def test_people_without_a_number_who_say_the_same_are_left_out_together():
-    """As in the harness; with answer_id each is left out alone."""
+    """As in the harness. With answer_id, each person is left out alone."""
     same = [{"answer": "cat"} for _ in range(10)]
     assert (
         score("vqav2", same, "cat"),

@@ -7,7 +7,7 @@ from qwen3f.interop import hf
 from tests.stages.toy_chats import SMALL, small_tokenizer
 
 NEW_TOKENS = 12
-# as many ids as the tokenizer has: what lies beyond is never written here, but the harness would write it
+# As many ids as the tokenizer has: we never generate an id beyond those, but the harness would.
 CFG = presets.get("nano").replace(**{**SMALL, "vocab_size": 266}, max_position_embeddings=4096)
 
 
@@ -20,6 +20,6 @@ def tokenizer(place):
 
 
 def export(place):
-    """A Hugging Face directory; its path."""
+    """Write the model as a Hugging Face directory; return its path."""
     hf.save_pretrained(place, CFG, weights(), tokenizer(place.parent / f"{place.name}.tok"))
     return str(place)

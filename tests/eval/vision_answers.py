@@ -1,4 +1,4 @@
-"""Answers to questions about images, with what goes wrong in practice among them: 240 for each metric."""
+"""Answers to questions about images, 240 for each metric; many have faults that occur in practice."""
 
 import random
 
