@@ -170,7 +170,7 @@ def check(case, directory):
 
 
 def test_sizes_are_refused_before_anything_is_made_of_them(model, tmp_path):
-    """In less than a second and 50 MB where minutes and gigabytes went before; limits can be raised."""
+    """Refusing takes less than a second and 50 MB. It once took minutes and gigabytes."""
     hf.save_pretrained(tmp_path / "m", CFG, model)
     whole = (tmp_path / "m" / "config.json").read_bytes()
     for name in ("endless layers", "layers times experts", "endless vocabulary"):
@@ -196,7 +196,7 @@ def test_the_limit_of_layers_can_be_raised(model, tmp_path, monkeypatch):
 
 
 def test_a_sparse_file_is_not_read(tmp_path):
-    """A terabyte that takes no room, where a file is read whole."""
+    """A file of 1 TB that takes no disk space is refused by its size: these files would be read whole."""
     for name in ("tokenizer.json", "tokenizer.model", "merges.txt", "qwen.tiktoken", "config.json"):
         place = tmp_path / name.replace(".", "_")
         place.mkdir()
@@ -263,7 +263,7 @@ def test_a_path_with_two_dots_means_the_place_that_it_names(model, tmp_path):
 
 
 def test_a_mount_point_is_refused_before_weights_are_written(model, tmp_path, monkeypatch):
-    """No rename can put a directory in its place."""
+    """The finished directory could not be renamed to a mount point."""
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to("out")
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
@@ -285,7 +285,7 @@ def test_nothing_is_overwritten(model, tmp_path):
     assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "mine"
     hf.save_pretrained(tmp_path / "empty", CFG, model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full", "nowhere"]
-    assert (tmp_path / "empty").stat().st_mode == (tmp_path / "full").stat().st_mode  # readable by whom the umask lets
+    assert (tmp_path / "empty").stat().st_mode == (tmp_path / "full").stat().st_mode  # permissions follow the umask
 
 
 def test_a_full_disk_leaves_nothing(model, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What an exported directory gives in transformers: chats as ours render them, ids and logits of the checkpoint."""
+"""In transformers, an exported directory renders chats as ours do and gives the same ids."""
 
 import json
 
@@ -77,7 +77,7 @@ def theirs(tokenizer, tmp_path_factory):
 )
 @pytest.mark.parametrize("name", KINDS)
 def test_chats_are_rendered_alike(tokenizer, theirs, name, messages, tools, prompt, think):
-    """Also where the template would drop a thought, which is an error here, or goes through arguments by name."""
+    """Text and ids are equal. Inputs avoid our errors: no thoughts where a kind drops them, named arguments for XML."""
     kind, options = KINDS[name], {"tools": tools, "add_generation_prompt": prompt}
     if kind.asks:
         options["enable_thinking"] = think
@@ -109,7 +109,7 @@ def test_a_role_that_does_not_exist(theirs):
 
 
 def test_a_directory_s_own_template_is_kept(tmp_path):
-    """Ours is written where the tokenizer has none: qwen.tiktoken, or files without one."""
+    """Our template is written only if the tokenizer's files have none, as with qwen.tiktoken."""
     vocabulary = tmp_path / "vocabulary"
     vocabulary.mkdir()
     (vocabulary / "tokenizer.json").write_text(json.dumps(small_tokenizer_json()))

@@ -33,7 +33,7 @@ def classifier(case):
 
 
 def answers(count=5):
-    """Of odd lengths, one of a single token; no id is the padding's."""
+    """Answers of different lengths, one of a single token; none holds the padding id."""
     g = torch.Generator().manual_seed(0)
     return [torch.randint(0, PAD, (n,), generator=g) for n in (7, 1, 13, 20, 3)[:count]]
 
@@ -82,7 +82,7 @@ def test_scores_there_and_back(case, tmp_path):
 
 
 def test_scores_depend_on_neither_padding_nor_neighbours(tmp_path):
-    """Any composition of a batch, documents packed into one row, padding of an id that answers have: all the same."""
+    """Equal within 2e-5 in any batch, packed into one row, and if the padding id is also in an answer."""
     classifier("dense").save_pretrained(tmp_path)
     cfg, params = hf.load_pretrained(tmp_path)
     ids = answers()

@@ -1,4 +1,4 @@
-"""Config files of every form against transformers' own classes; what we can't hold is refused by name."""
+"""Config files of every form are read as transformers' own classes read them; what we can't hold is refused by name."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_omitted_keys_have_transformers_defaults(values, kind):
             expected = tuple(expected)
         assert getattr(cfg, name) == expected, name
     assert cfg.rope_theta == theirs.rope_parameters["rope_theta"] == 1e4
-    # what transformers writes for it, defaults and all, means the same
+    # What transformers writes for it, with all defaults, is read as the same config.
     assert read(json.loads(theirs.to_json_string(use_diff=False)) | values) == cfg
 
 
@@ -239,7 +239,7 @@ def test_every_config_comes_back(cfg):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_whole_numbers_are_written_as_transformers_asks_for_them(sparse, tmp_path):
-    """Its configs refuse 0 where they declare 0.0; a file, or a call, may hold either."""
+    """transformers' configs refuse 0 where they declare 0.0. Ours may hold 0, from a file or a call; we write 0.0."""
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "router_aux_loss_coef": 0}
     cfg = ModelConfig(
         rms_norm_eps=1, initializer_range=1, attention_dropout=0, rope_theta=1000000, **(moe if sparse else {})

@@ -1,4 +1,4 @@
-"""Weights and configs there and back against transformers, bit for bit, and the memory that it takes.
+"""Weights and configs go to transformers and back, bit for bit; and the memory that this takes.
 
 Tolerance on logits of about ±10, fp32: 2e-5, rounding of two orders of summation (see tests/model). All else is exact.
 """
@@ -104,7 +104,7 @@ def test_one_file_or_shards(tmp_path):
 
 @pytest.mark.parametrize("mesh", ["dp2,tp2", "pp2,tp2", "dp2,ep2"])
 def test_a_rank_reads_its_shards_alone(mesh, tmp_path):
-    """Which are those of the whole model, and all that is made."""
+    """They equal the shards cut from the whole model, and the rank allocates nothing else."""
     cfg = ModelConfig(**SIZES | EXPERTS | {"num_experts": 4, "vocab_size": 96})
     hf.save_pretrained(tmp_path / "m", cfg, params.init_params(cfg, 0))
     p = hf.load_pretrained(tmp_path / "m")[1]
@@ -119,7 +119,7 @@ def test_a_rank_reads_its_shards_alone(mesh, tmp_path):
 
 
 class Made(TorchDispatchMode):
-    """Bytes of the tensors that are made within it."""
+    """Counts the bytes of the tensors that are allocated inside the context."""
 
     bytes = 0
 
@@ -131,7 +131,7 @@ class Made(TorchDispatchMode):
 
 
 def test_an_index_beside_the_one_file_that_it_names(tmp_path):
-    """As mlx writes it."""
+    """mlx writes such an index."""
     cfg = ModelConfig(num_hidden_layers=2, hidden_size=16, head_dim=8, intermediate_size=24, vocab_size=50)
     p = params.init_params(cfg, 0)
     hf.save_pretrained(tmp_path / "m", cfg, p)
@@ -142,7 +142,7 @@ def test_an_index_beside_the_one_file_that_it_names(tmp_path):
 
 
 def test_mixed_dtypes_are_kept_leaf_by_leaf(tmp_path):
-    """A router in fp32 inside a bf16 model; within one stack, layers must agree unless a dtype is asked for."""
+    """A router is in fp32, its model in bf16. Layers of one stack must have one dtype unless a dtype is asked for."""
     hf_model("moe", torch.bfloat16).save_pretrained(tmp_path)
     routers = {key: t.float() for key, t in tensors(tmp_path).items() if key.endswith("mlp.gate.weight")}
     edit_tensors(tmp_path, **routers)
@@ -193,7 +193,7 @@ print(loaded - before, peak() - loaded)
 
 
 def test_memory_is_the_model_and_one_tensor(tmp_path):
-    """126 MB of weights in float32, a file of 63 MB, tensors of at most 17 MB; slack 10 MB for the interpreter."""
+    """Weights of 126 MB in float32, a file of 63 MB, tensors of at most 17 MB; 10 MB more are for the interpreter."""
     cfg = ModelConfig(hidden_size=512, num_hidden_layers=6, intermediate_size=2048, vocab_size=8192, head_dim=64)
     table = params.abstract_params(cfg)
     p = {path: torch.full(spec.shape, 0.5, dtype=torch.bfloat16) for path, spec in table.items()}

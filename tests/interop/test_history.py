@@ -1,4 +1,4 @@
-"""Whether a model ever saw chats, by what the runs that made it say."""
+"""The configurations of the runs that made a model tell whether it ever saw chats."""
 
 import pytest
 import torch

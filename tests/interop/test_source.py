@@ -1,4 +1,4 @@
-"""init_from: Hugging Face directories, workdirs and their checkpoints are starting points alike; and the way back."""
+"""init_from takes Hugging Face directories, workdirs and their checkpoints alike; and export is the way back."""
 
 import json
 import random
@@ -82,7 +82,7 @@ def test_the_three_kinds_hold_the_same_model(root, trained, directory):
 
 
 def test_training_starts_from_a_hugging_face_directory(root, directory, tmp_path, capsys):
-    """float32 master weights that equal the stored bf16; its tokenizer comes along; rotary changes are announced."""
+    """Master weights are float32 and equal the stored bf16; the tokenizer is copied; a new rope_theta is printed."""
     free = {"model.rope_theta": 1e6, "model.gradient_checkpointing": "full", "model.attention_dropout": 0.1}
     config = configured(root, init_from=str(directory), **free)
     plan = make_setup(config)
@@ -127,7 +127,7 @@ def test_places_that_are_none(root, trained, tmp_path):
 
 
 def test_what_a_place_is_called_does_not_matter(root, trained, directory, tmp_path, monkeypatch):
-    """A Hugging Face directory named like a checkpoint, or with a folder of that name; ours from inside."""
+    """A Hugging Face directory may be named like a checkpoint or have such a folder; ours may be given as "."."""
     named = shutil.copytree(directory, tmp_path / "checkpoints" / "500")
     folder = shutil.copytree(directory, tmp_path / "hf")
     (folder / "checkpoints" / "500").mkdir(parents=True)
@@ -142,7 +142,7 @@ def test_what_a_place_is_called_does_not_matter(root, trained, directory, tmp_pa
     monkeypatch.chdir(trained / "checkpoints" / "2")
     assert source.locate(".") == source.Source(trained, is_hf=False, step=2)
     broken = shutil.copytree(trained, tmp_path / "w")
-    (broken / "config.json").write_text("{")  # a workdir's: its checkpoints hold the configuration
+    (broken / "config.json").write_text("{")  # ignored in a workdir, whose checkpoints hold the configuration
     assert source.locate(str(broken)) == source.Source(broken, is_hf=False)
     (folder / "checkpoints" / "500").rmdir()
     (folder / "checkpoints").rmdir()
@@ -209,7 +209,7 @@ def test_the_export_experiment(root, trained, tmp_path):
 
 @pytest.mark.parametrize("use", ["export", "generate", "train"])
 def test_a_damaged_record_starts_nothing(use, root, trained, tmp_path):
-    """rope_theta 30000 instead of 10000, by one bit."""
+    """One flipped bit makes rope_theta 30000 instead of 10000."""
     place = shutil.copytree(trained, tmp_path / "w")
     path = place / "checkpoints" / "4" / "meta" / "metadata"
     content = path.read_bytes()
@@ -232,7 +232,7 @@ def test_a_damaged_record_starts_nothing(use, root, trained, tmp_path):
 
 
 def test_a_model_of_no_size_that_can_be(trained, tmp_path):
-    """Whoever writes a checkpoint writes its manifest too."""
+    """A valid manifest is no protection here: whoever writes a checkpoint can write its manifest too."""
     place = shutil.copytree(trained, tmp_path / "w") / "checkpoints" / "4"
     record = place / "meta" / "metadata"
     for key, value in (("num_hidden_layers", 30_000_000), ("vocab_size", 2**62)):

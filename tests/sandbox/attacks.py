@@ -1,4 +1,4 @@
-"""What code tries that does not know the answer: Python texts by name, whose f() wins if it gives the secret."""
+"""Attacks by code that does not know the answer: Python texts by name. f() wins if the tests take it for the secret."""
 
 SECRET = "the-answer-that-no-code-was-told-5f2c"
 TESTS = f"def check(candidate):\n    assert candidate() == {SECRET!r}\n"
@@ -253,7 +253,7 @@ import os, resource
 def f(): return resource.prlimit(os.getppid(), resource.RLIMIT_CPU)""",
 }
 
-# system calls as numbers of x86_64; each must say EPERM or ENOSYS
+# numbers of system calls on x86_64; each call must fail with EPERM or ENOSYS
 CALLS = {
     "ptrace": 101, "unshare": 272, "setns": 308, "mount": 165, "umount": 166, "pivot_root": 155, "bpf": 321,
     "userfaultfd": 323, "io_uring_setup": 425, "process_vm_readv": 310, "keyctl": 250, "perf_event_open": 298,

@@ -1,4 +1,4 @@
-"""Code that writes to its pipe itself: it gets a verdict like any other, and costs its judge no time."""
+"""Code that writes forged lines to its result pipe gets a verdict like any other, and does not slow its judge."""
 
 import contextlib
 import os
@@ -65,7 +65,7 @@ def shared(tag, n):
 
 
 def pairs(n, size):
-    """Keys that share a hash and are alike up to their end."""
+    """Tuples that share a hash and differ only in their last item."""
     return {"s": [{"t": [1000] * size + [M * k]} for k in range(1, n)]}
 
 
@@ -83,11 +83,11 @@ FLOODS = {
 
 @pytest.mark.parametrize("name", FLOODS)
 def test_no_value_takes_long_to_read(name):
-    """Keys that share a hash: each would be compared with every other, 13 s for 25,000 of them."""
+    """If keys share a hash, each would be compared with every other: 13 s for 25,000 keys."""
     begin = time.process_time()
     with contextlib.suppress(ValueError):
         unpack(FLOODS[name])
-    assert time.process_time() - begin < 2  # far less, on a machine with nothing else to do
+    assert time.process_time() - begin < 2  # far less on an idle machine
 
 
 @RUNS
@@ -118,7 +118,7 @@ def test_real_answers_of_thousands_of_items_are_read():
 
 @pytest.fixture
 def descriptors():
-    """More than select takes."""
+    """Open more descriptors than select() can take."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < 2048:
         pytest.skip("this process may not open 2,048 files")

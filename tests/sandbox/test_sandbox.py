@@ -71,7 +71,7 @@ def g(x):
 
 
 def test_helpers_of_the_tests_are_their_own_if_they_are_given(tier):
-    """What tests use and do not define is the code's word alone."""
+    """Without `setup`, a helper that the tests use is the code's own, which may lie."""
     tests = "def check(c):\n    assert helper(c(1)) == 4"
     setup = "def helper(x): return x * x"
     assert run_tests("def f(x): return 2", tests, "f", setup=setup, tier=tier).passed
@@ -123,7 +123,7 @@ def test_no_attack_wins(name, tier, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", attacks.SECRET)
     begin, before = time.monotonic(), set(Path("/tmp").glob("[0-9x]*"))
     limits = Limits() if name in attacks.ESCAPES else SHORT
-    by_cases = name in attacks.FLOODS or name in attacks.ESCAPES  # no second process: this one compares
+    by_cases = name in attacks.FLOODS or name in attacks.ESCAPES  # this process compares, no second one
     tests = [Case((), attacks.SECRET)] if by_cases else attacks.TESTS
     verdict = run_tests(attacks.ALL[name], tests, "f", limits, tier=tier)
     assert not verdict.passed
@@ -140,7 +140,7 @@ def test_no_attack_wins(name, tier, monkeypatch):
 
 
 def _processes_of_jobs():
-    """Live processes of a user that jobs of this process get: the dead wait for the machine's first to reap them."""
+    """Live processes with a user id of this process's jobs. Dead ones may wait until the first process reaps them."""
     first = confined_module._FIRST_USER + os.getpid() * confined_module._JOBS % confined_module._USERS
     found = []
     for place in Path("/proc").glob("[0-9]*"):
@@ -155,7 +155,7 @@ def _processes_of_jobs():
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of x86_64")
 def test_system_calls_that_are_not_listed_are_denied(tier):
-    """Called by number, as ctypes can: EPERM (1) or ENOSYS (38), never another error, which would say it was tried."""
+    """Called by number with ctypes: each fails with EPERM (1) or ENOSYS (38). Other errors would mean it was tried."""
     tests = "\n".join(
         [
             f"r = f({number})\nassert r[0] == -1 and r[1] in (1, 38), ({name!r}, r)"
@@ -178,7 +178,7 @@ def test_the_32_bit_calls_of_x86_are_denied():
 
 
 def test_only_what_is_needed_can_be_read(tier):
-    """No /etc/passwd, nothing of /root or of this repository; in namespaces not a process but its own."""
+    """Code cannot read /etc/passwd, /root or this repository, and in a namespace it sees only its own processes."""
     code = """
 import os
 def f(path):
@@ -208,7 +208,7 @@ def f(): return seen
 
 
 def test_bombs_do_not_disturb_their_neighbours(tier):
-    """Beside jobs that take all they can, right code passes in its own time."""
+    """Right code passes within its limits while other jobs take all that they can."""
     names = ("fork bomb that forgives", "memory by and by", "thread bomb", "a loop that ignores signals", "answers")
     jobs = [(attacks.ALL[name], attacks.TESTS, "f") for name in names]
     good = (DOUBLE, [Case(([3],), [6])], "f")
@@ -218,7 +218,7 @@ def test_bombs_do_not_disturb_their_neighbours(tier):
 
 
 def test_the_job_dies_with_its_parent(tier):
-    """A process that judges is killed; what it had started is gone."""
+    """A judging process is killed; then the processes that it had started are gone too."""
     program = (
         "from qwen3f.sandbox import run_tests, Limits\n"
         f"run_tests('import time\\ntime.sleep(600)', [], 'f', Limits(seconds=600, start=600), tier={tier!r})\n"

@@ -1,4 +1,4 @@
-"""What of a text is the answer, how it is normalised, and when it has its form."""
+"""Which part of a text is the answer, how answers are normalised, and when a text is well formed."""
 
 import pytest
 from hypothesis import given
@@ -32,7 +32,7 @@ def test_the_answer_stands_behind_the_thinking(text, answer):
         (r"<think>\boxed{2}", None),
         ("2", None),
         (r"\boxed{}", None),
-        (r"\boxed{" + "1" * 5000 + "}", None),  # longer than any answer, and than the digits that int takes
+        (r"\boxed{" + "1" * 5000 + "}", None),  # longer than any answer, and more digits than int() takes
         (r"\boxed{" + "1" * 501 + "}", None),
         (r"\boxed{" + "0" * 499 + "1}", "1"),
         ("x " * 3000 + r"\boxed{7}", "7"),

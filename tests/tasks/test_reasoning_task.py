@@ -1,4 +1,4 @@
-"""The task: its answers are judged right, others wrong; its held-out questions are no stage's training data."""
+"""The task judges its own answers right and others wrong, and no stage trains on its held-out questions."""
 
 from collections import Counter
 from itertools import islice
