@@ -1,4 +1,4 @@
-"""1,000 examples read straight equal 337 and the rest, read after restarts on other numbers of ranks and workers.
+"""1,000 examples in one run equal 337 and, after restarts on other numbers of ranks and workers, the rest.
 
 This holds for every kind of data: indexed, indexed mixtures (with caps, lengths, best fit), streams, and mixtures of
 streams. The states go through JSON, as in a checkpoint. Whole examples are compared, with their place in the order.

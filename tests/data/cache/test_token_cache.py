@@ -114,7 +114,7 @@ def test_reading_over_shards(lengths, data):
 
 
 def test_open_shards_hold_no_descriptor(source, tokenizer, tmp_path, small_shards):
-    """A process may have 1,024 descriptors open, and a terabyte of tokens has more shards than that."""
+    """A process may have 1,024 open descriptors, but a terabyte of tokens has more shards than that."""
     cache = build_or_open(source, "train", tokenizer, tmp_path / "caches")
     before = os.listdir("/proc/self/fd")
     caches = [open_cache(cache.path) for _ in range(20)]
@@ -279,7 +279,7 @@ def test_the_first_of_two_builders_wins(source, tokenizer, tmp_path, monkeypatch
 
 
 def _build_slowly(corpus: str, model: Path, caches: Path) -> None:
-    """Build with one document a batch and two a shard; hang in the fourth batch, when half of shard 2 is written."""
+    """Build with one document a batch and two a shard; hang in batch 4, when half of the second shard is written."""
     cache_build._BATCH_CHARS, cache_build.SHARD_BYTES = 1, 20
     tokenizer = SentencePieceTokenizer.load(model)
     encode, calls = tokenizer.encode_batch, []
@@ -297,7 +297,10 @@ def _build_slowly(corpus: str, model: Path, caches: Path) -> None:
 
 @pytest.fixture
 def killed(source, tokenizer, tmp_path):
-    """Caches with a build that was killed: shard 1 (two documents) is complete, half of shard 2 is written."""
+    """A directory of caches in which a build was killed.
+
+    The build's first shard (two documents) is complete, and half of its second shard is written.
+    """
     caches = tmp_path / "caches"
     arguments = (source.name, tokenizer.path, caches)
     process = multiprocessing.get_context("fork").Process(target=_build_slowly, args=arguments)

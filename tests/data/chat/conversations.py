@@ -12,7 +12,8 @@ class Case(NamedTuple):
     trained: str
     tools: list[dict[str, Any]] | None = None
     enable_thinking: bool = True
-    same_ids: bool = True  # as transformers' ids of the whole chat; `chat.examples` says which differ
+    # Whether our ids equal transformers' ids of the whole rendered chat. `chat.examples` says why some differ.
+    same_ids: bool = True
 
 
 def user(content: str) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def test_bad_columns_are_named(more, message):
 
 @pytest.mark.parametrize("key", ["reasoning", "thinking", "reasoning_content"])
 def test_a_thought_is_read_under_each_of_its_names(key):
-    """As transformers 5.24 reads it. Keys without information (null or empty) and ids of calls may stand beside it."""
+    """As in transformers 5.24. Keys that hold nothing (null or empty) and ids of calls may stand beside a thought."""
     (_, read) = checked_messages([Q, {**A, key: "t", "refusal": None, "audio": {}, "reasoning_details": []}], "x:1")
     assert split_thought(read) == ("t", A["content"])
     assert set(read) & {"reasoning", "thinking", "reasoning_content"} == {"reasoning_content"}

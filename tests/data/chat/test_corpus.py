@@ -163,7 +163,7 @@ def test_samples_that_all_fall_out(base, small_qwen, tmp_path):
 
 
 def test_no_sample_may_be_held_out(base, small_qwen, tmp_path, monkeypatch):
-    """For instance, answers may have been sampled for training questions only."""
+    """A corpus may have no held-out sample, for instance if its answers were sampled for training questions."""
     write([{"messages": [user("q"), answer("a")]}], tmp_path / "c/x.jsonl")
     config = replace(base, mixture=f"chats@{tmp_path}/c")
     corpus = prepare_chats(config, T, small_qwen, progress=False)

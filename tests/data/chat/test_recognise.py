@@ -105,7 +105,7 @@ def test_a_tokenizer_without_the_chat_s_tokens(missing, directory):
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_each_kind_is_found(kind, directory):
-    """By our file and, where TRL has one, by TRL's. --config.chat_template goes before the file that is there."""
+    """By our template file and, where TRL has one, by TRL's. --config.chat_template overrides the file."""
     shutil.copyfile(Path(kinds.__file__).parent / "jinja" / f"{kind.name}.jinja", directory / "chat_template.jinja")
     (directory / "tokenizer_config.json").write_text('{"chat_template": "read by nobody, beside the other file"}')
     assert kind_of(QwenTokenizer.load(directory)) is kind

@@ -104,7 +104,8 @@ def test_answers_alone_are_trained_and_pixels_are_the_pictures(tokenizer):
         assert not row["pixel_values"][done:].any()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if not kind.always])  # `always` needs a thought
+# Kinds that always think are left out: their chats need a thought.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if not kind.always])
 def test_a_sample_has_the_form_of_its_chat_template(kind, tokenizer):
     sample = next(open_source("images", settings(), kind).samples("train", Counter()))
     ids, _ = tokenise(sample, [image_segments(4)], tokenizer)

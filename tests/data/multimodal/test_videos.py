@@ -257,7 +257,8 @@ def test_bad_videos_are_named_or_counted(part, words, tokenizer, tmp_path):
             (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     good = [chat(f"q {number}", *[video("film", fps=2)] * (number == 0)) for number in range(40)]
     name = write(tmp_path, [*good, chat("a", part)])
-    if part.get("video") != "cut.gif":  # its header is valid: only skip decodes all frames beforehand
+    # The header of cut.gif is valid. Only on_bad_row=skip decodes all frames beforehand and finds the fault.
+    if part.get("video") != "cut.gif":
         with pytest.raises(UserError, match=words) as raised:
             prepare_visual(settings(name), SEQ_LEN, tokenizer, CFG)
         assert "\n" not in str(raised.value)

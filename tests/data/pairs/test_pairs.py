@@ -57,7 +57,10 @@ PREFIXES = [("\n they", " the"), ("the", "they"), ("a", "\n\nab"), ("<thinker> x
 
 @pytest.mark.parametrize("better, worse", PREFIXES)
 def test_both_answers_of_a_pair_have_the_ids_of_one_prompt(better, worse, tmp_path):
-    """Also if an answer's first characters could merge with the prompt's last ones, or both answers begin alike."""
+    """The ids of the prompt do not depend on the answer.
+
+    Not even if the answer's first characters could merge with the prompt's last ones, or if both answers begin alike.
+    """
     tokenizer = small_tokenizer(tmp_path / "tok")
     rows = [{"chosen": [user("q"), answer(better)], "rejected": [user("q"), answer(worse)]}]
     (pair,) = both(opened(rows, tmp_path / "d"))
@@ -138,7 +141,11 @@ def test_a_thought_before_the_last_answer_is_a_fault_where_there_is_no_place_for
 
 
 def test_equal_is_what_the_template_writes(tmp_path):
-    """It has no ids of calls: these may differ. 1, 1.0 and true are different, and so is another order of arguments."""
+    """Answers and prompts are compared as the template writes them.
+
+    It writes no ids of calls, so these may differ. 1, 1.0 and true are different texts, and so are arguments in another
+    order.
+    """
     tie = {"chosen": [user("q"), called({"x": 1}, "c1")], "rejected": [user("q"), called({"x": 1}, "c2")]}
     counts = Counter()
     assert not both(opened([tie], tmp_path), counts)

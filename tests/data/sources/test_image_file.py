@@ -34,7 +34,10 @@ def chunk(kind, content):
 
 
 def png_bomb(width, height, rows=None):
-    """A black PNG of one bit a pixel, compressed to a thousandth. rows: how many it really has, each of one byte."""
+    """A black PNG of one bit a pixel, compressed to a thousandth of its size.
+
+    rows: the number of rows that it really holds, each of one byte; None: all rows, whole.
+    """
     squeezed = zlib.compressobj(9)
     row = bytes(1 + (width + 7) // 8) if rows is None else b"0"
     rows = b"".join(squeezed.compress(row) for _ in range(height if rows is None else rows)) + squeezed.flush()

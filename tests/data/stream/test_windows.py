@@ -50,7 +50,8 @@ def test_equals_packed_dataset(make_cache, lengths, seq_len, reset, cross):
         assert (last["segments"] > 0).sum() == rest
         assert last["targets"][rest:].tolist() == [-100] * (seq_len - rest)
         assert last["loss_weights"][rest:].sum() == last["positions"][rest:].sum() == 0
-        if not cross:  # PackedDataset has no such window: the weights by documents
+        # PackedDataset has no such window, so its weights are computed from the lengths of the documents.
+        if not cross:
             wanted = [n for length in lengths for n in [*[1] * (length - 1), 0]][full * seq_len : -1]
             assert last["loss_weights"][:rest].tolist() == wanted
 

@@ -36,7 +36,7 @@ _ODD = [
 
 
 def source_files(most: int) -> list[str]:
-    """Texts of Python's standard library, in the same order each time, `most` characters together."""
+    """Texts of Python's standard library, in the same order each time, until they have `most` characters together."""
     texts: list[str] = []
     for path in sorted(glob.glob(os.path.dirname(os.__file__) + "/*.py")):
         with open(path, encoding="utf-8", errors="replace", newline="") as file:
@@ -207,7 +207,7 @@ def test_the_model_file_is_read_whole(tokenizer):
     "field", [b"\x08\x05", b"\x0dabcd", b"\x10\x01", b"\x0a\x02\x08\x05", b"\x0a\x05\x0a\x01z\x10\x05"]
 )
 def test_a_field_of_another_kind_is_damage(field, tokenizer, tmp_path):
-    """The sentencepiece library itself accepts some of these files."""
+    """Each is an error, although the sentencepiece library itself ignores some of them."""
     (tmp_path / "m.model").write_bytes(tokenizer.path.read_bytes() + field)
     with pytest.raises(UserError, match=r"m\.model"):
         SentencePieceTokenizer.load(tmp_path / "m.model").export(tmp_path / "out")

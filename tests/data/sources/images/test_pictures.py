@@ -72,7 +72,9 @@ def test_shapes_are_counted_and_found_by_pixels():
             expected = colour
         assert item.answer == str(expected), item
         asked[re.sub(r"(many|is the) (?!shape)\w+", r"\1 some", question)] += 1
-    assert len(asked) == 6, asked  # counts: all, a colour, a kind; colour: left, top; shape of a colour
+    # The forms of question: how many shapes, how many of a colour, how many of a kind; the colour of the leftmost and
+    # of the topmost shape; the shape of a colour.
+    assert len(asked) == 6, asked
 
 
 def test_bars_have_the_heights_of_their_values():

@@ -37,7 +37,10 @@ def value(text: str, names: dict[str, Fraction | Callable] | None = None) -> Fra
 
 
 def truth(text: str) -> bool:
-    """The truth value of a formula of true, false, not, and, or, implies; a binary part within another is in ( )."""
+    """The truth value of a formula of true, false, not, and, or, implies.
+
+    A binary operation inside another one stands in parentheses.
+    """
     tokens = text.replace("(", " ( ").replace(")", " ) ").split()
 
     def whole() -> bool:
