@@ -50,7 +50,7 @@ def write_parquet(place, name, numbers=(0, 1, 2)):
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    """(directory, config, parameters, tokenizer) of a small vision model. The directory holds it in hf, and rows."""
+    """(directory, config, parameters, tokenizer) of a small vision model, which lies in hf; data sets lie in rows."""
     root = tmp_path_factory.mktemp("seeing")
     texts = [f"What is it? Answer the question using a single word or phrase. A cat, {i}.\n" for i in range(60)]
     tokenizer = train_sentencepiece(texts, 340, root / "t.model")

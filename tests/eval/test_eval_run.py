@@ -31,7 +31,7 @@ def whole(place, tmp_path_factory):
 
 
 def same(a, b):
-    """Assert that two results of the same questions are equal, log-likelihoods within a relative 1e-6 of rounding."""
+    """Assert that two results of the same questions are equal. Log-likelihoods may differ by 1e-6, for rounding."""
     assert a["benchmarks"].keys() == b["benchmarks"].keys()
     for name in a["benchmarks"]:
         for one, other in zip(a["benchmarks"][name]["samples"], b["benchmarks"][name]["samples"], strict=True):

@@ -94,7 +94,10 @@ sequences = st.lists(
 @settings(max_examples=200)
 @given(sequences)
 def test_a_tree_holds_every_target_once_at_its_place(drawn):
-    """Only three ids are drawn, so that much is shared. Tokens up to a node begin every sequence that it scores."""
+    """The tokens on the path to a node are the beginning of every sequence that the node scores.
+
+    Only three different ids are drawn, so that sequences share much.
+    """
     asked = [Scored(tuple(ids), tuple(ids[-count:])) for ids, count in drawn for count in [min(count, len(ids))]]
     found = {}
 
@@ -143,7 +146,7 @@ def test_a_few_shot_prefix_is_computed_once_a_subject(tokenizer):
 
 
 def test_special_tokens_are_read_in_each_text_whatever_its_company(tmp_path):
-    """Also for a token whose name looks unlike <|im_end|>, such as Qwen3's <tool_call>."""
+    """This must hold for a token with a name unlike <|im_end|> too, such as Qwen3's <tool_call>."""
     made = small_tokenizer_json()
     made["added_tokens"][-1]["content"] = "<tool_call>"
     (tmp_path / "tokenizer.json").write_text(json.dumps(made))

@@ -52,7 +52,7 @@ def test_a_larger_limit_adds_to_what_is_there(place, tmp_path, name, changes):
 
 
 def test_results_of_other_limits_are_compared_by_question(place, tmp_path):
-    """Results with other few-shot examples or chat prompts too: the questions are still the same."""
+    """Results with other examples or in chats are compared too: their questions are still the same."""
     few = run.evaluate(configure(place, benchmarks="mmlu", limit=1), tmp_path / "a", progress=False)
     more = configure(place, benchmarks="mmlu", limit=2, shots=0, prompt="chat")
     found = compare(few, run.evaluate(more, tmp_path / "b", progress=False))["mmlu", "acc"]
@@ -70,7 +70,7 @@ def test_records_of_other_settings_are_not_mixed(place, tmp_path, settings):
 
 
 def test_records_of_a_model_that_was_written_over_are_not_mixed(place, tmp_path):
-    """A tokenizer that was written over counts too. With a copy of the same files the evaluation continues."""
+    """The same holds for its tokenizer. With a copy of the same files the evaluation continues."""
     there = tmp_path / "hf"
     changes = {"init_from": str(there), "benchmarks": "arc_challenge", "limit": 1}
 

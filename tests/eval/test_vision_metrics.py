@@ -43,7 +43,7 @@ def test_official_anls_is_zero_at_a_half():
 
 
 def test_people_without_a_number_who_say_the_same_are_left_out_together():
-    """As in the harness. With answer_id, each person is left out alone."""
+    """As in the harness. With answer_id, people who say the same are told apart, and each is left out alone."""
     same = [{"answer": "cat"} for _ in range(10)]
     assert (
         score("vqav2", same, "cat"),

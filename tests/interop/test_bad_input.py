@@ -196,7 +196,7 @@ def test_the_limit_of_layers_can_be_raised(model, tmp_path, monkeypatch):
 
 
 def test_a_sparse_file_is_not_read(tmp_path):
-    """A file of 1 TB that takes no disk space is refused by its size: these files would be read whole."""
+    """A file of 1 TB that takes no disk space is refused by its size. Without a limit it would be read whole."""
     for name in ("tokenizer.json", "tokenizer.model", "merges.txt", "qwen.tiktoken", "config.json"):
         place = tmp_path / name.replace(".", "_")
         place.mkdir()

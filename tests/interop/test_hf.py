@@ -104,7 +104,7 @@ def test_one_file_or_shards(tmp_path):
 
 @pytest.mark.parametrize("mesh", ["dp2,tp2", "pp2,tp2", "dp2,ep2"])
 def test_a_rank_reads_its_shards_alone(mesh, tmp_path):
-    """They equal the shards cut from the whole model, and the rank allocates nothing else."""
+    """The rank's tensors equal the shards cut from the whole model, and the rank allocates nothing else."""
     cfg = ModelConfig(**SIZES | EXPERTS | {"num_experts": 4, "vocab_size": 96})
     hf.save_pretrained(tmp_path / "m", cfg, params.init_params(cfg, 0))
     p = hf.load_pretrained(tmp_path / "m")[1]
@@ -193,7 +193,10 @@ print(loaded - before, peak() - loaded)
 
 
 def test_memory_is_the_model_and_one_tensor(tmp_path):
-    """Weights of 126 MB in float32, a file of 63 MB, tensors of at most 17 MB; 10 MB more are for the interpreter."""
+    """Loading takes the model and one tensor more, saving one tensor; each may take 10 MB more, for the interpreter.
+
+    The weights have 126 MB in float32, the file 63 MB, and a tensor has at most 17 MB.
+    """
     cfg = ModelConfig(hidden_size=512, num_hidden_layers=6, intermediate_size=2048, vocab_size=8192, head_dim=64)
     table = params.abstract_params(cfg)
     p = {path: torch.full(spec.shape, 0.5, dtype=torch.bfloat16) for path, spec in table.items()}

@@ -37,7 +37,8 @@ def passed(kind, tier):
     return [name for name, verdict in zip(PROBLEMS, run_all(jobs, tier=tier)) if verdict.passed]
 
 
-# By default only its own solutions run, on the last tier: this fails if anything does. Each other case costs as much.
+# By default only HumanEval's own solutions run, and on the last tier alone: this case fails if any does. The other
+# solutions and the other tier cost as much again each.
 CASES = [
     pytest.param(kind, expected, tier, marks=[] if kind == "canonical" and tier == TIERS[-1] else [pytest.mark.nightly])
     for tier in TIERS

@@ -71,7 +71,7 @@ def test_the_tests_own_check_is_called_and_no_other(code, tests, entry, setup, p
 
 
 def test_of_a_subclass_the_built_in_value_travels():
-    """A Counter then equals a dict, as it does within one program. Methods of the subclass have no effect."""
+    """So a Counter equals a dict, as it does within one program. Methods of the subclass have no effect."""
 
     class Liar(dict):
         def items(self):

@@ -123,7 +123,8 @@ def test_no_attack_wins(name, tier, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", attacks.SECRET)
     begin, before = time.monotonic(), set(Path("/tmp").glob("[0-9x]*"))
     limits = Limits() if name in attacks.ESCAPES else SHORT
-    by_cases = name in attacks.FLOODS or name in attacks.ESCAPES  # this process compares, no second one
+    # With cases this process compares the results: no second sandboxed process runs the tests.
+    by_cases = name in attacks.FLOODS or name in attacks.ESCAPES
     tests = [Case((), attacks.SECRET)] if by_cases else attacks.TESTS
     verdict = run_tests(attacks.ALL[name], tests, "f", limits, tier=tier)
     assert not verdict.passed
