@@ -22,8 +22,8 @@ from kernels.backend import check_devices, runs_triton, tl, triton
 class Plan(NamedTuple):
     """Where each choice of each token goes.
 
-    order: int32 [R]: row r is choice order[r], which is expert number order[r] % K of token order[r] // K. place: int32
-    [N, K], the row of each choice. offsets: int32 [E + 1], the first row of each expert, then R.
+    order: int32 [R]: row r is choice order[r], which is column order[r] % K of token order[r] // K in [N, K]. place:
+    int32 [N, K], the row of each choice. offsets: int32 [E + 1], the first row of each expert, then R.
     """
 
     order: Tensor

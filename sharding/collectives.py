@@ -82,7 +82,7 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
 def all_to_all(x: Tensor, in_splits: Sequence[int], out_splits: Sequence[int], axis: Axis) -> Tensor:
     """Send in_splits[r] rows of x to each rank r, in order, and receive out_splits[r] rows from it.
 
-    Splits are Python ints, one per rank. Returns the received rows, [Σ out_splits, …].
+    Splits are numbers on the host, one per rank. Returns the received rows, [Σ out_splits, …].
     """
     return x if axis.size == 1 else _AllToAll.apply(x, tuple(in_splits), tuple(out_splits), axis.group)
 

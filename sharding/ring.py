@@ -2,9 +2,9 @@
 
 Keys and values are passed round the ring of ranks. At every step a rank attends to the keys that it has received and
 merges the result with its earlier results by each row's log-sum-exp. The next keys are sent while a rank computes. The
-backward pass passes keys and values round again, and their gradients behind them. It needs only the merged output and
-log-sum-exp, so nothing else is saved. Keys in the future of a rank's queries cost no time, and every rank runs the same
-operators on the same shapes.
+backward pass passes keys and values round again, and their gradients behind them. It needs the merged output and
+log-sum-exp beside the rank's own q, k and v, so nothing else is saved. Keys in the future of a rank's queries cost no
+time, and every rank runs the same operators on the same shapes.
 
 How a model uses it: sequence_split.split_sequence cuts the batch. Rotary tables are made from the batch's positions.
 sequence_split.ring_ranges(batch["starts"], axes.cp), once per batch, gives the keys that are visible at each step.

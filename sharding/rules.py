@@ -70,7 +70,7 @@ def place(cfg: ModelConfig, shape: MeshShape, fsdp: bool = True) -> dict[str, Pl
     Raises UserError, with path, dim and axis, when a dimension of the table doesn't divide. Heads are never split, so
     dimensions of attention are counted in heads. If there are fewer key/value heads than tp ranks and tp is a multiple
     of their number, key/value projections are replicated over tp. The stack is cut over pp in equal stages; the last
-    stages are padded.
+    one is padded if it has fewer layers.
     """
     return {path: _place(cfg, path, spec, shape, fsdp) for path, spec in P.abstract_params(cfg).items()}
 

@@ -256,9 +256,8 @@ def _activations(setup: Case, layers: Sequence[int], in_flight: int) -> dict[str
 def _layer_at_work(setup: Case, table: tuple[Leaf, ...]) -> int:
     """Bytes of one layer's temporaries in the backward pass.
 
-    These are the recomputed activations; about half of what a layer saves without recomputation, for gradients of
-    activations; and its weights' gradients before FSDP has cut them, in two copies (flat and per leaf, or in two
-    dtypes).
+    These are the recomputed activations; temporaries, about half of what a layer saves without recomputation; and its
+    weights' gradients before FSDP has cut them, in two copies (flat and per leaf, or in two dtypes).
     """
     kinds = {setup.model.is_sparse(layer) for layer in setup.cut.layers_of(0)}
     whole, kept = (

@@ -71,7 +71,7 @@ def _one_f_one_b(rank: int, ranks: int, microbatches: int) -> tuple[Action, ...]
 def _interleaved(schedule: str, rank: int, ranks: int, stages: int, microbatches: int) -> tuple[Action, ...]:
     zero_bubble = schedule == "zero_bubble"
     total = stages * microbatches
-    group = microbatches // max(1, microbatches // ranks)  # micro-batches that a stage runs before the next stage does
+    group = microbatches // max(1, microbatches // ranks)  # micro-batches that a stage runs before the rank's next one
     hop = 1 if zero_bubble else 2  # additional warm-up forwards per rank of distance from the last rank
     warm = min((stages - 1) * group + hop * (ranks - 1 - rank), total)
 

@@ -48,8 +48,9 @@ class Case:
 
     Attributes:
       mesh: as config.mesh; empty: one GPU. preset: from qwen3f/presets.py. layers: number of layers to keep; 0: all.
-      rows: rows of the batch per rank of dr, dp and ep. tokens: tokens per row. documents: mean length of the documents
-        packed into a row; 0: one document per row. microbatches: parts that the batch is cut into.
+      rows: rows of the batch per rank of dr, dp and ep; ranks of tp, cp and pp share them. tokens: tokens per row.
+        documents: mean length of the documents packed into a row; 0: one document per row. microbatches: parts that the
+        batch is cut into.
       remat: recomputation: none, selective or full. pure: bfloat16 weights and moments.
       compile: as config.compile. reduce: as config.fsdp.reduce. schedule, stages, stage_layers: as schedule, stages and
         layers of config.pipeline. steps: number of timed steps.

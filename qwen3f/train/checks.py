@@ -240,7 +240,7 @@ def _check_number(key: str, value: Any) -> None:
     if type(value) not in (int, float):
         return
     bits = 32 if key in ROWS or (key.startswith("model.") and type(value) is int) else 63
-    if not abs(value) < 2**bits:  # also refuses nan; first, as comparing a huge int with a float may overflow
+    if not abs(value) < 2**bits:  # also refuses nan; first, because a huge int can't become a float
         raise UserError(f"config.{key}={str(value)[:40]}: write a finite number below 2^{bits}")
     if key in SECONDS and value > _LONGEST:
         raise UserError(f"config.{key} must be at most {_LONGEST:,} seconds, got {value}")

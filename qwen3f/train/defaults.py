@@ -83,11 +83,11 @@ def no_scaling() -> FieldReference:
 def _data() -> ConfigDict:
     """The data keys that every stage has; a stage adds its own."""
     data = ConfigDict()
-    data.workers = 0  # additional processes that build batches or tokenise; 0: the loader's thread does it
+    data.workers = 0  # additional processes that build batches or tokenise; 0: threads of this process do it
     data.cache = ""  # directory for tokenizers and tokenised text; default $XDG_CACHE_HOME/qwen3f
     data.num_threads = 2  # threads that tokenise, in each process
-    # A sentencepiece .model, or a directory with Qwen's tokenizer. Default: the one in the workdir, else init_from's,
-    # else one is trained on the data.
+    # A sentencepiece .model, or a directory with Qwen's tokenizer. Default: the one in the workdir, else init_from's.
+    # Without either, pretrain and multimodal train one on the data; the other stages need one.
     data.tokenizer = ""
     return data
 
@@ -127,7 +127,7 @@ def _eval() -> ConfigDict:
     evaluation = ConfigDict()
     evaluation.every = 500  # steps; 0: only at the end
     evaluation.batch_size = 16  # rows per evaluation batch, over all devices
-    evaluation.benchmarks = ""  # benchmarks to run at evaluations: reasoning, or names as in experiments/eval.py; a,b
+    evaluation.benchmarks = ""  # benchmarks at evaluations: reasoning, or names as in experiments/eval.py; several: a,b
     evaluation.benchmark_root = ""  # directory of their local copies, as data.root in experiments/eval.py
     evaluation.benchmark_questions = 128  # at most this many questions per benchmark, spread evenly over all
     evaluation.benchmark_prompt = "raw"  # raw or chat

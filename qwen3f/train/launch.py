@@ -1,4 +1,4 @@
-"""A training run on the ranks of its mesh: this process alone, processes that it starts, or those of torchrun."""
+"""A training run on the ranks of its mesh: this process alone, ranks that it starts, or those of torchrun or srun."""
 
 import os
 import sys

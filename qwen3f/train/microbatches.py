@@ -89,7 +89,7 @@ def candidates(shape: MeshShape, pipeline: Pipeline, batch_size: int, seq_len: i
         try:
             rules.check_batch(shape, batch_size, seq_len, number)
             found.append(number)
-        except UserError as error:  # a micro-batch's tokens don't divide by tp
+        except UserError as error:  # seq_len doesn't divide over cp, or a micro-batch's tokens don't over tp
             refused = error
     if found:
         return tuple(found)

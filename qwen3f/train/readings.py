@@ -13,7 +13,7 @@ from qwen3f.train.setup import Setup
 from qwen3f.train.state import TrainState
 from sharding.state import local_shards
 
-_UNLOGGED = ("tokens", "finite")  # tokens_seen has the tokens; logged steps are finite
+_UNLOGGED = ("tokens", "finite")  # tokens_seen has the tokens; loss and grad_norm show what is finite
 
 
 class Readings:

@@ -63,7 +63,10 @@ class Saver:
             self(step, state, {}, True)
 
     def finish(self) -> None:
-        """Wait for the run's last save. Raises CheckpointWriteError if it failed, whatever the policy."""
+        """Wait for the run's last save. Raises CheckpointWriteError if it failed, whatever the policy.
+
+        By the policy only if the save succeeded, but an old checkpoint could not be deleted (OldCheckpointStays).
+        """
         try:
             self._checkpoints.wait()
         except OldCheckpointStays as error:

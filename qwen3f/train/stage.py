@@ -101,7 +101,8 @@ class Stage:
         "val_loss".
       prepare: (state, batch, more) -> the batch for the step (keys: sharding/sequence_split.py). more() returns the
         next examples. If the result has a key "consumed", that many examples count as used; else all examples that
-        were given. All ranks must return batches that belong to the same step.
+        were given. Where ranks do different work in it, they must agree on the result before it returns (methods of
+        World), because all of them run the step together.
       finish: (state, logger), called at the end of a run that reached its last step.
       save, load: save returns what the stage must remember, as JSON, for a checkpoint's meta. load gets it back before
         the first step of a run that resumes from a checkpoint ({} without one), and after a rollback to one.
