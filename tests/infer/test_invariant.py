@@ -153,7 +153,7 @@ def test_targets_that_are_no_token():
 
 
 def test_what_it_does_not_take_is_named():
-    with pytest.raises(UserError, match="takes compile='off'"):
+    with pytest.raises(UserError, match="needs compile='off'"):
         model.Execution(invariant=True, compile="block", kernels=())
     cfg, p = build(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
     with pytest.raises(UserError, match=r"model\.INVARIANT takes dense models"):

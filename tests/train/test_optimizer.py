@@ -68,7 +68,7 @@ def test_wrong_hyperparameters_are_named():
         AdamW(b2=1.0)
     with pytest.raises(UserError, match="clip_norm"):
         AdamW(clip_norm=-1.0)
-    with pytest.raises(UserError, match="weight_decay must be a number"):
+    with pytest.raises(UserError, match="weight_decay must be at least 0"):
         AdamW(weight_decay=float("nan"))
     with pytest.raises(UserError, match="update_rms"):
         Muon(update_rms=float("nan"))

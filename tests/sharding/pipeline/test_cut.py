@@ -120,7 +120,7 @@ def test_store_is_undone_by_restore(layers, pipeline):
             {"num_hidden_layers": 6},
             Pipeline("interleaved", 4),
             2,
-            "stages of 1; lower config.pipeline.stages, or write",
+            "stages of 1 layers; lower config.pipeline.stages, or write",
         ),
         ({"num_hidden_layers": 1}, Pipeline("zbv", 2), 2, "or write config.pipeline.schedule=1f1b with "),
         ({"num_hidden_layers": 28}, Pipeline(layers=10), 4, "layers=10 can't .* write 0, for equal stages, or 7 to 9$"),
@@ -150,7 +150,7 @@ def test_stages_that_cannot_be_are_errors(changes, pipeline, ranks, words):
 
 
 @pytest.mark.parametrize(
-    "schedule, stages, words", [("gpipe", 1, "use one of 1f1b"), ("1f1b", 2, "write 1"), ("zbv", 1, "write 2")]
+    "schedule, stages, words", [("gpipe", 1, "use one of 1f1b"), ("1f1b", 2, "stages=1$"), ("zbv", 1, "stages=2$")]
 )
 def test_schedules_that_do_not_exist_are_errors(schedule, stages, words):
     with pytest.raises(UserError, match=words):
