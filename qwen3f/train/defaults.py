@@ -42,7 +42,7 @@ def run_config(preset: str, stage: str) -> ConfigDict:
     config.microbatches = 0
     config.seq_len = 4096  # tokens per row
     config.nonfinite_skips = 0  # skip the updates of this many steps whose loss or gradient is not finite; then stop
-    # A loss spike sends the run back to the last checkpoint; it then skips the data up to the spike.
+    # A loss spike sends the run back to the last checkpoint; it then skips the data until after the spike.
     config.spike = ConfigDict()
     config.spike.threshold = 0.0  # a loss this many robust deviations above the running median is a spike; 0: no check
     config.spike.window = 64  # number of last losses that the median is computed from

@@ -75,7 +75,7 @@ def test_wrong_arguments_are_named():
         ((q, k, v.transpose(2, 3), seen), "v must be"),
         ((q, k, v[:, :, :5], seen), "fit together"),
         ((q[:, :3], k, v, seen), "fit together"),
-        ((q.expand(1, 4, 1, 16).repeat(1, 1, 80, 1), k, v, seen), "128 rows"),
+        ((q.expand(1, 4, 1, 16).repeat(1, 1, 80, 1), k, v, seen), "at most 128 fit"),
         ((q, k, v, seen.long()), "seen must be"),
         ((q, k, v, seen.to("meta")), "seen is on meta"),
         ((q, k[:, :0], v[:, :0], seen), "do not fit together"),
