@@ -5,9 +5,10 @@
 The state has a preset's parameters and AdamW's two moments, float32, on the CPU. Each case runs in its own process, and
 prints seconds by the clock, seconds of CPU time, and the peak memory in addition to the state.
 
-Cases: ours_write, ours_read, orbax_write, orbax_read: the whole state. ours_read_half: the half that one of two ranks
-needs. orbax_write_4, orbax_read_2: arrays on 4, or 2, devices of one process. ours_stall: the time for which a save
-stops training: the second copy of a state, on the GPU if there is one, into host memory. DIR needs room for two states.
+Cases: ours_write, ours_read, orbax_write, orbax_read: the whole state; orbax_write saves jax.Arrays of the same memory.
+ours_read_half: the half that one of two ranks needs. orbax_write_4, orbax_read_2: arrays on 4, or 2, devices of one
+process. ours_stall: the time for which a save stops training: the second copy of a state, on the GPU if there is one,
+into host memory. DIR needs room for two states.
 """
 
 import os
