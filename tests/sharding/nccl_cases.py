@@ -1,15 +1,15 @@
 """Every mesh of N devices against one device, in processes: NCCL on GPUs, or gloo on CPUs to try the same code.
 
-    python -m tests.sharding.nccl_cases 4 [--cpu] [--only WORDS …]    cases whose names have one of the words
+    python -m tests.sharding.nccl_cases 4 [--cpu] [--only WORDS …]    only cases whose names contain one of the words
 
-What gloo and one process show of the algebra, NCCL shows of streams and of kernels. Three AdamW steps, an evaluation
-after each; every case in three precisions:
+Tests with gloo and in one process check the algebra. This file also checks NCCL, its streams and the kernels. A case
+takes three AdamW steps and evaluates after each. Every case runs in three precisions:
 
-    float64    plain formulas; numbers, gradients and parameters to 1e-10: only the order of sums differs
-    float32    kernels; the first step's numbers and gradients by norm. Later ones loosely: where a gradient is about
-               zero AdamW makes a whole step of its rounding
-    bfloat16   over float32 masters, as in training; compared with float64, since two roundings needn't agree: the mesh
-               may be off by so many times what one device is
+    float64    plain formulas. Numbers, gradients and parameters to 1e-10: only the order of sums differs
+    float32    kernels. Numbers and gradients (by norm) of the first step. Numbers of later steps have a looser limit:
+               where a gradient is about zero, AdamW turns its rounding error into a whole step
+    bfloat16   with float32 master weights, as in training. Two rounded results need not agree, so both are compared
+               with float64. The error of the mesh may be FACTOR times the error of one device
 """
 
 import argparse
@@ -41,21 +41,21 @@ from sharding.state import local_shards
 from tests.sharding.steps import MOE, ROWS, SCHEDULE, batches, config, share
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
-EXACT = 1e-10  # float64
-FIRST, LATER = 5e-6, 2e-5  # float32: of the first step by norm; numbers of later ones
-FACTOR = 2.0  # bfloat16: times one device's own error; tp, which rounds partial sums, comes to 1.5 in the updates
-ULP = 2.0**-8  # of bfloat16: one device's error in a single number may be smaller by luck
+EXACT = 1e-10  # limit in float64
+FIRST, LATER = 5e-6, 2e-5  # limits in float32: the first step, gradients by norm; numbers of all steps
+FACTOR = 2.0  # bfloat16: limit over one device's error. tp rounds partial sums, and reaches 1.5 in updates
+ULP = 2.0**-8  # of bfloat16: the least error assumed; in a single number one device may have less by luck
 
 TIED = {"tie_word_embeddings": True}
-THREE, SEVEN = {"num_hidden_layers": 3}, {"num_hidden_layers": 7}  # a row of padding in two stages, in four
+THREE, SEVEN = {"num_hidden_layers": 3}, {"num_hidden_layers": 7}  # one row of padding: with two stages, with four
 SELECTIVE = {"gradient_checkpointing": "selective"}
 ONE_STAGE, INTERLEAVED, ZERO, ZBV = Pipeline(), Pipeline("interleaved", 2), Pipeline("zero_bubble"), Pipeline("zbv", 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Of bfloat16 alone: compile, blocks are compiled on GPUs, as in training; master_sums, gradients are summed over
-    ranks in float32."""
+    """Two fields matter in bfloat16 alone. compile: blocks are compiled on GPUs, as in training. master_sums: gradients
+    are summed over ranks in float32."""
 
     mesh: str
     changes: dict = dataclasses.field(default_factory=dict)
@@ -73,7 +73,7 @@ class Case:
 
     @property
     def microbatches(self):
-        """As many as the rows allow, four at most."""
+        """Four with a pipeline, else two; fewer where a rank has fewer rows."""
         shape = parse_mesh(self.mesh)
         return min(4 if shape.pp > 1 else 2, ROWS // (shape.dr * shape.dp * shape.ep))
 
@@ -122,7 +122,7 @@ def _eight():
 
 
 def _of_twos(axes, count, compiled):
-    """All sets of so many axes, of two ranks each; experts where ep is one of them."""
+    """A case for each set of `count` axes, with two ranks on each axis. With ep the model has experts."""
     for names in itertools.combinations(axes, count):
         mesh = ",".join(f"{name}2" for name in names)
         changes = (MOE if "ep" in names else {}) | (THREE if "pp" in names else {})
@@ -131,8 +131,8 @@ def _of_twos(axes, count, compiled):
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """numbers: [step, (loss, gradient norm, nats of an evaluation)]. grads: the first moments after the first step.
-    start, end: parameters."""
+    """What a run gave. numbers: [step, (loss, gradient norm, nats of an evaluation)]. grads: AdamW's first moments
+    after the first step. start, end: parameters before and after the run."""
 
     numbers: torch.Tensor
     grads: dict
@@ -141,7 +141,7 @@ class Trace:
 
 
 def train(cfg, layout, mesh, rank, device, dtype, compute, execution, microbatches):
-    """A Trace of this rank's shards; without a mesh, of one device."""
+    """Train three steps; return a Trace of this rank's shards. mesh=None: train on one device."""
     run = {"layout": layout, "execution": execution, "compute_dtype": compute}
     current = init_state(cfg, 0, device=device, dtype=dtype, layout=layout, mesh=mesh)
     start, grads, numbers = current.params, None, []
@@ -163,7 +163,7 @@ def on_one_device(cfg, device, dtype, compute, execution, microbatches):
 
 
 def shards_of(trace, cfg, layout):
-    """What a rank would have of one device's Trace."""
+    """Cut one device's Trace into the shards of this rank."""
     stages, placed = make_slices(cfg, layout.pipeline, layout.axes.pp.size), layout.place(cfg)
     fields = (cut(store(cfg, x, stages), placed, layout.axes) for x in (trace.grads, trace.start, trace.end))
     return Trace(trace.numbers, *fields)
@@ -178,7 +178,7 @@ def furthest(found, wanted):
 
 
 def distance(found, wanted):
-    """Of all leaves together by norm, over that of `wanted`."""
+    """The norm of the error of all leaves together, divided by the norm of `wanted`."""
     off = torch.cat([(found[path].double() - x).flatten() for path, x in wanted.items()])
     return (off.norm() / torch.cat([x.double().flatten() for x in wanted.values()]).norm()).item()
 
@@ -188,7 +188,7 @@ def update(trace):
 
 
 def deviations(case, layout, mesh, rank, device, dtype):
-    """{what: (how far off, how far it may be)} of this rank."""
+    """{what is compared: (its error, the largest error allowed)} on this rank."""
     cfg, parts = config(**case.changes), case.microbatches
     plain = functools.partial(on_one_device, cfg, device, microbatches=parts)
     exact = plain(dtype=F64, compute=F64, execution=model.REFERENCE)
@@ -218,7 +218,7 @@ def deviations(case, layout, mesh, rank, device, dtype):
         }
     errors = [relative(x.numbers, exact.numbers) for x in (found, wanted)]
     pairs = {
-        # those after an update would show the chance of signs of AdamW's steps, not the size of the error
+        # not the numbers after an update: chance in the signs of AdamW's steps would hide the size of the error
         "numbers of the first step": [max(error[0, :2].max().item(), ULP) for error in errors],
         "gradients": [distance(x.grads, exact.grads) for x in (found, wanted)],
         "updates": [distance(update(x), update(exact)) for x in (found, wanted)],
@@ -227,7 +227,7 @@ def deviations(case, layout, mesh, rank, device, dtype):
 
 
 def check(case, mesh, axes, rank, device, dtype):
-    """(words for what was measured, words for what is wrong or "")."""
+    """Run a case. Return (words for what was measured, words for what is wrong or "")."""
     try:
         layout = Layout(axes, case.fsdp, pipeline=case.pipeline)
         found = deviations(case, layout, mesh, rank, device, dtype)
@@ -271,7 +271,7 @@ def on_rank(rank, world, device_type, folder, chosen):
 
 
 def run(world, device_type, names=()):
-    """What is unequal to one device, in words, of all cases of so many devices."""
+    """Run the cases of `world` devices. Return one text for each case and precision that differs from one device."""
     chosen = [case for case in cases_of(world) if not names or any(name in str(case) for name in names)]
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(on_rank, (world, device_type, folder, chosen), nprocs=world, start_method="spawn")

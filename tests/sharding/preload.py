@@ -1,4 +1,4 @@
-"""What ranks of tests import in their course, for the server that they are forked from: once, and not rank by rank."""
+"""Modules that ranks of tests need. The server that forks the ranks imports them once, so that no rank has to."""
 
 # ruff: noqa: F401
 import pytest

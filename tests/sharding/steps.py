@@ -16,7 +16,7 @@ from sharding.state import as_dtensors, local_shards
 from tests.batches import random_batch
 from tests.sharding.worlds import each, local_world, ranks_of
 
-# Sizes differ, so that dims can't be taken for each other; 2 key/value heads are fewer than tp4.
+# Sizes differ, so that a confused dimension fails. 2 key/value heads are fewer than the 4 ranks of tp4.
 DENSE = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -69,14 +69,14 @@ def on_one_device(cfg, *, dtype=torch.float64, microbatches=1, steps=3):
 
 
 def share(batch, shape, rank, microbatches):
-    """A rank's rows: of every micro-batch, its part over dr, dp and ep, which are beside each other in the mesh."""
+    """The rows of a rank. dr, dp and ep, which are adjacent axes of the mesh, cut the rows of every micro-batch."""
     parts = shape.dr * shape.dp * shape.ep
     place = rank // (shape.cp * shape.tp) % parts
     return {k: torch.cat([p.chunk(parts)[place] for p in x.chunk(microbatches)]) for k, x in batch.items()}
 
 
 def cut_state(whole, placed, axes):
-    """A state of whole tensors as this rank's shards."""
+    """Cut a state of whole tensors into this rank's shards."""
     opt = type(whole.opt)(*(cut(params, placed, axes) for params in whole.opt))
     return whole._replace(params=cut(whole.params, placed, axes), opt=opt)
 
@@ -85,9 +85,9 @@ def cut_state(whole, placed, axes):
 def local_run(
     cfg, mesh, *, fsdp=True, microbatches=1, steps=3, dtype=torch.float64, gather_dtype=None, hyper=ADAMW, **options
 ):
-    """In a local world of the mesh: (step, its first state, its batches)."""
+    """Yield (training step, first state, batches) on a mesh whose ranks all run in this process (local_world)."""
     start = state.init_state(cfg, 0, hyper, dtype=dtype)
-    inputs = batches(steps)  # made out here: in there, random numbers differ from rank to rank
+    inputs = batches(steps)  # made outside of local_world: inside, random numbers differ from rank to rank
     with local_world(mesh) as (device_mesh, axes):
         layout, shape = Layout(axes, fsdp, gather_dtype=gather_dtype), axes.shape
         on_all = tree.map(lambda x: each([x] * shape.size), start)
@@ -98,7 +98,7 @@ def local_run(
 
 
 def on_local_world(cfg, mesh, **options):
-    """[(state, metrics)] as on_one_device; a leaf is the list of its values on all ranks. Options: local_run's."""
+    """[(state, metrics)] after each step on a mesh; a leaf is the list of all ranks' values. Options: local_run's."""
     history = []
     with local_run(cfg, mesh, **options) as (step, current, inputs):
         for batch in inputs:
@@ -108,7 +108,7 @@ def on_local_world(cfg, mesh, **options):
 
 
 def values_of(state, metrics):
-    """The shards of a step's result, a leaf as the list of its values on all ranks."""
+    """A step's (state, metrics) with each leaf as a list: its value on every rank."""
     return tree.map(_values, local_shards(state)), tree.map(_values, metrics)
 
 
@@ -117,7 +117,7 @@ def _values(x):
 
 
 def expected_on(whole, cfg, mesh, fsdp=True):
-    """A state of whole tensors as on_local_world's lists: the shard of each rank."""
+    """Cut a state of whole tensors for a mesh. As in on_local_world, each leaf is the list of all ranks' shards."""
     with local_world(mesh) as (_, axes):
         on_all = tree.map(lambda x: each([x] * axes.shape.size), whole)
         return tree.map(_values, cut_state(on_all, Layout(axes, fsdp).place(cfg), axes))

@@ -18,7 +18,7 @@ NAMES = ["dp", "ep", "tp", "dp_ep"]
 
 
 def groups(shape, name):
-    """[groups, ranks in the axis's order], from the row-major order of pp, dr, dp, ep, cp, tp."""
+    """The ranks of every group along an axis: [groups, ranks]. Ranks are in row-major order of pp, dr, …, tp."""
     ranks = torch.arange(shape.size).view(shape.pp, shape.dr, shape.dp, shape.ep, shape.cp, shape.tp)
     dims = [("pp", "dr", "dp", "ep", "cp", "tp").index(part) for part in name.split("_")]
     others = [d for d in range(6) if d not in dims]
@@ -26,7 +26,7 @@ def groups(shape, name):
 
 
 def in_groups(shape, name, formula):
-    """formula([ranks of a group, …]) -> [ranks of the group, …], applied to every group of a stacked tensor."""
+    """A function that applies formula([ranks of a group, …]) -> [ranks of the group, …] to each group of a tensor."""
 
     def whole(x):
         out = [None] * len(x)
@@ -39,7 +39,7 @@ def in_groups(shape, name, formula):
 
 
 def gather_two(x, axis):
-    """Along both dimensions in one launch."""
+    """Gather along both dimensions in one launch."""
     rows, columns = C.gather_each([x, 3 * x], axis, [0, 1])
     return torch.cat([rows.flatten(), columns.flatten()])
 
@@ -103,7 +103,7 @@ def test_value_and_adjoint(mesh, name, case):
     ids=["gather", "gather_each"],
 )
 def test_a_gather_that_casts_sums_gradients_before_rounding(gather):
-    """1 and 2⁻³⁰ are float32 numbers; their sum is not."""
+    """1 and 2⁻³⁰ are float32 numbers, but their sum is not: a float32 sum would be 1."""
     with local_world("dp2") as (_, axes):
         x = each([torch.full((2,), 0.1, dtype=torch.float64)] * 2).requires_grad_()
         out = gather(x, axes.dp)
@@ -134,12 +134,12 @@ def test_what_does_not_divide_is_named():
 
 
 def uneven(rank):
-    """Row counts that differ by pair: rank r sends r + to + 1 rows to each."""
+    """(rows sent to each rank, rows received from each). Rank r sends r + to + 1 rows to rank `to`."""
     return [rank + to + 1 for to in range(2)], [source + rank + 1 for source in range(2)]
 
 
 def chain(x, axes):
-    """One scalar from every collective, in a form that a compiled block may have."""
+    """A scalar computed through gather, reduce_scatter, all_reduce and shift, as a compiled block may do."""
     x = C.gather(x, axes.tp, 1).tanh()
     x = C.reduce_scatter(x, axes.tp, 0).sin()
     x = C.all_reduce(x, axes.dp).sin()

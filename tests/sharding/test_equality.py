@@ -1,8 +1,7 @@
 """A training step on a mesh computes what it computes on one device.
 
-After each of two AdamW steps, on every rank: loss, gradient norm and all other metrics, parameters, and both
-moments, which after the first are the gradients. float64 to 1e-10: the algebra is the same, only the order of sums
-differs.
+Compared after each of two AdamW steps, on every rank: loss, gradient norm and all other metrics, parameters, and both
+moments. After the first step the moments show the gradients. float64 to 1e-10: only the order of sums differs.
 """
 
 import pytest
@@ -14,7 +13,7 @@ from qwen3f.train.optimizer import AdamW
 from qwen3f.train.state import init_state
 from tests.sharding.steps import MOE, SCHEDULE, batches, config, expected_on, on_local_world, on_one_device
 
-# name: (changes of the config, micro-batches, FSDP, meshes, meshes at night)
+# name: (changes of the config, micro-batches, FSDP, meshes, meshes of the nightly run)
 CASES = {
     "dense": (
         {}, 1, True,

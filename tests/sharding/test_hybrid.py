@@ -1,4 +1,4 @@
-"""Data replicas (dr): FSDP within them, its gradients summed over them; equal to one device."""
+"""Hybrid FSDP equals one device: weights are sharded within each data replica (dr), gradients summed over replicas."""
 
 import itertools
 
@@ -31,7 +31,7 @@ CASES = [
 
 @pytest.mark.parametrize("changes, mesh, microbatches, cut", CASES)
 def test_a_hybrid_equals_one_device(changes, mesh, microbatches, cut):
-    """All metrics, parameters and moments after a step, on every rank: float64 to 1e-10, as of test_equality."""
+    """All metrics, parameters and moments after a step, on every rank: float64 to 1e-10, as in test_equality."""
     cfg, run = config(**{"num_hidden_layers": 1} | changes), {"microbatches": microbatches, "steps": 1}
     _, (whole, metrics) = on_one_device(cfg, **run)
     ((shards, on_ranks),) = on_local_world(cfg, mesh, fsdp=cut, **run)
@@ -43,7 +43,8 @@ def test_a_hybrid_equals_one_device(changes, mesh, microbatches, cut):
     "changes, mesh, microbatches", [({}, "dr2,dp2", 2), ({"hidden_size": 22}, "dr2,dp4", 1), (MOE, "dr2,ep2", 2)]
 )
 def test_the_gradients_sum_over_replicas_can_be_neither_dropped_nor_doubled(changes, mesh, microbatches, monkeypatch):
-    """It is made once a step and set of axes, after the last micro-batch; the equality above sees each."""
+    """A step makes this sum once for each set of axes, after the last micro-batch. If one is dropped or doubled, the
+    result moves by more than the 1e-10 of the test above."""
     cfg, real = config(**{"num_hidden_layers": 1} | changes), fsdp.sum_over
     calls, target = [], None
 
@@ -54,7 +55,7 @@ def test_the_gradients_sum_over_replicas_can_be_neither_dropped_nor_doubled(chan
         return 2 * real(x, axes, names)
 
     def sum_over(x, axes, names=AXES):
-        if "dr" not in names or x.dim() != 1 or len(x) < 4:  # totals and losses
+        if "dr" not in names or x.dim() != 1 or len(x) < 4:  # sums of totals and losses, not of gradients
             return real(x, axes, names)
         calls.append(names)
         return (mutated if names == target else real)(x, axes, names)
@@ -78,7 +79,7 @@ def test_the_gradients_sum_over_replicas_can_be_neither_dropped_nor_doubled(chan
 @pytest.mark.parametrize("mesh", ["dp8", "dp8,ep2", "dp4,cp2,tp2", "pp2,dp4"])
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_replicas_hold_what_a_smaller_mesh_would(preset, mesh, factor):
-    """Over dr nothing is cut: a rank holds what it holds on the mesh without replicas, and sums over dr besides."""
+    """dr cuts no parameter: a rank holds what it holds on the mesh without replicas, and sums gradients over dr."""
     shape = parse_mesh(mesh)
     mixed = hybrid(shape, shape.dp * shape.ep * shape.cp // factor)
     assert (mixed.dr, mixed.dr * mixed.dp) == (factor, shape.dp)
@@ -100,7 +101,7 @@ def test_replicas_hold_what_a_smaller_mesh_would(preset, mesh, factor):
 
 @pytest.mark.parametrize("mesh", ["dr2,dp3", "dr2,dp2,ep2", "dr3,cp2,tp2", "dr2,dp2,ep2,cp2", "pp2,dr2,ep2"])
 def test_sums_over_data_axes_are_one_collective(mesh, monkeypatch):
-    """Over any set of axes that a parameter is replicated or cut on: as many collectives as have to be, and the sum."""
+    """For any set of axes: the right sum, by one collective for all data axes together and one for each other axis."""
     shape = parse_mesh(mesh)
     wide = [axis for axis in AXES if getattr(shape, axis) > 1]
     x = torch.arange(float(shape.size), dtype=torch.float64) ** 2
@@ -136,7 +137,7 @@ def axes_size(axes, name):
 
 
 def test_a_rank_finds_its_rows_among_the_replicas():
-    """In the order of the ranks of dp16, whichever part of it is dr."""
+    """Rows go to ranks in the same order as with dp8,tp2, whichever part of dp8 becomes dr or ep."""
     for mesh in ("dp8,tp2", "dr2,dp4,tp2", "dr4,dp2,tp2", "dr8,tp2", "dr2,dp2,ep2,tp2"):
         with local_world(mesh) as (_, axes):
             place, places = axes.rows

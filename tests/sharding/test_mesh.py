@@ -1,4 +1,4 @@
-"""Meshes in words: -1 fills what is left, and FSDP over fewer ranks than there are leaves replicas."""
+"""Meshes written as text: -1 takes the remaining devices, and FSDP over fewer ranks than dp has makes replicas."""
 
 import dataclasses
 import math

@@ -25,12 +25,12 @@ EAGER = {
     # FSDP over cp, tensor parallel and ring attention in one block
     "context": (config(gradient_checkpointing="selective", attention_bias=True), "cp2,tp2", {}),
     "replicas": (config(num_hidden_layers=1), "dr2,dp2", {}),
-    # one row of padding; weights are given in the master dtype, which here is the compute dtype too
+    # Three layers in two stages: one row of padding. Shards stay in the master dtype, here also the compute dtype.
     "pipeline": (config(num_hidden_layers=3), "pp2,dp2", {"gather_dtype": torch.float64}),
     "pipeline, tied, tp": (config(tie_word_embeddings=True), "pp2,tp2", {"pipeline": Pipeline("zero_bubble")}),
     "moe": (config(**MOE), "dp2,ep2", {}),
 }
-# Tracing is the time of these, process by process: on a push one graph in two of them, the others at night.
+# Tracing takes the time here, in every process. A push runs one case, in two processes; the nightly run has the others.
 COMPILED = {
     "block, cp": (config(gradient_checkpointing="selective", attention_bias=True, num_hidden_layers=1), "cp2", "block"),
     "block, cp and tp": (config(gradient_checkpointing="selective", attention_bias=True), "cp2,tp2", "block"),
@@ -71,12 +71,12 @@ def trained(rank, cfg, mesh, options, mode):
 
 
 def microbatches_in(mode):
-    """They are repeated in one graph, and so is the time to build it."""
+    """One where the step is one graph: each micro-batch is repeated in the graph and in the time to build it."""
     return 1 if mode == "step" else 2
 
 
 def compiled_pipeline(rank, mesh):
-    """Metrics of two steps with bfloat16 weights and float32 sums of their gradients, uncompiled and by the block."""
+    """Metrics of two steps, uncompiled and compiled by the block: bfloat16 weights, gradients summed in float32."""
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     cfg, shape = config(num_hidden_layers=2), parse_mesh(mesh)
     device_mesh = make_mesh(shape, "cpu")
@@ -84,7 +84,7 @@ def compiled_pipeline(rank, mesh):
     for mode in ("off", "block"):
         block_fn.cache_clear()
         current = init_state(cfg, 0, layout=layout, mesh=device_mesh)
-        how = model.Execution(compile=mode, attention="sdpa")  # "auto" parts documents where it is uncompiled
+        how = model.Execution(compile=mode, attention="sdpa")  # "auto" would attend by document, but only uncompiled
         execution = {"layout": layout, "execution": how, "compute_dtype": torch.bfloat16}
         step = make_train_step(cfg, AdamW(), SCHEDULE, microbatches=2, **execution)
         for batch in batches(STEPS):
@@ -121,6 +121,6 @@ def test_compiled_processes_equal_one_device(name):
 
 @pytest.mark.parametrize("mesh", ["pp2", pytest.param("pp2,dp2", marks=pytest.mark.nightly)])
 def test_a_compiled_pipeline_equals_an_uncompiled_one(mesh):
-    """The same operators in the same order, so to rounding alone."""
+    """Both run the same operators in the same order, so metrics differ by rounding alone."""
     for uncompiled, by_block in run_processes(compiled_pipeline, parse_mesh(mesh).size, mesh):
         torch.testing.assert_close(by_block, uncompiled, rtol=1e-6, atol=0)

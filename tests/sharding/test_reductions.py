@@ -1,4 +1,4 @@
-"""Which sums over ranks a training step makes, and that none of them is idle or unchecked."""
+"""Every sum over ranks in a training step is needed, and the equality tests see if one is wrong."""
 
 import pytest
 import torch
@@ -27,23 +27,23 @@ def alone_reduce(x, group):
 
 
 def alone_scatter(x, size, group, dim):
-    """What this rank would have kept of its own tensor."""
+    """What this rank would keep of its own tensor, without a sum."""
     first, second, *_ = dist.get_process_group_ranks(_resolve_process_group(group))
     return each([v.chunk(size, dim)[rank // (second - first) % size] for rank, v in enumerate(ranks_of(x))])
 
 
 def twice(x):
-    """Of the experts' counts only one is doubled: all doubled give the same shares, and rightly the same result."""
+    """2·x. Of the experts' counts double only one: all doubled give the same shares, so rightly the same result."""
     return x * (torch.arange(x.shape[1]) == 0).add(1) if x.dim() == 2 and x.dtype == torch.int64 else 2 * x
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ON_PUSH else pytest.mark.nightly) for n in CASES])
 def test_no_reduction_can_be_dropped_or_doubled(name, monkeypatch):
-    """Every sum over ranks of a step, one after the other, replaced by this rank's part alone, or by twice the sum.
+    """Replace each sum over ranks of a step, one at a time, by this rank's part alone, or by twice the sum.
 
-    The result must leave the equality suite's tolerance. So each reduction is needed, and the suite sees each. The
-    gradients of a scatter are changed together, and each has to show in a moment of its own: without clipping, nothing
-    but its own gradient enters it.
+    The result must leave the equality suite's tolerance. So each reduction is needed, and the suite sees each. One
+    scatter sums several gradients: all are changed together, and each has to show in its own AdamW moment. Clipping is
+    off, so that nothing but its own gradient enters a moment.
     """
     changes, mesh, fsdp = CASES[name]
     cfg = config(**{"num_hidden_layers": 1} | changes)
@@ -85,7 +85,7 @@ def test_no_reduction_can_be_dropped_or_doubled(name, monkeypatch):
         for target, (operator, gradients) in enumerate(order):
             for double in (False, True):
                 got = result()
-                # of one sum, anything that changes is enough
+                # where a call makes one sum, any change is enough
                 trees = (got, expected) if gradients == 1 else (got[0].opt.m, expected[0].opt.m)
                 seen = sum(map(differ, *map(leaves_of_ranks, trees)))
                 if seen < 1 or (gradients > 1 and seen != gradients):
@@ -94,7 +94,7 @@ def test_no_reduction_can_be_dropped_or_doubled(name, monkeypatch):
 
 
 def leaves_of_ranks(values):
-    """What values_of gives, a leaf as one tensor of all ranks."""
+    """The leaves of what values_of gives, each as one tensor [ranks, …]."""
     leaves = torch.utils._pytree.tree_leaves(values, is_leaf=lambda x: isinstance(x, list))
     return [torch.stack(x) for x in leaves]
 

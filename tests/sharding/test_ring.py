@@ -1,6 +1,6 @@
 """Ring attention over 1 to 4 ranks against the formula on the whole sequence: values, log-sum-exp and gradients.
 
-Most cases run all ranks in this process; what real processes send is counted in four of them.
+Most cases run all ranks in this process. One test runs four real processes and counts what they send.
 """
 
 import functools
@@ -24,7 +24,7 @@ from sharding.sequence_split import RingRanges, merge_sequence, ring_ranges, spl
 from tests.sharding.worlds import each, local_world, ranks_of, run_processes
 
 SIZES = (2, 4, 2, 16)  # B, H, K, d
-# Two rows each; documents cross chunks of 3 to 12 places, and 0 is padding.
+# Two rows each. Documents cross the borders of chunks, which have 3 to 12 places. 0 is padding.
 PACKED = torch.tensor([[1] * 5 + [2] * 14 + [3] + [4] * 4, [1] * 20 + [0] * 4], dtype=torch.int32)
 LAYOUTS = {"causal": torch.ones(2, 24, dtype=torch.int32), "packed": PACKED}
 
@@ -63,13 +63,13 @@ def on_a_rank(whole, segments, axis, attend=ring.ring_attention):
 
 
 def merged(parts):
-    """The whole of the ranks' [B, heads, T, …]."""
+    """Merge the ranks' parts [B, heads, T, …] into the whole sequence."""
     x = torch.cat([part.movedim(2, -1) for part in parts], -1)
     return merge_sequence(x, len(parts)).movedim(-1, 2)
 
 
 def in_one_process(mesh, whole, segments):
-    """As on_a_rank, merged; of every group of ranks along cp, which all do the same."""
+    """[out, lse, dq, dk, dv] merged over cp: one list for each group along cp. All groups get the same input."""
     shape = parse_mesh(mesh)
     with local_world(mesh) as (_, axes):
         whole = [each([x] * shape.size) for x in whole]
@@ -112,7 +112,7 @@ def test_any_layout_of_documents(size, chunk, data):
 
 
 def test_triton_kernels():
-    """The kernels too take the merged log-sum-exp; in Triton's interpreter, float32 by norm."""
+    """The backward pass of the Triton kernels takes the merged log-sum-exp too. In the interpreter, float32 by norm."""
     whole = inputs(24, torch.float32)
     with backend.interpreted():
         (ours,) = in_one_process("cp2", whole, PACKED)
@@ -120,9 +120,10 @@ def test_triton_kernels():
 
 
 def test_half_precision_is_merged_in_float32():
-    """Against one rank, whose results are rounded once: here each part is, and the sum, so at most √2 times its error.
+    """The error of cp8 against float64 is at most √2 times the error of one rank.
 
-    Gradients of keys and values also inherit the output's, through Δ: √3. Sums kept in bfloat16 exceed both at cp8.
+    One rank rounds its results once. Here each part is rounded, and so is the sum: √2. Gradients of keys and values
+    also inherit the error of the output, through Δ: √3. Sums kept in bfloat16 would exceed both limits.
     """
     whole, segments = inputs(96, torch.bfloat16), torch.ones(2, 96, dtype=torch.int32)
     best = exact(*whole, segments)
@@ -152,12 +153,12 @@ def test_a_mutation_is_seen(monkeypatch, name):
 
 
 def test_a_gradient_left_on_the_way_is_seen(monkeypatch):
-    """Shifts of the backward pass alone: out is right, dk and dv are not."""
+    """One shift of the backward pass sends nothing: out, lse and dq are right, dk and dv are not."""
     calls = []
 
     def start_shift(x, axis, send=ring.start_shift):
         calls.append(x)
-        return x.flatten() if len(calls) == 6 else send(x, axis)  # 2 forward; keys, keys, gradients, gradients
+        return x.flatten() if len(calls) == 6 else send(x, axis)  # calls: 2 forward; keys, keys, gradients, gradients
 
     monkeypatch.setattr(ring, "start_shift", start_shift)
     whole, segments = inputs(24), LAYOUTS["causal"]
@@ -169,7 +170,7 @@ def test_a_gradient_left_on_the_way_is_seen(monkeypatch):
 
 
 def counted(messages):
-    """Within, the bytes of every message this process sends to another are appended."""
+    """A context in which the bytes of every message that this process sends are appended to `messages`."""
     ops = collectives._ops
 
     def all_to_all_single(x, come, to, group):
@@ -202,7 +203,7 @@ def compiled(q, k, v, axis, ranges):
 
 
 def process(rank):
-    """On cp4, and on both halves of dp2,cp2: every layout's results, and the messages of some of them."""
+    """The results of every layout on cp4 and on both halves of dp2,cp2, and the bytes of some messages."""
     results, sent = {}, {}
     for mesh in ("cp4", "dp2,cp2"):
         axis = axes_of(make_mesh(parse_mesh(mesh), "cpu")).cp
@@ -244,7 +245,7 @@ def test_four_processes():
 
 
 def test_operators_are_well_formed():
-    """Schema, shapes without data, registered gradient. Not values: torch's fake group sends nothing."""
+    """opcheck tests schema, shapes without data, registered gradient. Not values: torch's fake group sends nothing."""
     dist.init_process_group("fake", rank=0, world_size=2)
     try:
         axis = Axis("cp", 2, 0, dist.group.WORLD.group_name)

@@ -1,4 +1,4 @@
-"""The table against counts worked out here, and against DTensor's own idea of a local shape."""
+"""The placement table against cuts worked out by hand, and against the local shapes that DTensor computes."""
 
 import dataclasses
 import math
@@ -138,7 +138,7 @@ def test_local_shapes_are_dtensors(sizes, moe, fsdp):
     ],
 )
 def test_an_evaluation_that_does_not_divide(rows, mesh, message):
-    """Nor after the training that does."""
+    """It is refused also where the training batch divides."""
     config = pretrain_config("nano")
     config.update(device="cpu", mesh=mesh, batch_size=2, seq_len=33 if mesh == "tp2" else 32)
     config.eval.batch_size = rows

@@ -1,4 +1,4 @@
-"""The cut of a sequence over cp, and what ranks see of each other's keys, against the mask of the whole sequence."""
+"""The cut of a sequence over cp. Which keys of other ranks a rank sees, against the mask of the whole sequence."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_every_rank_has_equal_work(size):
     work = [[dense_mask(ring_ranges(starts, axis).at(step)).sum() for step in range(size)] for axis in axes(size)]
     assert len({sum(steps).item() for steps in work}) == 1
     assert {sum(steps).item() for steps in work} == {6 * size * (6 * size + 1) // 2 / size}
-    assert len({n.item() for steps in work for n in steps[1:]}) == 1  # nor does one wait for another within a step
+    assert len({n.item() for steps in work for n in steps[1:]}) == 1  # equal also within a step, so no rank waits
 
 
 @pytest.mark.parametrize(

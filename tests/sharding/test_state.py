@@ -43,9 +43,9 @@ def test_a_mesh_starts_from_one_devices_values(changes, mesh):
     ids=["dp", "ep", "zero_bubble"],
 )
 def test_blocks_that_cannot_be_compiled_run_as_they_are(layout, compiled, monkeypatch):
-    """compiled: of the kinds dense (False) and sparse (True) those that are."""
+    """compiled: which kinds of block are compiled, of dense (False) and sparse (True)."""
     monkeypatch.setattr("qwen3f.skeletons.compile_static", lambda fn: "compiled")
-    make = block_fn.__wrapped__  # not what is kept of it
+    make = block_fn.__wrapped__  # without its cache
     blocks = {sparse: make(config(**MOE), model.Execution("block"), sparse, layout) for sparse in (False, True)}
     assert {sparse for sparse, block in blocks.items() if block == "compiled"} == compiled
 

@@ -1,4 +1,4 @@
-"""How a pipeline's ranks store the model's layers: against definitions written out by hand and as properties."""
+"""How a pipeline's ranks store the model's layers: orders written out by hand, and properties of any cut."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from tests.sharding.steps import MOE, config
 
 @st.composite
 def cuts(draw):
-    """Any Slices without an empty one: all stages are full but the last."""
+    """Any Slices in which no stage is empty and all stages but the last are full."""
     folded = draw(st.booleans())
     ranks, per_rank = draw(st.integers(1, 8)), 2 if folded else draw(st.integers(1, 3))
     height = draw(st.integers(1, 6))
     layers = height * (ranks * per_rank - 1) + draw(st.integers(1, height))
-    each = height if ranks * per_rank > 1 and draw(st.booleans()) else 0  # else as equal as can be
+    each = height if ranks * per_rank > 1 and draw(st.booleans()) else 0  # 0: stages as equal as possible
     return Slices(layers, ranks, per_rank, folded, each)
 
 
@@ -52,7 +52,7 @@ def test_heights_are_those_that_leave_the_last_stage_something_and_not_the_most(
 
 @given(cuts())
 def test_stages_follow_each_other_from_rank_to_rank(stages):
-    """A stage's neighbour is on the neighbouring rank, round the ring, or at a fold on the same."""
+    """The next stage is on the next rank of the ring. Folded: on a neighbouring rank, and at a fold on the same."""
     for stage in range(stages.count - 1):
         a, b = stages.rank_of(stage), stages.rank_of(stage + 1)
         turn = stage // stages.ranks
@@ -93,7 +93,7 @@ def test_orders_written_out():
     [(7, Pipeline()), (7, Pipeline("zbv", 2)), (8, Pipeline("interleaved", 2)), (7, Pipeline(layers=6))],
 )
 def test_store_is_undone_by_restore(layers, pipeline):
-    """Each stored row is the layer's that layer_order names; padding is zero; the rest stays."""
+    """Each stored row is the layer that layer_order names. Padding is zero. Parameters without layers stay the same."""
     cfg = config(**MOE | {"num_hidden_layers": layers, "decoder_sparse_step": 2})
     params, stages = P.init_params(cfg, 0), make_slices(cfg, pipeline, 2)
     stored = store(cfg, params, stages)
@@ -159,6 +159,9 @@ def test_schedules_that_do_not_exist_are_errors(schedule, stages, words):
 
 @pytest.mark.parametrize("pipeline", [Pipeline(layers=9), Pipeline("zbv", 2), Pipeline("interleaved", 4)])
 def test_without_a_pipeline_its_stages_are_nothing_to_heed(pipeline):
-    """So that a run goes on, on one device or other axes, by the same command: without padding, and with few layers."""
+    """With one stage rank, pipeline options are ignored: no padding, and few layers are no error.
+
+    So the same command resumes a run on one device or on other axes.
+    """
     assert make_slices(config(num_hidden_layers=27), pipeline, 1) == Slices(27)
     assert make_slices(config(**MOE | {"num_hidden_layers": 3, "mlp_only_layers": (0,)}), pipeline, 1) == Slices(3)

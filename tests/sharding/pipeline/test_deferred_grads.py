@@ -1,4 +1,4 @@
-"""Gradients of linear layers put off and made later are those of torch's autograd, in float64 to 1e-12."""
+"""Weight gradients of linear layers that are computed later equal those of torch's autograd, in float64 to 1e-12."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def recomputed(*args):
 
 
 def gathered(x, one, bias, two, norm):
-    """Weights that are made from others, as FSDP's are: bundled, and used in parts."""
+    """Use weights that are computed from other tensors, as FSDP's are: joined in one tensor and split again."""
     flat = torch.cat([one.flatten(), norm.flatten(), two.flatten()])
     parts = flat.split([one.numel(), norm.numel(), two.numel()])
     return layers(x, parts[0].view_as(one), bias, parts[2].view_as(two), parts[1])
@@ -56,7 +56,7 @@ def test_gradients_come_later_and_are_right(fn):
 
 
 def test_two_backward_passes_put_off_one_after_the_other():
-    """As a schedule does: each is taken, and they are accumulated in any order."""
+    """As a pipeline schedule does: take the deferred work after each backward pass, and run it later in any order."""
     expected, got, deferred, late = inputs(), inputs(), Deferred(), []
     for factor in (1.0, 3.0):
         (factor * layers(*expected.values())).sum().backward()

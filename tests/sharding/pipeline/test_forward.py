@@ -1,4 +1,4 @@
-"""The order of a pipeline's forward passes: against properties, and a simulation that counts time."""
+"""The order of a pipeline's forward passes: checked by properties, and by a simulation that counts time."""
 
 import pytest
 from hypothesis import given
@@ -16,7 +16,7 @@ from tests.sharding.steps import config
 
 
 def finish(stages, microbatches):
-    """When the last forward pass is done: each takes 1, a rank does one after another, messages take no time."""
+    """The time when the last forward pass ends. A pass takes 1, a rank runs one at a time, messages take no time."""
     free, done = [0] * stages.ranks, {}
     for index, stage in work_order(stages, microbatches):
         rank = stages.rank_of(stage)

@@ -1,8 +1,8 @@
-"""A pipeline computes what one device computes: loss and every gradient, in float64 to 1e-10, for every schedule;
-and the loss alone, for evaluation.
+"""A pipeline computes what one device computes, for every schedule: loss and every gradient in float64 to 1e-10, and
+the loss alone in an evaluation.
 
-Only the order of sums differs. All cases run in the same four gloo processes; where a pipeline has two ranks, the other
-two run the same or are its data or tensor axis.
+Only the order of sums differs. All cases run in the same four gloo processes. Where a pipeline has two ranks, the other
+two run a copy of it, or belong to the second axis of the mesh.
 """
 
 import dataclasses
@@ -92,13 +92,13 @@ def inputs():
 
 
 def shape_of(mesh):
-    """The case's own axes; the processes that are left over are copies along dp."""
+    """(the mesh of the case, the mesh of all processes). Processes that the case does not need run copies, along dp."""
     shape = parse_mesh(mesh)
     return shape, dataclasses.replace(shape, dp=shape.dp * WORLD // shape.size)
 
 
 class Sends:
-    """Counts messages and their bytes, of what torch's stages send."""
+    """Records the bytes of each message that torch's pipeline stages send."""
 
     def __enter__(self):
         self.seen, self.made = [], dist.P2POp
@@ -130,20 +130,20 @@ def on_rank(rank):
 
 
 def make_gradients(cfg, execution, layout):
-    """(params, micro-batches, totals) -> (gradients, Terms), all parameters trained."""
+    """A function (params, micro-batches, totals) -> (gradients, Terms). No parameter is frozen."""
     summed = make_pipelined_gradients(cfg, NEXT_TOKEN, execution, layout)
     return lambda params, parts, totals: summed(params, {}, params, parts, totals, None)
 
 
 def make_loss(cfg, execution, layout):
-    """(params, micro-batches) -> this rank's share of the summed nats."""
+    """A function (params, micro-batches) -> this rank's share of the summed nats."""
     head = make_head(cfg, execution, layout)
     outputs = make_pipelined_outputs(cfg, execution, layout, lambda *args: head(*args)[0])
     return lambda params, parts: sum(outputs(params, parts, 1.0), torch.zeros((), dtype=torch.float64))
 
 
 def mixed_precision(axes, rank):
-    """Gradients of float32 weights that are gathered in bfloat16: (with pp, without, in the order of the former)."""
+    """Gradients of float32 weights that FSDP gathers in bfloat16: (with pp, without pp but in its layer order)."""
     cfg, pipeline = config(num_hidden_layers=3), ZERO
     flat = dataclasses.replace(axes, pp=Axis("pp"))
     batch = share(inputs(), axes.shape, rank, 4)
@@ -176,7 +176,7 @@ def one_case(case, axes, rank):
     params = cut(store(cfg, P.init_params(cfg, 0, dtype=torch.float64), stages), placed, axes)
     for path, kind in layer_stacks(cfg).items():
         padding = [i for i, layer in enumerate(stages.layer_order_of(axes.pp.index, kind)) if layer is None]
-        params[path][padding] = float("nan")  # would show if it were computed
+        params[path][padding] = float("nan")  # the result would be NaN if padding were computed
     batch = share(inputs(), axes.shape, rank, case.microbatches)
     totals = losses.sum_totals(cfg, batch, axes)
     gradients = make_gradients(cfg, Execution(compile=case.compile), layout)
@@ -218,7 +218,7 @@ def on_one_device(cfg, microbatches):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_pipeline_equals_one_device(name, on_ranks):
-    """Called twice, an evaluation in between: a second step starts from nothing."""
+    """Gradients are computed twice, with an evaluation between: the second call must keep nothing of the first."""
     case = CASES[name]
     cfg = case.cfg
     grads, terms = on_one_device(cfg, case.microbatches)
@@ -243,7 +243,7 @@ def test_a_pipeline_equals_one_device(name, on_ranks):
 
 @pytest.mark.parametrize("name", CASES)
 def test_evaluation_equals_one_device(name, on_ranks):
-    """With one micro-batch, fewer than ranks, and with as many as in training."""
+    """With one micro-batch, which is fewer than the ranks, and with as many as in training."""
     cfg = CASES[name].cfg
     with torch.no_grad():
         expected = losses.make_loss(cfg)(P.init_params(cfg, 0, dtype=torch.float64), inputs(), 1.0)
@@ -253,7 +253,10 @@ def test_evaluation_equals_one_device(name, on_ranks):
 
 
 def test_gathered_in_bfloat16_a_pipeline_changes_no_rounding(on_ranks):
-    """The same products of the same bfloat16 numbers: what differs is the order of float32 sums over micro-batches."""
+    """Against the same mesh without pp, by norm to 1e-6.
+
+    Both multiply the same bfloat16 numbers. Only the order of float32 sums over micro-batches differs.
+    """
     for rank in on_ranks:
         grads, flat = rank["mixed precision"]
         for path, x in grads.items():
@@ -263,7 +266,10 @@ def test_gathered_in_bfloat16_a_pipeline_changes_no_rounding(on_ranks):
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.cfg.tie_word_embeddings])
 def test_a_tied_embedding_needs_its_sum_over_pp(name, on_ranks):
-    """Dropping the one reduction would be seen: unless one rank has both ends, no rank's part is the whole."""
+    """A missing sum over pp would be seen: no rank's own gradient is the whole sum.
+
+    Except with zbv, where one rank has both the first and the last stage.
+    """
     case = CASES[name]
     parts = [rank[name]["own"][P.EMBED] for rank in on_ranks]
     whole = [rank[name]["grads"][P.EMBED] for rank in on_ranks]
@@ -275,7 +281,7 @@ def test_a_tied_embedding_needs_its_sum_over_pp(name, on_ranks):
 
 @pytest.mark.parametrize("name", CASES)
 def test_messages_are_those_of_the_formula(name, on_ranks):
-    """Counted in a second step: torch's first one also tries the connections."""
+    """They are counted in a second call, because in the first one torch also tests the connections."""
     case = CASES[name]
     for rank in on_ranks:
         axes = rank[name]["axes"]
