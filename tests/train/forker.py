@@ -1,4 +1,4 @@
-"""A process that has imported everything and forks a victim for each call asked of it: one import for many kills."""
+"""A process that imports everything once and forks a victim for each call: many kills need only one import."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 class Forker:
     """A context manager. `start` begins a victim, one at a time; `wait` tells how it ended.
 
-    preload: a library that it is started with; `directory`: where the victims' output goes.
+    preload: a library to load at its start (LD_PRELOAD). directory: where the victims' output goes.
     """
 
     def __init__(self, directory, preload=None):

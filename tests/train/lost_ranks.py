@@ -1,6 +1,8 @@
-"""A run of launch.py's on ranks, one of which something happens to: python lost_ranks.py CONFIG.json WORKDIR FAULT.
+"""A run on several ranks, as launch.py starts it, in which a fault hits one rank.
 
-A mesh after these is that of the ranks that are started again.
+    python lost_ranks.py CONFIG.json WORKDIR FAULT [MESH]
+
+FAULT is one of the functions below. MESH is the mesh of ranks that are started again; without it they keep theirs.
 """
 
 import json

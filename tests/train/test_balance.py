@@ -1,6 +1,6 @@
 """The routers' losses against loops over tokens and against transformers, and what they do in training.
 
-All in float64, at 1e-12: rounding of another order of summation.
+float64 to 1e-12, the rounding of another order of sums, unless a test says otherwise.
 """
 
 import json
@@ -129,7 +129,7 @@ def assert_close(got, expected, tolerance):
 
 
 def test_hf_equals_transformers_in_value_and_gradient(hf_case):
-    """The gradient of every parameter; both losses' together less the next-token loss's alone."""
+    """For the gradient of every parameter: that of both losses together minus that of the next-token loss alone."""
     cfg, p, batch, _, _, expected, expected_grads = hf_case
     both, (total, terms) = gradients(cfg.replace(router_balance="hf", router_aux_loss_coef=0.5), p, batch)
     alone, (loss, _) = gradients(cfg.replace(router_aux_loss_coef=0.0), p, batch)
@@ -142,7 +142,7 @@ def test_hf_equals_transformers_in_value_and_gradient(hf_case):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradient_in_the_router_is_the_formulas(mode):
-    """Of coefficients times both losses, with given counts of other micro-batches, by autograd of the formula."""
+    """Both losses, each times a coefficient, with counts of other micro-batches: against autograd of the formula."""
     g = torch.Generator().manual_seed(0)
     x, others_x = torch.randn(2, 3, 1, 11, 8, generator=g, dtype=torch.float64)  # three layers
     gates = torch.randn(3, 6, 8, generator=g, dtype=torch.float64, requires_grad=True)
@@ -200,7 +200,7 @@ def test_an_even_load_costs_top_k():
 
 @pytest.mark.parametrize("changes", [{}, {"router_z_loss_coef": 0.05, "gradient_checkpointing": "selective"}])
 def test_exact_counts_do_not_care_how_the_batch_is_cut(hf_case, changes):
-    """Loss and every gradient; one part holds a row that is padding altogether. With running counts they do care."""
+    """Loss and gradients are the same for 1, 2 and 4 parts; one row is padding. With running counts they differ."""
     cfg, p, batch, *_ = hf_case
     cfg = cfg.replace(router_aux_loss_coef=0.5, **changes)
     batch = {k: v.clone() for k, v in batch.items()}
@@ -224,7 +224,7 @@ def test_exact_counts_do_not_care_how_the_batch_is_cut(hf_case, changes):
 
 
 def test_exact_counts_see_the_same_dropout(hf_case):
-    """Counted first and counted on the way are the same choices, also with dropout."""
+    """The choices counted before the step are those that the step makes, also with dropout."""
     cfg, p, batch, *_ = hf_case
     cfg = cfg.replace(router_balance="global_exact", attention_dropout=0.3)
     parts = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2)]
@@ -285,7 +285,7 @@ def skewed_run(coefficient, steps=40):
 
 
 def test_a_skewed_router_becomes_balanced():
-    """And without the loss it stays skewed; two of eight experts taking all of the load is a violation of 3."""
+    """Without the balancing loss it stays skewed. If two of eight experts take all the load, the violation is 3."""
     before, after = skewed_run(0.01)
     control_before, control_after = skewed_run(0.0)
     assert before[0] == control_before[0] > 2.5

@@ -1,4 +1,4 @@
-"""A batch given to a step from Python, and the model under torch.func.vmap: what cannot be is said."""
+"""Errors for callers from Python: a batch that a step cannot take, and default kernels under torch.func.vmap."""
 
 import pytest
 import torch
@@ -56,4 +56,4 @@ def test_default_kernels_under_vmap():
 
     both = torch.func.vmap(plain, (None, 0))(p, rows)
     assert torch.allclose(both, torch.stack([loss(p, row) for row in rows]), rtol=1e-5)
-    torch.func.grad(loss)(p, rows[0])  # without vmap the default kernels do
+    torch.func.grad(loss)(p, rows[0])  # without vmap the default kernels work

@@ -1,4 +1,4 @@
-"""What the benchmark reads, adds up and says; what it measures needs GPUs."""
+"""What the benchmark parses, computes and prints. Its measurements need GPUs and are not tested here."""
 
 import dataclasses
 

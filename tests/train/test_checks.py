@@ -27,7 +27,7 @@ WRONG = [
     ({"schedule.peak_lr": float("nan")}, "config.schedule.peak_lr=nan: write a finite number"),
     ({"schedule.min_ratio": 2.0}, "config.schedule.min_ratio must be a share from 0 to 1"),
     ({"schedule.warmup": 20000.0}, "config.schedule.warmup=20000 take more than config.steps=1000"),
-    ({"schedule.warmup": 1000.5}, "config.schedule.warmup=1000.5 take more than config.steps=1000"),  # in updates 2001
+    ({"schedule.warmup": 1000.5}, "config.schedule.warmup=1000.5 take more than config.steps=1000"),  # half a step over
     ({"schedule.kind": "linear"}, "config.schedule.kind='linear' is unknown; use one of cosine, wsd, constant"),
     ({"optimizer.kind": "sgd"}, "config.optimizer.kind='sgd' is unknown; use one of adamw, muon"),
     ({"optimizer.b2": 1.5}, "optimizer.b2 must be in [0, 1)"),
@@ -148,4 +148,4 @@ def test_a_share_of_the_steps_is_what_was_written(written, updates, steps):
 
 def test_words_of_a_tool_are_those_of_its_module():
     assert checks.CHOICES_OF["export_hf"]["dtype"] == tuple(export.DTYPES)
-    assert set(checks.CHOICES_OF["eval"]["attention"]) == set(attention.BACKENDS)  # invariant is of stages that train
+    assert set(checks.CHOICES_OF["eval"]["attention"]) == set(attention.BACKENDS)  # invariant: only to train

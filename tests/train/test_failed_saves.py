@@ -1,4 +1,4 @@
-"""config.checkpoint.on_failure=go_on: a save that fails is not taken for one, however the run ends."""
+"""With config.checkpoint.on_failure=go_on, a save that failed does not count as saved, however the run ends."""
 
 import errno
 import os
@@ -81,7 +81,7 @@ def test_by_the_policy_stop_the_run_ends_with_the_failure(make, tmp_path, capsys
 @pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("ending", ["signal", "last step"])
 def test_an_old_checkpoint_that_stays_does_not_end_the_run(make, tmp_path, capsys, undeletable, ending, asynchronous):
-    """The new one is whole: it is not saved again, which would be refused."""
+    """The new checkpoint is complete, so the run does not save it again; a second save would be refused."""
     config = configured(make, 6 if ending == "signal" else 4, asynchronous, keep=1)
     make_step = signalled_in(4) if ending == "signal" else make_train_step
     run(config, tmp_path, progress=False, make_step=make_step)
@@ -93,7 +93,7 @@ def test_an_old_checkpoint_that_stays_does_not_end_the_run(make, tmp_path, capsy
 
 @pytest.mark.parametrize("end", [2, 3])
 def test_where_the_data_ends_a_failed_save_is_made_up_for(make, tmp_path, capsys, monkeypatch, full_once, end):
-    """The error is the data's, as without the failure."""
+    """The run ends with the error of the data, as it would without the failed save."""
     real = Feed.next
 
     def ending(self, state):

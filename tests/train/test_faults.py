@@ -52,7 +52,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(make, tmp_pat
 
 
 class Moment:
-    """Calls `act` in the course of a run, once; and says whether it did."""
+    """Calls `act` once in a run; `done` says whether it did."""
 
     def __init__(self, act):
         self.act, self.done = act, False
@@ -91,7 +91,7 @@ def in_evaluation(patch, moment):
 
 
 def in_writing(patch, moment):
-    """Step 4 begins when the writing has."""
+    """When the checkpoint is being written; step 4 waits until then."""
     written, act = threading.Event(), moment.act
     moment.act = lambda: (act(), written.set())
     patch.setattr(manifest, "write", before(manifest.write, moment))
@@ -111,7 +111,7 @@ def in_compilation(patch, moment):
 @pytest.mark.parametrize(
     "place, stopped, saved",
     [
-        (in_evaluation, 2, [2]),  # an evaluation after step 2 and no checkpoint; what is left of it is not waited for
+        (in_evaluation, 2, [2]),  # in the evaluation after step 2, where no checkpoint is due; the rest is skipped
         (in_writing, 4, [3, 4]),  # the checkpoint of step 3, while step 4 runs
         pytest.param(in_compilation, 1, [1], marks=pytest.mark.nightly),
     ],
@@ -200,14 +200,14 @@ def test_steps_that_are_not_finite_are_kept_and_passed_over_as_often_as_allowed(
 
 @pytest.mark.parametrize("policy", ["stop", "go_on"])
 def test_a_full_disk_stops_the_run_or_not_by_policy(make, tmp_path, policy, capsys):
-    """A limit on file sizes, from step 3 to step 4, stands for a full disk."""
+    """A limit on file sizes during steps 4 and 5 stands for a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def filling(*args):
         step = make_train_step(*args)
 
         def wrapped(state, batch):
-            full = int(state.step) in (3, 4)  # the save after step 4 begins in the one and has ended in the other
+            full = int(state.step) in (3, 4)  # before steps 4 and 5, so also in the save after step 4
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if full else soft, hard))
             return step(state, batch)
 
@@ -240,7 +240,7 @@ def slow_step(*args):
 
 @pytest.mark.parametrize("policy", ["stop", "go_on"])
 def test_a_save_that_hangs_stops_the_run_or_not_by_policy(make, tmp_path, policy, capsys, monkeypatch):
-    """It surfaces within its time; nothing is deleted; when it ends after all it counts, and saving goes on."""
+    """The error comes within the timeout; nothing is deleted. If the write ends later it counts, and saving goes on."""
     config = make(steps=2, **{"checkpoint.every": 2, "checkpoint.keep": 1, "eval.every": 0})
     run(config, tmp_path, progress=False)
     config.update(steps=30)
@@ -318,7 +318,7 @@ def test_one_byte_makes_a_run_go_back_one_checkpoint(make, tmp_path, capsys, dam
     "backend, device", [("orbax", "cpu"), ("dcp", "cpu"), pytest.param("orbax", "cuda", marks=pytest.mark.gpu)]
 )
 def test_a_resumed_run_sees_the_same_batches(make, tmp_path, backend, device):
-    """Every array of every batch, and the state in the end, against the run without a stop; with either backend."""
+    """Every array of every batch and the final state equal those of the run without a stop, with either backend."""
     seen = {}
 
     def recording(*args):
@@ -348,7 +348,7 @@ def restored(config, workdir, step):
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(make, tmp_path):
-    """The loss is finite, one number of one gradient not. No write into the state, no checkpoint, the batch kept."""
+    """The loss is finite but one gradient has a NaN: the state stays, no checkpoint is saved, the batch is kept."""
     real = optimizer.global_norm
     calls = []
 

@@ -47,7 +47,7 @@ PROGRAM = textwrap.dedent("""
 
 @pytest.fixture
 def run_on_small_disk(make, tmp_path):
-    """run(name, changes) -> (the finished process, a copy of the workdir)."""
+    """run(**changes of the config) -> (the finished process, a copy of the workdir)."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=8m none {disk}"

@@ -1,4 +1,4 @@
-"""config.resume=N left in the command: it goes back once, and holds nothing up when the run is past N."""
+"""A command that keeps config.resume=N goes back to step N once. When the run is past N, the key does nothing."""
 
 import contextlib
 
@@ -35,13 +35,13 @@ def steps_of(config, workdir, last=None):
 
 @pytest.mark.parametrize("keep", [0, 1])
 def test_the_same_command_goes_on(make, tmp_path, capsys, keep):
-    """keep=1: when the run is past the step, its checkpoint is not even there."""
+    """keep=1: when the run is past the step, its checkpoint no longer exists."""
     rare = {"checkpoint.every": 2, "checkpoint.keep": keep, "checkpoint.keep_every": 4, "eval.every": 0}
     rare["checkpoint.asynchronous"] = False
     assert steps_of(make(steps=8, **rare), tmp_path) == (1, 8)
     back = make(steps=8, **rare, resume=4)
     back.checkpoint.keep_every = 0
-    assert steps_of(back, tmp_path, last=5) == (5, 5)  # killed before it is past the step with a checkpoint
+    assert steps_of(back, tmp_path, last=5) == (5, 5)  # killed before it has a checkpoint past step 4
     assert steps_of(back, tmp_path, last=7) == (5, 7)
     assert "has already gone back" not in capsys.readouterr().out
     assert (tmp_path / "checkpoints" / "4").exists() == (keep == 0)
@@ -51,7 +51,7 @@ def test_the_same_command_goes_on(make, tmp_path, capsys, keep):
     assert sorted(p.name for p in tmp_path.glob("checkpoints.aside*")) == ["checkpoints.aside1"]
     longer = make(steps=10, **rare)
     assert steps_of(longer, tmp_path) == (9, 10)
-    if keep == 0:  # without the flag in between it is meant anew
+    if keep == 0:  # a run without the key came between, so the key counts again
         assert steps_of(back, tmp_path) == (5, 8)
     else:
         with pytest.raises(UserError, match="no checkpoint of step 4: there are 8, 10"):

@@ -1,4 +1,4 @@
-"""A run's workdir is its own: a second writer and a changed tokenizer are named before anything is touched."""
+"""A workdir belongs to one run: a second writer or a changed tokenizer is an error before anything is touched."""
 
 import shutil
 

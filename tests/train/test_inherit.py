@@ -1,4 +1,4 @@
-"""A model that starts from weights is theirs: what the preset, the command line and stage 3 may change of it."""
+"""A model that starts from weights takes their config. What preset, command line and stage 3 may change in it."""
 
 import shutil
 
@@ -97,7 +97,7 @@ def test_a_text_model_gets_the_preset_s_tower_with_all_that_belongs_to_it(direct
 
 
 def test_from_a_workdir_through_all_three_stages(make, tmp_path, capsys):
-    """Each goes on with what the one before has, is told what changes, and goes on again when its source is gone."""
+    """Each stage takes what the one before has, prints what it changes, and resumes also when its source is gone."""
     config = make(steps=1)
     config.model.update(rope_theta=3e4, max_position_embeddings=64)
     cli.run_stage(config, tmp_path / "w1", False)

@@ -1,4 +1,4 @@
-"""Two runs in one workdir: the second is told who writes there, whatever becomes of the first; real processes."""
+"""Two runs in one workdir, as real processes: the second is told who writes there, whatever happens to the first."""
 
 import contextlib
 import errno
@@ -86,7 +86,7 @@ def test_the_second_process_is_told_who_writes_there_and_touches_nothing(tmp_pat
 
 @pytest.mark.parametrize("how", ["alone", "fork"])
 def test_a_killed_process_leaves_it_open(how, tmp_path):
-    """Also where a worker that it forked lives on."""
+    """Its lock is gone, also if a worker that it forked is still alive."""
     with holder(tmp_path / "w", how) as (process, child):
         process.kill()
         process.wait()
@@ -113,7 +113,10 @@ def test_within_one_process(tmp_path):
 
 
 def test_a_file_that_is_removed_while_another_waits_to_lock_it(tmp_path, monkeypatch):
-    """The first ends between the second's opening and locking: the second must not hold a file that is gone."""
+    """The first holder ends after the second has opened the file and before it locks it.
+
+    The second must not hold a file that is gone.
+    """
     flock, first = fcntl.flock, contextlib.ExitStack()
     first.enter_context(held(tmp_path / "w"))
 
@@ -144,7 +147,7 @@ def test_an_error_inside_frees_it_and_leaves_no_directory(tmp_path):
 
 
 def test_of_many_that_start_at_once_one_wins(tmp_path):
-    """In a directory that none of them finds, and that the losers must not remove."""
+    """The directory does not exist when they start. Those that are refused must not remove it."""
     command = [sys.executable, "-c", _HOLDER.replace("time.sleep(60)", "time.sleep(2)"), str(tmp_path / "w"), "alone"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     outputs = [process.communicate(timeout=60) for process in processes]
@@ -155,7 +158,7 @@ def test_of_many_that_start_at_once_one_wins(tmp_path):
 
 
 class _World:
-    """Two ranks' view: what rank 0 raises, rank 1 raises too."""
+    """One of two ranks. What rank 0 raises, rank 1 raises too."""
 
     def __init__(self, main):
         self.main = main

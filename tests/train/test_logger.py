@@ -100,7 +100,7 @@ def test_a_foreign_metrics_file_is_left_alone(tmp_path):
 
 
 def test_tensorboard_scalars_text_and_purge(tmp_path, monkeypatch):
-    monkeypatch.setattr(event_file, "_numbers", itertools.count(9))  # the reader sorts names as texts
+    monkeypatch.setattr(event_file, "_numbers", itertools.count(9))  # files 9 and 10: the reader sorts their names
     with make_logger(tmp_path) as logger:
         for step in (1, 2, 3, 4):
             logger.log(step, {"loss": 1.0 * step, "val/loss": 0.5})
@@ -242,7 +242,7 @@ def test_what_was_open_closes_when_the_rest_fails(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def full(monkeypatch, room, error=errno.ENOSPC):
-    """Every write and every new file fails from now on, once `room` bytes were written."""
+    """Inside, every write and every new file fails after `room` bytes were written."""
     left, write, opened = [room], os.write, os.open
 
     def writing(file, content):
@@ -275,7 +275,7 @@ def test_what_a_full_disk_does_not_take_comes_when_there_is_room(tmp_path, monke
             logger.log(3, {"loss": 3.0})
             said = capsys.readouterr().out
             assert f"metrics.jsonl cannot be written ({os.strerror(error)}); its records wait in memory" in said
-            assert said.count("cannot be written") == 2  # of TensorBoard's too, each once
+            assert said.count("cannot be written") == 2  # once for this file, once for TensorBoard's
             assert [line["step"] for line in lines(tmp_path)] in ([1], [1, 2])  # and no torn line
         logger.log(4, {"loss": 4.0})
         assert capsys.readouterr().out.count("is written again") == 2

@@ -22,7 +22,7 @@ EXPERTS = {"model.num_experts": 4, "model.num_experts_per_tok": 2, "model.moe_in
 
 
 def test_resuming_is_bitwise_exact(make, tmp_path):
-    """20 steps against 10, a restart and 10 more; then once more from step 10 by config.resume."""
+    """20 steps equal a run that is killed after step 13 and resumes from 10. So does the whole run with resume=10."""
     config = make(**{"model.attention_dropout": 0.1})
     run(config, tmp_path / "whole", progress=False)
     straight = final_state(config, tmp_path / "whole", 20)
@@ -244,7 +244,7 @@ def test_a_tokenizer_of_another_size_is_refused(make, tmp_path):
 
 
 def test_muon_after_a_short_context_resumes_exactly(make, tmp_path):
-    """The short context lasts 6 of 8 steps, so the run goes on from step 4 inside it."""
+    """The short context lasts 6 of 8 steps, so the run resumes from step 4 within it."""
     changes = {"steps": 8, "optimizer.kind": "muon", "context_warmup.length": 8, "context_warmup.steps": 6}
     config = make(**changes, **{"checkpoint.every": 4, "log_every": 1, "eval.every": 0})
 

@@ -114,7 +114,7 @@ def test_four_ranks(make, tmp_path):
     def learned(workdir):
         return [[line[key] for key in ("loss", "grad_norm", "tokens_seen")] for line in metrics(tmp_path / workdir)]
 
-    # float32: sums in another order; AdamW's first steps have the sign of a gradient, however small
+    # float32 sums in another order; and AdamW's first steps follow the sign of a gradient, even of a tiny one
     close = pytest.approx
     for result, _ in told:
         assert result == {key: close(value, rel=1e-3) for key, value in alone.items()}

@@ -35,7 +35,7 @@ def _launched(tmp_path, config, fault, *mesh, by=()):
 
 @pytest.fixture
 def alone(make, tmp_path):
-    """The losses of the run that nothing happens to."""
+    """The losses of a run on one device without a fault."""
     run(make(steps=STEPS, **OPTIONS), tmp_path / "alone", progress=False)
     return [line["loss"] for line in metrics(tmp_path / "alone")]
 
@@ -52,12 +52,12 @@ def test_after_a_rank_is_killed_the_run_goes_on_from_its_last_checkpoint(make, t
     done = _launched(tmp_path, make(steps=STEPS, mesh="dp2", restarts=1, **OPTIONS), "killed")
     _assert_went_on(done, tmp_path / "w", alone)
     assert "rank 1 of 2 ended with signal 9; the others were ended; starting all again (1 of 1)\n" in done.stderr
-    assert "Traceback" not in done.stderr  # of the rank that lost its peer
+    assert "Traceback" not in done.stderr  # not even from the rank that lost its peer
 
 
 @pytest.mark.nightly
 def test_under_torchrun_the_run_goes_on_from_its_last_checkpoint(make, tmp_path, alone):
-    """Its agent starts both ranks again with the store of those before; here they are asked for another mesh."""
+    """torchrun's agent restarts both ranks with the store of the first ones. Here they also get another mesh."""
     done = _launched(tmp_path, make(steps=STEPS, mesh="dp2", **OPTIONS), "killed", "tp2", by=TORCHRUN)
     _assert_went_on(done, tmp_path / "w", alone)
     assert "mesh: dp2, 2 ranks" in done.stdout

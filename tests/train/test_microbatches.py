@@ -1,4 +1,4 @@
-"""The number of micro-batches that config.microbatches=0 stands for: against trying all; plan and run agree on it."""
+"""The number of micro-batches that config.microbatches=0 chooses: against trying all. Plan and run choose the same."""
 
 import dataclasses
 import re
@@ -54,7 +54,7 @@ def test_candidates_are_what_runs_with_all_ranks_at_work(shape, pipeline, rows, 
     if named := re.search(r"config\.batch_size=.*; write a multiple of (\d+)$", str(caught.value)):
         assume(int(named[1]) * length % shape.tp == 0)
         assert M.candidates(shape, pipeline, int(named[1]) * shape.tp, length)
-    else:  # another rule's, of tokens that tp cannot cut
+    else:  # the error of another rule: tp cannot cut the tokens
         assert "which don't divide by tp=2" in str(caught.value)
 
 
@@ -90,7 +90,7 @@ CASES = [
 
 @pytest.fixture(params=["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
 def on_card(request, monkeypatch):
-    """A machine with such a card, which never says what is free."""
+    """A machine with this card. Asking for its free memory is an error."""
 
     def asked(*_):
         raise AssertionError("what is free was asked for")

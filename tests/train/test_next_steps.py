@@ -1,4 +1,4 @@
-"""What a run says before it starts, where that would take too long, and at its end."""
+"""What a run prints at its end, and the warning at its start if a CPU would take too long."""
 
 import dataclasses
 import os

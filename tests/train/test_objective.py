@@ -44,7 +44,7 @@ def test_document_sums_are_those_of_a_loop(lengths, padding, seed):
 
 
 def packed(rows=4, length=24, vocab=40):
-    """Rows of six documents of unequal lengths, three of the four places weighted."""
+    """Rows of six documents of unequal lengths; about three of four places have a weight."""
     g = torch.Generator().manual_seed(0)
     numbers = [[k for k, size in enumerate((3, 2 + row, 4, 3, 2, 3), 1) for _ in range(size)] for row in range(rows)]
     segments = torch.tensor([row + [0] * (length - len(row)) for row in numbers])
@@ -134,7 +134,7 @@ def test_what_does_not_count_may_be_anything_finite():
 
 
 def test_several_updates_are_as_many_steps_of_parts():
-    """Two updates of a batch against two steps of its halves, with a schedule that moves; a bad one is withheld."""
+    """Two updates from one batch equal two steps with its halves, as the rate changes. A bad update is withheld."""
     cfg, batch = config(), packed()
     schedule = Schedule("cosine", 1e-2, 6, warmup_steps=3)
     start = state.init_state(cfg, 0, dtype=torch.float64)
@@ -168,7 +168,7 @@ def test_consumed_moves_the_position_and_nothing_else():
 
 
 def test_scores_are_read_by_weight_from_a_scalar_head():
-    """Bradley–Terry of the last tokens' scores, against the formula; its parameters are the table's."""
+    """The Bradley–Terry loss of the last tokens' scores, against the formula. One row replaces lm_head."""
     cfg, batch = config(scalar_head=True, tie_word_embeddings=True), packed()
     ends = F.pad(batch["segments"][:, 1:] != batch["segments"][:, :-1], (0, 1), value=True) & (batch["segments"] > 0)
     batch["loss_weights"] = ends.float()
@@ -211,7 +211,7 @@ def test_outputs_are_log_probs_at_the_temperature_and_entropy_goes_to_the_token(
 
 
 def test_ids_that_no_sampler_draws_have_no_probability():
-    """Against a softmax over the first 33 of 40 ids; their rows of the head get no gradient."""
+    """Against a softmax over the first 33 of 40 ids. The head's rows of the other ids get no gradient."""
     cfg, batch = config(tie_word_embeddings=False), packed(vocab=33)
     p = params.init_params(cfg, 0, dtype=torch.float64)
     log_p = model.apply(cfg, p, batch, model.REFERENCE).logits[..., :33].log_softmax(-1)

@@ -77,7 +77,7 @@ def test_wrong_hyperparameters_are_named():
 @pytest.mark.parametrize("kind", [AdamW, Muon])
 @pytest.mark.parametrize("eps", [0.0, -1e-8, 1e-46, float("nan"), float("inf")])
 def test_an_eps_that_divides_by_zero_is_refused(kind, eps):
-    """Of rows of the embedding that no batch has had, gradient and moments are 0."""
+    """For embedding rows that no batch has used, gradient and moments are 0; with eps 0 the update would be 0/0."""
     with pytest.raises(UserError, match=r"optimizer\.eps must be .*--config\.optimizer\.eps=1e-8"):
         kind(eps=eps)
 

@@ -85,7 +85,7 @@ def test_frozen_leaves_on_a_mesh_are_those_of_one_device(mesh):
 
 def test_other_frozen_leaves_in_a_workdir_are_an_error(make, tmp_path):
     run(make(steps=1, **{"optimizer.rates": f"{EMBED}=0"}), tmp_path, progress=False)
-    run(make(steps=2, **{"optimizer.rates": f"{EMBED}=0,{NORM}=0.5"}), tmp_path, progress=False)  # no other moments
+    run(make(steps=2, **{"optimizer.rates": f"{EMBED}=0,{NORM}=0.5"}), tmp_path, progress=False)  # same moments
     with pytest.raises(UserError, match="to a run of another optimizer: its optimizer.rates is"):
         run(make(steps=3), tmp_path, progress=False)
 

@@ -1,4 +1,4 @@
-"""A run writes its report as it goes, and no report costs a run."""
+"""A run writes its report while it trains. A report that fails never ends the run."""
 
 import json
 import shutil

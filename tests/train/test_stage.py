@@ -39,7 +39,7 @@ def on_ranks(rank, meshes, folder):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """kind -> the numbers of one device."""
+    """A folder with a run of each kind on one device."""
     folder = tmp_path_factory.mktemp("alone")
     for kind in ("dense", "moe", "frozen", "scores"):
         loop.run(toy_stage.get_config(kind), folder / kind, progress=False)
@@ -87,7 +87,7 @@ OTHERS = ["", *[*TWO, *FOUR][1:]]
 
 @pytest.mark.parametrize("mesh", ["dp2", *(pytest.param(mesh, marks=pytest.mark.nightly) for mesh in OTHERS)])
 def test_by_launch_it_survives_a_kill_and_goes_on_bit_for_bit(mesh, tmp_path, alone):
-    """All its processes are killed somewhere behind step 2; the same command then reaches the same end."""
+    """All its processes are killed somewhere after step 2. The same command then reaches the same end."""
     kind = {**TWO, **FOUR}.get(mesh, "dense")
     killed = launch(tmp_path / "w", mesh, kind, start_new_session=True)
     deadline = time.monotonic() + 120
@@ -108,7 +108,7 @@ def test_by_launch_it_survives_a_kill_and_goes_on_bit_for_bit(mesh, tmp_path, al
 
 
 class Changed:
-    """The toy stage with other parts."""
+    """The toy stage with some parts replaced."""
 
     def __init__(self, refuse=None, **parts):
         self.refuse, self.parts = refuse, parts

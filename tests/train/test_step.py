@@ -115,9 +115,9 @@ def test_recomputation_recomputes(monkeypatch):
 def test_compiled_equals_eager(mode, backend, layers, microbatches, dtype, tolerance, monkeypatch):
     """Block mode with the compiled update, and the whole step as one graph, both with donation and accumulation.
 
-    With eager kernels, which tests what is put into the graphs; at night also with inductor's, which take a minute to
-    build: in the other precision, and for one layer and micro-batch where they are repeated in the graph. On a push
-    inductor builds a layer of experts, decoding and a donated function.
+    A push uses eager kernels, which is enough to test what is put into the graphs. The nightly run also uses kernels of
+    inductor, which take a minute to build: in the other precision, and with one layer and micro-batch where the graph
+    repeats them. On a push, other tests let inductor build a layer of experts, decoding and a donated function.
     """
     cfg = tiny(num_hidden_layers=layers)
     batch = random_batch(4, 16, cfg.vocab_size)

@@ -37,7 +37,7 @@ def gradients(cfg, p, batch, execution):
 
 
 def distance(a, b):
-    """Relative, over all leaves."""
+    """The relative distance of all leaves together, by norm."""
     far = sum((a[k].double() - b[k].double()).square().sum() for k in b)
     return (far / sum(b[k].double().square().sum() for k in b)).sqrt().item()
 
@@ -54,7 +54,7 @@ def distance(a, b):
     ],
 )
 def test_kernels_are_as_exact_as_the_formula_in_the_same_dtype(packed, execution):
-    """Against fp64: the flex, cuDNN and chunked paths may not be worse than the plain formula in bf16, times 1.5."""
+    """Flash and cuDNN attention, chunked loss: at most 1.5 times as far from fp64 as the plain formula in bf16."""
     cfg = small_model()
     p64 = params.init_params(cfg, 0, device="cuda", dtype=torch.float64)
     p16 = {k: v.bfloat16() for k, v in p64.items()}
@@ -82,14 +82,14 @@ def test_compile_modes_equal_eager_in_float32(mode):
     step = make_train_step(cfg, hyper, SCHEDULE, microbatches=2, execution=execution, donate=True)
     got, m_2 = step(state.init_state(cfg, 0, device="cuda"), batch)
     torch.testing.assert_close(m_1["loss"], m_2["loss"], rtol=1e-6, atol=0)
-    assert distance(got.opt.m, expected.opt.m) < 5e-6  # by norm, as the contract's equality suites
+    assert distance(got.opt.m, expected.opt.m) < 5e-6  # by norm, as in the project's other tests of equality
     assert distance(got.params, expected.params) < 1e-6
 
 
 def test_whole_steps_of_several_models_in_one_process(monkeypatch):
-    """Sizes stay numbers: had a second model made symbols of them, torch 2.11 could not differentiate on a GPU.
+    """Sizes must stay numbers: if a second model made symbols of them, torch 2.11 could not differentiate on a GPU.
 
-    The guards on symbols come from autograd's own thread there, which has no frame that torch could name.
+    There the guards on symbols come from autograd's own thread, which has no frame that torch could name.
     """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for width in (128, 192, 256):

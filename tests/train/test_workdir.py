@@ -24,7 +24,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """Two of the same size."""
+    """Two tokenizers of the same size."""
     place = tmp_path_factory.mktemp("tokenizers")
     texts = {name: [f"{name} value {i}\n" for i in range(60)] for name in ("one", "other")}
     return [train_sentencepiece(text, 320, place / f"{name}.model") for name, text in texts.items()]
@@ -32,7 +32,7 @@ def tokenizers(tmp_path_factory):
 
 @pytest.fixture
 def workdir(tokenizers, tmp_path):
-    """A run's, as it stands after its first checkpoint."""
+    """The workdir of a run after its first checkpoint."""
     workdir = tmp_path / "w"
     W.write_config(workdir, CONFIG, 0)
     files = W.keep_tokenizer(workdir, tokenizers[0])
@@ -79,7 +79,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_tokenizer_is_named(change, tokenizers, workdir):
-    """To go on, and to start from the workdir or read it; the fingerprint of the right one is what it was."""
+    """Both when the run resumes and when others read the workdir. The unchanged tokenizer keeps its fingerprint."""
     W.check_same_run(workdir, CONFIG)
     assert source.read_tokenizer(str(workdir)).fingerprint == tokenizers[0].fingerprint
     changes, words = CHANGES[change]

@@ -1,4 +1,4 @@
-"""Workdirs and files in them that no run could use end in one line, with nothing written."""
+"""A workdir that no run can use, or a bad file in it, gives an error of one line, and nothing is written."""
 
 import os
 
@@ -38,7 +38,7 @@ def test_a_workdir_that_cannot_be(make, place, name, plan):
 
 @pytest.mark.parametrize("plan", [False, True])
 def test_a_workdir_that_cannot_be_written(make, tmp_path, monkeypatch, plan):
-    """As root everything can be written: what the system says is asked for."""
+    """Root may write everywhere, so the test changes what os.access answers."""
     monkeypatch.setattr(os, "access", lambda place, mode: False)
     with pytest.raises(UserError, match="--workdir=.*w cannot be written: .* is read-only; choose another"):
         cli.run_stage(make(plan=plan), tmp_path / "w", False)
@@ -84,7 +84,7 @@ def test_a_config_that_no_run_wrote(make, tmp_path, content):
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-NOBODY = "~no-such-user/x"  # a path of whom there is no home
+NOBODY = "~no-such-user/x"  # a user who does not exist, so without a home directory
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A stage of its own, and its experiment: neighbouring documents are a pair, of which the first is to be likelier.
+"""A custom stage and its experiment. Neighbouring documents form a pair; training makes the first one likelier.
 
 python launch.py --config tests/train/toy_stage.py --config.mesh=dp2 --workdir W
 """
@@ -34,7 +34,7 @@ class Pairs:
 
 
 class NoText:
-    """The tokenizer of ids that stand for nothing."""
+    """A tokenizer for ids that stand for no text."""
 
     chat_template = "hybrid"
 
@@ -55,7 +55,7 @@ def make(run):
 
     def preference(sums, rows):
         margin = F.pad(sums, (0, 1))[:, :-1] - F.pad(sums, (0, 1))[:, 1:]
-        first = has_document(rows).cumsum(1) % 2 == 1  # the odd ones; a document that is not there is left out anyway
+        first = has_document(rows).cumsum(1) % 2 == 1  # documents 1, 3, …; absent ones do not count anyway
         return torch.where(first, F.softplus(-margin), 0), {"margin": torch.where(first, margin, 0)}
 
     def likelihood(params):

@@ -21,7 +21,7 @@ def warm_up():
 
 
 def state_of(step):
-    """A state that tells its step by every element."""
+    """A state in which every element shows the step."""
     return {
         "w": torch.full((40, 50), float(step)),
         "opt": {"m": torch.full((7,), -float(step))},

@@ -1,3 +1,5 @@
+"""short_pauses() freezes what is alive when settle() is called: the garbage collector skips it until the end."""
+
 import gc
 import weakref
 
@@ -21,7 +23,7 @@ def test_what_is_there_is_left_out_until_the_end():
         assert all(x is not kept for x in gc.get_objects())
         kept = weakref.ref(kept)
         gc.collect()
-        assert kept() is not None  # a cycle that was alive then
+        assert kept() is not None  # a cycle that was alive at settle()
     assert gc.get_freeze_count() == 0
     gc.collect()
     assert kept() is None

@@ -1,4 +1,4 @@
-"""A batch that went wrong: kept, or said that it could not be."""
+"""A batch whose step was not finite is kept in a file. If the file cannot be written, the run says so and goes on."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Loss spikes: the run goes back to the last checkpoint and on without the data that led there; not for ever."""
+"""Loss spikes: the run goes back to the last checkpoint and skips the data since then. Rollbacks are limited."""
 
 import json
 import statistics
@@ -59,7 +59,7 @@ def configured(make, **changes):
 
 @pytest.fixture
 def spikes():
-    """at(*places) -> (a make_step whose steps spike on batches with these places, the places of all batches)."""
+    """at(*places) -> (make_step, calls). Steps spike on batches with these places; calls: each batch's first place."""
     calls = []
 
     def at(*places):
@@ -84,9 +84,9 @@ def spikes():
 
 @pytest.mark.parametrize("log_every", [1, 14])  # a step's loss is known at once, or while the next one runs
 def test_a_run_goes_back_and_on_behind_the_spike(make, tmp_path, spikes, capsys, log_every):
-    """A spike in step 8 (examples 28 to 31), the checkpoint before it of step 6: examples 24 to 31 are left out.
+    """Step 8 (examples 28 to 31) spikes. The last checkpoint is of step 6, so examples 24 to 31 are left out.
 
-    The state is that of a run that never saw them: by hand from step 6 on, with the data order at 32.
+    The final state equals, bit for bit, steps made by hand: from step 6 on, with the data order at 32.
     """
     config = configured(make, log_every=log_every)
     make_step, calls = spikes(30)
@@ -117,7 +117,10 @@ def test_a_run_goes_back_and_on_behind_the_spike(make, tmp_path, spikes, capsys,
 
 
 def test_resuming_around_a_spike_is_exact(make, tmp_path, spikes):
-    """Killed before it, and after the rollback without and with a checkpoint since: the same run, three times over."""
+    """A run is killed three times: before the spike, after the rollback, and after the next checkpoint.
+
+    Its final state and records equal those of a run that is never killed.
+    """
     config = configured(make)
     make_step, _ = spikes(30)
     run(config, tmp_path / "whole", progress=False, make_step=make_step)
@@ -151,7 +154,7 @@ def test_resuming_around_a_spike_is_exact(make, tmp_path, spikes):
 
 def test_two_spikes_behind_one_checkpoint_and_one_before_any(make, tmp_path, spikes, capsys):
     config = configured(make, **{"checkpoint.every": 6, "spike.rollbacks": 3})
-    make_step, _ = spikes(18, 30, 38)  # in step 5, then, 20 examples on, in steps 3 and 5 once more
+    make_step, _ = spikes(18, 30, 38)  # in step 5; after the rollback in step 3, too early to be judged, and in step 5
     run(config, tmp_path / "w", progress=False, make_step=make_step)
     said = capsys.readouterr().out
     assert "back to step 0, skipping examples 0 to 19 of the data order (rollback 1 of 3)" in said
