@@ -7,9 +7,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def in_dtypes(cases):
-    """(*case, dtype) of all: bfloat16 of every case and every dtype of the first, the rest at night.
+    """Parameters (*case, dtype): a push runs every case in bfloat16 and the first in all dtypes, the night the rest.
 
-    To compile a kernel for another dtype takes longer than to run it.
+    Compiling a kernel for another dtype takes longer than running it.
     """
     return [
         pytest.param(*case, dtype, marks=() if dtype == torch.bfloat16 or case is cases[0] else pytest.mark.nightly)

@@ -1,4 +1,4 @@
-"""python -m kernels.bench: what it cannot do is one line, before anything is timed."""
+"""python -m kernels.bench: what it cannot do is an error of one line, before anything is timed."""
 
 import pytest
 import torch

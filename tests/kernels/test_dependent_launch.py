@@ -1,4 +1,4 @@
-"""Launched dependently or not, and in a CUDA graph, decoding's kernels give the same bits."""
+"""The kernels of decoding give the same bits with and without dependent launch, also in a CUDA graph."""
 
 import contextlib
 
@@ -34,7 +34,7 @@ def randn(*shape):
 
 
 def arguments(rows, context):
-    """(first x, weights of the layers, head, what attention needs beside q, k and v); the pages are a layer's each."""
+    """(x, norm, layers, head, what attention needs beside q, k and v), for step. Each layer has pages of its own."""
     torch.manual_seed(0)
     ones, pages = torch.ones(D, device="cuda", dtype=torch.bfloat16), context // PAGE + 1
     layers = [

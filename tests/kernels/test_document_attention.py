@@ -1,3 +1,5 @@
+"""Attention that is computed document by document, against attention with a dense mask."""
+
 import itertools
 
 import torch

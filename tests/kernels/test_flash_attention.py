@@ -26,7 +26,7 @@ def window(length, keys, width):
 
 
 def frames(length, sizes):
-    """As qwen3f.vision.tower.patch_inputs bounds them."""
+    """Ranges of frames of these sizes, as qwen3f.vision.tower.patch_inputs makes them."""
     place = torch.arange(length)
     ends = torch.tensor(sizes).cumsum(0)
     frame = torch.searchsorted(ends, place, right=True).clamp(max=len(sizes) - 1)
@@ -49,7 +49,7 @@ CASES = {
     ),
     "nothing_seen": ((1, 1, 1, 20, 20, 16), {"ranges": ranges_from_cu_seqlens(torch.tensor([0, 0]), 20)}),
     "window": ((1, 2, 1, 50, 90, 16), {"ranges": window(50, 90, 37)}),
-    # of a vision tower: a patch sees its frame, patches of the room behind them see themselves
+    # as in a vision tower: a patch sees its frame; patches of padding see themselves
     "frames_72": ((1, 2, 2, 60, 60, 72), {"ranges": frames(60, [24, 8, 20])}),
     "frames_64": ((1, 1, 1, 40, 40, 64), {"ranges": frames(40, [16, 16])}),
     "wide_head": ((1, 1, 1, 40, 40, 256), {}),
@@ -67,7 +67,7 @@ def inputs(sizes, dtype=torch.float32, device="cpu", seed=0):
 
 
 def by_torch(q, k, v, causal=True, ranges=None):
-    """torch's attention and log-sum-exp. Rows that see nothing: 0, and −∞ without a gradient."""
+    """torch's attention and log-sum-exp. Rows that see nothing give 0 and −∞, without a gradient."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     if ranges is not None:
@@ -112,8 +112,8 @@ def test_float32_interpreted(name):
 
 
 def test_float16_interpreted():
-    """As good as torch's attention on float16 inputs; both round the output, and ours the probabilities before the
-    product too."""
+    """At most 1.5 times as far from float64 as torch's attention in float16. Both round the output, and ours also the
+    probabilities before the product."""
     qkv, *rest = *inputs((1, 2, 1, 90, 90, 32), torch.float16), {}
     with backend.interpreted():
         ours = results(attend, qkv, *rest)
@@ -131,8 +131,9 @@ def test_the_formula_on_a_cpu(name):
 
 
 def test_huge_logits():
-    """Scores of ±1e4: the log-sum-exp is rounded to 1e-3, so probabilities are exact to 1e-3. Of ±1e7: to nothing, but
-    they stay below 1: no value's gradient is larger than if every query put all its weight on it."""
+    """Scores of ±1e4: the log-sum-exp is rounded to 1e-3, so probabilities are exact to 1e-3. Scores of ±1e7: no digit
+    of the probabilities is exact, but they stay below 1. So no value's gradient is larger than if every query put all
+    its weight on it."""
     (q, k, v), d_out, d_lse = inputs((1, 2, 2, 40, 40, 16))
     for size, far in ((1e2, 2e-3), (3e3, None)):
         scaled = [(x * s).detach().requires_grad_() for x, s in zip((q, k, v), (size, size, 1.0))]
@@ -156,7 +157,7 @@ def test_only_the_log_sum_exp_is_differentiated():
 
 
 def test_a_gradient_that_begins_anywhere():
-    """A part of a larger gradient may begin at no multiple of 16 bytes, which kernels do not read."""
+    """The gradient may be part of a larger one and begin at no multiple of 16 bytes, where kernels cannot read."""
     qkv, d_out, _ = inputs((1, 2, 1, 40, 40, 16))
     with backend.interpreted():
         out = attend(*qkv)[0]
@@ -168,8 +169,8 @@ def test_a_gradient_that_begins_anywhere():
 
 
 def test_merged_chunks_equal_the_whole():
-    """Keys in three chunks, of which the first rows see none of the later: values and gradients, to 1e-12 in
-    float64."""
+    """Attention over three chunks of keys, merged; the first rows see no key of the later chunks. Values and gradients,
+    in float64 to 1e-12."""
     qkv, d_out, d_lse = inputs((1, 2, 1, 30, 30, 16), torch.float64)
 
     def in_chunks(q, k, v):
@@ -268,8 +269,8 @@ GPU_CASES = {
     ("documents", torch.float32),
 ])  # fmt: skip
 def test_on_a_gpu(name, dtype):
-    """At most 1.1 times as far from float64 as torch's own attention, in float32 twice (2e-6 by norm); the same bits
-    twice."""
+    """At most 1.1 times as far from float64 as torch's own attention; in float32 within 2e-6 by norm. Two runs give the
+    same bits."""
     sizes, mask = GPU_CASES[name]
     if "ranges" in mask:
         mask = {"ranges": type(mask["ranges"])(*(x.cuda() for x in mask["ranges"]))}

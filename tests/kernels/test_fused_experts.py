@@ -8,7 +8,7 @@ from kernels import backend, fused_experts, grouped_gemm, moe_dispatch
 from kernels.bench import moe as bench
 from kernels.grouped_gemm import Tile
 
-# Small, and between them every way to run: loops over tiles, flat ones, pointers, parts of an epilogue.
+# Small tiles that together use every way to run: loops over tiles, flat ones, pointers, an epilogue in pieces.
 SMALL = {
     "linear": Tile(16, 32, 16, 4, 2, per_sm=1, flat=True),
     "linear2": Tile(16, 16, 16, 4, 2, per_sm=1),
@@ -77,7 +77,7 @@ def test_interpreted(case, dtype, monkeypatch):
 
 
 def test_tiles_of_a_gpu_interpreted():
-    """The default tiles, with groups larger than one, and float32's."""
+    """The default tiles, of float16 and of float32, with groups larger than one tile."""
     for n, dtype, limit in ((170, torch.float16, 1e-3), (70, torch.float32, 5e-7)):
         choices, args, grad = draw(n, 1, 2, 16, 8, dtype=dtype, skew=1.0)
         truth = run(
@@ -88,7 +88,10 @@ def test_tiles_of_a_gpu_interpreted():
 
 
 def test_what_is_compiled_in_does_not_follow_the_rows(monkeypatch):
-    """Under expert parallelism a rank gets another number of rows every time, and would compile every time."""
+    """Numbers that are compiled into a kernel must not depend on the number of rows.
+
+    Under expert parallelism a rank gets another number of rows every time, and would compile every time.
+    """
     seen = []
 
     class Recorded:
@@ -150,7 +153,7 @@ def test_no_token_and_no_gradient(interpret):
 
 
 def test_what_the_backward_pass_keeps():
-    """Besides the inputs: gate and up."""
+    """It keeps gate and up, besides the inputs."""
     choices, args, _ = draw(6, 2, 3, 8, 10, dtype=torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -224,10 +227,10 @@ def test_wrong_arguments_are_named():
     ],
 )
 def test_gpu(sizes, dtype):
-    """As near to float64 as torch's grouped_mm, or where that refuses (float32, odd sizes) as the formula, with 1.1 for
-    chance; float32 within 2e-6. Twice the same bits, and nothing left unwritten.
+    """At most 1.1 times as far from float64 as torch's grouped_mm, or as the formula where grouped_mm refuses (float32,
+    odd sizes). 1.1 is for chance; float32 is within 2e-6. Two runs give the same bits, and every output is written.
 
-    A single token has too few numbers for its error to be one: 30 of them are drawn, and their errors pooled."""
+    A single token has too few numbers for a stable error, so 30 are drawn and their errors pooled."""
     *shape, skew = sizes
 
     def formula(x, w, *weights):

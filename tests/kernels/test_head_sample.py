@@ -1,4 +1,4 @@
-"""The head and the choice of a token: logits against float64, choices against the distribution, and by chi-square."""
+"""The head and the choice of a token: logits against float64, choices against the distribution and by chi-square."""
 
 import pytest
 import torch
@@ -38,9 +38,10 @@ def distance(a, b):
 
 
 def check(arguments, out, tolerance):
-    """The logits; and given these, each row's choice and its log-prob.
+    """Check the logits and, given these, each row's choice and its log-prob.
 
-    A drawn id's share of the distribution function holds the uniform, to 1e-5 (float32 sums of a whole vocabulary).
+    The uniform number must lie in the drawn id's part of the cumulative distribution, to 1e-5 (float32 sums of a whole
+    vocabulary).
     """
     num_ids, inverse, uniform = arguments[4:]
     ids, logprob, logits, finite = out
@@ -56,7 +57,7 @@ def check(arguments, out, tolerance):
     assert ((start - 1e-5 <= uniform) & (uniform <= end + 1e-5))[~greedy].all()
 
 
-# rows, hidden, vocabulary, ids: ids that end within a tile, at its end, tiles ahead; each form of the product
+# rows, hidden, vocabulary, ids. The ids end in a tile, at its end, or tiles before the last; each form of the product
 SHAPES = [(1, 40, 90, 83), (1, 16, 30, 30), (5, 300, 203, 96), (34, 64, 260, 33), (66, 32, 150, 128)]
 
 
@@ -69,7 +70,7 @@ def test_interpreted(sizes):
 
 
 def test_float16_interpreted():
-    """The logits are not rounded to float16: what they are off by is the norm's two roundings, 2e-4 each."""
+    """The logits are not rounded to float16. Their error comes from the norm's two roundings, 2e-4 each."""
     arguments = case(*SHAPES[2], dtype=torch.float16)
     with backend.interpreted():
         check(arguments, head_sample(*arguments), 4e-4)
@@ -95,7 +96,7 @@ def chi_square(ids, probs):
 
 
 def assert_follows(ids, probs):
-    """Five standard deviations above the statistic's mean; and the opposite distribution is found out."""
+    """Chi-square is at most five standard deviations above its mean, and above that for the reversed distribution."""
     statistic, freedom = chi_square(ids, probs)
     limit = freedom + 5 * (2 * freedom) ** 0.5
     assert freedom >= 4
@@ -118,7 +119,7 @@ def test_draws_follow_the_distribution(temperature):
 
 
 def test_draws_follow_the_distribution_interpreted():
-    """Fewer: a draw takes the interpreter 50 ms. Where each one must fall, `check` says."""
+    """With few draws, because one takes 50 ms in the interpreter. `check` tests where each draw must fall."""
     arguments, probs = drawn_often(100, "cpu", 16, 60, 42, (1.3,))
     with backend.interpreted():
         assert_follows(head_sample(*arguments)[0], probs)
@@ -159,7 +160,7 @@ def test_ends_of_the_distribution(interpret):
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:divide by zero")  # of numpy, in the interpreter
 @pytest.mark.parametrize("interpret", [False, True])
 def test_a_row_that_is_not_finite_is_named_alone(interpret):
-    """NaN, both infinities, and padding that is not finite, which does not count."""
+    """One row has a NaN and one an infinity. A NaN in the padding of the vocabulary does not count."""
     x, norm, eps, head, num_ids, inverse, uniform = case(6, 16, 90, 70, (1.0, 0.0))
     alone = head_sample(x, norm, eps, head, num_ids, inverse, uniform)
     x[1, 3], x[2, 0] = float("nan"), float("inf")

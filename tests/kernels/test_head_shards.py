@@ -1,6 +1,6 @@
 """A head that is cut over ranks chooses what the whole one does (kernels.head_sample): all ranks in one process.
 
-1e-5 of log-probabilities: float32 sums of another order; 1e-12 in float64.
+Log-probabilities agree to 1e-5, for float32 sums in another order, and to 1e-12 in float64.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from tests.kernels.test_head_sample import case, ends_of_a_distribution
 
 
 def by_shards(x, norm, eps, head, num_ids, inverse, uniform, shards):
-    """(ids, logprob, logits, finite) as head_sample's: the ranks' numbers added up, their logits side by side."""
+    """(ids, logprob, logits, finite) as head_sample gives them: results summed over ranks, logits side by side."""
     size = len(head) // shards
     known = [min(max(num_ids - rank * size, 0), size) for rank in range(shards)]
     parts = [
@@ -41,7 +41,7 @@ def check(arguments, shards, interpret, tolerance):
     return got
 
 
-# rows, hidden, vocabulary, ids, shards: ids that end within a shard, at its end, shards ahead; each form of the product
+# rows, hidden, vocabulary, ids, shards. The ids end in a shard, at its end, or shards before the last; each product
 SHAPES = [(1, 40, 90, 83, 2), (1, 16, 90, 45, 2), (5, 32, 104, 40, 4), (34, 32, 70, 43, 2), (2, 32, 60, 60, 3)]
 
 
@@ -68,7 +68,7 @@ def test_a_row_that_is_not_finite_is_named_alone(interpret):
     head[80] = float("nan")  # padding
     got = check((x, norm, eps, head, num_ids, inverse, uniform), 3, interpret, float("inf"))
     assert got[3].tolist() == [True, False, False, True, True, True]
-    head[65] = float("nan")  # of the last shard alone
+    head[65] = float("nan")  # read by the last shard only
     got = check((x, norm, eps, head, num_ids, inverse, uniform), 3, interpret, float("inf"))
     assert not got[3].any()
 
@@ -85,7 +85,8 @@ def test_wrong_arguments_are_named():
 @pytest.mark.parametrize("rows", [1, 8, 64, 256])
 @pytest.mark.parametrize("hidden, vocab, num_ids, dtype", in_dtypes([(1024, 151936, 151669)]))
 def test_on_a_gpu(rows, hidden, vocab, num_ids, dtype):
-    """Logits are the whole head's to a float32 sum; given these a draw may fall to a neighbour in 2e-5 of its range."""
+    """Logits are those of the whole head, up to the order of float32 sums. So a draw near the border of two ids may
+    take the other one, within 2e-5 of the range."""
     arguments = case(rows, hidden, vocab, num_ids, (0.7, 0.0, 1.0), dtype, "cuda")
     got, expected = by_shards(*arguments, 2), head_sample(*arguments)
     torch.testing.assert_close(got[2], expected[2], rtol=1e-5, atol=1e-4)

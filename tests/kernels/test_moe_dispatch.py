@@ -36,7 +36,7 @@ def assert_planned(where, experts, num_experts):
 @DEVICES
 @pytest.mark.parametrize("n, k, e", [(1, 1, 1), (5, 2, 3), (70, 4, 4), (300, 3, 200), (0, 2, 4)])
 def test_plan(n, k, e, interpret):
-    """With 200 experts the last of several blocks is ragged; stable: Python's sort is."""
+    """The order must be stable, as Python's sort is. With 200 experts the last of several blocks is partial."""
     experts = choices(n, k, e)
     assert_planned(run(interpret, lambda: moe_dispatch.plan(experts, e)), experts, e)
 
@@ -161,7 +161,7 @@ def test_wrong_arguments_are_named():
 @pytest.mark.gpu
 @pytest.mark.parametrize("n, k, e", [(32768, 8, 128), (1001, 3, 5), (1, 1, 1)])
 def test_gpu(n, k, e):
-    """Plans equal those of a CPU. bf16 sums are as good as torch's own, twice the same bits, nothing left unwritten."""
+    """Plans equal those of a CPU. bf16 sums are as good as torch's; two runs give the same bits; all is written."""
     experts = choices(n, k, e)
     where = moe_dispatch.plan(experts.cuda(), e)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(where, moe_dispatch.plan(experts, e)))

@@ -12,9 +12,9 @@ EPS = 1e-6
 
 
 def case(lengths, heads, kv_heads, d, page, columns, dtype=torch.float32, norm=True, device="cpu"):
-    """Arguments of paged_attention; pages in a random order, NaN in whatever a row has not written, page 0 included.
+    """Arguments of paged_attention. Pages are in a random order; what no row has written is NaN, also page 0.
 
-    Table entries past a row's pages are wild.
+    Table entries after a row's own pages are invalid (2^30).
     """
     g = torch.Generator().manual_seed(0)
     rows, used = len(lengths), [n // page + 1 for n in lengths]
@@ -116,7 +116,7 @@ def test_float16_interpreted():
 
 @pytest.mark.parametrize("interpret", [False, True])
 def test_idle_rows_share_the_dump(interpret):
-    """Two idle rows beside a real one: they disturb nothing but page 0, and are finite."""
+    """Two idle rows beside a real one write to page 0 only, and their outputs are finite."""
     arguments = case([0, 40, 0], 4, 2, 16, 16, 4)
     arguments[-2][0] = arguments[-2][2] = 0
     alone = [x[1:2] if isinstance(x, Tensor) and len(x) == 3 else x for x in arguments]
@@ -226,7 +226,7 @@ def test_wrong_arguments_are_named():
     ),
 )
 def test_on_a_gpu(sizes, dtype):
-    """At most 1.2 times as far from float64 as torch's own attention (2e-6 in float32); the same bits twice."""
+    """At most 1.2 times as far from float64 as torch's own attention (2e-6 in float32). The same bits twice."""
     arguments = case(*sizes, dtype, device="cuda")
     truth = exact(*wide(arguments))[0]
     theirs = distance(exact(*arguments)[0], truth)

@@ -159,7 +159,10 @@ def test_rope_is_the_model_s_and_differentiable_twice():
 
 
 def test_fused_equals_apart_in_the_interpreter():
-    """Both round the head, the product and the turned head, in float16: equal but where sums differ in order."""
+    """Both round the normed head, its product with the weight and the rotated head to float16.
+
+    So they are equal, except where sums are in another order.
+    """
     q, k, q_weight, k_weight, cos, sin = arguments("fused", (1, 9, 4, 2, 32), torch.float16)
     with backend.interpreted():
         fused = qk_norm_rope.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, EPS)
