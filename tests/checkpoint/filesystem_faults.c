@@ -1,6 +1,6 @@
 /* Preloaded (LD_PRELOAD) into a process under test: its N-th change to the file system kills it or fails.
  *
- * Counted are the calls that change something at a path below the armed root: opening for writing, making directories,
+ * It counts the calls that change something at a path below the armed root: opening for writing, making directories,
  * writing, syncing, renaming and removing, from Python and from C++ libraries alike. `faults_arm` is called by ctypes.
  */
 #define _GNU_SOURCE
@@ -21,7 +21,7 @@
 static char root[PATH_MAX];
 static atomic_int armed, count, at, lasting, error_number;
 
-/* error: errno that call `nth` (from 1) fails with, 0: the process is killed there. lasts: so do all that follow. */
+/* Call `nth` (from 1) fails with errno `error`; if error is 0, it kills the process. lasts: all later calls do too. */
 void faults_arm(const char *directory, int nth, int error, int lasts) {
     strncpy(root, directory, sizeof root - 1);
     count = 0;
@@ -61,7 +61,7 @@ static int faulty_at(int directory, const char *path) {
     return path[0] == '/' || directory == AT_FDCWD ? faulty(path) : faulty_file(directory);
 }
 
-/* Removing works on a full disk: such calls can be killed at, but don't fail. */
+/* Removing works on a full disk: such calls can kill the process, but they do not fail. */
 static int killed(int directory, const char *path) {
     return error_number == 0 && faulty_at(directory, path);
 }

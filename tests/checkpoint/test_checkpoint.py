@@ -84,7 +84,7 @@ def test_roundtrip_is_bitwise_and_keeps_structure(tmp_path):
 
 
 def test_one_field_alone(tmp_path):
-    """What else is in the state need not be there at all; within the field everything is checked."""
+    """restore_part needs no other field of the state. Within its own field it checks everything."""
     state = make_state()
     with Checkpointer(tmp_path, every=1, keep=0) as c:
         c.save(3, state, {"run": 1})
@@ -122,7 +122,7 @@ def test_one_field_alone_reads_and_checks_only_its_own_files(tmp_path, monkeypat
 
 @pytest.mark.parametrize("part", [False, True])
 def test_dtypes_are_converted_on_request_alone(tmp_path, part):
-    """As Tensor.to does; shapes, and what is no floating-point number, must agree all the same."""
+    """cast=True converts as Tensor.to does. Shapes, and dtypes that are not floating-point, must still agree."""
     g = torch.Generator().manual_seed(0)
     params = {"a": torch.randn(5, 3, generator=g), "b": torch.randn(4, generator=g).bfloat16(), "n": torch.tensor(3)}
     with Checkpointer(tmp_path, every=1, keep=0) as c:
@@ -196,12 +196,12 @@ def test_cuda_state_is_exact_and_jax_stays_off_the_card(tmp_path):
             pytree.tree_map(lambda t: None if t is None else t.cpu(), want),
         )
         assert restored.step.is_cuda
-    jax = sys.modules["jax"]  # Orbax's
+    jax = sys.modules["jax"]  # imported by Orbax
     assert {device.platform for device in jax.devices()} == {"cpu"}
 
 
 def test_all_of_it_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    """What a power cut would leave: every file and directory is synced before the rename, the rename after it."""
+    """A power cut must lose nothing: every file and directory is synced before the rename, the rename after it."""
     synced, events = set(), []
 
     def fsync(handle, real=os.fsync):

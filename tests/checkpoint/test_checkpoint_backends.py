@@ -1,4 +1,4 @@
-"""The second backend, and what the default one refuses of strangers: pickles, names that lead out, sizes that lie."""
+"""The dcp backend, and what the default one refuses in files of strangers: pickles, paths out of them, false sizes."""
 
 import json
 import pickle
@@ -34,7 +34,7 @@ def save(directory, backend, step=3, state=None):
 
 
 def forge(place):
-    """Make the manifest fit what lies in `place`, as whoever made the files would."""
+    """Write a manifest that fits the files in `place`, as somebody who forged them would."""
     manifest.write(place, {})
 
 
@@ -73,7 +73,7 @@ def test_either_backend_goes_on_from_the_other(tmp_path):
 
 @pytest.mark.parametrize("how", ["restore", "part", "tree", "inspect"])
 def test_a_pickle_is_opened_by_the_dcp_backend_alone(tmp_path, how):
-    """The payload would leave a file; the error says what it is and what to write if it is trusted."""
+    """An opened pickle would create a file. The error says that there is one, and what to write if it is trusted."""
     place = save(tmp_path / "checkpoints", "dcp")
 
     class Payload:
@@ -160,7 +160,7 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_what_files_claim_is_checked_before_memory_is_taken(tmp_path, lie, monkeypatch):
-    """The manifest is forged to fit, so that the checksums have nothing to say."""
+    """The manifest is forged to fit, so that no checksum finds the change."""
     place = save(tmp_path, "orbax")
     file, change, words = LIES[lie]
     edit(place / file, change)
@@ -182,7 +182,7 @@ def test_a_dcp_file_that_leads_out_is_refused(tmp_path):
 
 
 def test_a_shape_that_lies_makes_no_list_of_files(tmp_path):
-    """Chunks of one element, of two thousand million: as many names would fill the memory."""
+    """2^31 × 4 elements in chunks of one: a list of so many file names would fill the memory."""
     place = save(tmp_path, "orbax", state={"params": {"w": torch.zeros(3, 4)}})
     array = place / "state" / "params.w" / ".zarray"
     array.write_text(json.dumps({**json.loads(array.read_text()), "shape": [2**31, 4], "chunks": [1, 1]}))
@@ -210,7 +210,7 @@ def test_a_record_that_is_no_json_object_is_damage(tmp_path, content):
 
 
 def test_remote_code_is_never_trusted():
-    """Nor is there a way to: no part of the program names the option of the Hub's libraries that runs their code."""
+    """No part of the program names trust_remote_code, the option of the Hub's libraries that runs downloaded code."""
     root = Path(__file__).parents[2]
     files = [path for part in ("qwen3f", "kernels", "sharding", "experiments") for path in (root / part).rglob("*.py")]
     assert len(files) > 50

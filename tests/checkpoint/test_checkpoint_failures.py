@@ -1,4 +1,4 @@
-"""A checkpoint that can't be written, or not in time: it is said, and nothing that was there is harmed."""
+"""A checkpoint that can't be written, or not in time, is an error; checkpoints that were there stay whole."""
 
 import errno
 import resource
@@ -92,7 +92,7 @@ def test_a_write_that_hangs_does_not_keep_the_process(tmp_path):
     with Checkpointer(tmp_path, every=1, keep=1) as c:
         assert c.steps() == [1]
         c.restore({"w": torch.ones(3)}, 1)
-        c.save(2, {"w": torch.ones(3)}, {})  # in another process: what hung left no trace
+        c.save(2, {"w": torch.ones(3)}, {})  # as in another process: the write that hung is not in the way
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
@@ -121,7 +121,7 @@ def test_an_old_checkpoint_that_stays_is_no_reason_to_lose_the_new_one(tmp_path,
 
 @pytest.mark.parametrize("best", [0, 1])
 def test_an_old_checkpoint_that_the_disk_fails_to_read_holds_nothing_up(tmp_path, monkeypatch, best):
-    """It is deleted, unless it may be among the best: then it stays until it can be read."""
+    """Its metrics cannot be read. It is deleted, unless it may be among the best: then it stays until they can."""
     state, real = {"w": torch.ones(3)}, manifest.metrics
 
     def failing(directory):

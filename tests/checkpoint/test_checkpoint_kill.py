@@ -58,7 +58,7 @@ def test_a_kill_at_any_change_to_the_disk_loses_no_committed_step(stride, forker
         assert code == -signal.SIGKILL, said
     assert code == 0
     assert ends == {0, 1}  # kills before the commit, and between it and the end of retention
-    assert call > 80  # two small leaves make so many changes; else they were not noticed
+    assert call > 80  # saving two small leaves makes so many; with fewer, some were not noticed
     assert after == [before[-1] + 1]
     assert [path.name for path in checkpoints.directory.iterdir()] == [str(after[0])]  # leftovers are gone
 
@@ -72,7 +72,7 @@ def test_a_kill_at_any_change_to_the_disk_loses_no_committed_step(stride, forker
     ],
 )
 def test_a_disk_that_fills_up_anywhere_fails_the_save_and_nothing_else(error, stride, forker, tmp_path):
-    """At leaves, record, manifest and the rename alike. The half-written one makes room again."""
+    """The disk fills at leaves, record, manifest or rename. The half-written checkpoint is removed and makes room."""
     calls = list(range(1, 70, stride))
     code, said = forker.call("save_on_full_disk", str(tmp_path / "checkpoints"), error, calls)
     assert code == 0, said
@@ -81,7 +81,7 @@ def test_a_disk_that_fills_up_anywhere_fails_the_save_and_nothing_else(error, st
 
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.nightly)])
 def test_kills_at_random_moments_change_nothing(kills, make, forker, tmp_path):
-    """A run with a checkpoint a step, killed so often; each start goes on from the last committed step."""
+    """A run that saves at every step is killed `kills` times. Each start resumes from the last committed step."""
     changes = {"schedule.kind": "constant", "schedule.warmup": 2, "eval.every": 0, "checkpoint.every": 1}
     config = make(steps=100_000, **changes, **{"model.num_hidden_layers": 1, "sample.tokens": 0, "eval.max_docs": 1})
     workdir = tmp_path / "killed"
@@ -96,7 +96,7 @@ def test_kills_at_random_moments_change_nothing(kills, make, forker, tmp_path):
         measuring = number % 10 < 2  # now and then, as the machine's load changes
         while measuring and checkpoints.latest() == before:
             time.sleep(0.01)
-        if measuring:  # from a start to the next commit, the second time with a restore: the measure of the others
+        if measuring:  # from a start to the next commit, after the first with a restore; it times the kills
             life = time.monotonic() - begin
         time.sleep(rng.uniform(0.2, 1.5) * life)
         os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Checkpoints of a mesh: any other mesh goes on from them bit for bit, and all ranks agree on what went wrong."""
+"""Checkpoints of a mesh: any other mesh resumes from them bit for bit, and all ranks agree on what went wrong."""
 
 import errno
 import os
@@ -53,7 +53,7 @@ MODELS = {
         vision_end_token_id=4,
     ),
 }
-# Each opens what the ones before it wrote. Under dr2,tp2 and where key/value heads are too few leaves have replicas.
+# Each reads what the ones before it wrote. With dr2, and with tp4 (two key/value heads), leaves have replicas.
 MESHES = {
     2: [
         ("tied", "tp2", Pipeline()),
@@ -71,7 +71,7 @@ MESHES = {
         ("mixed", "dr2,cp2", Pipeline()),
     ],
 }
-# Read rank by rank, here.
+# These read in this process, rank by rank.
 READERS = [
     ("tied", "tp2", Pipeline()), ("tied", "dp2", Pipeline()), ("tied", "pp2", INTERLEAVED),
     ("mixed", "ep2", Pipeline()), ("mixed", "pp2,dr2,dp2,ep2,tp2", ZBV),
@@ -93,7 +93,7 @@ def share_of(state, cfg, layout):
 
 
 def map_shards(fn, state):
-    """DTensors placed as they are. As an operator of DTensors it would take seconds: they try every placement first."""
+    """Apply fn to the shards of DTensors. On DTensors it would take seconds: they try every placement first."""
     return tree.map(lambda x: placed_like(x, fn(local_shards(x))), state)
 
 
@@ -171,7 +171,7 @@ def error_of(kind, work):
 
 
 def full_disk(rank, folder):
-    """On rank 2's host alone; a limit on file sizes stands for it. Then nothing can be deleted on rank 0's."""
+    """The disk is full on rank 2 alone (a limit on file sizes). Then the copy of the state fails on rank 3 alone."""
     _, _, checkpoints, mine = open_on(folder, "tied", "dp2,tp2", Pipeline(), rank)
     said = []
     with checkpoints:
@@ -238,7 +238,7 @@ def stuck(rank, folder):
 
 
 def damage(rank, folder):
-    """One byte of what rank 3 wrote; then a file of it less."""
+    """Flip one byte of a file that rank 3 wrote; then cut off its last byte."""
     world, layout, checkpoints, mine = open_on(folder, "tied", "dp2,tp2", Pipeline(), rank)
     checkpoints.save(1, mine, {})
     checkpoints.wait()
@@ -256,7 +256,7 @@ def damage(rank, folder):
 
 
 def disagree(rank, folder):
-    """What is wrong in the same way everywhere, and what rank 0 moves."""
+    """Errors that are the same on all ranks; and set_aside, which rank 0 does for all."""
     _, _, checkpoints, mine = open_on(folder, "tied", "tp2,dp2", Pipeline(), rank)
     with checkpoints:
         for step in (1, 2, 3):
@@ -304,7 +304,7 @@ def test_one_device_goes_on_from_any_mesh(folder):
 
 @pytest.mark.parametrize("model, mesh, pipeline", READERS)
 def test_any_mesh_goes_on_from_any_other(folder, model, mesh, pipeline):
-    """Each of its ranks alone, as reading needs no other."""
+    """Each rank reads alone, because reading needs no other rank."""
     cfg, whole = MODELS[model], truth(MODELS[model])
     ranks = list(layouts(parse_mesh(mesh), pipeline=pipeline))
     for _, layout in ranks[:: max(1, len(ranks) // 4)]:

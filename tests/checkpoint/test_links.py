@@ -1,4 +1,4 @@
-"""Checkpoints behind links: on another file system they are moved aside all the same, and of a link the link goes."""
+"""Checkpoints behind links: those on another file system are moved aside too; deleting a link keeps its target."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ def saved(directory, *steps, keep=0):
 
 @pytest.fixture
 def mounts(monkeypatch):
-    """mounts(a, b): directories that rename takes for file systems of their own."""
+    """mounts([a, b]): rename treats these directories as file systems of their own."""
     places: list[Path] = []
 
     def device(path):
@@ -46,7 +46,7 @@ def names(directory):
 
 
 def test_a_linked_directory_on_another_file_system(tmp_path, mounts):
-    """Beside the link it can't be: then it is beside what the link leads to."""
+    """Checkpoints can't move to another file system, beside the link. So they go beside the link's target."""
     (tmp_path / "scratch" / "run7").mkdir(parents=True)
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "checkpoints").symlink_to(tmp_path / "scratch" / "run7")
@@ -62,7 +62,7 @@ def test_a_linked_directory_on_another_file_system(tmp_path, mounts):
 
 
 def test_a_linked_directory_that_is_a_file_system(tmp_path, mounts):
-    """Then neither place beside it will do: it is within."""
+    """No place beside the link or beside its target is on the same file system, so they go into the target."""
     (tmp_path / "scratch").mkdir()
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "checkpoints").symlink_to(tmp_path / "scratch")

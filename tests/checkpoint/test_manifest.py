@@ -1,4 +1,4 @@
-"""Damage to a checkpoint is named, at rest and on the way back into training."""
+"""Damage to a checkpoint is named, when it is inspected and when a run restores it."""
 
 import hashlib
 import json
@@ -119,7 +119,7 @@ def test_a_broken_manifest_is_damage(saved, content):
 @pytest.mark.parametrize("key", ["shape", "chunks", "dtype"])
 @pytest.mark.parametrize("value", [None, 3, "x", [], [1e999], [None], [[]], {}, ["9" * 5000]])
 def test_an_array_that_is_described_wrongly_is_damage(saved, key, value):
-    """By somebody who has written the manifest, too."""
+    """Also if the manifest fits, because the same person has written it."""
     place = saved / "checkpoints" / "7"
     path = next(place.rglob("params.w/.zarray"))
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
@@ -143,7 +143,7 @@ def test_names_in_a_manifest_lead_nowhere(saved, name):
 
 @pytest.mark.parametrize("what", ["file", "directory"])
 def test_a_symbolic_link_is_not_followed(saved, what):
-    """Even where it leads to the very content that the manifest tells."""
+    """Even if it leads to exactly the content that the manifest describes."""
     place = saved / "checkpoints" / "7"
     inside = payload(place) if what == "file" else place / "state"
     inside.rename(saved / "elsewhere")
@@ -153,7 +153,7 @@ def test_a_symbolic_link_is_not_followed(saved, what):
 
 
 def test_a_checkpoint_without_a_manifest_is_damaged(saved):
-    """A step's number stands for a checkpoint that had one."""
+    """A directory has a step as its name only after its manifest is written, so a missing one is damage."""
     (saved / "checkpoints" / "7" / "manifest.json").unlink()
     with pytest.raises(DamagedCheckpoint, match=r"manifest\.json cannot be read \(there is no file"):
         manifest.verify(saved / "checkpoints" / "7")

@@ -20,7 +20,7 @@ SAVES = st.lists(st.tuples(st.integers(1, 7), VALUES, st.booleans()), min_size=1
 
 @given(POLICIES, SAVES)
 def test_over_sequences_of_saves(policy, saves):
-    """Steps rise by the first number; a save fails where the last is true, and then nothing expires."""
+    """A save is (rise of the step, metric, whether it fails). A save that fails deletes nothing."""
     there, all_saved, step = {}, {}, 0
     for rise, value, fails in saves:
         step += rise
@@ -46,14 +46,14 @@ def test_over_sequences_of_saves(policy, saves):
 
 
 def test_on_disk(tmp_path):
-    """Of steps 1 to 12 with a loss that falls to 0 at 5 and rises: the last, the multiples of 4 and the best two."""
+    """The loss falls to 0.1 at step 5 and rises again. What stays: the last, the multiples of 4 and the best two."""
     state = {"w": torch.zeros(2)}
     with Checkpointer(tmp_path, 1, Retention(1, every=4, best=2, metric="loss")) as checkpoints:
         for step in range(1, 12):
             checkpoints.save(step, state, {}, {"loss": abs(step - 5.1), "other": math.nan})
         checkpoints.wait()
         assert checkpoints.steps() == [4, 5, 6, 8, 11]
-    with Checkpointer(tmp_path, 1, Retention(1, every=4, best=2, metric="loss")) as again:  # it knows the old ones' too
+    with Checkpointer(tmp_path, 1, Retention(1, every=4, best=2, metric="loss")) as again:  # it reads old metrics
         again.save(12, state, {}, {"loss": 9.0})
         again.wait()
         assert again.steps() == [4, 5, 6, 8, 12]

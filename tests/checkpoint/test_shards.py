@@ -1,4 +1,4 @@
-"""Every element of a state is stored by exactly one rank, where one device would have it; the oracle is DTensor's."""
+"""Exactly one rank stores each element of a state, where one device would have it; DTensor's shapes are the oracle."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,7 @@ from tests.sharding.steps import MOE, config
 
 
 def layouts(shape, **options):
-    """(place on the mesh, Layout) of every rank of a mesh that no process stands on."""
+    """(place on the mesh, Layout) of every rank of a mesh, without processes."""
     for place in itertools.product(*(range(getattr(shape, axis)) for axis in AXES)):
         axes = sizes_only(shape)
         at = {name: dataclasses.replace(axes[name], index=index) for name, index in zip(AXES, place)}
@@ -43,7 +43,7 @@ MODELS = {
     "tied": config(num_hidden_layers=8, tie_word_embeddings=True),
     "moe": config(num_hidden_layers=8, **MOE),
     "mixed": config(num_hidden_layers=8, decoder_sparse_step=2, **MOE),
-    "padded": config(num_hidden_layers=7, decoder_sparse_step=2, **MOE),  # of dense layers the last stage has fewer
+    "padded": config(num_hidden_layers=7, decoder_sparse_step=2, **MOE),  # the last stage has fewer dense layers
 }
 PIPELINES = [Pipeline(), Pipeline("interleaved", 2), Pipeline("zbv", 2)]
 
@@ -84,7 +84,7 @@ def test_every_element_has_one_writer_and_its_place(model, sizes, pipeline, fsdp
                     assert box.stop == min(box.start + chunk, size)
                 if shard.writes:
                     found[path][there] += local[here]
-            assert torch.equal(covered, (local != 0).to(covered.dtype))  # padding, zero, is nobody's
+            assert torch.equal(covered, (local != 0).to(covered.dtype))  # no piece has padding, which is 0
     for path in natural:
         assert torch.equal(found[path], natural[path]), path  # a second writer would double it
 

@@ -1,4 +1,6 @@
-"""The copy of the state: apart from what training does next, beside the next gradient, into memory made once."""
+"""The copy of the state for a save: later updates do not change it, the next gradient runs beside it, and its memory is
+allocated once.
+"""
 
 import time
 
@@ -42,7 +44,7 @@ def tiny():
 
 @pytest.mark.parametrize("compile", ["off", "step"])
 def test_before_update_comes_once_a_step_and_before_any_write(compile, monkeypatch):
-    """Called when the gradient is there and the donated state is as it was; results are those of a step without."""
+    """It is called after the gradient and before the donated state changes. The result is that of a step without it."""
     monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
     cfg, batch = tiny(), random_batch(2, 16, 64)
     options = {"execution": model.Execution(compile=compile, attention="reference")}
