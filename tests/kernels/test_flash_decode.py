@@ -10,7 +10,10 @@ from tests.kernels.gpu_cases import in_dtypes
 
 
 def case(batch, heads, kv_heads, length, slots, d, dtype=torch.float32, device="cpu"):
-    """k is a slice of a larger cache, and what lies beyond the seen slots is NaN."""
+    """q, k, v and the number of slots that each query sees.
+
+    k and v are slices of a larger cache. Slots that no query of a row sees are NaN.
+    """
     g = torch.Generator().manual_seed(0)
     q = torch.randn(batch, heads, length, d, generator=g)
     k, v = (torch.randn(batch, kv_heads, slots + 3, d, generator=g)[:, :, 1 : slots + 1] for _ in range(2))

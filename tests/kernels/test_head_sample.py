@@ -126,7 +126,10 @@ def test_draws_follow_the_distribution_interpreted():
 
 
 def hand_made(logits, num_ids, inverse, uniform):
-    """Arguments whose logits are the given ones [B, V]: x a row of the unit matrix times √D, so that its norm is 1."""
+    """Arguments that give these logits [B, V].
+
+    x is a row of the unit matrix. RMSNorm multiplies it by √D, so the head is divided by √D.
+    """
     rows = len(logits)
     hidden = max(rows, 2)
     head = torch.zeros(logits.shape[1], hidden)
@@ -219,7 +222,7 @@ def test_wrong_arguments_are_named():
 @pytest.mark.parametrize("rows", [1, 8, 32, 64, 256])
 @pytest.mark.parametrize("hidden, vocab, num_ids, dtype", in_dtypes([(1024, 151936, 151669), (1000, 5000, 4097)]))
 def test_on_a_gpu(rows, hidden, vocab, num_ids, dtype):
-    """Logits no further from float64 than norm and a float32 head (3e-6 in float32); the same bits twice."""
+    """Logits at most 1.05 times as far from float64 as norm and a float32 head (float32: 3e-6). The same bits twice."""
     arguments = case(rows, hidden, vocab, num_ids, (0.7, 0.0, 1.0), dtype, "cuda")
     out = head_sample(*arguments)
     theirs = distance(reference(*arguments)[2], exact_logits(*arguments))

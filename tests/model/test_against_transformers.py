@@ -19,7 +19,8 @@ from qwen3f.train.objective import batch_weight
 from qwen3f.transforms import grad_and_value
 from tests.model.hf_params import Widen, from_hf, hf_model, small_config
 
-# Batches are 40 long, beyond the original context. θ and betas put the ramp's ends between two pairs: truncate matters.
+# Batches are 40 long, beyond the original context of 16. θ and the betas put the ends of YaRN's ramp between two pairs
+# of dimensions, so that truncate makes a difference.
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 1.5}
 MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 
@@ -140,8 +141,8 @@ def test_packed_documents_equal_transformers_restarting_positions(changes, dtype
 def test_bf16_is_as_close_to_fp32_as_transformers_bf16(case):
     """At most 1.25 times transformers' own error against its fp32 run on the same bf16 weights, by norm.
 
-    Over 6 models: a token whose router is undecided may go to another expert in bf16, which makes most of a sparse
-    model's error and a matter of luck in one model.
+    Errors are summed over 6 models. In bf16 a token whose router is undecided may go to another expert. This makes most
+    of a sparse model's error, and in a single model it is luck.
     """
     cfg = small_config(**CASES[case])
     errors, scale = torch.zeros(2), 0.0

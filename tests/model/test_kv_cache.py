@@ -90,8 +90,8 @@ def test_padding_is_written_to_page_0_and_never_read():
 
 
 def unequal_chunks(p, cfg, device, execution, dtype=torch.float32):
-    """By norm, how far the hidden states of three prompts in one pass are from each prompt's alone; the shorter ones
-    are padded, and the pass is so wide that it takes the kernel of a training pass (over 128 query rows)."""
+    """The distance, by norm, from a plain pass to one cached pass over three prompts, of which the shorter are padded.
+    The pass is so wide (over 128 query rows) that it takes the kernel of a training pass."""
     counts, width = (70, 66, 3), 70
     tokens = torch.randint(0, cfg.vocab_size, (3, width), generator=torch.Generator().manual_seed(3))
     expected = model.make_forward(cfg)(p, {"tokens": tokens})[0]
@@ -119,7 +119,7 @@ def test_chunks_of_unequal_length_by_the_kernels():
 
 
 def test_rows_of_one_page_need_no_gather():
-    """An int for a table says the same as the pages that it stands for."""
+    """table=n stands for page n + i for row i: it gives the same bits as that table."""
     cfg, p, tokens = build()
     positions = torch.arange(12).expand(3, 12)
     for number in (1, 4):
@@ -148,7 +148,7 @@ def test_a_grown_cache_and_copied_pages_hold_the_same():
 
 
 def test_of_a_page_that_is_copied_in_part_nothing_else_is_read():
-    """What stands behind the tokens may be no number; the target has zeros there."""
+    """Slots after the copied tokens may hold NaN; the target gets zeros there."""
     cfg, p, tokens = build()
     _, cache = in_pieces(cfg, p, tokens, [LENGTH])
     for x in cache.keys + cache.values:
@@ -167,7 +167,10 @@ def test_of_a_page_that_is_copied_in_part_nothing_else_is_read():
 
 
 def test_a_tensor_parallel_shard_needs_its_heads_only():
-    """Attention of a shard with one of two key/value heads is the share of those heads."""
+    """A shard with one of two key/value heads: its cached pass equals its plain pass.
+
+    The keys of both shards together are those of the whole cache.
+    """
     cfg, p, tokens = build(num_hidden_layers=1)
     d, layer = cfg.head_dim, params.LAYERS + "self_attn."
     cut = {"q_proj": (0, 2 * d), "k_proj": (0, d), "v_proj": (0, d)}
@@ -214,7 +217,7 @@ def test_chunks_of_unequal_length_on_cuda(dtype, tolerance):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 0.03)], ids=["fp32", "bf16"])
 def test_on_cuda(dtype, tolerance):
-    """By norm, from float64: fp32 the project's bound; bf16 is 0.02 away on a CPU, with and without the cache."""
+    """The distance from float64, by norm. fp32: the project's bound. bf16: 0.02 on a CPU, with or without the cache."""
     cfg, p, tokens = build(torch.float64)
     expected = model.apply(cfg, p, {"tokens": tokens}).logits
     p = {path: leaf.to("cuda", dtype) for path, leaf in p.items()}

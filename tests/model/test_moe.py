@@ -140,9 +140,9 @@ def gradients(cfg, p, batch, execution=model.EAGER, transform=grad_and_value):
 @PRECISIONS
 @pytest.mark.parametrize("changes", [{}, {"moe_drop_tokens": True, "moe_capacity_factor": 0.8}], ids=["all", "drop"])
 def test_every_way_to_run_gives_the_same_gradients(dtype, tolerance, changes):
-    """Recomputed, by the reference formula, and that under torch.func (fp32: another order of summation, 5e-6).
+    """With recomputation, by the reference formula, and by that under torch.func (fp32: another order of sums, 5e-6).
 
-    The routers' losses are part of it; what a recomputed layer counted is counted once.
+    The routers' losses are included. A layer that is recomputed must count its choices once, not twice.
     """
     cfg = mixed(**changes)
     batch = random_batch(3, 16, cfg.vocab_size)
@@ -183,11 +183,11 @@ def test_selective_recomputation_keeps_the_experts_products():
 
 @pytest.mark.parametrize("mode", [pytest.param("block", marks=pytest.mark.nightly), "step"])
 def test_compiled_models_equal_eager(mode, monkeypatch):
-    """The whole of it as full graphs of eager kernels, for time; inductor's: test_compiled_layer_equals_eager."""
+    """The whole model as full graphs with eager kernels, to save time. Inductor: test_compiled_layer_equals_eager."""
     counter = CompileCounterWithBackend("aot_eager")
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn, **kw: original(fn, backend=counter, **kw))
-    # torch 2.13 recomputes several regions of one whole-step graph with an error
+    # torch 2.13 fails to recompute several regions of one whole-step graph
     cfg = mixed(gradient_checkpointing="selective") if mode == "block" else mixed(num_hidden_layers=2)
     cfg = cfg.replace(router_balance="global_exact")
     batch, hyper = random_batch(4, 16, cfg.vocab_size), AdamW(eps=1e-3)
@@ -198,7 +198,7 @@ def test_compiled_models_equal_eager(mode, monkeypatch):
     execution = model.Execution(compile=mode, loss="reference")
     if mode == "block":
         gradients(cfg, start.params, {k: x.chunk(parts)[0] for k, x in batch.items()}, execution)
-        assert 1 <= counter.frame_count <= 4  # two a kind
+        assert 1 <= counter.frame_count <= 4  # two for each kind of layer
     got, got_metrics = make_train_step(cfg, hyper, SCHEDULE, microbatches=parts, execution=execution)(start, batch)
     block.block_fn.cache_clear()
     for name in ("loss", "grad_norm", "aux_loss", "router_z_loss"):

@@ -23,7 +23,7 @@ def run(cfg, weights, x, real=None, form="grouped"):
 
 
 def choices(cfg, weights, x):
-    """A token's (softmax, its top k experts, logsumexp), token by token."""
+    """Yield (softmax, top k experts, logsumexp) for each token."""
     for token in x.flatten(0, 1):
         logits = (weights["gate.weight"] @ token).tolist()
         z = math.log(sum(math.exp(v) for v in logits))
@@ -132,7 +132,7 @@ def test_capacity(top_k, factor, normalize, form, padding):
     torch.testing.assert_close(got[0], expected[0], rtol=1e-12, atol=1e-13)
     for path in expected[1]:
         error = (got[1][path] - expected[1][path]).norm()
-        assert error <= 1e-12 * max(expected[1][path].norm(), 1.0), path  # top 1, normalised: the router's is 0
+        assert error <= 1e-12 * max(expected[1][path].norm(), 1.0), path  # top 1, normalised: router gradient 0
     assert run(cfg, weights, x, real, form)[1].dropped == limited(cfg, weights, x, real)[1]
 
 
@@ -148,7 +148,7 @@ def test_enough_capacity_drops_nothing():
 
 
 def test_a_capacity_is_the_number_that_was_written():
-    """1.1 · 100 rows / 10 experts are 11, where floats make a little more of it; a huge factor is all rows."""
+    """1.1 · 100 rows / 10 experts is 11; floats give a little more, and would round it up. A huge factor: all rows."""
     cfg = small_config(**{**MOE, "num_experts": 10, "num_experts_per_tok": 1}, moe_drop_tokens=True)
     weights, _ = layer(cfg)
     x = torch.ones(1, 100, cfg.hidden_size, dtype=torch.float64)  # all to one expert
@@ -175,7 +175,7 @@ def dense(cfg):
 
 
 def test_generation_drops_no_token():
-    """A cached row's logits must not depend on the rows beside it: as the model with every token kept."""
+    """A cached row's logits must not depend on other rows, so generation equals the model that keeps every token."""
     cfg = mixed(moe_drop_tokens=True, moe_capacity_factor=0.5)
     p = params.init_params(cfg.replace(initializer_range=0.2), 0, dtype=torch.float64)
     tokens = random_batch(3, 8, cfg.vocab_size)["tokens"]
