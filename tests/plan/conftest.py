@@ -1,4 +1,4 @@
-"""Plans as of a machine without a card: of an H100, whatever these tests run on."""
+"""These tests plan as on a machine without a card, so for an H100, whatever they run on."""
 
 import pytest
 

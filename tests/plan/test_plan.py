@@ -1,4 +1,4 @@
-"""Plans of meshes: against real states and shards, and the model's FLOP count."""
+"""Plans of meshes, against real states and shards and against the model's FLOP count."""
 
 import io
 import math
@@ -62,7 +62,7 @@ def test_the_state_of_frozen_leaves_and_of_any_dtype_is_exact(kind, rates, dtype
 
 
 def test_frozen_layers_leave_room():
-    """What is left of the peak is smaller by moments and gradients, and nothing is summed over ranks for them."""
+    """Frozen layers have no moments and gradients, so the peak is lower by both, and the step is faster."""
     for mesh in ("", "dr2", "dp2", "pp2"):
         options = {"preset": "qwen3-0.6b", "mesh": mesh, "microbatches": 2, "model": {"gradient_checkpointing": "full"}}
         whole = make(setup(**options))
@@ -82,7 +82,7 @@ def test_a_scalar_head_makes_no_logits():
 
 
 def test_layers_of_each_kind_and_of_a_tower_are_gathered_as_often_as_there_are():
-    """Without recomputation all stay; two layers of the language model lie beside them."""
+    """Without recomputation all gathered layers stay in memory, and two more of the language model beside them."""
     mixed = presets.get("debug_moe").replace(num_hidden_layers=5, mlp_only_layers=(0, 3))
     for cfg in (mixed, presets.get("debug_vl")):
         at = Case(cfg, parse_mesh("dp2"), 8, 256, H100)
@@ -102,7 +102,7 @@ MESHED = {"batch": 48, "length": 384, "microbatches": 4, "model": {"num_hidden_l
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("preset", ["debug", "debug_moe"])
 def test_shards_of_all_ranks_make_the_whole(preset, mesh):
-    """Elements of a leaf, times the ranks, over those that hold a copy: its size, but for the pipeline's padding."""
+    """A rank's elements of a leaf, times ranks, divided by copies: the leaf's size, with the pipeline's padding."""
     at = setup(preset, mesh, **MESHED)
     size = at.mesh.size
     for leaf in leaves(at):
@@ -168,7 +168,7 @@ def test_a_reference_in_memory_is_counted(experiment, with_it, without):
 
 @pytest.mark.parametrize("mesh, parts", [("", 64), ("dp2", 32), ("dp2,pp2", 32), ("dp3", 24)])
 def test_micro_batches_of_answers_are_those_of_the_run(mesh, parts):
-    """Rows of a micro-batch, which memory goes by, are config.rollout.microbatch_rows, whatever prompts there are."""
+    """A micro-batch has config.rollout.microbatch_rows rows, however many prompts. Memory depends on these rows."""
     config = cli.load_experiment("experiments/grpo.py:debug")
     config.mesh, config.microbatches, config.batch_size, config.updates, config.eval.batch_size = mesh, 4, 24, 3, 24
     config.rollout.update(samples=16, microbatch_rows=2)
@@ -219,7 +219,7 @@ def test_large_plans_in_seconds(mesh):
     assert {line.op for line in plan.collectives} >= {"gather", "reduce_scatter", "all_reduce", "send"}
     kept = {policy: sum(size for _, size in p.memory[0].activations) for policy, p in policies.items()}
     assert kept["full"] < min(kept["selective"], kept["none"])
-    assert kept["selective"] < kept["none"] or at.mesh.ep > 1  # what experts elsewhere gave is kept twice
+    assert kept["selective"] < kept["none"] or at.mesh.ep > 1  # results of experts on other ranks are kept twice
     assert 0 < plan.time.mfu < 0.75
     parts = plan.time.compute + plan.time.exposed + plan.time.waiting + plan.time.update
     assert parts == pytest.approx(plan.time.step)
@@ -291,7 +291,7 @@ def test_bytes_in_words():
 
 
 def test_command_prints_and_draws(tmp_path, capsys):
-    """As launch.py calls it."""
+    """Run the plan as launch.py does."""
     config = cli.load_experiment("experiments/pretrain_s1.py:debug_moe")
     config.mesh, config.plan, config.microbatches, config.seq_len = "dp2,ep2,tp2,pp2", True, 4, 256
     cli.run_stage(config, tmp_path, False)

@@ -2,8 +2,8 @@
 rank's state has the size that the plan says.
 
 One rank of a mesh runs a whole step over torch's fake process group, whose collectives return at once, and a dispatch
-mode counts them. What an all-to-all returns is made what it was given, so that routing is even between ranks. Ranks of
-a pipeline tell each other shapes, so they are gloo processes.
+mode counts them. The mode makes an all-to-all return its input, so that routing is even between ranks. Ranks of a
+pipeline tell each other shapes, so they are gloo processes.
 """
 
 import collections
@@ -180,7 +180,7 @@ def test_what_only_some_layers_have_is_counted_there(name, policy):
 @pytest.mark.parametrize("mesh, fsdp", [("dp2", True), ("dr2,dp2,tp2", True), ("dp4", False)])
 @pytest.mark.parametrize("rates", [r".*\.[qo]_proj\..*=0,.*norm.*=0", r"model\.layers\..*=0"])
 def test_what_is_frozen_is_not_summed(mesh, fsdp, rates):
-    """What FSDP gathers together with something trained is scattered with it; the rest of the frozen is not."""
+    """A frozen leaf that FSDP gathers together with a trained one is scattered with it; other frozen leaves are not."""
     cfg, hyper = presets.get("debug").replace(**SMALL), AdamW(rates=parse_rates(rates))
     assert counted(cfg, mesh, {"fsdp": fsdp}, 2, hyper) == planned(cfg, mesh, {"fsdp": fsdp}, 2, hyper)
 
@@ -230,7 +230,7 @@ def pipelines_counted():
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipelines_gradients_make_the_collectives_that_were_planned(name, rank, pipelines_counted):
-    """Of the first and the last rank, but for the messages between stages, which sharding.pipeline.cut counts."""
+    """For the first and the last rank. Messages between stages are left out: sharding.pipeline.cut counts them."""
     cfg, shape, pipeline, reduce = of_pipeline(name)
     at = Case(cfg, shape, ROWS, LENGTH, TABLE["h100"], microbatches=PARTS, pipeline=pipeline, reduce=reduce)
     own = ("layer", "last" if rank else "first")

@@ -1,4 +1,4 @@
-"""What a plan that does not fit says would: it does, and nothing smaller does, by trying all."""
+"""A plan that does not fit names the smallest change that does: it fits, and by trying all, nothing smaller does."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def configured(experiment, **changes):
 
 
 def plan_of(config, **changes):
-    """None where the change cannot run."""
+    """The plan of a changed configuration; None where it cannot run."""
     config = ConfigDict(config.to_dict())
     config.update_from_flattened_dict(changes)
     try:

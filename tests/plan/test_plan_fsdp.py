@@ -1,5 +1,5 @@
-"""Plans by the configuration of FSDP: over how many ranks it shards, and in what it sums. Counts of a real step are in
-test_plan_counted.
+"""Plans by the configuration of FSDP: over how many ranks it shards, and in which dtype it sums. Counts of a real step
+are in test_plan_counted.
 """
 
 import io
@@ -27,7 +27,7 @@ def test_a_schedule_without_selective_recomputation_is_planned_without_it():
 
 
 def test_fewer_ranks_may_share_the_weights():
-    """Gathers stay in a node; what they saved is paid once a step, whatever the number of micro-batches."""
+    """Gathers stay in a node. The price is one sum over replicas a step, whatever the number of micro-batches."""
     config = cli.load_experiment("experiments/pretrain_s1.py:debug")
     config.mesh, config.batch_size, config.microbatches, config.seq_len = "dp64", 256, 2, 256
     config.eval.batch_size = 64
@@ -61,7 +61,7 @@ def test_gradients_summed_in_float32_are_twice_as_many_bytes(policy):
     narrow, wide = plan("compute"), plan("float32")
     assert moved(wide, "gather") == moved(narrow, "gather")
     assert moved(wide, "reduce_scatter") == 2 * moved(narrow, "reduce_scatter")
-    # shards in float32 instead of bfloat16; but no copy of the weights to compute with, the masters are gathered
+    # gradient shards are float32, not bfloat16; but masters are gathered, so there is no bfloat16 copy of weights
     assert (wide.memory[0].copy, narrow.memory[0].copy) == (0, narrow.memory[0].parameters // 2)
     assert wide.memory[0].gradients == 2 * narrow.memory[0].gradients == narrow.memory[0].parameters
     same = [plan(reduce, compute=torch.float32) for reduce in ("compute", "float32")]

@@ -1,4 +1,4 @@
-"""Plans against what GPUs did: python -m qwen3f.train.bench."""
+"""Plans against measurements on GPUs, made with python -m qwen3f.train.bench."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_one_device_is_as_measured(preset, batch, model, microbatches, milliseco
         ("qwen3-4b", SELECTIVE, "dp4", 8, 1, 0, 485.4, 36.0),
         ("qwen3-4b", SELECTIVE, "pp2", 16, 8, 20, 2000.0, 62.6),
         ("qwen3-4b", {}, "pp4", 32, 16, 10, 2071.1, 58.1),
-        # times are not within 15%: where ranks of cp wait for each other, and where the GPUs wait for the host
+        # times are not within 15%, because ranks of cp wait for each other, or the GPUs wait for the host
         ("qwen3-1.7b", {}, "cp2", 4, 1, 0, None, 32.3),
         ("qwen3-1.7b", {}, "tp4", 4, 1, 0, None, 16.9),
         ("qwen3-4b", {}, "tp2", 2, 1, 0, None, 43.8),

@@ -49,7 +49,10 @@ def test_orders_are_torchs(name, ranks, stages, microbatches):
 
 @given(ranks=st.integers(1, 6), more=st.integers(0, 9))
 def test_1f1b_alternates_as_torchs(ranks, more):
-    """Of Schedule1F1B torch's own list has the kinds right, but numbers the last rank's micro-batches from 1."""
+    """Kinds are compared with torch, micro-batches with 0, 1, 2, …
+
+    torch's own list for Schedule1F1B has the kinds right, but numbers the last rank's micro-batches from 1.
+    """
     microbatches = ranks + more
     of = SimpleNamespace(_num_stages=ranks, _n_microbatches=microbatches)
     order = S.orders("1f1b", ranks, 1, microbatches)
@@ -76,7 +79,7 @@ def test_bubble_of_equal_stages_is_the_papers(ranks, more, times):
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_interleaving_and_zero_bubble_shrink_it(stages):
-    """Equal F, I and W (I+W together twice F, as of products): the papers' figures, exactly."""
+    """With equal F, I and W (so I+W is twice F, as for products) the figures are exactly the papers'."""
     times = [1.0] * 4 * stages
     name = "interleaved" if stages > 1 else "1f1b"
     interleaved = S.simulate(S.orders(name, 4, stages, 8), times, times, times)

@@ -1,4 +1,4 @@
-"""Plans of pipelines whose last stage, with the head, holds fewer layers: the value they name, against trying all."""
+"""Plans of pipelines whose last stage has the head and fewer layers: the number they name, against trying all."""
 
 import dataclasses
 

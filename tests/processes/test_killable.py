@@ -137,7 +137,10 @@ def test_the_answer_of_a_call_that_was_interrupted_is_not_the_next_ones(monkeypa
 
 
 def test_a_call_under_way_ends_with_its_parent(tmp_path):
-    """Of a parent that is killed the kernel closes the pipe, which is all that a call that hangs can be told."""
+    """When a parent is killed, the kernel closes the pipe. A call under way gets no other sign.
+
+    The test closes the pipe, as the kernel would.
+    """
     found, begun = [], tmp_path / "begun"
     with Killable(1, 600.0) as one:
         call = threading.Thread(target=lambda: found.append(one.call(f"{HERE}:spins", path=str(begun))))
@@ -149,7 +152,7 @@ def test_a_call_under_way_ends_with_its_parent(tmp_path):
         child._process.stdin.close()
         call.join(20)
         assert not _lives(child._process.pid)
-        one.close()  # ends a process that did not
+        one.close()  # ends a process that is still alive
         call.join()
     assert found[0].failure == "its process ended: exit code -9"
 

@@ -1,4 +1,4 @@
-"""Ranks: the decision as a table of environments, and two real gloo processes that add up."""
+"""How ranks start: the decision as a table of environments, and real gloo processes that meet and gather."""
 
 import contextlib
 import datetime
@@ -135,7 +135,7 @@ def main():  # a World that outlives the interpreter's end has threads that abor
         open(f"{out}/{{world.rank}}", "w").write(f"{{world.axes.shape}}")
 main()
 """
-# No torch: what starts ranks is told by their exit codes alone.
+# Without torch: a launcher learns from exit codes alone how its ranks ended.
 RANK = """
 import os, signal, sys, time
 rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
@@ -168,7 +168,7 @@ def _start(tmp_path, body, restarts=0):
 
 @contextlib.contextmanager
 def _started(tmp_path, body=""):
-    """A process that starts two ranks, once both run; and the ranks' numbers."""
+    """A process that starts two ranks, and {rank: process number}, once both run."""
     code = START.format(root=str(ROOT), script=_script(tmp_path, body))
     launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
@@ -181,7 +181,7 @@ def _started(tmp_path, body=""):
 
 
 def _met(server, rank, world, seconds=20.0):
-    """What rank `rank` gets that comes with a connection of its own to the store that the agent serves."""
+    """What `meet` gives rank `rank`, which has its own connection to the store that the agent serves."""
     store = TCPStore("127.0.0.1", server.port, is_master=False)
     return meet(store, rank, world, timeout=datetime.timedelta(seconds=seconds))
 
@@ -193,7 +193,7 @@ def server():
 
 @pytest.mark.parametrize("late", [0, 2])
 def test_ranks_that_start_again_share_a_part_of_the_store_that_is_new(server, late):
-    """Also after an attempt that had not met when it ended: rank 1 was there, nobody answered."""
+    """Also after an attempt in which rank 1 came and no other rank did."""
     with ThreadPoolExecutor(3) as threads:
 
         def attempt():
@@ -275,7 +275,7 @@ def test_all_ranks_start_again_after_one_is_lost_as_often_as_allowed(tmp_path, c
 
 
 def test_wrong_input_of_a_rank_is_the_exit_code(tmp_path, capfd):
-    """The rank itself says what is wrong, in one line; it would be as wrong again."""
+    """The rank itself says what is wrong, in one line. It is not started again: the input would be as wrong."""
     end = "if rank == '1': print('error: wrong', file=sys.stderr, flush=True), sys.exit(2)"
     assert _start(tmp_path, end, restarts=3) == 2
     assert capfd.readouterr().err == "error: wrong\n"

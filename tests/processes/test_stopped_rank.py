@@ -1,4 +1,4 @@
-"""A rank that is held by a signal is named, not the one that gave up waiting for it."""
+"""The error names the rank that a signal has stopped, not the one that gave up waiting for it."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What ranks tell each other."""
+"""What ranks exchange: gathered values, those of the first rank, the highest, and errors."""
 
 import pytest
 
