@@ -113,7 +113,7 @@ def test_the_default_path_never_unpickles(tmp_path, monkeypatch):
     assert_same_bits(checkpoints.restore(make_state())[0], make_state())
     checkpoints.restore_part("params", make_state()["params"])
     inspect.run(ConfigDict({"path": str(tmp_path), "verify": True, "backend": "orbax"}), tmp_path)
-    for path in [p for p in place.rglob("*") if p.is_file()]:  # nor is there anything that asks for it
+    for path in [p for p in place.rglob("*") if p.is_file()]:  # nor is any file a pickle
         assert not path.read_bytes().startswith(b"\x80")
         assert not zipfile.is_zipfile(path)
 

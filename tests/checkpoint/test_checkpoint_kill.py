@@ -93,7 +93,7 @@ def test_kills_at_random_moments_change_nothing(kills, make, forker, tmp_path):
         before = checkpoints.latest()
         pid = forker.start("train", as_json, str(workdir))
         begin = time.monotonic()
-        measuring = number % 10 < 2  # now and then, as the machine's load changes
+        measuring = number % 10 < 2  # again now and then, as the machine's load changes
         while measuring and checkpoints.latest() == before:
             time.sleep(0.01)
         if measuring:  # from a start to the next commit, after the first with a restore; it times the kills
@@ -103,7 +103,7 @@ def test_kills_at_random_moments_change_nothing(kills, make, forker, tmp_path):
         code, said = forker.wait()
         assert code == -signal.SIGKILL, said
         assert "damaged" not in said
-        if "model:" in said:  # it got as far as to say where it goes on
+        if "model:" in said:  # it has said where it resumes
             assert (f"resuming from step {before}" in said) == (before is not None), said
         steps.append(checkpoints.latest() or 0)
         kinds |= {path.suffix for path in checkpoints.directory.glob("*.*")}

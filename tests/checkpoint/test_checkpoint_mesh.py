@@ -142,7 +142,7 @@ def to_and_fro(rank, size, folder):
         on_disk = {
             f"{file.parent.name}/{file.name}" for file in (folder / model / str(last + 1)).glob("state/*/[0-9]*")
         }
-        assert sorted(name for names in world.gather(written) for name in names) == sorted(on_disk)  # none twice
+        assert sorted(name for names in world.gather(written) for name in names) == sorted(on_disk)  # no file twice
 
 
 def on_two(rank, folder):
@@ -277,7 +277,7 @@ def disagree(rank, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What one device wrote, then two ranks of which one is killed, then four; and what these said."""
+    """(folder, results of four ranks). One device wrote there, then two ranks, of which one is killed, then four."""
     folder = tmp_path_factory.mktemp("mesh")
     for model, cfg in MODELS.items():
         with Checkpointer(folder / model, 1, 0) as checkpoints:
@@ -321,7 +321,7 @@ def test_plain_orbax_reads_what_a_mesh_wrote(folder):
     import orbax.checkpoint as ocp
 
     whole = truth(MODELS["mixed"])
-    last = folder[0] / "mixed" / str(Checkpointer(folder[0] / "mixed", 1, 0).latest() - 1)  # by pp2,ep2
+    last = folder[0] / "mixed" / str(Checkpointer(folder[0] / "mixed", 1, 0).latest() - 1)  # written by pp2,ep2
     assert len(list(last.glob("state/params.model.layers.mlp.experts.down_proj.weight/[0-9]*"))) > 4
     read = ocp.PyTreeCheckpointHandler().restore(last.absolute() / "state")
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(read))

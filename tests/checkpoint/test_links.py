@@ -72,7 +72,7 @@ def test_a_linked_directory_that_is_a_file_system(tmp_path, mounts):
     assert aside == tmp_path / "scratch" / "checkpoints.aside1"
     assert (names(aside), checkpoints.steps()) == (["2"], [1])
     assert (names(tmp_path), names(tmp_path / "w")) == (["scratch", "w"], ["checkpoints"])
-    saved(tmp_path / "w" / "checkpoints", 2)  # what lies within is in nobody's way
+    saved(tmp_path / "w" / "checkpoints", 2)  # what lies within does not disturb a save
     assert checkpoints.steps() == [1, 2]
 
 
@@ -91,7 +91,7 @@ def test_a_failure_leaves_no_empty_directory(tmp_path, monkeypatch):
 
 
 def test_a_real_other_file_system(tmp_path):
-    """Where this machine has one."""
+    """This runs only where the machine has one."""
     other = Path("/dev/shm")
     if not os.access(other, os.W_OK) or other.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("one file system only")

@@ -58,7 +58,7 @@ def test_on_disk(tmp_path):
         again.wait()
         assert again.steps() == [4, 5, 6, 8, 12]
         (tmp_path / "6" / "manifest.json").write_text("{")
-        again.save(13, state, {}, {"loss": 9.5})  # one whose metric can't be read is none of the best
+        again.save(13, state, {}, {"loss": 9.5})  # if its metric can't be read, it is none of the best
         again.wait()
         assert again.steps() == [4, 5, 8, 12, 13]
 

@@ -79,7 +79,7 @@ def test_every_element_has_one_writer_and_its_place(model, sizes, pipeline, fsdp
             for here, there in shard.pieces:
                 assert torch.equal(local[here], natural[path][there])
                 covered[here] += 1
-                for box, chunk, size in zip(there, shard.chunk, shard.shape):  # one file, and all of it
+                for box, chunk, size in zip(there, shard.chunk, shard.shape):  # a piece is one whole file
                     assert box.start % chunk == 0
                     assert box.stop == min(box.start + chunk, size)
                 if shard.writes:

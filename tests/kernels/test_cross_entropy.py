@@ -89,7 +89,7 @@ def test_an_upstream_gradient_is_not_rounded_itself(run, factor):
     assert all(torch.equal(a, (b.float() * factor).half()) for a, b in zip(scaled, plain))
 
 
-# Half precision in the interpreter is float16: it cuts bfloat16 off instead of rounding.
+# The interpreter truncates bfloat16 instead of rounding it, so half precision is float16 there.
 @interpreted
 @pytest.mark.parametrize("n, v", [(37, 53), (1, 300), (5, 2), (18, 700)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -60,7 +60,7 @@ CASES = {
 }
 
 
-# Half precision in the interpreter is float16: it does not multiply bfloat16.
+# The interpreter does not multiply bfloat16, so half precision is float16 there.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted(case, dtype, monkeypatch):
@@ -242,7 +242,7 @@ def test_gpu(sizes, dtype):
         return formula(x, w, gate, up, down)
 
     def poisoned():
-        torch.full((1 << 28,), float("nan"), device="cuda")  # freed at once: outputs are allocated from it
+        torch.full((1 << 28,), float("nan"), device="cuda")  # NaN memory, freed at once: outputs are allocated from it
         return run(lambda *a: ours(choices, *a), args, grad)
 
     squares = torch.zeros(2, 6, dtype=torch.float64)

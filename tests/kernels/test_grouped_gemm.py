@@ -117,7 +117,7 @@ def test_gpu(counts, d, f, dtype):
         return y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))
 
     def ours():
-        torch.full((1 << 26,), float("nan"), device="cuda")  # freed at once: outputs are allocated from it
+        torch.full((1 << 26,), float("nan"), device="cuda")  # NaN memory, freed at once: outputs are allocated from it
         return run(lambda x, w: grouped_gemm.grouped_linear(x, w, counts), x, weight)
 
     def plain(x, w):

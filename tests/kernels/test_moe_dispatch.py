@@ -176,7 +176,7 @@ def test_gpu(n, k, e):
         return out, *torch.autograd.grad(out, (y, weights), grad.to(out.dtype))
 
     def ours():
-        torch.full((2 * n * k, 520), float("nan"), device="cuda")  # freed at once: outputs are allocated from it
+        torch.full((2 * n * k, 520), float("nan"), device="cuda")  # freed at once: outputs get this memory
         return gradients(lambda y, w: moe_dispatch.combine(y, w, where), y, weights)
 
     def plain(y, w):

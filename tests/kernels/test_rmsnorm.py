@@ -46,7 +46,7 @@ def assert_as_good_as_torch(ours, args, ratio):
         assert mine <= max(ratio * its, 3e-7)  # 3e-7: float32, where both are a few roundings
 
 
-# Half precision in the interpreter is float16: it cuts bfloat16 off instead of rounding.
+# The interpreter truncates bfloat16 instead of rounding it, so half precision is float16 there.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", [(1, 3), (3, 40), (2, 150, 128), (5, 2049), (1, 9000)])
@@ -174,7 +174,7 @@ def test_gpu(shape, residual, dtype):
 
     def poisoned():
         for y in expected:
-            torch.full_like(y, float("nan"))  # freed at once: our outputs are allocated from it
+            torch.full_like(y, float("nan"))  # NaN memory, freed at once: our outputs are allocated from it
         return run(rmsnorm.rms_norm, *args)
 
     ours = poisoned()

@@ -71,7 +71,7 @@ def assert_as_good_as_torch(ours, entry, args):
         assert error <= max(1.05 * allowed, 3e-7)
 
 
-# Half precision in the interpreter is float16: it cuts bfloat16 off instead of rounding.
+# The interpreter truncates bfloat16 instead of rounding it, so half precision is float16 there.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 64), (2, 7, 4, 2, 16), (1, 19, 3, 1, 80), (2, 3, 2, 2, 256)])
@@ -275,7 +275,7 @@ def test_gpu(shape, entry, dtype):
 
     def poisoned():
         for y in expected:
-            torch.full_like(y, float("nan"))  # freed at once: our outputs are allocated from it
+            torch.full_like(y, float("nan"))  # NaN memory, freed at once: our outputs are allocated from it
         return run(fn, args)
 
     ours = poisoned()

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kernels import row_product
 
-SHARED_BYTES = 227 << 10  # that one program of an H100 may have
+SHARED_BYTES = 227 << 10  # of shared memory, which one program may have on an H100
 
 
 @given(B=st.integers(1, 1024), N=st.integers(1, 300_000), D=st.integers(1, 30_000))

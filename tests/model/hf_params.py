@@ -57,7 +57,7 @@ def hf_model(cfg: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def from_hf(cfg: ModelConfig, tensors: dict[str, torch.Tensor]) -> params.Params:
-    """Stacked parameters from transformers' names in memory (or gradients, from gradients); every tensor is used."""
+    """Our stacked parameters from transformers' tensors by name (or gradients from gradients). Every tensor is used."""
 
     def one(layer: int, name: str) -> torch.Tensor:
         name = f"{params.LAYERS}{layer}.{name}"

@@ -1,7 +1,7 @@
 """The cached forward pass equals the plain one, however the tokens are cut into calls and wherever their pages lie.
 
 Tolerances: fp32 1e-6 and float64 1e-12 by norm and relative, the rounding of two orders of summation (a pass of one
-token takes other matrix kernels); on logits of about ±10 that is 2e-5 and 1e-11 at the worst element.
+token takes other matrix kernels); on logits of about ±10 that is 2e-5 and 2e-11 at the worst element.
 """
 
 import pytest

@@ -91,7 +91,10 @@ def test_a_z_loss_gives_log_z_its_gradient():
 
 
 def limited(cfg, weights, x, real):
-    """The layer as a loop, each expert keeping the `capacity` heaviest choices; and how many real ones it dropped."""
+    """(the layer's output by a loop, how many choices of real tokens it dropped).
+
+    Each expert keeps its `capacity` heaviest choices.
+    """
     tokens, real = x.flatten(0, 1), real.flatten().tolist()
     fair = Fraction(len(tokens) * cfg.num_experts_per_tok, cfg.num_experts)
     capacity = math.ceil(Fraction(str(cfg.moe_capacity_factor)) * fair)

@@ -52,14 +52,14 @@ SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "head_dim": 16, "vocab_size"
 
 
 class Counted(TorchDispatchMode):
-    """(operation, axes) -> [calls, bytes] of the functional collectives; names: a process group's axes."""
+    """Counts functional collectives in `seen`: (operation, axes) -> [calls, bytes]. names: a process group's axes."""
 
     def __init__(self, names):
         super().__init__()
         self.names, self.seen = names, collections.defaultdict(lambda: [0, 0])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "qwen3f" and "ring_attention" in func._opname:  # look inside
+        if func.namespace == "qwen3f" and "ring_attention" in func._opname:  # count what is inside
             with self:
                 return (ring.backward if "backward" in func._opname else ring.forward)(*args)
         out = func(*args, **(kwargs or {}))
@@ -123,7 +123,7 @@ def planned(cfg, mesh, layout_options, microbatches, hyper):
     at = Case(cfg, parse_mesh(mesh), ROWS, LENGTH, TABLE["h100"], **options)
     plan, lines = make(at), collections.defaultdict(lambda: [0, 0])
     for collective in plan.collectives:
-        op = "all_to_all" if collective.op == "shift" else collective.op  # how sharding.collectives makes a shift
+        op = "all_to_all" if collective.op == "shift" else collective.op  # sharding.collectives makes a shift by it
         line = lines[op, collective.axes]
         line[0] += collective.calls
         line[1] += collective.bytes
@@ -156,7 +156,7 @@ def planned(cfg, mesh, layout_options, microbatches, hyper):
     ],
 )
 def test_a_step_makes_the_collectives_that_were_planned(preset, mesh, policy, microbatches, layout):
-    """Equal to the last call and byte; and so is what the rank holds of parameters and moments."""
+    """Calls and bytes are exactly equal, and so are the bytes of parameters and moments that the rank holds."""
     cfg = presets.get(preset).replace(**SMALL, gradient_checkpointing=policy)
     assert counted(cfg, mesh, layout, microbatches, AdamW()) == planned(cfg, mesh, layout, microbatches, AdamW())
 
@@ -202,7 +202,7 @@ def of_pipeline(name):
 
 
 def counted_pipelines(rank):
-    """Case -> what this rank of four counts of one call of its gradients."""
+    """Case -> the collectives that this rank of four counts in one call of its gradients."""
     out = {}
     for name in PIPELINES:
         cfg, shape, pipeline, reduce = of_pipeline(name)

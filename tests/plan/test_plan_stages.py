@@ -18,7 +18,7 @@ HINT, EQUAL = "config.pipeline.layers=", Pipeline()
 
 
 def setup(preset="qwen3-1.7b", mesh="pp4", pipeline=EQUAL, **model):
-    """Of qwen3-1.7b's 28 layers four stages hold 7 to 9, and the last what is left."""
+    """qwen3-1.7b has 28 layers: a stage of four may hold 7 to 9, and the last one holds the rest."""
     cfg = presets.get(preset).replace(**model)
     return Case(cfg, parse_mesh(mesh), 32, 4096, TABLE["h100"], microbatches=32, pipeline=pipeline)
 

@@ -233,7 +233,7 @@ def test_two_ranks_start_meet_and_add_up(tmp_path, capfd):
     (path := tmp_path / "rank.py").write_text(MEET.format(root=str(ROOT), out=tmp_path, mesh="tp2"))
     assert start(decide({}, 2, 2, "cpu", []), [str(path)]) == 0
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(parse_mesh("tp2"))] * 2
-    assert capfd.readouterr().out == "0 0 [0, 10]\n"  # rank 0's alone
+    assert capfd.readouterr().out == "0 0 [0, 10]\n"  # only rank 0 prints
 
 
 @pytest.mark.parametrize("mesh, ranks", [("dp2", 2), pytest.param("dp2,tp2", 4, marks=pytest.mark.nightly)])

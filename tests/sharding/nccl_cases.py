@@ -249,7 +249,7 @@ def on_rank(rank, world, device_type, folder, chosen):
     backend = {"cpu": "gloo", "cuda": "nccl"}[device_type]
     store_ = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group(backend, store=store_, rank=rank, world_size=world, **options)
-    words = dist.new_group(backend="gloo")  # for what the ranks tell each other
+    words = dist.new_group(backend="gloo")  # to gather the texts of all ranks
     meshes, unequal = {}, []
     for case in chosen:
         if case.mesh not in meshes:

@@ -42,7 +42,7 @@ def config(**changes):
 
 
 def batches(steps, rows=ROWS):
-    """Packed rows; how many tokens are predicted and how many are padding differs from row to row."""
+    """Packed rows. The numbers of predicted tokens and of padding differ from row to row."""
     out = []
     for seed in range(steps):
         batch = random_batch(rows, LENGTH, DENSE["vocab_size"], seed)

@@ -80,7 +80,7 @@ def test_float32_gradients_by_norm(mesh):
 
 @pytest.mark.parametrize("gather_dtype", [None, torch.float32])
 def test_mixed_precision_by_norm(gather_dtype):
-    """Master weights in float64, computing in float32; gradients are summed over ranks in either."""
+    """Master weights in float64, computation in float32. Gradients are summed over ranks in float32, or in float64."""
     cfg, options = config(), {"compute_dtype": torch.float32}
     start = init_state(cfg, 0, dtype=torch.float64)
     whole, metrics = make_train_step(cfg, AdamW(), SCHEDULE, **options)(start, batches(1)[0])

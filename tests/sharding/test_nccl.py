@@ -25,6 +25,6 @@ def test_a_mesh_of_gpus_equals_one(gpus):
     try:
         said, _ = process.communicate(timeout=SECONDS)
     finally:
-        with contextlib.suppress(ProcessLookupError):  # ranks that hang keep their GPUs
+        with contextlib.suppress(ProcessLookupError):  # ranks that hang would keep their GPUs
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, said

@@ -1,4 +1,4 @@
-"""Ring attention over 1 to 4 ranks against the formula on the whole sequence: values, log-sum-exp and gradients.
+"""Ring attention over 1 to 8 ranks against the formula on the whole sequence: values, log-sum-exp and gradients.
 
 Most cases run all ranks in this process. One test runs four real processes and counts what they send.
 """

@@ -35,7 +35,7 @@ _for_all_ranks("qwen3f::ring_attention_backward", ring.backward)
 
 @contextlib.contextmanager
 def local_world(mesh):
-    """(DeviceMesh, Axes) of a mesh in words; inside, tensors hold one value a rank, and collectives are copies."""
+    """Yield (DeviceMesh, Axes) of a mesh as text. Inside, tensors hold a value for each rank, and collectives copy."""
     shape = parse_mesh(mesh)
     dist.init_process_group("fake", rank=0, world_size=shape.size)
     try:

@@ -42,7 +42,7 @@ def steps_in(workdir):
 
 @pytest.fixture
 def full_once(monkeypatch):
-    """The first write of a checkpoint fails at its end."""
+    """The first checkpoint fails at the end of its write, at the manifest."""
     real, calls = manifest.write, []
 
     def write(*args):

@@ -117,7 +117,7 @@ def in_compilation(patch, moment):
     ],
 )
 def test_a_signal_while_something_else_goes_on(place, stopped, saved, make, tmp_path, capsys, monkeypatch):
-    """Wherever SIGTERM comes, the step is finished and committed, within seconds; the run goes on exactly."""
+    """Wherever SIGTERM comes, the step is finished and saved within seconds, and the run resumes exactly."""
     config = make(steps=6, **{"checkpoint.every": 3, "eval.every": 2, "model.num_hidden_layers": 1})
     config.compile = "block" if place is in_compilation else "off"
     monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, *args, **kw: graph.forward)  # traced, not compiled

@@ -14,7 +14,7 @@ class Killed(Exception):
 
 
 def steps_of(config, workdir, last=None):
-    """The steps that a run takes, the first and the last; it is killed after `last`."""
+    """(first, last) of the steps that a run takes, or None. The run is killed after step `last`."""
     taken = []
 
     def recording(*args):

@@ -79,7 +79,7 @@ def test_without_weights_the_preset_stays(tmp_path):
 
 
 def test_a_text_model_gets_the_preset_s_tower_with_all_that_belongs_to_it(directory):
-    """Also the rotary sections, which have to fit the head's width, and the ids of pictures' tokens."""
+    """It also gets the rotary sections, which have to fit the head's width, and the ids of picture tokens."""
     theirs = THEIRS.replace(head_dim=64)
     hf.save_pretrained(directory / "wide", theirs, params.init_params(theirs, 0))
     found, wanted = inherited("multimodal.py:nano_vl", directory / "wide"), presets.get("nano_vl")

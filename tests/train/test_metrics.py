@@ -26,7 +26,10 @@ def test_flops_per_token():
 
 
 def test_flops_equal_a_counted_forward_and_backward():
-    """Against torch's own counter: one attention layer with its projections, where the mask isn't credited."""
+    """Against torch's counter, for one attention layer with its projections.
+
+    The counter ignores the causal mask, so the other half of attention is added.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     heads, d, hidden, tokens = 2, 8, 16, 32

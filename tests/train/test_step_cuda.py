@@ -77,7 +77,7 @@ def test_compile_modes_equal_eager_in_float32(mode):
     expected, m_1 = make_train_step(cfg, hyper, SCHEDULE, microbatches=2)(
         state.init_state(cfg, 0, device="cuda"), batch
     )
-    # torch 2.11 can't have efficient attention in one graph: see the plan's check
+    # torch 2.11 can't compile its efficient attention into one graph: see qwen3f/train/setup.py
     execution = model.Execution(compile=mode, attention="flash" if mode == "step" else "sdpa")
     step = make_train_step(cfg, hyper, SCHEDULE, microbatches=2, execution=execution, donate=True)
     got, m_2 = step(state.init_state(cfg, 0, device="cuda"), batch)

@@ -159,7 +159,7 @@ def test_schedules_that_do_not_exist_are_errors(schedule, stages, words):
 
 @pytest.mark.parametrize("pipeline", [Pipeline(layers=9), Pipeline("zbv", 2), Pipeline("interleaved", 4)])
 def test_without_a_pipeline_its_stages_are_nothing_to_heed(pipeline):
-    """With one stage rank, pipeline options are ignored: no padding, and few layers are no error.
+    """With one pipeline rank, pipeline options are ignored: no padding, and few layers are no error.
 
     So the same command resumes a run on one device or on other axes.
     """
