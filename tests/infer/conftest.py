@@ -13,7 +13,7 @@ TEXTS = [f"The answer to question {i} is é{i}; think about it, then say {i + 1}
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
-    """(an HF directory, its config, its parameters, its tokenizer)."""
+    """(a Hugging Face directory, its config, its parameters, its tokenizer)."""
     place = tmp_path_factory.mktemp("generate")
     tokenizer = train_sentencepiece(TEXTS, 340, place / "t.model")
     cfg = presets.get("nano").replace(vocab_size=tokenizer.vocab_size, num_hidden_layers=1, max_position_embeddings=256)
@@ -24,7 +24,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def configure(source):
-    """The experiment's configuration for that model, with changes."""
+    """A function that returns the configuration of experiments/generate.py for the model of `source`, with changes."""
 
     def configure(**changes):
         config = get_config()

@@ -1,8 +1,11 @@
-"""Two GPUs over NCCL answer as one: python -m tests.infer.tensor_parallel_cases [cuda|cpu]. cpu shows the wiring.
+"""Two GPUs over NCCL answer as one: python -m tests.infer.tensor_parallel_cases [cuda|cpu].
 
-float32, by CUDA graphs. Every rank has an engine on its own GPU beside the one over both. Sums over ranks and over
-splits have another order, which may turn a close choice: 22 of 24 answers are the same token by token, and their
-log-probabilities to 1e-3. What the two ranks say is the same in any case.
+With cpu the same cases run without GPUs, which shows only that the parts fit together.
+
+float32, with CUDA graphs. Every rank has two engines: one on its own GPU, and one over both GPUs. Their answers are
+compared. Sums over ranks and over splits have a different order, which may change a close choice. So at least 22 of 24
+answers must be the same token by token, with log-probabilities within 1e-3. The answers of the two ranks must always be
+the same.
 """
 
 import gc
@@ -23,7 +26,7 @@ from tests.infer.test_fused import CASES, build
 
 WAYS = [GREEDY, SAMPLED, FILTERED] * 8
 NAMES = ("dense", "tied, bias", "moe, every second layer")
-# the second has so few pages that rows are preempted
+# (options, max_tokens). The second case has so few pages that rows are preempted.
 ROOMS = ((EngineOptions(), 8192), (EngineOptions(rows=7, chunk=64, page_size=16), 256))
 
 
@@ -46,7 +49,8 @@ def check(world, device):
                     asked = {"max_new_tokens": [6 + i % 16 for i in range(24)], "budget": budget}
                     compare(world, alone.generate(prompts, WAYS, **asked), both.generate(prompts, WAYS, **asked))
         print(f"{name}: as one device", flush=True)
-    engine = Engine(cfg, cut_params(cfg, whole, layout), options=EngineOptions(tp=tp))  # as much as there is room for
+    # no max_tokens: as much as there is room for
+    engine = Engine(cfg, cut_params(cfg, whole, layout), options=EngineOptions(tp=tp))
     engine.generate(prompts, WAYS, max_new_tokens=4)
     assert len(set(world.gather(engine._device.max_tokens))) == 1
 

@@ -1,4 +1,4 @@
-"""Batch files: every row is answered once and as alone, however often the run stops; what is wrong is named."""
+"""Batch files: every row is answered once, as if asked alone, however often the run stops. Errors name the row."""
 
 import fcntl
 import io
@@ -38,7 +38,7 @@ def read(path):
 
 @pytest.fixture
 def answer(configure, tmp_path):
-    """Runs in.jsonl into out.jsonl; returns the summary and the lines, in the order of the rows."""
+    """A function that answers in.jsonl into out.jsonl. It returns the summary, and the lines in the order of rows."""
 
     def answer(**changes):
         config = configure(input=str(tmp_path / "in.jsonl"), out=str(tmp_path / "out.jsonl"), batch_size=4)
@@ -52,7 +52,7 @@ def answer(configure, tmp_path):
 
 
 def alone(source, row, number):
-    """(text, finish_reason, prompt tokens, tokens) of a row that is asked alone."""
+    """(text, finish_reason, prompt tokens, tokens) of the answer to a row that is asked alone."""
     _, cfg, p, tokenizer = source
     content = row.get("prompt") or row["messages"]
     own = {name: value for name, value in row.items() if name not in ("prompt", "messages", "id")}
@@ -64,7 +64,7 @@ def alone(source, row, number):
 
 
 def test_each_row_is_answered_as_alone(source, answer, tmp_path, capsys):
-    write(tmp_path / "in.jsonl", ["", *ROWS[:5], "  ", *ROWS[5:]])  # blank lines are no rows
+    write(tmp_path / "in.jsonl", ["", *ROWS[:5], "  ", *ROWS[5:]])  # blank lines do not count as rows
     summary, lines = answer()
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -78,7 +78,7 @@ def test_each_row_is_answered_as_alone(source, answer, tmp_path, capsys):
 
 
 def test_a_run_goes_on_where_it_was_killed(answer, tmp_path, monkeypatch):
-    """At any byte of the file; a torn last line is mended."""
+    """The run is killed at any byte of the output. The next run replaces an incomplete last line and gives the rest."""
     out = tmp_path / "out.jsonl"
     write(tmp_path / "in.jsonl", ROWS)
     _, whole = answer()
@@ -91,7 +91,7 @@ def test_a_run_goes_on_where_it_was_killed(answer, tmp_path, monkeypatch):
         assert lines == whole
         assert out.read_bytes().startswith(content[:cut][: content[:cut].rfind(b"\n") + 1])
         assert (summary.done, summary.answered) == (kept, len(ROWS) - kept)
-    monkeypatch.setattr("qwen3f.interop.source.read_params", None)  # nothing is loaded where nothing is left to do
+    monkeypatch.setattr("qwen3f.interop.source.read_params", None)  # the model is not read if no row is left
     summary, lines = answer()
     assert (summary.done, summary.answered, lines) == (len(ROWS), 0, whole)
 
@@ -178,7 +178,7 @@ def test_a_bad_row_is_named_by_file_and_line(answer, tmp_path, line, words, monk
 
 def test_lines_that_are_not_utf8_or_too_long_are_bad_rows(answer, tmp_path, monkeypatch):
     file = tmp_path / "in.jsonl"
-    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": "\xe9"}\n')  # a signature is no part of the file
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n{"prompt": "\xe9"}\n')  # a byte order mark at the start is ignored
     with pytest.raises(UserError, match=r"in\.jsonl:2: the line is not UTF-8"):
         answer()
     monkeypatch.setenv("QWEN3F_MAX_ROW_BYTES", "100")
@@ -189,7 +189,7 @@ def test_lines_that_are_not_utf8_or_too_long_are_bad_rows(answer, tmp_path, monk
 
 
 def test_bad_rows_are_counted_by_choice(answer, tmp_path, capsys):
-    long = {"prompt": "word " * 300}  # known to be bad when it is tokenised
+    long = {"prompt": "word " * 300}  # too long, which shows only when it is tokenised
     write(
         tmp_path / "in.jsonl",
         [ROWS[0], *(line for line, _ in BAD), long, ROWS[1], {"prompt": "a", "max_new_tokens": 250}],
@@ -208,7 +208,7 @@ def test_a_prompt_that_is_too_long_is_an_error_after_the_rows_before_it(answer, 
 
 
 def test_rows_are_read_as_there_is_room_for_them(source, tmp_path):
-    """Of a long file never more than twice the rows that are computed at a time are open."""
+    """A long file is not read at once: at most twice as many rows are open as the engine computes at a time."""
     _, cfg, p, tokenizer = source
     taken = ended = 0
     most = 0
@@ -228,7 +228,7 @@ def test_rows_are_read_as_there_is_room_for_them(source, tmp_path):
 
 
 def test_a_row_that_fails_is_written_and_the_others_go_on(source, answer, tmp_path, capsys):
-    """A word whose embedding is not a number; its row says so."""
+    """The embedding of one word is NaN. Only the row with this word fails, and its line says so."""
     _, cfg, p, tokenizer = source
     word = tokenizer.encode("T")[-1]
     assert word not in tokenizer.encode("user é1")
@@ -246,7 +246,7 @@ def test_a_row_that_fails_is_written_and_the_others_go_on(source, answer, tmp_pa
 
 
 def test_rows_that_failed_are_asked_again(answer, tmp_path, capsys):
-    """With more room; the others' lines stay as they are, and each row has one."""
+    """The second run has more room. The lines of other rows stay as they are, and each row has exactly one line."""
     out = tmp_path / "out.jsonl"
     rows = [ROWS[0], {"prompt": "What? " * 9, "max_new_tokens": 100}, ROWS[1], {"prompt": "é", "max_new_tokens": 120}]
     write(tmp_path / "in.jsonl", rows)
@@ -287,7 +287,7 @@ def test_lines_of_failed_rows_stay_until_there_is_an_answer(answer, tmp_path, mo
 
 
 def test_a_file_that_another_process_has_just_replaced_is_an_error(answer, tmp_path, monkeypatch):
-    """Between its being opened and its being locked."""
+    """The file is replaced after this process has opened it and before it has locked it."""
     out, lock = tmp_path / "out.jsonl", fcntl.flock
     write(tmp_path / "in.jsonl", ROWS[:1])
     answer()

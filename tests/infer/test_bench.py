@@ -1,4 +1,4 @@
-"""The bench: what it cannot run is named before it begins, and all rows of a case are computed at a time."""
+"""The benchmark of generation: bad arguments are named before it begins, and all rows of a case run at once."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The chat: history as the template renders it, switches, commands, and what is left of an answer that was stopped."""
+"""The chat: history as the template renders it, switches, commands, and the text that a stopped answer leaves."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ OPTIONS = TextOptions(thinking=True, max_new_tokens=12, seed=4)
 
 
 def talk(generator, lines, options=OPTIONS, interrupted=lambda: False):
-    """(the chat, what it has printed) after these lines."""
+    """(the chat, the text that it has printed) after these lines were entered."""
     out = io.StringIO()
     chat = Chat(generator, options, out, interrupted)
     for line in lines:
@@ -43,7 +43,8 @@ def user(content):
 
 
 def test_each_turn_is_the_answer_to_the_whole_history(generator):
-    """Draws too: turn n has the random stream n. No line is no question."""
+    """Compared with the generator, asked with the history. Sampled tokens are the same too, since turn n draws from the
+    random stream n. An empty line asks nothing."""
     options = OPTIONS.changed(system="Be brief.")
     chat, printed = talk(generator, ["What is é7?", "  ", "And é8?\n"], options)
     questions = [user("What is é7?"), user("And é8?")]
@@ -82,7 +83,7 @@ def test_what_a_model_writes_does_nothing_to_a_terminal(generator, monkeypatch, 
     ],
 )
 def test_thoughts_are_no_part_of_the_history(text, content, thought):
-    """Those that were stopped, too."""
+    """A thought that was cut off is left out too."""
     message = said(text)
     assert (message["content"], message["reasoning_content"]) == (content, thought)
     later = render([user("a"), message, user("b")], add_generation_prompt=True)
@@ -94,7 +95,8 @@ def test_thoughts_are_no_part_of_the_history(text, content, thought):
 
 @pytest.mark.parametrize("kind", [kinds.THINKING, kinds.INSTRUCT])
 def test_history_and_switches_of_kinds_that_do_not_ask(source, capsys, kind):
-    """Where the prompt opens the thought, an answer begins within it; where there are none, all of it is the answer."""
+    """If the template's prompt ends with `<think>`, the answer begins inside the thought. If the model never thinks,
+    all of its text is the answer. Neither kind of template has switches."""
     directory, cfg, p, _ = source
     generator = TextGenerator(cfg, p, load_tokenizer(directory, kind.name))
     chat, _ = talk(generator, ["/no_think", "a", "b"], OPTIONS.changed(thinking=None))
@@ -109,7 +111,7 @@ def test_history_and_switches_of_kinds_that_do_not_ask(source, capsys, kind):
 
 
 def test_the_cache_has_the_beginning_of_the_next_turn(source, monkeypatch):
-    """What a turn prefills is what the one before has not computed: its answer without thoughts, and the question."""
+    """A turn prefills only what the cache lacks: the last answer, now without its thoughts, and the new question."""
     generator, counts = TextGenerator(*source[1:]), []
     launch = generator._engine._device.launch
 
@@ -127,7 +129,7 @@ def test_the_cache_has_the_beginning_of_the_next_turn(source, monkeypatch):
         lengths.append(len(asked.prompt))
         prefilled.append(sum(counts))
         counts.clear()
-    assert prefilled[0] == lengths[0] - 1  # the last one is decoding's
+    assert prefilled[0] == lengths[0] - 1  # the decoding pass takes the prompt's last token
     for before, now, computed in zip(lengths, lengths[1:], prefilled[1:]):
         assert computed <= now - before
     assert lengths[0] > 20
@@ -147,7 +149,7 @@ def test_switches_go_with_a_question(generator, capsys):
 
 
 def test_a_stopped_answer_keeps_what_was_said(generator):
-    """Stopped after five passes; the next question follows on it."""
+    """The answer is stopped after five passes. Its text stays in the history, and the next question follows it."""
     whole = generator.generate("a", thinking=True, max_new_tokens=100, seed=4)
     left = [5]
 
@@ -167,7 +169,7 @@ def test_a_stopped_answer_keeps_what_was_said(generator):
 
 
 def test_a_chat_that_fills_the_context_says_so_and_goes_on_after_reset(generator, capsys):
-    """Answers get shorter first."""
+    """Before that, max_new_tokens is reduced to the room that is left."""
     options = OPTIONS.changed(max_new_tokens=10_000)
     chat, _ = talk(generator, ["a", "word " * 60], options)
     assert len(chat.messages) == 2
@@ -181,12 +183,12 @@ def test_a_chat_that_fills_the_context_says_so_and_goes_on_after_reset(generator
     assert not chat.enter("/quit")
 
 
-# -- as people use it --------------------------------------------------------------------------------------------------
+# -- the program in a process of its own -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def start(source, tmp_path):
-    """Starts launch.py with experiments/generate.py in a process of its own."""
+    """A function that starts launch.py with experiments/generate.py in a process of its own."""
     root, running = os.getcwd(), []
 
     def start(*flags, init_from=source[0], **options):
@@ -220,7 +222,7 @@ def test_a_chat_over_a_pipe(start, generator, tmp_path):
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(start, source, tmp_path):
-    """At a terminal. The model never ends an answer by itself within the test's time."""
+    """At a terminal. The answer is so long that the model does not end it by itself while the test runs."""
     _, cfg, p, tokenizer = source
     hf.save_pretrained(tmp_path / "long", cfg.replace(max_position_embeddings=200_000), p, tokenizer)
     ours, theirs = pty.openpty()
@@ -252,13 +254,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(start, source, tmp_path):
     for _ in range(2):
         os.write(ours, b"T\n")
         wait_for(b"T\r\n")  # the terminal's echo
-        while len(seen) < 5:  # of the answer
+        while len(seen) < 5:  # bytes of the answer
             read()
         process.send_signal(signal.SIGINT)
         wait_for(b"(stopped)")
         wait_for(b"> ")
-    # Where nothing is being answered. Readline sleeps over a signal that comes before it waits, and takes it for the
-    # next line's; so both are said again until they are heard.
+    # Now while no answer is being computed. If a signal arrives before readline waits, readline handles it only at the
+    # next line. So the test repeats both the signal and /quit until they have had their effect.
     seen = b""
     for _ in range(20):
         process.send_signal(signal.SIGINT)
@@ -266,7 +268,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(start, source, tmp_path):
         if seen.endswith(b"> "):
             break
     assert process.poll() is None, seen
-    with contextlib.suppress(OSError):  # how a terminal says that the other side has gone
+    with contextlib.suppress(OSError):  # a terminal raises this once the other side has closed
         for _ in range(20):
             os.write(ours, b"/quit\n")
             drain()

@@ -1,6 +1,7 @@
-"""The engine: every answer as if it were alone, whatever else is computed; stops, log-probabilities, new weights.
+"""The engine: every answer is as if asked alone, whatever else is computed; stops, log-probabilities, new weights.
 
-float64 where answers are compared token by token: rows beside a row move its logits by rounding alone.
+Answers are compared token by token, in float64 but for one test: other rows of a batch change a row's logits only by
+rounding, which in float64 changes no choice.
 """
 
 import random
@@ -27,7 +28,7 @@ def build(dtype=torch.float64, seed=0, **changes):
 
 
 def random_prompts(count, cfg, longest=40, seed=0):
-    """Of mixed lengths; many begin alike."""
+    """Random prompts of mixed lengths. Many begin with the same tokens."""
     chance = random.Random(seed)
     stem = [chance.randrange(cfg.vocab_size) for _ in range(longest)]
     return [
@@ -38,7 +39,7 @@ def random_prompts(count, cfg, longest=40, seed=0):
 
 
 class Letters:
-    """A tokenizer whose id i is letter i of a long alphabet; some ids are halves of an "é"."""
+    """A tokenizer whose ids are one printable character each; 50 and 51 are the two bytes of an "é"."""
 
     vocab_size, stop_ids = 97, (1,)
 
@@ -48,7 +49,8 @@ class Letters:
 
 @pytest.mark.parametrize("pages", ["one a row", "few of 4 tokens", "of 16"])
 def test_200_requests_equal_each_alone_in_fp32(pages):
-    """Greedy, of mixed lengths, with shared beginnings, and preempted where pages are few."""
+    """Greedy requests of mixed lengths, many with the same beginning. Where pages are few, rows are also preempted.
+    Every fourth answer is compared with the answer of an engine that computes nothing else."""
     cfg, p = build(torch.float32)
     prompts = random_prompts(200, cfg)
     lengths = [1 + i % 13 for i in range(200)]
@@ -83,7 +85,8 @@ def test_draws_depend_on_seed_stream_and_place_alone():
 
 
 def test_results_that_are_read_a_pass_late_are_the_same(monkeypatch):
-    """As on a GPU, where the next pass is launched first: preemption, penalties, budgets and stops included."""
+    """On a GPU the engine launches the next pass before it reads the results of the last; here the CPU does so too.
+    Answers stay the same, with preemption, penalties, thinking budgets and stops."""
     cfg, p = build()
     prompts, ways = random_prompts(24, cfg, seed=1), [SAMPLED, GREEDY, FILTERED] * 8
     lengths = [1 + i % 12 for i in range(24)]
@@ -313,7 +316,8 @@ def test_a_mixture_of_experts_answers_as_alone(more):
 
 
 def test_a_longer_request_keeps_the_cache_as_small_as_was_asked():
-    """One page a row, which must grow: rows begin anew in fewer, longer pages; answers stay what they were."""
+    """Each row has one page. A longer request needs longer pages, and as many of them as before would exceed
+    max_tokens. So all rows start over in fewer, longer pages. Their answers do not change."""
     cfg, p = build()
     prompts = random_prompts(9, cfg, longest=20, seed=7)
     expected = [Engine(cfg, p).generate([a], SAMPLED, max_new_tokens=20, streams=[i])[0] for i, a in enumerate(prompts)]
@@ -332,7 +336,7 @@ def test_a_longer_request_keeps_the_cache_as_small_as_was_asked():
 
 
 def passes_of_32(engine, monkeypatch):
-    """How many passes 32 short prompts take; their answers."""
+    """(the number of passes that 32 short prompts take, their answers)."""
     launched, launch = [], engine._device.launch
     with monkeypatch.context() as patch:
         patch.setattr(engine._device, "launch", lambda *plan: launched.append(None) or launch(*plan))
@@ -341,7 +345,9 @@ def passes_of_32(engine, monkeypatch):
 
 
 def test_a_long_request_makes_later_short_ones_no_slower(monkeypatch):
-    """One page a row, in a cache for 32 rows or for one that is as long: answered, refused, or still on its way."""
+    """Each row has one page. The cache holds 32 short rows, or one row of 2048 tokens. Short requests take as many
+    passes as before after a long request was refused, answered or cancelled. Only while it is computed do they take
+    more."""
     cfg, p = build(num_hidden_layers=1)
     engine = Engine(cfg, p, max_tokens=2048)
     expected = passes_of_32(engine, monkeypatch)
@@ -356,7 +362,7 @@ def test_a_long_request_makes_later_short_ones_no_slower(monkeypatch):
     for _ in range(9):
         engine.step()
     passes, found = passes_of_32(engine, monkeypatch)
-    assert engine._pool.size == 640  # three rows at a time beside the long one
+    assert engine._pool.size == 640  # room for three pages: the long row and two others at a time
     assert found == expected[1]
     assert passes > 9
     engine.cancel(rows)
@@ -365,7 +371,8 @@ def test_a_long_request_makes_later_short_ones_no_slower(monkeypatch):
 
 
 def test_a_shared_cache_grows_with_what_is_asked(monkeypatch):
-    """Without max_tokens it is as large as requests need; rows under way go on in the new one."""
+    """Without max_tokens the cache is as large as requests need. When it grows, unfinished rows continue in the new
+    one."""
     monkeypatch.setattr(device, "GPU_LEAST", 1 << 19)
     cfg, p = build()
     prompts = random_prompts(12, cfg)

@@ -1,6 +1,6 @@
-"""The fused decoding pass against the blocks' own, and on a GPU the engine against the CPU's.
+"""The fused decoding pass against the one through the model's blocks; on a GPU, the engine against that on the CPU.
 
-fp32: two orders of summation, 1e-5 relative by norm.
+In fp32 the passes sum in different orders, so logits are compared to 1e-5, relative, by norm.
 """
 
 import pytest
@@ -27,7 +27,7 @@ CASES = {
 
 
 def build(dtype=torch.float32, **changes):
-    """Sizes that the kernels take: heads of 16."""
+    """A model of sizes that the kernels support: heads of 16."""
     cfg = small_config(**{"max_position_embeddings": 256, "head_dim": 16, "hidden_size": 64, **changes})
     return cfg, params.init_params(cfg.replace(initializer_range=0.2), 0, dtype=dtype)
 
@@ -58,7 +58,7 @@ def test_a_pass_equals_the_blocks(case, dtype, tolerance):
 
     streams = torch.tensor([stream_of(0, i) for i in range(3)])
     inv = torch.tensor([0.0, 1.0, 1 / 0.7])
-    fed = torch.stack([fed[0, 0], fed[1, 0], torch.tensor(-3)])  # the third was drawn by place 2 of the pass before
+    fed = torch.stack([fed[0, 0], fed[1, 0], torch.tensor(-3)])  # −3: the token that place 2 of the last pass drew
     last = torch.tensor([0, 0, int(tokens[2, 5])])
     decode = make_fused_decode(cfg, model.EAGER, cfg.vocab_size - 7)
     angles = tuple(x[0] for x in rope_tables(cfg, torch.arange(16)[None], dtype))
@@ -100,7 +100,7 @@ def test_on_cuda_answers_equal_the_cpus_and_themselves_alone(case):
             prompts, ways, max_new_tokens=12
         )
         same = sum(a.ids == b.ids for a, b in zip(found, expected))
-        assert same >= 22  # another order of summation may turn a close choice; it is seldom
+        assert same >= 22  # a different order of summation rarely changes a close choice
         for a, b in zip(found, expected):
             if a.ids == b.ids:
                 assert torch.tensor(a.logprobs).sub(torch.tensor(b.logprobs)).abs().max() <= 1e-3
@@ -121,7 +121,7 @@ def test_on_cuda_new_weights_budgets_and_callbacks():
         fresh = Engine(cfg, weights, max_tokens=4096).generate(prompts, max_new_tokens=8)
         assert [one.ids for one in after] == [one.ids for one in fresh]
     assert [one.ids for one in before] != [one.ids for one in after]
-    assert all(torch.equal(p[path], kept[path]) for path in p)  # the caller's own are left alone
+    assert all(torch.equal(p[path], kept[path]) for path in p)  # the caller's tensors are unchanged
     budget = ThinkingBudget(3, end_id=90, closing_ids=(70, 90, 71))
     (free,) = engine.generate(prompts[:1], SAMPLED, max_new_tokens=8)
     seen = []
@@ -134,7 +134,8 @@ def test_on_cuda_new_weights_budgets_and_callbacks():
 
 @pytest.mark.gpu
 def test_on_cuda_weights_change_while_a_result_of_a_graph_is_held():
-    """What is left in a graph's memory keeps that memory from being handed out as a new one."""
+    """The first update captures all graphs anew. A result that is still held keeps the old graphs' memory pool alive,
+    and torch refuses to reuse such a pool. So the new graphs must get a new one."""
     cfg, p = build(**CASES["moe, every second layer"])
     p = {path: leaf.cuda() for path, leaf in p.items()}
     engine = Engine(cfg, p, max_tokens=4096)

@@ -1,7 +1,7 @@
-"""Generation against transformers' generate and an argmax loop without a cache; rows, stops, budgets, errors.
+"""Generation against transformers' generate and against an argmax loop without a cache; rows, stops, budgets, errors.
 
-Greedy answers are compared token by token in fp32: the best two logits are at least 1.8e-4 apart in every step of every
-case, and two orders of summation differ by 1e-5.
+Greedy answers are compared token by token in fp32. This is safe: the best two logits are at least 1.8e-4 apart in every
+step of every case, and different orders of summation change a logit by 1e-5.
 """
 
 import random
@@ -58,7 +58,7 @@ def test_greedy_equals_transformers_and_no_cache(case):
 
 
 def drawn(number):
-    """Sizes and kinds of a model, drawn by its number: dense or of experts, tied or not, with YaRN or without."""
+    """Sizes and kind of a random model, from the seed `number`: dense or MoE, tied or not, with YaRN or without."""
     chance = random.Random(number)
     kv = chance.choice((1, 2, 3))
     changes = {
@@ -84,7 +84,7 @@ def drawn(number):
 
 @pytest.mark.parametrize("number", [*range(6), *(pytest.param(n, marks=pytest.mark.nightly) for n in range(6, 20))])
 def test_greedy_equals_transformers_for_random_models(number):
-    """float64 on both sides, so that no order of summation decides."""
+    """float64 on both sides, so that the order of summation changes no choice."""
     cfg = small_config(**{**drawn(number), "max_position_embeddings": 128})
     hf = hf_model(cfg, number, torch.float64)
     p = from_hf(cfg, {name: leaf.detach() for name, leaf in hf.named_parameters()})
@@ -182,7 +182,7 @@ def test_stop_ids_end_rows_and_then_the_stream():
 def test_thinking_budget_closes_exactly_the_rows_that_think_on():
     cfg, p, _, tokens = build()
     free = generate(cfg, p, tokens, max_new_tokens=20)[:, -20:]
-    end = int(free[1, 2])  # row 1 closes by itself
+    end = int(free[1, 2])  # row 1 ends its thought by itself
     assert all(end not in free[row, :6] for row in (0, 2))
     closing = (90, 91, end, 92)
     got = generate(cfg, p, tokens, max_new_tokens=20, budget=ThinkingBudget(6, end, closing))[:, -20:]
@@ -234,7 +234,7 @@ def test_streaming_yields_what_generate_returns():
 def test_bad_input_is_named_at_once(change, words):
     cfg, p, _, tokens = build()
     with pytest.raises(UserError, match=words):
-        stream(cfg, p, **{"tokens": tokens, "max_new_tokens": 2, **change})  # not a token is asked for
+        stream(cfg, p, **{"tokens": tokens, "max_new_tokens": 2, **change})  # raises before it is iterated
 
 
 def test_a_model_of_scores_makes_no_text():
@@ -252,7 +252,7 @@ def test_logits_that_are_not_finite_are_an_error():
 
 @pytest.mark.gpu
 def test_on_cuda():
-    """The same answers as on the CPU, in float64: eager, and with the decoding pass as one compiled graph."""
+    """float64: the same answers as on the CPU, in eager mode and with the decoding pass as one compiled graph."""
     cfg, p, _, tokens = build()
     p = {path: leaf.double() for path, leaf in p.items()}
     on_cuda = {path: leaf.cuda() for path, leaf in p.items()}

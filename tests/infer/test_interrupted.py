@@ -1,6 +1,6 @@
-"""What stops a pass half-way, as Ctrl-C, too little memory or an on_token that raises, costs no row a token.
+"""No row loses a token if a pass is stopped half-way: by Ctrl-C, by too little memory, or by an on_token that raises.
 
-float64, so that a row's tokens are what they are alone.
+float64, so that a row's tokens are those of an engine that computes this row alone.
 """
 
 import random
@@ -18,7 +18,8 @@ STEM = [11, 12, 13, 14, 15, 16, 17, 18]
 
 
 def failing(function, error, chance=None):
-    """The function, but it raises: once, before it has done anything, or by chance before or after its work."""
+    """The function, made to raise `error`. Without `chance`: at the first call only, before it does anything. With it:
+    at a fifth of the calls, half of them before and half of them after its work."""
     left = [error]
 
     def call(*arguments, **named):
@@ -42,7 +43,7 @@ def test_a_page_whose_copy_never_ran_is_offered_to_no_row(monkeypatch, options, 
     monkeypatch.setattr(engine._device, "launch", failing(engine._device.launch, error))
     with pytest.raises(error):
         engine.generate([[*STEM[:6], 21, 22]], max_new_tokens=12)
-    assert not engine.step()  # nothing is left of the call
+    assert not engine.step()  # no row of the failed call is left
     for prompt in ([*STEM[:6], 21, 22], [*STEM[:6], 21, 22, 30]):
         expected = Engine(cfg, p).generate([prompt], max_new_tokens=6)[0]
         assert engine.generate([prompt], max_new_tokens=6)[0].ids == expected.ids
@@ -120,7 +121,7 @@ def test_an_on_token_that_raises_costs_no_other_row_a_token(monkeypatch):
 @pytest.mark.parametrize("late", [False, True], ids=["", "read a pass late"])
 @pytest.mark.parametrize("place", [0, 3, 7], ids=["first token", "stop id", "last token"])
 def test_on_token_may_cancel_any_row(monkeypatch, late, place):
-    """Also its own, at its last token; other rows' tokens of the same pass are told in their order."""
+    """Also its own row, at its last token. The tokens of another row in the same pass still arrive, in order."""
     cfg, p = build()
     expected = [one.ids for one in Engine(cfg, p).generate([[3, 4], [6, 7]], max_new_tokens=8)]
     assert expected[0].index(expected[0][3]) == 3
@@ -146,7 +147,7 @@ def test_on_token_may_cancel_any_row(monkeypatch, late, place):
 
 
 def test_a_token_of_an_interrupted_call_is_told_to_no_later_one(monkeypatch):
-    """Of two rows one had its token already."""
+    """Ctrl-C after the engine has read the token of the first of two rows. No on_token of this call runs later."""
     cfg, p = build()
     engine, told, read = Engine(cfg, p), [], Pending.read
 
@@ -163,7 +164,7 @@ def test_a_token_of_an_interrupted_call_is_told_to_no_later_one(monkeypatch):
 
 
 def test_an_on_token_may_ask_for_more():
-    """Between two passes the engine is free for another call."""
+    """on_token runs between two passes, so it may call the engine itself."""
     cfg, p = build()
     expected = Engine(cfg, p).generate([[3, 4], [6, 7]], max_new_tokens=4)
     engine, inner = Engine(cfg, p), []

@@ -1,6 +1,6 @@
-"""model.INVARIANT: what the engine says of a token is what training says of it, bit for bit, in any batch.
+"""model.INVARIANT: engine and training give a token the same log-probability, bit for bit, in any batch.
 
-fp32 throughout, where every order of summation shows.
+These comparisons are in fp32, where any other order of summation changes bits.
 """
 
 import random
@@ -26,7 +26,7 @@ DRAWN = SamplingParams(0.8)
 
 
 def packed(rows, width):
-    """Rows of whole documents: (prompt, answer) pairs, log-probabilities of the answers' tokens asked for."""
+    """A batch whose rows are packed documents, each (prompt, answer, temperature). Targets are the answers' tokens."""
     keys = {"tokens": 0, "targets": -100, "segments": 0, "positions": 0, "temperature": 1.0, "loss_weights": 0.0}
     batch = {key: torch.full((len(rows), width), value) for key, value in keys.items()}
     for number, row in enumerate(rows):
@@ -72,12 +72,13 @@ def test_rollouts_and_training_agree_bit_for_bit_in_any_batch(change):
         expected = torch.tensor([x for i in order for x in found[i].logprobs])
         assert torch.equal(given, expected)
     plain = make_outputs(cfg)(p, batch)
-    torch.testing.assert_close(plain, logs, rtol=0, atol=2e-5)  # and it is the same model
+    torch.testing.assert_close(plain, logs, rtol=0, atol=2e-5)  # without INVARIANT: the same model, other bits
     assert not torch.equal(plain, logs)
 
 
 def test_what_else_is_in_the_batch_and_ids_that_are_never_drawn_change_no_bit():
-    """Rows with filters, a penalty or a thinking budget beside plain ones; an embedding with more rows than ids."""
+    """The batch has rows with filters, a penalty or a thinking budget beside plain ones. The embedding has more rows
+    than the tokenizer has ids. Plain rows equal training, and each row equals itself alone, bit for bit."""
     cfg, p = build(torch.float32)
     prompts, known = random_prompts(6, cfg, seed=4), cfg.vocab_size - 30
     ways = [DRAWN, GREEDY, SamplingParams(0.8, top_p=0.9), DRAWN, SamplingParams(0.7, presence_penalty=1.0), DRAWN]
@@ -115,7 +116,7 @@ def test_an_activation_is_the_same_wherever_it_stands(name, dtype):
     plain = x.clone().requires_grad_()
     expected = ACTIVATIONS[name](plain)
     expected.sum().backward()
-    # a few roundings of numbers up to 20 that may cancel
+    # the tolerance is a few roundings of numbers up to 20, whose difference may be small
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(whole, expected, rtol=8 * eps, atol=64 * eps)
     torch.testing.assert_close(inputs.grad, plain.grad, rtol=8 * eps, atol=64 * eps)

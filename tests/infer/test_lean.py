@@ -1,5 +1,5 @@
-"""The decoding pass of a CPU against the blocks' own. Two orders of summation: 1e-5 relative by norm in fp32, 1e-12 in
-float64."""
+"""The lean decoding pass, for CPUs, against the one through the model's blocks. They sum in different orders: logits
+are compared by norm, to 1e-5, relative, in fp32, and to 1e-12 in float64."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_a_pass_equals_the_blocks(case, dtype, tolerance, table):
     p = params.init_params(cfg.replace(initializer_range=0.2), 0, dtype=dtype)
     size, pages = TABLES[table]
     listed = torch.arange(pages, pages + 3)[:, None] if isinstance(pages, int) else pages
-    lengths = torch.tensor([13, 0, 5])  # tokens before this one; the row between is idle
+    lengths = torch.tensor([13, 0, 5])  # tokens already cached; the second row is idle
     idle = torch.tensor([False, True, False])
 
     def slots(at_BT):
@@ -50,7 +50,7 @@ def test_a_pass_equals_the_blocks(case, dtype, tolerance, table):
     other = model.KVCache(*(tuple(x.clone() for x in side) for side in cache))
 
     inputs = Inputs(
-        tokens=torch.tensor([7, 0, -2]),  # the third was drawn by place 1 of the pass before
+        tokens=torch.tensor([7, 0, -2]),  # −2: the token that place 1 of the last pass drew
         positions=lengths,
         slots=torch.where(idle, 0, slots(lengths[:, None])[:, 0]),
         streams=lengths,

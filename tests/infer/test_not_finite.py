@@ -1,6 +1,6 @@
-"""A row whose numbers are not finite fails alone: no other row is touched, whatever pages they share or take over.
+"""A row with NaN fails alone: no other row changes, whatever pages they share or get after it.
 
-The embedding of token 96 is not a number; so is then what a pass computes of any token of its chunk.
+The embedding of token 96 is NaN. A pass with this token may then compute NaN for every token of the same chunk.
 """
 
 import itertools
@@ -36,7 +36,8 @@ def check(cfg, p, prompts, found, new=8):
 @OPTIONS
 @pytest.mark.parametrize("late", [False, True], ids=["", "read a pass late"])
 def test_rows_that_begin_alike_are_answered(monkeypatch, options, late):
-    """In its pass, while its first token is on the way, and after its end; also where more than a page is the same."""
+    """Rows that begin as the bad row does. They arrive in the same pass, while its first token is computed, or after
+    its end. In the last case more than a page is the same."""
     cfg, p = broken()
     for prompts in ([[4], BAD, [5, 6, 8]], [BAD, [*BAD[:2], 8], [5, 6, 9]], [[7] * 21 + [96, 3], [7] * 23, [7] * 30]):
         engine = Engine(cfg, p, num_ids=90, max_tokens=512, options=options)
@@ -60,8 +61,9 @@ def test_a_row_that_is_cancelled_early_leaves_clean_pages(options, steps):
 
 
 def test_a_row_that_is_preempted_early_leaves_clean_pages():
-    """Two older rows, of 22 pages together, grow into those of one that is still being prefilled; so the shorter one
-    has a page of it beside a row that is longer, and its masked slots take part."""
+    """Two older rows, which need 22 pages together, grow until they take pages of a bad row that is still being
+    prefilled. The shorter one gets such a page. It attends over as many slots as the longer one, so masked slots take
+    part."""
     cfg, p = broken()
     engine = Engine(cfg, p, num_ids=90, max_tokens=88, options=EngineOptions(rows=3, chunk=1, page_size=4))
     prompts = [[1] * 40, [1, 2, 3]]
@@ -100,14 +102,15 @@ def test_new_weights_while_a_row_is_prefilled_find_clean_pages():
 
 @pytest.mark.parametrize("order", itertools.permutations([[5, 96, 6], [9, 10], [7] * 20, [8] * 3]), ids=str)
 def test_padding_of_a_pass_reaches_no_other_row(order):
-    """A shorter chunk is padded, and padding is written to page 0, beside rows with tables of other lengths."""
+    """In a prefill pass a shorter chunk is padded, and the padding is written to page 0. Rows
+    have page tables of different lengths. The padding of a table must not be page 0, or NaN there would reach a row."""
     cfg, p = broken()
     engine = Engine(cfg, p, num_ids=90, max_tokens=512, options=EngineOptions(page_size=4))
     check(cfg, p, order, engine.generate(order, max_new_tokens=4), new=4)
 
 
 def test_a_cancelled_prefill_keeps_what_an_earlier_row_had_left():
-    """Pages that were drawn from are known to be finite."""
+    """The earlier row has drawn tokens from its pages, so they are known to be finite, and cancelling keeps them."""
     cfg, p = build()
     engine = Engine(cfg, p, max_tokens=256, options=EngineOptions(page_size=4, chunk=4))
     stem = list(range(20, 36))

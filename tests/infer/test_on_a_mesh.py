@@ -1,4 +1,4 @@
-"""Generation on a mesh: every rank gets the weights whole, and answers a share of the questions."""
+"""Generation on a mesh: every rank gets all of the weights, and answers its share of the questions."""
 
 import json
 
@@ -36,7 +36,7 @@ def on_ranks(rank, folder):
         sampler = Sampler(cfg, tokenizer, EAGER, world, RolloutOptions(2, 4, 1.0, 8, 0))
         sampler.update(got)
         assert [len(group) for group in sampler([[5, 6], [7], [8, 9]], [0, 1, 2])] == [2, 2, 2]
-        with pytest.raises(UserError, match="a prompt is empty"):  # that of one rank ends no other's wait
+        with pytest.raises(UserError, match="a prompt is empty"):  # one rank's error is raised on all
             sampler([[5, 6], []], [3, 4])
         (folder / f"{mesh}-{rank}.json").write_text(json.dumps([one.text for one in given]))
 

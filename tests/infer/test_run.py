@@ -20,7 +20,7 @@ from qwen3f.interop import hf
 
 @pytest.fixture
 def answers(configure, capsys, tmp_path):
-    """What a run has printed, and its summary."""
+    """A function that runs the stage and returns what it has printed, and its summary."""
 
     def answers(**changes):
         summary = run(configure(**{"prompt": "What is é7?", **changes}), tmp_path / "unused")
@@ -77,7 +77,8 @@ def test_several_answers_come_in_order_each_under_its_prompt(source, answers, tm
 
 
 def test_answers_end_at_stop_ids_and_stop_texts(source, answers, tmp_path):
-    """The head's rows for <|im_end|> and for a word of the first answer change places."""
+    """The weights of the head for <|im_end|> and for a word of the first answer are swapped. So the model writes
+    <|im_end|> where it wrote that word before."""
     _, cfg, p, tokenizer = source
     prompts = ("The answer", "T", "The answer to question 12 is")
     ids = [torch.tensor([tokenizer.encode(prompt)]) for prompt in prompts]
@@ -188,7 +189,7 @@ def test_an_answer_that_is_no_number_or_does_not_fit_is_an_error(source, answers
 
 
 def test_the_contract_command(source, answers, tmp_path):
-    """In a directory of its own, to see that it leaves nothing behind."""
+    """The command of the project's description. It runs in an empty directory and must leave no file there."""
     root = os.getcwd()
     command = [
         sys.executable, f"{root}/launch.py", "--config", f"{root}/experiments/generate.py",
@@ -204,7 +205,8 @@ def test_the_contract_command(source, answers, tmp_path):
 
 
 def test_a_model_cut_over_two_ranks_answers_the_same(source, answers, tmp_path):
-    """Several prompts into a file, of which one is answered already; ranks are started, and rank 0 alone writes."""
+    """Several prompts, answered into a file that has one of the answers already. The program starts the ranks, and only
+    rank 0 writes."""
     prompts, out = ("What is é7?", "T", "The answer to question 12 is"), tmp_path / "out.jsonl"
     options = {"prompt": "", "chat": False, "max_new_tokens": 9, "temperature": 0.8, "out": str(out)}
     answers(**options, prompts=prompts)

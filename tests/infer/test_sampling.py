@@ -1,4 +1,4 @@
-"""Samplers against transformers' logits processors, the definitions, and the distribution they promise."""
+"""Samplers against transformers' logits processors, their definitions, and the distribution that they must follow."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def random_logits(seed, rows=3, vocab=50, scale=4.0):
     return scale * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-NOTHING = torch.zeros((), dtype=torch.bool)  # seen
+NOTHING = torch.zeros((), dtype=torch.bool)  # for `seen`: no token was seen
 
 
 def streams(seed, request, position):
@@ -53,9 +53,9 @@ def sample(*args):
     ties=st.booleans(),
 )
 def test_filters_equal_transformers(seed, temperature, top_k, top_p, min_p, ties):
-    """float64 for both, of logits whose largest is 0, which means the same.
+    """Both compute in float64. transformers gets logits shifted to a largest one of 0, which changes no probability.
 
-    Ties only without top-p: which of two equal tokens it keeps is up to the sort.
+    Equal logits are tested only without top-p: with it the sort decides which of two equal tokens stays.
     """
     logits = random_logits(seed)
     if ties and top_p == 1:
@@ -90,7 +90,8 @@ def test_presence_counts_a_token_once():
     "params", [SamplingParams(1.0), SamplingParams(0.7, 6, 0.9, 0.02), SamplingParams(1.3, 0, 0.8)]
 )
 def test_frequencies_follow_the_probabilities(params):
-    """χ² over tokens expected at least 5 times, of 40,000 draws; the bound is 6 standard deviations above its mean."""
+    """40,000 draws; χ² over the tokens that are expected at least 5 times. It may be 6 standard deviations over its
+    mean."""
     draws, logits = 40_000, random_logits(3, rows=1, vocab=12, scale=1.5)
     probs = filter_logits(logits, params).softmax(-1)[0]
     counts = sample(logits.expand(draws, -1), params, keys(draws, seed=5), NOTHING).bincount(minlength=12)
@@ -118,7 +119,8 @@ def test_a_row_does_not_depend_on_its_batch(seed, rows):
 @settings(max_examples=150, deadline=None)
 @given(seed=SEEDS, vocab=st.integers(1, 400), cut=st.floats(0, 1), scale=st.sampled_from([0.0, 1.0, 30.0]))
 def test_a_draw_inverts_the_distribution_function(seed, vocab, cut, scale):
-    """Against running sums in float64; they differ by their order alone: 1e-12 of the total."""
+    """The drawn token is the one whose interval of the cumulative distribution holds the uniform number. The expected
+    cumulative sums are in float64. Only the order of summation differs: 1e-12 of the total."""
     logits = random_logits(seed, rows=16, vocab=vocab, scale=scale)
     logits[torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed)) < cut * 0.99] = -torch.inf
     logits[:, seed % vocab] = 0.0
@@ -150,11 +152,11 @@ def test_streams_differ_by_seed_request_and_position():
 
 
 def test_the_rarest_draws_stay_in_range():
-    """Uniform numbers of 0 and of all ones must give the first and the last token that is possible."""
+    """In 1000 draws no token of probability 0 appears, nor one of probability e^−40."""
     logits = torch.tensor([[float("-inf"), 0.0, -40.0, float("-inf")]], dtype=torch.float64)
     params = SamplingParams(1.0)
     drawn = sample(logits.expand(1000, -1), params, keys(1000), NOTHING)
-    assert set(drawn.tolist()) == {1}  # e^−40 is far below 1/1000, the impossible ones never
+    assert set(drawn.tolist()) == {1}  # e^−40 is far below 1/1000
     assert sample(torch.zeros(1, 1), params, keys(1), NOTHING).tolist() == [0]
 
 
@@ -163,7 +165,7 @@ def test_the_rarest_draws_stay_in_range():
     "more", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}]
 )
 def test_the_smallest_temperatures_choose_the_largest_logit(temperature, more):
-    """As temperature 0 does; of equal ones any. No id outside the vocabulary, whatever the size of the logits."""
+    """As at temperature 0, but of equal logits any may be chosen. Ids stay in the vocabulary for logits of any size."""
     params = SamplingParams(temperature, **more)
     for scale in (1e-3, 1.0, 1e30, 1e300):
         logits = random_logits(0, rows=64, vocab=11) * scale

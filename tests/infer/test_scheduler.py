@@ -1,10 +1,11 @@
-"""The scheduler as a state machine: random arrivals, lengths, stops and tiny caches, with a device that only checks.
+"""The scheduler under random arrivals, lengths, stops and tiny caches, with a simulated device that checks every plan.
 
-The device here keeps, for each place of each page, the tokens whose keys lie there: a key is a function of all tokens
-up to its own. A page that is lost, shared wrongly or copied too late shows as a key that does not fit its row.
+A key depends on all tokens up to its own. So the simulated device stores, for each place of each page, the tokens up to
+the one whose key is there. If a page is lost, shared wrongly or copied too late, a row finds tokens that are not its
+own.
 
-What a pass computes of a row with the token BAD is not finite, and so is what is computed from a page where anything is
-not: masked slots take part. A healthy row must never have such a page.
+The token BAD stands for NaN. Everything that a pass computes for a row with BAD is not finite. Masked slots take part
+in products, so a page with one such value breaks every row that has it. A healthy row must never have such a page.
 """
 
 import random
@@ -17,19 +18,19 @@ from qwen3f.infer.pages import ROOT, Match, PagePool, _Content, common_length
 from qwen3f.infer.request import Request, Row
 from qwen3f.infer.scheduler import Limits, Scheduler
 
-VOCABULARY = 3  # few, so that rows begin alike
+VOCABULARY = 3  # few tokens, so that many rows begin with the same ones
 BAD = -1
 
 
 class Machine:
-    """A scheduler with a device of dicts; lag: results are handed out one plan late, as on a GPU."""
+    """A scheduler with a simulated device. lag=1: results are read one plan late, as on a GPU."""
 
     def __init__(self, pages, size, rows, chunk, lag):
         self.pool = PagePool(pages, size)
         self.scheduler = Scheduler(self.pool, Limits(rows, chunk))
         self.size, self.rows, self.chunk, self.lag = size, rows, chunk, lag
         self.keys = {}  # (page, place) -> the tokens up to it
-        self.broken = set()  # (page, place) of what is not finite
+        self.broken = set()  # each (page, place) that is not finite
         self.pending, self.ended, self.number = [], [], 0
         self.computed = 0
 
@@ -86,7 +87,7 @@ class Machine:
         for at in range(count):
             place = start + at
             page = row.pages[place // self.size]
-            if at == 0:  # everything before must be there, as this row's own
+            if at == 0:  # the keys of all tokens before must be in the row's pages
                 for before in range(start):
                     held = self.keys[row.pages[before // self.size], before % self.size]
                     assert _fits(held, tokens[: before + 1]), (row.number, before)
@@ -167,11 +168,11 @@ def test_answers_to_one_prompt_share_its_prefill():
         machine.add(prompt, 3)
     while machine.step(lambda row: False):
         pass
-    assert machine.computed == (len(prompt) - 1) + 8 * 3  # the prompt once, and each answer's own passes
+    assert machine.computed == (len(prompt) - 1) + 8 * 3  # the prompt once, then each answer's own tokens
 
 
 def held_pages(size, prompts):
-    """A pool in which each prompt's first page is held by a row that has drawn a token; the pages."""
+    """(a pool, its pages). Each page is the first page of a prompt, used by a row that has drawn a token."""
     pool, pages = PagePool(len(prompts), size), []
     for number, prompt in enumerate(prompts):
         row = Row(Request(tuple(prompt), 4), number)
@@ -192,7 +193,7 @@ def test_of_many_prompts_that_begin_alike_few_are_compared(monkeypatch):
 
 
 def test_of_pages_with_the_same_tokens_one_is_compared(monkeypatch):
-    """The answers to one prompt."""
+    """As with many answers to one prompt."""
     pool, pages = held_pages(16, [list(range(10))] * 200)
     compared, real = [], common_length
     monkeypatch.setattr("qwen3f.infer.pages.common_length", lambda a, b: compared.append(a) or real(a, b))
@@ -208,12 +209,12 @@ def test_whether_there_is_room_is_counted_once_for_all_rows_that_arrive(monkeypa
     for number in range(500):
         scheduler.add(Row(Request((1000 * number, *range(20)), 12), number))
     scheduler.plan()
-    assert len(scheduler.active) == 500  # two pages each, which are enough
+    assert len(scheduler.active) == 500  # each needs two pages, and there are enough
     assert len(counted) <= 2 * 500
 
 
 class Watched(list):
-    """Tokens that count how often they are looked at."""
+    """A list that counts how often its tokens are read."""
 
     looks = 0
 
@@ -245,7 +246,8 @@ def test_of_rows_that_arrive_together_none_is_compared_with_all_others(monkeypat
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=20), st.data())
 def test_the_longest_beginning_that_a_page_holds_is_found(prompts, data):
-    """Whatever is not finite, computed in part, or has been given back."""
+    """Compared with all pages one by one. Some pages are not known to be finite, some are computed only in part, and
+    some have been released."""
     pool, pages = held_pages(8, prompts)
     rows = [pool._contents[page].owner for page in pages]
     for row, page in zip(rows, pages):
@@ -266,7 +268,7 @@ def test_the_longest_beginning_that_a_page_holds_is_found(prompts, data):
 
 
 def test_a_row_shares_its_pages_once_it_has_drawn_a_token():
-    """Those that would gain little don't wait for it."""
+    """A row with the same beginning waits for that, unless it would share only few tokens."""
     machine = Machine(pages=40, size=4, rows=16, chunk=64, lag=0)
     first, same, near = machine.add([0, 1, 2] * 7, 3), machine.add([0, 1, 2] * 7, 3), machine.add([0, 1, 2, 5], 3)
     machine.step(lambda row: False)
@@ -290,7 +292,7 @@ def test_a_row_that_begins_as_an_earlier_one_computes_only_the_rest():
 
 
 def test_a_row_that_waits_for_room_keeps_the_beginning_of_what_it_will_share():
-    """Meanwhile the pages at its end may be taken."""
+    """While it waits, another row may take the last of the pages that it could have shared, not the first ones."""
     machine = Machine(pages=10, size=4, rows=4, chunk=64, lag=0)
     machine.add(list(range(20)), 1)
     while machine.step(lambda row: False):
@@ -302,7 +304,7 @@ def test_a_row_that_waits_for_room_keeps_the_beginning_of_what_it_will_share():
     machine.computed = 0
     while machine.step(lambda row: False):
         pass
-    assert machine.computed == 36 - 12  # of the 5 pages that it would share 2 were taken
+    assert machine.computed == 36 - 12  # the other row took 2 of the 5 pages that it could have shared
 
 
 def test_a_row_of_very_many_pages_can_be_given_up_before_it_has_drawn_a_token():

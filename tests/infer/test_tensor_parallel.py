@@ -1,7 +1,7 @@
-"""An engine over two ranks, gloo processes, answers what one device answers.
+"""An engine over two ranks, which are gloo processes, gives the answers of one device.
 
-Log-probabilities of answers are kept in float32: to 1e-6 in float64, and to 2e-5 in fp32, whose logits of ±20 carry a
-few roundings of 2e-6. Those of the passes themselves are compared in float64, to 1e-10.
+Answers keep log-probabilities in float32. They are compared to 1e-6 for a model in float64. For one in fp32 it is 2e-5,
+since its logits of ±20 have a few roundings of 2e-6. Log-probabilities of a prefill pass are float64, to 1e-10.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ MODELS = {
     "tied, bias": {"tie_word_embeddings": True, "attention_bias": True},
     "moe, one layer dense": MOE,
 }
-# the last one has so little room that rows are preempted
+# (options, max_tokens). The last one has so little room that rows are preempted.
 OPTIONS = {"one a row": ({}, 0), "of 16": ({"rows": 8, "chunk": 64, "page_size": 16}, 4096)}
 OPTIONS["few of 4 tokens"] = ({"rows": 6, "chunk": 32, "page_size": 4}, 72)
 ASKED = {"max_new_tokens": [1 + i % 24 for i in range(18)], "stop_ids": (3, 30)}
-NUM_IDS = 91  # of 96: the last ones are the second rank's, and are never drawn
+NUM_IDS = 91  # of 96. The rest lie on the second rank and must never be drawn.
 
 
 def tp2():
@@ -56,7 +56,7 @@ def shards(cfg, whole, tp):
 
 
 def answers(engine, cfg, **more):
-    """Of mixed lengths, many beginning alike, by three ways of choosing."""
+    """Answers to prompts of mixed lengths, many with the same beginning, with three ways of sampling."""
     found = engine.generate(random_prompts(18, cfg, seed=1), [SAMPLED, GREEDY, FILTERED] * 6, **ASKED, **more)
     return [(one.ids, one.logprobs, one.finish_reason) for one in found]
 
@@ -68,7 +68,7 @@ def assert_same(found, expected, tolerance=1e-6):
 
 
 def engines(tp):
-    """(what, cfg, an engine) of every case, on one rank of tp or alone."""
+    """(case, cfg, engine) of every case. With tp of two ranks, the engine has this rank's shards."""
     everything, smallest = [*OPTIONS], [*OPTIONS][-1:]
     for kind, changes in MODELS.items():
         for dtype in (torch.float64, torch.float32) if kind == "dense" else (torch.float64,):
@@ -104,7 +104,7 @@ def of_rank(rank):
 
 
 def passes(tp):
-    """Log-probabilities of a prompt through prefill, [T, V], float64."""
+    """Log-probabilities after each token of a prompt, from one prefill pass; float64 [T, V]."""
     cfg, whole = build(vocab_size=96)
     own = shards(cfg, whole, tp)
     tokens = torch.tensor([random_prompts(1, cfg)[0]])
@@ -117,7 +117,7 @@ def passes(tp):
 
 
 def not_finite(tp):
-    """A NaN in the first row of the second rank's embedding is that of one request alone."""
+    """The embedding of token 48, the first on the second rank, is NaN. Only the request with this token must fail."""
     cfg, whole = build(vocab_size=96)
     whole = {**whole, params.EMBED: whole[params.EMBED].index_fill(0, torch.tensor(48), float("nan"))}
     engine = Engine(cfg, shards(cfg, whole, tp), options=EngineOptions(tp=tp))
@@ -126,7 +126,7 @@ def not_finite(tp):
 
 
 def with_pictures(tp):
-    """Every rank has the whole tower; chunks begin and end within images."""
+    """Every rank has the whole vision tower. Chunks of the prompt begin and end inside images."""
     cfg = vl_config(vocab_size=98)
     whole = params.init_params(cfg.replace(initializer_range=0.3), 0, dtype=torch.float64)
     rows, _, pictures = pictured_prompts(cfg, ["tit", "t", "it"])
@@ -146,7 +146,8 @@ FUSED_CASES = [(case, how) for case in FUSED for how in ("formula", "kernels")]
 
 
 def fused_pass(tp, case, how):
-    """(logits, ids, log-probs, finite, cache) of four rows' second decoding pass; the third one is idle."""
+    """(logits, ids, log-probs, finite, cache) of the second of two decoding passes of four rows. The third row is
+    idle."""
     dtype = torch.float64 if how == "formula" else torch.float32
     cfg, whole = build_fused(dtype, vocab_size=96, num_hidden_layers=2, **FUSED[case])
     own = shards(cfg, whole, tp)
@@ -169,7 +170,7 @@ def fused_pass(tp, case, how):
 
 @pytest.fixture(scope="module")
 def two():
-    """What each of two ranks has found."""
+    """The results of `of_rank` on each of two ranks."""
     return run_processes(of_rank, 2)
 
 
@@ -189,7 +190,7 @@ def test_two_ranks_answer_as_one_device(two):
 
 
 def test_rows_of_the_smallest_cache_are_preempted(monkeypatch):
-    """So the test before this one has seen it."""
+    """Shows that the test above includes preemption."""
     preempted = []
     take = Scheduler._preempt
     monkeypatch.setattr(Scheduler, "_preempt", lambda *a: preempted.append(a) or take(*a))
@@ -225,7 +226,8 @@ def test_prompts_with_images_are_answered_as_on_one_device(two):
 
 @pytest.mark.parametrize("case, how", FUSED_CASES)
 def test_the_fused_pass_equals_that_of_one_device(two, case, how):
-    """Kernels in Triton's interpreter, float32, against one device's formulas, and these in float64."""
+    """Against the formulas on one device. how="kernels": kernels in Triton's interpreter, float32. how="formula": the
+    formulas on two ranks, float64."""
     logits, ids, log_probs, finite, cache = fused_pass(ONE.tp, case, "formula in fp32" if how == "kernels" else how)
     rows, tolerance = [0, 1, 3], 1e-5 if how == "kernels" else 1e-12
     for rank in range(2):
@@ -238,7 +240,7 @@ def test_the_fused_pass_equals_that_of_one_device(two, case, how):
         for mine, whole in zip(got[4], cache):
             torch.testing.assert_close(mine, whole.chunk(2, 1)[rank], rtol=10 * tolerance, atol=10 * tolerance)
     assert finite.all()
-    assert (ids[rows] < 48).any()  # either rank's
+    assert (ids[rows] < 48).any()  # ids of both ranks were drawn
     assert (ids[rows] >= 48).any()
 
 
@@ -283,5 +285,5 @@ def test_two_gpus_answer_as_one():
     try:
         assert process.wait(timeout=570) == 0
     finally:
-        with contextlib.suppress(ProcessLookupError):  # ranks that hang keep their GPUs
+        with contextlib.suppress(ProcessLookupError):  # end ranks that hang, which would keep their GPUs
             os.killpg(process.pid, signal.SIGKILL)

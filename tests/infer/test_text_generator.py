@@ -1,4 +1,5 @@
-"""Text in, text out: the description's calls, pieces, stop texts, half characters; what a text becomes as a request."""
+"""Text in, text out: the calls of the project's description, streaming in pieces, stop texts, characters that are cut
+in two; how a text becomes a request."""
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ def generator(source):
 
 @pytest.mark.parametrize("options", [{}, {"thinking": True}, {"chat": False}], ids=["plain", "thinking", "text"])
 def test_the_descriptions_calls(source, generator, options):
-    """gen.generate("…", max_new_tokens=256) and thinking=True: what the engine draws, its stop id left out."""
+    """gen.generate("…", max_new_tokens=256), and the same with thinking=True. Compared with the tokens that `generate`
+    draws, without the stop id."""
     _, cfg, p, tokenizer = source
     text = "What is the answer to question 5?"
     ids = tokenizer.encode(text)
@@ -51,7 +53,7 @@ def test_a_stream_that_is_left_early_ends_its_answer(generator):
 
 
 def test_an_interrupted_answer_ends(source, monkeypatch):
-    """Ctrl-C in a notebook's cell: the next one is as if nothing had been asked."""
+    """Ctrl-C in a cell of a notebook: the next cell works as if the stopped one had never run."""
     _, cfg, p, tokenizer = source
     gen = TextGenerator(cfg, p, tokenizer)
     expected = gen.generate("What?", max_new_tokens=20)
@@ -71,7 +73,7 @@ def test_an_interrupted_answer_ends(source, monkeypatch):
 
 
 class Bytes:
-    """Id i is byte i."""
+    """A tokenizer whose id i is byte i."""
 
     def token_bytes(self, token, skip_special=False):
         return bytes([token])
@@ -89,7 +91,8 @@ STOP_ID = 0
     sizes=st.lists(st.integers(1, 4), max_size=30),
 )
 def test_pieces_join_to_the_text_before_the_first_stop_text(text, torn, stops, end, sizes):
-    """However many tokens come at a time. Half a character at the end is one U+FFFD; in a piece never."""
+    """However many tokens arrive between two reads. An incomplete character at the end of the answer becomes one
+    U+FFFD. A piece before the end never has one."""
     raw = text.encode() + torn
     whole = raw.decode(errors="replace")
     row = Row(Request((1,), 99, stop_ids=(STOP_ID,), stop_texts=stops), 0)
@@ -119,7 +122,8 @@ def test_settings_override_the_recommendation_one_by_one():
     options = options.changed(thinking=False, min_p=0.1)
     assert choose_sampling(options, False) == SamplingParams(0.0, 20, 0.8, 0.1, 1.5)
     assert choose_sampling(options.changed(chat=False, temperature=None), False) == SamplingParams(min_p=0.1)
-    text = TextOptions(thinking=True, thinking_budget=4).changed(chat=False)  # as a row of a file beside chats
+    # as a row with chat=False in a batch file of chats
+    text = TextOptions(thinking=True, thinking_budget=4).changed(chat=False)
     assert (text.thinking, text.thinking_budget) == (None, None)
 
 
@@ -219,14 +223,14 @@ def test_stop_texts_that_no_token_begins_never_stop(generator):
 
 
 def test_the_name_of_a_special_token_is_a_stop_text(source, tmp_path):
-    """The head's row for <think> is made the largest: the model writes nothing else."""
+    """The head is 0 except for <think>, so the model writes nothing else."""
     _, cfg, p, tokenizer = source
     head = torch.zeros_like(p["lm_head.weight"])
     head[tokenizer.special_id("<think>")] = 1
     p = {**p, "lm_head.weight": head, "model.norm.weight": torch.ones_like(p["model.norm.weight"])}
     gen = TextGenerator(cfg, p, tokenizer)
     free = gen.generate("a", max_new_tokens=3, temperature=0.0, presence_penalty=0.0)
-    if free != "<think>" * 3:  # the sum of the last hidden state is negative
+    if free != "<think>" * 3:  # the logit of <think> is negative, so change its sign
         p["lm_head.weight"] = -head
         gen = TextGenerator(cfg, p, tokenizer)
         free = gen.generate("a", max_new_tokens=3, temperature=0.0, presence_penalty=0.0)

@@ -1,4 +1,4 @@
-"""The thinking budget as a function of the step; within generation see test_generate."""
+"""The thinking budget, step by step without a model. With a model: test_generate.py."""
 
 import pytest
 
@@ -10,7 +10,7 @@ BUDGET = ThinkingBudget(tokens=3, end_id=END, closing_ids=(70, 71, END, 72))
 
 
 def run(rows, budget=BUDGET):
-    """What comes out when the model wants `rows`."""
+    """The answers under the budget if the model would choose the tokens of `rows`."""
     answers = []
     for wanted in rows:
         thinks, out = True, []
@@ -25,10 +25,10 @@ def run(rows, budget=BUDGET):
 def test_only_rows_that_still_think_are_closed_and_exactly_at_the_budget():
     got = run(
         [
-            [1, 2, 3, 4, 5, 6, 7, 8, 9],  # thinks on
-            [1, END, 3, 4, 5, 6, 7, 8, 9],  # closes in time
-            [1, 2, END, 4, 5, 6, 7, 8, 9],  # with the last token that it has
-            [1, 2, 3, END, 5, 6, 7, 8, 9],  # one too late
+            [1, 2, 3, 4, 5, 6, 7, 8, 9],  # would not stop thinking
+            [1, END, 3, 4, 5, 6, 7, 8, 9],  # ends its thought in time
+            [1, 2, END, 4, 5, 6, 7, 8, 9],  # ends it with the last token of the budget
+            [1, 2, 3, END, 5, 6, 7, 8, 9],  # one token too late
         ]
     )
     assert got == [
