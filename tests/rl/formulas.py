@@ -1,4 +1,5 @@
-"""The policy losses once more: float64, sequence by sequence, as the papers write them; and TRL's on stubs."""
+"""The policy losses written a second time, as in the papers: float64, sequence by sequence. And TRL's loss, on
+stubs."""
 
 import math
 from types import SimpleNamespace
@@ -8,7 +9,8 @@ from trl import GRPOTrainer
 
 
 def tensors(rows=6, length=9, spread=0.3, seed=0):
-    """Log-probs of now, of the sampler's policy and of the reference, masks with holes and a row of none."""
+    """Log-probabilities of the policy now, of the policy that sampled and of the reference; a mask with holes, one row
+    of which is all 0; advantages and entropies."""
     g = torch.Generator().manual_seed(seed)
     logp = -torch.rand(rows, length, generator=g, dtype=torch.float64) * 3 - 0.1
     mask = (torch.rand(rows, length, generator=g) < 0.8).double()
@@ -26,7 +28,7 @@ def tensors(rows=6, length=9, spread=0.3, seed=0):
 
 
 def batch_of(x):
-    """As the stage's batch: a row is a document."""
+    """The batch that the stage would give to the loss. Each row is one document."""
     return {
         "old_logprobs": x["old"],
         "ref_logprobs": x["ref"],
@@ -83,7 +85,7 @@ def by_hand(x, hyper):
 
 
 class Alone:
-    """The accelerator of one process."""
+    """A stub of TRL's accelerator, for one process."""
 
     num_processes, is_main_process, sync_gradients = 1, True, True
 
@@ -98,7 +100,7 @@ class Alone:
 
 
 def trl_loss(x, hyper, logp, *, num_items=None, accumulation=1, top_entropy=1.0, longest=None):
-    """`GRPOTrainer._compute_loss` of TRL 1.16 on stubs, of these log-probs."""
+    """(loss, metrics) of TRL 1.16's `GRPOTrainer._compute_loss` for the log-probabilities `logp`, on a stub trainer."""
     loss = {"gspo": "grpo"}.get(hyper.loss, hyper.loss)
     sequence = hyper.loss in ("gspo", "luspo", "vespo")
     args = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Groups for tests, without a model: a sampler that says what it is told, and a judge of this process."""
+"""Groups for tests, without a model: a sampler that returns given texts, and a judge that runs in this process."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from sharding.axes import ONE
 
 
 class Letters:
-    """The tokenizer of ids that are characters' numbers."""
+    """A tokenizer whose ids are the code points of characters."""
 
     pad_id = 0
 
@@ -23,7 +23,7 @@ class Letters:
 
 
 class Said:
-    """texts: prompt -> its completions."""
+    """A sampler that returns given texts. texts: prompt -> its completions."""
 
     def __init__(self, texts, longest=50):
         self.texts, self.options, self.asked = texts, SimpleNamespace(max_new_tokens=longest, temperature=1.0), []
@@ -39,7 +39,8 @@ def rollout(text, ended=True):
 
 
 class Here:
-    """Judges by a function; None is NaN."""
+    """A judge whose rewards are functions of a sample. A function returns None if it cannot judge, which becomes
+    NaN."""
 
     def __init__(self, **rewards):
         self.names, self.rewards, self.weights, self.seen = tuple(rewards), rewards, (1.0,) * len(rewards), []

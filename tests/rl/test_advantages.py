@@ -1,4 +1,4 @@
-"""Advantages against formulas group by group; what cannot be judged, groups without a difference, groups of one."""
+"""Advantages against formulas, group by group; completions without a reward, groups of equal rewards, groups of one."""
 
 import math
 import statistics
@@ -35,7 +35,8 @@ def test_they_are_the_formulas(rewards, baseline, scale):
 
 
 def test_unjudged_rewards_leave_mean_and_deviation():
-    """TRL PR 5902, ms-swift 8123: a completion without a reward poisoned its group, or lowered its mean."""
+    """TRL PR 5902, ms-swift 8123: a completion without a reward made its whole group NaN, or lowered the group's
+    mean."""
     with_it = group_advantages(torch.tensor([[1.0, 0.0, NAN, 1.0]]))
     without = group_advantages(torch.tensor([[1.0, 0.0, 1.0]]))
     assert with_it[0, 2] == 0
@@ -46,21 +47,23 @@ def test_unjudged_rewards_leave_mean_and_deviation():
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e9 + 0.1, -0.7])
 @pytest.mark.parametrize("scale", SCALES)
 def test_equal_rewards_give_exactly_zero(value, scale):
-    """NeMo PR 4161: what float32 left of a mean, over its own deviation, became an advantage ×4000."""
+    """NeMo PR 4161: float32's rounding of the mean was divided by a deviation that was rounding too. That gave
+    advantages 4000 times too large."""
     rewards = torch.full((3, 7), value, dtype=torch.float32)
     assert torch.equal(group_advantages(rewards, scale=scale), torch.zeros(3, 7).double())
     assert tells_nothing(rewards).all()
 
 
 def test_a_large_offset_changes_nothing():
-    """The variance is of what is centred: 1e6 + x has that of x."""
+    """The mean is subtracted before the variance is computed, so 1e6 + x has the variance of x."""
     x = torch.tensor([[0.0, 1.0, 1.0, 0.25]])
     far = group_advantages(x.double() + 1e6)
     assert (far - group_advantages(x)).abs().max() <= 1e-9
 
 
 def test_small_spreads_are_not_shrunk():
-    """verl PR 6348: a floor under the variance made advantages 100 times too small. Ours is 1e-4 on the deviation."""
+    """verl PR 6348: a lower bound of the variance made advantages 100 times too small. Here 1e-4 is added to the
+    standard deviation."""
     got = group_advantages(torch.tensor([[0.0, 0.1, 0.1, 0.0]]))
     big = group_advantages(torch.tensor([[0.0, 1.0, 1.0, 0.0]]))
     assert (got / big - 1).abs().max() <= 2e-3

@@ -1,4 +1,4 @@
-"""What multiplies an advantage: against TRL's formulas sequence by sequence, and by hand."""
+"""The factors of an advantage, importance weights and the entropy filter: against TRL's formulas, and by hand."""
 
 import math
 
@@ -12,7 +12,7 @@ from qwen3f.rl.correction import MODES, entropy_threshold, high_entropy, importa
 
 
 def rows(seed=0):
-    """Three rows of packed documents with padding; log-ratios, and what counts."""
+    """(log-ratios, whether each token counts, segments) of three rows of packed documents with padding."""
     g = torch.Generator().manual_seed(seed)
     segments = torch.tensor(
         [[1] * 4 + [2] * 5 + [0], [1] * 10, [1] * 2 + [2] * 3 + [3] * 3 + [0, 0]], dtype=torch.int32
@@ -41,7 +41,8 @@ def test_weights_are_the_formulas(mode, low, high, seed):
 
 
 def test_they_are_trls_of_one_document_a_row():
-    """TRL 1.16's lines in `_generate_and_score_completions`, clip_max 3."""
+    """Each row is one document. Expected: the lines of TRL 1.16's `_generate_and_score_completions`, with clip_max
+    3."""
     gap, counts, _ = rows()
     segments = torch.ones_like(counts, dtype=torch.int32)
     difference = torch.where(counts, gap, 0.0)

@@ -1,5 +1,5 @@
-"""What users of other frameworks met, a test each; the number is that of the report. Others are where their subject is:
-advantages, rewards, packing, and runs (tests/stages/test_grpo_runs.py)."""
+"""Bugs that users of other frameworks reported, one test each; a test's name has the number of the issue or PR. More
+are in the tests of advantages, rewards and packing, and in those of runs (tests/stages/test_grpo_runs.py)."""
 
 import math
 
@@ -25,7 +25,8 @@ from tests.sharding.steps import config
 
 
 def test_trl_5619_and_ms_swift_10117_the_loss_does_not_depend_on_accumulation():
-    """DAPO's was divided by the accumulation steps: the sum over parts of a batch is the batch's own."""
+    """DAPO's loss was divided by the number of accumulation steps. The parts of a batch, each weighted by its share of
+    tokens, must sum to the loss of the whole batch."""
     x = tensors()
     whole, grad = ours(x, GRPO())
     total, n = 0, x["mask"].sum()
@@ -53,7 +54,7 @@ def test_roll_pr_444_masked_tokens_have_no_gradient():
 
 
 def test_verl_3741_and_7321_dr_grpos_divisor_is_a_constant():
-    """Not the sum of lengths, nor a micro-batch's: half of the tokens, half of the loss."""
+    """It is neither the sum of lengths nor a number of the micro-batch: with half of the tokens the loss is half."""
     x, hyper = tensors(spread=0.0), GRPO(loss="dr_grpo", longest=100)
     loss, _ = ours(x, hyper)
     expected = -(x["advantages"] * x["mask"].sum(1)).sum() / (6 * 100)
@@ -61,7 +62,8 @@ def test_verl_3741_and_7321_dr_grpos_divisor_is_a_constant():
 
 
 def test_trl_4159_log_probs_are_of_the_distribution_that_was_sampled_from():
-    """At temperature 0.7 the sampler's are the trainer's at 0.7: float32 of the engine, so 1e-5."""
+    """At temperature 0.7 the sampler's log-probabilities are the trainer's at 0.7, and not those at 1.0. 1e-5, since
+    the engine computes in float32."""
     cfg = config()
     p = params.init_params(cfg, 0)
     sampler = Sampler(cfg, _Ids(cfg.vocab_size), EAGER, ALONE, RolloutOptions(2, 6, 0.7, 8, 0))
@@ -92,7 +94,8 @@ class _Ids:
 
 
 def test_trl_6789_filters_of_the_sampler_do_not_exist():
-    """With top-p or top-k the trainer would have to know the support: only the temperature can be set."""
+    """With top-p or top-k the trainer would have to know which tokens could be drawn. So only the temperature can be
+    set."""
     from qwen3f.stages.configs import grpo_config
 
     assert not {"top_k", "top_p", "min_p", "presence_penalty"} & set(grpo_config("nano").rollout)
@@ -100,7 +103,8 @@ def test_trl_6789_filters_of_the_sampler_do_not_exist():
 
 
 def test_trl_4772_a_sequences_ratio_does_not_grow_with_its_length():
-    """0.012 a token is 3.3 after 100 as a product; over the length it stays 1.012."""
+    """A log-ratio of 0.012 per token multiplies to a ratio of 3.3 after 100 tokens. Divided by the length, it gives
+    1.012 for any length."""
     assert math.exp(0.012 * 100) > 3.3
     for n in (1, 100, 10_000):
         ratio = sequence_ratio(torch.tensor(0.012 * n, dtype=torch.float64), torch.tensor(float(n)))
@@ -108,7 +112,7 @@ def test_trl_4772_a_sequences_ratio_does_not_grow_with_its_length():
 
 
 def test_trl_5224_ids_are_trained_as_they_were_sampled():
-    """Text that would be encoded otherwise changes nothing: nobody encodes it."""
+    """The text of a completion might be encoded to other ids, but it is never encoded again."""
 
     class Lossy(Said):
         def __call__(self, prompts, places, pictures):
@@ -127,7 +131,7 @@ def test_unsloth_zoo_832_the_sampled_stop_id_is_trained_and_nothing_after_it():
 
 
 def test_r1_v_67_a_completion_stays_with_its_prompt():
-    """Any order of prompts: each completion's reward, advantage and row are of its own group."""
+    """In any order of prompts, a completion has the reward, the advantage and the row of its own group."""
     texts = {"a": ["x", "xx"], "b": ["yyy", "y"], "c": ["z", "zzzz"]}
     expected = None
     for numbers in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
@@ -151,7 +155,7 @@ def test_trl_3675_and_4531_each_prompt_comes_once_a_pass():
 
 
 def test_trl_5588_the_kl_holds_in_groups_without_a_difference():
-    """Their advantages are 0, and the KL alone moves the policy towards the reference."""
+    """In groups of equal rewards advantages are 0. The KL term must still pull the policy towards the reference."""
     x = tensors()
     x["advantages"] = torch.zeros(6, dtype=torch.float64)
     hyper = GRPO(kl_coef=0.1)
@@ -162,7 +166,8 @@ def test_trl_5588_the_kl_holds_in_groups_without_a_difference():
 
 
 def test_liger_pr_1088_the_correction_is_in_loss_and_gradient():
-    """It was ignored, and gradients were 100 times too large: weights in the advantages are weights of the costs."""
+    """The correction was ignored, and gradients were 100 times too large. Weights that multiply the advantages must act
+    as weights of the tokens' costs."""
     x = tensors()
     weights = torch.rand(6, 9, generator=torch.Generator().manual_seed(3)).double() * 2
     given = batch_of(x)

@@ -1,4 +1,5 @@
-"""Completions in rows: whole, without padding between, each token where it is predicted."""
+"""Completions packed in rows: whole, without padding between, their numbers at the position that predicts each
+token."""
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ documents = st.lists(
 
 
 def read(rows):
-    """(prompt + ids, what is trained, advantages, log-probs) of each document in rows."""
+    """(prompt + ids, loss weights, advantages, sampler's log-probabilities) of each document in rows."""
     out = []
     for row in range(len(rows["tokens"])):
         for segment in range(1, rows["segments"][row].max() + 1):
@@ -58,7 +59,7 @@ def test_updates_have_equal_rows_and_ranks_share_them(docs, updates, ranks):
     shares = [own_rows(packed, rank, ranks) for rank in range(ranks)]
     assert sorted(map(str, flat)) == sorted(str(item) for share in shares for item in read(share))
     size = len(shares[0]["tokens"]) // updates
-    for number, part in enumerate(packed):  # each rank's u-th part is of update u
+    for number, part in enumerate(packed):  # part `number` of each rank belongs to update `number`
         own = [{k: v[number * size : (number + 1) * size] for k, v in share.items()} for share in shares]
         assert sorted(map(str, read(part))) == sorted(str(item) for share in own for item in read(share))
 
@@ -67,7 +68,7 @@ def test_an_update_that_lacks_many_rows_is_filled_up_at_once(monkeypatch):
     one, joined, real = Document([1] * 5, [2] * 7, [0.0] * 7, 0.0), [], np.concatenate
 
     def concatenate(parts):
-        joined.extend([len(parts)] if np.ndim(parts[0]) == 2 else [])  # of rows
+        joined.extend([len(parts)] if np.ndim(parts[0]) == 2 else [])  # only joins of rows
         return real(parts)
 
     monkeypatch.setattr("numpy.concatenate", concatenate)
@@ -78,7 +79,8 @@ def test_an_update_that_lacks_many_rows_is_filled_up_at_once(monkeypatch):
 
 
 def test_the_first_and_the_last_sampled_token_are_trained():
-    """verl PR 3287, OpenRLHF 973: off by one, the first token or eos was not; MemGen PR 33: what came after was."""
+    """verl PR 3287, OpenRLHF 973: off by one, so that the first token or eos was not trained. MemGen PR 33: tokens
+    after eos were trained."""
     rows, _ = pack([Document([1, 2, 3], [7, 8, 9], [-1, -2, -3], 0.5)], 8, 1, PAD)
     assert rows["tokens"][0].tolist() == [1, 2, 3, 7, 8, PAD, PAD, PAD]
     trained = rows["targets"][0][rows["loss_weights"][0] > 0]

@@ -1,4 +1,5 @@
-"""Every loss and its gradient: float64 formulas, TRL 1.16 on stubs, any cut, any packing."""
+"""Every loss and its gradient against float64 formulas and TRL 1.16 on stubs; the same for any micro-batches and any
+packing."""
 
 import dataclasses
 from itertools import pairwise
@@ -43,7 +44,7 @@ def ours(x, hyper, batch=None):
 @pytest.mark.parametrize("spread", [0.0, 0.3, 1.5])
 @pytest.mark.parametrize("name", VARIANTS | ESTIMATES)
 def test_loss_and_gradient_are_those_of_the_formula(name, spread):
-    """1e-12: both float64."""
+    """To 1e-12: both are float64."""
     hyper, x = (VARIANTS | ESTIMATES)[name], tensors(spread=spread)
     loss, grad = ours(x, hyper)
     expected, expected_grad = value_and_grad(lambda logp: by_hand({**x, "logp": logp}, hyper), x["logp"])
@@ -67,7 +68,7 @@ def test_clipped_shares_are_of_the_tokens_whose_gradient_a_bound_takes(dual):
 @pytest.mark.parametrize("spread", [0.0, 0.3, 1.5])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_loss_and_gradient_are_trls(name, spread):
-    """1e-5 of TRL 1.16's `_compute_loss`, on the same float64 tensors."""
+    """To 1e-5 of TRL 1.16's `_compute_loss`, on the same float64 tensors."""
     hyper, x = VARIANTS[name], tensors(spread=spread)
     loss, grad = ours(x, hyper)
     theirs, their_grad = value_and_grad(lambda logp: trl_loss(x, hyper, logp)[0], x["logp"])
@@ -99,7 +100,7 @@ def test_clip_fractions_are_trls(name):
 
 
 def test_the_top_entropy_filter_is_trls():
-    """TRL takes the quantile of a micro-batch; of one that is the whole, it is ours."""
+    """TRL takes the quantile of a micro-batch, we take that of the batch. Here the micro-batch is the whole batch."""
     hyper, x = GRPO(), tensors()
     counts = x["mask"] > 0
     kept = high_entropy(x["entropy"], counts, entropy_threshold(x["entropy"][counts], 0.2))
@@ -111,11 +112,12 @@ def test_the_top_entropy_filter_is_trls():
     assert 0.15 < kept.sum() / counts.sum() < 0.3
 
 
-# -- one denominator ---------------------------------------------------------------------------------------------------
+# -- one denominator for the whole batch -------------------------------------------------------------------------------
 
 
 def packed(x, order, per_row, length):
-    """The rows of x as documents of rows, in an order, so many a row, with padding between."""
+    """(log-probabilities, batch): the rows of x as documents, in this order, per_row of them packed in a row of
+    `length` tokens. Padding is at the end of a row."""
     rows, width = x["logp"].shape
     keys = ("logp", "old", "ref", "mask", "entropy")
     shape = (-(-rows // per_row), length)
@@ -145,7 +147,8 @@ def packed(x, order, per_row, length):
     st.sampled_from(sorted(LOSSES)), st.permutations(range(6)), st.integers(1, 6), st.integers(0, 5), st.integers(1, 6)
 )
 def test_gradient_is_the_same_for_any_packing_and_any_cut(name, order, per_row, padding, parts):
-    """float64, 1e-10: documents in any order and number a row, rows cut anywhere; dr_grpo's constant is given."""
+    """float64, 1e-10. Any order of documents, any number of them in a row, any cut of rows into micro-batches.
+    dr_grpo's constant divisor is given."""
     hyper, x = GRPO(loss=name, kl_coef=0.05, longest=9), tensors()
     loss, grad = ours(x, hyper)
     logp, batch = packed(x, order, per_row, per_row * 9 + padding)
@@ -187,7 +190,8 @@ def test_a_batch_of_which_nothing_counts_is_a_finite_zero(name):
 @pytest.mark.parametrize("log_prob, old", [(-1.0, -100.0), (-1.0, -1e5), (-200.0, -1.0)])
 @pytest.mark.parametrize("name", [*PLAIN, *(f"{name} k3" for name in LOSSES)])
 def test_a_policy_far_from_the_old_one_gives_finite_numbers(name, log_prob, old, advantage):
-    """e^99 is infinite in float32: of a cost that a bound keeps finite the gradient would be NaN."""
+    """e^99 is infinite in float32. A bound may keep the cost finite, but without a limit on the ratio its gradient
+    would be NaN."""
     batch = {
         "old_logprobs": torch.full((1, 2), old),
         "ref_logprobs": torch.full((1, 2), old),

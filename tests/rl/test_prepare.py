@@ -1,4 +1,5 @@
-"""A step's groups without a model: dynamic sampling, what cannot be judged, what is logged, what the loss gets."""
+"""The groups of a step, without a model: dynamic sampling, completions that cannot be judged, metrics and samples that
+are logged, and the rows for the loss."""
 
 import math
 
@@ -28,7 +29,8 @@ def test_a_batch_is_asked_by_place_and_judged_once():
 
 
 def test_groups_that_tell_nothing_are_replaced_and_counted():
-    """DAPO's dynamic sampling: all that has a difference is trained on, and no prompt is lost."""
+    """DAPO's dynamic sampling: batches are drawn until enough groups have different rewards. Each such group is
+    trained, and no prompt is lost."""
     found, _, _ = drawn([batch(0, 1), batch(2, 4, first=2), batch(3, 3, first=4)], draws=5)
     assert (found.draws, len(found.groups)) == (2, 4)
     assert [group.place for group in found.trained] == [0, 2]
@@ -39,7 +41,7 @@ def test_groups_that_tell_nothing_are_replaced_and_counted():
 def test_there_is_an_end_to_drawing():
     found, _, _ = drawn([batch(1, 4), batch(1, 4, first=2)], draws=2)
     assert found.draws == 2
-    assert found.trained == found.groups  # nothing tells a difference: the step is defined, and its advantages are 0
+    assert found.trained == found.groups  # all rewards are equal, so all groups are trained
     assert all(group.advantages.tolist() == [0.0, 0.0] for group in found.groups)
     rows = R.make_rows(found.trained, 0, tools(None, None).axes, options(), 1.0)
     assert rows["loss_weights"].sum() > 0
@@ -68,7 +70,8 @@ def test_a_run_whose_rewards_all_fail_stops():
 
 
 def test_truncated_completions_count_in_their_group_and_in_no_loss():
-    """Overlong masking: their rewards are in the mean; and one mask is for numerator and denominator."""
+    """Overlong masking: the rewards of truncated completions count in the group's mean. In the loss the same mask
+    leaves them out of numerator and denominator."""
 
     class Cut(Said):
         def __call__(self, prompts, places, pictures):
@@ -77,7 +80,7 @@ def test_truncated_completions_count_in_their_group_and_in_no_loss():
     found = R.draw(batch(0), None, asked("a"), tools(Cut({}), Here(length=length)), options(mask_truncated=True))
     assert found.groups[0].advantages.tolist() == [-3.5, 3.5]
     rows = R.make_rows(found.trained, 0, tools(None, None).axes, options(mask_truncated=True), 1.0)
-    assert rows["loss_weights"].sum() == 3  # of the one that ended, its stop id included
+    assert rows["loss_weights"].sum() == 3  # only the completion that ended, with its stop id
     rows = R.make_rows(found.trained, 0, tools(None, None).axes, options(), 1.0)
     assert rows["loss_weights"].sum() == 12
     assert R.figures(found)["truncated"] == 0.5
@@ -165,9 +168,9 @@ def test_the_reference_is_asked_where_there_is_one():
 @pytest.mark.parametrize(
     "texts, share",
     [
-        ({"a": ["y", "y"], "b": ["y", "y"]}, 0.0),  # all are wrong, which is no group's best
+        ({"a": ["y", "y"], "b": ["y", "y"]}, 0.0),  # all are wrong, so none has the highest reward
         ({"a": ["x", "x"], "b": ["x", "x"]}, 1.0),
-        ({"a": ["x"] * 7, "b": ["x"] * 6 + ["y"]}, 0.5),  # a mean of seven rounds below the highest
+        ({"a": ["x"] * 7, "b": ["x"] * 6 + ["y"]}, 0.5),  # the mean of seven equal rewards is rounded down
     ],
 )
 def test_a_group_is_all_best_where_all_its_rewards_are_the_highest(texts, share):

@@ -1,4 +1,5 @@
-"""Rewards: what they give, and that one which fails is counted, costs its own sample, and ends."""
+"""Rewards: their values. A reward that fails is counted, affects only its own sample, and does not make the run
+wait."""
 
 import math
 import threading
@@ -105,7 +106,7 @@ def test_math_reward(answer, gold, expected):
 
 
 def test_an_answer_that_would_compute_for_ever_is_not_judged_and_the_next_one_is(monkeypatch):
-    """9^9^9 in sympy ends with the machine: the process is killed at its deadline (verl PR 5839 hung)."""
+    """sympy would compute 9^9^9 without end. So the judging process is killed at its deadline (verl PR 5839 hung)."""
     monkeypatch.setattr("qwen3f.tasks.equivalence._workers", _short)
     outcome = judge(r"\boxed{9^{9^9}}", "5")
     assert outcome.value is None
@@ -128,7 +129,7 @@ def test_an_answer_of_a_megabyte_is_wrong_at_once():
 
 
 def test_math_reward_works_in_a_thread():
-    """verl PR 5635: math-verify's signals raise in a thread, and every reward was 0 without a word."""
+    """verl PR 5635: math-verify uses signals, which raise in a thread. So every reward was 0, without a message."""
     found = []
     thread = threading.Thread(target=lambda: found.append(math_reward(r"\boxed{\frac{2}{4}}", "0.5")))
     thread.start()
@@ -154,7 +155,7 @@ def test_rewards_by_rule():
 
 
 def test_failures_are_counted_and_nothing_waits_for_them():
-    """Each reward once a sample, in order (NeMo PR 3058: two after an exception)."""
+    """Each reward gives one value for each sample, in order (NeMo PR 3058: two values after an exception)."""
     good, bad = sample("abc"), sample("raise")
     names = [f"{BAD}:{n}" for n in ("raises", "lines", "hangs", "dies", "says_nothing", "nan", "text", "huge")]
     fine = [f"{BAD}:{n}" for n in ("fine", "of_numpy", "sometimes", "shouts")]
@@ -187,7 +188,8 @@ def test_failures_are_counted_and_nothing_waits_for_them():
 
 
 def test_math_verify_is_loaded_before_the_deadline_where_it_is_asked():
-    """And not where it is not: it takes a second."""
+    """math-verify is loaded before the first deadline starts, if a reward needs it. Otherwise it is not loaded, since
+    that takes a second."""
     told = []
     for asked, task in (("math", "reasoning"), ("correct", "gsm8k"), ("correct", "reasoning"), ("format", "gsm8k")):
         with Judge({f"{BAD}:verifier_is_loaded": 1.0, asked: 1.0}, 1, 20.0) as judge_all:

@@ -1,4 +1,4 @@
-"""The sampler of a run: what its engine refuses is named by the run's own keys."""
+"""The sampler of a run: errors of its engine name the run's own configuration keys; ranks exchange completions."""
 
 from math import inf
 from types import SimpleNamespace

@@ -1,4 +1,5 @@
-"""Reinforcement on questions about images: rows, numbers and a whole run of a small model that sees."""
+"""Reinforcement learning on questions about images: packed rows, log-probabilities and whole runs of a small
+vision-language model."""
 
 import json
 
@@ -26,7 +27,7 @@ LIMITS = (32 * 32, 64 * 64)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """(a Hugging Face directory of nano_vl cut down, its config and parameters, tokenizer)."""
+    """(a Hugging Face directory of a smaller nano_vl, its config, its parameters, its tokenizer)."""
     place = tmp_path_factory.mktemp("sight")
     words = [f"{question.prompt} {question.gold}\n" for question, _ in zip(VisualTask().questions("train"), range(80))]
     tokenizer = train_sentencepiece(words, 350, place / "t.model")
@@ -41,8 +42,8 @@ def image(size, seed):
 
 
 def test_a_rows_numbers_are_those_of_each_document_alone(source):
-    """Log-probabilities of answers in packed rows against the model on one prompt and its own images. fp32: the same
-    products in other shapes, 1e-5."""
+    """Log-probabilities of answers in packed rows against the model on one prompt and its own images. 1e-5, since in
+    fp32 the same products round differently in other shapes."""
     _, cfg, p, tokenizer = source
     sight = Sight(cfg, *LIMITS)
     questions = [
@@ -101,8 +102,9 @@ def gaps(workdir):
 
 
 def test_a_run_learns_from_what_it_sees(source, tmp_path, monkeypatch):
-    """Sampler and trainer look at the same pictures. They differ by the ids of images, which are never drawn, and of
-    which this untrained model thinks 4 of 350 likely; by far more where the trainer is shown others."""
+    """Sampler and trainer see the same images, so their log-probabilities differ little. A small difference remains:
+    the sampler never draws the 4 ids of images, of 350 ids, to which this untrained model gives some probability. If
+    the trainer gets black images instead, the difference is far larger."""
     cli.run_stage(configure(source), tmp_path / "W", False, ["model.vision_enabled"])
     seen = gaps(tmp_path / "W")
     assert [*seen] == [1, 2]

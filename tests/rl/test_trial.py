@@ -1,4 +1,5 @@
-"""A trial: its arms run through the project's stages from one start, end by steps or by time, and are asked alike."""
+"""A trial compares training methods, its arms. Each arm runs the project's stages from the same start, ends by steps or
+by time, and is tested on the same questions."""
 
 import dataclasses
 import json
@@ -45,7 +46,7 @@ WORDS = (
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A directory with a start in it."""
+    """A directory in which the arm `start` has run: start-0."""
     place = tmp_path_factory.mktemp("trial")
     os.environ.setdefault("XDG_CACHE_HOME", str(place / "cache"))
     arm.main("start", place / "start-0", tiny_model.export(place / "base"), 0, parse(WORDS), time.time())
@@ -68,14 +69,14 @@ def test_arms_end_with_what_they_are_worth(begun):
     assert [[step for step, _ in curve] for curve in found[0]["curves"]] == [[2, 4], [2, 4]]
     assert [step for step, _ in found[1]["curve"]] == [1, 2]
     assert [step for step, _ in found[2]["curve"]] == [2, 4]
-    assert found[2]["weights"] == start  # random weights are right nowhere: of equals the first
+    assert found[2]["weights"] == start  # no weights give a right answer; of equal ones the first is chosen
     lines = table({"results": found})
     assert len(lines) == 1 + 3 + 4
     assert lines[-1].startswith("grpo over start, sampled: +0.0 (")
 
 
 def test_rounds_go_on_from_each_others_weights_until_the_time_is_out(begun, monkeypatch):
-    """Right answers by a script: a model with random weights has none."""
+    """A script gives right answers, since a model with random weights gives none."""
     asked = []
 
     def answers_of(engine, prompts, thinking, options):
@@ -87,13 +88,13 @@ def test_rounds_go_on_from_each_others_weights_until_the_time_is_out(begun, monk
     real = rejection.run
     monkeypatch.setattr(rejection, "run", lambda config, *rest: configs.append(config) or real(config, *rest))
     monkeypatch.setattr(rejection, "answers_of", answers_of)
-    limits = iter([0.0, 0.0, 0.0, 0.0, 1e12])  # the clock of `reject`: two rounds, and out
+    limits = iter([0.0, 0.0, 0.0, 0.0, 1e12])  # the clock of `reject`: enough for two rounds
     monkeypatch.setattr(arm, "time", type("Clock", (), {"time": staticmethod(lambda: next(limits, 1e12))}))
     monkeypatch.setattr(arm, "run", lambda config, workdir, over: arm.cli.run_stage(config, workdir, False))
     start = result(begun / "start-0")["weights"]
     weights, rounds, curves = arm.reject(parse(WORDS), begun / "rejection-0", start, 0, 1.0)
-    assert weights == start  # as above
-    assert [[step for step, _ in curve] for curve in curves] == [[2, 4]]  # the time was out in the second
+    assert weights == start  # no weights give a right answer; of equal ones the first is chosen
+    assert [[step for step, _ in curve] for curve in curves] == [[2, 4]]  # time ran out in the second round
     assert [one["right"] for one in rounds] == [12, 12][: len(rounds)]
     assert configs[0].init_from == start
     assert all(set(a).isdisjoint(b) for i, a in enumerate(asked) for b in asked[:i])
@@ -101,7 +102,7 @@ def test_rounds_go_on_from_each_others_weights_until_the_time_is_out(begun, monk
 
 
 def written(values, workdir, config):
-    """What a stage leaves: held-out accuracy at each evaluation, and the best checkpoint."""
+    """Write what a stage leaves: held-out accuracy at each evaluation, the best checkpoint and the last one."""
     workdir.mkdir()
     every, best = config.eval.every, max(range(len(values)), key=lambda i: values[i])
     lines = [{"step": (i + 1) * every, "val_accuracy": value} for i, value in enumerate(values)]
