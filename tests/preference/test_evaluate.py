@@ -1,4 +1,4 @@
-"""Figures of held-out pairs against formulas; scores that are not finite end a run with a word."""
+"""Metrics of held-out pairs against formulas; scores that are not finite end a run with an error."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A reward model's scores inside a run: those of transformers, whatever is asked together; and rules as numbers."""
+"""Scores of a reward model inside a run equal transformers', whatever shares their batch; rules as numbers."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def opened(root):
 
 
 def test_scores_are_those_of_transformers_for_any_company(root):
-    """float64, 1e-10; 19 answers are three batches, the last one filled up."""
+    """float64, 1e-10. 19 answers make three batches, of which the last is padded."""
     g = torch.Generator().manual_seed(0)
     documents = [torch.randint(0, 260, (n,), generator=g).tolist() for n in (1, 256, 3, 77, 128, 129, *range(40, 53))]
     model = opened(root)

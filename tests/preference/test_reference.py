@@ -1,4 +1,4 @@
-"""The reference's log-probabilities: those of transformers, kept under what they depend on, never read for another."""
+"""The reference's log-probabilities equal transformers'. A file of them is never read for settings that change them."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def files(tmp_path):
 
 
 def test_the_numbers_are_those_of_transformers(root, tmp_path):
-    """float64, 1e-10, one document at a time; 0 for what is not predicted."""
+    """float64, 1e-10, one document at a time. Tokens that are not trained have 0."""
     setup = make_setup(configured(root, tmp_path))
     run = Run(setup, tmp_path, ALONE, False, lambda: False)
     made = dpo.make(run)
@@ -109,7 +109,8 @@ def test_a_damaged_file_is_named(root, tmp_path):
 
 
 def test_a_run_goes_on_with_the_reference_that_it_began_with(root, tmp_path):
-    """Its init_from, a workdir, has trained on meanwhile: that is another reference, which is refused."""
+    """init_from is a workdir that has trained further since. Its newest weights would be another reference, which is
+    refused."""
     base = configured(root, tmp_path)
     loop.run(base, tmp_path / "base", progress=False)
     config = configured(root, tmp_path, init_from=str(tmp_path / "base"))

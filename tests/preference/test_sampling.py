@@ -1,4 +1,4 @@
-"""Answers in a run are those of a plain decoding loop, whatever rank writes them; faults reach all ranks."""
+"""Answers in a run are those of a plain decoding loop, whatever rank writes them; errors reach all ranks."""
 
 from pathlib import Path
 
@@ -81,9 +81,9 @@ def test_a_cache_that_is_too_small_is_named_by_its_key(root):
 
 def on_ranks(rank, mesh, root):
     sampler, weights, _ = opened(Path(root), open_world(parse_mesh(mesh), "cpu", rank), mesh)
-    answers = sampler.answers(weights, PROMPTS[:1], 1, 1.0, "x")  # one rank alone has something to do
+    answers = sampler.answers(weights, PROMPTS[:1], 1, 1.0, "x")  # one prompt: only one rank has work
     prompts = [PROMPTS[0], [7] * 600]
-    try:  # the second rank's does not fit the model
+    try:  # the second rank's prompt does not fit the model
         sampler.answers(weights, prompts, 1, 1.0, "x")
     except UserError as error:
         return [tuple(answer) for answer in answers[0]], str(error)

@@ -1,4 +1,4 @@
-"""A directory's own chat template decides how its model is asked and trained, and goes with it from stage to stage."""
+"""The chat template in a model's directory decides its prompts in generation and training, and later stages keep it."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def train(root, init_from, workdir, data="plain", **changes):
 
 
 def ask(capsys, init_from, **changes):
-    """What the model is asked, as text."""
+    """The prompt that the stage generate gives to the model, as text."""
     config = cli.load_experiment("experiments/generate.py")
     config.update(init_from=str(init_from), prompt="q", max_new_tokens=1, device="cpu", **changes)
     seen, take = [], TextGenerator.answer
@@ -73,7 +73,7 @@ ASKED = {
     "thinking-2507": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n",
     "coder": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n",
 }
-SHOWN = {  # of a sample without and with a thought, with what is trained marked
+SHOWN = {  # what is shown of a sample (without a thought, with one); the trained part begins at ⟦
     "hybrid": ("assistant\n<think>\n\n</think>\n\n⟦a", "assistant\n⟦<think>\nt"),
     "instruct-2507": ("assistant\n⟦a", None),
     "thinking-2507": ("assistant\n<think>\n\n</think>\n\n⟦a", "assistant\n<think>\n⟦t"),
@@ -98,7 +98,7 @@ def test_a_model_is_asked_and_trained_as_its_directory_says(root, tmp_path, caps
         assert ask(capsys, tmp_path / data) == ASKED[kind]
 
 
-PREFERRED = {  # of a better answer without and with a thought, what counts marked
+PREFERRED = {  # what is shown of a chosen answer (without a thought, with one); the part that counts begins at ⟦
     "instruct-2507": ("assistant\n⟦a", None),
     "thinking-2507": ("assistant\n<think>\n\n</think>\n\n⟦a", "assistant\n<think>\n⟦t"),
 }
@@ -174,7 +174,7 @@ def test_an_unknown_template_is_refused_until_one_is_chosen_which_then_stays(roo
         train(root, place, tmp_path / "w", chat_template="chatml")
     train(root, place, tmp_path / "w", chat_template="instruct-2507")
     assert SHOWN["instruct-2507"][0] in capsys.readouterr().out
-    train(root, place, tmp_path / "w")  # goes on by what the workdir keeps
+    train(root, place, tmp_path / "w")  # resumes with the template that the workdir keeps
     with pytest.raises(UserError, match="--config.chat_template=coder is not the chat template .* is instruct-2507"):
         train(root, place, tmp_path / "w", chat_template="coder")
     train(root, tmp_path / "w", tmp_path / "w2")
@@ -186,7 +186,7 @@ def test_an_unknown_template_is_refused_until_one_is_chosen_which_then_stays(roo
 
 
 def test_a_template_beside_our_own_kind_of_tokenizer_goes_along(tmp_path):
-    """Which saves its model alone."""
+    """A SentencePiece tokenizer saves only its model, so the template must be saved as well."""
     texts = [f"def f{i}(x):\n    return x + {i}\n" for i in range(40)]
     train_sentencepiece(texts, 330, tmp_path / "hf" / "tokenizer.model")
     (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps({"chat_template": REFERENCES["instruct-2507"]}))

@@ -27,7 +27,7 @@ def hyper(loss, **changes):
 
 
 def by_formula(loss, c, r, n_c, n_r, beta, e):
-    """One pair, with Python's floats. c, r: the answers' log-ratios."""
+    """The loss of one pair, in Python's floats. c, r: log-ratios of the chosen and the rejected answer."""
     sig = lambda z: 1 / (1 + math.exp(-z))  # noqa: E731
     z = beta * (c - r)
     return {
@@ -86,7 +86,7 @@ def test_losses_and_gradients_of_far_log_probs_are_finite(loss, better, worse):
 
 
 def trl_loss(loss, log_probs, mask, ref, h, sft=0.0):
-    """TRL's own method on given log-probs [2N, T] of tokens 1 … T, better answers first."""
+    """TRL's own method on given log-probabilities [2N, T] of tokens 1 … T. The N chosen answers come first."""
     outputs = SimpleNamespace(
         log_probs=log_probs,
         **{name: torch.zeros_like(log_probs) for name in ("entropy", "mean_logits")},
@@ -109,9 +109,9 @@ def trl_loss(loss, log_probs, mask, ref, h, sft=0.0):
     return found, {name: values[0] for name, values in self._metrics["eval"].items() if values and name != "num_tokens"}
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "cdpo"])  # which TRL has not
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "cdpo"])  # TRL has no cdpo
 def test_losses_gradients_and_metrics_are_trls(loss):
-    """float32 tensors of odd lengths, among them an answer that is masked whole: 1e-5, their rounding."""
+    """float32 tensors of different lengths. One answer is masked completely. 1e-5, since float32 rounds."""
     g = torch.Generator().manual_seed(3)
     lengths = torch.tensor([1, 7, 13, 5, 9, 3, 0, 11])
     mask = (torch.arange(13) < lengths[:, None]).long()
@@ -148,7 +148,7 @@ def test_the_sft_term_of_one_pair_is_trls():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_packed_rows_give_the_formula_of_the_pairs_apart(loss):
-    """Loss to 1e-12, gradient to 1e-10 (float64), for any cut into micro-batches; one answer is masked whole."""
+    """Loss to 1e-12, gradient to 1e-10 (float64), for any cut into micro-batches. One answer is masked completely."""
     cfg, batch = config(), packed()
     batch["loss_weights"] = (batch["loss_weights"] > 0).float()
     batch["loss_weights"][1][batch["segments"][1] == 2] = 0
@@ -179,7 +179,7 @@ def test_packed_rows_give_the_formula_of_the_pairs_apart(loss):
 
 
 def test_ids_of_the_padding_change_nothing():
-    """Padding may be the end-of-turn id, or any other: it is known by its segment."""
+    """Padding is recognised by its segment, 0. So its id may be any, also that of the end of a turn."""
     cfg, batch = config(), packed()
     start = state.init_state(cfg, 0, dtype=torch.float64)
     step = make_train_step(cfg, make_objective(hyper("ipo")), StepOptions(AdamW(), Schedule("constant", 1e-2, 10)))

@@ -1,4 +1,4 @@
-"""Online DPO: any mesh writes the same answers and learns the same; a killed run goes on; ties are counted."""
+"""Online DPO: any mesh writes the same answers and learns the same; a killed run resumes; ties are counted."""
 
 import functools
 from pathlib import Path
@@ -86,7 +86,8 @@ def test_any_cut_into_micro_batches(root, alone, tmp_path):
 
 
 def test_a_killed_run_goes_on_with_the_same_answers_and_numbers(root, alone, tmp_path):
-    """It dies before step 4, and goes on from the checkpoint of step 2: bit for bit; further prompts were asked."""
+    """The run dies before step 4 and resumes from the checkpoint of step 2, with the same bits as an undisturbed run.
+    Steps ask more prompts than the batch size, because of ties."""
     config, whole, first, second = configured(root, **{"online.fill": 1.0}), {}, {}, {}
     loop.run(config, tmp_path / "whole", False, make_step=watched(whole))
     with pytest.raises(Killed):
@@ -107,7 +108,7 @@ def test_a_killed_run_goes_on_with_the_same_answers_and_numbers(root, alone, tmp
         assert all(again[line["step"]][name] == line[name] for name in NUMBERS)
 
 
-# -- what is learnt from -----------------------------------------------------------------------------------------------
+# -- the pairs that are trained on -------------------------------------------------------------------------------------
 
 
 def written(text, ended=True):
@@ -120,7 +121,7 @@ def written(text, ended=True):
         ("ab", [0.0, 1.0], (1, 0)),
         ("abc", [0.5, 0.9, 0.1], (1, 2)),
         ("ab", [1.0, 1.0], None),
-        ("abc", [1.0, 1.0, 0.0], (0, 2)),  # of equals the first
+        ("abc", [1.0, 1.0, 0.0], (0, 2)),  # the first of equal ones
         ("abc", [None, 1.0, None], None),
         ("abc", [None, 1.0, 0.0], (1, 2)),
         ("ab", [None, None], None),
@@ -130,7 +131,7 @@ def written(text, ended=True):
     ],
 )
 def test_the_best_and_the_worst_answer(answers, rewards, expected):
-    """Small letters ended."""
+    """Answers in small letters have ended, those in capitals have not."""
     assert best_and_worst([written(x, x.islower()) for x in answers], rewards) == expected
 
 
@@ -147,7 +148,7 @@ def test_rows_hold_the_pairs_and_only_answers_count():
             assert batch["positions"][row][here].tolist() == list(range(len(ids) - 1))
     expected = [([*p.prompt, *answer], len(answer)) for p in pairs for answer in p[1:]]
     assert sorted(found) == sorted(expected)
-    assert [a[0][:2] == b[0][:2] for a, b in zip(found[::2], found[1::2])] == [True] * 3  # neighbours
+    assert [a[0][:2] == b[0][:2] for a, b in zip(found[::2], found[1::2])] == [True] * 3  # adjacent
     with pytest.raises(ValueError, match="1 of 3 pairs do not fit into 17 places"):
         pack(pairs, 17, 1, 0)
 
@@ -212,7 +213,7 @@ def test_a_model_of_text_is_no_reward_model(root, tmp_path):
 
 
 def test_a_step_of_nothing_but_ties_is_an_error_that_says_what_to_do(root, tmp_path):
-    """The task calls every answer of random weights wrong, and none of one token ends."""
+    """Random weights write one token per answer. No answer ends, and the task judges all of them wrong."""
     config = configured(root, batch_size=2, microbatches=1)
     config.online.update(judge="task", max_new_tokens=1, rounds=2, samples=2)
     with pytest.raises(UserError, match="step 1: --config.online.judge=task ranks all answers equal for each of 4 "):

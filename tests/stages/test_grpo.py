@@ -1,4 +1,4 @@
-"""GRPO as runs: meshes, micro-batches and packing change no number; a killed run goes on with the same samples."""
+"""Runs of GRPO: meshes, micro-batches and packing change no number and no sample."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(root):
-    """kind -> what one device learned. KL and a document's ratio are in it, and two updates a step."""
+    """kind -> the metrics of one device. They include the KL and ratio_gap, and each step makes two updates."""
     found = {}
     for kind in ("dense", "moe", "reward"):
         loop.run(hard(root, kind), root / "alone" / kind, progress=False)
@@ -35,7 +35,8 @@ def alone(root):
 
 
 def hard(root, kind="dense", **changes):
-    """What is hardest to keep equal: two updates of two micro-batches, KL to a reference, a sum over documents.
+    """A run whose numbers are hardest to keep equal: two updates of two micro-batches, KL to a reference, a mean over
+    each document.
 
     kind "reward": the dense model, with a reward model's scores beside the rules.
     """
@@ -91,5 +92,5 @@ def test_every_mesh(meshes, ranks, root, alone, tmp_path):
     run_processes(on_ranks, ranks, meshes, str(root), str(tmp_path))
     for mesh, kind in meshes.items():
         same(learned(tmp_path / mesh), alone[kind], mesh)
-        if kind != "reward":  # whose scores a mesh sums in another order
+        if kind != "reward":  # a mesh sums its scores in another order
             assert samples(tmp_path / mesh) == samples(root / "alone" / kind), mesh

@@ -1,4 +1,4 @@
-"""GRPO as a user meets it: a run that is killed anywhere goes on the same, samples are kept, bad input is one line."""
+"""GRPO as users run it: a run that is killed anywhere resumes unchanged, samples are kept, bad input is one line."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def samples(workdir):
 
 
 def told(workdir):
-    """step -> what was logged of it last, without what it took."""
+    """step -> its last line of metrics, without times and rates."""
     lines = {line["step"]: line for line in metrics(workdir)}
     return {
         step: {key: value for key, value in line.items() if not any(part in key for part in TIMES)}
@@ -65,7 +65,7 @@ class Killed(Exception):
 
 
 def dies_at_call(monkeypatch, owner, name, call):
-    """The owner's method raises at its call of that number, counted from 1."""
+    """Make the owner's method raise at call number `call`, counted from 1."""
     count, method = [0], getattr(owner, name)
 
     def wrapped(*args, **named):
@@ -77,7 +77,7 @@ def dies_at_call(monkeypatch, owner, name, call):
     monkeypatch.setattr(owner, name, wrapped)
 
 
-# judged once a draw, and a step may draw twice: the third call is in step 2 or 3; a save begins after each step
+# A draw samples and judges once, and a step may draw twice: call 3 is in step 2 or 3. A save begins after each step.
 PLACES = {
     "in a rollout": (Sampler, "__call__", 3),
     "in a reward": (Judge, "__call__", 3),
@@ -123,7 +123,7 @@ def test_killed_between_rollout_and_update(root, whole, tmp_path):
 
 
 def test_no_prompt_is_lost_or_repeated(root, whole):
-    """NeMo PR 3599 lost 30% on resume: places rise by one, over draws and steps."""
+    """NeMo PR 3599: a resumed run lost 30% of the prompts. Here places rise by one over all draws and steps."""
     places = []
     for name in sorted(samples(whole)):
         lines = [json.loads(line) for line in samples(whole)[name].splitlines()]
@@ -140,7 +140,7 @@ def test_on_policy_the_first_ratio_is_exactly_one(whole):
 
 
 def test_a_sampler_that_is_not_the_trainer_is_said(root, tmp_path, monkeypatch, capsys):
-    """Its weights are others: in one step alone a line says so."""
+    """In step 1 the sampler gets other weights than the trainer. Exactly one line must say so, for this step."""
     given = Sampler.update
 
     def update(self, params):
@@ -156,8 +156,8 @@ def test_a_sampler_that_is_not_the_trainer_is_said(root, tmp_path, monkeypatch, 
 
 
 def test_where_the_engine_is_the_trainer_bit_for_bit_its_log_probs_are_the_old_ones(root, tmp_path, capsys):
-    """Of model.INVARIANT, in float32: the ratio is 1 with them, and no pass is made for others after the first step."""
-    found, size = {}, 266  # the tokenizer's
+    """In float32 with model.INVARIANT: after step 1 "auto" makes no pass for old log-probs, and the ratio stays 1."""
+    found, size = {}, 266  # ids of the tokenizer
     toy_chats.write_weights(root / "exact", toy_chats.SMALL | {"vocab_size": size})
     for old in ("auto", "trainer"):
         config = small(root, "exact", dtype="float32", attention="invariant", microbatches=1)
@@ -175,7 +175,7 @@ def test_where_the_engine_is_the_trainer_bit_for_bit_its_log_probs_are_the_old_o
 
 
 def test_where_the_ratio_is_in_the_advantages_it_is_in_no_old_log_probs(root, tmp_path, capsys):
-    """auto takes the trainer's with a correction, which would count a later difference a second time."""
+    """With a correction "auto" takes the trainer's: with the sampler's, a later difference would count twice."""
     toy_chats.write_weights(root / "corrected", toy_chats.SMALL | {"vocab_size": 266})
     config = small(root, "corrected", steps=1, dtype="float32", attention="invariant", microbatches=1)
     config.update_from_flattened_dict({"rollout.correction": "token_truncate", "model.vocab_size": 266})
@@ -203,18 +203,18 @@ def test_the_sandbox_that_is_named_holds_for_rewards_and_evaluation(root, tmp_pa
 
 
 def test_it_learns_what_the_reward_asks_for(root, tmp_path):
-    """Random weights, a reward for small letters alone: in 16 steps they are much more frequent."""
+    """Random weights, and a reward only for small letters: after 16 steps they are much more frequent."""
     config = toy_rl.make_config(root, steps=16, dtype="float32", rewards="tests.rl.toy_rewards:small_letters")
     config.update_from_flattened_dict({"rollout.samples": 8, "eval.questions": 0, "microbatches": 1})
     config.update_from_flattened_dict({"rollout.microbatch_rows": 4, "checkpoint.every": 0, "samples.keep": 5})
     loop.run(config, tmp_path, progress=False)
     rewards = [line["reward"] for line in metrics(tmp_path)]
     assert sum(rewards[-4:]) > 2 * sum(rewards[:4])
-    assert sorted(samples(tmp_path)) == [f"step-{n:08d}.jsonl" for n in range(12, 17)]  # rotated
+    assert sorted(samples(tmp_path)) == [f"step-{n:08d}.jsonl" for n in range(12, 17)]  # older files were deleted
 
 
 def test_a_run_goes_on_with_the_reference_that_it_began_with(root, tmp_path):
-    """The policy is held to the weights that it began with, whatever has been written to their place since."""
+    """The reference is the weights of the start. If others are at their path later, the run refuses to resume."""
     start, other = tmp_path / "start", tmp_path / "other"
     toy_chats.write_weights(start, toy_rl.SMALL)
     toy_chats.write_weights(other, toy_rl.SMALL, seed=2)
@@ -324,7 +324,7 @@ def test_a_prompt_longer_than_the_context_is_left_out_and_said(root, tmp_path, c
 
 
 def test_a_step_that_nothing_can_judge_ends_the_run_with_what_was_trained(root, tmp_path, monkeypatch):
-    """From step 2 on the reward raises: step 1's state is saved, and the error names why."""
+    """From step 2 on the reward raises. The state of step 1 is saved, and the error names the reason."""
     config = small(root, **{"checkpoint.every": 0, "rollout.draws": 1})
     judge, calls = R._judge, []
 
@@ -341,7 +341,7 @@ def test_a_step_that_nothing_can_judge_ends_the_run_with_what_was_trained(root, 
 
 
 def test_a_reward_models_scores_are_a_reward(root, tmp_path, monkeypatch):
-    """Those of transformers for prompt and completion, with their weight, beside the rules'; 1e-10 in float64."""
+    """They equal transformers', to 1e-10 in float64. The total has them, with their weight, beside rewards by rule."""
     asked, scores = [], RewardModel.scores
     monkeypatch.setattr(
         RewardModel, "scores", lambda model, documents: asked.extend(documents) or scores(model, documents)

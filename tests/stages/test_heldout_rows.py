@@ -1,4 +1,5 @@
-"""A part of the held-out rows is one of all lengths, the same for all who ask; all rows are read in their order."""
+"""If only some held-out rows are measured, they have all lengths, and every evaluation reads the same ones, in
+order."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -27,7 +28,7 @@ LENGTHS = np.random.default_rng(0).integers(20, 120, 800)
 
 @pytest.fixture(scope="module")
 def datasets():
-    """Documents of 20 to 119 tokens, all of one id and all trained."""
+    """Two datasets of the same documents, of 20 to 119 tokens. All tokens have one id, and all are trained."""
     offsets = np.cumsum([0, *LENGTHS])
     tokens, trained = np.full(offsets[-1], 5, np.uint32), np.packbits(np.ones(offsets[-1], bool), bitorder="little")
     cache = TokenCache(Path("in-memory"), (tokens,), offsets, LENGTHS, 266, {}, trained=(trained,))
@@ -35,7 +36,7 @@ def datasets():
 
 
 class Topics:
-    """Rows of one to three chats, each of a topic, with a patch each that nothing looks at."""
+    """A dataset of rows with one to three chats, each with a topic. The patch of a row is never used."""
 
     documents = tuple(
         SimpleNamespace(group="abc"[n % 3], ids=np.arange(3), trained=np.arange(3) > 0) for n in range(40)
@@ -56,7 +57,7 @@ class Topics:
 
 
 class Watched:
-    """A dataset that keeps the indices of the rows that were read."""
+    """A dataset that records the indices of the rows that are read."""
 
     def __init__(self, dataset):
         self.dataset, self.read = dataset, []
@@ -84,7 +85,7 @@ def test_some_rows_are_of_all_lengths(datasets):
         assert some == measured_rows(dataset, SOME)
         assert len(set(some)) == SOME
         assert set(some) <= set(range(count))
-        # about 80 documents with a deviation of 29 places: 3.2 for their mean
+        # lengths deviate by 29, so the mean of about 80 documents deviates by 3.2
         assert mean_length(dataset, some) == pytest.approx(whole, abs=10)
         for most in (0, count, count + 1):
             assert measured_rows(dataset, most) == list(range(count))
@@ -113,7 +114,7 @@ def test_losses_and_rankings_read_them(most, datasets, root, tmp_path):
 
 
 def test_marks_of_pictures_are_those_of_the_rows_that_were_read(root, tmp_path, monkeypatch):
-    """Each chat is marked with its row's number, which its place in the batch says."""
+    """A stub marks each chat with the index of its row, so the marks show which rows were read, and their order."""
     config = toy_chats.make_config(root)
     config.eval.update(max_rows=5, batch_size=4)
     dataset = Watched(Topics())

@@ -1,4 +1,4 @@
-"""The multimodal stage from its configuration: it learns, what is frozen stays, a run goes on where it stopped."""
+"""The multimodal stage from its configuration: it trains and measures, frozen parts stay, a stopped run resumes."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_a_tokenizer_of_its_own_has_the_chat_template_that_is_asked_for(make, tm
 
 
 def test_what_is_frozen_keeps_its_bits(make, tmp_path):
-    """Mergers alone first, as Qwen3-VL does."""
+    """Only the mergers are trained, as in the first stage of Qwen3-VL."""
     loop.run(make(**{"optimizer.rates": f"{ALIGNER}=1,.*=0"}), tmp_path / "w", progress=False)
     config = make()
     before = P.init_params(make_setup(config).model, config.seed)

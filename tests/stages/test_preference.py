@@ -1,4 +1,4 @@
-"""Reward model and DPO: meshes and micro-batches change no number, a run that was killed goes on."""
+"""Reward model and DPO: meshes and micro-batches change no number, a run that was killed resumes."""
 
 import functools
 from pathlib import Path
@@ -33,7 +33,7 @@ RUNS = {  # ranks -> (mesh, model, stage, changes) of each run
     ],
     4: [("dp2,tp2", "dense", "dpo", {})],
 }
-MORE = {  # which a change to what is above will rarely break alone
+MORE = {  # runs that rarely break if those above pass
     2: [
         *((mesh, "dense", "reward_model", {}) for mesh in ("dp2", "pp2")),
         *((mesh, "dense", "dpo", changes) for mesh in ("tp2", "cp2", "pp2") for changes in ({}, LIVE)),
@@ -89,7 +89,7 @@ def test_any_cut_into_micro_batches(stage, parts, root, alone, tmp_path):
 
 
 def on_ranks(rank, runs, root, folder):
-    """Each mesh with a cache of its own: its ranks compute the reference's log-probabilities."""
+    """Each mesh has its own cache, so its ranks compute the reference's log-probabilities themselves."""
     for number, (mesh, kind, stage, changes) in enumerate(runs):
         changes = {**changes, "mesh": mesh, "data.cache": f"{folder}/cache-{number}"}
         config = configured(Path(root), stage, kind, **SHORT, **changes)
@@ -108,7 +108,8 @@ def test_every_mesh(runs, ranks, root, alone, tmp_path):
 
 @pytest.mark.parametrize("stage", ["dpo", pytest.param("reward_model", marks=pytest.mark.nightly)])
 def test_a_killed_run_goes_on_with_the_same_batches_and_numbers(stage, root, alone, tmp_path):
-    """It dies before step 4, and goes on from the checkpoint of step 2: bit for bit."""
+    """The run dies before step 4 and resumes from the checkpoint of step 2, with the same bits as an undisturbed
+    run."""
     config, whole, first, second = configured(root, stage), {}, {}, {}
     loop.run(config, tmp_path / "whole", False, make_step=watched(whole))
     with pytest.raises(Killed):

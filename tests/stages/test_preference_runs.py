@@ -1,4 +1,5 @@
-"""The contract's commands, one behind the other: a reward model, DPO on given pairs, DPO on answers that it ranks."""
+"""The contract's commands in sequence: a reward model, DPO on given pairs, DPO on answers that the reward model
+ranks."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: packing and meshes change no number, a run that was killed goes on, frozen parts stay."""
+"""Supervised fine-tuning: packing and meshes change no number, a run that was killed resumes, frozen parts stay."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def learned(workdir):
 
 
 def heldout(line):
-    """The names of the held-out loss and of its sources'."""
+    """The names of the held-out losses: of all rows, and of each source."""
     return [name for name in line if name.startswith("val_loss")]
 
 
@@ -74,10 +74,10 @@ def stacked(examples):
 
 
 def test_packed_loss_and_gradients_are_those_of_the_conversations_apart(root):
-    """float64: 1e-12 for our step with a conversation a row; 1e-10 for transformers with one conversation at a time.
+    """float64. To 1e-12 of our step with one conversation in each row. To 1e-10 of transformers with one conversation
+    at a time, neither cut nor padded.
 
-    Its chats are cut nowhere and padded nowhere. Gradients are read from the first moment of a step without clipping,
-    (1 − b1) of them.
+    Gradients are read from the first moment after one step without clipping, which is (1 − b1) times the gradient.
     """
     tokenizer = toy_chats.small_tokenizer(root / "small")
     cfg = small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=256)
@@ -92,7 +92,7 @@ def test_packed_loss_and_gradients_are_those_of_the_conversations_apart(root):
     chats = [(ids[:end], trained[:end]) for (ids, trained), end in zip(chats, ends)]
     examples = [chat_example(*chat, 160, tokenizer.pad_id) for chat in chats]
     kept = [chat for chat, one in zip(chats, examples) if one is not None]
-    assert len(kept) == len(chats) - 1  # the long one
+    assert len(kept) == len(chats) - 1  # one is too long for a row
     assert len(packed["tokens"]) < len(kept)
     separate = stacked([one for one in examples if one is not None])
 
@@ -150,7 +150,7 @@ class Killed(Exception):
 
 
 def watched(batches, dies_at=None):
-    """make_step that keeps what each step gets, and dies before a step."""
+    """A make_step that stores each step's batch in `batches`, and raises Killed before step `dies_at`."""
 
     def make_step(*args):
         step = make_train_step(*args)
@@ -167,7 +167,8 @@ def watched(batches, dies_at=None):
 
 
 def test_a_killed_run_goes_on_with_the_same_batches_and_numbers(root, alone, tmp_path):
-    """It dies before step 4, and goes on from the checkpoint of step 2: bit for bit."""
+    """The run dies before step 4 and resumes from the checkpoint of step 2, with the same bits as an undisturbed
+    run."""
     config, whole, first, second = toy_chats.make_config(root), {}, {}, {}
     loop.run(config, tmp_path / "whole", False, make_step=watched(whole))
     with pytest.raises(Killed):
@@ -202,7 +203,7 @@ def test_frozen_parts_stay_without_moments_and_rates_are_kept_on_resume(root, tm
     assert moved[EMBED] == 0
     norms = [path for path in moved if "norm" in path]
     assert norms
-    # Adam's steps: four of at most about the rate, 1e-2, and a tenth of it for norms
+    # four steps of Adam move a weight by about the rate each: 1e-2, and for norms a tenth of it
     assert all(0 < moved[path] < 0.005 for path in norms)
     assert all(moved[path] > 0.01 for path in moved if path != EMBED and path not in norms)
 

@@ -1,4 +1,4 @@
-"""Fine-tuning as a user meets it: the commands of the contract, what is asked in both modes, and what is refused."""
+"""Fine-tuning as users run it: the commands of the contract, questions in both modes, and what is refused."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def root(tmp_path_factory):
 
 
 def launch(root, experiment, init_from, workdir):
-    """The contract's command, with few steps on few problems; what it said."""
+    """Run the contract's command with few steps on few problems. Returns what it printed."""
     command = [
         sys.executable, "launch.py", "--config", f"experiments/{experiment}.py:nano", f"--config.init_from={init_from}",
         "--workdir", str(workdir), f"--config.data.cache={root}/cache", "--config.data.problems=400",
@@ -94,7 +94,8 @@ def fusion(root, **changes):
 
 
 def test_the_mixture_of_fusion(root, tmp_path):
-    """Shares of the rows, to the digit; thoughts where a sample's mode has one, and switches in about half."""
+    """Shares of the rows are exact. A sample has a thought if its mode has one. About half of the samples have a
+    switch."""
     setup = make_setup(fusion(root))
     made = sft.make(Run(setup, tmp_path, ALONE, False, lambda: False))
     ends = np.cumsum([0, *map(len, made.dataset.parts)])
@@ -106,7 +107,7 @@ def test_the_mixture_of_fusion(root, tmp_path):
         assert all(bool(split_thought(sample.messages[-1])[0]) == thinks for sample in samples)
         says = Counter(last_switch(sample.messages[:-1]) for sample in samples)
         assert set(says) == {thinks, None}
-        assert 0.4 < says[thinks] / len(samples) < 0.6  # of 370; a share of 0.5 leaves this once in 10,000 times
+        assert 0.4 < says[thinks] / len(samples) < 0.6  # 370 samples: by chance it fails once in 10,000
         both = [s for s in samples if "/think" in s.messages[0]["content"] and "/no_think" in s.messages[0]["content"]]
         assert both
 
@@ -119,7 +120,8 @@ def test_fusion_takes_chats_that_have_no_right_answer(root, tmp_path):
 
 
 def test_both_modes_are_asked_of_held_out_questions(root, tmp_path, monkeypatch):
-    """A script answers: with a thought always right, at once right for one kind alone and without ever ending else."""
+    """A script gives the answers. With thinking all are right. Without thinking those to one kind of question are
+    right, and the others never end."""
     task = ReasoningTask(("number_theory", "sequence"), (1,))
     golds = {question.prompt: question for question in islice(task.questions("heldout"), 30)}
     asked = []
@@ -172,7 +174,7 @@ ROWS = {
 
 
 def refused(config, workdir, words):
-    """It ends in one line, and the workdir is as it was."""
+    """Assert that the run ends with an error of one line, and that the workdir is as it was."""
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=words) as caught:
         loop.run(config, workdir, progress=False)
@@ -239,7 +241,7 @@ def test_settings_that_cannot_work(changes, words, root, tmp_path):
 
 
 def test_a_run_whose_samples_all_fall_out_leaves_what_was_trained(root, tmp_path):
-    """Going on with rows that hold no sample any more ends before anything is written."""
+    """Resuming with rows that are too short for every sample ends before anything is written."""
     loop.run(toy_chats.make_config(root, steps=1), tmp_path / "w", progress=False)
     words = r"None of the corpus's 121 documents fits into seq_len=16 \(121 are longer\)"
     refused(toy_chats.make_config(root, steps=2, seq_len=16), tmp_path / "w", words)

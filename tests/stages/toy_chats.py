@@ -16,7 +16,7 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, 
 
 
 def thinking_rows():
-    """Of two turns, with tools in some; their samples have 42 to 123 tokens, but for one that fits into no row."""
+    """Chats, most of two turns, one with a tool. Their samples have 42 to 123 tokens; one is too long for a row."""
     rows = [{"messages": [user(f"q{n}"), answer("a" * (n % 7 + 1), "t" * (n % 11 + 1)), user("so?"), answer(f"b{n}")]}
             for n in range(60)]  # fmt: skip
     asked = [user("x"), answer("", "t", [call("f", {"x": 1})]), tool("1"), answer("y")]
@@ -28,14 +28,15 @@ def plain_rows():
 
 
 def small_tokenizer(place):
-    """Of 266 ids, one a byte."""
+    """A tokenizer of 266 ids: bytes, 5 merges and 5 special tokens."""
     place.mkdir(parents=True, exist_ok=True)
     (place / "tokenizer.json").write_text(json.dumps(small_tokenizer_json()))
     return QwenTokenizer.load(place)
 
 
 def write_weights(place, changes, seed=1):
-    """Random weights of the preset nano with `changes`, and the small tokenizer; their directory, as text."""
+    """Write random weights of the preset nano with `changes`, and the small tokenizer. Returns the directory, as
+    text."""
     cfg = presets.get("nano").replace(**changes)
     hf.save_pretrained(place, cfg, params.init_params(cfg, seed), small_tokenizer(place.parent / f"{place.name}.tok"))
     return str(place)

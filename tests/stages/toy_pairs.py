@@ -8,7 +8,7 @@ from tests.stages.toy_chats import LENGTH, MOE, SMALL
 
 
 def pair_rows():
-    """Of one and of two turns, with and without thoughts; one pair that fits into no row."""
+    """Pairs of one or two turns, with and without thoughts. One pair is too long for a row."""
     rows = []
     for n in range(60):
         before = [user(f"h{n}"), answer("c")] if n % 5 == 0 else []
@@ -43,7 +43,7 @@ def make_config(root, stage="dpo", kind="dense", **changes):
 
 
 def online_config(root, kind="dense", **changes):
-    """Four steps in float64 of answers of at most 24 tokens, most of which do not end: random weights write them."""
+    """Four steps in float64. Random weights write answers of at most 24 tokens, most of which do not end."""
     c = dpo_online_config("nano")
     c.dtype, c.device = "float64", "cpu"
     c.model.update(SMALL | (MOE if kind == "moe" else {}))

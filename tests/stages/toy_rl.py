@@ -4,7 +4,7 @@ from qwen3f.stages.configs import grpo_config
 from tests.stages import toy_chats
 
 LENGTH, NEW = 192, 6
-MOE = toy_chats.MOE | {"router_balance": "global_exact"}  # the others depend on how rows are cut
+MOE = toy_chats.MOE | {"router_balance": "global_exact"}  # other values depend on how rows are cut
 SMALL = toy_chats.SMALL  # of 300 ids, of which the tokenizer has 266
 
 

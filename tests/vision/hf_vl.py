@@ -1,7 +1,7 @@
-"""transformers' Qwen3-VL and Qwen3-VL-MoE for tests, rows of text, images and video for both sides, and their tensors
-in the form of our parameter table.
+"""transformers' Qwen3-VL and Qwen3-VL-MoE for tests; rows of text, images and video for its models and ours; its
+tensors in the form of our parameter table.
 
-Written apart from qwen3f.interop on purpose: each checks the other.
+The code is separate from qwen3f.interop on purpose, so that each checks the other.
 """
 
 import random
@@ -23,7 +23,7 @@ SPARSE = "num_experts num_experts_per_tok moe_intermediate_size decoder_sparse_s
 
 
 def vl_config(**changes) -> ModelConfig:
-    """No two sizes equal, so that a transposed or misplaced tensor cannot fit."""
+    """A small configuration. No two sizes are equal, so that a transposed or misplaced tensor does not fit."""
     sizes = {
         "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
         "intermediate_size": 80, "vocab_size": 97, "max_position_embeddings": 64, "mrope_section": (4, 2, 2),
@@ -81,7 +81,7 @@ def hf_model(cfg: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def from_hf(cfg: ModelConfig, tensors: dict[str, torch.Tensor]) -> P.Params:
-    """Stacked parameters from transformers' names in memory (or gradients, from gradients); every tensor is used."""
+    """Our stacked parameters from transformers' tensors by name, or gradients from its gradients. Uses every tensor."""
 
     def theirs(path: str) -> str:
         return path if path.startswith((P.VISUAL, P.HEAD)) else path.replace("model.", "model.language_model.", 1)
@@ -112,14 +112,15 @@ def from_hf(cfg: ModelConfig, tensors: dict[str, torch.Tensor]) -> P.Params:
 
 
 class Row(NamedTuple):
-    """tokens, and what is seen in order: (whether video, grid)."""
+    """tokens, and the images and videos in order, each (whether it is a video, its grid)."""
 
     tokens: list[int]
     seen: list[tuple[bool, tuple[int, int, int]]]
 
 
 def row(rand: random.Random, kinds: str, side: int = 2) -> Row:
-    """A row of text (t), images (i) and videos (v), such as "titv"; a video's frames have words between."""
+    """A random row. kinds: its parts, such as "titv", where t is text, i an image and v a video. A video has words
+    before each frame."""
 
     def words() -> list[int]:
         return [rand.randrange(80) for _ in range(rand.randint(1, 5))]
@@ -143,7 +144,8 @@ def row(rand: random.Random, kinds: str, side: int = 2) -> Row:
 
 
 def our_batch(cfg: ModelConfig, rows: list[Row], dtype: torch.dtype, spare: int = 3) -> dict[str, torch.Tensor]:
-    """Rows of one length after right padding; pixels random. spare: patches and grids of room that nothing fills."""
+    """A batch of rows, padded on the right to one length, with random pixels. spare: room for this many more grids and
+    merged patches, which stays unused."""
     length = max(len(r.tokens) for r in rows)
     count = max(sum(t * h * w for _, (t, h, w) in r.seen) for r in rows) + spare * cfg.vision_merger_spatial_factor**2
     most = max(len(r.seen) for r in rows) + spare
@@ -156,7 +158,7 @@ def our_batch(cfg: ModelConfig, rows: list[Row], dtype: torch.dtype, spare: int 
 
 
 def their_arguments(row: Row, batch: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
-    """Row `index` of our batch, alone, as transformers takes it."""
+    """Row `index` of our batch, alone, as arguments of transformers' model."""
     tokens = batch["tokens"][index : index + 1, : len(row.tokens)]
     out = {"input_ids": tokens, "use_cache": False}
     out["mm_token_type_ids"] = ((tokens == IMAGE) * 1 + (tokens == VIDEO) * 2).int()

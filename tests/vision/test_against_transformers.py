@@ -1,8 +1,8 @@
 """Logits and gradients against transformers' Qwen3-VL and Qwen3-VL-MoE, on random tiny models with logits of about ±10.
 
-fp32: max|Δlogits| ≤ 2e-5, the rounding of two orders of summation. Gradients of each parameter, layer by layer, ≤ 1e-5
-by norm: twice the text models' 5e-6, since the tower's pass through both networks. float64: 1e-12 for both, with
-transformers' casts to float32 made float64 (tests.model.hf_params.Widen).
+fp32: max|Δlogits| ≤ 2e-5, the rounding of two orders of summation. Gradients of each parameter, layer by layer, ≤ 2e-5
+by norm. That is more than the text models' 5e-6, since the tower's gradients pass through both networks. float64: 1e-12
+for both, with transformers' casts to float32 made float64 (tests.model.hf_params.Widen).
 """
 
 import contextlib
@@ -83,8 +83,8 @@ def test_logits_and_gradients(case, dtype, logit_tolerance, grad_tolerance):
     for ours, hers in zip(got, expected):
         assert (ours[: len(hers)] - hers).abs().max() <= logit_tolerance
     if dtype == torch.float32:
-        # Float32 is measured from float64's values: transformers' own float32 is up to 1.8e-5 away from them ("no
-        # taps", a bias of values), so that two float32 gradients say little of each other below that.
+        # Compare our float32 gradients with transformers' float64 ones. Its own float32 gradients are up to 1.8e-5 away
+        # from those (case "no taps", a bias of values), too far to compare two float32 gradients.
         _, _, theirs = logits_and_gradients_of_transformers(cfg, rows, weights, torch.float64)
     grads, _ = grad_and_value(lambda p: (model.apply(cfg, p, batch).logits * weights.to(dtype)).sum())(p)
     for path, grad in grads.items():
@@ -104,7 +104,7 @@ def logits_and_gradients_of_transformers(cfg, rows, weights, dtype):
 @PRECISIONS
 @pytest.mark.parametrize("changes", [{}, MOE], ids=["dense", "moe"])
 def test_packed_documents_equal_transformers_alone(changes, dtype, logit_tolerance, grad_tolerance):
-    """Text only, image and video documents in one row, each against transformers' run of it alone."""
+    """Documents of text, with images and with videos in one row, each against transformers' run of it alone."""
     cfg, rand = vl_config(**changes), random.Random(5)
     parts = [[row(rand, kinds) for kinds in ("tit", "t", "v", "ti")], [row(rand, kinds) for kinds in ("t", "itit")]]
     packed = [Row([x for part in r for x in part.tokens], [x for part in r for x in part.seen]) for r in parts]
@@ -127,7 +127,8 @@ def test_packed_documents_equal_transformers_alone(changes, dtype, logit_toleran
 
 @torch.no_grad()
 def test_what_fills_the_room_of_a_row_changes_nothing():
-    """Padding of patches and grids, and how much there is of it: bit for bit but for sums of other sizes, 1e-12."""
+    """Padding patches and grids, and their number, change nothing. To 1e-12, since sums over tensors of other sizes
+    round differently."""
     cfg = vl_config()
     p = our_params(cfg, hf_model(cfg, dtype=torch.float64))
     rows = [row(random.Random(1), "titv"), row(random.Random(2), "it")]

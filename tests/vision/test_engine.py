@@ -1,5 +1,5 @@
-"""Answers to prompts with images: what the engine writes is what the model says without a cache, however prompts are
-cut into chunks and pages, and whoever is answered beside."""
+"""Answers to prompts with images. The engine's answers equal those of the model without a cache, however prompts are
+cut into chunks and pages, and whatever other requests are answered at the same time."""
 
 import random
 
@@ -23,7 +23,7 @@ def make(**changes):
 
 
 def prompts(cfg, kinds):
-    """(rows, their batch, a Pictures or None for each); each ends with words."""
+    """(rows, their batch, the Pictures of each row or None). Each row must end with text."""
     rows = [row(random.Random(number), kind) for number, kind in enumerate(kinds)]
     batch = our_batch(cfg, rows, torch.float64)
     found = []
@@ -36,7 +36,7 @@ def prompts(cfg, kinds):
 
 @torch.no_grad()
 def greedy(cfg, p, prompt, pictures):
-    """By the whole model for every token; vision ids are never chosen."""
+    """The greedy answer, by a pass over all tokens, without a cache, for each new one. Vision ids are never chosen."""
     tokens = list(prompt)
     for _ in range(NEW):
         batch = {"tokens": torch.tensor([tokens])}
@@ -55,7 +55,7 @@ def answers(engine, rows, pictures):
     return [one.tokens[len(r.tokens) :] for one, r in zip(done, rows)]
 
 
-# cut: chunks that begin and end within images, pages of four tokens, and so few that rows lose theirs and begin again
+# cut: chunks begin and end inside images; pages have four tokens, and there are so few that rows are preempted
 WAYS = {"whole": ({}, EngineOptions()), "cut": ({"max_tokens": 60}, EngineOptions(rows=3, chunk=5, page_size=4))}
 
 
@@ -88,7 +88,8 @@ def test_greedy_decoding_equals_transformers_with_its_cache():
 
 
 def test_pages_are_shared_by_the_same_pixels_alone():
-    """The same words with other pixels must not find the pages of the first; with the same they do."""
+    """A prompt with the same words but other pixels must not reuse the first one's pages. With the same pixels it
+    does."""
     cfg, p, _ = make()
     rows, _, (pictures, _) = prompts(cfg, ["titt", "t"])
     other = Pictures(pictures.pixels.roll(1, 0) + 1, pictures.grids)
@@ -102,7 +103,8 @@ def test_pages_are_shared_by_the_same_pixels_alone():
 
 
 def test_features_are_not_kept_behind_the_pictures_last_token():
-    """Nor of a row that is cancelled before it: who asks a thousand questions may keep all their rows."""
+    """A row drops its image features once it has no use for them, also if it is cancelled earlier. Otherwise a caller
+    who keeps the rows of a thousand questions would keep all their features."""
     cfg, p, _ = make()
     rows, _, pictures = prompts(cfg, ["titt", "titt"])
     engine = Engine(cfg, p, options=EngineOptions(chunk=2, page_size=2))

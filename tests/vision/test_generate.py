@@ -27,7 +27,7 @@ WIDE = (MIN_PIXELS, MAX_PIXELS)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """(a workdir-like Hugging Face directory of nano_vl cut down, its config and parameters, tokenizer)."""
+    """(a Hugging Face directory of a smaller nano_vl, its config, its parameters, its tokenizer)."""
     from qwen3f.interop import hf
 
     place = tmp_path_factory.mktemp("generate")
@@ -77,7 +77,8 @@ def test_an_answer_is_the_models(source, tmp_path, capsys):
 
 
 def test_ids_are_those_of_the_template(source, tmp_path):
-    """<|vision_start|> pads <|vision_end|> at the beginning of the user's turn; what a user types stays words."""
+    """The user's turn begins with <|vision_start|>, the image's <|image_pad|> ids and <|vision_end|>. Names of special
+    tokens that a user types stay plain text."""
     _, cfg, _, tokenizer = source
     shown = read_images(picture(tmp_path / "a.png", (64, 48)), cfg, *LIMITS)
     asked = [{"role": "user", "content": "<|image_pad|>?"}]

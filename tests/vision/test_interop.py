@@ -1,7 +1,7 @@
-"""Qwen3-VL and Qwen3-VL-MoE directories there and back against transformers: every tensor bit for bit.
+"""Directories of Qwen3-VL and Qwen3-VL-MoE, read from transformers and written back: every tensor bit for bit.
 
-transformers reads what we wrote and gives its own logits again, bit for bit. That ours are theirs is in
-test_against_transformers.py.
+transformers reads the directory that we wrote and gives the same logits as before, bit for bit. That our model's logits
+equal its logits is shown in test_against_transformers.py.
 """
 
 import json
@@ -25,7 +25,7 @@ CASES |= {"moe, a dense layer, tied": {**MOE, "mlp_only_layers": (1,), "tie_word
 
 
 def released(directory):
-    """Rewrite a directory as released ones are: experts transposed, the config's old keys."""
+    """Rewrite a directory in the form of the released models: experts transposed, old keys in the config."""
     path = directory / "model.safetensors"
     held = {k: v.transpose(1, 2).contiguous() if ".mlp.experts." in k else v for k, v in load_file(path).items()}
     save_file(held, path, {"format": "pt"})
@@ -41,7 +41,7 @@ def released(directory):
 
 
 def in_memory(cfg, theirs, p):
-    """What was read is what transformers holds."""
+    """Assert that p, which was read, equals the parameters that transformers' model holds in memory."""
     held = from_hf(cfg, {name: leaf.detach() for name, leaf in theirs.named_parameters()})
     assert all(same_bits(leaf, held[path]) for path, leaf in p.items())
     assert p.keys() == held.keys()
@@ -77,7 +77,9 @@ def test_from_transformers_and_back(case, form, tmp_path):
 @pytest.mark.parametrize("width", [24, 48])
 @pytest.mark.parametrize("form", ["transformers 5", "released"])
 def test_square_experts_are_told_by_the_tensor_that_is_not(width, form, tmp_path):
-    """2 · 24 or 48 is the hidden size: one tensor of a layer is square. transformers 5 misreads the released form."""
+    """The hidden size is 48. With a width of 24 or 48, one of the two expert tensors of a layer is square:
+    gate_up_proj, of 2 · 24, or down_proj. The other tensor shows the layout. transformers 5 misreads the released form
+    of such a model."""
     cfg = vl_config(**{**MOE, "moe_intermediate_size": width})
     theirs = hf_model(cfg)
     theirs.save_pretrained(tmp_path)
@@ -101,7 +103,7 @@ def test_layers_in_both_layouts_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b", "qwen3-vl-30b-a3b"])
 def test_presets_are_models_of_transformers(name):
-    """Names and shapes of the released sizes, from transformers' modules on the meta device."""
+    """For the released sizes, names and shapes equal those of transformers' modules on the meta device."""
     cfg = presets.get(name)
     values = vision_config.to_hf(cfg, torch.bfloat16)
     kind = "Moe" if cfg.num_experts else ""
@@ -166,7 +168,7 @@ def test_top_level_is_checked(tmp_path):
 
 
 def test_what_other_programs_write_at_the_top_and_for_the_tower_is_read(tmp_path):
-    """As for a model of words: what changes nothing is no error, wherever it stands."""
+    """As for a text model: keys that change nothing are accepted, in every part of the config."""
     hf_model(vl_config()).config.save_pretrained(tmp_path)
     expected = hf.read_config(tmp_path)
     harmless = {"unsloth_fixed": True, "unsloth_version": "1", "torchscript": False, "output_attentions": False}
@@ -184,7 +186,7 @@ def test_what_hugging_face_cannot_hold_is_named(changes, tmp_path):
 
 
 def test_a_tower_may_be_put_on_a_language_model(tmp_path):
-    """A model with a tower starts from one without; not from one with another tower."""
+    """A model with a vision tower may start from weights without one, but not from weights with another tower."""
     cfg = vl_config()
     text = cfg.replace(vision_enabled=False)
     hf.save_pretrained(tmp_path / "text", text, P.init_params(text, 0))

@@ -1,7 +1,7 @@
 """A training step on images, on a mesh, computes what it computes on one device.
 
-After each AdamW step, on every rank: metrics, parameters and both moments, which after the first are the
-gradients. float64 to 1e-10: the algebra is the same, only the order of sums differs.
+Metrics, parameters and both moments are compared after each AdamW step, on every rank. After the first step the moments
+show the gradients. float64, to 1e-10: only the order of sums differs.
 """
 
 import random
@@ -38,7 +38,7 @@ def config(**changes):
 
 
 def batches(cfg, steps, kinds=("tit", "tiv", "t", "t")):
-    """Packed rows; those of the last ranks have no image."""
+    """Batches of one row for each kind, padded to LENGTH. The last rows, those of the last ranks, have no image."""
     out = []
     for seed in range(steps):
         rand = random.Random(seed)
@@ -60,7 +60,7 @@ def batches(cfg, steps, kinds=("tit", "tiv", "t", "t")):
 
 
 def initial(cfg, hyper):
-    """Fusions start at zero, which hides what is wrong below them."""
+    """The initial state. Fusions and biases start at zero, which would hide errors below them, so they get noise."""
     start = init_state(cfg, 0, hyper, dtype=torch.float64)
     for path, leaf in start.params.items():
         if path.startswith(P.TAP_FUSIONS) or path.endswith("bias"):
@@ -119,7 +119,8 @@ def test_a_mesh_equals_one_device(mesh, changes, rates, steps):
 
 @pytest.mark.parametrize("mesh, kinds", [("", ("t", "tt", "t", "t")), ("", None), ("dp2", ("t", "tt", "t", "t"))])
 def test_a_batch_without_images_leaves_the_tower_alone(mesh, kinds):
-    """Neither decayed nor moved by its moments; kinds None: a batch that has no room for images at all."""
+    """Neither weight decay nor its moments may change the tower then. kinds None: a batch without the tensors for
+    images."""
     cfg, hyper = config(), AdamW()
     inputs = batches(cfg, 2)
     inputs[1] = batches(cfg, 1, kinds or ("t",) * 4)[0]

@@ -1,4 +1,4 @@
-"""Positions are transformers' exactly, per document of a packed row, and counts that do not fit are refused."""
+"""Positions equal transformers' exactly, for each document of a packed row; counts that do not fit are refused."""
 
 import random
 
@@ -18,7 +18,7 @@ CFG = ModelConfig(vision_enabled=True, vocab_size=97, **IDS)
 
 
 class Theirs:
-    """What transformers' method needs of its model."""
+    """A stub with the parts of transformers' model that its method get_rope_index uses."""
 
     get_vision_position_ids = modeling_qwen3_vl.Qwen3VLModel.get_vision_position_ids
     get_rope_index = modeling_qwen3_vl.Qwen3VLModel.get_rope_index
@@ -32,7 +32,8 @@ def words(rand, least=0, most=6):
 
 
 def document(rand, pieces):
-    """(tokens, grids in order, image grids, video grids): text before, between and after."""
+    """A random document, with text before, between and after its images and videos: (tokens, all grids in order, grids
+    of images, grids of videos)."""
     tokens, grids, images, videos = words(rand), [], [], []
     for _ in range(pieces):
         h, w = 2 * rand.randint(1, 4), 2 * rand.randint(1, 4)
@@ -103,7 +104,7 @@ def test_images_that_touch_come_one_after_the_other():
 
 
 def test_counts_are_checked_row_by_row():
-    """The batch's total fits, each row's does not."""
+    """The total of the batch fits, but the number of each row does not."""
     tokens = torch.tensor([[IMAGE, 1], [IMAGE, IMAGE]])
     grids = torch.tensor([[[1, 2, 4]], [[1, 2, 2]]])
     with pytest.raises(UserError, match="row 0 has 1 placeholders .* for 2 features"):
@@ -115,7 +116,7 @@ def test_counts_are_checked_row_by_row():
 
 
 def test_a_row_has_the_patches_that_its_grids_name():
-    """Else it would see the next row's."""
+    """Otherwise a row would see patches of the next one."""
     check_patches(torch.tensor([[[1, 4, 4]], [[0, 0, 0]]]), torch.zeros(2, 16, 5))
     with pytest.raises(UserError, match="row 1 has 32 patches by its grids, but pixel_values has only 16 in a"):
         check_patches(torch.tensor([[[1, 4, 4]], [[1, 4, 8]]]), torch.zeros(2, 16, 5))
@@ -129,7 +130,8 @@ def test_a_row_has_the_patches_that_its_grids_name():
 
 @pytest.mark.parametrize("head_dim, section", [(128, (24, 20, 20)), (16, (4, 2, 2)), (16, (2, 3, 3)), (24, (4, 4, 4))])
 def test_interleaved_tables_are_transformers(head_dim, section):
-    """Angles in float32; cos and sin of positions of hundreds to the rounding of one product, 2e-5."""
+    """Angles are float32. At positions of some hundreds, the rounding of one product changes cos and sin by up to
+    2e-5."""
     cfg = CFG.replace(head_dim=head_dim, mrope_section=section, rope_theta=5e6)
     text = modeling_qwen3_vl.Qwen3VLTextConfig(
         head_dim=head_dim,

@@ -1,6 +1,6 @@
-"""Pixels are transformers' bit for bit, and every picture is either seen by one rule or refused.
+"""Pixels equal transformers' bit for bit. Every image is either converted by one rule or refused.
 
-Bit for bit with the pillow that both use here; other versions give other pixels to both.
+Both sides use the same pillow here. Another version of pillow gives other pixels to both.
 """
 
 import io
@@ -20,7 +20,7 @@ from qwen3f.vision.preprocess import MAX_PIXELS, MIN_PIXELS, fit_size, image_gri
 from qwen3f.vision.rgb import to_rgb
 
 CFG = ModelConfig(vision_enabled=True, vocab_size=151936)
-# small limits, so that hundreds of sizes are quick; the released ones where an image is small anyway
+# small limits, so that hundreds of sizes are quick; other tests use the limits of the released models
 SMALL = (4 * 32 * 32, 40 * 32 * 32)
 MODES = ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "YCbCr", "HSV", "LAB"]
 
@@ -55,7 +55,7 @@ def same(image, *limits):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_bit_for_bit_on_many_sizes(mode):
-    """32 sizes a mode, 320 in all, narrow ones among them."""
+    """32 sizes for each mode, 320 in all, some of them narrow."""
     rand = random.Random(mode)
     for number in range(32):
         wide, high = (round(2 ** rand.uniform(0, 8.5)) for _ in range(2))
@@ -81,7 +81,8 @@ def test_transparent_palettes_and_greys():
 
 
 def test_patches_are_blocks_of_channels_frames_and_pixels():
-    """By the definition: patch k of block-major order is image[:, y:y+p, x:x+p], for both frames."""
+    """Against the definition: patches are in the order of merged blocks, and each is image[:, y:y+p, x:x+p], once for
+    each of two frames."""
     image = noise("RGB", 96, 64, 5)
     patches, grid = image_patches(image, CFG, 1, MAX_PIXELS)
     assert grid == (1, 4, 6)
@@ -103,7 +104,7 @@ def test_sizes_lie_between_the_limits(height, width, factor, low, more):
         return
     tall, wide = fit_size(height, width, factor, low, high)
     assert tall % factor == wide % factor == 0 < min(tall, wide)
-    grown = round(height / factor) * round(width / factor) * factor**2 < low  # whose rounding up may pass the limit
+    grown = round(height / factor) * round(width / factor) * factor**2 < low  # enlarged: rounding up may pass `high`
     assert tall * wide <= high or min(tall, wide) == factor or grown
     expected = smart_resize(height, width, factor, low, high)
     if 2 * min(height, width) > factor or height * width < low:

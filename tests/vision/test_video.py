@@ -1,4 +1,4 @@
-"""Frames, times and sizes of video by transformers' rules, whose own class needs torchvision."""
+"""Frames, times and sizes of videos against functions from transformers' source, since its class needs torchvision."""
 
 import ast
 import importlib.util
@@ -99,7 +99,7 @@ def test_times_of_an_animation_are_pillows(suffix, times, tmp_path):
         theirs = []
         for number in range(5):
             image.seek(number)
-            image.load()  # a WebP knows it only then
+            image.load()  # WebP gives the duration only after this
             theirs.append(round(image.info.get("duration", 0)))
     assert frame_times(place.read_bytes()) == theirs
     for end in range(0, place.stat().st_size, 7):
