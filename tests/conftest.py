@@ -1,4 +1,4 @@
-"""Where kernels run, and runs of a tiny model on a tiny corpus.
+"""Where kernels run, a tiny corpus, and configurations of runs of a tiny model on it.
 
 Without a GPU, kernels can run in Triton's interpreter; that is decided when triton is first imported.
 """
@@ -7,7 +7,7 @@ import json
 import os
 import random
 
-# Tiny tensors: on two threads of a loaded machine a file took six times as long. Processes of tests inherit it.
+# Tensors are tiny: with two threads on a loaded machine a test file took six times as long. Child processes inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
@@ -19,8 +19,8 @@ if not torch.cuda.is_available():
 
 from qwen3f.stages.configs import pretrain_config
 
-GPU_SECONDS = 120  # of a test on a GPU: most of it to compile
-# How long an example takes says more of the machine, which is shared with another worker.
+GPU_SECONDS = 120  # the limit of a test on a GPU; most of it is compilation
+# No deadline for an example: its time depends mostly on the machine, which other workers use too.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
 

@@ -1,6 +1,6 @@
-"""What the pages (README.md, at the top and in each folder) say: their blocks, commands and names.
+"""Reads the pages, which are README.md at the top and in each folder: their blocks, commands and names.
 
-Code is what stands between backticks, in fences, or four blanks in.
+Code is text between backticks, in fences, or indented by four spaces.
 """
 
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CODE = ("experiments", "kernels", "qwen3f", "sharding")
-FEW_LINES = 60  # of a folder's Python: below, its parent's page is enough
+FEW_LINES = 60  # a folder with no more Python than this needs no page; its parent's is enough
 PAGES = [ROOT / "README.md", *(page for top in (*CODE, "tests") for page in sorted((ROOT / top).rglob("README.md")))]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -32,7 +32,7 @@ def python_blocks(page):
 
 
 def prose(page):
-    """The page without its fences and indented lines, a paragraph or table row a line."""
+    """The page without fences and indented lines. Each paragraph and each row of a table is one line."""
     text = re.sub(r"^    .*\n", "", _FENCE.sub("", page.read_text()), flags=re.MULTILINE)
     return re.sub(r"\n(?![\n|#*\d])\s*", " ", text)
 
@@ -42,7 +42,7 @@ def spans(text):
 
 
 def commands(page):
-    """Arguments of each command that begins with python or torchrun; of launch.py, those from launch.py on."""
+    """The words of each command that begins with python or torchrun. For launch.py, the words from launch.py on."""
     fenced = [text for language, text in _FENCE.findall(page.read_text()) if language in ("bash", "")]
     indented = re.findall(r"^    (.*)$", _FENCE.sub("", re.sub(r"\\\n\s*", "", page.read_text())), re.MULTILINE)
     lines = [line for text in fenced for line in re.sub(r"\\\n\s*", "", text).splitlines()]

@@ -1,4 +1,4 @@
-"""Imports run one way, and files and functions stay small: read from the source, nothing is imported."""
+"""Imports go in one direction, and files and functions stay small. The tests parse the source and import nothing."""
 
 import ast
 from pathlib import Path

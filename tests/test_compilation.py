@@ -1,7 +1,7 @@
 """One process with many models and many shapes: what torch compiles, how often, and that the results are right.
 
-Graphs are counted behind dynamo, whose limit is the subject, and run by its eager backend: inductor would take an hour
-for as many. test_step.py and test_step_cuda.py compile with inductor.
+The subject is dynamo's limit on compilations. So graphs are counted after dynamo and run by its eager backend; inductor
+would take an hour for as many. test_step.py and test_step_cuda.py compile with inductor.
 """
 
 import ast
@@ -40,13 +40,13 @@ def counter(monkeypatch):
 
 
 def tiny(number):
-    """A model of its own for each number."""
+    """A tiny model, a different one for each number."""
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 1}
     return presets.get("nano").replace(hidden_size=8 + number, intermediate_size=16, vocab_size=32, **sizes)
 
 
 def assert_gradients_of_a_compiled_model(number, length):
-    """Forward and backward by compiled blocks, and uncompiled: one formula, but for another kernel of attention."""
+    """Gradients with compiled blocks equal those without: the same formula, with another kernel of attention."""
     cfg = tiny(number)
     p, batch = params.init_params(cfg, 0, dtype=torch.float64), random_batch(2, length, cfg.vocab_size)
     ours, theirs = (
@@ -56,12 +56,12 @@ def assert_gradients_of_a_compiled_model(number, length):
 
 
 def models_and_shapes(many):
-    """(model, length): that many models at one shape, then one of them at so many shapes."""
+    """(model, length) pairs: `many` models at one length, then one of them at further lengths, up to `many`."""
     return [(number, 6) for number in range(many)] + [(0, length) for length in range(7, many + 6)]
 
 
 def test_torch_allows_less():
-    """What the tests below would meet without qwen3f.compilation."""
+    """The error that the tests below would get without qwen3f.compilation."""
     assert torch._dynamo.config.recompile_limit == OVER - 1
 
     def definition(factor):
@@ -75,7 +75,8 @@ def test_torch_allows_less():
 
 
 def test_functions_of_one_definition_at_many_shapes(counter):
-    """Each is compiled once a shape, and nothing in the second round. torch.no_grad's wrapper is a definition too."""
+    """Each function is compiled once for each shape, and nothing is compiled in the second round. torch.no_grad's
+    wrapper is one definition too, which all of them share."""
 
     def definition(factor):
         @torch.no_grad()
@@ -93,7 +94,7 @@ def test_functions_of_one_definition_at_many_shapes(counter):
 
 
 def test_updates_more_than_torch_allows(counter):
-    """Gradients inside, and a donated state."""
+    """The update computes gradients, and its state is donated."""
 
     def definition(factor):
         def update(s, x):
@@ -130,7 +131,7 @@ def test_20_models_at_20_shapes(counter):
 
 
 def test_a_training_run_compiles_a_block_three_times_and_the_update_once(counter):
-    """Training, where the embedding is trained or not, and evaluation."""
+    """A block is compiled for training with a trained embedding, for training with a frozen one, and for evaluation."""
     cfg = tiny(0).replace(num_hidden_layers=3)
     p, batch = params.init_params(cfg, 0), random_batch(2, 6, cfg.vocab_size)
     loss = losses.make_loss(cfg, model.Execution(compile="block"))
@@ -148,7 +149,7 @@ def test_a_training_run_compiles_a_block_three_times_and_the_update_once(counter
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("mode, graphs", [("block", 2), ("step", 1)])
 def test_whole_steps_of_20_models_and_at_20_shapes(mode, graphs, counter):
-    """In block mode a block and an update each."""
+    """In mode "block" torch compiles two graphs for each model and shape: a block and the update."""
     for number, length in models_and_shapes(MANY):
         cfg, results = tiny(number), []
         for compiled in (mode, "off"):
@@ -168,7 +169,7 @@ class Pair(NamedTuple):
 
 
 def test_named_tuples_come_out_whole(counter):
-    """torch 2.11 alone gives an empty tuple for what _replace has made."""
+    """torch.compile of torch 2.11 alone returns an empty tuple in place of one that _replace has made."""
     out, extra = compile_static(lambda pair: (pair._replace(a=pair.a + 1), {"pair": pair._replace(b=pair.a)}))(
         Pair(torch.ones(2), torch.zeros(2))
     )
@@ -188,7 +189,7 @@ def test_a_shape_too_many_is_the_users_error_and_settings_stay(counter, monkeypa
         compiled(torch.ones(size))
     with pytest.raises(UserError, match=r"double was called with more than \d+ shapes.*--config.compile=off"):
         compiled(torch.ones(OVER))
-    assert compiled(torch.ones(3)).tolist() == [2.0] * 3  # what is compiled goes on working
+    assert compiled(torch.ones(3)).tolist() == [2.0] * 3  # compiled shapes still work
     assert torch._dynamo.config.get_config_copy() == settings
 
 
@@ -207,7 +208,7 @@ def test_without_fullgraph_the_rest_runs_uncompiled(counter):
 
 
 def test_torch_compile_is_called_in_one_place():
-    """And dynamo's settings are touched nowhere else. (Benches compile their rivals.)"""
+    """Dynamo's settings are used only there, too. Benches are left out, since they compile what they compare with."""
     where = set()
     for path in (
         *(ROOT / "qwen3f").rglob("*.py"),

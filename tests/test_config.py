@@ -9,7 +9,8 @@ from qwen3f import params, presets
 from qwen3f.config import ModelConfig, RopeScaling
 from qwen3f.errors import UserError
 
-# Exact counts of Hugging Face's models (built on the meta device), and the seed's sizes where they can be reached.
+# Exact counts: of Hugging Face's models (built on the meta device), and of the sizes in the project's description,
+# where a configuration can reach them.
 COUNTS = {
     "debug": (23_884_544, 23_884_544),
     "debug_moe": (46_088_960, 27_067_136),

@@ -1,4 +1,4 @@
-"""Golden configurations: what each experiment resolves to is a file, so that no change goes unseen.
+"""Golden configurations: a file holds what each experiment resolves to, so that no change goes unseen.
 
 After an intended change: python -m tests.test_experiments   (rewrites tests/golden/)
 """
@@ -74,7 +74,8 @@ def golden(experiment):
 
 
 def as_text(config):
-    """Of a pipeline's stages what differs from their experiments, which have files of their own."""
+    """The configuration as JSON. Of a pipeline's stages it has only what differs from their experiments, which have
+    files of their own."""
     values = json.loads(config.to_json_best_effort())
     if config.stage == "pipeline":
         files = {stage.name: stage.experiment for stage in config.chain} | {MEASURE: EVAL}
@@ -98,7 +99,7 @@ def test_resolved_config_is_the_golden_one(experiment):
     if config.stage not in stages.names():
         return
     if config.stage == "grpo":
-        config.update(init_from="W", sandbox="none")  # where the model is, and what this machine has, is the user's
+        config.update(init_from="W", sandbox="none")  # a user says where the model is and what sandbox there is
     plan = make_setup(config)
     find_stage(config.stage).check(plan)
     schedule = plan.step_options().schedule
@@ -145,7 +146,7 @@ MESH = "dp8,tp2,pp4"  # of the contract's command
 
 
 def test_the_contracts_command_asks_for_its_hosts(tmp_path, monkeypatch):
-    """As launch.py calls it where there are not as many devices: the line for each host, and nothing is written."""
+    """On a host with too few devices the error has the command for each host, and nothing is written."""
     command = ["launch.py", "--config", "experiments/pretrain_s1.py", f"--config.mesh={MESH}"]
     monkeypatch.setattr("sys.argv", command)
     monkeypatch.setattr("qwen3f.processes.ranks.local_devices", lambda device: 8)
@@ -161,7 +162,7 @@ def test_the_contracts_command_asks_for_its_hosts(tmp_path, monkeypatch):
 
 
 def refused(config, workdir):
-    """The error's words; None if there is none."""
+    """The message of the run's error, or None."""
     try:
         cli.run_stage(config, workdir, False)
     except UserError as error:
@@ -181,7 +182,7 @@ def follow(config, error):
 @pytest.mark.parametrize("preset", presets.PRESETS)
 @pytest.mark.parametrize("experiment", ["pretrain_s1", "pretrain_s2", "pretrain_s3"])
 def test_every_preset_ends_with_a_plan_or_an_error_that_leads_to_one(experiment, preset, tmp_path, monkeypatch, capsys):
-    """Of one line; a plan that does not fit names what would. Pictures are drawn in other tests."""
+    """An error has one line. A plan that does not fit names a change that would. Pictures are drawn in other tests."""
     for draw in ("mesh_png", "timeline_png"):
         monkeypatch.setattr(plan_run, draw, lambda plan: b"")
     config = resolve(f"{experiment}:{preset}")
@@ -198,7 +199,7 @@ def test_every_preset_ends_with_a_plan_or_an_error_that_leads_to_one(experiment,
     (verdict,) = (line for line in out if line.startswith("the peak is at "))
     hints = [line for line in out if line.startswith("does not fit; the smallest change that fits: --config.")]
     assert verdict.endswith(", fits") == (hints == [])
-    assert (advice > 0) == (presets.get(preset).num_hidden_layers <= 6)  # of which pp4 cannot make four stages
+    assert (advice > 0) == (presets.get(preset).num_hidden_layers <= 6)  # too few layers for pp4
 
 
 def commands():

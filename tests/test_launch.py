@@ -1,4 +1,4 @@
-"""launch.py as a user meets it: errors of one line with exit code 2, and the contract's command on real text."""
+"""launch.py as users run it: errors of one line with exit code 2, and the contract's command on real text."""
 
 import errno
 import json
@@ -158,7 +158,7 @@ def test_errors_are_one_line_and_exit_2(tmp_path, arguments, words):
 
 
 def test_contract_command_trains_on_the_embedded_corpus(tmp_path):
-    """The command that others build on, on Python's real standard library; run twice, it ends at once."""
+    """The command that others build on, on the text of Python's standard library. The second time it ends at once."""
     command = [
         "--config", "experiments/pretrain_s1.py:nano", "--config.data.mixture=embedded", "--config.steps=30",
         "--config.batch_size=8", "--config.seq_len=128", f"--workdir={tmp_path / 'w'}", "--config.eval.max_docs=2",
@@ -195,7 +195,7 @@ def test_contract_command_trains_on_the_embedded_corpus(tmp_path):
     assert "nothing left to train" in again.stdout
     assert again.stderr == ""  # no bar, and no log line below a warning
 
-    # Its answers may go to a reader that leaves, as in "… | head".
+    # The answers may go to a program that ends early, as in "… | head".
     generate = ["--config=experiments/generate.py", f"--config.init_from={tmp_path / 'w'}", "--config.prompt=import"]
     command = [sys.executable, "launch.py", *generate, "--config.chat=False", "--config.max_new_tokens=8"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -235,12 +235,12 @@ def test_a_disk_without_room_is_one_line(number, tmp_path, monkeypatch, capsys):
     assert said.startswith(f"error: {os.strerror(number)} (writing {tmp_path / 'cache'}): make room")
     assert said.count("\n") == 1
     number = errno.EPERM
-    with pytest.raises(PermissionError):  # a fault of ours keeps its trace
+    with pytest.raises(PermissionError):  # an error of ours keeps its traceback
         launch_module.guarded([])
 
 
 def workdir_of(monkeypatch, *arguments):
-    """Where launch.py would run."""
+    """The workdir that launch.py would use."""
     asked = []
     monkeypatch.setattr(cli, "run_stage", lambda config, workdir, progress, chosen: asked.append(workdir))
     with flagsaver.flagsaver():

@@ -1,6 +1,6 @@
 """The pages are true: their Python runs as it is written, and what they name exists.
 
-Blocks run in a directory that holds what they name: DIR, a model; VL, one that sees; a.png; DATA, data sets.
+Blocks run in a directory with what they name: DIR, a model; VL, a vision-language model; a.png; DATA, data sets.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ STAGES, TASKS = ROOT / "qwen3f/stages/README.md", ROOT / "qwen3f/tasks/README.md
 BLOCKS = {f"{name_of(page)}:{i}": block for page in PAGES for i, block in enumerate(python_blocks(page))}
 ON_A_MESH = {name: block for name, block in BLOCKS.items() if "init_process_group" in block}
 ALONE = {name: block for name, block in BLOCKS.items() if name not in ON_A_MESH}
-OWN = {"mine/focal.py", "qwen3f/tasks/parity.py"}  # what a page tells its reader to write
+OWN = {"mine/focal.py", "qwen3f/tasks/parity.py"}  # files that a page tells its reader to write
 
 pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
@@ -71,7 +71,7 @@ def test_a_block_runs_on_its_own(name, place):
 
 
 def run_as_rank(rank, block, port):
-    """As torchrun starts it, but forked from a server that has imported torch."""
+    """Run the block as a rank of torchrun would, but forked from a server that has imported torch."""
     variables = {"RANK": rank, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
@@ -84,11 +84,12 @@ def test_the_block_for_a_mesh_runs_on_four_ranks():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     (block,) = ON_A_MESH.values()
-    mp.start_processes(run_as_rank, (block, port), nprocs=4, start_method="forkserver")  # raises what a rank does
+    mp.start_processes(run_as_rank, (block, port), nprocs=4, start_method="forkserver")  # raises a rank's error
 
 
 def test_the_toy_stage_of_the_page_trains(make, tmp_path, monkeypatch):
-    """Written into the file that the page names, and run by the page's command; only sizes and data are a test's."""
+    """The page's code is put into the file that the page names, and run by the page's command. Only sizes and data are
+    changed for the test."""
     (block,) = (block for block in python_blocks(STAGES) if "def make(run)" in block)
     (command,) = (words for words in launches(STAGES) if words[2] == "mine/focal.py")
     (tmp_path / "mine").mkdir()
@@ -125,7 +126,8 @@ with Judge({"correct": 1.0}, processes=1, deadline=60.0) as judge:
 
 
 def test_the_toy_task_of_the_page_is_asked_and_judged(tmp_path):
-    """In a copy of the package with the page's file and its line in the registry, by the processes that judge."""
+    """A copy of the package gets the page's file, and the page's line in its registry. Then the processes that judge
+    use the task."""
     (block,) = (block for block in python_blocks(TASKS) if "def judge" in block)
     (line,) = re.findall(r'`("parity": \w+)`', TASKS.read_text())
     (tmp_path / "qwen3f").mkdir()
@@ -167,7 +169,8 @@ def test_a_page_is_short(page):
 
 
 def places(page):
-    """Where a name may be meant: beside the page, in tests of its folder or one above, or below one of the roots."""
+    """Folders where a file named by the page may be: beside the page, in the tests of its folder or of one above, or
+    below one of the roots."""
     folder = page.parent.relative_to(ROOT)
     inner = folder.relative_to("qwen3f") if folder.is_relative_to("qwen3f") else folder
     roots = (folder, *("tests" / above for above in (inner, *inner.parents)), "", *CODE)
@@ -197,7 +200,7 @@ def test_every_file_that_is_named_exists(page):
 
 @pages
 def test_every_test_that_is_named_exists(page):
-    """`path::name`; a `test_name` alone is of the file before it in its line."""
+    """Tests are named as `path::name`. A `test_name` alone is in the file that is named before it in the same line."""
     wrong = []
     for line in prose(page).splitlines():
         file = None
@@ -226,7 +229,7 @@ def known():
 
 @pages
 def test_every_key_that_is_named_exists(page, known):
-    """In a row of a table, keys after the first are of its section."""
+    """In a row of a table, keys after the first one may leave out its section."""
     wrong = []
     for line in prose(page).splitlines():
         cell = spans(line.split("|")[1]) if re.match(r"\| `config\.(?!py`)", line) else []
@@ -245,7 +248,7 @@ def test_every_experiment_and_preset_that_is_named_exists(page):
 
 @pages
 def test_every_command_that_is_written_down_is_one(page):
-    """Of launch.py: keys and kinds of values; of modules: that they are there, and a bench's cases."""
+    """For launch.py, keys and types of values. For modules, that they exist. For the bench of training, its cases."""
     for words in commands(page):
         if words[0] == "launch.py" and "--config" in words:
             if words[2] not in OWN and words[2] != "experiments/X.py:PRESET":

@@ -1,4 +1,4 @@
-"""JSON files from strangers: a key twice is named, and found quickly."""
+"""JSON files from others: a key that is there twice is named, and found quickly."""
 
 import time
 

@@ -21,7 +21,7 @@ ARGUMENTS = "--device=cpu --preset=nano --rows=1 --seq_len=70 --document=16 --pr
 
 
 def test_a_policy_that_is_its_reference_has_the_loss_ln_2():
-    """And an accuracy of nothing: no margin. So every document is one answer of a pair, counted where it should be."""
+    """And the margin 0. So every document is one answer of a pair, and the right tokens of it count."""
     batch = dpo.pair_rows(2, 70, 16, 4, CFG.vocab_size)
     params = P.init_params(CFG, 0)
     batch["ref_logprobs"] = make_outputs(CFG)(params, batch)

@@ -24,14 +24,14 @@ def test_questions_are_in_subjects_with_prefixes():
 
 
 def test_both_sides_agree(capsys, monkeypatch):
-    """Where lm_eval is installed; else its rows say that it is not."""
+    """If lm_eval is installed. If not, its rows say so."""
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
     assert evaluation.main([*ARGUMENTS.split(), "--answer_batches=2"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"')]
     assert [row["who"] for row in rows] == ["qwen3f", "lm_eval HFLM"] * 2
     ours, theirs, our_answers, their_answers = rows
     assert ours["questions_s"] > 0
-    assert 0 < ours["computed"] < 0.5  # of four sequences a question, with prefixes computed once
+    assert 0 < ours["computed"] < 0.5  # of the tokens of four sequences a question; prefixes are computed once
     assert our_answers["tokens_s"] > 0
     if importlib.util.find_spec("lm_eval"):
         assert theirs["difference"] < 1e-4

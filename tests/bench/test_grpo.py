@@ -1,4 +1,4 @@
-"""The GRPO bench runs the stage, and TRL where it is there."""
+"""The GRPO bench runs our stage, and TRL if it is installed."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""transformers' side of the mixture's bench trains as it should, and both sides run."""
+"""The MoE bench: the update of transformers' side is AdamW, and both sides run."""
 
 import json
 
@@ -11,7 +11,7 @@ from qwen3f.bench import moe
 
 @pytest.mark.parametrize("pure", [True, False])
 def test_the_update_is_adamw(pure):
-    """Of float32 leaves both are torch's AdamW, to the bit."""
+    """With float32 parameters both kinds of update equal torch's AdamW, bit for bit."""
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(5))]
     theirs = [torch.nn.Parameter(leaf.detach().clone()) for leaf in ours]

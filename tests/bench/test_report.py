@@ -1,4 +1,4 @@
-"""A peer that fails is said and does not lose the other figures."""
+"""If a peer fails, the report says so and keeps all other numbers."""
 
 import json
 

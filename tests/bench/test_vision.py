@@ -1,4 +1,4 @@
-"""What the vision bench counts, and that each side runs; the speeds are of no interest here."""
+"""What the vision bench counts, and that each side runs. The speeds themselves are not checked."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def test_images_fill_the_row():
 
 
 def test_transformers_varlen_is_its_sdpa(monkeypatch):
-    """Its packed path, with plain attention in place of the CUDA operator, gives what its loop over images gives."""
+    """transformers' packed path, with plain attention in place of the CUDA operator, equals its loop over images."""
 
     def plain(q, k, v, starts, _, longest, __, scale):
         assert longest == 16
@@ -52,7 +52,7 @@ def test_transformers_varlen_is_its_sdpa(monkeypatch):
         torch.manual_seed(1)
         found.append(passes.train())
     for one, other in zip(*found, strict=True):
-        assert (one - other).norm() <= 1e-5 * one.norm()  # float32, another order of sums
+        assert (one - other).norm() <= 1e-5 * one.norm()  # float32: the sums have another order
 
 
 def test_every_side_runs(capsys):

@@ -1,4 +1,4 @@
-"""The made tokenizer is the same one for us and for transformers."""
+"""The generated tokenizer gives the same ids in our code and in transformers."""
 
 import pytest
 

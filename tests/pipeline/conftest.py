@@ -1,4 +1,4 @@
-"""A pipeline of all stages that ran undisturbed, its stages training numbers (fake_launch.py)."""
+"""A pipeline of all stages that ran without interruption. fake_launch.py stands in for training."""
 
 import pytest
 

@@ -1,7 +1,7 @@
-"""Stands for launch.py where a pipeline is tested: trains a number in a moment, and fails where it is told to.
+"""Runs in place of launch.py in tests of pipelines: "trains" a hash at once, and fails where it is told to.
 
-Its weights are a hash of the steps, the settings and the weights that it starts from; so equal numbers mean that the
-same was done. TROUBLE, a file that the environment names, says "STAGE ACTION" with an action of `act`.
+The weights are a hash of the steps, the settings and the weights at the start. So equal weights mean that the same work
+was done. The environment variable TROUBLE names a file with "STAGE ACTION"; for the actions see `trouble`.
 """
 
 import hashlib
@@ -74,7 +74,7 @@ def evaluate(flags, workdir):
 
 
 def show(flags):
-    """As generate: a file that has an answer is not written to again, and belongs to a model at a place."""
+    """Stands for the stage generate. Refuses a file that exists, as generate refuses answers of another model."""
     out = Path(flags["--config.out"])
     if out.exists():
         print(f"error: {out} holds another answer", file=sys.stderr)
@@ -84,7 +84,7 @@ def show(flags):
 
 
 def trouble(workdir, step):
-    """Does what the file says, for the stage that it names, at step 2 or (its action ends in "-asking") in measures."""
+    """Do what the file says, in the stage that it names: at step 2, or in measures if the action ends in "-asking"."""
     path = Path(os.environ.get("TROUBLE", "/nowhere"))
     stage, _, action = path.read_text().partition(" ") if path.is_file() else ("", "", "")
     wanted = 99 if action.endswith("-asking") else 2

@@ -1,4 +1,4 @@
-"""In launch.py's place: asks fork_server.py for a fork that runs it, and stands for that process."""
+"""Runs in place of launch.py: asks fork_server.py for a fork that runs it, passes signals on, and ends as it ends."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 
 with socket.socket(socket.AF_UNIX) as server:
     server.connect(os.environ["FORK_SERVER"])
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))  # until there is a process for them
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))  # until a process can get them
     socket.send_fds(server, [json.dumps(sys.argv[1:]).encode()], [1, 2])
     answers = server.makefile()
     pid = int(answers.readline())

@@ -1,7 +1,7 @@
-"""Real stages without a Python start and torch's import each: launch.py run in forks of a process that has them.
+"""Runs real stages without starting Python and importing torch for each: forks of one process run launch.py.
 
-The pipeline starts fork_client.py in launch.py's place, which asks this server for a fork, passes signals on to it, and
-ends as it does.
+The pipeline starts fork_client.py in place of launch.py. The client asks this server for a fork, passes signals on to
+it, and ends as the fork ends.
 """
 
 import json
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class ForkServer:
-    """A context manager; `environment` is what makes fork_client.py find it."""
+    """A context manager. environment: variables by which fork_client.py finds this server."""
 
     def __init__(self, directory):
         self.environment = {"FORK_SERVER": str(directory / "fork.socket")}
@@ -66,12 +66,12 @@ def serve(path):
                 server.close()
                 attend(client)
             client.close()
-            while os.waitpid(-1, os.WNOHANG) != (0, 0):  # those that have ended; one that runs is always left
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):  # reap ended children; the new one still runs
                 pass
 
 
 def attend(client):
-    """In a process of its own: fork the stage, tell its number, then how it ended."""
+    """Runs in its own process: forks the stage, sends its process id, then its exit code."""
     message, files, _, _ = socket.recv_fds(client, 1 << 20, 2)
     arguments = json.loads(message)
     pid = os.fork()

@@ -68,7 +68,7 @@ def test_a_stage_without_its_inputs_is_refused(done, tmp_path):
     shutil.rmtree(done / "04_sft_cold_start" / "checkpoints" / "3")
     with pytest.raises(UserError, match="starts from .*04_sft_cold_start/checkpoints/3, which is gone"):
         toy.go(done, stages="grpo")
-    toy.go(done)  # which needs it no more
+    toy.go(done)  # no stage that is left needs it
 
 
 def test_what_to_skip_is_all_up_to_a_stage_that_is_there(tmp_path, done):
@@ -129,7 +129,7 @@ def test_stages_by_name_that_were_stopped_go_on_with_what_is_left(done, monkeypa
 def test_an_interrupted_stage_does_not_go_on_with_other_settings(tmp_path, done, monkeypatch):
     trouble, place = tmp_path / "trouble", tmp_path / "Q"
     monkeypatch.setenv("TROUBLE", str(trouble))
-    trouble.write_text("pretrain_s2 crash")  # at its second step, behind a checkpoint
+    trouble.write_text("pretrain_s2 crash")  # at its second step, after a checkpoint
     with pytest.raises(RuntimeError):
         toy.go(place)
     trouble.unlink()

@@ -1,4 +1,4 @@
-"""What a stage would refuse in an hour is said before the first one starts."""
+"""Errors that a later stage would raise after an hour are raised before the first stage starts."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from tests.pipeline import toy
 
 
 def described(preset="nano", names=None, directory=Path("P"), **changes):
-    """__ in a key stands for a dot."""
+    """The stages as the check gets them. `__` in a key stands for a dot."""
     config = toy.preset(preset)
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     steps = chain.steps_of(config)
@@ -27,7 +27,7 @@ def described(preset="nano", names=None, directory=Path("P"), **changes):
 
 
 def weights(place, preset="nano", **changes):
-    """A Hugging Face directory as far as its model is looked at."""
+    """A Hugging Face directory with only config.json, which is all that the check reads."""
     place.mkdir(parents=True)
     cfg = presets.get(preset).replace(max_position_embeddings=2048, **changes)
     (place / "config.json").write_text(json.dumps((vl_to_hf if cfg.vision_enabled else to_hf)(cfg, torch.float32)))
@@ -57,7 +57,7 @@ def test_the_presets_pass(preset):
         ),
         ("grpo.optimizer.kind", "muon", r"grpo: --config.set.grpo.optimizer.kind=muon .*--config.set.grpo.optimizer"),
         ("evaluation.benchmarks", "mmluu", r"evaluation: --config.set.evaluation.benchmarks: .* did you mean mmlu\?"),
-        ("evaluation.benchmarks", "vqav2", "evaluation: .*vqav2"),  # the chain's model has no eyes
+        ("evaluation.benchmarks", "vqav2", "evaluation: .*vqav2"),  # the model has no vision tower
         (
             "evaluation.benchmarks",
             "gsm8k@/nowhere",
@@ -78,7 +78,7 @@ def test_the_presets_pass(preset):
 def test_what_a_stage_refuses_is_found_before_any_starts(flag, value, words):
     name = flag.partition(".")[0]
     names = None if name in ("measure", "evaluation") else [name]
-    more = {"set__grpo__mesh": "tp2"} if value == "muon" else {}  # which cuts no matrix
+    more = {"set__grpo__mesh": "tp2"} if value == "muon" else {}  # Muon allows no cut of a matrix
     with pytest.raises(UserError, match=words):
         foresee.check(described(names=names, **more, **{f"set.{flag}".replace(".", "__"): value}))
 
@@ -93,7 +93,7 @@ def test_the_whole_pipelines_keys_keep_their_names():
 
 
 def test_later_stages_have_the_first_ones_model():
-    """A setting that only fits the model of the first stage, and one that only fits the preset's."""
+    """The mesh of grpo fits the model that the settings of the first stage give, and does not fit the preset's."""
     heads = {"set__pretrain_s1__model__num_attention_heads": 4, "set__pretrain_s1__model__num_key_value_heads": 4}
     foresee.check(described(names=["grpo"], set__grpo__mesh="tp4", **heads))
     with pytest.raises(UserError, match="^grpo: .*tp"):
@@ -101,7 +101,7 @@ def test_later_stages_have_the_first_ones_model():
 
 
 def test_a_stage_with_weights_of_its_own_has_their_model(tmp_path):
-    """A stage of reinforcement too, which needs weights."""
+    """Also a stage of reinforcement learning, which needs weights."""
     place = weights(tmp_path / "W", num_attention_heads=8, num_key_value_heads=8)
     foresee.check(described(set__grpo__init_from=place, set__grpo__mesh="tp8", set__grpo_general__mesh="tp8"))
     with pytest.raises(UserError, match="^grpo_general: .*tp"):
@@ -158,7 +158,7 @@ def test_what_is_not_run_is_not_looked_at():
 
 
 def test_a_pipeline_ends_with_it_in_one_line_and_has_made_nothing(tmp_path, monkeypatch):
-    """Wherever launch.py was started."""
+    """Also if launch.py is started from another directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, "LAUNCHER", toy.HERE / "fake_launch.py")
     with pytest.raises(UserError, match="grpo: --config.set.grpo.rewards names 'corect'"):

@@ -1,5 +1,5 @@
-"""What a command goes on with, after another or the same one was stopped, and where files are gone: whatever a refusal
-says to write is a command that works."""
+"""How a command resumes after it or another command was stopped, or after files were deleted. Whatever a refusal says
+to write is a command that works."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ from qwen3f.pipeline import record
 from qwen3f.train import lock
 from tests.pipeline import toy
 
-SHORT = "pretrain_s2,pretrain_s3,sft_fusion,grpo_general,dpo"  # left out: what stays is a chain of four
+SHORT = "pretrain_s2,pretrain_s3,sft_fusion,grpo_general,dpo"  # skipped: four stages are left
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def go(place, **changes):
 
 
 def trained(said):
-    """Stages that trained, in order, of what was printed."""
+    """The stages that trained, in order, from what was printed."""
     return re.findall(r"^training \d+_(\w+)", said, re.MULTILINE)
 
 
@@ -121,12 +121,12 @@ def test_stages_by_name_that_were_stopped_in_their_questions_are_not_trained_aga
     assert toy.stage(found, asked)["measures"]["reasoning_plain"]["n"] == (
         20 if "set__measure__limit" in changes else 128
     )
-    go(done, **command)  # and once that is done, they run again
+    go(done, **command)  # the command is complete now, so it runs the stage again
     assert trained(capfd.readouterr().out) == ["grpo"]
 
 
 def test_a_kill_behind_a_stage_s_last_write_does_not_train_it_again(done, monkeypatch, capfd):
-    """What is done and what is left are one write."""
+    """The status "done" and the list of stages that are left are written in one write."""
     write = record.write_atomically
 
     def killed(path, content):
@@ -191,7 +191,7 @@ def test_a_checkpoint_that_goes_while_stages_run_is_named_at_the_end(done, monke
 def test_stages_that_are_gone_are_advised_with_those_between_and_before_that_they_need(whole, tmp_path, monkeypatch):
     toy.fake(monkeypatch.setattr)
     place = shutil.copytree(whole, tmp_path / "P")
-    shutil.rmtree(place / "03_pretrain_s3" / "checkpoints")  # which nothing needs, until what came from it is gone
+    shutil.rmtree(place / "03_pretrain_s3" / "checkpoints")  # not needed while sft_cold_start is there
     toy.go(place)
     shutil.rmtree(place / "04_sft_cold_start")
     shutil.rmtree(place / "06_sft_fusion")
@@ -228,9 +228,9 @@ def test_a_stage_that_has_begun_needs_its_own_weights_no_more(done, tmp_path, tr
     trouble.write_text("grpo crash")
     fails(done, TrainingError, **command)
     trouble.unlink()
-    (done / "05_grpo" / "config.json").write_text("{}")  # as a run's
+    (done / "05_grpo" / "config.json").write_text("{}")  # as a real run writes it
     weights.rename(tmp_path / "elsewhere")
-    fails(done, TrainingError, **command)  # of fake_launch.py, which reads them again; a real stage does not
+    fails(done, TrainingError, **command)  # fake_launch.py reads them again; a real stage does not
 
 
 def test_what_cannot_be_changed_is_one_line(done, monkeypatch):
@@ -247,7 +247,7 @@ def test_what_cannot_be_changed_is_one_line(done, monkeypatch):
 
 
 def test_a_stage_s_directory_that_is_read_only_is_not_waited_for(done, monkeypatch):
-    """As lock.held says it; only what another process holds comes free by itself."""
+    """The error is that of lock.held. Only a lock that another process holds becomes free by itself."""
     held = lock.held
 
     def read_only(place):

@@ -1,4 +1,4 @@
-"""What stages are measured by: losses that are no numbers, answers that another place or device has begun."""
+"""Measures of stages: losses that are no numbers; answers that were begun at another path or on another device."""
 
 import json
 import re
@@ -23,8 +23,8 @@ SEEN = {
     "shape",
     "tallest bar",
     "read a bar",
-}  # of shapes and bars
-SHORT = "pretrain_s2,pretrain_s3,sft_fusion,grpo_general,dpo"  # left out: what stays is a chain of four
+}  # topics of questions about shapes and bars
+SHORT = "pretrain_s2,pretrain_s3,sft_fusion,grpo_general,dpo"  # skipped: four stages are left
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def trouble(tmp_path, monkeypatch):
 
 
 def stopped(place, trouble, name):
-    """A pipeline that ended while a stage's questions were asked; returns what holds their modes."""
+    """Run a pipeline that fails while a stage's questions are asked. Returns the folder that holds their modes."""
     trouble.write_text(f"{name} wrong-asking")
     with pytest.raises(UserError):
         toy.go(place, skip=SHORT)
@@ -80,8 +80,8 @@ def records(folder, **head):
     "changes, kept",
     [
         ({}, True),
-        ({"weights": "finger"}, True),  # the beginning of one
-        ({"other": "things"}, True),  # which eval compares
+        ({"weights": "finger"}, True),  # the beginning of the right one
+        ({"other": "things"}, True),  # eval itself compares these
         ({"model": "/elsewhere/checkpoints/3"}, False),
         ({"dtype": "bfloat16"}, False),
         ({"weights": "others"}, False),
@@ -159,10 +159,10 @@ def test_pictures_that_were_answered_are_not_asked_again_wherever_the_directory_
     folder.mkdir()
     said = {"answer": "first\u2028second\x85third"}
     pictures.place_of(folder, 0).write_text(json.dumps(said, ensure_ascii=False) + "\n")
-    pictures.place_of(folder, 1).write_text('{"row": 0, "ans')  # of a process that was killed
+    pictures.place_of(folder, 1).write_text('{"row": 0, "ans')  # as a killed process leaves it
     pipeline = run.Pipeline(config, config.set.measure, steps, tmp_path, Signals(), False)
     pipeline._show(steps[-1], "W")
-    assert Image.open(folder / "pictures" / "0.png").size == (96, 96)  # as the stage before has drawn them
+    assert Image.open(folder / "pictures" / "0.png").size == (96, 96)  # as the stage before draws them
     assert {topic(one["prompt"]) for one in json.loads((folder / pictures.QUESTIONS).read_text())} <= SEEN
     assert pictures.answer(folder, 0) == said["answer"]
     assert pictures.answer(folder, 1) == "two\u2028lines of 1"

@@ -44,7 +44,7 @@ def test_nano_asks_what_it_trains():
 
 @pytest.mark.parametrize("preset", ["nano", "debug"])
 def test_the_questions_that_are_asked_exist(preset):
-    """As many held-out ones of each kind as the limit says."""
+    """Each kind has at least as many held-out questions as the limit."""
     config = config_of(preset)
     for place in (config.set.measure, config.set.evaluation):
         kinds = tuple(place.data.kinds.split(","))
@@ -93,7 +93,7 @@ def test_launch_py_refuses_in_one_line_and_makes_nothing(tmp_path):
 
 
 def test_a_mesh_is_planned_for_what_can_be_and_the_others_say_why(tmp_path, capfd):
-    """Of the large preset; one stage of each kind."""
+    """The preset large, with one stage of each kind."""
     config = config_of("large")
     config.update_from_flattened_dict({
         "mesh": "dp8,tp2,pp4", "plan": True, "hardware": "h100", "set.dpo.init_from": "W",

@@ -9,7 +9,7 @@ from qwen3f.pipeline.process import Command, Signals
 
 WAITS = "import time; time.sleep(60)"
 FAILS = "import sys, time; time.sleep(0.3); sys.exit('error: it is broken')"
-# says when it can be stopped, counts the signals that come within half a second
+# creates a file once it can be stopped, then counts the signals that arrive within half a second
 COUNTS = """
 import signal, sys, time
 came = []

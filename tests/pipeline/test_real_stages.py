@@ -39,7 +39,7 @@ _OWN = {
 
 
 def changes(corpus, cache):
-    """Of the pipeline, for toy.make_config."""
+    """The changes for toy.make_config that make the pipeline tiny."""
     out = {"report": True, "set__measure__limit": 2, "set__measure__max_new_tokens": 4, "device": "cpu"}
     out |= {"set__evaluation__limit": 3, "set__evaluation__max_new_tokens": 4}
     for name, own in _OWN.items():
@@ -72,7 +72,7 @@ def start(server, directory, settings):
 
 @pytest.fixture(scope="module")
 def real(server, settings, tmp_path_factory):
-    """(directory, what was said) of a chain that nothing disturbed."""
+    """(directory, what was printed) of a chain that ran without interruption."""
     place = tmp_path_factory.mktemp("whole") / "P"
     process = start(server, place, settings)
     said = process.communicate(timeout=300)[0]
@@ -81,7 +81,7 @@ def real(server, settings, tmp_path_factory):
 
 
 def assert_same(directory, wanted, names):
-    """The measures of stages, and the weights of the last that trains."""
+    """Assert that the measures of these stages are equal, and the weights of the last one that trains."""
     records = [toy.read(place) for place in (directory, wanted)]
     for name in names:
         found, right = (toy.stage(record, name) for record in records)
@@ -160,7 +160,7 @@ def a_kill_changes_nothing(place, server, settings, directory):
 
 
 def test_a_chain_of_real_stages(real, server, settings, tmp_path):
-    """One test, as workers that share tests out would each train the chain."""
+    """One test: with several, each worker of pytest would train the whole chain."""
     place, said = real
     every_stage_trains_and_is_measured(place, said)
     all_have_the_first_one_s_tokenizer_with_the_chats_tokens(place)

@@ -1,4 +1,4 @@
-"""A pipeline from its start to its end, whatever stops it on the way; its stages train numbers (fake_launch.py)."""
+"""A pipeline from start to end, whatever stops it on the way. fake_launch.py stands in for training."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ def launcher(monkeypatch):
 
 @pytest.fixture(scope="module")
 def brief(tmp_path_factory):
-    """As `whole`, with half of the stages."""
+    """As the fixture `whole`, with half of the stages."""
     return toy.made(tmp_path_factory.mktemp("brief") / "P", skip=BRIEF)
 
 
@@ -61,7 +61,7 @@ def test_text_stages_are_measured_by_their_loss_and_the_others_by_the_same_quest
     keys = {one["name"]: set(one["measures"]) for one in found["stages"]}
     losses, answers = {"val_loss/embedded", "val_loss/reasoning"}, {"reasoning_thinking", "reasoning_plain"}
     assert keys["pretrain_s1"] == keys["pretrain_s2"] == losses
-    assert keys["pretrain_s3"] == losses | answers  # what the cold start begins with
+    assert keys["pretrain_s3"] == losses | answers  # the cold start begins with its weights
     assert all(keys[name] == answers for name in toy.NAMES[3:])
     one = toy.stage(found, "grpo")["measures"]["reasoning_thinking"]
     assert set(one) == {"value", "low", "high", "n"}
@@ -89,7 +89,7 @@ def test_the_end_has_a_table_and_the_next_commands(tmp_path, capfd):
     assert "--config.prompt=" in out
 
 
-KILLED = ("pretrain_s1", "grpo", "evaluation")  # of each kind; the others nightly
+KILLED = ("pretrain_s1", "grpo", "evaluation")  # one of each kind; the others run nightly
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_questions_asked_beside_the_next_stage_have_the_same_answers(brief, tmp_
     trouble.write_text("sft_cold_start hang-asking")
     process = toy.start(tmp_path / "P", skip=BRIEF, overlap=True)
     toy.wait_for(Path(f"{trouble}.reached"), process)
-    toy.wait_for(tmp_path / "P" / "05_grpo" / "checkpoints" / "3", process)  # which did not wait for the answers
+    toy.wait_for(tmp_path / "P" / "05_grpo" / "checkpoints" / "3", process)  # did not wait for the answers
     process.kill()
     process.communicate()
     found = toy.read(tmp_path / "P")
@@ -145,7 +145,7 @@ def test_questions_that_fail_beside_a_stage_are_named_and_asked_again(last, brie
     trouble.write_text(f"{'sft_fusion' if last else 'sft_cold_start'} wrong-asking")
     with pytest.raises(UserError, match="write --config.set.measure.limit=4"):
         toy.go(tmp_path / "P", skip=BRIEF, overlap=True)
-    failed = "evaluation" if last else "grpo"  # the stage that ran with them
+    failed = "evaluation" if last else "grpo"  # the stage that ran at the same time
     assert toy.stage(toy.read(tmp_path / "P"), failed)["status"] == "failed"
     trouble.unlink()
     toy.go(tmp_path / "P", skip=BRIEF, overlap=True)
@@ -162,7 +162,7 @@ def test_a_signal_reaches_the_stage_and_the_same_command_goes_on(number, brief, 
     assert process.returncode == 0, err
     name = signal.Signals(number).name
     assert out.endswith(f"{name}: stopped in sft_cold_start; the same command resumes there\n")
-    if number == signal.SIGTERM:  # what the stage gets; it ends after its step, with a checkpoint
+    if number == signal.SIGTERM:  # the stage gets it too, and ends after its step, with a checkpoint
         assert (tmp_path / "P" / "04_sft_cold_start" / "checkpoints" / "2").exists()
     one = toy.stage(toy.read(tmp_path / "P"), "sft_cold_start")
     assert one["status"] == "waiting"
@@ -188,7 +188,7 @@ def test_a_stage_that_fails_ends_the_pipeline_in_one_line_and_the_same_command_g
         toy.go(tmp_path / "P", skip=BRIEF)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert "error:" not in capfd.readouterr().err  # it is said once, by whoever catches this
+    assert "error:" not in capfd.readouterr().err  # only the caller prints it
     found = toy.read(tmp_path / "P")
     assert toy.stage(found, "grpo")["status"] == "failed"
     assert toy.stage(found, "sft_fusion")["status"] == "waiting"
@@ -199,7 +199,7 @@ def test_a_stage_that_fails_ends_the_pipeline_in_one_line_and_the_same_command_g
 
 
 def test_on_a_full_disk_the_record_stays_valid_and_the_same_command_goes_on(brief, tmp_path, trouble, monkeypatch):
-    """The stage fails for want of room, and then the record cannot be written either."""
+    """The stage fails because the disk is full. Then the record cannot be written either."""
     trouble.write_text("grpo disk")
     write = record.write_atomically
 

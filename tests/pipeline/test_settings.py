@@ -1,4 +1,5 @@
-"""Whose value a key has: the pipeline's, or a stage's own, where that is its experiment's default too."""
+"""Which value a stage's key gets: the pipeline's, or the one that the user set for the stage, even if that is the
+default of the stage's experiment."""
 
 import pytest
 
@@ -50,7 +51,8 @@ def test_a_plan_is_for_the_mesh_and_the_card_of_the_stage(tmp_path):
 
 
 def test_what_the_user_set_of_a_model_reaches_a_stage_that_starts_from_weights(tmp_path, monkeypatch):
-    """Beside weights only the keys on the command line count, and the experiment's own value is one of them."""
+    """A stage that starts from weights takes only the model's keys that are on its command line. A key that the user
+    set must be there, even if it has the experiment's own value."""
     own = toy.make_config().set.grpo.model.max_position_embeddings
     flag = f"--config.model.max_position_embeddings={own}"
     without, said = steps_of(), steps_of(set__grpo__model__max_position_embeddings=own)

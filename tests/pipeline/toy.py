@@ -1,4 +1,4 @@
-"""The nano pipeline with a launcher that trains numbers, and what its tests look at."""
+"""The nano pipeline with fake_launch.py in place of launch.py, and helpers that read what it left."""
 
 import json
 import os
@@ -18,7 +18,7 @@ NAMES = (*TRAINED, "evaluation")
 
 
 def fake(put, launcher="fake_launch.py"):
-    """Stages are run by `launcher` and not looked through before. put: setattr, or a MonkeyPatch's."""
+    """Let `launcher` run the stages, and skip the check before the first one. put: setattr, or a MonkeyPatch's."""
     put(commands, "LAUNCHER", HERE / launcher)
     put(commands, "FORESEE", ("-c", ""))
 
@@ -28,7 +28,7 @@ def preset(name):
 
 
 def make_config(**changes):
-    """__ in a key stands for a dot."""
+    """The configuration of nano with three steps a stage. `__` in a key stands for a dot."""
     config = preset("nano")
     steps = {f"set.{name}.steps": 3 for name in TRAINED} | {"report": False}
     config.update_from_flattened_dict(steps | {key.replace("__", "."): value for key, value in changes.items()})
@@ -36,13 +36,13 @@ def make_config(**changes):
 
 
 def go(directory, **changes):
-    """Runs it here; returns pipeline.json."""
+    """Run the pipeline in this process. Returns the content of pipeline.json."""
     run.run(make_config(**changes), directory, progress=False, chosen=[key.replace("__", ".") for key in changes])
     return read(directory)
 
 
 def made(directory, **changes):
-    """A directory in which it has run, for fixtures that live longer than a test."""
+    """Run the pipeline in `directory` and return that; for fixtures that live longer than a test."""
     with pytest.MonkeyPatch.context() as patch:
         fake(patch.setattr)
         go(directory, **changes)
@@ -62,7 +62,7 @@ def statuses(record):
 
 
 def numbers(directory):
-    """What has to be the same however a pipeline came to its end: every stage's weights and measures."""
+    """(weights, measures) of every stage. They must be the same whatever interrupted the pipeline."""
     record = read(directory)
     weights = {
         one["name"]: (directory / one["workdir"] / "checkpoints" / str(one["steps"]) / "manifest.json").read_text()
@@ -73,7 +73,7 @@ def numbers(directory):
 
 
 def start(directory, **changes):
-    """The pipeline as a process of its own."""
+    """Start the pipeline in a process of its own."""
     command = [sys.executable, "-m", "tests.pipeline.toy", str(directory), json.dumps(changes)]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}

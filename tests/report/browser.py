@@ -1,4 +1,4 @@
-"""Headless Chromium by ChromeDriver's HTTP protocol, with the standard library alone."""
+"""Headless Chromium through ChromeDriver's HTTP protocol, with only the standard library."""
 
 import base64
 import contextlib
@@ -51,7 +51,7 @@ class Page:
         return self._post("execute/sync", {"script": text, "args": []})
 
     def picture(self, path):
-        """The whole page."""
+        """Write a PNG of the whole page to `path`."""
         shot = self.cdp("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 
@@ -68,7 +68,7 @@ class Page:
 
 @contextlib.contextmanager
 def opened():
-    """A Page. RuntimeError where the browser does not start."""
+    """Opens a browser and yields its Page. Raises RuntimeError if the browser does not start."""
     chromium, driver = find()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Directories as runs and pipelines leave them, of real tiny runs, and of lines that no run would write."""
+"""Writes directories as runs and pipelines leave them, with made-up numbers, and a text that no run would write."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def write_lines(path, lines):
 
 
 def write_run(place, steps=30, stage="sft", text="right", **config):
-    """A run that logged a little, with an answer that says `text`."""
+    """Write a run with a few metrics, whose answers say `text`. Returns its directory."""
     lines = [{"step": s, "loss": 5 / s, "lr": 1e-3, "tokens_per_sec": 900.0, "mfu": 0.3} for s in range(1, steps + 1)]
     for step in (steps // 2, steps):
         lines[step - 1] |= {"val_loss": 4 / step, "val_accuracy": 0.5, "val_well_formed": 1.0}
@@ -43,7 +43,7 @@ def write_run(place, steps=30, stage="sft", text="right", **config):
 
 
 def write_pipeline(place, runs, names=None):
-    """runs: directories to copy, a stage each, from the one before."""
+    """Write a pipeline. runs: directories to copy; each is a stage that starts from the one before."""
     stages, before = [], None
     for number, run in enumerate(runs, 1):
         folder = f"{number:02d}_{run.name}"

@@ -1,4 +1,4 @@
-"""Directories that give no access: what can be read is shown, and what cannot be written is named as it is meant."""
+"""Directories without access: what can be read is shown, and an error names the file that the user asked for."""
 
 import errno
 import os

@@ -1,4 +1,5 @@
-"""What a pipeline asked of its stages' models: shown before and after, and compared question by question."""
+"""Questions that a pipeline asked the models of its stages: answers before and after are shown, and compared question
+by question."""
 
 import json
 import os
@@ -91,7 +92,7 @@ def test_json_that_is_nested_too_deeply_is_left_out(file, tmp_path):
 
 
 def test_the_last_question_of_a_prompt_is_found_in_one_pass():
-    """A pattern that looks for the end from each beginning took minutes here."""
+    """A regular expression that searched for the end from each beginning took minutes on this text."""
     begun = "<|im_start|>user\n" * 200_000
     assert last_query(begun) == begun
     turns = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc\nd<|im_end|>\n"
@@ -137,7 +138,7 @@ def test_pictures_that_were_asked_about_are_shown(pipeline):
 
 
 def test_a_stage_that_only_shows_pictures_lacks_nothing(tmp_path):
-    """It logs nothing and has no configuration: no problem is told, and its row leads to its answers."""
+    """It logs nothing and has no configuration. The page names no problem, and its row has a link to the answers."""
     place = tmp_path / "01_pictures"
     (place / "pictures").mkdir(parents=True)
     (place / "pictures" / "0.png").write_bytes(b"\x89PNG")

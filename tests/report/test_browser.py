@@ -1,4 +1,5 @@
-"""The page in headless Chromium: nothing wider than a phone, nothing cut, in both schemes, and what is read aloud."""
+"""The page in headless Chromium: it fits a phone, its text has contrast in both colour schemes, and a screen reader
+gets headings, names and tables."""
 
 from itertools import pairwise
 
@@ -69,7 +70,7 @@ def test_nothing_is_wider_than_the_window(page, reports, which, width):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_texts_stand_out_from_the_paper(page, reports, dark):
-    """4.5 to 1, WCAG 2.1's AA for texts of this size."""
+    """The contrast is at least 4.5 to 1, which WCAG 2.1 AA asks for text of this size."""
     page.open(reports[0], 1280, dark=dark)
     found = page.script(CONTRAST)
     assert len(found) > 3

@@ -11,7 +11,7 @@ from qwen3f.report.metrics_file import Metrics, Series
 
 
 def lines(marks_, prompts=None):
-    """As eval.answers.kept has them: with the prompts of the first ones alone."""
+    """Lines of answers as eval.answers.kept writes them: only the first ones have their prompts."""
     return tuple(
         {"evaluation": "val", "mode": "plain", "number": i, "mark": mark, "formed": True}
         | ({"prompt": (prompts or "abcdef")[i]} if i < 3 else {})
@@ -44,7 +44,7 @@ def test_each_question_is_compared_with_itself_where_some_could_not_be_judged():
 
 @pytest.mark.parametrize("run", [
     run_of([1.0, 0.0], [1.0, 0.0], prompts="xyz"), run_of([1.0, 0.0], [1.0, 0.0, 1.0]),
-    run_of([1.0, 0.0], [1.0, 0.0], values=(0.5, 0.7)),  # of more questions than are kept
+    run_of([1.0, 0.0], [1.0, 0.0], values=(0.5, 0.7)),  # metrics of more questions than are kept
     run_of([1.0, None], [None, 0.0]),
 ])  # fmt: skip
 def test_other_questions_have_no_difference(run):

@@ -1,4 +1,4 @@
-"""The page: what it shows, what it must never hold, and that it stays light."""
+"""The page: what it shows, what it must never contain, and that its file stays small."""
 
 import json
 import re

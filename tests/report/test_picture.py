@@ -1,4 +1,4 @@
-"""The picture for a README: it stands by itself, in both schemes."""
+"""The picture for a README: it works outside the page, in a light and a dark colour scheme."""
 
 import io
 import json
