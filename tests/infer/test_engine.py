@@ -346,8 +346,7 @@ def passes_of_32(engine, monkeypatch):
 
 def test_a_long_request_makes_later_short_ones_no_slower(monkeypatch):
     """Each row has one page. The cache holds 32 short rows, or one row of 2048 tokens. Short requests take as many
-    passes as before after a long request was refused, answered or cancelled. Only while it is computed do they take
-    more."""
+    passes as before after a long request was refused, answered or cancelled. They take more only while it runs."""
     cfg, p = build(num_hidden_layers=1)
     engine = Engine(cfg, p, max_tokens=2048)
     expected = passes_of_32(engine, monkeypatch)
@@ -371,8 +370,7 @@ def test_a_long_request_makes_later_short_ones_no_slower(monkeypatch):
 
 
 def test_a_shared_cache_grows_with_what_is_asked(monkeypatch):
-    """Without max_tokens the cache is as large as requests need. When it grows, unfinished rows continue in the new
-    one."""
+    """Without max_tokens the cache is as large as requests need. When it grows, open rows continue in the new one."""
     monkeypatch.setattr(device, "GPU_LEAST", 1 << 19)
     cfg, p = build()
     prompts = random_prompts(12, cfg)

@@ -61,9 +61,8 @@ def test_a_row_that_is_cancelled_early_leaves_clean_pages(options, steps):
 
 
 def test_a_row_that_is_preempted_early_leaves_clean_pages():
-    """Two older rows, which need 22 pages together, grow until they take pages of a bad row that is still being
-    prefilled. The shorter one gets such a page. It attends over as many slots as the longer one, so masked slots take
-    part."""
+    """Two older rows, which need 22 pages together, take pages of a bad row that is still being prefilled. The shorter
+    one gets such a page. It attends over as many slots as the longer one, so masked slots take part."""
     cfg, p = broken()
     engine = Engine(cfg, p, num_ids=90, max_tokens=88, options=EngineOptions(rows=3, chunk=1, page_size=4))
     prompts = [[1] * 40, [1, 2, 3]]

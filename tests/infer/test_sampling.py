@@ -90,8 +90,7 @@ def test_presence_counts_a_token_once():
     "params", [SamplingParams(1.0), SamplingParams(0.7, 6, 0.9, 0.02), SamplingParams(1.3, 0, 0.8)]
 )
 def test_frequencies_follow_the_probabilities(params):
-    """40,000 draws; χ² over the tokens that are expected at least 5 times. It may be 6 standard deviations over its
-    mean."""
+    """40,000 draws. χ² over tokens expected at least 5 times stays below its mean plus 6 standard deviations."""
     draws, logits = 40_000, random_logits(3, rows=1, vocab=12, scale=1.5)
     probs = filter_logits(logits, params).softmax(-1)[0]
     counts = sample(logits.expand(draws, -1), params, keys(draws, seed=5), NOTHING).bincount(minlength=12)

@@ -146,8 +146,7 @@ FUSED_CASES = [(case, how) for case in FUSED for how in ("formula", "kernels")]
 
 
 def fused_pass(tp, case, how):
-    """(logits, ids, log-probs, finite, cache) of the second of two decoding passes of four rows. The third row is
-    idle."""
+    """(logits, ids, log-probs, finite, cache) of four rows' second decoding pass. The third row is idle."""
     dtype = torch.float64 if how == "formula" else torch.float32
     cfg, whole = build_fused(dtype, vocab_size=96, num_hidden_layers=2, **FUSED[case])
     own = shards(cfg, whole, tp)

@@ -109,8 +109,7 @@ def test_a_damaged_file_is_named(root, tmp_path):
 
 
 def test_a_run_goes_on_with_the_reference_that_it_began_with(root, tmp_path):
-    """init_from is a workdir that has trained further since. Its newest weights would be another reference, which is
-    refused."""
+    """init_from is a workdir that has trained further since. Its new weights are another reference: refused."""
     base = configured(root, tmp_path)
     loop.run(base, tmp_path / "base", progress=False)
     config = configured(root, tmp_path, init_from=str(tmp_path / "base"))

@@ -1,5 +1,4 @@
-"""Questions that a pipeline asked the models of its stages: answers before and after are shown, and compared question
-by question."""
+"""Questions to the models of a pipeline's stages: answers before and after are shown and compared one by one."""
 
 import json
 import os

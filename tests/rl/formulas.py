@@ -1,5 +1,4 @@
-"""The policy losses written a second time, as in the papers: float64, sequence by sequence. And TRL's loss, on
-stubs."""
+"""The policy losses written a second time, as in the papers: float64, sequence by sequence. And TRL's own, on stubs."""
 
 import math
 from types import SimpleNamespace

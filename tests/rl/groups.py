@@ -39,8 +39,7 @@ def rollout(text, ended=True):
 
 
 class Here:
-    """A judge whose rewards are functions of a sample. A function returns None if it cannot judge, which becomes
-    NaN."""
+    """A judge whose rewards are functions of a sample. None means that a function cannot judge, and becomes NaN."""
 
     def __init__(self, **rewards):
         self.names, self.rewards, self.weights, self.seen = tuple(rewards), rewards, (1.0,) * len(rewards), []

@@ -35,8 +35,7 @@ def test_they_are_the_formulas(rewards, baseline, scale):
 
 
 def test_unjudged_rewards_leave_mean_and_deviation():
-    """TRL PR 5902, ms-swift 8123: a completion without a reward made its whole group NaN, or lowered the group's
-    mean."""
+    """TRL PR 5902, ms-swift 8123: a completion without a reward made its group NaN, or lowered the group's mean."""
     with_it = group_advantages(torch.tensor([[1.0, 0.0, NAN, 1.0]]))
     without = group_advantages(torch.tensor([[1.0, 0.0, 1.0]]))
     assert with_it[0, 2] == 0
@@ -62,8 +61,7 @@ def test_a_large_offset_changes_nothing():
 
 
 def test_small_spreads_are_not_shrunk():
-    """verl PR 6348: a lower bound of the variance made advantages 100 times too small. Here 1e-4 is added to the
-    standard deviation."""
+    """verl PR 6348: a lower bound of the variance made advantages 100 times too small. We add 1e-4 to the deviation."""
     got = group_advantages(torch.tensor([[0.0, 0.1, 0.1, 0.0]]))
     big = group_advantages(torch.tensor([[0.0, 1.0, 1.0, 0.0]]))
     assert (got / big - 1).abs().max() <= 2e-3

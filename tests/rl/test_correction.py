@@ -41,8 +41,7 @@ def test_weights_are_the_formulas(mode, low, high, seed):
 
 
 def test_they_are_trls_of_one_document_a_row():
-    """Each row is one document. Expected: the lines of TRL 1.16's `_generate_and_score_completions`, with clip_max
-    3."""
+    """Each row is one document. Expected: TRL 1.16's lines in `_generate_and_score_completions`, clip_max 3."""
     gap, counts, _ = rows()
     segments = torch.ones_like(counts, dtype=torch.int32)
     difference = torch.where(counts, gap, 0.0)

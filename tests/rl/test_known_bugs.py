@@ -94,8 +94,7 @@ class _Ids:
 
 
 def test_trl_6789_filters_of_the_sampler_do_not_exist():
-    """With top-p or top-k the trainer would have to know which tokens could be drawn. So only the temperature can be
-    set."""
+    """With top-p or top-k the trainer must know which tokens could be drawn. So only the temperature can be set."""
     from qwen3f.stages.configs import grpo_config
 
     assert not {"top_k", "top_p", "min_p", "presence_penalty"} & set(grpo_config("nano").rollout)

@@ -1,5 +1,4 @@
-"""Completions packed in rows: whole, without padding between, their numbers at the position that predicts each
-token."""
+"""Completions packed in rows: whole, without padding between, numbers at the position that predicts the token."""
 
 import numpy as np
 import pytest

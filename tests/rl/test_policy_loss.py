@@ -1,5 +1,4 @@
-"""Every loss and its gradient against float64 formulas and TRL 1.16 on stubs; the same for any micro-batches and any
-packing."""
+"""Every loss and its gradient against float64 formulas and TRL 1.16 on stubs; any micro-batches, any packing."""
 
 import dataclasses
 from itertools import pairwise

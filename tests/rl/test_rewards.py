@@ -1,5 +1,4 @@
-"""Rewards: their values. A reward that fails is counted, affects only its own sample, and does not make the run
-wait."""
+"""Rewards: their values. A reward that fails is counted, affects only its own sample, and never blocks the run."""
 
 import math
 import threading

@@ -1,5 +1,4 @@
-"""Reinforcement learning on questions about images: packed rows, log-probabilities and whole runs of a small
-vision-language model."""
+"""Reinforcement learning on questions about images: packed rows, log-probabilities, runs of a small model."""
 
 import json
 

@@ -86,7 +86,7 @@ def test_any_cut_into_micro_batches(root, alone, tmp_path):
 
 
 def test_a_killed_run_goes_on_with_the_same_answers_and_numbers(root, alone, tmp_path):
-    """The run dies before step 4 and resumes from the checkpoint of step 2, with the same bits as an undisturbed run.
+    """The run dies before step 4 and resumes from the checkpoint of step 2, bit for bit like an uninterrupted run.
     Steps ask more prompts than the batch size, because of ties."""
     config, whole, first, second = configured(root, **{"online.fill": 1.0}), {}, {}, {}
     loop.run(config, tmp_path / "whole", False, make_step=watched(whole))

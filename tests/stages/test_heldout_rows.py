@@ -1,5 +1,4 @@
-"""If only some held-out rows are measured, they have all lengths, and every evaluation reads the same ones, in
-order."""
+"""If only some held-out rows are measured, they have all lengths. Each evaluation reads the same ones, in order."""
 
 from collections import defaultdict
 from pathlib import Path

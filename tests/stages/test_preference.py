@@ -108,8 +108,7 @@ def test_every_mesh(runs, ranks, root, alone, tmp_path):
 
 @pytest.mark.parametrize("stage", ["dpo", pytest.param("reward_model", marks=pytest.mark.nightly)])
 def test_a_killed_run_goes_on_with_the_same_batches_and_numbers(stage, root, alone, tmp_path):
-    """The run dies before step 4 and resumes from the checkpoint of step 2, with the same bits as an undisturbed
-    run."""
+    """The run dies before step 4 and resumes from the checkpoint of step 2, bit for bit like an uninterrupted run."""
     config, whole, first, second = configured(root, stage), {}, {}, {}
     loop.run(config, tmp_path / "whole", False, make_step=watched(whole))
     with pytest.raises(Killed):

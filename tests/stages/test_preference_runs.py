@@ -1,5 +1,4 @@
-"""The contract's commands in sequence: a reward model, DPO on given pairs, DPO on answers that the reward model
-ranks."""
+"""The contract's commands in sequence: a reward model, DPO on given pairs, DPO on answers ranked by that model."""
 
 import pytest
 

@@ -167,8 +167,7 @@ def watched(batches, dies_at=None):
 
 
 def test_a_killed_run_goes_on_with_the_same_batches_and_numbers(root, alone, tmp_path):
-    """The run dies before step 4 and resumes from the checkpoint of step 2, with the same bits as an undisturbed
-    run."""
+    """The run dies before step 4 and resumes from the checkpoint of step 2, bit for bit like an uninterrupted run."""
     config, whole, first, second = toy_chats.make_config(root), {}, {}, {}
     loop.run(config, tmp_path / "whole", False, make_step=watched(whole))
     with pytest.raises(Killed):

@@ -94,8 +94,7 @@ def fusion(root, **changes):
 
 
 def test_the_mixture_of_fusion(root, tmp_path):
-    """Shares of the rows are exact. A sample has a thought if its mode has one. About half of the samples have a
-    switch."""
+    """Shares of the rows are exact. A sample has a thought if its mode has one. About half of them have a switch."""
     setup = make_setup(fusion(root))
     made = sft.make(Run(setup, tmp_path, ALONE, False, lambda: False))
     ends = np.cumsum([0, *map(len, made.dataset.parts)])

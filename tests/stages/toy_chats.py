@@ -35,8 +35,7 @@ def small_tokenizer(place):
 
 
 def write_weights(place, changes, seed=1):
-    """Write random weights of the preset nano with `changes`, and the small tokenizer. Returns the directory, as
-    text."""
+    """Write random weights of the preset nano with `changes`, and the small tokenizer. Returns the directory."""
     cfg = presets.get("nano").replace(**changes)
     hf.save_pretrained(place, cfg, params.init_params(cfg, seed), small_tokenizer(place.parent / f"{place.name}.tok"))
     return str(place)

@@ -127,8 +127,7 @@ def test_packed_documents_equal_transformers_alone(changes, dtype, logit_toleran
 
 @torch.no_grad()
 def test_what_fills_the_room_of_a_row_changes_nothing():
-    """Padding patches and grids, and their number, change nothing. To 1e-12, since sums over tensors of other sizes
-    round differently."""
+    """Padding patches and grids, and their number, change nothing. To 1e-12: sums of other sizes round differently."""
     cfg = vl_config()
     p = our_params(cfg, hf_model(cfg, dtype=torch.float64))
     rows = [row(random.Random(1), "titv"), row(random.Random(2), "it")]

@@ -88,8 +88,7 @@ def test_greedy_decoding_equals_transformers_with_its_cache():
 
 
 def test_pages_are_shared_by_the_same_pixels_alone():
-    """A prompt with the same words but other pixels must not reuse the first one's pages. With the same pixels it
-    does."""
+    """A prompt with the same words must reuse the first one's pages if its pixels are the same, and only then."""
     cfg, p, _ = make()
     rows, _, (pictures, _) = prompts(cfg, ["titt", "t"])
     other = Pictures(pictures.pixels.roll(1, 0) + 1, pictures.grids)

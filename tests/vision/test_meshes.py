@@ -119,8 +119,7 @@ def test_a_mesh_equals_one_device(mesh, changes, rates, steps):
 
 @pytest.mark.parametrize("mesh, kinds", [("", ("t", "tt", "t", "t")), ("", None), ("dp2", ("t", "tt", "t", "t"))])
 def test_a_batch_without_images_leaves_the_tower_alone(mesh, kinds):
-    """Neither weight decay nor its moments may change the tower then. kinds None: a batch without the tensors for
-    images."""
+    """Neither weight decay nor moments may change it then. kinds None: a batch without the tensors for images."""
     cfg, hyper = config(), AdamW()
     inputs = batches(cfg, 2)
     inputs[1] = batches(cfg, 1, kinds or ("t",) * 4)[0]

@@ -130,8 +130,7 @@ def test_a_row_has_the_patches_that_its_grids_name():
 
 @pytest.mark.parametrize("head_dim, section", [(128, (24, 20, 20)), (16, (4, 2, 2)), (16, (2, 3, 3)), (24, (4, 4, 4))])
 def test_interleaved_tables_are_transformers(head_dim, section):
-    """Angles are float32. At positions of some hundreds, the rounding of one product changes cos and sin by up to
-    2e-5."""
+    """Angles are float32. At positions of hundreds, the rounding of one product changes cos and sin by 2e-5."""
     cfg = CFG.replace(head_dim=head_dim, mrope_section=section, rope_theta=5e6)
     text = modeling_qwen3_vl.Qwen3VLTextConfig(
         head_dim=head_dim,
