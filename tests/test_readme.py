@@ -194,7 +194,7 @@ def test_every_file_that_is_named_exists(page):
         name for span in code for name in re.findall(r"^[\w/.-]+\.(?:py|md|sh|txt)(?=$|:)|^[\w.-]+/(?:[\w-]+/)*$", span)
     }
     of_runs = {"checkpoints/", "tokenizer/", "nonfinite/", "samples/", "answers/", "state/", "meta/", "results.md"}
-    named = {name for name in files - OWN - of_runs if not re.search(r"(^|[/_])[A-Z]+([./]|$)", name)}  # NAME.py
+    named = {name for name in files - OWN - of_runs if not re.search(r"(^|[/_])[A-Z]+([./]|$)", name)}  # not NAME.py
     assert sorted(name for name in named if found(page, name) is None) == []
 
 

@@ -175,7 +175,7 @@ def test_stop_ids_end_rows_and_then_the_stream():
     ids = list(stream(cfg, p, tokens, max_new_tokens=NEW, stop_ids=stops))
     assert len(ids) == steps
     first = next(t for t, i in enumerate(ids) if int(i[0]) in stops)
-    assert all(int(i[0]) == stops[0] for i in ids[first + 1 :])  # the default pad
+    assert all(int(i[0]) == stops[0] for i in ids[first + 1 :])  # the first stop id is the default padding
     assert torch.equal(generate(cfg, p, tokens, max_new_tokens=0), tokens)
 
 
@@ -195,7 +195,7 @@ def test_thinking_budget_closes_exactly_the_rows_that_think_on():
     stopped = generate(
         cfg, p, tokens, max_new_tokens=20, budget=ThinkingBudget(6, end, closing), stop_ids=[int(free[0, 1])], pad_id=0
     )[:, -20:]
-    assert (stopped[0, 2:] == 0).all()  # a row that stopped is not closed
+    assert (stopped[0, 2:] == 0).all()  # a row that has stopped gets no closing sentence
     truncated = generate(cfg, p, tokens, max_new_tokens=8, budget=ThinkingBudget(6, end, closing))[:, -8:]
     assert torch.equal(truncated, got[:, :8])
 

@@ -152,7 +152,7 @@ def test_a_preference_stage_has_a_measure_of_its_own(stage, name, words, tmp_pat
 
 
 def test_pictures_that_were_answered_are_not_asked_again_wherever_the_directory_lies(tmp_path):
-    """A text that holds U+2028, which cuts no line of JSON, is read whole."""
+    """An answer with U+2028 is read whole: this character does not end a line of JSON."""
     config = cli.load_experiment(str(toy.ROOT / "experiments" / "pipeline.py:nano_vl"))
     steps = chain.steps_of(config)
     folder = tmp_path / steps[-1].workdir

@@ -94,7 +94,7 @@ def test_another_tokenizer_tokenises_and_computes_anew(root, tmp_path):
     before = files(tmp_path)
     (tmp_path / "tok").mkdir()
     content = json.dumps(small_tokenizer_json(), ensure_ascii=False)
-    content = content.replace('the"', 'tha"').replace('["th", "e"]', '["th", "a"]')  # with merges of its own
+    content = content.replace('the"', 'tha"').replace('["th", "e"]', '["th", "a"]')  # another merge
     (tmp_path / "tok" / "tokenizer.json").write_text(content)
     loop.run(configured(root, tmp_path, **{"data.tokenizer": str(tmp_path / "tok")}), tmp_path / "b", progress=False)
     assert len(files(tmp_path)) == 2 * len(before)

@@ -71,7 +71,7 @@ def samples(workdir):
     return {path.name: path.read_text() for path in (workdir / "samples").glob("*.jsonl")}
 
 
-# -- one denominator ---------------------------------------------------------------------------------------------------
+# -- micro-batches, packing and meshes ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changes", [{"microbatches": 1}, {"rollout.microbatch_rows": 2}, {"seq_len": 256}], ids=str)
