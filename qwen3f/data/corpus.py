@@ -226,7 +226,7 @@ def check(cfg: DataConfig) -> None:
         raise UserError(f"config.data.num_threads is {cfg.num_threads}: give at least 1.")
     for key in ("max_samples", "shuffle_buffer", "workers"):
         if getattr(cfg, key) < 0:
-            raise UserError(f"data.{key} is {getattr(cfg, key)}: give 0 or more.")
+            raise UserError(f"config.data.{key} is {getattr(cfg, key)}: give 0 or more.")
     if cfg.packing not in PACKINGS:
         raise UserError(f"config.data.packing is {cfg.packing!r}: write one of {', '.join(PACKINGS)}.")
     if cfg.packing == "best_fit" and cfg.cross_documents:
@@ -328,7 +328,9 @@ def cache_directory(configured: str = "") -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"The cache directory {path} cannot be made ({error.strerror}): set data.cache.") from error
+        raise UserError(
+            f"The cache directory {path} cannot be made ({error.strerror}): set --config.data.cache."
+        ) from error
     return path
 
 
@@ -367,5 +369,5 @@ def gzip_bits_per_byte(sources: Iterable[Source]) -> float:
             read += len(content)
             written += len(compressor.compress(content))
     if read == 0:
-        raise UserError("Empty corpus: no document is in a heldout split: raise data.holdout.")
+        raise UserError("Empty corpus: no document is in a heldout split: raise --config.data.holdout.")
     return 8 * (written + len(compressor.flush())) / read

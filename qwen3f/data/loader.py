@@ -91,7 +91,7 @@ class Loader:
 
     Each batch is a dict of what the examples have, with the batch dimension first: tokens, targets, positions int64
     [B, T]; segments int32 [B, T]; loss_weights float32 [B, T]; and index int64 [B], the example's place in the data
-    order (each row's is one more than the row's before; of indexed data the example is `dataset.order([place], seed)`).
+    order (over all ranks, one more from row to row; of indexed data the example is `dataset.order([place], seed)`).
 
     Args:
         dataset: examples to draw from.
@@ -126,7 +126,7 @@ class Loader:
                 "give batch_size >= 1, start >= 0, prefetch >= 1 and workers >= 0."
             )
         if isinstance(dataset, StreamDataset) and (state["examples"] if state else 0) > start:
-            raise UserError(f"The state of the stream is after place {start}: give the state of an earlier place.")
+            raise UserError(f"The state of the stream is after place {start}: give one of that place or before.")
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
         self._device, self._vocab_size = torch.device(device), vocab_size
         self._rows = options.share.rows(batch_size)

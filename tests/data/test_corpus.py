@@ -91,7 +91,7 @@ def test_two_vocabulary_sizes_live_side_by_side(config):
     [
         ({"mixture": "embedd"}, "did you mean 'embedded'"),
         ({"tokenizer": "/absent.model"}, "no tokenizer at /absent.model"),
-        ({"holdout": 0.0}, "no document in its heldout split.*raise data.holdout"),
+        ({"holdout": 0.0}, "no document in its heldout split.*raise --config.data.holdout"),
         ({"vocab_size": 10**6}, "set model.vocab_size to"),
         ({"num_threads": 0}, "data.num_threads is 0: give at least 1"),
         ({"text_key": "body"}, r"rows.jsonl:1 has no column 'body'; it has 'text'"),
@@ -106,16 +106,19 @@ def test_user_errors(config, change, message):
     "change, message",
     [
         ({"packing": "best"}, "data.packing is 'best': write one of concat, best_fit"),
-        ({"packing": "best_fit", "cross_documents": True}, "keeps documents apart: write data.cross_documents=False"),
+        (
+            {"packing": "best_fit", "cross_documents": True},
+            "keeps documents apart: write --config.data.cross_documents=False",
+        ),
         ({"packing": "best_fit", "long_documents": "x"}, "long_documents is 'x': write one of cut, drop"),
         ({"max_samples": -1}, "data.max_samples is -1: give 0 or more"),
         ({"workers": -2}, "data.workers is -2"),
         ({"shuffle_buffer": 9}, "data.shuffle_buffer is for streams"),
         (
             {"streaming": True, "temperature": 1.0},
-            "counts of a cache: write data.streaming=False or data.temperature=0.0",
+            "counts of a cache: write --config.data.streaming=False or --config.data.temperature=0.0",
         ),
-        ({"streaming": True, "length_mix": "long=1"}, "data.streaming=False or data.length_mix=''"),
+        ({"streaming": True, "length_mix": "long=1"}, "data.streaming=False or --config.data.length_mix=''"),
         ({"streaming": True, "max_epochs": "1.5"}, "max_epochs='1.5': a stream is read whole; write whole numbers"),
         ({"max_epochs": "fineweb=1"}, "names 'fineweb', which is not in the mixture"),
         ({"length_mix": "huge=1"}, "names 'huge': write classes"),
@@ -194,7 +197,7 @@ def test_cache_directory(tmp_path, monkeypatch):
     assert cache_directory() == tmp_path / "home" / ".cache" / "qwen3f"
     assert cache_directory("~/here") == tmp_path / "home" / "here"
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cache directory .*file/x cannot be made .*set data.cache"):
+    with pytest.raises(UserError, match=r"cache directory .*file/x cannot be made .*set --config.data.cache"):
         cache_directory(str(tmp_path / "file" / "x"))
 
 

@@ -173,7 +173,7 @@ def test_a_state_of_other_data_is_refused(dataset):
         pytest.raises(UserError, match="seed"),
     ):
         next(loader)
-    with pytest.raises(UserError, match="The state of the stream is behind place 4"):
+    with pytest.raises(UserError, match="The state of the stream is after place 4"):
         Loader(dataset, 5, SEED, 4, "cpu", 300, LoaderOptions(state=state))
     with pytest.raises(UserError, match="batch_size=5 cannot be shared by 2 ranks"):
         Loader(dataset, 5, SEED, 0, "cpu", 300, LoaderOptions(share=Share(0, 2)))
@@ -187,7 +187,7 @@ def test_a_rank_has_its_part_of_every_micro_batch():
 @pytest.mark.parametrize("dataset", [KINDS["stream"]], indirect=True)
 def test_a_stream_that_ends_says_so(dataset):
     dataset = replace(dataset, max_epochs=(1,), counts=Counter())
-    message = r"stream ends after \d+ examples: every source has been read data.max_epochs"
+    message = r"stream ends after \d+ examples: every source has been read config.data.max_epochs"
     with Loader(dataset, 100, SEED, 0, "cpu", 300) as loader, pytest.raises(UserError, match=message):
         list(loader)
     assert dataset.counts == {"empty_texts": 4}

@@ -239,7 +239,7 @@ def _describe_empty(source: Source, split: Split, counts: Counter[str]) -> str:
     return (
         f"Empty corpus: {source.name} has no document in its {split} split"
         f"{f' (left out: {left_out})' if left_out else ''}: give more documents (each .txt file and each row is one) "
-        f"or {'raise' if split == 'heldout' else 'lower'} data.holdout."
+        f"or {'raise' if split == 'heldout' else 'lower'} --config.data.holdout."
     )
 
 

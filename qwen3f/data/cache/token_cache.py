@@ -5,8 +5,8 @@ A cache is a directory, named after the fingerprints of its source and its token
     tokens-00000.bin, …  the shards: uint16 (vocabulary up to 65,536) or uint32, each document's tokens: a text's, then
                          <|endoftext|>; a chat's to the <|im_end|> of its last answer. Whole documents, as many as fill
                          `build.SHARD_BYTES` (128 MiB).
-    trained-00000.bin, … for chats only: a bit for each token of the shard, the lowest bit of a byte first, says whether
-                         the model learns to write the token
+    trained-00000.bin, … for chats only, since ids do not tell it: a bit for each token of the shard, the lowest bit of
+                         a byte first, says whether the model learns to write the token
     doc_offsets.bin      int64 [D + 1]: document d is tokens doc_offsets[d] … doc_offsets[d + 1] − 1 of all shards
     doc_bytes.bin        int64 [D]: length of document d's text in UTF-8 bytes
     index.json           format version, fingerprints, counts; documents, tokens, size and sha256 of each shard and its

@@ -6,10 +6,11 @@ A row is {"messages": [message, …]} with messages as in `template`, and may ha
     enable_thinking  how the prompts are rendered: false puts an empty thinking block at their end; see `samples`
     answer           the right final answer, for the judge of a task
 
-The checks are stricter than the template's: the roles alternate, the first user turn is a question, no answer is empty,
-a thought within an answer's content stands at its beginning, and a call's arguments are an object. A thought is moved
-to `reasoning_content`, whichever key the row has it under; a thought of white space alone counts as none. Turns after
-the last answer are left out.
+The checks are stricter than the template's: user and assistant alternate, tool results stand only between an answer
+that calls tools and the next answer, the first user turn is a question, no answer is empty, a thought within an
+answer's content stands at its beginning, and a call's arguments are an object. A thought is moved to
+`reasoning_content`, whichever key the row has it under; a thought of white space alone counts as none. Turns after the
+last answer are left out.
 """
 
 from collections.abc import Mapping, Sequence

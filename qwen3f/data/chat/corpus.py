@@ -88,7 +88,7 @@ class ChatCorpus:
         sources: name -> samples, by split.
         train: packed rows of the train splits, for a `Loader`.
         names: the sources in `train`, in its order.
-        heldout: name -> packed rows of the held-out split; a source is missing if none of its held-out samples fits.
+        heldout: name -> packed rows of the held-out split; a source is missing if it has no held-out sample that fits.
         report: for each source of `train`, what was packed, and what was dropped and why.
     """
 

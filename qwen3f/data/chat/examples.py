@@ -3,7 +3,7 @@
 What the model itself writes in an answer is trained: everything after "<|im_start|>assistant\\n" (thinking, answer and
 tool calls as `template.render` writes them, in the kind of the tokenizer's template), up to and including "<|im_end|>".
 Prompts, tool results, the turns' headers, and the line end after <|im_end|> are never trained; a model stops at
-<|im_end|>. An empty thinking block is trained only if the prompt does not hold it: without thinking
+<|im_end|>. An empty thinking block is trained exactly if the prompt does not hold it: without thinking
 (`enable_thinking=False`) the prompt ends with it. If the prompt opens every thought (`kinds.THINKING`), its "<think>"
 is never trained.
 

@@ -14,7 +14,7 @@ from qwen3f.files import decode_text, read_bounded, write_atomically
 from qwen3f.processes.killable import Killable, Outcome
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-SECONDS = 10.0  # that a template may take for all probes
+SECONDS = 10.0  # a template may take this long for all probes
 _OURS = Path(__file__).with_name("jinja")
 _TURNS = ("<|im_start|>", "<|im_end|>")
 _THOUGHT = ("<think>", "</think>")

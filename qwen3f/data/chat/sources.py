@@ -42,7 +42,7 @@ GENERATED = {f"{family}{plain}": (family, not plain) for family in FAMILIES for 
 """Generated sources: name -> (family of the problems, whether the answers have thoughts)."""
 
 _CHATS = HubDataset("chats", "chats", "sft", COLUMNS, OPTIONAL_COLUMNS)
-# For these the worked solution is judged, not the content: the content repeats the data set's answer, right or wrong.
+# For these the worked solution is judged, not the content: that repeats the data set's answer, so it is always right.
 _JUDGED: dict[str, Callable[[Row], tuple[str, str]]] = {
     "openmathinstruct-2": lambda row: (row.values["generated_solution"], row.values["expected_answer"]),
     "numinamath-cot": lambda row: (row.values["solution"], last_boxed(row.values["solution"])),

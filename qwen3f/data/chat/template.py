@@ -11,9 +11,10 @@ template would drop it. Exceptions are "id", "type" and "index" of a call, and "
 turn.
 
 The text equals that of the template published with the model; `kinds` lists these templates. If the kind has thoughts,
-the text keeps them as follows. Answers before the last user query lose theirs. After that query, the last message
-always has a thinking block, and an earlier answer has one if its thought is not empty. (So a rendered chat of many
-turns trains the thought of its last answer only. For the others, render the beginning of the chat up to each answer.)
+the text keeps them as follows. Answers before the last user query lose theirs. After that query, an answer that is the
+last message always has a thinking block, and an earlier answer has one if its thought is not empty. (So a rendered chat
+of many turns trains the thought of its last answer only. For the others, render the beginning of the chat up to each
+answer.)
 Deviations: what the template skips, reads as empty or stops at (unknown roles, missing or non-string content, thoughts
 where the kind has none) is a UserError. A null content is too; write "" beside tool calls.
 """

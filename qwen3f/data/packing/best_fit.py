@@ -52,7 +52,7 @@ class Rows:
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, seq_len: int, long_documents: LongDocuments = "cut") -> Rows:
-    """Pack documents of `lengths` tokens into rows of T places. Equal lengths give equal rows.
+    """Pack documents of `lengths` tokens into rows of T places. The same list of lengths always gives the same rows.
 
     It takes one to five microseconds a document. A document of one token has nothing to predict and is in no row.
 

@@ -35,8 +35,9 @@ class BestFitDataset:
         shortened: number of documents that "cut_end" has made shorter.
 
     Raises:
-        UserError: no document fits, T < 1, or an unknown policy.
-        ValueError: "cut" for chats: half an answer would count as a whole one.
+        UserError: no document fits, T < 1, or for texts a policy other than "cut" and "drop".
+        ValueError: for chats a policy other than "drop" and "cut_end": after "cut" half an answer would count as a
+            whole one.
     """
 
     cache: TokenStream
@@ -60,7 +61,7 @@ class BestFitDataset:
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "shortened", int((lengths < whole).sum()))
         if not len(rows):
-            other = "" if self.cache.has_trained else ", or write data.long_documents=cut"
+            other = "" if self.cache.has_trained else ", or write --config.data.long_documents=cut"
             raise UserError(
                 f"None of the corpus's {self.cache.num_docs} documents fits into seq_len={self.seq_len} "
                 f"({rows.dropped} are longer): raise --config.seq_len{other}."
@@ -73,7 +74,7 @@ class BestFitDataset:
         for document in np.flatnonzero(whole > self.seq_len + 1) if self.long_documents == "cut_end" else ():
             start = int(self.cache.doc_offsets[document])
             trained = self.cache.read_trained(start, start + self.seq_len + 2)
-            ends = np.flatnonzero(trained[:-1] & ~trained[1:])  # last tokens of answers that end in T + 1 tokens
+            ends = np.flatnonzero(trained[:-1] & ~trained[1:])  # where answers end, within T + 1 tokens
             if ends.size:
                 lengths[document] = ends[-1] + 1
         return lengths

@@ -17,7 +17,7 @@ FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Suffixes of the frames in a video's directory."""
 
 _ORIENTATION = 0x0112  # EXIF's tag for the orientation
-_ON_ITS_SIDE = (5, 6, 7, 8)  # orientations in which height and width are swapped
+_ON_ITS_SIDE = (5, 6, 7, 8)  # orientations in which height and width are swapped; in all others they are not
 
 
 def read_image(path: Path) -> Image.Image:
@@ -37,7 +37,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def upright_size(image: Image.Image, name: str) -> tuple[int, int]:
-    """(height, width) of the image after to_rgb, from its header. Raises UserError as check_size; `name` is for it."""
+    """(height, width) of the image after to_rgb, from its header. Raises UserError as check_size, calling it `name`."""
     check_size(image, name)
     turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
     return image.size if turned else image.size[::-1]

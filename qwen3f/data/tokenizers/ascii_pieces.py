@@ -59,7 +59,8 @@ def piece_starts(text: np.ndarray) -> np.ndarray:
 
 
 def _cut_at_newlines(starts: np.ndarray, here: np.ndarray, after: np.ndarray, newlines: np.ndarray) -> None:
-    """Join newlines to the characters of kind "other" before them; begin a piece after the last newline of a run."""
+    """Join newlines to the characters of kind "other" before them. Begin a piece at blanks after such newlines, and at
+    blanks after the last newline of a stretch of white space."""
     if not newlines.size:
         return
     first = np.diff(newlines, prepend=-2) != 1  # of a run of newlines

@@ -166,7 +166,7 @@ def test_another_source_split_or_tokenizer_is_another_cache(source, tokenizer, t
 
 def test_empty_split_is_refused_and_leaves_nothing(source, tokenizer, tmp_path):
     with pytest.raises(
-        UserError, match=r"Empty corpus: files@.* has no document in its heldout split .*raise data.holdout"
+        UserError, match=r"Empty corpus: files@.* has no document in its heldout split .*raise --config.data.holdout"
     ):
         build_or_open(source, "heldout", tokenizer, tmp_path / "caches")
     assert list((tmp_path / "caches").iterdir()) == []

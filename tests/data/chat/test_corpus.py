@@ -148,7 +148,7 @@ def test_long_chats(base, small_qwen, turns):
 
 def test_samples_that_all_fall_out(base, small_qwen, tmp_path):
     with pytest.raises(
-        UserError, match=r"chats@.*: None of the corpus's \d+ documents fits into seq_len=9 .*raise seq_le"
+        UserError, match=r"chats@.*: None of the corpus's \d+ documents fits into seq_len=9 .*raise --config.seq_le"
     ):
         prepare_chats(base, 9, small_qwen, progress=False)
     write([{"messages": [user("q"), answer("a")]}], tmp_path / "c/x.jsonl")

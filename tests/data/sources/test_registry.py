@@ -211,21 +211,21 @@ def test_fingerprint_follows_files_and_options(tmp_path, write_jsonl):
 def test_unknown_mixture(mixture, hint):
     with pytest.raises(UserError) as error:
         open_source(mixture)
-    assert str(error.value).startswith(f"Unknown data.mixture {mixture!r}")
+    assert str(error.value).startswith(f"Unknown config.data.mixture {mixture!r}")
     assert hint in str(error.value)
 
 
 def test_directory_errors(tmp_path):
-    with pytest.raises(UserError, match=r"There is no directory .*absent: give data.mixture=files@DIR"):
+    with pytest.raises(UserError, match=r"There is no directory .*absent: give --config.data.mixture=files@DIR"):
         open_source(f"files@{tmp_path / 'absent'}")
     with pytest.raises(UserError, match=r"No .txt, .*, .parquet, .arrow, .jsonl, .* file lies below"):
         open_source(f"files@{tmp_path}")
     file = tmp_path / "x.txt"
     file.write_text("a")
-    with pytest.raises(UserError, match=f"x.txt is a file: give .* data.mixture=files@{tmp_path}"):
+    with pytest.raises(UserError, match=f"x.txt is a file: give .* --config.data.mixture=files@{tmp_path}"):
         open_source(f"files@{file}")
     for mixture, root in (("files", ""), ("files@", ""), (f"files@{tmp_path}", str(tmp_path))):
-        with pytest.raises(UserError, match=r"must name one directory: write data.mixture=files@DIR"):
+        with pytest.raises(UserError, match=r"must name one directory: write --config.data.mixture=files@DIR"):
             open_source(mixture, root=root)
     for holdout in (-0.1, 1.0):
         with pytest.raises(UserError, match=f"data.holdout is {holdout}: give a share"):

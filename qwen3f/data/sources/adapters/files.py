@@ -71,8 +71,8 @@ def data_files(top: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], Counte
     """The files below `top` with one of `suffixes`, by directory, then by name; and how many others there are, by kind.
 
     A kind is a suffix, such as ".md"; or "hidden", for files and directories with a leading dot. Metadata files that
-    `datasets` and the Hub write are neither read nor counted. Links to directories are followed, except to a directory
-    that was read already.
+    `datasets`, the Hub and rejection sampling write are neither read nor counted. Links to directories are followed,
+    except to a directory that was read already.
 
     Raises:
         UserError: a directory that cannot be listed.

@@ -76,7 +76,7 @@ def _read_lines(path: Path, columns: Columns) -> Rows:
 
 def _open_bytes(path: Path) -> tuple[BinaryIO, int]:
     """(the content after its UTF-8 signature, the signature's length in bytes: 0 if there is none)."""
-    # pyarrow reports a compressed file that is cut off. It recognises only lower-case suffixes: so they are read here.
+    # pyarrow reports a compressed file that is cut off. It knows only lower-case suffixes: so the suffix is read here.
     stream = pyarrow.input_stream(str(path), compression=_COMPRESSIONS.get(path.suffix.lower()))
     file = io.BufferedReader(stream, _CHUNK_BYTES)
     signed = file.peek(len(_SIGNATURE)).startswith(_SIGNATURE)

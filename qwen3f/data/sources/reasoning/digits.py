@@ -49,7 +49,7 @@ def _draft(question: str) -> Draft:
 
 
 def _sorted_out(numbers: list[str]) -> list[str]:
-    """In each line the least number that is left, and the others."""
+    """In each line the least number that is left, and the others; in the last line all numbers, sorted."""
     left, done, lines = list(numbers), [], []
     while left:
         least = min(left, key=int)

@@ -35,7 +35,9 @@ def make(draws: Draws, difficulty: int) -> Draft:
     row = " ".join(draws.choice(_ALPHABET) for _ in range(length))
     steps, last = [], ""
     for _ in range(count):
-        last = draws.choice([name for name in names if name != last])  # repeated, a step may undo itself
+        last = draws.choice(
+            [name for name in names if name != last]
+        )  # twice the same step may undo itself, or be one step
         steps.append(last.replace("#", str(draws.between(1, 3))))
     question = f"Take the letters {row}, then {', '.join(steps)}."
     lines = working(question)

@@ -80,7 +80,7 @@ def test_token_cache(tmp_path, small_qwen):
         ("fineweb", "data.mixture=fineweb needs a local copy: write fineweb@DIR or --config.data.root=DIR"),
         ("fineweb@absent", "There is no directory absent for fineweb"),
         ("finewbe@x", "did you mean 'fineweb'"),
-        ("gsm8k@x", "Unknown data.mixture 'gsm8k@x'; there are .* and NAME@DIR for fineweb, slimpajama"),
+        ("gsm8k@x", "Unknown config.data.mixture 'gsm8k@x'; there are .* and NAME@DIR for fineweb, slimpajama"),
     ],
 )
 def test_mixtures_at_fault(mixture, message):

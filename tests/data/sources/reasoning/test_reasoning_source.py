@@ -87,7 +87,7 @@ def test_opened_by_name_and_tokenised(tokenizer, tmp_path):
     source = open_source("reasoning", holdout=0.3)
     assert source == ReasoningSource(HOLDOUT)  # one split for every stage, whatever data.holdout says
     assert source.name == "reasoning"
-    with pytest.raises(UserError, match=r"data.mixture=reasoning reads no directory: leave out data.root='x'"):
+    with pytest.raises(UserError, match=r"data.mixture=reasoning reads no directory: leave out --config.data.root='x'"):
         open_source("reasoning", root="x")
     small = ReasoningSource(0.3, num_problems=60)
     cache = build_or_open(small, "heldout", tokenizer, tmp_path)
