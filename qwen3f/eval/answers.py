@@ -27,7 +27,7 @@ class AnswerOptions:
     """How questions are answered.
 
     Attributes:
-      max_new_tokens: an answer that reaches this length is stopped, and counts as neither right nor well formed.
+      max_new_tokens: an answer that has not ended at this length is cut, and counts as neither right nor well formed.
       temperature, seed: of the sampler; temperature 0 is greedy. Question i has the random stream first + i · stride.
       batch_size: questions at a time, at most. execution: how the model runs (attention, compilation).
     """
@@ -92,8 +92,9 @@ def answers_of(
 ) -> Iterator[Answer]:
     """Yields the model's answer to each prompt, in order. A prompt is the text of one user turn.
 
-    engine: of `make_engine`. thinking: False puts an empty thinking block at the end of the prompt. between: called
-    before each pass of the engine; may raise. Raises UserError if the tokenizer's chat template cannot do `thinking`.
+    engine: of `make_engine`. thinking: as enable_thinking of `encode_chat`; with False a prompt of the kind hybrid ends
+    with an empty thinking block. between: called before each pass of the engine; may raise. Raises UserError if the
+    tokenizer's chat template cannot do `thinking`.
     """
     tokenizer = engine.tokenizer
     opened = opening(tokenizer)

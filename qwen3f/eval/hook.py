@@ -24,7 +24,7 @@ from qwen3f.train.setup import Setup, at_least
 from sharding.state import whole_params
 
 NAME = "bench"
-CHUNK = 64  # questions of a rank between two checks whether the run should stop
+CHUNK = 64  # questions of each rank between two checks whether the run should stop
 
 
 class Exam(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the user asked last, of a chat as text."""
+"""What the user asked last, found in the text of a chat."""
 
 _OPENING, _END = "<|im_start|>user\n", "<|im_end|>"
 

@@ -152,7 +152,10 @@ def _check_lengths(config: ConfigDict, cfg: ModelConfig, tokenizer: Tokenizer, q
 
 
 def _progress(out: Path, settings: dict[str, Any]) -> Progress:
-    """The progress of the run in `out`; an empty one if `out` is empty. Raises UserError if `out` holds other files."""
+    """The progress of the run in `out`; an empty one if `out` is empty.
+
+    Raises UserError if `out` holds other files, damaged ones, or samples by other settings.
+    """
     path, samples = out / SUMMARY, out / SAMPLES
     if not path.exists():
         if others := sorted(x.name for x in out.iterdir() if x.name != LOCK):

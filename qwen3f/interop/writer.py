@@ -1,4 +1,4 @@
-"""safetensors files, written one tensor at a time: the library's own writer needs a whole shard in memory."""
+"""safetensors files, written one tensor at a time: the library's own writer needs a whole shard in memory, cast."""
 
 import json
 import os

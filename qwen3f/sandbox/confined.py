@@ -164,8 +164,8 @@ class Confined:
         return message
 
     def close(self) -> None:
-        """Kill it and all that it may have started. In bubblewrap that dies with its namespace; elsewhere it can start
-        nothing."""
+        """Kill it and all that it may have started. In bubblewrap that dies with its namespace; under landlock it can
+        start nothing; under "none" only its own process group is killed."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()

@@ -25,8 +25,8 @@ class Verdict:
     Attributes:
       passed: every test was right.
       reason: "passed"; "wrong": a test failed; "error": the code or a test raised; "late": it took too long; or
-          "ended":
-        a process died or sent something that is no answer. detail: in words, for a log; parts of it may be the code's.
+        "ended": a process died or sent something that is no answer.
+      detail: in words, for a log; parts of it may be the code's.
       seconds: by the clock, start included. tier: of the sandbox.
     """
 

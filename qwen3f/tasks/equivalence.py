@@ -21,8 +21,9 @@ _workers = shared(1, DEADLINE)
 def final_answer(text: str) -> str | None:
     r"""What the last \boxed{…} holds, else what follows the last "####", else the last line; only after the thinking.
 
-    In a last line such as "… the answer is 5." it is what follows "is". If that has a digit, it comes before "####",
-    which may begin a heading. None if there is no answer, or if it is longer than LONGEST.
+    In a last line such as "… the answer is 5." it is what follows "is" (or "=" or ":"). If that has a digit, it is
+    taken even if there is "####", which may begin a heading. None if there is no answer, or if it is longer than
+    LONGEST.
     """
     answer = after_thinking(text)
     if answer is None:

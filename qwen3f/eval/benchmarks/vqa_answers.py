@@ -8,9 +8,8 @@ import re
 from collections.abc import Sequence
 
 _MARKS = (";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!")
-# A known error of the server: "(?!<=\d)" forbids the text "<=" and a digit, where "(?<!\d)" was meant; so "3." loses
-# its
-# point too.
+# A known error of the server: "(?!<=\d)" forbids the text "<=" and a digit, where "(?<!\d)" was meant; so "3." too
+# loses its point.
 _POINT = re.compile(r"(?!<=\d)(\.)(?!\d)")
 _POINTS = 32  # points removed from a text at most: the server passes re.UNICODE, which is 32, as the count
 _THOUSANDS = re.compile(r"(?<=\d)(\,)+(?=\d)")
