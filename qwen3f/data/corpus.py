@@ -153,7 +153,8 @@ class Corpus:
         if isinstance(self.train, StreamDataset):
             lines = [f"data: {name}{share}, streamed" for name, share in zip(self.names, shares)]
         lines += [
-            f"data: {name}, {part.rows.dropped:,} documents longer than seq_len are dropped (data.long_documents)"
+            f"data: {name}, {part.rows.dropped:,} documents longer than seq_len are dropped "
+            "(--config.data.long_documents)"
             for name, part in zip(self.names, self.parts)
             if isinstance(part, BestFitDataset) and part.rows.dropped
         ]
@@ -284,7 +285,7 @@ def _left_out(caches: dict[str, TokenCache], streams: dict[str, tuple[str, Token
             listed = ", ".join(f"{n:,} {reason}" for reason, n in cache.left_out.items())
             yield f"data: {name}, left out while reading both splits: {listed}"
         if unused := cache.num_docs - sum(stream.num_docs for source, stream in streams.values() if source == name):
-            yield f"data: {name}, {unused:,} documents are of no class of data.length_mix"
+            yield f"data: {name}, {unused:,} documents are of no class of --config.data.length_mix"
 
 
 def _pack(cfg: DataConfig, stream: TokenStream, tokenizer: Tokenizer, seq_len: int) -> Part:
@@ -302,7 +303,7 @@ def _stream(
     seq_len: int,
 ) -> StreamDataset:
     if any(cap is not None and cap != int(cap) for cap in caps):
-        raise UserError(f"data.max_epochs={cfg.max_epochs!r}: a stream is read whole; write whole numbers.")
+        raise UserError(f"config.data.max_epochs={cfg.max_epochs!r}: a stream is read whole; write whole numbers.")
     return StreamDataset(
         parts=tuple(map(stream_part, sources.values())),
         weights=tuple(weights),
@@ -323,8 +324,8 @@ def cache_directory(configured: str = "") -> Path:
     Raises:
         UserError: it cannot be created.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or user_path("~/.cache", "data.cache")
-    path = user_path(configured, "data.cache") if configured else Path(base, "qwen3f")
+    base = os.environ.get("XDG_CACHE_HOME") or user_path("~/.cache", "config.data.cache")
+    path = user_path(configured, "config.data.cache") if configured else Path(base, "qwen3f")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

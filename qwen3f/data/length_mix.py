@@ -73,7 +73,7 @@ def parse_length_mix(text: str) -> dict[str, float]:
     shares = dict(parse_weights(text, "--config.data.length_mix"))
     for name in shares:
         if name not in CLASSES:
-            raise UserError(f"data.length_mix={text!r} names {name!r}: write classes of {', '.join(CLASSES)}.")
+            raise UserError(f"config.data.length_mix={text!r} names {name!r}: write classes of {', '.join(CLASSES)}.")
     return {name: share / sum(shares.values()) for name, share in shares.items()}
 
 

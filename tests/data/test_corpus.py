@@ -153,7 +153,10 @@ def test_what_is_left_out_is_said(config, write_jsonl):
     corpus = prepare(config, 128, progress=False)
     train = [d.text for d in corpus.sources[config.mixture].documents("train")]
     _, dropped, empty, _ = corpus.describe()
-    assert f", {len(set(long) & set(train))} documents longer than seq_len are dropped (data.long_docum" in dropped
+    assert (
+        f", {len(set(long) & set(train))} documents longer than seq_len are dropped (--config.data.long_docum"
+        in dropped
+    )
     assert empty.endswith(", left out while reading both splits: 2 empty_rows")
 
 

@@ -68,7 +68,7 @@ def test_shares_of_tokens_are_exact_and_shared_within_a_class(corpus, packing):
     assert made.names == (f"{first}, long", f"{first}, medium", f"{second}, medium")
     assert made.shares == (0.75, 0.0625, 0.1875)
     short = 340 - sum(cache.num_docs for cache in made.heldout.values()) - sum(p.cache.num_docs for p in made.parts)
-    assert made.left_out == (f"data: {first}, {short} documents are of no class of data.length_mix",)
+    assert made.left_out == (f"data: {first}, {short} documents are of no class of --config.data.length_mix",)
     lengths = [np.diff(part.cache.doc_offsets) for part in made.parts]
     assert lengths[0].min() > 64
     assert all(n.min() > 16 and n.max() <= 64 for n in lengths[1:])

@@ -94,7 +94,7 @@ NOBODY = "~no-such-user/x"  # a user who does not exist, so without a home direc
         ({"data.cache": NOBODY}, "data.cache: "),
         ({"data.mixture": f"files@{NOBODY}"}, "data.mixture: "),
         ({"data.mixture": f"files@{NOBODY}=0.5,embedded=0.5"}, "the mixture's files@"),
-        ({"data.mixture": f"fineweb@{NOBODY}"}, "fineweb@DIR, or data.root: "),
+        ({"data.mixture": f"fineweb@{NOBODY}"}, "fineweb@DIR, or config.data.root: "),
         ({"data.mixture": "embedded", "data.root": NOBODY}, "data.root: "),
         ({"data.tokenizer": NOBODY}, "data.tokenizer: "),
     ],

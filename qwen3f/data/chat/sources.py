@@ -98,7 +98,7 @@ class FileRows:
         """As in `Rows`, from path, size and time of the files. For the Hub it never changes: asking would be slow."""
         if not self.root:
             return f"{self.dataset.hub_id} {self.dataset.config}"
-        root = user_path(self.root, "data.mixture")
+        root = user_path(self.root, "config.data.mixture")
         files = [(path, path.stat()) for path in split_files(self.dataset, self.root, self.dataset.split)]
         listing = [(path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in files]
         return f"{self.dataset.name} {listing}"

@@ -194,7 +194,7 @@ def open_visual(
     if name in GENERATED:
         return GeneratedSource(name, drawing, kind)
     if rows in (_CHATS.name, multimodal.DEFAULT):
-        root = user_path(directory, "data.mixture")
+        root = user_path(directory, "config.data.mixture")
         if not directory or not root.is_dir():
             raise UserError(f"--config.data.mixture={name!r} names no directory that is there: write {rows}@DIR")
         dataset = _CHATS if rows == _CHATS.name else find(rows, "multimodal")

@@ -70,7 +70,7 @@ def open_embedded(root: str = "", holdout: float = 0.05) -> EmbeddedSource:
     Raises:
         UserError: `root` is no directory, or no `*.py` file lies below it (an interpreter packed into one zip file).
     """
-    path = user_path(root or sysconfig.get_paths()["stdlib"], "data.root")
+    path = user_path(root or sysconfig.get_paths()["stdlib"], "config.data.root")
     if not path.is_dir():
         raise UserError(
             f"The embedded source found no directory {path}: set --config.data.root to a directory of *.py files."

@@ -83,7 +83,7 @@ def load_tokenizer(path: str | Path, chat_template: str = "") -> Tokenizer:
     Raises:
         UserError: there is none, or it is damaged or unsuited; the message names the file.
     """
-    tokenizer = _load(user_path(path, "data.tokenizer"))
+    tokenizer = _load(user_path(path, "config.data.tokenizer"))
     tokenizer.chat_template = chat_template
     return tokenizer
 

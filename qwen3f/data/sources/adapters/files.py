@@ -38,7 +38,7 @@ def left_out(dataset: HubDataset, root: str, split: str) -> Counter[str]:
 
 def _split(dataset: HubDataset, root: str, split: str) -> tuple[list[Path], Counter[str]]:
     """The files of the split, and what the others are."""
-    base = user_path(root, f"{dataset.name}@DIR, or data.root")
+    base = user_path(root, f"{dataset.name}@DIR, or config.data.root")
     if not base.is_dir():
         raise UserError(
             f"There is no directory {base} for {dataset.name}: give an existing one, {dataset.name}@DIR or "

@@ -81,7 +81,7 @@ class DatasetSource:
         if not self.root:  # there is no cheap way to see that data on the Hub changed
             hub = (_FORMAT, self.dataset.hub_id, self.dataset.config, split, self.holdout)
             return f"{stable_hash(repr(hub).encode()):016x}"
-        listing, root = [], user_path(self.root, "data.mixture")
+        listing, root = [], user_path(self.root, "config.data.mixture")
         for path in split_files(self.dataset, self.root, self.dataset.split):
             stat = path.stat()
             listing.append((path.relative_to(root).as_posix(), stat.st_size, stat.st_mtime_ns))
@@ -97,7 +97,7 @@ def open_dataset(mixture: str, root: str, holdout: float, streaming: bool = Fals
     """
     parts = parse_mixture(mixture, root, "pretrain")
     if len(parts) > 1:
-        raise UserError(f"data.mixture={mixture!r} names {len(parts)} data sets: write one, e.g. fineweb@DIR.")
+        raise UserError(f"config.data.mixture={mixture!r} names {len(parts)} data sets: write one, e.g. fineweb@DIR.")
     (part,) = parts
     source = DatasetSource(mixture, part.dataset, part.root, holdout)
     if not part.root and streaming:

@@ -156,7 +156,7 @@ def parse_mixture(mixture: str, root: str = "", use: str = "") -> list[Part]:
             raise UserError(f"{spec!r} names no directory after the @: write {name}@DIR.")
         dataset = find(name, use)
         if not at and root:
-            own = user_path(root, "data.root") / dataset.name
+            own = user_path(root, "config.data.root") / dataset.name
             directory = str(own) if len(weights) > 1 or own.is_dir() else root
         parts.append(Part(dataset, directory, weight))
     if len({part.dataset.name for part in parts}) < len(parts):  # one by two of its names
