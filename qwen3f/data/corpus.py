@@ -45,7 +45,7 @@ class DataConfig:
     """What `config.data` holds.
 
     Attributes:
-        mixture: what `sources.open_source` opens ("embedded", "files@DIR", "fineweb@DIR", …), or several of them with
+        mixture: what `registry.open_source` opens ("embedded", "files@DIR", "fineweb@DIR", …), or several of them with
             weights: "embedded=0.7,reasoning=0.3".
         root: directory of the source, if the mixture does not name one.
         text_key: key (.jsonl) or column (.parquet) of the text.
@@ -97,7 +97,7 @@ class Corpus:
         tokenizer: text to ids and back.
         train: packed examples of the train splits.
         names: names of the parts of `train`: a source's name, or with a length mix "source, class".
-        heldout: name -> token cache of the held-out split, for `packing.eval_windows`.
+        heldout: name -> token cache of the held-out split, for `concat.eval_windows`.
         left_out: a line for each thing that was left out of `train` by a policy.
     """
 

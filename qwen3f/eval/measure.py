@@ -67,8 +67,8 @@ class Settings:
             raise UserError("--config.thinking=True needs --config.prompt=chat")
         if self.thinking and benchmark.generation is None:
             raise UserError(
-                f"--config.thinking=True: {benchmark.name} scores choices right behind the prompt, where no thought "
-                "stands; write --config.thinking=False"
+                f"--config.thinking=True: {benchmark.name} scores choices right after the prompt, which leaves no room "
+                "for a thought; write --config.thinking=False"
             )
         benchmark.ready()
         if benchmark.vision and not vision:

@@ -46,5 +46,5 @@ class ReasoningTask:
         )
 
     def judge(self, answer_text: str, gold: str) -> float:
-        r"""1.0 if the last \boxed{…} behind the thinking holds `gold`, both normalised; else 0.0, never None."""
+        r"""1.0 if the last \boxed{…} after the thinking holds `gold`, both normalised; else 0.0, never None."""
         return float(boxed_answer(answer_text) == normalised(gold))

@@ -70,7 +70,7 @@ class PackingReport:
                 f"(--config.data.{self.policy})"
             )
         if self.shortened:
-            lines.append(f"data: {self.name}, {self.shortened:,} samples are cut behind the last answer that fits")
+            lines.append(f"data: {self.name}, {self.shortened:,} samples are cut after the last answer that fits")
         if self.left_out:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
             lines.append(f"data: {self.name}, left out while reading both splits: {reasons}")

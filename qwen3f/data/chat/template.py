@@ -41,7 +41,7 @@ _KEYS = {
 }
 _CALL_KEYS = ("name", "arguments")
 ANSWER_START = "<|im_start|>assistant\n"
-"""The header of an assistant's turn: what the model writes begins behind it."""
+"""The header of an assistant's turn: what the model writes begins after it."""
 NO_THINKING = "<think>\n\n</think>\n\n"
 """An empty thinking block: what an answer without thinking begins with."""
 THINK = "<think>\n"

@@ -43,7 +43,7 @@ def system_turn(system: str | None, tools: Sequence[Mapping[str, Any]] | None) -
 
 
 def answer(content: str, calls: Sequence[Mapping[str, Any]]) -> list[Segment]:
-    """What an assistant's turn with `calls` holds behind its header.
+    """What an assistant's turn with `calls` holds after its header.
 
     Raises UserError for arguments that are no object: the template goes through them by name.
     """

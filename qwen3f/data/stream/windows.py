@@ -1,6 +1,6 @@
 """Concatenate and cut, from a stream of documents instead of a cache.
 
-The examples are those that `packing.PackedDataset` makes of the same documents, with one more at the end: the last
+The examples are those that `concat.PackedDataset` makes of the same documents, with one more at the end: the last
 incomplete window, padded, so that no token is lost.
 
 Legend: T = seq_len.

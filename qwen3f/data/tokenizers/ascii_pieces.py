@@ -5,10 +5,10 @@ the kinds letter, digit, newline (\r \n), blank (space \t \v \f) and other (all 
 
 * a digit is a piece;
 * letters join into one piece, with one blank, or one other that stands alone, before them;
-* others join into one piece, with one space before them and the newlines behind them;
-* of what is left of a run of blanks and newlines, all up to the last newline is a piece; of the blanks behind it the
-  last belongs to what follows (or stands alone), and those before it are a piece;
-* an apostrophe that begins a piece, and s, t, m, d, re, ve or ll behind it, are a piece.
+* others join into one piece, with one space before them and the newlines after them;
+* in the rest of a run of blanks and newlines, all up to the last newline is a piece; of the blanks after that newline,
+  the last one belongs to what follows (or stands alone), and those before it are a piece;
+* an apostrophe that begins a piece, and s, t, m, d, re, ve or ll after it, are a piece.
 
 The tests compare this with the pattern itself.
 """

@@ -1,7 +1,7 @@
 """GSM8K (Cobbe et al. 2021, arXiv:2110.14168): grade-school problems with a number for an answer.
 
 Source: openai/gsm8k, configuration main, split test (1,319 rows), 5 examples drawn from train. Columns: question,
-answer (a solution that ends in "#### 42"). Prompt: "Question: …", "Answer:". Metrics: the first number behind "####"
+answer (a solution that ends in "#### 42"). Prompt: "Question: …", "Answer:". Metrics: the first number after "####"
 (strict), the last number at all (flexible), each equal to the solution's without commas, dollar signs and a full stop
 at the end.
 """

@@ -1,4 +1,4 @@
-"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830): which of four endings goes on with a scene.
+"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830): which of four endings continues a scene.
 
 Source: Rowan/hellaswag, split validation (10,042 rows), examples from train. Columns: ctx_a, ctx_b, endings (4 texts),
 activity_label, label ("0" to "3"). Prompt: the label, a colon, the scene; WikiHow's marks are taken out. Metrics:

@@ -12,7 +12,7 @@ from qwen3f.eval.benchmarks.benchmark import Benchmark, Item, Shots
 def read(row: Row) -> Item:
     before, gap, after = text_of(row, "sentence").partition("_")
     if not gap or not after.strip():
-        raise RowFault("invalid_rows", f"{row.name} has no '_' with a text behind it under 'sentence': write one.")
+        raise RowFault("invalid_rows", f"{row.name} has no '_' with a text after it under 'sentence': write one.")
     options = text_of(row, "option1"), text_of(row, "option2")
     answer = str(row.values["answer"])
     if answer not in ("1", "2"):

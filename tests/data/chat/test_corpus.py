@@ -134,9 +134,7 @@ def test_long_chats(base, small_qwen, turns):
         assert (cut.too_long, cut.shortened) == (dropped.too_long, 0)
     else:
         assert cut.shortened == dropped.too_long - cut.too_long > 0
-        assert any(
-            "samples are cut behind the last answer that fits" in line for line in prepared("cut_end").describe()
-        )
+        assert any("samples are cut after the last answer that fits" in line for line in prepared("cut_end").describe())
     with pytest.raises(
         UserError, match=r"x.jsonl:\d+ has \d+ tokens, more than seq_len=120 takes, and so have"
     ) as error:

@@ -117,7 +117,7 @@ def is_text_dataset(name: str) -> bool:
 
 
 def usable(row: Row | BadRow, on_bad_row: OnBadRow = "error") -> Document:
-    """The document of a row. Null texts and empty shards are left out, as in `sources.FilesSource`.
+    """The document of a row. Null texts and empty shards are left out, as in `sources.registry.FilesSource`.
 
     Raises LeftOut; UserError, with file and row, for what cannot be read, or LeftOut with on_bad_row="skip".
     """

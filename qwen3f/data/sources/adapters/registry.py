@@ -1,6 +1,6 @@
 """The data sets by name: Hub id, columns, and where their files lie.
 
-A name may be written as the short one or the Hub's ("gsm8k", "openai/gsm8k"), and with a local copy behind it
+A name may be written as the short one or the Hub's ("gsm8k", "openai/gsm8k"), and with a local copy after it
 ("gsm8k@DIR"). A mixture lists several with weights: "fineweb=0.7,slimpajama@DIR=0.3".
 """
 

@@ -90,7 +90,7 @@ class ReasoningSource:
 
 
 def chat_messages(item: Problem, thinking: bool = True) -> list[dict[str, str]]:
-    """The problem as a chat of two turns for `chat.render` and `chat.encode_chat`.
+    """The problem as a chat of two turns for `chat.template.render` and `encode_chat`.
 
     Args:
         item: the problem.
