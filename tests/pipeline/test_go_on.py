@@ -213,7 +213,7 @@ def test_stages_that_change_what_is_gone_anyway_are_not_refused(done):
 def test_weights_of_a_stage_s_own_that_are_not_there_are_refused_before_anything_moves(name, done, tmp_path):
     before = sorted(done.rglob("*"))
     with pytest.raises(
-        UserError, match=f"--config.set.{name}.init_from=/nowhere: there is no /nowhere; give a workdir"
+        UserError, match=f"--config.set.{name}.init_from=/nowhere: there is no /nowhere; write a workdir"
     ):
         go(done, stages=name, **{f"set__{name}__init_from": "/nowhere"})
     with pytest.raises(UserError, match=rf"--config.set.{name}.init_from={tmp_path}: there is no .*checkpoints and no"):

@@ -209,5 +209,5 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(UserError, match="pixel_values but no grids"):
         model.apply(cfg, p, {key: x for key, x in batch.items() if key != "grids"})
     text = cfg.replace(vision_enabled=False)
-    with pytest.raises(UserError, match="model no vision tower"):
+    with pytest.raises(UserError, match="model has no vision tower"):
         model.apply(text, P.init_params(text, 0), batch)

@@ -187,7 +187,7 @@ def test_pipelines_equal_one_device():
 
 
 def test_taps_must_lie_in_the_first_stage():
-    with pytest.raises(UserError, match="has 2 taps, .* but stage 0 of 2, .* holds 1"):
+    with pytest.raises(UserError, match="has 2 taps, .* but stage 0 of 2, .* holds only 1"):
         make_slices(config(vision_deepstack_layers=(0, 1)), Pipeline(), 2)
     make_slices(config(**FUSED), Pipeline(), 2)
     three = config(num_hidden_layers=28, vision_deepstack_layers=(0, 1, 2), vision_num_hidden_layers=3)
