@@ -123,10 +123,12 @@ class _Child:
         try:
             self._process.stdin.write(line)
             self._process.stdin.flush()
-            self._line(time.monotonic() + START_SECONDS)  # an empty line: the imports are done
-            found = json.loads(self._line(time.monotonic() + deadline))
+            limit, what = START_SECONDS, " to start and import"
+            self._line(time.monotonic() + limit)  # an empty line: the imports are done
+            limit, what = deadline, ""
+            found = json.loads(self._line(time.monotonic() + limit))
         except TimeoutError:
-            return Outcome(failure=f"took longer than {deadline:g} s"), False
+            return Outcome(failure=f"took longer than {limit:g} s{what}"), False
         except (OSError, ValueError) as error:
             return Outcome(failure=f"its process ended: {error}"), False
         if "failure" in found:

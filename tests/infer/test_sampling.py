@@ -150,7 +150,7 @@ def test_streams_differ_by_seed_request_and_position():
     assert len({*every[0], *every[1]}) == 5000
 
 
-def test_the_rarest_draws_stay_in_range():
+def test_tokens_that_cannot_be_are_never_drawn():
     """In 1000 draws no token of probability 0 appears, nor one of probability e^−40."""
     logits = torch.tensor([[float("-inf"), 0.0, -40.0, float("-inf")]], dtype=torch.float64)
     params = SamplingParams(1.0)

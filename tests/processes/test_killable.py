@@ -103,6 +103,13 @@ def test_what_is_loaded_first_is_no_part_of_the_deadline():
         assert one.map([(f"{HERE}:double", {"x": 2})], ["tests.processes.slow_to_load", "no.such"])[0].value == 4
 
 
+def test_an_import_that_takes_too_long_is_named(monkeypatch):
+    monkeypatch.setattr(killable_module, "START_SECONDS", 1.0)
+    with Killable(1, 9.0) as one:
+        failure = one.call(f"{HERE}:here", ["tests.processes.slow_to_load"]).failure
+    assert failure == "took longer than 1 s to start and import"
+
+
 def test_what_a_killed_process_had_started_ends_with_it():
     with Killable(1, 2.0) as one:
         child = one.call(f"{HERE}:starts_a_child").value

@@ -27,7 +27,9 @@ def metrics(workdir):
 
 
 def assert_same_bits(a, b):
-    for x, y in zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b)):
+    leaves = torch.utils._pytree.tree_leaves(a)
+    assert leaves
+    for x, y in zip(leaves, torch.utils._pytree.tree_leaves(b), strict=True):
         assert torch.equal(x, y)
 
 

@@ -147,8 +147,12 @@ def test_an_error_inside_frees_it_and_leaves_no_directory(tmp_path):
 
 
 def test_of_many_that_start_at_once_one_wins(tmp_path):
-    """The directory does not exist when they start. Those that are refused must not remove it."""
-    command = [sys.executable, "-c", _HOLDER.replace("time.sleep(60)", "time.sleep(2)"), str(tmp_path / "w"), "alone"]
+    """The directory does not exist when they start. Those that are refused must not remove it.
+
+    Whoever holds the lock makes a file beside the workdir, so two holders at the same time would end with an error.
+    """
+    alone = "open(sys.argv[1] + '.holder', 'x').close(); time.sleep(2); os.remove(sys.argv[1] + '.holder')"
+    command = [sys.executable, "-c", _HOLDER.replace("time.sleep(60)", alone), str(tmp_path / "w"), "alone"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     outputs = [process.communicate(timeout=60) for process in processes]
     won = [process.returncode for process in processes].count(0)

@@ -3,6 +3,7 @@
 import faulthandler
 import subprocess
 import sys
+import threading
 import time
 
 from qwen3f.train.guards.watchdog import watchdog
@@ -61,8 +62,10 @@ def test_a_hang_that_holds_the_interpreters_lock_ends_too():
 
 def test_without_a_limit_nothing_is_armed(monkeypatch):
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *args, **kw: 1 / 0)
+    threads = threading.active_count()
     with watchdog(0) as alive:
         alive()
+        assert threading.active_count() == threads
 
 
 def test_the_loop_is_alive_at_every_step(make, tmp_path, monkeypatch):
