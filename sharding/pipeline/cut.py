@@ -201,7 +201,7 @@ def _check_taps(cfg: ModelConfig, stages: Slices) -> None:
         fitting = [n for n, each in possible.items() if each and each.start >= taps]
         raise UserError(
             f"model.vision_deepstack_layers has {taps} taps, which are added behind the first layers, but stage 0 of "
-            f"{stages.count}, which has the vision tower, holds only {first} layers; {_advice(stages.ranks, fitting)}"
+            f"{stages.count}, which has the vision tower, holds only {first}; {_advice(stages.ranks, fitting)}"
         )
 
 

@@ -36,7 +36,7 @@ def torchs_order(name, ranks, stages, microbatches):
     ]
 
 
-@pytest.mark.parametrize("name", ["interleaved", "zero_bubble"])
+@pytest.mark.parametrize("name", ["interleaved", "zero_bubble", "zbv"])
 @pytest.mark.parametrize(
     "ranks, stages, microbatches", [(2, 1, 2), (4, 1, 8), (4, 2, 8), (3, 3, 8), (2, 2, 6), (4, 2, 3)]
 )

@@ -192,9 +192,9 @@ def test_taps_must_lie_in_the_first_stage():
     make_slices(config(**FUSED), Pipeline(), 2)
     three = config(num_hidden_layers=28, vision_deepstack_layers=(0, 1, 2), vision_num_hidden_layers=3)
     with pytest.raises(
-        UserError, match="holds only 2 layers; write in config.mesh pp10$"
+        UserError, match="holds only 2; write in config.mesh pp10$"
     ):  # 13 stages of 3 would leave one empty
         make_slices(three, Pipeline(), 14)
     make_slices(three, Pipeline(), 10)
-    with pytest.raises(UserError, match="holds only 1 layers; lower config.pipeline.stages, or write "):
+    with pytest.raises(UserError, match="holds only 1; lower config.pipeline.stages, or write "):
         make_slices(three.replace(num_hidden_layers=4), Pipeline("interleaved", 2), 2)
