@@ -60,7 +60,7 @@ CASES = {
 }
 
 
-# The interpreter does not multiply bfloat16, so half precision is float16 there.
+# The interpreter multiplies bfloat16 as integers (Triton 3.6), so half precision is float16 there.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted(case, dtype, monkeypatch):

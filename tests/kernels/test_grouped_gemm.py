@@ -50,7 +50,7 @@ SMALL = {"linear": Tile(16, 32, 16, 4, 2, per_sm=1, flat=True), "outer": Tile(16
 def test_interpreted(counts, d, f, dtype, limit, tiles, monkeypatch):
     """Empty and crowded experts, groups larger than a tile, sizes that no tile divides; also with transposed weights.
 
-    A few roundings of the dtype: 5e-7 in float32, 1e-3 in float16. (The interpreter does not multiply bfloat16.)
+    A few roundings of the dtype: 5e-7 in float32, 1e-3 in float16. (The interpreter multiplies bfloat16 as integers.)
     """
     if tiles:
         monkeypatch.setattr(grouped_gemm, "tile_of", lambda kind, dtype: tiles[kind])
