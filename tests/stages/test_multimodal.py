@@ -22,6 +22,7 @@ from qwen3f.stages.configs import multimodal_config
 from qwen3f.stages.multimodal import ALIGNER, TOWER
 from qwen3f.train import loop
 from qwen3f.train.setup import make_setup
+from tests.train.runs import metrics
 
 
 @pytest.fixture
@@ -60,6 +61,8 @@ def test_it_learns_and_measures_answers(make, tmp_path, capsys):
     assert "exact" in said
     assert "blind" in said
     assert "pictures in" in said
+    losses = [line["loss"] for line in metrics(tmp_path / "w")]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_tokenizer_of_its_own_has_the_chat_template_that_is_asked_for(make, tmp_path):

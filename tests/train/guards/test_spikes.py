@@ -152,7 +152,7 @@ def test_resuming_around_a_spike_is_exact(make, tmp_path, spikes):
     assert records[0] == records[1]
 
 
-def test_two_spikes_behind_one_checkpoint_and_one_before_any(make, tmp_path, spikes, capsys):
+def test_two_spikes_before_any_checkpoint(make, tmp_path, spikes, capsys):
     config = configured(make, **{"checkpoint.every": 6, "spike.rollbacks": 3})
     make_step, _ = spikes(18, 30, 38)  # in step 5; after the rollback in step 3, too early to be judged, and in step 5
     run(config, tmp_path / "w", progress=False, make_step=make_step)
