@@ -114,7 +114,7 @@ def _units(cfg: ModelConfig, path: str, spec: P.ParamSpec, dim: int) -> tuple[in
         return spec.shape[dim] // cfg.head_dim, "heads"
     if ".experts." in path and dim == 1:
         return spec.shape[dim], "experts"
-    return spec.shape[dim], "words" if path in (P.EMBED, P.HEAD) else "columns" if dim > 1 else "rows"
+    return spec.shape[dim], "ids" if path in (P.EMBED, P.HEAD) else "columns" if dim > 1 else "rows"
 
 
 def local_shape(spec: P.ParamSpec, placed: Placed, shape: MeshShape, stages: Slices) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ def test_without_fsdp_data_axes_replicate():
 @pytest.mark.parametrize(
     "mesh, changes, message",
     [
-        ("tp3", {}, r"model\.embed_tokens\.weight: dim 0 \(32768 words\) doesn't divide by tp=3; .* tp2 or tp4$"),
+        ("tp3", {}, r"model\.embed_tokens\.weight: dim 0 \(32768 ids\) doesn't divide by tp=3; .* tp2 or tp4$"),
         ("tp3", {"vocab_size": 300}, r"q_proj\.weight: dim 1 \(8 heads\) doesn't divide by tp=3"),
         ("tp4", {"num_key_value_heads": 8, "intermediate_size": 690}, r"mlp\.gate_proj\.weight: dim 1 \(690 rows\)"),
         ("ep3", {}, r"mlp\.experts\.gate_proj\.weight: dim 1 \(8 experts\) doesn't divide by ep=3"),

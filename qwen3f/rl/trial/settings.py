@@ -96,14 +96,15 @@ class Trial:
 def parse(words: Sequence[str]) -> Trial:
     """key=value words as a Trial. Raises UserError."""
     fields = {field.name: field for field in dataclasses.fields(Trial)}
+    known = [name for name in fields if name != "changes"]  # which the keys of configurations make
     given: dict[str, object] = {}
     changes = []
     for word in words:
         name, equals, text = word.partition("=")
         form, dot, key = name.partition(".")
-        if not equals or (name not in fields and not (dot and form in FORMS)) or name == "changes":
+        if not equals or (name not in known and not (dot and form in FORMS)):
             raise UserError(
-                f"{word!r}: write key=value, where key is one of {', '.join(fields)}, or a key of a configuration, "
+                f"{word!r}: write key=value, where key is one of {', '.join(known)}, or a key of a configuration, "
                 "such as grpo.schedule.peak_lr"
             )
         if dot:
