@@ -52,6 +52,15 @@ def test_loss_and_gradient_are_those_of_the_formula(name, spread):
     assert (grad[x["mask"] == 0] == 0).all()
 
 
+def test_ratio_gap_and_moved_are_means_over_the_tokens_that_count():
+    """Against the formulas |r − 1| and r − log r − 1, in float64."""
+    x = tensors(spread=0.3)
+    _, figures = policy_loss(x["logp"], batch_of(x), GRPO(loss="dapo"))
+    log_ratio = (x["logp"] - x["old"])[x["mask"] != 0]
+    assert figures["ratio_gap"] == pytest.approx((log_ratio.exp() - 1).abs().mean().item(), rel=1e-12)
+    assert figures["moved"] == pytest.approx((log_ratio.exp() - log_ratio - 1).mean().item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("dual", [0.0, 1.5])
 def test_clipped_shares_are_of_the_tokens_whose_gradient_a_bound_takes(dual):
     ratio, advantage = (x.flatten() for x in torch.meshgrid(torch.linspace(0.55, 1.95, 15), torch.tensor([-2.0, 0, 3])))
