@@ -27,7 +27,7 @@ class Background:
     def _run(self) -> None:
         try:
             self._work()
-        except Exception as error:
+        except Exception as error:  # any error: the thread that waits for the work raises it
             self.error = error
 
     def ended(self, timeout: float = 0.0) -> bool:

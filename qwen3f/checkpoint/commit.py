@@ -65,7 +65,7 @@ def guarded(directory: Path, step: int, work: Callable[[], T]) -> T:
         return work()
     except CheckpointWriteError:
         raise
-    except Exception as error:
+    except Exception as error:  # a backend may raise anything; one kind tells the run that a save failed
         raise CheckpointWriteError(
             f"the checkpoint of step {step} could not be written to {directory} ({kept(directory)}): {error}"
         ) from error

@@ -97,7 +97,7 @@ def load_pretrained(
 def check_finite(params: Params) -> None:
     """Raises UserError, naming the parameter, where one holds a weight that is not finite."""
     for path, leaf in params.items():
-        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(leaf)):
+        if not writer.is_finite(leaf):
             raise UserError(
                 f"{path} holds weights that are not finite as {str(leaf.dtype).removeprefix('torch.')}; write "
                 "--config.dtype=bfloat16 or --config.dtype=float32, whose range is wider (in Python dtype=…), or give "

@@ -45,7 +45,7 @@ def write_file(path: Path, specs: Mapping[str, TensorSpec], fetch: Callable[[str
         for key in order:
             given = fetch(key).detach()
             tensor = given.to("cpu", specs[key].dtype).contiguous()
-            if tensor.dtype != given.dtype and not _is_finite(tensor) and _is_finite(given):
+            if tensor.dtype != given.dtype and not is_finite(tensor) and is_finite(given):
                 raise UserError(
                     f"{key} holds weights that are too large for {str(tensor.dtype).removeprefix('torch.')}; write "
                     "config.dtype=bfloat16 or config.dtype=float32, whose range is wider"
@@ -55,7 +55,8 @@ def write_file(path: Path, specs: Mapping[str, TensorSpec], fetch: Callable[[str
         os.fsync(file.fileno())
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor, which is not empty, are finite. Needs no memory of the tensor's size."""
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 

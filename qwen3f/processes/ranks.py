@@ -262,7 +262,7 @@ def joined(decision: Decision, shape: MeshShape, *, timeout: float) -> Iterator[
             quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
         try:
             yield open_world(shape, decision.device, decision.local_rank)
-        except Exception as error:
+        except Exception as error:  # any error is raised again; the docstring says why it may wait
             if decision.rank or not isinstance(error, UserError | TrainingError):
                 time.sleep(_LINGER)
             raise

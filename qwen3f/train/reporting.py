@@ -35,7 +35,7 @@ class ReportWriter:
             from qwen3f.report.write import write_report  # matplotlib takes a while to import
 
             return write_report(self._directory)
-        except Exception as error:
+        except Exception as error:  # a report must never end the run; the reason is printed once
             if not self._failed:
                 self._failed = True
                 reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

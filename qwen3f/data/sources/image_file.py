@@ -84,6 +84,6 @@ def opened(file: Path | BinaryIO, use: Callable[[Image.Image, str], Result], nam
         raise UserError(
             f"{name} has more than pillow's pixels, {PIXELS.exceeded('pixels')}, or scale the image down"
         ) from error
-    except Exception as error:
+    except Exception as error:  # a decoder may raise anything for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name} cannot be read ({reason}): copy it again.") from error
