@@ -16,14 +16,15 @@ from ml_collections import ConfigDict
 from qwen3f.stages.configs import grpo_config
 
 # nano: after fine-tuning by Muon, AdamW at 2e-4 and above makes answers worse. debug: the rate that the trial found.
-# See qwen3f/rl/trial/README.md.
-PEAK_LR = {"nano": 1e-4, "nano_vl": 1e-4, "debug": 1e-4, "debug_moe": 1e-4}
+# debug_moe learns by Muon. See qwen3f/rl/trial/README.md.
+PEAK_LR = {"nano": 1e-4, "nano_vl": 1e-4, "debug": 1e-4, "debug_moe": 5e-4}
 
 
 def get_config(preset: str = "small") -> ConfigDict:
     preset = preset or "small"
     config = grpo_config(preset)
     config.schedule.peak_lr = PEAK_LR.get(preset, 1e-6)
+    config.optimizer.kind = "muon" if preset == "debug_moe" else "adamw"
     config.optimizer.weight_decay = 0.0
     config.steps, config.batch_size, config.rollout.samples = 200, 32, 16
     config.seq_len, config.rollout.max_new_tokens = 4096, 2048
