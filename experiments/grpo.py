@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from qwen3f.stages.configs import grpo_config
 
 # nano: after fine-tuning by Muon, AdamW at 2e-4 and above makes answers worse. debug: the rate that the trial found.
-# debug_moe learns by Muon; on a mesh, which needs adamw, 1e-4 is its rate. See qwen3f/rl/trial/README.md.
+# debug_moe learns by Muon. See qwen3f/rl/trial/README.md.
 PEAK_LR = {"nano": 1e-4, "nano_vl": 1e-4, "debug": 1e-4, "debug_moe": 5e-4}
 
 

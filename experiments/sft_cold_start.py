@@ -50,9 +50,7 @@ def _solve_generated_problems(config: ConfigDict, preset: str) -> None:
 
 
 def _learn_by_muon(config: ConfigDict, peak_lr: float, update_rms: float, weight_decay: float) -> None:
-    """Muon runs on one device; a mesh needs AdamW.
-
-    From the demo's weights, AdamW at 5e-3 ended with a held-out loss of 0.086 after 1,600 steps; Muon at 1.5e-2 with
+    """From the demo's weights, AdamW at 5e-3 ended with a held-out loss of 0.086 after 1,600 steps; Muon at 1.5e-2 with
     0.059.
     """
     config.optimizer.kind = "muon"

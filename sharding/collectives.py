@@ -87,6 +87,19 @@ def all_to_all(x: Tensor, in_splits: Sequence[int], out_splits: Sequence[int], a
     return x if axis.size == 1 else _AllToAll.apply(x, tuple(in_splits), tuple(out_splits), axis.group)
 
 
+def recut(x: Tensor, axis: Axis, old: int, new: int) -> Tensor:
+    """A tensor that the axis cuts along dimension `old` becomes whole there and is cut along `new` instead.
+
+    Each rank sends and receives (n−1)/n of its part. ValueError when the size of `new` does not divide.
+    """
+    if axis.size == 1:
+        return x
+    if x.shape[new] % axis.size:
+        raise ValueError(f"recut: dim {new} of {tuple(x.shape)} does not divide by {axis.name}={axis.size}")
+    parts, ones = x.unflatten(new, (axis.size, -1)).movedim(new, 0), [1] * axis.size
+    return all_to_all(parts, ones, ones, axis).movedim(0, old).flatten(old, old + 1)
+
+
 def shift(x: Tensor, axis: Axis, by: int = 1) -> Tensor:
     """Send x to the rank `by` places later on the axis (a ring); return the tensor of the rank `by` places earlier."""
     if axis.size == 1 or by % axis.size == 0:

@@ -50,7 +50,7 @@ class Case:
     of_answers: bool = False
 
     def __post_init__(self) -> None:
-        check_mesh(self.model, self.hyper, self.execution, Layout(sizes_only(self.mesh)))
+        check_mesh(self.model, self.execution, Layout(sizes_only(self.mesh)))
         check_recomputation(self.model, self.execution)
         find_gather_dtype(self.reduce, self.compute)
         if self.mesh.pp > 1:

@@ -16,6 +16,7 @@ from qwen3f.model.transformer import gathers_ahead
 from qwen3f.plan.case import Case
 from qwen3f.plan.hardware import Hardware
 from qwen3f.plan.memory import Leaf
+from qwen3f.train import optimizer
 from sharding.mesh import AXES, DATA, ROWS, MeshShape
 from sharding.pipeline.cut import pipeline_traffic
 from sharding.ring import ring_traffic
@@ -88,7 +89,7 @@ def seconds(collective: Collective, mesh: MeshShape, hardware: Hardware) -> floa
 def collectives(setup: Case, table: Sequence[Leaf]) -> tuple[Collective, ...]:
     """All collectives of one step, without those over axes of size 1."""
     found = [*_fsdp(setup, table), *_tensor(setup), *_loss(setup), *_ring(setup), *_experts(setup), *_pipeline(setup)]
-    return tuple(c for c in [*found, *_once(setup, table)] if c.size > 1 and c.calls)
+    return tuple(c for c in [*found, *_once(setup, table), *_muon(setup, table)] if c.size > 1 and c.calls)
 
 
 def layers_per_rank(setup: Case) -> int:
@@ -285,6 +286,36 @@ def _once(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
             mine = [size for at, size in lines if at == over]
             out.append(Collective(what, "all_reduce", over, _size(mesh, over), "step", len(mine), sum(mine)))
     return out
+
+
+def _muon(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
+    """How shards become whole matrices for Muon's update, and then shards again (sharding.matrices)."""
+    by_muon, lines = optimizer.by_muon(setup.hyper, P.decays(setup.model)), []
+    for leaf in table:
+        if leaf.path not in by_muon:
+            continue
+        shape = list(leaf.local_shape)
+        for axes, dim in _matrix_cuts(leaf):
+            ranks = _size(setup.mesh, axes)
+            if leaf.stack:  # some layers whole instead of all layers cut, there and back
+                shape[0] = -(-shape[0] // ranks) * ranks
+                lines += [("all_to_all", axes, math.prod(shape) * setup.master)] * 2
+                shape[0] //= ranks
+            shape[dim] *= ranks
+            if not leaf.stack:
+                lines.append(("gather", axes, math.prod(shape) * setup.master))
+    out = []
+    for op, axes in sorted({line[:2] for line in lines}):
+        mine = [size for *at, size in lines if at == [op, axes]]
+        out.append(Collective("matrices for Muon", op, axes, _size(setup.mesh, axes), "step", len(mine), sum(mine)))
+    return out
+
+
+def _matrix_cuts(leaf: Leaf) -> list[tuple[tuple[str, ...], int]]:
+    """(axes, dimension) of each cut through the last two dimensions, in the order of sharding.matrices."""
+    cuts = [((axis,), dim) for axis, dim in leaf.cuts if axis not in leaf.fsdp]
+    cuts += [(leaf.fsdp, dict(leaf.cuts)[leaf.fsdp[0]])] if leaf.fsdp else []
+    return [(axes, dim) for axes, dim in cuts if dim >= len(leaf.local_shape) - 2]
 
 
 def _one_by_one(axes: Sequence[str]) -> list[tuple[str, ...]]:

@@ -4,7 +4,7 @@ The step follows torch.optim.Muon with adjust_lr_fn="match_rms_adamw" (Liu et al
 root mean square is about `update_rms` times the learning rate, for any shape, so AdamW's learning rate fits.
 
 Differences from torch: it also updates an untied output head. The iteration runs in float32 (float64 for float64)
-instead of bfloat16, and on the Gram matrix where that is cheaper.
+instead of bfloat16, and on the Gram matrix where that is cheaper. On a mesh, ranks share the work (sharding.matrices).
 
 R rows · C columns of a matrix; N matrices of a stack (layers, experts); S, L the shorter and the longer side
 """
@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from qwen3f.params import Params
+from sharding.axes import ONE, Axes
+from sharding.matrices import own_shard, whole_matrices
+from sharding.rules import Placed
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic, from the reference implementation
 _EPS = 1e-7
@@ -36,22 +39,34 @@ class Options(NamedTuple):
 
 
 def update(
-    params: Params, grads: Params, momenta: Params, lr: Tensor, scale: Tensor, options: Options
+    params: Params,
+    grads: Params,
+    momenta: Params,
+    lr: Tensor,
+    scale: Tensor,
+    options: Options,
+    placed: Mapping[str, Placed] | None = None,
+    axes: Axes = ONE,
 ) -> tuple[Params, Params]:
     """(parameters, momenta) after one update; the arguments are not changed.
 
-    Every leaf is a matrix [R, C] or a stack [.., R, C]. scale: the gradients' factor; lr and scale are scalar tensors.
+    Every leaf is a matrix [R, C] or a stack [.., R, C]; on a mesh a shard of it, cut as placed says. scale: the
+    gradients' factor; lr and scale are scalar tensors.
     """
     scaled = {path: grads[path].to(p.dtype) * scale.to(p.dtype) for path, p in params.items()}
     momenta = {path: m.lerp(scaled[path], 1.0 - options.momentum) for path, m in momenta.items()}
-    steps = orthogonalize(
-        {path: g.lerp(momenta[path], options.momentum) for path, g in scaled.items()}, options.iterations
-    )
+    looked_ahead = {path: g.lerp(momenta[path], options.momentum) for path, g in scaled.items()}
+    if placed is not None:
+        looked_ahead = {path: whole_matrices(x, placed[path], axes) for path, x in looked_ahead.items()}
+    steps = orthogonalize(looked_ahead, options.iterations)
     new = {}
     for path, p in params.items():
+        step = steps[path]
         rate = lr * options.rates[path]
-        size = rate * options.update_rms * math.sqrt(max(p.shape[-2:]))
-        new[path] = p * (1.0 - rate * options.weight_decay).to(p.dtype) - size.to(p.dtype) * steps[path]
+        size = rate * options.update_rms * math.sqrt(max(step.shape[-2:]))
+        if placed is not None:
+            step = own_shard(step, placed[path], axes, len(p))
+        new[path] = p * (1.0 - rate * options.weight_decay).to(p.dtype) - size.to(p.dtype) * step
     return new, momenta
 
 

@@ -108,10 +108,12 @@ def update(
     grads: Params,
     state: OptimizerState,
     at: Scalars,
+    placed: Mapping[str, Placed] | None = None,
+    axes: Axes = ONE,
 ) -> tuple[Params, OptimizerState]:
     """One update: (new parameters, new state). The arguments are not changed; frozen parameters are returned as is.
 
-    rules: from leaf_rules. grads: of the trained parameters.
+    rules: from leaf_rules. grads: of the trained parameters. placed, axes: on a mesh, how leaves are cut.
     """
     matrices = [path for path in params if rules[path].muon]
     rest = {path: p for path, p in params.items() if rules[path].rate and not rules[path].muon}
@@ -129,7 +131,7 @@ def update(
             hyper.iterations,
             {path: rules[path].rate for path in matrices},
         )
-        got = muon.update(old[0], grads, old[1], at.lr, at.scale, options)
+        got = muon.update(old[0], grads, old[1], at.lr, at.scale, options, placed, axes)
         for tree, before, after in zip((new, m), old, got):
             tree.update({path: torch.where(at.apply, after[path], before[path]) for path in before})
     # in the order of params, so that the state keeps its structure from step to step

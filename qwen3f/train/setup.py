@@ -96,7 +96,7 @@ def setup_on(config: ConfigDict, device: torch.device, hardware: Hardware | None
     check_recomputation(cfg, execution)
     _check_graph(config, device, compute_dtype)
     parts = microbatches.resolve(config, cfg, hyper, execution, layout, compute_dtype, hardware)
-    _check_mesh(config, cfg, hyper, execution, layout, parts)
+    _check_mesh(config, cfg, execution, layout, parts)
     find_schedule(config)
     return Setup(
         config=config,
@@ -114,7 +114,6 @@ def setup_on(config: ConfigDict, device: torch.device, hardware: Hardware | None
 def _check_mesh(
     config: ConfigDict,
     cfg: ModelConfig,
-    hyper: AdamW,
     execution: model.Execution,
     layout: Layout,
     parts: int,
@@ -125,7 +124,7 @@ def _check_mesh(
     rules.check_batch(shape, config.batch_size, config.seq_len, parts)
     if shape.pp > 1:
         pipeline.check(cfg, layout.pipeline, execution.compile, shape.pp, parts)
-    check_mesh(cfg, hyper, execution, layout)
+    check_mesh(cfg, execution, layout)
     microbatches.check_evaluation(config, parts, layout.axes)
     if shape.size > 1 and config.checkpoint.backend == "dcp":
         raise UserError("config.checkpoint.backend=dcp saves one device's state; write orbax for a mesh")

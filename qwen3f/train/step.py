@@ -15,7 +15,7 @@ from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.train import balance, losses, optimizer
-from qwen3f.train.hyper import AdamW, Muon
+from qwen3f.train.hyper import AdamW
 from qwen3f.train.objective import Batch, MicroBatch, Objective
 from qwen3f.train.pipelined import make_pipelined_gradients
 from qwen3f.train.schedule import Schedule
@@ -95,10 +95,10 @@ def make_train_step(cfg: ModelConfig, objective: Objective, options: StepOptions
     (all updates are); withheld is then the number of updates that were not finite.
 
     Raises UserError for a batch that does not divide or is malformed (`check_batch`), for rates without a matching
-    parameter, and for what a mesh cannot do: Muon, which needs whole matrices; attention_dropout; config.compile=step
-    with ep, because the host must know ep's splits; an invariant execution with experts, or over pp, cp or tp.
+    parameter, and for what a mesh cannot do: attention_dropout; config.compile=step with ep, because the host must know
+    ep's splits; an invariant execution with experts, or over pp, cp or tp.
     """
-    check_mesh(cfg, options.optimizer, options.execution, options.layout)
+    check_mesh(cfg, options.execution, options.layout)
     optimizer.check_rates(options.optimizer, P.abstract_params(cfg))
     gradients, update = _make_gradients(cfg, objective, options), _make_update(cfg, options)
     wait = options.before_update or (lambda: None)
@@ -153,7 +153,7 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
             )
 
 
-def check_mesh(cfg: ModelConfig, hyper: AdamW, execution: model.Execution, layout: Layout) -> None:
+def check_mesh(cfg: ModelConfig, execution: model.Execution, layout: Layout) -> None:
     """UserError for what a mesh, or an invariant execution, cannot do; make_train_step lists it."""
     axes = layout.axes
     if execution.invariant and (cfg.sparse_layers or max(axes.pp.size, axes.cp.size, axes.tp.size) > 1):
@@ -167,10 +167,6 @@ def check_mesh(cfg: ModelConfig, hyper: AdamW, execution: model.Execution, layou
         raise UserError(
             f"config.compile=step with ep={axes.ep.size}, where the host must know how many rows each rank gets, is "
             "not supported; write compile=block, or dp in place of ep in config.mesh"
-        )
-    if isinstance(hyper, Muon):
-        raise UserError(
-            "config.optimizer.kind=muon needs whole matrices, which a mesh cuts; write optimizer.kind=adamw"
         )
     if cfg.attention_dropout > 0:
         raise UserError("config.model.attention_dropout is not supported on a mesh; set it to 0 or train on one device")
@@ -280,7 +276,7 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
         done = state.step if options.updates == 1 else state.step * options.updates + number
         lr = options.schedule(done)
         at = optimizer.Scalars(done, lr, scale, finite)
-        params, opt = optimizer.update(hyper, rules, state.params, grads, state.opt, at)
+        params, opt = optimizer.update(hyper, rules, state.params, grads, state.opt, at, placed, axes)
         if cfg.vision_enabled:
             seen = _any_image(batch, axes)
             params = _unless_idle(seen, state.params, params)

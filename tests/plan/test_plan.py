@@ -21,7 +21,7 @@ from qwen3f.plan.memory import leaves, state_bytes
 from qwen3f.plan.picture import mesh_png, timeline_png
 from qwen3f.plan.text import bytes_of, render
 from qwen3f.plan.traffic import members
-from qwen3f.train.hyper import Muon, make_hyper
+from qwen3f.train.hyper import make_hyper
 from qwen3f.train.metrics import flops_per_token
 from qwen3f.train.state import init_state
 from sharding.mesh import parse_mesh
@@ -250,7 +250,6 @@ def test_the_first_stage_of_large_resolves_on_its_mesh():
         ),
         ({"mesh": "pp2"}, "config.microbatches=1 leaves ranks of pp2 without work; write at least 2"),
         ({"mesh": "pp2", "microbatches": 3, "pipeline": Pipeline("interleaved", 2)}, "makes 4 stages of"),
-        ({"mesh": "dp2", "hyper": Muon()}, "write optimizer.kind=adamw"),
         ({"mesh": "dp2", "model": {"attention_dropout": 0.1}}, "set it to 0"),
         ({"preset": "debug_moe", "mesh": "ep2", "execution": Execution("step")}, "write compile=block"),
     ],

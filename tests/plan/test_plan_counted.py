@@ -21,9 +21,8 @@ from qwen3f.plan.case import Case
 from qwen3f.plan.hardware import TABLE
 from qwen3f.plan.make import make
 from qwen3f.train import losses
-from qwen3f.train.hyper import parse_rates
+from qwen3f.train.hyper import AdamW, Muon, parse_rates
 from qwen3f.train.objective import NEXT_TOKEN, MicroBatch, Objective
-from qwen3f.train.optimizer import AdamW
 from qwen3f.train.pipelined import make_pipelined_gradients
 from qwen3f.train.schedule import Schedule
 from qwen3f.train.state import init_state
@@ -159,6 +158,20 @@ def test_a_step_makes_the_collectives_that_were_planned(preset, mesh, policy, mi
     """Calls and bytes are exactly equal, and so are the bytes of parameters and moments that the rank holds."""
     cfg = presets.get(preset).replace(**SMALL, gradient_checkpointing=policy)
     assert counted(cfg, mesh, layout, microbatches, AdamW()) == planned(cfg, mesh, layout, microbatches, AdamW())
+
+
+@pytest.mark.parametrize(
+    "preset, mesh, fsdp",
+    [
+        ("debug", "dp2", True),  # three layers over two ranks
+        ("debug", "dr2,dp2,cp2,tp2", True),
+        ("debug", "dp2,tp4", False),
+        ("debug_moe", "dp2,ep2,cp2,tp2", True),
+    ],
+)
+def test_muon_moves_what_was_planned(preset, mesh, fsdp):
+    cfg, hyper = presets.get(preset).replace(**SMALL), Muon(rates=parse_rates(r".*\.q_proj\..*=0"))
+    assert counted(cfg, mesh, {"fsdp": fsdp}, 1, hyper) == planned(cfg, mesh, {"fsdp": fsdp}, 1, hyper)
 
 
 UNLIKE = {

@@ -8,7 +8,7 @@ import torch
 from qwen3f import presets, tree
 from qwen3f.stages.pretrain import make_train_step
 from qwen3f.train import state
-from qwen3f.train.hyper import ADAMW, AdamW
+from qwen3f.train.hyper import ADAMW
 from qwen3f.train.schedule import Schedule
 from sharding.fsdp import cut
 from sharding.layout import Layout
@@ -54,18 +54,18 @@ def batches(steps, rows=ROWS):
 
 
 @functools.cache
-def _whole(cfg, dtype, microbatches, steps):
-    current = state.init_state(cfg, 0, dtype=dtype)
-    step = make_train_step(cfg, AdamW(), SCHEDULE, microbatches=microbatches)
+def _whole(cfg, dtype, microbatches, steps, hyper):
+    current = state.init_state(cfg, 0, hyper, dtype=dtype)
+    step = make_train_step(cfg, hyper, SCHEDULE, microbatches=microbatches)
     history = [(current, {})]
     for batch in batches(steps):
         history.append(step(history[-1][0], batch))
     return history
 
 
-def on_one_device(cfg, *, dtype=torch.float64, microbatches=1, steps=3):
+def on_one_device(cfg, *, dtype=torch.float64, microbatches=1, steps=3, hyper=ADAMW):
     """[(state, metrics)], before the first step and after each."""
-    return _whole(cfg, dtype, microbatches, steps)
+    return _whole(cfg, dtype, microbatches, steps, hyper)
 
 
 def share(batch, shape, rank, microbatches):

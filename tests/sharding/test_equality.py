@@ -9,7 +9,7 @@ import torch
 
 from qwen3f import tree
 from qwen3f.stages.pretrain import make_train_step
-from qwen3f.train.optimizer import AdamW
+from qwen3f.train.hyper import AdamW, Muon
 from qwen3f.train.state import init_state
 from tests.sharding.steps import MOE, SCHEDULE, batches, config, expected_on, on_local_world, on_one_device
 
@@ -63,6 +63,31 @@ def test_a_mesh_equals_one_device(name, mesh):
         for key, value in metrics.items():
             for rank_value in on_ranks[key]:
                 torch.testing.assert_close(rank_value, value, rtol=0, atol=1e-10 if value.is_floating_point() else 0)
+        compare(shards, expected_on(whole, cfg, mesh, fsdp))
+
+
+@pytest.mark.parametrize(
+    "changes, mesh, fsdp",
+    [
+        ({}, "dp2", True),
+        ({}, "dp2,tp2", True),
+        ({"num_hidden_layers": 3, "tie_word_embeddings": True}, "cp2,tp2", True),  # 3 layers over 2 ranks
+        ({"num_hidden_layers": 1}, "dp4", True),  # three ranks have no layer to work on
+        ({}, "dr2,tp2", False),
+        (MOE, "ep2,tp2", True),
+        (MOE | {"mlp_only_layers": (0,)}, "dp2,ep2", True),
+        pytest.param({"hidden_size": 22}, "dp4", True, marks=pytest.mark.nightly),
+        pytest.param({"num_hidden_layers": 3}, "dp2,cp2,tp2", True, marks=pytest.mark.nightly),
+        pytest.param(MOE, "dp2,ep2,tp2", True, marks=pytest.mark.nightly),
+        pytest.param(MOE, "tp4", True, marks=pytest.mark.nightly),
+    ],
+)
+def test_muon_on_a_mesh_equals_one_device(changes, mesh, fsdp):
+    cfg, hyper = config(**changes), Muon(weight_decay=0.3)
+    _, *expected = on_one_device(cfg, hyper=hyper, steps=2)
+    got = on_local_world(cfg, mesh, fsdp=fsdp, hyper=hyper, steps=2)
+    for (whole, metrics), (shards, on_ranks) in zip(expected, got, strict=True):
+        torch.testing.assert_close(on_ranks["loss"][0], metrics["loss"], rtol=0, atol=1e-10)
         compare(shards, expected_on(whole, cfg, mesh, fsdp))
 
 

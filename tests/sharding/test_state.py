@@ -8,7 +8,7 @@ from qwen3f import model, tree
 from qwen3f.errors import UserError
 from qwen3f.model.block import block_fn
 from qwen3f.stages.pretrain import make_train_step
-from qwen3f.train.optimizer import AdamW, Muon
+from qwen3f.train.optimizer import AdamW
 from qwen3f.train.state import init_state
 from sharding.axes import Axes, Axis
 from sharding.layout import Layout
@@ -51,14 +51,13 @@ def test_blocks_that_cannot_be_compiled_run_as_they_are(layout, compiled, monkey
 
 
 @pytest.mark.parametrize(
-    "changes, hyper, compile, axis, message",
+    "changes, compile, axis, message",
     [
-        ({}, Muon(), "off", "dp", "optimizer.kind=muon needs whole matrices"),
-        ({"attention_dropout": 0.1}, AdamW(), "off", "dp", "model.attention_dropout is not supported on a mesh"),
-        (MOE, AdamW(), "step", "ep", "config.compile=step with ep=2, .*write compile=block"),
+        ({"attention_dropout": 0.1}, "off", "dp", "model.attention_dropout is not supported on a mesh"),
+        (MOE, "step", "ep", "config.compile=step with ep=2, .*write compile=block"),
     ],
 )
-def test_what_a_mesh_cannot_do(changes, hyper, compile, axis, message):
+def test_what_a_mesh_cannot_do(changes, compile, axis, message):
     layout = Layout(Axes(**{axis: Axis(axis, 2)}))
     with pytest.raises(UserError, match=message):
-        make_train_step(config(**changes), hyper, SCHEDULE, execution=model.Execution(compile=compile), layout=layout)
+        make_train_step(config(**changes), AdamW(), SCHEDULE, execution=model.Execution(compile=compile), layout=layout)
