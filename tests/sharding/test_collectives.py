@@ -57,6 +57,8 @@ def gather_ahead(x, axis):
 CASES = {
     "gather 0": (lambda x, a: C.gather(x, a, 0), lambda g: [torch.cat(list(g), 0)] * len(g)),
     "gather -1": (lambda x, a: C.gather(x, a, -1), lambda g: [torch.cat(list(g), 1)] * len(g)),
+    "recut 0 to 1": (lambda x, a: C.recut(x, a, 0, 1), lambda g: torch.cat(list(g), 0).chunk(len(g), 1)),
+    "recut 1 to 0": (lambda x, a: C.recut(x, a, 1, 0), lambda g: torch.cat(list(g), 1).chunk(len(g), 0)),
     "gather_each": (
         gather_two,
         lambda g: [torch.cat([torch.cat(list(g), 0).flatten(), 3 * torch.cat(list(g), 1).flatten()])] * len(g),
@@ -122,6 +124,7 @@ def test_an_axis_of_size_one_returns_its_argument():
         C.all_to_all(x, [4], [4], ONE.ep),
         C.shift(x, ONE.cp),
         C.shard(x, ONE.tp, 0),
+        C.recut(x, ONE.tp, 0, 1),
     ):
         assert out is x
 
@@ -131,6 +134,8 @@ def test_what_does_not_divide_is_named():
         C.reduce_scatter(torch.ones(4, 3), Axis("tp", 2), 1)
     with pytest.raises(ValueError, match=r"shard: dim 0 of \(3,\) does not divide by dp=2"):
         C.shard(torch.ones(3), Axis("dp", 2), 0)
+    with pytest.raises(ValueError, match=r"recut: dim 1 of \(2, 3\) does not divide by dp=2"):
+        C.recut(torch.ones(2, 3), Axis("dp", 2), 0, 1)
 
 
 def uneven(rank):
