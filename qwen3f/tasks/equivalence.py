@@ -15,6 +15,7 @@ from qwen3f.tasks.answer_text import LONGEST, READ, after_thinking, normalised
 DEADLINE = 5.0  # seconds of a judgement
 
 _ANNOUNCED = re.compile(r"\b(?:answer|result)\s*(?:is|=|:)\s*(.+)$", re.IGNORECASE)
+_NAMED = re.compile(r"[\s$]*([A-Za-z])\s*=")
 _workers = shared(1, DEADLINE)
 
 
@@ -41,9 +42,12 @@ def final_answer(text: str) -> str | None:
 def judge(answer_text: str, gold: str) -> Outcome:
     """math_reward's result, and why it failed."""
     answer = final_answer(answer_text)
-    if answer is None or not gold.strip():
-        return Outcome(0.0 if gold.strip() else None)
-    if normalised(answer) == normalised(gold):
+    if not gold.strip() or len(gold) > LONGEST:
+        return Outcome(None)
+    if answer is None:
+        return Outcome(0.0)
+    names = {found[1].lower() for found in map(_NAMED.match, (answer, gold)) if found}
+    if normalised(answer) == normalised(gold) and len(names) < 2:  # x = 5 is not y = 5
         return Outcome(1.0)
     if os.environ.get(INSIDE):  # this process already has a deadline
         from qwen3f.tasks.verifier import same_mathematics
@@ -54,5 +58,5 @@ def judge(answer_text: str, gold: str) -> Outcome:
 
 def math_reward(answer_text: str, gold: str) -> float | None:
     """1.0 if the final answer of what a model wrote is right, 0.0 if it is wrong or missing, None if that cannot be
-    told: gold is no mathematics, or the comparison failed or took longer than DEADLINE."""
+    told: gold is no mathematics or longer than LONGEST, or the comparison failed or took longer than DEADLINE."""
     return judge(answer_text, gold).value

@@ -6,23 +6,35 @@ It is a module of its own, so that the second it takes to load counts in no call
 import logging
 from typing import Any
 
-from math_verify import parse, verify
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
 
-from qwen3f.tasks.as_latex import as_latex, without_percent
+from qwen3f.tasks.as_latex import as_latex, without_base, without_percent, without_unit
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of its own limits, which are switched off here
+
+# Nothing but LaTeX: where that cannot be read, math-verify would else take some number in it for the answer.
+_READ = LatexExtractionConfig(
+    normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="all")
+)
 
 
 def same_mathematics(answer: str, gold: str) -> float | None:
     """1.0 if a final answer means the same as `gold`, 0.0 if not; None if gold cannot be compared.
 
-    If one of the two is in percent, such as 10%, the other may be 10 (the answer to "how many percent?") or 0.1.
+    If one of the two is in percent, such as 10%, the other may be 10 (the answer to "how many percent?") or 0.1. If
+    both have a unit (or a base), it must be the same one; if only one has it, the question has said it.
     """
-    answer, answer_of_100 = without_percent(as_latex(answer))
-    gold, gold_of_100 = without_percent(as_latex(gold))
+    (answer, base), (gold, right_base) = without_base(as_latex(answer)), without_base(as_latex(gold))
+    if base or right_base:
+        return float(answer == gold and (base == right_base or not base or not right_base))
+    (answer, unit), (gold, right_unit) = without_unit(answer), without_unit(gold)
+    (answer, answer_of_100), (gold, gold_of_100) = without_percent(answer), without_percent(gold)
     right = _parsed(gold)
     if not right:
         return None
+    if unit and right_unit and unit != right_unit:
+        return 0.0
     if _means(answer, right):
         return 1.0
     if answer_of_100 == gold_of_100:
@@ -31,12 +43,12 @@ def same_mathematics(answer: str, gold: str) -> float | None:
 
 
 def _parsed(gold: str) -> list[Any]:
-    return parse(f"${gold}$", parsing_timeout=None, raise_on_error=True)
+    return parse(f"\\boxed{{{gold}}}", [_READ], parsing_timeout=None, raise_on_error=True)
 
 
 def _means(answer: str, right: list[Any]) -> bool:
-    given = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-    return bool(given) and verify(right, given, timeout_seconds=None, raise_on_error=True)
+    given = parse(f"\\boxed{{{answer}}}", [_READ], parsing_timeout=None)
+    return bool(given) and verify(right, given, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
 
 
 def _hundredth(number: str) -> str:
