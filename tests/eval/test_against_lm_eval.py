@@ -2,13 +2,14 @@
 
 import importlib.metadata
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwen3f.eval import Evaluator
-from qwen3f.eval.benchmarks import registry
+from qwen3f.eval.benchmarks import math_answers, registry
 from qwen3f.eval.benchmarks.benchmark import Item
 from qwen3f.eval.benchmarks.items import load
 from qwen3f.eval.benchmarks.triviaqa import TRIVIAQA
@@ -135,6 +136,23 @@ def test_given_answers_are_judged_as_the_harness_does(name, rows):
             assert ours == theirs, one["text"]
             seen |= set(ours.items())
     assert seen == {(key, mark) for key in METRICS[name] for mark in (0.0, 1.0)}  # each metric has seen right and wrong
+
+
+@pytest.mark.parametrize("name, part", [
+    ("math", "a"), ("math", r"\text{"), ("math", r"\overline{"), ("math", r"\boxed{"), ("math", "sqrt["),
+    ("math", "Final Answer: The final answer is"), ("gsm8k", "1"),
+])  # fmt: skip
+def test_a_long_answer_takes_no_quadratic_time(name, part, rows):
+    """Quadratic, an answer of this size would take minutes."""
+    begun = time.process_time()
+    if name == "math":
+        text = part * (200_000 // len(part))
+        assert len(math_answers.normalised(text)) > 100_000
+        assert math_answers.final_answer(text) == "[invalidanswer]"
+    else:
+        benchmark, questions = asked(name, rows / "jsonl", 0)
+        benchmark.score(questions[0].item, [f"#### {part * 200_000}"])
+    assert time.process_time() - begun < 10
 
 
 def test_letters_that_grow_when_small_are_judged_as_the_harness_does():

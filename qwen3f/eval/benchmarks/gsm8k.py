@@ -14,7 +14,7 @@ from qwen3f.eval.benchmarks.benchmark import Benchmark, Generation, Item, Shots
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-_IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
+_IGNORED = (",", r"\$", r"(?s)\A.*#### ", r"\.$")
 _NONE = "[invalid]"
 
 

@@ -6,8 +6,9 @@ comment, condition or print at a line's beginning. Metric: pass@k of n samples a
 1 − C(n − c, k) / C(n, k) for c that pass (equation 1). Programs run in qwen3f.sandbox alone.
 
 In a chat, the prompt asks for the function in words. The last block of Python in the answer that defines the function
-counts, else the last block. This form is our own: the harness's humaneval_instruct begins the answer itself, which
-leaves no room to think.
+counts, else the last block; no other block is added to it, as evalplus adds none. A method of a class is not the
+function: the tests call it by its name. This form is our own: the harness's humaneval_instruct begins the answer
+itself, which leaves no room to think.
 """
 
 import importlib

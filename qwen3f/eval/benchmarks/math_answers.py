@@ -10,13 +10,15 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 from qwen3f.errors import UserError
 
 SECONDS = 5  # for sympy to decide
 ANTLR = "4.11"  # the only one that sympy's LaTeX parser works with
 
-_FINAL = re.compile(r"Final Answer: The final answer is(.*?). I hope it is correct.")
+_SAID = "Final Answer: The final answer is"
+_CLOSED = re.compile("(.*?). I hope it is correct.")
 _NONE = "[invalidanswer]"
 _UNIT_WORDS = """square ways integers dollars mph inches ft hours km units sue points feet minutes digits cents degrees
 cm gm pounds meters meals edges students childrentickets multiples"""
@@ -31,15 +33,20 @@ _REPLACED = (
     ("an ", ""), ("a ", ""), (".$", "$"), (r"\$", ""), (r"\ ", ""), (" ", ""), ("mbox", "text"),
     (r",\text{and}", ","), (r"\text{and}", ","), (r"\text{m}", r"\text{}"),
 )  # fmt: skip
-_SHORTHAND = (
-    (r"(.*?)(\$)(.*?)(\$)(.*)", r"$\3$"),
-    (r"(\\text\{)(.*?)(\})", r"\2"),
-    (r"(\\textbf\{)(.*?)(\})", r"\2"),
-    (r"(\\overline\{)(.*?)(\})", r"\2"),
-    (r"(\\boxed\{)(.*)(\})", r"\2"),
-    (r"(frac)([^{])(.)", r"frac{\2}{\3}"),
-    (r"(sqrt)(\[[^\]]*\])(\w)", r"\1\2{\3}"),
-    (r"(sqrt)(?!\[)([^{])", r"sqrt{\2}"),
+# Where the closing sign is missing, the rest of the line is matched without a group and stays: so no part of a text is
+# searched again and again.
+_SHORTHAND = tuple(
+    (re.compile(pattern, re.MULTILINE), after)
+    for pattern, after in (
+        (r"^(.*?)(\$)(.*?)(\$)(.*)", r"$\3$"),
+        (r"\\text\{(?:(.*?)\}|.*)", r"\1"),
+        (r"\\textbf\{(?:(.*?)\}|.*)", r"\1"),
+        (r"\\overline\{(?:(.*?)\}|.*)", r"\1"),
+        (r"\\boxed\{(?:(.*)\}|.*)", r"\1"),
+        (r"(frac)([^{])(.)", r"frac{\2}{\3}"),
+        (r"(sqrt)(\[[^\]]*\])(\w)|sqrt\[[^\]]*\]?", r"\1\2{\3}"),
+        (r"(sqrt)(?!\[)([^{])", r"sqrt{\2}"),
+    )
 )
 
 
@@ -68,8 +75,11 @@ def boxed(solution: str) -> str | None:
 
 def final_answer(text: str) -> str:
     """The answer in the closing sentence, as it stands; without that sentence _NONE, which equals no answer."""
-    match = _FINAL.search(f"{text}I hope it is correct.")
-    return match[1].strip() if match else _NONE
+    for line in f"{text}I hope it is correct.".split("\n"):
+        closed = _CLOSED.match(line.partition(_SAID)[2])
+        if closed:
+            return closed[1].strip()
+    return _NONE
 
 
 def normalised(answer: str) -> str:
@@ -81,7 +91,7 @@ def normalised(answer: str) -> str:
     for removed in _REMOVED:
         answer = _outside_commands(answer, removed) if removed in _UNITS else answer.replace(removed, "")
     for pattern, after in _SHORTHAND:
-        answer = re.sub(pattern, after, answer)
+        answer = pattern.sub(partial(_shortened, after), answer)
     answer = answer.replace("$", "")
     return answer.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+", answer) else answer
 
@@ -141,6 +151,11 @@ def time_limit(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _shortened(after: str, found: re.Match[str]) -> str:
+    """What replaces a match of _SHORTHAND; the match itself where its closing sign is missing."""
+    return found.expand(after) if found.lastindex else found[0]
 
 
 def _outside_commands(answer: str, word: str) -> str:
