@@ -16,7 +16,7 @@ from tqdm import tqdm
 from qwen3f import model
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.corpus import ChatDataConfig, generated_problems
-from qwen3f.data.chat.kinds import HYBRID, TemplateKind, check_thinking
+from qwen3f.data.chat.kinds import HYBRID, TemplateKind, check_chosen, check_thinking
 from qwen3f.data.multimodal.samples import check_tokenizer
 from qwen3f.data.sources.reasoning import FAMILIES, ReasoningSource
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -97,6 +97,9 @@ def check(config: ConfigDict, cfg: ModelConfig | None = None) -> list[tuple[Benc
     cfg = cfg or source.read_model_config(config.init_from)
     for benchmark, _ in named:
         settings_of(config).check(benchmark, cfg.vision_enabled)
+        if is_chat(benchmark, config.prompt):
+            mode = config.thinking if benchmark.generation else None
+            check_chosen(config.chat_template, [mode], "--config.thinking")
         if benchmark.vision:
             check_limits(token_side(cfg), config.min_pixels, config.max_pixels, "--config.")
     return [(one, place_of(one, place, config.data.root, len(named) == 1)) for one, place in named]

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from qwen3f.data.chat.corpus import ChatCorpus
-from qwen3f.data.chat.kinds import check_thinking
+from qwen3f.data.chat.kinds import check_chosen, check_thinking
 from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.pairs.corpus import PairLayout
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
@@ -275,6 +275,8 @@ def check(setup: Setup) -> None:
         at_least(config, f"eval.{key}", low)
     if config.eval.questions:
         task_of(config.eval.task, "--config.eval.task", config.data)
+    modes = [config.eval.thinking] if config.eval.questions else []
+    check_chosen(config.chat_template, modes, "--config.eval.thinking")
 
 
 def make(run: Run) -> Stage:

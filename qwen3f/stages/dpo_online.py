@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3f.data.chat.kinds import check_thinking
+from qwen3f.data.chat.kinds import check_chosen, check_thinking
 from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.loader import Share
 from qwen3f.data.packing.concat import IGNORED_TARGET, Example
@@ -68,6 +68,7 @@ def check(setup: Setup) -> None:
     for key, low in (("samples", 2), ("max_new_tokens", 1), ("rounds", 1), ("rows", 1), ("cache_tokens", 0)):
         at_least(config, f"online.{key}", low)
     at_least(config, "eval.questions", 0)
+    check_chosen(config.chat_template, [config.online.thinking], "--config.online.thinking")
     if not config.online.temperature > 0:
         raise UserError(
             f"--config.online.temperature={config.online.temperature}: the answers to a prompt must differ; write a "

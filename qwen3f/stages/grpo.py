@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3f.data.chat.kinds import check_thinking
+from qwen3f.data.chat.kinds import check_chosen, check_thinking
 from qwen3f.data.chat.recognise import kind_of, opening
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
@@ -87,6 +87,7 @@ def check(setup: Setup) -> None:
     if not config.judge.deadline > 0:
         raise UserError(f"--config.judge.deadline={config.judge.deadline}: write the seconds that a reward may take, "
                         "such as 20")  # fmt: skip
+    check_chosen(config.chat_template, [rollout.thinking], "--config.rollout.thinking")
     _check_rewards(setup)
     tasks = find_tasks(setup)
     if any(isinstance(task, CodeTask) for _, task, _ in tasks):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from qwen3f.data.chat.heldout import measured_rows
-from qwen3f.data.chat.kinds import find_kind
 from qwen3f.data.corpus import cache_directory
 from qwen3f.data.multimodal.dataset import Document, VisualCorpus, VisualDataConfig, VisualDataset, prepare_visual
 from qwen3f.data.multimodal.dataset import check as check_data
@@ -42,8 +41,6 @@ def check(setup: Setup) -> None:
     check_model(setup.model, NEXT_TOKEN)
     if setup.execution.invariant:
         raise UserError("config.attention=invariant is for text, not for images; write --config.attention=auto")
-    if setup.config.chat_template:
-        find_kind(setup.config.chat_template)
     check_data(_data_config(setup), setup.config.seq_len, setup.model)
     at_least(setup.config, "eval.max_rows", 0)
 

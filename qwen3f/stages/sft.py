@@ -16,7 +16,7 @@ import torch
 from qwen3f.data.chat.corpus import ChatCorpus, ChatDataConfig, generated_problems, prepare_chats
 from qwen3f.data.chat.corpus import check as check_data
 from qwen3f.data.chat.heldout import measured_rows
-from qwen3f.data.chat.kinds import check_thinking, find_kind
+from qwen3f.data.chat.kinds import check_chosen, check_thinking
 from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.report import render_samples
 from qwen3f.data.loader import Indexed, Share, build_batch
@@ -52,9 +52,8 @@ def check(setup: Setup) -> None:
     for key in ("eval.max_rows", "eval.questions", "show_samples"):
         at_least(config, key, 0)
     at_least(config, "eval.max_new_tokens", 1)
-    parse_modes(config.eval.modes)
-    if config.chat_template:
-        find_kind(config.chat_template)
+    modes = parse_modes(config.eval.modes)
+    check_chosen(config.chat_template, [mode == "thinking" for mode in modes if _asks(setup)])
     if config.eval.task:
         open_text_task(config.eval.task, "--config.eval.task")
 
@@ -68,7 +67,7 @@ def make(run: Run) -> Stage:
             "--config.data.tokenizer=PATH"
         )
     tokenizer = load_tokenizer(place, config.chat_template)
-    for mode in parse_modes(config.eval.modes) if _asks(run) else ():
+    for mode in parse_modes(config.eval.modes) if _asks(setup) else ():
         check_thinking(kind_of(tokenizer), mode == "thinking")
     check_tokenizer(tokenizer, setup.model)
     corpus = prepare_chats(_data_config(setup), config.seq_len, tokenizer, run.progress)
@@ -90,8 +89,8 @@ def _data_config(setup: Setup) -> ChatDataConfig:
     return ChatDataConfig(**{key: value for key, value in setup.config.data.items() if key in fields})
 
 
-def _asks(run: Run) -> bool:
-    return bool(run.setup.config.eval.task and run.setup.config.eval.questions)
+def _asks(setup: Setup) -> bool:
+    return bool(setup.config.eval.task and setup.config.eval.questions)
 
 
 def _shown(setup: Setup, corpus: ChatCorpus, tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -107,7 +106,7 @@ def _shown(setup: Setup, corpus: ChatCorpus, tokenizer: Tokenizer) -> tuple[str,
 def _evaluator(run: Run, corpus: ChatCorpus, tokenizer: Tokenizer) -> Evaluator:
     """Evaluates the loss on held-out chats ("loss", and "loss/NAME" if there are several sources) and the answers to
     held-out questions."""
-    config, evaluate, asks = run.setup.config, make_heldout_loss(run, corpus.heldout), _asks(run)
+    config, evaluate, asks = run.setup.config, make_heldout_loss(run, corpus.heldout), _asks(run.setup)
     questions = _questions(run.setup) if asks else (None, ())
     answers: list[dict[str, Any]] = []
 

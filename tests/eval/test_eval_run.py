@@ -150,6 +150,10 @@ def test_a_batch_size_changes_nothing(place, whole, tmp_path):
     ({"benchmarks": "docvqa@x"}, "docvqa asks about images"),
     ({"prompt": "raw", "thinking": True}, "--config.thinking=True needs --config.prompt=chat"),
     ({"prompt": "chat", "thinking": True}, "mmlu scores choices right after the prompt"),
+    (
+        {"benchmarks": "gsm8k", "prompt": "chat", "thinking": True, "chat_template": "instruct-2507", "mesh": "dp9"},
+        "never thinks: write --config.thinking=False",
+    ),
     ({"prompt": "spoken"}, "--config.prompt='spoken': write raw or chat"),
     ({"shots": 6}, "mmlu, abstract_algebra, has 5 examples in the split 'dev', and --config.shots=6 needs 6"),
     ({"shots": -1}, "--config.shots=-1: write at least 0"),

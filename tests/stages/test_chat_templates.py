@@ -17,6 +17,8 @@ from qwen3f.infer.text_generator import TextGenerator
 from qwen3f.interop import source
 from qwen3f.preference import sampling as answers
 from qwen3f.rl.judge import Judge
+from qwen3f.stages import dpo, dpo_online, grpo, sft
+from qwen3f.train.setup import make_setup
 from qwen3f.train.workdir import keep_tokenizer
 from tests.data.chat.conversations import answer, user
 from tests.data.chat.references import REFERENCES
@@ -192,6 +194,19 @@ def test_a_template_beside_our_own_kind_of_tokenizer_goes_along(tmp_path):
     (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps({"chat_template": REFERENCES["instruct-2507"]}))
     keep_tokenizer(tmp_path / "w", load_tokenizer(tmp_path / "hf"))
     assert kind_of(load_tokenizer(tmp_path / "w" / "tokenizer")).name == "instruct-2507"
+
+
+@pytest.mark.parametrize("check, make_config, changes, words", [
+    (sft.check, toy_chats.make_config, {"eval.modes": "plain,thinking"}, "leave enable_thinking=True out"),
+    (grpo.check, toy_rl.make_config, {"rollout.thinking": True}, "write --config.rollout.thinking=False"),
+    (dpo.check, toy_pairs.make_config, {"eval.thinking": True}, "write --config.eval.thinking=False"),
+    (dpo_online.check, toy_pairs.online_config, {"online.thinking": True}, "write --config.online.thinking=False"),
+])  # fmt: skip
+def test_modes_that_the_chosen_template_has_not_are_refused_before_a_start(check, make_config, changes, words, root):
+    config = make_config(root, chat_template="instruct-2507", **{"eval.questions": 1}, **changes)
+    config.init_from = str(root / "weights")
+    with pytest.raises(UserError, match=f"instruct-2507, which never thinks: {words}"):
+        check(make_setup(config))
 
 
 def test_modes_that_the_template_has_not(root, tmp_path):

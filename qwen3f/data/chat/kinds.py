@@ -8,6 +8,7 @@
 `recognise` says which one lies beside a tokenizer; `template` writes all of them.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qwen3f.errors import UserError
@@ -65,3 +66,12 @@ def check_thinking(kind: TemplateKind, enable_thinking: bool | None, flag: str =
             f"--config.chat_template={HYBRID.name}."
         )
     return enable_thinking
+
+
+def check_chosen(name: str, modes: Iterable[bool | None], flag: str = "") -> None:
+    """`check_thinking` of config.chat_template for each of `modes`, before a tokenizer is read.
+
+    name: "" leaves the kind to the tokenizer, and passes. Raises UserError also as `find_kind`.
+    """
+    for mode in modes if name else ():
+        check_thinking(find_kind(name), mode, flag)
