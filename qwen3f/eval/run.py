@@ -132,7 +132,7 @@ def evaluate(config: ConfigDict, workdir: Path, progress: bool = True, world: Wo
     The same command resumes a stopped evaluation; a larger limit adds to what is there.
     """
     with only_writer(workdir, world):
-        exams, place = world.together(lambda: _exams(config), UserError)
+        exams, place = world.together(lambda: _exams(config, world), UserError)
         files = world.together(lambda: _files(config, workdir, exams, place) if world.main else [], UserError)
         done = world.first([sorted(file.done) for file in files])
         ev: Evaluator | None = None
@@ -166,7 +166,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     write_atomically(path, (piece.encode() for piece in itertools.chain(pieces, "\n")))
 
 
-def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
+def _exams(config: ConfigDict, world: World) -> tuple[list[Exam], str]:
     """(the benchmarks with their questions, the place of the model)."""
     place, settings, exams = source.pinned(config.init_from), settings_of(config), []
     dtype = str(find_dtype(config.dtype, find_device(config.device))).removeprefix("torch.")
@@ -195,7 +195,7 @@ def _exams(config: ConfigDict) -> tuple[list[Exam], str]:
             kind = template_of(benchmark, settings.prompt, tokenizer)
             values |= {"chat_template": kind.name}
             check_thinking(kind, settings.thinking if benchmark.generation else None, "--config.thinking")
-        asked = load(benchmark, where, config.shots, config.limit)
+        asked = load(benchmark, where, config.shots, config.limit, world)
         exams.append(Exam(benchmark, asked, settings, values, kind))
     return exams, place
 
@@ -251,6 +251,8 @@ def _ask(
         for first in range(0, len(left), chunk * world.size):
             part = left[first : first + chunk * world.size]
             own = part[len(part) * world.rank // world.size : len(part) * (world.rank + 1) // world.size]
+            if exam.benchmark.vision:
+                own = [one for one in part if one.of_rank(world)]
             records = world.together(partial(measure, ev, exam.benchmark, own, exam.settings), UserError)
             together = [record for some in world.gather(records) for record in some]
             if file is not None:

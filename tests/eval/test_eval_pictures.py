@@ -21,6 +21,7 @@ from qwen3f.eval.benchmarks.items import grouped, items, load
 from qwen3f.infer.engine import Engine
 from qwen3f.infer.prompts import encode_shown, pictures_of, read_images
 from qwen3f.interop import hf
+from qwen3f.processes.world import World
 from tests.eval.eval_runs import configure
 
 LIMITS = {"min_pixels": 32 * 32, "max_pixels": 64 * 64}
@@ -116,6 +117,19 @@ def test_only_the_pictures_that_are_asked_about_are_kept(seeing):
     benchmark = {one.name: one for one in registry.VISION}["docvqa"]
     found = grouped(items(benchmark, str(seeing[0] / "rows" / "docvqa"), "validation"), 1)
     assert [one.image is None for one in found[""]] == [False, True, True]
+
+
+def test_a_rank_holds_the_pictures_of_its_own_questions(tmp_path, monkeypatch):
+    """Rank 0 holds all of them: it compares them with its records."""
+    monkeypatch.setattr("qwen3f.eval.benchmarks.items.BLOCK", 2)
+    write_parquet(tmp_path, "docvqa", (0, 1, 2, 0, 1, 2))
+    benchmark = {one.name: one for one in registry.VISION}["docvqa"]
+    ranks = [World(rank, 2) for rank in (0, 1)]
+    first, second = (load(benchmark, str(tmp_path), None, 0, world) for world in ranks)
+    assert all(one.item.image for one in first)
+    assert [one.item.image is not None for one in second] == [False, False, True, True, False, False]
+    assert [one.number for one in first if one.of_rank(ranks[0])] == [0, 1, 4, 5]
+    assert [one.number for one in second if one.of_rank(ranks[1])] == [2, 3]
 
 
 def test_a_picture_of_several_questions_is_kept_once(tmp_path):

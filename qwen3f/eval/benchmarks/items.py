@@ -13,8 +13,10 @@ from qwen3f.errors import UserError
 from qwen3f.eval.benchmarks.benchmark import Benchmark, Item
 from qwen3f.eval.benchmarks.pictures import picture_of
 from qwen3f.files import user_path
+from qwen3f.processes.world import ALONE, World
 
 SEED = 1234  # of the harness's draws
+BLOCK = 5  # neighbouring questions of one rank: VQAv2 and DocVQA ask about as many of a picture in a row
 
 Examples = tuple[tuple[str, str], ...]
 
@@ -26,12 +28,18 @@ class Asked:
     Attributes:
         number: its place in the whole benchmark, group by group, from 0; the same however few questions are asked.
         description: the group's text before the examples. examples: (prompt, answer) pairs.
+        place: its place in its group, from 0.
     """
 
     number: int
     item: Item
     description: str
     examples: Examples
+    place: int = 0
+
+    def of_rank(self, world: World) -> bool:
+        """Whether a rank asks this question, if it has a picture: only that rank and rank 0 hold the picture."""
+        return _of_rank(self.place, world)
 
 
 def place_of(benchmark: Benchmark, directory: str, root: str, alone: bool, key: str = "data.root") -> str:
@@ -54,14 +62,15 @@ def place_of(benchmark: Benchmark, directory: str, root: str, alone: bool, key: 
     )
 
 
-def load(benchmark: Benchmark, place: str, shots: int | None, most: int) -> list[Asked]:
+def load(benchmark: Benchmark, place: str, shots: int | None, most: int, world: World = ALONE) -> list[Asked]:
     """The questions, subject by subject in the order of the files.
 
     place: as place_of gives it. shots: examples before each; None: the benchmark's own number. most: at most this many
-    questions of each subject, the first ones; 0: all. Raises UserError for files that are missing or no copy of the
+    questions of each subject, the first ones; 0: all. world: rank 0 holds every picture, which it compares with its
+    records; others hold those of their own questions. Raises UserError for files that are missing or no copy of the
     data set, a row that cannot be used, too few examples to draw from, and no questions.
     """
-    groups = grouped(items(benchmark, place, benchmark.split), most)
+    groups = grouped(items(benchmark, place, benchmark.split), most, world)
     if not groups:
         raise UserError(
             f"{benchmark.name} has no questions in {place or benchmark.hub_id}: put the whole data set there"
@@ -82,8 +91,8 @@ def load(benchmark: Benchmark, place: str, shots: int | None, most: int) -> list
                 f"needs {count + benchmark.shots.spare}; write fewer"
             )
         rand, said = Random(SEED), benchmark.description(group)
-        for number, item in enumerate(found[: most or None], first):
-            out.append(Asked(number, item, said, _draw(benchmark, pool, item, count, rand)))
+        for index, item in enumerate(found[: most or None]):
+            out.append(Asked(first + index, item, said, _draw(benchmark, pool, item, count, rand), index))
         first += len(found)
     return out
 
@@ -142,8 +151,8 @@ def _dataset(benchmark: Benchmark, config: str) -> HubDataset:
     )
 
 
-def grouped(found: Iterator[Item], most: int = 0) -> Mapping[str, list[Item]]:
-    """Items by group. most: only the first `most` items of a group keep their images; 0: all do.
+def grouped(found: Iterator[Item], most: int = 0, world: World = ALONE) -> Mapping[str, list[Item]]:
+    """Items by group. most: only the first `most` items of a group keep their images; 0: all do. world: as for `load`.
 
     Images take most of the memory, so an image that several questions are about is kept once.
     """
@@ -151,9 +160,14 @@ def grouped(found: Iterator[Item], most: int = 0) -> Mapping[str, list[Item]]:
     known: dict[bytes, bytes] = {}
     for item in found:
         group = out.setdefault(item.group, [])
-        image = None if item.image is None or (most and len(group) >= most) else item.image.shared(known)
+        held = (not most or len(group) < most) and (world.main or _of_rank(len(group), world))
+        image = item.image.shared(known) if held and item.image is not None else None
         group.append(dataclasses.replace(item, image=image))
     return out
+
+
+def _of_rank(place: int, world: World) -> bool:
+    return place // BLOCK % world.size == world.rank
 
 
 def _pools(benchmark: Benchmark, place: str, count: int) -> Mapping[str, Examples]:
