@@ -22,6 +22,7 @@ _NUMBER = r"[-+]?\s*(?:(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?|\d*\\[dt]?frac\{\d+
 _TEXT = r"\\(?:text|mathrm|textrm|textbf|mbox)\s*\{((?:[^{}]|\^\{-?\d\})*)\}"
 _RAISE = r"(?:\^(?:\d|\{-?\d\}))?"
 _COUNTED = re.compile(rf"({_NUMBER})({_BLANK}*)([A-Za-z][A-Za-z /^{{}}\d-]*)", re.ASCII)
+_SIGNED = re.compile(r"(.*\S)\s+([A-Za-z]{2,}[A-Za-z/^{}\d]*)", re.DOTALL | re.ASCII)
 _IN_TEXT = re.compile(rf"(.*?[^\s~\\]){_BLANK}*({_TEXT}{_RAISE}(?:\s*/\s*{_TEXT}{_RAISE})?)", re.DOTALL | re.ASCII)
 
 _SYMBOLS = {
@@ -32,15 +33,15 @@ _SYMBOLS = {
 }  # fmt: skip
 _MEASURES = {name: symbol for symbol, names in _SYMBOLS.items() for name in (symbol, *names.split())}
 _OTHERS = ("st", "nd", "rd", "th", "C", "F", "N", "J", "W", "V", "Hz", "Pa")  # only in \text{…}
-_WORDS = re.compile(r"(?:[a-z]{3,}|sq\.?|cu\.?)(?:[ -][a-z]+\.?)?(?: (?:an?|of|per) [a-z]+)?(?:\^[23])?")
+_WORDS = re.compile(r"(?:[a-z]{3,}|sq\.?|cu\.?)(?:[ -][a-z]+\.?){0,3}(?: (?:an?|of|per) [a-z]+)?(?:\^[23])?")
 _SCALES = {"dozen": "12"} | {
     word: f"10^{{{power}}}"
     for word, power in (("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
 }
 # These are no unit: words that change the number before them, and names of numbers or functions.
 _NO_UNIT = re.compile(
-    r"\b(?:and|or|to|plus|minus|times|over|mod|remainder|percent|pi|sqrt|log|sin|cos|tan|squared|cubed|factorial|"
-    r"more|less|fewer|below|decrease|loss|mil|lakh|crore|gross|score|noon|"
+    r"\b(?:and|or|to|plus|minus|times(?! as\b|$)|over|mod|remainder|percent|pi|sqrt|log|sin|cos|tan|squared|cubed|"
+    r"factorial|more|less|fewer|least|most|many|about|below|decrease|loss|mil|lakh|crore|gross|score|noon|"
     r"half|halves|(?:third|fourth|quarter|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth)s?)\b"
 )
 _PERCENT = re.compile(r"(.*?\S)\s*(?:\\?%|\\text\{\s*percent\s*\}|\bpercent)", re.DOTALL)
@@ -69,8 +70,10 @@ def without_unit(answer: str) -> tuple[str, str]:
     counted = _COUNTED.fullmatch(text)
     found = counted or _IN_TEXT.fullmatch(text)
     if found is None:
-        return answer, ""
-    words = found[3] if counted else re.sub(_TEXT, r"\1", found[2]).strip()
+        signed = _SIGNED.fullmatch(text)
+        symbol = _symbol(signed[2]) if signed else ""
+        return (signed[1], symbol) if symbol else (answer, "")
+    words = found[3] if counted else re.sub(_TEXT, r"\1", found[2]).replace("~", " ").strip(". ")
     apart = not counted or bool(found[2])
     symbol = _symbol(words)
     if (symbol and (apart or len(words) > 1)) or (not counted and words in _OTHERS):

@@ -14,13 +14,14 @@ from qwen3f.tasks.answer_text import LONGEST, READ, after_thinking, normalised
 
 DEADLINE = 5.0  # seconds of a judgement
 
-_ANNOUNCED = re.compile(r"\b(?:answer|result)\s*(?:is|=|:)\s*(.+)$", re.IGNORECASE)
+_ANNOUNCED = re.compile(r"\b(?:answer|result)[\s*]*(?:is\s*:?|=|:)[\s*]*(.+)$", re.IGNORECASE)
 _NAMED = re.compile(r"[\s$]*([A-Za-z])\s*=")
 _workers = shared(1, DEADLINE)
 
 
 def final_answer(text: str) -> str | None:
-    r"""What the last \boxed{…} holds, else what follows the last "####", else the last line; only after the thinking.
+    r"""What the last \boxed{…} holds, else what follows the last "####", else the last line with a
+    letter or digit; only after the thinking.
 
     In a last line such as "… the answer is 5." it is what follows "is" (or "=" or ":"). If that has a digit, it is
     taken even if there is "####", which may begin a heading. None if there is no answer, or if it is longer than
@@ -32,7 +33,7 @@ def final_answer(text: str) -> str | None:
     answer = answer[-READ:]
     found = last_boxed(answer)
     if found is None:
-        line = next((line.strip() for line in reversed(answer.splitlines()) if line.strip()), "")
+        line = next((line.strip() for line in reversed(answer.splitlines()) if re.search(r"\w", line)), "")
         announced, found = _ANNOUNCED.search(line), after_hashes(answer)
         if found is None or (announced and re.search(r"\d", announced[1])):
             found = (announced[1] if announced else line).rstrip(". ").strip("* ")

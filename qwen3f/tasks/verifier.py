@@ -13,6 +13,8 @@ from qwen3f.tasks.as_latex import as_latex, without_base, without_percent, witho
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of its own limits, which are switched off here
 
+SMALL, SAME = 1e-3, 1e-5  # numbers below SMALL are equal up to this part of themselves
+
 # Nothing but LaTeX: where that cannot be read, math-verify would else take some number in it for the answer.
 _READ = LatexExtractionConfig(
     normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="all")
@@ -48,7 +50,19 @@ def _parsed(gold: str) -> list[Any]:
 
 def _means(answer: str, right: list[Any]) -> bool:
     given = parse(f"\\boxed{{{answer}}}", [_READ], parsing_timeout=None)
-    return bool(given) and verify(right, given, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
+    means = bool(given) and verify(
+        right, given, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True
+    )
+    return means and not _differ(given[0], right[0])
+
+
+def _differ(given: Any, right: Any) -> bool:
+    """Whether these are numbers so near 0 that math-verify's six decimal places do not tell them apart."""
+    try:
+        a, b = float(given), float(right)
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        return False
+    return max(abs(a), abs(b)) < SMALL and abs(a - b) > SAME * abs(b)
 
 
 def _hundredth(number: str) -> str:
