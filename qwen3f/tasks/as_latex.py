@@ -21,7 +21,7 @@ _MIXED = re.compile(rf"(?<![\w.^}}/])(\d+){_BLANK}+(\d+)\s*/\s*(\d+)(?![\d./^])"
 _NUMBER = r"[-+]?\s*(?:(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?|\d*\\[dt]?frac\{\d+\}\{\d+\})"
 _TEXT = r"\\(?:text|mathrm|textrm|textbf|mbox)\s*\{((?:[^{}]|\^\{-?\d\})*)\}"
 _RAISE = r"(?:\^(?:\d|\{-?\d\}))?"
-_COUNTED = re.compile(rf"({_NUMBER})({_BLANK}*)([A-Za-z][A-Za-z /^{{}}\d-]*)", re.ASCII)
+_COUNTED = re.compile(rf"((?:[A-Za-z()]+\s*=\s*)?{_NUMBER})({_BLANK}*)([A-Za-z][A-Za-z /^{{}}\d-]*)", re.ASCII)
 _SIGNED = re.compile(r"(.*\S)\s+([A-Za-z]{2,}[A-Za-z/^{}\d]*)", re.DOTALL | re.ASCII)
 _IN_TEXT = re.compile(rf"(.*?[^\s~\\]){_BLANK}*({_TEXT}{_RAISE}(?:\s*/\s*{_TEXT}{_RAISE})?)", re.DOTALL | re.ASCII)
 
@@ -49,21 +49,23 @@ _BASED = re.compile(r"(-?)\(?([0-9A-F.]*\d[0-9A-F.]*)\)?_(?:(\d)|\{\(?([^{}()]+)
 
 
 def as_latex(answer: str) -> str:
-    r"""A final answer in a form that math-verify reads rightly: Unicode signs as LaTeX, 0.\overline{3} as a fraction,
-    "1 1/2" as 1\frac{1}{2}, no signs of currencies. All else stays as it is."""
+    r"""A final answer in a form that math-verify reads rightly. Bases, units and percents are for the functions below.
+
+    Unicode signs become LaTeX, 0.\overline{3} a fraction, "1 1/2" 1\frac{1}{2}; signs of currencies and a full stop at
+    the end go. All else stays as it is.
+    """
     text = _ROOT.sub(lambda found: rf"\sqrt{{{found[1] or found[2] or found[3]}}}", answer.strip().replace(r"\$", ""))
     for sign, latex in _SIGNS.items():
         text = text.replace(sign, latex)
     text = _POWER.sub(lambda found: f"^{{{found[0].translate(_RAISED)}}}", text)
     text = _REPEATING.sub(lambda found: _fraction(*found.groups()), text)
-    return _MIXED.sub(r"\1\\frac{\2}{\3}", text).strip()
+    return re.sub(r"(?<!\.)\.$", "", _MIXED.sub(r"\1\\frac{\2}{\3}", text).strip())
 
 
 def without_unit(answer: str) -> tuple[str, str]:
     r"""(the answer without the unit at its end, the unit's symbol, such as "km/h" or "cm2").
 
     The symbol is "" without a unit, and for other words: "72 clips" gives ("72", ""). "5 million" becomes the product.
-
     A single letter without a blank before it is a variable.
     """
     text = answer.rstrip(". ")

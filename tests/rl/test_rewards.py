@@ -136,6 +136,8 @@ def test_the_final_answer(text, expected):
         (r"\boxed{100\pi \mathrm{~cm}^2}", r"100\pi", 1.0),
         (r"\boxed{2\sqrt{3} cm}", r"2\sqrt3", 1.0),
         (r"\boxed{3\text{ at least}}", "3", 0.0),
+        (r"\boxed{x = 21 apples}", "21", 1.0),
+        (r"\boxed{\$7.0.}", "7", 1.0),
         (r"\boxed{x > 2}", r"(2,\infty)", 1.0),
         (r"\boxed{x > 2}", r"[2,\infty)", 0.0),
         (r"\boxed{5}", "5" * 5000, None),
