@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kernels import backend, grouped_gemm
 from kernels.grouped_gemm import Tile
 from tests.kernels.gpu_cases import in_dtypes
+from tests.kernels.guards import guarded
 
 
 def case(counts, dtype=torch.float64, d=5, f=7):
@@ -51,16 +52,18 @@ def test_interpreted(counts, d, f, dtype, limit, tiles, monkeypatch):
     """Empty and crowded experts, groups larger than a tile, sizes that no tile divides; also with transposed weights.
 
     A few roundings of the dtype: 5e-7 in float32, 1e-3 in float16. (The interpreter multiplies bfloat16 as integers.)
+    Nothing is written outside of the outputs.
     """
     if tiles:
         monkeypatch.setattr(grouped_gemm, "tile_of", lambda kind, dtype: tiles[kind])
     x, weight, counts = (t.detach() for t in case(counts, dtype, d, f))
-    for w in (weight, weight.mT.contiguous().mT):
-        leaves = [t.detach().requires_grad_() for t in (x, w)]
-        grad = torch.randn(len(x), f, generator=torch.Generator().manual_seed(1)).to(dtype)
-        with backend.interpreted():
+    grad = torch.randn(len(x), f, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for transposed in (False, True):
+        with backend.interpreted(), guarded() as copied:
+            w = copied(weight.mT.contiguous()).mT if transposed else copied(weight)
+            leaves = [t.requires_grad_() for t in (copied(x), w.detach())]
             y = grouped_gemm.grouped_linear(*leaves, counts)
-            got = y, *torch.autograd.grad(y, leaves, grad)
+            got = y, *torch.autograd.grad(y, leaves, copied(grad))
         wide = [t.detach().double().requires_grad_() for t in leaves]
         y = by_rows(*wide, counts)
         for ours, true in zip(got, (y, *torch.autograd.grad(y, wide, grad.double()))):
@@ -70,11 +73,12 @@ def test_interpreted(counts, d, f, dtype, limit, tiles, monkeypatch):
 def test_counts_that_do_not_fit_touch_nothing_else():
     """Counts on a device are not checked, so wrong ones must not lead a kernel outside of its tensors."""
     x, weight, _ = case([5], torch.float32)
-    with backend.interpreted():
-        for counts in ([9], [-4], [3]):
-            y = grouped_gemm.grouped_linear(x, weight, torch.tensor(counts))
+    for counts in ([9], [-4], [3]):
+        with backend.interpreted(), guarded() as copied:
+            y = grouped_gemm.grouped_linear(copied(x.detach()), copied(weight.detach()), torch.tensor(counts))
             rows = min(max(counts[0], 0), 5)
             torch.testing.assert_close(y[:rows], x[:rows] @ weight[0].t())
+            assert y[rows:].isnan().all()  # as the guards: not written
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
