@@ -33,7 +33,7 @@ class Retention:
     def expired(self, saved: Mapping[int, Mapping[str, float]]) -> list[int]:
         """The steps, ascending, that no rule keeps. saved: step -> its metrics, for all complete checkpoints."""
         steps = sorted(saved)
-        if not self.keep or not steps:
+        if not self.keep:
             return []
         sign = 1 if self.mode == "min" else -1
         measured = {step: value for step in steps if math.isfinite(value := saved[step].get(self.metric, math.nan))}

@@ -45,6 +45,25 @@ def test_over_sequences_of_saves(policy, saves):
         assert len(there) <= policy.keep + policy.best + (len(steps) if policy.every else 0)
 
 
+@given(POLICIES, st.dictionaries(st.integers(1, 40), VALUES, max_size=12))
+def test_a_checkpoint_goes_if_no_rule_keeps_it(policy, values):
+    good = {step: value for step, value in values.items() if value is not None and math.isfinite(value)}
+
+    def stays(step):
+        last = sum(other > step for other in values) < policy.keep or policy.keep == 0
+        multiple = policy.every > 0 and step % policy.every == 0
+        sign = {"min": 1, "max": -1}[policy.mode]
+        better = [other for other in good if (sign * good[other], other) < (sign * good.get(step, 0), step)]
+        return last or multiple or (step in good and len(better) < policy.best)
+
+    saved = {step: {} if value is None else {"val_loss": value} for step, value in values.items()}
+    assert policy.expired(saved) == [step for step in sorted(values) if not stays(step)]
+
+
+def test_a_number_alone_keeps_that_many_of_the_latest():
+    assert Retention(2).expired({step: {"val_loss": step} for step in range(1, 5)}) == [1, 2]
+
+
 def test_on_disk(tmp_path):
     """The loss falls to 0.1 at step 5 and rises again. What stays: the last, the multiples of 4 and the best two."""
     state = {"w": torch.zeros(2)}

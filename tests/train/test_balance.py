@@ -198,6 +198,18 @@ def test_an_even_load_costs_top_k():
         assert balance.balance_loss(mode, stats, balance.load_of(stats), None, tokens[0]) == 2
 
 
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_one_real_token_and_none(tokens):
+    """Of a token the losses are its own; without tokens they are 0."""
+    counts, probs = torch.tensor([[1, 0, 0, 0]]), torch.tensor([[0.5, 0.25, 0.125, 0.125]])
+    number = torch.tensor([tokens])
+    stats = balance.RouterStats(tokens * counts, tokens * probs, number, tokens * torch.tensor([9.0]), number)
+    for mode in MODES:
+        assert balance.balance_loss(mode, stats, balance.load_of(stats), None, number[0]) == 4 * 0.5 * tokens
+    assert balance.z_loss(stats, number[0]) == 9 * tokens
+    assert balance.load_metrics(balance.load_of(stats))["dropped_share"] == tokens
+
+
 @pytest.mark.parametrize("changes", [{}, {"router_z_loss_coef": 0.05, "gradient_checkpointing": "selective"}])
 def test_exact_counts_do_not_care_how_the_batch_is_cut(hf_case, changes):
     """Loss and gradients are the same for 1, 2 and 4 parts; one row is padding. With running counts they differ."""

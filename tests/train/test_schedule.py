@@ -1,7 +1,11 @@
-"""Each schedule against torch.optim.lr_scheduler's chain of the same shape."""
+"""Each schedule against torch.optim.lr_scheduler's chain of the same shape, and against its formula."""
+
+import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.optim import lr_scheduler as S
 
 from qwen3f.errors import UserError
@@ -64,11 +68,46 @@ def test_ends_hold():
     assert set(rates(Schedule("constant", PEAK, TOTAL))) == {PEAK}
 
 
+@given(
+    st.sampled_from(["cosine", "wsd", "constant"]),
+    st.sampled_from(["linear", "cosine"]),
+    *[st.integers(0, 5)] * 2,
+    st.integers(1, 5),
+    st.sampled_from([0.0, 0.25, 1.0]),
+)
+def test_formula(kind, shape, warmup, decay, rest, least):
+    """Also of parts without a step, and of parts that fill the whole run."""
+    total = max(warmup + decay, rest)
+    schedule = Schedule(kind, PEAK, total, warmup, least * PEAK, decay, shape)
+
+    def expected(s):
+        if s < warmup:
+            return (s + 1) / warmup
+        length = decay if kind == "wsd" else total - warmup
+        done = s - (total - length)  # steps of decay before this one
+        if kind == "constant" or done <= 0:
+            return 1.0
+        if done >= length:
+            return least
+        straight = kind == "wsd" and shape == "linear"
+        return least + (1 - least) * (1 - done / length if straight else math.cos(math.pi * done / length / 2) ** 2)
+
+    steps = [*range(total), total + 1, 10 * total + 9]
+    assert [schedule(torch.tensor(s)).item() for s in steps] == pytest.approx(
+        [PEAK * expected(s) for s in steps], rel=1e-12, abs=1e-15
+    )
+
+
+def test_without_options_there_is_no_warmup_no_decay_and_no_least_rate():
+    assert Schedule("wsd", PEAK, TOTAL) == Schedule("wsd", PEAK, TOTAL, 0, 0.0, 0, "linear")
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
         ({"kind": "cosin"}, "'cosin' is unknown"),
         ({"warmup_steps": 60}, "exceed the 50 steps"),
+        ({"warmup_steps": 25, "decay_steps": 26}, "exceed the 50 steps"),
         ({"min_lr": 1.0}, "min_lr"),
         ({"decay_shape": "square"}, "linear or cosine"),
     ],
