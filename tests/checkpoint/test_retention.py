@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3f.checkpoint.checkpointer import Checkpointer, CheckpointWriteError
@@ -45,6 +45,7 @@ def test_over_sequences_of_saves(policy, saves):
         assert len(there) <= policy.keep + policy.best + (len(steps) if policy.every else 0)
 
 
+@settings(max_examples=300)
 @given(POLICIES, st.dictionaries(st.integers(1, 40), VALUES, max_size=12))
 def test_a_checkpoint_goes_if_no_rule_keeps_it(policy, values):
     good = {step: value for step, value in values.items() if value is not None and math.isfinite(value)}

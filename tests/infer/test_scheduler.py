@@ -250,21 +250,58 @@ def test_the_longest_beginning_that_a_page_holds_is_found(prompts, data):
     some have been released."""
     pool, pages = held_pages(8, prompts)
     rows = [pool._contents[page].owner for page in pages]
-    for row, page in zip(rows, pages):
+    finite = []
+    for row, page, prompt in zip(rows, pages, prompts):
         row.checked, row.cached = data.draw(st.booleans()), data.draw(st.integers(0, len(row.tokens)))
-        if row.cached == len(row.tokens) and data.draw(st.booleans()):
-            row.tokens, row.cached = [*row.tokens, 1], row.cached + 1
-        if row.checked and data.draw(st.booleans()):
+        if row.cached == len(row.tokens):  # then it may have an answer
+            row.tokens = [*prompt, *data.draw(st.lists(st.integers(0, 2), max_size=2))]
+            row.cached = len(row.tokens)
+        released = row.checked and data.draw(st.booleans())
+        if released:
             pool.vouch([page])
             pool.release(page, row)
+        if row.checked:
+            finite.append((row.tokens if released else prompt)[: row.cached])
     pool.check()
     asked = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=8))
-    finite = [p[: row.cached] for p, row in zip(prompts, rows) if row.checked]
     found = pool.match(asked, len(asked))
     held = rows[pages.index(found.partial)] if found.partial else None
     assert found.tokens >= max((common_length(asked, p) for p in finite), default=0)
     assert found.tokens == (common_length(asked, held.tokens[: held.cached]) if held else 0)
     assert held is None or held.checked
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=7), min_size=1, max_size=6),
+    st.lists(st.integers(0, 1), min_size=1, max_size=8),
+    st.integers(1, 8),
+)
+def test_a_row_that_will_hold_enough_of_the_beginning_is_found(prompts, asked, count):
+    """Compared with all rows one by one. Rows share pages of two tokens; none has drawn a token yet."""
+    pool, pages = PagePool(30, 2), {}
+    for number, prompt in enumerate(prompts):
+        row, parent = Row(Request(tuple(prompt), 1), number), ROOT
+        for start in range(0, len(prompt), 2):
+            beginning = tuple(prompt[: start + 2])
+            if beginning not in pages:
+                pages[beginning] = pool.take()
+                pool.describe(pages[beginning], parent, row, start)
+            parent = pages[beginning]
+    found = pool.promised(asked, Match((), None, 0), count)
+    assert (found is None) == (max(common_length(asked, prompt) for prompt in prompts) < count)
+    assert found is None or common_length(asked, found.tokens) >= count
+
+
+@given(st.integers(1, 5), st.integers(0, 5), st.integers(1, 9))
+def test_a_pool_that_grows_keeps_its_pages_and_gets_the_rest(count, used, more):
+    pool = PagePool(count, 4)
+    taken = [pool.take() for _ in range(min(used, count))]
+    pool.grow(more, 4)
+    pool.check()
+    assert (pool.count, pool.size) == (max(count, more), 4)
+    left = [pool.take() for _ in range(pool.available)]
+    assert sorted(taken + left) == list(range(1, max(count, more) + 1))
 
 
 def test_a_row_shares_its_pages_once_it_has_drawn_a_token():
