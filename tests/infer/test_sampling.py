@@ -190,6 +190,14 @@ def test_a_temperature_may_be_a_large_whole_number():
     assert set(sample(torch.zeros(1, 2), SamplingParams(10**300), keys(1), NOTHING).tolist()) <= {0, 1}
 
 
+def test_the_ends_of_the_ranges_are_values():
+    """min_p=1 keeps the largest logit and its equals; penalties of −2 and 2 are allowed."""
+    logits = torch.tensor([[0.0, -1e-6, 3.0, 3.0]])
+    assert filter_logits(logits, SamplingParams(0.7, min_p=1.0)).tolist() == [[-torch.inf, -torch.inf, 0.0, 0.0]]
+    for penalty in (-2, 2):
+        assert SamplingParams(presence_penalty=penalty).presence_penalty == penalty
+
+
 def test_recommended_settings():
     assert dataclasses.astuple(THINKING) == (0.6, 20, 0.95, 0.0, 0.0)
     assert dataclasses.astuple(NON_THINKING) == (0.7, 20, 0.8, 0.0, 1.5)
@@ -210,7 +218,9 @@ def test_recommended_settings():
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p must lie in \(0, 1\]"),
         ({"min_p": -0.1}, r"min_p must lie in \[0, 1\]"),
+        ({"min_p": 1.1}, r"min_p must lie in \[0, 1\]"),
         ({"min_p": float("nan")}, r"min_p must lie in \[0, 1\]"),
+        ({"presence_penalty": -2.5}, r"presence_penalty must lie in \[-2, 2\]"),
         ({"presence_penalty": 2.5}, r"presence_penalty must lie in \[-2, 2\]"),
     ],
 )

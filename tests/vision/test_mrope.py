@@ -4,13 +4,15 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from qwen3f import model, params, presets
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.model.rope import rope_tables
-from qwen3f.vision.mrope import check_patches, next_position, position_ids, visual_index
+from qwen3f.vision.mrope import check_patches, next_position, places_of, position_ids, visual_index
 
 IMAGE, VIDEO, BEGIN, END = 90, 91, 92, 93
 IDS = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), (90, 91, 92, 93)))
@@ -93,6 +95,26 @@ def test_packed_documents_restart(seed):
     assert torch.equal(got[known], want[known])
 
 
+GRIDS = st.sampled_from([(0, 0, 0)]) | st.tuples(*[st.integers(1, 3)] * 3)
+
+
+@given(st.integers(0, 3).flatmap(lambda n: st.lists(st.lists(GRIDS, min_size=n, max_size=n), min_size=1, max_size=3)))
+def test_places_are_counted(rows):
+    """Each item of each row against a loop over images, frames and places. Items before and after all have none."""
+    items = torch.arange(-2, 3 * 27 + 2)
+    got = places_of(items.expand(len(rows), -1), torch.tensor(rows).view(len(rows), -1, 3))
+    for number, grids in enumerate(rows):
+        known = []
+        for image, (t, h, w) in enumerate(grids):
+            start = len(known)
+            known += [(image, start, frame, local, h, w, True) for frame in range(t) for local in range(h * w)]
+        for item, *place in zip(items.tolist(), *(field[number].tolist() for field in got)):
+            if 0 <= item < len(known):
+                assert tuple(place) == known[item]
+            else:
+                assert place[-3:] == [1, 1, False]
+
+
 def test_visual_index_counts_features_of_a_row():
     tokens = torch.tensor([[1, IMAGE, IMAGE, 2, VIDEO, 3], [4, 5, IMAGE, 6, 7, 8]])
     assert visual_index(tokens, CFG).tolist() == [[0, 1, 2, 0, 3, 0], [0, 0, 1, 0, 0, 0]]
@@ -111,8 +133,9 @@ def test_counts_are_checked_row_by_row():
         position_ids(tokens, grids, CFG)
     with pytest.raises(UserError, match="row 0 has 1 placeholders .* for 0 features"):
         position_ids(tokens[:, :1], torch.zeros(2, 1, 3, dtype=torch.int64), CFG)
-    with pytest.raises(UserError, match="multiples of 2"):
-        position_ids(torch.tensor([[IMAGE]]), torch.tensor([[[1, 2, 3]]]), CFG)
+    for grid in ([1, 2, 3], [1, 3, 2], [-1, 2, 2]):
+        with pytest.raises(UserError, match="multiples of 2"):
+            position_ids(torch.tensor([[IMAGE]]), torch.tensor([[grid]]), CFG)
 
 
 def test_a_row_has_the_patches_that_its_grids_name():

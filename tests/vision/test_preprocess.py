@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from qwen3f.config import ModelConfig
 from qwen3f.data.sources.image_file import read_image
 from qwen3f.errors import UserError
+from qwen3f.limits import PIXELS
 from qwen3f.vision.preprocess import MAX_PIXELS, MIN_PIXELS, fit_size, image_grid, image_patches, merged_tokens
 from qwen3f.vision.rgb import to_rgb
 
@@ -48,7 +49,7 @@ def noise(mode, width, height, seed):
 def same(image, *limits):
     got, grid = image_patches(image, CFG, *limits)
     expected, expected_grid = theirs(image, *limits)
-    assert grid == expected_grid
+    assert grid == expected_grid == image_grid(image.height, image.width, CFG, *(limits or (MIN_PIXELS, MAX_PIXELS)))
     assert got.dtype == expected.dtype == np.float32
     assert np.array_equal(got.view(np.int32), expected.view(np.int32))
 
@@ -121,10 +122,22 @@ def test_sizes_with_the_released_limits_are_transformers(height, width):
         assert merged_tokens(grid, CFG) == grid[1] * grid[2] // 4
 
 
+def test_the_released_limits():
+    """As in preprocessor_config.json of Qwen3-VL."""
+    assert (MIN_PIXELS, MAX_PIXELS) == (65_536, 16_777_216)
+
+
 def test_a_thin_image_below_the_released_limits_keeps_its_length():
     assert smart_resize(10, 300, 32, 1, 10**6) == (32, 32)
     assert fit_size(10, 300, 32, 1, 10**6) == (32, 288)
     assert fit_size(31, 639, 32, 1, 10**6) == (32, 640)
+
+
+def test_a_size_that_is_a_limit_is_taken():
+    """A side of 70 is rounded to 64; an image of exactly the most or the fewest pixels is not scaled again."""
+    for height, low, high in ((70, 1, 64 * 64), (58, 64 * 64, 10**6)):
+        assert fit_size(height, 64, 32, low, high) == smart_resize(height, 64, 32, low, high) == (64, 64)
+    assert fit_size(64, 64, 32, PIXELS.default, PIXELS.default) == (8192, 8192)
 
 
 def test_limits_that_leave_no_size():
@@ -192,6 +205,8 @@ def test_bad_pictures_are_one_error(monkeypatch):
         image_patches(cut, CFG)
     with pytest.raises(UserError, match="narrower than 1 : 200"):
         image_patches(noise("RGB", 201, 1, 0), CFG)
+    with pytest.raises(UserError, match="model.vision_num_channels=1: images are read as RGB; write 3"):
+        image_patches(noise("RGB", 64, 64, 0), CFG.replace(vision_num_channels=1))
     eps = Image.new("RGB", (4, 4))
     eps.format = "EPS"
     with pytest.raises(UserError, match="is a EPS; only JPEG"):
