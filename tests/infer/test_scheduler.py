@@ -272,14 +272,19 @@ def test_the_youngest_loses_its_pages_and_comes_back():
     assert (3, 0) in order
 
 
-def test_a_row_waits_for_pages_that_another_one_may_need():
-    """Else the row that came last would lose its pages again. The first row needs a page for its second token alone."""
+@pytest.mark.parametrize("tokens, grows", [(4, True), (3, False)])
+def test_a_row_waits_for_pages_that_another_one_may_need(tokens, grows):
+    """Else the row that came last would lose its pages again. A page has room for four of the first row's tokens; the
+    last token of its answer needs none."""
     machine = Machine(pages=3, size=4, rows=4, chunk=64, lag=0)
-    first = machine.add([0] * 4, 2)
+    first = machine.add([0] * tokens, 2)
     machine.step(lambda row: False)
     second = machine.add([1] * 8, 1)
+    machine.step(lambda row: False)
+    assert not first.finish_reason
+    assert bool(second.pages) != grows
     while machine.step(lambda row: False):
-        assert first.finish_reason or not second.pages
+        assert first.finish_reason or bool(second.pages) != grows
     assert second.finish_reason
 
 
