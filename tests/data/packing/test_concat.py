@@ -164,3 +164,6 @@ def test_limited_context_keeps_apart_what_was_apart_and_cuts_every_length_places
             together = a == b and (a == 0 or i // length == j // length)
             assert (cut[i] == cut[j]) == together
         assert (cut[i] == 0) == (a == 0)
+    numbers = [number for number in cut if number]
+    assert numbers == sorted(numbers)  # as the segments do, they rise from 1 on
+    assert min(numbers, default=1) >= 1
