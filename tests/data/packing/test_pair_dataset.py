@@ -72,12 +72,14 @@ def test_numbers_beside_the_tokens_go_with_them(make_chat_cache, tmp_path):
         values[:] = np.arange(cache.num_tokens) / 7
     column = pickle.loads(pickle.dumps(Column(tmp_path / "x.npy", cache.num_tokens)))
     data = PairDataset(cache, 9, ref_logprobs=column)
+    assert data.shortened == 0
     for row in map(data.__getitem__, range(len(data))):
         spans = data.spans(int(row["index"]))
         expected = np.concatenate([np.arange(start + 1, start + places + 1) for start, places in spans]) / 7
         assert row["ref_logprobs"].dtype == np.float64
         assert row["ref_logprobs"][: len(expected)].tolist() == expected.tolist()
         assert not row["ref_logprobs"][len(expected) :].any()
+        assert not row["tokens"][len(expected) :].any()
 
 
 def test_a_file_of_numbers_is_whole_or_not_there(tmp_path):
