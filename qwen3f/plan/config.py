@@ -7,17 +7,21 @@ import torch
 from ml_collections import ConfigDict
 
 from qwen3f.errors import UserError
+from qwen3f.eval import hook as benchmarks
 from qwen3f.plan.case import Case, make_case
 from qwen3f.plan.hardware import TABLE, Hardware, parse_hardware, this_card
 from qwen3f.train.checks import MOST_MICROBATCHES, check
 from qwen3f.train.setup import setup_on
+from qwen3f.train.stage import find_stage
 
 
 def from_config(config: ConfigDict) -> Case:
-    """The Case of a configuration. Raises UserError, with key and value, for whatever make_setup refuses."""
+    """The Case of a configuration. Raises UserError, with key and value, for whatever a run's checks refuse."""
     check(config)
     hardware = find_hardware(config.hardware)
     setup = setup_on(config, torch.device("cuda"), hardware)
+    find_stage(config.stage).check(setup)
+    benchmarks.check(setup)
     read = setup.model, setup.optimizer, setup.execution, setup.layout, setup.compute_dtype, hardware
     case = make_case(config, *read, setup.microbatches)
     return _of_answers(config, case) if "rollout" in config else case

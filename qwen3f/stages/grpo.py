@@ -89,14 +89,7 @@ def check(setup: Setup) -> None:
                         "such as 20")  # fmt: skip
     check_chosen(config.chat_template, [rollout.thinking], "--config.rollout.thinking")
     _check_rewards(setup)
-    tasks = find_tasks(setup)
-    if any(isinstance(task, CodeTask) for _, task, _ in tasks):
-        find_tier(config.sandbox)
-    if not config.init_from:
-        raise UserError(
-            "reinforcement learning needs a model that can already answer: write --config.init_from=W, where W is a "
-            "workdir of fine-tuning or a Hugging Face directory"
-        )
+    find_tasks(setup)
 
 
 def _check_rewards(setup: Setup) -> None:
@@ -119,11 +112,18 @@ def find_hyper(setup: Setup) -> GRPO:
 
 def make(run: Run) -> Stage:
     setup, config = run.setup, run.setup.config
+    if not config.init_from:
+        raise UserError(
+            "reinforcement learning needs a model that can already answer: write --config.init_from=W, where W is a "
+            "workdir of fine-tuning or a Hugging Face directory"
+        )
     tokenizer = load_tokenizer(find_tokenizer(setup, run.workdir), config.chat_template)
     check_tokenizer(tokenizer, setup.model)
     rollout = config.rollout
     check_thinking(kind_of(tokenizer), rollout.thinking, "--config.rollout.thinking")
     tasks = find_tasks(setup)
+    if any(isinstance(task, CodeTask) for _, task, _ in tasks):
+        find_tier(config.sandbox)
     longest = min(config.seq_len, setup.model.max_position_embeddings) - rollout.max_new_tokens
     sight = find_sight(setup, tasks)
     questions = ask(tasks, tokenizer, rollout.thinking, longest, config.data.max_samples, sight)

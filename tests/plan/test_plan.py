@@ -177,6 +177,21 @@ def test_micro_batches_of_answers_are_those_of_the_run(mesh, parts):
     assert "a row for every answer, the largest possible" in render(make(case), {}, None)
 
 
+@pytest.mark.parametrize(
+    "experiment, changes, words",
+    [
+        ("dpo", {"dpo.beta": -1.0}, "--config.dpo.beta=-1.0: write a positive number"),
+        ("grpo", {"rollout.max_new_tokens": 10**5}, "--config.rollout.max_new_tokens=100000 leaves no room"),
+        ("pretrain_s1", {"eval.benchmarks": "poems"}, "--config.eval.benchmarks"),
+    ],
+)
+def test_what_a_stage_refuses_its_plan_refuses(experiment, changes, words):
+    config = cli.load_experiment(f"experiments/{experiment}.py:nano")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=words):
+        from_config(config)
+
+
 # -- nodes -------------------------------------------------------------------------------------------------------------
 
 

@@ -268,7 +268,6 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"init_from": ""}, "--config.init_from=W"),
         ({"grpo.loss": "ppo"}, "config.grpo.loss='ppo' is unknown; use one of grpo, dr_grpo"),
         ({"tasks": "maths"}, "--config.tasks=maths: there is no such task"),
         (
@@ -292,7 +291,6 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
         ({"judge.deadline": 0.0}, "judge.deadline=0.0"),
         ({"judge.deadline": 1e7}, "judge.deadline must be at most 1,000,000 seconds"),
         ({"grpo.loss": "vespo", "rollout.correction": "token_mask"}, "vespo is not linear"),
-        ({"tasks": "code", "sandbox": "jail"}, "sandbox=jail: write auto"),
         ({"rewards": "correct,reward_model"}, "needs a reward model: write --config.judge.reward_model=W"),
         ({"judge.reward_model": "W"}, "judge.reward_model=W: --config.rewards does not use it"),
         ({"data.kinds": "poems"}, "data.kinds is 'poems'"),
@@ -302,6 +300,21 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
 def test_what_cannot_run_is_refused_before_anything_starts(changes, words, root):
     with pytest.raises(UserError, match=words):
         grpo.check(make_setup(toy_rl.make_config(root, **changes)))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"init_from": ""}, "--config.init_from=W"),
+        ({"tasks": "code", "sandbox": "jail"}, "sandbox=jail: write auto"),
+    ],
+)
+def test_what_only_a_run_needs_is_refused_before_the_workdir_changes(changes, words, root, tmp_path):
+    config = toy_rl.make_config(root, **changes)
+    grpo.check(make_setup(config))  # a plan has neither weights nor the run's machine
+    with pytest.raises(UserError, match=words):
+        loop.run(config, tmp_path / "W", progress=False)
+    assert not (tmp_path / "W" / "config.json").exists()
 
 
 def test_a_prompt_longer_than_the_context_is_left_out_and_said(root, tmp_path, capsys):
