@@ -27,9 +27,7 @@ def report(path: str, verify: bool, backend: str = "orbax") -> list[str]:
 
     Raises UserError if there is no checkpoint, DamagedCheckpoint, with the file's name, if a file was changed.
     """
-    directory, is_hf, step = source.locate(path, "config.path")
-    if is_hf:
-        raise UserError(f"config.path={path} is a Hugging Face directory; give a workdir or its checkpoints/N")
+    directory, _, step = source.locate(path, "config.path", own=True)
     with Checkpointer(directory / W.CHECKPOINTS, every=0, keep=0, backend=backend) as checkpoints:
         steps = checkpoints.steps()
         step = checkpoints.latest() if step is None else step

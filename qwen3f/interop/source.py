@@ -53,24 +53,26 @@ class Source(NamedTuple):
     step: int | None = None
 
 
-def locate(source: str, flag: str = "config.init_from") -> Source:
+def locate(source: str, flag: str = "config.init_from", own: bool = False) -> Source:
     """What kind of place `source` is. Its config.json decides, not its name or its other files.
 
-    Raises UserError, with the `flag` that gave it, if it is none of the three.
+    own: a Hugging Face directory is refused too. Raises UserError, with the `flag` that gave it, if it is none of the
+    three.
     """
+    wanted = "give a workdir or its checkpoints/N" + ("" if own else ", or a Hugging Face directory")
     place = user_path(source, flag)
     has_checkpoints = (place / W.CHECKPOINTS).is_dir()
     if _is_hf(place / hf.CONFIG, strict=not has_checkpoints):
+        if own:
+            raise UserError(f"{flag}={source} is a Hugging Face directory; {wanted}")
         return Source(place, is_hf=True)
     if has_checkpoints:
         return Source(place, is_hf=False)
     full = place.absolute()  # "." may be a checkpoint, too
     if full.parent.name == W.CHECKPOINTS and full.name.isdecimal():
         return Source(full.parent.parent, is_hf=False, step=int(full.name))
-    raise UserError(
-        f"{flag}={source}: there is no {place / W.CHECKPOINTS} and no {place / hf.CONFIG} with a model_type; "
-        "give a workdir, its checkpoints/N, or a Hugging Face directory"
-    )
+    config = "" if own else f" and no {place / hf.CONFIG} with a model_type"
+    raise UserError(f"{flag}={source}: there is no {place / W.CHECKPOINTS}{config}; {wanted}")
 
 
 def pinned(source: str, flag: str = "config.init_from") -> str:

@@ -179,7 +179,7 @@ def test_metrics_that_are_no_numbers_are_damage(saved, metrics):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"path": "/none"}, "config.path=/none: there is no /none/checkpoints"),
+        ({"path": "/none"}, "config.path=/none: there is no /none/checkpoints; give a workdir or its checkpoints/N$"),
         ({"path": "~no-such-user/W"}, "config.path: there is no home directory for ~no-such-user"),
         ({"path": "/none", "backend": "zarr"}, "config.backend='zarr' is unknown; use one of orbax, dcp"),
     ],
@@ -189,6 +189,12 @@ def test_inspect_names_its_own_keys(changes, words):
     config.update(changes)
     with pytest.raises(UserError, match=words):
         cli.run_stage(config, Path("unused"), False)
+
+
+def test_inspect_refuses_a_hugging_face_directory(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(UserError, match=r"is a Hugging Face directory; give a workdir or its checkpoints/N$"):
+        inspect.report(str(tmp_path), verify=True)
 
 
 def test_inspect_says_what_is_there(saved, capsys):
