@@ -135,14 +135,16 @@ def make(run: Run) -> Stage:
         figures=lambda batch: {"padding": corpus.train_metrics(batch)["padding"]},
         lines=tuple(corpus.describe()),
         samples=shown(setup, corpus, tokenizer),
-        next=(_next(setup.config),),
+        next=_next(setup.config),
     )
 
 
-def _next(config: ConfigDict) -> str:
+def _next(config: ConfigDict) -> tuple[str, ...]:
     """The command to run next: reinforcement of the model that this run started from, by this run's scores."""
-    policy = shlex.quote(config.init_from or "W").replace("{", "{{").replace("}", "}}")
+    if not config.init_from:
+        return ()
+    policy = shlex.quote(config.init_from).replace("{", "{{").replace("}", "}}")
     return (
-        f"--config experiments/grpo.py:PRESET --config.init_from={policy} --config.rewards=reward_model "
-        "--config.judge.reward_model={workdir} --workdir {workdir}-grpo"
+        f"--config experiments/grpo.py:{{preset}} --config.init_from={policy} --config.rewards=reward_model "
+        "--config.judge.reward_model={workdir} --workdir {workdir}-grpo",
     )

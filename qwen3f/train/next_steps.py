@@ -1,5 +1,6 @@
 """The lines that a finished run prints: where its files are, and which commands to run next."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +32,17 @@ def next_steps(workdir: Path, cfg: ModelConfig, step: int, commands: Sequence[st
 
 
 def find_preset(cfg: ModelConfig) -> str:
-    """The name of the preset with the sizes of `cfg`, or the word PRESET if there is none."""
-    sizes = _sizes(cfg)
-    return next((name for name in presets.PRESETS if _sizes(presets.get(name)) == sizes), "PRESET")
+    """The name of the preset with the sizes of `cfg`; if there is none, of the nearest in size of those of its kind."""
+    kinds = {name: presets.get(name) for name in presets.PRESETS if _kind(presets.get(name)) == _kind(cfg)}
+    exact = next((name for name, other in kinds.items() if _sizes(other) == _sizes(cfg)), "")
+    size = math.log(cfg.total_params_estimate())
+    return exact or min(kinds, key=lambda name: abs(math.log(kinds[name].total_params_estimate()) - size))
+
+
+def _kind(cfg: ModelConfig) -> tuple[bool, bool]:
+    return cfg.vision_enabled, bool(cfg.sparse_layers)
 
 
 def _sizes(cfg: ModelConfig) -> dict[str, object]:
-    return {name: value for name, value in cfg.to_dict().items() if name not in FREE_FIELDS}
+    """What distinguishes presets. A reward model is of the preset of the model that it started from."""
+    return {name: x for name, x in cfg.to_dict().items() if name not in FREE_FIELDS | {"scalar_head"}}

@@ -43,7 +43,7 @@ def test_a_whole_run_says_where_things_are_and_commands_that_are_valid(make, tmp
     assert "done at step 3" in capsys.readouterr().out
 
 
-REWARDS = reward_model._next(ConfigDict({"init_from": "a {b} c"}))
+(REWARDS,) = reward_model._next(ConfigDict({"init_from": "a {b} c"}))
 
 
 @pytest.mark.parametrize("command", [ASK, ASK_PICTURE, EXPORT, REWARDS])
@@ -55,6 +55,7 @@ def test_the_commands_of_stages_are_valid(command, tmp_path):
     cli._check_overrides(["launch.py", "--config", experiment, *words[4:]])
     assert any(str(tmp_path / "a run") in word for word in words)
     if command == REWARDS:
+        assert words[3] == "experiments/grpo.py:nano"
         assert "--config.init_from=a {b} c" in words
 
 
@@ -73,8 +74,17 @@ def test_a_run_that_is_stopped_does_not_say_that_it_is_done(make, tmp_path, caps
 def test_the_preset_is_found_by_the_sizes(name, tmp_path):
     cfg = presets.get(name).replace(rope_theta=5.0, max_position_embeddings=7, initializer_range=0.5)
     assert find_preset(cfg) == name
-    assert find_preset(cfg.replace(num_hidden_layers=11)) == "PRESET"
+    assert find_preset(cfg.replace(scalar_head=True)) == name
     assert next_steps(tmp_path, cfg, 1, ["--config x:{preset}"])[2].endswith(f"--config x:{name}")
+
+
+@pytest.mark.parametrize("name", ["nano", "nano_vl", "debug_moe", "qwen3-0.6b"])
+def test_a_model_of_other_sizes_gets_the_nearest_preset_of_its_kind(name):
+    assert find_preset(presets.get(name).replace(vocab_size=presets.get(name).vocab_size + 8)) == name
+
+
+def test_a_reward_model_without_a_policy_names_none():
+    assert reward_model._next(ConfigDict({"init_from": ""})) == ()
 
 
 @pytest.fixture
