@@ -53,6 +53,11 @@ MODEL_TENSORS = Limit("QWEN3F_MAX_MODEL_TENSORS", 2**18)
 MODEL_PARAMETERS = Limit("QWEN3F_MAX_MODEL_PARAMETERS", 2**44)
 
 
+COLDEST, HOTTEST = 1e-3, 1e3
+"""Temperatures that answers to train on may have. Below, they would all be the same, and the loss, which divides by the
+temperature, would overflow."""
+
+
 def check_layers(cfg: ModelConfig, where: str) -> None:
     """Raises UserError for a model with more than MODEL_TENSORS tensors. where: name of the model, for the error."""
     counts = {"num_hidden_layers × num_experts": cfg.num_hidden_layers * max(1, cfg.num_experts)}

@@ -286,7 +286,7 @@ class Device:
         temperature, exact = torch.ones(len(hidden_BD)), torch.zeros(len(hidden_BD), dtype=torch.bool)
         for row, place in zip(rows, places):
             way = row.request.sampling
-            temperature[place] = way.temperature or 1.0
+            temperature[place] = min(way.temperature or 1.0, torch.finfo(temperature.dtype).max)
             exact[place] = is_plain(way) and _forced(row) < 0
         head = model.head_weight(self.cfg, self._params)[: self.num_ids]
         log_probs = training_log_probs(drawn.ids, hidden_BD, head, temperature.to(self.device))

@@ -20,13 +20,13 @@ TRL's bnpo divides by the number of tokens in a micro-batch; here it equals dapo
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from qwen3f.errors import UserError
+from qwen3f.limits import COLDEST, HOTTEST
 from qwen3f.rl import surrogates
 from qwen3f.train.objective import (
     Batch,
@@ -111,15 +111,15 @@ class GRPO:
                 f"--config.grpo.cispo_cap={self.cispo_cap} bounds the ratio itself, and below 1 scales every gradient; "
                 "write 1 or more, such as 5"
             )
-        if not self.kl_coef >= 0 or self.longest < 0:
-            raise UserError(
-                f"--config.grpo.kl_coef={self.kl_coef} and --config.grpo.longest={self.longest} must not be negative"
-            )
-        numbers = [t for t in self.sapo_temperatures if isinstance(t, int | float) and 0 < t < math.inf]
+        if not self.kl_coef >= 0:
+            raise UserError(f"--config.grpo.kl_coef={self.kl_coef} must be at least 0")
+        if self.longest < 0:
+            raise UserError(f"longest={self.longest} must be at least 0")
+        numbers = [t for t in self.sapo_temperatures if isinstance(t, int | float) and COLDEST <= t <= HOTTEST]
         if len(numbers) != 2 or len(self.sapo_temperatures) != 2:
             raise UserError(
-                f"--config.grpo.sapo_temperatures={self.sapo_temperatures}: write two positive numbers, such as "
-                "(1.0,1.05)"
+                f"--config.grpo.sapo_temperatures={self.sapo_temperatures}: write two numbers from {COLDEST:g} "
+                f"to {HOTTEST:g}, such as (1.0,1.05)"
             )
 
     @property

@@ -69,11 +69,6 @@ def check(setup: Setup) -> None:
         at_least(config, f"online.{key}", low)
     at_least(config, "eval.questions", 0)
     check_chosen(config.chat_template, [config.online.thinking], "--config.online.thinking")
-    if not config.online.temperature > 0:
-        raise UserError(
-            f"--config.online.temperature={config.online.temperature}: the answers to a prompt must differ; write a "
-            "number above 0, such as 1.0"
-        )
     if not 0 < config.online.fill <= 1:
         raise UserError(f"--config.online.fill={config.online.fill}: write a share of batch_size above 0, at most 1")
     if config.online.judge == "reward_model":

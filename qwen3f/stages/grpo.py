@@ -65,8 +65,6 @@ def check(setup: Setup) -> None:
         at_least(config, key, 0)
     for key in ("rollout.draws", "eval.max_new_tokens", "judge.processes"):
         at_least(config, key, 1)
-    if not rollout.temperature > 0:
-        raise UserError(f"--config.rollout.temperature={rollout.temperature}: completions must differ; write e.g. 1.0")
     if not 0 < rollout.top_entropy <= 1:
         raise UserError(f"--config.rollout.top_entropy={rollout.top_entropy} must lie in (0, 1], 1 for all tokens")
     check_mode(rollout.correction, rollout.correction_low, rollout.correction_high)

@@ -18,7 +18,7 @@ from qwen3f.config import ModelConfig
 from qwen3f.data.chat.kinds import KINDS as CHAT_TEMPLATES
 from qwen3f.errors import UserError
 from qwen3f.files import exists, user_path
-from qwen3f.limits import check_layers
+from qwen3f.limits import COLDEST, HOTTEST, check_layers
 from qwen3f.train.hyper import KINDS as OPTIMIZERS
 from qwen3f.train.hyper import make_hyper
 from sharding.mesh import divisors, hybrid, nearest, parse_mesh
@@ -73,11 +73,12 @@ NOT_NEGATIVE = (
     "checkpoint.keep_best", "checkpoint.timeout", "spike.threshold", "spike.rollbacks", "nonfinite_skips", "restarts",
     "watchdog", "resume", "schedule.peak_lr", "schedule.warmup", "schedule.decay", "pipeline.layers", "fsdp.shard_size",
     "data.workers", "data.max_samples", "data.shuffle_buffer", "data.temperature", "sample.tokens",
-    "sample.temperature", "eval.max_docs", "eval.max_rows", "eval.questions", "show_samples", "context_warmup.length",
-    "temperature", "questions", "keep", "eval.cache_tokens", "online.cache_tokens", "eval.benchmark_tokens",
-    "samples.keep", "samples.show", "rollout.cache_tokens", "limit", "batch_tokens",
+    "sample.temperature", "eval.temperature", "eval.max_docs", "eval.max_rows", "eval.questions", "show_samples",
+    "context_warmup.length", "temperature", "questions", "keep", "eval.cache_tokens", "online.cache_tokens",
+    "eval.benchmark_tokens", "samples.keep", "samples.show", "rollout.cache_tokens", "limit", "batch_tokens",
 )  # fmt: skip
 SHARES = ("schedule.min_ratio", "data.holdout", "data.switches")  # from 0 to 1
+TRAINED = ("rollout.temperature", "online.temperature")  # of answers that a run trains on
 PLACES = ("init_from", "out", "path")  # paths that tools (stages without a model) must be given
 _OPTIONAL = {"generate": ("out",)}  # stage -> PLACES that it does not need
 _ZERO = {"eval": ("max_new_tokens",)}  # stage -> POSITIVE keys that may be 0 there
@@ -244,6 +245,8 @@ def _check_number(key: str, value: Any) -> None:
         raise UserError(f"config.{key}={str(value)[:40]}: write a finite number below 2^{bits}")
     if key in SECONDS and value > _LONGEST:
         raise UserError(f"config.{key} must be at most {_LONGEST:,} seconds, got {value}")
+    if key in TRAINED and not COLDEST <= value <= HOTTEST:
+        raise UserError(f"config.{key}={value}: write a number from {COLDEST:g} to {HOTTEST:g}, such as 1.0")
     low = 1 if key in POSITIVE else 0 if key in NOT_NEGATIVE or key in SHARES else -math.inf
     if value < low:
         raise UserError(f"config.{key} must be at least {low}, got {value}")

@@ -3,6 +3,7 @@
 These comparisons are in fp32, where any other order of summation changes bits.
 """
 
+import math
 import random
 
 import pytest
@@ -74,6 +75,14 @@ def test_rollouts_and_training_agree_bit_for_bit_in_any_batch(change):
     plain = make_outputs(cfg)(p, batch)
     torch.testing.assert_close(plain, logs, rtol=0, atol=2e-5)  # without INVARIANT: the same model, other bits
     assert not torch.equal(plain, logs)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e308])
+def test_any_temperature_gives_a_finite_log_probability(temperature):
+    cfg, p = build(torch.float32)
+    engine = Engine(cfg, p, seed=1, execution=model.INVARIANT)
+    (one,) = engine.generate([[1, 2]], SamplingParams(temperature), max_new_tokens=1)
+    assert math.isfinite(one.logprobs[0])
 
 
 def test_what_else_is_in_the_batch_and_ids_that_are_never_drawn_change_no_bit():

@@ -251,10 +251,13 @@ def test_figures_are_means_of_what_counts():
         ({"dual_clip": 1.1}, "dual_clip=1.1 must be 0 or more than 1"),
         ({"cispo_cap": 0.2}, "bounds the ratio itself"),
         ({"kl_coef": -1}, "kl_coef"),
-        ({"sapo_temperatures": ()}, r"grpo.sapo_temperatures=\(\): write two positive numbers, such as \(1.0,1.05\)"),
-        ({"sapo_temperatures": ("x", 1.0)}, "write two positive numbers"),
-        ({"sapo_temperatures": (1.0, 1.05, 2.0)}, "write two positive numbers"),
-        ({"sapo_temperatures": (1.0, 0.0)}, "write two positive numbers"),
+        (
+            {"sapo_temperatures": ()},
+            r"temperatures=\(\): write two numbers from 0.001 to 1000, such as \(1.0,1.05\)",
+        ),
+        ({"sapo_temperatures": ("x", 1.0)}, "write two numbers"),
+        ({"sapo_temperatures": (1.0, 1.05, 2.0)}, "write two numbers"),
+        ({"sapo_temperatures": (1.0, 0.0)}, "write two numbers"),
     ],
 )
 def test_hyperparameters_that_cannot_be_are_refused(wrong, words):

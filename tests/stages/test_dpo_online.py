@@ -193,7 +193,7 @@ def test_the_logged_reward_is_the_mean_of_what_the_judge_says_where_it_can_tell(
         ({"online.judge": "me"}, "config.online.judge='me' is unknown; use one of task, rule, reward_model"),
         ({"online.judge": "reward_model"}, "needs a reward model: write --config.online.reward_model=W"),
         ({"online.samples": 1}, "config.online.samples must be at least 2"),
-        ({"online.temperature": 0.0}, "online.temperature=0.0: the answers to a prompt must differ; write a number"),
+        ({"online.temperature": 0.0}, "online.temperature=0.0: write a number from 0.001 to 1000"),
         ({"online.fill": 0.0}, "online.fill=0.0"),
         ({"online.task": "x"}, "config.online.task=x: there is no such task"),
         ({"online.task": "visual"}, "config.online.task=visual asks about pictures"),
