@@ -193,8 +193,9 @@ def init_params(
     """Initial parameters. Element i of a layer's parameter depends only on (seed, path, layer, i).
 
     So any mesh, pipeline split or order of creation gives the same numbers. Values are drawn in float32 and then cast,
-    so a float64 model starts from the values of the float32 model.
+    so a float64 model starts from the values of the float32 model. Raises UserError as rng.check_seed.
     """
+    rng.check_seed(seed)
     return {path: _init_one(path, spec, seed, device, dtype) for path, spec in abstract_params(cfg).items()}
 
 

@@ -7,9 +7,12 @@ The hash is the finaliser of SplitMix64 (Steele, Lea and Flood 2014, doi:10.1145
 
 import hashlib
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from qwen3f.errors import UserError
 
 _CHUNK = 1 << 22  # elements drawn at once: bounds the int64 temporaries to 32 MiB each
 
@@ -27,6 +30,13 @@ def key(*parts: int | str) -> int:
     """A signed 64-bit key from any names and numbers, e.g. key(seed, path, layer)."""
     text = "\x1f".join(str(p) for p in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+def check_seed(seed: int, name: str = "seed") -> int:
+    """`seed`. Raises UserError unless it is a whole number that fits a signed 64-bit one. name: for the error."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise UserError(f"{name} must be a whole number from -2^63 to 2^63 - 1, got {str(seed)[:40]}")
+    return seed
 
 
 def _shift_right(x: Tensor, n: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from qwen3f import params, presets, rng
 from qwen3f.errors import UserError
+from qwen3f.train.state import from_params
 
 
 def test_decay_is_for_matrices_and_the_head_only():
@@ -31,6 +32,15 @@ def test_init_is_a_function_of_seed_path_and_layer_alone():
     assert not torch.equal(a[name], params.init_params(cfg, 2)[name])
     wide = params.init_params(cfg, 1, dtype=torch.float64)
     assert torch.equal(a[name].double(), wide[name])
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 1.5, "a", True, None])
+def test_a_seed_is_a_number_of_64_bits(seed):
+    cfg = presets.get("nano").replace(num_hidden_layers=1)
+    with pytest.raises(UserError, match="seed must be a whole number from"):
+        params.init_params(cfg, seed)
+    with pytest.raises(UserError, match="seed must be a whole number from"):
+        from_params(cfg, params.init_params(cfg, 2**63 - 1), seed)
 
 
 def test_init_has_the_wanted_spread():

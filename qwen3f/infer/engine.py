@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from qwen3f import model
+from qwen3f import model, rng
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
 from qwen3f.data.tokenizers.token_text import StreamDecoder, check_encodable
@@ -92,7 +92,7 @@ class Engine:
                 "this is a reward model (model.scalar_head=True): it scores answers and writes no text; name another "
                 "model by --config.init_from=W"
             )
-        self.cfg, self.tokenizer, self.seed = cfg, tokenizer, seed
+        self.cfg, self.tokenizer, self.seed = cfg, tokenizer, rng.check_seed(seed)
         if max_tokens < 0:
             raise UserError(f"max_tokens must be a number of tokens, or 0 for what fits, got {max_tokens}")
         num_ids = num_ids or (min(tokenizer.vocab_size, cfg.vocab_size) if tokenizer else cfg.vocab_size)

@@ -168,9 +168,9 @@ def penalise(logits_BV: Tensor, seen_BV: Tensor, presence_penalty: float) -> Ten
 
 
 def stream_of(seed: int, request: int) -> int:
-    """The random stream of a request, as a signed 64-bit number."""
-    start = torch.tensor(rng.key("generate", seed))
-    return int(rng.fold(start, request))
+    """The random stream of a request, as a signed 64-bit number. Raises UserError as rng.check_seed."""
+    start = torch.tensor(rng.key("generate", rng.check_seed(seed)))
+    return int(rng.fold(start, rng.check_seed(request, "stream")))
 
 
 def streams_at(stream_B: Tensor, position_B: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.kinds import HYBRID, check_thinking
 from qwen3f.data.chat.recognise import kind_of
@@ -64,8 +65,7 @@ class TextOptions:
         _check_kinds(self)
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not -(2**63) <= self.seed < 2**63:
-            raise UserError(f"seed must be a number of 64 bits, got {self.seed}")
+        rng.check_seed(self.seed)
         if self.system and not self.chat:
             raise UserError("system needs the chat format; leave it out, or write chat=True")
         if self.thinking and not self.chat:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from qwen3f import params as P
+from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.train import optimizer
 from qwen3f.train.hyper import ADAMW, AdamW
@@ -64,12 +65,14 @@ def from_params(
     """The state of a run that starts from given parameters.
 
     params: whole; on a mesh, this rank's shards (sharding.state.cut_params). hyper: decides which moments there are.
+    Raises UserError as rng.check_seed.
     """
     device = next(iter(params.values())).device
 
     def scalar(value: int) -> Tensor:
         return torch.tensor(value, dtype=torch.int64, device=device)
 
+    rng.check_seed(seed)
     moments = optimizer.init(hyper, P.decays(cfg), params)
     state = TrainState(scalar(0), params, moments, scalar(seed), scalar(0), scalar(0))
     return state if mesh is None else as_dtensors(state, cfg, layout, mesh)

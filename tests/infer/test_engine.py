@@ -281,6 +281,8 @@ def test_cancelled_rows_end_and_give_their_room_back():
         ({"prompts": [[1.5]]}, "a prompt must be token ids"),
         ({"n": 0}, "n must be at least 1 answer to a prompt, got 0"),
         ({"sampling": [GREEDY, GREEDY]}, "sampling has 2 values for 1 prompts"),
+        ({"seed": 2**63}, r"seed must be a whole number from -2\^63 to 2\^63 - 1, got 9223372036854775808"),
+        ({"streams": [-(2**63) - 1]}, "stream must be a whole number from"),
         ({"streams": [1, 2]}, "streams has 2 values for 1 prompts with 1 answers each"),
     ],
 )
@@ -295,6 +297,8 @@ def test_bad_requests_are_named_before_anything_is_computed(change, words):
 
 def test_options_that_cannot_work_are_named():
     cfg, p = build()
+    with pytest.raises(UserError, match="seed must be a whole number from"):
+        Engine(cfg, p, seed=2**64)
     for option in ("rows", "chunk"):
         with pytest.raises(UserError, match=f"EngineOptions.{option} must be at least 1, got 0"):
             EngineOptions(**{option: 0})

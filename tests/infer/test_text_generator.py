@@ -204,7 +204,7 @@ def test_a_system_message_is_the_options_where_the_chat_has_none(source):
         ("a", {"stop": ["a", 3]}, "stop must be texts that are not empty"),
         ("a", {"max_new_tokens": True}, "max_new_tokens must be a whole number"),
         ("a", {"thinking": 1}, "thinking must be true or false"),
-        ("a", {"seed": 2**64}, "seed must be a number of 64 bits"),
+        ("a", {"seed": 2**64}, "seed must be a whole number from"),
         ("a", {"thinking_budget": 3}, "thinking_budget needs chat and thinking"),
         ([], {}, "A chat needs a list of at least one message"),
         ([{"role": "user"}], {}, "Message 0 has no content"),
