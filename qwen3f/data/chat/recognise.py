@@ -15,6 +15,7 @@ from qwen3f.processes.killable import Killable, Outcome
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 SECONDS = 10.0  # a template may take this long for all probes
+TRIES = 3  # of a template in a process; the machine may have been slow for a moment
 _OURS = Path(__file__).with_name("jinja")
 _TURNS = ("<|im_start|>", "<|im_end|>")
 _THOUGHT = ("<think>", "</think>")
@@ -152,13 +153,21 @@ def _recognise(path: Path, template: str) -> TemplateKind:
     )
 
 
-@functools.lru_cache(maxsize=16)
 def _rendered(template: str) -> Outcome:
     """What a template renders for the probes, as a list of texts. A failure if it raises (a template of another format
-    may need other keys) or takes longer than SECONDS."""
-    with Killable(1, SECONDS) as process:
-        function = "qwen3f.data.chat.rendering:rendered"
-        return process.call(function, template=template, chats=_PROBES, options=_OPTIONS)
+    may need other keys) or takes longer than SECONDS; later calls try again, until it has been tried TRIES times."""
+    tries = _tries(template)
+    if not tries or (tries[-1].failure and len(tries) < TRIES):
+        with Killable(1, SECONDS) as process:
+            function = "qwen3f.data.chat.rendering:rendered"
+            tries.append(process.call(function, template=template, chats=_PROBES, options=_OPTIONS))
+    return tries[-1]
+
+
+@functools.lru_cache(maxsize=16)
+def _tries(template: str) -> list[Outcome]:
+    """The outcomes of a template in this process so far."""
+    return []
 
 
 def _expected(kind: TemplateKind) -> list[str]:

@@ -15,6 +15,7 @@ from qwen3f.data.chat.recognise import check_chat_tokenizer, kind_of
 from qwen3f.data.tokenizers.qwen_tokenizer import QwenTokenizer
 from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.errors import UserError
+from qwen3f.processes.killable import Outcome
 from tests.data.chat.references import REFERENCES
 from tests.data.tokenizers.small_bpe import small_tokenizer_json
 
@@ -65,6 +66,27 @@ def test_broken_templates_are_refused(template, directory):
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     with pytest.raises(UserError, match=r"template in .*tokenizer_config.json is of no kind that is known"):
         check_chat_tokenizer(QwenTokenizer.load(directory))
+
+
+@pytest.mark.parametrize("late, tries", [(0, 1), (2, 3), (9, 3)])
+def test_a_template_that_was_late_is_tried_again_at_most_twice(directory, monkeypatch, late, tries):
+    """The machine may have been slow for a moment. One that never ends must not cost a deadline for each chat."""
+    called, expected = [], recognise._expected(KINDS["coder"])
+
+    def call(self, *_, **__):
+        called.append(1)
+        return Outcome(failure="took longer than 10 s") if len(called) <= late else Outcome(expected)
+
+    monkeypatch.setattr(recognise.Killable, "call", call)
+    (directory / "chat_template.jinja").write_text(f"late {late}")
+    tokenizer = load_tokenizer(directory)
+    for attempt in range(5):
+        if attempt < late:
+            with pytest.raises(UserError, match="took longer than 10 s"):
+                kind_of(tokenizer)
+        else:
+            assert kind_of(tokenizer) is KINDS["coder"]
+    assert len(called) == tries
 
 
 def test_a_template_that_runs_for_ever_is_ended(directory, monkeypatch):
