@@ -1,6 +1,7 @@
 """Makes the plan of one mesh: all predictions about a step, as one frozen record."""
 
 import dataclasses
+import math
 
 from qwen3f.config import REMAT_POLICIES
 from qwen3f.errors import UserError
@@ -14,6 +15,7 @@ from qwen3f.train.microbatches import choose_for
 from sharding.pipeline.cut import heights
 
 WORTH_TELLING = 0.02  # suggest another cut only if it saves this share of a step; the plan's own error is about that
+MOST_CUTS = 64  # values of config.pipeline.layers that are tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +108,14 @@ def by_policy(setup: Case) -> dict[str, MeshPlan]:
 
 
 def faster_cut(plan: MeshPlan) -> MeshPlan | None:
-    """The fastest plan that fits, with another config.pipeline.layers; None if it saves less than WORTH_TELLING."""
+    """The fastest plan that fits, with another config.pipeline.layers; None if it saves less than WORTH_TELLING.
+
+    Of more than MOST_CUTS values it tries evenly spaced ones: the time of one is linear in the layers.
+    """
     if plan.setup.mesh.pp == 1:
         return None
-    others = []
-    for layers in heights(plan.setup.model.num_hidden_layers, plan.setup.cut.count):
+    others, values = [], heights(plan.setup.model.num_hidden_layers, plan.setup.cut.count)
+    for layers in values[:: math.ceil(len(values) / MOST_CUTS)]:
         pipeline = dataclasses.replace(plan.setup.pipeline, layers=layers)
         try:
             others.append(make(dataclasses.replace(plan.setup, pipeline=pipeline)))
@@ -140,7 +145,9 @@ def _stage(setup: Case, lines: tuple[Collective, ...], stage: int) -> _Stage:
     Collectives that overlap with computation cost only the time by which they exceed it; the others cost all of theirs.
     """
     hardware, layers = setup.hardware, setup.cut.layers_of(stage)
-    parts, here = [work.layer(setup, setup.model.is_sparse(layer)) for layer in layers], {"layer"}
+    sparse = [setup.model.is_sparse(layer) for layer in layers]
+    of_kind = {kind: work.layer(setup, kind) for kind in set(sparse)}  # equal for all layers of a kind
+    parts, here = [of_kind[kind] for kind in sparse], {"layer"}
     if stage == 0:
         parts.append(work.embedding(setup))
         here.add("first")

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from qwen3f import cli, presets
+from qwen3f.plan import make as plan_make
 from qwen3f.plan.case import Case
 from qwen3f.plan.config import from_config
 from qwen3f.plan.hardware import TABLE
@@ -57,6 +58,16 @@ def test_taking_the_hint_leaves_none(schedule, stages):
     assert better.time.step < 0.98 * make(at).time.step
     assert make(better.setup) == better
     assert faster_cut(better) is None
+
+
+def test_of_a_great_many_layers_few_cuts_are_tried(monkeypatch):
+    tried = []
+    monkeypatch.setattr(plan_make, "make", lambda case: tried.append(case.pipeline.layers) or plan)
+    plan = make(setup(num_hidden_layers=2000, mesh="pp2"))
+    assert faster_cut(plan) is None
+    assert len(tried) <= plan_make.MOST_CUTS
+    assert tried[0] == 1000
+    assert tried[-1] > 1980
 
 
 def test_a_value_that_is_too_large_is_told_of_too():
