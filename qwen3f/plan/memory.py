@@ -248,9 +248,10 @@ def _gathered(setup: Case, table: tuple[Leaf, ...], layers: Sequence[int], first
 def _activations(setup: Case, layers: Sequence[int], in_flight: int) -> dict[str, int]:
     """kind -> bytes of all saved activations, for `in_flight` stages with the given layers."""
     out: Counter[str] = Counter()
-    for layer in layers:
-        out.update(layer_activations(setup, setup.model.is_sparse(layer), setup.model.gradient_checkpointing))
-    return {kind: count * in_flight for kind, count in out.items()}
+    for sparse, number in Counter(map(setup.model.is_sparse, layers)).items():
+        of_layer = layer_activations(setup, sparse, setup.model.gradient_checkpointing)
+        out.update({kind: count * number * in_flight for kind, count in of_layer.items()})
+    return dict(out)
 
 
 def _layer_at_work(setup: Case, table: tuple[Leaf, ...]) -> int:

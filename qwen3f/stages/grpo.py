@@ -86,8 +86,21 @@ def check(setup: Setup) -> None:
         raise UserError(f"--config.judge.deadline={config.judge.deadline}: write the seconds that a reward may take, "
                         "such as 20")  # fmt: skip
     check_chosen(config.chat_template, [rollout.thinking], "--config.rollout.thinking")
+    _check_pipeline(setup)
     _check_rewards(setup)
     find_tasks(setup)
+
+
+def _check_pipeline(setup: Setup) -> None:
+    """An update has a multiple of setup.microbatches, as many as the answers need. Interleaved schedules run some of
+    these numbers only if all are multiples of pp (Pipeline.check)."""
+    pp, parts, schedule = setup.layout.axes.pp.size, setup.microbatches, setup.layout.pipeline.schedule
+    if pp > 1 and schedule in ("interleaved", "zero_bubble") and parts % pp:
+        raise UserError(
+            f"--config.microbatches={parts}: an update has a multiple of it, as many as its answers need, and "
+            f"--config.pipeline.schedule={schedule} on pp{pp} runs only multiples of {pp}; write "
+            f"--config.microbatches={-(-parts // pp) * pp}"
+        )
 
 
 def _check_rewards(setup: Setup) -> None:

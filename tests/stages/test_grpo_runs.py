@@ -289,6 +289,10 @@ def test_what_can_be_configured_runs(changes, root, tmp_path):
             r"rollout.old_logprobs=sampler and --config.rollout.correction=token_truncate .* write "
             r"--config.rollout.old_logprobs=trainer, or --config.rollout.correction=none",
         ),
+        (
+            {"mesh": "pp2", "pipeline.schedule": "zero_bubble", "microbatches": 3, "batch_size": 6},
+            "config.microbatches=3: .*=zero_bubble on pp2 runs only multiples of 2; write --config.microbatches=4",
+        ),
         ({"advantages.scale": "std"}, "config.advantages.scale='std' is unknown; use one of group"),
         ({"advantages.combine": "sum"}, "config.advantages.combine='sum' is unknown"),
         ({"judge.deadline": 0.0}, "judge.deadline=0.0"),
