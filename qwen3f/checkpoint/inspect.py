@@ -32,7 +32,11 @@ def report(path: str, verify: bool, backend: str = "orbax") -> list[str]:
         steps = checkpoints.steps()
         step = checkpoints.latest() if step is None else step
         if step is None:
-            raise UserError(f"{checkpoints.directory} holds no checkpoint; give a workdir that has trained")
+            raise UserError(
+                f"config.path={path}: {checkpoints.directory} holds no checkpoint; give a workdir that has trained"
+            )
+        if step not in steps:
+            raise UserError(f"config.path={path}: there is no such checkpoint, only those of steps {steps}")
         place = checkpoints.path(step)
         files = manifest.verify(place) if verify else None
         tree, meta = checkpoints.read_tree(step), checkpoints.read_meta(step)

@@ -218,8 +218,8 @@ def _parse(mixture: str, flag: str, what: str) -> list[tuple[str, float]]:
     names = [source for source, _ in parts]
     if not all(names) or len(set(names)) < len(names):
         raise UserError(
-            f"{flag}={mixture} must name one or more different ones, with commas between; as in "
-            "embedded=0.7,reasoning=0.3."
+            f"{flag}={mixture} must name one or more different ones, with commas between: NAME,NAME or "
+            "NAME=0.7,NAME=0.3."
         )
     return parts
 

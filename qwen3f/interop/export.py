@@ -26,7 +26,7 @@ def run(config: ConfigDict, workdir: Path, progress: bool = True) -> None:
     if not config.max_shard_gb * 1e9 >= 1:
         raise UserError(f"config.max_shard_gb={config.max_shard_gb} is less than a byte; write a number such as 5.0")
     out = user_path(config.out, "config.out")
-    hf.check_writable(out)
+    hf.check_writable(out, f"--config.out={config.out}")
     tokenizer = source.read_tokenizer(config.init_from) if config.tokenizer else None
     cfg = source.read_model_config(config.init_from)
     params = source.read_params(config.init_from, cfg, "cpu", DTYPES[config.dtype])

@@ -156,18 +156,22 @@ def save_pretrained(
     _write_directory(directory, write)
 
 
-def check_writable(directory: Path) -> None:
-    """Raises UserError unless `directory` is free to be written: absent, or an empty directory and no mount point."""
+def check_writable(directory: Path, given: str = "") -> None:
+    """Raises UserError unless `directory` is free to be written: absent, or an empty directory and no mount point.
+
+    given: the flag that named it, for the message.
+    """
+    given = given or str(directory)
     if directory.is_dir():
         if any(directory.iterdir()):
-            raise UserError(f"{directory} is not empty, and nothing is overwritten; choose another directory")
+            raise UserError(f"{given} is not empty, and nothing is overwritten; choose another directory")
         if directory.resolve().is_mount():
             raise UserError(
-                f"{directory} is a mount point, which no finished directory can replace; choose one inside it, such as "
+                f"{given} is a mount point, which no finished directory can replace; choose one inside it, such as "
                 f"{directory / 'model'}"
             )
     elif directory.exists() or directory.is_symlink():
-        raise UserError(f"{directory} is not a directory; choose another one")
+        raise UserError(f"{given} is not a directory; choose another one")
 
 
 def _check_stored(

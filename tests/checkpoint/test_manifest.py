@@ -210,6 +210,12 @@ def test_inspect_says_what_is_there(saved, capsys):
     assert "not checked" in unread[-1]
 
 
+def test_inspect_names_the_flag_of_a_step_that_is_not_there(saved):
+    path = str(saved / "checkpoints" / "9")
+    with pytest.raises(UserError, match=rf"^config\.path={path}: there is no such checkpoint, only .* steps \[7\]"):
+        inspect.run(ConfigDict({"path": path, "verify": True, "backend": "orbax"}), saved)
+
+
 @pytest.mark.parametrize("path, words", [("", "config.path is missing"), ("nowhere", "no nowhere/checkpoints")])
 def test_inspect_names_what_is_missing(path, words, tmp_path):
     with pytest.raises(UserError, match=words):
