@@ -89,6 +89,11 @@ def check(setup: Setup) -> None:
     _check_pipeline(setup)
     _check_rewards(setup)
     find_tasks(setup)
+    if not config.init_from:
+        raise UserError(
+            "reinforcement learning needs a model that can already answer: write --config.init_from=W, where W is a "
+            "workdir of fine-tuning or a Hugging Face directory"
+        )
 
 
 def _check_pipeline(setup: Setup) -> None:
@@ -123,11 +128,6 @@ def find_hyper(setup: Setup) -> GRPO:
 
 def make(run: Run) -> Stage:
     setup, config = run.setup, run.setup.config
-    if not config.init_from:
-        raise UserError(
-            "reinforcement learning needs a model that can already answer: write --config.init_from=W, where W is a "
-            "workdir of fine-tuning or a Hugging Face directory"
-        )
     tokenizer = load_tokenizer(find_tokenizer(setup, run.workdir), config.chat_template)
     check_tokenizer(tokenizer, setup.model)
     rollout = config.rollout
