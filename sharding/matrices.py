@@ -10,7 +10,7 @@ L layers · R rows · C columns of a matrix
 import torch.nn.functional as F
 from torch import Tensor
 
-from sharding.axes import Axes, Axis
+from sharding.axes import Axes
 from sharding.collectives import gather, recut, shard
 from sharding.rules import Placed
 
@@ -20,14 +20,15 @@ def whole_matrices(x: Tensor, placed: Placed, axes: Axes) -> Tensor:
 
     If the layers do not divide, zeros are appended, so the last ranks may have layers of zeros.
     """
-    for axis, dim in matrix_cuts(placed, axes, x.dim()):
+    for names, dim in matrix_cuts(placed, x.dim()):
+        axis = axes.over(*names)
         x = recut(_padded(x, axis.size), axis, dim, 0) if placed.stack else gather(x, axis, dim)
     return x
 
 
 def own_shard(whole: Tensor, placed: Placed, axes: Axes, layers: int) -> Tensor:
     """The inverse of whole_matrices. layers: size of the shard's first dimension, which for a stack is L."""
-    cuts, sizes = matrix_cuts(placed, axes, whole.dim()), [layers]
+    cuts, sizes = [(axes.over(*names), dim) for names, dim in matrix_cuts(placed, whole.dim())], [layers]
     for axis, _ in cuts:
         sizes.append(-(-sizes[-1] // axis.size))
     for (axis, dim), size in zip(reversed(cuts), reversed(sizes[:-1])):
@@ -35,11 +36,10 @@ def own_shard(whole: Tensor, placed: Placed, axes: Axes, layers: int) -> Tensor:
     return whole
 
 
-def matrix_cuts(placed: Placed, axes: Axes, dims: int) -> list[tuple[Axis, int]]:
-    """(axis, dimension) of each cut through the last two of a parameter's `dims` dimensions."""
-    cuts = [(axes[axis], dim) for axis, dim in placed.explicit]
-    cuts += [(axes.over(*placed.fsdp), placed.fsdp_dim)] if placed.fsdp else []
-    return [(axis, dim) for axis, dim in cuts if dim >= dims - 2]
+def matrix_cuts(placed: Placed, dims: int) -> list[tuple[tuple[str, ...], int]]:
+    """(axes, dimension) of each cut through the last two of a parameter's `dims` dimensions."""
+    cuts = [((axis,), dim) for axis, dim in placed.explicit] + [(placed.fsdp, placed.fsdp_dim)] * bool(placed.fsdp)
+    return [(axes, dim) for axes, dim in cuts if dim >= dims - 2]
 
 
 def _padded(x: Tensor, parts: int) -> Tensor:

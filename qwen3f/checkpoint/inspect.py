@@ -35,9 +35,10 @@ def report(path: str, verify: bool, backend: str = "orbax") -> list[str]:
             raise UserError(
                 f"config.path={path}: {checkpoints.directory} holds no checkpoint; give a workdir that has trained"
             )
-        if step not in steps:
-            raise UserError(f"config.path={path}: there is no such checkpoint, only those of steps {steps}")
-        place = checkpoints.path(step)
+        try:
+            place = checkpoints.path(step)
+        except UserError as error:
+            raise UserError(f"config.path={path}: {error}") from error
         files = manifest.verify(place) if verify else None
         tree, meta = checkpoints.read_tree(step), checkpoints.read_meta(step)
     size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())

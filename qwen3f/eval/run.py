@@ -250,9 +250,10 @@ def _ask(
     ) as bar:
         for first in range(0, len(left), chunk * world.size):
             part = left[first : first + chunk * world.size]
-            own = part[len(part) * world.rank // world.size : len(part) * (world.rank + 1) // world.size]
             if exam.benchmark.vision:
                 own = [one for one in part if one.of_rank(world)]
+            else:
+                own = part[len(part) * world.rank // world.size : len(part) * (world.rank + 1) // world.size]
             records = world.together(partial(measure, ev, exam.benchmark, own, exam.settings), UserError)
             together = [record for some in world.gather(records) for record in some]
             if file is not None:

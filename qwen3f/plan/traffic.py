@@ -17,6 +17,8 @@ from qwen3f.plan.case import Case
 from qwen3f.plan.hardware import Hardware
 from qwen3f.plan.memory import Leaf
 from qwen3f.train import optimizer
+from sharding import rules
+from sharding.matrices import matrix_cuts
 from sharding.mesh import AXES, DATA, ROWS, MeshShape
 from sharding.pipeline.cut import pipeline_traffic
 from sharding.ring import ring_traffic
@@ -291,11 +293,12 @@ def _once(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
 def _muon(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
     """How shards become whole matrices for Muon's update, and then shards again (sharding.matrices)."""
     by_muon, lines = optimizer.by_muon(setup.hyper, P.decays(setup.model)), []
+    placed = rules.place(setup.model, setup.mesh, setup.fsdp)
     for leaf in table:
         if leaf.path not in by_muon:
             continue
         shape = list(leaf.local_shape)
-        for axes, dim in _matrix_cuts(leaf):
+        for axes, dim in matrix_cuts(placed[leaf.path], len(shape)):
             ranks = _size(setup.mesh, axes)
             if leaf.stack:  # some layers whole instead of all layers cut, there and back
                 shape[0] = -(-shape[0] // ranks) * ranks
@@ -309,13 +312,6 @@ def _muon(setup: Case, table: Sequence[Leaf]) -> list[Collective]:
         mine = [size for *at, size in lines if at == [op, axes]]
         out.append(Collective("matrices for Muon", op, axes, _size(setup.mesh, axes), "step", len(mine), sum(mine)))
     return out
-
-
-def _matrix_cuts(leaf: Leaf) -> list[tuple[tuple[str, ...], int]]:
-    """(axes, dimension) of each cut through the last two dimensions, in the order of sharding.matrices."""
-    cuts = [((axis,), dim) for axis, dim in leaf.cuts if axis not in leaf.fsdp]
-    cuts += [(leaf.fsdp, dict(leaf.cuts)[leaf.fsdp[0]])] if leaf.fsdp else []
-    return [(axes, dim) for axes, dim in cuts if dim >= len(leaf.local_shape) - 2]
 
 
 def _one_by_one(axes: Sequence[str]) -> list[tuple[str, ...]]:

@@ -171,7 +171,7 @@ def _answered() -> Iterator[None]:
     itself, so an answer may be anything."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # see the docstring
         raise ConfineError(f"its answer is no value: {error}") from error
 
 

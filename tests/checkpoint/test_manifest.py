@@ -212,7 +212,7 @@ def test_inspect_says_what_is_there(saved, capsys):
 
 def test_inspect_names_the_flag_of_a_step_that_is_not_there(saved):
     path = str(saved / "checkpoints" / "9")
-    with pytest.raises(UserError, match=rf"^config\.path={path}: there is no such checkpoint, only .* steps \[7\]"):
+    with pytest.raises(UserError, match=rf"^config\.path={path}: .* holds no checkpoint of step 9: there are 7"):
         inspect.run(ConfigDict({"path": path, "verify": True, "backend": "orbax"}), saved)
 
 
