@@ -1,10 +1,12 @@
 """Many ranks for a test: in this process (LocalTensorMode), or as gloo processes."""
 
 import contextlib
+import faulthandler
 import multiprocessing
-import os
+import signal
 import tempfile
 import traceback
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -17,6 +19,8 @@ from torch.utils import _python_dispatch
 from sharding import ring
 from sharding.axes import axes_of, make_mesh
 from sharding.mesh import parse_mesh
+
+SECONDS = 300  # the longest that the ranks of a test may take; the slowest takes 30
 
 
 def _for_all_ranks(operator, fn):
@@ -115,22 +119,32 @@ def run_processes(fn, world, *args):
     """fn(rank, *args) in `world` gloo processes; what each returned, in order. A failure fails the test.
 
     Processes are forked from a server that has imported what they need and runs nothing else, so that a start costs
-    no imports and copies none of the threads of this process.
+    no imports and copies none of the threads of this process. Ranks that wait for each other for ever end after
+    SECONDS, and the failure shows where each of them stood.
     """
     multiprocessing.set_forkserver_preload([__name__, "tests.sharding.preload"])
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_process, (fn, world, folder, args), nprocs=world, start_method="forkserver")
-        return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            mp.start_processes(_process, (fn, world, folder, args), nprocs=world, start_method="forkserver")
+        except mp.ProcessExitedException as error:
+            stacks = "\n".join(file.read_text() for file in sorted(folder.glob("*.stacks")))
+            raise AssertionError(f"{error}\n{stacks}") from error
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 def _process(rank, fn, world, folder, args):
-    torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    try:
-        torch.save(fn(rank, *args), os.path.join(folder, f"{rank}.pt"))
-        dist.barrier()
-    except Exception:
-        traceback.print_exc()
-        raise
-    dist.destroy_process_group()
+    with (folder / f"{rank}.stacks").open("w") as stacks:
+        faulthandler.dump_traceback_later(SECONDS, exit=True, file=stacks)
+        faulthandler.register(signal.SIGTERM, file=stacks, chain=True)  # the other ranks end so
+        torch.set_num_threads(1)
+        store = dist.FileStore(str(folder / "store"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        try:
+            torch.save(fn(rank, *args), folder / f"{rank}.pt")
+            dist.barrier()
+        except Exception:
+            traceback.print_exc()
+            raise
+        dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
