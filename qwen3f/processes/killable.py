@@ -3,6 +3,9 @@
 It is for work that may hang or take all memory. A thread could not be killed; a time limit by signal does not interrupt
 C code, and works only in the main thread. Arguments and results are lines of JSON, so that no output of such a process
 is executed here.
+
+Many short calls go to a process together, in one line, since a message of its own would take longer than the call. Each
+answer still comes in its own line, when its call is done, so every call has its own deadline.
 """
 
 import atexit
@@ -17,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +28,7 @@ from typing import Any, Self
 from qwen3f.polling import ready
 
 LINE_BYTES = 1 << 20  # limit for a result; a longer one is a failure
+MOST = 16  # calls that a process gets at once
 START_SECONDS = 60.0  # limit for a process to start and import the function
 
 
@@ -49,7 +53,7 @@ class Killable:
         self._free: queue.LifoQueue[_Child | None] = queue.LifoQueue()
         for _ in range(count):
             self._free.put(None)
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="killable")
+        self._count, self._threads = count, ThreadPoolExecutor(count, thread_name_prefix="killable")
         self._lock, self._children = threading.Lock(), set[_Child]()
 
     def call(self, function: str, modules: Sequence[str] = (), /, **arguments: Any) -> Outcome:
@@ -57,23 +61,41 @@ class Killable:
 
         modules: to import before the deadline counts; missing ones are ignored.
         """
+        (outcome,) = self._calls(function, modules, [arguments])
+        return outcome
+
+    def map(self, function: str, arguments: Sequence[dict[str, Any]], modules: Sequence[str] = ()) -> list[Outcome]:
+        """The outcomes of a call of `function` with each of `arguments`, in order; in all processes at once.
+
+        If a process is killed, its calls that had not begun are made again, by another one.
+        """
+        found: dict[int, Outcome] = {}
+        most = MOST
+        while left := [number for number in range(len(arguments)) if number not in found]:
+            batches = list(_batches(left, self._count, most))
+            several = self._threads.map(
+                lambda batch: self._calls(function, modules, [arguments[number] for number in batch]), batches
+            )
+            for batch, outcomes in zip(batches, several):
+                found.update(zip(batch, outcomes))
+            most = 1  # what is left came after a call that ended its process; some of it may do so too
+        return [found[number] for number in range(len(arguments))]
+
+    def _calls(self, function: str, modules: Sequence[str], arguments: Sequence[dict[str, Any]]) -> list[Outcome]:
+        """The outcomes of calls, one after the other in one process, up to the first that ends the process."""
         child, sound = self._free.get(), False
         try:
             if child is not None and not child.alive():
                 self._end(child)
                 child = None
             child = child or self._started()
-            outcome, sound = child.call(function, modules, arguments, self.deadline)
-            return outcome
+            outcomes, sound = child.calls(function, modules, arguments, self.deadline)
+            return outcomes
         finally:
             if child is not None and not sound:  # else, after Ctrl-C, the next call would read this call's answer
                 self._end(child)
                 child = None
             self._free.put(child)
-
-    def map(self, calls: Sequence[tuple[str, dict[str, Any]]], modules: Sequence[str] = ()) -> list[Outcome]:
-        """The outcomes of calls (function, arguments), in order; as many calls at a time as there are processes."""
-        return list(self._threads.map(lambda call: self.call(call[0], modules, **call[1]), calls))
 
     def close(self) -> None:
         """Ends the processes; more calls do nothing."""
@@ -115,25 +137,26 @@ class _Child:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def call(
-        self, function: str, modules: Sequence[str], arguments: dict[str, Any], deadline: float
-    ) -> tuple[Outcome, bool]:
-        """(outcome, whether the process may be used again)."""
+    def calls(
+        self, function: str, modules: Sequence[str], arguments: Sequence[dict[str, Any]], deadline: float
+    ) -> tuple[list[Outcome], bool]:
+        """(the outcomes, up to the first call that ended the process; whether the process may be used again)."""
         line = json.dumps([function, list(modules), arguments]).encode() + b"\n"
+        outcomes: list[Outcome] = []
         try:
             self._process.stdin.write(line)
             self._process.stdin.flush()
             limit, what = START_SECONDS, " to start and import"
             self._line(time.monotonic() + limit)  # an empty line: the imports are done
             limit, what = deadline, ""
-            found = json.loads(self._line(time.monotonic() + limit))
+            for _ in arguments:
+                found = json.loads(self._line(time.monotonic() + limit))
+                outcomes.append(Outcome(found.get("value"), found.get("failure", "")))
         except TimeoutError:
-            return Outcome(failure=f"took longer than {limit:g} s{what}"), False
+            return [*outcomes, Outcome(failure=f"took longer than {limit:g} s{what}")], False
         except (OSError, ValueError) as error:
-            return Outcome(failure=f"its process ended: {error}"), False
-        if "failure" in found:
-            return Outcome(failure=found["failure"]), True
-        return Outcome(found["value"]), True
+            return [*outcomes, Outcome(failure=f"its process ended: {error}")], False
+        return outcomes, True
 
     def _line(self, until: float) -> bytes:
         out = self._process.stdout
@@ -156,6 +179,16 @@ class _Child:
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):  # closing stdin may flush unwritten input
                 pipe.close()
+
+
+def _batches(numbers: Sequence[int], count: int, most: int) -> Iterator[Sequence[int]]:
+    """Cuts numbers into batches of at most `most` for `count` processes. The last ones are short, so that processes end
+    at about the same time, even if some calls take longer than others."""
+    begin = 0
+    while left := len(numbers) - begin:
+        size = max(1, min(most, left // (4 * count)))
+        yield numbers[begin : begin + size]
+        begin += size
 
 
 def shared(count: int, deadline: float) -> Callable[[], Killable]:

@@ -1,4 +1,7 @@
-"""The program of a `killable` process: reads calls and writes results, one line of JSON each, until the pipe closes."""
+"""The program of a `killable` process, until the pipe closes: reads a line of calls, and writes a line for each result.
+
+All lines are JSON, except for an empty one before the results of a line of calls.
+"""
 
 import contextlib
 import fcntl
@@ -41,16 +44,20 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a function prints must not look like an answer
     for line in sys.stdin:
-        name, modules, arguments = json.loads(line)
+        name, modules, calls = json.loads(line)
         loaded = _outcome(_load, name, modules)
         print(file=answers, flush=True)  # from here on the deadline counts
-        with _ended_with_parent():
-            found = loaded if "failure" in loaded else _outcome(loaded["value"], **arguments)
-        try:
-            text = json.dumps(found)
-        except (TypeError, ValueError) as error:
-            text = json.dumps({"failure": f"its result is not JSON: {error}"})
-        print(text, file=answers, flush=True)
+        for arguments in calls:
+            with _ended_with_parent():
+                found = loaded if "failure" in loaded else _outcome(loaded["value"], **arguments)
+            print(_as_json(found), file=answers, flush=True)
+
+
+def _as_json(found: dict[str, Any]) -> str:
+    try:
+        return json.dumps(found)
+    except (TypeError, ValueError) as error:
+        return json.dumps({"failure": f"its result is not JSON: {error}"})
 
 
 @contextlib.contextmanager

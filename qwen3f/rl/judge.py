@@ -70,13 +70,10 @@ class Judge:
     def __call__(self, samples: Sequence[Sample]) -> Judged:
         """Computes each reward of each sample once. A reward is NaN, and counted as a failure, if it raises, takes
         longer than the deadline, or returns None or anything else than a number within ±BOUND."""
-        calls = [
-            ("qwen3f.rl.rewards:run_reward", {"name": name, "sample": dataclasses.asdict(sample)})
-            for name in self.names
-            for sample in samples
-        ]
-        tasks = {sample.task for sample in samples}
-        outcomes = iter(self._killable.map(calls, modules_for(self.names, tasks)))
+        plain = [dataclasses.asdict(sample) for sample in samples]
+        calls = [{"name": name, "sample": sample} for name in self.names for sample in plain]
+        modules = modules_for(self.names, {sample.task for sample in samples})
+        outcomes = iter(self._killable.map("qwen3f.rl.rewards:run_reward", calls, modules))
         values: dict[str, list[float]] = {}
         failures: Counter[str] = Counter()
         for name in self.names:

@@ -7,6 +7,8 @@ import threading
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qwen3f.processes import killable as killable_module
 from qwen3f.processes.killable import Killable
@@ -16,6 +18,16 @@ HERE = "tests.processes.test_killable"
 
 def double(x):
     return 2 * x
+
+
+def act(name, x=0):
+    """Several functions as one, for `map`."""
+    return globals()[name](x) if name == "double" else globals()[name]()
+
+
+def naps():
+    time.sleep(0.4)
+    return 1
 
 
 def here():
@@ -66,27 +78,49 @@ def killable():
 
 
 def test_results_in_order(killable):
-    calls = [(f"{HERE}:double", {"x": n}) for n in range(20)]
-    assert [outcome.value for outcome in killable.map(calls)] == [2 * n for n in range(20)]
+    for count in (0, 1, 20, 300):
+        outcomes = killable.map(f"{HERE}:double", [{"x": n} for n in range(count)])
+        assert [outcome.value for outcome in outcomes] == [2 * n for n in range(count)]
 
 
-@pytest.mark.parametrize(
-    "name, words",
-    [
-        ("fails", "ValueError: no"),
-        ("hangs", "took longer than 2 s"),
-        ("dies", "its process ended: exit code 3"),
-        ("no_json", "its result is not JSON"),
-        ("long", "more than 1,048,576 bytes"),
-        ("missing", "AttributeError"),
-    ],
-)
-def test_a_failure_costs_its_own_call_alone(name, words, killable):
-    outcomes = killable.map([(f"{HERE}:{name}", {}), (f"{HERE}:double", {"x": 4})])
-    assert outcomes[0].value is None
-    assert words in outcomes[0].failure
-    assert outcomes[1].value == 8
+FAILURES = {
+    "fails": "ValueError: no",
+    "hangs": "took longer than 2 s",
+    "dies": "its process ended: exit code 3",
+    "no_json": "its result is not JSON",
+    "long": "more than 1,048,576 bytes",
+    "missing": "KeyError",
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_costs_its_own_call_alone(name, killable):
+    """Also the others of its batch, of which 40 calls in two processes have several."""
+    calls = [{"name": name} if n in (3, 4, 39) else {"name": "double", "x": n} for n in range(40)]
+    for n, outcome in enumerate(killable.map(f"{HERE}:act", calls)):
+        if n in (3, 4, 39):
+            assert outcome.value is None
+            assert FAILURES[name] in outcome.failure
+        else:
+            assert (outcome.value, outcome.failure) == (2 * n, "")
+    assert FAILURES[name] in killable.call(f"{HERE}:act", name=name).failure
     assert killable.call(f"{HERE}:double", x=1).value == 2
+
+
+def test_every_call_of_a_batch_has_its_own_deadline(monkeypatch):
+    monkeypatch.setattr(killable_module, "_batches", lambda numbers, count, most: [numbers])
+    with Killable(1, 1.0) as one:
+        assert [outcome.value for outcome in one.map(f"{HERE}:naps", [{}] * 4)] == [1] * 4
+
+
+@given(numbers=st.lists(st.integers(), max_size=300), count=st.integers(1, 16), most=st.integers(1, 20))
+def test_batches(numbers, count, most):
+    batches = list(killable_module._batches(numbers, count, most))
+    assert [number for batch in batches for number in batch] == numbers
+    sizes = [len(batch) for batch in batches]
+    assert all(1 <= size <= most for size in sizes)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-min(count, len(numbers)) :] == [1] * min(count, len(numbers))
 
 
 def test_a_call_that_fails_keeps_its_process():
@@ -100,7 +134,7 @@ def test_what_is_loaded_first_is_no_part_of_the_deadline():
     with Killable(1, 1.0) as one:
         assert not one.call(f"{HERE}:loaded").value
         assert one.call(f"{HERE}:loaded", ["tests.processes.slow_to_load"]).value
-        assert one.map([(f"{HERE}:double", {"x": 2})], ["tests.processes.slow_to_load", "no.such"])[0].value == 4
+        assert one.map(f"{HERE}:double", [{"x": 2}], ["tests.processes.slow_to_load", "no.such"])[0].value == 4
 
 
 def test_an_import_that_takes_too_long_is_named(monkeypatch):
