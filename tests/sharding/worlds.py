@@ -128,8 +128,9 @@ def run_processes(fn, world, *args):
         try:
             mp.start_processes(_process, (fn, world, folder, args), nprocs=world, start_method="forkserver")
         except mp.ProcessExitedException as error:
-            stacks = "\n".join(file.read_text() for file in sorted(folder.glob("*.stacks")))
-            raise AssertionError(f"{error}\n{stacks}") from error
+            for file in sorted(folder.glob("*.stacks")):
+                error.add_note(f"rank {file.stem}: {file.read_text()}")
+            raise
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
