@@ -42,7 +42,6 @@ from sharding.axes import ONE, Axis
 CPU_CACHE = 2 << 30
 GPU_LEAST, GPU_SHARE = 2 << 30, 0.85
 GPU_PAGE = 64  # tokens of a page
-COLD = 1e-4  # the graph does not sample at temperatures up to this: logits / temperature could overflow float32
 CPU_ROUNDING = 64  # the size of a CPU's pages is a multiple of this
 
 
@@ -257,7 +256,7 @@ class Device:
         known = {} if before is None else {row.number: place for row, place in zip(before.rows, before.places)}
         numbers = np.zeros((len(Inputs._fields), count), np.int64)
         numbers[4] = -1
-        numbers[:, places] = np.array([self._place(row, known) for row in rows]).T
+        numbers[:, places] = self._numbers(rows, known)
         if self._fused:
             return self._replay(rows, numbers)  # it makes its own table; making one here would wait for the GPU
         if table is None:
@@ -287,7 +286,7 @@ class Device:
         for row, place in zip(rows, places):
             way = row.request.sampling
             temperature[place] = min(way.temperature or 1.0, torch.finfo(temperature.dtype).max)
-            exact[place] = is_plain(way) and _forced(row) < 0
+            exact[place] = row.plain and not (row.thinks and _forced(row) >= 0)
         head = model.head_weight(self.cfg, self._params)[: self.num_ids]
         log_probs = training_log_probs(drawn.ids, hidden_BD, head, temperature.to(self.device))
         return drawn._replace(log_probs=torch.where(exact.to(self.device), log_probs, drawn.log_probs))
@@ -297,12 +296,12 @@ class Device:
         if self._graphs is None:
             model_and_cache = self.cfg, self._params, self._cache
             self._graphs = DecodeGraphs(*model_and_cache, self._execution, self.num_ids, self._rows, self._tp)
-        ways = [row.request.sampling for row in rows]
-        chances = np.array([[1 / way.temperature if way.temperature > COLD else 0.0 for way in ways]] * 2)
+        chances = np.empty((2, len(rows)))
         chances[0] = uniform(streams_at(*torch.from_numpy(numbers[[3, 1]] + [[0], [1]])))
+        chances[1] = [row.inverse_temperature for row in rows]
         result = self._graphs.run(numbers[:2], chances, [row.pages for row in rows], self._expected)
         count, packed = len(rows), result.packed
-        special = [i for i, way in enumerate(ways) if not is_plain(way)]
+        special = [i for i, row in enumerate(rows) if not row.plain]
         if special or (numbers[4] >= 0).any():
             inputs = Inputs(*torch.from_numpy(numbers).to(self.device))
             drawn = Drawn(result.ids[:count], result.log_probs[:count], result.finite[:count])
@@ -321,12 +320,22 @@ class Device:
         ready.record()
         return Pending(list(rows), list(range(count)), packed=host, ready=ready)
 
-    def _place(self, row: Row, known: Mapping[int, int]) -> tuple[int, ...]:
-        """The row's values for the fields of Inputs. known: row number -> its place in the pass before."""
-        place = row.cached
-        slot = row.pages[place // self.page_size] * self.page_size + place % self.page_size
-        token = row.tokens[place] if place < len(row.tokens) else -1 - known[row.number]
-        return token, place, slot, row.stream, _forced(row), 0 if row.places is None else row.places.offset
+    def _numbers(self, rows: Sequence[Row], known: Mapping[int, int]) -> np.ndarray:
+        """int64 [fields of Inputs, rows]. known: row number -> its place in the pass before.
+
+        Every pass does this for every row, and a GPU may wait for it, so it is one list for each field.
+        """
+        cached = [row.cached for row in rows]
+        found = np.zeros((len(Inputs._fields), len(rows)), np.int64)
+        found[0] = [row.tokens[at] if at < len(row.tokens) else -1 - known[row.number] for row, at in zip(rows, cached)]
+        found[1] = cached
+        pages = np.array([row.pages[at // self.page_size] for row, at in zip(rows, cached)])
+        found[2] = pages * self.page_size + found[1] % self.page_size
+        found[3] = [row.stream for row in rows]
+        found[4] = [_forced(row) if row.thinks else -1 for row in rows]
+        if self._sight is not None:
+            found[5] = [0 if row.places is None else row.places.offset for row in rows]
+        return found
 
     def _table(self, rows: Sequence[Row]) -> Table:
         if self._own_pages and [row.pages[0] for row in rows] == list(
@@ -373,14 +382,7 @@ def unstacked(cfg: ModelConfig, params: P.Params) -> P.Params:
     }
 
 
-def is_plain(way: SamplingParams) -> bool:
-    """Whether the sampler of the CUDA graph can do this: greedy, or a temperature without filters and penalty."""
-    filtered = way.top_k or way.top_p < 1 or way.min_p
-    cold = 0 < way.temperature <= COLD
-    return not (way.presence_penalty or cold or (filtered and way.temperature))
-
-
 def _forced(row: Row) -> int:
-    """The token that the thinking budget forces next, or −1."""
-    token = forced_token(row.request.budget, row.launched) if row.thinks else None
+    """The token that the thinking budget forces next, or −1. The row must still think."""
+    token = forced_token(row.request.budget, row.launched)
     return -1 if token is None else token

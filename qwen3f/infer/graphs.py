@@ -29,8 +29,8 @@ WORTH = 64  # after this many passes of a size in a larger graph, the size gets 
 class _Graph:
     """A captured graph and the buffers that it reads.
 
-    numbers: int64 [4, B], the arguments `numbers` and `chances` of `run`; chances as the bits of their float64. pages:
-    the pages of each row that `table` holds now.
+    numbers: int64 [4, B], the arguments `numbers` and `chances` of `run`; chances as the bits of their float64. table:
+    int32 [B, P], a copy of `pages` on the device.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -38,7 +38,28 @@ class _Graph:
     numbers: Tensor
     table: Tensor
     result: Result
-    pages: list[list[int]]
+    pages: "PageTable"
+
+
+class PageTable:
+    """The pages of each place on the host, int32 [places, width], 0 where there is none. Most places keep their pages
+    from one pass to the next, so only others are written.
+
+    copied: whether the device has the same table; the caller sets it.
+    """
+
+    def __init__(self, places: int, width: int) -> None:
+        self.array, self.copied = np.zeros((places, width), np.int32), False
+        self._pages: list[list[int] | None] = [[] for _ in range(places)]
+
+    def fill(self, pages: Sequence[Sequence[int]]) -> None:
+        """Places beyond `pages` have none."""
+        idle = [[]] * (len(self._pages) - len(pages))
+        for place, (old, own) in enumerate(zip(self._pages, [*pages, *idle])):
+            if old != own:
+                self.copied, self._pages[place] = False, None  # None: unknown, if this is interrupted
+                self.array[place, : len(own)], self.array[place, len(own) :] = own, 0
+                self._pages[place] = list(own)
 
 
 class DecodeGraphs:
@@ -81,13 +102,10 @@ class DecodeGraphs:
         filled = host.numpy()[:, : numbers.shape[1]]
         filled[:2], filled[2:] = numbers, chances.view(np.int64)
         graph.numbers.copy_(host, non_blocking=True)
-        if graph.pages != pages:
-            table = torch.zeros(graph.table.shape, dtype=torch.int32, pin_memory=True)
-            for row, own in zip(table.numpy(), pages):
-                row[: len(own)] = own
-            graph.pages = []  # unknown if the copy is interrupted
-            graph.table.copy_(table, non_blocking=True)
-            graph.pages = [list(own) for own in pages]
+        graph.pages.fill(pages)
+        if not graph.pages.copied:
+            graph.table.copy_(torch.from_numpy(graph.pages.array).pin_memory(), non_blocking=True)
+            graph.pages.copied = True
         graph.graph.replay()
         return graph.result
 
@@ -145,7 +163,7 @@ class DecodeGraphs:
             result = work()
         self._pool = self._pool or graph.pool()
         self.last.copy_(kept)
-        return _Graph(graph, angles, numbers_4B, table_BP, result, [])
+        return _Graph(graph, angles, numbers_4B, table_BP, result, PageTable(count, width))
 
 
 def _each(function: Callable[..., Tensor], *leaves: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

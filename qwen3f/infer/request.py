@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Callable
 
 from qwen3f.infer.pictures import Pictures, Places
-from qwen3f.infer.sampling import GREEDY, SamplingParams
+from qwen3f.infer.sampling import GREEDY, SamplingParams, is_plain
 from qwen3f.infer.thinking import ThinkingBudget
 from qwen3f.vision.deepstack import Features
 
@@ -66,6 +66,7 @@ class Row:
     Attributes:
       number: its place in the order of arrival.
       stream: its random stream, see sampling.streams_at.
+      plain: whether the sampler of a CUDA graph can draw its tokens. inverse_temperature: for that sampler.
       places: positions of the prompt's tokens, for a model with a vision tower; None: 0, 1, 2, …
       features: output of the vision tower for its pictures; kept while tokens of a picture are still to be computed.
       tokens: prompt and answer so far, as known to the host.
@@ -78,6 +79,10 @@ class Row:
 
     def __init__(self, request: Request, number: int, stream: int = 0, places: Places | None = None) -> None:
         self.request, self.number, self.stream, self.places = request, number, stream, places
+        self.plain = is_plain(request.sampling)
+        self.inverse_temperature = (
+            1 / request.sampling.temperature if self.plain and request.sampling.temperature else 0.0
+        )
         self.features: Features | None = None
         self.tokens = list(request.prompt if places is None else places.tokens)
         self.logprobs: list[float] = []

@@ -20,6 +20,7 @@ from qwen3f.finite import as_finite
 
 _LOW_52_BITS = (1 << 52) - 1
 TILE = 64  # ids
+COLD = 1e-4  # a CUDA graph does not sample at temperatures up to this: logits / temperature could overflow float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,13 @@ GREEDY = SamplingParams()
 # What Qwen3 recommends (technical report, arXiv:2505.09388, §4.6; the penalty is for the non-thinking mode alone).
 THINKING = SamplingParams(temperature=0.6, top_p=0.95, top_k=20)
 NON_THINKING = SamplingParams(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5)
+
+
+def is_plain(way: SamplingParams) -> bool:
+    """Whether the sampler of a CUDA graph can do this: greedy, or a temperature without filters and penalty."""
+    filtered = way.top_k or way.top_p < 1 or way.min_p
+    cold = 0 < way.temperature <= COLD
+    return not (way.presence_penalty or cold or (filtered and way.temperature))
 
 
 def sample(

@@ -1,6 +1,10 @@
 """Which CUDA graph runs a pass. Few sizes are captured, since a capture takes as long as hundreds of passes."""
 
-from qwen3f.infer.graphs import WORTH, DecodeGraphs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3f.infer.graphs import WORTH, DecodeGraphs, PageTable
 
 
 class Sizes(DecodeGraphs):
@@ -27,3 +31,32 @@ def test_a_rare_size_runs_in_the_smallest_graph_that_holds_it():
     assert graphs._fitting(24, 8, 32) == (24, 8)  # this size has now occurred often enough for its own graph
     assert graphs._fitting(16, 8, 32) == (24, 8)
     assert graphs._fitting(64, 16, 64) == (64, 16)
+
+
+PLACES, WIDTH = 5, 3
+PAGES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=WIDTH), max_size=PLACES)
+
+
+@given(passes=st.lists(PAGES, max_size=6))
+def test_a_page_table_is_that_of_the_last_pass(passes):
+    table, last = PageTable(PLACES, WIDTH), None
+    for pages in passes:
+        table.fill(pages)
+        whole = [own + [0] * (WIDTH - len(own)) for own in pages] + [[0] * WIDTH] * (PLACES - len(pages))
+        assert table.array.tolist() == whole
+        assert table.copied == (whole == last)
+        table.copied, last = True, whole
+
+
+def test_a_page_table_that_was_interrupted_is_written_again():
+    class Interrupted(list):
+        def __len__(self):
+            raise KeyboardInterrupt
+
+    table = PageTable(PLACES, WIDTH)
+    table.fill([[1, 2], [3]])
+    with pytest.raises(KeyboardInterrupt):
+        table.fill([[4], Interrupted([5])])
+    assert not table.copied
+    table.fill([[1, 2], [3]])
+    assert table.array[:2].tolist() == [[1, 2, 0], [3, 0, 0]]
