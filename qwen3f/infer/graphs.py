@@ -137,7 +137,8 @@ class DecodeGraphs:
         self._graphs[count, width] = self._capture(count, width)
         return self._graphs[count, width]
 
-    def _capture(self, count: int, width: int) -> "_Graph":
+    def _program(self, count: int, width: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Callable[[], Result]]:
+        """(numbers, table, angles, a function that computes a pass from them); see _Graph."""
         device = self.last.device
         numbers_4B = torch.zeros(4, count, dtype=torch.int64, device=device)
         table_BP = torch.zeros(count, width, dtype=torch.int32, device=device)
@@ -152,6 +153,10 @@ class DecodeGraphs:
             self.last[:count] = result.ids
             return result
 
+        return numbers_4B, table_BP, angles, work
+
+    def _capture(self, count: int, width: int) -> "_Graph":
+        numbers_4B, table_BP, angles, work = self._program(count, width)
         kept = self.last.clone()  # the warm-up pass below compiles kernels and starts NCCL; its ids are not used
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
