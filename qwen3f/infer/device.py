@@ -286,7 +286,7 @@ class Device:
         for row, place in zip(rows, places):
             way = row.request.sampling
             temperature[place] = min(way.temperature or 1.0, torch.finfo(temperature.dtype).max)
-            exact[place] = row.plain and not (row.thinks and _forced(row) >= 0)
+            exact[place] = row.plain and _forced(row) < 0
         head = model.head_weight(self.cfg, self._params)[: self.num_ids]
         log_probs = training_log_probs(drawn.ids, hidden_BD, head, temperature.to(self.device))
         return drawn._replace(log_probs=torch.where(exact.to(self.device), log_probs, drawn.log_probs))
@@ -332,7 +332,7 @@ class Device:
         pages = np.array([row.pages[at // self.page_size] for row, at in zip(rows, cached)])
         found[2] = pages * self.page_size + found[1] % self.page_size
         found[3] = [row.stream for row in rows]
-        found[4] = [_forced(row) if row.thinks else -1 for row in rows]
+        found[4] = [_forced(row) for row in rows]
         if self._sight is not None:
             found[5] = [0 if row.places is None else row.places.offset for row in rows]
         return found
@@ -383,6 +383,6 @@ def unstacked(cfg: ModelConfig, params: P.Params) -> P.Params:
 
 
 def _forced(row: Row) -> int:
-    """The token that the thinking budget forces next, or −1. The row must still think."""
-    token = forced_token(row.request.budget, row.launched)
+    """The token that the thinking budget forces next, or −1."""
+    token = forced_token(row.request.budget, row.launched) if row.thinks else None
     return -1 if token is None else token

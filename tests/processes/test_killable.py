@@ -89,7 +89,6 @@ FAILURES = {
     "dies": "its process ended: exit code 3",
     "no_json": "its result is not JSON",
     "long": "more than 1,048,576 bytes",
-    "missing": "KeyError",
 }
 
 
@@ -105,6 +104,12 @@ def test_a_failure_costs_its_own_call_alone(name, killable):
             assert (outcome.value, outcome.failure) == (2 * n, "")
     assert FAILURES[name] in killable.call(f"{HERE}:act", name=name).failure
     assert killable.call(f"{HERE}:double", x=1).value == 2
+
+
+def test_a_function_that_is_not_there_fails_every_call(killable):
+    outcomes = killable.map(f"{HERE}:missing", [{}] * 20)
+    assert all("AttributeError" in outcome.failure for outcome in outcomes)
+    assert killable.map("no.such:thing", [{}])[0].failure.startswith("ModuleNotFoundError")
 
 
 def test_every_call_of_a_batch_has_its_own_deadline(monkeypatch):
