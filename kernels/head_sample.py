@@ -13,19 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import dependent_launch, rmsnorm, row_product
+from kernels import dependent_launch, row_product
 from kernels.backend import check_devices, runs_triton, tl, triton
 
 _WARP_TILES = 512  # tiles of the vocabulary per warp of the second kernel; not tuned on a card
 
 
 def reference(
-    x_BD: Tensor, norm_D: Tensor, eps: float, head_VD: Tensor, num_ids: int, inv_temperature_B: Tensor,
+    x_BD: Tensor, norm_D: Tensor | None, eps: float, head_VD: Tensor, num_ids: int, inv_temperature_B: Tensor,
     uniform_B: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As head_sample, in plain torch: (ids, logprob, logits, finite)."""
     wide = torch.promote_types(x_BD.dtype, torch.float32)
-    logits = F.linear(rmsnorm.reference(x_BD, norm_D, eps).to(wide), head_VD.to(wide))
+    logits = F.linear(row_product.norm_reference(x_BD, norm_D, eps).to(wide), head_VD.to(wide))
     real = logits[:, :num_ids]
     finite = real.isfinite().all(-1)
     scale_B1 = torch.where(inv_temperature_B == 0, 1.0, inv_temperature_B)[:, None]
@@ -42,7 +42,7 @@ def reference(
 
 
 def head_sample(
-    x_BD: Tensor, norm_D: Tensor, eps: float, head_VD: Tensor, num_ids: int, inv_temperature_B: Tensor,
+    x_BD: Tensor, norm_D: Tensor | None, eps: float, head_VD: Tensor, num_ids: int, inv_temperature_B: Tensor,
     uniform_B: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(ids int64 [B], logprob float32 [B], logits float32 [B, V], finite bool [B]) of each row's next token.
@@ -53,8 +53,8 @@ def head_sample(
     logits and its uniform number. A token of probability 0 is never drawn.
 
     Args:
-      x_BD, norm_D: [B, D] and [D] of one dtype, contiguous. float16, bfloat16 or float32 (float64 runs the formula, and
-        logits and logprob are float64).
+      x_BD, norm_D: [B, D] and [D] of one dtype, contiguous; norm None: x is normed already. float16, bfloat16 or
+        float32 (float64 runs the formula, and logits and logprob are float64).
       head_VD: [V, D], contiguous; for a tied head the embedding.
       num_ids: 1 … V; ids from num_ids on are padding: their logits are returned, but they have no probability.
       inv_temperature_B: float32 [B], 1/temperature, at least 0. 0 takes the greatest logit (of equal ones the lowest
@@ -65,7 +65,7 @@ def head_sample(
       the id is below num_ids.
     Raises ValueError for arguments that do not fit.
     """
-    row_product.check(x_BD, {"norm": (norm_D, x_BD.shape[-1])}, {"head": head_VD})
+    row_product.check(x_BD, row_product.norm_of(x_BD, norm_D), {"head": head_VD})
     if not 1 <= num_ids <= len(head_VD):
         raise ValueError(f"num_ids must be 1 … {len(head_VD)}, got {num_ids}")
     for name, x, dtypes in (
@@ -90,7 +90,7 @@ def _logits_kernel(
     x_ptr, norm_ptr, head_ptr, inv_temperature_ptr, logits_ptr, top_ptr, total_ptr, place_ptr,
     rows, D, V, num_ids, eps,
     HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of logits; for each of its rows the greatest tempered logit, Σ exp(tempered − greatest), and the id of
     the greatest, or −1 if a logit is not finite.
@@ -101,7 +101,7 @@ def _logits_kernel(
     n = block * BN + tl.arange(0, BN)
     weight_N = head_ptr + tl.minimum(n, V - 1).to(tl.int64) * D
     product, square = row_product.row_product(
-        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, WHOLE, PDL
+        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, WHOLE, LINES, PDL
     )
     logits = product * tl.rsqrt(square / D + eps)[:, None] if HAS_NORM else product
     mask = (row < rows)[:, None] & (n < V)[None, :]
@@ -193,7 +193,7 @@ def _choose_kernel(
 
 @torch.library.custom_op("qwen3f::head_sample", mutates_args=())
 def _op(
-    x: Tensor, norm: Tensor, eps: float, head: Tensor, num_ids: int, inv_temperature: Tensor, uniform: Tensor
+    x: Tensor, norm: Tensor | None, eps: float, head: Tensor, num_ids: int, inv_temperature: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not runs_triton(x) or not len(x):
         return reference(x, norm, eps, head, num_ids, inv_temperature, uniform)
@@ -207,7 +207,7 @@ def _op(
     with torch.cuda.device_of(x):
         _logits_kernel[(triton.cdiv(B, cut.rows) * blocks,)](
             row_product.normed(x, norm, eps, cut), norm, head, inv_temperature, logits, tops, totals, places, B, D, V,
-            num_ids, eps, HAS_NORM=row_product.norms(x, cut),
+            num_ids, eps, HAS_NORM=row_product.norms(x, norm, cut),
             **row_product.options(x, cut),
         )  # fmt: skip
         _choose_kernel[(B,)](
@@ -220,7 +220,7 @@ def _op(
 
 @_op.register_fake
 def _op_fake(
-    x: Tensor, norm: Tensor, eps: float, head: Tensor, num_ids: int, inv_temperature: Tensor, uniform: Tensor
+    x: Tensor, norm: Tensor | None, eps: float, head: Tensor, num_ids: int, inv_temperature: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
     return (

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import rmsnorm, row_product
+from kernels import row_product
 from kernels.backend import runs_triton, triton
 from kernels.head_sample import _WARP_TILES, _choose_kernel, _logits_kernel
 
 
 def head_shard(
-    x_BD: Tensor, norm_D: Tensor, eps: float, head_vD: Tensor, num_ids: int, inv_temperature_B: Tensor
+    x_BD: Tensor, norm_D: Tensor | None, eps: float, head_vD: Tensor, num_ids: int, inv_temperature_B: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(logits float32 [B, v], sums float32 [3, B, t]) of this rank's ids; arguments as head_sample's.
 
@@ -26,7 +26,7 @@ def head_shard(
     the sum of exp(tempered logit − greatest), and the greatest's id on this rank, −1 if a logit is not finite. float64
     runs the formula, with one tile.
     """
-    row_product.check(x_BD, {"norm": (norm_D, x_BD.shape[-1])}, {"head": head_vD})
+    row_product.check(x_BD, row_product.norm_of(x_BD, norm_D), {"head": head_vD})
     if not 0 <= num_ids <= len(head_vD):
         raise ValueError(f"num_ids must be 0 … {len(head_vD)}, got {num_ids}")
     wide = torch.promote_types(x_BD.dtype, torch.float32)
@@ -39,7 +39,7 @@ def head_shard(
     with torch.cuda.device_of(x_BD):
         _logits_kernel[(triton.cdiv(B, cut.rows) * tiles,)](
             row_product.normed(x_BD, norm_D, eps, cut), norm_D, head_vD, inv_temperature_B, logits, *sums, B, D, v,
-            num_ids, eps, HAS_NORM=row_product.norms(x_BD, cut),
+            num_ids, eps, HAS_NORM=row_product.norms(x_BD, norm_D, cut),
             **row_product.options(x_BD, cut),
         )  # fmt: skip
     return logits, sums
@@ -69,10 +69,10 @@ def choose(
 
 
 def _formula(
-    x_BD: Tensor, norm_D: Tensor, eps: float, head_vD: Tensor, num_ids: int, inv_temperature_B: Tensor
+    x_BD: Tensor, norm_D: Tensor | None, eps: float, head_vD: Tensor, num_ids: int, inv_temperature_B: Tensor
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x_BD.dtype, torch.float32)
-    logits = F.linear(rmsnorm.reference(x_BD, norm_D, eps).to(wide), head_vD.to(wide))
+    logits = F.linear(row_product.norm_reference(x_BD, norm_D, eps).to(wide), head_vD.to(wide))
     real = torch.arange(len(head_vD), device=x_BD.device) < num_ids
     good = real & logits.isfinite()
     tempered = (logits * _scale(inv_temperature_B).to(wide)).masked_fill(~good, float("-inf"))

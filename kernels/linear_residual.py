@@ -27,6 +27,12 @@ def linear_residual(h_BN: Tensor, weight_DN: Tensor, x_BD: Tensor) -> Tensor:
     Product and sum are float32 and rounded once; the formula also rounds the product. Raises ValueError for arguments
     that do not fit.
     """
+    check(h_BN, weight_DN, x_BD)
+    return torch.ops.qwen3f.linear_residual(h_BN, weight_DN, x_BD)
+
+
+def check(h_BN: Tensor, weight_DN: Tensor, x_BD: Tensor) -> None:
+    """ValueError for arguments that do not fit linear_residual."""
     row_product.check(h_BN, {}, {"weight": weight_DN}, x_name="h")
     wanted = (len(h_BN), len(weight_DN))
     if x_BD.shape != wanted or x_BD.dtype != h_BN.dtype or not x_BD.is_contiguous():
@@ -34,21 +40,20 @@ def linear_residual(h_BN: Tensor, weight_DN: Tensor, x_BD: Tensor) -> Tensor:
             f"the residual x must be contiguous {h_BN.dtype} {list(wanted)}, got {x_BD.dtype} {tuple(x_BD.shape)}"
         )
     check_devices(h=h_BN, x=x_BD)
-    return torch.ops.qwen3f.linear_residual(h_BN, weight_DN, x_BD)
 
 
 @triton.jit
 def _kernel(
     h_ptr, weight_ptr, x_ptr, out_ptr, rows, N, D,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(rows, BM)
     row = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)
     d = (tl.program_id(0) // row_tiles) * BN + tl.arange(0, BN)
     weight_N = weight_ptr + tl.minimum(d, D - 1).to(tl.int64) * N
     product, _square = row_product.row_product(
-        h_ptr, h_ptr, weight_N, row, rows, N, False, BM, BN, BK, SLICES, STAGES, PRECISION, WHOLE, PDL
+        h_ptr, h_ptr, weight_N, row, rows, N, False, BM, BN, BK, SLICES, STAGES, PRECISION, WHOLE, LINES, PDL
     )
     at = row.to(tl.int64)[:, None] * D + d[None, :]
     mask = (row < rows)[:, None] & (d < D)[None, :]

@@ -11,8 +11,8 @@ weight limits the speed, so the loop keeps many loads in flight (Triton's pipeli
 In the first two forms the rows' RMSNorm needs no separate pass: the loop multiplies x by the norm's weight g and sums
 x², and the caller multiplies the result by 1/√(mean x² + eps). Rounding: separate operators round x/√(…), and then its
 product with g, to the dtype of x. Here only x·g is rounded, with one row not even that; everything else is float32. In
-the third form the norm is a separate kernel, because every tile would repeat its work. In the second form it is one for
-float16 too, because x·g may overflow.
+the third form the norm is a separate kernel, because every tile would repeat its work; or x is normed already
+(kernels.residual_norm). In the second form it is a separate kernel for float16 too, because x·g may overflow.
 
 B rows · D input features, which are summed over · N outputs · BM, BN, BK rows, outputs and step of a tile
 """
@@ -38,6 +38,7 @@ LEAST_TILES = 96  # above ONE_TILE_ROWS: the fewest tiles
 MOST = 128  # the most rows, and the most outputs, of a tile
 STAGES = 4  # steps in the pipeline: three are loaded while one is computed
 LONG, LONG_STAGES = 2048, 6  # for sums over at least LONG numbers, more stages are faster
+MOST_LINES = 16  # of each row of weights, 128 bytes each, that are loaded into L2 before the wait; not swept
 
 
 class Config(NamedTuple):
@@ -87,10 +88,25 @@ def _outputs(N: int, programs: int, least: int, most: int) -> int:
 
 
 @triton.jit
+def warm(weight_N, first, last, LINES: tl.constexpr, PDL: tl.constexpr):
+    """Before the wait of a dependent launch: load numbers first … last − 1 of each row of weights into the L2 cache.
+
+    LINES: a power of two of 128-byte lines per row; from `lines`. 0: nothing.
+    """
+    if PDL and LINES > 0:
+        size: tl.constexpr = weight_N.dtype.element_ty.primitive_bitwidth // 8
+        at = first + tl.arange(0, LINES) * (128 // size)
+        place = (weight_N[:, None] + tl.minimum(at, last - 1)[None, :]).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def row_product(
     x_ptr, norm_ptr, weight_N, row, rows, D,
     HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """(x·g Wᵀ float32 [BM, BN], Σx² [BM]) of BM rows and BN rows of weights; without HAS_NORM (x Wᵀ, 0).
 
@@ -130,6 +146,7 @@ def row_product(
         product = product[None, :]
     elif SLICES > 1:
         slice_k = tl.arange(0, SLICES)[:, None] * (BK // SLICES) + tl.arange(0, BK // SLICES)[None, :]
+        warm(weight_N, 0, D, LINES, PDL)
         dependent_launch.wait(PDL)
         acc = tl.zeros([SLICES, BM, BN], tl.float32)
         squares = tl.zeros([SLICES, BM], tl.float32)
@@ -147,6 +164,7 @@ def row_product(
         product = tl.sum(acc, axis=0)
         square = tl.sum(squares, axis=0)
     else:
+        warm(weight_N, 0, D, LINES, PDL)
         dependent_launch.wait(PDL)
         product = tl.zeros([BM, BN], tl.float32)
         square = tl.zeros([BM], tl.float32)
@@ -160,14 +178,30 @@ def row_product(
     return product, square
 
 
-def norms(x: Tensor, cut: Config) -> bool:
+def norm_of(x_BD: Tensor, norm_D: Tensor | None) -> dict[str, tuple[Tensor, int]]:
+    """`check`'s vectors for a kernel with a norm; none if x is normed already."""
+    return {} if norm_D is None else {"norm": (norm_D, x_BD.shape[-1])}
+
+
+def norm_reference(x_BD: Tensor, norm_D: Tensor | None, eps: float) -> Tensor:
+    """The norm in plain torch; x itself without one."""
+    return x_BD if norm_D is None else rmsnorm.reference(x_BD, norm_D, eps)
+
+
+def norms(x: Tensor, norm_D: Tensor | None, cut: Config) -> bool:
     """Whether the product's loop applies the norm. With more rows a separate pass costs less."""
-    return cut.rows == 1 or (cut.slices > 1 and x.dtype != torch.float16)
+    return norm_D is not None and (cut.rows == 1 or (cut.slices > 1 and x.dtype != torch.float16))
 
 
-def normed(x_BD: Tensor, norm_D: Tensor, eps: float, cut: Config) -> Tensor:
-    """The input for a kernel with a norm: x, or rmsnorm(x)·g if the kernel's loop does not apply the norm."""
-    return x_BD if norms(x_BD, cut) else rmsnorm.rms_norm(x_BD, norm_D, eps)
+def normed(x_BD: Tensor, norm_D: Tensor | None, eps: float, cut: Config) -> Tensor:
+    """The input for a kernel with a norm: x, or rmsnorm(x)·g if there is a norm that the kernel's loop does not
+    apply."""
+    return x_BD if norm_D is None or norms(x_BD, norm_D, cut) else rmsnorm.rms_norm(x_BD, norm_D, eps)
+
+
+def lines(numbers: int, size: int, pdl: bool) -> int:
+    """LINES of `warm` for rows of `numbers` numbers of `size` bytes; at most MOST_LINES."""
+    return min(MOST_LINES, triton.next_power_of_2(triton.cdiv(numbers * size, 128))) if pdl else 0
 
 
 def options(x: Tensor, cut: Config) -> dict[str, object]:
@@ -179,7 +213,8 @@ def options(x: Tensor, cut: Config) -> dict[str, object]:
         whole = 0
     return dict(
         BM=cut.rows, BN=cut.outputs, BK=cut.step * 2 // size, SLICES=cut.slices, STAGES=cut.stages,
-        PRECISION=precision, WHOLE=whole, PDL=pdl, num_warps=cut.warps, launch_pdl=pdl,
+        PRECISION=precision, WHOLE=whole,
+        LINES=lines(x.shape[1], size, pdl and cut.rows > 1), PDL=pdl, num_warps=cut.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from kernels.linear_residual import linear_residual
 from kernels.norm_linear import norm_linear
 from kernels.norm_swiglu import norm_swiglu
 from kernels.paged_attention import paged_attention
+from kernels.residual_norm import residual_norm
+from kernels.row_product import SLICED_ROWS
 
 BATCHES, CONTEXTS = (1, 16, 64, 256), (128, 1024)
 HEAD_DIM, VOCABULARY, IDS, EPS = 128, 151_936, 151_669, 1e-6
@@ -98,7 +100,22 @@ def _down(model: Model, batch: int) -> Case:
 
 
 def _residual(model: Model, batch: int, inner: int) -> Case:
+    """With more than SLICED_ROWS rows the norm that follows belongs to it, as in the engine."""
     D = model.hidden
+    if batch > SLICED_ROWS:
+
+        def apart(h: Tensor, weight: Tensor, x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+            out = x.addmm(h, weight.t())
+            return out, F.rms_norm(out, out.shape[-1:], norm, EPS)
+
+        return _case(
+            "residual_norm",
+            f"{model.name} B{batch}: {inner} -> {D}",
+            lambda: (_randn(batch, inner), *_weights((D,), inner), _randn(batch, D), _randn(D)),
+            lambda *tensors: residual_norm(*tensors, EPS),
+            {"torch": apart},
+            2.0 * (inner * D + batch * (inner + 3 * D)),
+        )
     return _case(
         "linear_residual",
         f"{model.name} B{batch}: {inner} -> {D}",

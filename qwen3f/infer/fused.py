@@ -1,8 +1,9 @@
 """A decoding pass of few GPU kernels per layer: what `passes.make_decode` computes, and drawing the next token.
 
-A dense layer takes five launches: norm and products for q, k and v; norm, rotation, cache write and attention; product
-and residual; norm and SwiGLU; product and residual. Results differ from those of the training blocks by rounding
-(kernels.row_product).
+A dense layer takes five kernels: norm and products for q, k and v; norm, rotation, cache write and attention; product
+and residual; norm and SwiGLU; product and residual. With more than row_product.SLICED_ROWS rows, a product, the
+residual and the norm that follows are two kernels, and the next product has no norm (kernels.residual_norm). Results
+differ from those of the training blocks by rounding (kernels.row_product).
 
 With tp, a rank has a share of the heads and of the MLP's columns. The two products with a residual then give partial
 sums, which are added over the ranks; only rank 0 adds the residual.
@@ -15,16 +16,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import dependent_launch
+from kernels.decode_ends import Start, pack, start
 from kernels.head_sample import head_sample
 from kernels.head_shards import choose, head_shard
 from kernels.linear_residual import linear_residual
 from kernels.norm_linear import norm_linear
 from kernels.norm_swiglu import norm_swiglu
 from kernels.paged_attention import MAX_GROUP, paged_attention
+from kernels.residual_norm import residual_norm
+from kernels.row_product import SLICED_ROWS
 from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
@@ -66,10 +69,6 @@ class Result(NamedTuple):
     packed: Tensor
 
 
-def pack(ids_B: Tensor, log_probs_B: Tensor, finite_B: Tensor) -> Tensor:
-    return torch.stack([ids_B.double(), log_probs_B.double(), finite_B.double()])
-
-
 FusedDecode = Callable[..., tuple[Result, KVCache]]
 
 
@@ -101,77 +100,89 @@ def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int
     def decode(
         params: P.Params, cache: KVCache, places: Places, last: Tensor, angles: tuple[Tensor, Tensor]
     ) -> tuple[Result, KVCache]:
-        x_BD = _embed(fed(places.tokens, last), params[P.EMBED], tp)
-        cos, sin = (table[places.positions] for table in angles)
-        lengths_B = places.positions.to(torch.int32)
+        x_BD, cos, sin, lengths_B = _start(places, last, params[P.EMBED], angles, tp)
         real_B = places.table[:, 0] > 0 if cfg.sparse_layers else None
-        add = _adder(x_BD, tp)
-        for number, layer in unstack_layers(params, stacks).items():
+        add = _adder(x_BD, cfg.rms_norm_eps, tp)
+        layers = unstack_layers(params, stacks)
+        norms = [layer["input_layernorm.weight"] for layer in layers.values()] + [params[P.FINAL_NORM]]
+        stream = Stream(x_BD, x_BD, norms[0])
+        for (number, layer), next_norm in zip(layers.items(), norms[1:]):
             attend = functools.partial(
                 paged_attention, eps=cfg.rms_norm_eps, cos_BF=cos, sin_BF=sin, k_pages=cache.keys[number],
                 v_pages=cache.values[number], table_BP=places.table, lengths_B=lengths_B,
             )  # fmt: skip
-            x_BD = _attention(cfg, layer, x_BD, attend, add)
+            stream = _attention(cfg, layer, stream, attend, add)
             if cfg.is_sparse(number):
-                h_BD = rms_norm(x_BD, layer["post_attention_layernorm.weight"], cfg.rms_norm_eps)
+                x_BD, h_BD, norm_D = stream
+                h_BD = h_BD if norm_D is None else rms_norm(h_BD, norm_D, cfg.rms_norm_eps)
                 x_BD = x_BD + sum_now(experts(layer, h_BD, real_B).contiguous(), tp)
+                stream = Stream(x_BD, x_BD, next_norm)
             else:
-                x_BD = _mlp(cfg, layer, x_BD, add)
-        return _chosen(cfg, params, x_BD, places, num_ids, tp), cache
+                stream = _mlp(cfg, layer, stream, add, next_norm)
+        return _chosen(cfg, params, stream, places, num_ids, tp), cache
 
     return decode
 
 
-def _adder(like_BD: Tensor, tp: Axis) -> Callable[..., Tensor]:
-    """add(h, weight, x) = x + h · weightᵀ, where h and weight are this rank's shards over tp."""
-    if tp.size == 1:
-        return linear_residual
-    blank_BD = torch.zeros_like(like_BD)
+class Stream(NamedTuple):
+    """x_BD: the residual stream. The next product's input is h_BD, normed by norm_D; None: it is normed already."""
 
-    def add(h: Tensor, weight: Tensor, x_BD: Tensor) -> Tensor:
-        return sum_now(linear_residual(h, weight, x_BD if tp.index == 0 else blank_BD), tp)
+    x_BD: Tensor
+    h_BD: Tensor
+    norm_D: Tensor | None
+
+
+Add = Callable[[Tensor, Tensor, Tensor, Tensor], Stream]
+
+
+def _adder(like_BD: Tensor, eps: float, tp: Axis) -> Add:
+    """add(h, weight, x, norm) = x + h · weightᵀ, where h and weight are this rank's shards over tp, and the norm of the
+    product that follows."""
+    if tp.size == 1 and len(like_BD) > SLICED_ROWS:
+        return lambda h, weight, x_BD, norm_D: Stream(*residual_norm(h, weight, x_BD, norm_D, eps), None)
+    blank_BD = None if tp.size == 1 else torch.zeros_like(like_BD)
+
+    def add(h: Tensor, weight: Tensor, x_BD: Tensor, norm_D: Tensor) -> Stream:
+        x_BD = sum_now(linear_residual(h, weight, x_BD if tp.index == 0 else blank_BD), tp)
+        return Stream(x_BD, x_BD, norm_D)
 
     return add
 
 
-def _embed(ids_B: Tensor, weight_vD: Tensor, tp: Axis) -> Tensor:
+def _start(places: Places, last: Tensor, weight_vD: Tensor, angles: tuple[Tensor, Tensor], tp: Axis) -> Start:
     if tp.size == 1:
-        return F.embedding(ids_B, weight_vD)
-    own_B = ids_B - tp.index * len(weight_vD)
+        return start(places.tokens, last, places.positions, weight_vD, *angles)
+    own_B = fed(places.tokens, last) - tp.index * len(weight_vD)
     here_B = (own_B >= 0) & (own_B < len(weight_vD))
-    rows_BD = F.embedding(torch.where(here_B, own_B, 0), weight_vD)
-    return sum_now(torch.where(here_B[:, None], rows_BD, 0), tp)
+    at = start(torch.where(here_B, own_B, 0), last, places.positions, weight_vD, *angles)
+    return at._replace(x_BD=sum_now(torch.where(here_B[:, None], at.x_BD, 0), tp))
 
 
-def _chosen(cfg: ModelConfig, params: P.Params, x_BD: Tensor, places: Places, num_ids: int, tp: Axis) -> Result:
+def _chosen(cfg: ModelConfig, params: P.Params, stream: Stream, places: Places, num_ids: int, tp: Axis) -> Result:
     """The next token of each row, from the last layer's hidden states."""
-    head, norm = model.head_weight(cfg, params), (params[P.FINAL_NORM], cfg.rms_norm_eps)
+    head, normed = model.head_weight(cfg, params), (stream.h_BD, stream.norm_D, cfg.rms_norm_eps)
     if tp.size == 1:
         asked = head, num_ids, places.inv_temperature, places.uniform
-        ids_B, log_probs_B, logits_BV, finite_B = head_sample(x_BD, *norm, *asked)
+        ids_B, log_probs_B, logits_BV, finite_B = head_sample(*normed, *asked)
         return Result(ids_B, log_probs_B, logits_BV, finite_B, pack(ids_B, log_probs_B, finite_B))
     own_ids = min(max(num_ids - tp.index * len(head), 0), len(head))
-    logits_Bv, sums = head_shard(x_BD, *norm, head, own_ids, places.inv_temperature)
+    logits_Bv, sums = head_shard(*normed, head, own_ids, places.inv_temperature)
     drawn = choose(logits_Bv, stack_now(sums, tp), own_ids, places.inv_temperature, places.uniform, tp.index)
     packed = sum_now(pack(*drawn), tp)
     return Result(packed[0].long(), packed[1].to(logits_Bv.dtype), logits_Bv, packed[2] > 0, packed)
 
 
-def _attention(
-    cfg: ModelConfig, layer: P.Params, x_BD: Tensor, attend: Callable[..., Tensor], add: Callable[..., Tensor]
-) -> Tensor:
+def _attention(cfg: ModelConfig, layer: P.Params, stream: Stream, attend: Callable[..., Tensor], add: Add) -> Stream:
     names = [f"self_attn.{part}_proj" for part in "qkv"]
     weights = tuple(layer[f"{name}.weight"] for name in names)
     biases = tuple(layer[f"{name}.bias"] for name in names) if cfg.attention_bias else None
-    qkv = norm_linear(x_BD, layer["input_layernorm.weight"], cfg.rms_norm_eps, weights, biases)
+    qkv = norm_linear(stream.h_BD, stream.norm_D, cfg.rms_norm_eps, weights, biases)
     out = attend(qkv, layer.get("self_attn.q_norm.weight"), layer.get("self_attn.k_norm.weight"))
-    x_BD = add(out, layer["self_attn.o_proj.weight"], x_BD)
-    return x_BD + layer["self_attn.o_proj.bias"] if cfg.attention_bias else x_BD
+    x_BD = stream.x_BD + layer["self_attn.o_proj.bias"] if cfg.attention_bias else stream.x_BD
+    return add(out, layer["self_attn.o_proj.weight"], x_BD, layer["post_attention_layernorm.weight"])
 
 
-def _mlp(cfg: ModelConfig, layer: P.Params, x_BD: Tensor, add: Callable[..., Tensor]) -> Tensor:
-    norm, weights = (
-        layer["post_attention_layernorm.weight"],
-        (layer[f"mlp.{part}_proj.weight"] for part in ("gate", "up")),
-    )
-    return add(norm_swiglu(x_BD, norm, cfg.rms_norm_eps, *weights), layer["mlp.down_proj.weight"], x_BD)
+def _mlp(cfg: ModelConfig, layer: P.Params, stream: Stream, add: Add, next_norm_D: Tensor) -> Stream:
+    weights = (layer[f"mlp.{part}_proj.weight"] for part in ("gate", "up"))
+    h_BF = norm_swiglu(stream.h_BD, stream.norm_D, cfg.rms_norm_eps, *weights)
+    return add(h_BF, layer["mlp.down_proj.weight"], stream.x_BD, next_norm_D)

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from kernels import dependent_launch
+from kernels.decode_ends import pack, start
 from kernels.head_sample import head_sample
 from kernels.linear_residual import linear_residual
 from kernels.norm_linear import norm_linear
 from kernels.norm_swiglu import norm_swiglu
 from kernels.paged_attention import paged_attention
+from kernels.residual_norm import residual_norm
+from kernels.row_product import SLICED_ROWS
 
 EPS, HEADS, K, d, D, WIDTH, VOCAB, PAGE, LAYERS = 1e-6, 8, 4, 64, 512, 1536, 4000, 16, 6
 
@@ -57,10 +60,16 @@ def step(x, ones, layers, head, attention):
     for w in layers:
         qkv = norm_linear(x, ones, EPS, w["qkv"])
         h = paged_attention(qkv, norm, norm, EPS, cos, sin, w["k"], w["v"], table, lengths)
-        x = linear_residual(h, w["o"], x)
-        x = linear_residual(norm_swiglu(x, ones, EPS, w["gate"], w["up"]), w["down"], x)
+        if len(x) > SLICED_ROWS:  # as the engine does
+            x, normed = residual_norm(h, w["o"], x, ones, EPS)
+            x, _ = residual_norm(norm_swiglu(normed, None, EPS, w["gate"], w["up"]), w["down"], x, ones, EPS)
+        else:
+            x = linear_residual(h, w["o"], x)
+            x = linear_residual(norm_swiglu(x, ones, EPS, w["gate"], w["up"]), w["down"], x)
     inverse, uniform = (torch.full((len(x),), y, device="cuda") for y in (1.0, 0.3))
-    return head_sample(x, ones, EPS, head, VOCAB - 5, inverse, uniform)
+    out = head_sample(x, ones, EPS, head, VOCAB - 5, inverse, uniform)
+    places = torch.zeros_like(out[0])
+    return *out, pack(*(out[i] for i in (0, 1, 3))), *start(-1 - places, out[0], places, head, cos, sin)
 
 
 @pytest.mark.gpu

@@ -69,6 +69,19 @@ def test_interpreted(sizes):
         check(arguments, head_sample(*arguments), 1e-6)
 
 
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_without_a_norm_interpreted(sizes):
+    """Rows normed before give what the kernel gives that norms them, to 1e-6: another order of float32 sums."""
+    x, norm, eps, *rest = case(*sizes, temperatures=(0.7, 0.0, 1.0, 1.6))
+    normed = F.rms_norm(x.double(), x.shape[-1:], norm.double(), eps).float()
+    with backend.interpreted():
+        out, expected = head_sample(normed, None, eps, *rest), head_sample(x, norm, eps, *rest)
+    assert torch.equal(out[0], expected[0])
+    torch.testing.assert_close(out[1], expected[1], rtol=0, atol=1e-5)
+    assert distance(out[2], expected[2]) < 1e-6
+    assert torch.equal(head_sample(normed, None, eps, *rest)[0], expected[0])  # the formula
+
+
 def test_float16_interpreted():
     """The logits are not rounded to float16. Their error comes from the norm's two roundings, 2e-4 each."""
     arguments = case(*SHAPES[2], dtype=torch.float16)

@@ -51,6 +51,16 @@ def test_interpreted(sizes, bias):
     assert distance(out, exact(*arguments)) < 1e-6
 
 
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_without_a_norm_interpreted(sizes):
+    x, _, eps, weights, biases = case(*sizes, True)
+    expected = torch.cat([x.double() @ w.double().t() for w in weights], -1) + torch.cat(biases).double()
+    with backend.interpreted():
+        out = norm_linear(x, None, eps, weights, biases)
+    assert distance(out, expected) < 1e-6
+    assert distance(norm_linear(x, None, eps, weights, biases), expected) < 1e-6  # the formula
+
+
 @pytest.mark.parametrize("rows", [1, 2, 40])
 def test_float16_does_not_overflow_before_it_is_normed_interpreted(rows):
     x, norm, eps, weights, _ = case(rows, 64, (8,), dtype=torch.float16)

@@ -40,6 +40,16 @@ def test_interpreted(sizes):
     assert distance(out, exact(*arguments)) < 1e-6
 
 
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_without_a_norm_interpreted(sizes):
+    x, _, eps, gate, up = case(*sizes)
+    expected = F.silu(x.double() @ gate.double().t()) * (x.double() @ up.double().t())
+    with backend.interpreted():
+        out = norm_swiglu(x, None, eps, gate, up)
+    assert distance(out, expected) < 1e-6
+    assert distance(norm_swiglu(x, None, eps, gate, up), expected) < 1e-6  # the formula
+
+
 @pytest.mark.parametrize("sizes", [SHAPES[0], SHAPES[2], SHAPES[4]])
 def test_float16_interpreted(sizes):
     """Closer to float64 than norm, products and SwiGLU computed apart, which round more often."""
