@@ -7,6 +7,7 @@ one size, or of mixed sizes. "train" is forward and backward to every parameter 
     transformers varlen  the same with torch's varlen_attn (FlashAttention-2) over all images, its blocks compiled
     batched sdpa         images of one size as a batch, compiled plain layers: what a careful author would write
     products alone       only the tower's matrix products, by cuBLAS: a lower bound of the time
+    products, attention  these and torch's attention over a batch of images, without norms, GELU and rotation
 
 MFU counts the FLOPs of `flops` (attention within a frame) over the datasheet's peak. `step` is the whole step of
 `launch.py`, with float32 master weights and as many images as fit the row. `pixels` runs on one core.
@@ -100,10 +101,11 @@ def towers(report: Report, names: list[str], cases: list[str], patches: int, dev
                     cfg, grids, device, "varlen"
                 ),
                 "batched sdpa": lambda cfg=cfg, grids=grids: peers.batched_passes(cfg, grids, device),
-                "products alone": lambda cfg=cfg, grids=grids: peers.product_passes(cfg, grids, device),
+                "products alone": lambda cfg=cfg, grids=grids: peers.bare_passes(cfg, grids, device, False),
+                "products, attention": lambda cfg=cfg, grids=grids: peers.bare_passes(cfg, grids, device, True),
             }
             if mixed:
-                del makers["batched sdpa"]
+                del makers["batched sdpa"], makers["products, attention"]
             if device.type != "cuda":
                 del makers["transformers varlen"]  # a CUDA operator
             for who, make in makers.items():

@@ -178,13 +178,14 @@ def batched_passes(cfg: ModelConfig, grids: list[Grid], device: torch.device) ->
     return make_passes(forward, [*tower.parameters(), positions])
 
 
-# -- products alone ----------------------------------------------------------------------------------------------------
+# -- products alone, and with attention --------------------------------------------------------------------------------
 
 
-def product_passes(cfg: ModelConfig, grids: list[Grid], device: torch.device) -> Passes:
-    """Only the tower's matrix products, by cuBLAS, without those of attention: no tower can be faster.
+def bare_passes(cfg: ModelConfig, grids: list[Grid], device: torch.device, attention: bool) -> Passes:
+    """Only the tower's matrix products, by cuBLAS, and with `attention` torch's attention (cuDNN's first) of images of
+    one size: no tower of these operators can be faster.
 
-    All layers read the same weights here, which can only make them faster. Training adds two products for each: the
+    All layers read the same tensors here, which can only make them faster. Training adds two products for each: the
     gradients of its input and of its weight.
     """
     dtype = compute_dtype(device)
@@ -200,17 +201,32 @@ def product_passes(cfg: ModelConfig, grids: list[Grid], device: torch.device) ->
         for times, rows, inner, outer in counts
     ]
 
-    def forward() -> None:
+    layers = cfg.vision_num_hidden_layers if attention else 0
+    heads, (t, h, w) = cfg.vision_num_attention_heads, grids[0]
+    shape = (len(grids) if attention else 0, t * h * w, heads, cfg.vision_hidden_size // heads)
+    qkv = [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+    seed = torch.randn_like(qkv[0])
+
+    def products() -> None:
         for times, x, weight, y in tensors:
             for _ in range(times):
                 torch.mm(x, weight, out=y)
 
+    def forward() -> None:
+        products()
+        with torch.no_grad(), cudnn_first(device):
+            for _ in range(layers):
+                F.scaled_dot_product_attention(*qkv)
+
     def train() -> tuple[Tensor, ...]:
-        forward()
+        products()
         for times, x, weight, y in tensors:
             for _ in range(times):
-                x_gradient, weight_gradient = y @ weight.mT, x.mT @ y
-        return x_gradient, weight_gradient
+                gradients = y @ weight.mT, x.mT @ y
+        with cudnn_first(device):
+            for _ in range(layers):
+                gradients = torch.autograd.grad(F.scaled_dot_product_attention(*qkv), qkv, seed)
+        return gradients
 
     return Passes(forward, train)
 
