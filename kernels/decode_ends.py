@@ -18,7 +18,7 @@ _BLOCK = 1024
 
 
 class Start(NamedTuple):
-    """x_BD: embeddings. cos_BF, sin_BF: of the rows' positions. lengths_B: int32, the positions."""
+    """x_BD: embeddings. cos_BF, sin_BF: of the rows' rotary positions. lengths_B: int32, the positions."""
 
     x_BD: Tensor
     cos_BF: Tensor
@@ -27,24 +27,27 @@ class Start(NamedTuple):
 
 
 def start_reference(
-    tokens_B: Tensor, last: Tensor, positions_B: Tensor, embed_VD: Tensor, cos: Tensor, sin: Tensor
+    tokens_B: Tensor, last: Tensor, positions_B: Tensor, rotary_B: Tensor, embed_VD: Tensor, cos: Tensor, sin: Tensor
 ) -> Start:
     """As `start`, in plain torch."""
     fed_B = torch.where(tokens_B >= 0, tokens_B, last[(-1 - tokens_B).clamp(min=0)])
-    return Start(F.embedding(fed_B, embed_VD), cos[positions_B], sin[positions_B], positions_B.to(torch.int32))
+    return Start(F.embedding(fed_B, embed_VD), cos[rotary_B], sin[rotary_B], positions_B.to(torch.int32))
 
 
-def start(tokens_B: Tensor, last: Tensor, positions_B: Tensor, embed_VD: Tensor, cos: Tensor, sin: Tensor) -> Start:
+def start(
+    tokens_B: Tensor, last: Tensor, positions_B: Tensor, rotary_B: Tensor, embed_VD: Tensor, cos: Tensor, sin: Tensor
+) -> Start:
     """What the layers of a pass read; no gradients.
 
     Args:
       tokens_B: int64 [B], ids below V; −1 − i stands for last[i].
       last: int64, ids that the pass before has drawn.
-      positions_B: int64 [B].
-      embed_VD: [V, D], contiguous. cos, sin: [positions, F], contiguous.
+      positions_B, rotary_B: int64 [B], each token's place in its row, and the place in the tables of angles.
+      embed_VD: [V, D], contiguous. cos, sin: [rotary positions, F], contiguous.
     """
-    check_devices(tokens=tokens_B, last=last, positions=positions_B, embed=embed_VD, cos=cos, sin=sin)
-    return Start(*torch.ops.qwen3f.decode_start(tokens_B, last, positions_B, embed_VD, cos, sin))
+    numbers = {"tokens": tokens_B, "last": last, "positions": positions_B, "rotary": rotary_B}
+    check_devices(**numbers, embed=embed_VD, cos=cos, sin=sin)
+    return Start(*torch.ops.qwen3f.decode_start(*numbers.values(), embed_VD, cos, sin))
 
 
 def pack(ids_B: Tensor, log_probs_B: Tensor, finite_B: Tensor) -> Tensor:
@@ -55,8 +58,8 @@ def pack(ids_B: Tensor, log_probs_B: Tensor, finite_B: Tensor) -> Tensor:
 
 @triton.jit
 def _start_kernel(
-    tokens_ptr, last_ptr, positions_ptr, embed_ptr, cos_table_ptr, sin_table_ptr, x_ptr, cos_ptr, sin_ptr, lengths_ptr,
-    D, F, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    tokens_ptr, last_ptr, positions_ptr, rotary_ptr, embed_ptr, cos_table_ptr, sin_table_ptr, x_ptr, cos_ptr, sin_ptr,
+    lengths_ptr, D, F, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row, BLOCK numbers of D; the first program of a row also has the angles."""
     row, block = tl.program_id(0), tl.program_id(1)
@@ -69,13 +72,13 @@ def _start_kernel(
     x = tl.load(embed_ptr + token.to(tl.int64) * D + d, mask=d < D, other=0.0)
     tl.store(x_ptr + row.to(tl.int64) * D + d, x, mask=d < D)
     if block == 0:
-        position = tl.load(positions_ptr + row)
+        place = tl.load(rotary_ptr + row)
         for at in range(0, F, BLOCK):
             f = at + tl.arange(0, BLOCK)
-            from_place, to = position.to(tl.int64) * F + f, row.to(tl.int64) * F + f
+            from_place, to = place.to(tl.int64) * F + f, row.to(tl.int64) * F + f
             tl.store(cos_ptr + to, tl.load(cos_table_ptr + from_place, mask=f < F, other=0.0), mask=f < F)
             tl.store(sin_ptr + to, tl.load(sin_table_ptr + from_place, mask=f < F, other=0.0), mask=f < F)
-        tl.store(lengths_ptr + row, position.to(tl.int32))
+        tl.store(lengths_ptr + row, tl.load(positions_ptr + row).to(tl.int32))
 
 
 @triton.jit
@@ -91,24 +94,24 @@ def _pack_kernel(ids_ptr, log_probs_ptr, finite_ptr, out_ptr, rows, BLOCK: tl.co
 
 @torch.library.custom_op("qwen3f::decode_start", mutates_args=())
 def _start_op(
-    tokens: Tensor, last: Tensor, positions: Tensor, embed: Tensor, cos_table: Tensor, sin_table: Tensor
+    tokens: Tensor, last: Tensor, positions: Tensor, rotary: Tensor, embed: Tensor, cos_table: Tensor, sin_table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not runs_triton(embed) or not len(tokens):
-        return tuple(start_reference(tokens, last, positions, embed, cos_table, sin_table))
+        return tuple(start_reference(tokens, last, positions, rotary, embed, cos_table, sin_table))
     (B,), D, f = tokens.shape, embed.shape[1], cos_table.shape[1]
-    x, cos, sin, lengths = _start_fake(tokens, last, positions, embed, cos_table, sin_table)
+    x, cos, sin, lengths = _start_fake(tokens, last, positions, rotary, embed, cos_table, sin_table)
     pdl = dependent_launch.on(embed)
     with torch.cuda.device_of(embed):
         _start_kernel[(B, triton.cdiv(D, _BLOCK))](
-            tokens, last, positions, embed, cos_table, sin_table, x, cos, sin, lengths, D, f, BLOCK=_BLOCK, PDL=pdl,
-            launch_pdl=pdl,
+            tokens, last, positions, rotary, embed, cos_table, sin_table, x, cos, sin, lengths, D, f, BLOCK=_BLOCK,
+            PDL=pdl, launch_pdl=pdl,
         )  # fmt: skip
     return x, cos, sin, lengths
 
 
 @_start_op.register_fake
 def _start_fake(
-    tokens: Tensor, last: Tensor, positions: Tensor, embed: Tensor, cos_table: Tensor, sin_table: Tensor
+    tokens: Tensor, last: Tensor, positions: Tensor, rotary: Tensor, embed: Tensor, cos_table: Tensor, sin_table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B = tokens.shape[0]
     return (

@@ -21,13 +21,17 @@ _WARP_TILES = 512  # tiles of the vocabulary per warp of the second kernel; not 
 
 def reference(
     x_BD: Tensor, norm_D: Tensor | None, eps: float, head_VD: Tensor, num_ids: int, inv_temperature_B: Tensor,
-    uniform_B: Tensor,
+    uniform_B: Tensor, allowed_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As head_sample, in plain torch: (ids, logprob, logits, finite)."""
     wide = torch.promote_types(x_BD.dtype, torch.float32)
     logits = F.linear(row_product.norm_reference(x_BD, norm_D, eps).to(wide), head_VD.to(wide))
     real = logits[:, :num_ids]
-    finite = real.isfinite().all(-1)
+    if allowed_V is None:
+        finite = real.isfinite().all(-1)
+    else:
+        finite = (real.isfinite() | ~allowed_V[:num_ids]).all(-1)
+        real = real.masked_fill(~allowed_V[:num_ids], float("-inf"))
     scale_B1 = torch.where(inv_temperature_B == 0, 1.0, inv_temperature_B)[:, None]
     tempered = real * scale_B1
     top_B1 = tempered.amax(-1, keepdim=True)
@@ -43,7 +47,7 @@ def reference(
 
 def head_sample(
     x_BD: Tensor, norm_D: Tensor | None, eps: float, head_VD: Tensor, num_ids: int, inv_temperature_B: Tensor,
-    uniform_B: Tensor,
+    uniform_B: Tensor, allowed_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(ids int64 [B], logprob float32 [B], logits float32 [B, V], finite bool [B]) of each row's next token.
 
@@ -60,9 +64,10 @@ def head_sample(
       inv_temperature_B: float32 [B], 1/temperature, at least 0. 0 takes the greatest logit (of equal ones the lowest
         id).
       uniform_B: float32 or float64 [B] in [0, 1).
+      allowed_V: bool [V], contiguous; None: all. An id that is not allowed is as padding. One below num_ids must be.
     Returns logprob: of the chosen token under the distribution that it was drawn from; with inv_temperature 0 under
-      softmax(logits). finite: whether all logits below num_ids are finite. If not, id and logprob are meaningless, but
-      the id is below num_ids.
+      softmax(logits). finite: whether all logits of allowed ids below num_ids are finite. If not, id and logprob are
+      meaningless, but the id is below num_ids.
     Raises ValueError for arguments that do not fit.
     """
     row_product.check(x_BD, row_product.norm_of(x_BD, norm_D), {"head": head_VD})
@@ -76,7 +81,19 @@ def head_sample(
             words = " or ".join(str(d) for d in dtypes)
             raise ValueError(f"{name} must be contiguous {words} [{len(x_BD)}], got {x.dtype} {tuple(x.shape)}")
         check_devices(**{"x": x_BD, name: x})
-    return torch.ops.qwen3f.head_sample(x_BD, norm_D, eps, head_VD, num_ids, inv_temperature_B, uniform_B)
+    check_allowed(allowed_V, head_VD)
+    return torch.ops.qwen3f.head_sample(x_BD, norm_D, eps, head_VD, num_ids, inv_temperature_B, uniform_B, allowed_V)
+
+
+def check_allowed(allowed_V: Tensor | None, head_VD: Tensor) -> None:
+    """ValueError for a mask of ids that does not fit the head."""
+    if allowed_V is None:
+        return
+    if allowed_V.shape != head_VD.shape[:1] or allowed_V.dtype != torch.bool or not allowed_V.is_contiguous():
+        raise ValueError(
+            f"allowed must be contiguous bool [{len(head_VD)}], got {allowed_V.dtype} {tuple(allowed_V.shape)}"
+        )
+    check_devices(head=head_VD, allowed=allowed_V)
 
 
 @triton.jit
@@ -86,11 +103,20 @@ def _scale(inv_temperature_ptr, row, rows):
 
 
 @triton.jit
+def _real(allowed_ptr, n, num_ids, MASKED: tl.constexpr):
+    """Which ids n can be drawn."""
+    if MASKED:
+        return tl.load(allowed_ptr + n, mask=n < num_ids, other=0) != 0
+    return n < num_ids
+
+
+@triton.jit
 def _logits_kernel(
-    x_ptr, norm_ptr, head_ptr, inv_temperature_ptr, logits_ptr, top_ptr, total_ptr, place_ptr,
+    x_ptr, norm_ptr, head_ptr, inv_temperature_ptr, allowed_ptr, logits_ptr, top_ptr, total_ptr, place_ptr,
     rows, D, V, num_ids, eps,
-    HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    MASKED: tl.constexpr, HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SLICES: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of logits; for each of its rows the greatest tempered logit, Σ exp(tempered − greatest), and the id of
     the greatest, or −1 if a logit is not finite.
@@ -107,11 +133,11 @@ def _logits_kernel(
     mask = (row < rows)[:, None] & (n < V)[None, :]
     tl.store(logits_ptr + row.to(tl.int64)[:, None] * V + n[None, :], logits, mask=mask)
 
-    real = (n < num_ids)[None, :]
+    real = _real(allowed_ptr, n, num_ids, MASKED)[None, :]
     good = real & (tl.abs(logits) < float("inf"))
     tempered = tl.where(good, logits * _scale(inv_temperature_ptr, row, rows)[:, None], float("-inf"))
     top, place = tl.max(tempered, axis=1, return_indices=True)
-    shift = tl.where(top == float("-inf"), 0.0, top)  # −∞: all ids of the tile are padding
+    shift = tl.where(top == float("-inf"), 0.0, top)  # −∞: no id of the tile can be drawn
     total = tl.sum(tl.exp(tempered - shift[:, None]), axis=1)
     wrong = tl.sum(tl.where(good, 0, tl.where(real, 1, 0)), axis=1)
     at = row.to(tl.int64) * blocks + block
@@ -130,9 +156,9 @@ def _first(possible, fits, index, none):
 
 @triton.jit
 def _choose_kernel(
-    logits_ptr, top_ptr, total_ptr, place_ptr, inv_temperature_ptr, uniform_ptr, id_ptr, logprob_ptr, finite_ptr,
-    V, num_ids, blocks, stride, shard,
-    SHARDS: tl.constexpr, BN: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, top_ptr, total_ptr, place_ptr, inv_temperature_ptr, uniform_ptr, allowed_ptr, id_ptr, logprob_ptr,
+    finite_ptr, V, num_ids, blocks, stride, shard,
+    MASKED: tl.constexpr, SHARDS: tl.constexpr, BN: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: finds the tile, then the id within it. Sums are float64, so that small probabilities are not lost.
 
@@ -168,7 +194,8 @@ def _choose_kernel(
     own_block = drawn_block % blocks if SHARDS > 1 else drawn_block
     n = own_block * BN + inner
     logits_ptr += row.to(tl.int64) * V
-    tempered = tl.load(logits_ptr + n, mask=n < num_ids, other=float("-inf")) * scale
+    real = _real(allowed_ptr, n, num_ids, MASKED)
+    tempered = tl.load(logits_ptr + n, mask=real, other=float("-inf")) * scale
     probs = tl.exp(tempered - block_top)
     drawn = own_block * BN + _first(probs > 0, tl.cumsum(probs.to(tl.float64), axis=0) > rest, inner, BN)
 
@@ -193,35 +220,42 @@ def _choose_kernel(
 
 @torch.library.custom_op("qwen3f::head_sample", mutates_args=())
 def _op(
-    x: Tensor, norm: Tensor | None, eps: float, head: Tensor, num_ids: int, inv_temperature: Tensor, uniform: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, norm: Tensor | None, eps: float, head: Tensor, num_ids: int, inv_temperature: Tensor, uniform: Tensor,
+    allowed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if not runs_triton(x) or not len(x):
-        return reference(x, norm, eps, head, num_ids, inv_temperature, uniform)
+        return reference(x, norm, eps, head, num_ids, inv_temperature, uniform, allowed)
     (B, D), V = x.shape, len(head)
     cut = row_product.config(B, V, D)
     blocks = triton.cdiv(V, cut.outputs)
-    ids, logprob, logits, finite = _op_fake(x, norm, eps, head, num_ids, inv_temperature, uniform)
+    ids, logprob, logits, finite = _op_fake(x, norm, eps, head, num_ids, inv_temperature, uniform, allowed)
     tops, totals = (x.new_empty(B, blocks, dtype=torch.float32) for _ in range(2))
     places = x.new_empty(B, blocks, dtype=torch.int32)
-    padded = triton.next_power_of_2(blocks)
+    padded, mask = triton.next_power_of_2(blocks), as_bytes(allowed)
     with torch.cuda.device_of(x):
         _logits_kernel[(triton.cdiv(B, cut.rows) * blocks,)](
-            row_product.normed(x, norm, eps, cut), norm, head, inv_temperature, logits, tops, totals, places, B, D, V,
-            num_ids, eps, HAS_NORM=row_product.norms(x, norm, cut),
+            row_product.normed(x, norm, eps, cut), norm, head, inv_temperature, mask, logits, tops, totals, places, B,
+            D, V, num_ids, eps, MASKED=mask is not None, HAS_NORM=row_product.norms(x, norm, cut),
             **row_product.options(x, cut),
         )  # fmt: skip
         _choose_kernel[(B,)](
-            logits, tops, totals, places, inv_temperature, uniform, ids, logprob, finite.view(torch.int8), V, num_ids,
-            blocks, 0, 0, SHARDS=1, BN=cut.outputs, PADDED=padded, PDL=dependent_launch.on(x),
+            logits, tops, totals, places, inv_temperature, uniform, mask, ids, logprob, as_bytes(finite), V, num_ids,
+            blocks, 0, 0, MASKED=mask is not None, SHARDS=1, BN=cut.outputs, PADDED=padded, PDL=dependent_launch.on(x),
             num_warps=max(4, min(16, padded // _WARP_TILES)), launch_pdl=dependent_launch.on(x),
         )  # fmt: skip
     return ids, logprob, logits, finite
 
 
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """The same memory as int8, which Triton can load and store."""
+    return None if mask is None else mask.view(torch.int8)
+
+
 @_op.register_fake
 def _op_fake(
-    x: Tensor, norm: Tensor | None, eps: float, head: Tensor, num_ids: int, inv_temperature: Tensor, uniform: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, norm: Tensor | None, eps: float, head: Tensor, num_ids: int, inv_temperature: Tensor, uniform: Tensor,
+    allowed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(B, dtype=torch.int64),

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from kernels import row_product
 from kernels.backend import runs_triton, triton
-from kernels.head_sample import _WARP_TILES, _choose_kernel, _logits_kernel
+from kernels.head_sample import _WARP_TILES, _choose_kernel, _logits_kernel, as_bytes, check_allowed
 
 
 def head_shard(
-    x_BD: Tensor, norm_D: Tensor | None, eps: float, head_vD: Tensor, num_ids: int, inv_temperature_B: Tensor
-) -> tuple[Tensor, Tensor]:
+    x_BD: Tensor, norm_D: Tensor | None, eps: float, head_vD: Tensor, num_ids: int, inv_temperature_B: Tensor,
+    allowed_v: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(logits float32 [B, v], sums float32 [3, B, t]) of this rank's ids; arguments as head_sample's.
 
     num_ids: the first num_ids of this rank's ids can be drawn, 0 … v. sums: for each tile the greatest tempered logit,
@@ -29,51 +30,54 @@ def head_shard(
     row_product.check(x_BD, row_product.norm_of(x_BD, norm_D), {"head": head_vD})
     if not 0 <= num_ids <= len(head_vD):
         raise ValueError(f"num_ids must be 0 … {len(head_vD)}, got {num_ids}")
+    check_allowed(allowed_v, head_vD)
     wide = torch.promote_types(x_BD.dtype, torch.float32)
     if not runs_triton(x_BD) or not len(x_BD):
-        return _formula(x_BD, norm_D, eps, head_vD, num_ids, inv_temperature_B)
-    (B, D), v = x_BD.shape, len(head_vD)
+        return _formula(x_BD, norm_D, eps, head_vD, _real(head_vD, num_ids, allowed_v), inv_temperature_B)
+    (B, D), v, mask = x_BD.shape, len(head_vD), as_bytes(allowed_v)
     cut = row_product.config(B, v, D)
     tiles = triton.cdiv(v, cut.outputs)
     logits, sums = x_BD.new_empty(B, v, dtype=wide), x_BD.new_empty(3, B, tiles, dtype=wide)
     with torch.cuda.device_of(x_BD):
         _logits_kernel[(triton.cdiv(B, cut.rows) * tiles,)](
-            row_product.normed(x_BD, norm_D, eps, cut), norm_D, head_vD, inv_temperature_B, logits, *sums, B, D, v,
-            num_ids, eps, HAS_NORM=row_product.norms(x_BD, norm_D, cut),
+            row_product.normed(x_BD, norm_D, eps, cut), norm_D, head_vD, inv_temperature_B, mask, logits, *sums, B, D,
+            v, num_ids, eps, MASKED=mask is not None, HAS_NORM=row_product.norms(x_BD, norm_D, cut),
             **row_product.options(x_BD, cut),
         )  # fmt: skip
     return logits, sums
 
 
 def choose(
-    logits_Bv: Tensor, sums_S3Bt: Tensor, num_ids: int, inv_temperature_B: Tensor, uniform_B: Tensor, shard: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits_Bv: Tensor, sums_S3Bt: Tensor, num_ids: int, inv_temperature_B: Tensor, uniform_B: Tensor, shard: int,
+    allowed_v: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(ids int64 [B], logprob [B], finite bool [B]) as from head_sample, on the rank that has the id; 0 on the others.
 
-    sums: of all ranks, in their order. num_ids: as in head_shard. shard: this rank's number. For a row with logits that
-    are not finite, the sum of the ranks' ids is still an id of the vocabulary.
+    sums: of all ranks, in their order. num_ids, allowed: as in head_shard. shard: this rank's number. For a row with
+    logits that are not finite, the sum of the ranks' ids is still an id of the vocabulary.
     """
     (B, v), (S, _, _, tiles) = logits_Bv.shape, sums_S3Bt.shape
     if not runs_triton(logits_Bv) or not B:
-        return _choose_formula(logits_Bv, sums_S3Bt, num_ids, inv_temperature_B, uniform_B, shard)
+        real_v = _real(logits_Bv.t(), num_ids, allowed_v)
+        return _choose_formula(logits_Bv, sums_S3Bt, real_v, inv_temperature_B, uniform_B, shard)
     ids = logits_Bv.new_empty(B, dtype=torch.int64)
     logprob, finite = torch.empty_like(ids, dtype=logits_Bv.dtype), torch.empty_like(ids, dtype=torch.bool)
+    mask = as_bytes(allowed_v)
     padded, outputs = triton.next_power_of_2(S * tiles), row_product.config(B, v, 0).outputs  # whatever D is
     with torch.cuda.device_of(logits_Bv):
         _choose_kernel[(B,)](
-            logits_Bv, *sums_S3Bt.unbind(1), inv_temperature_B, uniform_B, ids, logprob, finite.view(torch.int8), v,
-            num_ids, tiles, sums_S3Bt.stride(0), shard, SHARDS=S, BN=outputs, PADDED=padded,
+            logits_Bv, *sums_S3Bt.unbind(1), inv_temperature_B, uniform_B, mask, ids, logprob, as_bytes(finite), v,
+            num_ids, tiles, sums_S3Bt.stride(0), shard, MASKED=mask is not None, SHARDS=S, BN=outputs, PADDED=padded,
             PDL=False, num_warps=max(4, min(16, padded // _WARP_TILES)),
         )  # fmt: skip
     return ids, logprob, finite
 
 
 def _formula(
-    x_BD: Tensor, norm_D: Tensor | None, eps: float, head_vD: Tensor, num_ids: int, inv_temperature_B: Tensor
+    x_BD: Tensor, norm_D: Tensor | None, eps: float, head_vD: Tensor, real: Tensor, inv_temperature_B: Tensor
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x_BD.dtype, torch.float32)
     logits = F.linear(row_product.norm_reference(x_BD, norm_D, eps).to(wide), head_vD.to(wide))
-    real = torch.arange(len(head_vD), device=x_BD.device) < num_ids
     good = real & logits.isfinite()
     tempered = (logits * _scale(inv_temperature_B).to(wide)).masked_fill(~good, float("-inf"))
     top_B, place_B = tempered.max(-1)
@@ -83,7 +87,7 @@ def _formula(
 
 
 def _choose_formula(
-    logits_Bv: Tensor, sums_S3Bt: Tensor, num_ids: int, inv_temperature_B: Tensor, uniform_B: Tensor, shard: int
+    logits_Bv: Tensor, sums_S3Bt: Tensor, real_v: Tensor, inv_temperature_B: Tensor, uniform_B: Tensor, shard: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     tops_SB, totals_SB, places_SB = sums_S3Bt.squeeze(-1).unbind(1)
     S, greedy_B = len(tops_SB), inv_temperature_B == 0
@@ -95,7 +99,6 @@ def _choose_formula(
     rest_B = target_B - torch.where(torch.arange(S, device=top_B.device)[:, None] < drawn_B, weights_SB, 0).sum(0)
     own_B = _finite(tops_SB[shard])
     tempered_Bv = logits_Bv * _scale(inv_temperature_B).to(logits_Bv.dtype)
-    real_v = torch.arange(logits_Bv.shape[1], device=top_B.device) < num_ids
     probs_Bv = torch.where(real_v, tempered_Bv - own_B[:, None], float("-inf")).exp()
     inner_Bv = probs_Bv.cumsum(-1, dtype=torch.float64) * (own_B - top_B).double().exp()[:, None]
     inner_B = _first(probs_Bv.t() > 0, inner_Bv.t() > rest_B)
@@ -105,6 +108,12 @@ def _choose_formula(
     logprob_B = tempered_Bv.gather(1, ids_B[:, None])[:, 0] - top_B - sums_SB[-1].log().to(top_B.dtype)
     finite_B = (places_SB >= 0).all(0) & mine_B
     return torch.where(mine_B, ids_B + shard * logits_Bv.shape[1], 0), torch.where(mine_B, logprob_B, 0), finite_B
+
+
+def _real(like_v: Tensor, num_ids: int, allowed_v: Tensor | None) -> Tensor:
+    """bool [v]: which of this rank's ids can be drawn. like: v rows."""
+    known = torch.arange(len(like_v), device=like_v.device) < num_ids
+    return known if allowed_v is None else known & allowed_v
 
 
 def _first(possible: Tensor, fits: Tensor) -> Tensor:

@@ -107,9 +107,7 @@ class Device:
         few = max(1, GPU_LEAST // bytes_of_token(cfg, self._params) // GPU_PAGE)
         self._least = 0 if max_tokens or self._own_pages else few
         self._cache, self._graphs = None, None
-        # the fused pass computes rotary angles from positions in the row, which is wrong for pictures
-        fits = fused.fits(cfg, params[P.EMBED].dtype) and not cfg.vision_enabled
-        self._fused = self.overlaps and not execution.invariant and fits
+        self._fused = self.overlaps and not execution.invariant and fused.fits(cfg, params[P.EMBED].dtype)
         if self._fused and not (16 <= self.page_size <= 256 and self.page_size & (self.page_size - 1) == 0):
             raise UserError(f"EngineOptions.page_size={self.page_size}: on a GPU write a power of two from 16 to 256")
         self._rows, self._execution, self._expected = rows, execution, 0
@@ -294,12 +292,13 @@ class Device:
     def _replay(self, rows: Sequence[Row], numbers: np.ndarray) -> Pending:
         """Decode by a CUDA graph. Rows whose sampling the graph does not know draw again from the graph's logits."""
         if self._graphs is None:
-            model_and_cache = self.cfg, self._params, self._cache
-            self._graphs = DecodeGraphs(*model_and_cache, self._execution, self.num_ids, self._rows, self._tp)
+            model_and_cache, sizes = (self.cfg, self._params, self._cache), (self.num_ids, self._rows)
+            self._graphs = DecodeGraphs(*model_and_cache, self._execution, *sizes, self._banned, self._tp)
         chances = np.empty((2, len(rows)))
         chances[0] = uniform(streams_at(*torch.from_numpy(numbers[[3, 1]] + [[0], [1]])))
         chances[1] = [row.inverse_temperature for row in rows]
-        result = self._graphs.run(numbers[:2], chances, [row.pages for row in rows], self._expected)
+        own = np.stack([numbers[0], numbers[1], numbers[1] + numbers[5]])
+        result = self._graphs.run(own, chances, [row.pages for row in rows], self._expected)
         count, packed = len(rows), result.packed
         special = [i for i, row in enumerate(rows) if not row.plain]
         if special or (numbers[4] >= 0).any():
@@ -307,7 +306,7 @@ class Device:
             drawn = Drawn(result.ids[:count], result.log_probs[:count], result.finite[:count])
             logits = whole_logits(result.logits[:count], self._tp)
             if special:
-                again = draw(logits, inputs, self._choices(rows, range(count), special), self.num_ids)
+                again = draw(logits, inputs, self._choices(rows, range(count), special), self.num_ids, self._banned)
                 which = torch.zeros(count, dtype=torch.bool)
                 which[special] = True
                 which = which.to(self.device)

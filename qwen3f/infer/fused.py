@@ -45,6 +45,7 @@ class Places(NamedTuple):
     Attributes:
       tokens: int64 [B], the token to feed, or −1 − i for the token that place i of the pass before has drawn.
       positions: int64 [B], position of that token in its row; 0 for an idle place.
+      rotary: int64 [B], its rotary position: smaller than `positions` behind a picture.
       uniform: float64 [B], the random number in [0, 1) that chooses the next token.
       inv_temperature: float32 [B], 1 / temperature; 0 is greedy.
       table: int32 [B, P], the pages of each row; 0 for an idle place.
@@ -52,9 +53,21 @@ class Places(NamedTuple):
 
     tokens: Tensor
     positions: Tensor
+    rotary: Tensor
     uniform: Tensor
     inv_temperature: Tensor
     table: Tensor
+
+
+class Constants(NamedTuple):
+    """Inputs that are the same in all passes.
+
+    cos, sin: rope_tables of positions 0, 1, …, each [positions, d/2]. allowed: bool [V], ids to draw from; None: all.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    allowed: Tensor | None
 
 
 class Result(NamedTuple):
@@ -86,11 +99,10 @@ def fits(cfg: ModelConfig, dtype: torch.dtype) -> bool:
 
 
 def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int, tp: Axis = ONE.tp) -> FusedDecode:
-    """decode(params, cache, places, last, angles) -> (result, the cache with the new tokens in it).
+    """decode(params, cache, places, last, constants) -> (result, the cache with the new tokens in it).
 
-    last: ids that the pass before has drawn. angles: rope_tables of positions 0, 1, …, each [positions, d/2]. tp: its
-    ranks call this together, each with its shards. All get the same result, except logits, which each rank has for its
-    own ids.
+    last: ids that the pass before has drawn. tp: its ranks call this together, each with its shards. All get the same
+    result, except logits, which each rank has for its own ids.
     """
     stacks = layer_stacks(cfg)
     experts = make_experts(cfg, execution) if cfg.sparse_layers else None
@@ -98,9 +110,9 @@ def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int
     @torch.no_grad()
     @dependent_launch.chain()
     def decode(
-        params: P.Params, cache: KVCache, places: Places, last: Tensor, angles: tuple[Tensor, Tensor]
+        params: P.Params, cache: KVCache, places: Places, last: Tensor, constants: Constants
     ) -> tuple[Result, KVCache]:
-        x_BD, cos, sin, lengths_B = _start(places, last, params[P.EMBED], angles, tp)
+        x_BD, cos, sin, lengths_B = _start(places, last, params[P.EMBED], constants, tp)
         real_B = places.table[:, 0] > 0 if cfg.sparse_layers else None
         add = _adder(x_BD, cfg.rms_norm_eps, tp)
         layers = unstack_layers(params, stacks)
@@ -119,7 +131,7 @@ def make_fused_decode(cfg: ModelConfig, execution: model.Execution, num_ids: int
                 stream = Stream(x_BD, x_BD, next_norm)
             else:
                 stream = _mlp(cfg, layer, stream, add, next_norm)
-        return _chosen(cfg, params, stream, places, num_ids, tp), cache
+        return _chosen(cfg, params, stream, places, num_ids, constants.allowed, tp), cache
 
     return decode
 
@@ -149,25 +161,35 @@ def _adder(like_BD: Tensor, eps: float, tp: Axis) -> Add:
     return add
 
 
-def _start(places: Places, last: Tensor, weight_vD: Tensor, angles: tuple[Tensor, Tensor], tp: Axis) -> Start:
+def _start(places: Places, last: Tensor, weight_vD: Tensor, constants: Constants, tp: Axis) -> Start:
+    where = places.positions, places.rotary, weight_vD, constants.cos, constants.sin
     if tp.size == 1:
-        return start(places.tokens, last, places.positions, weight_vD, *angles)
+        return start(places.tokens, last, *where)
     own_B = fed(places.tokens, last) - tp.index * len(weight_vD)
     here_B = (own_B >= 0) & (own_B < len(weight_vD))
-    at = start(torch.where(here_B, own_B, 0), last, places.positions, weight_vD, *angles)
+    at = start(torch.where(here_B, own_B, 0), last, *where)
     return at._replace(x_BD=sum_now(torch.where(here_B[:, None], at.x_BD, 0), tp))
 
 
-def _chosen(cfg: ModelConfig, params: P.Params, stream: Stream, places: Places, num_ids: int, tp: Axis) -> Result:
+def _chosen(
+    cfg: ModelConfig,
+    params: P.Params,
+    stream: Stream,
+    places: Places,
+    num_ids: int,
+    allowed_V: Tensor | None,
+    tp: Axis,
+) -> Result:
     """The next token of each row, from the last layer's hidden states."""
     head, normed = model.head_weight(cfg, params), (stream.h_BD, stream.norm_D, cfg.rms_norm_eps)
     if tp.size == 1:
-        asked = head, num_ids, places.inv_temperature, places.uniform
+        asked = head, num_ids, places.inv_temperature, places.uniform, allowed_V
         ids_B, log_probs_B, logits_BV, finite_B = head_sample(*normed, *asked)
         return Result(ids_B, log_probs_B, logits_BV, finite_B, pack(ids_B, log_probs_B, finite_B))
     own_ids = min(max(num_ids - tp.index * len(head), 0), len(head))
-    logits_Bv, sums = head_shard(*normed, head, own_ids, places.inv_temperature)
-    drawn = choose(logits_Bv, stack_now(sums, tp), own_ids, places.inv_temperature, places.uniform, tp.index)
+    own = None if allowed_V is None else allowed_V.chunk(tp.size)[tp.index]
+    logits_Bv, sums = head_shard(*normed, head, own_ids, places.inv_temperature, own)
+    drawn = choose(logits_Bv, stack_now(sums, tp), own_ids, places.inv_temperature, places.uniform, tp.index, own)
     packed = sum_now(pack(*drawn), tp)
     return Result(packed[0].long(), packed[1].to(logits_Bv.dtype), logits_Bv, packed[2] > 0, packed)
 

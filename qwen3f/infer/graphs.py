@@ -15,7 +15,7 @@ from torch import Tensor
 from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
-from qwen3f.infer.fused import Places, Result, make_fused_decode
+from qwen3f.infer.fused import Constants, Places, Result, make_fused_decode
 from qwen3f.model.kv_cache import KVCache
 from qwen3f.model.rope import rope_tables
 from sharding.axes import ONE, Axis
@@ -29,12 +29,12 @@ WORTH = 64  # after this many passes of a size in a larger graph, the size gets 
 class _Graph:
     """A captured graph and the buffers that it reads.
 
-    numbers: int64 [4, B], the arguments `numbers` and `chances` of `run`; chances as the bits of their float64. table:
+    numbers: int64 [5, B], the arguments `numbers` and `chances` of `run`; chances as the bits of their float64. table:
     int32 [B, P], a copy of `pages` on the device.
     """
 
     graph: torch.cuda.CUDAGraph
-    angles: tuple[Tensor, ...]
+    constants: Constants
     numbers: Tensor
     table: Tensor
     result: Result
@@ -65,8 +65,8 @@ class PageTable:
 class DecodeGraphs:
     """Runs decoding passes. Parameters and cache must stay at the same addresses.
 
-    rows: places of a batch, at most. tp: its ranks capture and run the same graphs in the same order; the arguments of
-    `run` determine which.
+    rows: places of a batch, at most. banned: ids that are never drawn. tp: its ranks capture and run the same graphs in
+    the same order; the arguments of `run` determine which.
     """
 
     def __init__(
@@ -77,12 +77,18 @@ class DecodeGraphs:
         execution: model.Execution,
         num_ids: int,
         rows: int,
+        banned: Sequence[int] = (),
         tp: Axis = ONE.tp,
     ) -> None:
         self._decode = make_fused_decode(cfg, execution, num_ids, tp)
         # With tp, NCCL's threads call CUDA during a capture; a capture in mode "global" would fail because of them
         self._watched = "global" if tp.size == 1 else "thread_local"
         self._cfg, self.params, self._cache = cfg, params, cache
+        self._allowed = None
+        if banned:
+            allowed = torch.ones(cfg.vocab_size, dtype=torch.bool)
+            allowed[list(banned)] = False
+            self._allowed = allowed.to(cache.keys[0].device)
         self._own = False  # whether params are this object's copy
         device = cache.keys[0].device
         self.last = torch.zeros(_places(rows), dtype=torch.int64, device=device)  # ids that the pass before has drawn
@@ -93,14 +99,14 @@ class DecodeGraphs:
     def run(self, numbers: np.ndarray, chances: np.ndarray, pages: Sequence[Sequence[int]], expected: int) -> Result:
         """Run one pass. The next pass overwrites its result; `last` has its ids.
 
-        numbers: int64 [2, B], tokens and positions as in Places. chances: float64 [2, B], uniform and inv_temperature.
-        pages: the pages of each row. expected: number of rows that will soon run together; if a new graph is needed and
-        no larger one exists, it gets `expected` places.
+        numbers: int64 [3, B], tokens, positions and rotary as in Places. chances: float64 [2, B], uniform and
+        inv_temperature. pages: the pages of each row. expected: number of rows that will soon run together; if a new
+        graph is needed and no larger one exists, it gets `expected` places.
         """
         graph = self._fitting(_places(numbers.shape[1]), _width(max(map(len, pages))), _places(expected))
         host = torch.zeros(graph.numbers.shape, dtype=torch.int64, pin_memory=True)
         filled = host.numpy()[:, : numbers.shape[1]]
-        filled[:2], filled[2:] = numbers, chances.view(np.int64)
+        filled[:3], filled[3:] = numbers, chances.view(np.int64)
         graph.numbers.copy_(host, non_blocking=True)
         graph.pages.fill(pages)
         if not graph.pages.copied:
@@ -137,26 +143,27 @@ class DecodeGraphs:
         self._graphs[count, width] = self._capture(count, width)
         return self._graphs[count, width]
 
-    def _program(self, count: int, width: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Callable[[], Result]]:
-        """(numbers, table, angles, a function that computes a pass from them); see _Graph."""
+    def _program(self, count: int, width: int) -> tuple[Tensor, Tensor, Constants, Callable[[], Result]]:
+        """(numbers, table, constants, a function that computes a pass from them); see _Graph."""
         device = self.last.device
-        numbers_4B = torch.zeros(4, count, dtype=torch.int64, device=device)
+        numbers_5B = torch.zeros(5, count, dtype=torch.int64, device=device)
         table_BP = torch.zeros(count, width, dtype=torch.int32, device=device)
 
         longest = torch.arange(width * self._cache.page_size, device=device)[None]
-        angles = tuple(x[0] for x in rope_tables(self._cfg, longest, self._cache.keys[0].dtype))
+        angles = (x[0] for x in rope_tables(self._cfg, longest, self._cache.keys[0].dtype))
+        constants = Constants(*angles, self._allowed)
 
         def work() -> Result:
-            uniform_B, inv_temperature_B = numbers_4B[2:].view(torch.float64)
-            places = Places(*numbers_4B[:2], uniform_B, inv_temperature_B.float(), table_BP)
-            result, _ = self._decode(self.params, self._cache, places, self.last, angles)
+            uniform_B, inv_temperature_B = numbers_5B[3:].view(torch.float64)
+            places = Places(*numbers_5B[:3], uniform_B, inv_temperature_B.float(), table_BP)
+            result, _ = self._decode(self.params, self._cache, places, self.last, constants)
             self.last[:count] = result.ids
             return result
 
-        return numbers_4B, table_BP, angles, work
+        return numbers_5B, table_BP, constants, work
 
     def _capture(self, count: int, width: int) -> "_Graph":
-        numbers_4B, table_BP, angles, work = self._program(count, width)
+        numbers_5B, table_BP, constants, work = self._program(count, width)
         kept = self.last.clone()  # the warm-up pass below compiles kernels and starts NCCL; its ids are not used
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -168,7 +175,7 @@ class DecodeGraphs:
             result = work()
         self._pool = self._pool or graph.pool()
         self.last.copy_(kept)
-        return _Graph(graph, angles, numbers_4B, table_BP, result, PageTable(count, width))
+        return _Graph(graph, constants, numbers_5B, table_BP, result, PageTable(count, width))
 
 
 def _each(function: Callable[..., Tensor], *leaves: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

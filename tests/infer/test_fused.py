@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from qwen3f import model, params
 from qwen3f.infer.engine import Engine, EngineOptions
-from qwen3f.infer.fused import Places, fits, make_fused_decode
+from qwen3f.infer.fused import Constants, Places, fits, make_fused_decode
 from qwen3f.infer.sampling import GREEDY, SamplingParams, log_prob, sample, stream_of, streams_at, uniform
 from qwen3f.infer.thinking import ThinkingBudget
 from qwen3f.model.rope import rope_tables
@@ -50,9 +50,10 @@ def test_a_pass_equals_the_blocks(case, dtype, tolerance):
     other = model.KVCache(*(tuple(x.clone() for x in side) for side in cache))
 
     place = torch.tensor(lengths)
+    rotary = place - torch.tensor([4, 0, 2])  # two rows are behind pictures
     slot = (table.gather(1, place[:, None] // page)[:, 0] * page + place % page) * (place > 0)
     fed = tokens.gather(1, place[:, None])
-    batch = {"tokens": fed, "positions": place[:, None], "slots": slot[:, None]}
+    batch = {"tokens": fed, "positions": place[:, None], "slots": slot[:, None], "rotary": rotary[:, None]}
     hidden, cache = forward(p, cache, batch, table=table, span=16)
     expected = F.linear(hidden[:, 0], model.head_weight(cfg, p))
 
@@ -61,14 +62,17 @@ def test_a_pass_equals_the_blocks(case, dtype, tolerance):
     fed = torch.stack([fed[0, 0], fed[1, 0], torch.tensor(-3)])  # −3: the token that place 2 of the last pass drew
     last = torch.tensor([0, 0, int(tokens[2, 5])])
     decode = make_fused_decode(cfg, model.EAGER, cfg.vocab_size - 7)
-    angles = tuple(x[0] for x in rope_tables(cfg, torch.arange(16)[None], dtype))
+    angles = (x[0] for x in rope_tables(cfg, torch.arange(16)[None], dtype))
+    allowed = torch.arange(cfg.vocab_size) % 3 != 1
     drawn_by = uniform(streams_at(streams, place + 1))
-    got, other = decode(p, other, Places(fed, place, drawn_by, inv, table.int()), last, angles)
+    got, other = decode(
+        p, other, Places(fed, place, rotary, drawn_by, inv, table.int()), last, Constants(*angles, allowed)
+    )
     for row in (0, 2):
         assert (got.logits[row] - expected[row]).norm() <= tolerance * expected[row].norm()
     for old, new in zip(cache.keys + cache.values, other.keys + other.values):
         torch.testing.assert_close(new[1:], old[1:], rtol=10 * tolerance, atol=10 * tolerance)
-    logits = got.logits[:, :-7]
+    logits = got.logits[:, :-7].masked_fill(~allowed[:-7], float("-inf"))
     for row, way in ((0, GREEDY), (2, SamplingParams(0.7))):
         ids, log_probs = sample(
             logits[row : row + 1], way, streams_at(streams[row : row + 1], place[row : row + 1] + 1)

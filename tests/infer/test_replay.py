@@ -10,10 +10,12 @@ import torch
 
 from qwen3f.infer import graphs
 from qwen3f.infer.engine import Engine, EngineOptions
+from qwen3f.infer.pictures import vision_ids
 from qwen3f.infer.sampling import GREEDY, SamplingParams
 from qwen3f.infer.thinking import ThinkingBudget
 from tests.infer.test_engine import FILTERED, SAMPLED, random_prompts
 from tests.infer.test_fused import build
+from tests.vision import test_engine as vl
 
 
 class Replayed:
@@ -28,11 +30,11 @@ class Replayed:
 
 
 def captured(self, count, width):
-    numbers, table, angles, work = self._program(count, width)
+    numbers, table, constants, work = self._program(count, width)
     kept = self.last.clone()
     result = work()
     self.last.copy_(kept)
-    return graphs._Graph(Replayed(work, result), angles, numbers, table, result, graphs.PageTable(count, width))
+    return graphs._Graph(Replayed(work, result), constants, numbers, table, result, graphs.PageTable(count, width))
 
 
 def unpinned(make):
@@ -89,3 +91,22 @@ def test_thinking_ends_at_the_same_token_and_new_weights_are_used(like_a_gpu):
             engine.update({path: factor * leaf for path, leaf in p.items()})
         found = [[answer.ids for answer in engine.generate(prompts, **asked)] for engine in (plain, replayed)]
         assert found[0] == found[1]
+
+
+def test_answers_about_pictures_and_no_vision_id_is_drawn(like_a_gpu):
+    """Behind a picture rotary positions are smaller than places in the row. In 15 pages rows are preempted."""
+    cfg, p, _ = vl.make()
+    rows, _, pictures = vl.prompts(cfg, ["tit", "t", "it", "iit", "vt", "titt"])
+    options = {"options": EngineOptions(rows=3, chunk=5, page_size=4), "max_tokens": 60, "seed": 5}
+    for way in (GREEDY, SAMPLED, SamplingParams(temperature=1000.0), FILTERED, PENALISED):
+        plain, replayed = Engine(cfg, p, **options), like_a_gpu(Engine(cfg, p, **options))
+        found = []
+        for engine in (plain, replayed):
+            asked = [engine.request(r.tokens, 20, sampling=way, pictures=seen) for r, seen in zip(rows, pictures)]
+            done = engine.submit(asked)
+            engine.run(done)
+            found.append([(one.tokens, one.finish_reason) for one in done])
+        assert found[0] == found[1]
+        answers = {token for (tokens, _), r in zip(found[1], rows) for token in tokens[len(r.tokens) :]}
+        assert len(answers) > 8
+        assert not answers & set(vision_ids(cfg))

@@ -19,7 +19,7 @@ from qwen3f import model, params
 from qwen3f.errors import UserError
 from qwen3f.infer import device, tensor_parallel
 from qwen3f.infer.engine import Engine, EngineOptions
-from qwen3f.infer.fused import Places, make_fused_decode
+from qwen3f.infer.fused import Constants, Places, make_fused_decode
 from qwen3f.infer.sampling import GREEDY
 from qwen3f.infer.scheduler import Scheduler
 from qwen3f.infer.thinking import ThinkingBudget
@@ -153,15 +153,18 @@ def fused_pass(tp, case, how):
     cache = model.init_cache(cfg, own, 6, 4)
     table = torch.tensor([[3, 1], [2, 5], [0, 0], [4, 6]], dtype=torch.int32)
     decode = make_fused_decode(cfg, model.EAGER, NUM_IDS, tp)
-    angles = tuple(x[0] for x in rope_tables(cfg, torch.arange(8)[None], dtype))
+    angles = (x[0] for x in rope_tables(cfg, torch.arange(8)[None], dtype))
+    allowed = torch.arange(96) % 7 != 5
+    constants = Constants(*angles, allowed)
     last = torch.tensor([11, 60, 0, 90])
     inverse = torch.tensor([0.0, 1.0, 0.0, 1 / 0.7])
     drawn_by = torch.tensor([0.5, 0.1, 0.5, 0.6], dtype=torch.float64)
     for place, tokens in enumerate(([1, 47, 0, 95], [-2, 2, 0, -1])):
         positions = torch.tensor([1, 1, 0, 1]) * (4 if place else 3)  # a page's last place, and the next one's first
-        places = Places(torch.tensor(tokens), positions, drawn_by, inverse, table)
+        places = Places(torch.tensor(tokens), positions, positions, drawn_by, inverse, table)
         with backend.interpreted() if place and how == "kernels" else torch.no_grad():
-            result, cache = decode(own, cache, places, last, angles)
+            result, cache = decode(own, cache, places, last, constants)
+        assert allowed[result.ids].all()
     logits = tensor_parallel.whole_logits(result.logits, tp)
     assert torch.equal(result.packed, torch.stack([x.double() for x in (result.ids, result.log_probs, result.finite)]))
     return logits, result.ids, result.log_probs, result.finite, [x[1:] for x in (*cache.keys, *cache.values)]

@@ -16,9 +16,9 @@ def case(rows, hidden, half, dtype=torch.float32, device="cpu", seed=0):
     last = torch.randint(0, 50, (rows + 3,), generator=g)
     tokens = torch.randint(0, 50, (rows,), generator=g)
     tokens[::2] = -1 - torch.randint(0, len(last), tokens[::2].shape, generator=g)
-    positions = torch.randint(0, 90, (rows,), generator=g)
+    positions, rotary = torch.randint(0, 90, (2, rows), generator=g)
     embed, cos, sin = (torch.randn(n, m, generator=g) for n, m in ((50, hidden), (90, half), (90, half)))
-    integers = (y.to(device) for y in (tokens, last, positions))
+    integers = (y.to(device) for y in (tokens, last, positions, rotary))
     return *integers, embed.to(device, dtype), cos.to(device), sin.to(device)
 
 
@@ -35,10 +35,11 @@ def test_start_interpreted(rows, hidden, half, seed):
 
 def test_start_feeds_ids_and_what_was_drawn():
     embed, angles = torch.arange(12.0).view(6, 2), torch.arange(4.0)[:, None]
-    got = start(torch.tensor([5, -2]), torch.tensor([0, 3]), torch.tensor([1, 2]), embed, angles, -angles)
+    places = torch.tensor([[1, 3], [1, 2]])
+    got = start(torch.tensor([5, -2]), torch.tensor([0, 3]), *places, embed, angles, -angles)
     assert got.x_BD.tolist() == [[10, 11], [6, 7]]
     assert (got.cos_BF.tolist(), got.sin_BF.tolist()) == ([[1], [2]], [[-1], [-2]])
-    assert got.lengths_B.tolist() == [1, 2]
+    assert got.lengths_B.tolist() == [1, 3]
 
 
 def drawn(rows, device="cpu"):

@@ -69,7 +69,7 @@ def step(x, ones, layers, head, attention):
     inverse, uniform = (torch.full((len(x),), y, device="cuda") for y in (1.0, 0.3))
     out = head_sample(x, ones, EPS, head, VOCAB - 5, inverse, uniform)
     places = torch.zeros_like(out[0])
-    return *out, pack(*(out[i] for i in (0, 1, 3))), *start(-1 - places, out[0], places, head, cos, sin)
+    return *out, pack(*(out[i] for i in (0, 1, 3))), *start(-1 - places, out[0], places, places, head, cos, sin)
 
 
 @pytest.mark.gpu

@@ -82,6 +82,31 @@ def test_without_a_norm_interpreted(sizes):
     assert torch.equal(head_sample(normed, None, eps, *rest)[0], expected[0])  # the formula
 
 
+@pytest.mark.parametrize("sizes", SHAPES)
+@pytest.mark.parametrize("how", ["formula", "interpreted"])
+def test_ids_that_are_not_allowed(sizes, how):
+    """They are never drawn, and what is drawn is as if their logits were −∞. The best id of row 0 is one of them, all
+    ids of a tile, and one whose logit is not finite."""
+    x, norm, eps, head, num_ids, inverse, uniform = case(*sizes, temperatures=(0.0, 0.7, 1.0, 1.6))
+    best = exact_logits(x, norm, eps, head)[0, :num_ids].argmax()
+    allowed = torch.arange(len(head)) % 5 != 2
+    allowed[:17] = allowed[best] = False
+    head[3] = float("nan")
+    allowed[num_ids - 1] = best != num_ids - 1
+    uniform[0] = 0.0
+    with backend.interpreted() if how == "interpreted" else torch.no_grad():
+        ids, logprob, logits, finite = head_sample(x, norm, eps, head, num_ids, inverse, uniform, allowed)
+    assert finite.all()
+    assert allowed[ids].all()
+    logits = logits.masked_fill(~allowed, float("-inf"))
+    logs = distribution(logits, num_ids, inverse)
+    torch.testing.assert_close(logprob.double(), logs.gather(1, ids[:, None])[:, 0], rtol=0, atol=2e-5)
+    assert torch.equal(ids[inverse == 0], logits[inverse == 0, :num_ids].argmax(-1))
+    ends = logs.exp().cumsum(-1).gather(1, ids[:, None])[:, 0]
+    inside = (ends - logs.exp().gather(1, ids[:, None])[:, 0] - 1e-5 <= uniform) & (uniform <= ends + 1e-5)
+    assert inside[inverse != 0].all()
+
+
 def test_float16_interpreted():
     """The logits are not rounded to float16. Their error comes from the norm's two roundings, 2e-4 each."""
     arguments = case(*SHAPES[2], dtype=torch.float16)
@@ -203,7 +228,7 @@ def test_uniforms_of_both_widths_and_no_rows():
 
 
 def test_opcheck_and_compile():
-    arguments = case(2, 16, 40, 33)
+    arguments = *case(2, 16, 40, 33), torch.arange(40) % 4 != 1
     for context in (torch.no_grad(), backend.interpreted()):
         with context:
             torch.library.opcheck(
@@ -225,6 +250,8 @@ def test_wrong_arguments_are_named():
         ((x, norm, eps, head, num_ids, inverse.double(), uniform), "inv_temperature must be"),
         ((x, norm, eps, head, num_ids, inverse, uniform[:1]), "uniform must be"),
         ((x, norm, eps, head, num_ids, inverse, uniform.to("meta")), "uniform is on meta"),
+        ((x, norm, eps, head, num_ids, inverse, uniform, torch.ones(33, dtype=torch.bool)), "allowed must be"),
+        ((x, norm, eps, head, num_ids, inverse, uniform, torch.ones(40)), "allowed must be"),
     ]
     for arguments, words in wrong:
         with pytest.raises(ValueError, match=words):

@@ -15,23 +15,25 @@ from tests.kernels.gpu_cases import in_dtypes
 from tests.kernels.test_head_sample import case, ends_of_a_distribution
 
 
-def by_shards(x, norm, eps, head, num_ids, inverse, uniform, shards):
+def by_shards(x, norm, eps, head, num_ids, inverse, uniform, shards, allowed=None):
     """(ids, logprob, logits, finite) as head_sample gives them: results summed over ranks, logits side by side."""
     size = len(head) // shards
     known = [min(max(num_ids - rank * size, 0), size) for rank in range(shards)]
+    masks = [None] * shards if allowed is None else allowed.chunk(shards)
     parts = [
-        head_shard(x, norm, eps, head[rank * size : (rank + 1) * size], known[rank], inverse) for rank in range(shards)
+        head_shard(x, norm, eps, head[rank * size : (rank + 1) * size], known[rank], inverse, masks[rank])
+        for rank in range(shards)
     ]
     sums = torch.stack([sums for _, sums in parts])
-    found = [choose(parts[rank][0], sums, known[rank], inverse, uniform, rank) for rank in range(shards)]
+    found = [choose(parts[rank][0], sums, known[rank], inverse, uniform, rank, masks[rank]) for rank in range(shards)]
     ids, logprob, finite = (torch.stack(values).sum(0) for values in zip(*found))
     assert finite.max() <= 1  # one rank alone has a row's token
     return ids, logprob, torch.cat([logits for logits, _ in parts], 1), finite > 0
 
 
-def check(arguments, shards, interpret, tolerance):
+def check(arguments, shards, interpret, tolerance, allowed=None):
     with backend.interpreted() if interpret else contextlib.nullcontext():
-        got, expected = by_shards(*arguments, shards), head_sample(*arguments)
+        got, expected = by_shards(*arguments, shards, allowed), head_sample(*arguments, allowed)
     good = expected[3]
     assert torch.equal(got[3], good)
     assert torch.equal(got[0][good], expected[0][good])
@@ -51,6 +53,20 @@ def test_shards_choose_what_the_whole_head_chooses(sizes, how):
     dtype = torch.float64 if how == "float64" else torch.float32
     arguments = case(*sizes[:4], temperatures=(0.7, 0.0, 1.0, 1.6), dtype=dtype)
     check(arguments, sizes[4], how == "interpreted", 1e-12 if how == "float64" else 1e-5)
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+@pytest.mark.parametrize("how", ["float64", "interpreted"])
+def test_ids_that_are_not_allowed(sizes, how):
+    """Some in each shard, and all of the first one."""
+    dtype = torch.float64 if how == "float64" else torch.float32
+    arguments = case(*sizes[:4], temperatures=(0.7, 0.0, 1.0, 1.6), dtype=dtype)
+    allowed = torch.arange(sizes[2]) % 3 != 1
+    check(arguments, sizes[4], how == "interpreted", 1e-12 if how == "float64" else 1e-5, allowed)
+    if sizes[3] > sizes[2] // sizes[4]:  # ids beyond the first shard
+        allowed[: sizes[2] // sizes[4]] = False
+        got = check(arguments, sizes[4], how == "interpreted", 1e-12 if how == "float64" else 1e-5, allowed)
+        assert allowed[got[0]].all()
 
 
 @pytest.mark.parametrize("interpret", [False, True])

@@ -73,6 +73,8 @@ def test_positions_are_exact(seed):
     got = position_ids(torch.tensor([tokens]), padded(grids, 6)[None], CFG)
     assert torch.equal(got[0], positions)
     assert next_position(got).item() == delta + len(tokens)
+    assert (got <= torch.arange(len(tokens))).all()  # the engine's tables of angles are as long as a row
+    assert delta <= 0
 
 
 @pytest.mark.parametrize("seed", range(10))
