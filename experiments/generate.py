@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
     config.on_bad_row = "error"  # a bad row of config.input: error (names file and line), or skip (counts them)
     config.chat = True  # the prompt is a user's turn in Qwen3's chat format; False: plain text to continue
     config.system = ""  # system message of the chat
+    config.tools = ""  # a .json file: a list of descriptions of functions that the model may call; calls are printed
     # Whether the model thinks first in a chat. True: yes, unless the prompt's last switch is /no_think. False: never,
     # even if the prompt says /think. Unset: the template's default. Some models always think, some never do; for them
     # only that value is possible.

@@ -1,5 +1,6 @@
 """Prompts of a chat with images and a video in the first user's turn: from files to token ids and pixels."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -82,12 +83,13 @@ def encode_shown(
     messages: Sequence[Mapping[str, Any]],
     shown: Sequence[Sequence[Segment]],
     *,
+    tools: Sequence[Mapping[str, Any]] = (),
     thinking: bool | None,
 ) -> list[int]:
     """Token ids of the chat with all images and videos at the beginning of the first user's turn.
 
-    shown: the segments that stand for each image or video. A special token written in a user's text is encoded as
-    plain words.
+    shown: the segments that stand for each image or video. tools: as for template.render. A special token written in a
+    user's text is encoded as plain words.
     """
     first = next(i for i, message in enumerate(messages) if message["role"] == "user")
     for message in messages:
@@ -96,9 +98,24 @@ def encode_shown(
     turns = [dict(message) for message in messages]
     turns[first]["content"] = PICTURE * len(shown) + turns[first]["content"]
     kind = kind_of(tokenizer)
-    parts = segments(turns, None, add_generation_prompt=True, enable_thinking=thinking, kind=kind)
+    parts = segments(turns, tools, add_generation_prompt=True, enable_thinking=thinking, kind=kind)
     texts = iter(shown)
     return tokenizer.encode_segments([piece for part in parts for piece in expanded(part, texts)])
+
+
+def read_tools(path: str) -> tuple[Mapping[str, Any], ...]:
+    """The list in a JSON file, TextOptions.tools; "" is no file. Raises UserError for a file without a list."""
+    if not path:
+        return ()
+    try:
+        found = json.loads(user_path(path, "config.tools").read_text("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"config.tools={path}: {error.strerror}; name a .json file with a list of functions") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"config.tools={path} is not JSON ({error}); write a list of functions") from error
+    if not isinstance(found, list):
+        raise UserError(f"config.tools={path} holds a JSON {type(found).__name__}; write a list of functions")
+    return tuple(found)
 
 
 def pictures_of(shown: Sequence[Shown]) -> Pictures | None:

@@ -28,7 +28,7 @@ from qwen3f.infer import tensor_parallel
 from qwen3f.infer.batch_file import AnswerFile, Ask, BadRow, prompt_asks, read_asks, survey
 from qwen3f.infer.chat import run_chat
 from qwen3f.infer.engine import EngineOptions
-from qwen3f.infer.prompts import Shown, read_images, read_video
+from qwen3f.infer.prompts import Shown, read_images, read_tools, read_video
 from qwen3f.infer.request import Request
 from qwen3f.infer.text_generator import Answer, TextGenerator, raise_error
 from qwen3f.infer.text_request import FIELDS, TextOptions, check_kind, make_request
@@ -281,8 +281,9 @@ def check(config: ConfigDict) -> TextOptions:
     for name, low in (("batch_size", 1), ("max_tokens", 0)):
         if config[name] < low:
             raise UserError(f"config.{name} must be at least {low}, got {config[name]}")
+    tools = read_tools(config.tools)
     try:
-        return TextOptions(**{name: config[name] for name in FIELDS})
+        return TextOptions(**{name: config[name] for name in FIELDS} | {"tools": tools})
     except UserError as error:
         raise UserError(f"config.{error}") from error
 

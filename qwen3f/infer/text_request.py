@@ -8,7 +8,7 @@ from qwen3f import rng
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.kinds import HYBRID, check_thinking
 from qwen3f.data.chat.recognise import kind_of
-from qwen3f.data.chat.template import Message, encode_chat, thinking_mode
+from qwen3f.data.chat.template import Message, check_tools, encode_chat, thinking_mode
 from qwen3f.data.tokenizers.token_text import check_encodable
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
@@ -34,6 +34,7 @@ class TextOptions:
     Attributes:
       chat: the text is a user's turn in Qwen3's chat format; False: text to continue.
       system: system message, for a chat that does not begin with one.
+      tools: JSON descriptions of functions that the model may call, for a chat. Calls are part of the answer's text.
       thinking: True lets the model think first, unless the last soft switch in the chat is /no_think. False: never;
         switches then have no effect, as in Qwen3. None: the default of the model's chat template. Models that always
         think, or never, have no switches. (After /no_think Qwen3 writes an empty thinking block itself; here the block
@@ -42,12 +43,14 @@ class TextOptions:
       max_new_tokens: the answer has at most this many tokens.
       temperature … presence_penalty: None means what Qwen3 recommends for the mode, and greedy without chat.
       seed: of the random stream.
-      stop: the answer ends before the first of these texts, even if it begins within a token. A list becomes a tuple.
+      stop: the answer ends before the first of these texts, even if it begins within a token.
+    Lists become tuples.
     Raises UserError for a bad value; the message begins with the name of the field.
     """
 
     chat: bool = True
     system: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
     thinking: bool | None = False
     thinking_budget: int | None = None
     max_new_tokens: int = 512
@@ -60,16 +63,18 @@ class TextOptions:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, list):
-            object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("tools", "stop"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_kinds(self)
+        check_tools(self.tools, "tools")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         rng.check_seed(self.seed)
-        if self.system and not self.chat:
-            raise UserError("system needs the chat format; leave it out, or write chat=True")
-        if self.thinking and not self.chat:
-            raise UserError("thinking=True needs the chat format; leave it out, or write chat=True")
+        for name, given in (("system", self.system), ("tools", self.tools), ("thinking=True", self.thinking)):
+            if given and not self.chat:
+                verb = "need" if name == "tools" else "needs"
+                raise UserError(f"{name} {verb} the chat format; leave it out, or write chat=True")
         if self.thinking_budget is not None:
             if not self.chat or self.thinking is False:
                 raise UserError("thinking_budget needs chat and thinking; set both to True, or leave it out")
@@ -133,9 +138,12 @@ def make_request(
         if thinks and kind_of(tokenizer).asks:
             thinks = thinking_mode(messages)
         if shown:
-            ids = encode_shown(tokenizer, messages, [one.text for one in shown], thinking=thinks)
+            texts = [one.text for one in shown]
+            ids = encode_shown(tokenizer, messages, texts, tools=options.tools, thinking=thinks)
         else:
-            ids = encode_chat(tokenizer, messages, add_generation_prompt=True, enable_thinking=thinks)
+            ids = encode_chat(
+                tokenizer, messages, tools=options.tools, add_generation_prompt=True, enable_thinking=thinks
+            )
     budget = None
     if thinks and options.thinking_budget is not None:
         closing = tuple(tokenizer.encode(CLOSING, allow_special=True))
@@ -199,7 +207,8 @@ def _not_empty(text: str) -> str:
 
 def _check_kinds(options: TextOptions) -> None:
     """Checks the types of all fields: values may come from JSON, where nothing else does."""
-    kinds = {bool: "true or false", str: "a text", int: "a whole number", float: "a number", tuple: "a list of texts"}
+    kinds = {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}
+    lists = {"tools": "a list of objects", "stop": "a list of texts"}
     for field in dataclasses.fields(options):
         value, optional = getattr(options, field.name), field.default is None or field.name == "thinking"
         if value is None and optional:
@@ -207,10 +216,11 @@ def _check_kinds(options: TextOptions) -> None:
         kind = _KINDS[field.name]
         fits = as_finite(value) is not None if kind is float else isinstance(value, kind)
         if not fits or (kind is int and isinstance(value, bool)):
-            raise UserError(f"{field.name} must be {kinds[kind]}, got {value!r}")
+            raise UserError(f"{field.name} must be {lists.get(field.name) or kinds[kind]}, got {value!r}")
 
 
 _KINDS: dict[str, type] = {
-    "chat": bool, "system": str, "thinking": bool, "thinking_budget": int, "max_new_tokens": int, "temperature": float,
-    "top_k": int, "top_p": float, "min_p": float, "presence_penalty": float, "seed": int, "stop": tuple,
+    "chat": bool, "system": str, "tools": tuple, "thinking": bool, "thinking_budget": int, "max_new_tokens": int,
+    "temperature": float, "top_k": int, "top_p": float, "min_p": float, "presence_penalty": float, "seed": int,
+    "stop": tuple,
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """Batch files: every row is answered once, as if asked alone, however often the run stops. Errors name the row."""
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -7,12 +8,13 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from qwen3f.errors import UserError
-from qwen3f.infer.batch_file import AnswerFile
+from qwen3f.infer.batch_file import AnswerFile, read_asks
 from qwen3f.infer.engine import EngineOptions
 from qwen3f.infer.run import run
 from qwen3f.infer.text_generator import TextGenerator
@@ -137,6 +139,13 @@ def test_another_process_that_writes_there_is_an_error(answer, tmp_path):
         answer()
 
 
+def test_a_row_has_its_own_tools(tmp_path):
+    file = write(tmp_path / "in.jsonl", [{"prompt": "a", "tools": [{"name": "t"}]}, {"prompt": "b"}])
+    first, second = read_asks(Path(file), TextOptions(tools=[{"name": "u"}]))
+    assert (first.options.tools, second.options.tools) == (({"name": "t"},), ({"name": "u"},))
+    assert first.digest("m") != dataclasses.replace(first, options=second.options).digest("m")
+
+
 BAD = [
     ("{", "the line is not JSON"),
     ("[1]", "the line is a JSON list"),
@@ -147,11 +156,16 @@ BAD = [
     ('{"prompt": 3}', '"prompt" must be a text'),
     ('{"prompt": "\\ud800"}', "lone surrogate"),
     ('{"prompt": "a", "id": "\\ud800"}', "lone surrogate"),
-    ('{"prompt": "a", "id": [NaN]}', '"id" holds a number that JSON cannot write'),
-    ('{"prompt": "a", "id": 1e999}', '"id" holds a number that JSON cannot write'),
+    ('{"prompt": "a", "id": [NaN]}', '"id" or "tools" holds a number that JSON cannot write'),
+    ('{"prompt": "a", "id": 1e999}', '"id" or "tools" holds a number that JSON cannot write'),
     ('{"prompt": "a", "stop": ["\\ud800"]}', "stop: Character 0 .* lone surrogate"),
     ('{"prompt": "a", "temprature": 1}', "the field 'temprature' is unknown"),
     ('{"prompt": "a", "temperature": -1}', "temperature must be 0"),
+    ('{"prompt": "a", "tools": {"name": "t"}}', "tools must be a list of objects"),
+    ('{"prompt": "a", "tools": ["t"]}', "tools 0 is a str"),
+    ('{"prompt": "a", "tools": [{"name": "t", "x": NaN}]}', '"tools" holds a number'),
+    (r'{"prompt": "a", "tools": [{"name": "\ud800"}]}', "lone surrogate"),
+    ('{"prompt": "a", "tools": [{"name": "t"}], "chat": false}', "tools need the chat format"),
     ('{"prompt": "a", "temperature": NaN}', "temperature must be a number"),
     (f'{{"prompt": "a", "temperature": 1{"0" * 400}}}', "temperature must be a number"),
     ('{"prompt": "a", "top_k": 5.0}', "top_k must be a whole number"),

@@ -11,7 +11,7 @@ import torch
 from qwen3f.data.chat.template import encode_chat
 from qwen3f.errors import UserError
 from qwen3f.infer.generate import generate
-from qwen3f.infer.run import run
+from qwen3f.infer.run import check, run
 from qwen3f.infer.sampling import NON_THINKING, THINKING
 from qwen3f.infer.text_generator import Answer
 from qwen3f.infer.thinking import CLOSING
@@ -47,6 +47,20 @@ def test_chat_answers_what_generate_answers(source, answers, thinking):
     assert f"{summary.tokens} new tokens: the first after" in printed.err
     assert f"({len(ids)} prompt tokens)" in printed.err
     assert "tokens/s" in printed.err
+
+
+def test_tools_come_from_a_file(configure, tmp_path):
+    file = tmp_path / "tools.json"
+    for text, words in (
+        ("[", "is not JSON"),
+        ("{}", "holds a JSON dict; write a list"),
+        ('["t"]', "config.tools 0 is a str"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=words):
+            check(configure(prompt="a", tools=str(file)))
+    file.write_text('[{"name": "t"}]')
+    assert check(configure(prompt="a", tools=str(file))).tools == ({"name": "t"},)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -134,6 +148,7 @@ def test_thinking_ends_at_the_budget(source, answers):
         ({"out": "~no-such-user/a"}, "config.out: there is no home directory for ~no-such-user"),
         ({"prompt": "", "prompts": ("a", "")}, "every prompt must be a text"),
         ({"system": "x", "chat": False}, "config.system needs the chat format"),
+        ({"tools": "none.json"}, "config.tools=none.json: No such file"),
         ({"thinking": True, "chat": False}, "config.thinking=True needs the chat format"),
         ({"thinking": False, "thinking_budget": 4}, "config.thinking_budget needs"),
         ({"chat": False, "thinking_budget": 4}, "config.thinking_budget needs"),

@@ -10,6 +10,7 @@ from qwen3f.data.chat.template import encode_chat
 from qwen3f.data.tokenizers.tokenizer import load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.generate import generate
+from qwen3f.infer.prompts import encode_shown
 from qwen3f.infer.request import Request, Row
 from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams
 from qwen3f.infer.text_generator import Answer, TextGenerator
@@ -182,9 +183,32 @@ def test_a_system_message_is_the_options_where_the_chat_has_none(source):
     assert prompt([own, user]) == ids([own, user])
 
 
+TOOLS = [
+    {"type": "function", "function": {"name": "area", "parameters": {"properties": {"side": {"type": "number"}}}}},
+    {"name": "now"},
+]
+
+
+def test_tools_are_in_the_prompt(source):
+    """For every answer, beside a system message, and with images."""
+    _, cfg, _, tokenizer = source
+    cfg = cfg.replace(max_position_embeddings=4096)
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}]
+    asked = make_request(cfg, tokenizer, "a", TextOptions(system="S", tools=TOOLS))
+    ids = encode_chat(tokenizer, turns, tools=TOOLS, add_generation_prompt=True, enable_thinking=False)
+    assert list(asked.prompt) == ids
+    assert len(ids) > len(make_request(cfg, tokenizer, "a", TextOptions(system="S")).prompt)
+    assert encode_shown(tokenizer, turns, [], tools=TOOLS, thinking=False) == ids
+
+
 @pytest.mark.parametrize(
     "text, options, words",
     [
+        ("a", {"tools": TOOLS, "chat": False}, "tools need the chat format"),
+        ("a", {"tools": "area"}, "tools must be a list of objects, got 'area'"),
+        ("a", {"tools": TOOLS[0]}, "tools must be a list of objects"),
+        ("a", {"tools": [TOOLS[0], "now"]}, "tools 1 is a str"),
+        ("a", {"tools": [{"name": {1}}]}, "tools 0 cannot be written as JSON"),
         ("", {}, "a prompt is empty"),
         ("", {"chat": False}, "a prompt is empty"),
         ("word " * 300, {}, "a prompt has .* tokens and the model takes 256 with the answer"),

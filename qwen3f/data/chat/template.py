@@ -284,10 +284,15 @@ def check_messages(messages: Sequence[Message], tools: Sequence[Mapping[str, Any
             if len({message[key] for key in thoughts}) > 1:
                 raise UserError(f"Message {i} has two thoughts, {' and '.join(thoughts)}: leave one of them out.")
             _check_calls(message.get("tool_calls"), f"Message {i}")
-    for n, tool in enumerate(tools or []):
+    check_tools(tools or (), "Tool")
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Raises UserError, beginning with `name`, for a tool that is no JSON description of a function."""
+    for n, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
-            raise UserError(f"Tool {n} is a {type(tool).__name__}: write its JSON description as a dict.")
-        _check_json(tool, f"Tool {n}")
+            raise UserError(f"{name} {n} is a {type(tool).__name__}: write its JSON description as a dict.")
+        _check_json(tool, f"{name} {n}")
 
 
 def _check_calls(calls: Any, where: str) -> None:
