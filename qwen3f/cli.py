@@ -38,10 +38,13 @@ NO_CONFIG = "--config is missing; write e.g. --config experiments/demo.py"
 
 # How many times a waiting thread of libgomp (torch's OpenMP library on Linux) spins before it sleeps. libgomp's default
 # is 300,000. On a machine with more work than processors, the spinning thread then takes the processor from the thread
-# that it waits for. Times of a step of the demo's model on two cores with the default, 10,000, 1,000, and
-# OMP_WAIT_POLICY=passive: on a busy machine (load 7 to 12) 3.3 to 7.2, 1.4 to 2.0, 0.8 to 0.9, 0.4 to 1.0 s; with the
-# cores to itself (by a real-time priority) 0.20, -, 0.20 to 0.21, 0.24 to 0.25 s.
-_SPINS = "1000"
+# that it waits for: a step of the demo's model on two cores took 3.3 to 7.2 s at a load of 7 to 12, and 0.8 to 0.9 s
+# with 1,000 spins; OMP_WAIT_POLICY=passive 0.4 to 1.0 s, but 0.25 s for 0.20 s with the cores to itself. Too few spins
+# make the many small operators of decoding slow. Two runs each with 1,000, 3,000 and 10,000 spins, in tokens/s:
+#   the demo trains: 12,461 and 11,924; 11,709 and 11,683; 11,811 and 12,239; beside two busy processes 4,123 and 4,312;
+#     4,304 and 4,107; 3,170 and 3,612
+#   nano draws (64 rows): 7,589 and 8,480; 9,193 and 9,427; 8,643 and 8,371
+_SPINS = "3000"
 
 
 def yield_while_waiting(environment: MutableMapping[str, str]) -> None:
