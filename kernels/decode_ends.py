@@ -17,6 +17,11 @@ from kernels.backend import check_devices, runs_triton, tl, triton
 _BLOCK = 1024
 
 
+def fed(tokens_B: Tensor, last: Tensor) -> Tensor:
+    """The token ids to feed: tokens, where −1 − i stands for last[i]."""
+    return torch.where(tokens_B >= 0, tokens_B, last[(-1 - tokens_B).clamp(min=0)])
+
+
 class Start(NamedTuple):
     """x_BD: embeddings. cos_BF, sin_BF: of the rows' rotary positions. lengths_B: int32, the positions."""
 
@@ -30,8 +35,7 @@ def start_reference(
     tokens_B: Tensor, last: Tensor, positions_B: Tensor, rotary_B: Tensor, embed_VD: Tensor, cos: Tensor, sin: Tensor
 ) -> Start:
     """As `start`, in plain torch."""
-    fed_B = torch.where(tokens_B >= 0, tokens_B, last[(-1 - tokens_B).clamp(min=0)])
-    return Start(F.embedding(fed_B, embed_VD), cos[rotary_B], sin[rotary_B], positions_B.to(torch.int32))
+    return Start(F.embedding(fed(tokens_B, last), embed_VD), cos[rotary_B], sin[rotary_B], positions_B.to(torch.int32))
 
 
 def start(
@@ -40,20 +44,31 @@ def start(
     """What the layers of a pass read; no gradients.
 
     Args:
-      tokens_B: int64 [B], ids below V; −1 − i stands for last[i].
+      tokens_B: int64 [B], ids below V, or references to `last`; see fed.
       last: int64, ids that the pass before has drawn.
       positions_B, rotary_B: int64 [B], each token's place in its row, and the place in the tables of angles.
-      embed_VD: [V, D], contiguous. cos, sin: [rotary positions, F], contiguous.
+      embed_VD: [V, D]. cos, sin: [rotary positions, F].
+    All contiguous. Raises ValueError for arguments that do not fit.
     """
     numbers = {"tokens": tokens_B, "last": last, "positions": positions_B, "rotary": rotary_B}
-    check_devices(**numbers, embed=embed_VD, cos=cos, sin=sin)
+    _check({**numbers, "embed": embed_VD, "cos": cos, "sin": sin})
+    for name in ("positions", "rotary"):
+        if numbers[name].shape != tokens_B.shape:
+            raise ValueError(f"{name} must be [{len(tokens_B)}] like tokens, got {tuple(numbers[name].shape)}")
     return Start(*torch.ops.qwen3f.decode_start(*numbers.values(), embed_VD, cos, sin))
 
 
 def pack(ids_B: Tensor, log_probs_B: Tensor, finite_B: Tensor) -> Tensor:
     """float64 [3, B]: ids, log_probs and finite in one tensor, for one copy to the host."""
-    check_devices(ids=ids_B, log_probs=log_probs_B, finite=finite_B)
+    _check({"ids": ids_B, "log_probs": log_probs_B, "finite": finite_B})
     return torch.ops.qwen3f.decode_pack(ids_B, log_probs_B, finite_B)
+
+
+def _check(tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {x.stride()} of {tuple(x.shape)}")
+    check_devices(**tensors)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import dependent_launch, linear_residual, rmsnorm, row_product
-from kernels.backend import check_devices, runs_triton, tl, triton
+from kernels.backend import runs_triton, tl, triton
 
 # Not swept on a card.
 PROGRAMS = 128  # the most programs of the product, one per multiprocessor
@@ -34,11 +34,7 @@ def residual_norm(h_BN: Tensor, weight_DN: Tensor, x_BD: Tensor, norm_D: Tensor,
     arguments that do not fit.
     """
     linear_residual.check(h_BN, weight_DN, x_BD)
-    if norm_D.shape != x_BD.shape[1:] or norm_D.dtype != x_BD.dtype or not norm_D.is_contiguous():
-        raise ValueError(
-            f"norm must be contiguous {x_BD.dtype} [{x_BD.shape[1]}], got {norm_D.dtype} {tuple(norm_D.shape)}"
-        )
-    check_devices(x=x_BD, norm=norm_D)
+    row_product.check(x_BD, row_product.norm_of(x_BD, norm_D), {})
     return torch.ops.qwen3f.residual_norm(h_BN, weight_DN, x_BD, norm_D, eps)
 
 
@@ -62,18 +58,11 @@ def _product_kernel(
     row = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)
     d = (tl.program_id(0) // row_tiles) * BN + tl.arange(0, BN)
     first = tl.program_id(1) * part
+    last = tl.minimum(first + part, N)
     weight_N = weight_ptr + tl.minimum(d, D - 1).to(tl.int64) * N
-    row_product.warm(weight_N, first, tl.minimum(first + part, N), LINES, PDL)
-    dependent_launch.wait(PDL)
-    product = tl.zeros([BM, BN], tl.float32)
-    for start in tl.range(first, tl.minimum(first + part, N), BK, num_stages=STAGES):
-        k = start + tl.arange(0, BK)
-        use = k < tl.minimum(first + part, N)
-        weight = tl.load(weight_N[None, :] + k[:, None], mask=use[:, None], other=0.0)
-        h = tl.load(
-            h_ptr + row.to(tl.int64)[:, None] * N + k[None, :], mask=(row < rows)[:, None] & use[None, :], other=0.0
-        )
-        product = tl.dot(h, weight, product, input_precision=PRECISION)
+    product = row_product.tile_product(
+        h_ptr, weight_N, row, rows, N, first, last, BM, BN, BK, STAGES, PRECISION, LINES, PDL
+    )
     dependent_launch.release(PDL)
     at = (tl.program_id(1).to(tl.int64) * rows + row)[:, None] * D + d[None, :]
     tl.store(parts_ptr + at, product, mask=(row < rows)[:, None] & (d < D)[None, :])

@@ -103,6 +103,26 @@ def warm(weight_N, first, last, LINES: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
+def tile_product(
+    x_ptr, weight_N, row, rows, D, first, last,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    LINES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """x Wᵀ float32 [BM, BN] over the numbers first … last − 1 of each row; arguments as row_product's. Waits for a
+    dependent launch."""
+    warm(weight_N, first, last, LINES, PDL)
+    dependent_launch.wait(PDL)
+    product = tl.zeros([BM, BN], tl.float32)
+    for start in tl.range(first, last, BK, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        weight = tl.load(weight_N[None, :] + k[:, None], mask=(k < last)[:, None], other=0.0)
+        use = (row < rows)[:, None] & (k < last)[None, :]
+        x = tl.load(x_ptr + (row.to(tl.int64) * D)[:, None] + k[None, :], mask=use, other=0.0)
+        product = tl.dot(x, weight, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def row_product(
     x_ptr, norm_ptr, weight_N, row, rows, D,
     HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
@@ -164,16 +184,8 @@ def row_product(
         product = tl.sum(acc, axis=0)
         square = tl.sum(squares, axis=0)
     else:
-        warm(weight_N, 0, D, LINES, PDL)
-        dependent_launch.wait(PDL)
-        product = tl.zeros([BM, BN], tl.float32)
+        product = tile_product(x_ptr, weight_N, row, rows, D, 0, D, BM, BN, BK, STAGES, PRECISION, LINES, PDL)
         square = tl.zeros([BM], tl.float32)
-        for start in tl.range(0, D, BK, num_stages=STAGES):
-            k = start + tl.arange(0, BK)
-            weight = tl.load(weight_N[None, :] + k[:, None], mask=(k < D)[:, None], other=0.0)
-            use = inside[:, None] & (k < D)[None, :]
-            x = tl.load(x_ptr + wide_row[:, None] + k[None, :], mask=use, other=0.0)
-            product = tl.dot(x, weight, product, input_precision=PRECISION)
     dependent_launch.release(PDL)
     return product, square
 
@@ -212,9 +224,9 @@ def options(x: Tensor, cut: Config) -> dict[str, object]:
     if cut.rows > 1 or whole * cut.outputs * size > ROW_WHOLE * cut.warps:
         whole = 0
     return dict(
-        BM=cut.rows, BN=cut.outputs, BK=cut.step * 2 // size, SLICES=cut.slices, STAGES=cut.stages,
-        PRECISION=precision, WHOLE=whole,
-        LINES=lines(x.shape[1], size, pdl and cut.rows > 1), PDL=pdl, num_warps=cut.warps, launch_pdl=pdl,
+        BM=cut.rows, BN=cut.outputs, BK=cut.step * 2 // size, SLICES=cut.slices, STAGES=cut.stages, WHOLE=whole,
+        LINES=lines(x.shape[1], size, pdl and cut.rows > 1), PRECISION=precision, PDL=pdl, num_warps=cut.warps,
+        launch_pdl=pdl,
     )  # fmt: skip
 
 

@@ -109,9 +109,9 @@ def _read_ask(text: bytes, number: int, place: str, options: TextOptions) -> Ask
     options = options.changed(**own) if own else options
     content = _content(row, options)
     try:
-        text = json.dumps([content, row.get("id"), row.get("tools")], ensure_ascii=False, allow_nan=False)
+        text = json.dumps([content, row.get("id")], ensure_ascii=False, allow_nan=False)
     except ValueError as error:  # Python reads NaN, and a number such as 1e999 as infinite
-        raise UserError('"id" or "tools" holds a number that JSON cannot write: write it as a text') from error
+        raise UserError('"id" holds a number that JSON cannot write: write it as a text') from error
     check_encodable(text)
     return Ask(number, place, content, options, 0 if "seed" in own else number, row.get("id"))
 

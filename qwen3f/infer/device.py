@@ -98,7 +98,10 @@ class Device:
             self._decode = lean.make_lean_decode(cfg, execution)
         else:
             self._decode = make_decode(cfg, execution, layout)
-        self._banned = tuple(i for i in pictures.vision_ids(cfg) if i < num_ids)
+        self._allowed_V = None  # bool [V], the ids to draw from; None: all
+        if vision_ids := pictures.vision_ids(cfg):
+            self._allowed_V = torch.ones(cfg.vocab_size, dtype=torch.bool, device=self.device)
+            self._allowed_V[list(vision_ids)] = False
         self._sight = Sight(cfg, execution) if cfg.vision_enabled else None
         self._own_pages = not page_size and not self.overlaps  # each row has one page of its own
         self.page_size = page_size or (GPU_PAGE if self.overlaps else CPU_ROUNDING)
@@ -271,7 +274,7 @@ class Device:
         )
         head = model.head_weight(self.cfg, self._params)
         logits = whole_logits(logits_of(hidden, head, self._execution), self._tp)
-        drawn = draw(logits, inputs, self._choices(rows, places), self.num_ids, self._banned)
+        drawn = draw(logits, inputs, self._choices(rows, places), self.num_ids, self._allowed_V)
         if (numbers[4] >= 0).any():
             drawn = force(drawn, logits, inputs.forced)
         if self._execution.invariant:
@@ -292,8 +295,8 @@ class Device:
     def _replay(self, rows: Sequence[Row], numbers: np.ndarray) -> Pending:
         """Decode by a CUDA graph. Rows whose sampling the graph does not know draw again from the graph's logits."""
         if self._graphs is None:
-            model_and_cache, sizes = (self.cfg, self._params, self._cache), (self.num_ids, self._rows)
-            self._graphs = DecodeGraphs(*model_and_cache, self._execution, *sizes, self._banned, self._tp)
+            model_and_cache, ids = (self.cfg, self._params, self._cache), (self.num_ids, self._allowed_V)
+            self._graphs = DecodeGraphs(*model_and_cache, self._execution, *ids, self._rows, self._tp)
         chances = np.empty((2, len(rows)))
         chances[0] = uniform(streams_at(*torch.from_numpy(numbers[[3, 1]] + [[0], [1]])))
         chances[1] = [row.inverse_temperature for row in rows]
@@ -306,7 +309,8 @@ class Device:
             drawn = Drawn(result.ids[:count], result.log_probs[:count], result.finite[:count])
             logits = whole_logits(result.logits[:count], self._tp)
             if special:
-                again = draw(logits, inputs, self._choices(rows, range(count), special), self.num_ids, self._banned)
+                choices = self._choices(rows, range(count), special)
+                again = draw(logits, inputs, choices, self.num_ids, self._allowed_V)
                 which = torch.zeros(count, dtype=torch.bool)
                 which[special] = True
                 which = which.to(self.device)

@@ -1,9 +1,10 @@
 """A decoding pass of few GPU kernels per layer: what `passes.make_decode` computes, and drawing the next token.
 
 A dense layer takes five kernels: norm and products for q, k and v; norm, rotation, cache write and attention; product
-and residual; norm and SwiGLU; product and residual. With more than row_product.SLICED_ROWS rows, a product, the
-residual and the norm that follows are two kernels, and the next product has no norm (kernels.residual_norm). Results
-differ from those of the training blocks by rounding (kernels.row_product).
+and residual; norm and SwiGLU; product and residual. With few rows attention takes a sixth, which merges its splits.
+With more than row_product.SLICED_ROWS rows, a product, the residual and the norm that follows are two kernels, and the
+next product has no norm (kernels.residual_norm). Results differ from those of the training blocks by rounding
+(kernels.row_product).
 
 With tp, a rank has a share of the heads and of the MLP's columns. The two products with a residual then give partial
 sums, which are added over the ranks; only rank 0 adds the residual.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import dependent_launch
-from kernels.decode_ends import Start, pack, start
+from kernels.decode_ends import Start, fed, pack, start
 from kernels.head_sample import head_sample
 from kernels.head_shards import choose, head_shard
 from kernels.linear_residual import linear_residual
@@ -31,7 +32,7 @@ from kernels.row_product import SLICED_ROWS
 from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
-from qwen3f.infer.passes import fed, make_experts
+from qwen3f.infer.passes import make_experts
 from qwen3f.model.kv_cache import KVCache
 from qwen3f.model.norm import rms_norm
 from qwen3f.model.transformer import layer_stacks, unstack_layers

@@ -65,7 +65,7 @@ class PageTable:
 class DecodeGraphs:
     """Runs decoding passes. Parameters and cache must stay at the same addresses.
 
-    rows: places of a batch, at most. banned: ids that are never drawn. tp: its ranks capture and run the same graphs in
+    allowed_V: as in fused.Constants. rows: places of a batch, at most. tp: its ranks capture and run the same graphs in
     the same order; the arguments of `run` determine which.
     """
 
@@ -76,19 +76,15 @@ class DecodeGraphs:
         cache: KVCache,
         execution: model.Execution,
         num_ids: int,
+        allowed_V: Tensor | None,
         rows: int,
-        banned: Sequence[int] = (),
         tp: Axis = ONE.tp,
     ) -> None:
         self._decode = make_fused_decode(cfg, execution, num_ids, tp)
         # With tp, NCCL's threads call CUDA during a capture; a capture in mode "global" would fail because of them
         self._watched = "global" if tp.size == 1 else "thread_local"
         self._cfg, self.params, self._cache = cfg, params, cache
-        self._allowed = None
-        if banned:
-            allowed = torch.ones(cfg.vocab_size, dtype=torch.bool)
-            allowed[list(banned)] = False
-            self._allowed = allowed.to(cache.keys[0].device)
+        self._allowed_V = allowed_V
         self._own = False  # whether params are this object's copy
         device = cache.keys[0].device
         self.last = torch.zeros(_places(rows), dtype=torch.int64, device=device)  # ids that the pass before has drawn
@@ -151,7 +147,7 @@ class DecodeGraphs:
 
         longest = torch.arange(width * self._cache.page_size, device=device)[None]
         angles = (x[0] for x in rope_tables(self._cfg, longest, self._cache.keys[0].dtype))
-        constants = Constants(*angles, self._allowed)
+        constants = Constants(*angles, self._allowed_V)
 
         def work() -> Result:
             uniform_B, inv_temperature_B = numbers_5B[3:].view(torch.float64)

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.decode_ends import fed
 from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
-from qwen3f.infer.passes import Decode, Inputs, Table, fed, make_experts
+from qwen3f.infer.passes import Decode, Inputs, Table, make_experts
 from qwen3f.model.kv_cache import KVCache, rows_of
 from qwen3f.model.mlp import ACTIVATIONS
 from qwen3f.model.rope import rope_tables

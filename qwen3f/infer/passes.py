@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.decode_ends import fed
 from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
@@ -141,23 +142,17 @@ def training_log_probs(ids_B: Tensor, hidden_BD: Tensor, head_VD: Tensor, temper
     return invariant.token_log_probs(scaled_BD, head_VD, ids_B).float()
 
 
-def fed(tokens_B: Tensor, last: Tensor) -> Tensor:
-    """The token ids to feed, where references to the pass before are replaced by its ids; see Inputs.tokens."""
-    return torch.where(tokens_B >= 0, tokens_B, last[(-1 - tokens_B).clamp(min=0)])
-
-
 @torch.no_grad()
 def draw(
-    logits_BV: Tensor, inputs: Inputs, choices: Sequence[Choice], num_ids: int, banned: Sequence[int] = ()
+    logits_BV: Tensor, inputs: Inputs, choices: Sequence[Choice], num_ids: int, allowed_V: Tensor | None = None
 ) -> Drawn:
-    """The next token of each place, by the place's Choice. Only ids below num_ids are drawn, and never banned ones."""
+    """The next token of each place, by the place's Choice: an id below num_ids that is allowed (None: all are)."""
     logits_BV = logits_BV[:, :num_ids]
     finite_B = logits_BV.amax(-1).isfinite() & logits_BV.amin(-1).isfinite()  # amax and amin propagate NaN
     if logits_BV.is_cuda or not finite_B.all():  # on a GPU always: reading finite_B on the host would wait for it
         logits_BV = torch.where(finite_B[:, None], logits_BV, 0)
-    if banned:
-        ids = torch.tensor(banned, device=logits_BV.device)
-        logits_BV = logits_BV.index_fill(1, ids, float("-inf"))
+    if allowed_V is not None:
+        logits_BV = logits_BV.masked_fill(~allowed_V[:num_ids], float("-inf"))
     stream_B = streams_at(inputs.streams, inputs.positions + 1)
     if len(choices) == 1 and choices[0].rows is None:
         ids_B, log_probs_B = _choose(logits_BV, choices[0], stream_B)

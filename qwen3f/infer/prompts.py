@@ -16,7 +16,7 @@ from qwen3f.data.sources.image_file import FRAME_SUFFIXES, FramesAsked, frame_fi
 from qwen3f.data.tokenizers.token_text import Segment
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
-from qwen3f.files import user_path
+from qwen3f.files import read_bounded, user_path
 from qwen3f.infer.pictures import Pictures
 from qwen3f.vision.gif import gif_frames
 from qwen3f.vision.preprocess import Grid, image_patches, merged_tokens
@@ -108,9 +108,13 @@ def read_tools(path: str) -> tuple[Mapping[str, Any], ...]:
     if not path:
         return ()
     try:
-        found = json.loads(user_path(path, "config.tools").read_text("utf-8-sig"))
+        content = read_bounded(user_path(path, "config.tools"))
     except OSError as error:
         raise UserError(f"config.tools={path}: {error.strerror}; name a .json file with a list of functions") from error
+    except UserError as error:
+        raise UserError(f"config.tools: {error}") from error
+    try:
+        found = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"config.tools={path} is not JSON ({error}); write a list of functions") from error
     if not isinstance(found, list):

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.decode_ends import pack
 from qwen3f.config import ModelConfig
 from qwen3f.errors import UserError
 from qwen3f.infer.passes import Drawn
@@ -55,8 +56,7 @@ def agreed(drawn: Drawn, tp: Axis) -> Drawn:
     """Rank 0's draws. GPUs may round a sum differently; with different tokens the ranks would no longer do the same."""
     if tp.size == 1:
         return drawn
-    packed = torch.stack([drawn.ids.double(), drawn.log_probs.double(), drawn.finite.double()])
-    ids, log_probs, finite = stack_now(packed, tp)[0]
+    ids, log_probs, finite = stack_now(pack(*drawn), tp)[0]
     return Drawn(ids.long(), log_probs.to(drawn.log_probs.dtype), finite > 0)
 
 

@@ -1,6 +1,7 @@
 """Turns a text or a chat with options into a request to the engine: chat format, sampling, length of the answer."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,8 +74,7 @@ class TextOptions:
         rng.check_seed(self.seed)
         for name, given in (("system", self.system), ("tools", self.tools), ("thinking=True", self.thinking)):
             if given and not self.chat:
-                verb = "need" if name == "tools" else "needs"
-                raise UserError(f"{name} {verb} the chat format; leave it out, or write chat=True")
+                raise UserError(f"{name} needs the chat format; leave it out, or write chat=True")
         if self.thinking_budget is not None:
             if not self.chat or self.thinking is False:
                 raise UserError("thinking_budget needs chat and thinking; set both to True, or leave it out")
@@ -82,7 +82,8 @@ class TextOptions:
                 raise UserError(f"thinking_budget must be a number of tokens from 0 on, got {self.thinking_budget}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UserError(f"stop must be texts that are not empty, got {self.stop!r}")
-        for name, text in (("system", self.system), *(("stop", text) for text in self.stop)):
+        texts = [("system", self.system), ("tools", _as_json(self.tools)), *(("stop", text) for text in self.stop)]
+        for name, text in texts:
             try:
                 check_encodable(text)
             except UserError as error:
@@ -197,6 +198,13 @@ def check_length(cfg: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> N
             f"max_new_tokens={max_new_tokens} after a prompt of {prompt_tokens} tokens exceeds the model's {room} "
             f"positions; write {room - prompt_tokens} or less"
         )
+
+
+def _as_json(tools: Sequence[Mapping[str, Any]]) -> str:
+    try:
+        return json.dumps(tools, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:  # Python's json reads NaN, and a number such as 1e999 as infinite
+        raise UserError("tools holds a number that JSON cannot write: write it as a text") from error
 
 
 def _not_empty(text: str) -> str:

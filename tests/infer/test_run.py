@@ -55,10 +55,15 @@ def test_tools_come_from_a_file(configure, tmp_path):
         ("[", "is not JSON"),
         ("{}", "holds a JSON dict; write a list"),
         ('["t"]', "config.tools 0 is a str"),
+        ('[{"x": NaN}]', "config.tools holds a number"),
+        (r'[{"name": "\ud800"}]', "config.tools: .* lone surrogate"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=words):
             check(configure(prompt="a", tools=str(file)))
+    for place, words in (("/dev/zero", "config.tools: /dev/zero is no file"), (str(tmp_path), "Is a directory")):
+        with pytest.raises(UserError, match=words):
+            check(configure(prompt="a", tools=place))
     file.write_text('[{"name": "t"}]')
     assert check(configure(prompt="a", tools=str(file))).tools == ({"name": "t"},)
 

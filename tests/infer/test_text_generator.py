@@ -204,7 +204,7 @@ def test_tools_are_in_the_prompt(source):
 @pytest.mark.parametrize(
     "text, options, words",
     [
-        ("a", {"tools": TOOLS, "chat": False}, "tools need the chat format"),
+        ("a", {"tools": TOOLS, "chat": False}, "tools needs the chat format"),
         ("a", {"tools": "area"}, "tools must be a list of objects, got 'area'"),
         ("a", {"tools": TOOLS[0]}, "tools must be a list of objects"),
         ("a", {"tools": [TOOLS[0], "now"]}, "tools 1 is a str"),

@@ -75,6 +75,17 @@ def test_opcheck_and_no_rows():
             assert pack(*drawn(0)).shape == (3, 0)
 
 
+def test_wrong_arguments_are_named():
+    tokens, last, positions, rotary, embed, *angles = case(2, 8, 4)
+    for arguments, words in (
+        ((tokens, last, positions, rotary[:1], embed), "rotary must be"),
+        ((tokens, last, positions, rotary, embed.t()), "embed must be contiguous"),
+        ((torch.stack([tokens] * 2, 1)[:, 0], last, positions, rotary, embed), "tokens must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            start(*arguments, *angles)
+
+
 def test_tensors_on_two_devices_are_named():
     tokens, last, *rest = case(2, 8, 4)
     with pytest.raises(ValueError, match="last is on meta"):
