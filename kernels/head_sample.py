@@ -115,7 +115,7 @@ def _logits_kernel(
     x_ptr, norm_ptr, head_ptr, inv_temperature_ptr, allowed_ptr, logits_ptr, top_ptr, total_ptr, place_ptr,
     rows, D, V, num_ids, eps,
     MASKED: tl.constexpr, HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of logits; for each of its rows the greatest tempered logit, Σ exp(tempered − greatest), and the id of
@@ -127,7 +127,7 @@ def _logits_kernel(
     n = block * BN + tl.arange(0, BN)
     weight_N = head_ptr + tl.minimum(n, V - 1).to(tl.int64) * D
     product, square = row_product.row_product(
-        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, WHOLE, LINES, PDL
+        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, STAGES, PRECISION, WHOLE, PDL
     )
     logits = product * tl.rsqrt(square / D + eps)[:, None] if HAS_NORM else product
     mask = (row < rows)[:, None] & (n < V)[None, :]
@@ -235,7 +235,7 @@ def _op(
     with torch.cuda.device_of(x):
         _logits_kernel[(triton.cdiv(B, cut.rows) * blocks,)](
             row_product.normed(x, norm, eps, cut), norm, head, inv_temperature, mask, logits, tops, totals, places, B,
-            D, V, num_ids, eps, MASKED=mask is not None, HAS_NORM=row_product.norms(x, norm, cut),
+            D, V, num_ids, eps, MASKED=mask is not None, HAS_NORM=row_product.norms(norm, cut),
             **row_product.options(x, cut),
         )  # fmt: skip
         _choose_kernel[(B,)](

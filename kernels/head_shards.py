@@ -41,7 +41,7 @@ def head_shard(
     with torch.cuda.device_of(x_BD):
         _logits_kernel[(triton.cdiv(B, cut.rows) * tiles,)](
             row_product.normed(x_BD, norm_D, eps, cut), norm_D, head_vD, inv_temperature_B, mask, logits, *sums, B, D,
-            v, num_ids, eps, MASKED=mask is not None, HAS_NORM=row_product.norms(x_BD, norm_D, cut),
+            v, num_ids, eps, MASKED=mask is not None, HAS_NORM=row_product.norms(norm_D, cut),
             **row_product.options(x_BD, cut),
         )  # fmt: skip
     return logits, sums

@@ -45,15 +45,15 @@ def check(h_BN: Tensor, weight_DN: Tensor, x_BD: Tensor) -> None:
 @triton.jit
 def _kernel(
     h_ptr, weight_ptr, x_ptr, out_ptr, rows, N, D,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(rows, BM)
     row = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)
     d = (tl.program_id(0) // row_tiles) * BN + tl.arange(0, BN)
     weight_N = weight_ptr + tl.minimum(d, D - 1).to(tl.int64) * N
     product, _square = row_product.row_product(
-        h_ptr, h_ptr, weight_N, row, rows, N, False, BM, BN, BK, SLICES, STAGES, PRECISION, WHOLE, LINES, PDL
+        h_ptr, h_ptr, weight_N, row, rows, N, False, BM, BN, BK, STAGES, PRECISION, WHOLE, PDL
     )
     at = row.to(tl.int64)[:, None] * D + d[None, :]
     mask = (row < rows)[:, None] & (d < D)[None, :]

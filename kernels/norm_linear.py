@@ -50,7 +50,7 @@ def _kernel(
     x_ptr, norm_ptr, first_ptr, second_ptr, third_ptr, first_bias_ptr, second_bias_ptr, third_bias_ptr, out_ptr,
     rows, D, first_N, second_N, third_N, eps,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile. Tiles are ordered by weight; those with the same outputs are adjacent, to share weights in L2."""
@@ -69,7 +69,7 @@ def _kernel(
     n = block * BN + tl.arange(0, BN)
     weight_N = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * D
     product, square = row_product.row_product(
-        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, WHOLE, LINES, PDL
+        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, STAGES, PRECISION, WHOLE, PDL
     )
     out = product * tl.rsqrt(square / D + eps)[:, None] if HAS_NORM else product
     if HAS_BIAS:
@@ -91,7 +91,7 @@ def _op(x: Tensor, norm: Tensor | None, eps: float, weights: list[Tensor], biase
     with torch.cuda.device_of(x):
         _kernel[(tiles,)](
             row_product.normed(x, norm, eps, cut), norm, *given, *added, out, *x.shape, *sizes, eps,
-            HAS_BIAS=len(biases) > 0, HAS_NORM=row_product.norms(x, norm, cut),
+            HAS_BIAS=len(biases) > 0, HAS_NORM=row_product.norms(norm, cut),
             **row_product.options(x, cut),
         )  # fmt: skip
     return out

@@ -39,8 +39,8 @@ def norm_swiglu(x_BD: Tensor, norm_D: Tensor | None, eps: float, gate_FD: Tensor
 @triton.jit
 def _kernel(
     x_ptr, norm_ptr, gate_ptr, up_ptr, out_ptr, rows, D, F, eps,
-    HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile with BN/2 outputs: its weight rows 2i are gate's, 2i + 1 up's."""
     row_tiles = tl.cdiv(rows, BM)
@@ -50,7 +50,7 @@ def _kernel(
     at = tl.minimum(first + pair // 2, F - 1).to(tl.int64) * D
     weight_N = tl.where(pair % 2 == 0, gate_ptr + at, up_ptr + at)
     product, square = row_product.row_product(
-        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, SLICES, STAGES, PRECISION, WHOLE, LINES, PDL
+        x_ptr, norm_ptr, weight_N, row, rows, D, HAS_NORM, BM, BN, BK, STAGES, PRECISION, WHOLE, PDL
     )
     if HAS_NORM:
         product *= tl.rsqrt(square / D + eps)[:, None]
@@ -71,7 +71,7 @@ def _op(x: Tensor, norm: Tensor | None, eps: float, gate: Tensor, up: Tensor) ->
     with torch.cuda.device_of(x):
         _kernel[(tiles,)](
             row_product.normed(x, norm, eps, cut), norm, gate, up, out, *x.shape, len(gate), eps,
-            HAS_NORM=row_product.norms(x, norm, cut),
+            HAS_NORM=row_product.norms(norm, cut),
             **row_product.options(x, cut),
         )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""x + h Wᵀ and the RMSNorm of the sum, for decoding more than row_product.SLICED_ROWS rows.
+"""x + h Wᵀ and the RMSNorm of the sum, for decoding more than one row.
 
 The output is narrow and the sums are long, so there are too few tiles to fill a card. So each sum is cut into parts, a
 program for each. A second kernel, with a program for each row, adds the row's parts to x in a fixed order and
@@ -50,7 +50,7 @@ def parts_of(B: int, D: int, N: int, rows: int) -> tuple[int, int]:
 @triton.jit
 def _product_kernel(
     h_ptr, weight_ptr, parts_ptr, rows, N, D, part,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of one part: h Wᵀ over at most `part` of the N numbers, float32."""
@@ -60,9 +60,7 @@ def _product_kernel(
     first = tl.program_id(1) * part
     last = tl.minimum(first + part, N)
     weight_N = weight_ptr + tl.minimum(d, D - 1).to(tl.int64) * N
-    product = row_product.tile_product(
-        h_ptr, weight_N, row, rows, N, first, last, BM, BN, BK, STAGES, PRECISION, LINES, PDL
-    )
+    product = row_product.tile_product(h_ptr, weight_N, row, rows, N, first, last, BM, BN, BK, STAGES, PRECISION, PDL)
     dependent_launch.release(PDL)
     at = (tl.program_id(1).to(tl.int64) * rows + row)[:, None] * D + d[None, :]
     tl.store(parts_ptr + at, product, mask=(row < rows)[:, None] & (d < D)[None, :])
@@ -96,15 +94,15 @@ def _op(h: Tensor, weight: Tensor, x: Tensor, norm: Tensor, eps: float) -> tuple
     if not runs_triton(h) or not len(h):
         return reference(h, weight, x, norm, eps)
     (B, D), N, size = x.shape, h.shape[1], h.element_size()
-    rows = 64 if B <= 64 else 128
+    rows = min(128, max(row_product.LEAST_ROWS, triton.next_power_of_2(B)))
     part, parts = parts_of(B, D, N, rows)
     sums, out, normed = x.new_empty(parts, B, D, dtype=torch.float32), torch.empty_like(x), torch.empty_like(x)
     pdl, block = dependent_launch.on(h), triton.next_power_of_2(D)
     with torch.cuda.device_of(h):
         _product_kernel[(triton.cdiv(B, rows) * triton.cdiv(D, OUTPUTS), parts)](
             h, weight, sums, B, N, D, part, BM=rows, BN=OUTPUTS, BK=STEP * 2 // size, STAGES=STAGES,
-            LINES=row_product.lines(part, size, pdl), PRECISION="ieee" if h.dtype == torch.float32 else "tf32", PDL=pdl,
-            num_warps=4 if rows == 64 else 8, launch_pdl=pdl,
+            PRECISION="ieee" if h.dtype == torch.float32 else "tf32", PDL=pdl,
+            num_warps=4 if rows <= 64 else 8, launch_pdl=pdl,
         )  # fmt: skip
         _sum_kernel[(B,)](
             x, sums, norm, out, normed, B, D, eps, PARTS=parts, BLOCK=block, PDL=pdl,

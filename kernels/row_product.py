@@ -1,18 +1,14 @@
 """The product of a few rows with a large weight, within a Triton kernel: a loop that the kernels of decoding share.
 
 With B rows such a product does 2·B operations per number of the weight. Below about 200 rows on an H100, loading the
-weight limits the speed, so the loop keeps many loads in flight (Triton's pipelined loop). It has three forms:
+weight limits the speed, so the loop keeps many loads in flight (Triton's pipelined loop). It has two forms:
 
-- One row: products and sums in float32, without tensor cores, so nothing is padded to 16 rows.
-- Up to SLICED_ROWS rows: each of a program's four warps multiplies its own slice of every step on the tensor cores; the
-  slices are added at the end. So even the few tiles of a narrow output occupy enough warps, without atomics.
-- More rows: an ordinary tensor-core tile.
-
-In the first two forms the rows' RMSNorm needs no separate pass: the loop multiplies x by the norm's weight g and sums
-x², and the caller multiplies the result by 1/√(mean x² + eps). Rounding: separate operators round x/√(…), and then its
-product with g, to the dtype of x. Here only x·g is rounded, with one row not even that; everything else is float32. In
-the third form the norm is a separate kernel, because every tile would repeat its work; or x is normed already
-(kernels.residual_norm). In the second form it is a separate kernel for float16 too, because x·g may overflow.
+- One row: products and sums in float32, without tensor cores, so nothing is padded to 16 rows. The row's RMSNorm needs
+  no separate pass: the loop multiplies x by the norm's weight g and sums x², and the caller multiplies the result by
+  1/√(mean x² + eps). Rounding: separate operators round x/√(…), and then its product with g, to the dtype of x. Here
+  nothing is rounded before the result.
+- More rows: a tensor-core tile. The norm is a separate kernel, because every tile would repeat its work; or x is normed
+  already (kernels.residual_norm).
 
 B rows · D input features, which are summed over · N outputs · BM, BN, BK rows, outputs and step of a tile
 """
@@ -30,24 +26,21 @@ from kernels.backend import check_devices, tl, triton
 ROW_PROGRAMS = 264  # one row: target number of programs, two per multiprocessor
 ROW_TILE = 1024  # one row: numbers of the weight per warp and step, four 16-byte loads per thread
 ROW_WHOLE = 8192  # one row: the most bytes of the weight that a warp loads at once, 64 registers per thread
-SLICED_ROWS = 32
-SLICES = 4  # one per warp
+LEAST_ROWS = 16  # of a tile on tensor cores
 ONE_TILE_ROWS = 64  # up to this many rows are in one tile
 TILES = 128  # up to ONE_TILE_ROWS: target number of tiles, one per multiprocessor; more would read x from L2 more often
 LEAST_TILES = 96  # above ONE_TILE_ROWS: the fewest tiles
 MOST = 128  # the most rows, and the most outputs, of a tile
 STAGES = 4  # steps in the pipeline: three are loaded while one is computed
 LONG, LONG_STAGES = 2048, 6  # for sums over at least LONG numbers, more stages are faster
-MOST_LINES = 16  # of each row of weights, 128 bytes each, that are loaded into L2 before the wait; not swept
 
 
 class Config(NamedTuple):
-    """Rows, outputs and step of a tile (step: 2-byte numbers; half as many for float32), slices, stages, warps."""
+    """Rows, outputs and step of a tile (step: 2-byte numbers; half as many for float32), stages, warps."""
 
     rows: int
     outputs: int
     step: int
-    slices: int
     stages: int
     warps: int
 
@@ -57,14 +50,12 @@ def config(B: int, N: int, D: int) -> Config:
     if B == 1:
         outputs = _outputs(N, ROW_PROGRAMS, 4, 32)
         warps = 8 if triton.cdiv(N, outputs) <= ROW_PROGRAMS else 4
-        return Config(1, outputs, ROW_TILE * warps // outputs, 1, STAGES, warps)
-    rows = max(16, triton.next_power_of_2(B))
-    if rows <= SLICED_ROWS:
-        return Config(rows, _outputs(N, TILES, 8, 32), 256, SLICES, STAGES, warps=SLICES)
+        return Config(1, outputs, ROW_TILE * warps // outputs, STAGES, warps)
+    rows = max(LEAST_ROWS, triton.next_power_of_2(B))
     rows, outputs = (rows, _outputs(N, TILES, 16, MOST)) if rows <= ONE_TILE_ROWS else _tile(B, N)
     step = 128 if rows + outputs <= 96 else 64  # 16 to 32 KiB
     stages = LONG_STAGES if D >= LONG and outputs >= 32 else STAGES
-    return Config(rows, outputs, step, 1, stages, warps=4 if rows == 64 else 8)
+    return Config(rows, outputs, step, stages, warps=4 if rows <= 64 else 8)
 
 
 def _tile(B: int, N: int) -> tuple[int, int]:
@@ -88,29 +79,13 @@ def _outputs(N: int, programs: int, least: int, most: int) -> int:
 
 
 @triton.jit
-def warm(weight_N, first, last, LINES: tl.constexpr, PDL: tl.constexpr):
-    """Before the wait of a dependent launch: load numbers first … last − 1 of each row of weights into the L2 cache.
-
-    LINES: a power of two of 128-byte lines per row; from `lines`. 0: nothing.
-    """
-    if PDL and LINES > 0:
-        size: tl.constexpr = weight_N.dtype.element_ty.primitive_bitwidth // 8
-        at = first + tl.arange(0, LINES) * (128 // size)
-        place = (weight_N[:, None] + tl.minimum(at, last - 1)[None, :]).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def tile_product(
     x_ptr, weight_N, row, rows, D, first, last,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    LINES: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """x Wᵀ float32 [BM, BN] over the numbers first … last − 1 of each row; arguments as row_product's. Waits for a
     dependent launch."""
-    warm(weight_N, first, last, LINES, PDL)
     dependent_launch.wait(PDL)
     product = tl.zeros([BM, BN], tl.float32)
     for start in tl.range(first, last, BK, num_stages=STAGES):
@@ -125,19 +100,18 @@ def tile_product(
 @triton.jit
 def row_product(
     x_ptr, norm_ptr, weight_N, row, rows, D,
-    HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    HAS_NORM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """(x·g Wᵀ float32 [BM, BN], Σx² [BM]) of BM rows and BN rows of weights; without HAS_NORM (x Wᵀ, 0).
+    """(x·g Wᵀ float32 [BM, BN], Σx² [BM]) of BM rows and BN rows of weights; without HAS_NORM (x Wᵀ, 0). HAS_NORM: only
+    with one row.
 
     x_ptr: contiguous [rows, D]. norm_ptr: g [D]. weight_N: pointers [BN] to rows of D adjacent numbers. row: [BM] row
     numbers; rows from `rows` on give 0. WHOLE, for one row: above 0, all weights are loaded at once, WHOLE numbers per
     row, before the wait of a dependent launch; 0: in steps of BK, after the wait.
     """
-    inside = row < rows
-    wide_row = row.to(tl.int64) * D
     if BM == 1:
-        x_row = x_ptr + tl.sum(wide_row, 0)
+        x_row = x_ptr + tl.sum(row.to(tl.int64), 0) * D
         square = tl.zeros([1], tl.float32)
         if WHOLE > 0:
             k = tl.arange(0, WHOLE)
@@ -164,27 +138,8 @@ def row_product(
             product = tl.sum(acc, axis=1)
             square += tl.sum(squares, axis=0)
         product = product[None, :]
-    elif SLICES > 1:
-        slice_k = tl.arange(0, SLICES)[:, None] * (BK // SLICES) + tl.arange(0, BK // SLICES)[None, :]
-        warm(weight_N, 0, D, LINES, PDL)
-        dependent_launch.wait(PDL)
-        acc = tl.zeros([SLICES, BM, BN], tl.float32)
-        squares = tl.zeros([SLICES, BM], tl.float32)
-        for start in tl.range(0, D, BK, num_stages=STAGES):
-            k = start + slice_k
-            weight = tl.load(weight_N[None, None, :] + k[:, :, None], mask=(k < D)[:, :, None], other=0.0)
-            use = inside[None, :, None] & (k < D)[:, None, :]
-            x = tl.load(x_ptr + wide_row[None, :, None] + k[:, None, :], mask=use, other=0.0)
-            if HAS_NORM:
-                wide = x.to(tl.float32)
-                squares += tl.sum(wide * wide, axis=2)
-                norm = tl.load(norm_ptr + k, mask=k < D, other=0.0).to(tl.float32)
-                x = (wide * norm[:, None, :]).to(x.dtype)
-            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
-        product = tl.sum(acc, axis=0)
-        square = tl.sum(squares, axis=0)
     else:
-        product = tile_product(x_ptr, weight_N, row, rows, D, 0, D, BM, BN, BK, STAGES, PRECISION, LINES, PDL)
+        product = tile_product(x_ptr, weight_N, row, rows, D, 0, D, BM, BN, BK, STAGES, PRECISION, PDL)
         square = tl.zeros([BM], tl.float32)
     dependent_launch.release(PDL)
     return product, square
@@ -200,20 +155,15 @@ def norm_reference(x_BD: Tensor, norm_D: Tensor | None, eps: float) -> Tensor:
     return x_BD if norm_D is None else rmsnorm.reference(x_BD, norm_D, eps)
 
 
-def norms(x: Tensor, norm_D: Tensor | None, cut: Config) -> bool:
-    """Whether the product's loop applies the norm. With more rows a separate pass costs less."""
-    return norm_D is not None and (cut.rows == 1 or (cut.slices > 1 and x.dtype != torch.float16))
+def norms(norm_D: Tensor | None, cut: Config) -> bool:
+    """Whether the product's loop applies the norm."""
+    return norm_D is not None and cut.rows == 1
 
 
 def normed(x_BD: Tensor, norm_D: Tensor | None, eps: float, cut: Config) -> Tensor:
     """The input for a kernel with a norm: x, or rmsnorm(x)·g if there is a norm that the kernel's loop does not
     apply."""
-    return x_BD if norm_D is None or norms(x_BD, norm_D, cut) else rmsnorm.rms_norm(x_BD, norm_D, eps)
-
-
-def lines(numbers: int, size: int, pdl: bool) -> int:
-    """LINES of `warm` for rows of `numbers` numbers of `size` bytes; at most MOST_LINES."""
-    return min(MOST_LINES, triton.next_power_of_2(triton.cdiv(numbers * size, 128))) if pdl else 0
+    return x_BD if norm_D is None or norms(norm_D, cut) else rmsnorm.rms_norm(x_BD, norm_D, eps)
 
 
 def options(x: Tensor, cut: Config) -> dict[str, object]:
@@ -224,9 +174,8 @@ def options(x: Tensor, cut: Config) -> dict[str, object]:
     if cut.rows > 1 or whole * cut.outputs * size > ROW_WHOLE * cut.warps:
         whole = 0
     return dict(
-        BM=cut.rows, BN=cut.outputs, BK=cut.step * 2 // size, SLICES=cut.slices, STAGES=cut.stages, WHOLE=whole,
-        LINES=lines(x.shape[1], size, pdl and cut.rows > 1), PRECISION=precision, PDL=pdl, num_warps=cut.warps,
-        launch_pdl=pdl,
+        BM=cut.rows, BN=cut.outputs, BK=cut.step * 2 // size, STAGES=cut.stages, WHOLE=whole,
+        PRECISION=precision, PDL=pdl, num_warps=cut.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

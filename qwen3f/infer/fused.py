@@ -2,8 +2,8 @@
 
 A dense layer takes five kernels: norm and products for q, k and v; norm, rotation, cache write and attention; product
 and residual; norm and SwiGLU; product and residual. With few rows attention takes a sixth, which merges its splits.
-With more than row_product.SLICED_ROWS rows, a product, the residual and the norm that follows are two kernels, and the
-next product has no norm (kernels.residual_norm). Results differ from those of the training blocks by rounding
+With more than one row, a product, the residual and the norm that follows are two kernels, and the next product has no
+norm (kernels.residual_norm). Results differ from those of the training blocks by rounding
 (kernels.row_product).
 
 With tp, a rank has a share of the heads and of the MLP's columns. The two products with a residual then give partial
@@ -28,7 +28,6 @@ from kernels.norm_linear import norm_linear
 from kernels.norm_swiglu import norm_swiglu
 from kernels.paged_attention import MAX_GROUP, paged_attention
 from kernels.residual_norm import residual_norm
-from kernels.row_product import SLICED_ROWS
 from qwen3f import model
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
@@ -151,7 +150,7 @@ Add = Callable[[Tensor, Tensor, Tensor, Tensor], Stream]
 def _adder(like_BD: Tensor, eps: float, tp: Axis) -> Add:
     """add(h, weight, x, norm) = x + h · weightᵀ, where h and weight are this rank's shards over tp, and the norm of the
     product that follows."""
-    if tp.size == 1 and len(like_BD) > SLICED_ROWS:
+    if tp.size == 1 and len(like_BD) > 1:
         return lambda h, weight, x_BD, norm_D: Stream(*residual_norm(h, weight, x_BD, norm_D, eps), None)
     blank_BD = None if tp.size == 1 else torch.zeros_like(like_BD)
 
