@@ -22,7 +22,7 @@ from kernels import dependent_launch, rmsnorm
 from kernels.backend import check_devices, tl, triton
 
 # Found by sweeps on an H200 (132 multiprocessors) with Qwen3-0.6B's shapes and 1, 64 and 256 rows, within a chain;
-# stages and tiles of 64 rows by whole forward passes of Qwen3-0.6B and 8B.
+# stages, warps, and tiles of up to 64 rows by whole passes of Qwen3-0.6B, tiles of 64 rows of 8B too.
 ROW_PROGRAMS = 264  # one row: target number of programs, two per multiprocessor
 ROW_TILE = 1024  # one row: numbers of the weight per warp and step, four 16-byte loads per thread
 ROW_WHOLE = 8192  # one row: the most bytes of the weight that a warp loads at once, 64 registers per thread
@@ -55,7 +55,7 @@ def config(B: int, N: int, D: int) -> Config:
     rows, outputs = (rows, _outputs(N, TILES, 16, MOST)) if rows <= ONE_TILE_ROWS else _tile(B, N)
     step = 128 if rows + outputs <= 96 else 64  # 16 to 32 KiB
     stages = LONG_STAGES if D >= LONG and outputs >= 32 else STAGES
-    return Config(rows, outputs, step, stages, warps=4 if rows <= 64 else 8)
+    return Config(rows, outputs, step, stages, warps=2 if rows <= 32 else 4 if rows == 64 else 8)
 
 
 def _tile(B: int, N: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """A plan of one device against the step that it plans, on the GPU. Run with -n 0 -m gpu -s for the figures."""
 
+import os
 import time
 
 import pytest
@@ -31,7 +32,8 @@ pytestmark = pytest.mark.gpu
     ],
 )
 def test_a_step_takes_what_was_planned(preset, layers, policy, microbatches):
-    """Peak memory within 10% (the issue's bound), time within 15% on the cards that the table knows."""
+    """Peak memory within 10% (the issue's bound). Time within 15%, on the cards that the table knows, and only if pytest
+    runs without workers: beside other tests on the same GPU a time says nothing."""
     cfg = presets.get(preset).replace(num_hidden_layers=layers, gradient_checkpointing=policy)
     rows, length = 4, 4096
     name = torch.cuda.get_device_name()
@@ -65,5 +67,6 @@ def test_a_step_takes_what_was_planned(preset, layers, policy, microbatches):
         f"{plan.time.step * 1e3:.0f}; peak {peak / 2**30:.2f} GiB, planned {planned.peak / 2**30:.2f} at {planned.at}"
     )
     assert planned.peak == pytest.approx(peak, rel=0.10)
-    if "H100" in name or "H200" in name:
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    if alone and ("H100" in name or "H200" in name):
         assert plan.time.step == pytest.approx(seconds, rel=0.15)
