@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import dependent_launch, linear_residual, rmsnorm, row_product
 from kernels.backend import runs_triton, tl, triton
 
-# Not swept on a card.
+# By whole passes of Qwen3-0.6B with 8 to 256 rows on an H200: more parts are slower, other tiles no faster.
 PROGRAMS = 128  # the most programs of the product, one per multiprocessor
 LEAST = 128  # the fewest numbers of a part
 OUTPUTS, STEP, STAGES = 64, 128, 4  # outputs of a tile; 2-byte numbers of a step; steps in the pipeline
