@@ -30,7 +30,7 @@ def distance(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-# One row; tiles of 16, 32, 64 and 128 rows; sizes that no tile divides.
+# One row; tiles of 16, 32 and 64 rows; a second tile of rows; sizes that no tile divides.
 SHAPES = [
     (1, 96, (40, 8, 8)),
     (1, 1100, (10,)),

@@ -32,8 +32,8 @@ pytestmark = pytest.mark.gpu
     ],
 )
 def test_a_step_takes_what_was_planned(preset, layers, policy, microbatches):
-    """Peak memory within 10% (the issue's bound). Time within 15%, on the cards that the table knows, and only if pytest
-    runs without workers: beside other tests on the same GPU a time says nothing."""
+    """Peak memory within 10%. Time within 15%, on the cards that the table knows, and only if pytest runs without
+    workers: beside other tests on the same GPU a time says nothing."""
     cfg = presets.get(preset).replace(num_hidden_layers=layers, gradient_checkpointing=policy)
     rows, length = 4, 4096
     name = torch.cuda.get_device_name()
