@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.video = ""  # a directory of frames, in the order of their names, or a GIF
     config.video_fps = config_dict.placeholder(float)  # frames a second of config.video; a GIF has its own times
     # Images are scaled to have between min_pixels and max_pixels pixels. All frames of a video together get between
-    # min_pixels / 16 and max_pixels * 3/2.
+    # about min_pixels / 16 and max_pixels * 3/2.
     config.min_pixels = 65_536
     config.max_pixels = 16_777_216
     config.input = ""  # a .jsonl file of rows to answer. Without prompt, prompts and input: a chat over stdin

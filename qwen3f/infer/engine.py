@@ -21,7 +21,7 @@ from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.device import Device, Pending
 from qwen3f.infer.pages import PagePool
-from qwen3f.infer.pictures import Pictures, place
+from qwen3f.infer.pictures import Pictures, check_pictures, place
 from qwen3f.infer.request import Completion, Request, Row
 from qwen3f.infer.sampling import GREEDY, SamplingParams, stream_of
 from qwen3f.infer.scheduler import Limits, Scheduler
@@ -388,10 +388,8 @@ def check_request(asked: Request, cfg: ModelConfig, tokenizer: Tokenizer | None)
     for name, ids in (("stop_ids", asked.stop_ids), ("budget", asked.budget.closing_ids if asked.budget else ())):
         if any(not 0 <= i < cfg.vocab_size for i in ids):
             raise UserError(f"{name}: {list(ids)} must be token ids below the vocabulary's {cfg.vocab_size}")
-    if asked.pictures is not None and not cfg.vision_enabled:
-        raise UserError(
-            "a prompt has images, but the model no vision tower (model.vision_enabled=False); leave them out"
-        )
+    if asked.pictures is not None:
+        check_pictures(asked.pictures, cfg)
     if asked.stop_texts and tokenizer is None:
         raise UserError("stop_texts need the tokenizer: Engine(cfg, params, tokenizer=…)")
     if any(not isinstance(text, str) or not text for text in asked.stop_texts):

@@ -84,6 +84,25 @@ def _numbers(pictures: Pictures, cfg: ModelConfig) -> list[int]:
     return out
 
 
+def check_pictures(pictures: Pictures, cfg: ModelConfig) -> None:
+    """Raises UserError for pictures that this model cannot see."""
+    if not cfg.vision_enabled:
+        raise UserError(
+            "a prompt has images, but the model no vision tower (model.vision_enabled=False); leave them out"
+        )
+    pixels, grids = pictures.pixels.shape, pictures.grids.shape
+    if len(pixels) != 2 or len(grids) != 2 or grids[1] != 3:
+        raise UserError(
+            f"Pictures has pixels {list(pixels)} and grids {list(grids)}; give [patches, values] and [images, 3], or "
+            "use Pictures.of"
+        )
+    if pixels[1] != cfg.vision_patch_values:
+        raise UserError(
+            f"Pictures has patches of {pixels[1]} values, but the model takes {cfg.vision_patch_values}; make the "
+            "patches with the model's own config (image_patches)"
+        )
+
+
 def vision_ids(cfg: ModelConfig) -> tuple[int, ...]:
     """Ids that the engine never draws: images occur only in prompts."""
     if not cfg.vision_enabled:

@@ -1,7 +1,6 @@
 """Prompts of a chat with images and a video in the first user's turn: from files to token ids and pixels."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from PIL import Image
 from qwen3f.config import ModelConfig
 from qwen3f.data.chat.recognise import kind_of
 from qwen3f.data.chat.template import segments
-from qwen3f.data.multimodal.samples import PICTURE, expanded, image_segments, video_segments
+from qwen3f.data.multimodal.samples import PICTURE, count_pictures, expanded, image_segments, video_segments
 from qwen3f.data.sources.image_file import FRAME_SUFFIXES, FramesAsked, frame_files, opened, read_image
 from qwen3f.data.tokenizers.token_text import Segment
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
@@ -20,7 +19,7 @@ from qwen3f.files import read_bounded, user_path
 from qwen3f.infer.pictures import Pictures
 from qwen3f.vision.gif import gif_frames
 from qwen3f.vision.preprocess import Grid, image_patches, merged_tokens
-from qwen3f.vision.video import video_limits, video_patches
+from qwen3f.vision.video import LEAST_RATE, MOST_RATE, is_rate, video_limits, video_patches
 
 
 class Shown(NamedTuple):
@@ -52,10 +51,10 @@ def read_video(place: str, fps: float | None, cfg: ModelConfig, min_pixels: int,
     """Read a video: a directory of frames taken at `fps`, or a GIF. fps=None takes the GIF's own times.
 
     min_pixels, max_pixels: limits of an image; vision.video.video_limits derives those of a video, as in training.
-    Raises UserError if there are no frames, if fps is missing or not positive, or if a sampled frame cannot be read.
+    Raises UserError if there are no frames, if fps is missing or no rate, or if a sampled frame cannot be read.
     """
-    if fps is not None and not 0 < fps < math.inf:
-        raise UserError(f"config.video_fps={fps}: write a positive number of frames a second")
+    if fps is not None and not is_rate(fps):
+        raise UserError(f"config.video_fps={fps}: write frames a second, {LEAST_RATE:g} to {MOST_RATE:g}")
     path, limits = user_path(place, "config.video"), video_limits(min_pixels, max_pixels)
 
     def show(frames: Sequence[Image.Image], fps: float | None) -> Shown:
@@ -92,9 +91,8 @@ def encode_shown(
     user's text is encoded as plain words.
     """
     first = next(i for i, message in enumerate(messages) if message["role"] == "user")
-    for message in messages:
-        if PICTURE in message["content"]:
-            raise UserError("the prompt holds U+FFFC, which stands for an image here; remove it")
+    if count_pictures([*messages, *tools]):
+        raise UserError("the prompt or its tools hold U+FFFC, which stands for an image here; remove it")
     turns = [dict(message) for message in messages]
     turns[first]["content"] = PICTURE * len(shown) + turns[first]["content"]
     kind = kind_of(tokenizer)

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from qwen3f.errors import UserError
 from qwen3f.vision.frame_times import frame_times
 from qwen3f.vision.rgb import to_rgb
+
+ANIMATED = ("GIF", "PNG", "WEBP")  # formats whose frames follow each other in time; a JPEG's are other views
 
 
 class HeldFrames(Sequence[Image.Image]):
@@ -22,15 +24,23 @@ class HeldFrames(Sequence[Image.Image]):
     def __init__(self, image: Image.Image, name: str, ticks: Sequence[int]) -> None:
         """ticks: number of ticks of each frame. name: of the file, for errors."""
         self._image, self._name, self._ends = image, name, np.cumsum(ticks)
+        self._undone = False
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, tick: int) -> Image.Image:
         """The frame at a tick, in RGB. Raises UserError as to_rgb."""
-        self._image.seek(int(np.searchsorted(self._ends, tick, side="right")))
+        number = int(np.searchsorted(self._ends, tick, side="right"))
+        if self._image.format == "PNG" and (self._undone or number < self._image.tell()):
+            self._image.close()
+            self._image = Image.open(self._image.filename, formats=("PNG",))
+        self._image.seek(number)
         frame = self._image.copy()
         frame.info = dict(self._image.info)
+        # pillow undoes such a frame of a PNG from a buffer that loading the frame has overwritten, and it cannot go
+        # back in a PNG of which a frame was loaded: in both cases the file is opened anew
+        self._undone = frame.info.get("disposal") == PngImagePlugin.Disposal.OP_PREVIOUS
         return to_rgb(frame, self._name)
 
 
@@ -41,8 +51,8 @@ def gif_frames(image: Image.Image, name: str, fps: float | None = None) -> tuple
     then the greatest common divisor of these times; a frame without a time is left out; if no frame has a time, the
     returned rate is None. Raises UserError for a file that ends before its last frame.
     """
-    count = getattr(image, "n_frames", 1)
     if fps is not None:
+        count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
         return HeldFrames(image, name, [1] * count), fps
     ticks, fps = gif_ticks(image, name)
     return HeldFrames(image, name, ticks), fps
@@ -50,7 +60,7 @@ def gif_frames(image: Image.Image, name: str, fps: float | None = None) -> tuple
 
 def gif_ticks(image: Image.Image, name: str) -> tuple[list[int], float | None]:
     """(number of ticks of each frame, ticks per second or None), as in gif_frames, without decoding a frame."""
-    count = getattr(image, "n_frames", 1)
+    count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
     times = frame_times(Path(image.filename).read_bytes())
     if count != len(times):
         raise UserError(f"{name} cannot be read (it has {len(times)} of its {count} frames): copy it again.")

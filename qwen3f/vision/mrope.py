@@ -109,6 +109,11 @@ def next_position(positions_B3T: Tensor) -> Tensor:
 
 def check_patches(grids_Bn3: Tensor, pixels_BPV: Tensor) -> None:
     """Raises UserError unless each row has at least as many patches as its grids name: else it sees the next row's."""
+    if pixels_BPV.dim() != 3 or len(pixels_BPV) != len(grids_Bn3):
+        raise UserError(
+            f"pixel_values must be [rows, patches, values] with {len(grids_Bn3)} rows like grids, got "
+            f"{list(pixels_BPV.shape)}"
+        )
     for row, patches in enumerate(grids_Bn3.to(torch.int64).prod(-1).sum(1).tolist()):
         if patches > pixels_BPV.shape[1]:
             raise UserError(
@@ -120,6 +125,11 @@ def check_patches(grids_Bn3: Tensor, pixels_BPV: Tensor) -> None:
 def check_counts(tokens_BT: Tensor, grids_Bn3: Tensor, cfg: ModelConfig) -> None:
     """Raises UserError unless each row has one placeholder for each merged feature, and grids can be merged."""
     side = cfg.vision_merger_spatial_factor
+    if grids_Bn3.dim() != 3 or len(grids_Bn3) != len(tokens_BT) or grids_Bn3.shape[-1] != 3:
+        raise UserError(
+            f"grids must be [rows, images, 3] with {len(tokens_BT)} rows like tokens, got {list(grids_Bn3.shape)}; a "
+            "row with fewer images has zeros after its own"
+        )
     if (grids_Bn3 < 0).any() or (grids_Bn3[..., 1:] % side).any():
         raise UserError(f"grids must be numbers of patches, height and width multiples of {side}: {grids_Bn3.tolist()}")
     found = is_visual(tokens_BT, cfg).sum(1).tolist()

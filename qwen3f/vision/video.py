@@ -21,18 +21,26 @@ MIN_PIXELS, MAX_PIXELS = 4096, 25_165_824
 
 MIN_FRAMES, MAX_FRAMES = 4, 768
 
+LEAST_RATE, MOST_RATE = 1e-6, 1e6
+"""Limits of frames per second: from one frame in eleven days, so that times can be written, to one in a microsecond."""
+
+
+def is_rate(fps: float) -> bool:
+    """Whether a video can have this number of frames per second; not NaN."""
+    return LEAST_RATE <= fps <= MOST_RATE
+
 
 def sample_frames(count: int, source_fps: float, fps: float = 2.0) -> list[int]:
     """Indices of the frames to sample, `fps` per second, from `count` frames taken at source_fps.
 
     They are evenly spread from the first to the last frame; at least MIN_FRAMES (if the video has as many), at most
-    MAX_FRAMES. Raises UserError if there are no frames, and for rates that are not positive.
+    MAX_FRAMES. Raises UserError if there are no frames, and unless is_rate.
     """
     if count < 1:
         raise UserError("a video without frames cannot be read")
     for name, rate in (("the video's own rate", source_fps), ("the sampling rate", fps)):
-        if not 0 < rate < math.inf:
-            raise UserError(f"{name} is {rate} frames a second; give a positive number")
+        if not is_rate(rate):
+            raise UserError(f"{name} is {rate} frames a second; give a number from {LEAST_RATE:g} to {MOST_RATE:g}")
     wanted = min(max(int(min(count / source_fps * fps, MAX_FRAMES)), MIN_FRAMES), count)
     return np.linspace(0, count - 1, wanted).round().astype(int).tolist()
 

@@ -206,6 +206,12 @@ def test_what_does_not_fit_is_named():
         model.apply(cfg, p, {**batch, "tokens": torch.ones_like(batch["tokens"])})
     with pytest.raises(UserError, match="patches of 22 values, but the model takes 24"):
         model.apply(cfg, p, {**batch, "pixel_values": batch["pixel_values"][..., :-2]})
+    for grids in (batch["grids"][0], batch["grids"].repeat(2, 1, 1), batch["grids"][..., :2]):
+        with pytest.raises(UserError, match=r"grids must be \[rows, images, 3\] with 1 rows like tokens"):
+            model.apply(cfg, p, {**batch, "grids": grids})
+    for pixels in (batch["pixel_values"][0], batch["pixel_values"].repeat(2, 1, 1)):
+        with pytest.raises(UserError, match=r"pixel_values must be \[rows, patches, values\] with 1 rows"):
+            model.apply(cfg, p, {**batch, "pixel_values": pixels})
     with pytest.raises(UserError, match="pixel_values but no grids"):
         model.apply(cfg, p, {key: x for key, x in batch.items() if key != "grids"})
     text = cfg.replace(vision_enabled=False)

@@ -166,6 +166,9 @@ def test_prompts_that_cannot_be_answered():
         ([1, 2], pictures, "row 0 has 0 placeholders"),
         ([IMAGE], Pictures(torch.zeros(4, 24), torch.tensor([[1, 2, 2]])), "ends within an image"),
         ([IMAGE, 1], Pictures(torch.zeros(5, 24), torch.tensor([[1, 2, 2]])), "5 patches are given"),
+        ([IMAGE, 1], Pictures(torch.zeros(4, 22), torch.tensor([[1, 2, 2]])), "patches of 22 values, .* takes 24"),
+        ([IMAGE, 1], Pictures(torch.zeros(4, 24), torch.tensor([1, 2, 2])), r"and grids \[3\]; give"),
+        ([IMAGE, 1], Pictures(torch.zeros(1, 4, 24), torch.tensor([[1, 2, 2]])), r"pixels \[1, 4, 24\] and"),
     ):
         with pytest.raises(UserError, match=words):
             engine.submit([engine.request(prompt, 3, pictures=seen)])

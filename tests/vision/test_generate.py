@@ -89,6 +89,9 @@ def test_ids_are_those_of_the_template(source, tmp_path):
     assert ids.count(cfg.image_token_id) == 12
     with pytest.raises(UserError, match=r"U\+FFFC"):
         encode_shown(tokenizer, [{"role": "user", "content": "\ufffc"}], texts(shown), thinking=True)
+    told = {"type": "function", "function": {"name": "f", "description": "\ufffc", "parameters": {}}}
+    with pytest.raises(UserError, match=r"tools hold U\+FFFC"):
+        encode_shown(tokenizer, asked, texts(shown), tools=[told], thinking=True)
 
 
 def test_ids_are_of_the_models_kind_of_chats(source, tmp_path):
@@ -182,8 +185,8 @@ def test_what_cannot_be_shown(source, tmp_path):
         ({"images": f"{one},{thin}"}, r"thin.png: an image of 900 × 3 pixels is narrower"),
         ({"images": one, "video_fps": 2.0}, "config.video_fps=2.0 goes with config.video"),
         ({"video_fps": 2.0}, "config.video_fps=2.0 goes with config.video"),
-        ({"video": one, "video_fps": 0.0}, "config.video_fps=0.0: write a positive number"),
-        ({"video": one, "video_fps": math.nan}, "config.video_fps=nan: write a positive number"),
+        ({"video": one, "video_fps": 0.0}, "config.video_fps=0.0: write frames a second, 1e-06 to 1e.06"),
+        ({"video": one, "video_fps": math.nan}, "config.video_fps=nan: write frames"),
         ({"images": one, "max_pixels": 10}, r"--config.min_pixels=\d+ and --config.max_pixels=10 leave no size"),
         ({"images": one, "chat": False}, "config.chat=True"),
         (

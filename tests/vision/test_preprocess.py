@@ -4,6 +4,7 @@ Both sides use the same pillow here. Another version of pillow gives other pixel
 """
 
 import io
+import os
 import random
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from qwen3f.config import ModelConfig
-from qwen3f.data.sources.image_file import read_image
+from qwen3f.data.sources.image_file import frame_files, read_image
 from qwen3f.errors import UserError
 from qwen3f.limits import PIXELS
 from qwen3f.vision.preprocess import MAX_PIXELS, MIN_PIXELS, fit_size, image_grid, image_patches, merged_tokens
@@ -195,6 +196,20 @@ def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue", "green")]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     assert read_image(tmp_path / "x.gif").getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_a_pipe_is_never_opened(tmp_path):
+    """Opening it would wait for ever for a writer."""
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(UserError, match="x.png is no regular file"):
+        read_image(tmp_path / "x.png")
+
+
+def test_hidden_files_and_folders_are_no_frames(tmp_path):
+    for name in ("1.png", "._1.png", "0.png"):
+        noise("RGB", 8, 8, 0).save(tmp_path / name, "PNG")
+    (tmp_path / "2.png").mkdir()
+    assert [file.name for file in frame_files(tmp_path)] == ["0.png", "1.png"]
 
 
 def test_bad_pictures_are_one_error(monkeypatch):

@@ -50,7 +50,8 @@ class VisualDataConfig:
         pictures: number of generated pictures. picture_seed, min_side, max_side (pixels), picture_kinds: which ones.
         problems: number of generated problems, if the mixture has them.
         min_pixels, max_pixels: an image is scaled to a size between these. All sampled frames of a video together have
-            at least min_pixels/16 and at most 3/2·max_pixels pixels; Qwen3-VL's own limits are in this proportion.
+            about min_pixels/16 to 3/2·max_pixels pixels, by vision.video.fit_size; Qwen3-VL's own limits are in this
+            proportion.
         patches, images: the most patches, and pictures, in a row; a video counts as one picture.
         turns, on_bad_row: as in ChatDataConfig; with on_bad_row="skip" all pictures in files are decoded before
             training begins.

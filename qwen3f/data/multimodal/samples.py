@@ -5,7 +5,7 @@ token, <|vision_end|>. For a video each group of frames is written like this wit
 words. These ids come only from the format's own markup: a user who types "<|image_pad|>" gets ordinary characters.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,15 @@ PICTURE = "\N{OBJECT REPLACEMENT CHARACTER}"
 character is refused."""
 
 _BEGIN, _PAD, _VIDEO, _END = "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"
+
+
+def count_pictures(told: object) -> int:
+    """How often PICTURE occurs in the texts of messages, tools or parts of them."""
+    if isinstance(told, str):
+        return told.count(PICTURE)
+    if isinstance(told, Mapping):
+        return sum(count_pictures(part) for pair in told.items() for part in pair)
+    return sum(map(count_pictures, told)) if isinstance(told, list | tuple) else 0
 
 
 class Picture(Protocol):

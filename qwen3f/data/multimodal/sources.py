@@ -26,7 +26,7 @@ from qwen3f.data.chat.kinds import HYBRID, TemplateKind
 from qwen3f.data.chat.samples import Turns, make_samples
 from qwen3f.data.chat.sources import check_name as check_chat_name
 from qwen3f.data.chat.sources import open_chats
-from qwen3f.data.multimodal.samples import PICTURE, VisualSample
+from qwen3f.data.multimodal.samples import PICTURE, VisualSample, count_pictures
 from qwen3f.data.multimodal.videos import VideoFile, VideoFrames, decode, video_of
 from qwen3f.data.sources.adapters import multimodal
 from qwen3f.data.sources.adapters.opening import raw_rows
@@ -230,8 +230,9 @@ def _read_chat(row: Row, root: Path) -> tuple[Conversation, tuple[File, ...]]:
     for message in list_of_dicts(row, "messages"):
         content = message.get("content")
         if isinstance(content, list):
+            before = len(files)
             text = "".join(_part(part, root, row.name, files) for part in content)
-            if PICTURE in text and message.get("role") != "user":
+            if len(files) > before and message.get("role") != "user":
                 raise RowFault(
                     "invalid_rows",
                     f"{row.name} has an image or a video in a turn of {message.get('role')!r}: put it into a user's.",
@@ -264,13 +265,5 @@ def _part(part: Any, root: Path, where: str, files: list[File]) -> str:
 
 def _check_places(told: object, files: Sequence[File], where: str) -> None:
     """Raises RowFault if a text, a thought or a call holds PICTURE other than for one of `files`."""
-    if _count_pictures(told) != len(files):
+    if count_pictures(told) != len(files):
         raise RowFault("invalid_rows", f"{where} holds U+FFFC, which stands for a picture here: remove it.")
-
-
-def _count_pictures(told: object) -> int:
-    if isinstance(told, str):
-        return told.count(PICTURE)
-    if isinstance(told, Mapping):
-        return sum(_count_pictures(part) for pair in told.items() for part in pair)
-    return sum(map(_count_pictures, told)) if isinstance(told, list | tuple) else 0

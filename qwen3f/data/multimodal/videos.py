@@ -10,10 +10,9 @@ A part of a message, as qwen-vl-utils has it:
 fps is the rate at which the frames were taken. A file that says it itself must have none.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,7 +25,7 @@ from qwen3f.data.sources.image_file import FRAME_SUFFIXES, FramesAsked, frame_fi
 from qwen3f.errors import UserError
 from qwen3f.vision.gif import gif_frames, gif_ticks
 from qwen3f.vision.preprocess import Grid
-from qwen3f.vision.video import sample_frames, video_grid, video_limits, video_patches
+from qwen3f.vision.video import LEAST_RATE, MOST_RATE, is_rate, sample_frames, video_grid, video_limits, video_patches
 
 Result = TypeVar("Result")
 Frames = Sequence[Image.Image]
@@ -146,16 +145,22 @@ def video_of(part: Mapping[str, Any], root: Path, where: str) -> Video:
             "are read; leave it out.",
         )
     place, fps = part.get("video"), part.get("fps")
-    if fps is not None and not (type(fps) in (int, float) and 0 < fps < math.inf):
-        raise RowFault("invalid_rows", f"{where} has fps={fps!r}: write a positive number of frames a second.")
+    if fps is not None and not (type(fps) in (int, float) and is_rate(fps)):
+        raise RowFault(
+            "invalid_rows", f"{where} has fps={fps!r}: write frames a second, {LEAST_RATE:g} to {MOST_RATE:g}."
+        )
     if isinstance(place, list) and place and all(isinstance(name, str) for name in place):
         names, said = place, f"{len(place)} files"
     elif isinstance(place, str):
         path = path_inside(root, place, where, "video")
-        if not path.is_dir():
+        if path.is_file():
             return VideoFile(path, fps, where)
+        if not path.is_dir():
+            raise RowFault(
+                "bad_images", f"{where} names the video {place!r}, which is neither a file nor a directory of frames."
+            )
         try:
-            names, said = [f"{place}/{file.name}" for file in frame_files(path)], repr(place)
+            names, said = [str(PurePosixPath(place, file.name)) for file in frame_files(path)], repr(place)
         except UserError as error:
             raise RowFault("bad_images", f"{where}: {error}") from error
     else:

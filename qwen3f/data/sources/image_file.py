@@ -44,10 +44,11 @@ def upright_size(image: Image.Image, name: str) -> tuple[int, int]:
 
 
 def frame_files(directory: Path) -> list[Path]:
-    """A video's frames: the images of a directory in the order of their names. Raises UserError where it cannot be
-    listed."""
+    """A video's frames: the images of a directory in the order of their names, without hidden files. Raises UserError
+    where it cannot be listed."""
     try:
-        return sorted(file for file in directory.iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
+        files = [file for file in directory.iterdir() if file.suffix.lower() in FRAME_SUFFIXES]
+        return sorted(file for file in files if file.is_file() and not file.name.startswith("."))
     except OSError as error:
         raise UserError(f"the directory {directory} cannot be read ({error.strerror}): mend it") from error
 
@@ -68,6 +69,8 @@ class FramesAsked(Sequence[Image.Image]):
 def opened(file: Path | BinaryIO, use: Callable[[Image.Image, str], Result], name: str = "") -> Result:
     """use(the image, its header read; its name for errors, by default the path). Raises UserError as read_image."""
     name = name or f"the image {file}"
+    if isinstance(file, Path) and file.exists() and not file.is_file():  # opening a pipe would wait for a writer
+        raise UserError(f"{name} is no regular file: name a file of {', '.join(FORMATS)}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_size decides

@@ -194,8 +194,10 @@ def test_bad_rows_are_named_or_counted(row, words, tokenizer, tmp_path):
 
 
 def test_in_a_chat_of_words_the_pictures_character_is_one_like_others(tokenizer, tmp_path):
-    answer = {"role": "assistant", "content": "b"}
-    chats(tmp_path, [[{"role": "user", "content": f"see {PICTURE} {n}"}, answer] for n in range(30)])
+    answers = "b", [text(f"b {PICTURE}")]
+    rows = [chat(text(f"see {PICTURE} {n}"), answer=answers[n % 2]) for n in range(30)]
+    rows[0][0]["content"] = f"see {PICTURE} 0"
+    chats(tmp_path, rows)
     name = f"chats@{tmp_path}"
     corpus = prepare_visual(settings(mixture=name), SEQ_LEN, tokenizer, CFG)
     documents = all_documents(corpus, name)

@@ -1,6 +1,7 @@
 """Rows of chats with videos equal what transformers' processor and model make of the frames; bad videos are refused."""
 
 import json
+import os
 from collections import Counter
 from types import SimpleNamespace
 
@@ -223,10 +224,13 @@ def test_videos_are_left_out_by_the_room_of_a_row(tokenizer, tmp_path):
         (video("words.mp4"), "x.jsonl:41: the video .*words.mp4 cannot be read: it is no whole file of JPEG"),
         (video("film"), "x.jsonl:41 has a video of 'film' without a rate: write \"fps\": FRAMES_A_SECOND"),
         (video(["film/000.png"]), 'a video of 1 files without a rate: write "fps"'),
-        (video("film", fps=0), "has fps=0: write a positive number"),
-        (video("film", fps="2"), "has fps='2': write a positive number"),
-        (video("film", fps=True), "has fps=True: write a positive number"),
-        (video("film", fps=float("nan")), "has fps=nan: write a positive number"),
+        (video("film", fps=0), "has fps=0: write frames a second, 1e-06 to 1e.06"),
+        (video("film", fps="2"), "has fps='2': write frames"),
+        (video("film", fps=True), "has fps=True: write frames"),
+        (video("film", fps=float("nan")), "has fps=nan: write frames"),
+        (video("film", fps=5e-324), "has fps=5e-324: write frames"),
+        (video("pipe.gif"), "names the video 'pipe.gif', which is neither a file nor a directory"),
+        (video("views.jpg"), 'views.jpg does not say how fast it is: write "fps"'),
         (video("film", fps=2, nframes=8), 'has \'nframes\' in the part of a video: "video" and "fps"'),
         (video("a.gif", fps=2), 'a.gif says itself how fast it is: leave "fps" out'),
         (video("still.gif"), 'still.gif does not say how fast it is: write "fps"'),
@@ -249,6 +253,9 @@ def test_bad_videos_are_named_or_counted(part, words, tokenizer, tmp_path):
     (tmp_path / "broken" / "001.png").write_bytes(b"\x89PNG words")
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.mp4").write_text("words")
+    os.mkfifo(tmp_path / "pipe.gif")
+    views = [frame.convert("RGB") for frame in frames_of(0, 2)]
+    views[0].save(tmp_path / "views.jpg", format="MPO", save_all=True, append_images=views[1:])
     frames_of(0, 1)[0].save(tmp_path / "still.gif")
     for name in ("a.gif", "cut.gif", "cut.png"):
         animation(tmp_path / name, frames_of(2, 9, (64, 64)), duration=100)
