@@ -16,13 +16,15 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import stat
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qwen3f.data.chat.template import check_messages
+from qwen3f.data.chat.template import check_depth, check_messages
 from qwen3f.data.tokenizers.token_text import check_encodable
 from qwen3f.errors import UserError
 from qwen3f.infer.text_generator import Answer
@@ -47,10 +49,11 @@ class Ask:
     id: Any = None
 
     def digest(self, model: str) -> int:
-        """A hash of 64 bits of the question, its options, its random stream, its id and the model."""
+        """A hash of 64 bits of the question, its options, its random stream, its id and the model. The order of keys
+        counts, since tools and calls are written in it."""
         content = self.content if isinstance(self.content, str) else list(self.content)
-        values = [content, dataclasses.asdict(self.options), self.stream, self.id, model]
-        text = json.dumps(values, sort_keys=True).encode()
+        options = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(self.options)}
+        text = json.dumps([content, options, self.stream, self.id, model]).encode()
         return max(1, int.from_bytes(hashlib.sha256(text).digest()[:8], "big"))  # 0: not answered yet
 
 
@@ -108,11 +111,13 @@ def _read_ask(text: bytes, number: int, place: str, options: TextOptions) -> Ask
     own = {name: row[name] for name in FIELDS if name in row}
     options = options.changed(**own) if own else options
     content = _content(row, options)
-    try:
-        text = json.dumps([content, row.get("id")], ensure_ascii=False, allow_nan=False)
-    except ValueError as error:  # Python reads NaN, and a number such as 1e999 as infinite
-        raise UserError('"id" holds a number that JSON cannot write: write it as a text') from error
-    check_encodable(text)
+    for name in ("messages", "id"):
+        check_depth(row.get(name), f'"{name}"')
+        try:
+            text = json.dumps(row.get(name), ensure_ascii=False, allow_nan=False)
+        except ValueError as error:  # Python reads NaN, and a number such as 1e999 as infinite
+            raise UserError(f'"{name}" holds a number that JSON cannot write: write it as a text') from error
+        check_encodable(text)
     return Ask(number, place, content, options, 0 if "seed" in own else number, row.get("id"))
 
 
@@ -120,6 +125,7 @@ def _content(row: dict[str, Any], options: TextOptions) -> Content:
     if "prompt" in row:
         if not isinstance(row["prompt"], str) or not row["prompt"]:
             raise UserError(f'"prompt" must be a text that is not empty, got {row["prompt"]!r}')
+        check_encodable(row["prompt"])
         return row["prompt"]
     if not options.chat:
         raise UserError(NO_CHAT)
@@ -153,8 +159,8 @@ class AnswerFile:
                 self._file = stack.enter_context(self.path.open("a+b", buffering=0))
             except OSError as error:
                 raise UserError(f"config.out={self.path} cannot be opened ({error.strerror}); name a file") from error
-            if not self._file.seekable():
-                raise UserError(f"config.out={self.path} is a pipe or a terminal; name a file")
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                raise UserError(f"config.out={self.path} is a pipe or a device; name a file")
             self._lock(self._file)
             self._read()
             self._stack = stack.pop_all()
@@ -201,9 +207,9 @@ class AnswerFile:
     def _drop_failed(self) -> None:
         """Replace the file by one without the lines of rows that failed. The replacement is atomic."""
         path = self.path.resolve()
-        fresh = path.with_name(path.name + ".new")
+        fresh = path.with_name(f"{path.name}.{secrets.token_hex(8)}.new")
         try:
-            with path.open("rb") as lines, fresh.open("wb") as kept:
+            with path.open("rb") as lines, fresh.open("xb") as kept:
                 shutil.copymode(path, fresh)
                 kept.writelines(line for line in lines if not _failed(json.loads(line)))
                 kept.flush()
@@ -292,4 +298,8 @@ def prompt_asks(prompts: str | Sequence[str], options: TextOptions) -> Iterator[
         place = "config.prompt" if one else f"config.prompts[{number}]"
         if not isinstance(prompt, str) or not prompt:
             raise UserError(f"{place}: every prompt must be a text that is not empty")
+        try:
+            check_encodable(prompt)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
         yield Ask(number, place, prompt, options, number)

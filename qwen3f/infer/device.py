@@ -276,7 +276,7 @@ class Device:
         logits = whole_logits(logits_of(hidden, head, self._execution), self._tp)
         drawn = draw(logits, inputs, self._choices(rows, places), self.num_ids, self._allowed_V)
         if (numbers[4] >= 0).any():
-            drawn = force(drawn, logits, inputs.forced)
+            drawn = force(drawn, logits, inputs.forced, self.num_ids, self._allowed_V)
         if self._execution.invariant:
             drawn = self._as_training(drawn, hidden, rows, places)
         return Pending(list(rows), places, agreed(drawn, self._tp))
@@ -315,7 +315,8 @@ class Device:
                 which[special] = True
                 which = which.to(self.device)
                 drawn = Drawn(*(torch.where(which, new, old) for new, old in zip(again, drawn)))
-            drawn = agreed(force(drawn, logits, inputs.forced), self._tp)
+            drawn = force(drawn, logits, inputs.forced, self.num_ids, self._allowed_V)
+            drawn = agreed(drawn, self._tp)
             self._graphs.last[:count] = drawn.ids
             packed = fused.pack(*drawn)
         host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True).copy_(packed, non_blocking=True)

@@ -16,13 +16,13 @@ from typing import Any
 from qwen3f import model, rng
 from qwen3f import params as P
 from qwen3f.config import ModelConfig
-from qwen3f.data.tokenizers.token_text import StreamDecoder, check_encodable
+from qwen3f.data.tokenizers.token_text import StreamDecoder
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.infer.device import Device, Pending
 from qwen3f.infer.pages import PagePool
-from qwen3f.infer.pictures import Pictures, check_pictures, place
-from qwen3f.infer.request import Completion, Request, Row
+from qwen3f.infer.pictures import Pictures, place
+from qwen3f.infer.request import Completion, Request, Row, check_request
 from qwen3f.infer.sampling import GREEDY, SamplingParams, stream_of
 from qwen3f.infer.scheduler import Limits, Scheduler
 from qwen3f.infer.thinking import still_thinks
@@ -106,6 +106,7 @@ class Engine:
         self._pending: Pending | None = None
         self._open: dict[int, Row] = {}  # rows that have not ended, by number
         self._calls: deque[tuple[Row, int, float]] = deque()  # calls of on_token to make before the next pass
+        self._calling = False
         self._decoders: dict[int, tuple[StreamDecoder, str]] = {}
         self._number = 0
 
@@ -308,14 +309,18 @@ class Engine:
         self._call()
 
     def _call(self) -> None:
-        """Make all calls of on_token that are due, then raise the first error that one of them raised."""
-        failure = None
+        """Make all calls of on_token that are due, then raise the first error that one of them raised. A call that
+        cancels rows comes back here; then the calls that are left are made when it has returned."""
+        if self._calling:
+            return
+        self._calling, failure = True, None
         while self._calls:
             try:
                 row, token, log_prob = self._calls.popleft()
                 row.request.on_token(token, log_prob)
             except BaseException as error:
                 failure = failure or error
+        self._calling = False
         if failure is not None:
             raise failure
 
@@ -368,31 +373,3 @@ def completion(row: Row, prompt_index: int = 0, sample_index: int = 0) -> Comple
     return Completion(
         row.tokens[len(row.request.prompt) :], list(row.logprobs), row.finish_reason, prompt_index, sample_index
     )
-
-
-def check_request(asked: Request, cfg: ModelConfig, tokenizer: Tokenizer | None) -> None:
-    """Raises UserError for a request that this model cannot answer."""
-    length, room = len(asked.prompt), cfg.max_position_embeddings
-    if not length:
-        raise UserError("a prompt is empty; give it one token at least, e.g. <|endoftext|>")
-    if length > room:
-        raise UserError(f"a prompt has {length} tokens and the model's max_position_embeddings is {room}; shorten it")
-    if asked.max_new_tokens < 0:
-        raise UserError(f"max_new_tokens must not be negative, got {asked.max_new_tokens}")
-    low, high = min(asked.prompt), max(asked.prompt)
-    if low < 0 or high >= cfg.vocab_size:
-        raise UserError(
-            f"a prompt has token id {low if low < 0 else high}, ids of this model are 0 to {cfg.vocab_size - 1}; use "
-            "the tokenizer that belongs to it"
-        )
-    for name, ids in (("stop_ids", asked.stop_ids), ("budget", asked.budget.closing_ids if asked.budget else ())):
-        if any(not 0 <= i < cfg.vocab_size for i in ids):
-            raise UserError(f"{name}: {list(ids)} must be token ids below the vocabulary's {cfg.vocab_size}")
-    if asked.pictures is not None:
-        check_pictures(asked.pictures, cfg)
-    if asked.stop_texts and tokenizer is None:
-        raise UserError("stop_texts need the tokenizer: Engine(cfg, params, tokenizer=…)")
-    if any(not isinstance(text, str) or not text for text in asked.stop_texts):
-        raise UserError(f"stop_texts: {asked.stop_texts!r} must be texts that are not empty")
-    for text in asked.stop_texts:
-        check_encodable(text)

@@ -151,8 +151,7 @@ def draw(
     finite_B = logits_BV.amax(-1).isfinite() & logits_BV.amin(-1).isfinite()  # amax and amin propagate NaN
     if logits_BV.is_cuda or not finite_B.all():  # on a GPU always: reading finite_B on the host would wait for it
         logits_BV = torch.where(finite_B[:, None], logits_BV, 0)
-    if allowed_V is not None:
-        logits_BV = logits_BV.masked_fill(~allowed_V[:num_ids], float("-inf"))
+    logits_BV = _possible(logits_BV, num_ids, allowed_V)
     stream_B = streams_at(inputs.streams, inputs.positions + 1)
     if len(choices) == 1 and choices[0].rows is None:
         ids_B, log_probs_B = _choose(logits_BV, choices[0], stream_B)
@@ -165,11 +164,18 @@ def draw(
     return Drawn(ids_B, log_probs_B, finite_B)
 
 
+def _possible(logits_BV: Tensor, num_ids: int, allowed_V: Tensor | None) -> Tensor:
+    """[B, num_ids], −inf for ids that are not allowed."""
+    logits_BV = logits_BV[:, :num_ids]
+    return logits_BV if allowed_V is None else logits_BV.masked_fill(~allowed_V[:num_ids], float("-inf"))
+
+
 @torch.no_grad()
-def force(drawn: Drawn, logits_BV: Tensor, forced_B: Tensor) -> Drawn:
-    """`drawn` with the forced tokens instead, and the model's log-probabilities of them at temperature 1."""
+def force(drawn: Drawn, logits_BV: Tensor, forced_B: Tensor, num_ids: int, allowed_V: Tensor | None = None) -> Drawn:
+    """`drawn` with the forced tokens instead, and the model's log-probabilities of them at temperature 1, over the ids
+    that can be drawn."""
     ids_B = torch.where(forced_B >= 0, forced_B, drawn.ids)
-    found_B = log_prob(logits_BV, forced_B.clamp(min=0))
+    found_B = log_prob(_possible(logits_BV, num_ids, allowed_V), forced_B.clamp(min=0))
     return Drawn(ids_B, torch.where(forced_B >= 0, found_B, drawn.log_probs), drawn.finite)
 
 

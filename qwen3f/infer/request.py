@@ -4,7 +4,11 @@ import dataclasses
 from array import array
 from collections.abc import Callable
 
-from qwen3f.infer.pictures import Pictures, Places
+from qwen3f.config import ModelConfig
+from qwen3f.data.tokenizers.token_text import check_encodable
+from qwen3f.data.tokenizers.tokenizer import Tokenizer
+from qwen3f.errors import UserError
+from qwen3f.infer.pictures import Pictures, Places, check_pictures
 from qwen3f.infer.sampling import GREEDY, SamplingParams, is_plain
 from qwen3f.infer.thinking import ThinkingBudget
 from qwen3f.vision.deepstack import Features
@@ -108,3 +112,31 @@ class Row:
                 self._different.append(token)
         self._read = len(self.tokens)
         return self._different
+
+
+def check_request(asked: Request, cfg: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """Raises UserError for a request that this model cannot answer."""
+    length, room = len(asked.prompt), cfg.max_position_embeddings
+    if not length:
+        raise UserError("a prompt is empty; give it one token at least, e.g. <|endoftext|>")
+    if length > room:
+        raise UserError(f"a prompt has {length} tokens and the model's max_position_embeddings is {room}; shorten it")
+    if asked.max_new_tokens < 0:
+        raise UserError(f"max_new_tokens must not be negative, got {asked.max_new_tokens}")
+    low, high = min(asked.prompt), max(asked.prompt)
+    if low < 0 or high >= cfg.vocab_size:
+        raise UserError(
+            f"a prompt has token id {low if low < 0 else high}, ids of this model are 0 to {cfg.vocab_size - 1}; use "
+            "the tokenizer that belongs to it"
+        )
+    for name, ids in (("stop_ids", asked.stop_ids), ("budget", asked.budget.closing_ids if asked.budget else ())):
+        if any(not 0 <= i < cfg.vocab_size for i in ids):
+            raise UserError(f"{name}: {list(ids)} must be token ids below the vocabulary's {cfg.vocab_size}")
+    if asked.pictures is not None:
+        check_pictures(asked.pictures, cfg)
+    if asked.stop_texts and tokenizer is None:
+        raise UserError("stop_texts need the tokenizer: Engine(cfg, params, tokenizer=…)")
+    if isinstance(asked.stop_texts, str) or any(not isinstance(text, str) or not text for text in asked.stop_texts):
+        raise UserError(f"stop_texts: {asked.stop_texts!r} must be a list of texts that are not empty")
+    for text in asked.stop_texts:
+        check_encodable(text)

@@ -153,7 +153,7 @@ def answer_all(config: ConfigDict, progress: bool = True, world: World = ALONE) 
         if _is_chat(config):
             return run_chat(generator(), options)
         if config.out:
-            with _answer_file(config, place, rows, world) as file:
+            with _answer_file(config, place, tokenizer, rows, world) as file:
                 done = _answered(world, file, asks)
                 if not all(done(ask) for ask in asks()):
                     left = (ask for ask in asks() if not done(ask))
@@ -171,12 +171,19 @@ def answer_all(config: ConfigDict, progress: bool = True, world: World = ALONE) 
 
 
 @contextlib.contextmanager
-def _answer_file(config: ConfigDict, place: str, rows: int, world: World) -> Iterator[AnswerFile | None]:
+def _answer_file(
+    config: ConfigDict, place: str, tokenizer: Tokenizer, rows: int, world: World
+) -> Iterator[AnswerFile | None]:
     """The file of the answers on rank 0, None on other ranks. If it cannot be opened, all ranks raise the error."""
     with contextlib.ExitStack() as stack:
-        file = AnswerFile(user_path(config.out, "config.out"), _model_name(config, place), rows) if world.main else None
-        world.together(lambda: stack.enter_context(file) if file else None, UserError)
-        yield file
+
+        def opened() -> AnswerFile | None:
+            if not world.main:
+                return None
+            path = user_path(config.out, "config.out")
+            return stack.enter_context(AnswerFile(path, _model_name(config, place, tokenizer), rows))
+
+        yield world.together(opened, UserError)
 
 
 def _answered(world: World, file: AnswerFile | None, asks: Callable[[], Iterator[Ask]]) -> Callable[[Ask], bool]:
@@ -195,14 +202,14 @@ def _is_chat(config: ConfigDict) -> bool:
     return not (config.prompt or config.prompts or config.input)
 
 
-def _model_name(config: ConfigDict, place: str) -> str:
+def _model_name(config: ConfigDict, place: str, tokenizer: Tokenizer) -> str:
     """A name for everything that an answer depends on besides the row and its options: the model, and if set, the chat
-    template, images and video."""
+    template, images and video. Reads all weights of a Hugging Face directory."""
     names = ("chat_template", "images", "video", "video_fps")
     given = {name: config[name] for name in names if config[name] not in ("", None)}
     if config.images:
         given |= {name: config[name] for name in ("min_pixels", "max_pixels")}
-    return str(Path(place).resolve()) + (json.dumps(given, sort_keys=True) if given else "")
+    return json.dumps([source.weights_digest(place), tokenizer.fingerprint, given], sort_keys=True)
 
 
 def _check_kind(tokenizer: Tokenizer, options: TextOptions) -> None:

@@ -143,10 +143,12 @@ def log_prob(logits_BV: Tensor, ids_B: Tensor) -> Tensor:
 
 
 def temper(logits_BV: Tensor, temperature: float) -> Tensor:
-    """Logits divided by the temperature, shifted so that the largest of a row is 0: no temperature can overflow it."""
+    """Logits divided by the temperature, shifted so that the largest of a row is 0: no temperature can overflow it.
+    A logit of −inf stays so."""
     logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
-    return shifted_BV if temperature == 1 else shifted_BV / max(float(temperature), torch.finfo(shifted_BV.dtype).tiny)
+    bounds = torch.finfo(shifted_BV.dtype)
+    return shifted_BV if temperature == 1 else shifted_BV / min(max(float(temperature), bounds.tiny), bounds.max)
 
 
 def filter_logits(logits_BV: Tensor, params: SamplingParams) -> Tensor:

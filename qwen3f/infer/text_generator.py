@@ -103,7 +103,8 @@ class TextGenerator:
         """The answer to a text or to a chat's messages.
 
         options: fields of TextOptions: max_new_tokens, thinking, temperature, seed, stop, chat=False to continue the
-        text, … With thinking the answer begins with its <think> block. Raises UserError for a request that cannot be
+        text, … With thinking the answer begins with its <think> block; with thinking_budget=0 the prompt opens it,
+        and the answer begins with the sentence that closes it. Raises UserError for a request that cannot be
         answered, and if the model's logits are not finite.
         """
         return "".join(self.stream(text, **options))

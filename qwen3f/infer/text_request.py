@@ -14,9 +14,8 @@ from qwen3f.data.tokenizers.token_text import check_encodable
 from qwen3f.data.tokenizers.tokenizer import Tokenizer
 from qwen3f.errors import UserError
 from qwen3f.finite import as_finite
-from qwen3f.infer.engine import check_request
 from qwen3f.infer.prompts import Shown, encode_shown, pictures_of
-from qwen3f.infer.request import Request
+from qwen3f.infer.request import Request, check_request
 from qwen3f.infer.sampling import GREEDY, NON_THINKING, THINKING, SamplingParams
 from qwen3f.infer.thinking import CLOSING, ThinkingBudget
 

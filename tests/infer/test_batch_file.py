@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen3f import params
 from qwen3f.errors import UserError
 from qwen3f.infer.batch_file import AnswerFile, read_asks
 from qwen3f.infer.engine import EngineOptions
@@ -146,7 +148,43 @@ def test_a_row_has_its_own_tools(tmp_path):
     assert first.digest("m") != dataclasses.replace(first, options=second.options).digest("m")
 
 
+def test_the_order_of_keys_is_a_part_of_the_row(tmp_path):
+    """Tools and calls are written in their keys' order."""
+    rows = [{"prompt": "a", "tools": [dict(keys)]} for keys in ((("name", "t"), ("x", 1)), (("x", 1), ("name", "t")))]
+    first, second = read_asks(Path(write(tmp_path / "in.jsonl", rows)), TextOptions())
+    assert first.digest("m") != dataclasses.replace(second, number=0, stream=0).digest("m")
+
+
+def test_other_weights_in_the_same_directory_are_another_model(source, answer, tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(source[0], place)
+    write(tmp_path / "in.jsonl", ROWS[:2])
+    answer(init_from=str(place))
+    moved = place.rename(tmp_path / "moved")
+    assert answer(init_from=str(moved))[0].done == 2
+    _, cfg, _, tokenizer = source
+    shutil.rmtree(moved)
+    hf.save_pretrained(moved, cfg, params.init_params(cfg, 2), tokenizer)
+    with pytest.raises(UserError, match="the settings or the model have changed"):
+        answer(init_from=str(moved))
+
+
+def test_a_device_is_no_file_for_answers(answer, tmp_path):
+    write(tmp_path / "in.jsonl", ROWS[:2])
+    config = {"out": "/dev/null"}
+    with pytest.raises(UserError, match="config.out=/dev/null is a pipe or a device"):
+        answer(**config)
+
+
+_DEEP = "[" * 70 + "]" * 70
 BAD = [
+    (f'{{"prompt": "a", "tools": [{{"name": "t", "x": {_DEEP}}}]}}', "tools 0 is nested more than 64 levels deep"),
+    (f'{{"prompt": "a", "id": {_DEEP}}}', '"id" is nested more than 64'),
+    (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": '
+        '[{"name": "f", "arguments": {"a": NaN}}]}, {"role": "user", "content": "b"}]}',
+        '"messages" holds a number that JSON cannot write',
+    ),
     ("{", "the line is not JSON"),
     ("[1]", "the line is a JSON list"),
     ('"x"', "the line is a JSON str"),
@@ -154,7 +192,7 @@ BAD = [
     ('{"prompt": "a", "messages": []}', 'write either "prompt" or "messages"'),
     ('{"prompt": ""}', '"prompt" must be a text that is not empty'),
     ('{"prompt": 3}', '"prompt" must be a text'),
-    ('{"prompt": "\\ud800"}', "lone surrogate"),
+    ('{"prompt": "\\ud800"}', "Character 0 of the text is the lone surrogate"),
     ('{"prompt": "a", "id": "\\ud800"}', "lone surrogate"),
     ('{"prompt": "a", "id": [NaN]}', '"id" holds a number that JSON cannot write'),
     ('{"prompt": "a", "id": 1e999}', '"id" holds a number that JSON cannot write'),
@@ -268,6 +306,8 @@ def test_rows_that_failed_are_asked_again(answer, tmp_path, capsys):
     assert [line["finish_reason"][:5] for line in first] == ["lengt", "error", "lengt", "error"]
     assert "; 2 failed; the same command computes them again" in capsys.readouterr().err
     out.chmod(0o640)
+    beside = out.with_name("out.jsonl.new")
+    beside.write_text("a user's file")
     link = tmp_path / "link.jsonl"
     link.symlink_to(out)
     summary, lines = answer(out=str(link))
@@ -275,7 +315,8 @@ def test_rows_that_failed_are_asked_again(answer, tmp_path, capsys):
     assert (lines[0], lines[2]) == (first[0], first[2])
     assert all(line["finish_reason"] in ("length", "stop") and line["tokens"] for line in lines)
     assert (out.stat().st_mode & 0o777, link.is_symlink()) == (0o640, True)
-    assert not out.with_name("out.jsonl.new").exists()
+    assert [path for path in tmp_path.iterdir() if ".new" in path.name] == [beside]
+    assert beside.read_text() == "a user's file"
     whole = out.read_bytes()
     assert answer()[0].done == 4
     assert out.read_bytes() == whole

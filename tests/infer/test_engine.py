@@ -174,6 +174,17 @@ def test_stops_budgets_and_callbacks():
     assert engine.generate([prompt], max_new_tokens=0)[0].finish_reason == "length"
 
 
+def test_a_forced_tokens_log_probability_is_over_the_ids_that_can_be_drawn():
+    cfg, p = build()
+    prompt = random_prompts(1, cfg, seed=4)[0]
+    engine = Engine(cfg, p, num_ids=50)
+    (free,) = engine.generate([prompt], max_new_tokens=1, stop_ids=())
+    budget = ThinkingBudget(0, end_id=49, closing_ids=(free.ids[0], 49))
+    (one,) = engine.generate([prompt], max_new_tokens=2, stop_ids=(), budget=budget)
+    assert one.ids == [free.ids[0], 49]
+    assert one.logprobs[0] == pytest.approx(free.logprobs[0], abs=1e-6)
+
+
 def test_stop_texts_are_found_across_tokens_and_half_characters_are_none():
     cfg, p = build()
     prompt = random_prompts(1, cfg, seed=5)[0]
@@ -277,6 +288,7 @@ def test_cancelled_rows_end_and_give_their_room_back():
         ({"max_new_tokens": 200}, "a request of 202 tokens, its answer included, does not fit the cache of 128"),
         ({"stop_ids": (97,)}, r"stop_ids: \[97\] must be token ids"),
         ({"stop_texts": ("x",)}, "stop_texts need the tokenizer"),
+        ({"stop_texts": "x", "tokenizer": Letters()}, "stop_texts: 'x' must be a list of texts"),
         ({"budget": ThinkingBudget(1, 99, (99,))}, r"budget: \[99\] must be token ids"),
         ({"prompts": [[1.5]]}, "a prompt must be token ids"),
         ({"n": 0}, "n must be at least 1 answer to a prompt, got 0"),
@@ -288,8 +300,8 @@ def test_cancelled_rows_end_and_give_their_room_back():
 )
 def test_bad_requests_are_named_before_anything_is_computed(change, words):
     cfg, p = build()
-    engine = Engine(cfg, p, max_tokens=128)
     asked = {"prompts": [[1, 2]], "sampling": GREEDY, "max_new_tokens": 4, **change}
+    engine = Engine(cfg, p, max_tokens=128, tokenizer=asked.pop("tokenizer", None))
     with pytest.raises(UserError, match=words):
         engine.generate(asked.pop("prompts"), asked.pop("sampling"), **asked)
     assert engine.generate([[1, 2]], max_new_tokens=2)[0].finish_reason == "length"  # it works on

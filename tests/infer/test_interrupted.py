@@ -34,6 +34,24 @@ def failing(function, error, chance=None):
     return call
 
 
+def test_all_rows_of_a_pass_may_cancel_themselves():
+    """Each call of on_token would otherwise make the next one within itself."""
+    cfg, p = build()
+    engine, told = Engine(cfg, p), []
+
+    def asked(number):
+        def cancel(*_):
+            told.append(number)
+            engine.cancel([rows[number]])
+
+        return engine.request([1, 2, number % 90], 5, stream=number, on_token=cancel)
+
+    rows = engine.submit([asked(number) for number in range(400)])
+    engine.run(rows)
+    assert {row.finish_reason for row in rows} == {"cancelled"}
+    assert sorted(told) == list(range(400))
+
+
 @pytest.mark.parametrize("options, room", [(EngineOptions(rows=4), 0), (EngineOptions(rows=4, page_size=16), 256)])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_a_page_whose_copy_never_ran_is_offered_to_no_row(monkeypatch, options, room, error):

@@ -227,3 +227,12 @@ def test_recommended_settings():
 def test_bad_values_are_named(values, words):
     with pytest.raises(UserError, match=words):
         SamplingParams(**values)
+
+
+@pytest.mark.parametrize("temperature", [1e38, 1e39, 1e300])
+def test_an_id_that_is_not_allowed_stays_so_at_any_temperature(temperature):
+    """Divided by an infinite temperature, −inf would be NaN."""
+    logits = torch.tensor([[1.0, 2.0, float("-inf"), 3.0]]).expand(64, 4)
+    ids, log_probs = sample_with_log_prob(logits, SamplingParams(temperature), torch.arange(64))
+    assert set(ids.tolist()) == {0, 1, 3}
+    torch.testing.assert_close(log_probs, torch.full((64,), 1 / 3).log())

@@ -40,6 +40,7 @@ _KEYS = {
     "tool": ("role", "content", "tool_call_id", "name"),
 }
 _CALL_KEYS = ("name", "arguments")
+_DEEPEST = 64  # levels of lists and objects in tools and calls
 ANSWER_START = "<|im_start|>assistant\n"
 """The header of an assistant's turn: what the model writes begins after it."""
 NO_THINKING = "<think>\n\n</think>\n\n"
@@ -341,3 +342,19 @@ def _check_json(value: Any, where: str) -> None:
         raise UserError(
             f"{where} cannot be written as JSON ({error}): use dicts, lists, strings and numbers."
         ) from error
+    check_depth(value, where)
+
+
+def check_depth(value: Any, where: str) -> None:
+    """Raises UserError, beginning with `where`, for a JSON value that is nested so deeply that json, which recurses,
+    could write it in one place and not in another."""
+    inner = [value]
+    for _ in range(_DEEPEST):
+        parts = [part.values() if isinstance(part, Mapping) else part for part in inner if _nests(part)]
+        inner = [one for part in parts for one in part]
+    if any(map(_nests, inner)):
+        raise UserError(f"{where} is nested more than {_DEEPEST} levels deep: make it flatter.")
+
+
+def _nests(value: Any) -> bool:
+    return isinstance(value, Mapping | list | tuple)
