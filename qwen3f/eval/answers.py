@@ -53,7 +53,7 @@ class Answer:
 def parse_modes(text: str) -> tuple[str, ...]:
     """ "thinking,plain" as a tuple. Raises UserError for another word."""
     modes = tuple(part.strip() for part in text.split(",") if part.strip())
-    if not modes or set(modes) - set(MODES):
+    if not modes or set(modes) - set(MODES) or len(set(modes)) < len(modes):
         raise UserError(f"--config.eval.modes={text!r}: write thinking, plain, or thinking,plain")
     return modes
 
@@ -83,6 +83,12 @@ def answer(
     return answers_of(make_engine(cfg, params, tokenizer, options), prompts, thinking, options, between)
 
 
+def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str], thinking: bool) -> list[list[int]]:
+    """What answers_of feeds for each prompt."""
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return [encode_chat(tokenizer, t, add_generation_prompt=True, enable_thinking=thinking) for t in turns]
+
+
 def answers_of(
     engine: Engine,
     prompts: Sequence[str],
@@ -98,14 +104,12 @@ def answers_of(
     """
     tokenizer = engine.tokenizer
     opened = opening(tokenizer)
-    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    ids = [encode_chat(tokenizer, t, add_generation_prompt=True, enable_thinking=thinking) for t in turns]
     sampling = SamplingParams(temperature=options.temperature)
     requests = (
         engine.request(
             prompt, options.max_new_tokens, sampling=sampling, stream=options.first + number * options.stride
         )
-        for number, prompt in enumerate(ids)
+        for number, prompt in enumerate(prompt_ids(tokenizer, prompts, thinking))
     )
     rows = engine.submit(requests)
     try:

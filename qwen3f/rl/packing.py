@@ -80,7 +80,8 @@ def pack_updates(
 ) -> list[Arrays]:
     """Packed rows of each update; all updates get the same number of rows.
 
-    documents: by group. Groups are divided among the updates in order, and a group stays in one update. cfg: given for
+    documents: by group. Groups are divided among the updates in order, and a group stays in one update; with fewer
+    groups than updates, some have no tokens, and a training step leaves those out. cfg: given for
     a model with pictures; the rows then have their pixels (sight.with_pixels).
     """
     parts = np.array_split(np.arange(len(documents)), updates)

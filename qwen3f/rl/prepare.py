@@ -218,7 +218,10 @@ def _check_some(found: Judged, samples: int) -> None:
     unjudged = np.isnan(np.array(list(found.values.values()))).any(0)
     if unjudged.all():
         why = "; ".join(f"{reason} ({count} times)" for reason, count in sorted(found.failures.items())[:3])
-        raise UserError(f"none of {samples} completions could be judged, so there is nothing to learn from: {why}")
+        raise UserError(
+            f"none of {samples} completions could be judged, so there is nothing to learn from: {why}. A reward of "
+            "--config.rewards takes a Sample and returns a number, or None where it cannot judge"
+        )
 
 
 def _advantages(groups: list[Group], weights: Sequence[float], options: Options) -> None:

@@ -73,6 +73,11 @@ def check(setup: Setup) -> None:
         raise UserError(f"--config.online.fill={config.online.fill}: write a share of batch_size above 0, at most 1")
     if config.online.judge == "reward_model":
         check_reward_model(config.online.reward_model, setup, "--config.online.reward_model")
+    elif config.online.reward_model:
+        raise UserError(
+            f"--config.online.reward_model={config.online.reward_model}: --config.online.judge={config.online.judge} "
+            "does not use it; write --config.online.judge=reward_model, or leave it out"
+        )
     if config.dpo.reference:
         check_vocabulary(config.dpo.reference, setup)
     if 2 * config.online.max_new_tokens >= config.seq_len:

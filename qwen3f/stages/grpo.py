@@ -19,7 +19,7 @@ from qwen3f.data.chat.recognise import kind_of, opening
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import Answer, kept, mark, shares
-from qwen3f.infer.on_ranks import check_cache
+from qwen3f.infer.on_ranks import check_cache, check_positions
 from qwen3f.params import Params
 from qwen3f.preference.judges import RewardModel, check_reward_model
 from qwen3f.preference.reference import check_reference, find_weights
@@ -42,7 +42,7 @@ from qwen3f.train.objective import check_model
 from qwen3f.train.outputs import make_outputs
 from qwen3f.train.readings import number
 from qwen3f.train.restore import check_tokenizer, find_tokenizer, initial_weights
-from qwen3f.train.setup import Setup, at_least
+from qwen3f.train.setup import Setup
 from qwen3f.train.stage import Batch, Evaluator, Interrupted, More, Run, Stage
 from qwen3f.train.state import TrainState
 from sharding.state import whole_params
@@ -59,12 +59,11 @@ def check(setup: Setup) -> None:
     config, rollout = setup.config, setup.config.rollout
     hyper = find_hyper(setup)
     check_model(setup.model, make_objective(hyper))
-    for key in ("rollout.samples", "rollout.max_new_tokens", "rollout.rows", "rollout.microbatch_rows", "updates"):
-        at_least(config, key, 1)
-    for key in ("data.max_samples", "samples.keep", "samples.show", "eval.questions", "rollout.cache_tokens"):
-        at_least(config, key, 0)
-    for key in ("rollout.draws", "eval.max_new_tokens", "judge.processes"):
-        at_least(config, key, 1)
+    if config.updates > config.batch_size:
+        raise UserError(
+            f"--config.updates={config.updates}: each needs a prompt of its own, and a step has "
+            f"--config.batch_size={config.batch_size}; lower updates or raise batch_size"
+        )
     if not 0 < rollout.top_entropy <= 1:
         raise UserError(f"--config.rollout.top_entropy={rollout.top_entropy} must lie in (0, 1], 1 for all tokens")
     check_mode(rollout.correction, rollout.correction_low, rollout.correction_high)
@@ -83,8 +82,7 @@ def check(setup: Setup) -> None:
             f"--config.seq_len={config.seq_len}; lower max_new_tokens or raise seq_len"
         )
     if not config.judge.deadline > 0:
-        raise UserError(f"--config.judge.deadline={config.judge.deadline}: write the seconds that a reward may take, "
-                        "such as 20")  # fmt: skip
+        raise UserError(f"--config.judge.deadline={config.judge.deadline}: write seconds for a reward, such as 20")
     check_chosen(config.chat_template, [rollout.thinking], "--config.rollout.thinking")
     _check_pipeline(setup)
     _check_rewards(setup)
@@ -359,14 +357,16 @@ def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]], o
     lines: list[dict[str, Any]] = []
     every = [question for _, _, questions in asked for question in questions]
     ids = [encode(tools.tokenizer, question, thinking, sight) for question in every]
-    check_cache(ids, config.eval.max_new_tokens, config.rollout.cache_tokens, "--config.rollout.cache_tokens")
+    new_tokens, positions = config.eval.max_new_tokens, setup.model.max_position_embeddings
+    check_positions(ids, new_tokens, positions, "--config.eval.max_new_tokens")
+    check_cache(ids, new_tokens, config.rollout.cache_tokens, "--config.rollout.cache_tokens")
     shown = None if sight is None else [sight.look(question.images) for question in every]
 
     def validate(params: Params) -> dict[str, float]:
         if run.stopping():
             raise Interrupted
         tools.sampler.update(whole_params(setup.model, params, setup.layout, setup.compute_dtype))
-        given = tools.sampler.answers(ids, config.eval.temperature, config.eval.max_new_tokens, shown)
+        given = tools.sampler.answers(ids, config.eval.temperature, new_tokens, shown)
         texts = [begun + tools.tokenizer.decode(list(one.ids[:-1] if one.ended else one.ids)) for one in given]
         answers = [Answer(text, one.ended) for text, one in zip(texts, given)]
         with preferred(config.sandbox):

@@ -23,8 +23,9 @@ from qwen3f.data.loader import Indexed, Share, build_batch
 from qwen3f.data.sources.reasoning import ReasoningSource
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
-from qwen3f.eval.answers import AnswerOptions, answer_on_ranks, kept, mark, parse_modes, shares
+from qwen3f.eval.answers import AnswerOptions, answer_on_ranks, kept, mark, parse_modes, prompt_ids, shares
 from qwen3f.eval.heldout import batches_of_one_shape
+from qwen3f.infer.on_ranks import check_positions
 from qwen3f.params import Params
 from qwen3f.tasks.registry import open_text_task
 from qwen3f.tasks.task import Question, Task
@@ -108,6 +109,10 @@ def _evaluator(run: Run, corpus: ChatCorpus, tokenizer: Tokenizer) -> Evaluator:
     held-out questions."""
     config, evaluate, asks = run.setup.config, make_heldout_loss(run, corpus.heldout), _asks(run.setup)
     questions = _questions(run.setup) if asks else (None, ())
+    told, positions = [question.prompt for question in questions[1]], run.setup.model.max_position_embeddings
+    for mode in parse_modes(config.eval.modes) if asks else ():
+        prompts = prompt_ids(tokenizer, told, mode == "thinking")
+        check_positions(prompts, config.eval.max_new_tokens, positions, "--config.eval.max_new_tokens")
     answers: list[dict[str, Any]] = []
 
     def validate(params: Params) -> dict[str, float]:

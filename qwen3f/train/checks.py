@@ -44,6 +44,7 @@ CHOICES = {
     "data.turns": ("last", "all"),
     "data.long_chats": ("drop", "cut_end", "error"),
     "data.on_bad_row": ("error", "skip"),
+    "sandbox": ("auto", "bubblewrap", "landlock", "none"),
     "advantages.baseline": ("mean", "leave_one_out"),
     "advantages.scale": ("group", "batch", "none"),
     "advantages.combine": ("sum_then_normalize", "normalize_then_sum"),

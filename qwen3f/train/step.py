@@ -275,13 +275,14 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
         finite = torch.isfinite(norm) & torch.isfinite(terms.loss)
         done = state.step if options.updates == 1 else state.step * options.updates + number
         lr = options.schedule(done)
-        at = optimizer.Scalars(done, lr, scale, finite)
+        tokens = sum_over(losses.batch_tokens(batch), axes, ROWS)
+        # without a token there is no gradient: an update would move the weights by old momentum and weight decay alone
+        at = optimizer.Scalars(done, lr, scale, finite & (tokens > 0))
         params, opt = optimizer.update(hyper, rules, state.params, grads, state.opt, at, placed, axes)
         if cfg.vision_enabled:
             seen = _any_image(batch, axes)
             params = _unless_idle(seen, state.params, params)
             opt = optimizer.OptimizerState(*(_unless_idle(seen, *trees) for trees in zip(state.opt, opt)))
-        tokens = sum_over(losses.batch_tokens(batch), axes, ROWS)
         step, position = state.step, state.position
         if examples is not None:  # data is consumed, even if the update was withheld
             step, position = step + 1, position + examples
@@ -318,10 +319,12 @@ def _unless_idle(seen: Tensor, old: P.Params, new: P.Params) -> P.Params:
 
 
 def _together(history: list[Metrics]) -> Metrics:
-    """A step's metrics from those of its updates."""
+    """A step's metrics from those of its updates; means are over the updates that had tokens."""
     out = {name: torch.stack([metrics[name] for metrics in history]) for name in history[0]}
     finite, tokens = out.pop("finite"), out.pop("tokens")
-    means = {name: values.mean(0) for name, values in out.items()}
+    real = tokens > 0
+    count = real.sum().clamp(min=1)
+    means = {name: torch.where(real, values, 0).sum(0) / count for name, values in out.items()}
     return means | {"lr": out["lr"][-1], "tokens": tokens.sum(), "finite": finite.all(), "withheld": (~finite).sum()}
 
 

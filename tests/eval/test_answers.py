@@ -147,6 +147,6 @@ def test_a_caller_who_stops_leaves_nothing_in_an_engine_of_others(small):
 
 def test_modes():
     assert parse_modes("thinking, plain") == ("thinking", "plain")
-    for text in ("", "think", "plain,fast"):
+    for text in ("", "think", "plain,fast", "plain,plain"):
         with pytest.raises(UserError, match=r"--config.eval.modes='.*': write thinking, plain, or thinking,plain"):
             parse_modes(text)

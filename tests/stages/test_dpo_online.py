@@ -192,6 +192,7 @@ def test_the_logged_reward_is_the_mean_of_what_the_judge_says_where_it_can_tell(
     [
         ({"online.judge": "me"}, "config.online.judge='me' is unknown; use one of task, rule, reward_model"),
         ({"online.judge": "reward_model"}, "needs a reward model: write --config.online.reward_model=W"),
+        ({"online.reward_model": "W"}, "online.reward_model=W: --config.online.judge=.* does not use it; write"),
         ({"online.samples": 1}, "config.online.samples must be at least 2"),
         ({"online.temperature": 0.0}, "online.temperature=0.0: write a number from 0.001 to 1000"),
         ({"online.fill": 0.0}, "online.fill=0.0"),

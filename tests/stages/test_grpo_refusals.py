@@ -52,6 +52,8 @@ def root(tmp_path_factory):
         ({"grpo.loss": "vespo", "rollout.correction": "token_mask"}, "vespo is not linear"),
         ({"rewards": "correct,reward_model"}, "needs a reward model: write --config.judge.reward_model=W"),
         ({"judge.reward_model": "W"}, "judge.reward_model=W: --config.rewards does not use it"),
+        ({"updates": 3, "batch_size": 2}, "config.updates=3: each needs a prompt of its own, and a step has .*=2"),
+        ({"sandbox": "jail"}, "config.sandbox='jail' is unknown; use one of auto, bubblewrap"),
         ({"data.kinds": "poems"}, "data.kinds is 'poems'"),
         ({"model.scalar_head": True}, "scalar_head=True does not go with a stage"),
     ],
@@ -61,9 +63,10 @@ def test_what_cannot_run_is_refused_before_anything_starts(changes, words, root)
         grpo.check(make_setup(toy_rl.make_config(root, **changes)))
 
 
-def test_a_sandbox_is_asked_of_the_run_and_refused_before_the_workdir_changes(root, tmp_path):
-    config = toy_rl.make_config(root, tasks="code", sandbox="jail")
+def test_a_sandbox_is_asked_of_the_run_and_refused_before_the_workdir_changes(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("qwen3f.sandbox.tiers.why_not", lambda _: "it is absent")
+    config = toy_rl.make_config(root, tasks="code", sandbox="landlock")
     grpo.check(make_setup(config))  # a plan is not made on the run's machine
-    with pytest.raises(UserError, match="sandbox=jail: write auto"):
+    with pytest.raises(UserError, match="sandbox=landlock does not work here: it is absent"):
         loop.run(config, tmp_path / "W", progress=False)
     assert not (tmp_path / "W" / "config.json").exists()

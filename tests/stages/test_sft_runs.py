@@ -229,6 +229,10 @@ def test_tokenizers_that_cannot_write_chats(change, words, root, tmp_path):
         ({"eval.task": "visual"}, r"--config\.eval\.task=visual asks about pictures"),
         ({"eval.modes": "fast"}, r"--config\.eval\.modes='fast': write thinking, plain"),
         ({"eval.questions": -1}, r"config\.eval\.questions must be at least 0"),
+        (
+            {"eval.task": "reasoning", "eval.questions": 2, "eval.max_new_tokens": 10**6},
+            r"config\.eval\.max_new_tokens=1000000 after a prompt of \d+ tokens exceeds the model's",
+        ),
         ({"eval.max_new_tokens": 0}, r"config\.eval\.max_new_tokens must be at least 1"),
         ({"show_samples": -1}, r"config\.show_samples must be at least 0"),
         ({"init_from": ""}, r"needs the tokenizer that the model was pretrained with: write --config\.init_from=W"),

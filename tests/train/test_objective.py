@@ -1,5 +1,7 @@
 """Objectives against float64 formulas written out document by document; cuts and packing change nothing."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,6 +157,27 @@ def test_several_updates_are_as_many_steps_of_parts():
     assert (int(found["withheld"]), bool(found["finite"])) == (1, False)
     assert not torch.equal(got.params["model.norm.weight"], start.params["model.norm.weight"])
     assert all(x.isfinite().all() for x in got.params.values())
+
+
+def test_an_update_without_tokens_changes_no_weights_and_no_means():
+    """With momentum of a step before, AdamW would move the weights without a gradient, and weight decay shrink them."""
+    cfg, batch = config(), packed()
+    options = StepOptions(AdamW(), Schedule("constant", 1e-2, 6))
+    one = make_train_step(cfg, OBJECTIVES["grpo"], options)
+    start, _ = one(state.init_state(cfg, 0, dtype=torch.float64), batch)
+    halves = [{key: x.chunk(2)[i] for key, x in batch.items()} for i in (0, 1)]
+    empty = {**halves[1], "loss_weights": torch.zeros_like(halves[1]["loss_weights"])}
+    alone, figures = one(start._replace(step=2 * start.step), halves[0])  # updates are counted, not steps
+    both = {key: torch.cat([halves[0][key], empty[key]]) for key in batch}
+    got, found = make_train_step(cfg, OBJECTIVES["grpo"], dataclasses.replace(options, updates=2))(start, both)
+    for path in got.params:
+        torch.testing.assert_close(got.params[path], alone.params[path], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(got.opt.m[path], alone.opt.m[path], rtol=1e-12, atol=1e-14)
+    for name in set(figures) - {"lr"}:
+        torch.testing.assert_close(found[name].double(), figures[name].double(), rtol=1e-9, atol=1e-12)
+    kept, nothing = one(start, empty)
+    assert all(torch.equal(kept.params[path], start.params[path]) for path in start.params)
+    assert (int(kept.step), int(nothing["tokens"]), bool(nothing["finite"])) == (2, 0, True)
 
 
 def test_consumed_moves_the_position_and_nothing_else():

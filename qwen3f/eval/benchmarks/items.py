@@ -72,6 +72,8 @@ def load(benchmark: Benchmark, place: str, shots: int | None, most: int, world: 
     """
     groups = grouped(items(benchmark, place, benchmark.split), most, world)
     if not groups:
+        if benchmark.task:
+            raise UserError(f"{benchmark.name} makes no held-out question; raise --config.data.problems")
         raise UserError(
             f"{benchmark.name} has no questions in {place or benchmark.hub_id}: put the whole data set there"
         )
