@@ -67,8 +67,8 @@ class RopeScaling:
         _check_types("config.model.rope_scaling", self)
         for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"):
             value = getattr(self, key)
-            if value is not None and not 0 < value <= sys.float_info.max:  # JSON's integers may be longer
-                raise UserError(f"config.model.rope_scaling.{key} is {str(value)[:40]}; it must be finite and above 0")
+            if value is not None and not 1e-9 <= value <= 1e18:  # else YaRN's logarithms overflow
+                raise UserError(f"config.model.rope_scaling.{key} is {str(value)[:40]}; it must be from 1e-9 to 1e18")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,8 @@ class ModelConfig:
             "gradient_checkpointing": {True: "full", False: "none", "True": "full", "False": "none", None: "none"},
         }
         for name, aliases in normal.items():
-            object.__setattr__(self, name, aliases.get(getattr(self, name), getattr(self, name)))
+            given = getattr(self, name)
+            object.__setattr__(self, name, aliases.get(given, given) if isinstance(given, str | bool | None) else given)
         for name in ("mlp_only_layers", "vision_deepstack_layers", "mrope_section"):
             given = getattr(self, name)
             numbers = () if given is None else given
@@ -225,10 +226,7 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """Raises UserError on an unknown key, naming the closest known one."""
         _check_keys("config.model", values, cls)
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise UserError(f"model config: {error}") from error
+        return cls(**values)
 
     def to_json(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
@@ -332,6 +330,8 @@ def _validate(cfg: ModelConfig) -> None:
         )
     if not 0.0 <= cfg.attention_dropout < 1.0:
         raise UserError(f"config.model.attention_dropout must be in [0, 1), got {cfg.attention_dropout}")
+    if cfg.num_experts < 0:
+        raise UserError(f"config.model.num_experts must be at least 0, got {cfg.num_experts}")
     if cfg.num_experts and not 1 <= cfg.num_experts_per_tok <= cfg.num_experts:
         raise UserError(
             f"config.model.num_experts_per_tok ({cfg.num_experts_per_tok}) must lie in 1..num_experts "

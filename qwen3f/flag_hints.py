@@ -68,7 +68,9 @@ def hint(name: str, known: Sequence[str]) -> str:
     if inside:
         kind = next((key for key in inside if key.endswith((".kind", ".mixture"))), "")
         return f"{name} is a section; {f'did you mean {kind}? It' if kind else 'it'} has {_listed(inside)}"
-    last = name.rpartition(".")[2]
+    parent, _, last = name.rpartition(".")
+    if parent in known:
+        return f"{parent} is one value: write --{parent}=…, as in experiments, with {last!r} inside if it is a dict"
     if (alias := f"config.{_BY_NAME.get(last)}") in known:
         return f"did you mean {alias}?"
     lasts = [key.rpartition(".")[2] for key in known]

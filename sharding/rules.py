@@ -152,5 +152,5 @@ def check_batch(
     if tokens % shape.tp:
         raise UserError(
             f"a rank's micro-batch has {tokens} tokens ({rows // parts} × {length}, over cp={shape.cp}), which don't "
-            f"divide by tp={shape.tp}; change {key} or config.seq_len"
+            f"divide by tp={shape.tp}; make config.seq_len a multiple of {shape.tp * shape.cp}, or change {key}"
         )

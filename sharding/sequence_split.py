@@ -56,7 +56,7 @@ class RingRanges(NamedTuple):
 def check_length(length: int, size: int) -> None:
     """UserError unless `length` positions can be cut over `size` ranks."""
     if size > 1 and (length < 2 * size or length % (2 * size)):
-        fitting = max(1, round(length / (2 * size))) * 2 * size
+        fitting = max(1, length // (2 * size)) * 2 * size  # not above it: the model may have no more positions
         raise UserError(
             f"config.seq_len={length} cannot be cut over cp={size}: each rank holds two of {2 * size} equal "
             f"chunks; write config.seq_len={fitting} (any multiple of {2 * size}), or another cp in config.mesh"

@@ -110,7 +110,7 @@ def test_wrong_values_are_named(values, words):
 @pytest.mark.parametrize(
     "key", ["factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"]
 )
-@pytest.mark.parametrize("value", [0, -2, pytest.param(10**400, id="1e400"), math.nan, math.inf])
+@pytest.mark.parametrize("value", [0, -2, pytest.param(10**400, id="1e400"), 1e308, 1e-320, math.nan, math.inf])
 def test_numbers_of_yarn_are_finite_and_positive(key, value):
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
     words = rf"config\.model\.rope_scaling\.{key} is .*; it must be "

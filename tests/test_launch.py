@@ -30,6 +30,10 @@ def launch(*arguments):
         (("--config", "experiments/demo.py", "--config.lr=3"), "did you mean config.schedule.peak_lr?"),
         (("--config", "experiments/demo.py", "--config.checkpoints.every=3"), "did you mean config.checkpoint.every?"),
         (("--config", "experiments/demo.py", "--config.steps.x=3"), "unknown key --config.steps.x"),
+        (
+            ("--config", "experiments/demo.py", "--config.model.rope_scaling.factor=4"),
+            "config.model.rope_scaling is one value: write --config.model.rope_scaling=",
+        ),
         (("--config", "experiments/demo.py", "--config.optimizer=muon"), "did you mean config.optimizer.kind?"),
         (("--config", "experiments/demo.py", "--config.n_layers=3"), "did you mean config.model.num_hidden_layers?"),
         (

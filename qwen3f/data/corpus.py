@@ -7,6 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import sentencepiece
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from qwen3f.data.cache.token_cache import TokenCache, TokenStream, build_or_open
 from qwen3f.data.length_mix import of_class, parse_length_mix
 from qwen3f.data.loader import Dataset
-from qwen3f.data.mixture import CYCLE, Mixture, Part, make_mixture, parse_caps, parse_weights, temper
+from qwen3f.data.mixture import CYCLE, MIXTURE, Mixture, Part, make_mixture, parse_caps, parse_weights, temper
 from qwen3f.data.packing.best_fit import LongDocuments
 from qwen3f.data.packing.best_fit_dataset import BestFitDataset
 from qwen3f.data.packing.concat import PackedDataset
@@ -128,7 +129,7 @@ class Corpus:
         total = self.train.total(seed) if isinstance(self.train, Mixture) else None
         if total is not None and total < examples:
             raise UserError(
-                f"config.data.max_epochs leaves {total} examples and the run needs {examples} (steps x batch_size): "
+                f"config.data.max_epochs leaves {total} examples and the run needs {examples} up to its last step: "
                 "raise it, lower --config.steps, or give more text."
             )
 
@@ -215,7 +216,9 @@ def prepare(cfg: DataConfig, seq_len: int, progress: bool = True) -> Corpus:
     if len(packed) == 1 and limits == [None]:
         train = packed[0]
     else:
-        train = make_mixture(packed, shares, max_epochs=limits)
+        flag = "--config.data.length_mix" if cfg.length_mix else MIXTURE
+        flag = f"--config.data.temperature={cfg.temperature}" if cfg.temperature else flag
+        train = make_mixture(packed, shares, max_epochs=limits, flag=flag)
     return Corpus(sources, tokenizer, train, tuple(streams), heldout, tuple(_left_out(caches, streams)))
 
 
@@ -356,8 +359,10 @@ def _trained_tokenizer(sources: list[Source], vocab_size: int, cache_dir: Path, 
     return tokenizer
 
 
-def gzip_bits_per_byte(sources: Iterable[Source]) -> float:
+def gzip_bits_per_byte(sources: Iterable[Source], max_docs: int = 0) -> float:
     """Bits per byte of `gzip -9` over the concatenated held-out text: a floor any model should beat.
+
+    max_docs: of each source only the first documents, as in the evaluation; 0: all.
 
     Raises:
         UserError: there is no held-out text.
@@ -365,7 +370,7 @@ def gzip_bits_per_byte(sources: Iterable[Source]) -> float:
     compressor = zlib.compressobj(9, zlib.DEFLATED, wbits=31)  # 31: gzip's header and trailer
     read = written = 0
     for source in sources:
-        for document in source.documents("heldout"):
+        for document in islice(source.documents("heldout"), max_docs or None):
             content = document.text.encode()
             read += len(content)
             written += len(compressor.compress(content))

@@ -136,7 +136,7 @@ def make_mixture(
     mixture = Mixture(tuple(parts), tuple(map(float, weights)), tuple(caps))
     # A weight of less than one place could be rounded up now, and down to 0 when another dataset is dropped.
     if (small := min(weights)) / sum(weights) < 1 / CYCLE:
-        raise UserError(f"{flag} has the weight {small} of {sum(weights)}: give at least 1/{CYCLE} of the sum.")
+        raise UserError(f"{flag} has the weight {small} of {sum(weights)}: make it at least 1/{CYCLE} of the sum.")
     return mixture
 
 

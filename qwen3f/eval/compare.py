@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3f.errors import UserError
+from qwen3f.eval.records import is_metrics
 from qwen3f.eval.statistics import Paired, paired
 from qwen3f.limits import RESULTS_BYTES
 from qwen3f.strict_json import read_object
@@ -95,7 +96,12 @@ def _read(argument: str) -> dict[str, Any]:
     results = read_object(path, RESULTS_BYTES)
     try:
         found = results["benchmarks"].values()
-        whole = all(record.keys() >= set(_SAMPLE) for x in found for record in x["samples"])
+        whole = all(
+            record.keys() >= set(_SAMPLE) and type(record["number"]) is int and is_metrics(record["metrics"])
+            for x in found
+            for record in x["samples"]
+        )
+        whole = whole and all(len({one["number"] for one in x["samples"]}) == len(x["samples"]) for x in found)
         whole = whole and all(isinstance(x.get("settings", {}), dict) for x in found)
     except (AttributeError, KeyError, TypeError):
         whole = False

@@ -18,6 +18,7 @@ from qwen3f.eval.statistics import Estimate, estimate
 from qwen3f.vision.preprocess import MAX_PIXELS, MIN_PIXELS
 
 METRICS = ("harness", "official")
+MOST_SAMPLES = 10**5  # answers to a question
 PIXELS = ("min_pixels", "max_pixels")  # settings that only benchmarks with pictures have
 Record = dict[str, Any]
 
@@ -61,6 +62,8 @@ class Settings:
             raise UserError(f"--config.shots={self.shots}: write at least 0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--config.top_p={self.top_p}: write a share above 0, 1 at most")
+        if self.samples > MOST_SAMPLES:
+            raise UserError(f"--config.samples={self.samples}: write {MOST_SAMPLES:,} or less")
         if self.samples > 1 and not self.temperature:
             raise UserError(f"--config.samples={self.samples} would all be the same: write --config.temperature=0.8")
         if self.thinking and self.prompt == "raw" and not benchmark.task:

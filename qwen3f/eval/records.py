@@ -4,6 +4,7 @@ There is one file for each benchmark. Its first line holds the settings, each ot
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,12 @@ from qwen3f.files import write_atomically
 
 FOLDER = "records"
 _KEYS = {"number", "name", "metrics", "truncated"}  # of every record
+
+
+def is_metrics(value: Any) -> bool:
+    """Whether a record's metrics are as they are written: name -> finite number, at least one."""
+    numbers = value.values() if isinstance(value, dict) else ()
+    return bool(numbers) and all(type(x) in (int, float, bool) and math.isfinite(x) for x in numbers)
 
 
 class Records:
@@ -34,7 +41,11 @@ class Records:
         try:
             there, *records = [json.loads(line) for line in lines[:-1]]
             self.done: dict[int, Record] = {record["number"]: record for record in records}
-            if not (isinstance(there, dict) and all(record.keys() >= _KEYS for record in records)):
+            whole = all(
+                record.keys() >= _KEYS and is_metrics(record["metrics"]) and type(record["truncated"]) in (bool, int)
+                for record in records
+            )
+            if not (isinstance(there, dict) and whole):
                 raise ValueError("no settings, or a line that is no record")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(

@@ -92,7 +92,7 @@ def _is_mapped(tensor: Tensor) -> bool:
 
 
 EAGER = Execution()
-# works with torch.func.vmap, grad and jvp
+# works with torch.func.vmap, grad and jvp; grad without recomputation, as torch's hooks for it do not
 REFERENCE = Execution(attention="reference", experts="reference", loss="reference", kernels=())
 # A token's log-probability is the same in any batch, with or without a cache, so training gets exactly a rollout's.
 INVARIANT = Execution(invariant=True, kernels=())

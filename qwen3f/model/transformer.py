@@ -65,12 +65,19 @@ def apply(
         and "positions" [B, 3, T] are computed if absent. Without "pixel_values", placeholders of images are ordinary
         tokens, as in transformers. Other keys are ignored.
       dropout_stream: int64 scalar tensor; attention_dropout applies exactly when it is given.
-    Raises UserError for images without a tower, if the number of placeholders differs from that of the features, and as
-    with_places; IndexError (CPU) for a token beyond the vocabulary.
+    Raises UserError for a batch without tokens, for images without a tower, if the number of placeholders differs from
+    that of the features, and as with_places; IndexError (CPU) for a token beyond the vocabulary.
     """
+    check_tokens(batch["tokens"])
     run = make_forward(cfg, execution, dropout=dropout_stream is not None)
     hidden, stats = run(params, with_places(batch, cfg), dropout_stream)
     return ModelOutput(F.linear(hidden, head_weight(cfg, params)), hidden, stats)
+
+
+def check_tokens(tokens: Tensor) -> None:
+    """Raises UserError unless tokens are [B, T] with at least one."""
+    if tokens.dim() != 2 or not tokens.numel():
+        raise UserError(f"tokens must be [rows, length] with at least one token, got {list(tokens.shape)}")
 
 
 def make_forward(

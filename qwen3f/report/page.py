@@ -64,7 +64,7 @@ def _lead(report: Report) -> str:
     [stage] = report.stages
     count, total = stage.run.record.get("parameters"), stage.run.config.get("steps")
     size = f" of {count:,} parameters" if isinstance(count, int) else ""
-    if stage.run.results:
+    if stage.run.results and not stage.run.metrics.lines:
         return "An evaluation of a language model of the Qwen3 family."
     far = f"trained for {stage.steps:,} steps"
     if isinstance(total, int) and stage.steps < total:

@@ -52,7 +52,6 @@ def make(run: Run) -> Stage:
     setup, config = run.setup, run.setup.config
     corpus = prepare(_data_config(setup, find_tokenizer(setup, run.workdir)), config.seq_len, run.progress)
     check_tokenizer(corpus.tokenizer, setup.model)
-    corpus.check_covers(config.steps * config.batch_size, config.seed)
     warmup = _warmup_steps(setup)
 
     def prepare_batch(state: TrainState, batch: Batch, more: More) -> Batch:
@@ -64,7 +63,7 @@ def make(run: Run) -> Stage:
 
     def finish(state: TrainState, logger: Logger) -> None:
         if config.eval.compare_gzip and run.world.main:
-            bits = gzip_bits_per_byte(corpus.sources.values())
+            bits = gzip_bits_per_byte(corpus.sources.values(), config.eval.max_docs)
             logger.write(f"gzip -9 on the same held-out text: {bits:.4f} bits a byte")
         if config.sample.tokens and config.sample.prompts:
             params = whole_params(setup.model, state.params, setup.layout, setup.compute_dtype)
@@ -74,6 +73,7 @@ def make(run: Run) -> Stage:
     return Stage(
         tokenizer=corpus.tokenizer,
         dataset=corpus.train,
+        check_covers=lambda examples: corpus.check_covers(examples, config.seed),
         objective=NEXT_TOKEN,
         evaluators={"val": _evaluator(run, corpus)},
         prepare=prepare_batch,

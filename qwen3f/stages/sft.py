@@ -72,10 +72,10 @@ def make(run: Run) -> Stage:
         check_thinking(kind_of(tokenizer), mode == "thinking")
     check_tokenizer(tokenizer, setup.model)
     corpus = prepare_chats(_data_config(setup), config.seq_len, tokenizer, run.progress)
-    corpus.check_covers(config.steps * config.batch_size, config.seed)
     return Stage(
         tokenizer=tokenizer,
         dataset=corpus.train,
+        check_covers=lambda examples: corpus.check_covers(examples, config.seed),
         objective=NEXT_TOKEN,
         evaluators={"val": _evaluator(run, corpus, tokenizer)},
         figures=corpus.train_metrics,

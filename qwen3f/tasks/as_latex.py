@@ -29,9 +29,11 @@ _SYMBOLS = {
     "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre",
     "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile", "mg": "milligram", "g": "gram", "kg": "kilogram",
     "lb": "pound", "oz": "ounce", "s": "sec second", "min": "minute", "h": "hr hour", "ml": "milliliter millilitre",
-    "l": "L liter litre",
+    "l": "L liter litre", "gal": "gallon", "ton": "tonne", "day": "", "week": "", "month": "", "year": "", "cent": "",
+    "dollar": "", "mi/h": "mph",
 }  # fmt: skip
 _MEASURES = {name: symbol for symbol, names in _SYMBOLS.items() for name in (symbol, *names.split())}
+_POWERS = ((re.compile(r"\b(?:square|sq\.?) ([A-Za-z]+)"), 2), (re.compile(r"\b(?:cubic|cu\.?) ([A-Za-z]+)"), 3))
 _OTHERS = ("st", "nd", "rd", "th", "C", "F", "N", "J", "W", "V", "Hz", "Pa")  # only in \text{…}
 _WORDS = re.compile(r"(?:[a-z]{3,}|sq\.?|cu\.?)(?:[ -][a-z]+\.?){0,3}(?: (?:an?|of|per) [a-z]+)?(?:\^[23])?")
 _SCALES = {"dozen": "12"} | {
@@ -107,7 +109,9 @@ def _fraction(whole: str, once: str, again: str) -> str:
 
 
 def _symbol(words: str) -> str:
-    """ "km/h" of "km/hr", "cm2" of "cm^2"; "" unless each part is a measure."""
+    """ "km/h" of "km/hr", "cm2" of "cm^2" and of "square cm"; "" unless each part is a measure."""
+    for word, power in _POWERS:
+        words = word.sub(rf"\1^{power}", words)
     parts = [re.fullmatch(r"([A-Za-z]+)([23]?)", part) for part in re.sub(r"[\s^{}]", "", words).split("/")]
     names = [_measure(part[1]) if part else "" for part in parts]
     return "/".join(name + part[2] for name, part in zip(names, parts)) if all(names) and len(parts) < 3 else ""

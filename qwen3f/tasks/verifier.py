@@ -4,6 +4,7 @@ It is a module of its own, so that the second it takes to load counts in no call
 """
 
 import logging
+import re
 from typing import Any
 
 from latex2sympy2_extended import NormalizationConfig
@@ -14,6 +15,9 @@ from qwen3f.tasks.as_latex import as_latex, without_base, without_percent, witho
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of its own limits, which are switched off here
 
 SMALL, SAME = 1e-3, 1e-5  # numbers below SMALL are equal up to this part of themselves
+NOISE = 1e-90  # sympy gives some smaller number for an expression that is exactly 0
+_WORD = re.compile(r"[a-z]{4,}|[A-Z][a-z]+", re.ASCII)
+_HOUR = re.compile(r"\d{1,2}:00", re.ASCII)
 
 # Nothing but LaTeX: where that cannot be read, math-verify would else take some number in it for the answer.
 _READ = LatexExtractionConfig(
@@ -32,6 +36,8 @@ def same_mathematics(answer: str, gold: str) -> float | None:
         return float(answer == gold and (base == right_base or not base or not right_base))
     (answer, unit), (gold, right_unit) = without_unit(answer), without_unit(gold)
     (answer, answer_of_100), (gold, gold_of_100) = without_percent(answer), without_percent(gold)
+    if any(kind.fullmatch(gold) for kind in (_WORD, _HOUR)):  # no product of letters, and no ratio to 0
+        return float(answer == gold)
     right = _parsed(gold)
     if not right:
         return None
@@ -62,6 +68,7 @@ def _differ(given: Any, right: Any) -> bool:
         a, b = float(given), float(right)
     except (TypeError, ValueError, OverflowError, AttributeError):
         return False
+    a, b = (0.0 if abs(x) < NOISE else x for x in (a, b))
     return max(abs(a), abs(b)) < SMALL and abs(a - b) > SAME * abs(b)
 
 

@@ -111,6 +111,8 @@ def run(
         made = made.complete(made)
         session = Session(place, made, checkpoints, stop, resolved, progress, make_step)
         start = starting_state(setup, checkpoints, world)
+        left = max(0, config.steps - number(start.state.step))
+        made.check_covers(number(start.state.position) + left * config.batch_size)
         spikes = SpikeGuard(setup.spikes, start.meta.get("spikes", {}))
         while True:
             made.load(start.meta.get("stage", {}))

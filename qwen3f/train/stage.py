@@ -117,6 +117,8 @@ class Stage:
         ranks at once, such as reading weights on a mesh. `make` cannot, because a host's first rank calls it before
         the others.
       next: arguments of launch.py to suggest after a complete run, one line each; {workdir} and {preset} are filled in.
+      check_covers: number of examples that the run needs from the beginning of the data order to its last step -> None;
+        raises UserError if there are fewer.
     """
 
     tokenizer: Tokenizer
@@ -136,6 +138,7 @@ class Stage:
     microbatch_rows: int = 0
     complete: Callable[["Stage"], "Stage"] = unchanged
     next: tuple[str, ...] = ()
+    check_covers: Callable[[int], None] = nothing
 
 
 class StageModule(Protocol):

@@ -166,7 +166,7 @@ def test_caps_of_epochs_end_the_run_before_it_begins(config):
     corpus.check_covers(examples, seed=0)
     assert sorted(corpus.train.order(np.arange(examples), 0)) == sorted([*range(len(corpus.parts[0]))] * 2)
     with pytest.raises(
-        UserError, match=rf"leaves {examples} examples and the run needs {examples + 1} \(steps x batch"
+        UserError, match=rf"leaves {examples} examples and the run needs {examples + 1} up to its last step"
     ):
         corpus.check_covers(examples + 1, seed=0)
 
@@ -211,6 +211,8 @@ def test_gzip_bits_per_byte(tmp_path, write_jsonl):
     text = "".join(texts).encode()
     assert gzip_bits_per_byte([source]) == pytest.approx(8 * len(gzip.compress(text, 9)) / len(text), rel=1e-12)
     assert gzip_bits_per_byte([source]) < 8 * len(gzip.compress(text, 6)) / len(text)
+    first = next(iter(source.documents("heldout"))).text.encode()
+    assert gzip_bits_per_byte([source], 1) == pytest.approx(8 * len(gzip.compress(first, 9)) / len(first), rel=1e-12)
     with pytest.raises(UserError, match="no document is in a heldout split"):
         gzip_bits_per_byte([open_source(source.name, holdout=0.0)])
 

@@ -118,7 +118,12 @@ def test_records_that_are_none_are_refused(place, tmp_path):
     evaluate(place, tmp_path / "e", benchmarks="arc_challenge", limit=1)
     file = tmp_path / "e" / "records" / "arc_challenge.jsonl"
     head, record, _ = file.read_text().split("\n")
-    for lines in ("[]\n{}\n", f"[]\n{record}\n", f"null\n{record}\n", f'{head}\n{{"number": 0}}\n', f"{head}\n5\n"):
+    changed = [
+        f"{head}\n{json.dumps({**json.loads(record), **change})}\n"
+        for change in ({"metrics": None}, {"metrics": {}}, {"metrics": {"accuracy": None}}, {"truncated": "yes"})
+    ]
+    foreign = ["[]\n{}\n", f"[]\n{record}\n", f"null\n{record}\n", f'{head}\n{{"number": 0}}\n', f"{head}\n5\n"]
+    for lines in (*foreign, *changed):
         file.write_text(lines)
         with pytest.raises(UserError, match="is not what this program writes"):
             evaluate(place, tmp_path / "e", benchmarks="arc_challenge", limit=1)

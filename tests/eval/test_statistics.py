@@ -108,7 +108,22 @@ def test_metrics_of_two_definitions_are_not_compared():
         compare(a, b)
 
 
-@pytest.mark.parametrize("text", ["{}", '{"benchmarks": 1}', '{"benchmarks": {"x": {"samples": [{"number": 0}]}}}'])
+SAMPLE = '{"number": 0, "name": "a", "group": "", "question": "q", "gold": "g", "metrics": %s}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"benchmarks": 1}',
+        '{"benchmarks": {"x": {"samples": [{"number": 0}]}}}',
+        *(
+            '{"benchmarks": {"x": {"samples": [%s]}}}' % (SAMPLE % metrics)
+            for metrics in ("null", "{}", '{"accuracy": null}', '{"accuracy": "1"}', '{"accuracy": NaN}')
+        ),
+        '{"benchmarks": {"x": {"samples": [%s, %s]}}}' % ((SAMPLE % '{"accuracy": 1}',) * 2),
+    ],
+)
 def test_a_file_of_something_else_is_named(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match="a.json holds no results .*: name the results.json of an evaluation"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qwen3f import model, params
+from qwen3f.errors import UserError
 from qwen3f.model.rope import rope_tables
 from qwen3f.train import losses
 from qwen3f.train.objective import batch_weight
@@ -173,3 +174,10 @@ def test_l2_qk_norm_starts_where_rms_starts():
     assert "model.layers.self_attn.q_norm.weight" not in params.abstract_params(none)
     c = model.apply(none, params.init_params(none, 0, dtype=torch.float64), {"tokens": tokens}).logits
     assert (a - c).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (5,)])
+def test_a_batch_without_tokens_is_named(shape):
+    cfg = small_config()
+    with pytest.raises(UserError, match=r"tokens must be \[rows, length\] with at least one token, got \["):
+        model.apply(cfg, params.init_params(cfg, 0), {"tokens": torch.zeros(shape, dtype=torch.int64)})

@@ -134,7 +134,11 @@ def test_local_shapes_are_dtensors(sizes, moe, fsdp):
     "rows, mesh, message",
     [
         (3, "dp2", "config.eval.batch_size=3 doesn't divide by dp=2"),
-        (1, "tp2", r"has 33 tokens \(1 × 33, over cp=1\), which don't divide by tp=2; change config.eval.batch_size"),
+        (
+            *(1, "tp2"),
+            r"has 33 tokens \(1 × 33, over cp=1\), which don't divide by tp=2; make config.seq_len a multiple of 2, or "
+            "change config.eval.batch_size",
+        ),
     ],
 )
 def test_an_evaluation_that_does_not_divide(rows, mesh, message):

@@ -243,6 +243,15 @@ def test_settings_that_cannot_work(changes, words, root, tmp_path):
     refused(toy_chats.make_config(root, **changes), tmp_path / "w", words)
 
 
+def test_max_epochs_counts_what_a_resumed_run_still_needs(root, tmp_path):
+    """With another batch size the rows that were read count as they were read."""
+    few = {"data.max_epochs": "1", "batch_size": 4, "microbatches": 1}
+    loop.run(toy_chats.make_config(root, steps=2, **few), tmp_path / "w", progress=False)
+    words = r"leaves (\d+) rows and the run needs 20008 up to its last step"
+    refused(toy_chats.make_config(root, steps=5003, **few), tmp_path / "x", words.replace("20008", "20012"))
+    refused(toy_chats.make_config(root, steps=2502, **{**few, "batch_size": 8}), tmp_path / "w", words)
+
+
 def test_a_run_whose_samples_all_fall_out_leaves_what_was_trained(root, tmp_path):
     """Resuming with rows that are too short for every sample ends before anything is written."""
     loop.run(toy_chats.make_config(root, steps=1), tmp_path / "w", progress=False)

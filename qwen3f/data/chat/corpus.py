@@ -113,8 +113,8 @@ class ChatCorpus:
         total = self.train.total(seed) if isinstance(self.train, Mixture) else None
         if total is not None and total < examples:
             raise UserError(
-                f"--config.data.max_epochs leaves {total} rows and the run needs {examples} (steps x batch_size): "
-                "raise it, lower steps, or give more chats."
+                f"--config.data.max_epochs leaves {total} rows and the run needs {examples} up to its last step: "
+                "raise it, lower --config.steps, or give more chats."
             )
 
     def train_metrics(self, batch: dict[str, Tensor]) -> dict[str, float]:

@@ -243,7 +243,10 @@ def drawing(data: VisualDataConfig) -> Drawing:
 def check(data: VisualDataConfig, seq_len: int, cfg: ModelConfig) -> None:
     """Raises UserError for values that cannot work."""
     if not cfg.vision_enabled:
-        raise UserError("the multimodal stage needs a vision tower: write --config.model.vision_enabled=True")
+        raise UserError(
+            "the multimodal stage needs a vision tower, --config.model.vision_enabled=True: write a preset that has "
+            "one, such as experiments/multimodal.py:nano_vl"
+        )
     check_policy(data.on_bad_row)
     if data.turns not in ("last", "all"):
         raise UserError(f"--config.data.turns is {data.turns!r}: write one of last, all.")

@@ -131,6 +131,7 @@ def check_name(name: str) -> None:
         return
     near = difflib.get_close_matches(kind, ["embedded", "reasoning", "files", *names("pretrain")], n=1)
     hint = f"did you mean {near[0]!r}?" if near else "write one of these."
+    hint += " A comma separates sources; a directory with a comma in its name is given by --config.data.root."
     raise UserError(
         f"Unknown config.data.mixture {name!r}; there are 'embedded', 'reasoning' and 'files@DIR', and NAME@DIR for "
         f"{', '.join(names('pretrain'))}: {hint}"

@@ -114,10 +114,13 @@ class SentencePieceTokenizer:
         self._model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
         try:
+            if not model:  # of which sentencepiece makes a tokenizer without pieces
+                raise ValueError("an empty file")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"{path} is not a SentencePiece model: give --config.data.tokenizer a .model file."
+                f"{path} is not a SentencePiece model: give --config.data.tokenizer a .model file; if it is a file of "
+                "the cache, delete it."
             ) from error
         self.vocab_size = self._processor.get_piece_size()
         self._special_ids = self._find_specials()

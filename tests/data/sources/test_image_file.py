@@ -164,6 +164,6 @@ def test_damaged_files_are_one_error(tmp_path):
 
 
 def test_what_is_no_file(tmp_path):
-    for path in (tmp_path, tmp_path / "absent.jpg"):
-        with pytest.raises(UserError, match=rf"the image {path} cannot be read"):
+    for path, words in ((tmp_path, "is no regular file: name a file"), (tmp_path / "absent.jpg", "cannot be read")):
+        with pytest.raises(UserError, match=rf"the image {path} {words}"):
             read_image(path)

@@ -44,10 +44,15 @@ def read_file(path: Path, columns: Columns) -> Rows:
             yield row
     except TooLarge as error:
         yield BadRow("broken_files", f"{path} cannot be read after row {number}: {error}.")
+    except FileNotFoundError:
+        yield BadRow("broken_files", f"{path} was removed while it was read, after row {number}: put it back.")
+    except PermissionError:
+        yield BadRow("broken_files", f"{path} must not be read: change its permissions.")
     except (pyarrow.ArrowException, OSError, EOFError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         yield BadRow(
-            "broken_files", f"{path} cannot be read after row {number} ({reason}): copy it again, it is cut off."
+            "broken_files",
+            f"{path} cannot be read after row {number} ({reason}): copy it again, it is damaged.",
         )
     else:
         if empty:
