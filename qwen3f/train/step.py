@@ -109,15 +109,16 @@ def make_train_step(cfg: ModelConfig, objective: Objective, options: StepOptions
         rows = batch["tokens"].shape[0] * options.layout.axes.rows[1]
         consumed = batch.get("consumed", torch.full_like(state.position, rows))
         parts = split_batch(batch, options.updates)
-        history = []
+        history, counts = [], []
         for number, part in enumerate(parts):
-            grads, terms = gradients(state, part, number)
+            grads, terms, count = gradients(state, part, number)
             if number == 0:
                 before()
             examples = consumed if number == len(parts) - 1 else None
-            state, metrics = finish(state, grads, terms, part, torch.full_like(state.step, number), examples)
+            state, metrics = finish(state, grads, terms, count, part, torch.full_like(state.step, number), examples)
             history.append(metrics)
-        return state, history[0] if len(history) == 1 else _together(history)
+            counts.append(count)
+        return state, history[0] if len(history) == 1 else _together(history, torch.stack(counts))
 
     graph = jit(lambda state, batch: run(state, batch, lambda: None), donate=options.donate) if whole_graph else None
 
@@ -189,7 +190,8 @@ def check_recomputation(cfg: ModelConfig, execution: model.Execution) -> None:
 def _make_gradients(
     cfg: ModelConfig, objective: Objective, options: StepOptions
 ) -> Callable[[TrainState, Batch, int], tuple[P.Params, losses.Terms]]:
-    """gradients(state, an update's batch, its number) -> (gradients of the trained parameters, the update's Terms).
+    """gradients(state, an update's batch, its number) -> (gradients of the trained parameters, the update's Terms, the
+    divisor of its loss).
 
     Gradients are this rank's shards, summed over ranks; Terms are those of all ranks.
     """
@@ -200,7 +202,7 @@ def _make_gradients(
     make = make_pipelined_gradients if axes.pp.size > 1 else _make_summed_gradients
     summed = make(cfg, objective, options.execution, layout)
 
-    def gradients(state: TrainState, batch: Batch, number: int) -> tuple[P.Params, losses.Terms]:
+    def gradients(state: TrainState, batch: Batch, number: int) -> tuple[P.Params, losses.Terms, Tensor]:
         rows = visible(batch, options.cross_documents)
         totals = losses.sum_totals(cfg, rows, axes, objective)
         compute = {
@@ -214,7 +216,7 @@ def _make_gradients(
             stream = rng.fold(state.seed, state.step * options.updates + number)
         parts = cut_batch(rows, options.parts_of(batch), layout)
         grads, terms = summed(trained, frozen, state.params, parts, totals, stream)
-        return sum_replicated(grads, placed, axes), losses.sum_ranks(terms, axes)
+        return sum_replicated(grads, placed, axes), losses.sum_ranks(terms, axes), totals.count
 
     return gradients
 
@@ -257,7 +259,7 @@ def _make_summed_gradients(
 
 
 def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[TrainState, Metrics]]:
-    """update(state, gradients, Terms, the update's batch, its number, examples) -> (state, metrics).
+    """update(state, gradients, Terms, divisor of the loss, the update's batch, its number, examples) -> (state, metrics).
 
     examples: how many examples the step's batch consumed, on the step's last update; None on the others.
     """
@@ -268,6 +270,7 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
         state: TrainState,
         grads: P.Params,
         terms: losses.Terms,
+        count: Tensor,
         batch: Batch,
         number: Tensor,
         examples: Tensor | None,
@@ -277,14 +280,14 @@ def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[
         finite = torch.isfinite(norm) & torch.isfinite(terms.loss)
         done = state.step if options.updates == 1 else state.step * options.updates + number
         lr = options.schedule(done)
-        tokens = sum_over(losses.batch_tokens(batch), axes, ROWS)
-        # without a token there is no gradient: an update would move the weights by old momentum and weight decay alone
-        at = optimizer.Scalars(done, lr, scale, finite & (tokens > 0))
+        # with nothing to learn from, an update would move the weights by old momentum and weight decay alone
+        at = optimizer.Scalars(done, lr, scale, finite & (count > 0))
         params, opt = optimizer.update(hyper, rules, state.params, grads, state.opt, at, placed, axes)
         if cfg.vision_enabled:
             seen = _any_image(batch, axes)
             params = _unless_idle(seen, state.params, params)
             opt = optimizer.OptimizerState(*(_unless_idle(seen, *trees) for trees in zip(state.opt, opt)))
+        tokens = sum_over(losses.batch_tokens(batch), axes, ROWS)
         step, position = state.step, state.position
         if examples is not None:  # data is consumed, even if the update was withheld
             step, position = step + 1, position + examples
@@ -320,13 +323,12 @@ def _unless_idle(seen: Tensor, old: P.Params, new: P.Params) -> P.Params:
     }
 
 
-def _together(history: list[Metrics]) -> Metrics:
-    """A step's metrics from those of its updates; means are over the updates that had tokens."""
+def _together(history: list[Metrics], counts: Tensor) -> Metrics:
+    """A step's metrics from those of its updates; means are over the updates with something to learn from."""
     out = {name: torch.stack([metrics[name] for metrics in history]) for name in history[0]}
     finite, tokens = out.pop("finite"), out.pop("tokens")
-    real = tokens > 0
-    count = real.sum().clamp(min=1)
-    means = {name: torch.where(real, values, 0).sum(0) / count for name, values in out.items()}
+    real = counts > 0
+    means = {name: torch.where(real, values, 0).sum(0) / real.sum().clamp(min=1) for name, values in out.items()}
     return means | {"lr": out["lr"][-1], "tokens": tokens.sum(), "finite": finite.all(), "withheld": (~finite).sum()}
 
 
