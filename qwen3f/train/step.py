@@ -259,9 +259,10 @@ def _make_summed_gradients(
 
 
 def _make_update(cfg: ModelConfig, options: StepOptions) -> Callable[..., tuple[TrainState, Metrics]]:
-    """update(state, gradients, Terms, divisor of the loss, the update's batch, its number, examples) -> (state, metrics).
+    """update(state, gradients, Terms, the loss's divisor, a batch, its number, examples) -> (state, metrics).
 
-    examples: how many examples the step's batch consumed, on the step's last update; None on the others.
+    batch: the update's. number: of the update within its step. examples: how many examples the step's batch consumed,
+    on the step's last update; None on the others.
     """
     axes, placed, hyper = options.layout.axes, options.layout.place(cfg), options.optimizer
     rules = optimizer.leaf_rules(hyper, P.decays(cfg))  # outside update, so that no pattern is matched while compiling
