@@ -329,7 +329,12 @@ def _together(history: list[Metrics], counts: Tensor) -> Metrics:
     out = {name: torch.stack([metrics[name] for metrics in history]) for name in history[0]}
     finite, tokens = out.pop("finite"), out.pop("tokens")
     real = counts > 0
-    means = {name: torch.where(real, values, 0).sum(0) / real.sum().clamp(min=1) for name, values in out.items()}
+
+    def mean(values: Tensor) -> Tensor:
+        kept = torch.where(real.view(-1, *[1] * (values.dim() - 1)), values, 0)
+        return kept.sum(0) / real.sum().clamp(min=1)
+
+    means = {name: mean(values) for name, values in out.items()}
     return means | {"lr": out["lr"][-1], "tokens": tokens.sum(), "finite": finite.all(), "withheld": (~finite).sum()}
 
 
