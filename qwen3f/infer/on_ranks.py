@@ -27,16 +27,6 @@ def check_cache(prompts: Iterable[Sequence[int]], max_new_tokens: int, cache_tok
         )
 
 
-def check_positions(prompts: Iterable[Sequence[int]], max_new_tokens: int, positions: int, flag: str) -> None:
-    """Raises UserError if a prompt and its answer may exceed the model's positions. flag: sets max_new_tokens."""
-    longest = max(map(len, prompts), default=0)
-    if longest + max_new_tokens > positions:
-        raise UserError(
-            f"{flag}={max_new_tokens} after a prompt of {longest} tokens exceeds the model's {positions} positions; "
-            f"write {max(1, positions - longest)} or less"
-        )
-
-
 def generate_on_ranks(
     world: World,
     engine: Engine,

@@ -187,14 +187,14 @@ def chat_messages(content: Content, system: str) -> list[Message]:
     return messages
 
 
-def check_length(cfg: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raises UserError for a prompt that leaves no room for its answer."""
+def check_length(cfg: ModelConfig, prompt_tokens: int, max_new_tokens: int, name: str = "max_new_tokens") -> None:
+    """Raises UserError for a prompt that leaves no room for its answer. name: what sets max_new_tokens."""
     room = cfg.max_position_embeddings
     if prompt_tokens >= room:
         raise UserError(f"a prompt has {prompt_tokens} tokens and the model takes {room} with the answer; shorten it")
     if prompt_tokens + max_new_tokens > room:
         raise UserError(
-            f"max_new_tokens={max_new_tokens} after a prompt of {prompt_tokens} tokens exceeds the model's {room} "
+            f"{name}={max_new_tokens} after a prompt of {prompt_tokens} tokens exceeds the model's {room} "
             f"positions; write {room - prompt_tokens} or less"
         )
 

@@ -4,7 +4,15 @@ from qwen3f.model.cached import make_cached_forward
 from qwen3f.model.execution import EAGER, INVARIANT, REFERENCE, Execution
 from qwen3f.model.kv_cache import KVCache, init_cache
 from qwen3f.model.moe import RouterStats
-from qwen3f.model.transformer import ModelOutput, apply, head_weight, make_forward, make_outer, real_tokens
+from qwen3f.model.transformer import (
+    ModelOutput,
+    apply,
+    check_tokens,
+    head_weight,
+    make_forward,
+    make_outer,
+    real_tokens,
+)
 
 __all__ = [
     "EAGER",
@@ -15,6 +23,7 @@ __all__ = [
     "ModelOutput",
     "RouterStats",
     "apply",
+    "check_tokens",
     "head_weight",
     "init_cache",
     "make_cached_forward",

@@ -19,7 +19,8 @@ from qwen3f.data.chat.recognise import kind_of, opening
 from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import Answer, kept, mark, shares
-from qwen3f.infer.on_ranks import check_cache, check_positions
+from qwen3f.infer.on_ranks import check_cache
+from qwen3f.infer.text_request import check_length
 from qwen3f.params import Params
 from qwen3f.preference.judges import RewardModel, check_reward_model
 from qwen3f.preference.reference import check_reference, find_weights
@@ -355,10 +356,9 @@ def _evaluator(run: Run, tools: R.Tools, tasks: list[tuple[str, Task, float]], o
     ]
     thinking, begun, sight = options.thinking, options.begun, options.sight
     lines: list[dict[str, Any]] = []
-    every = [question for _, _, questions in asked for question in questions]
+    every, new_tokens = [question for *_, questions in asked for question in questions], config.eval.max_new_tokens
     ids = [encode(tools.tokenizer, question, thinking, sight) for question in every]
-    new_tokens, positions = config.eval.max_new_tokens, setup.model.max_position_embeddings
-    check_positions(ids, new_tokens, positions, "--config.eval.max_new_tokens")
+    check_length(setup.model, max(map(len, ids)), new_tokens, "--config.eval.max_new_tokens")
     check_cache(ids, new_tokens, config.rollout.cache_tokens, "--config.rollout.cache_tokens")
     shown = None if sight is None else [sight.look(question.images) for question in every]
 

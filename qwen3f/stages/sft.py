@@ -25,7 +25,7 @@ from qwen3f.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from qwen3f.errors import UserError
 from qwen3f.eval.answers import AnswerOptions, answer_on_ranks, kept, mark, parse_modes, prompt_ids, shares
 from qwen3f.eval.heldout import batches_of_one_shape
-from qwen3f.infer.on_ranks import check_positions
+from qwen3f.infer.text_request import check_length
 from qwen3f.params import Params
 from qwen3f.tasks.registry import open_text_task
 from qwen3f.tasks.task import Question, Task
@@ -109,10 +109,10 @@ def _evaluator(run: Run, corpus: ChatCorpus, tokenizer: Tokenizer) -> Evaluator:
     held-out questions."""
     config, evaluate, asks = run.setup.config, make_heldout_loss(run, corpus.heldout), _asks(run.setup)
     questions = _questions(run.setup) if asks else (None, ())
-    told, positions = [question.prompt for question in questions[1]], run.setup.model.max_position_embeddings
+    told = [question.prompt for question in questions[1]]
     for mode in parse_modes(config.eval.modes) if asks else ():
-        prompts = prompt_ids(tokenizer, told, mode == "thinking")
-        check_positions(prompts, config.eval.max_new_tokens, positions, "--config.eval.max_new_tokens")
+        longest = max(map(len, prompt_ids(tokenizer, told, mode == "thinking")))
+        check_length(run.setup.model, longest, config.eval.max_new_tokens, "--config.eval.max_new_tokens")
     answers: list[dict[str, Any]] = []
 
     def validate(params: Params) -> dict[str, float]:

@@ -36,7 +36,8 @@ def same_mathematics(answer: str, gold: str) -> float | None:
         return float(answer == gold and (base == right_base or not base or not right_base))
     (answer, unit), (gold, right_unit) = without_unit(answer), without_unit(gold)
     (answer, answer_of_100), (gold, gold_of_100) = without_percent(answer), without_percent(gold)
-    if any(kind.fullmatch(gold) for kind in (_WORD, _HOUR)):  # no product of letters, and no ratio to 0
+    words = _WORD.fullmatch(gold) and _WORD.fullmatch(answer)  # no products of letters; but infinity may be \infty
+    if words or _HOUR.fullmatch(gold):  # no ratio to 0
         return float(answer == gold)
     right = _parsed(gold)
     if not right:

@@ -141,8 +141,7 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
             raise UserError(f"the batch has no {key!r} [B, T]; it has {', '.join(sorted(batch)) or 'nothing'}")
         if batch[key].shape != shape:
             raise UserError(f"the batch's {key!r} has shape {list(batch[key].shape)}, its 'tokens' {list(shape)}")
-    if len(shape) != 2 or not shape.numel():
-        raise UserError(f"the batch's 'tokens' must be [rows, length] with at least one token, got {list(shape)}")
+    model.check_tokens(batch["tokens"])
     for key, other in (("tokens", None), ("targets", cross_entropy.IGNORE)):
         ids = batch[key]
         if type(ids) is not Tensor or ids.device.type != "cpu" or not ids.numel():  # LocalTensors have another type
@@ -189,7 +188,7 @@ def check_recomputation(cfg: ModelConfig, execution: model.Execution) -> None:
 
 def _make_gradients(
     cfg: ModelConfig, objective: Objective, options: StepOptions
-) -> Callable[[TrainState, Batch, int], tuple[P.Params, losses.Terms]]:
+) -> Callable[[TrainState, Batch, int], tuple[P.Params, losses.Terms, Tensor]]:
     """gradients(state, an update's batch, its number) -> (gradients of the trained parameters, the update's Terms, the
     divisor of its loss).
 

@@ -52,15 +52,14 @@ def gif_frames(image: Image.Image, name: str, fps: float | None = None) -> tuple
     returned rate is None. Raises UserError for a file that ends before its last frame.
     """
     if fps is not None:
-        count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
-        return HeldFrames(image, name, [1] * count), fps
+        return HeldFrames(image, name, [1] * _frames(image)), fps
     ticks, fps = gif_ticks(image, name)
     return HeldFrames(image, name, ticks), fps
 
 
 def gif_ticks(image: Image.Image, name: str) -> tuple[list[int], float | None]:
     """(number of ticks of each frame, ticks per second or None), as in gif_frames, without decoding a frame."""
-    count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
+    count = _frames(image)
     times = frame_times(Path(image.filename).read_bytes())
     if count != len(times):
         raise UserError(f"{name} cannot be read (it has {len(times)} of its {count} frames): copy it again.")
@@ -68,3 +67,7 @@ def gif_ticks(image: Image.Image, name: str) -> tuple[list[int], float | None]:
         return [1] * count, None
     tick = math.gcd(*times)
     return [time // tick for time in times], 1000 / tick
+
+
+def _frames(image: Image.Image) -> int:
+    return getattr(image, "n_frames", 1) if image.format in ANIMATED else 1

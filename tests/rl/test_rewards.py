@@ -113,6 +113,8 @@ def test_the_final_answer(text, expected):
         (r"\boxed{seat}", "east", 0.0),
         (r"\boxed{\text{East}}", "east", 1.0),
         (r"\boxed{ba}", "ab", 1.0),
+        (r"\boxed{\infty}", "infinity", 1.0),
+        (r"\boxed{\theta}", "theta", 1.0),
         (r"\boxed{7:00}", "6:00", 0.0),
         (r"\boxed{6:00}", "6:00", 1.0),
         (r"\boxed{5 weeks}", "5 days", 0.0),
