@@ -6,7 +6,9 @@ from experiments.generate import get_config
 from qwen3f import params, presets
 from qwen3f.data.tokenizers.sentencepiece_tokenizer import train_sentencepiece
 from qwen3f.data.tokenizers.tokenizer import load_tokenizer
+from qwen3f.infer.run import run
 from qwen3f.interop import hf
+from tests.infer.batch_rows import read
 
 TEXTS = [f"The answer to question {i} is é{i}; think about it, then say {i + 1}.\n" for i in range(60)]
 
@@ -32,3 +34,18 @@ def configure(source):
         return config
 
     return configure
+
+
+@pytest.fixture
+def answer(configure, tmp_path):
+    """A function that answers in.jsonl into out.jsonl. It returns the summary, and the lines in the order of rows."""
+
+    def answer(**changes):
+        config = configure(input=str(tmp_path / "in.jsonl"), out=str(tmp_path / "out.jsonl"), batch_size=4)
+        config.update(changes)
+        summary = run(config, tmp_path / "unused", progress=False)
+        lines = read(tmp_path / "out.jsonl")
+        assert len({line["row"] for line in lines}) == len(lines)
+        return summary, sorted(lines, key=lambda line: line["row"])
+
+    return answer

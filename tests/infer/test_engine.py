@@ -174,17 +174,6 @@ def test_stops_budgets_and_callbacks():
     assert engine.generate([prompt], max_new_tokens=0)[0].finish_reason == "length"
 
 
-def test_a_forced_tokens_log_probability_is_over_the_ids_that_can_be_drawn():
-    cfg, p = build()
-    prompt = random_prompts(1, cfg, seed=4)[0]
-    engine = Engine(cfg, p, num_ids=50)
-    (free,) = engine.generate([prompt], max_new_tokens=1, stop_ids=())
-    budget = ThinkingBudget(0, end_id=49, closing_ids=(free.ids[0], 49))
-    (one,) = engine.generate([prompt], max_new_tokens=2, stop_ids=(), budget=budget)
-    assert one.ids == [free.ids[0], 49]
-    assert one.logprobs[0] == pytest.approx(free.logprobs[0], abs=1e-6)
-
-
 def test_stop_texts_are_found_across_tokens_and_half_characters_are_none():
     cfg, p = build()
     prompt = random_prompts(1, cfg, seed=5)[0]

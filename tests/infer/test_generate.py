@@ -11,6 +11,7 @@ import torch
 
 from qwen3f import model
 from qwen3f.errors import UserError
+from qwen3f.infer.engine import Engine
 from qwen3f.infer.generate import _in_step, generate, stream
 from qwen3f.infer.request import Request, Row
 from qwen3f.infer.sampling import NON_THINKING
@@ -263,3 +264,14 @@ def test_on_cuda():
             options = {**options, "prompt_lengths": LENGTHS, "execution": execution}
             got = generate(cfg, on_cuda, tokens.cuda(), max_new_tokens=NEW, **options)
             assert torch.equal(got.cpu(), expected)
+
+
+def test_a_forced_tokens_log_probability_is_over_the_ids_that_can_be_drawn():
+    cfg, p, _, tokens = build()
+    prompt = tokens[0, :9].remainder(50).tolist()
+    engine = Engine(cfg, p, num_ids=50)
+    (free,) = engine.generate([prompt], max_new_tokens=1, stop_ids=())
+    budget = ThinkingBudget(0, end_id=49, closing_ids=(free.ids[0], 49))
+    (one,) = engine.generate([prompt], max_new_tokens=2, stop_ids=(), budget=budget)
+    assert one.ids == [free.ids[0], 49]
+    assert one.logprobs[0] == pytest.approx(free.logprobs[0], abs=1e-6)
